@@ -1,0 +1,48 @@
+"""One step's input, built whole by the scheduler and read by the model runner. Knows no cache and no policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One request's tokens in one step."""
+
+    row: int
+    """Its row of the RequestTable, which already lists a KV index for every position up to ``end``."""
+    slot: int | None
+    """Its own state slot, read and written in place; None for attention-only models."""
+    token_ids: npt.NDArray[np.int32]
+    """The tokens to compute, int32[length]."""
+    start: int
+    """Absolute position of the first; in a prefill a multiple of the grid. At 0 the state starts from zero."""
+    is_decode: bool
+    """One token by the recurrent path. A prefill segment of one token still takes the chunked path, for exactness."""
+    exports: tuple[tuple[int, int], ...] = ()
+    """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start, end]."""
+    logits: Literal["last", "all", "none"] = "last"
+    """Which positions' logits the caller wants."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Decode segments first, then prefill segments."""
+
+    segments: tuple[Segment, ...]
+    restores: tuple[tuple[int, int], ...] = ()
+    """State copies to make before the forward pass: (checkpoint slot, request slot)."""
+    row_writes: tuple[tuple[int, int, npt.NDArray[np.int32]], ...] = ()
+    """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
