@@ -1,0 +1,17 @@
+"""Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long local runs."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
+settings.register_profile(
+    "dev", deadline=None, max_examples=50, stateful_step_count=40, suppress_health_check=QUIET
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.register_profile(
+    "thorough", settings.get_profile("dev"), max_examples=2000, stateful_step_count=100
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
