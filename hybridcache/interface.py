@@ -124,13 +124,13 @@ class PrefixCache(Protocol):
         checkpoints: Sequence[tuple[int, int]] = (),
         namespace: Hashable = None,
         owned_from: int = 0,
-        label: str = "",
+        labels: Sequence[str] = (),
     ) -> InsertResult:
         """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot), ...].
 
         ``kv_indices[:owned_from]`` are the tree's own (the caller holds a lock over them); the rest the caller holds, and
         ownership of whatever is not in ``duplicates`` or past ``inserted_len`` passes to the cache; likewise slots not in
-        ``rejected_slots``. ``label`` is the placement word that asked for the checkpoints. O(n).
+        ``rejected_slots``. ``labels`` are the placement words that asked for the checkpoints, one each (or none). O(n).
         """
         ...
 

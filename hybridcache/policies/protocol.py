@@ -30,6 +30,8 @@ class Item(Protocol):
     """Times a request resumed from it (checkpoint) or through it (kv)."""
     superseded: bool
     """A deeper checkpoint exists on the same unforked path."""
+    above: Item | None
+    """The nearest checkpoint above it on its path; None: the root. Lineage passes along this link."""
     label: str
     """The placement word that asked for it: end, branch, boundary, backoff, every ..."""
     memo: Any
@@ -42,6 +44,7 @@ class EvictionPolicy(Protocol):
     The cache calls ``add`` when an item becomes a candidate (unlocked; kv: also a leaf), ``discard`` when it stops being
     one (locked, got a child, evicted), ``touch`` after a use (``last_used`` and ``uses`` already count it), and
     ``victim`` to choose. ``victim`` returns a candidate without removing it: the cache then calls ``discard``.
+    ``missed`` is how a ghost speaks: a request came that would have resumed from this evicted checkpoint.
     Each in O(log n) or better.
     """
 
@@ -50,6 +53,11 @@ class EvictionPolicy(Protocol):
     def discard(self, item: Item) -> None: ...
 
     def touch(self, item: Item) -> None: ...
+
+    def missed(self, item: Item) -> None:
+        """A request would have resumed from ``item``, a checkpoint that was evicted, had it been kept. The deepest such
+        ghost of the request's path, once a request; ``item`` is as it was when evicted, ``memo`` included."""
+        ...
 
     def victim(self, kind: Kind | None) -> Item | None:
         """The candidate that should go first: of ``kind``, or of either where both share one budget (None)."""
@@ -71,11 +79,19 @@ class Prefill(NamedTuple):
     """Positions are multiples of it."""
 
 
+class Placed(NamedTuple):
+    """One checkpoint that a placement asks for, and the word that asked (what ``Item.label`` will say)."""
+
+    position: int
+    label: str
+
+
 class PlacementPolicy(Protocol):
     """Where a prefill saves checkpoints, and whether decode does."""
 
-    def positions(self, prefill: Prefill) -> Iterable[int]:
-        """Positions in (cached_len, prompt_len] to save at; the caller floors them to the grid and drops repeats."""
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        """Positions in (cached_len, prompt_len] to save at, most wanted first; the caller floors them to the grid and
+        keeps the first of a repeat."""
         ...
 
     def decode_interval(self) -> int | None:
