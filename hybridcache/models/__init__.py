@@ -1,0 +1,1 @@
+"""The shapes of real models: presets by name, and Hugging Face configs read into the same words."""

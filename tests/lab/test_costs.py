@@ -1,0 +1,136 @@
+"""Model geometry: bytes against the published derivations, FLOPs against first principles, times against their tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline
+from hybridcache.models.shapes import presets
+
+QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "intermediate_size": 5120,
+    "vocab_size": 151936,
+}
+
+
+@pytest.mark.parametrize("name", list(presets()))
+def test_preset_bytes_match_the_published_derivation(name: str) -> None:
+    geometry, derived = ModelGeometry.preset(name), presets()[name]["derived"]
+    assert geometry.kv_bytes_per_token == derived["kv_bytes_per_token_bf16"]
+    assert geometry.recurrent_bytes == derived["recurrent_state_bytes"]
+    assert geometry.conv_bytes == derived["conv_state_bytes"]
+    assert round(geometry.state_tokens) == pytest.approx(derived["state_equals_kv_tokens"], abs=1)
+    assert 0 < geometry.active_params <= geometry.total_params
+
+
+def test_config_and_preset_agree() -> None:
+    from_config = ModelGeometry.from_config(QWEN3_NEXT, name="Qwen3-Next-80B-A3B")
+    assert from_config == ModelGeometry.preset("qwen3-next")
+    nested = ModelGeometry.from_config({"text_config": QWEN3_NEXT}, name="Qwen3-Next-80B-A3B")
+    assert nested == from_config
+
+
+def test_active_parameters_are_what_the_name_says() -> None:
+    geometry = ModelGeometry.preset("qwen3-next")
+    assert geometry.active_params == pytest.approx(3e9, rel=0.15)
+    assert geometry.total_params == pytest.approx(80e9, rel=0.05)
+
+
+def test_letters_and_words_of_nemotron_mean_the_same() -> None:
+    config = {
+        "hidden_size": 2688,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "mamba_num_heads": 64,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "conv_kernel": 4,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+        "num_hidden_layers": 52,
+    }
+    letters = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+    words = [{"M": "mamba", "E": "moe", "*": "attention"}[letter] for letter in letters]
+    by_letter = ModelGeometry.from_config(config | {"hybrid_override_pattern": letters})
+    assert ModelGeometry.from_config(config | {"layers_block_type": words}) == by_letter
+    assert by_letter.state_bytes == ModelGeometry.preset("Nemotron-3-Nano").state_bytes
+
+
+def test_unknown_layer_sort_is_named() -> None:
+    config = QWEN3_NEXT | {"layer_types": ["full_attention", "wormhole"]}
+    with pytest.raises(ValueError, match="wormhole"):
+        ModelGeometry.from_config(config)
+
+
+@pytest.mark.parametrize("word", ["qwen3.5", "no-such-model"])
+def test_ambiguous_or_unknown_preset_lists_the_names(word: str) -> None:
+    with pytest.raises(KeyError, match=r"Qwen3\.5-0\.8B"):
+        ModelGeometry.preset(word)
+
+
+def test_load_takes_a_directory_a_file_and_a_word(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_NEXT))
+    from_dir = ModelGeometry.load(str(tmp_path))
+    assert from_dir == ModelGeometry.load(str(tmp_path / "config.json"))
+    assert from_dir.state_bytes == ModelGeometry.load("qwen3-next").state_bytes
+
+
+def test_state_precision_is_a_tier() -> None:
+    geometry = ModelGeometry.preset("qwen3-next")
+    sizes = [geometry.with_state_dtype(dtype).state_bytes for dtype in ("float32", "bfloat16")]
+    assert sizes == [77_266_944, 39_518_208]
+    assert 20e6 < geometry.with_state_dtype("int8").state_bytes < 22e6
+    with pytest.raises(ValueError, match="float12"):
+        geometry.with_state_dtype("float12")
+
+
+def test_flops_are_additive_over_a_split_prefill() -> None:
+    geometry = ModelGeometry.preset("olmo-hybrid")
+    assert geometry.flops(0, 5000) == geometry.flops(0, 1234) + geometry.flops(1234, 5000)
+    assert geometry.flops(700, 700) == 0
+    assert geometry.flops(0, 1) >= 2 * geometry.active_params
+
+
+def test_roofline_is_monotone_and_zero_for_nothing() -> None:
+    times = Roofline(ModelGeometry.preset("qwen3-next"))
+    assert times.seconds(900, 900) == 0.0
+    ends = [times.seconds(0, end) for end in (1, 64, 1024, 8192, 65536)]
+    assert ends == sorted(ends) and ends[0] >= times.overhead_s
+    assert times.seconds(4096, 8192) < times.seconds(0, 8192)
+
+
+def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(
+        json.dumps(
+            {"starts": [0, 1000], "lengths": [100, 200], "table_s": [[1.0, 2.0], [2.0, 4.0]]}
+        )
+    )
+    times = MeasuredTimes.load(path)
+    assert times.seconds(0, 100) == 1.0
+    assert times.seconds(500, 650) == pytest.approx(2.25)
+    assert times.seconds(1000, 1300) == pytest.approx(6.0)
+    assert times.seconds(5, 5) == 0.0
+    assert MeasuredTimes((0,), (100, 200), ((1.0, 2.0),)).seconds(77, 227) == pytest.approx(1.5)
