@@ -1,0 +1,155 @@
+"""Chats to prompts, and the positions that survive into the next turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.templates import ChatTemplate, TemplateError, render_chat
+from engine.tokenizer import ByteTokenizer
+
+QWEN35_LIKE = """\
+{%- set ns = namespace(last_query=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}{% endfor %}
+{%- if ns.last_query < 0 %}{{ raise_exception('No user query found in messages.') }}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' and loop.index0 > ns.last_query %}
+{{- '<|im_start|>assistant\\n<think>\\n' ~ m.reasoning_content ~ '\\n</think>\\n\\n' ~ m.content }}
+{%- for call in m.tool_calls or [] %}{{ '\\n<tool_call>' ~ call.function.arguments|tojson ~ '</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content.split('</think>')[-1] ~ '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- else %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
+"""Behaves as Qwen3.5's: thinks by default, drops reasoning before the last question, keeps it in a tool loop."""
+
+CHAT = [
+    {"role": "system", "content": "Be brief. " * 10},
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "<think>hm</think>Hello!"},
+    {"role": "user", "content": "And again"},
+]
+
+
+def _tokenizer(template: str | None = None) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    if template is not None:
+        tokenizer.chat_template = ChatTemplate(template)
+    return tokenizer
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
+
+
+@pytest.mark.parametrize(("thinking", "left_before_end"), [(None, 2), (True, 2), (False, 6)])
+def test_the_next_turn_of_a_thinking_chat_leaves_before_the_end(
+    thinking: bool | None, left_before_end: int
+) -> None:
+    """<think> and \\n are two tokens; without thinking <think> \\n\\n </think> \\n\\n are six bytes and marks."""
+    tokenizer = _tokenizer(QWEN35_LIKE)
+    variables = {} if thinking is None else {"enable_thinking": thinking}
+    prompt = render_chat(tokenizer, CHAT, variables=variables)
+    assert prompt.boundaries[-1] == len(prompt.token_ids) - left_before_end
+    turn = [
+        {"role": "assistant", "content": "<think>well</think>Yes."},
+        {"role": "user", "content": "Go on"},
+    ]
+    later = render_chat(tokenizer, [*CHAT, *turn], variables=variables)
+    assert _common(prompt.token_ids, later.token_ids) == prompt.boundaries[-1]
+
+
+def test_a_template_that_only_appends_leaves_at_the_end() -> None:
+    prompt = render_chat(_tokenizer(), CHAT)
+    assert prompt.boundaries[-1] == len(prompt.token_ids)
+
+
+def test_the_builtin_template_drops_reasoning() -> None:
+    tokenizer = _tokenizer()
+    prompt = render_chat(tokenizer, CHAT, variables={"enable_thinking": True})
+    text = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    assert "hm" not in text and text.endswith("<|im_start|>assistant\n<think>\n")
+    assert prompt.boundaries[-1] == len(prompt.token_ids) - 2
+
+
+@pytest.mark.parametrize("first_word", ["Hi", "\ue000", "<|im_start|>x", ""])
+def test_the_system_segment_ends_where_the_question_begins(first_word: str) -> None:
+    """Whatever the user says, and even where they say nothing, it is the part any chat with this system prompt shares."""
+    tokenizer = _tokenizer(QWEN35_LIKE)
+    chat = [CHAT[0], {"role": "user", "content": first_word + " there"}]
+    other = [CHAT[0], {"role": "user", "content": "Completely different"}]
+    prompt, another = render_chat(tokenizer, chat), render_chat(tokenizer, other)
+    shared = _common(prompt.token_ids, another.token_ids)
+    assert another.boundaries[0] == shared
+    assert shared <= prompt.boundaries[0] <= shared + len(tokenizer.encode("\ue000"))
+
+
+def test_a_tool_loop_has_both_of_its_futures() -> None:
+    """The next tool result keeps the reasoning and only appends; the next question drops it."""
+    tokenizer = _tokenizer(QWEN35_LIKE)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    step = [
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "look it up",
+            "tool_calls": [call],
+        },
+        {"role": "tool", "content": "42"},
+    ]
+    loop = [*CHAT, *step]
+    prompt = render_chat(tokenizer, loop)
+    next_tool = render_chat(tokenizer, [*loop, *step])
+    finished = [
+        *loop,
+        {"role": "assistant", "content": "It is 42."},
+        {"role": "user", "content": "Thanks"},
+    ]
+    next_question = render_chat(tokenizer, finished)
+    assert _common(prompt.token_ids, next_tool.token_ids) in prompt.boundaries
+    assert _common(prompt.token_ids, next_question.token_ids) in prompt.boundaries
+    assert prompt.boundaries[-1] == len(prompt.token_ids) > prompt.boundaries[-2]
+
+
+def test_a_long_chat_encodes_only_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = _tokenizer(QWEN35_LIKE)
+    encoded = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer,
+        "encode",
+        lambda text, **flags: encoded.append(len(text)) or encode(text, **flags),
+    )
+    chat = [*CHAT, {"role": "assistant", "content": "word " * 20_000}, CHAT[-1]]
+    render_chat(tokenizer, chat)
+    assert max(encoded) > 100_000 > sum(sorted(encoded)[:-1]) * 10
+
+
+def test_refusals_carry_the_templates_words() -> None:
+    with pytest.raises(TemplateError, match="No user query found"):
+        render_chat(_tokenizer(QWEN35_LIKE), CHAT[:1])
+    with pytest.raises(TemplateError, match="Unexpected message role: wizard"):
+        render_chat(_tokenizer(), [{"role": "wizard", "content": "hi"}])
+    with pytest.raises(TemplateError, match="does not parse"):
+        ChatTemplate("{% for %}")
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match="use /v1/completions"):
+        render_chat(tokenizer, CHAT)
+
+
+def test_templates_are_sandboxed() -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").render(CHAT)
+
+
+def test_generation_tags_and_json_render_as_elsewhere() -> None:
+    template = ChatTemplate(
+        "{% generation %}{{ tools|tojson }}{% endgeneration %}{{ eos_token }}", {"eos_token": "E"}
+    )
+    assert template.render(CHAT, tools=[{"a": "<é>"}]) == '[{"a": "<é>"}]E'

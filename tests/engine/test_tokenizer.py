@@ -1,0 +1,199 @@
+"""Text to ids and back: round trips, and pieces that are never broken UTF-8."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from engine.templates import ChatTemplate
+from engine.tokenizer import (
+    ByteTokenizer,
+    HFTokenizer,
+    Tokenizer,
+    WindowStreamDecoder,
+    load_tokenizer,
+)
+
+CORPUS = [
+    "hello world, hello caché",
+    "naïve 😀 emoji 😀😀",
+    "你好，世界。你好！",
+    "def f(x):\n    return x\n",
+]
+EOS = "<|im_end|>"
+
+
+def _train(kind: str) -> tokenizers.Tokenizer:
+    """A tiny vocabulary of either family: byte-level (as Qwen's) or Metaspace with byte fallback (as Llama 2's)."""
+    added = [
+        tokenizers.AddedToken(EOS, special=True),
+        tokenizers.AddedToken("<|im_start|>", special=True),
+    ]
+    if kind == "byte-level":
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=320,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=added,
+        )
+        backend.train_from_iterator(CORPUS, trainer)
+        return backend
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    vocab |= {letter: 257 + rank for rank, letter in enumerate("▁abcdehlorwn")}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(added)
+    return backend
+
+
+@pytest.fixture(scope="module", params=["byte-level", "metaspace"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    _train(request.param).save(str(path / "tokenizer.json"))
+    settings = {
+        "eos_token": {"content": EOS},
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def _pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    decoder = tokenizer.stream_decoder()
+    return [*(decoder.push([token_id]) for token_id in token_ids), decoder.flush()]
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_bytes_round_trip_through_pieces(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    token_ids = tokenizer.encode(text)
+    pieces = _pieces(tokenizer, token_ids)
+    assert "".join(pieces) == tokenizer.decode(token_ids, skip_special_tokens=False) == text
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(st.lists(st.integers(0, ByteTokenizer.vocab_size - 1)))
+def test_any_ids_decode_alike_whole_and_in_pieces(token_ids: list[int]) -> None:
+    tokenizer = ByteTokenizer()
+    pieces = _pieces(tokenizer, token_ids)
+    assert "".join(pieces) == tokenizer.decode(token_ids)
+    "".join(pieces).encode("utf-8")
+
+
+def test_a_character_waits_for_its_last_byte() -> None:
+    decoder = ByteTokenizer().stream_decoder()
+    smile = "😀".encode()
+    assert [decoder.push([byte]) for byte in smile] == ["", "", "", "😀"]
+    assert decoder.push(smile[:2]) == ""
+    assert decoder.flush() == "\ufffd"
+
+
+def test_specials_are_single_tokens_and_hidden() -> None:
+    tokenizer = ByteTokenizer()
+    token_ids = tokenizer.encode("<|im_start|>user\nhi<|im_end|>")
+    assert token_ids[0] == 257 and token_ids[-1] == 258 and 258 in tokenizer.eos_token_ids
+    assert tokenizer.decode(token_ids) == "user\nhi"
+    assert tokenizer.decode(tokenizer.encode("<think>x</think>")) == "<think>x</think>"
+
+
+def test_lone_surrogates_do_not_raise(model_dir: Path) -> None:
+    assert ByteTokenizer().decode(ByteTokenizer().encode("a\ud800b")) == "a?b"
+    assert load_tokenizer(model_dir).decode(load_tokenizer(model_dir).encode("a\ud800b")) == "a?b"
+
+
+@pytest.mark.parametrize("text", [*CORPUS, "hello 😀 " * 5, "λ and 你 mixed\n\n"])
+def test_directory_round_trips_whole_and_in_pieces(model_dir: Path, text: str) -> None:
+    tokenizer = HFTokenizer(model_dir)
+    token_ids = tokenizer.encode(text)
+    reference = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    assert token_ids == reference.encode(text).ids
+    assert tokenizer.decode(token_ids) == reference.decode(token_ids) == text
+    pieces = _pieces(tokenizer, token_ids)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_random_ids_of_a_directory_decode_alike(model_dir: Path) -> None:
+    tokenizer = HFTokenizer(model_dir)
+    draw = random.Random(0)
+    for _ in range(50):
+        token_ids = [draw.randrange(tokenizer.vocab_size) for _ in range(20)]
+        "".join(_pieces(tokenizer, token_ids)).encode("utf-8")
+        if tokenizer._is_byte_level:
+            assert "".join(_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+            assert tokenizer.decode(token_ids) == tokenizer._backend.decode(token_ids)
+
+
+def test_token_bytes_spell_the_text(model_dir: Path) -> None:
+    tokenizer = HFTokenizer(model_dir)
+    if tokenizer._is_byte_level:
+        token_ids = tokenizer.encode("naïve 😀" + EOS)
+        assert b"".join(map(tokenizer.token_bytes, token_ids)) == ("naïve 😀" + EOS).encode()
+    assert tokenizer.token_bytes(tokenizer.encode(EOS)[-1]) == EOS.encode()
+
+
+def test_the_window_gives_up_on_bytes_that_never_become_a_character() -> None:
+    decoder = WindowStreamDecoder(lambda ids: bytes(ids).decode("utf-8", "replace"))
+    pieces = [decoder.push([0xFF]) for _ in range(6)]
+    assert "".join(pieces) + decoder.flush() == "\ufffd" * 6
+    assert any(pieces)
+
+
+def test_a_directory_says_what_ends_an_answer(model_dir: Path, tmp_path: Path) -> None:
+    own = HFTokenizer(model_dir)._backend.token_to_id(EOS)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+    assert HFTokenizer(tmp_path).eos_token_ids == {own}
+    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 5}}')
+    assert HFTokenizer(tmp_path).eos_token_ids == {own, 5}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert HFTokenizer(tmp_path).eos_token_ids == {own, 7, 8}
+
+
+def test_the_template_is_found_where_directories_keep_it(model_dir: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+
+    def render() -> str:
+        template = HFTokenizer(tmp_path).chat_template
+        assert isinstance(template, ChatTemplate)
+        return template.render(chat)
+
+    assert render() == "hi"
+    named = {
+        "chat_template": [
+            {"name": "default", "template": "named"},
+            {"name": "tool_use", "template": "t"},
+        ]
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert render() == "named"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert render() == "file"
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path, model_dir: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"put the model's tokenizer.json there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
+        load_tokenizer(tmp_path)
