@@ -1,0 +1,360 @@
+"""One request's claims on a prefix cache, from its match to its release: integers only.
+
+The engine's cache manager and the simulator drive this same class, so a policy that was studied is the policy that is
+served. The tensors' side (copying a state, writing KV, filling a request table) is the caller's.
+
+Life of a lease: ``begin`` (match, lock, own state slot, plan), then per piece of work ``extend`` (KV for it), ``exports``
+(checkpoint slots for planned positions in it), the computation, ``publish`` (what was computed goes to the tree), and in
+the end exactly one of ``finish``, ``preempt`` and ``abort``, after which nothing is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybridcache.interface import Indices, Losses, PrefixCache, PrefixMatch, Tokens
+from hybridcache.policies.protocol import PlacementPolicy, Prefill
+
+# Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of it but computed_len):
+#
+#     0 ............ cached_len ........ published_len ........ computed_len ........ len(kv_indices)
+#     |  the tree's, since before us     |  ours: held          |  ours: held, not    |
+#     |                |  the tree's,    |  (the last partial   |  computed yet       |
+#     |                |  published by us|  page at least)      |                     |
+#     |<---------- under our lock ------>|<-------- given back at the end ----------->|
+#
+# begin      locks the node that ends at cached_len and reads its rows: the tree's stay the tree's.
+# extend     allocates at the right end: free -> held. May evict, never anything under a lock.
+# publish    hands [published_len, computed_len) to the tree: held -> cached, down to whole pages. Where the tree has rows
+#            for the same tokens already (another request was faster, or their checkpoint had gone), ours are duplicates:
+#            we switch to the tree's and free ours: held -> free. Then the lock moves to the node that ends at the new
+#            published_len; the new one is taken before the old one is returned.
+# finish,    publish one last time, free what is left, unlock.
+#   preempt
+# abort      frees [published_len, len) and unlocks. What was published before stays the tree's.
+#
+# Slots. `state_slot` is ours from begin to the end: free -> held -> free, or, donated, -> cached. It is written in every
+# step; a checkpoint never is, so a lease that resumes starts on a copy (`restore`). A slot for a planned checkpoint is
+# held from `exports` until the `publish` that covers its position: then cached, or free if the tree would not have it.
+# In decode one such slot rolls: written again at each crossing, published only at the end.
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """What a lease is asked for."""
+
+    tokens: Tokens
+    """All that is known before computing: the prompt, or after a preemption the prompt and what was generated."""
+    namespace: Hashable = None
+    boundaries: tuple[int, ...] = ()
+    """Positions known to survive into later prompts, ascending."""
+    reuse: bool = True
+    """False: read no cache (a caller that wants every position's logits); publishing goes on."""
+    exact: bool = False
+    """True: nothing past ``tokens`` is ever published, so all that is cached was computed by a prefill."""
+    stateful: bool = True
+    """False: the model has no linear layers; no slot is taken and no checkpoint planned."""
+
+
+class _Saved(NamedTuple):
+    """A checkpoint that was, or is being, written to a slot we hold."""
+
+    position: int
+    slot: int
+    label: str
+
+
+class Lease:
+    """One request's claims on a cache. Made by ``begin``; not to be used after ``finish``, ``preempt`` or ``abort``."""
+
+    __slots__ = (
+        "_cache",
+        "_decode_interval",
+        "_num_rows",
+        "_pending",
+        "_plan",
+        "_receipt",
+        "_request",
+        "_rolling",
+        "_rows",
+        "_step",
+        "losses",
+        "match",
+        "published_len",
+        "state_slot",
+    )
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        request: LeaseRequest,
+        match: PrefixMatch,
+        receipt: Any,
+        state_slot: int | None,
+    ) -> None:
+        """Take over ``receipt`` (a lock on ``match.node``) and ``state_slot``: see ``begin``."""
+        self._cache = cache
+        self._request = request
+        self._receipt = receipt
+        self.match = match
+        """What was found at ``begin`` and is resumed from."""
+        self.losses: Losses = match.losses
+        """Why the tokens that are not reused are not; sums with ``cached_len`` to the prompt."""
+        self.state_slot = state_slot
+        """The request's own slot; None for attention-only models."""
+        self.published_len = match.cached_len
+        """Tokens whose rows are the tree's, under this lease's lock."""
+        self._rows: Indices = np.empty(len(request.tokens) + cache.page_size, np.int32)
+        self._num_rows = match.cached_len
+        if match.cached_len:
+            self._rows[: match.cached_len] = cache.gather(match.node)
+        self._step = lcm(cache.grid, cache.page_size)
+        self._plan: dict[int, str] = {}
+        self._pending: list[_Saved] = []
+        self._rolling: _Saved | None = None
+        self._decode_interval: int | None = None
+
+    @classmethod
+    def begin(
+        cls, cache: PrefixCache, placement: PlacementPolicy, request: LeaseRequest
+    ) -> Lease | None:
+        """Match, lock, take a state slot, plan the checkpoints. None: no slot can be had; nothing is held or counted.
+
+        Where the only slot that could be had is the checkpoint the request would resume from, the request starts further
+        up without it, and ``losses.refused`` counts the tokens; with ``reuse=False`` it counts all that was not read.
+        O(len(tokens)).
+        """
+        readable = request.tokens if request.reuse else request.tokens[:1]
+        found = cache.match(request.tokens, request.namespace)
+        match = found if request.reuse else cache.match(readable, request.namespace)
+        receipt = cache.lock(match.node)
+        slot: int | None = None
+        if request.stateful:
+            slot = cache.allocate_slot()
+            if slot is None and match.cached_len:
+                cache.unlock(receipt)
+                slot = cache.allocate_slot()
+                match = cache.match(readable, request.namespace)
+                receipt = cache.lock(match.node)
+            if slot is None:
+                cache.unlock(receipt)
+                return None
+        if match is not found:
+            refused = found.cached_len - match.cached_len
+            match = found._replace(
+                cached_len=match.cached_len,
+                checkpoint=match.checkpoint,
+                losses=found.losses._replace(refused=refused),
+                node=match.node,
+            )
+        if request.reuse:
+            cache.touch(match)
+        lease = cls(cache, request, match, receipt, slot)
+        if request.stateful:
+            lease._make_plan(placement)
+        return lease
+
+    def _make_plan(self, placement: PlacementPolicy) -> None:
+        prefill = Prefill(
+            prompt_len=self.prompt_len,
+            cached_len=self.cached_len,
+            kv_len=self.match.kv_len,
+            branch_len=self.match.branch_len,
+            boundaries=self._request.boundaries,
+            grid=self._step,
+        )
+        for position, label in placement.positions(prefill):
+            self.want(position, label)
+        interval = None if self._request.exact else placement.decode_interval()
+        if interval is not None:
+            self._decode_interval = -(-interval // self._step) * self._step
+
+    @property
+    def cached_len(self) -> int:
+        """Tokens that need not be computed."""
+        return self.match.cached_len
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens that are prefilled: those of the request."""
+        return len(self._request.tokens)
+
+    @property
+    def restore(self) -> tuple[int, int] | None:
+        """(checkpoint slot, own slot): the state copy to make before computing; None: the state starts from zero."""
+        if self.match.checkpoint is None or self.state_slot is None:
+            return None
+        return self.match.checkpoint, self.state_slot
+
+    @property
+    def kv_indices(self) -> Indices:
+        """KV row of every position so far, the tree's and those held: int32[>= the last ``extend``], a view."""
+        return self._rows[: self._num_rows]
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """Positions at which this prefill should still save a checkpoint, ascending."""
+        return tuple(sorted(self._plan))
+
+    @property
+    def held_tokens(self) -> int:
+        """KV rows held: neither free nor the tree's."""
+        return self._num_rows - self.published_len
+
+    @property
+    def held_slots(self) -> int:
+        return (self.state_slot is not None) + len(self._pending) + (self._rolling is not None)
+
+    def want(self, position: int, label: str) -> None:
+        """Plan a checkpoint at ``position``, floored to the grid; one that is planned or out of reach already changes
+        nothing. Beside the placement's own: another request is known to leave this one's path there."""
+        position -= position % self._step
+        if self.cached_len < position <= self.prompt_len:
+            self._plan.setdefault(position, label)
+
+    def extend(self, to_len: int) -> bool:
+        """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed."""
+        missing = to_len - self._num_rows
+        if missing <= 0:
+            return True
+        page = self._cache.page_size
+        num_tokens = -(-missing // page) * page
+        new = self._cache.allocate_kv(num_tokens)
+        if new is None:
+            return False
+        end = self._num_rows + num_tokens
+        if end > len(self._rows):
+            rows = np.empty(max(end, 2 * len(self._rows)), np.int32)
+            rows[: self._num_rows] = self.kv_indices
+            self._rows = rows
+        self._rows[self._num_rows : end] = new
+        self._num_rows = end
+        return True
+
+    def exports(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """(position, slot) of the checkpoints that computing [start, end) has to save, positions in (start, end]: planned
+        ones in a prefill, the rolling one in decode. A position no slot can be had for is skipped."""
+        if start >= self.prompt_len:
+            return self._roll(start, end)
+        if not self._plan:
+            return ()
+        saved: list[_Saved] = []
+        for position in [p for p in self._plan if start < p <= end]:
+            slot = self._cache.allocate_slot()
+            if slot is None:
+                break
+            saved.append(_Saved(position, slot, self._plan.pop(position)))
+        self._pending += saved
+        return tuple(sorted((position, slot) for position, slot, _ in saved))
+
+    def _roll(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        interval = self._decode_interval
+        if interval is None or end // interval * interval <= start:
+            return ()
+        slot = self._rolling.slot if self._rolling else self._cache.allocate_slot()
+        if slot is None:
+            return ()
+        self._rolling = _Saved(end // interval * interval, slot, "decode")
+        return ((self._rolling.position, slot),)
+
+    def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
+        """Hand what is computed to the tree, with the checkpoints that are done, and move the lock to its end.
+
+        ``tokens`` are all tokens so far, ``computed_len`` of them computed. Returns (start, end) of the positions whose
+        row in ``kv_indices`` changed because the tree had them already; None: no row changed. O(computed_len).
+        """
+        computed_len = self._publishable(computed_len)
+        if computed_len - computed_len % self._cache.page_size <= self.published_len:
+            return None
+        done = [saved for saved in self._pending if saved.position <= computed_len]
+        node, duplicates = self._insert(tokens, computed_len, done)
+        self._pending = [saved for saved in self._pending if saved.position > computed_len]
+        receipt = self._cache.lock(node)
+        self._cache.unlock(self._receipt)
+        self._receipt = receipt
+        return self._swap(node, duplicates) if len(duplicates) else None
+
+    def _publishable(self, computed_len: int) -> int:
+        return min(computed_len, self.prompt_len) if self._request.exact else computed_len
+
+    def _insert(
+        self, tokens: Tokens, computed_len: int, saved: Sequence[_Saved]
+    ) -> tuple[Any, Indices]:
+        result = self._cache.insert(
+            tokens[:computed_len],
+            self._rows[:computed_len],
+            [(position, slot) for position, slot, _ in saved],
+            namespace=self._request.namespace,
+            owned_from=self.published_len,
+            labels=[label for _, _, label in saved],
+        )
+        for slot in result.rejected_slots:
+            self._cache.free_slot(slot)
+        self.published_len = result.inserted_len
+        return result.node, result.duplicates
+
+    def _swap(self, node: Any, duplicates: Indices) -> tuple[int, int]:
+        rows = self._cache.gather(node)
+        changed = np.flatnonzero(rows != self._rows[: len(rows)])
+        self._rows[: len(rows)] = rows
+        self._cache.free_kv(duplicates)
+        return int(changed[0]), int(changed[-1]) + 1
+
+    def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
+        """Publish what is computed and end the lease. With ``donate`` the own slot becomes a checkpoint where its state
+        sits on a position that the placement wants: no copy."""
+        if computed_len > self.prompt_len:
+            wanted = self._decode_interval is not None
+        else:
+            wanted = computed_len in self._plan
+        self._end(tokens, computed_len, donate and wanted)
+
+    def preempt(self, tokens: Tokens, computed_len: int) -> None:
+        """Publish what is computed and end the lease, to begin again later: any grid position is worth donating."""
+        self._end(tokens, computed_len, True)
+
+    def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
+        published_len = self._publishable(computed_len)
+        saved = [*self._pending, *([self._rolling] if self._rolling else [])]
+        if self.state_slot is not None:
+            donate &= computed_len == published_len and computed_len % self._step == 0
+            if donate and computed_len > self.cached_len:
+                saved.append(_Saved(computed_len, self.state_slot, self._label(computed_len)))
+            else:
+                self._cache.free_slot(self.state_slot)
+        offered = sorted(s for s in saved if s.position <= published_len)
+        for unfinished in saved:
+            if unfinished.position > published_len:
+                self._cache.free_slot(unfinished.slot)
+        first_held = self.published_len
+        if offered or published_len > first_held:
+            _, duplicates = self._insert(tokens, published_len, offered)
+            if len(duplicates):
+                self._cache.free_kv(duplicates)
+            first_held = max(first_held, self.published_len)
+        self._close(first_held)
+
+    def _label(self, position: int) -> str:
+        return "decode" if position > self.prompt_len else self._plan.get(position, "preempt")
+
+    def abort(self) -> None:
+        """Give everything back and end the lease; what was published stays the tree's."""
+        for saved in (*self._pending, *([self._rolling] if self._rolling else [])):
+            self._cache.free_slot(saved.slot)
+        if self.state_slot is not None:
+            self._cache.free_slot(self.state_slot)
+        self._close(self.published_len)
+
+    def _close(self, first_held: int) -> None:
+        if first_held < self._num_rows:
+            self._cache.free_kv(self._rows[first_held : self._num_rows])
+        self._cache.unlock(self._receipt)
+        self._receipt = None
+        self._pending, self._rolling, self.state_slot = [], None, None
+        self._plan = {}
+        self._num_rows = self.published_len = 0
