@@ -1,0 +1,114 @@
+"""A trace: the requests a cache would see, in the order it would see them, read or generated lazily.
+
+One id of a request stands for ``unit`` tokens: 1 for texts and generators, 64 or 512 for published traces that reveal only the
+hashes of blocks. A cache that replays such a trace runs in units: its bytes per KV row are multiplied by ``unit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+class TraceRequest(NamedTuple):
+    """One request, prompt and answer, in ids of ``Trace.unit`` tokens each."""
+
+    timestamp_s: float
+    session: Hashable
+    """What belongs together: a conversation, an agent's run. Requests of one session never overlap in time."""
+    namespace: Hashable
+    """Requests in different namespaces never share (model, adapter, tenant)."""
+    tokens: Ids
+    """The prompt, int32[n]."""
+    output: Ids
+    """The answer, int32[m]; ids that no prompt repeats where the source does not tell them."""
+    boundaries: tuple[int, ...] = ()
+    """Positions (in ids) known to survive into later prompts, ascending: end of the system segment, last stable boundary."""
+    partial_tokens: int | None = None
+    """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
+
+    def num_tokens(self, unit: int) -> int:
+        """Length of the prompt in tokens."""
+        whole = len(self.tokens) * unit
+        return whole if self.partial_tokens is None else whole - unit + self.partial_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests that can be iterated again and again; each time the same."""
+
+    name: str
+    unit: int
+    source: Callable[[], Iterable[TraceRequest]]
+    """Starts the requests over, in order of their timestamps. Picklable, so that processes can share a trace by recipe."""
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    """What was skipped in the latest iteration."""
+
+    def __iter__(self) -> Iterator[TraceRequest]:
+        return iter(self.source())
+
+    def head(self, num_requests: int) -> Trace:
+        """Its first requests only."""
+        return replace(self, source=_Head(self.source, num_requests))
+
+    def kept(self) -> Trace:
+        """The same trace with all requests held in memory: for replaying one many times."""
+        return replace(self, source=tuple(self).__iter__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    source: Callable[[], Iterable[TraceRequest]]
+    num_requests: int
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        return islice(self.source(), self.num_requests)
+
+
+class BadRecordError(ValueError):
+    """A record that can not be read, named by file and line in one sentence."""
+
+
+@dataclass(slots=True)
+class BadRecords:
+    """What a reader does about records it can not read: stop, or skip and count."""
+
+    skip: bool
+    count: int = 0
+
+    def report(self, path: object, line: int, problem: str) -> None:
+        """Raise BadRecordError, or count."""
+        if not self.skip:
+            raise BadRecordError(f"{path}, line {line}: {problem}")
+        self.count += 1
+
+
+class FreshIds:
+    """Ids no prompt has: answers whose tokens a trace does not tell. Counts down from 2**31 - 1.
+
+    A trace's own ids must stay below ``FreshIds.FLOOR``.
+    """
+
+    FLOOR = 1 << 30
+
+    def __init__(self) -> None:
+        self._next = (1 << 31) - 1
+
+    def take(self, num_ids: int) -> Ids:
+        """int32[num_ids], never taken before."""
+        self._next -= num_ids
+        if self._next < self.FLOOR:
+            raise OverflowError("more than 2**30 unknown answer ids in one trace")
+        return np.arange(self._next + 1, self._next + 1 + num_ids, dtype=np.int32)
+
+
+def units(num_tokens: int, unit: int) -> int:
+    """Ids that ``num_tokens`` tokens take: whole ones and a last partial one."""
+    return -(-num_tokens // unit)
