@@ -1,0 +1,107 @@
+"""Sequences of unequal length, packed one after another along one token dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+TILE = 64
+"""Tokens per tile, counted from each sequence's start: the grid on which work is cut and states may be exported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Where each sequence lies in a packed ``[T, ...]`` tensor. Built once per step, read by every layer."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; zero is allowed."""
+    cu_seqlens: torch.Tensor
+    """int32[B + 1]: sequence b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``."""
+    tile_sequences: torch.Tensor
+    """int32[num_tiles]: the sequence a tile belongs to; a sequence's tiles are neighbours, in order."""
+    cu_tiles: torch.Tensor
+    """int32[B + 1]: sequence b is tiles ``cu_tiles[b]:cu_tiles[b + 1]``."""
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packed:
+        """The layout of sequences of these lengths, with its tables on ``device``. O(B + num_tiles)."""
+        tiles = [num_tiles(length) for length in lengths]
+        sequences = [b for b, count in enumerate(tiles) for _ in range(count)]
+        return cls(
+            lengths=tuple(lengths),
+            cu_seqlens=_int32(running_sum(lengths), device),
+            tile_sequences=_int32(sequences, device),
+            cu_tiles=_int32(running_sum(tiles), device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """States to save while a packed batch is computed, ordered by sequence, then by position."""
+
+    sequences: tuple[int, ...]
+    """Which sequence of the batch each one belongs to."""
+    ends: tuple[int, ...]
+    """How many tokens from that sequence's start it stands for: a multiple of 64, or the whole length; at least 1."""
+    slots: tuple[int, ...]
+    """The slot it is written to: nobody reads or writes it otherwise in this call."""
+    sequence_table: torch.Tensor
+    """int32[E], ``sequences`` on the device."""
+    end_table: torch.Tensor
+    """int32[E], ``ends`` on the device."""
+    slot_table: torch.Tensor
+    """int32[E], ``slots`` on the device."""
+    cu_exports: torch.Tensor
+    """int32[num_tiles + 1]: the tile t ends in export ``cu_exports[t]`` exactly if ``cu_exports[t + 1]`` is greater."""
+
+    @classmethod
+    def plan(cls, packed: Packed, exports: Sequence[tuple[int, int, int]]) -> Exports | None:
+        """The plan for ``(sequence, end, slot)`` triples in any order, or None if there are none.
+
+        Raises ValueError for an end that is neither on the grid nor the sequence's own end, and for two exports of one
+        position. O(E log E + num_tiles).
+        """
+        if not exports:
+            return None
+        ordered = sorted(exports)
+        first_tiles = running_sum([num_tiles(length) for length in packed.lengths])
+        per_tile = [0] * first_tiles[-1]
+        for sequence, end, _ in ordered:
+            length = packed.lengths[sequence]
+            if not 0 < end <= length or (end % TILE and end != length):
+                raise ValueError(f"no state can be exported after {end} of {length} tokens")
+            tile = first_tiles[sequence] + num_tiles(end) - 1
+            if per_tile[tile]:
+                raise ValueError(f"sequence {sequence} exports position {end} twice")
+            per_tile[tile] = 1
+        sequences, ends, slots = zip(*ordered, strict=True)
+        device = packed.cu_seqlens.device
+        return cls(
+            sequences=sequences,
+            ends=ends,
+            slots=slots,
+            sequence_table=_int32(sequences, device),
+            end_table=_int32(ends, device),
+            slot_table=_int32(slots, device),
+            cu_exports=_int32(running_sum(per_tile), device),
+        )
+
+
+def num_tiles(length: int) -> int:
+    """Tiles that ``length`` tokens fill or begin."""
+    return -(-length // TILE)
+
+
+def running_sum(counts: Sequence[int]) -> list[int]:
+    """``[0, counts[0], counts[0] + counts[1], ...]``: one entry more than ``counts``."""
+    total, sums = 0, [0]
+    for count in counts:
+        total += count
+        sums.append(total)
+    return sums
+
+
+def _int32(values: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
