@@ -74,6 +74,7 @@ class Lease:
 
     __slots__ = (
         "_cache",
+        "_counted",
         "_decode_interval",
         "_num_rows",
         "_pending",
@@ -113,6 +114,7 @@ class Lease:
         self._num_rows = match.cached_len
         if match.cached_len:
             self._rows[: match.cached_len] = cache.gather(match.node)
+        self._counted = not request.reuse
         self._step = lcm(cache.grid, cache.page_size)
         self._plan: dict[int, str] = {}
         self._pending: list[_Saved] = []
@@ -152,8 +154,6 @@ class Lease:
                 losses=found.losses._replace(refused=refused),
                 node=match.node,
             )
-        if request.reuse:
-            cache.touch(match)
         lease = cls(cache, request, match, receipt, slot)
         if request.stateful:
             lease._make_plan(placement)
@@ -218,7 +218,11 @@ class Lease:
             self._plan.setdefault(position, label)
 
     def extend(self, to_len: int) -> bool:
-        """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed."""
+        """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed.
+
+        The first that succeeds counts the lease as a use of the cache (``touch``): a caller that begins, is refused, aborts
+        and tries again later is counted once.
+        """
         missing = to_len - self._num_rows
         if missing <= 0:
             return True
@@ -234,6 +238,9 @@ class Lease:
             self._rows = rows
         self._rows[self._num_rows : end] = new
         self._num_rows = end
+        if not self._counted:
+            self._cache.touch(self.match)
+            self._counted = True
         return True
 
     def exports(self, start: int, end: int) -> tuple[tuple[int, int], ...]:

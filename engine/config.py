@@ -1,0 +1,113 @@
+"""What an engine is started with. The command line's flags and their help are derived from these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+TILE = 64
+"""Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of it."""
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that can not work, in one sentence that says what to do."""
+
+
+def _setting(default: T, help: str, **metadata: Any) -> T:
+    """A field with its help; typed as its default so that mypy reads the annotation."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Every choice of one engine; see each field's help. A bad value is a ConfigError."""
+
+    model: str | None = _setting(
+        None, "model directory in Hugging Face form; none: the built-in, untrained byte model"
+    )
+    tokenizer: str | None = _setting(
+        None, "directory of the tokenizer, where it is not the model's"
+    )
+    load_format: Literal["auto", "dummy"] = _setting(
+        "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
+    )
+    load_workers: int = _setting(16, "threads that read weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto", "number format of weights and KV; auto: the model's own"
+    )
+    quantization: Literal["int8", "fp8"] | None = _setting(
+        None, "8-bit weights, made while loading"
+    )
+    device: str | None = _setting(None, "cpu, cuda, ...; none: the best one found")
+    kernels: str = _setting(
+        "", "kernel backends, as in attention=reference,gdn=fused; empty: the device's best"
+    )
+    graphs: Literal["auto", "off", "decode", "all"] = _setting(
+        "auto", "device graphs: of decode steps, or of prefills too"
+    )
+    seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
+
+    prefix_cache: Literal["hybrid", "radix", "none"] = _setting(
+        "hybrid", "hybrid: KV and state checkpoints; radix: KV alone, attention-only models"
+    )
+    checkpoints: tuple[str, ...] = _setting(
+        ("branch", "boundary", "backoff", "end"),
+        "where states are saved: words joined by commas (branch, boundary, backoff, end, every:1024, ...)",
+    )
+    eviction: str = _setting("lru", "what leaves the cache first: a policy's word")
+    grid: int = _setting(TILE, "checkpoint positions are multiples of it; a multiple of 64, tokens")
+    page_size: int = _setting(1, "KV allocation unit, tokens")
+    exact: bool = _setting(
+        False, "reuse only what a prefill computed: a hit then never changes a bit of the logits"
+    )
+
+    kv_gib: float | None = _setting(None, "memory for KV, GiB")
+    state_gib: float | None = _setting(
+        None, "memory for states: running requests' and checkpoints, GiB"
+    )
+    cache_gib: float | None = _setting(
+        None, "memory for both, GiB, in place of --kv-gib and --state-gib: split evenly"
+    )
+    max_model_len: int | None = _setting(
+        None, "most tokens of prompt and answer; none: the model's own"
+    )
+
+    max_running: int = _setting(16, "requests computed at the same time")
+    token_budget: int = _setting(
+        1024, "prompt tokens computed per step, at least 64; decoded tokens come on top"
+    )
+    max_queue: int = _setting(1024, "requests that may wait; one more is refused")
+    check: bool = _setting(False, "verify every cache invariant whenever the engine is idle")
+
+    def __post_init__(self) -> None:
+        for name in ("load_workers", "grid", "page_size", "max_running", "max_queue"):
+            _check_positive_int(name, getattr(self, name))
+        if not isinstance(self.token_budget, int) or self.token_budget < TILE:
+            raise ConfigError(
+                f"token_budget must be at least {TILE}, one tile of the kernels, not {self.token_budget}."
+            )
+        if self.grid % TILE:
+            raise ConfigError(f"grid must be a multiple of {TILE}, not {self.grid}.")
+        if self.max_model_len is not None:
+            _check_positive_int("max_model_len", self.max_model_len)
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be between 0 and 2**63 - 1, not {self.seed}.")
+        for name in ("kv_gib", "state_gib", "cache_gib"):
+            size = getattr(self, name)
+            if size is not None and not 0 < size < 2**20:
+                raise ConfigError(f"{name} must be a positive number of GiB, not {size}.")
+        if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
+            raise ConfigError("give cache_gib alone, or kv_gib and state_gib, not both.")
+        if self.prefix_cache not in ("hybrid", "radix", "none"):
+            raise ConfigError(
+                f"prefix_cache must be hybrid, radix or none, not {self.prefix_cache!r}."
+            )
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be an integer of 1 or more, not {value!r}.")

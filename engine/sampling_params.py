@@ -1,0 +1,86 @@
+"""How a request wants its tokens chosen, and when it wants to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling and stopping rules of one request. A bad value is a ValueError of one sentence."""
+
+    temperature: float = 1.0
+    """0: always the most likely token."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities sum to this."""
+    top_k: int | None = None
+    """Keep this many of the most likely tokens; None: all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely, relative to the most likely one."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: as many as the context holds; 0: only with prompt logprobs."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer, themselves left out of it; one may be given as a plain string."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the tokenizer's own."""
+    ignore_eos: bool = False
+    """Generate on through the tokenizer's end tokens."""
+    seed: int | None = None
+    """With a seed the same request gives the same tokens, whatever else runs."""
+    logprobs: int | None = None
+    """Report each token's log-probability with this many alternatives; None: report none."""
+    repetition_penalty: float = 1.0
+    """Divides (positive) or multiplies (negative) the logits of tokens in prompt and answer."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token for every time it is in the answer."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_numbers()
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ValueError("stop must hold non-empty strings.")
+        if any(not _is_int(token) or token < 0 for token in self.stop_token_ids):
+            raise ValueError("stop_token_ids must hold token ids of 0 or more.")
+
+    def _check_numbers(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_int("top_k", self.top_k, 1)
+        _check_int("max_tokens", self.max_tokens, 0)
+        _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        _check_int("logprobs", self.logprobs, 0, 50)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float, open_below: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}.")
+    if not low <= value <= high or (open_below and value == low):
+        raise ValueError(
+            f"{name} must be {'above' if open_below else 'at least'} {low:g} and at most {high:g}, not {value!r}."
+        )
+
+
+def _check_int(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is None:
+        return
+    if not _is_int(value):
+        raise ValueError(f"{name} must be an integer, not {value!r}.")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {allowed}, not {value}.")
