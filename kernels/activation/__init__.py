@@ -1,0 +1,1 @@
+"""Gated activations: ``reference`` in plain PyTorch, ``fused`` in Triton."""

@@ -1,0 +1,1 @@
+"""Causal attention over a KV pool, read by index: ``reference`` in plain PyTorch, ``fused`` in Triton."""

@@ -1,0 +1,1 @@
+"""Root-mean-square norms: ``reference`` in plain PyTorch, ``fused`` in Triton."""

@@ -1,0 +1,134 @@
+"""Causal grouped-query attention over a KV pool, in plain PyTorch.
+
+    out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
+
+A sequence's keys are the pool rows that its row of the request table lists, in order. A prefill is cut on an absolute
+grid: queries into blocks of 512 positions, each with the keys up to its block's end, whatever part of the block is
+computed now. A prefill that resumes at a multiple of 64 therefore runs the very same products as one from zero, and
+``torch.equal`` holds between them (measured: float32 and bfloat16, one and two threads, head sizes 64 to 256; the key
+range has to be a multiple of 512, which is the tile of PyTorch's kernel on the CPU).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kernels.attention.sequences import Sequences
+from kernels.packed import TILE, Packed
+
+BLOCK = 512
+"""Positions per block of queries, and the unit of key ranges."""
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of new tokens to themselves and to everything before them; their KV is in the pool already.
+
+    Args:
+        query: ``[T, HQ, D]``, the packed new tokens; sequence b's are the last ``packed.lengths[b]`` of its
+            ``sequences.kv_lens[b]`` tokens, from a multiple of 64 on.
+        key_pool, value_pool: ``[N, HKV, D]``; HQ is a multiple of HKV.
+        table: int32 ``[R, M]``, the request table: KV indices by row and position.
+        scale: factor of the scores.
+
+    Returns:
+        ``[T, HQ, D]`` in the query's dtype. O(T * length * HQ * D).
+    """
+    out = torch.empty_like(query)
+    offset = 0
+    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, packed.lengths, strict=True):
+        if length:
+            indices = table[row, :kv_len]
+            keys, values = (_padded_rows(pool, indices) for pool in (key_pool, value_pool))
+            span = slice(offset, offset + length)
+            _prefill_one(query[span], keys, values, kv_len - length, scale, out[span])
+            offset += length
+    return out
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token per sequence, ``query [B, HQ, D]``, the last of its ``sequences.kv_lens[b]`` tokens.
+
+    Every sequence is computed on its own, so batch mates change nothing. Returns ``[B, HQ, D]``.
+    """
+    out = torch.empty_like(query)
+    num_kv_heads = key_pool.shape[1]
+    for b, (row, kv_len) in enumerate(zip(sequences.rows, sequences.kv_lens, strict=True)):
+        indices = table[row, :kv_len]
+        keys, values = (
+            _rows(pool, indices).transpose(0, 1)[None] for pool in (key_pool, value_pool)
+        )
+        grouped = query[b].view(1, num_kv_heads, -1, query.shape[-1])
+        out[b] = F.scaled_dot_product_attention(grouped, keys, values, scale=scale).view_as(out[b])
+    return out
+
+
+def _prefill_one(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """One sequence, block by block: query and out ``[T, HQ, D]``, keys and values ``[HKV, L, D]``, L a multiple of 512."""
+    end = start + len(query)
+    while start < end:
+        key_end = (start // BLOCK + 1) * BLOCK
+        num_queries = min(key_end, end) - start
+        block, query = query[:num_queries], query[num_queries:]
+        num_padded = -(-num_queries // TILE) * TILE
+        block = F.pad(block, (0, 0, 0, 0, 0, num_padded - num_queries)).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(
+            block[None],
+            keys[None, :, :key_end],
+            values[None, :, :key_end],
+            attn_mask=_causal_mask(start, num_padded, key_end, query.dtype),
+            scale=scale,
+            enable_gqa=True,
+        )[0]
+        out[:num_queries] = attended[:, :num_queries].transpose(0, 1)
+        out = out[num_queries:]
+        start += num_queries
+
+
+def _causal_mask(start: int, num_queries: int, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[num_queries, num_keys]``: 0 up to each query's own position, -inf past it."""
+    mask = torch.zeros(num_queries, num_keys, dtype=dtype)
+    last_block = mask[:, num_keys - BLOCK :]
+    last_block.fill_(-torch.inf).triu_(start % BLOCK + 1)
+    return mask
+
+
+def _padded_rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The pool's rows at ``indices``, zeros up to a multiple of 512: ``[HKV, L, D]``."""
+    num_padded = -(-len(indices) // BLOCK) * BLOCK
+    rows = pool.new_empty(num_padded, *pool.shape[1:])
+    torch.index_select(pool, 0, indices, out=rows[: len(indices)])
+    rows[len(indices) :] = 0
+    return rows.transpose(0, 1)
+
+
+def _rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The pool's rows at ``indices``: a view where they are one range, else a copy of the same strides."""
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first == len(indices) - 1 and bool((indices.diff() == 1).all()):
+        return pool[first : last + 1]
+    return pool.index_select(0, indices)

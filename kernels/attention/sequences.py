@@ -1,0 +1,35 @@
+"""Which KV each sequence of a step attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Rows of the request table and how far each is filled. Built once per step, read by every attention layer."""
+
+    rows: tuple[int, ...]
+    """The row of the request table that lists each sequence's KV indices."""
+    kv_lens: tuple[int, ...]
+    """Tokens whose KV is in the pool, this step's included. The Triton kernels read it as an upper bound only, so that a
+    captured graph can be replayed with smaller values in ``kv_len_table``."""
+    row_table: torch.Tensor
+    """int32[B], ``rows`` on the device."""
+    kv_len_table: torch.Tensor
+    """int32[B], ``kv_lens`` on the device."""
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[int], kv_lens: Sequence[int], device: torch.device | str = "cpu"
+    ) -> Sequences:
+        """The same numbers on the host and on ``device``."""
+        return cls(
+            rows=tuple(rows),
+            kv_lens=tuple(kv_lens),
+            row_table=torch.tensor(rows, dtype=torch.int32, device=device),
+            kv_len_table=torch.tensor(kv_lens, dtype=torch.int32, device=device),
+        )

@@ -1,0 +1,69 @@
+"""Linear layers in plain PyTorch whose rows do not depend on how many others are computed with them.
+
+On the CPU the rows of a matrix product are bit-identical for every number of rows that is a multiple of 4 (measured,
+float32 and bfloat16, one and two threads); other small numbers take other code. So rows are padded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+ROWS = 4
+"""Rows are computed in multiples of this."""
+
+Format = Literal["int8", "fp8"]
+
+STORAGE: dict[Format, tuple[torch.dtype, float]] = {
+    "int8": (torch.int8, 127.0),
+    "fp8": (torch.float8_e4m3fn, 448.0),
+}
+"""The dtype of each 8-bit format and the largest magnitude it is scaled to."""
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``: x ``[T, N]``, weight ``[M, N]``, bias ``[M]``; ``[T, M]``."""
+    num_rows = len(x)
+    if num_rows % ROWS == 0:
+        return F.linear(x, weight, bias)
+    return F.linear(F.pad(x, (0, 0, 0, -num_rows % ROWS)), weight, bias)[:num_rows]
+
+
+def quantize(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit weights with one scale per output channel, symmetric: ``weight ~ quantised * scale[..., None]``.
+
+    Args:
+        weight: ``[..., M, N]``.
+
+    Returns:
+        The quantised weight of the same shape, and the float32 scales ``[..., M]``. Rounding is to nearest even.
+    """
+    dtype, largest = STORAGE[format]
+    weight = weight.float()
+    scale = weight.abs().amax(dim=-1).clamp_(min=torch.finfo(torch.float32).tiny) / largest
+    scaled = weight / scale[..., None]
+    if dtype is torch.int8:
+        scaled = scaled.round_()
+    return scaled.clamp_(-largest, largest).to(dtype), scale
+
+
+def linear_8bit(
+    x: torch.Tensor,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(x @ quantized.T) * scale + bias`` in x's dtype: activations stay as they are, weights are widened on the way.
+
+    Args:
+        x: ``[T, N]``; quantized: int8 or float8_e4m3fn ``[M, N]``; scale: float32 ``[M]``; bias: ``[M]`` or None.
+
+    Returns:
+        ``[T, M]``.
+    """
+    out = linear(x, quantized.to(x.dtype)).float().mul_(scale)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype)

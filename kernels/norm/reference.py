@@ -1,0 +1,49 @@
+"""Root-mean-square norms in plain PyTorch (Zhang and Sennrich, 2019). Computed in float32, rounded once at the end."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+
+
+@overload
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, residual: None = None
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``x / sqrt(mean(x^2) + eps) * (offset + weight)`` over the last dimension of ``x [..., N]``, ``weight [N]``.
+
+    ``offset`` 1 is Gemma's way of storing weights around zero. With a ``residual`` (like x) the norm is that of their sum,
+    rounded to x's dtype; returns ``(norm, sum)``.
+    """
+    if residual is not None:
+        x = x + residual
+    scale = weight.float() + offset if offset else weight.float()
+    normed = F.rms_norm(x.float(), weight.shape, scale, eps).to(x.dtype)
+    return normed if residual is None else (normed, x)
+
+
+def gated_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with, per head."""
+    normed = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return normed.mul_(F.silu(gate.float())).to(x.dtype)
