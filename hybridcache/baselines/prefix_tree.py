@@ -1,0 +1,122 @@
+"""The compressed radix tree that SGLang's and Marconi's caches share: splits, and a state flag at node ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from hybridcache.interface import Tokens
+
+
+class PrefixNode:
+    """One edge and its end. ``time`` and ``state_time`` are the owner's recency marks."""
+
+    __slots__ = (
+        "children",
+        "depth",
+        "has_state",
+        "locks",
+        "parent",
+        "state_locks",
+        "time",
+        "tokens",
+    )
+
+    def __init__(self, tokens: Tokens, parent: PrefixNode | None) -> None:
+        self.tokens = tokens
+        self.parent = parent
+        self.depth: int = len(tokens) + (parent.depth if parent else 0)
+        self.children: dict[int, PrefixNode] = {}
+        self.has_state = False
+        self.time = 0
+        self.locks = 0
+        self.state_locks = 0
+
+    def path(self) -> Iterator[PrefixNode]:
+        """From this node up, the root excluded."""
+        node = self
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+def new_root() -> PrefixNode:
+    return PrefixNode(np.empty(0, np.int32), None)
+
+
+def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
+    """The last node reached and how many tokens matched: less than its depth when the match ends inside its edge. O(n)."""
+    node, matched = root, 0
+    while matched < len(tokens):
+        child = node.children.get(int(tokens[matched]))
+        if child is None:
+            break
+        node = child
+        common = _common(child.tokens, tokens[matched:])
+        matched += common
+        if common < len(child.tokens):
+            break
+    return node, matched
+
+
+def split(node: PrefixNode, depth: int) -> PrefixNode:
+    """Cut ``node``'s edge at ``depth``; returns the new upper node, which has the KV locks but no state."""
+    parent = node.parent
+    assert parent is not None and parent.depth < depth < node.depth
+    at = depth - parent.depth
+    upper = PrefixNode(node.tokens[:at], parent)
+    upper.time, upper.locks = node.time, node.locks
+    parent.children[int(upper.tokens[0])] = upper
+    node.tokens, node.parent = node.tokens[at:], upper
+    upper.children[int(node.tokens[0])] = node
+    return upper
+
+
+def grow(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int, PrefixNode | None]:
+    """Make ``tokens`` end at a node; returns it, how many tokens are new, and the node a split made where the new tokens
+    leave the tree (None: no edge was split there). O(n)."""
+    node, matched = walk(root, tokens)
+    fork = None
+    if matched < node.depth:
+        node = fork = split(node, matched)
+    new = len(tokens) - matched
+    if new:
+        child = PrefixNode(tokens[matched:], node)
+        node.children[int(child.tokens[0])] = child
+        node = child
+    return node, new, fork
+
+
+def remove_leaf(node: PrefixNode) -> PrefixNode:
+    """Take a leaf out of the tree; returns its parent."""
+    parent = node.parent
+    assert parent is not None and not node.children
+    del parent.children[int(node.tokens[0])]
+    return parent
+
+
+def merge_into_child(node: PrefixNode) -> PrefixNode:
+    """Give an inner node's edge to its only child, which is returned."""
+    (child,) = node.children.values()
+    parent = node.parent
+    assert parent is not None
+    child.tokens, child.parent = np.concatenate([node.tokens, child.tokens]), parent
+    parent.children[int(child.tokens[0])] = child
+    return child
+
+
+def nodes(root: PrefixNode) -> Iterator[PrefixNode]:
+    """Every node below ``root``. O(tree)."""
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
+
+
+def _common(left: Tokens, right: Tokens) -> int:
+    length = min(len(left), len(right))
+    differ = left[:length] != right[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length
