@@ -1,0 +1,94 @@
+"""The one table of devices: what each can do, and how it is asked. No other module names one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from engine.model_config import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTraits:
+    """What the engine may use on one kind of device."""
+
+    has_triton: bool
+    has_graphs: bool
+    default_dtype: torch.dtype
+
+
+TRAITS = {
+    "cpu": DeviceTraits(has_triton=False, has_graphs=False, default_dtype=torch.float32),
+    "cuda": DeviceTraits(has_triton=True, has_graphs=True, default_dtype=torch.bfloat16),
+    "xpu": DeviceTraits(has_triton=True, has_graphs=False, default_dtype=torch.bfloat16),
+}
+OTHER = DeviceTraits(has_triton=False, has_graphs=False, default_dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device and its traits."""
+
+    torch_device: torch.device
+    traits: DeviceTraits
+
+    @classmethod
+    def resolve(cls, name: str | None) -> Device:
+        """By name (``cpu``, ``cuda``, ``cuda:1`` ...), or the accelerator found, or the CPU. Raises ModelError."""
+        if name is None:
+            found = torch.accelerator.current_accelerator(check_available=True)
+            device = torch.device("cpu") if found is None or found.type not in TRAITS else found
+        else:
+            try:
+                device = torch.device(name)
+            except RuntimeError:
+                raise ModelError(f"there is no device {name!r}; try cpu.") from None
+        if device.type != "cpu":
+            try:
+                available = torch.get_device_module(device).is_available()
+            except (RuntimeError, AttributeError):
+                available = False
+            if not available:
+                raise ModelError(f"the device {name!r} is not available here; try cpu.")
+        return cls(device, TRAITS.get(device.type, OTHER))
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.torch_device.type == "cpu"
+
+    @property
+    def module(self) -> ModuleType:
+        """``torch.cpu``, ``torch.cuda`` ...: streams, graphs, memory figures."""
+        return torch.get_device_module(self.torch_device)
+
+    def free_bytes(self) -> int:
+        """Memory that could be had now."""
+        if self.is_cpu:
+            return _available_host_bytes()
+        free, _ = self.module.mem_get_info(self.torch_device)
+        return int(free)
+
+    def synchronize(self) -> None:
+        """Wait until everything asked of the device is done."""
+        if not self.is_cpu:
+            self.module.synchronize(self.torch_device)
+
+    def describe(self) -> str:
+        """As shown at start-up."""
+        if self.is_cpu:
+            return f"cpu, {torch.get_num_threads()} threads"
+        return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
+
+
+def _available_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
