@@ -76,6 +76,7 @@ class Lease:
         "_cache",
         "_counted",
         "_decode_interval",
+        "_node",
         "_num_rows",
         "_pending",
         "_plan",
@@ -101,6 +102,7 @@ class Lease:
         """Take over ``receipt`` (a lock on ``match.node``) and ``state_slot``: see ``begin``."""
         self._cache = cache
         self._request = request
+        self._node = match.node
         self._receipt = receipt
         self.match = match
         """What was found at ``begin`` and is resumed from."""
@@ -283,7 +285,7 @@ class Lease:
         self._pending = [saved for saved in self._pending if saved.position > computed_len]
         receipt = self._cache.lock(node)
         self._cache.unlock(self._receipt)
-        self._receipt = receipt
+        self._node, self._receipt = node, receipt
         return self._swap(node, duplicates) if len(duplicates) else None
 
     def _publishable(self, computed_len: int) -> int:
@@ -299,6 +301,7 @@ class Lease:
             namespace=self._request.namespace,
             owned_from=self.published_len,
             labels=[label for _, _, label in saved],
+            after=self._node,
         )
         for slot in result.rejected_slots:
             self._cache.free_slot(slot)
@@ -361,7 +364,7 @@ class Lease:
         if first_held < self._num_rows:
             self._cache.free_kv(self._rows[first_held : self._num_rows])
         self._cache.unlock(self._receipt)
-        self._receipt = None
+        self._node = self._receipt = None
         self._pending, self._rolling, self.state_slot = [], None, None
         self._plan = {}
         self._num_rows = self.published_len = 0

@@ -1,0 +1,68 @@
+"""Requests that arrive together: who should wait a few steps because somebody ahead is computing the same prefix.
+
+Two prompts with the same beginning that are prefilled side by side would both compute it. So a waiting request *follows* a
+running prefill, its leader, as long as the leader has still to pass a position that the follower could resume from. The
+leader is asked to save its state there, which it would have no reason to do by itself. Whoever leads is running, older work
+goes first, and a leader that is preempted or gone leads nobody: no request waits for one that does not move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.cache_manager import CacheManager
+from engine.request import Request
+from hybridcache.interface import Tokens
+
+
+class Sharing:
+    """Decides which waiting requests follow which running prefills."""
+
+    def __init__(self, manager: CacheManager) -> None:
+        self._manager = manager
+
+    def must_wait(self, request: Request, running: Iterable[Request]) -> bool:
+        """Whether a prefill ahead will leave ``request`` more to resume from than there is now.
+
+        O(running prefills), and O(length) once for each pair and each time one is followed.
+        """
+        if request.wants_scores:
+            return False
+        goal = 0
+        for leader in running:
+            if leader.is_prefilling and leader.namespace == request.namespace:
+                goal = max(goal, self._goal(request, leader))
+        if not goal:
+            return False
+        found = self._manager.cache.match(request.tokens, request.namespace)
+        return found.cached_len < goal
+
+    def _goal(self, request: Request, leader: Request) -> int:
+        """The deepest position that ``request`` could resume from once ``leader`` has passed it; 0: none is ahead."""
+        step = self._manager.step
+        shared = request.shared_lens.get(leader.arrival)
+        if shared is None:
+            shared = common_len(request.tokens, leader.tokens[: leader.prefill_len])
+            request.shared_lens[leader.arrival] = shared
+        usable = min(shared, request.num_tokens - 1) // step * step
+        if usable <= leader.computed_len:
+            return 0
+        wanted = self._manager.checkpoint_positions(request, shared)
+        goal = max((p // step * step for p in wanted if p // step * step <= usable), default=0)
+        if goal <= leader.computed_len:
+            return 0
+        self._manager.want(leader, goal)
+        return goal
+
+
+def common_len(one: Tokens, other: Tokens) -> int:
+    """Leading tokens that both have. O(their common length, in blocks)."""
+    limit = min(len(one), len(other))
+    for start in range(0, limit, 1024):
+        end = min(start + 1024, limit)
+        differs = one[start:end] != other[start:end]
+        if differs.any():
+            return start + int(np.argmax(differs))
+    return limit
