@@ -1,0 +1,87 @@
+"""Where a figure comes from: every results file begins with the command, commit, versions and machine that made it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+FIGURES = ROOT / "experiments" / "figures"
+PACKAGES = ("torch", "triton", "transformers", "numpy", "hybridcache")
+
+
+def provenance() -> dict[str, Any]:
+    """The command that runs, the commit it runs on, the versions it uses, the machine and the date."""
+    return {
+        "command": shlex.join(["python", *_command()]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """``records`` to ``path``, one a line, after a first line with the provenance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for record in ({"provenance": provenance()}, *records):
+            file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(provenance, records) of a file that ``write_json_lines`` wrote."""
+    first, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return first["provenance"], records
+
+
+def _command() -> list[str]:
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT) and script.suffix == ".py":
+        module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+        return ["-m", module, *sys.argv[1:]]
+    return [script.name, *sys.argv[1:]]
+
+
+def _commit() -> str | None:
+    """The commit, with a ``+`` where tracked files differ from it; None outside a clone."""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
