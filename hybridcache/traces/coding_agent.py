@@ -1,0 +1,160 @@
+"""Recorded coding-agent sessions: hashes of 64-token blocks, run-length coded (callanjfox/kv-cache-tester, traces).
+
+A line is a session. ``hash_ids`` is a list of runs, [first id, last id] or a single id; ids are the session's own, so two sessions never agree on one
+even where their texts do. What they share is rebuilt from ``tool_tokens`` and ``system_tokens``: a prompt begins with that many tokens of
+tool definitions, then of system prompt, and two sessions (or subagents) with the same two counts are taken to have the same text there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.arrivals import Fixed, Starts, interleave
+from hybridcache.trace import BadRecords, FreshIds, Ids, TraceRequest, units
+from hybridcache.traces.base import Record, json_lines
+
+
+@dataclass(frozen=True, slots=True)
+class CodingAgentReader:
+    """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when they did."""
+
+    word: ClassVar[str] = "coding-agent"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    starts: Starts = field(default_factory=lambda: Fixed(1 / 300))
+    seed: int = 0
+    duplicates: bool = False
+    """Whether sessions marked ``dup`` (recorded twice) are read too."""
+    unit: int = 64
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return record.get("hash_id_scope") == "local" and "requests" in record
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        return interleave(self._sessions(), self.starts, unit=self.unit, seed=self.seed)
+
+    def _sessions(self) -> Iterator[list[TraceRequest]]:
+        ids = _Ids()
+        for number, record in json_lines(self.path, self.bad):
+            if record.get("dup") and not self.duplicates:
+                continue
+            try:
+                session = _Session(record, ids, self.unit).requests()
+            except KeyError as error:
+                self.bad.report(self.path, number, f"field {error} is missing")
+                continue
+            except (TypeError, ValueError) as error:
+                self.bad.report(self.path, number, str(error))
+                continue
+            yield session
+
+
+class _Ids:
+    """Ids of the whole trace: shared heads, sessions' own blocks, unknown answers."""
+
+    def __init__(self) -> None:
+        self.fresh = FreshIds()
+        self._next = 0
+        self._heads: dict[Hashable, Ids] = {}
+
+    def reserve(self, num_ids: int) -> int:
+        """The first of ``num_ids`` new ids."""
+        first = self._next
+        self._next += num_ids
+        if self._next > FreshIds.FLOOR:
+            raise OverflowError("more than 2**30 blocks in one trace")
+        return first
+
+    def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Ids:
+        """Ids of a shared head: the tools' part agrees wherever its length does, the rest wherever both lengths do."""
+        parts = []
+        for kind, num_blocks in (((key,), tool_blocks), ((key, tool_blocks), system_blocks)):
+            name = (*kind, num_blocks)
+            if name not in self._heads:
+                first = self.reserve(num_blocks)
+                self._heads[name] = np.arange(first, first + num_blocks, dtype=np.int32)
+            parts.append(self._heads[name])
+        return np.concatenate(parts)
+
+
+class _Session:
+    """One line of the file, subagents included; requests in order of time."""
+
+    def __init__(self, record: Record, ids: _Ids, unit: int) -> None:
+        self._record, self._ids, self._unit = record, ids, unit
+        most = max((last for _, last in _runs(record)), default=0)
+        self._offset = ids.reserve(most + 1)
+
+    def requests(self) -> list[TraceRequest]:
+        found = list(self._walk(self._record, 0.0, str(self._record["id"])))
+        return sorted(found, key=lambda request: request.timestamp_s)
+
+    def _walk(self, owner: Record, start_s: float, name: str) -> Iterator[TraceRequest]:
+        tools, system = int(owner["tool_tokens"]), int(owner["system_tokens"])
+        tool_blocks = tools // self._unit
+        system_blocks = (tools + system) // self._unit - tool_blocks
+        head = self._ids.head(tool_blocks, system_blocks, "heads")
+        # The owner's requests begin with the same blocks where they carry the head; one that does not (a title, a
+        # summary) keeps ids of its own.
+        own_head: list[int] | None = None
+        for request in owner["requests"]:
+            when = start_s + float(request["t"])
+            if request["type"] == "subagent":
+                yield from self._walk(request, when, f"{name}/{request['agent_id']}")
+                continue
+            tokens = self._tokens(request)
+            if not len(tokens):
+                continue
+            if own_head is None and len(tokens) >= len(head):
+                own_head = tokens[: len(head)].tolist()
+            shared = _agreeing(tokens, own_head or [])
+            tokens[:shared] = head[:shared]
+            yield self._request(request, when, name, tokens, shared)
+
+    def _tokens(self, request: Record) -> Ids:
+        runs = _spans(request)
+        if any(last < first or first < 0 for first, last in runs):
+            raise ValueError("a run of hash_ids ends before it begins")
+        parts = [np.arange(first, last + 1, dtype=np.int32) for first, last in runs]
+        return np.concatenate(parts) + np.int32(self._offset) if parts else np.zeros(0, np.int32)
+
+    def _request(
+        self, request: Record, when: float, name: str, tokens: Ids, shared: int
+    ) -> TraceRequest:
+        length = int(request["in"])
+        whole = len(tokens)
+        if not whole * self._unit <= length < (whole + 1) * self._unit:
+            raise ValueError(f"{whole} blocks of {self._unit} do not cover {length} tokens")
+        partial = length - whole * self._unit
+        if partial:  # the rest that has no hash: nobody shares it
+            tokens = np.concatenate((tokens, self._ids.fresh.take(1)))
+        total = units(length + int(request["out"]), self._unit)
+        output = self._ids.fresh.take(total - len(tokens))
+        boundaries = (shared,) if shared else ()
+        return TraceRequest(when, name, None, tokens, output, boundaries, partial or None)
+
+
+def _runs(record: Record) -> Iterator[tuple[int, int]]:
+    for request in record["requests"]:
+        if request["type"] == "subagent":
+            yield from _runs(request)
+        else:
+            yield from _spans(request)
+
+
+def _spans(request: Record) -> list[tuple[int, int]]:
+    """(first, last) of every run; a run of one may be a bare id."""
+    return [(run, run) if isinstance(run, int) else (run[0], run[1]) for run in request["hash_ids"]]
+
+
+def _agreeing(tokens: Ids, head: list[int]) -> int:
+    """How many leading ids of ``tokens`` are ``head``'s."""
+    length = min(len(tokens), len(head))
+    differs = tokens[:length] != np.asarray(head[:length], np.int32)
+    return int(differs.argmax()) if differs.any() else length

@@ -1,0 +1,141 @@
+"""The project's own format: JSON lines that can say everything a ``TraceRequest`` can.
+
+A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many tokens an id stands for. Then one
+object a line, in order of time:
+
+``timestamp``   seconds; default: one second after the line before
+``session``     string or number; default: the line's own
+``namespace``   string, number or null
+``tokens``      the prompt's ids, or
+``prefix``      [k, ids...]: the first k ids of the same session's last prompt and answer, then these
+``output``      the answer's ids, or
+``output_length``  how many tokens the answer has, where its ids are not known
+``boundaries``  ascending positions in ids
+``partial``     tokens that the prompt's last id stands for, where fewer than the unit
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+import numpy as np
+
+from hybridcache.trace import BadRecords, FreshIds, Ids, Trace, TraceRequest, units
+from hybridcache.traces.base import Record, json_lines, parsed
+
+
+@dataclass(frozen=True, slots=True)
+class OwnReader:
+    """Reads what ``write`` wrote, or what a program of the user's did."""
+
+    word: ClassVar[str] = "jsonl"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        has_tokens = isinstance(record.get("tokens"), list) or isinstance(
+            record.get("prefix"), list
+        )
+        return record.get("format") == "hybridcache" or has_tokens
+
+    @property
+    def unit(self) -> int:
+        for _, record in json_lines(self.path, BadRecords(skip=True)):
+            return int(record.get("unit", 1)) if "format" in record else 1
+        return 1
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        parser = _Parser(self.unit)
+        return parsed(self.path, json_lines(self.path, self.bad), parser.parse, self.bad)
+
+
+class _Parser:
+    """Lines to requests; remembers each session's last prompt and answer for ``prefix``."""
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._fresh = FreshIds()
+        self._number = -1
+        self._now = -1.0
+        self._last: dict[Hashable, Ids] = {}
+
+    def parse(self, record: Record) -> Iterable[TraceRequest]:
+        if "format" in record:
+            return
+        self._number += 1
+        session = record.get("session", f"line {self._number}")
+        tokens = self._tokens(record, session)
+        partial = record.get("partial")
+        self._now = float(record.get("timestamp", self._now + 1.0))
+        output = self._output(record)
+        self._last[session] = np.concatenate((tokens, output))
+        boundaries = tuple(int(position) for position in record.get("boundaries", ()))
+        namespace = record.get("namespace")
+        yield TraceRequest(self._now, session, namespace, tokens, output, boundaries, partial)
+
+    def _tokens(self, record: Record, session: Hashable) -> Ids:
+        if "tokens" in record:
+            tokens = _ids(record["tokens"])
+        else:
+            kept, *rest = record["prefix"]
+            before = self._last.get(session, np.zeros(0, np.int32))
+            if not 0 <= kept <= len(before):
+                raise ValueError(f"prefix keeps {kept} ids of {len(before)} that session has")
+            tokens = np.concatenate((before[:kept], _ids(rest)))
+        if not len(tokens):
+            raise ValueError("the prompt is empty")
+        return tokens
+
+    def _output(self, record: Record) -> Ids:
+        if "output" in record:
+            return _ids(record["output"])
+        return self._fresh.take(units(int(record.get("output_length", 0)), self._unit))
+
+
+def _ids(values: list[Any]) -> Ids:
+    ids = np.asarray(values, dtype=np.int64).reshape(-1)
+    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
+        raise ValueError("an id is not in [0, 2**31)")
+    return ids.astype(np.int32)
+
+
+def write(trace: Trace, file: TextIO) -> int:
+    """Write ``trace`` in this format, prompts as ``prefix`` of their session where they repeat it; returns its requests."""
+    file.write(json.dumps({"format": "hybridcache", "version": 1, "unit": trace.unit}) + "\n")
+    last: dict[Hashable, Ids] = {}
+    num_requests = 0
+    for request in trace:
+        num_requests += 1
+        before = last.get(request.session)
+        kept = 0 if before is None else _common(before, request.tokens)
+        record: dict[str, Any] = {"timestamp": round(request.timestamp_s, 6)}
+        record["session"] = _plain(request.session)
+        if request.namespace is not None:
+            record["namespace"] = _plain(request.namespace)
+        if kept:
+            record["prefix"] = [kept, *request.tokens[kept:].tolist()]
+        else:
+            record["tokens"] = request.tokens.tolist()
+        record["output"] = request.output.tolist()
+        if request.boundaries:
+            record["boundaries"] = list(request.boundaries)
+        if request.partial_tokens is not None:
+            record["partial"] = request.partial_tokens
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        last[request.session] = np.concatenate((request.tokens, request.output))
+    return num_requests
+
+
+def _plain(value: Hashable) -> str | int:
+    return value if isinstance(value, int | str) else str(value)
+
+
+def _common(one: Ids, other: Ids) -> int:
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length

