@@ -1,17 +1,31 @@
-"""Gated activations in plain PyTorch."""
+"""Gated activations in plain PyTorch.
+
+Written with exp rather than ``torch.sigmoid`` and ``F.silu``: on AVX-512 those give the elements behind the last full
+vector other bits, so a row's result would depend on where it lies; exp and division do not.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """``1 / (1 + exp(-x))`` in float32."""
+    return x.float().neg().exp_().add_(1).reciprocal_()
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """``x / (1 + exp(-x))`` in float32."""
+    x = x.float()
+    return x / x.neg().exp_().add_(1)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``silu(a) * b`` of the two halves (a, b) of ``x [..., 2I]``: ``[..., I]`` (SwiGLU, Shazeer 2020)."""
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return silu(gate).mul_(up).to(x.dtype)
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``x * sigmoid(gate)``: the output gate of attention, ``gate`` like x, or of a shared expert, ``gate [..., 1]``."""
-    return x * torch.sigmoid(gate)
+    return (x * sigmoid(gate)).to(x.dtype)

@@ -7,6 +7,8 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 
+from kernels.activation.reference import silu
+
 
 @overload
 def rms_norm(
@@ -46,4 +48,4 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with, per head."""
     normed = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
-    return normed.mul_(F.silu(gate.float())).to(x.dtype)
+    return normed.mul_(silu(gate)).to(x.dtype)

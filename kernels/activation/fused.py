@@ -1,0 +1,90 @@
+"""Gated activations in Triton, in float32 inside."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+"""Elements of a row per program."""
+
+
+@triton.jit
+def silu_and_mul_kernel(x, y, stride, N: tl.constexpr, BN: tl.constexpr):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = o_n < N
+    b_gate = tl.load(x + i_t * stride + o_n, mask=mask, other=0.0).to(tl.float32)  # [BN]
+    b_up = tl.load(x + i_t * stride + N + o_n, mask=mask, other=0.0).to(tl.float32)
+    b_y = b_gate * tl.sigmoid(b_gate) * b_up
+    tl.store(y + i_t * N + o_n, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sigmoid_mul_kernel(
+    x,
+    gate,
+    y,
+    heads,
+    x_stride_t,
+    x_stride_h,
+    gate_stride_t,
+    gate_stride_h,
+    gate_stride_n,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    i_t, i_h = i_r // heads, i_r % heads
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = o_n < N
+    p_gate = gate + i_t * gate_stride_t + i_h * gate_stride_h + o_n * gate_stride_n
+    b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
+    b_x = tl.load(x + i_t * x_stride_t + i_h * x_stride_h + o_n, mask=mask, other=0.0)  # [BN]
+    b_y = b_x.to(tl.float32) * tl.sigmoid(b_gate)
+    tl.store(y + i_r * N + o_n, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``silu(a) * b`` of the two halves of ``x [..., 2I]``; see ``reference.silu_and_mul``."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    size = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
+    if y.numel():
+        block = min(BLOCK, triton.next_power_of_2(size))
+        silu_and_mul_kernel[(len(rows), triton.cdiv(size, block))](
+            rows, y, rows.stride(0), N=size, BN=block
+        )
+    return y
+
+
+def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(gate)``; see ``reference.sigmoid_mul``. x is ``[..., N]``; gate like it or ``[..., 1]``; views allowed."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, gate = _as_heads(x), _as_heads(gate.expand(x.shape))
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    tokens, heads, size = x.shape
+    block = min(BLOCK, triton.next_power_of_2(size))
+    sigmoid_mul_kernel[(tokens * heads, triton.cdiv(size, block))](
+        x,
+        gate,
+        y,
+        heads,
+        x.stride(0),
+        x.stride(1),
+        *gate.stride(),
+        N=size,
+        BN=block,
+    )
+    return y
+
+
+def _as_heads(x: torch.Tensor) -> torch.Tensor:
+    """``[T, N]`` as ``[T, 1, N]``; more leading dimensions are folded into T."""
+    return x[:, None] if x.dim() == 2 else x.reshape(-1, *x.shape[-2:])

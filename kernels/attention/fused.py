@@ -1,0 +1,310 @@
+"""Causal grouped-query attention over a KV pool in Triton: FlashAttention's online softmax (Dao et al., 2022) with every
+cut at an absolute position, so that a row's arithmetic depends on its own position and keys alone.
+
+A prefill program takes a tile of 64 query tokens and up to two heads of one KV head, and walks the keys from position 0
+in tiles of BN. A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins the splits in
+order. Key tiles past a query's position leave its running maximum, sum and output as they are, bit for bit: it makes no
+difference whether a tile was walked over masked or not at all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.sequences import Sequences
+from kernels.packed import TILE, Packed
+
+SPLIT = 256
+"""Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query head of a KV head."""
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def attend_tile(
+    b_q,
+    b_m,
+    b_l,
+    b_o,
+    p_indices,
+    k,
+    v,
+    o_n,
+    b_limit,
+    kv_end,
+    pool_stride,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds keys at positions ``o_n [BN]`` to the running softmax of rows that see positions up to ``b_limit [BM]``.
+
+    ``b_q [BM, BD]``; ``b_m``, ``b_l [BM]`` running maximum (in powers of 2) and sum; ``b_o [BM, BD]`` the weighted values.
+    """
+    o_d = tl.arange(0, BD)
+    m_n = o_n < kv_end
+    b_rows = tl.load(p_indices + o_n, mask=m_n, other=0).to(tl.int64) * pool_stride
+    p_kv = b_rows[:, None] + o_d[None, :]
+    mask = m_n[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(k + p_kv, mask=mask, other=0.0)  # [BN, BD]
+    b_v = tl.load(v + p_kv, mask=mask, other=0.0)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BM, BN]
+    b_s = tl.where(o_n[None, :] <= b_limit[:, None], b_s, float("-inf"))
+    b_m_new = tl.maximum(b_m, tl.max(b_s, axis=1))
+    b_p = tl.exp2(b_s - b_m_new[:, None])
+    b_decay = tl.exp2(b_m - b_m_new)
+    b_l = b_l * b_decay + tl.sum(b_p, axis=1)
+    b_o = b_o * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+    return b_m_new, b_l, b_o
+
+
+@triton.jit
+def prefill_attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    table,
+    rows,
+    kv_lens,
+    cu_seqlens,
+    cu_tiles,
+    tile_sequences,
+    table_stride,
+    pool_stride,
+    scale,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    BM: tl.constexpr = BT * HEADS
+    # The last tiles of a sequence see the most keys: start with them.
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1) * HEADS
+    i_b = tl.load(tile_sequences + i_tile)
+    bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
+    kv_len = tl.load(kv_lens + i_b)
+    first = (i_tile - tl.load(cu_tiles + i_b)) * BT
+    o_row = tl.arange(0, BM)
+    o_q = first + o_row % BT  # tokens from the sequence's first new one
+    o_h = i_h + o_row // BT
+    o_d = tl.arange(0, BD)
+    start = kv_len - (eos - bos)
+    b_limit = start + o_q
+
+    m_q = (o_q < eos - bos)[:, None] & (o_d < D)[None, :]
+    p_q = ((bos + o_q).to(tl.int64) * HQ + o_h)[:, None] * D + o_d[None, :]
+    b_q = tl.load(q + p_q, mask=m_q, other=0.0)  # [BM, BD]
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_o = tl.zeros([BM, BD], tl.float32)
+    p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
+    k += (i_h // G) * D
+    v += (i_h // G) * D
+    kv_end = tl.minimum(start + first + BT, kv_len)
+    for i_n in range(0, kv_end, BN):
+        b_m, b_l, b_o = attend_tile(
+            b_q, b_m, b_l, b_o, p_indices, k, v, i_n + tl.arange(0, BN), b_limit, kv_end,
+            pool_stride, scale, D, BD, PRECISION,
+        )  # fmt: skip
+    tl.store(out + p_q, (b_o / b_l[:, None]).to(out.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def decode_attention_kernel(
+    q,
+    k,
+    v,
+    partial_out,
+    partial_lse,
+    table,
+    rows,
+    kv_lens,
+    table_stride,
+    pool_stride,
+    scale,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    BG: tl.constexpr = max(16, triton.next_power_of_2(G))
+    i_b, i_kv, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_len = tl.load(kv_lens + i_b)
+    if i_s * BS < kv_len:
+        o_g, o_d = tl.arange(0, BG), tl.arange(0, BD)
+        o_h = i_b.to(tl.int64) * HQ + i_kv * G + o_g
+        m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
+        b_m = tl.full([BG], float("-inf"), tl.float32)
+        b_l = tl.zeros([BG], tl.float32)
+        b_o = tl.zeros([BG, BD], tl.float32)
+        b_limit = tl.zeros([BG], tl.int32) + kv_len - 1
+        p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
+        kv_end = tl.minimum(i_s * BS + BS, kv_len)
+        for i_n in range(i_s * BS, kv_end, BN):
+            b_m, b_l, b_o = attend_tile(
+                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D, i_n + tl.arange(0, BN), b_limit,
+                kv_end, pool_stride, scale, D, BD, PRECISION,
+            )  # fmt: skip
+        p_part = o_h * tl.num_programs(2) + i_s
+        tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
+        tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_g < G)
+
+
+@triton.jit
+def combine_splits_kernel(
+    partial_out,
+    partial_lse,
+    kv_lens,
+    out,
+    num_splits,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``, split after split."""
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    i_b, i_h = tl.program_id(0), tl.program_id(1)
+    i_bh = i_b.to(tl.int64) * HQ + i_h
+    o_d = tl.arange(0, BD)
+    b_m = float("-inf")
+    b_l = 0.0
+    b_o = tl.zeros([BD], tl.float32)
+    for i_s in range(0, tl.cdiv(tl.load(kv_lens + i_b), BS)):
+        p_part = i_bh * num_splits + i_s
+        b_lse = tl.load(partial_lse + p_part)
+        b_part = tl.load(partial_out + p_part * D + o_d, mask=o_d < D, other=0.0)  # [BD]
+        b_m_new = tl.maximum(b_m, b_lse)
+        b_decay, b_weight = tl.exp2(b_m - b_m_new), tl.exp2(b_lse - b_m_new)
+        b_l = b_l * b_decay + b_weight
+        b_o = b_o * b_decay + b_part * b_weight
+        b_m = b_m_new
+    tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of new tokens to themselves and everything before them; see ``reference.prefill_attention``.
+
+    Bit-identical for a token whatever part of its sequence is computed with it, if that part starts at a multiple of 64.
+    """
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    num_heads, size = query.shape[1:]
+    group = num_heads // key_pool.shape[1]
+    heads = 2 if group % 2 == 0 else 1
+    num_tiles = len(packed.tile_sequences)
+    if num_tiles:
+        prefill_attention_kernel[(num_tiles, num_heads // heads)](
+            query,
+            key_pool,
+            value_pool,
+            out,
+            table,
+            sequences.row_table,
+            sequences.kv_len_table,
+            packed.cu_seqlens,
+            packed.cu_tiles,
+            packed.tile_sequences,
+            table.stride(0),
+            _pool_stride(key_pool, value_pool),
+            scale * LOG2_E,
+            HQ=num_heads,
+            G=group,
+            D=size,
+            HEADS=heads,
+            BT=TILE,
+            **tile_config(size, query.dtype),
+            num_warps=4 * heads,
+        )
+    return out
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token per sequence; see ``reference.decode_attention``.
+
+    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in ``sequences.kv_len_table``.
+    """
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    batch, num_heads, size = query.shape
+    if batch == 0:
+        return out
+    num_kv_heads = key_pool.shape[1]
+    num_splits = triton.cdiv(max(sequences.kv_lens), SPLIT)
+    partial_out = query.new_empty(batch, num_heads, num_splits, size, dtype=torch.float32)
+    partial_lse = query.new_empty(batch, num_heads, num_splits, dtype=torch.float32)
+    decode_attention_kernel[(batch, num_kv_heads, num_splits)](
+        query,
+        key_pool,
+        value_pool,
+        partial_out,
+        partial_lse,
+        table,
+        sequences.row_table,
+        sequences.kv_len_table,
+        table.stride(0),
+        _pool_stride(key_pool, value_pool),
+        scale * LOG2_E,
+        HQ=num_heads,
+        G=num_heads // num_kv_heads,
+        D=size,
+        BS=SPLIT,
+        **tile_config(size, query.dtype),
+    )
+    combine_splits_kernel[(batch, num_heads)](
+        partial_out,
+        partial_lse,
+        sequences.kv_len_table,
+        out,
+        num_splits,
+        HQ=num_heads,
+        D=size,
+        BS=SPLIT,
+    )
+    return out
+
+
+def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """Key tile, precision and pipeline depth by head size and dtype: what fits 64 KiB of shared memory on every target."""
+    wide = size > 128 or dtype == torch.float32
+    return {
+        "BN": 32 if wide else 64,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_stages": 1 if wide else 2,
+    }
+
+
+def _pool_stride(key_pool: torch.Tensor, value_pool: torch.Tensor) -> int:
+    """Elements between two rows of the pools, which share one layout with contiguous rows."""
+    if key_pool.stride() != value_pool.stride() or not key_pool[0].is_contiguous():
+        raise ValueError("key and value pools need one layout, with contiguous rows")
+    return key_pool.stride(0)

@@ -1,0 +1,157 @@
+"""Root-mean-square norms in Triton: one read of the input, one write of the output, the sum of squares in float32.
+
+A program holds whole rows, and how many depends on the row length alone, so a row's sum is always taken in one order.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+import triton
+import triton.language as tl
+
+ELEMENTS = 2048
+"""About how many elements a program holds: short rows (query and key heads) share one."""
+
+
+@triton.heuristics(
+    {
+        "HAS_RESIDUAL": lambda args: args["residual"] is not None,
+        "HAS_GATE": lambda args: args["gate"] is not None,
+    }
+)
+@triton.jit
+def rms_norm_kernel(
+    x,
+    residual,
+    gate,
+    weight,
+    y,
+    total,
+    num_rows,
+    heads,
+    x_stride_t,
+    x_stride_h,
+    gate_stride_t,
+    gate_stride_h,
+    eps,
+    offset,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_n = tl.arange(0, BN)
+    mask = (o_r < num_rows)[:, None] & (o_n < N)[None, :]
+    o_t, o_h = o_r // heads, o_r % heads
+    p_out = o_r[:, None] * N + o_n[None, :]
+
+    p_x = (o_t * x_stride_t + o_h * x_stride_h)[:, None] + o_n[None, :]
+    b_x = tl.load(x + p_x, mask=mask, other=0.0).to(tl.float32)  # [BR, BN]
+    if HAS_RESIDUAL:
+        b_x += tl.load(residual + p_out, mask=mask, other=0.0).to(tl.float32)
+        b_sum = b_x.to(total.dtype.element_ty)
+        tl.store(total + p_out, b_sum, mask=mask)
+        b_x = b_sum.to(tl.float32)
+    b_rstd = tl.math.rsqrt(tl.sum(b_x * b_x, axis=1) / N + eps)
+    b_w = tl.load(weight + o_n, mask=o_n < N, other=0.0).to(tl.float32) + offset
+    b_y = b_x * b_rstd[:, None] * b_w[None, :]
+    if HAS_GATE:
+        p_gate = (o_t * gate_stride_t + o_h * gate_stride_h)[:, None] + o_n[None, :]
+        b_gate = tl.load(gate + p_gate, mask=mask, other=0.0).to(tl.float32)
+        b_y *= b_gate * tl.sigmoid(b_gate)
+    tl.store(y + p_out, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@overload
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, residual: None = None
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``x / sqrt(mean(x^2) + eps) * (offset + weight)``; see ``reference.rms_norm``.
+
+    ``x [..., N]`` may be a strided view with one unit-stride last dimension, such as heads cut from a wider projection.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(y) if residual is not None else None
+    if residual is not None:
+        residual = residual.contiguous()
+    _launch(x, residual, None, weight, y, total, eps, offset)
+    return y if total is None else (y, total)
+
+
+def gated_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``rms_norm(x) * silu(gate)``; see ``reference.gated_rms_norm``. Both may be strided views."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, gate, weight, y, None, eps, 0.0)
+    return y
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    total: torch.Tensor | None,
+    eps: float,
+    offset: float,
+) -> None:
+    x = as_heads(x)
+    gate = as_heads(gate) if gate is not None else None
+    tokens, heads, size = x.shape
+    num_rows = tokens * heads
+    if num_rows == 0:
+        return
+    block = triton.next_power_of_2(size)
+    rows = max(1, min(16, ELEMENTS // block))
+    rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+        x,
+        residual,
+        gate,
+        weight,
+        y,
+        total,
+        num_rows,
+        heads,
+        x.stride(0),
+        x.stride(1),
+        gate.stride(0) if gate is not None else 0,
+        gate.stride(1) if gate is not None else 0,
+        eps,
+        offset,
+        N=size,
+        BN=block,
+        BR=rows,
+        num_warps=4 if block <= 4096 else 8,
+    )
+
+
+def as_heads(x: torch.Tensor) -> torch.Tensor:
+    """``[..., H, N]`` or ``[T, N]`` as ``[T, H, N]`` with a unit last stride: a view where the strides allow one."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() == 2:
+        return x[:, None]
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])

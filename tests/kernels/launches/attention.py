@@ -1,0 +1,26 @@
+"""What prefill and decode attention launch at the head sizes that models use."""
+
+import torch
+
+from kernels.attention.fused import decode_attention, prefill_attention
+from kernels.attention.sequences import Sequences
+from kernels.packed import Packed
+
+
+def _attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+    pool = torch.empty(512, kv_heads, size, dtype=dtype)
+    table = torch.zeros(16, 512, dtype=torch.int32)
+    sequences = Sequences.of([0, 1], [300, 512])
+    where = {"table": table, "sequences": sequences, "scale": size**-0.5}
+    query = torch.empty(128 + 64, heads, size, dtype=dtype)
+    prefill_attention(query, pool, pool, packed=Packed.from_lengths([128, 64]), **where)
+    decode_attention(query[:2], pool, pool, **where)
+
+
+LAUNCHES = {
+    "qwen3_next": lambda: _attend(16, 2, 256, torch.bfloat16),
+    "size_128": lambda: _attend(32, 8, 128, torch.bfloat16),
+    "size_64_odd_group": lambda: _attend(9, 3, 64, torch.bfloat16),
+    "size_256_float32": lambda: _attend(4, 2, 256, torch.float32),
+    "size_96": lambda: _attend(4, 4, 96, torch.bfloat16),
+}
