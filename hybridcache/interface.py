@@ -66,6 +66,9 @@ class PrefixMatch(NamedTuple):
     node: Any
     """Opaque to callers: the node that ends at ``cached_len``; what ``lock``, ``touch`` and ``gather`` work on."""
     namespace: Hashable
+    missed: Any = None
+    """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node or ghost is on the path:
+    had it and its KV been kept, ``missed.position - cached_len`` more tokens would have been reused."""
 
 
 class InsertResult(NamedTuple):
@@ -125,12 +128,15 @@ class PrefixCache(Protocol):
         namespace: Hashable = None,
         owned_from: int = 0,
         labels: Sequence[str] = (),
+        after: Any = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot), ...].
 
         ``kv_indices[:owned_from]`` are the tree's own (the caller holds a lock over them); the rest the caller holds, and
         ownership of whatever is not in ``duplicates`` or past ``inserted_len`` passes to the cache; likewise slots not in
-        ``rejected_slots``. ``labels`` are the placement words that asked for the checkpoints, one each (or none). O(n).
+        ``rejected_slots``. ``labels`` are the placement words that asked for the checkpoints, one each (or none).
+        ``after`` is a locked node whose path is ``tokens[:owned_from]`` (``match.node``, later ``result.node``): the walk then
+        starts there, O(n - owned_from) instead of O(n). ValueError: rows below ``owned_from`` are not the tree's.
         """
         ...
 

@@ -12,38 +12,77 @@ Kind = Literal["kv", "checkpoint"]
 
 
 class Item(Protocol):
-    """One evictable thing, as a policy sees it. All but ``memo`` is read-only to the policy."""
+    """One evictable thing, as a policy sees it. All but ``memo`` is read-only."""
 
-    kind: Kind
-    size_bytes: int
-    """Bytes that evicting it now frees."""
-    position: int
-    """Tokens from the root to its end."""
-    span: int
-    """Tokens that must be computed again if it goes: kv: the segment's tokens; checkpoint: tokens back to the nearest
-    checkpoint above it."""
-    created: int
-    """Logical time (one tick a request) when it entered the cache."""
-    last_used: int
-    """Logical time of its last use."""
-    uses: int
-    """Times a request resumed from it (checkpoint) or through it (kv)."""
-    superseded: bool
-    """A deeper checkpoint exists on the same unforked path."""
-    above: Item | None
-    """The nearest checkpoint above it on its path; None: the root. Lineage passes along this link."""
-    label: str
-    """The placement word that asked for it: end, branch, boundary, backoff, every ..."""
     memo: Any
     """The policy's own; None at first, kept while the item lives."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that evicting it now frees."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """Tokens from the root to its end."""
+        ...
+
+    @property
+    def span(self) -> int:
+        """Tokens that must be computed again if it goes: kv: the segment's tokens; checkpoint: tokens back to the nearest
+        checkpoint above it."""
+        ...
+
+    @property
+    def serial(self) -> int:
+        """Order of creation among all items of the cache; breaks ties, so that a run can be repeated exactly."""
+        ...
+
+    @property
+    def created(self) -> int:
+        """Logical time (one tick a request) when it entered the cache."""
+        ...
+
+    @property
+    def last_used(self) -> int:
+        """Logical time of its last use."""
+        ...
+
+    @property
+    def uses(self) -> int:
+        """Times a request resumed from it (checkpoint) or through it (kv)."""
+        ...
+
+    @property
+    def dead(self) -> bool:
+        """KV that nothing can resume from: a leaf without a checkpoint. False in an attention-only cache."""
+        ...
+
+    @property
+    def superseded(self) -> bool:
+        """A deeper checkpoint exists on the same unforked path."""
+        ...
+
+    @property
+    def above(self) -> Item | None:
+        """The nearest checkpoint above it on its path; None: the root. Lineage passes along this link."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """The placement word that asked for it: end, branch, boundary, backoff, every ..."""
+        ...
 
 
 class EvictionPolicy(Protocol):
     """Orders the evictable items of one cache.
 
     The cache calls ``add`` when an item becomes a candidate (unlocked; kv: also a leaf), ``discard`` when it stops being
-    one (locked, got a child, evicted), ``touch`` after a use (``last_used`` and ``uses`` already count it), and
-    ``victim`` to choose. ``victim`` returns a candidate without removing it: the cache then calls ``discard``.
+    one (locked, got a child, evicted), ``touch`` after a use of a candidate (``last_used`` and ``uses`` already count it;
+    what was used while it was none shows in them at ``add``), and ``victim`` to choose. ``victim`` returns a candidate without removing it: the cache then calls ``discard``.
     ``missed`` is how a ghost speaks: a request came that would have resumed from this evicted checkpoint.
     Each in O(log n) or better.
     """

@@ -1,0 +1,1 @@
+"""The radix tree: nodes, edges and what hangs on them. Knows no pool, no policy, no model."""

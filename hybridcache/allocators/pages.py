@@ -1,0 +1,101 @@
+"""KV rows, handed out in whole pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.allocators.base import BaseAllocator
+from hybridcache.allocators.budget import ByteBudget
+
+Indices = npt.NDArray[np.int32]
+
+
+class PageAllocator(BaseAllocator):
+    """A stack of free pages; a page is ``page_size`` consecutive KV rows.
+
+    Capacity and counts are in rows (tokens). The stack is one int32 array and its height, so that taking or returning
+    many pages is one copy.
+
+    >>> pages = PageAllocator(8, page_size=4)
+    >>> rows = pages.allocate(5)
+    >>> len(rows), pages.num_free
+    (8, 0)
+    >>> pages.allocate(1) is None
+    True
+    >>> pages.free(rows)
+    >>> pages.num_free
+    8
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        page_size: int = 1,
+        token_bytes: int = 0,
+        budget: ByteBudget | None = None,
+    ) -> None:
+        super().__init__(num_tokens, token_bytes, budget)
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {page_size}")
+        if num_tokens % page_size:
+            raise ValueError(f"{num_tokens} KV rows are not whole pages of {page_size}")
+        self.page_size = page_size
+        num_pages = num_tokens // page_size
+        self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._height = num_pages
+        self._offsets = np.arange(page_size, dtype=np.int32)
+
+    @property
+    def num_unused(self) -> int:
+        return self._height * self.page_size
+
+    @property
+    def num_free(self) -> int:
+        """Rows that ``allocate`` can hand out now, whole pages. O(1)."""
+        if self.budget is None:
+            return self._height * self.page_size
+        affordable = self.budget.free_bytes // self.unit_bytes
+        return min(self.num_unused, affordable - affordable % self.page_size)
+
+    def allocate(self, num_tokens: int) -> Indices | None:
+        """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are not free. O(n)."""
+        num_pages = -(-num_tokens // self.page_size)
+        if num_pages * self.page_size > self.num_free:
+            return None
+        if self.budget is not None:
+            self.budget.take(num_pages * self.page_size * self.unit_bytes)
+        top = self._height
+        self._height = top - num_pages
+        pages = self._stack[top - num_pages : top]
+        if self.page_size == 1:
+            return pages.copy()
+        return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
+
+    def free(self, rows: Indices) -> None:
+        """Take back ``rows``: whole pages in row order, in hands until now. O(n).
+
+        Raises ValueError for a part of a page.
+        """
+        num_pages, part = divmod(len(rows), self.page_size)
+        if part:
+            raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
+        if self.budget is not None:
+            self.budget.give_back(len(rows) * self.unit_bytes)
+        pages = rows if self.page_size == 1 else rows[:: self.page_size] // self.page_size
+        self._stack[self._height : self._height + num_pages] = pages
+        self._height += num_pages
+
+    def free_rows(self) -> Indices:
+        """All unused rows, in no order: int32[num_unused]. O(capacity)."""
+        pages = self._stack[: self._height]
+        return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
+
+    def check(self) -> None:
+        free = self._stack[: self._height]
+        assert 0 <= self._height <= len(self._stack), f"stack height {self._height}"
+        assert len(np.unique(free)) == len(free), "a KV page is free twice"
+        if len(free):
+            assert free.min() >= 0 and free.max() < len(self._stack), (
+                "a free KV page is out of range"
+            )

@@ -1,0 +1,52 @@
+"""State slots (and request rows): one index at a time."""
+
+from __future__ import annotations
+
+from hybridcache.allocators.base import BaseAllocator
+from hybridcache.allocators.budget import ByteBudget
+
+
+class SlotAllocator(BaseAllocator):
+    """A stack of free slots, the last freed handed out first. Every operation O(1).
+
+    >>> slots = SlotAllocator(2)
+    >>> slots.allocate(), slots.allocate(), slots.allocate()
+    (0, 1, None)
+    >>> slots.free(1)
+    >>> slots.num_free
+    1
+    """
+
+    def __init__(
+        self, num_slots: int, slot_bytes: int = 0, budget: ByteBudget | None = None
+    ) -> None:
+        super().__init__(num_slots, slot_bytes, budget)
+        self._stack = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_unused(self) -> int:
+        return len(self._stack)
+
+    def allocate(self) -> int | None:
+        """One slot, or None if none is free. O(1)."""
+        if not self._stack or self.num_free < 1:
+            return None
+        if self.budget is not None:
+            self.budget.take(self.unit_bytes)
+        return self._stack.pop()
+
+    def free(self, slot: int) -> None:
+        """Take back ``slot``, in hands until now. O(1). Raises ValueError for a slot that is none of this pool."""
+        if not 0 <= slot < self.capacity:
+            raise ValueError(f"slot {slot} is not one of {self.capacity}")
+        if self.budget is not None:
+            self.budget.give_back(self.unit_bytes)
+        self._stack.append(slot)
+
+    def free_slots(self) -> list[int]:
+        """All unused slots, in no order. O(capacity)."""
+        return list(self._stack)
+
+    def check(self) -> None:
+        assert len(set(self._stack)) == len(self._stack), "a slot is free twice"
+        assert all(0 <= slot < self.capacity for slot in self._stack), "a free slot is out of range"

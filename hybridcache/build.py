@@ -1,0 +1,126 @@
+"""From words and numbers to a cache: ``CacheConfig`` and ``build_prefix_cache``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.hybrid import HybridRadixCache
+from hybridcache.interface import PrefixCache
+from hybridcache.kv_only import RadixCache
+from hybridcache.null import NullCache
+from hybridcache.policies.eviction import make_eviction
+from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.policies.tiers import Tiers
+from hybridcache.radix.node import ItemBytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What a prefix cache is made from. Either pool sizes, or one byte budget that both pools share."""
+
+    prefix_cache: str = field(
+        default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
+    )
+    num_kv_tokens: int = field(default=0, metadata={"help": "KV rows in all, tokens"})
+    num_slots: int = field(default=0, metadata={"help": "state slots in all"})
+    total_bytes: int | None = field(
+        default=None,
+        metadata={"help": "one budget for KV and states, bytes; instead of the two pool sizes"},
+    )
+    kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})
+    state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
+    page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
+    grid: int = field(default=64, metadata={"help": "checkpoints sit at multiples of it, tokens"})
+    eviction: str = field(default="lru", metadata={"help": "what goes first: a word"})
+    dead_first: bool = field(
+        default=True, metadata={"help": "evict KV that nothing can resume from before other KV"}
+    )
+    demote_superseded: bool = field(
+        default=True,
+        metadata={"help": "evict checkpoints with a deeper one on their unforked path first"},
+    )
+    ghost_bytes: int = field(
+        default=16 << 20, metadata={"help": "host bytes for tokens remembered after their KV went"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.prefix_cache not in PREFIX_CACHES:
+            known = ", ".join(PREFIX_CACHES)
+            raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")
+        if self.page_size < 1 or self.grid < 1:
+            raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+        if self.ghost_bytes < 0:
+            raise ValueError(f"ghost_bytes must not be negative, got {self.ghost_bytes}")
+        if self.kv_bytes_per_token < 1 or self.state_bytes < 1:
+            raise ValueError("kv_bytes_per_token and state_bytes must be at least 1")
+        if self.total_bytes is not None:
+            if self.num_kv_tokens or self.num_slots:
+                raise ValueError("give total_bytes, or num_kv_tokens and num_slots, not both")
+        elif self.num_kv_tokens < self.page_size:
+            raise ValueError(f"num_kv_tokens {self.num_kv_tokens} is less than one page")
+        make_eviction(self.eviction)
+
+
+def build_prefix_cache(config: CacheConfig) -> PrefixCache:
+    """A fresh cache with its own allocators.
+
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))
+    >>> len(cache.allocate_kv(10))
+    10
+    """
+    budget = None
+    num_tokens, num_slots = config.num_kv_tokens, config.num_slots
+    if config.total_bytes is not None:
+        budget = ByteBudget(config.total_bytes)
+        num_tokens = config.total_bytes // config.kv_bytes_per_token
+        num_slots = config.total_bytes // config.state_bytes
+    num_tokens -= num_tokens % config.page_size
+    pages = PageAllocator(num_tokens, config.page_size, config.kv_bytes_per_token, budget)
+    slots = SlotAllocator(num_slots, config.state_bytes, budget)
+    return PREFIX_CACHES[config.prefix_cache](config, pages, slots)
+
+
+def build_policy(config: CacheConfig) -> EvictionPolicy:
+    """The eviction order that ``config`` names, with the structural tiers it asks for."""
+    make = make_eviction(config.eviction)
+    if config.dead_first or config.demote_superseded:
+        return Tiers(make, config.dead_first, config.demote_superseded)
+    return make()
+
+
+def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
+    return HybridRadixCache(
+        pages,
+        slots,
+        build_policy(config),
+        grid=config.grid,
+        item_bytes=ItemBytes(config.kv_bytes_per_token, config.state_bytes),
+        ghost_bytes=config.ghost_bytes,
+    )
+
+
+def _build_radix(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
+    return RadixCache(
+        pages,
+        slots,
+        build_policy(config),
+        grid=config.grid,
+        item_bytes=ItemBytes(config.kv_bytes_per_token, 0),
+        ghost_bytes=config.ghost_bytes,
+    )
+
+
+def _build_null(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
+    return NullCache(pages, slots, grid=config.grid)
+
+
+PREFIX_CACHES: dict[str, Callable[[CacheConfig, PageAllocator, SlotAllocator], PrefixCache]] = {
+    "hybrid": _build_hybrid,
+    "radix": _build_radix,
+    "none": _build_null,
+}
+"""Words for ``CacheConfig.prefix_cache``."""

@@ -1,0 +1,355 @@
+"""HybridRadixCache: one radix tree over two resources, KV rows and state checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from math import lcm
+
+import numpy as np
+
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.consistency import check_cache
+from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
+from hybridcache.policies.protocol import EvictionPolicy, Kind
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode
+from hybridcache.residency import Residency
+from hybridcache.stats import CacheStats
+
+NO_INDICES: Indices = np.empty(0, np.int32)
+NO_INDICES.setflags(write=False)
+
+
+class Receipt:
+    """What ``lock`` returned; ``unlock`` takes it, once."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: RadixNode | None) -> None:
+        self.node = node
+
+
+class HybridRadixCache:
+    """Prefixes whose KV *and* state can be resumed, for models with linear-attention layers.
+
+    ``grid``: positions a checkpoint may take are its multiples (and whole pages). Eviction order is ``policy``'s.
+    """
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        slots: SlotAllocator,
+        policy: EvictionPolicy,
+        *,
+        grid: int = 64,
+        item_bytes: ItemBytes,
+        ghost_bytes: int = 0,
+    ) -> None:
+        self.page_size = pages.page_size
+        self.grid = grid
+        self.stats = CacheStats()
+        self._step = lcm(grid, pages.page_size)
+        self._pages = pages
+        self._slots = slots
+        self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
+        self._tree = self._residency.tree
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
+        num_tokens = len(tokens)
+        root = self._tree.roots.get(namespace)
+        if root is None:
+            losses = Losses(num_tokens, 0, 0, 0, 0)
+            return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
+        node: RadixNode | None
+        node, inside, kv_len = self._tree.walk(root, tokens)
+        branch_len = kv_len
+        missed: Checkpoint | None = None
+        if inside is None and node.ghosts:
+            branch_len, missed = self._read_ghosts(node, tokens)
+        lost_len = 0
+        while node is not root:
+            assert node is not None
+            if node.end < num_tokens:
+                if node.checkpoint is not None:
+                    break
+                if not lost_len and node.lost_checkpoint is not None:
+                    lost_len = node.end
+                    missed = missed or node.lost_checkpoint
+            node = node.parent
+        cached_len = 0 if node is root else node.end
+        reachable = min(kv_len, num_tokens - 1)
+        saved_len = max(cached_len, lost_len)
+        grid_len = max(saved_len, reachable - reachable % self._step)
+        losses = Losses(
+            num_tokens - branch_len,
+            branch_len - kv_len,
+            saved_len - cached_len,
+            grid_len - saved_len,
+            kv_len - grid_len,
+        )
+        checkpoint = node.checkpoint
+        if checkpoint is None:
+            return PrefixMatch(
+                num_tokens, 0, kv_len, branch_len, None, losses, None, namespace, missed
+            )
+        return PrefixMatch(
+            num_tokens,
+            cached_len,
+            kv_len,
+            branch_len,
+            checkpoint.slot,
+            losses,
+            node,
+            namespace,
+            missed,
+        )
+
+    def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None]:
+        """(how deep the tokens were ever seen, the deepest evicted checkpoint down there that could be resumed from)."""
+        missed: Checkpoint | None = None
+        length = node.end
+        for ghost, length in self._tree.walk_ghosts(node, tokens[node.end :]):
+            if length == ghost.end < len(tokens) and ghost.lost_checkpoint is not None:
+                missed = ghost.lost_checkpoint
+        return length, missed
+
+    def gather(self, node: RadixNode | None) -> Indices:
+        """KV indices from the root to the end of ``node``: int32[position]. O(position)."""
+        parts = []
+        while node is not None and node.kv is not None:
+            parts.append(node.kv.indices)
+            node = node.parent
+        if not parts:
+            return NO_INDICES
+        parts.reverse()
+        return np.concatenate(parts)
+
+    def touch(self, match: PrefixMatch) -> None:
+        """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
+        residency = self._residency
+        residency.now += 1
+        self.stats.record(match)
+        if match.node is not None:
+            residency.use(match.node)
+        if match.missed is not None:
+            residency.policy.missed(match.missed)
+
+    # -- locking ------------------------------------------------------------------------------------------------------
+
+    def lock(self, node: RadixNode | None) -> Receipt:
+        """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1)."""
+        if node is not None:
+            self._residency.lock(node)
+        return Receipt(node)
+
+    def unlock(self, receipt: Receipt) -> None:
+        """Give a lock back; a receipt given twice unlocks once. O(1)."""
+        node = receipt.node
+        if node is not None:
+            receipt.node = None
+            self._residency.unlock(node)
+
+    # -- publishing ---------------------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]] = (),
+        namespace: Hashable = None,
+        owned_from: int = 0,
+        labels: Sequence[str] = (),
+        after: RadixNode | None = None,
+    ) -> InsertResult:
+        """Publish ``tokens`` with their rows and checkpoints; see ``PrefixCache.insert``.
+
+        O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
+        """
+        residency, tree = self._residency, self._tree
+        num_tokens = len(tokens) - len(tokens) % self.page_size
+        while after is not None and after.end > owned_from:
+            after = after.parent
+        start = after if after is not None else tree.root(namespace)
+        node, inside, kv_len = tree.walk(start, tokens[start.end : num_tokens])
+        if owned_from > kv_len:
+            tree.prune_root(namespace)
+            raise ValueError(
+                f"rows up to {owned_from} are said to be the cache's, which holds {kv_len}: keep a lock over them"
+            )
+        if inside is not None and kv_len > node.end:
+            node = residency.split(inside, kv_len)
+        leaf = node
+        if kv_len < num_tokens:
+            residency.expect_child(node)
+            leaf = self._append(node, tokens[:num_tokens], kv_indices[kv_len:num_tokens].copy())
+        else:
+            self._refresh(node)
+        rejected = self._place(leaf, checkpoints, labels, offered_to=kv_len)
+        if kv_len < num_tokens:
+            residency.offer_leaf(leaf)
+        duplicates = kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES
+        if leaf.parent is None:
+            tree.prune_root(namespace)
+            return InsertResult(0, duplicates, rejected, None)
+        return InsertResult(num_tokens, duplicates, rejected, leaf)
+
+    def _append(self, node: RadixNode, tokens: Tokens, rows: Indices) -> RadixNode:
+        """Make ``tokens`` resident below ``node`` with ``rows``: revive ghosts, then grow. Returns the new leaf."""
+        residency = self._residency
+        first = node.end
+        if node.ghosts:
+            for ghost, length in self._tree.walk_ghosts(node, tokens[first:]):
+                if length < ghost.end:
+                    node = residency.split(ghost, length)
+                    self._tree.revive(node)
+                    residency.store_rows(node, rows[node.start - first : length - first])
+                else:
+                    residency.revive(ghost, rows[ghost.start - first : length - first])
+                    node = ghost
+        if node.end < len(tokens):
+            rest = node.end
+            node = self._tree.grow(node, tokens[rest:])
+            residency.store_rows(node, rows[rest - first :])
+        return node
+
+    def _refresh(self, node: RadixNode) -> None:
+        """``node``'s KV came again."""
+        kv = node.kv
+        if kv is not None:
+            kv.last_used = self._residency.now
+            if not node.locks and not node.children:
+                self._residency.policy.touch(kv)
+
+    def _place(
+        self,
+        leaf: RadixNode,
+        checkpoints: Sequence[tuple[int, int]],
+        labels: Sequence[str],
+        offered_to: int,
+    ) -> tuple[int, ...]:
+        """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not taken.
+
+        Nodes that end at or before ``offered_to`` were there before, so the policy knows them.
+        """
+        rejected = []
+        for index in sorted(range(len(checkpoints)), key=lambda i: -checkpoints[i][0]):
+            position, slot = checkpoints[index]
+            if position % self._step or not 0 < position <= leaf.end:
+                rejected.append(slot)
+                continue
+            node = leaf
+            while node.start >= position:
+                assert node.parent is not None
+                node = node.parent
+            if node.end > position:
+                node = self._residency.split(node, position)
+            if node.checkpoint is not None:
+                rejected.append(slot)
+                continue
+            label = labels[index] if labels else ""
+            self._residency.store_checkpoint(node, slot, label, offered=node.end <= offered_to)
+        return tuple(rejected)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def allocate_kv(self, num_tokens: int) -> Indices | None:
+        """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing evicted, if so many can not
+        be had. O(num_tokens + log of the tree per evicted item)."""
+        rows = self._pages.allocate(num_tokens)
+        if rows is not None:
+            return rows
+        pages = self._pages
+        wanted = -(-num_tokens // self.page_size) * self.page_size
+        if not self._can_free(pages.unit_bytes * wanted, wanted - pages.num_free):
+            self.stats.refusals += 1
+            return None
+        kind: Kind | None = "kv" if pages.budget is None else None
+        while pages.num_free < wanted and self._residency.evict_one(kind):
+            pass
+        return pages.allocate(num_tokens)
+
+    def allocate_slot(self) -> int | None:
+        """One state slot, evicting as needed; None, and nothing evicted, if none can be had."""
+        slot = self._slots.allocate()
+        if slot is not None:
+            return slot
+        slots = self._slots
+        if slots.budget is None:
+            self._residency.evict_one("checkpoint")
+        elif slots.num_unused and self._can_free(slots.unit_bytes, 0):
+            while slots.num_free < 1 and self._residency.evict_one(None):
+                pass
+        slot = slots.allocate()
+        if slot is None:
+            self.stats.refusals += 1
+        return slot
+
+    def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
+        """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond the free ones."""
+        residency = self._residency
+        budget = self._pages.budget
+        if budget is None:
+            if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
+                return True
+            return short_tokens <= residency.cached_tokens - residency.protected_tokens()
+        tokens = residency.cached_tokens - residency.protected_tokens()
+        num_slots = residency.num_checkpoints - residency.protected_slots()
+        evictable = tokens * self._pages.unit_bytes + num_slots * self._slots.unit_bytes
+        return wanted_bytes <= budget.free_bytes + evictable
+
+    def free_kv(self, kv_indices: Indices) -> None:
+        """Return held rows, whole pages. O(n)."""
+        self._pages.free(kv_indices)
+
+    def free_slot(self, slot: int) -> None:
+        """Return a held slot. O(1)."""
+        self._slots.free(slot)
+
+    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
+        """Evict until that much was freed or nothing evictable is left. O(log of the tree) per item."""
+        stats = self.stats
+        tokens, slots = stats.evicted_tokens, stats.evicted_slots
+        while stats.evicted_tokens - tokens < num_tokens and self._residency.evict_one("kv"):
+            pass
+        while stats.evicted_slots - slots < num_slots and self._residency.evict_one("checkpoint"):
+            pass
+        return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
+
+    def reset(self) -> None:
+        """Drop everything that is not locked, ghosts included. O(tree)."""
+        while self._residency.evict_one(None):
+            pass
+        self._residency.ghosts.clear()
+
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
+        """Recompute every invariant from scratch; see ``PrefixCache.check``. O(tree)."""
+        check_cache(self._residency, self._step)
+        if held_tokens is not None:
+            in_hands = self._pages.num_taken - self._residency.cached_tokens
+            assert in_hands == held_tokens, f"{in_hands} KV rows held, the caller has {held_tokens}"
+        if held_slots is not None:
+            in_hands = self._slots.num_taken - self._residency.num_checkpoints
+            assert in_hands == held_slots, f"{in_hands} slots held, the caller has {held_slots}"
+
+    # -- for people ---------------------------------------------------------------------------------------------------
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens with KV in the cache. O(1)."""
+        return self._residency.cached_tokens
+
+    @property
+    def num_checkpoints(self) -> int:
+        return self._residency.num_checkpoints
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, ghosts included. O(1)."""
+        return self._tree.num_nodes
+
+    @property
+    def ghost_tokens(self) -> int:
+        return self._residency.ghosts.num_tokens

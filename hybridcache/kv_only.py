@@ -1,0 +1,79 @@
+"""RadixCache: the classic tree for attention-only models, and the control for the hybrid one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from hybridcache.hybrid import HybridRadixCache, Receipt
+from hybridcache.interface import Indices, InsertResult, Losses, PrefixMatch, Tokens
+from hybridcache.radix.node import RadixNode
+
+
+class PathPart(NamedTuple):
+    """The first ``length`` tokens of the path to ``node``: a hit may end inside an edge, and a match splits nothing."""
+
+    node: RadixNode
+    length: int
+
+
+class RadixCache(HybridRadixCache):
+    """KV alone is enough to resume, at any multiple of grid and page. Takes no checkpoints.
+
+    Made with ``ItemBytes(state=0)``, so that no KV is ever dead for want of a checkpoint.
+    """
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
+        num_tokens = len(tokens)
+        root = self._tree.roots.get(namespace)
+        if root is None:
+            losses = Losses(num_tokens, 0, 0, 0, 0)
+            return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
+        node, inside, kv_len = self._tree.walk(root, tokens)
+        branch_len = kv_len
+        if inside is None and node.ghosts:
+            branch_len, _ = self._read_ghosts(node, tokens)
+        reachable = min(kv_len, num_tokens - 1)
+        cached_len = max(reachable - reachable % self._step, 0)
+        losses = Losses(num_tokens - branch_len, branch_len - kv_len, 0, 0, kv_len - cached_len)
+        part = None
+        if cached_len:
+            last = inside if inside is not None else node
+            while last.start >= cached_len:
+                assert last.parent is not None
+                last = last.parent
+            part = PathPart(last, cached_len)
+        return PrefixMatch(
+            num_tokens, cached_len, kv_len, branch_len, None, losses, part, namespace
+        )
+
+    def gather(self, node: PathPart | RadixNode | None) -> Indices:
+        """KV indices of ``match.node`` or ``result.node``. O(position)."""
+        if isinstance(node, PathPart):
+            return super().gather(node.node)[: node.length]
+        return super().gather(node)
+
+    def touch(self, match: PrefixMatch) -> None:
+        """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
+        node = None if match.node is None else match.node.node
+        super().touch(match._replace(node=node))
+
+    def lock(self, node: PathPart | RadixNode | None) -> Receipt:
+        """Protect the path's KV. O(1)."""
+        return super().lock(node.node if isinstance(node, PathPart) else node)
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]] = (),
+        namespace: Hashable = None,
+        owned_from: int = 0,
+        labels: Sequence[str] = (),
+        after: Any = None,
+    ) -> InsertResult:
+        """Publish ``tokens`` with their rows; every checkpoint is handed back."""
+        node = after.node if isinstance(after, PathPart) else after
+        result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), node)
+        return result._replace(rejected_slots=tuple(slot for _, slot in checkpoints))

@@ -1,0 +1,79 @@
+"""NullCache: caching off, same protocol. Every token is computed, nothing is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
+from hybridcache.stats import CacheStats
+
+
+class NullCache:
+    """Hands out KV rows and slots, and forgets."""
+
+    def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int = 64) -> None:
+        self.page_size = pages.page_size
+        self.grid = grid
+        self.stats = CacheStats()
+        self._pages = pages
+        self._slots = slots
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        n = len(tokens)
+        return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
+
+    def gather(self, node: Any) -> Indices:
+        return self._pages.free_rows()[:0]
+
+    def touch(self, match: PrefixMatch) -> None:
+        self.stats.record(match)
+
+    def lock(self, node: Any) -> None:
+        return None
+
+    def unlock(self, receipt: None) -> None:
+        return None
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]] = (),
+        namespace: Hashable = None,
+        owned_from: int = 0,
+        labels: Sequence[str] = (),
+        after: Any = None,
+    ) -> InsertResult:
+        """Nothing is taken: all rows and slots stay the caller's."""
+        return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
+
+    def allocate_kv(self, num_tokens: int) -> Indices | None:
+        rows = self._pages.allocate(num_tokens)
+        self.stats.refusals += rows is None
+        return rows
+
+    def allocate_slot(self) -> int | None:
+        slot = self._slots.allocate()
+        self.stats.refusals += slot is None
+        return slot
+
+    def free_kv(self, kv_indices: Indices) -> None:
+        self._pages.free(kv_indices)
+
+    def free_slot(self, slot: int) -> None:
+        self._slots.free(slot)
+
+    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
+        return Eviction(0, 0)
+
+    def reset(self) -> None:
+        return None
+
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
+        self._pages.check()
+        self._slots.check()
+        assert held_tokens is None or self._pages.num_taken == held_tokens, "KV rows leaked"
+        assert held_slots is None or self._slots.num_taken == held_slots, "slots leaked"

@@ -1,0 +1,141 @@
+"""Where a prefill saves states: words in a dict -> small classes, composed with commas.
+
+>>> prefill = Prefill(prompt_len=1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
+>>> for placed in parse_placement("branch,boundary,backoff,every:512").plan(prefill):
+...     print(*placed)
+256 branch
+512 every
+960 boundary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from hybridcache.policies.own import load_class
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
+
+
+class PrefillRule:
+    """A rule that saves nothing in decode."""
+
+    def decode_interval(self) -> int | None:
+        return None
+
+
+class Branch(PrefillRule):
+    """Where this prompt leaves what was seen before: the fork that the next prompt of its kind will share."""
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        yield Placed(prefill.branch_len, "branch")
+
+
+class Boundary(PrefillRule):
+    """Every known boundary: ends of message parts that survive into later prompts, the deepest first."""
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        for boundary in reversed(prefill.boundaries):
+            yield Placed(boundary, "boundary")
+
+
+class Backoff(PrefillRule):
+    """The last grid position before the prompt's last token, so that the same prompt sent again hits."""
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        yield Placed(prefill.prompt_len - 1, "backoff")
+
+
+class Prompt(PrefillRule):
+    """The prompt's end, so that a prompt which goes on from it hits."""
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        yield Placed(prefill.prompt_len, "prompt")
+
+
+class Every(PrefillRule):
+    """Each multiple of ``interval`` tokens, absolute, the deepest first."""
+
+    def __init__(self, interval: int) -> None:
+        if interval < 1:
+            raise ValueError(f"every:N needs N of at least 1 token, got {interval}")
+        self.interval = interval
+
+    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+        last = prefill.prompt_len // self.interval * self.interval
+        for position in range(last, prefill.cached_len, -self.interval):
+            yield Placed(position, "every")
+
+
+class End:
+    """The last grid position of the finished answer, so that the next turn resumes there."""
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        return ()
+
+    def decode_interval(self) -> int | None:
+        return 1
+
+
+class Placement:
+    """Several placement rules at once, the first most wanted; no rule: nothing is saved."""
+
+    def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
+        self.rules = rules
+
+    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+        for rule in self.rules:
+            yield from rule.positions(prefill)
+
+    def decode_interval(self) -> int | None:
+        """The shortest that any rule asks for; the caller rounds it up to the grid."""
+        intervals = [rule.decode_interval() for rule in self.rules]
+        return min((interval for interval in intervals if interval is not None), default=None)
+
+    def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
+        """What a caller makes of ``positions``: on the grid, in (cached_len, prompt_len], each once, ascending."""
+        planned: dict[int, Placed] = {}
+        for position, label in self.positions(prefill):
+            floored = position - position % prefill.grid
+            if prefill.cached_len < floored <= prefill.prompt_len:
+                planned.setdefault(floored, Placed(floored, label))
+        return tuple(planned[position] for position in sorted(planned))
+
+
+PLACEMENT: dict[str, Callable[[], PlacementPolicy]] = {
+    "end": End,
+    "branch": Branch,
+    "boundary": Boundary,
+    "backoff": Backoff,
+    "prompt": Prompt,
+}
+"""Words for checkpoint placement."""
+
+NUMBERED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {"every": Every}
+"""Words that take a number, written ``word:number``."""
+
+
+def parse_placement(words: str) -> Placement:
+    """``"branch,boundary,backoff,every:1024"`` -> Placement; ``"none"`` (alone) saves nothing.
+
+    ValueError names a word that does not exist, or whose number is missing, superfluous or wrong.
+    """
+    if words.strip() == "none":
+        return Placement(())
+    return Placement(tuple(_parse_rule(word.strip()) for word in words.split(",")))
+
+
+def _parse_rule(word: str) -> PlacementPolicy:
+    name, colon, argument = word.partition(":")
+    if name in PLACEMENT:
+        if colon:
+            raise ValueError(f"checkpoint placement {name!r} takes no number, got {word!r}")
+        return PLACEMENT[name]()
+    if name in NUMBERED_PLACEMENT:
+        if not argument.isdecimal():
+            raise ValueError(f"checkpoint placement {name!r} needs a number, as in {name}:1024")
+        return NUMBERED_PLACEMENT[name](int(argument))
+    if colon:
+        rule: PlacementPolicy = load_class(word)()
+        return rule
+    known = ", ".join([*PLACEMENT, *(f"{word}:N" for word in NUMBERED_PLACEMENT)])
+    raise ValueError(f"unknown checkpoint placement {name!r}; known: {known}, or none alone")

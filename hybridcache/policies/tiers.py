@@ -1,0 +1,53 @@
+"""What the structure says goes first, whatever the policy: dead KV, then superseded checkpoints, then the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+
+
+class Tiers:
+    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
+
+    - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth nothing;
+    - *superseded*: checkpoints with a deeper one on the same unforked path. Worth less, not nothing: a prompt sent again
+      still hits them while there is room, so they are demoted and never deleted at once;
+    - *rest*: everything else, where the policy's own order decides.
+
+    ``item.dead`` and ``item.superseded`` change only between ``discard`` and ``add``.
+    """
+
+    def __init__(
+        self, make: Callable[[], EvictionPolicy], dead_first: bool, demote_superseded: bool
+    ) -> None:
+        self._rest = make()
+        self._dead = make() if dead_first else self._rest
+        self._superseded = make() if demote_superseded else self._rest
+
+    def _tier(self, item: Item) -> EvictionPolicy:
+        if item.dead:
+            return self._dead
+        return self._superseded if item.superseded else self._rest
+
+    def add(self, item: Item) -> None:
+        self._tier(item).add(item)
+
+    def discard(self, item: Item) -> None:
+        self._tier(item).discard(item)
+
+    def touch(self, item: Item) -> None:
+        self._tier(item).touch(item)
+
+    def missed(self, item: Item) -> None:
+        self._rest.missed(item)
+        if self._superseded is not self._rest:
+            self._superseded.missed(item)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        first: Item | None = None
+        if kind != "checkpoint" and self._dead is not self._rest:
+            first = self._dead.victim("kv")
+        if first is None and kind != "kv" and self._superseded is not self._rest:
+            first = self._superseded.victim("checkpoint")
+        return first if first is not None else self._rest.victim(kind)

@@ -1,0 +1,68 @@
+"""Ghosts: nodes of which only the tokens are left, bounded in bytes, oldest forgotten first.
+
+Order is the order in which their KV went. KV goes from the leaves up, so a ghost's children always stand before it and
+the oldest ghost never has children: forgetting is O(1) and needs no search. A ghost that comes again is revived.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from hybridcache.radix.key import TOKEN_BYTES
+from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixTree
+
+GHOST_NODE_BYTES = 640
+"""Host bytes a ghost node takes beside its tokens (measured: node, two views, dict entries)."""
+
+
+class GhostList:
+    """The ghosts of one tree. Every operation O(1); ``trim`` O(1) a ghost forgotten."""
+
+    def __init__(self, tree: RadixTree, limit_bytes: int) -> None:
+        self.tree = tree
+        self.node_bytes = GHOST_NODE_BYTES
+        self.limit_bytes = limit_bytes
+        self.num_bytes = 0
+        self._order: OrderedDict[RadixNode, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def oldest_first(self) -> Iterator[RadixNode]:
+        """All ghosts, the next to be forgotten first."""
+        return iter(self._order)
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.num_bytes - GHOST_NODE_BYTES * len(self._order)) // TOKEN_BYTES
+
+    def add(self, ghost: RadixNode) -> None:
+        """``ghost`` has just lost its KV."""
+        self._order[ghost] = None
+        self.num_bytes += len(ghost.edge) + GHOST_NODE_BYTES
+
+    def discard(self, ghost: RadixNode) -> None:
+        """``ghost`` is resident again."""
+        del self._order[ghost]
+        self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
+
+    def shrink(self, num_bytes: int) -> None:
+        """A ghost lost the first ``num_bytes`` of its edge to a node that was split off above it and revived."""
+        self.num_bytes -= num_bytes
+
+    def trim(self) -> None:
+        """Forget the oldest until the rest fits."""
+        while self.num_bytes > self.limit_bytes:
+            ghost, _ = self._order.popitem(last=False)
+            self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
+            self.tree.forget(ghost)
+            parent = ghost.parent
+            if parent is not None and parent.parent is None:
+                self.tree.prune_root(parent.key)
+
+    def clear(self) -> None:
+        limit, self.limit_bytes = self.limit_bytes, 0
+        self.trim()
+        self.limit_bytes = limit

@@ -1,0 +1,204 @@
+"""One node of the tree, and the two things that can hang on it: KV rows and a checkpoint.
+
+``RadixNode`` is the structure. ``Segment`` (the KV rows of its edge) and ``Checkpoint`` (a state at its end) are the
+evictable items: they carry what a policy may see (``policies.protocol.Item``). A node without a segment is a *ghost*:
+its tokens are remembered, nothing can be read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.radix.key import Tokens, edge_tokens
+
+Indices = npt.NDArray[np.int32]
+
+
+class ItemBytes(NamedTuple):
+    """What one cached thing weighs on the device, bytes."""
+
+    kv_token: int
+    state: int
+    """0 in an attention-only cache."""
+
+
+class RadixNode:
+    """Tokens (``start``, ``end``] of some prompts. Mutable; lives in exactly one ``children`` or ``ghosts`` dict."""
+
+    __slots__ = (
+        "checkpoint",
+        "children",
+        "edge",
+        "end",
+        "ghosts",
+        "key",
+        "kv",
+        "locks",
+        "lost_checkpoint",
+        "parent",
+    )
+
+    def __init__(self, parent: RadixNode | None, key: Hashable, edge: memoryview, end: int) -> None:
+        self.parent = parent
+        """None at a root."""
+        self.key = key
+        self.edge = edge
+        """Byte view of the edge's int32 ids."""
+        self.end = end
+        """Tokens from the root to this node's end."""
+        self.children: dict[Hashable, RadixNode] = {}
+        """Children whose KV is resident."""
+        self.ghosts: dict[Hashable, RadixNode] | None = None
+        """Children of which only tokens are left; None where there never was one."""
+        self.kv: Segment | None = None
+        """None: a ghost (or a root)."""
+        self.checkpoint: Checkpoint | None = None
+        self.locks = 0
+        self.lost_checkpoint: Checkpoint | None = None
+        """The checkpoint that stood here and was evicted: a tombstone while KV is resident, a regret in a ghost."""
+
+    @property
+    def start(self) -> int:
+        return 0 if self.parent is None else self.parent.end
+
+    @property
+    def tokens(self) -> Tokens:
+        """The edge's ids: int32[end - start], read-only."""
+        return edge_tokens(self.edge)
+
+    def __repr__(self) -> str:
+        kind = "root" if self.parent is None else "ghost" if self.kv is None else "node"
+        slot = f" checkpoint={self.checkpoint.slot}" if self.checkpoint else ""
+        return f"<{kind} {self.start}..{self.end}{slot} locks={self.locks}>"
+
+
+class Segment:
+    """The KV rows of one node's edge: an evictable item of kind ``kv``."""
+
+    __slots__ = ("created", "indices", "item_bytes", "last_used", "memo", "node", "serial", "uses")
+
+    kind: Literal["kv"] = "kv"
+    superseded = False
+    label = ""
+
+    def __init__(
+        self, node: RadixNode, indices: Indices, now: int, serial: int, item_bytes: ItemBytes
+    ) -> None:
+        self.node = node
+        self.indices = indices
+        self.created = self.last_used = now
+        self.serial = serial
+        self.item_bytes = item_bytes
+        self.uses = 0
+        self.memo: Any = None
+
+    @property
+    def position(self) -> int:
+        return self.node.end
+
+    @property
+    def above(self) -> Checkpoint | None:
+        """Nearest checkpoint above. O(nodes between)."""
+        return checkpoint_above(self.node)
+
+    @property
+    def dead(self) -> bool:
+        """A leaf from which nothing can be resumed. O(1)."""
+        node = self.node
+        return node.checkpoint is None and not node.children and self.item_bytes.state > 0
+
+    @property
+    def span(self) -> int:
+        return len(self.indices)
+
+    @property
+    def size_bytes(self) -> int:
+        """Its rows, and the state that can not outlive them. O(1)."""
+        state = 0 if self.node.checkpoint is None else self.item_bytes.state
+        return len(self.indices) * self.item_bytes.kv_token + state
+
+    def __repr__(self) -> str:
+        return f"<kv {self.node.start}..{self.node.end} used={self.last_used}>"
+
+
+class Checkpoint:
+    """A state after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
+
+    __slots__ = (
+        "created",
+        "item_bytes",
+        "label",
+        "last_used",
+        "memo",
+        "node",
+        "serial",
+        "slot",
+        "superseded",
+        "uses",
+    )
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    dead = False
+
+    def __init__(
+        self,
+        node: RadixNode,
+        slot: int,
+        now: int,
+        serial: int,
+        item_bytes: ItemBytes,
+        label: str,
+    ) -> None:
+        self.node = node
+        self.slot = slot
+        self.created = self.last_used = now
+        self.serial = serial
+        self.item_bytes = item_bytes
+        self.label = label
+        self.uses = 0
+        self.superseded = False
+        self.memo: Any = None
+
+    @property
+    def position(self) -> int:
+        return self.node.end
+
+    @property
+    def above(self) -> Checkpoint | None:
+        """Nearest checkpoint above. O(nodes between)."""
+        return checkpoint_above(self.node)
+
+    @property
+    def span(self) -> int:
+        """Tokens back to the nearest checkpoint above. O(nodes between)."""
+        above = checkpoint_above(self.node)
+        return self.node.end - (0 if above is None else above.node.end)
+
+    @property
+    def size_bytes(self) -> int:
+        """Its state, and at a leaf the KV tail that nothing could resume from any more. O(nodes in the tail)."""
+        size = self.item_bytes.state
+        node = self.node
+        if node.children:
+            return size
+        while node.kv is not None and node.parent is not None:
+            size += len(node.kv.indices) * self.item_bytes.kv_token
+            node = node.parent
+            if node.checkpoint is not None or node.locks or len(node.children) > 1:
+                break
+        return size
+
+    def __repr__(self) -> str:
+        return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
+
+
+def checkpoint_above(node: RadixNode) -> Checkpoint | None:
+    """The nearest checkpoint strictly above ``node``'s end; None up to the root. O(nodes between)."""
+    above = node.parent
+    while above is not None and above.checkpoint is None:
+        above = above.parent
+    return None if above is None else above.checkpoint

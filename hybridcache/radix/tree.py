@@ -1,0 +1,157 @@
+"""The compressed radix tree over token ids: walk, split, grow, revive, detach.
+
+Pure structure: one root per namespace, edges as byte views that a split shares, resident children and ghost children in
+two dicts so that "how deep does KV reach" and "how deep were the tokens seen" are two plain walks. No recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
+
+from hybridcache.radix.key import TOKEN_BYTES, Tokens, child_key, common_prefix_len
+from hybridcache.radix.node import RadixNode
+
+
+class Walk(NamedTuple):
+    """How far a prompt follows the resident part of the tree."""
+
+    node: RadixNode
+    """The deepest node whose edge, and all edges above, the prompt has whole."""
+    inside: RadixNode | None
+    """The child of ``node`` in whose edge the walk ended: the prompt leaves it there, or ends there."""
+    length: int
+    """Tokens from the root to where it ended, whole pages."""
+
+
+class RadixTree:
+    """Nodes under one root per namespace. Every length given to it is a multiple of ``page_size``."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.roots: dict[Hashable, RadixNode] = {}
+        self.num_nodes = 0
+        """Resident and ghost nodes, roots not counted."""
+
+    def root(self, namespace: Hashable) -> RadixNode:
+        """The root of ``namespace``, made if it is not there. O(1)."""
+        node = self.roots.get(namespace)
+        if node is None:
+            node = self.roots[namespace] = RadixNode(None, namespace, memoryview(b""), 0)
+        return node
+
+    def walk(self, node: RadixNode, tokens: Tokens) -> Walk:
+        """Follow ``tokens``, which start at ``node``'s end, through resident edges. Reads only. O(len(tokens)).
+
+        A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end.
+        """
+        num_tokens = len(tokens)
+        data = tokens.tobytes()
+        starts_with = data.startswith
+        ids = memoryview(data).cast("i") if self.page_size == 1 else None
+        page_bytes = self.page_size * TOKEN_BYTES
+        base = node.end
+        at = 0
+        child = None
+        while at < num_tokens:
+            offset = at * TOKEN_BYTES
+            key = ids[at] if ids is not None else data[offset : offset + page_bytes]
+            child = node.children.get(key)
+            if child is None:
+                break
+            if not starts_with(child.edge, offset):
+                at += common_prefix_len(child.edge, tokens[at:], self.page_size)
+                return Walk(node, child, base + at)
+            node = child
+            child = None
+            at = node.end - base
+        return Walk(node, None, base + at)
+
+    def walk_ghosts(self, node: RadixNode, tokens: Tokens) -> Iterator[tuple[RadixNode, int]]:
+        """Follow ``tokens``, which start at ``node``'s end, through ghosts: pairs (ghost, length reached, whole pages).
+
+        The last length may lie inside its ghost. The caller may split or revive what it was given. O(len(tokens)).
+        """
+        base = node.end
+        while node.ghosts and len(tokens) - (node.end - base) >= self.page_size:
+            rest = tokens[node.end - base :]
+            first = memoryview(rest[: self.page_size].tobytes())
+            ghost = node.ghosts.get(child_key(first, self.page_size))
+            if ghost is None:
+                return
+            start, end = node.end, ghost.end
+            shared = common_prefix_len(ghost.edge, rest, self.page_size)
+            yield ghost, start + shared
+            if start + shared < end:
+                return
+            node = ghost
+
+    def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
+        """Hang a new node with a copy of ``tokens`` under ``parent``, as a resident child. O(len(tokens))."""
+        edge = memoryview(tokens.tobytes())
+        key = child_key(edge, self.page_size)
+        child = RadixNode(parent, key, edge, parent.end + len(tokens))
+        parent.children[key] = child
+        self.num_nodes += 1
+        return child
+
+    def split(self, lower: RadixNode, position: int) -> RadixNode:
+        """Cut ``lower``'s edge at ``position``; the new upper node is returned. Copies no tokens. O(page).
+
+        ``lower`` keeps its identity: its end, checkpoint and locks. The upper half is a ghost if ``lower`` is one,
+        else the caller owes it a segment.
+        """
+        parent = lower.parent
+        assert parent is not None and parent.end < position < lower.end
+        cut = (position - parent.end) * TOKEN_BYTES
+        upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
+        lower.edge = lower.edge[cut:]
+        lower.key = child_key(lower.edge, self.page_size)
+        lower.parent = upper
+        if lower.kv is None:
+            assert parent.ghosts is not None
+            parent.ghosts[upper.key] = upper
+            upper.ghosts = {lower.key: lower}
+        else:
+            parent.children[upper.key] = upper
+            upper.children[lower.key] = lower
+        self.num_nodes += 1
+        return upper
+
+    def revive(self, ghost: RadixNode) -> None:
+        """Make a ghost a resident child again; the caller owes it a segment. O(1)."""
+        parent = ghost.parent
+        assert parent is not None and parent.ghosts is not None
+        del parent.ghosts[ghost.key]
+        parent.children[ghost.key] = ghost
+
+    def fade(self, leaf: RadixNode) -> None:
+        """Turn a resident node without resident children into a ghost. O(1)."""
+        parent = leaf.parent
+        assert parent is not None and not leaf.children
+        del parent.children[leaf.key]
+        if parent.ghosts is None:
+            parent.ghosts = {}
+        parent.ghosts[leaf.key] = leaf
+
+    def forget(self, ghost: RadixNode) -> None:
+        """Remove a ghost without children. O(1)."""
+        parent = ghost.parent
+        assert parent is not None and parent.ghosts is not None and not ghost.ghosts
+        del parent.ghosts[ghost.key]
+        self.num_nodes -= 1
+
+    def prune_root(self, namespace: Hashable) -> None:
+        """Drop the root of ``namespace`` if nothing hangs on it. O(1)."""
+        root = self.roots.get(namespace)
+        if root is not None and not root.children and not root.ghosts:
+            del self.roots[namespace]
+
+    def nodes(self, start: RadixNode | None = None) -> Iterator[RadixNode]:
+        """Every node below ``start`` (default: below all roots), parents before children. O(tree), no recursion."""
+        stack = [start] if start is not None else list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            below = [*node.children.values(), *(node.ghosts or {}).values()]
+            yield from below
+            stack += below

@@ -1,0 +1,271 @@
+"""What of the tree is resident, what of it may go, and what goes: where tree, allocators and policy meet.
+
+Rules kept here, each by one method:
+
+- KV is resident on an ancestor-closed part of the tree: only leaves lose it (``drop_leaf``);
+- a checkpoint stands only where KV is resident, and leaves a tombstone when it goes from an inner node;
+- a leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it that becomes a leaf:
+  nothing could resume from them;
+- a locked node stays with its checkpoint, and so does all KV above it because it is no leaf. The lock needs a count only
+  there: O(1);
+- the policy holds exactly the candidates: checkpoints of unlocked nodes, KV of unlocked leaves.
+
+Recency of KV is kept at the place of use only. When a child goes, its parent takes over the later last use and the sum of
+uses: that is what stamping the whole path at every use would have left there, at the one time when it can matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.forks import has_deeper, unforked_above, unforked_at
+from hybridcache.radix.lru import GhostList
+from hybridcache.radix.node import Checkpoint, Indices, ItemBytes, RadixNode, Segment
+from hybridcache.radix.tree import RadixTree
+from hybridcache.stats import CacheStats
+
+
+class Residency:
+    """State changes of one cache's nodes; the verbs above it decide when."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        slots: SlotAllocator,
+        policy: EvictionPolicy,
+        item_bytes: ItemBytes,
+        ghost_bytes: int,
+        stats: CacheStats,
+    ) -> None:
+        self.tree = RadixTree(pages.page_size)
+        self.ghosts = GhostList(self.tree, ghost_bytes)
+        self.pages = pages
+        self.slots = slots
+        self.policy = policy
+        self.item_bytes = item_bytes
+        self.stats = stats
+        self.now = 0
+        """Logical time: requests so far."""
+        self.num_items = 0
+        """Items ever made: the next serial."""
+        self.cached_tokens = 0
+        self.num_checkpoints = 0
+        self.locked: dict[RadixNode, None] = {}
+        self.locked_path_tokens = 0
+        """Sum of the locked nodes' positions: an upper bound of the KV under locks."""
+
+    # -- what comes ---------------------------------------------------------------------------------------------------
+
+    def store_rows(self, node: RadixNode, rows: Indices) -> None:
+        """``node`` becomes resident with ``rows``, which pass to the cache. ``offer_leaf`` is owed if it stays a leaf."""
+        node.kv = Segment(node, rows, self.now, self.num_items, self.item_bytes)
+        self.num_items += 1
+        self.cached_tokens += len(rows)
+        self.stats.inserted_tokens += len(rows)
+
+    def expect_child(self, parent: RadixNode) -> None:
+        """To be called before ``parent`` gains a resident child: it is no leaf any more, or its path forks."""
+        num_children = len(parent.children)
+        if num_children > 1 or parent.parent is None:
+            return
+        if num_children == 1:
+            checkpoint = unforked_at(parent)
+            if checkpoint is not None:
+                self._set_superseded(checkpoint, False)
+        elif not parent.locks and parent.kv is not None:
+            self.policy.discard(parent.kv)
+
+    def offer_leaf(self, leaf: RadixNode) -> None:
+        """Tell the policy of a leaf that has just become resident."""
+        if leaf.kv is not None and not leaf.children and not leaf.locks:
+            self.policy.add(leaf.kv)
+
+    def split(self, lower: RadixNode, position: int) -> RadixNode:
+        """Split with the KV rows: two views of one array. O(page)."""
+        upper = self.tree.split(lower, position)
+        kv = lower.kv
+        if kv is None:
+            self.ghosts.shrink(len(upper.edge))
+            return upper
+        cut = position - upper.start
+        upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
+        self.num_items += 1
+        kv.indices = kv.indices[cut:]
+        return upper
+
+    def revive(self, ghost: RadixNode, rows: Indices) -> None:
+        """A ghost's tokens came again with ``rows``. ``offer_leaf`` is owed if it stays a leaf."""
+        self.ghosts.discard(ghost)
+        self.tree.revive(ghost)
+        self.store_rows(ghost, rows)
+
+    def store_checkpoint(self, node: RadixNode, slot: int, label: str, offered: bool) -> None:
+        """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it is a leaf."""
+        checkpoint = Checkpoint(node, slot, self.now, self.num_items, self.item_bytes, label)
+        self.num_items += 1
+        self.num_checkpoints += 1
+        self.stats.inserted_slots += 1
+        was_dead_candidate = offered and not node.children and not node.locks
+        if was_dead_candidate and node.kv is not None:
+            self.policy.discard(node.kv)
+        above = unforked_above(node)
+        if above is not None:
+            checkpoint.superseded = above.superseded
+            self._set_superseded(above, True)
+        elif node.children:
+            checkpoint.superseded = has_deeper(node)
+        node.checkpoint = checkpoint
+        node.lost_checkpoint = None
+        if not node.locks:
+            self.policy.add(checkpoint)
+            if was_dead_candidate and node.kv is not None:
+                self.policy.add(node.kv)
+
+    # -- what goes ----------------------------------------------------------------------------------------------------
+
+    def evict_one(self, kind: Kind | None) -> bool:
+        """Let the policy's victim go; False if nothing evictable is left. Amortised O(log n) an item freed."""
+        item = self.policy.victim(kind)
+        if item is None:
+            return False
+        self.stats.evictions += 1
+        node: RadixNode = item.node  # type: ignore[attr-defined]
+        if item.kind == "checkpoint" and node.children:
+            self._drop_checkpoint(node)
+        else:
+            self._drop_leaf(node)
+        self.ghosts.trim()
+        return True
+
+    def _drop_checkpoint(self, node: RadixNode) -> None:
+        """Free an unlocked node's checkpoint; the evicted item stays with the node for as long as its tokens do."""
+        checkpoint = node.checkpoint
+        assert checkpoint is not None
+        self.policy.discard(checkpoint)
+        above = unforked_above(node)
+        if above is not None:
+            self._set_superseded(above, checkpoint.superseded)
+        node.checkpoint = None
+        node.lost_checkpoint = checkpoint
+        self.num_checkpoints -= 1
+        self.stats.evicted_slots += 1
+        self.slots.free(checkpoint.slot)
+
+    def _drop_leaf(self, leaf: RadixNode) -> None:
+        """Free an unlocked leaf's KV and checkpoint, and the stateless nodes above that nothing can resume from then."""
+        assert leaf.kv is not None
+        self.policy.discard(leaf.kv)
+        stateful = self.item_bytes.state > 0
+        while True:
+            if leaf.checkpoint is not None:
+                self._drop_checkpoint(leaf)
+            parent = self._fade(leaf)
+            if parent.children:
+                if len(parent.children) == 1 and parent.parent is not None:
+                    checkpoint = unforked_at(parent)
+                    if checkpoint is not None:
+                        self._set_superseded(checkpoint, has_deeper(parent))
+                return
+            if parent.kv is None or parent.locks:
+                return
+            if parent.checkpoint is not None or not stateful:
+                self.policy.add(parent.kv)
+                return
+            leaf = parent
+
+    def _fade(self, leaf: RadixNode) -> RadixNode:
+        """Turn a leaf into a ghost, free its rows, hand its recency up; returns the parent."""
+        kv, parent = leaf.kv, leaf.parent
+        assert kv is not None and parent is not None
+        self.pages.free(kv.indices)
+        self.cached_tokens -= len(kv.indices)
+        self.stats.evicted_tokens += len(kv.indices)
+        above = parent.kv
+        if above is not None:
+            above.uses += kv.uses
+            if kv.last_used > above.last_used:
+                above.last_used = kv.last_used
+        leaf.kv = None
+        self.tree.fade(leaf)
+        self.ghosts.add(leaf)
+        return parent
+
+    def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
+        if checkpoint.superseded == superseded:
+            return
+        if checkpoint.node.locks:
+            checkpoint.superseded = superseded
+            return
+        self.policy.discard(checkpoint)
+        checkpoint.superseded = superseded
+        self.policy.add(checkpoint)
+
+    # -- what is used and locked --------------------------------------------------------------------------------------
+
+    def use(self, node: RadixNode) -> None:
+        """A request resumed at the end of ``node``: refresh its checkpoint and its KV, none above. O(1)."""
+        candidate = not node.locks
+        checkpoint = node.checkpoint
+        if checkpoint is not None:
+            checkpoint.last_used = self.now
+            checkpoint.uses += 1
+            if candidate:
+                self.policy.touch(checkpoint)
+        kv = node.kv
+        if kv is not None:
+            kv.last_used = self.now
+            kv.uses += 1
+            if candidate and not node.children:
+                self.policy.touch(kv)
+
+    def lock(self, node: RadixNode) -> None:
+        """Protect ``node``, its checkpoint and all KV above it. O(1)."""
+        node.locks += 1
+        if node.locks > 1:
+            return
+        self.locked[node] = None
+        self.locked_path_tokens += node.end
+        if node.checkpoint is not None:
+            self.policy.discard(node.checkpoint)
+        if node.kv is not None and not node.children:
+            self.policy.discard(node.kv)
+
+    def unlock(self, node: RadixNode) -> None:
+        """Undo one ``lock``. O(1)."""
+        node.locks -= 1
+        if node.locks:
+            return
+        del self.locked[node]
+        self.locked_path_tokens -= node.end
+        if node.checkpoint is not None:
+            self.policy.add(node.checkpoint)
+        if node.kv is not None and not node.children:
+            self.policy.add(node.kv)
+
+    def protected_tokens(self) -> int:
+        """KV tokens under locks. O(nodes on locked paths)."""
+        seen: set[RadixNode] = set()
+        total = 0
+        for locked in self.locked:
+            node: RadixNode | None = locked
+            while node is not None and node not in seen:
+                seen.add(node)
+                total += len(node.edge) // 4
+                node = node.parent
+        return total
+
+    def protected_slots(self) -> int:
+        """Checkpoints under locks. O(locked nodes)."""
+        return sum(node.checkpoint is not None for node in self.locked)
+
+    def candidates(self) -> Iterator[Item]:
+        """What the policy must hold, found from scratch. O(tree)."""
+        for node in self.tree.nodes():
+            if node.kv is not None and not node.locks:
+                if node.checkpoint is not None:
+                    yield node.checkpoint
+                if not node.children:
+                    yield node.kv
