@@ -309,10 +309,10 @@ class Lease:
         return result.node, result.duplicates
 
     def _swap(self, node: Any, duplicates: Indices) -> tuple[int, int]:
+        self._cache.free_kv(duplicates)  # before the overwrite: they may be a view of our rows
         rows = self._cache.gather(node)
         changed = np.flatnonzero(rows != self._rows[: len(rows)])
         self._rows[: len(rows)] = rows
-        self._cache.free_kv(duplicates)
         return int(changed[0]), int(changed[-1]) + 1
 
     def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
