@@ -1,0 +1,21 @@
+"""A policy of the user's own, named ``module:Class`` wherever a word stands."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def load_class(word: str) -> type[Any]:
+    """The class that ``module:Class`` names. ValueError says in one sentence what can not be found."""
+    module_name, _, class_name = word.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{word!r}: no module {module_name!r} can be imported ({error})"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{word!r}: {module_name} has no class {class_name!r}")
+    return found
