@@ -1,10 +1,16 @@
-"""Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long local runs."""
+"""Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long local runs.
+
+And where there is no GPU, Triton interprets: it decides when it is first imported, which may be by transformers.
+"""
 
 from __future__ import annotations
 
 import os
 
 from hypothesis import HealthCheck, settings
+
+if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 settings.register_profile(

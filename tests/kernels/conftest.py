@@ -1,6 +1,6 @@
-"""Kernel tests run on the GPU where there is one, else in Triton's interpreter on CPU tensors.
+"""Kernel tests run on the GPU, or in Triton's interpreter on CPU tensors where `TRITON_INTERPRET` is 1.
 
-Triton decides at import which of the two it is, so the choice is made here, before any kernel module is imported.
+`tests/conftest.py` sets it where there is no GPU; set it by hand to interpret beside one.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where kernels run in this process: "cuda", or "cpu" under the interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where this process runs kernels: "cuda", or "cpu" under the interpreter."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @pytest.fixture(autouse=True)
