@@ -1,0 +1,40 @@
+"""Dense projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from engine.backends import Kernels
+from engine.layers.parameters import Parameter, Placement
+
+
+class Linear:
+    """``x @ weight.T + bias``, rows independent of how many there are."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernels: Kernels,
+        place: Placement,
+        *,
+        bias: bool = False,
+    ) -> None:
+        self.weight = place.empty(out_features, in_features)
+        self.bias = place.empty(out_features) if bias else None
+        self._kernel = kernels.linear
+        self._product: Callable[[torch.Tensor], torch.Tensor]
+
+    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+        yield f"{prefix}.weight", Parameter(self.weight)
+        if self.bias is not None:
+            yield f"{prefix}.bias", Parameter(self.bias)
+
+    def seal(self) -> None:
+        self._product = self._kernel.prepare(self.weight, self.bias)
+        del self.weight, self.bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x)

@@ -1,0 +1,50 @@
+"""What every layer reads of one step: the batch, as tensors on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention.sequences import Sequences
+from kernels.packed import Exports, Packed
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePart:
+    """The first D tokens: one of each decoding sequence."""
+
+    sequences: Sequences
+    slots: torch.Tensor
+    """int32[D]; empty for an attention-only model."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPart:
+    """The tokens after them, packed: pieces of prompts."""
+
+    packed: Packed
+    sequences: Sequences
+    slots: torch.Tensor
+    """int32[B]; empty for an attention-only model."""
+    resumed: torch.Tensor
+    """bool[B]: whether the slot's state continues; False starts from zero."""
+    exports: Exports | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """T = D + P tokens, decode first. Hidden states have ``num_rows >= T`` rows; those past T are padding."""
+
+    num_tokens: int
+    num_decode: int
+    num_rows: int
+    cos: torch.Tensor
+    """[T, R] in the model's dtype."""
+    sin: torch.Tensor
+    kv_indices: torch.Tensor
+    """int64[T]: the KV row each token writes."""
+    table: torch.Tensor
+    """int32[rows, max_model_len]: the request table."""
+    decode: DecodePart | None
+    prefill: PrefillPart | None

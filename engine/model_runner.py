@@ -1,0 +1,252 @@
+"""From a Batch to logits: the model, its pools, and the tensors of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.backends import Kernels
+from engine.batch import Batch, Segment
+from engine.config import EngineConfig
+from engine.device import Device
+from engine.layers.parameters import Placement
+from engine.layers.rotary import RotaryTable
+from engine.layers.step import DecodePart, PrefillPart, Step
+from engine.memory import GIB, KVPool, MemoryPlan, RequestTable, StatePool
+from engine.model_config import ModelConfig, ModelError, read_config
+from engine.models import MODELS
+from engine.models.builtin import BUILTIN_CONFIG, BUILTIN_NAME
+from engine.models.decoder import Decoder
+from engine.weights import Checkpoint, Dummy
+from hybridcache.costs import ModelGeometry
+from kernels.attention.sequences import Sequences
+from kernels.packed import Exports, Packed
+
+ROWS = 4
+"""Hidden states have a multiple of this many rows: what makes a row's bits independent of the others."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelRunner:
+    """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no request."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.device = Device.resolve(config.device)
+        self.kernels = Kernels.choose(self.device, config.kernels)
+        raw = read_config(Path(config.model)) if config.model else BUILTIN_CONFIG
+        self.config = ModelConfig.from_dict(raw)
+        self.name = Path(config.model).name if config.model else BUILTIN_NAME
+        self.dtype = resolve_dtype(config.dtype, self.config, self.device)
+        self.model, self.weights_note = load_model(
+            Path(config.model) if config.model else None,
+            self.config,
+            self.kernels,
+            Placement(self.device.torch_device, self.dtype),
+            load_format=config.load_format,
+            num_workers=config.load_workers,
+            seed=config.seed,
+        )
+        self.geometry = ModelGeometry.from_config(
+            raw,
+            self.name,
+            kv_dtype=str(self.dtype).removeprefix("torch."),
+            conv_dtype=str(self.dtype).removeprefix("torch."),
+        )
+        self.memory = MemoryPlan.fit(
+            self.config,
+            self.dtype,
+            self.device,
+            kv_bytes=_bytes(config.kv_gib),
+            state_bytes=_bytes(config.state_gib),
+            cache_bytes=_bytes(config.cache_gib),
+            page_size=config.page_size,
+        )
+        self.max_model_len = self._max_model_len(config.max_model_len)
+        has_states = self.config.linear is not None
+        self.kv = KVPool(self.config, self.num_kv_tokens, self.dtype, self.device)
+        self.states = (
+            StatePool(self.config, self.num_slots, self.dtype, self.device) if has_states else None
+        )
+        self.table = RequestTable(
+            config.max_running, self.max_model_len, self.kv.padding_row, self.device
+        )
+        self._rotary = RotaryTable(
+            self.config, self.max_model_len, self.device.torch_device, self.dtype
+        )
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.memory.num_kv_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """State slots; 0 for an attention-only model."""
+        return self.memory.num_slots
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1 for "last", one per token for
+        "all", none for "none". First the batch's restores and row writes; the states it exports are in their slots after."""
+        self.table.write(batch.row_writes)
+        self._copy_states(batch.restores)
+        token_ids, step = self._step(batch)
+        hidden = self.model.forward(token_ids, step, self.kv, self.states)
+        self._copy_states(
+            [
+                (segment.slot, slot)
+                for segment in batch.segments
+                if segment.is_decode and segment.slot is not None
+                for position, slot in segment.exports
+                if position == segment.end
+            ]
+        )
+        rows = logit_rows(batch.segments)
+        return self.model.head(hidden[self._int64(rows)])
+
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, Step]:
+        """Token ids ``[num_rows]`` and everything the layers read."""
+        segments = batch.segments
+        num_tokens = batch.num_tokens
+        num_rows = -(-num_tokens // ROWS) * ROWS
+        decodes = [segment for segment in segments if segment.is_decode]
+        prefills = list(segments[len(decodes) :])
+        token_ids = np.zeros(num_rows, dtype=np.int64)
+        positions = np.empty(num_tokens, dtype=np.int64)
+        kv_indices = np.empty(num_tokens, dtype=np.int64)
+        offset = 0
+        for segment in segments:
+            span = slice(offset, offset + len(segment.token_ids))
+            token_ids[span] = segment.token_ids
+            positions[span] = np.arange(segment.start, segment.end)
+            kv_indices[span] = self.table.host[segment.row, segment.start : segment.end]
+            offset = span.stop
+        cos, sin = self._rotary(self._int64(positions))
+        step = Step(
+            num_tokens=num_tokens,
+            num_decode=len(decodes),
+            num_rows=num_rows,
+            cos=cos,
+            sin=sin,
+            kv_indices=self._int64(kv_indices),
+            table=self.table.device,
+            decode=self._decode_part(decodes) if decodes else None,
+            prefill=self._prefill_part(prefills) if prefills else None,
+        )
+        return self._int64(token_ids), step
+
+    def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
+        return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
+
+    def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
+        device = self.device.torch_device
+        packed = Packed.from_lengths([len(segment.token_ids) for segment in segments], device)
+        exports = [
+            (rank, position - segment.start, slot)
+            for rank, segment in enumerate(segments)
+            for position, slot in segment.exports
+        ]
+        return PrefillPart(
+            packed=packed,
+            sequences=self._sequences(segments),
+            slots=self._slots(segments),
+            resumed=torch.tensor([segment.start > 0 for segment in segments], device=device),
+            exports=Exports.plan(packed, exports),
+        )
+
+    def _sequences(self, segments: Sequence[Segment]) -> Sequences:
+        return Sequences.of(
+            [segment.row for segment in segments],
+            [segment.end for segment in segments],
+            self.device.torch_device,
+        )
+
+    def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
+        slots = [segment.slot for segment in segments if segment.slot is not None]
+        return torch.tensor(slots, dtype=torch.int32, device=self.device.torch_device)
+
+    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies or self.states is None:
+            return
+        sources, targets = torch.tensor(copies, dtype=torch.int32).t().contiguous()
+        device = self.device.torch_device
+        self.kernels.state_copy.copy_states(
+            self.states.tensors, sources.to(device), targets.to(device)
+        )
+
+    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device.torch_device, non_blocking=True)
+
+    def _max_model_len(self, asked: int | None) -> int:
+        if asked is None:
+            return min(self.config.max_position, self.num_kv_tokens)
+        if asked > self.num_kv_tokens:
+            need = asked * self.geometry.kv_bytes_per_token / GIB
+            raise ModelError(
+                f"one request of max_model_len {asked} needs {need:.3g} GiB for KV; "
+                f"there is room for {self.num_kv_tokens} tokens."
+            )
+        return asked
+
+
+def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
+    """The rows of the hidden states whose logits are wanted."""
+    rows: list[npt.NDArray[np.int64]] = []
+    offset = 0
+    for segment in segments:
+        end = offset + len(segment.token_ids)
+        if segment.logits != "none":
+            first = offset if segment.logits == "all" else end - 1
+            rows.append(np.arange(first, end))
+        offset = end
+    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+
+
+def load_model(
+    model_dir: Path | None,
+    config: ModelConfig,
+    kernels: Kernels,
+    place: Placement,
+    *,
+    load_format: str,
+    num_workers: int,
+    seed: int,
+) -> tuple[Decoder, str]:
+    """A model with its weights, and a line on where they came from. Without a directory the weights are seeded.
+
+    Raises WeightsError before any tensor is read if the checkpoint does not fit the config.
+    """
+    family = MODELS[config.architecture]
+    if model_dir is None or load_format == "dummy":
+        dummy = Dummy(seed)
+        model = family(config, kernels, place, dummy.fill)
+        return model, f"seeded weights (seed {seed}), untrained"
+    checkpoint = Checkpoint(model_dir, num_workers)
+    is_stacked = checkpoint.has_stacked_experts
+    outline = Placement(torch.device("meta"), place.dtype)
+    plan = family(config, kernels, outline, stacked_experts=is_stacked)
+    checkpoint.check(plan.parameters(), tied=config.tie_embeddings)
+    model = family(config, kernels, place, checkpoint.fill, stacked_experts=is_stacked)
+    return model, checkpoint.close()
+
+
+def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:
+    """``auto`` is the checkpoint's own where the device computes in it. Raises ModelError."""
+    name = config.dtype if word == "auto" else word
+    if name not in DTYPES:
+        if word == "auto":
+            return device.traits.default_dtype
+        raise ModelError(f"dtype {name!r} is not supported; float32 and bfloat16 are.")
+    return DTYPES[name]
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * GIB)
