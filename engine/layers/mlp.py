@@ -86,6 +86,6 @@ class ExpertsMLP:
         weights, experts = self._moe.route(
             logits[:num_tokens], self.shape.experts_per_token, self.shape.renormalise
         )
-        out = self._gate(self.shared(x), shared_gate)
+        out = self._gate(self.shared(x, num_tokens), shared_gate)
         out[:num_tokens] += self._experts(x[:num_tokens], weights, experts)
         return out

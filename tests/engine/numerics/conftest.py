@@ -1,0 +1,218 @@
+"""Small random checkpoints of every family, written by transformers, and a driver that feeds a ModelRunner by hand."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from engine.batch import Batch, Segment
+from engine.config import EngineConfig
+from engine.model_runner import ModelRunner
+
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+}
+SMALL = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 36,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **SMALL,
+        **LINEAR,
+        **EXPERTS,
+        "mlp_only_layers": [1],
+        "linear_key_head_dim": 20,
+        "head_dim": 40,
+    },
+    "qwen3_next_no_renormalise": {
+        **SMALL,
+        **LINEAR,
+        **EXPERTS,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_5": {**SMALL, **LINEAR, "tie_word_embeddings": True},
+    "qwen3_5_moe": {**SMALL, **LINEAR, **EXPERTS},
+    "qwen3": {**SMALL, "attention_bias": True},
+}
+
+
+def make_oracle(family: str) -> Any:
+    """A random transformers model; norms, biases and decays moved away from their neutral values."""
+    import transformers
+
+    classes = {
+        "qwen3_next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
+        "qwen3_5": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM),
+        "qwen3_5_moe": (transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    config_class, model_class = classes[family.removesuffix("_no_renormalise")]
+    torch.manual_seed(7)
+    model = model_class(config_class(**FAMILIES[family], dtype="float32")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif "A_log" not in name:
+                parameter.mul_(2.0)
+    return model
+
+
+@dataclass
+class Oracle:
+    model: Any
+    path: Path
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        return self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
+
+
+@pytest.fixture(scope="session")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
+    made: dict[str, Oracle] = {}
+
+    def get(family: str) -> Oracle:
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            model = make_oracle(family)
+            model.save_pretrained(path)
+            made[family] = Oracle(model, path)
+        return made[family]
+
+    return get
+
+
+@dataclass
+class Sequence_:
+    row: int
+    slot: int | None
+    tokens: list[int]
+    computed_len: int = 0
+
+
+@dataclass
+class Driver:
+    """Feeds batches to a runner; hands out rows, slots and scattered KV indices by counting."""
+
+    runner: ModelRunner
+    scatter_seed: int | None = None
+    next_row: int = 0
+    next_slot: int = 0
+    next_kv: int = 0
+    order: npt.NDArray[np.int32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.next_row = self.next_slot = self.next_kv = 0
+        self.order = np.arange(self.runner.num_kv_tokens, dtype=np.int32)
+        if self.scatter_seed is not None:
+            np.random.default_rng(self.scatter_seed).shuffle(self.order)
+
+    def slot(self) -> int | None:
+        if self.runner.states is None:
+            return None
+        self.next_slot += 1
+        assert self.next_slot <= self.runner.num_slots
+        return self.next_slot - 1
+
+    def kv(self, count: int) -> npt.NDArray[np.int32]:
+        self.next_kv += count
+        assert self.next_kv <= self.runner.num_kv_tokens
+        return self.order[self.next_kv - count : self.next_kv]
+
+    def begin(
+        self, tokens: Sequence[int], prefix: npt.NDArray[np.int32] | None = None, room: int = 64
+    ) -> tuple[Sequence_, tuple[int, int, npt.NDArray[np.int32]]]:
+        """A sequence with KV for its tokens and ``room`` more, the first rows shared with ``prefix``."""
+        sequence = Sequence_(self.next_row, self.slot(), list(tokens))
+        self.next_row += 1
+        shared = prefix if prefix is not None else np.empty(0, dtype=np.int32)
+        sequence.computed_len = len(shared)
+        indices = np.concatenate([shared, self.kv(len(tokens) + room - len(shared))])
+        return sequence, (sequence.row, 0, indices)
+
+    def prefill_segment(self, sequence: Sequence_, length: int, **options: Any) -> Segment:
+        start = sequence.computed_len
+        end = min(start + length, len(sequence.tokens))
+        sequence.computed_len = end
+        tokens = np.array(sequence.tokens[start:end], dtype=np.int32)
+        return Segment(sequence.row, sequence.slot, tokens, start, False, **options)
+
+    def decode_segment(self, sequence: Sequence_, token: int, **options: Any) -> Segment:
+        start = len(sequence.tokens)
+        sequence.tokens.append(token)
+        sequence.computed_len = start + 1
+        return Segment(
+            sequence.row, sequence.slot, np.array([token], np.int32), start, True, **options
+        )
+
+    def cold(self, tokens: Sequence[int], **options: Any) -> torch.Tensor:
+        """Logits of one prompt computed alone, in one piece."""
+        sequence, write = self.begin(tokens)
+        segment = self.prefill_segment(sequence, len(tokens), **options)
+        return self.runner.forward(Batch((segment,), (), (write,)))
+
+
+@pytest.fixture(scope="session")
+def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
+    made: dict[tuple[str, str], Driver] = {}
+
+    def get(family: str, dtype: str = "float32") -> Driver:
+        if (family, dtype) not in made:
+            model = None if family == "builtin" else str(oracles(family).path)
+            config = EngineConfig(
+                model=model, device="cpu", dtype=dtype, kv_gib=0.05, state_gib=0.05, max_running=40
+            )
+            made[family, dtype] = Driver(ModelRunner(config))
+            gc.collect()
+        driver = made[family, dtype]
+        driver.scatter_seed = None
+        driver.reset()
+        return driver
+
+    return get
+
+
+@pytest.fixture
+def random_tokens() -> Callable[..., list[int]]:
+    def draw(count: int, seed: int, vocab_size: int = SMALL["vocab_size"]) -> list[int]:
+        return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+
+    return draw
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", FAMILIES)
