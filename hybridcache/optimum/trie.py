@@ -1,0 +1,211 @@
+"""A trace as the offline optimum sees it: the positions where keeping something could ever pay, and who visits them when.
+
+A *position* is a node of the static trie over all sequences (prompt + output) of the trace: a branch point, or a
+candidate for a checkpoint. Everything between two of its consecutive visits is one *interval*: keeping its KV segment or
+its checkpoint over that interval is one decision. Positions that only one request visits can never be reused and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from hybridcache.interface import Tokens
+
+Placement = Literal["shared", "every"]
+
+
+class Sequenced(Protocol):
+    """The part of a trace request that the optimum reads."""
+
+    @property
+    def namespace(self) -> object: ...
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def output(self) -> Tokens: ...
+
+
+@dataclass(slots=True)
+class Position:
+    """One node of the trie. ``visits`` are request numbers, ascending; ``parent`` is None at the top."""
+
+    index: int
+    depth: int
+    parent: int | None
+    visits: list[int]
+    is_candidate: bool
+    """A checkpoint may sit here: its depth is on the grid."""
+
+    @property
+    def num_intervals(self) -> int:
+        return len(self.visits) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class VisitedTrie:
+    """``positions`` in an order where parents come first; ``paths[r]`` the positions request r visits, top down;
+    ``ordinals[r][i]`` says the how-many-th visit of ``paths[r][i]`` it is; ``prompt_lens[r]`` its prompt's tokens."""
+
+    positions: list[Position]
+    paths: list[list[int]]
+    ordinals: list[list[int]]
+    prompt_lens: list[int]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.paths)
+
+    def span(self, position: Position) -> int:
+        """Tokens of the segment that ends at ``position``."""
+        above = 0 if position.parent is None else self.positions[position.parent].depth
+        return position.depth - above
+
+    def usable(self, request: int) -> list[tuple[int, int]]:
+        """(position, interval) from which ``request`` could resume, top down: candidates it is not the first to visit,
+        at most one token short of its prompt."""
+        limit = self.prompt_lens[request] - 1
+        return [
+            (index, ordinal - 1)
+            for index, ordinal in zip(self.paths[request], self.ordinals[request], strict=True)
+            if ordinal > 0
+            and self.positions[index].is_candidate
+            and self.positions[index].depth <= limit
+        ]
+
+
+class _Edge:
+    """A trie node under construction: the edge that leads to it is ``tokens[start:depth]``."""
+
+    __slots__ = ("children", "depth", "parent", "start", "tokens")
+
+    def __init__(self, parent: _Edge | None, tokens: Tokens, start: int, depth: int) -> None:
+        self.parent, self.tokens, self.start, self.depth = parent, tokens, start, depth
+        self.children: dict[int, _Edge] = {}
+
+    def split(self, depth: int) -> _Edge:
+        """Cut the edge at ``depth``; the lower part stays this node, the upper part is new and returned."""
+        assert self.parent is not None and self.start < depth < self.depth
+        upper = _Edge(self.parent, self.tokens, self.start, depth)
+        self.parent.children[int(self.tokens[self.start])] = upper
+        upper.children[int(self.tokens[depth])] = self
+        self.parent, self.start = upper, depth
+        return upper
+
+
+def _insert(root: _Edge, tokens: Tokens) -> _Edge:
+    """Add one sequence; returns the node at its end. O(length)."""
+    node, at = root, 0
+    while at < len(tokens):
+        child = node.children.get(int(tokens[at]))
+        if child is None:
+            leaf = _Edge(node, tokens, at, len(tokens))
+            node.children[int(tokens[at])] = leaf
+            return leaf
+        end = min(child.depth, len(tokens))
+        differs = np.flatnonzero(child.tokens[at:end] != tokens[at:end])
+        at = at + int(differs[0]) if len(differs) else end
+        if at < child.depth:
+            child = child.split(at)
+        node = child
+    return node
+
+
+def _cut(node: _Edge, depth: int) -> None:
+    """Make sure a node exists at ``depth`` on the path from the root to ``node``."""
+    while node.parent is not None and node.start >= depth:
+        node = node.parent
+    if node.start < depth < node.depth:
+        node.split(depth)
+
+
+def _cut_candidates(
+    root: _Edge, ends: list[_Edge], lens: list[int], grid: int, every: bool
+) -> None:
+    """Give every depth at which a checkpoint could pay a node: on the grid at or above each branch point, and at or above
+    the last position each prompt may resume from; with ``every``, all grid positions."""
+    below = [root]
+    branch_points = []
+    while below:
+        node = below.pop()
+        below.extend(node.children.values())
+        if len(node.children) > 1 or every:
+            branch_points.append(node)
+    wanted = branch_points + ends
+    for node in wanted:
+        if every:
+            for depth in range(grid, node.depth + 1, grid):
+                _cut(node, depth)
+        else:
+            _cut(node, node.depth // grid * grid)
+    for node, prompt_len in zip(ends, lens, strict=True):
+        _cut(node, (prompt_len - 1) // grid * grid)
+
+
+def build_trie(
+    requests: Iterable[Sequenced], *, grid: int = 1, placement: Placement = "shared"
+) -> VisitedTrie:
+    """Read a trace into its visited positions. O(tokens).
+
+    ``placement`` says where a checkpoint may be put: ``"shared"``, at the deepest position a set of requests shares
+    (branch points, ends, prompt ends, floored to ``grid``), which loses nothing but the option to keep part of a segment;
+    ``"every"``, at every multiple of ``grid`` (exact, for small traces).
+    """
+    if grid < 1:
+        raise ValueError(f"grid must be at least 1, not {grid}")
+    roots: dict[object, _Edge] = {}
+    ends: list[_Edge] = []
+    owners: list[_Edge] = []
+    lens: list[int] = []
+    for request in requests:
+        sequence = np.concatenate((request.tokens, request.output)).astype(np.int32, copy=False)
+        root = roots.setdefault(request.namespace, _Edge(None, sequence, 0, 0))
+        ends.append(_insert(root, sequence))
+        owners.append(root)
+        lens.append(len(request.tokens))
+    for root in roots.values():
+        mine = [number for number, owner in enumerate(owners) if owner is root]
+        _cut_candidates(
+            root, [ends[n] for n in mine], [lens[n] for n in mine], grid, placement == "every"
+        )
+    return _number(ends, lens, grid)
+
+
+def _number(ends: Sequence[_Edge], lens: list[int], grid: int) -> VisitedTrie:
+    chains: list[list[_Edge]] = []
+    visits: dict[int, list[int]] = {}
+    for request, end in enumerate(ends):
+        chain = []
+        node: _Edge | None = end
+        while node is not None and node.parent is not None:
+            chain.append(node)
+            visits.setdefault(id(node), []).append(request)
+            node = node.parent
+        chains.append(chain[::-1])
+    positions: list[Position] = []
+    numbers: dict[int, int] = {}
+    paths: list[list[int]] = []
+    ordinals: list[list[int]] = []
+    seen: list[int] = []
+    for chain in chains:
+        path: list[int] = []
+        for node in chain:
+            if len(visits[id(node)]) < 2:
+                break
+            index = numbers.get(id(node))
+            if index is None:
+                index = numbers[id(node)] = len(positions)
+                parent = path[-1] if path else None
+                positions.append(
+                    Position(index, node.depth, parent, visits[id(node)], node.depth % grid == 0)
+                )
+                seen.append(0)
+            path.append(index)
+        paths.append(path)
+        ordinals.append([seen[index] for index in path])
+        for index in path:
+            seen[index] += 1
+    return VisitedTrie(positions, paths, ordinals, lens)
