@@ -1,0 +1,21 @@
+"""A compact inference engine around the hybrid prefix cache.
+
+``from engine import Engine, EngineConfig, SamplingParams``; importing this loads no torch, making an ``Engine`` does.
+"""
+
+from engine.async_engine import AsyncEngine
+from engine.config import ConfigError, EngineConfig
+from engine.engine import Engine
+from engine.outputs import RequestOutput
+from engine.sampling_params import SamplingParams
+from engine.scheduler import QueueFull
+
+__all__ = [
+    "AsyncEngine",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "QueueFull",
+    "RequestOutput",
+    "SamplingParams",
+]

@@ -32,6 +32,11 @@ class Segment:
     def end(self) -> int:
         return self.start + len(self.token_ids)
 
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that it asks for."""
+        return {"last": 1, "all": len(self.token_ids), "none": 0}[self.logits]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.outputs import FinishReason, RequestOutput, SampledToken, TextStream, Timings
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import SamplingInput, SamplingParams
 from hybridcache.interface import Losses, Tokens
 
 if TYPE_CHECKING:
@@ -129,6 +129,10 @@ class Request:
     def wants_scores(self) -> bool:
         """Prompt log-probabilities are asked for and not complete: every prompt position must be computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
+
+    def sampling_input(self) -> SamplingInput:
+        """What the sampler must know to choose the next token."""
+        return SamplingInput(self.params, self.seed, self._buffer[: self.prompt_len], self.output)
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Take the next token; sets ``finish_reason`` where it is the last."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hybridcache.interface import Tokens
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -59,6 +61,18 @@ class SamplingParams:
         _check_int("max_tokens", self.max_tokens, 0)
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_int("logprobs", self.logprobs, 0, 50)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInput:
+    """What the sampler must know of the request behind one row of logits."""
+
+    params: SamplingParams
+    seed: int
+    """The request's own where it brought one."""
+    prompt: Tokens
+    output: Tokens
+    """What was generated so far; its length is the number of the draw."""
 
 
 def _is_int(value: object) -> bool:

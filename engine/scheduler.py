@@ -25,7 +25,10 @@ from engine.sharing import Sharing
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as may wait: try again later."""
+    """As many requests wait as may wait."""
+
+    def __init__(self, max_queue: int) -> None:
+        super().__init__(f"{max_queue} requests are waiting already; try again later.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,6 @@ class Scheduler:
         *,
         max_running: int,
         token_budget: int,
-        max_queue: int,
         shares: bool = True,
         clock: Callable[[], float],
     ) -> None:
@@ -77,7 +79,6 @@ class Scheduler:
         self._manager = manager
         self._max_running = max_running
         self._token_budget = token_budget
-        self._max_queue = max_queue
         self._sharing = Sharing(manager) if shares else None
         self._clock = clock
         self._waiting: list[Request] = []
@@ -96,9 +97,7 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def add(self, request: Request) -> None:
-        """Queue ``request``; QueueFull where too many wait already."""
-        if len(self._waiting) >= self._max_queue:
-            raise QueueFull(f"{self._max_queue} requests are waiting already; try again later.")
+        """Let ``request`` wait for its turn."""
         insort(self._waiting, request, key=_age)
 
     def abort(self, request: Request) -> None:
@@ -154,19 +153,23 @@ class Scheduler:
         self._is_full = True
 
     def _admit(self, works: list[Work], budget: int) -> None:
-        """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them."""
+        """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them.
+
+        Followers are looked for even where nobody can be let in, so that their leader saves its state in time.
+        """
         self._is_full &= bool(self._running)
-        followers_seen = 2 * self._max_running
-        for request in tuple(islice(self._waiting, followers_seen)):
+        prefills = [request for request in self._running if request.is_prefilling]
+        for request in tuple(islice(self._waiting, 2 * self._max_running)):
+            if self._sharing is not None and self._sharing.must_wait(request, prefills):
+                continue
             if self._is_full or budget < TILE or len(self._running) >= self._max_running:
-                return
-            if self._sharing is not None and self._sharing.must_wait(request, self._running):
                 continue
             if not self._start(request, budget):
                 self._is_full = True
-                return
+                continue
             works.append(_work(request, self._end(request, budget)))
             budget -= works[-1].end - request.computed_len
+            prefills.append(request)
 
     def _start(self, request: Request, budget: int) -> bool:
         """Move ``request`` from waiting to running. False: no memory for its first chunk; it waits on."""

@@ -23,16 +23,16 @@ class Sharing:
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
 
-    def must_wait(self, request: Request, running: Iterable[Request]) -> bool:
-        """Whether a prefill ahead will leave ``request`` more to resume from than there is now.
+    def must_wait(self, request: Request, prefills: Iterable[Request]) -> bool:
+        """Whether one of the running ``prefills`` will leave ``request`` more to resume from than there is now.
 
         O(running prefills), and O(length) once for each pair and each time one is followed.
         """
         if request.wants_scores:
             return False
         goal = 0
-        for leader in running:
-            if leader.is_prefilling and leader.namespace == request.namespace:
+        for leader in prefills:
+            if leader.namespace == request.namespace:
                 goal = max(goal, self._goal(request, leader))
         if not goal:
             return False

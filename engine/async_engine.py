@@ -1,0 +1,281 @@
+"""An engine in a thread of its own, for callers that live in asyncio.
+
+Callers and the thread share nothing but an inbox of orders, done between two steps, and outputs, which are handed to the
+caller's event loop. A step never waits for a caller; a caller that reads slowly finds its outputs queued up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from engine.config import EngineConfig
+from engine.outputs import RequestOutput
+from engine.sampling_params import SamplingParams
+from engine.scheduler import QueueFull
+
+if TYPE_CHECKING:
+    from engine.engine import Engine, Prompt
+    from engine.tokenizer import Tokenizer
+
+__all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream"]
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+class EngineStopped(RuntimeError):
+    """The engine takes no more requests, or ended before this one was done."""
+
+
+class RequestStream:
+    """Outputs of one request: ``async for output in stream``. Belongs to the event loop it was made in."""
+
+    def __init__(self, request_id: str, on_abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.loop = asyncio.get_running_loop()
+        self._on_abort = on_abort
+        self._outputs: asyncio.Queue[RequestOutput | EngineStopped] = asyncio.Queue()
+        self._is_done = False
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output. EngineStopped: there will be none."""
+        if self._is_done and self._outputs.empty():
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if isinstance(output, EngineStopped):
+            self._is_done = True
+            raise output
+        self._is_done |= output.is_finished
+        return output
+
+    def abort(self) -> None:
+        """End the request; what it held is free before the next step. Does nothing to one that has ended."""
+        if not self._is_done:
+            self._is_done = True
+            self._on_abort(self.request_id)
+
+    def put(self, output: RequestOutput | EngineStopped) -> None:
+        """Hand ``output`` to the reader; called in the stream's event loop."""
+        self._outputs.put_nowait(output)
+
+
+class AsyncEngine:
+    """Runs an ``Engine`` in a thread, from ``start`` until ``drain`` or ``stop``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._streams: dict[str, RequestStream] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        self._num_arriving = 0
+        self._wake = threading.Condition()
+        self._is_open = True
+        self._must_stop = False
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        return self._engine.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs: not before ``start``, not after it ended or failed."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # -- for callers --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        namespace: Hashable = None,
+        boundaries: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
+    ) -> RequestStream:
+        """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued: ValueError, QueueFull,
+        or EngineStopped where the engine is stopping."""
+        request = self._engine.prepare(
+            prompt,
+            sampling,
+            namespace=namespace,
+            boundaries=boundaries,
+            prompt_logprobs=prompt_logprobs,
+        )
+        stream = RequestStream(request.request_id, self._abort)
+
+        def arrive() -> None:
+            self._streams[request.request_id] = stream
+            self._engine.enqueue(request)
+            with self._wake:
+                self._num_arriving -= 1
+
+        with self._wake:
+            if not self._is_open:
+                raise EngineStopped("The engine is stopping and takes no more requests.")
+            if self._engine.num_waiting + self._num_arriving >= self.config.max_queue:
+                raise QueueFull(self.config.max_queue)
+            self._num_arriving += 1
+            self._order(arrive)
+        return stream
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one prompt as they come; left early or cancelled, the request ends."""
+        stream = self.submit(prompt, sampling, **options)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.abort()
+
+    async def call(self, function: Callable[[Engine], Result]) -> Result:
+        """What ``function`` makes of the engine, called in its thread between two steps. EngineStopped: it has ended."""
+        answer: Future[Result] = Future()
+
+        def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(function(self._engine))
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._wake:
+            if self._is_closed:
+                raise EngineStopped("The engine has stopped.")
+            self._order(run)
+        return await asyncio.wrap_future(answer)
+
+    async def cache_report(self) -> dict[str, Any]:
+        return await self.call(lambda engine: engine.cache_report())
+
+    async def reset_prefix_cache(self) -> None:
+        await self.call(lambda engine: engine.reset_prefix_cache())
+
+    async def drain(self) -> None:
+        """Take no more requests, finish those there are, and end the thread."""
+        with self._wake:
+            self._is_open = False
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def stop(self) -> None:
+        """Take no more requests and end the thread after its step; requests that are not done fail with EngineStopped."""
+        with self._wake:
+            self._is_open, self._must_stop = False, True
+            self._wake.notify()
+        self._thread.join()
+
+    def _abort(self, request_id: str) -> None:
+        def leave() -> None:
+            output = self._engine.abort(request_id)
+            if output is not None:
+                self._hand_out([output])
+
+        with self._wake:
+            if not self._is_closed:
+                self._order(leave)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Have ``order`` done by the thread before its next step. The caller holds ``_wake``."""
+        self._orders.append(order)
+        self._wake.notify()
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._hand_out(self._engine.step())
+            for request_id in tuple(self._streams):
+                self._engine.abort(request_id)
+        except Exception:
+            logger.exception("The engine failed; it answers nothing from here on.")
+        finally:
+            self._close()
+
+    def _obey(self) -> bool:
+        """Do all orders, and wait for one where there is nothing to compute. False: the thread ends."""
+        engine = self._engine
+        while True:
+            with self._wake:
+                if not self._orders and not engine.has_work() and self._is_open:
+                    self._wake.wait()
+                orders, self._orders = self._orders, deque()
+                is_open, must_stop = self._is_open, self._must_stop
+            for order in orders:
+                order()
+            if must_stop:
+                return False
+            if engine.has_work():
+                return True
+            if engine.config.check:
+                engine.check()
+            if not is_open and not self._orders:
+                return False
+
+    def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
+        """Give ``outputs`` to their event loops: one call for each loop."""
+        mail: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                mail.setdefault(stream.loop, []).append((stream, output))
+            if output.is_finished:
+                self._streams.pop(output.request_id, None)
+        for loop, letters in mail.items():
+            _post(loop, letters)
+
+    def _close(self) -> None:
+        """Tell everybody who waits that nothing will come."""
+        with self._wake:
+            self._is_open, self._is_closed = False, True
+            orders, self._orders = self._orders, deque()
+        for order in orders:
+            order()
+        for stream in self._streams.values():
+            ended = EngineStopped("The engine stopped before the answer was done.")
+            _post(stream.loop, [(stream, ended)])
+        self._streams.clear()
+
+
+Letter = tuple[RequestStream, RequestOutput | EngineStopped]
+
+
+def _post(loop: asyncio.AbstractEventLoop, letters: Sequence[Letter]) -> None:
+    """Have ``letters`` delivered in ``loop``; nobody reads any more in a loop that is closed."""
+    if not loop.is_closed():
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(_deliver, letters)
+
+
+def _deliver(letters: Sequence[Letter]) -> None:
+    for stream, output in letters:
+        stream.put(output)

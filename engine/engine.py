@@ -1,0 +1,495 @@
+"""The engine: prompts in, tokens out. One thread calls it; ``AsyncEngine`` gives it one of its own."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.batch import Batch
+from engine.cache_manager import CacheManager
+from engine.config import ConfigError, EngineConfig
+from engine.outputs import RequestOutput, SampledToken, TextStream
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduler import QueueFull, Scheduler, Step, Work
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.costs import ModelGeometry
+from hybridcache.interface import Tokens
+from hybridcache.lease_log import LeaseLog
+from hybridcache.policies.checkpoint import parse_placement
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray
+
+
+class Runner(Protocol):
+    """What the engine asks of a model runner."""
+
+    num_kv_tokens: int
+    num_slots: int
+    """0: an attention-only model."""
+    max_model_len: int
+    vocab_size: int
+    geometry: ModelGeometry
+
+    def forward(self, batch: Batch) -> Any:
+        """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all."""
+        ...
+
+
+class Chooser(Protocol):
+    """What the engine asks of a sampler."""
+
+    def sample(self, logits: Any, requests: Sequence[Any]) -> list[SampledToken]: ...
+
+    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> list[SampledToken]: ...
+
+
+class Sampled(NamedTuple):
+    """What the sampler made of one step's logits, in the step's order."""
+
+    tokens: Sequence[SampledToken]
+    """One for each work that samples."""
+    scores: Sequence[Sequence[SampledToken]]
+    """The prompt's log-probabilities, for each work that scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Where one step's time went, and what it did."""
+
+    schedule_s: float
+    forward_s: float
+    sample_s: float
+    commit_s: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_running: int
+    num_waiting: int
+
+
+Observer = Callable[[StepReport], None]
+
+
+class Engine:
+    """Serves one model with one prefix cache.
+
+    >>> from engine import Engine, EngineConfig, SamplingParams
+    >>> engine = Engine(EngineConfig())  # doctest: +SKIP
+    >>> [output] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=8))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        runner: Runner | None = None,
+        sampler: Chooser | None = None,
+        tokenizer: Tokenizer | None = None,
+        observer: Observer | None = None,
+        log: LeaseLog | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Load what ``config`` names, or serve with the ``runner``, ``sampler`` and ``tokenizer`` given.
+
+        ``observer`` is told of every step, ``log`` records every lease. ConfigError: settings that can not work together;
+        what loading refuses is a ValueError of one sentence too.
+        """
+        self.config = config = config or EngineConfig()
+        parse_placement(",".join(config.checkpoints))
+        if runner is None:
+            runner, sampler, tokenizer = _load(config)
+        if sampler is None:
+            raise TypeError("a runner of one's own needs a sampler of one's own.")
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self._sampler = sampler
+        self._observer = observer
+        self._log = log
+        self._clock = clock
+        self._cache = build_prefix_cache(_cache_config(config, runner))
+        self._manager = self._make_manager(config, runner)
+        self._scheduler = Scheduler(
+            self._manager,
+            max_running=config.max_running,
+            token_budget=config.token_budget,
+            shares=config.prefix_cache != "none",
+            clock=clock,
+        )
+        self._requests: dict[str, Request] = {}
+        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self._arrivals = itertools.count()
+
+    def _make_manager(self, config: EngineConfig, runner: Runner) -> CacheManager:
+        words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
+        return CacheManager(
+            self._cache,
+            parse_placement(words),
+            num_rows=config.max_running,
+            stateful=runner.num_slots > 0,
+            exact=config.exact,
+            log=self._log,
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model's directory."""
+        return Path(self.config.model).resolve().name if self.config.model else "builtin"
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer together: what the model takes and the KV pool holds."""
+        return min(self.runner.max_model_len, self.runner.num_kv_tokens)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        namespace: Hashable = None,
+        boundaries: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
+    ) -> str:
+        """Queue a prompt; returns the request's id. O(length of the prompt).
+
+        ``boundaries`` are positions known to survive into later prompts. ``prompt_logprobs`` reports the prompt's own
+        log-probabilities with so many alternatives, for which no cache is read. ValueError: a request that can not be
+        served, in one sentence; QueueFull: as many wait as may.
+        """
+        if not self.has_room:
+            raise QueueFull(self.config.max_queue)
+        if request_id in self._requests:
+            raise ValueError(f"there is a request {request_id!r} already; give each its own id.")
+        request = self.prepare(
+            prompt,
+            sampling,
+            request_id=request_id,
+            namespace=namespace,
+            boundaries=boundaries,
+            prompt_logprobs=prompt_logprobs,
+        )
+        self.enqueue(request)
+        return request.request_id
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        namespace: Hashable = None,
+        boundaries: Sequence[int] = (),
+        prompt_logprobs: int | None = None,
+    ) -> Request:
+        """The first half of ``submit``: check a prompt and make its request. Safe to call from any thread."""
+        sampling = sampling or SamplingParams()
+        tokens = self._tokens(prompt)
+        arrival = next(self._arrivals)
+        return Request(
+            f"request-{arrival}" if request_id is None else request_id,
+            tokens,
+            sampling,
+            arrival=arrival,
+            arrival_s=self._clock(),
+            max_len=self._max_len(len(tokens), sampling, prompt_logprobs),
+            seed=sampling.seed if sampling.seed is not None else self.config.seed + arrival,
+            end_token_ids=self._end_token_ids(sampling),
+            text_stream=self._text_stream(sampling),
+            namespace=namespace,
+            boundaries=tuple(sorted(b for b in boundaries if 0 < b <= len(tokens))),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def enqueue(self, request: Request) -> None:
+        """The second half of ``submit``."""
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more request may wait."""
+        return self._scheduler.num_waiting < self.config.max_queue
+
+    def _tokens(self, prompt: Prompt) -> Tokens:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("there is no tokenizer here: give the prompt as token ids.")
+            prompt = self.tokenizer.encode(prompt)
+        try:
+            tokens = np.asarray(prompt, np.int64)
+        except (TypeError, ValueError, OverflowError):
+            tokens = np.empty((0, 0), np.int64)
+        if tokens.ndim != 1:
+            raise ValueError("a prompt is a string or a flat list of token ids.")
+        if not len(tokens):
+            raise ValueError("the prompt is empty: give at least one token.")
+        if tokens.min() < 0 or tokens.max() >= self.runner.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {self.runner.vocab_size - 1}.")
+        return tokens.astype(np.int32)
+
+    def _max_len(
+        self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
+    ) -> int:
+        limit = self.max_model_len
+        if sampling.max_tokens == 0 and prompt_logprobs is None:
+            raise ValueError("max_tokens must be at least 1, but for prompt log-probabilities.")
+        if sampling.max_tokens is None:
+            max_len = max(limit, prompt_len + 1)
+        else:
+            max_len = prompt_len + sampling.max_tokens
+        if max_len > limit:
+            wanted = f"{max_len - prompt_len} more" if sampling.max_tokens else "an answer"
+            raise ValueError(
+                f"a prompt of {prompt_len} tokens and {wanted} do not fit the {limit} tokens that a request may have here: "
+                "shorten the prompt or lower max_tokens."
+            )
+        return max_len
+
+    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        own = frozenset(sampling.stop_token_ids)
+        if self.tokenizer is None or sampling.ignore_eos:
+            return own
+        return own | self.tokenizer.eos_token_ids
+
+    def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
+        if self.tokenizer is None:
+            if sampling.stop:
+                raise ValueError("there is no tokenizer here: stop strings can not be found.")
+            return None
+        return TextStream(self.tokenizer.stream_decoder(), sampling.stop)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request at once; everything it held is free when this returns. None: it had ended already."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        self._scheduler.abort(request)
+        output = request.report()
+        self._deliver([output])
+        return output
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; returns what is new, per request."""
+        step = self._schedule()
+        logits = self._forward(step)
+        sampled = self._sample(step, logits)
+        return self._commit(step, sampled)
+
+    def _schedule(self) -> Step:
+        self._laps = [self._clock()]
+        step = self._scheduler.schedule()
+        self._laps.append(self._clock())
+        return step
+
+    def _forward(self, step: Step) -> Any:
+        logits = self.runner.forward(step.batch) if step.works else None
+        self._laps.append(self._clock())
+        return logits
+
+    def _sample(self, step: Step, logits: Any) -> Sampled:
+        chosen: list[Request] = []
+        rows: list[int] = []
+        scores: list[list[SampledToken]] = []
+        num_rows = 0
+        for work, segment in zip(step.works, step.batch.segments, strict=True):
+            if work.scores:
+                scores.append(
+                    self._score(work, logits[num_rows : num_rows + len(segment.token_ids)])
+                )
+            num_rows += segment.num_logits
+            if work.samples:
+                chosen.append(work.request)
+                rows.append(num_rows - 1)
+        if not chosen:
+            sampled: list[SampledToken] = []
+        else:
+            wanted = logits if len(rows) == num_rows else logits[rows]
+            sampled = self._sampler.sample(wanted, [request.sampling_input() for request in chosen])
+        self._laps.append(self._clock())
+        return Sampled(sampled, scores)
+
+    def _score(self, work: Work, logits: Any) -> list[SampledToken]:
+        """Of the prompt tokens that follow the work's tokens."""
+        request = work.request
+        following = request.tokens[request.computed_len + 1 : work.end + 1]
+        following = following[: request.prompt_len - 1 - request.computed_len]
+        num_top = request.prompt_logprobs or 0
+        return self._sampler.score(logits[: len(following)], following.tolist(), num_top)
+
+    def _commit(self, step: Step, sampled: Sampled) -> list[RequestOutput]:
+        progressed = self._scheduler.commit(step, sampled.tokens, sampled.scores)
+        outputs = [request.report() for request in progressed]
+        for output in outputs:
+            if output.is_finished:
+                del self._requests[output.request_id]
+        self._deliver(outputs)
+        if self.config.check and not self.has_work():
+            self.check()
+        self._tell_observer(step)
+        return outputs
+
+    def _tell_observer(self, step: Step) -> None:
+        if self._observer is None:
+            return
+        laps = (*self._laps, self._clock())
+        self._observer(
+            StepReport(
+                *(end - start for start, end in itertools.pairwise(laps)),
+                num_prefill_tokens=step.num_prefill_tokens,
+                num_decode_tokens=step.num_decode_tokens,
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+            )
+        )
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        if self._mailboxes:
+            for output in outputs:
+                mailbox = self._mailboxes.get(output.request_id)
+                if mailbox is not None:
+                    mailbox.append(output)
+
+    # -- whole answers ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one each, ``options`` go to
+        ``submit``. ValueError as there, before anything is computed of the prompt it names."""
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
+        each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
+        finals: dict[str, RequestOutput] = {}
+        unfinished: set[str] = set()
+        order: list[str] = []
+        queue = deque(zip(prompts, each, strict=True))
+        with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
+            try:
+                while queue or unfinished:
+                    while queue and self.has_room:
+                        prompt, params = queue.popleft()
+                        order.append(self._open(prompt, params, options))
+                        unfinished.add(order[-1])
+                    self.step()
+                    for output in self._collect(unfinished):
+                        finals[output.request_id] = output
+                        bar.update()
+            finally:
+                for request_id in unfinished:
+                    self.abort(request_id)
+                    del self._mailboxes[request_id]
+        return [finals[request_id] for request_id in order]
+
+    def _open(
+        self, prompt: Prompt, sampling: SamplingParams | None, options: dict[str, Any]
+    ) -> str:
+        """Submit, with a mailbox that keeps the outputs whoever calls ``step``."""
+        request_id = self.submit(prompt, sampling, **options)
+        self._mailboxes[request_id] = deque()
+        return request_id
+
+    def _collect(self, unfinished: set[str]) -> list[RequestOutput]:
+        """The last outputs of those in ``unfinished`` that have ended; takes them out of it."""
+        ended = []
+        for request_id in tuple(unfinished):
+            mailbox = self._mailboxes[request_id]
+            if mailbox and mailbox[-1].is_finished:
+                ended.append(mailbox[-1])
+                unfinished.remove(request_id)
+                del self._mailboxes[request_id]
+            else:
+                mailbox.clear()
+        return ended
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
+    ) -> Iterator[RequestOutput]:
+        """Answer one prompt; its outputs as they come. Closing the iterator ends the request."""
+        request_id = self._open(prompt, sampling, options)
+        return self._follow(request_id, self._mailboxes[request_id])
+
+    def _follow(self, request_id: str, mailbox: deque[RequestOutput]) -> Iterator[RequestOutput]:
+        try:
+            while True:
+                while not mailbox:
+                    self.step()
+                output = mailbox.popleft()
+                yield output
+                if output.is_finished:
+                    return
+        finally:
+            del self._mailboxes[request_id]
+            self.abort(request_id)
+
+    # -- the cache ----------------------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every prefix that no running request stands on."""
+        self._cache.reset()
+        if self._log is not None:
+            self._log.reset()
+
+    def check(self) -> None:
+        """AssertionError unless every invariant of the cache holds and ``free + cached + held == total``. O(cache)."""
+        self._manager.check()
+
+
+def _load(config: EngineConfig) -> tuple[Runner, Chooser, Tokenizer]:
+    """Model, sampler and tokenizer that ``config`` names. Imports torch."""
+    from engine.model_runner import ModelRunner
+    from engine.sampler import Sampler
+    from engine.tokenizer import load_tokenizer
+
+    runner = ModelRunner(config)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    return runner, Sampler(runner.vocab_size), tokenizer
+
+
+def _cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
+    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does not suit it."""
+    stateful = runner.num_slots > 0
+    kind = config.prefix_cache
+    if stateful and kind == "radix":
+        raise ConfigError(
+            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that need their state too: "
+            "use hybrid, or none."
+        )
+    return CacheConfig(
+        prefix_cache="radix" if kind == "hybrid" and not stateful else kind,
+        num_kv_tokens=runner.num_kv_tokens,
+        num_slots=runner.num_slots,
+        page_size=config.page_size,
+        grid=config.grid,
+        eviction=config.eviction,
+        kv_bytes_per_token=runner.geometry.kv_bytes_per_token,
+        state_bytes=max(runner.geometry.state_bytes, 1),
+    )
