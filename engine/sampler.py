@@ -1,0 +1,173 @@
+"""Logits to tokens. A request's draw depends on its logits, its seed and how many tokens it has, on nothing else.
+
+A draw is one number in [0, 1), made from (seed, number of the draw), looked up in the distribution's running sum: so it
+needs no generator to be kept, and a request that is moved, preempted or batched differently draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.outputs import SampledToken
+from engine.sampling_params import SamplingInput, SamplingParams
+
+MASK = 2**64 - 1
+
+
+class Sampler:
+    """Chooses the next token for each row of logits. Stateless."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> list[SampledToken]:
+        """One token per row of ``logits [rows, vocab]``. The device is waited for once, for all tokens together, and once
+        more if log-probabilities are reported."""
+        tokens = self._choose(logits, requests).tolist()
+        wanted = [request.params.logprobs for request in requests]
+        if all(num_top is None for num_top in wanted):
+            return [SampledToken(token, None) for token in tokens]
+        rows = [row for row, num_top in enumerate(wanted) if num_top is not None]
+        most = max(num_top or 0 for num_top in wanted)
+        chosen = _pick(logits, rows)
+        scored = iter(self.score(chosen, [tokens[row] for row in rows], most))
+        return [
+            SampledToken(token, None) if num_top is None else _cut(next(scored), num_top)
+            for token, num_top in zip(tokens, wanted, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score(
+        self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int
+    ) -> list[SampledToken]:
+        """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones beside each."""
+        logprobs = logits.float().log_softmax(dim=-1)
+        index = torch.tensor(token_ids, dtype=torch.int64).to(logits.device)
+        own = logprobs.gather(1, index[:, None])[:, 0]
+        top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+        return [
+            SampledToken(token, logprob, tuple(zip(row_ids, row_logprobs, strict=True)))
+            for token, logprob, row_ids, row_logprobs in zip(
+                token_ids, own.tolist(), ids.tolist(), top.tolist(), strict=True
+            )
+        ]
+
+    def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+        if all(_is_greedy(request.params) for request in requests):
+            return logits.argmax(dim=-1)
+        tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+        # What is sorted and what is not draws from differently ordered sums: batch mates must not decide which.
+        for rows, draw in (
+            ([r for r, q in enumerate(requests) if q.params.temperature == 0], None),
+            ([r for r, q in enumerate(requests) if _is_plain(q.params)], _draw),
+            ([r for r, q in enumerate(requests) if _is_filtered(q.params)], _draw_filtered),
+        ):
+            if rows:
+                chosen = [requests[row] for row in rows]
+                scores = _penalised(_pick(logits, rows), chosen)
+                found = scores.argmax(dim=-1) if draw is None else draw(scores, chosen)
+                tokens[_index(rows, logits.device)] = found
+        return tokens
+
+
+def uniform(seed: int, draw: int) -> float:
+    """The ``draw``-th number in [0, 1) of a seed's sequence (splitmix64, Steele et al. 2014)."""
+    z = (seed * 0xD1342543DE82EF95 + (draw + 1) * 0x9E3779B97F4A7C15) & MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ (z >> shift)) * factor) & MASK
+    return ((z ^ (z >> 31)) >> 11) / 2**53
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0 and not _has_penalty(params)
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.temperature != 0 and (params.top_k is not None or params.top_p < 1)
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return params.temperature != 0 and not _is_filtered(params)
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    )
+
+
+def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    """float32 logits after the penalties of each row."""
+    scores = logits.float()
+    if scores is logits:
+        scores = logits.clone()
+    for row, request in zip(scores, requests, strict=True):
+        params = request.params
+        if params.repetition_penalty != 1:
+            seen = np.unique(np.concatenate([request.prompt, request.output]))
+            index = torch.from_numpy(seen.astype(np.int64)).to(row.device)
+            found = row[index]
+            row[index] = torch.where(
+                found > 0, found / params.repetition_penalty, found * params.repetition_penalty
+            )
+        if (params.presence_penalty or params.frequency_penalty) and len(request.output):
+            ids, counts = np.unique(np.asarray(request.output), return_counts=True)
+            penalty = params.presence_penalty + params.frequency_penalty * counts
+            index = torch.from_numpy(ids.astype(np.int64)).to(row.device)
+            row[index] -= torch.from_numpy(penalty.astype(np.float32)).to(row.device)
+    return scores
+
+
+def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    """From all tokens, or those that ``min_p`` leaves, in the order of their ids."""
+    probabilities = _tempered(scores, requests).softmax(dim=-1)
+    least = _column([request.params.min_p for request in requests], scores)
+    floor = probabilities.amax(dim=-1, keepdim=True) * least
+    return _look_up(probabilities.masked_fill_(probabilities < floor, 0.0), requests)
+
+
+def _draw_filtered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    """From the tokens that top_k, top_p and min_p leave, in falling order of probability."""
+    tempered, ids = _tempered(scores, requests).sort(dim=-1, descending=True, stable=True)
+    probabilities = tempered.softmax(dim=-1)
+    params = [request.params for request in requests]
+    width = scores.shape[-1]
+    ranks = torch.arange(width, device=scores.device)
+    most = _column([float(p.top_k or width) for p in params], scores)
+    before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
+    out = (ranks >= most) | (before >= _column([p.top_p for p in params], before))
+    out |= probabilities < probabilities[:, :1] * _column([p.min_p for p in params], scores)
+    out[:, 0] = False
+    chosen = _look_up(probabilities.masked_fill_(out, 0.0), requests)
+    return ids.gather(1, chosen[:, None])[:, 0]
+
+
+def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    """The column at which each row's running sum passes its number: int64[rows]."""
+    sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    points = _column([uniform(q.seed, len(q.output)) for q in requests], sums) * sums[:, -1:]
+    return torch.searchsorted(sums, points, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
+
+
+def _tempered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    return scores / _column([request.params.temperature for request in requests], scores)
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype).to(like.device)[:, None]
+
+
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def _pick(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    return logits if len(rows) == len(logits) else logits[_index(rows, logits.device)]
+
+
+def _cut(scored: SampledToken, num_top: int) -> SampledToken:
+    return scored._replace(top_logprobs=scored.top_logprobs[:num_top])
