@@ -1,0 +1,154 @@
+"""What the queue policies share: queues whose places survive a lock, and one policy instance per kind of item."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from hybridcache.policies.protocol import Item, Kind
+
+
+class Queue:
+    """Candidates in order of their tickets, oldest first.
+
+    A ticket is drawn when an item is pushed; an item that is locked and comes back is restored to its old place.
+    O(log n) comparisons, and a move of at most n machine words.
+    """
+
+    def __init__(self) -> None:
+        self._tickets: list[int] = []
+        self._items: dict[int, Item] = {}
+        self.num_bytes = 0
+        """Bytes its candidates weighed when they entered."""
+        self._sizes: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __iter__(self) -> Iterator[tuple[int, Item]]:
+        return ((ticket, self._items[ticket]) for ticket in self._tickets)
+
+    def put(self, ticket: int, item: Item) -> None:
+        insort(self._tickets, ticket)
+        self._items[ticket] = item
+        self._sizes[ticket] = item.size_bytes
+        self.num_bytes += item.size_bytes
+
+    def remove(self, ticket: int) -> None:
+        del self._tickets[bisect_left(self._tickets, ticket)]
+        del self._items[ticket]
+        self.num_bytes -= self._sizes.pop(ticket)
+
+    def oldest(self) -> tuple[int, Item] | None:
+        return (self._tickets[0], self._items[self._tickets[0]]) if self._tickets else None
+
+    def after(self, ticket: int) -> tuple[int, Item]:
+        """The first at or after ``ticket``, going round. The queue must not be empty."""
+        place = bisect_left(self._tickets, ticket)
+        found = self._tickets[place if place < len(self._tickets) else 0]
+        return found, self._items[found]
+
+
+class Record:
+    """What a queue policy remembers of an item, also while it is locked: its queue, its place, and how often it was used."""
+
+    __slots__ = ("mark", "queue", "ticket", "uses")
+
+    def __init__(self, queue: Queue, ticket: int, uses: int) -> None:
+        self.queue = queue
+        self.ticket = ticket
+        self.uses = uses
+        self.mark = 0
+
+
+class QueuePolicy:
+    """Base of the queue policies: a subclass says where a new item goes (``enter``), what a use does (``used``), and which
+    candidate a *kind* should lose (``choose``).
+
+    Carried over to two kinds and unequal sizes: one instance of everything per kind (``BothKinds``), shares of the memory
+    counted in bytes. A use while the item was locked is noticed when it comes back.
+    """
+
+    def __init__(self) -> None:
+        self._next_ticket = 0
+        self._returning: set[int] = set()
+
+    def enter(self, item: Item, returning: bool) -> Queue:
+        """The queue a new item goes to; ``returning``: a ghost asked for it a moment ago."""
+        raise NotImplementedError
+
+    def used(self, item: Item, record: Record) -> None:
+        """A candidate was used since we last looked."""
+        raise NotImplementedError
+
+    def choose(self) -> Item | None:
+        """The candidate to lose, still in its queue."""
+        raise NotImplementedError
+
+    def gone(self, item: Item, record: Record) -> None:
+        """A candidate left its queue: evicted or locked."""
+
+    def move(self, item: Item, queue: Queue) -> None:
+        """To the young end of ``queue``."""
+        record: Record = item.memo
+        record.queue.remove(record.ticket)
+        record.queue, record.ticket = queue, self._ticket()
+        queue.put(record.ticket, item)
+
+    def add(self, item: Item) -> None:
+        record: Record | None = item.memo
+        if record is None:
+            queue = self.enter(item, item.position in self._returning)
+            self._returning.discard(item.position)
+            item.memo = record = Record(queue, self._ticket(), item.uses)
+            record.queue.put(record.ticket, item)
+        else:
+            record.queue.put(record.ticket, item)
+            self.touch(item)
+
+    def touch(self, item: Item) -> None:
+        record: Record = item.memo
+        if item.uses > record.uses:
+            record.uses = item.uses
+            self.used(item, record)
+
+    def discard(self, item: Item) -> None:
+        record: Record = item.memo
+        record.queue.remove(record.ticket)
+        self.gone(item, record)
+
+    def missed(self, item: Item) -> None:
+        """A ghost hit: the next new item at its position is the one that came back."""
+        self._returning.add(item.position)
+
+    def _ticket(self) -> int:
+        self._next_ticket += 1
+        return self._next_ticket
+
+
+class BothKinds:
+    """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of either, the victim that was
+    used longer ago."""
+
+    def __init__(self, kv: QueuePolicy, checkpoint: QueuePolicy) -> None:
+        self._policies: dict[Kind, QueuePolicy] = {"kv": kv, "checkpoint": checkpoint}
+
+    def add(self, item: Item) -> None:
+        self._policies[item.kind].add(item)
+
+    def touch(self, item: Item) -> None:
+        self._policies[item.kind].touch(item)
+
+    def discard(self, item: Item) -> None:
+        self._policies[item.kind].discard(item)
+
+    def missed(self, item: Item) -> None:
+        self._policies[item.kind].missed(item)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        if kind is not None:
+            return self._policies[kind].choose()
+        kv, checkpoint = self._policies["kv"].choose(), self._policies["checkpoint"].choose()
+        if kv is None or checkpoint is None:
+            return kv or checkpoint
+        return min(kv, checkpoint, key=lambda item: (item.last_used, item.serial))

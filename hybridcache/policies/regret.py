@@ -1,0 +1,201 @@
+"""regret: what a byte is worth, learnt from what was used and from what ghosts say was missed. No knob."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.survival import Stage, Survival, age_bins
+
+SUPERSEDED_PRIOR = 0.125
+"""What a superseded checkpoint is believed to be worth, against one that is not, before anything was seen."""
+MAX_TURN = 8
+"""Generations of a lineage that are told apart."""
+SAMPLE = 1024
+"""Candidates looked at for one victim; all, while there are no more."""
+
+
+class _Memo:
+    """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
+
+    __slots__ = ("active", "stage", "superseded", "turn", "uses")
+
+    def __init__(self, item: Item, turn: int) -> None:
+        self.uses = item.uses
+        self.superseded = item.superseded
+        self.turn = turn
+        self.active = item.last_used
+        """Latest use of the item or of a descendant that was evicted."""
+        self.stage: Stage
+
+
+class _Columns:
+    """Candidates as parallel arrays, so that a victim is one vector expression; removal swaps with the last. O(1)."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.places: dict[Item, int] = {}
+        self.rows: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        self.entered: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        self.worth: npt.NDArray[np.float64] = np.zeros(64)
+        """Tokens saved by a use, per byte freed."""
+
+    def put(self, item: Item, row: int, entered: int, worth: float) -> None:
+        place = len(self.items)
+        if place == len(self.rows):
+            self.rows = np.concatenate((self.rows, np.zeros_like(self.rows)))
+            self.entered = np.concatenate((self.entered, np.zeros_like(self.entered)))
+            self.worth = np.concatenate((self.worth, np.zeros_like(self.worth)))
+        self.items.append(item)
+        self.places[item] = place
+        self.rows[place], self.entered[place], self.worth[place] = row, entered, worth
+
+    def remove(self, item: Item) -> None:
+        place, last = self.places.pop(item), self.items.pop()
+        if last is not item:
+            end = len(self.items)
+            self.items[place] = last
+            self.places[last] = place
+            for column in (self.rows, self.entered, self.worth):
+                column[place] = column[end]
+
+
+class Regret:
+    """Least (index of class and age) * (tokens lost) / (bytes freed).
+
+    *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is ``Survival``'s. *Tokens
+    lost*: back to the nearest checkpoint above, so what a neighbour covers is not paid twice. *Bytes freed*: the state, and
+    at a leaf the KV tail that dies with it, so tails and states trade at what they save per byte. *Lineage*: a checkpoint
+    takes over its predecessor's generation + 1; when a tip is evicted, the predecessor takes over the tip's demand.
+    *Regret*: the use a ghost reports counts as a use of its class.
+
+    Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal coverage as in k-median on a
+    tree. Candidates: leaf KV without a checkpoint at once; else checkpoints, a leaf's with its tail; leaf KV by itself where
+    KV has a pool of its own. Refresh: the consumed checkpoint. O(1) per event, O(1024) per victim.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.now = 0
+        self.survival = Survival()
+        self._random = random.Random(seed)
+        self._checkpoints = _Columns()
+        self._kv = _Columns()
+        self._dead: dict[Item, None] = {}
+        self._chosen: Item | None = None
+        self._ghost_turn = (0, 0)
+        """(time, generation) of the latest ghost that spoke."""
+
+    def add(self, item: Item) -> None:
+        self._tick(item)
+        if item.dead:
+            self._dead[item] = None
+            return
+        memo = item.memo
+        if memo is None:
+            item.memo = memo = _Memo(item, self._turn(item))
+            self._enter(item, memo)
+        elif item.uses > memo.uses:
+            self._used(item, memo)
+        elif item.superseded != memo.superseded:
+            self.survival.close(memo.stage, self.now, used=False)
+            self._enter(item, memo)
+        self._columns(item).put(item, memo.stage.row, memo.stage.entered, _worth(item))
+
+    def touch(self, item: Item) -> None:
+        self._tick(item)
+        memo = item.memo
+        if memo is not None and item.uses > memo.uses:
+            self._used(item, memo)
+            columns = self._columns(item)
+            columns.remove(item)
+            columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
+
+    def discard(self, item: Item) -> None:
+        if item in self._dead:
+            del self._dead[item]
+            return
+        self._columns(item).remove(item)
+        above = item.above
+        if item is self._chosen and above is not None and isinstance(above.memo, _Memo):
+            memo: _Memo = above.memo
+            memo.active = max(memo.active, item.memo.active)
+            memo.turn = max(memo.turn, item.memo.turn)
+        self._chosen = None
+
+    def missed(self, item: Item) -> None:
+        memo = item.memo
+        if isinstance(memo, _Memo):
+            self.now += 1
+            self.survival.close(memo.stage, self.now, used=True)
+            self.now -= 1
+            self._ghost_turn = (self.now + 1, memo.turn)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        if kind != "checkpoint" and self._dead:
+            return next(iter(self._dead))
+        self.survival.refresh(self.now)
+        self._chosen = self._least(self._kv if kind == "kv" else self._checkpoints)
+        if self._chosen is None and kind is None:
+            self._chosen = self._least(self._kv)
+        return self._chosen
+
+    def _tick(self, item: Item) -> None:
+        if item.last_used > self.now:
+            self.now = item.last_used
+
+    def _columns(self, item: Item) -> _Columns:
+        return self._kv if item.kind == "kv" else self._checkpoints
+
+    def _turn(self, item: Item) -> int:
+        """Generation of a new item: its predecessor's, one more if another request made that."""
+        above = item.above
+        turn = 0
+        if above is not None and isinstance(above.memo, _Memo):
+            turn = above.memo.turn + (above.created < item.created)
+        when, ghost_turn = self._ghost_turn
+        if when == item.created:
+            turn = max(turn, ghost_turn + 1)
+        return turn
+
+    def _used(self, item: Item, memo: _Memo) -> None:
+        self.survival.close(memo.stage, item.last_used, used=True)
+        memo.uses = item.uses
+        memo.active = item.last_used
+        self._enter(item, memo)
+
+    def _enter(self, item: Item, memo: _Memo) -> None:
+        memo.superseded = item.superseded
+        key: tuple[Hashable, ...] = (
+            item.superseded,
+            item.label or item.kind,
+            min(item.uses, 2),
+            min(memo.turn, MAX_TURN),
+        )
+        row = self.survival.row(key, SUPERSEDED_PRIOR if item.superseded else 1.0)
+        memo.stage = self.survival.open(row, memo.active)
+
+    def _least(self, columns: _Columns) -> Item | None:
+        """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""
+        for _ in range(8):
+            count = len(columns.items)
+            if not count:
+                return None
+            first = 0 if count <= SAMPLE else self._random.randrange(count - SAMPLE)
+            window = slice(first, min(first + SAMPLE, count))
+            ages = np.maximum(self.now - columns.entered[window], 0)
+            index = self.survival.index[columns.rows[window], age_bins(ages)]
+            place = first + int(np.argmin(index * columns.worth[window]))
+            item = columns.items[place]
+            worth = _worth(item)
+            if worth <= columns.worth[place] * 1.0001:
+                break
+            columns.worth[place] = worth
+        return item
+
+
+def _worth(item: Item) -> float:
+    return item.span / item.size_bytes

@@ -1,0 +1,147 @@
+"""Two ways to write a policy in twenty lines: a score per item, kept in a heap or looked at by sampling.
+
+A policy of your own, in a file of your own, named on the command line as ``module:Class``:
+
+>>> class ShallowLast(ScorePolicy):
+...     'Evicts the deepest item first.'
+...
+...     def score(self, item: Item) -> float:
+...         return -item.position
+"""
+
+from __future__ import annotations
+
+import random
+from heapq import heapify, heappop, heappush, heapreplace
+
+from hybridcache.policies.protocol import Item, Kind
+
+Score = float | tuple[float, ...]
+"""What candidates are ordered by; one policy's scores must compare with each other."""
+
+_Entry = tuple[Score, int, Item]
+
+
+class ScorePolicy:
+    """The candidate of least ``score`` goes first; ties go in order of creation. Both kinds compare by the same score.
+
+    ``score`` is asked when an item becomes a candidate, after each use, and again when it comes to the top: a score that
+    only grows in between (because a neighbour went) is caught there. It may read ``now``. A score that falls by itself
+    wants ``SampledPolicy``. O(log n) amortised per call.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0
+        """Logical time of the newest use seen."""
+        self._heaps: dict[Kind, list[_Entry]] = {"kv": [], "checkpoint": []}
+        self._entries: dict[Kind, dict[Item, _Entry]] = {"kv": {}, "checkpoint": {}}
+        self._chosen: _Entry | None = None
+
+    def score(self, item: Item) -> Score:
+        """Worth of keeping ``item``, in any unit."""
+        raise NotImplementedError
+
+    def evicted(self, item: Item, score: Score) -> None:
+        """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that age by it."""
+
+    def missed(self, item: Item) -> None:
+        """A ghost speaks; most policies do not listen."""
+
+    def add(self, item: Item) -> None:
+        self.now = max(self.now, item.last_used)
+        self._enter(item)
+
+    def touch(self, item: Item) -> None:
+        self.now = max(self.now, item.last_used)
+        self._enter(item)
+
+    def discard(self, item: Item) -> None:
+        entry = self._entries[item.kind].pop(item)
+        if self._chosen is entry:
+            self._chosen = None
+            self.evicted(item, entry[0])
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
+        tops = [top for each in kinds if (top := self._top(each)) is not None]
+        self._chosen = min(tops, key=lambda entry: (entry[0], entry[1])) if tops else None
+        return self._chosen[2] if self._chosen else None
+
+    def _enter(self, item: Item) -> None:
+        heap, entries = self._heaps[item.kind], self._entries[item.kind]
+        entries[item] = entry = (self.score(item), item.serial, item)
+        heappush(heap, entry)
+        if len(heap) > 64 + 3 * len(entries):
+            heap[:] = entries.values()
+            heapify(heap)
+
+    def _top(self, kind: Kind) -> _Entry | None:
+        heap, entries = self._heaps[kind], self._entries[kind]
+        while heap:
+            entry = heap[0]
+            item = entry[2]
+            if entries.get(item) is not entry:
+                heappop(heap)
+                continue
+            score = self.score(item)
+            if score == entry[0]:
+                return entry
+            entries[item] = fresh = (score, entry[1], item)
+            heapreplace(heap, fresh)
+        return None
+
+
+class SampledPolicy:
+    """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that drift with time.
+
+    All candidates are looked at while there are no more than ``sample``. Deterministic under ``seed``. O(sample).
+    """
+
+    sample = 64
+
+    def __init__(self, seed: int = 0) -> None:
+        self.now = 0
+        self.random = random.Random(seed)
+        self._bags: dict[Kind, list[Item]] = {"kv": [], "checkpoint": []}
+        self._places: dict[Item, int] = {}
+        self._chosen: Item | None = None
+
+    def score(self, item: Item) -> Score:
+        """Worth of keeping ``item`` at time ``now``."""
+        raise NotImplementedError
+
+    def evicted(self, item: Item) -> None:
+        """``item`` was this policy's victim and is gone."""
+
+    def missed(self, item: Item) -> None:
+        """A ghost speaks."""
+
+    def add(self, item: Item) -> None:
+        self.now = max(self.now, item.last_used)
+        bag = self._bags[item.kind]
+        self._places[item] = len(bag)
+        bag.append(item)
+
+    def touch(self, item: Item) -> None:
+        self.now = max(self.now, item.last_used)
+
+    def discard(self, item: Item) -> None:
+        bag = self._bags[item.kind]
+        place, last = self._places.pop(item), bag.pop()
+        if last is not item:
+            bag[place] = last
+            self._places[last] = place
+        if self._chosen is item:
+            self._chosen = None
+            self.evicted(item)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
+        drawn = [item for each in kinds for item in self._draw(self._bags[each])]
+        self._chosen = min(drawn, key=lambda item: (self.score(item), item.serial), default=None)
+        return self._chosen
+
+    def _draw(self, bag: list[Item]) -> list[Item]:
+        if len(bag) <= self.sample:
+            return bag
+        return self.random.choices(bag, k=self.sample)
