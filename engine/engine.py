@@ -17,6 +17,7 @@ from engine.batch import Batch
 from engine.cache_manager import CacheManager
 from engine.config import ConfigError, EngineConfig
 from engine.outputs import RequestOutput, SampledToken, TextStream
+from engine.report import CacheReport, cache_report
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import QueueFull, Scheduler, Step, Work
@@ -457,6 +458,21 @@ class Engine:
         self._cache.reset()
         if self._log is not None:
             self._log.reset()
+
+    def report(self) -> CacheReport:
+        """Sizes, rates and losses of the cache, now."""
+        return cache_report(
+            self.config,
+            self._manager,
+            num_kv_tokens=self.runner.num_kv_tokens,
+            num_slots=self.runner.num_slots,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+        )
+
+    def cache_report(self) -> dict[str, Any]:
+        """``report`` as plain data."""
+        return self.report().as_dict()
 
     def check(self) -> None:
         """AssertionError unless every invariant of the cache holds and ``free + cached + held == total``. O(cache)."""

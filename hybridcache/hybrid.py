@@ -346,6 +346,15 @@ class HybridRadixCache:
         return self._residency.num_checkpoints
 
     @property
+    def free_tokens(self) -> int:
+        """KV rows in no hand. O(1)."""
+        return self._pages.num_free
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots.num_free
+
+    @property
     def num_nodes(self) -> int:
         """Nodes, ghosts included. O(1)."""
         return self._tree.num_nodes

@@ -102,6 +102,24 @@ class PrefixCache(Protocol):
     grid: int
     stats: CacheStats
 
+    @property
+    def free_tokens(self) -> int:
+        """KV rows that can be had without evicting. O(1), as the next three."""
+        ...
+
+    @property
+    def free_slots(self) -> int: ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """KV rows in the cache's hands."""
+        ...
+
+    @property
+    def num_checkpoints(self) -> int:
+        """State slots in the cache's hands."""
+        ...
+
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Read how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n)."""
         ...

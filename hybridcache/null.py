@@ -17,9 +17,18 @@ class NullCache:
     def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int = 64) -> None:
         self.page_size = pages.page_size
         self.grid = grid
+        self.cached_tokens = self.num_checkpoints = 0
         self.stats = CacheStats()
         self._pages = pages
         self._slots = slots
+
+    @property
+    def free_tokens(self) -> int:
+        return self._pages.num_free
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots.num_free
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         n = len(tokens)
