@@ -1,0 +1,111 @@
+"""Command-line flags from config dataclasses: a name, a default and a help text stand in one place.
+
+The help is the field's ``metadata["help"]``, or else the docstring below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See `{self.prog} --help`.\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough for a flag and its help on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, config: type, title: str, skip: Iterable[str] = ()
+) -> None:
+    """One flag for each field of the dataclass ``config`` that ``skip`` does not name, in a group of their own."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(config)
+    skipped = frozenset(skip)
+    documented = _field_docstrings(config)
+    for field in dataclasses.fields(config):
+        if field.name not in skipped:
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                dest=field.name,
+                default=field.default,
+                help=_help(field, documented),
+                **_kind(hints[field.name], field.default),
+            )
+
+
+def read_config(config: type[Config], arguments: argparse.Namespace, **fixed: Any) -> Config:
+    """The config that the parsed ``arguments`` ask for; ValueError: the config refuses a value."""
+    values = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        if hasattr(arguments, field.name)
+    }
+    return config(**(values | fixed))
+
+
+def _help(field: dataclasses.Field[Any], documented: Mapping[str, str]) -> str:
+    text = field.metadata.get("help") or documented[field.name]
+    text = text.replace("%", "%%")
+    default = field.default
+    if default in (None, "", ()) or isinstance(default, bool):
+        return text
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} (default: {shown})"
+
+
+def _field_docstrings(config: type) -> dict[str, str]:
+    """The strings that stand below the fields of a dataclass, as flags' help is written."""
+    (body,) = ast.parse(inspect.getsource(config)).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, note in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr):
+            assert isinstance(field.target, ast.Name) and isinstance(note.value, ast.Constant)
+            text = " ".join(str(note.value.value).split()).rstrip(".")
+            found[field.target.id] = text[0].lower() + text[1:]
+    return found
+
+
+def _kind(hint: Any, default: Any) -> dict[str, Any]:
+    """How argparse reads a value of the annotated type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {
+            "type": _listed(typing.get_args(hint)[0]),
+            "metavar": METAVARS[typing.get_args(hint)[0]] + ",...",
+        }
+    return {"type": hint, "metavar": METAVARS[hint]}
+
+
+def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """Reads values of ``kind`` joined by commas."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
+
+    read.__name__ = f"comma-separated {kind.__name__}"  # argparse's word for it in errors
+    return read

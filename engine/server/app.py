@@ -1,0 +1,167 @@
+"""The ASGI application: which path answers what, and how the server starts and stops."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from engine import Engine
+from engine.async_engine import AsyncEngine
+from engine.server import errors
+from engine.server.chat import chat, render
+from engine.server.completions import complete
+from engine.server.config import ServerConfig
+from engine.server.errors import APIError
+from engine.server.front import Front
+from engine.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from engine.server.streaming import ClientGone
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+    """The application that serves ``engine``, which starts and stops with it."""
+    front = Front(engine, config.served_model_name or engine.model_name)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await engine.drain()
+
+    # Bodies without a content type are taken for the JSON they are.
+    app = FastAPI(title="hybridcache engine", lifespan=lifespan, strict_content_type=False)
+    errors.install(app)
+    app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
+
+    @app.exception_handler(ClientGone)
+    async def _gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)
+
+    _add_generation(app, front)
+    _add_tokens(app, front)
+    _add_watching(app, front)
+    return app
+
+
+def _add_generation(app: FastAPI, front: Front) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await complete(front, request, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        return await chat(front, request, body)
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": front.model_name,
+            "object": "model",
+            "created": front.created,
+            "owned_by": "hybridcache",
+            "max_model_len": front.engine.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        front.check_model(name)
+        return card()
+
+
+def _add_tokens(app: FastAPI, front: Front) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        front.check_model(body.model)
+        answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
+        if body.messages:
+            prompt = await render(
+                front,
+                body.messages,
+                body.tools,
+                body.add_generation_prompt,
+                body.chat_template_kwargs,
+            )
+            return answer | {
+                "count": len(prompt.token_ids),
+                "tokens": prompt.token_ids,
+                "boundaries": prompt.boundaries,
+            }
+        token_ids = await front.encode(body.prompt or "", body.add_special_tokens)
+        return answer | {"count": len(token_ids), "tokens": token_ids}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        front.check_model(body.model)
+        if any(not 0 <= token_id < front.tokenizer.vocab_size for token_id in body.tokens):
+            last = front.tokenizer.vocab_size - 1
+            raise APIError(400, f"'tokens' must be ids from 0 to {last}.", param="tokens")
+        return {"prompt": front.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+
+def _add_watching(app: FastAPI, front: Front) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not front.engine.is_alive:
+            raise APIError(503, "The engine has stopped; the server's log says why.")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        report = await front.engine.call(lambda engine: engine.report())
+        return Response(front.metrics.render(report), media_type=front.metrics.content_type)
+
+    @app.get("/v1/cache")
+    async def cache() -> dict[str, Any]:
+        def read(engine: Engine) -> dict[str, Any]:
+            return engine.cache_report()
+
+        return await front.engine.call(read)
+
+    @app.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> dict[str, bool]:
+        await front.engine.reset_prefix_cache()
+        return {"reset": True}
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket at the configured address, taken before anything slow. ValueError: it can not be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ValueError(
+            f"Can not listen on {config.host}:{config.port} ({error.strerror}): choose another --port or --host."
+        ) from error
+    return listener
+
+
+def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> None:
+    """Serve on ``listener`` until SIGTERM or SIGINT; then finish what runs, for at most ``drain_s``."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(engine, config),
+            log_level=logging.WARNING,
+            timeout_graceful_shutdown=int(config.drain_s),
+        )
+    )
+    # uvicorn raises the signal again once it has shut down: a drained server has ended well.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])

@@ -1,0 +1,135 @@
+"""POST /v1/chat/completions: a chat rendered by the model's template, with the boundaries that survive into the next turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from engine import RequestOutput
+from engine.async_engine import RequestStream
+from engine.outputs import SampledToken
+from engine.server import logprobs
+from engine.server.errors import APIError, of_failure
+from engine.server.front import LONG_TEXT, Ask, Front, new_id, usage
+from engine.server.schemas import ChatMessage, ChatRequest
+from engine.server.streaming import DONE, EventStream, event, unless_gone
+from engine.templates import ChatPrompt, TemplateError, render_chat
+
+
+async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
+    """Answer one chat request."""
+    front.check_model(body.model)
+    prompt = await render(
+        front,
+        body.messages,
+        body.tools,
+        body.add_generation_prompt,
+        body.chat_template_kwargs,
+    )
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    ask = Ask(prompt.token_ids, body.samplings(limit, num_top), body.cache_salt, prompt.boundaries)
+    streams = front.submit([ask])
+    answer = _Answer(front, body)
+    if body.stream:
+        return EventStream(answer.events(streams))
+    outputs = await unless_gone(request, front.finals(streams))
+    return JSONResponse(answer.whole(outputs))
+
+
+async def render(
+    front: Front,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    variables: dict[str, Any] | None,
+) -> ChatPrompt:
+    """The chat as the model reads it; a long one off the event loop. APIError 400: the template refuses it."""
+
+    def work() -> ChatPrompt:
+        return render_chat(
+            front.tokenizer,
+            [message.as_template_input() for message in messages],
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+
+    is_long = sum(len(str(message.content)) for message in messages) > LONG_TEXT
+    try:
+        return await asyncio.to_thread(work) if is_long else work()
+    except TemplateError as error:
+        raise APIError(400, f"The chat template refuses these messages: {error}") from error
+    except ValueError as error:
+        raise APIError(400, str(error), param="messages") from error
+
+
+class _Answer:
+    """One chat's answer, whole or in events."""
+
+    def __init__(self, front: Front, body: ChatRequest) -> None:
+        self._front = front
+        self._body = body
+        self._head = {
+            "id": new_id("chatcmpl"),
+            "created": int(time.time()),
+            "model": front.model_name,
+        }
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "logprobs": self._scores(output.logprobs),
+                "finish_reason": output.finish_reason,
+            }
+            for index, output in enumerate(outputs)
+        ]
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage(outputs, self._body.n),
+        }
+
+    async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
+        """The role of each choice, then one event an output. Text that was sent is never taken back."""
+        for index in range(len(streams)):
+            yield self._event([_delta(index, {"role": "assistant", "content": ""})])
+        last: dict[int, RequestOutput] = {}
+        try:
+            async for index, output in self._front.outputs(streams):
+                last[index] = output
+                delta = {"content": output.new_text} if output.new_text else {}
+                scores = self._scores(output.new_logprobs)
+                yield self._event([_delta(index, delta, scores, output.finish_reason)])
+        except Exception as error:
+            yield event(of_failure(error).body())
+            return
+        if self._body.includes_usage:
+            outputs = [last[index] for index in range(len(streams))]
+            yield self._event([], usage=usage(outputs, self._body.n))
+        yield DONE
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
+
+    def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return logprobs.for_chat(self._front.tokenizer, scores or (), self._body.top_logprobs or 0)
+
+
+def _delta(
+    index: int,
+    delta: dict[str, Any],
+    scores: dict[str, Any] | None = None,
+    finish_reason: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish_reason}

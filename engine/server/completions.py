@@ -1,0 +1,130 @@
+"""POST /v1/completions: prompts as text or token ids, one or many, echoed and scored where asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from engine import RequestOutput
+from engine.async_engine import RequestStream
+from engine.outputs import SampledToken
+from engine.server import logprobs
+from engine.server.errors import of_failure
+from engine.server.front import Ask, Front, new_id, usage
+from engine.server.schemas import CompletionRequest
+from engine.server.streaming import DONE, EventStream, event, unless_gone
+
+
+async def complete(front: Front, request: Request, body: CompletionRequest) -> Response:
+    """Answer one completion request."""
+    front.check_model(body.model)
+    asks = [await _ask(front, body, prompt) for prompt in body.prompts]
+    streams = front.submit(asks)
+    answer = _Answer(front, body)
+    if body.stream:
+        return EventStream(answer.events(streams))
+    outputs = await unless_gone(request, front.finals(streams))
+    return JSONResponse(answer.whole(outputs))
+
+
+async def _ask(front: Front, body: CompletionRequest, prompt: str | list[int]) -> Ask:
+    token_ids = (
+        await front.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+    )
+    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
+    return Ask(
+        token_ids,
+        body.samplings(body.max_tokens, body.logprobs),
+        namespace=body.cache_salt,
+        prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
+    )
+
+
+class _Answer:
+    """One completion's answer, whole or in events."""
+
+    def __init__(self, front: Front, body: CompletionRequest) -> None:
+        self._front = front
+        self._body = body
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": front.model_name,
+        }
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = [
+            _Choice(self._front, self._body, index).first(
+                output, output.text, output.token_ids, output.logprobs or ()
+            )
+            for index, output in enumerate(outputs)
+        ]
+        return {**self._head, "choices": choices, "usage": usage(outputs, self._body.n)}
+
+    async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
+        """One event an output. Text that was sent is never taken back."""
+        choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
+        last: dict[int, RequestOutput] = {}
+        try:
+            async for index, output in self._front.outputs(streams):
+                write = choices[index].next if index in last else choices[index].first
+                last[index] = output
+                piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
+                yield event({**self._head, "choices": [piece]})
+        except Exception as error:
+            yield event(of_failure(error).body())
+            return
+        if self._body.includes_usage:
+            outputs = [last[index] for index in range(len(streams))]
+            yield event({**self._head, "choices": [], "usage": usage(outputs, self._body.n)})
+        yield DONE
+
+
+class _Choice:
+    """Writes one choice, whole or piece by piece."""
+
+    def __init__(self, front: Front, body: CompletionRequest, index: int) -> None:
+        self._tokenizer = front.tokenizer
+        self._index = index
+        self._echo = body.echo
+        self._scores = (
+            None
+            if body.logprobs is None
+            else logprobs.CompletionScores(front.tokenizer, body.logprobs)
+        )
+
+    def first(
+        self,
+        output: RequestOutput,
+        text: str,
+        token_ids: Sequence[int],
+        scores: Sequence[SampledToken | None],
+    ) -> dict[str, Any]:
+        """The beginning of an answer, or all of it: with the prompt where it is echoed."""
+        if self._echo:
+            prompt = output.prompt_token_ids.tolist()
+            text = self._tokenizer.decode(prompt) + text
+            if output.prompt_logprobs is not None:
+                token_ids = (*prompt, *token_ids)
+                scores = (*output.prompt_logprobs, *scores)
+        return self.next(output, text, token_ids, scores)
+
+    def next(
+        self,
+        output: RequestOutput,
+        text: str,
+        token_ids: Sequence[int],
+        scores: Sequence[SampledToken | None],
+    ) -> dict[str, Any]:
+        """What came to an answer, or all of it."""
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": None if self._scores is None else self._scores.write(token_ids, scores),
+            "finish_reason": output.finish_reason,
+        }

@@ -1,0 +1,136 @@
+"""Whatever goes wrong, in OpenAI's shape and one sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class APIError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message[:1].upper() + message[1:])
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure of ``app`` answer as an ``APIError``."""
+
+    @app.exception_handler(APIError)
+    async def _api_error(request: Request, error: APIError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return of_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        message = {
+            400: "The body is not valid UTF-8 JSON: send one JSON object.",
+            404: f"There is no {request.url.path} here: see /docs for what there is.",
+            405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
+        }.get(error.status_code, str(error.detail))
+        return APIError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        return APIError(500, "The server failed on this request; its log says why.").response()
+
+
+def of_validation(error: RequestValidationError) -> APIError:
+    """The first thing that is wrong with a body, in one sentence."""
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:] if part not in ("str", "list")) or None
+    match first["type"]:
+        case "json_invalid":
+            reason = first.get("ctx", {}).get("error", "cut short")
+            return APIError(400, f"The body is not valid JSON ({reason}): send one JSON object.")
+        case "missing" if param is None:
+            return APIError(400, "The body is empty: send one JSON object.")
+        case "missing":
+            return APIError(400, f"'{param}' is missing: add it.", param=param)
+        case "extra_forbidden":
+            message = (
+                f"'{param}' is not a parameter of this endpoint: check its spelling or drop it."
+            )
+            return APIError(400, message, param=param, code="unknown_parameter")
+        case "model_attributes_type" | "model_type" | "dict_type" if param is None:
+            return APIError(400, "The body must be one JSON object.")
+        case "value_error":
+            return APIError(400, str(first["ctx"]["error"]), param=param)
+    value = json.dumps(first.get("input"), default=str)
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    return APIError(400, f"'{param}' can not be {shown}: {first['msg']}.", param=param)
+
+
+def of_failure(error: Exception) -> APIError:
+    """What a stream says that fails after its 200 was sent."""
+    if isinstance(error, APIError):
+        return error
+    return APIError(500, f"The engine failed on this request: {error}.")
+
+
+class BodyLimit:
+    """ASGI middleware: answers 413 to bodies above ``max_bytes``, announced or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(announced) > self._max_bytes:
+            await self._refusal().response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                # An HTTPException: what else is raised while a body is read becomes FastAPI's own 400.
+                raise HTTPException(413, str(self._refusal()))
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self) -> APIError:
+        limit = self._max_bytes / 2**20
+        return APIError(
+            413, f"The body is larger than {limit:g} MiB: send less, or raise --max-body-mib."
+        )

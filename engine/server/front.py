@@ -1,0 +1,140 @@
+"""What the endpoints share: the engine, its name for clients, and how a prompt becomes requests and numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from engine import RequestOutput, SamplingParams
+from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
+from engine.metrics import Metrics
+from engine.server.errors import APIError
+from engine.server.streaming import interleave
+from engine.tokenizer import Tokenizer
+from hybridcache.interface import Losses
+
+LONG_TEXT = 16_384
+"""Characters from which a text is encoded off the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt and how each of its choices is sampled."""
+
+    prompt: Sequence[int]
+    sampling: Sequence[SamplingParams]
+    namespace: str | None = None
+    boundaries: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+
+
+class Front:
+    """One engine behind one model name."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+        self.engine = engine
+        self.model_name = model_name
+        self.metrics = Metrics()
+        self.created = int(time.time())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.engine.tokenizer is not None, "a served engine was loaded with its tokenizer"
+        return self.engine.tokenizer
+
+    def check_model(self, model: str | None) -> None:
+        """APIError 404 where a client names a model that is not served."""
+        if model is not None and model != self.model_name:
+            raise APIError(
+                404,
+                f"The model '{model}' is not served here: use '{self.model_name}'.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of ``text``; a long one is encoded off the event loop."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    def submit(self, asks: Sequence[Ask]) -> list[RequestStream]:
+        """A stream for each choice of each ask, in order; all of them or none.
+
+        APIError 429: the queue is full; 503: the engine stops; 400: the engine refuses the request.
+        """
+        streams: list[RequestStream] = []
+        try:
+            for ask in asks:
+                streams.extend(
+                    self.engine.submit(
+                        ask.prompt,
+                        sampling,
+                        namespace=ask.namespace,
+                        boundaries=ask.boundaries,
+                        prompt_logprobs=ask.prompt_logprobs,
+                    )
+                    for sampling in ask.sampling
+                )
+        except BaseException as error:
+            for stream in streams:
+                stream.abort()
+            raise self._refusal(error) from error
+        return streams
+
+    def _refusal(self, error: BaseException) -> BaseException:
+        if isinstance(error, QueueFull):
+            self.metrics.rejected.inc()
+            return APIError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
+        if isinstance(error, EngineStopped):
+            return APIError(503, str(error), code="stopped", headers={"Retry-After": "10"})
+        return APIError(400, str(error)) if isinstance(error, ValueError) else error
+
+    async def outputs(
+        self, streams: Sequence[RequestStream]
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """The streams' outputs as they come, each counted when it is the last. Left early, the rest counts as aborted."""
+        num_finished = 0
+        merged = interleave(streams)
+        try:
+            async for index, output in merged:
+                if output.finish_reason is not None:
+                    self.metrics.observe(output)
+                    num_finished += 1
+                yield index, output
+        finally:
+            self.metrics.count_aborted(len(streams) - num_finished)
+            await merged.aclose()
+
+    async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
+        """The last output of each stream, in order."""
+        finals: dict[int, RequestOutput] = {}
+        async for index, output in self.outputs(streams):
+            finals[index] = output
+        return [finals[index] for index in range(len(streams))]
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
+    """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt counts once, with what its
+    first choice found in the cache. ``lost_tokens`` (ours) says why the others were computed."""
+    firsts = outputs[::num_choices]
+    num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
+    num_new = sum(len(output.token_ids) for output in outputs)
+    losses = [output.losses for output in firsts if output.losses is not None]
+    lost = {cause: sum(getattr(loss, cause) for loss in losses) for cause in Losses._fields}
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(output.cached_len for output in firsts),
+            "lost_tokens": lost,
+        },
+    }

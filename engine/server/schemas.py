@@ -1,0 +1,258 @@
+"""What clients may send. Types are checked here, ranges where the values are used (SamplingParams, the engine).
+
+A parameter that would change the answer and is not served is refused by name; one that would not (``user``, ``store``) is
+accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from engine import SamplingParams
+from engine.server.errors import APIError
+
+IGNORED = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "reasoning_effort",
+        "verbosity",
+    }
+)
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
+"""Parameters of OpenAI's that are not served, with the values that ask for nothing."""
+
+
+class Strict(BaseModel):
+    """No unknown names, no guessed types, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Sampling(Strict):
+    """The part of a request that says how tokens are chosen; None: the engine's default."""
+
+    model: str | None = None
+    n: int = Field(default=1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share nothing of the cache."""
+
+    GIVEN: ClassVar[tuple[str, ...]] = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "ignore_eos",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, neutral in NEUTRAL.items():
+            if body.get(name) is not None and body[name] not in neutral:
+                raise ValueError(f"'{name}' is not served here: leave it out.")
+        # null means "your default" everywhere in this API.
+        return {
+            name: value
+            for name, value in body.items()
+            if value is not None and name not in IGNORED and name not in NEUTRAL
+        }
+
+    def samplings(self, max_tokens: int | None, logprobs: int | None) -> list[SamplingParams]:
+        """How each of the ``n`` choices is sampled. APIError 400: a value out of range."""
+        given = {name: value for name in self.GIVEN if (value := getattr(self, name)) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        try:
+            return [
+                SamplingParams(
+                    max_tokens=max_tokens,
+                    stop=stop,
+                    stop_token_ids=tuple(self.stop_token_ids or ()),
+                    # Choices of one request must differ, and must be the same ones the next time.
+                    seed=None if self.seed is None else self.seed + choice,
+                    logprobs=logprobs,
+                    **given,
+                )
+                for choice in range(self.n)
+            ]
+        except ValueError as error:
+            raise APIError(400, str(error)) from error
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Any
+    """A text, a list of texts, a list of token ids, or a list of such lists."""
+    max_tokens: int = 16
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    add_special_tokens: bool = True
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_a_prompt(cls, prompt: Any) -> Any:
+        if isinstance(prompt, str) or (
+            isinstance(prompt, list)
+            and prompt
+            and (
+                all(isinstance(part, str) for part in prompt)
+                or _are_ids(prompt)
+                or all(isinstance(part, list) and _are_ids(part) for part in prompt)
+            )
+        ):
+            return prompt
+        raise ValueError(
+            "'prompt' must be a text, a list of texts, a list of token ids or a list of such lists."
+        )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt, whatever form it came in."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One message. Names a template may know (reasoning_content) pass through."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[TextPart] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, content: Any) -> Any:
+        if isinstance(content, list):
+            for part in content:
+                if isinstance(part, dict) and part.get("type", "text") != "text":
+                    raise ValueError(f"This model reads text only: drop the '{part['type']}' part.")
+        return content
+
+    def as_template_input(self) -> dict[str, Any]:
+        """As chat templates expect it: content as one string, tool arguments as an object."""
+        message = self.model_dump(exclude_none=True)
+        content = self.content
+        message["content"] = (
+            "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+        )
+        for call in message.get("tool_calls", ()):
+            function = call.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                function["arguments"] = _arguments(function["arguments"])
+        return message
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError("The arguments of a tool call must be a JSON object.") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("The arguments of a tool call must be a JSON object.")
+    return arguments
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The template's own switches, such as ``enable_thinking``."""
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': set it to true.")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a text, or a chat as /v1/chat/completions would render it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("Send either 'prompt' or 'messages'.")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,109 @@
+"""From the engine's streams to HTTP: several choices as one sequence, server-sent events, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from engine import RequestOutput
+from engine.async_engine import RequestStream
+
+Result = TypeVar("Result")
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client hung up before its answer was ready."""
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def interleave(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """(index of the stream, output) as they come, until all ended. However it is left, no request stays behind."""
+    outputs: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+
+    async def forward(index: int, stream: RequestStream) -> None:
+        try:
+            async for output in stream:
+                outputs.put_nowait((index, output))
+        except Exception as error:
+            outputs.put_nowait(error)
+        else:
+            outputs.put_nowait(None)
+
+    tasks = [asyncio.create_task(forward(*pair)) for pair in enumerate(streams)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await outputs.get()
+            if item is None:
+                num_open -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        for stream in streams:
+            stream.abort()
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """The result of ``work``, which is cancelled as soon as the client hangs up: ClientGone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_hang_up(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await working
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that stop, and close their iterator, when the client hangs up: also while none is due."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self.stream_response(send))
+        leaving = asyncio.ensure_future(_hang_up(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                with suppress(OSError):  # The client left while something was being sent.
+                    sending.result()
+        finally:
+            leaving.cancel()
+            sending.cancel()
+            with suppress(asyncio.CancelledError, OSError):
+                await sending
+            close: Callable[[], Awaitable[None]] | None = getattr(self._events, "aclose", None)
+            if close is not None:
+                await close()
+
+
+async def _hang_up(receive: Receive) -> None:
+    """Returns when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,152 @@
+"""Live servers on 127.0.0.1, driven by real clients. Most serve the oracle (a runner that proves every read); some the
+built-in model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from engine import AsyncEngine, Engine, EngineConfig
+from engine.batch import Batch
+from engine.oracle import OracleRunner, OracleSampler
+from engine.server.app import create_app
+from engine.server.config import ServerConfig
+from engine.tokenizer import ByteTokenizer
+
+
+@dataclass
+class Live:
+    """A running server and the clients of a test."""
+
+    port: int
+    engine: Engine
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def send(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """A request on a socket of its own, its answer not yet read."""
+        payload = json.dumps(body).encode()
+        connection = self.connect()
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(payload)}\r\n\r\n".encode()
+            + payload
+        )
+        return connection
+
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = self.get("/v1/cache").json()
+        return report
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 20) -> None:
+        """Until the report of /v1/cache meets ``condition``."""
+        deadline = time.monotonic() + timeout_s
+        while not condition(self.report()):
+            assert time.monotonic() < deadline, f"still {self.report()}"
+            time.sleep(0.01)
+
+    def wait_until_idle(self) -> None:
+        self.wait_for(lambda report: not report["num_running"] + report["num_waiting"])
+
+    def check_conserved(self) -> None:
+        """Nothing runs, so nothing is held, and nothing was lost."""
+        self.wait_until_idle()
+        report = self.report()
+        for resource in ("kv", "slots"):
+            counts = report[resource]
+            assert counts["free"] + counts["cached"] + counts["held"] == counts["total"]
+            assert counts["held"] == 0
+        self.engine.check()
+
+
+class SlowRunner(OracleRunner):
+    """An oracle whose steps take time, so that tests can act in the middle of an answer."""
+
+    step_s = 0.0
+
+    def forward(self, batch: Batch) -> Any:
+        time.sleep(self.step_s)
+        return super().forward(batch)
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, server_config: ServerConfig | None = None) -> Iterator[Live]:
+    """``engine`` behind a server of its own, in a thread."""
+    app = create_app(AsyncEngine(engine), server_config or ServerConfig())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield Live(listener.getsockname()[1], engine)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any) -> Engine:
+    runner = SlowRunner(num_kv_tokens, 16, max_model_len=4096)
+    runner.step_s = step_s
+    return Engine(
+        EngineConfig(**config), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
+    )
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[Live]:
+    """A quick server that tests share: each uses prompts of its own."""
+    with serving(oracle_engine()) as server:
+        yield server
+
+
+@pytest.fixture
+def serve_oracle() -> Iterator[Callable[..., Live]]:
+    """Makes servers with settings of their own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server_config: ServerConfig | None = None, **settings: Any) -> Live:
+            return stack.enter_context(serving(oracle_engine(**settings), server_config))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def builtin() -> Iterator[Live]:
+    """The built-in model behind a server."""
+    with serving(Engine(EngineConfig(cache_gib=0.1, max_model_len=4096))) as server:
+        yield server

@@ -1,0 +1,289 @@
+"""The openai client in its three uses (completions, chat, streaming), synchronous and not, and what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from engine.tokenizer import ByteTokenizer
+
+from .conftest import Live
+
+GREEDY: dict[str, Any] = {"model": "builtin", "temperature": 0}
+LONG = "The quick brown fox jumps over the lazy dog. " * 12
+CHAT = [
+    {"role": "system", "content": "Be brief. " * 20},
+    {"role": "user", "content": "Hello there"},
+]
+
+
+def test_a_completion_and_its_usage(live: Live) -> None:
+    answer = live.client.completions.create(
+        prompt="first " + LONG, max_tokens=5, extra_body={"ignore_eos": True}, **GREEDY
+    )
+    assert answer.object == "text_completion" and answer.model == "builtin"
+    [choice] = answer.choices
+    assert choice.finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len("first " + LONG)
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        5,
+        5 + len("first " + LONG),
+    )
+
+
+def test_the_second_of_two_equal_prompts_hits_and_says_so(live: Live) -> None:
+    prompt = "second " + LONG
+    first, second = (
+        live.client.completions.create(prompt=prompt, max_tokens=8, **GREEDY) for _ in range(2)
+    )
+    assert first.choices[0].text == second.choices[0].text
+    details = [answer.usage.prompt_tokens_details for answer in (first, second)]
+    assert details[0].cached_tokens == 0
+    assert details[1].cached_tokens == (len(prompt) - 1) // 64 * 64
+    for detail in details:
+        assert detail.cached_tokens + sum(detail.lost_tokens.values()) == len(prompt)
+
+
+def test_a_salt_keeps_tenants_apart(live: Live) -> None:
+    def cached(salt: str) -> int:
+        answer = live.client.completions.create(
+            prompt="third " + LONG, max_tokens=1, extra_body={"cache_salt": salt}, **GREEDY
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("a") == 0
+    assert cached("b") == 0
+    assert cached("a") > 0
+
+
+@pytest.mark.parametrize("server", ["live", "builtin"])
+def test_streams_say_what_whole_answers_say(server: str, request: pytest.FixtureRequest) -> None:
+    client = request.getfixturevalue(server).client
+    options = {"prompt": "fourth " + LONG, "max_tokens": 20, "logprobs": 2, "echo": True, **GREEDY}
+    whole = client.completions.create(**options)
+    events = list(
+        client.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+    )
+    assert "".join(event.choices[0].text for event in events[:-1]) == whole.choices[0].text
+    assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert events[-1].choices == [] and events[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    scores = whole.choices[0].logprobs
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        pieces = [getattr(event.choices[0].logprobs, name) for event in events[:-1]]
+        assert list(itertools.chain(*pieces)) == getattr(scores, name)
+
+
+@pytest.mark.parametrize("server", ["live", "builtin"])
+def test_chats_whole_and_streamed(server: str, request: pytest.FixtureRequest) -> None:
+    client = request.getfixturevalue(server).client
+    options = {
+        "messages": CHAT,
+        "max_completion_tokens": 12,
+        "logprobs": True,
+        "top_logprobs": 2,
+        **GREEDY,
+    }
+    whole = client.chat.completions.create(**options)
+    assert whole.object == "chat.completion"
+    assert whole.choices[0].message.role == "assistant"
+    events = list(
+        client.chat.completions.create(
+            stream=True, stream_options={"include_usage": True}, **options
+        )
+    )
+    assert events[0].choices[0].delta.role == "assistant"
+    text = "".join(event.choices[0].delta.content or "" for event in events[:-1])
+    assert text == whole.choices[0].message.content
+    assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert events[-1].usage.completion_tokens == whole.usage.completion_tokens
+    scores = [
+        entry
+        for event in events[:-1]
+        if event.choices[0].logprobs
+        for entry in event.choices[0].logprobs.content
+    ]
+    assert len(scores) == whole.usage.completion_tokens
+    assert scores == whole.choices[0].logprobs.content
+
+
+def test_the_next_turn_of_a_chat_resumes_at_the_stable_boundary(live: Live) -> None:
+    """With thinking on, the template's next prompt leaves this one two tokens before its end."""
+    tokenizer = ByteTokenizer()
+    options: dict[str, Any] = {
+        "max_completion_tokens": 4,
+        "extra_body": {"chat_template_kwargs": {"enable_thinking": True}},
+        **GREEDY,
+    }
+    system = {"role": "system", "content": "Stable. " * 30}
+    chat = [system, {"role": "user", "content": "x" * 400}]
+    first = live.client.chat.completions.create(messages=chat, **options)
+    chat += [{"role": "assistant", "content": "short"}, {"role": "user", "content": "y"}]
+    second = live.client.chat.completions.create(messages=chat, **options)
+    stable = first.usage.prompt_tokens - len(tokenizer.encode("<think>\n"))
+    assert second.usage.prompt_tokens_details.cached_tokens == stable // 64 * 64 > 0
+
+
+def test_token_id_prompts_and_batches(live: Live) -> None:
+    tokenizer = ByteTokenizer()
+    texts = ["fifth " + LONG, "sixth " + LONG]
+    ids = [tokenizer.encode(text) for text in texts]
+
+    def texts_of(prompt: Any) -> list[str]:
+        answer = live.client.completions.create(prompt=prompt, max_tokens=6, **GREEDY)
+        assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+        return [choice.text for choice in answer.choices]
+
+    apart = [texts_of(text)[0] for text in texts]
+    assert texts_of(texts) == texts_of(ids) == apart
+    assert texts_of(ids[1]) == apart[1:]
+
+
+def test_n_choices_come_in_order_prompt_by_prompt(builtin: Live) -> None:
+    options: dict[str, Any] = {"model": "builtin", "temperature": 1.5, "max_tokens": 12, "seed": 7}
+    twice = [
+        builtin.client.completions.create(prompt=["seventh", "eighth"], n=3, **options)
+        for _ in range(2)
+    ]
+    texts = [[choice.text for choice in answer.choices] for answer in twice]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 6 and len(set(texts[0])) > 1
+    alone = builtin.client.completions.create(prompt="eighth", n=3, **options)
+    assert [choice.text for choice in alone.choices] == texts[0][3:]
+    assert twice[0].usage.prompt_tokens == len("seventh") + len("eighth")
+
+
+def test_stop_strings_end_an_answer_and_are_left_out(live: Live) -> None:
+    options: dict[str, Any] = {
+        "prompt": "ninth " + LONG,
+        "max_tokens": 40,
+        "extra_body": {"ignore_eos": True},
+        **GREEDY,
+    }
+    full = live.client.completions.create(**options).choices[0].text
+    stop = full[10:13]
+    cut = full[: full.index(stop)]
+    answer = live.client.completions.create(stop=[stop, "never said"], **options)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (cut, "stop")
+    events = live.client.completions.create(stop=stop, stream=True, **options)
+    assert "".join(event.choices[0].text for event in events) == cut
+
+
+def test_echo_scores_the_prompt_without_reading_the_cache(builtin: Live) -> None:
+    """As evaluation harnesses ask for it: nothing generated, every prompt token but the first scored."""
+    prompt = "tenth " + LONG
+    builtin.client.completions.create(prompt=prompt, max_tokens=1, **GREEDY)
+    scored = [
+        builtin.client.completions.create(
+            prompt=prompt, max_tokens=num_new, echo=True, logprobs=3, **GREEDY
+        )
+        for num_new in (0, 1)
+    ]
+    for num_new, answer in enumerate(scored):
+        scores = answer.choices[0].logprobs
+        assert answer.choices[0].text.startswith(prompt)
+        assert answer.usage.prompt_tokens_details.cached_tokens == 0
+        assert answer.usage.completion_tokens == num_new
+        assert len(scores.tokens) == len(prompt) + num_new
+        assert scores.token_logprobs[0] is None and all(
+            score < 0 for score in scores.token_logprobs[1:]
+        )
+        assert all(len(top) == 3 for top in scores.top_logprobs[1:])
+        assert scores.text_offset == list(range(len(prompt) + num_new))
+        assert "".join(scores.tokens[: len(prompt)]) == prompt
+    first, second = (answer.choices[0].logprobs.token_logprobs for answer in scored)
+    assert first == second[: len(prompt)]
+
+
+def test_echo_alone_gives_the_prompt_back(live: Live) -> None:
+    answer = live.client.completions.create(prompt="hé 😀", max_tokens=0, echo=True, **GREEDY)
+    assert answer.choices[0].text == "hé 😀" and answer.choices[0].logprobs is None
+
+
+def test_the_asynchronous_client_and_many_at_once(live: Live) -> None:
+    async def ask_all() -> list[str]:
+        async with live.async_client as client:
+
+            async def ask(number: int) -> str:
+                if number % 2:
+                    answer = await client.completions.create(
+                        prompt=f"{number} {LONG}", max_tokens=9, **GREEDY
+                    )
+                    return answer.choices[0].text
+                events = await client.completions.create(
+                    prompt=f"{number} {LONG}", max_tokens=9, stream=True, **GREEDY
+                )
+                return "".join([event.choices[0].text async for event in events])
+
+            return await asyncio.gather(*map(ask, range(24)))
+
+    assert asyncio.run(ask_all()) == asyncio.run(ask_all())
+    live.check_conserved()
+
+
+def test_models_are_named(serve_oracle: Callable[..., Live]) -> None:
+    from engine.server.config import ServerConfig
+
+    live = serve_oracle(ServerConfig(served_model_name="org/mine"))
+    [card] = live.client.models.list().data
+    assert card.id == "org/mine" and live.client.models.retrieve("org/mine").max_model_len == 4096
+    with pytest.raises(openai.NotFoundError, match="use 'org/mine'"):
+        live.client.models.retrieve("other")
+    answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200, "the name may be left out"
+
+
+def test_what_changes_nothing_is_accepted(live: Live) -> None:
+    answer = live.client.chat.completions.create(
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "parts"}, {"type": "text", "text": "two"}],
+            }
+        ],
+        max_tokens=1,
+        user="me",
+        store=False,
+        logit_bias={},
+        response_format={"type": "text"},
+        tool_choice="auto",
+        metadata={"a": "b"},
+        service_tier="auto",
+        seed=None,
+        **GREEDY,
+    )
+    assert answer.usage.prompt_tokens == len(
+        ByteTokenizer().encode("<|im_start|>user\nparts\ntwo<|im_end|>\n<|im_start|>assistant\n")
+    )
+
+
+def test_tool_turns_reach_the_template(live: Live) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    chat = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
+    answer = live.client.chat.completions.create(messages=chat, tools=tools, max_tokens=2, **GREEDY)
+    assert answer.usage.completion_tokens in (1, 2)
+
+
+def test_tokens_both_ways(live: Live) -> None:
+    answer = live.post("/tokenize", {"prompt": "hé<|im_end|>"}).json()
+    assert answer == {"count": 4, "max_model_len": 4096, "tokens": [104, 195, 169, 258]}
+    assert live.post("/detokenize", {"tokens": answer["tokens"]}).json() == {
+        "prompt": "hé<|im_end|>"
+    }
+    chat = live.post("/tokenize", {"messages": CHAT}).json()
+    assert chat["count"] == len(chat["tokens"]) == chat["boundaries"][-1]
