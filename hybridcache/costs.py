@@ -143,15 +143,25 @@ class PrefillTimes(Protocol):
 class Roofline:
     """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a constant.
 
-    The defaults are one H100 SXM's data sheet (989 TFLOP/s dense bf16, 3.35 TB/s) at half its arithmetic peak.
+    The defaults are one H100 SXM's data sheet (989 TFLOP/s dense bf16, 3.35 TB/s) at half its arithmetic peak; ``devices`` of them
+    share the work evenly.
     """
 
     geometry: ModelGeometry
+    devices: int = 1
     flops_per_s: float = 989e12 * 0.5
     bytes_per_s: float = 3.35e12
     overhead_s: float = 0.005
     """Of a prefill of any length: launches, sampling, the trip through the scheduler."""
     weight_bytes_per_param: int = 2
+
+    @classmethod
+    def fitting(cls, geometry: ModelGeometry, device_bytes: float = 60e9) -> Roofline:
+        """On the fewest devices (a power of two) whose ``device_bytes`` for weights hold the model in bf16."""
+        devices = 1
+        while devices * device_bytes < 2 * geometry.total_params:
+            devices *= 2
+        return cls(geometry, devices)
 
     def seconds(self, start: int, end: int) -> float:
         if end <= start:
@@ -161,7 +171,7 @@ class Roofline:
         params = min(geometry.total_params, geometry.active_params * (end - start))
         moved = params * self.weight_bytes_per_param + end * geometry.kv_bytes_per_token
         arithmetic = geometry.flops(start, end) / self.flops_per_s
-        return self.overhead_s + max(arithmetic, moved / self.bytes_per_s)
+        return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
 
 
 @dataclass(frozen=True, slots=True)

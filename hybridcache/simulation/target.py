@@ -104,6 +104,8 @@ class Served(Protocol):
     """Prompt ids reused."""
     losses: Losses | None
     """Why not more; None where the target does not say."""
+    missed_len: int
+    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was none."""
 
     def prefilled(self) -> None:
         """The prompt is computed: publish it."""
@@ -179,12 +181,14 @@ class LeaseTarget:
 
 
 class _LeasedRequest:
-    __slots__ = ("_lease", "_request", "_target", "cached_len", "losses")
+    __slots__ = ("_lease", "_request", "_target", "cached_len", "losses", "missed_len")
 
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = lease.cached_len
         self.losses: Losses | None = lease.losses
+        missed = lease.match.missed
+        self.missed_len = missed.position if missed is not None else 0
 
     def prefilled(self) -> None:
         self._lease.publish(self._request.tokens, len(self._request.tokens))
@@ -218,12 +222,13 @@ class BaselineTarget:
 
 
 class _BaselineRequest:
-    __slots__ = ("_request", "_session", "cached_len", "losses")
+    __slots__ = ("_request", "_session", "cached_len", "losses", "missed_len")
 
     def __init__(self, session: Session, request: TraceRequest) -> None:
         self._session, self._request = session, request
         self.cached_len = session.cached_len
         self.losses: Losses | None = None
+        self.missed_len = 0
 
     def prefilled(self) -> None:
         """Peers publish when they finish."""

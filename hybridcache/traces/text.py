@@ -36,7 +36,7 @@ THINKING = (
 
 TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
 
-_SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
+_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 _PROBE = "\ue000"
 """Stands for words not yet said: a character that no template writes and no tokenizer merges with a neighbour."""
 

@@ -121,6 +121,12 @@ def test_roofline_is_monotone_and_zero_for_nothing() -> None:
     assert times.seconds(4096, 8192) < times.seconds(0, 8192)
 
 
+def test_a_large_model_gets_the_devices_it_needs() -> None:
+    assert Roofline.fitting(ModelGeometry.preset("qwen3-next")).devices == 4
+    small = Roofline.fitting(ModelGeometry.preset("qwen3.5-0.8b"))
+    assert small == Roofline(ModelGeometry.preset("qwen3.5-0.8b"))
+
+
 def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
     path = tmp_path / "times.json"
     path.write_text(

@@ -1,0 +1,172 @@
+"""``hybridcache``: traces, simulations, the optimum and advice on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it did its work, 2 when it was asked for something impossible."""
+    options = _parser().parse_args(arguments)
+    run: Command = options.run
+    try:
+        return run(options)
+    except (ValueError, KeyError, ModuleNotFoundError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"hybridcache: {message}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hybridcache", description="A laboratory for prefix caches of hybrid LLMs."
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+    _add_trace(commands)
+    _add_simulate(commands)
+    return parser
+
+
+_TRACE_HELP = (
+    "[word:]file[?option=value&...], or a generator: chat, few-shot, agent, branch, resend, short, "
+    "conversations, sharegpt-like ..."
+)
+
+
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
+    verbs = trace.add_subparsers(title="verbs", required=True)
+    stats = verbs.add_parser(
+        "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
+    )
+    stats.add_argument("trace", help=_TRACE_HELP)
+    stats.add_argument("--skip-bad", action="store_true", help="count records that can not be read")
+    stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    stats.set_defaults(run=_trace_stats)
+    convert = verbs.add_parser("convert", help="write any trace as the project's own JSON lines")
+    convert.add_argument("trace", help=_TRACE_HELP)
+    convert.add_argument("output", type=Path, help="file to write")
+    convert.add_argument("--skip-bad", action="store_true", help="leave out what can not be read")
+    convert.set_defaults(run=_trace_convert)
+
+
+def _trace_stats(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.report import stats_table
+    from hybridcache.trace_stats import trace_stats
+    from hybridcache.traces import open_trace
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    with tqdm(unit=" requests", disable=None, file=sys.stderr) as bar:
+        stats = trace_stats(trace, progress=lambda _: bar.update() and None)
+    print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
+    return 0
+
+
+def _trace_convert(options: argparse.Namespace) -> int:
+    from hybridcache.traces import open_trace
+    from hybridcache.traces.own import write
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    with options.output.open("w", encoding="utf-8") as file:
+        num_requests = write(trace, file)
+    print(f"{num_requests} requests to {options.output}, {trace.bad.count} bad records left out")
+    return 0
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
+
+    parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
+    add = parser.add_argument
+    add("--trace", required=True, action="append", help=_TRACE_HELP + "; may be repeated")
+    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
+    add("--policy", default="lru", help="eviction words or module:Class, commas between")
+    add(
+        "--checkpoints",
+        action="append",
+        help=f"placement words, commas between; repeat to compare (default {DEFAULT_CHECKPOINTS})",
+    )
+    add("--baseline", default="", help="rebuilt peers, commas between: vllm, sglang, lightllm ...")
+    add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
+    add("--metric", default="hit", help="what tables and the figure show, commas between")
+    add("--losses", action="store_true", help="also where the tokens went, by cause")
+    add(
+        "--state-dtype", default="float32", help="precision of checkpoints: float32, bfloat16, int8"
+    )
+    add("--page-size", type=int, default=1, help="tokens of a KV page")
+    add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
+    add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
+    add("--max-running", type=int, help="serve so many requests at once instead of in turn")
+    add("--times", help="file of measured prefill times; default: a roofline of H100s")
+    add("--processes", type=int, default=1, help="runs at the same time; changes no result")
+    add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
+    add("--figure", type=Path, help="PNG or SVG to draw")
+    add("--skip-bad", action="store_true", help="count records that can not be read")
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.report import find_metric, losses_table, sweep_figure
+    from hybridcache.simulate import simulate
+    from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
+    from hybridcache.traces import open_trace
+
+    metrics = options.metric.split(",")
+    for word in metrics:
+        find_metric(word)
+    results = []
+    for spec in options.trace:
+        with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
+
+            def show(done: int, total: int, bar: tqdm = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            result = simulate(
+                open_trace(spec, skip_bad=options.skip_bad),
+                model=options.model,
+                gib=options.gib,
+                policy=_split(options.policy),
+                checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
+                baseline=_split(options.baseline),
+                bound=options.bound,
+                state_dtype=options.state_dtype,
+                page_size=options.page_size,
+                grid=options.grid,
+                servers=options.servers,
+                max_running=options.max_running,
+                times=options.times,
+                processes=options.processes,
+                resume_from=options.output,
+                progress=show,
+            )
+        results.append(result)
+        for word in metrics:
+            print(result.table(word), end="\n\n")
+        if options.losses:
+            print(losses_table(result.runs), end="\n\n")
+    if options.figure:
+        sweep_figure(results, options.figure, metrics[0])
+        print(f"figure: {options.figure}")
+    return 0
+
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(",") if word.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

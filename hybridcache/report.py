@@ -1,0 +1,265 @@
+"""Results for people: tables, JSON lines, figures. Figures need matplotlib, loaded only then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridcache.simulation.result import RunResult
+from hybridcache.trace_stats import Spread, TraceStats
+
+if TYPE_CHECKING:
+    from hybridcache.simulate import SimulationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure of a run, and how to write it."""
+
+    title: str
+    value: Callable[[RunResult], float | None]
+    form: str = "{:.1f}"
+
+    def text(self, run: RunResult) -> str:
+        value = self.value(run)
+        return "-" if value is None else self.form.format(value)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+METRICS: dict[str, Metric] = {
+    "hit": Metric("token hit rate, %", lambda run: 100 * run.token_hit_rate),
+    "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
+    "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
+    "optimum": Metric("share of the optimum, %", lambda run: _percent(run.share_of_optimum)),
+    "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
+    "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s, "{:.0f}"),
+    "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50], "{:.0f}"),
+    "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95], "{:.0f}"),
+    "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99], "{:.0f}"),
+    "regret": Metric(
+        "regret, % of prompt tokens", lambda run: 100 * run.regret_tokens / run.prompt_tokens
+    ),
+    "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
+    "reuse": Metric(
+        "resumes per checkpoint made",
+        lambda run: run.hits / run.checkpoints_made if run.checkpoints_made else None,
+        "{:.2f}",
+    ),
+    "copied": Metric(
+        "state bytes copied, GiB",
+        lambda run: None if run.copied_bytes is None else run.copied_bytes / 2**30,
+    ),
+    "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
+}
+"""Words for what a table or figure shows."""
+
+
+def find_metric(word: str) -> Metric:
+    """The metric called ``word``. ValueError lists the words there are."""
+    if word not in METRICS:
+        raise ValueError(f"unknown metric {word!r}; known: {', '.join(METRICS)}")
+    return METRICS[word]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned, the first to the left and the others to the right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def sweep_table(result: SimulationResult, word: str = "hit") -> str:
+    """A row a competitor, a column a size; the bound last where the metric is a hit rate."""
+    metric = find_metric(word)
+    by_label = result.by_label()
+    first = next(iter(by_label.values()), [])
+    header = [f"{metric.title}, at GiB", *(_size(run) for run in first)]
+    rows = [[label, *map(metric.text, runs)] for label, runs in by_label.items()]
+    if word == "hit" and result.bound_rate is not None:
+        rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
+    title = f"{result.trace}, {result.geometry.name}"
+    if first:
+        title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
+    return f"{title}\n{text_table(header, rows)}"
+
+
+def _size(run: RunResult) -> str:
+    return "pools" if run.gib is None else f"{run.gib:.3g}"
+
+
+def losses_table(runs: Sequence[RunResult]) -> str:
+    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens."""
+    causes = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed", "below_grid")
+    header = ["% of prompt tokens", "GiB", "reused"]
+    header += [cause.replace("_", " ") for cause in (*causes, "refused")]
+    rows = []
+    for run in runs:
+        if run.losses is None:
+            continue
+        parts = [run.cached_tokens, *(run.losses[cause] for cause in (*causes, "refused"))]
+        shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
+        rows.append([run.label, _size(run), *shares])
+    return text_table(header, rows)
+
+
+def stats_table(stats: TraceStats) -> str:
+    """What a trace is like, in some thirty lines."""
+
+    def spread(name: str, values: Spread, form: str = "{:,.0f}") -> list[str]:
+        cells = [values.mean, *values.percentiles.values(), values.largest]
+        return [name, *(form.format(cell) for cell in cells)]
+
+    header = [stats.name, "mean", *(f"P{rank}" for rank in stats.prompt.percentiles), "largest"]
+    rows = [
+        spread("prompt, tokens", stats.prompt),
+        spread("answer, tokens", stats.output),
+        spread("reuse after requests", stats.reuse_requests),
+        spread("reuse after seconds", stats.reuse_s, "{:,.1f}"),
+        spread("reuse after new tokens", stats.reuse_new_tokens),
+    ]
+    share = 100 / max(stats.prompt_tokens, 1)
+    lines = [
+        text_table(header, rows),
+        "",
+        f"requests {stats.num_requests:,} in {stats.num_sessions:,} sessions and "
+        f"{stats.num_namespaces:,} namespaces, over {stats.duration_s:,.0f} s; {stats.num_bad} bad records skipped",
+        f"prompt tokens {stats.prompt_tokens:,}; one id stands for {stats.unit}",
+        f"distinct tokens, answers included {stats.distinct_tokens:,}",
+        f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
+        f"of requests {100 * stats.ideal_requests / max(stats.num_requests, 1):.2f} %",
+    ]
+    if stats.ideal_by_page:
+        pages = (f"{page}: {share * hit:.2f} %" for page, hit in stats.ideal_by_page.items())
+        lines.append(f"ideal token hit rate in whole pages of {', '.join(pages)}")
+    rows = [
+        [
+            f"{bin_.start:,} to {bin_.end:,}",
+            f"{bin_.tokens:,}",
+            f"{100 * bin_.seen / bin_.tokens:.1f}",
+        ]
+        for bin_ in stats.sharing
+    ]
+    lines += ["", text_table(["depth, tokens", "prompt tokens", "seen before, %"], rows)]
+    return "\n".join(lines)
+
+
+def write_runs(result: SimulationResult, path: Path) -> None:
+    """Every run as one JSON line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for run in result.runs:
+            file.write(json.dumps({"trace": result.trace} | run.as_record()) + "\n")
+
+
+COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
+"""Told apart in print and by most colour-blind readers; lines repeat them with other dashes."""
+_DASHES = ("-", "--", ":", "-.")
+
+
+def sweep_figure(
+    results: Sequence[SimulationResult],
+    path: Path,
+    word: str = "hit",
+    *,
+    emphasised: Sequence[str] = (),
+    caption: str = "",
+) -> None:
+    """One panel a trace: ``word`` over memory size on a log axis, a line a competitor, the bound dashed.
+
+    ``emphasised`` labels are drawn thick, all others thin.
+    """
+    metric = find_metric(word)
+    figure, axes = panels(len(results))
+    for axis, result in zip(axes, results, strict=False):
+        for number, (label, runs) in enumerate(result.by_label().items()):
+            points = [(run.gib, metric.value(run)) for run in runs]
+            kept = [(gib, value) for gib, value in points if gib is not None and value is not None]
+            axis.plot(
+                [gib for gib, _ in kept],
+                [value for _, value in kept],
+                color=COLOURS[number % len(COLOURS)],
+                linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)],
+                linewidth=2.4 if label in emphasised else 1.3,
+                label=label,
+            )
+        if word == "hit" and result.bound_rate is not None:
+            axis.axhline(
+                100 * result.bound_rate, color="black", linewidth=0.8, linestyle=(0, (4, 3))
+            )
+            axis.annotate(
+                "infinite cache",
+                (0.02, 100 * result.bound_rate),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("memory for KV and checkpoints, GiB")
+        axis.set_ylabel(metric.title)
+        axis.set_title(f"{result.trace} ({result.geometry.name})", fontsize=9)
+    save(figure, axes, path, caption)
+
+
+def panels(count: int, width: float = 4.6, height: float = 3.5) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` panels, at most three in a row, and their axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False
+    )
+    axes = [axis for row in grid for axis in row]
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    for axis in axes:
+        axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> None:
+    """Write the figure: one legend below for all panels, the caption under it."""
+    from matplotlib import pyplot
+
+    entries = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    columns = min(len(entries), 6)
+    rows = -(-len(entries) // columns) if columns else 0
+    height = figure.get_size_inches()[1]
+    bottom = (0.22 * rows + (0.3 if caption else 0.0) + 0.1) / height
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="lower center",
+            bbox_to_anchor=(0.5, (0.3 if caption else 0.05) / height),
+            ncol=columns,
+            fontsize=8,
+            frameon=False,
+        )
+    if caption:
+        figure.text(0.5, 0.08 / height, caption, ha="center", fontsize=8, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,137 @@
+"""Replay a trace through caches: who wins, at which size, and why each token was lost.
+
+>>> from hybridcache.simulate import simulate
+>>> result = simulate("short", gib="1:8:3", policy=("lru", "fifo"))
+>>> [run.label for run in result.runs]
+['lru', 'lru', 'lru', 'fifo', 'fifo', 'fifo']
+>>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hybridcache.costs import MeasuredTimes, ModelGeometry, PrefillTimes, Roofline
+from hybridcache.infinite import InfiniteCache
+from hybridcache.simulation.result import RunResult, budget_bytes, sizes
+from hybridcache.simulation.serving import Serving
+from hybridcache.simulation.sweep import Job, run_sweep
+from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
+from hybridcache.trace import Trace
+from hybridcache.traces import open_trace
+
+DEFAULT_GIB = "2:200:15"
+
+Words = str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationResult:
+    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt peers."""
+
+    trace: str
+    geometry: ModelGeometry
+    runs: tuple[RunResult, ...]
+    bound_rate: float | None
+    """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
+
+    def by_label(self) -> dict[str, list[RunResult]]:
+        """Runs of each competitor, by size."""
+        found: dict[str, list[RunResult]] = {}
+        for run in self.runs:
+            found.setdefault(run.label, []).append(run)
+        return found
+
+    def best(self, gib: float) -> RunResult:
+        """The run of highest token hit rate at the size nearest to ``gib``."""
+        nearest = min((run.gib or 0.0 for run in self.runs), key=lambda size: abs(size - gib))
+        return max(
+            (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
+        )
+
+    def table(self, metric: str = "hit") -> str:
+        """A table of one metric: a row a competitor, a column a size. See ``hybridcache.report.METRICS``."""
+        from hybridcache.report import sweep_table
+
+        return sweep_table(self, metric)
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Every run as one JSON line."""
+        from hybridcache.report import write_runs
+
+        write_runs(self, Path(path))
+
+    def figure(self, path: str | Path, metric: str = "hit") -> None:
+        """One metric over the sizes as PNG or SVG."""
+        from hybridcache.report import sweep_figure
+
+        sweep_figure([self], Path(path), metric)
+
+
+def simulate(
+    trace: str | Trace,
+    *,
+    model: str | ModelGeometry = "qwen3-next",
+    gib: str | float | Sequence[float] = DEFAULT_GIB,
+    policy: Words = "lru",
+    checkpoints: Words = DEFAULT_CHECKPOINTS,
+    baseline: Words = (),
+    bound: bool = True,
+    state_dtype: str = "float32",
+    page_size: int = 1,
+    grid: int = 64,
+    servers: int = 1,
+    max_running: int | None = None,
+    times: str | PrefillTimes | None = None,
+    processes: int = 1,
+    resume_from: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SimulationResult:
+    """Run every policy with every placement, and every baseline, at every size.
+
+    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words or
+    ``module:Class``. ``checkpoints``: one placement (words with commas) or a sequence of them. ``times``: a file of measured prefill
+    times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn. Each cell of the
+    sweep stands for itself, so results do not depend on ``processes``.
+    """
+    opened = open_trace(trace) if isinstance(trace, str) else trace
+    geometry = ModelGeometry.load(model) if isinstance(model, str) else model
+    if geometry.num_linear_layers:
+        geometry = geometry.with_state_dtype(state_dtype)
+    timing = (
+        MeasuredTimes.load(times) if isinstance(times, str) else times or Roofline.fitting(geometry)
+    )
+    serving = Serving(timing, servers, max_running)
+    common = RunConfig(geometry, page_size=page_size, grid=grid)
+    competitors = [
+        replace(common, policy=word, checkpoints=placement)
+        for word in _words(policy)
+        for placement in _words(checkpoints)
+    ]
+    competitors += [replace(common, baseline=word) for word in _words(baseline)]
+    jobs = [
+        Job(replace(config, budget_bytes=budget_bytes(size)), serving)
+        for config in competitors
+        for size in sizes(gib)
+    ]
+    runs = run_sweep(
+        opened,
+        jobs,
+        processes=processes,
+        resume_from=Path(resume_from) if resume_from else None,
+        progress=progress,
+    )
+    bound_rate = None
+    if bound and runs:
+        cache = InfiniteCache()
+        bound_tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
+        bound_rate = bound_tokens / runs[0].prompt_tokens
+        runs = [replace(run, bound_tokens=bound_tokens) for run in runs]
+    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate)
+
+
+def _words(words: Words) -> tuple[str, ...]:
+    return (words,) if isinstance(words, str) else tuple(words)

@@ -1,0 +1,167 @@
+"""Serving a trace: one request after the other, or as many at once as memory and servers allow.
+
+In turn: every request is matched, prefilled, decoded and released before the next; what it would have waited is worked out afterwards from
+the prefill times (first come, first served, over all servers). This is the usual view of a cache, and the fast one.
+
+Concurrent: events in order of time. A request waits for its session's last answer, for a server and for memory, holds its lease from the start of its prefill to the
+end of its answer, and publishes when its prefill is done; what others hold can not be evicted, and what they have not published can
+not be hit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from hybridcache.costs import PrefillTimes
+from hybridcache.simulation.record import RequestLog
+from hybridcache.simulation.target import Served, Target
+from hybridcache.trace import TraceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The machine around the cache."""
+
+    times: PrefillTimes
+    servers: int = 1
+    """Prefills at the same time; all share one cache."""
+    max_running: int | None = None
+    """Requests that hold memory at the same time; None: one after the other."""
+    tpot_s: float = 0.02
+    """Seconds per answer token, concurrent mode only."""
+
+
+def serve(
+    target: Target, requests: Iterable[TraceRequest], unit: int, serving: Serving
+) -> RequestLog:
+    """Serve all of ``requests``; what happened to each."""
+    log = RequestLog(unit)
+    if serving.max_running is None:
+        _serve_in_turn(target, requests, log)
+        log.ttft_s = _queue(log, serving)
+    else:
+        _Concurrent(target, unit, serving, serving.max_running, log).run(requests)
+    return log
+
+
+def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: RequestLog) -> None:
+    turns: dict[Hashable, int] = {}
+    for request in requests:
+        turn = turns.get(request.session, 0)
+        turns[request.session] = turn + 1
+        start = perf_counter()
+        served = target.begin(request)
+        if served is not None:
+            served.prefilled()
+            served.finish()
+        log.add(request, served, turn, perf_counter() - start)
+
+
+def _queue(log: RequestLog, serving: Serving) -> list[float]:
+    """Time to first token of each request: waiting for a free server, then its prefill. O(n log servers)."""
+    free_at = [0.0] * serving.servers
+    seconds = serving.times.seconds
+    found = []
+    for arrival, cached, length in zip(
+        log.arrival_s, log.cached_tokens, log.prompt_tokens, strict=True
+    ):
+        done = max(arrival, free_at[0]) + seconds(cached, length)
+        heapq.heapreplace(free_at, done)
+        found.append(done - arrival)
+    return found
+
+
+_Kind = Literal["prefilled", "finished"]
+
+
+@dataclass(slots=True)
+class _Running:
+    number: int
+    request: TraceRequest
+    arrival_s: float
+    served: Served | None
+    control_s: float = 0.0
+
+
+class _Concurrent:
+    """The event loop of the concurrent mode."""
+
+    def __init__(
+        self, target: Target, unit: int, serving: Serving, max_running: int, log: RequestLog
+    ) -> None:
+        self._target, self._unit, self._serving, self._log = target, unit, serving, log
+        self._max_running = max_running
+        self._waiting: deque[tuple[TraceRequest, int]] = deque()
+        # Sessions with a request that waits or runs, and what of theirs came meanwhile.
+        self._later: dict[Hashable, deque[tuple[TraceRequest, int]]] = {}
+        self._events: list[tuple[float, int, _Kind, _Running]] = []
+        self._num_events = 0
+        self._num_running = 0
+        self._free_servers = serving.servers
+
+    def run(self, requests: Iterable[TraceRequest]) -> None:
+        turns: dict[Hashable, int] = {}
+        for request in requests:
+            turn = turns.get(request.session, 0)
+            turns[request.session] = turn + 1
+            while self._events and self._events[0][0] <= request.timestamp_s:
+                self._next_event()
+            if request.session in self._later:
+                self._later[request.session].append((request, turn))
+                continue
+            self._later[request.session] = deque()
+            self._waiting.append((request, turn))
+            self._start(request.timestamp_s)
+        while self._events:
+            self._next_event()
+
+    def _start(self, now: float) -> None:
+        while self._waiting and self._free_servers and self._num_running < self._max_running:
+            request, turn = self._waiting[0]
+            start = perf_counter()
+            served = self._target.begin(request)
+            if served is None and self._num_running:
+                return  # memory comes back when one of the others finishes
+            self._waiting.popleft()
+            place = self._log.add(request, served, turn, perf_counter() - start)
+            running = _Running(place, request, request.timestamp_s, served)
+            self._num_running += 1
+            self._free_servers -= 1
+            cached = self._log.cached_tokens[place]
+            length = self._log.prompt_tokens[place]
+            self._push(now + self._serving.times.seconds(cached, length), "prefilled", running)
+
+    def _next_turn(self, session: Hashable) -> None:
+        later = self._later[session]
+        if later:
+            self._waiting.append(later.popleft())
+        else:
+            del self._later[session]
+
+    def _push(self, when: float, kind: _Kind, running: _Running) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (when, self._num_events, kind, running))
+
+    def _next_event(self) -> None:
+        now, _, kind, running = heapq.heappop(self._events)
+        start = perf_counter()
+        served = running.served
+        if kind == "prefilled":
+            if served is not None:
+                served.prefilled()
+            self._log.ttft_s[running.number] = now - running.arrival_s
+            self._free_servers += 1
+            decode_s = len(running.request.output) * self._unit * self._serving.tpot_s
+            self._push(now + decode_s, "finished", running)
+        else:
+            if served is not None:
+                served.finish()
+            self._num_running -= 1
+            self._next_turn(running.request.session)
+        self._log.control_s += perf_counter() - start
+        self._start(now)

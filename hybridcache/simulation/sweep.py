@@ -1,0 +1,136 @@
+"""Many runs over one trace: in as many processes as wanted, resumable, the same results in the same order whatever their number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridcache.simulation.result import RunResult, summarise
+from hybridcache.simulation.serving import Serving, serve
+from hybridcache.simulation.target import RunConfig, build_target
+from hybridcache.trace import Trace, TraceRequest
+
+_KEEP_BYTES = 256 << 20
+"""A trace whose ids fit in this is held in memory between runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of a sweep."""
+
+    config: RunConfig
+    serving: Serving
+
+    def key(self, trace: Trace) -> str:
+        """What tells whether a results file has this run already: all that its figures depend on."""
+        parts = (trace.name, trace.unit, repr(self.config), repr(self.serving))
+        return hashlib.sha256(repr(parts).encode() + pickle.dumps(trace.source)).hexdigest()[:16]
+
+
+def run_sweep(
+    trace: Trace,
+    jobs: Sequence[Job],
+    *,
+    processes: int = 1,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[RunResult]:
+    """Results in the order of ``jobs``. With ``resume_from``, runs that file has are read from it and new ones are appended as they are
+    done, a JSON line each; ``progress`` is called with (done, all)."""
+    results: dict[int, RunResult] = {}
+    keys = [""] * len(jobs)
+    known: dict[str, RunResult] = {}
+    if resume_from:
+        keys = [job.key(trace) for job in jobs]
+        known = dict(_read_results(resume_from))
+    for number, key in enumerate(keys):
+        if key in known:
+            results[number] = known[key]
+    todo = [(number, job) for number, job in enumerate(jobs) if number not in results]
+    if resume_from:
+        resume_from.parent.mkdir(parents=True, exist_ok=True)
+    with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
+        for number, result in _run(trace, todo, processes):
+            results[number] = result
+            if file is not None:
+                record = {"key": keys[number], "trace": trace.name} | result.as_record()
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+            if progress:
+                progress(len(results), len(jobs))
+    return [results[number] for number in range(len(jobs))]
+
+
+def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            # A process that was killed may have left half a line.
+            record = json.loads(line) if line.endswith("\n") else {}
+            if "key" in record:
+                yield record["key"], RunResult.from_record(record)
+
+
+def _run(
+    trace: Trace, todo: Sequence[tuple[int, Job]], processes: int
+) -> Iterator[tuple[int, RunResult]]:
+    if processes <= 1 or len(todo) <= 1:
+        worker = _Worker(trace)
+        for number, job in todo:
+            yield number, worker.run(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(processes, len(todo)), context, initializer=_start_worker, initargs=(trace,)
+    ) as pool:
+        yield from pool.map(_run_job, todo)
+
+
+class _Worker:
+    """Runs jobs over one trace, which it holds in memory if it is small."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._kept: tuple[TraceRequest, ...] | None = None
+        self._too_large = False
+
+    def run(self, job: Job) -> RunResult:
+        target = build_target(job.config, self._trace.unit)
+        log = serve(target, self._requests(), self._trace.unit, job.serving)
+        return summarise(job.config, job.serving, log, target.counters())
+
+    def _requests(self) -> Iterable[TraceRequest]:
+        if self._kept is None and not self._too_large:
+            kept, num_bytes = [], 0
+            for request in self._trace:
+                kept.append(request)
+                num_bytes += request.tokens.nbytes + request.output.nbytes
+                if num_bytes > _KEEP_BYTES:
+                    self._too_large = True
+                    break
+            else:
+                self._kept = tuple(kept)
+        return self._trace if self._kept is None else self._kept
+
+
+_worker: _Worker | None = None
+"""Of this process, where it is one of a pool."""
+
+
+def _start_worker(trace: Trace) -> None:
+    global _worker
+    _worker = _Worker(trace)
+
+
+def _run_job(numbered: tuple[int, Job]) -> tuple[int, RunResult]:
+    assert _worker is not None
+    number, job = numbered
+    return number, _worker.run(job)
