@@ -143,7 +143,7 @@ def _times(
 ) -> list[float]:
     if pauses is None:
         first = session[0].timestamp_s
-        return [start + request.timestamp_s - first for request in session]
+        return [start + (request.timestamp_s - first) for request in session]
     times, now = [], start
     for request in session:
         times.append(now)

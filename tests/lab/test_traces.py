@@ -1,0 +1,408 @@
+"""Readers: each format read right, recognised by its first record, its bad lines named or counted."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache.infinite import InfiniteCache
+from hybridcache.trace import BadRecordError, BadRecords, FreshIds, Trace, TraceRequest
+from hybridcache.trace_stats import trace_stats
+from hybridcache.traces import READERS, open_trace, recognise
+from hybridcache.traces.coding_agent import CodingAgentReader
+from hybridcache.traces.own import OwnReader, write
+from hybridcache.traces.sharegpt import iter_conversations, json_array
+from hybridcache.traces.text import load_chat_text
+
+SAMPLES = Path(__file__).parent / "samples"
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# -- the samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "unit", "requests", "prompt_tokens", "ideal_tokens"),
+    [
+        ("mooncake.jsonl.gz", "mooncake", 512, 400, 5_710_530, 781_593),
+        ("coding_agent.jsonl.gz", "coding-agent", 64, 173, 23_049_198, 21_009_152),
+        ("sharegpt_counts.jsonl.gz", "sharegpt-counts", 1, 582, 1_135_081, 940_198),
+    ],
+)
+def test_samples(
+    name: str, word: str, unit: int, requests: int, prompt_tokens: int, ideal_tokens: int
+) -> None:
+    assert recognise(SAMPLES / name) == word
+    stats = trace_stats(open_trace(str(SAMPLES / name)))
+    assert (stats.unit, stats.num_requests) == (unit, requests)
+    assert (stats.prompt_tokens, stats.ideal_tokens) == (prompt_tokens, ideal_tokens)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the large traces are not here")
+def test_mooncake_conversation_trace_has_its_published_ideal_hit_rate() -> None:
+    stats = trace_stats(open_trace(str(DATA / "traces/mooncake_conversation_trace.jsonl.gz")))
+    assert stats.num_requests == 12_031
+    assert round(100 * stats.ideal_hit_rate, 2) == 37.36
+
+
+# -- Mooncake ------------------------------------------------------------------------------------------------------------
+
+
+def test_mooncake_answer_fills_the_partial_block_first(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "m.jsonl",
+        {"timestamp": 1500, "input_length": 600, "output_length": 424, "hash_ids": [7, 8]},
+        {"timestamp": 1600, "input_length": 512, "output_length": 1, "hash_ids": [7]},
+    )
+    first, second = open_trace(str(path))
+    assert first.timestamp_s == 1.5 and first.tokens.tolist() == [7, 8]
+    assert first.num_tokens(512) == 600 and len(first.output) == 0
+    assert second.num_tokens(512) == 512 and len(second.output) == 1
+
+
+def test_mooncake_blocks_must_cover_the_prompt(tmp_path: Path) -> None:
+    record = {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [7]}
+    with pytest.raises(BadRecordError, match=r"m\.jsonl, line 1: 1 hash_ids do not cover"):
+        list(open_trace(str(lines(tmp_path / "m.jsonl", record))))
+
+
+# -- coding agents -------------------------------------------------------------------------------------------------------
+
+
+def agent_session(
+    name: str, tools: int, system: int, requests: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "id": name,
+        "hash_id_scope": "local",
+        "tool_tokens": tools,
+        "system_tokens": system,
+        "requests": requests,
+        "dup": False,
+    }
+
+
+def agent_request(when: float, length: int, *runs: Any) -> dict[str, Any]:
+    return {"t": when, "type": "n", "in": length, "out": 64, "hash_ids": list(runs)}
+
+
+def agent_trace(tmp_path: Path, *sessions: dict[str, Any]) -> list[TraceRequest]:
+    return list(open_trace(str(lines(tmp_path / "a.jsonl", *sessions)) + "?starts=fixed:0.01"))
+
+
+def common(one: TraceRequest, two: TraceRequest) -> int:
+    length = min(len(one.tokens), len(two.tokens))
+    same = one.tokens[:length] == two.tokens[:length]
+    return length if same.all() else int((~same).argmax())
+
+
+def test_sessions_share_tools_and_system_prompt_and_nothing_else(tmp_path: Path) -> None:
+    both = agent_trace(
+        tmp_path,
+        agent_session("a", 128, 64, [agent_request(0, 640, [1, 10])]),
+        agent_session("b", 128, 64, [agent_request(0, 640, [1, 10])]),
+        agent_session("c", 128, 256, [agent_request(0, 640, [1, 10])]),
+        agent_session("d", 192, 64, [agent_request(0, 640, [1, 10])]),
+    )
+    a, b, c, d = both
+    assert common(a, b) == 3 and common(a, c) == 2 and common(a, d) == 0
+    assert a.boundaries == (3,) and c.boundaries == (6,)
+
+
+def test_runs_partial_blocks_and_lone_ids(tmp_path: Path) -> None:
+    first, second = agent_trace(
+        tmp_path,
+        agent_session(
+            "a", 64, 0, [agent_request(0, 330, [1, 3], 9, 4), agent_request(8, 128, [1, 2])]
+        ),
+    )
+    assert len(first.tokens) == 6 and first.num_tokens(64) == 330
+    assert second.timestamp_s - first.timestamp_s == 8 and common(first, second) == 2
+    assert first.tokens[5] >= FreshIds.FLOOR
+
+
+def test_subagents_are_sessions_of_their_own_within(tmp_path: Path) -> None:
+    subagent = {
+        "t": 5.0,
+        "type": "subagent",
+        "agent_id": "x",
+        "tool_tokens": 64,
+        "system_tokens": 64,
+        "requests": [agent_request(0, 256, [50, 53]), agent_request(2, 320, [50, 54])],
+    }
+    found = agent_trace(
+        tmp_path,
+        agent_session(
+            "a", 128, 64, [agent_request(0, 640, [1, 10]), subagent, agent_request(9, 704, [1, 11])]
+        ),
+    )
+    assert [request.session for request in found] == ["a", "a/x", "a/x", "a"]
+    assert [request.timestamp_s for request in found] == [0, 5, 7, 9]
+    assert common(found[1], found[2]) == 4 and common(found[0], found[3]) == 10
+
+
+def test_sessions_marked_as_duplicates_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+    twice = agent_session("a", 0, 0, [agent_request(0, 64, [1, 1])]) | {"dup": True}
+    path = lines(tmp_path / "a.jsonl", twice)
+    assert list(CodingAgentReader(path)()) == []
+    assert len(list(open_trace(f"{path}?duplicates=1"))) == 1
+
+
+def test_a_run_that_ends_before_it_begins_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadRecordError, match="line 1: a run of hash_ids ends before it begins"):
+        agent_trace(tmp_path, agent_session("a", 0, 0, [agent_request(0, 64, [3, 2])]))
+
+
+# -- ShareGPT ------------------------------------------------------------------------------------------------------------
+
+SEGMENTS = [
+    {"id": "x_0", "conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
+    {"id": "x_1", "conversations": [{"from": "gpt", "value": "two"}, {"from": "human", "value": "three"}, {"from": "gpt", "value": "four"}]},
+    {"id": "y_0", "conversations": [{"from": "human", "value": "five"}, {"from": "bing", "value": "six"}]},
+]  # fmt: skip
+
+
+def test_segments_merge_and_a_cut_file_ends_with_its_last_whole_record(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps([*SEGMENTS, SEGMENTS[0]], indent=2)[:-70])
+    first, second = iter_conversations(path)
+    assert first.turns == (
+        ("user", "one"),
+        ("assistant", "two"),
+        ("user", "three"),
+        ("assistant", "four"),
+    )
+    assert second.id == "y" and second.turns[1] == ("assistant", "six")
+
+
+def test_a_broken_record_is_named_or_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    text = json.dumps(SEGMENTS, indent=1).replace('"id": "x_1",', '"id": "x_1" oops')
+    path.write_text(text)
+    line = text[: text.index("oops")].count("\n")
+    with pytest.raises(BadRecordError, match=rf"s\.json, line {line}: not JSON"):
+        list(json_array(path, BadRecords(skip=False)))
+    bad = BadRecords(skip=True)
+    assert [record["id"] for _, record in json_array(path, bad)] == ["x_0", "y_0"]
+    assert bad.count == 1
+
+
+def test_thoughts_are_dropped_as_the_template_drops_them(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    thinking = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "<think>\nlong\n</think>\n\na"},
+        {"from": "human", "value": "r"},
+        {"from": "gpt", "value": "b"},
+    ]
+    path.write_text(json.dumps([{"id": "x_0", "conversations": thinking}]))
+    first, second = open_trace(f"sharegpt:{path}?tokenizer=bytes&template=thinking&starts=fixed:1")
+    assert common(first, second) == first.boundaries[-1] < len(first.tokens)
+    assert len(first.tokens) - first.boundaries[-1] == 2  # "<think>" and the newline behind it
+    plain, following = open_trace(f"sharegpt:{path}?tokenizer=bytes&template=chatml&starts=fixed:1")
+    assert common(plain, following) == plain.boundaries[-1] == len(plain.tokens)
+    whole = np.concatenate((plain.tokens, plain.output))
+    assert (following.tokens[: len(whole)] == whole).all()
+
+
+def test_a_conversation_ends_at_the_cap(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(SEGMENTS))
+    spec = f"sharegpt:{path}?tokenizer=bytes&template=chatml&starts=fixed:1"
+    lengths = sorted(len(request.tokens) for request in open_trace(spec))
+    assert len(lengths) == 3
+    capped = [len(request.tokens) for request in open_trace(f"{spec}&cap={lengths[1]}")]
+    assert sorted(capped) == lengths[:2]
+
+
+@given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<think>", "a", "\n", "é", "<|"])))
+def test_piecewise_encoding_is_encoding(parts: list[str]) -> None:
+    chat = load_chat_text("bytes")
+    text = "".join(parts)
+    expected: list[int] = []
+    specials = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<think>": 259}
+    while text:
+        for special, number in specials.items():
+            if text.startswith(special):
+                expected.append(number)
+                text = text[len(special) :]
+                break
+        else:
+            expected += text[0].encode()
+            text = text[1:]
+    assert chat.encode("".join(parts)).tolist() == expected
+
+
+# -- the others ----------------------------------------------------------------------------------------------------------
+
+
+def test_tau_bench_trajectories(tmp_path: Path) -> None:
+    trajectory = [
+        {"role": "system", "content": "policy"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]},
+        {"role": "tool", "content": "found"},
+        {"role": "assistant", "content": "done"},
+    ]
+    path = tmp_path / "t.json"
+    path.write_text(
+        json.dumps([{"task_id": 1, "trial": trial, "traj": trajectory} for trial in (0, 1)])
+    )
+    found = list(open_trace(str(path)))
+    assert len(found) == 4 and len({request.session for request in found}) == 2
+    assert b"look" in bytes(found[-1].tokens[found[-1].tokens < 256].astype(np.uint8))
+    assert all(len(request.boundaries) == 2 for request in found)
+
+
+def test_few_shot_prompts_share_their_examples(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "q.jsonl", *({"question": f"q{n}", "answer": f"a{n}"} for n in range(5))
+    )
+    found = list(open_trace(f"{path}?shots=3"))
+    assert len(found) == 2
+    assert common(*found) >= found[0].boundaries[0] > 0
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"input_tokens": [1, 2], "output_tokens": [3], "ts": 2.0, "session_id": 4},
+        {"prompt_token_ids": [1, 2], "output_len": 1, "timestamp": 2.0, "conversation_id": 4},
+        {"prompt": [1, 2], "max_tokens": 1, "arrival_time": 2.0, "session": 4},
+    ],
+)
+def test_token_ids_in_the_spellings_of_benchmark_tools(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    [request] = open_trace(str(lines(tmp_path / "t.jsonl", record)))
+    assert request.tokens.tolist() == [1, 2] and len(request.output) == 1
+    assert (request.timestamp_s, request.session) == (2.0, 4)
+
+
+# -- our own format, and all of them together -----------------------------------------------------------------------------
+
+ids = st.lists(st.integers(0, 9), max_size=12).map(lambda values: np.asarray(values, np.int32))
+requests = st.lists(
+    st.builds(
+        TraceRequest,
+        st.floats(0, 9, allow_nan=False).map(lambda value: round(value, 3)),
+        st.sampled_from(["a", "b", 3]),
+        st.sampled_from([None, "n"]),
+        ids.filter(len),
+        ids,
+        st.just(()) | st.just((1,)),
+        st.none() | st.integers(1, 7),
+    ),
+    max_size=8,
+)
+
+
+@given(requests)
+def test_own_format_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, found: list[TraceRequest]
+) -> None:
+    path = tmp_path_factory.mktemp("own") / "t.jsonl"
+    with path.open("w") as file:
+        assert write(Trace("t", 8, found.__iter__), file) == len(found)
+    reader = OwnReader(path)
+    assert reader.unit == 8
+    for one, two in zip(found, reader(), strict=True):
+        assert one.tokens.tolist() == two.tokens.tolist()
+        assert one.output.tolist() == two.output.tolist()
+        assert one._replace(tokens=0, output=0) == two._replace(tokens=0, output=0)
+
+
+def test_own_format_written_by_hand(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "t.jsonl",
+        {"session": "s", "tokens": [1, 2, 3], "output_length": 2},
+        {"session": "s", "prefix": [4, 9], "output": [5]},
+    )
+    first, second = open_trace(str(path))
+    assert (first.timestamp_s, second.timestamp_s) == (0.0, 1.0)
+    assert second.tokens.tolist() == [1, 2, 3, int(first.output[0]), 9]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"tokens": []}, "the prompt is empty"),
+        ({"tokens": [-1]}, "an id is not in"),
+        ({"session": "new", "prefix": [5, 1]}, "prefix keeps 5 ids of 0"),
+        ({"session": "s"}, "field 'prefix' is missing"),
+        ([1], "a JSON object was expected, not list"),
+    ],
+)
+def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, record: Any, problem: str) -> None:
+    path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, record, {"tokens": [2]})
+    with pytest.raises(BadRecordError, match=rf"t\.jsonl, line 2: {problem}"):
+        list(open_trace(f"jsonl:{path}"))
+    trace = open_trace(f"jsonl:{path}", skip_bad=True)
+    assert len(list(trace)) == 2 and trace.bad.count == 1
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"tokens": [1]})
+    with pytest.raises(ValueError, match="has no option 'cap'"):
+        open_trace(f"{path}?cap=7")
+    with pytest.raises(ValueError, match="generator chat"):
+        open_trace("chat?nonsense=1")
+    with pytest.raises(ValueError, match=", ".join(READERS)):
+        open_trace(str(lines(tmp_path / "u.jsonl", {"what": 1})))
+
+
+def test_gzip_head_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for number in range(5):
+            file.write(json.dumps({"tokens": [number]}) + "\n")
+    trace = open_trace(f"{path}?head=3")
+    assert [request.tokens[0] for request in trace] == [0, 1, 2]
+    assert [request.tokens[0] for request in trace.kept()] == [0, 1, 2]
+
+
+def test_convert_of_a_converted_trace_changes_nothing(tmp_path: Path) -> None:
+    source = open_trace(str(SAMPLES / "coding_agent.jsonl.gz")).head(60)
+    first = io.StringIO()
+    write(source, first)
+    path = tmp_path / "t.jsonl"
+    path.write_text(first.getvalue())
+    second = io.StringIO()
+    write(open_trace(str(path)), second)
+    assert second.getvalue() == first.getvalue()
+    assert len(first.getvalue()) < 8 * sum(len(r.tokens) for r in source)
+
+
+# -- the infinite cache ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.sampled_from("ab")),
+        max_size=25,
+    )
+)
+def test_infinite_cache_against_a_set_of_prefixes(sequences: list[tuple[list[int], str]]) -> None:
+    cache = InfiniteCache()
+    seen: dict[tuple[str, ...], int] = {}
+    for number, (sequence, namespace) in enumerate(sequences, start=1):
+        prefixes = [(namespace, *sequence[:end]) for end in range(1, len(sequence) + 1)]
+        expected = sum(prefix in seen for prefix in prefixes)
+        found = cache.visit(np.asarray(sequence, np.int32), namespace)
+        assert found.length == expected
+        assert found.last_visit == (seen[prefixes[expected - 1]] if expected else None)
+        seen.update(dict.fromkeys(prefixes, number))
+        assert cache.num_ids == len(seen)
