@@ -12,7 +12,7 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.consistency import check_cache
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.policies.protocol import EvictionPolicy, Kind
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.residency import Residency
 from hybridcache.stats import CacheStats
 
@@ -53,6 +53,7 @@ class HybridRadixCache:
         self._slots = slots
         self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
         self._tree = self._residency.tree
+        self._gathered: tuple[Segment | None, Indices] = (None, NO_INDICES)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ class HybridRadixCache:
             node,
             namespace,
             missed,
+            checkpoint,
         )
 
     def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None]:
@@ -117,15 +119,31 @@ class HybridRadixCache:
         return length, missed
 
     def gather(self, node: RadixNode | None) -> Indices:
-        """KV indices from the root to the end of ``node``: int32[position]. O(position)."""
-        parts = []
-        while node is not None and node.kv is not None:
-            parts.append(node.kv.indices)
-            node = node.parent
-        if not parts:
+        """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
+
+        The last answer is kept: a request asks when it begins and again below that when it has published. Rows above a
+        segment can not change while it is resident, whatever is split.
+        """
+        kv = None if node is None else node.kv
+        if node is None or kv is None:
             return NO_INDICES
+        known, rows = self._gathered
+        if kv is known:
+            return rows
+        asked = kv
+        parts = []
+        while kv is not None and node is not None:
+            if kv is known:
+                parts.append(rows)
+                break
+            parts.append(kv.indices)
+            node = node.parent
+            kv = None if node is None else node.kv
         parts.reverse()
-        return np.concatenate(parts)
+        rows = np.concatenate(parts)
+        rows.setflags(write=False)
+        self._gathered = (asked, rows)
+        return rows
 
     def touch(self, match: PrefixMatch) -> None:
         """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
@@ -187,7 +205,7 @@ class HybridRadixCache:
             leaf = self._append(node, tokens[:num_tokens], kv_indices[kv_len:num_tokens].copy())
         else:
             self._refresh(node)
-        rejected = self._place(leaf, checkpoints, labels, offered_to=kv_len)
+        rejected = self._place(leaf, checkpoints, labels, kv_len) if checkpoints else ()
         if kv_len < num_tokens:
             residency.offer_leaf(leaf)
         duplicates = kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES
@@ -217,11 +235,11 @@ class HybridRadixCache:
 
     def _refresh(self, node: RadixNode) -> None:
         """``node``'s KV came again."""
-        kv = node.kv
+        kv, residency = node.kv, self._residency
         if kv is not None:
-            kv.last_used = self._residency.now
-            if not node.locks and not node.children:
-                self._residency.policy.touch(kv)
+            kv.last_used = residency.now
+            if not node.children and kv not in residency.withheld:
+                residency.policy.touch(kv)
 
     def _place(
         self,
@@ -232,15 +250,18 @@ class HybridRadixCache:
     ) -> tuple[int, ...]:
         """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not taken.
 
-        Nodes that end at or before ``offered_to`` were there before, so the policy knows them.
+        Nodes that end at or before ``offered_to`` were there before, so the policy knows them. O(path).
         """
         rejected = []
-        for index in sorted(range(len(checkpoints)), key=lambda i: -checkpoints[i][0]):
+        node, end = leaf, leaf.end
+        order: Sequence[int] = range(len(checkpoints))
+        if len(checkpoints) > 1:
+            order = sorted(order, key=checkpoints.__getitem__, reverse=True)
+        for index in order:
             position, slot = checkpoints[index]
-            if position % self._step or not 0 < position <= leaf.end:
+            if position % self._step or not 0 < position <= end:
                 rejected.append(slot)
                 continue
-            node = leaf
             while node.start >= position:
                 assert node.parent is not None
                 node = node.parent
@@ -250,7 +271,7 @@ class HybridRadixCache:
                 rejected.append(slot)
                 continue
             label = labels[index] if labels else ""
-            self._residency.store_checkpoint(node, slot, label, offered=node.end <= offered_to)
+            self._residency.store_checkpoint(node, slot, label, position <= offered_to)
         return tuple(rejected)
 
     # -- memory -------------------------------------------------------------------------------------------------------

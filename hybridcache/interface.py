@@ -69,6 +69,8 @@ class PrefixMatch(NamedTuple):
     missed: Any = None
     """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node or ghost is on the path:
     had it and its KV been kept, ``missed.position - cached_len`` more tokens would have been reused."""
+    resumed: Any = None
+    """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only caches."""
 
 
 class InsertResult(NamedTuple):

@@ -8,7 +8,8 @@ Rules kept here, each by one method:
   nothing could resume from them;
 - a locked node stays with its checkpoint, and so does all KV above it because it is no leaf. The lock needs a count only
   there: O(1);
-- the policy holds exactly the candidates: checkpoints of unlocked nodes, KV of unlocked leaves.
+- the policy holds the candidates: checkpoints, and KV of leaves. One that it chose while it was locked is withheld from
+  it until the lock is gone, so that locking and unlocking, done for every request, cost the policy nothing.
 
 Recency of KV is kept at the place of use only. When a child goes, its parent takes over the later last use and the sum of
 uses: that is what stamping the whole path at every use would have left there, at the one time when it can matter.
@@ -54,6 +55,8 @@ class Residency:
         self.cached_tokens = 0
         self.num_checkpoints = 0
         self.locked: dict[RadixNode, None] = {}
+        self.withheld: set[Checkpoint | Segment] = set()
+        """Locked candidates that the policy chose and must not know until they are unlocked."""
         self.locked_path_tokens = 0
         """Sum of the locked nodes' positions: an upper bound of the KV under locks."""
 
@@ -75,12 +78,12 @@ class Residency:
             checkpoint = unforked_at(parent)
             if checkpoint is not None:
                 self._set_superseded(checkpoint, False)
-        elif not parent.locks and parent.kv is not None:
-            self.policy.discard(parent.kv)
+        elif parent.kv is not None:
+            self._withdraw(parent.kv)
 
     def offer_leaf(self, leaf: RadixNode) -> None:
         """Tell the policy of a leaf that has just become resident."""
-        if leaf.kv is not None and not leaf.children and not leaf.locks:
+        if leaf.kv is not None and not leaf.children:
             self.policy.add(leaf.kv)
 
     def split(self, lower: RadixNode, position: int) -> RadixNode:
@@ -108,9 +111,9 @@ class Residency:
         self.num_items += 1
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1
-        was_dead_candidate = offered and not node.children and not node.locks
-        if was_dead_candidate and node.kv is not None:
-            self.policy.discard(node.kv)
+        revives = node.kv if offered and not node.children else None
+        if revives is not None:
+            self._withdraw(revives)
         above = unforked_above(node)
         if above is not None:
             checkpoint.superseded = above.superseded
@@ -119,25 +122,30 @@ class Residency:
             checkpoint.superseded = has_deeper(node)
         node.checkpoint = checkpoint
         node.lost_checkpoint = None
-        if not node.locks:
-            self.policy.add(checkpoint)
-            if was_dead_candidate and node.kv is not None:
-                self.policy.add(node.kv)
+        self.policy.add(checkpoint)
+        if revives is not None:
+            self.policy.add(revives)
 
     # -- what goes ----------------------------------------------------------------------------------------------------
 
     def evict_one(self, kind: Kind | None) -> bool:
         """Let the policy's victim go; False if nothing evictable is left. Amortised O(log n) an item freed."""
-        item = self.policy.victim(kind)
-        if item is None:
-            return False
+        while True:
+            item = self.policy.victim(kind)
+            if item is None:
+                return False
+            node: RadixNode = item.node  # type: ignore[attr-defined]
+            if not node.locks:
+                break
+            self.policy.discard(item)
+            self.withheld.add(item)  # type: ignore[arg-type]
         self.stats.evictions += 1
-        node: RadixNode = item.node  # type: ignore[attr-defined]
         if item.kind == "checkpoint" and node.children:
             self._drop_checkpoint(node)
         else:
             self._drop_leaf(node)
-        self.ghosts.trim()
+        if self.ghosts.num_bytes > self.ghosts.limit_bytes:
+            self.ghosts.trim()
         return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
@@ -169,9 +177,9 @@ class Residency:
                     if checkpoint is not None:
                         self._set_superseded(checkpoint, has_deeper(parent))
                 return
-            if parent.kv is None or parent.locks:
+            if parent.kv is None:
                 return
-            if parent.checkpoint is not None or not stateful:
+            if parent.checkpoint is not None or parent.locks or not stateful:
                 self.policy.add(parent.kv)
                 return
             leaf = parent
@@ -196,7 +204,7 @@ class Residency:
     def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
         if checkpoint.superseded == superseded:
             return
-        if checkpoint.node.locks:
+        if checkpoint in self.withheld:
             checkpoint.superseded = superseded
             return
         self.policy.discard(checkpoint)
@@ -207,31 +215,26 @@ class Residency:
 
     def use(self, node: RadixNode) -> None:
         """A request resumed at the end of ``node``: refresh its checkpoint and its KV, none above. O(1)."""
-        candidate = not node.locks
+        now, policy = self.now, self.policy
         checkpoint = node.checkpoint
         if checkpoint is not None:
-            checkpoint.last_used = self.now
+            checkpoint.last_used = now
             checkpoint.uses += 1
-            if candidate:
-                self.policy.touch(checkpoint)
+            if checkpoint not in self.withheld:
+                policy.touch(checkpoint)
         kv = node.kv
         if kv is not None:
-            kv.last_used = self.now
+            kv.last_used = now
             kv.uses += 1
-            if candidate and not node.children:
-                self.policy.touch(kv)
+            if not node.children and kv not in self.withheld:
+                policy.touch(kv)
 
     def lock(self, node: RadixNode) -> None:
         """Protect ``node``, its checkpoint and all KV above it. O(1)."""
         node.locks += 1
-        if node.locks > 1:
-            return
-        self.locked[node] = None
-        self.locked_path_tokens += node.end
-        if node.checkpoint is not None:
-            self.policy.discard(node.checkpoint)
-        if node.kv is not None and not node.children:
-            self.policy.discard(node.kv)
+        if node.locks == 1:
+            self.locked[node] = None
+            self.locked_path_tokens += node.end
 
     def unlock(self, node: RadixNode) -> None:
         """Undo one ``lock``. O(1)."""
@@ -240,10 +243,18 @@ class Residency:
             return
         del self.locked[node]
         self.locked_path_tokens -= node.end
-        if node.checkpoint is not None:
-            self.policy.add(node.checkpoint)
-        if node.kv is not None and not node.children:
-            self.policy.add(node.kv)
+        if self.withheld:
+            for item in (node.checkpoint, node.kv):
+                if item in self.withheld:
+                    self.withheld.discard(item)
+                    self.policy.add(item)
+
+    def _withdraw(self, item: Checkpoint | Segment) -> None:
+        """``item`` is no candidate any more."""
+        if item in self.withheld:
+            self.withheld.discard(item)
+        else:
+            self.policy.discard(item)
 
     def protected_tokens(self) -> int:
         """KV tokens under locks. O(nodes on locked paths)."""
@@ -264,8 +275,7 @@ class Residency:
     def candidates(self) -> Iterator[Item]:
         """What the policy must hold, found from scratch. O(tree)."""
         for node in self.tree.nodes():
-            if node.kv is not None and not node.locks:
-                if node.checkpoint is not None:
-                    yield node.checkpoint
-                if not node.children:
-                    yield node.kv
+            if node.checkpoint is not None and node.checkpoint not in self.withheld:
+                yield node.checkpoint
+            if node.kv is not None and not node.children and node.kv not in self.withheld:
+                yield node.kv

@@ -61,9 +61,11 @@ class PageAllocator(BaseAllocator):
     def allocate(self, num_tokens: int) -> Indices | None:
         """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are not free. O(n)."""
         num_pages = -(-num_tokens // self.page_size)
-        if num_pages * self.page_size > self.num_free:
+        if num_pages > self._height:
             return None
         if self.budget is not None:
+            if num_pages * self.page_size > self.num_free:
+                return None
             self.budget.take(num_pages * self.page_size * self.unit_bytes)
         top = self._height
         self._height = top - num_pages

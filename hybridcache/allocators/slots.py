@@ -29,9 +29,11 @@ class SlotAllocator(BaseAllocator):
 
     def allocate(self) -> int | None:
         """One slot, or None if none is free. O(1)."""
-        if not self._stack or self.num_free < 1:
+        if not self._stack:
             return None
         if self.budget is not None:
+            if self.budget.free_bytes < self.unit_bytes:
+                return None
             self.budget.take(self.unit_bytes)
         return self._stack.pop()
 

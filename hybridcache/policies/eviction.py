@@ -16,37 +16,25 @@ class LRU:
     """Least recently used first, over both kinds; ties go in order of creation.
 
     Two lazy heaps. ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is put in
-    its place when it comes to the top. ``discard`` only unmarks; stale entries leave at the top, or all at once when they
-    are more than half. Amortised O(log n) each.
+    its place when it comes to the top. ``discard`` only unmarks; stale entries leave at the top, or all at once when a heap
+    has doubled. Amortised O(log n) each.
     """
 
     def __init__(self) -> None:
         self._kv: list[Entry] = []
         self._checkpoints: list[Entry] = []
-        self._num_kv = 0
-        self._num_checkpoints = 0
+        self._limit = 64
+        """Length at which a heap is swept."""
 
     def add(self, item: Item) -> None:
         item.memo = entry = (item.last_used, item.serial, item)
-        if item.kind == "kv":
-            heap = self._kv
-            self._num_kv += 1
-            live = self._num_kv
-        else:
-            heap = self._checkpoints
-            self._num_checkpoints += 1
-            live = self._num_checkpoints
+        heap = self._kv if item.kind == "kv" else self._checkpoints
         heappush(heap, entry)
-        if len(heap) > 64 + 2 * live:
-            heap[:] = [entry for entry in heap if entry[2].memo is entry]
-            heapify(heap)
+        if len(heap) > self._limit:
+            self._sweep()
 
     def discard(self, item: Item) -> None:
         item.memo = None
-        if item.kind == "kv":
-            self._num_kv -= 1
-        else:
-            self._num_checkpoints -= 1
 
     def touch(self, item: Item) -> None:
         """Nothing to do: see above."""
@@ -68,6 +56,13 @@ class LRU:
             (checkpoint.last_used, checkpoint.serial),
         )
         return kv if kv_age < checkpoint_age else checkpoint
+
+    def _sweep(self) -> None:
+        """Drop stale entries. O(n), as many steps after the last sweep."""
+        for heap in (self._kv, self._checkpoints):
+            heap[:] = [entry for entry in heap if entry[2].memo is entry]
+            heapify(heap)
+        self._limit = 64 + 2 * max(len(self._kv), len(self._checkpoints))
 
 
 def _oldest(heap: list[Entry]) -> Item | None:

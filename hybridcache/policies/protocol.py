@@ -80,9 +80,12 @@ class Item(Protocol):
 class EvictionPolicy(Protocol):
     """Orders the evictable items of one cache.
 
-    The cache calls ``add`` when an item becomes a candidate (unlocked; kv: also a leaf), ``discard`` when it stops being
-    one (locked, got a child, evicted), ``touch`` after a use of a candidate (``last_used`` and ``uses`` already count it;
-    what was used while it was none shows in them at ``add``), and ``victim`` to choose. ``victim`` returns a candidate without removing it: the cache then calls ``discard``.
+    The cache calls ``add`` when an item becomes a candidate (a checkpoint; KV of a leaf), ``discard`` when it stops being
+    one (its node got a child, it was evicted), ``touch`` after a use of a candidate (``last_used`` and ``uses`` already
+    count it; what was used while it was none shows in them at ``add``), and ``victim`` to choose. A lock discards nothing
+    by itself: a victim that turns out to be locked is discarded then and added again when it is unlocked. An item that
+    changes its tier (``policies.tiers``) moves to another instance of the same policy, its ``memo`` with it. ``victim``
+    returns a candidate without removing it: the cache then calls ``discard``.
     ``missed`` is how a ghost speaks: a request came that would have resumed from this evicted checkpoint.
     Each in O(log n) or better.
     """
@@ -116,6 +119,10 @@ class Prefill(NamedTuple):
     """Positions known to survive into later prompts (end of the system segment, last stable boundary), ascending."""
     grid: int
     """Positions are multiples of it."""
+    resumed: Item | None = None
+    """The checkpoint it resumes from; its ``label`` and ``span`` say which word earned what."""
+    missed: Item | None = None
+    """The evicted checkpoint it would have resumed from."""
 
 
 class Placed(NamedTuple):

@@ -25,19 +25,17 @@ class Tiers:
         self._dead = make() if dead_first else self._rest
         self._superseded = make() if demote_superseded else self._rest
 
-    def _tier(self, item: Item) -> EvictionPolicy:
-        if item.dead:
-            return self._dead
-        return self._superseded if item.superseded else self._rest
-
     def add(self, item: Item) -> None:
-        self._tier(item).add(item)
+        tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
+        tier.add(item)
 
     def discard(self, item: Item) -> None:
-        self._tier(item).discard(item)
+        tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
+        tier.discard(item)
 
     def touch(self, item: Item) -> None:
-        self._tier(item).touch(item)
+        tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
+        tier.touch(item)
 
     def missed(self, item: Item) -> None:
         self._rest.missed(item)

@@ -1,11 +1,13 @@
 """Token ids as bytes: how an edge is compared with a prompt and how a child is found.
 
-An edge is a byte view of int32 ids (4 bytes a token), so that comparing a whole edge is one ``memcmp`` and a split
-makes two views of the same buffer. A child is found by the edge's first page: by its int id where a page is one token
+An edge is int32 ids as bytes (4 a token), so that comparing a whole edge is one ``memcmp``; a split makes two views of the
+same bytes. A child is found by the edge's first page: by its int id where a page is one token
 (a memoryview hands it out without a numpy scalar), by its bytes where a page is longer.
 """
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -15,23 +17,24 @@ TOKEN_BYTES = 4
 
 Tokens = npt.NDArray[np.int32]
 ChildKey = int | bytes
+Edge = bytes | memoryview
 
 
-def child_key(edge: memoryview, page_size: int) -> ChildKey:
+def child_key(edge: Edge, page_size: int) -> ChildKey:
     """The dict key under which an edge hangs at its parent: its first page. O(page)."""
     if page_size == 1:
-        return int.from_bytes(edge[:TOKEN_BYTES], "little")
+        return int.from_bytes(edge[:TOKEN_BYTES], sys.byteorder)
     return bytes(edge[: page_size * TOKEN_BYTES])
 
 
-def common_prefix_len(edge: memoryview, tokens: Tokens, page_size: int) -> int:
+def common_prefix_len(edge: Edge, tokens: Tokens, page_size: int) -> int:
     """Tokens that ``edge`` and ``tokens`` (int32[n]) share from their starts, whole pages only. O(shorter of the two).
 
     >>> import numpy as np
     >>> prompt = np.array([5, 6, 7, 8], dtype=np.int32)
-    >>> common_prefix_len(memoryview(prompt[:3].tobytes()), prompt, page_size=1)
+    >>> common_prefix_len(prompt[:3].tobytes(), prompt, page_size=1)
     3
-    >>> common_prefix_len(memoryview(prompt[:3].tobytes()), prompt, page_size=2)
+    >>> common_prefix_len(prompt[:3].tobytes(), prompt, page_size=2)
     2
     """
     ids = np.frombuffer(edge, dtype=np.int32)
@@ -42,6 +45,6 @@ def common_prefix_len(edge: memoryview, tokens: Tokens, page_size: int) -> int:
     return shared - shared % page_size
 
 
-def edge_tokens(edge: memoryview) -> Tokens:
+def edge_tokens(edge: Edge) -> Tokens:
     """The ids of an edge: int32 view, read-only. O(1)."""
     return np.frombuffer(edge, dtype=np.int32)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.radix.key import Tokens, edge_tokens
+from hybridcache.radix.key import Edge, Tokens, edge_tokens
 
 Indices = npt.NDArray[np.int32]
 
@@ -42,12 +42,12 @@ class RadixNode:
         "parent",
     )
 
-    def __init__(self, parent: RadixNode | None, key: Hashable, edge: memoryview, end: int) -> None:
+    def __init__(self, parent: RadixNode | None, key: Hashable, edge: Edge, end: int) -> None:
         self.parent = parent
         """None at a root."""
         self.key = key
         self.edge = edge
-        """Byte view of the edge's int32 ids."""
+        """The edge's int32 ids as bytes, or a view of some."""
         self.end = end
         """Tokens from the root to this node's end."""
         self.children: dict[Hashable, RadixNode] = {}

@@ -7,21 +7,17 @@ two dicts so that "how deep does KV reach" and "how deep were the tokens seen" a
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import NamedTuple
 
 from hybridcache.radix.key import TOKEN_BYTES, Tokens, child_key, common_prefix_len
 from hybridcache.radix.node import RadixNode
 
+Walk = tuple[RadixNode, RadixNode | None, int]
+"""How far a prompt follows the resident part of the tree:
 
-class Walk(NamedTuple):
-    """How far a prompt follows the resident part of the tree."""
-
-    node: RadixNode
-    """The deepest node whose edge, and all edges above, the prompt has whole."""
-    inside: RadixNode | None
-    """The child of ``node`` in whose edge the walk ended: the prompt leaves it there, or ends there."""
-    length: int
-    """Tokens from the root to where it ended, whole pages."""
+- the deepest node whose edge, and all edges above, the prompt has whole;
+- the child of it in whose edge the walk ended (the prompt leaves it there, or ends there), or None;
+- tokens from the root to where it ended, whole pages.
+"""
 
 
 class RadixTree:
@@ -37,7 +33,7 @@ class RadixTree:
         """The root of ``namespace``, made if it is not there. O(1)."""
         node = self.roots.get(namespace)
         if node is None:
-            node = self.roots[namespace] = RadixNode(None, namespace, memoryview(b""), 0)
+            node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
 
     def walk(self, node: RadixNode, tokens: Tokens) -> Walk:
@@ -45,27 +41,28 @@ class RadixTree:
 
         A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end.
         """
-        num_tokens = len(tokens)
+        base = end = node.end
+        children = node.children
+        if not children:
+            return node, None, base
+        stop = base + len(tokens)
         data = tokens.tobytes()
         starts_with = data.startswith
         ids = memoryview(data).cast("i") if self.page_size == 1 else None
         page_bytes = self.page_size * TOKEN_BYTES
-        base = node.end
-        at = 0
-        child = None
-        while at < num_tokens:
-            offset = at * TOKEN_BYTES
-            key = ids[at] if ids is not None else data[offset : offset + page_bytes]
-            child = node.children.get(key)
+        while end < stop:
+            offset = (end - base) * TOKEN_BYTES
+            key = data[offset : offset + page_bytes] if ids is None else ids[end - base]
+            child = children.get(key)
             if child is None:
                 break
             if not starts_with(child.edge, offset):
-                at += common_prefix_len(child.edge, tokens[at:], self.page_size)
-                return Walk(node, child, base + at)
+                shared = common_prefix_len(child.edge, tokens[end - base :], self.page_size)
+                return node, child, end + shared
             node = child
-            child = None
-            at = node.end - base
-        return Walk(node, None, base + at)
+            end = node.end
+            children = node.children
+        return node, None, end
 
     def walk_ghosts(self, node: RadixNode, tokens: Tokens) -> Iterator[tuple[RadixNode, int]]:
         """Follow ``tokens``, which start at ``node``'s end, through ghosts: pairs (ghost, length reached, whole pages).
@@ -75,7 +72,7 @@ class RadixTree:
         base = node.end
         while node.ghosts and len(tokens) - (node.end - base) >= self.page_size:
             rest = tokens[node.end - base :]
-            first = memoryview(rest[: self.page_size].tobytes())
+            first = rest[: self.page_size].tobytes()
             ghost = node.ghosts.get(child_key(first, self.page_size))
             if ghost is None:
                 return
@@ -88,8 +85,8 @@ class RadixTree:
 
     def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
         """Hang a new node with a copy of ``tokens`` under ``parent``, as a resident child. O(len(tokens))."""
-        edge = memoryview(tokens.tobytes())
-        key = child_key(edge, self.page_size)
+        edge = tokens.tobytes()
+        key = tokens.item(0) if self.page_size == 1 else child_key(edge, self.page_size)
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
         parent.children[key] = child
         self.num_nodes += 1
@@ -104,8 +101,9 @@ class RadixTree:
         parent = lower.parent
         assert parent is not None and parent.end < position < lower.end
         cut = (position - parent.end) * TOKEN_BYTES
-        upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
-        lower.edge = lower.edge[cut:]
+        edge = memoryview(lower.edge)
+        upper = RadixNode(parent, lower.key, edge[:cut], position)
+        lower.edge = edge[cut:]
         lower.key = child_key(lower.edge, self.page_size)
         lower.parent = upper
         if lower.kv is None:
