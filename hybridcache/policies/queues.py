@@ -52,9 +52,11 @@ class Queue:
 class Record:
     """What a queue policy remembers of an item, also while it is locked: its queue, its place, and how often it was used."""
 
-    __slots__ = ("mark", "queue", "ticket", "uses")
+    __slots__ = ("mark", "owner", "queue", "ticket", "uses")
 
-    def __init__(self, queue: Queue, ticket: int, uses: int) -> None:
+    def __init__(self, owner: QueuePolicy, queue: Queue, ticket: int, uses: int) -> None:
+        self.owner = owner
+        """The instance it is a candidate of: a change of tier moves an item to another."""
         self.queue = queue
         self.ticket = ticket
         self.uses = uses
@@ -97,10 +99,10 @@ class QueuePolicy:
 
     def add(self, item: Item) -> None:
         record: Record | None = item.memo
-        if record is None:
+        if record is None or record.owner is not self:
             queue = self.enter(item, item.position in self._returning)
             self._returning.discard(item.position)
-            item.memo = record = Record(queue, self._ticket(), item.uses)
+            item.memo = record = Record(self, queue, self._ticket(), item.uses)
             record.queue.put(record.ticket, item)
         else:
             record.queue.put(record.ticket, item)

@@ -13,6 +13,9 @@ from hybridcache.policies.survival import Stage, Survival, age_bins
 
 SUPERSEDED_PRIOR = 0.125
 """What a superseded checkpoint is believed to be worth, against one that is not, before anything was seen."""
+COMMON = frozenset({"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1"})
+"""Labels of places where prompts are known to part; all others speculate."""
+SPECULATIVE_PRIOR = 0.125
 MAX_TURN = 8
 """Generations of a lineage that are told apart."""
 SAMPLE = 1024
@@ -78,6 +81,9 @@ class Regret:
     KV has a pool of its own. Refresh: the consumed checkpoint. O(1) per event, O(1024) per victim.
     """
 
+    ranks_structure = True
+    """Dead KV and superseded checkpoints are ranked here, not by tiers around it."""
+
     def __init__(self, seed: int = 0) -> None:
         self.now = 0
         self.survival = Survival()
@@ -85,14 +91,22 @@ class Regret:
         self._checkpoints = _Columns()
         self._kv = _Columns()
         self._dead: dict[Item, None] = {}
+        self._idle_kv: dict[Item, None] | None = {}
+        """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
         self._chosen: Item | None = None
         self._ghost_turn = (0, 0)
         """(time, generation) of the latest ghost that spoke."""
+        self._just_used = False
+        """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
     def add(self, item: Item) -> None:
         self._tick(item)
+        self._just_used = False
         if item.dead:
             self._dead[item] = None
+            return
+        if item.kind == "kv" and self._idle_kv is not None:
+            self._idle_kv[item] = None
             return
         memo = item.memo
         if memo is None:
@@ -107,20 +121,26 @@ class Regret:
 
     def touch(self, item: Item) -> None:
         self._tick(item)
+        self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
             self._used(item, memo)
             columns = self._columns(item)
-            columns.remove(item)
-            columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
+            if item in columns.places:
+                columns.remove(item)
+                columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
 
     def discard(self, item: Item) -> None:
+        self._just_used = False
         if item in self._dead:
             del self._dead[item]
             return
+        if item.kind == "kv" and self._idle_kv is not None:
+            del self._idle_kv[item]
+            return
         self._columns(item).remove(item)
-        above = item.above
-        if item is self._chosen and above is not None and isinstance(above.memo, _Memo):
+        above = item.above if item is self._chosen else None
+        if above is not None and above.superseded and isinstance(above.memo, _Memo):
             memo: _Memo = above.memo
             memo.active = max(memo.active, item.memo.active)
             memo.turn = max(memo.turn, item.memo.turn)
@@ -129,19 +149,27 @@ class Regret:
     def missed(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            self.now += 1
-            self.survival.close(memo.stage, self.now, used=True)
-            self.now -= 1
-            self._ghost_turn = (self.now + 1, memo.turn)
+            now = self.now if self._just_used else self.now + 1
+            self.survival.retract(now)
+            self.survival.close(memo.stage, now, used=True)
+            self._ghost_turn = (now, memo.turn)
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         self.survival.refresh(self.now)
-        self._chosen = self._least(self._kv if kind == "kv" else self._checkpoints)
-        if self._chosen is None and kind is None:
+        self._chosen = None if kind == "kv" else self._least(self._checkpoints)
+        if self._chosen is None and kind != "checkpoint":
+            self._rank_kv()
             self._chosen = self._least(self._kv)
         return self._chosen
+
+    def _rank_kv(self) -> None:
+        """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
+        if self._idle_kv is not None:
+            waiting, self._idle_kv = self._idle_kv, None
+            for item in waiting:
+                self.add(item)
 
     def _tick(self, item: Item) -> None:
         if item.last_used > self.now:
@@ -175,7 +203,10 @@ class Regret:
             min(item.uses, 2),
             min(memo.turn, MAX_TURN),
         )
-        row = self.survival.row(key, SUPERSEDED_PRIOR if item.superseded else 1.0)
+        prior = SUPERSEDED_PRIOR if item.superseded else 1.0
+        if item.label not in COMMON:
+            prior *= SPECULATIVE_PRIOR
+        row = self.survival.row(key, prior)
         memo.stage = self.survival.open(row, memo.active)
 
     def _least(self, columns: _Columns) -> Item | None:

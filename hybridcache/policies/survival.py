@@ -13,6 +13,7 @@ the old are worth more than the young, and a fixed part of the loop is kept.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable
 
 import numpy as np
@@ -30,6 +31,7 @@ def _bin_edges() -> npt.NDArray[np.int64]:
 EDGES = _bin_edges()
 """Left edges of the age bins, requests; the last bin is open."""
 NUM_BINS = len(EDGES)
+_EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _SMALL = 1 << 14
 _BIN_OF: npt.NDArray[np.intp] = np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1
@@ -68,12 +70,15 @@ class Survival:
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._events: Floats = np.zeros((0, NUM_BINS))
-        self._exposure: Floats = np.zeros((0, NUM_BINS))
+        self._reached: Floats = np.zeros((0, NUM_BINS))
+        """Stages that ended in each bin, and below the time they spent in it."""
+        self._partial: Floats = np.zeros((0, NUM_BINS))
         self.index: Floats = np.zeros((0, NUM_BINS))
         """Uses per request that keeping gives, by row and age bin."""
         self._open: dict[Stage, None] = {}
         self._changes = 0
         self._refreshed_at = 0
+        self._latest: tuple[int, tuple[int, int]] | None = None
 
     def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
         """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed of a class without any
@@ -87,7 +92,8 @@ class Survival:
         self._priors.append(prior)
         empty = np.zeros((1, NUM_BINS))
         self._events = np.vstack((self._events, empty))
-        self._exposure = np.vstack((self._exposure, empty))
+        self._reached = np.vstack((self._reached, empty))
+        self._partial = np.vstack((self._partial, empty))
         start = self._prior(row) if parent is None else self.index[parent]
         self.index = np.vstack((self.index, start[None, :]))
         return row
@@ -106,15 +112,19 @@ class Survival:
             return
         del self._open[stage]
         age = now - stage.entered
-        last = int(age_bins(np.array([age]))[0])
-        row: int | None = stage.row
-        while row is not None:
-            self._exposure[row, :last] += WIDTHS[:last]
-            self._exposure[row, last] += age - EDGES[last] + 0.5
-            if used:
-                self._events[row, last] += 1
-            row = self._parents[row]
-        self._changes += used
+        place = stage.row, bisect_right(_EDGE_LIST, age) - 1
+        self._latest = (now, place) if used else None
+        self._reached[place] += 1.0
+        self._partial[place] += age - _EDGE_LIST[place[1]] + 0.5
+        if used:
+            self._events[place] += 1.0
+            self._changes += 1
+
+    def retract(self, now: int) -> None:
+        """The use that was closed latest, at ``now``, was none of its own: it stood in for another item."""
+        if self._latest is not None and self._latest[0] == now:
+            self._events[self._latest[1]] -= 1.0
+            self._latest = None
 
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has happened since the last time; says whether it did."""
@@ -123,12 +133,17 @@ class Survival:
             return False
         self._refreshed_at = now
         self._changes = 0
-        exposure = self._exposure + self._open_exposure(now)
+        exposure, events = self._at_risk(now), self._events.copy()
+        for row in range(len(self._parents) - 1, -1, -1):
+            parent = self._parents[row]
+            if parent is not None:
+                exposure[parent] += exposure[row]
+                events[parent] += events[row]
         hazard = np.empty_like(exposure)
         for row, parent in enumerate(self._parents):
             inherited = self._prior(row) if parent is None else hazard[parent]
             weight = PRIOR_EVENTS / inherited
-            hazard[row] = (self._events[row] + PRIOR_EVENTS) / (exposure[row] + weight)
+            hazard[row] = (events[row] + PRIOR_EVENTS) / (exposure[row] + weight)
         self.index = _index(hazard)
         self._forget()
         return True
@@ -136,29 +151,23 @@ class Survival:
     def _prior(self, row: int) -> Floats:
         return self._priors[row] / (EDGES + WIDTHS / 2 + 16.0)
 
-    def _open_exposure(self, now: int) -> Floats:
-        """Time at risk of stages that have not ended, by row and bin."""
-        num_rows = len(self._parents)
+    def _at_risk(self, now: int) -> Floats:
+        """Time spent in each bin by all stages, ended or not, by row."""
         count = len(self._open)
         rows = np.fromiter((stage.row for stage in self._open), np.int64, count)
         ages = now - np.fromiter((stage.entered for stage in self._open), np.int64, count)
         bins = age_bins(ages)
-        reached = np.zeros((num_rows, NUM_BINS))
-        partial = np.zeros((num_rows, NUM_BINS))
+        reached, partial = self._reached.copy(), self._partial.copy()
         np.add.at(reached, (rows, bins), 1.0)
         np.add.at(partial, (rows, bins), ages - EDGES[bins] + 0.5)
         beyond = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1] - reached
-        total = beyond * WIDTHS + partial
-        for row in range(num_rows - 1, -1, -1):
-            parent = self._parents[row]
-            if parent is not None:
-                total[parent] += total[row]
-        return total
+        return np.asarray(beyond * WIDTHS + partial)
 
     def _forget(self) -> None:
         heavy = self._events.sum(axis=1) > MEMORY
         self._events[heavy] *= 0.5
-        self._exposure[heavy] *= 0.5
+        self._reached[heavy] *= 0.5
+        self._partial[heavy] *= 0.5
 
 
 def _index(hazard: Floats) -> Floats:

@@ -1,0 +1,115 @@
+"""Placement learnt by regret: every word earns its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hybridcache.policies.protocol import Placed, Prefill
+
+STRIDE = 4
+"""Each back-off lies this many times further from the prompt's end than the one before."""
+HOPE_TOKENS = 1024.0
+"""What a word is believed to earn with its first checkpoint, before it was tried."""
+COPY_TOKENS = 8.0
+"""What saving one costs by itself: a copy of a state takes about the time of so many tokens of prefill."""
+TRIAL_EVERY = 32
+"""A word that does not pay is tried again once in so many prefills."""
+MEMORY = 1024
+"""Checkpoints after which a word has forgotten half."""
+
+
+class _Account:
+    """One word's checkpoints and what they earned, tokens; both fade."""
+
+    __slots__ = ("earned", "offered", "placed")
+
+    def __init__(self) -> None:
+        self.earned = HOPE_TOKENS
+        self.placed = 1.0
+        self.offered = 0
+
+    @property
+    def yield_tokens(self) -> float:
+        """Tokens a checkpoint of this word earns."""
+        return self.earned / self.placed
+
+    def place(self) -> None:
+        self.placed += 1
+        if self.placed > MEMORY:
+            self.placed *= 0.5
+            self.earned *= 0.5
+
+
+class Learnt:
+    """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's end at 1, 4, 16 … grid
+    steps, while they earn more than they displace.
+
+    A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from it, or would have, had
+    it not been evicted. It *displaces* what a checkpoint is worth at the margin: the tokens that requests missed because
+    their checkpoint had been evicted, per checkpoint placed. With ample memory nothing is displaced and all that ever earns
+    is placed; under pressure the budget of words follows the regret. A word that does not pay is tried now and then.
+
+    Source: this project. O(log(prompt) * 1) per prefill.
+    """
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}
+        self._missed_tokens = 0.0
+        self._num_placed = 1.0
+
+    @property
+    def price_tokens(self) -> float:
+        """What one more checkpoint displaces."""
+        return self._missed_tokens / self._num_placed
+
+    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+        self._settle(prefill)
+        if prefill.branch_len > prefill.cached_len:
+            yield self._place(prefill.branch_len, "branch")
+        for boundary in reversed(prefill.boundaries):
+            if boundary > prefill.cached_len:
+                yield self._place(boundary, "boundary")
+        distance = 1
+        while (position := prefill.prompt_len - distance) - prefill.cached_len >= prefill.grid:
+            label = f"back:{distance}"
+            if self._pays(label):
+                yield self._place(position, label)
+            distance = distance * STRIDE if distance > 1 else max(STRIDE, prefill.grid * STRIDE)
+
+    def decode_interval(self) -> int | None:
+        """Asked once a request, after ``positions``."""
+        if not self._pays("decode"):
+            return None
+        self._place(0, "decode")
+        return 1
+
+    def _settle(self, prefill: Prefill) -> None:
+        """Credit what this request resumed from, or would have."""
+        if prefill.resumed is not None:
+            self._account(prefill.resumed.label).earned += prefill.resumed.span
+        missed = prefill.missed
+        if missed is not None:
+            lost = missed.position - prefill.cached_len
+            self._account(missed.label).earned += lost
+            self._missed_tokens += lost
+
+    def _account(self, label: str) -> _Account:
+        account = self._accounts.get(label)
+        if account is None:
+            account = self._accounts[label] = _Account()
+        return account
+
+    def _pays(self, label: str) -> bool:
+        account = self._account(label)
+        account.offered += 1
+        if account.offered % TRIAL_EVERY == 0:
+            return True
+        return account.yield_tokens > self.price_tokens + COPY_TOKENS
+
+    def _place(self, position: int, label: str) -> Placed:
+        self._account(label).place()
+        self._num_placed += 1
+        if self._num_placed > 4 * MEMORY:
+            self._num_placed *= 0.5
+            self._missed_tokens *= 0.5
+        return Placed(position, label)
