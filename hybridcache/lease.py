@@ -169,6 +169,8 @@ class Lease:
             branch_len=self.match.branch_len,
             boundaries=self._request.boundaries,
             grid=self._step,
+            resumed=self.match.resumed,
+            missed=self.match.missed,
         )
         for position, label in placement.positions(prefill):
             self.want(position, label)
