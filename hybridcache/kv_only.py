@@ -16,6 +16,14 @@ class PathPart(NamedTuple):
     node: RadixNode
     length: int
 
+    def last(self) -> RadixNode:
+        """The node that the part ends in, or at: splits since the match put nodes above ``node``. O(those)."""
+        node = self.node
+        while node.start >= self.length:
+            assert node.parent is not None
+            node = node.parent
+        return node
+
 
 class RadixCache(HybridRadixCache):
     """KV alone is enough to resume, at any multiple of grid and page. Takes no checkpoints.
@@ -39,11 +47,8 @@ class RadixCache(HybridRadixCache):
         losses = Losses(num_tokens - branch_len, branch_len - kv_len, 0, 0, kv_len - cached_len)
         part = None
         if cached_len:
-            last = inside if inside is not None else node
-            while last.start >= cached_len:
-                assert last.parent is not None
-                last = last.parent
-            part = PathPart(last, cached_len)
+            deepest = inside if inside is not None else node
+            part = PathPart(PathPart(deepest, cached_len).last(), cached_len)
         return PrefixMatch(
             num_tokens, cached_len, kv_len, branch_len, None, losses, part, namespace
         )
@@ -51,17 +56,20 @@ class RadixCache(HybridRadixCache):
     def gather(self, node: PathPart | RadixNode | None) -> Indices:
         """KV indices of ``match.node`` or ``result.node``. O(position)."""
         if isinstance(node, PathPart):
-            return super().gather(node.node)[: node.length]
+            return super().gather(node.last())[: node.length]
         return super().gather(node)
 
     def touch(self, match: PrefixMatch) -> None:
         """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
-        node = None if match.node is None else match.node.node
+        node = None if match.node is None else match.node.last()
         super().touch(match._replace(node=node))
 
     def lock(self, node: PathPart | RadixNode | None) -> Receipt:
-        """Protect the path's KV. O(1)."""
-        return super().lock(node.node if isinstance(node, PathPart) else node)
+        """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside. O(page)."""
+        if isinstance(node, PathPart):
+            last = node.last()
+            node = self._residency.split(last, node.length) if last.end > node.length else last
+        return super().lock(node)
 
     def insert(
         self,
