@@ -1,8 +1,8 @@
 """Causal grouped-query attention over a KV pool in Triton: FlashAttention's online softmax (Dao et al., 2022) with every
 cut at an absolute position, so that a row's arithmetic depends on its own position and keys alone.
 
-A prefill program takes a tile of 64 query tokens and up to two heads of one KV head, and walks the keys from position 0
-in tiles of BN. A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins the splits in
+A prefill program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV head, and walks the keys
+from position 0 in tiles of BN. A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins the splits in
 order. Key tiles past a query's position leave its running maximum, sum and output as they are, bit for bit: it makes no
 difference whether a tile was walked over masked or not at all.
 """
@@ -15,6 +15,11 @@ import triton.language as tl
 
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Packed
+from kernels.target import pipeline_stages
+
+# A pipeline over loads whose addresses are loaded too spends two stages on the first of them.
+PREFILL_STAGES = 4
+DECODE_STAGES = 5
 
 SPLIT = 256
 """Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query head of a KV head."""
@@ -79,6 +84,7 @@ def prefill_attention_kernel(
     HQ: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    TILE: tl.constexpr,
     HEADS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -87,12 +93,13 @@ def prefill_attention_kernel(
     BD: tl.constexpr = triton.next_power_of_2(D)
     BM: tl.constexpr = BT * HEADS
     # The last tiles of a sequence see the most keys: start with them.
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_part = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_tile = i_part // (TILE // BT)
     i_h = tl.program_id(1) * HEADS
     i_b = tl.load(tile_sequences + i_tile)
     bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
     kv_len = tl.load(kv_lens + i_b)
-    first = (i_tile - tl.load(cu_tiles + i_b)) * BT
+    first = (i_tile - tl.load(cu_tiles + i_b)) * TILE + i_part % (TILE // BT) * BT
     o_row = tl.arange(0, BM)
     o_q = first + o_row % BT  # tokens from the sequence's first new one
     o_h = i_h + o_row // BT
@@ -212,10 +219,12 @@ def prefill_attention(
     out = torch.empty_like(query)
     num_heads, size = query.shape[1:]
     group = num_heads // key_pool.shape[1]
-    heads = 2 if group % 2 == 0 else 1
-    num_tiles = len(packed.tile_sequences)
-    if num_tiles:
-        prefill_attention_kernel[(num_tiles, num_heads // heads)](
+    exact = query.dtype == torch.float32
+    heads = 2 if group % 2 == 0 and not exact else 1
+    tokens = TILE // 2 if exact else TILE
+    num_parts = len(packed.tile_sequences) * (TILE // tokens)
+    if num_parts:
+        prefill_attention_kernel[(num_parts, num_heads // heads)](
             query,
             key_pool,
             value_pool,
@@ -232,10 +241,12 @@ def prefill_attention(
             HQ=num_heads,
             G=group,
             D=size,
+            TILE=TILE,
             HEADS=heads,
-            BT=TILE,
+            BT=tokens,
             **tile_config(size, query.dtype),
             num_warps=4 * heads,
+            num_stages=pipeline_stages(PREFILL_STAGES),
         )
     return out
 
@@ -279,6 +290,7 @@ def decode_attention(
         D=size,
         BS=SPLIT,
         **tile_config(size, query.dtype),
+        num_stages=pipeline_stages(DECODE_STAGES),
     )
     combine_splits_kernel[(batch, num_heads)](
         partial_out,
@@ -294,13 +306,10 @@ def decode_attention(
 
 
 def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Key tile, precision and pipeline depth by head size and dtype: what fits 64 KiB of shared memory on every target."""
-    wide = size > 128 or dtype == torch.float32
-    return {
-        "BN": 32 if wide else 64,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_stages": 1 if wide else 2,
-    }
+    """Key tile and precision by head size and dtype: they decide the bits, so nothing else may choose them."""
+    exact = dtype == torch.float32
+    keys = (64 if size <= 128 else 32) // (2 if exact else 1)
+    return {"BN": keys, "PRECISION": "ieee" if exact else "tf32"}
 
 
 def _pool_stride(key_pool: torch.Tensor, value_pool: torch.Tensor) -> int:

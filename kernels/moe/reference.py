@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from kernels.activation.reference import silu_and_mul
-from kernels.linear.reference import linear
+from kernels.linear.reference import linear, linear_8bit
 from kernels.linear.reference import prepare as prepare_linear
 
 
@@ -71,6 +71,26 @@ def prepare(
         (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
     ]
     return partial(_experts, products=products)
+
+
+def experts_8bit(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+) -> torch.Tensor:
+    """``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``, scales ``[E, 2I]`` and ``[E, H]``."""
+    products = [
+        (
+            partial(linear_8bit, quantized=w13[e], scale=w13_scale[e]),
+            partial(linear_8bit, quantized=w2[e], scale=w2_scale[e]),
+        )
+        for e in range(len(w13))
+    ]
+    return _experts(hidden, weights, experts, products)
 
 
 def _experts(

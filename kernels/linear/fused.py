@@ -1,0 +1,275 @@
+"""Linear layers in Triton, full precision and 8-bit, whose rows do not depend on how many others are computed with them.
+
+Weights are the left operand: a program computes ``y.T[BM, BT] = w[BM, N] @ x.T[N, BT]``. With few tokens only the narrow
+side of the tile shrinks; the tensor cores see the same products in the same order, and 8-bit weights are widened in the
+registers that feed them. The sum over N is cut into spans that depend on the weight's shape alone. With few tokens each
+span has programs of its own and a second kernel adds up; with many, one program computes and adds span after span: the
+same additions in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.linear.reference import STORAGE, Format, quantize
+from kernels.target import pipeline_stages
+
+__all__ = ["linear", "linear_8bit", "linear_8bit_rows", "prepare", "quantize", "quantize_rows"]
+
+FEW_TOKENS = 64
+"""Up to here spans run side by side."""
+PROGRAMS = 256
+"""With few tokens, spans are cut until about this many programs share the weight: two for each multiprocessor of an H100."""
+LEAST_SPAN = 512
+
+
+@triton.jit
+def multiply_span(
+    p_w, p_x, m_m, m_t, start, end,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from pointers to the rows of w and x."""
+    x_dtype: tl.constexpr = p_x.dtype.element_ty
+    ACC: tl.constexpr = tl.int32 if x_dtype == tl.int8 else tl.float32
+    b_y = tl.zeros([BM, BT], ACC)
+    for i_k in range(start, end, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < end
+        b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
+        b_y = tl.dot(b_w.to(x_dtype), b_x, b_y, input_precision=PRECISION, out_dtype=ACC)
+    return b_y.to(tl.float32)
+
+
+@triton.jit
+def store_tile(b_y, x_scale, w_scale, bias, y, o_m, o_t, M, mask):
+    """``y[t, m] = b_y[m, t] * w_scale[m] * x_scale[t] + bias[m]`` for a tile ``[BM, BT]``."""
+    m_m, m_t = o_m < M, tl.max(mask.to(tl.int32), axis=0) > 0
+    if w_scale is not None:
+        b_y *= tl.load(w_scale + o_m, mask=m_m, other=0.0)[:, None]
+    if x_scale is not None:
+        b_y *= tl.load(x_scale + o_t, mask=m_t, other=0.0)[None, :]
+    if bias is not None:
+        b_y += tl.load(bias + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
+    p_y = y + o_t.to(tl.int64)[None, :] * M + o_m[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    num_tokens,
+    M,
+    N,
+    span,
+    x_stride,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    SPANS_APART: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    m_m, m_t = o_m < M, o_t < num_tokens
+    mask = m_m[:, None] & m_t[None, :]
+    p_w = w + o_m.to(tl.int64) * N
+    p_x = x + o_t.to(tl.int64) * x_stride
+    if SPANS_APART:
+        i_s = tl.program_id(2)
+        start = i_s * span
+        end = tl.minimum(start + span, N)
+        b_y = multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
+        p_y = y + (i_s.to(tl.int64) * num_tokens + o_t[None, :]) * M + o_m[:, None]
+        tl.store(p_y, b_y, mask=mask)
+    else:
+        b_total = tl.zeros([BM, BT], tl.float32)
+        for start in range(0, N, span):
+            end = tl.minimum(start + span, N)
+            b_total += multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
+        store_tile(b_total, x_scale, w_scale, bias, y, o_m, o_t, M, mask)
+
+
+@triton.jit
+def add_spans_kernel(
+    partial_y,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    num_tokens,
+    num_spans,
+    M,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    mask = (o_m < M)[:, None] & (o_t < num_tokens)[None, :]
+    p_y = partial_y + o_t.to(tl.int64)[None, :] * M + o_m[:, None]
+    b_total = tl.zeros([BM, BT], tl.float32)
+    for _ in range(num_spans):
+        b_total += tl.load(p_y, mask=mask, other=0.0)
+        p_y += num_tokens * M
+    store_tile(b_total, x_scale, w_scale, bias, y, o_m, o_t, M, mask)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x, quantized, scale, stride, LARGEST: tl.constexpr, N: tl.constexpr, BN: tl.constexpr
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BN)
+    b_x = tl.load(x + i_t * stride + o_n, mask=o_n < N, other=0.0).to(tl.float32)  # [BN]
+    # The smallest normal number keeps a row of zeros from dividing by zero.
+    b_scale = tl.maximum(tl.max(tl.abs(b_x), axis=0), 1.1754943508222875e-38) / LARGEST
+    b_q = tl.minimum(tl.maximum(tl.div_rn(b_x, b_scale), -LARGEST), LARGEST)
+    if quantized.dtype.element_ty == tl.int8:
+        b_q = (
+            b_q + 12582912.0
+        ) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest even integer
+    tl.store(quantized + i_t * N + o_n, b_q.to(quantized.dtype.element_ty), mask=o_n < N)
+    tl.store(scale + i_t, b_scale)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``; see ``reference.linear``. Sums in float32, rounds once. x may be a view of wider rows."""
+    return _product(x, weight, None, None, bias, x.dtype)
+
+
+def prepare(
+    weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear`` with this weight."""
+    return partial(linear, weight=weight.contiguous(), bias=bias)
+
+
+def linear_8bit(
+    x: torch.Tensor,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(x @ quantized.T) * scale + bias``, activations unquantised; see ``reference.linear_8bit``."""
+    return _product(x, quantized, None, scale, bias, x.dtype)
+
+
+def linear_8bit_rows(
+    x: torch.Tensor,
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``linear_8bit`` with each row of x quantised to the weight's format on the way; see ``reference.linear_8bit_rows``.
+
+    The products then run at the 8-bit rate of the tensor cores: worth it where a layer computes more than it reads.
+    """
+    rows, row_scale = quantize_rows(x, "int8" if quantized.dtype == torch.int8 else "fp8")
+    return _product(rows, quantized, row_scale, scale, bias, x.dtype)
+
+
+def quantize_rows(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize`` of activations ``[T, N]`` in one pass: 8-bit ``[T, N]`` and a float32 scale per row ``[T]``."""
+    dtype, largest = STORAGE[format]
+    num_tokens, size = x.shape
+    quantized = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
+    if num_tokens:
+        quantize_rows_kernel[(num_tokens,)](
+            x,
+            quantized,
+            scale,
+            x.stride(0),
+            LARGEST=largest,
+            N=size,
+            BN=triton.next_power_of_2(size),
+        )
+    return quantized, scale
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    num_tokens, size = x.shape
+    num_outputs = len(weight)
+    y = torch.empty(num_tokens, num_outputs, dtype=dtype, device=x.device)
+    if num_tokens == 0:
+        return y
+    span = span_of(num_outputs, size)
+    num_spans = triton.cdiv(size, span)
+    apart = num_spans > 1 and num_tokens <= FEW_TOKENS
+    tile = tile_config(num_tokens, x.dtype, weight.dtype)
+    grid = (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]))
+    target = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32) if apart else y
+    linear_kernel[(*grid, num_spans if apart else 1)](
+        x,
+        weight,
+        x_scale,
+        w_scale,
+        bias,
+        target,
+        num_tokens,
+        num_outputs,
+        size,
+        span,
+        x.stride(0),
+        SPANS_APART=apart,
+        **tile,
+    )
+    if apart:
+        add_spans_kernel[grid](
+            target,
+            x_scale,
+            w_scale,
+            bias,
+            y,
+            num_tokens,
+            num_spans,
+            num_outputs,
+            BM=tile["BM"],
+            BT=tile["BT"],
+        )
+    return y
+
+
+def span_of(num_outputs: int, size: int) -> int:
+    """Elements of N per span for a weight ``[num_outputs, size]``: a multiple of 128, at least 512 unless N is less."""
+    wanted = PROGRAMS // triton.cdiv(num_outputs, 64)
+    num_spans = max(1, min(wanted, size // LEAST_SPAN))
+    return triton.cdiv(triton.cdiv(size, num_spans), 128) * 128
+
+
+def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """BK: 128 bytes of a weight's row, or of a row of x in float32."""
+    return 128 // (4 if dtype == torch.float32 else weight_dtype.itemsize)
+
+
+def tile_config(
+    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> dict[str, int | str]:
+    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on it."""
+    wide = num_tokens > FEW_TOKENS and dtype != torch.float32
+    tokens = 128 if wide else min(64, max(16, triton.next_power_of_2(num_tokens)))
+    return {
+        "BM": 128 if wide else 64,
+        "BT": tokens,
+        "BK": depth_of(dtype, weight_dtype),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": 8 if wide else 4,
+        "num_stages": pipeline_stages(4),
+    }

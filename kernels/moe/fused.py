@@ -1,0 +1,357 @@
+"""Mixture of experts in Triton: routing, sorting tokens by expert, and grouped products.
+
+A (token, choice) pair is one row of work. Rows are put into blocks that share an expert: sorted by expert and padded to
+whole blocks, or, with few tokens, one row to a block. Three launches follow: ``silu(gate) * up`` of every block, the
+down projection, and each token's weighted sum. As in ``kernels.linear.fused`` weights are the left operand, so a
+row's sums are taken in one order whatever shares its block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.linear.fused import depth_of, multiply_span
+from kernels.target import pipeline_stages
+
+FEW_TOKENS = 16
+"""Up to here a block is one row: experts are rarely shared, and sorting would cost more than reading some twice."""
+
+
+class Blocks(NamedTuple):
+    """Rows of work in blocks of BT, each with one expert."""
+
+    pairs: torch.Tensor | None
+    """int32 ``[num_blocks * BT]``: pair ``t * k + i`` of each row, ``T * k`` for padding. None: block b is pair b alone."""
+    experts: torch.Tensor
+    """int32 ``[num_blocks]``; past ``count`` undefined."""
+    count: torch.Tensor | None
+    """int32 ``[1]``: blocks in use, known on the device only. None: all."""
+    num_blocks: int
+    rows: int
+    """BT."""
+
+
+@triton.jit
+def route_kernel(
+    logits,
+    weights,
+    experts,
+    stride,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_e, o_k = tl.arange(0, BE), tl.arange(0, BK)
+    b_x = tl.load(logits + i_t * stride + o_e, mask=o_e < E, other=float("-inf")).to(tl.float32)
+    b_p = tl.exp(b_x - tl.max(b_x, axis=0))
+    b_p = b_p / tl.sum(b_p, axis=0)  # [BE]
+    # Probabilities are not negative, so their bit patterns order as integers; the reversed index breaks ties.
+    b_key = (b_p.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BE - 1 - o_e)
+    b_key = tl.where(o_e < E, b_key, -1)
+    b_weights = tl.zeros([BK], tl.float32)
+    b_experts = tl.zeros([BK], tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(b_key, axis=0)
+        b_key = tl.where(b_key == best, -1, b_key)
+        b_weights = tl.where(
+            o_k == i, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), b_weights
+        )
+        b_experts = tl.where(o_k == i, (BE - 1 - (best & 0xFFFFFFFF)).to(tl.int32), b_experts)
+    if RENORMALISE:
+        b_weights = b_weights / tl.sum(b_weights, axis=0)
+    tl.store(weights + i_t * K + o_k, b_weights, mask=o_k < K)
+    tl.store(experts + i_t * K + o_k, b_experts, mask=o_k < K)
+
+
+@triton.jit
+def count_pairs_kernel(experts, counts, num_pairs, BP: tl.constexpr):
+    """Program e counts the pairs of expert e."""
+    i_e = tl.program_id(0)
+    b_count = tl.zeros([BP], tl.int32)
+    for start in range(0, num_pairs, BP):
+        o_p = start + tl.arange(0, BP)
+        b_count += (tl.load(experts + o_p, mask=o_p < num_pairs, other=-1) == i_e).to(tl.int32)
+    tl.store(counts + i_e, tl.sum(b_count, axis=0))
+
+
+@triton.jit
+def sort_pairs_kernel(
+    experts,
+    counts,
+    pairs,
+    block_experts,
+    block_count,
+    num_pairs,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """Program e writes the pairs of expert e, in order, into its blocks, and pads the last."""
+    i_e = tl.program_id(0)
+    o_e = tl.arange(0, BE)
+    b_blocks = (tl.load(counts + o_e, mask=o_e < E, other=0) + BT - 1) // BT  # [BE]
+    first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
+    num_blocks = tl.sum(tl.where(o_e == i_e, b_blocks, 0), axis=0)
+    if i_e == E - 1:
+        tl.store(block_count, first + num_blocks)
+    done = 0
+    for start in range(0, num_pairs, BP):
+        o_p = start + tl.arange(0, BP)
+        b_mine = tl.load(experts + o_p, mask=o_p < num_pairs, other=-1) == i_e
+        b_rank = done + tl.cumsum(b_mine.to(tl.int32), axis=0) - 1
+        tl.store(pairs + first * BT + b_rank, o_p, mask=b_mine)
+        done += tl.sum(b_mine.to(tl.int32), axis=0)
+    o_t = tl.arange(0, BT)
+    for i_block in range(num_blocks):
+        tl.store(block_experts + first + i_block, i_e)
+        o_row = i_block * BT + o_t
+        tl.store(
+            pairs + first * BT + o_row, tl.zeros([BT], tl.int32) + num_pairs, mask=o_row >= done
+        )
+
+
+@triton.jit
+def block_rows(pairs, i_block, num_pairs, BT: tl.constexpr):
+    """The pairs of a block, ``[BT]``; ``num_pairs`` where there is none."""
+    o_t = tl.arange(0, BT)
+    if pairs is None:
+        return tl.where(o_t == 0, i_block, num_pairs)
+    else:
+        return tl.load(pairs + i_block * BT + o_t)
+
+
+@triton.jit
+def gate_up_kernel(
+    x,
+    w,
+    w_scale,
+    inner,
+    pairs,
+    block_experts,
+    block_count,
+    num_pairs,
+    size,
+    x_stride,
+    K: tl.constexpr,
+    INNER: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``: gate and up rows of w side by side."""
+    i_block = tl.program_id(1)
+    if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
+        if i_block >= tl.load(block_count):
+            return
+    i_e = tl.load(block_experts + i_block).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_p = block_rows(pairs, i_block, num_pairs, BT)
+    m_m, m_t = o_m < INNER, o_p < num_pairs
+    p_x = x + (o_p // K).to(tl.int64) * x_stride
+    p_gate = w + (i_e * 2 * INNER + o_m) * size
+    p_up = w + (i_e * 2 * INNER + INNER + o_m) * size
+    b_gate = tl.zeros([BM, BT], tl.float32)
+    b_up = tl.zeros([BM, BT], tl.float32)
+    for i_k in range(0, size, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < size
+        m_w = m_m[:, None] & m_k[None, :]
+        b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
+        b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
+        b_gate = tl.dot(b_w, b_x, b_gate, input_precision=PRECISION)
+        b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
+        b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
+    if w_scale is not None:
+        p_scale = w_scale + i_e * 2 * INNER + o_m
+        b_gate *= tl.load(p_scale, mask=m_m, other=0.0)[:, None]
+        b_up *= tl.load(p_scale + INNER, mask=m_m, other=0.0)[:, None]
+    # Rounded where the reference rounds: after the product.
+    b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
+    b_up = b_up.to(inner.dtype.element_ty).to(tl.float32)
+    b_inner = b_gate * tl.sigmoid(b_gate) * b_up
+    p_inner = inner + o_p.to(tl.int64)[None, :] * INNER + o_m[:, None]
+    tl.store(p_inner, b_inner.to(inner.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
+
+
+@triton.jit
+def down_kernel(
+    inner,
+    w,
+    w_scale,
+    y,
+    pairs,
+    block_experts,
+    block_count,
+    num_pairs,
+    size,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``y[p] = w[e] @ inner[p]``."""
+    i_block = tl.program_id(1)
+    if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
+        if i_block >= tl.load(block_count):
+            return
+    i_e = tl.load(block_experts + i_block).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_p = block_rows(pairs, i_block, num_pairs, BT)
+    m_m, m_t = o_m < H, o_p < num_pairs
+    p_inner = inner + o_p.to(tl.int64) * size
+    p_w = w + (i_e * H + o_m) * size
+    b_y = multiply_span(p_w, p_inner, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
+    if w_scale is not None:
+        b_y *= tl.load(w_scale + i_e * H + o_m, mask=m_m, other=0.0)[:, None]
+    p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
+
+
+@triton.jit
+def weighted_sum_kernel(results, weights, y, K: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    b_y = tl.zeros([BH], tl.float32)
+    for i in tl.static_range(K):
+        b_result = tl.load(results + (i_t * K + i) * H + o_h, mask=o_h < H, other=0.0)
+        b_y += b_result.to(tl.float32) * tl.load(weights + i_t * K + i)
+    tl.store(y + i_t * H + o_h, b_y.to(y.dtype.element_ty), mask=o_h < H)
+
+
+def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most probable experts of each token; see ``reference.route``. logits may be a view of wider rows."""
+    num_tokens, num_experts = logits.shape
+    weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
+    experts = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
+    if num_tokens:
+        route_kernel[(num_tokens,)](
+            logits,
+            weights,
+            experts,
+            logits.stride(0),
+            K=k,
+            E=num_experts,
+            BE=triton.next_power_of_2(num_experts),
+            BK=triton.next_power_of_2(k),
+            RENORMALISE=renormalise,
+        )
+    return weights, experts
+
+
+def experts(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts; see ``reference.experts``."""
+    return _experts(hidden, weights, experts, w13, None, w2, None)
+
+
+def experts_8bit(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+) -> torch.Tensor:
+    """``experts`` with 8-bit weights and their scales ``[E, 2I]`` and ``[E, H]``; see ``reference.experts_8bit``."""
+    return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale)
+
+
+def prepare(
+    w13: torch.Tensor, w2: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """``experts`` with these weights: (hidden, weights, experts) to ``[T, H]``."""
+    return partial(experts, w13=w13, w2=w2)
+
+
+def _experts(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    num_tokens, k = experts.shape
+    num_experts, hidden_size, inner_size = w2.shape
+    out = torch.empty(num_tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
+    if num_tokens == 0:
+        return out
+    blocks = make_blocks(experts, num_experts)
+    num_pairs = num_tokens * k
+    inner = hidden.new_empty(num_pairs, inner_size)
+    results = hidden.new_empty(num_pairs, hidden_size)
+    where = (blocks.pairs, blocks.experts, blocks.count, num_pairs)
+    config = {
+        "BM": 64,
+        "BT": blocks.rows,
+        "BK": depth_of(hidden.dtype, w13.dtype),
+        "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
+        "num_stages": pipeline_stages(4),
+    }
+    gate_up_kernel[(triton.cdiv(inner_size, 64), blocks.num_blocks)](
+        hidden,
+        w13,
+        w13_scale,
+        inner,
+        *where,
+        w13.shape[2],
+        hidden.stride(0),
+        K=k,
+        INNER=inner_size,
+        **config,
+    )
+    down_kernel[(triton.cdiv(hidden_size, 64), blocks.num_blocks)](
+        inner, w2, w2_scale, results, *where, inner_size, H=hidden_size, **config
+    )
+    weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
+        results, weights, out, K=k, H=hidden_size, BH=min(1024, triton.next_power_of_2(hidden_size))
+    )
+    return out
+
+
+def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
+    """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value comes to the host."""
+    num_tokens, k = experts.shape
+    num_pairs = num_tokens * k
+    if num_tokens <= FEW_TOKENS:
+        return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
+    mean = triton.cdiv(num_pairs, num_experts)
+    rows = min(64, max(16, triton.next_power_of_2(mean)))
+    num_blocks = num_pairs // rows + min(num_experts, num_pairs)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
+    count = torch.empty(1, dtype=torch.int32, device=experts.device)
+    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
+    pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
+    count_pairs_kernel[(num_experts,)](experts, counts, num_pairs, BP=1024)
+    sort_pairs_kernel[(num_experts,)](
+        experts,
+        counts,
+        pairs,
+        block_experts,
+        count,
+        num_pairs,
+        E=num_experts,
+        BE=triton.next_power_of_2(num_experts),
+        BT=rows,
+        BP=1024,
+    )
+    return Blocks(pairs, block_experts, count, num_blocks, rows)

@@ -1,0 +1,38 @@
+"""What linear layers launch for one token, for some and for a prefill; 8-bit floats where the target has them."""
+
+import torch
+import triton
+
+from kernels.linear.fused import linear, linear_8bit, linear_8bit_rows
+
+
+def _linear(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    linear(torch.empty(num_tokens, 2048, dtype=dtype), torch.empty(3072, 2048, dtype=dtype))
+
+
+def _int8(num_tokens: int) -> None:
+    _quantized(num_tokens, torch.int8)
+
+
+def _fp8(num_tokens: int) -> None:
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "cuda" and target.arch >= 89:
+        _quantized(num_tokens, torch.float8_e4m3fn)
+
+
+def _quantized(num_tokens: int, dtype: torch.dtype) -> None:
+    x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16)
+    weight, scale = torch.empty(2048, 4096, dtype=dtype), torch.empty(2048)
+    linear_8bit(x, weight, scale)
+    linear_8bit_rows(x, weight, scale, torch.empty(2048, dtype=torch.bfloat16))
+
+
+LAUNCHES = {
+    "one": lambda: _linear(1),
+    "prefill": lambda: _linear(512),
+    "float32": lambda: _linear(64, torch.float32),
+    "int8_one": lambda: _int8(1),
+    "int8_prefill": lambda: _int8(512),
+    "fp8_one": lambda: _fp8(1),
+    "fp8_prefill": lambda: _fp8(512),
+}

@@ -1,0 +1,40 @@
+"""What Qwen3-Next's experts launch for one token and for a prefill, in bfloat16 and with 8-bit weights."""
+
+import torch
+import triton
+
+from kernels.moe.fused import experts, experts_8bit, route
+
+
+def _experts(num_tokens: int) -> None:
+    weights, chosen = route(torch.empty(num_tokens, 512, dtype=torch.bfloat16), 10, True)
+    hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
+    w13, w2 = _weights(torch.bfloat16)
+    experts(hidden, weights, chosen, w13, w2)
+
+
+def _experts_8bit(num_tokens: int, dtype: torch.dtype) -> None:
+    target = triton.runtime.driver.active.get_current_target()
+    if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
+        return
+    weights, chosen = route(torch.empty(num_tokens, 512, dtype=torch.bfloat16), 10, True)
+    hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
+    scales = torch.empty(512, 1024), torch.empty(512, 2048)
+    w13, w2 = _weights(dtype)
+    experts_8bit(hidden, weights, chosen, w13, scales[0], w2, scales[1])
+
+
+def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Both weights in shape only: nothing reads them."""
+    element = torch.empty(1, 1, 1, dtype=dtype)
+    return [element.expand(shape) for shape in ((512, 1024, 2048), (512, 2048, 512))]
+
+
+LAUNCHES = {
+    "one": lambda: _experts(1),
+    "prefill": lambda: _experts(2048),
+    "int8_one": lambda: _experts_8bit(1, torch.int8),
+    "int8_prefill": lambda: _experts_8bit(2048, torch.int8),
+    "fp8_one": lambda: _experts_8bit(1, torch.float8_e4m3fn),
+    "fp8_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn),
+}

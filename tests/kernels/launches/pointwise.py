@@ -1,0 +1,44 @@
+"""What norms, rotary embedding, activations and cache writes launch on Qwen3-Next's sizes."""
+
+import torch
+
+from kernels.activation.fused import sigmoid_mul, silu_and_mul
+from kernels.cache_write.fused import write_kv
+from kernels.norm.fused import gated_rms_norm, rms_norm
+from kernels.rotary.fused import rotate
+
+
+def _bfloat16(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
+
+
+def _norm() -> None:
+    x = _bfloat16(64, 2048)
+    rms_norm(x, _bfloat16(2048), 1e-6, offset=1.0)
+    rms_norm(x, _bfloat16(2048), 1e-6, offset=1.0, residual=x)
+    rms_norm(_bfloat16(64, 18, 256)[:, :16], _bfloat16(256), 1e-6)
+    gated_rms_norm(_bfloat16(64, 32, 128), torch.empty(128), _bfloat16(64, 32, 128), 1e-6)
+
+
+def _rotary() -> None:
+    angles = _bfloat16(64, 64)
+    rotate(_bfloat16(64, 16, 256), _bfloat16(64, 2, 256), angles, angles)
+
+
+def _activation() -> None:
+    silu_and_mul(_bfloat16(64, 1024))
+    sigmoid_mul(_bfloat16(64, 4096), _bfloat16(64, 4096))
+    sigmoid_mul(_bfloat16(64, 2048), _bfloat16(64, 1))
+
+
+def _cache_write() -> None:
+    pool, new = _bfloat16(512, 2, 256), _bfloat16(64, 2, 256)
+    write_kv(new, new, pool, pool, torch.zeros(64, dtype=torch.int64))
+
+
+LAUNCHES = {
+    "norm": _norm,
+    "rotary": _rotary,
+    "activation": _activation,
+    "cache_write": _cache_write,
+}
