@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +92,4 @@ class Plan:
 
 def overlapping(visits: list[int], start: int, end: int) -> range:
     """Intervals of ``visits`` that overlap (start, end], both visits themselves. O(log n)."""
-    first = int(np.searchsorted(visits, start))
-    last = int(np.searchsorted(visits, end))
-    return range(first, last)
+    return range(bisect_left(visits, start), bisect_left(visits, end))
