@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from engine.models.builtin import BUILTIN_CONFIG
+from engine.models.builtin import BUILTIN_CONFIG, BUILTIN_NAME
 from engine.units import GIB, format_bytes, format_count
 from hybridcache.costs import ModelGeometry
 
@@ -30,9 +31,10 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
     ValueError says what could not be found.
     """
     if word is None:
-        return ModelGeometry.from_config(BUILTIN_CONFIG, "built-in", **dtypes)
+        own = {"kv_dtype": BUILTIN_CONFIG["dtype"], "conv_dtype": BUILTIN_CONFIG["dtype"]}
+        return ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, **(own | dtypes))
     try:
-        return ModelGeometry.load(word, **dtypes)
+        geometry = ModelGeometry.load(word, **dtypes)
     except KeyError as error:
         raise ValueError(
             f"No model directory, config.json or preset '{word}': {error.args[0]}."
@@ -41,6 +43,9 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
         raise ValueError(
             f"There is no {error.filename}: give a directory with a config.json."
         ) from error
+    path = Path(word)
+    is_named_file = path.suffix == ".json" and path.stem != "config"
+    return replace(geometry, name=path.stem) if is_named_file else geometry
 
 
 def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:

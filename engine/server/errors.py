@@ -27,7 +27,7 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message[:1].upper() + message[1:])
+        super().__init__(message)
         self.status = status
         self.param = param
         self.code = code

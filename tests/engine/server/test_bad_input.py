@@ -1,0 +1,220 @@
+"""Whatever a client sends: 4xx in OpenAI's shape with one sentence that says what to do, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.server.config import ServerConfig
+
+from .conftest import Live
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({}, "'prompt' is missing: add it."),
+    ({"prompt": ""}, "give at least one token"),
+    ({"prompt": []}, "must be a text, a list of texts"),
+    ({"prompt": [[]]}, "give at least one token"),
+    ({"prompt": 7}, "must be a text, a list of texts"),
+    ({"prompt": ["a", 1]}, "must be a text, a list of texts"),
+    ({"prompt": [True]}, "must be a text, a list of texts"),
+    ({"prompt": [320]}, "ids must be from 0 to 319"),
+    ({"prompt": [-1]}, "ids must be from 0 to 319"),
+    ({"prompt": [2**80]}, "ids must be from 0 to 319|flat list of token ids"),
+    ({"prompt": "x" * 5000}, "shorten the prompt"),
+    ({"prompt": "x", "max_tokens": 10**9}, "lower max_tokens"),
+    ({"prompt": "x", "max_tokens": 0}, "at least 1"),
+    ({"prompt": "x", "max_tokens": -5}, "max_tokens must be at least 0"),
+    ({"prompt": "x", "max_tokens": "5"}, "'max_tokens' can not be \"5\""),
+    ({"prompt": "x", "max_tokens": 1.5}, "'max_tokens' can not be 1.5"),
+    ({"prompt": "x", "max_tokens": True}, "'max_tokens' can not be true"),
+    ({"prompt": "x", "temperature": -1}, "temperature must be at least 0"),
+    ({"prompt": "x", "temperature": "hot"}, "'temperature' can not be \"hot\""),
+    ({"prompt": "x", "top_p": 0}, "top_p must be above 0"),
+    ({"prompt": "x", "top_k": 0}, "top_k must be at least 1"),
+    ({"prompt": "x", "n": 0}, "'n' can not be 0"),
+    ({"prompt": "x", "n": 10**6}, "'n' can not be 1000000"),
+    ({"prompt": "x", "seed": 2**70}, "seed must be between"),
+    ({"prompt": "x", "logprobs": 1000}, "'logprobs' can not be 1000"),
+    ({"prompt": "x", "stop": [""]}, "stop must hold non-empty strings"),
+    ({"prompt": "x", "stop": 3}, "'stop' can not be 3"),
+    ({"prompt": "x", "frequency_penalty": 9}, "frequency_penalty must be at least -2"),
+    ({"prompt": "x", "stop_token_ids": [-1]}, "token ids of 0 or more"),
+    ({"prompt": "x", "max_token": 3}, "'max_token' is not a parameter of this endpoint"),
+    ({"prompt": "x", "logit_bias": {"5": 1}}, "'logit_bias' is not served here: leave it out"),
+    ({"prompt": "x", "best_of": 4}, "'best_of' is not served here"),
+    (
+        {"prompt": "x", "stream_options": {"include": 1}},
+        "'stream_options.include' is not a parameter",
+    ),
+]
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({}, "'messages' is missing: add it."),
+    ({"messages": []}, "'messages' can not be"),
+    ({"messages": "hi"}, "'messages' can not be"),
+    ({"messages": [{"content": "x"}]}, "'messages.0.role' is missing"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "Unexpected message role: wizard"),
+    ({"messages": [{"role": "user", "content": 5}]}, "'messages.0.content"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
+        "reads text only: drop the 'image_url' part",
+    ),
+    (
+        {
+            "messages": [
+                *CHAT,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
+                },
+            ]
+        },
+        "arguments of a tool call must be a JSON object",
+    ),
+    ({"messages": CHAT, "top_logprobs": 3}, "'top_logprobs' needs 'logprobs'"),
+    ({"messages": CHAT, "max_tokens": 0}, "at least 1"),
+    ({"messages": CHAT, "max_completion_tokens": 10**7}, "lower max_tokens"),
+    (
+        {"messages": CHAT, "response_format": {"type": "json_object"}},
+        "'response_format' is not served here",
+    ),
+    ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' is not served here"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "shorten the prompt"),
+]
+
+
+def check_error(answer: httpx.Response, status: int, message: str) -> dict[str, Any]:
+    """In OpenAI's shape and one short line that has one of the parts of ``message``."""
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert any(part in error["message"] for part in message.split("|")), error["message"]
+    assert "\n" not in error["message"] and len(error["message"]) < 300
+    return error
+
+
+@pytest.mark.parametrize(("body", "message"), BAD_COMPLETIONS, ids=[m for _, m in BAD_COMPLETIONS])
+def test_bad_completions(live: Live, body: dict[str, Any], message: str) -> None:
+    check_error(live.post("/v1/completions", body), 400, message)
+    check_error(live.post("/v1/completions", body | {"stream": True}), 400, message)
+
+
+@pytest.mark.parametrize(("body", "message"), BAD_CHATS, ids=[m for _, m in BAD_CHATS])
+def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
+    check_error(live.post("/v1/chat/completions", body), 400, message)
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"", "The body is empty: send one JSON object."),
+        (b"{", "The body is not valid JSON"),
+        (b'{"prompt": "x"', "The body is not valid JSON"),
+        (b"[1, 2]", "The body must be one JSON object."),
+        (b'"text"', "The body must be one JSON object."),
+        (b"null", "The body"),
+        (b'{"prompt": "\xff\xfe"}', "not valid UTF-8 JSON"),
+        (b"\x00\x01\x02", "The body is not valid"),
+        (b"[" * 100_000, "The body is not valid"),
+        (b'{"prompt": "x", "temperature": NaN}', "'temperature' can not be NaN"),
+        (b'{"prompt": "x", "temperature": 1e999}', "'temperature' can not be Infinity"),
+        (
+            b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
+            "The body is not valid|lower max_tokens",
+        ),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+@pytest.mark.parametrize("content_type", ["application/json", None])
+def test_broken_bodies(live: Live, payload: bytes, message: str, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = httpx.post(live.url + "/v1/completions", content=payload, headers=headers, timeout=60)
+    check_error(answer, 400, message)
+
+
+def test_json_without_a_content_type_is_read(live: Live) -> None:
+    payload = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    assert httpx.post(live.url + "/v1/completions", content=payload).status_code == 200
+
+
+def test_unknown_models_and_paths(live: Live) -> None:
+    answer = live.post("/v1/completions", {"model": "gpt-5", "prompt": "x"})
+    error = check_error(answer, 404, "The model 'gpt-5' is not served here: use 'builtin'.")
+    assert error["code"] == "model_not_found"
+    check_error(live.get("/v2/completions"), 404, "There is no /v2/completions here")
+    check_error(live.get("/v1/completions"), 405, "does not answer GET")
+
+
+def test_four_megabytes_of_prompt(live: Live, serve_oracle: Callable[..., Live]) -> None:
+    huge = "x" * (4 << 20)
+    check_error(live.post("/v1/completions", {"prompt": huge}), 400, "shorten the prompt")
+    check_error(
+        live.post("/v1/completions", {"prompt": [65] * (1 << 20)}), 400, "shorten the prompt"
+    )
+    chat = {"messages": [{"role": "user", "content": huge}]}
+    check_error(live.post("/v1/chat/completions", chat), 400, "shorten the prompt")
+    small = serve_oracle(ServerConfig(max_body_mib=1))
+    error = "The body is larger than 1 MiB: send less, or raise --max-body-mib."
+    check_error(small.post("/v1/completions", {"prompt": huge}), 413, error)
+
+    def unannounced() -> Any:
+        for _ in range(4096):
+            yield b"x" * 1024
+
+    check_error(
+        httpx.post(small.url + "/v1/completions", content=unannounced(), timeout=60), 413, error
+    )
+    small.check_conserved()
+
+
+def test_a_bad_prompt_in_a_batch_stops_all_of_it(live: Live) -> None:
+    before = live.report()["usage"]["requests"]
+    check_error(
+        live.post("/v1/completions", {"prompt": [[65, 66], [999]]}),
+        400,
+        "ids must be from 0 to 319",
+    )
+    live.wait_until_idle()
+    assert live.report()["usage"]["requests"] <= before + 1
+
+
+def test_tokenizing_badly(live: Live) -> None:
+    check_error(live.post("/tokenize", {}), 400, "Send either 'prompt' or 'messages'")
+    check_error(live.post("/tokenize", {"prompt": "x", "messages": CHAT}), 400, "Send either")
+    check_error(live.post("/detokenize", {"tokens": [999]}), 400, "must be ids from 0 to 319")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"A" * 200_000,
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_not_http_is_turned_away(live: Live, garbage: bytes) -> None:
+    with live.connect() as connection:
+        connection.sendall(garbage)
+        answer = connection.recv(65536)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+
+
+def test_after_all_of_it_the_server_lives_and_nothing_is_lost(live: Live) -> None:
+    assert live.get("/health").json() == {"status": "ok"}
+    assert live.client.completions.create(
+        model="builtin", prompt="still here?", max_tokens=2
+    ).choices
+    live.check_conserved()

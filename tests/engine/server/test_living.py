@@ -1,0 +1,208 @@
+"""Clients that leave, queues that fill, caches that are reset, and what the metrics say of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.server.config import ServerConfig
+
+from .conftest import Live
+
+ENDLESS = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+
+
+def _metrics(live: Live) -> dict[str, float]:
+    """Samples by name, with the value of their label (if they have one) behind a dot."""
+    samples = {}
+    for family in text_string_to_metric_families(live.get("/metrics").text):
+        for sample in family.samples:
+            label = ".".join(sample.labels.values())
+            samples[f"{sample.name}.{label}" if label else sample.name] = sample.value
+    return samples
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_hangs_up_frees_what_it_held(
+    serve_oracle: Callable[..., Live], stream: bool, path: str
+) -> None:
+    live = serve_oracle(step_s=0.005)
+    body = {**ENDLESS, "stream": stream}
+    body |= (
+        {"prompt": "x" * 200}
+        if path == "/v1/completions"
+        else {"messages": [{"role": "user", "content": "x" * 200}]}
+    )
+    connection = live.send(path, body)
+    live.wait_for(lambda report: report["kv"]["held"] > 0 or report["num_running"] == 1)
+    connection.close()
+    live.wait_until_idle()
+    live.check_conserved()
+    assert _metrics(live)["engine_requests_total.abort"] == 1
+
+
+def test_a_client_that_waits_in_the_queue_may_leave_too(serve_oracle: Callable[..., Live]) -> None:
+    """Nothing is due to it for long, and still its place is free at once."""
+    live = serve_oracle(step_s=0.005, max_running=1)
+    running = live.send("/v1/completions", {"prompt": "running", "stream": True, **ENDLESS})
+    live.wait_for(lambda report: report["num_running"] == 1)
+    waiting = [
+        live.send("/v1/completions", {"prompt": "waiting", "stream": stream, **ENDLESS})
+        for stream in (True, False)
+    ]
+    live.wait_for(lambda report: report["num_waiting"] == 2)
+    for connection in waiting:
+        connection.close()
+    live.wait_for(lambda report: report["num_waiting"] == 0)
+    assert live.report()["num_running"] == 1
+    running.close()
+    live.check_conserved()
+
+
+def test_a_client_that_reads_slowly_stalls_nobody(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle()
+    with live.send("/v1/completions", {"prompt": "slow", "stream": True, **ENDLESS}):
+        started = time.monotonic()
+        answer = live.client.completions.create(model="builtin", prompt="quick", max_tokens=5)
+        assert answer.choices and time.monotonic() - started < 10
+    live.check_conserved()
+
+
+def test_a_full_queue_answers_429_and_when_to_come_back(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(step_s=0.005, max_running=1, max_queue=2)
+    held = [live.send("/v1/completions", {"prompt": "first", "stream": True, **ENDLESS})]
+    live.wait_for(lambda report: report["num_running"] == 1)
+    held += [
+        live.send("/v1/completions", {"prompt": "next", "stream": True, **ENDLESS})
+        for _ in range(2)
+    ]
+    live.wait_for(lambda report: report["num_waiting"] == 2)
+    for stream in (False, True):
+        with pytest.raises(
+            openai.RateLimitError, match="2 requests are waiting already"
+        ) as refusal:
+            live.client.completions.create(model="builtin", prompt="too many", stream=stream)
+        assert int(refusal.value.response.headers["Retry-After"]) >= 1
+    # A batch that does not fit whole leaves nothing behind.
+    held.pop().close()
+    live.wait_for(lambda report: report["num_waiting"] == 1)
+    assert live.post("/v1/completions", {"prompt": ["a", "b", "c"], **ENDLESS}).status_code == 429
+    live.wait_for(lambda report: report["num_waiting"] == 1)
+    assert _metrics(live)["engine_rejected_requests_total"] == 3
+    for connection in held:
+        connection.close()
+    live.check_conserved()
+
+
+def test_a_thousand_requests_at_once(serve_oracle: Callable[..., Live]) -> None:
+    """Each is answered or told to come back, some hang up, and nothing is lost."""
+    live = serve_oracle(max_queue=256, num_kv_tokens=2048)
+
+    async def ask(client: httpx.AsyncClient, number: int) -> int:
+        body = {"prompt": f"{number % 50} " * 40, "max_tokens": 4, "stream": number % 3 == 0}
+        if number % 7 == 0:
+            with contextlib.suppress(asyncio.TimeoutError, httpx.HTTPError):
+                await asyncio.wait_for(client.post("/v1/completions", json=body), 0.2)
+            return 0
+        return (await client.post("/v1/completions", json=body)).status_code
+
+    async def ask_all() -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=live.url, limits=limits, timeout=120) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(1000)))
+
+    statuses = asyncio.run(ask_all())
+    assert set(statuses) <= {0, 200, 429}
+    assert statuses.count(200) >= 256
+    live.check_conserved()
+    assert live.client.completions.create(model="builtin", prompt="after", max_tokens=1).choices
+
+
+def test_the_cache_can_be_read_and_reset(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle()
+    prompt = "remember me " * 20
+
+    def cached() -> int:
+        answer = live.post("/v1/completions", {"prompt": prompt, "max_tokens": 1}).json()
+        tokens: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return tokens
+
+    assert (cached(), cached()) == (0, (len(prompt) - 1) // 64 * 64)
+    report = live.report()
+    assert report["kv"]["cached"] >= len(prompt) - 1 and report["slots"]["cached"] > 0
+    assert report["token_hit_rate"] == pytest.approx(cached() / len(prompt) / 2)
+    assert any("C" in line for line in report["tree"])
+    assert live.post("/reset_prefix_cache", {}).json() == {"reset": True}
+    assert live.report()["kv"]["cached"] == 0
+    assert cached() == 0
+    live.check_conserved()
+
+
+def test_metrics_add_up(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(num_kv_tokens=1024)
+    for number in (0, 0, 1, 2, 3, 4, 5, 0):
+        live.post(
+            "/v1/completions", {"prompt": f"{number} " * 150, "max_tokens": 3, "ignore_eos": True}
+        )
+    live.wait_until_idle()
+    metrics, report = _metrics(live), live.report()
+    lost = sum(
+        value for name, value in metrics.items() if name.startswith("engine_lost_tokens_total.")
+    )
+    assert (
+        metrics["engine_prompt_tokens_total"]
+        == 8 * 300
+        == metrics["engine_cached_tokens_total"] + lost
+    )
+    assert metrics["engine_cached_tokens_total"] == report["usage"]["cached_tokens"] > 0
+    assert metrics["engine_lost_tokens_total.kv_evicted"] == report["usage"]["kv_evicted"] > 0
+    assert metrics["engine_generated_tokens_total"] == 8 * 3
+    assert metrics["engine_requests_total.length"] == 8
+    assert metrics["engine_evicted_tokens_total"] == report["usage"]["evicted_tokens"] > 0
+    for name in ("ttft", "tpot", "queue", "e2e"):
+        assert metrics[f"engine_{name}_seconds_count"] == 8
+    owners = [metrics[f"engine_kv_tokens.{owner}"] for owner in ("free", "cached", "held")]
+    assert sum(owners) == 1024
+    assert metrics["engine_running_requests"] == metrics["engine_waiting_requests"] == 0
+
+
+def test_a_failed_engine_is_told_and_does_not_hang_anyone(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle(step_s=0.002)
+    with pytest.raises(openai.APIError, match="engine"):
+        events = live.client.completions.create(
+            model="builtin",
+            prompt="x",
+            max_tokens=3000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for number, _ in enumerate(events):
+            if number == 3:
+                live.engine.runner.forward = None
+    for _ in range(100):
+        if live.get("/health").status_code == 503:
+            break
+        time.sleep(0.02)
+    assert live.get("/health").status_code == 503
+    answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+
+
+def test_settings_refuse_what_can_not_be() -> None:
+    for settings, message in (
+        ({"port": 70000}, "no port"),
+        ({"max_body_mib": 0}, "above 0"),
+        ({"drain_s": -1}, "negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServerConfig(**settings)

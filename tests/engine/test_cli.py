@@ -1,0 +1,287 @@
+"""The command ``engine``: what it prints, and that wrong input ends with 2 and one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import pytest
+
+from engine import EngineConfig, SamplingParams
+from engine.cli import main
+from engine.flags import Parser, add_flags, read_config
+from engine.inspect import INTERVALS, holdings, load_geometry
+from engine.server.config import ServerConfig
+from engine.units import GIB
+
+ENGINE = (sys.executable, "-m", "engine")
+SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
+
+
+def run(*arguments: str) -> int:
+    """Exit code of one command in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("frobnicate", "invalid choice: 'frobnicate'"),
+        (
+            "serve --prefix-cache lru",
+            "invalid choice: 'lru' (choose from 'hybrid', 'radix', 'none')",
+        ),
+        ("serve --port 99999", "--port 99999 is no port: choose one from 0 to 65535."),
+        ("serve --port eighty", "argument --port: invalid int value: 'eighty'"),
+        ("serve --host no.such.host.invalid", "choose another --port or --host"),
+        ("serve --port 0 --max-running 0", "max_running must be an integer of 1 or more"),
+        ("serve --port 0 --cache-gib -1", "cache_gib must be a positive number of GiB"),
+        ("serve --port 0 --cache-gib 1 --kv-gib 1", "not both"),
+        ("serve --port 0 --checkpoints branch,wherever", "'wherever'"),
+        ("serve --port 0 --checkpoints every:x", "'every' needs a number"),
+        ("serve --port 0 --eviction oracle", "unknown eviction policy 'oracle'"),
+        ("serve --port 0 --model /no/such/model", "/no/such/model"),
+        ("serve --port 0 --device banana", "there is no device 'banana'"),
+        ("serve --port 0 --kernels attention=banana", "no backend 'banana'"),
+        ("serve --port 0 --cache-gib 0.0001", "are needed"),
+        ("serve --port 0 --prefix-cache radix", "use hybrid, or none"),
+        ("generate x --temperature -1", "temperature must be at least 0"),
+        ("generate x --max-tokens 10000000", "shorten the prompt or lower max_tokens"),
+        ("inspect no-such-model", "No model directory, config.json or preset 'no-such-model'"),
+        ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
+        ("inspect --budget-gib 0", "--budget-gib must be above 0"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run("serve", "--port", str(port), "--model", "/no/such/model") == 2
+    assert f"Can not listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
+
+
+def test_hugging_faces_kernels_beside_ours_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "kernels-0.9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("inspect") == 2
+    assert "'kernels' 0.9.0 is installed beside this project" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["serve", "generate"])
+def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    text = capsys.readouterr().out
+    for name in EngineConfig.__dataclass_fields__:
+        assert len(re.findall(rf"^ +--{name.replace('_', '-')}\b", text, re.M)) == 1, name
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """For the tests of flags."""
+
+    words: tuple[str, ...] = field(default=("a", "b"), metadata={"help": "some 100% words"})
+    kind: Literal["x", "y"] = "x"
+    """Which one."""
+    fast: bool = False
+    """Do it fast."""
+    tidy: bool = True
+    """Leave nothing behind."""
+    limit: int | None = None
+    """At most so many; none: all."""
+
+
+def test_flags_come_from_dataclasses() -> None:
+    parser = Parser(prog="t")
+    add_flags(parser, Settings, "settings")
+
+    def read(*arguments: str) -> Settings:
+        return read_config(Settings, parser.parse_args(arguments))
+
+    assert read() == Settings()
+    assert read(
+        "--words", "c, d", "--kind", "y", "--fast", "--no-tidy", "--limit", "3"
+    ) == Settings(("c", "d"), "y", True, False, 3)
+    text = parser.format_help()
+    for help in (
+        "some 100% words (default: a,b)",
+        "which one (default: x)",
+        "at most so many; none: all",
+    ):
+        assert help in re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize("config", [EngineConfig, ServerConfig, SamplingParams])
+def test_no_flags_given_is_the_default_config(config: type) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config, "all")
+    assert read_config(config, parser.parse_args([])) == config()
+
+
+def test_inspect_says_what_a_checkpoint_weighs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", "qwen3-next", "--budget-gib", "40") == 0
+    text = capsys.readouterr().out
+    for fact in (
+        "12 full attention, 36 linear",
+        "24.0 KiB a token",
+        "73.7 MiB",
+        "3,144 tokens",
+        "1,747,626",
+    ):
+        assert fact in text
+
+
+def test_inspect_reads_directories_files_and_attention_only_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "vocab_size": 320,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    for word in (tmp_path, path):
+        assert run("inspect", str(word), "--json", "--budget-gib", "1") == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["kv_bytes_per_token"], record["state_bytes"]) == (3 * 2 * 2 * 16 * 2, 0)
+        assert record["budgets"][0]["holds"] == [
+            {"interval": None, "num_tokens": GIB // 384, "num_checkpoints": 0, "state_share": 0.0}
+        ]
+    assert run("inspect", str(tmp_path)) == 0
+    assert "any prefix of the KV can be resumed" in capsys.readouterr().out
+
+
+def test_holdings_fill_the_budget_and_no_more() -> None:
+    geometry = load_geometry("qwen3-next")
+    rows = holdings(geometry, 10 * GIB)
+    assert [row.interval for row in rows] == [None, *INTERVALS]
+    for row in rows:
+        used = (
+            row.num_tokens * geometry.kv_bytes_per_token
+            + row.num_checkpoints * geometry.state_bytes
+        )
+        unit = (row.interval or 1) * geometry.kv_bytes_per_token + geometry.state_bytes
+        assert 10 * GIB - unit < used <= 10 * GIB
+
+
+def test_inspect_of_the_builtin_agrees_with_the_engine() -> None:
+    from engine import Engine
+
+    engine = Engine(EngineConfig(cache_gib=0.05))
+    geometry = load_geometry(None)
+    assert geometry.kv_bytes_per_token == engine.runner.geometry.kv_bytes_per_token
+    assert geometry.state_bytes == engine.runner.geometry.state_bytes
+
+
+def test_generate_prints_what_the_cache_spared(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Twice told tales. " * 20
+    flags = ("--json", "--max-tokens", "4", "--temperature", "0", "--ignore-eos", *SMALL)
+    assert run("generate", prompt, prompt, *flags) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"] == second["text"] and first["token_ids"] == second["token_ids"]
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, (len(prompt) - 1) // 64 * 64)
+    assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
+
+
+def test_generate_streams_chats_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--chat", "hello", "--max-tokens", "3", *SMALL) == 0
+    printed = capsys.readouterr()
+    assert re.search(
+        r"\[\d+ prompt tokens, 0 from the cache; \d generated, \w+; TTFT .*s\]", printed.err
+    )
+
+
+@pytest.fixture
+def server() -> subprocess.Popen[str]:
+    """``engine serve`` as a process of its own, listening."""
+    process = subprocess.Popen(
+        [*ENGINE, "serve", "--port", "0", *SMALL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
+    """(all that start-up printed, the address)."""
+    assert server.stdout is not None
+    lines = []
+    for line in server.stdout:
+        lines.append(line)
+        if found := re.search(r"address +(http://\S+)/v1", line):
+            return "".join(lines), found[1]
+    raise AssertionError(server.stderr.read() if server.stderr else "")
+
+
+def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
+    screen, url = _address(server)
+    for word in (
+        "untrained",
+        "KV pool",
+        "state pool",
+        "hybrid",
+        "2,048 tokens",
+        "MiB",
+        "kernels",
+        "cpu",
+    ):
+        assert word in screen
+    assert len(screen.splitlines()) <= 24
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            assert httpx.get(url + "/health").json() == {"status": "ok"}
+            break
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    body = {"prompt": "drain me", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+        events = answer.iter_lines()
+        first = next(events)
+        server.send_signal(signal.SIGTERM)
+        rest = [line for line in events if line]
+    assert first.startswith("data: ") and rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    assert server.wait(30) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url + "/health")
