@@ -205,7 +205,7 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
     return get
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_tokens() -> Callable[..., list[int]]:
     def draw(count: int, seed: int, vocab_size: int = SMALL["vocab_size"]) -> list[int]:
         return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()

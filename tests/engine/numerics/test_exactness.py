@@ -1,0 +1,152 @@
+"""A hit changes nothing: on the CPU, logits after a hit are those of a cold run bit for bit, in any mix and any chunking."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.batch import Batch
+from kernels.linear import reference as linear
+
+PROMPT_LENS = st.integers(1, 330)
+PIECES = st.lists(st.sampled_from([64, 128, 192]), min_size=1, max_size=4)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def cold_run(driver, tokens):
+    """Logits of every position, and a slot for every grid position with the state there."""
+    sequence, write = driver.begin(tokens)
+    slots = {}
+    if sequence.slot is not None:
+        slots = {p: driver.slot() for p in range(64, len(tokens) + 1, 64)}
+    segment = driver.prefill_segment(
+        sequence, len(tokens), logits="all", exports=tuple(slots.items())
+    )
+    logits = driver.runner.forward(Batch((segment,), (), (write,)))
+    return logits, slots, write[2]
+
+
+def run_pieces(driver, starts, restores, writes, random):
+    """Prefill all sequences in random pieces, mixed with decodes of the finished ones; logits per sequence."""
+    logits = {id(sequence): [] for sequence in starts}
+    finished = []
+    waiting = list(starts)
+    while waiting:
+        decoding = [s for s in finished if random.random() < 0.6 and len(s.tokens) < 400]
+        active = [s for s in waiting if random.random() < 0.7] or waiting[:1]
+        segments = [driver.decode_segment(s, int(random.integers(199))) for s in decoding]
+        segments += [
+            driver.prefill_segment(s, 64 * int(random.integers(1, 5)), logits="all") for s in active
+        ]
+        rows = driver.runner.forward(Batch(tuple(segments), restores, writes)).split(
+            [1] * len(decoding) + [len(segment.token_ids) for segment in segments[len(decoding) :]]
+        )
+        restores = writes = ()
+        for sequence, part in zip(active, rows[len(decoding) :], strict=True):
+            logits[id(sequence)].append(part)
+        done = [s for s in waiting if s.computed_len == len(s.tokens)]
+        finished += done
+        waiting = [s for s in waiting if s not in done]
+    return {key: torch.cat(parts) for key, parts in logits.items()}
+
+
+@both_dtypes
+@settings(max_examples=5, deadline=None)
+@given(
+    lens=st.lists(PROMPT_LENS, min_size=1, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+    scattered=st.booleans(),
+    num_threads=st.sampled_from([1, 2]),
+)
+def test_hits_in_any_mix(family, dtype, drivers, random_tokens, lens, seed, scattered, num_threads):
+    driver = drivers(family, dtype)
+    driver.scatter_seed = seed if scattered else None
+    driver.reset()
+    random = np.random.default_rng(seed)
+    with threads(num_threads):
+        prompts = [random_tokens(length, seed + i) for i, length in enumerate(lens)]
+        colds = [cold_run(driver, prompt) for prompt in prompts]
+        sequences, writes, restores, hits = [], [], [], []
+        for prompt, (_, slots, rows) in zip(prompts, colds, strict=True):
+            at = int(random.integers(0, (len(prompt) - 1) // 64 + 1)) * 64
+            sequence, write = driver.begin(prompt, prefix=rows[:at], room=80)
+            sequences.append(sequence)
+            writes.append(write)
+            hits.append(at)
+            if at and sequence.slot is not None:
+                restores.append((slots[at], sequence.slot))
+        warm = run_pieces(driver, sequences, tuple(restores), tuple(writes), random)
+    for sequence, at, (logits, _, _) in zip(sequences, hits, colds, strict=True):
+        assert torch.equal(warm[id(sequence)], logits[at:])
+
+
+@both_dtypes
+@settings(max_examples=3, deadline=None)
+@given(count=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
+def test_decode_does_not_depend_on_the_batch(family, dtype, drivers, random_tokens, count, seed):
+    """The same sequences decode the same tokens and logits alone and together."""
+    driver = drivers(family, dtype)
+    random = np.random.default_rng(seed)
+    prompts = [random_tokens(int(random.integers(1, 200)), seed + i) for i in range(count)]
+    begun = [driver.begin(prompt) for prompt in prompts]
+    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in begun)
+    together = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in begun)))]
+    for _ in range(3):
+        chosen = together[-1].argmax(-1).tolist()
+        segments = tuple(
+            driver.decode_segment(s, token) for (s, _), token in zip(begun, chosen, strict=True)
+        )
+        together.append(driver.runner.forward(Batch(segments)))
+    driver.reset()
+    for rank, prompt in enumerate(prompts):
+        sequence, write = driver.begin(prompt)
+        segment = driver.prefill_segment(sequence, len(prompt))
+        logits = driver.runner.forward(Batch((segment,), (), (write,)))
+        for step in together:
+            assert torch.equal(logits[0], step[rank])
+            segment = driver.decode_segment(sequence, int(logits.argmax()))
+            logits = driver.runner.forward(Batch((segment,)))
+
+
+def test_decode_exports_are_copies_of_the_live_state(drivers, random_tokens):
+    driver = drivers("qwen3_next")
+    sequence, write = driver.begin(random_tokens(127, seed=1))
+    prefill = driver.prefill_segment(sequence, 127)
+    driver.runner.forward(Batch((prefill,), (), (write,)))
+    target = driver.slot()
+    driver.runner.forward(Batch((driver.decode_segment(sequence, 5, exports=((128, target),)),)))
+    for pool in driver.runner.states.tensors:
+        assert pool[:, sequence.slot].abs().sum() > 0
+        assert torch.equal(pool[:, target], pool[:, sequence.slot])
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", [(256, 1616), (100, 36), (2048, 1040), (1024, 8)])
+def test_rows_of_a_product_do_not_depend_on_their_number(shape, dtype):
+    """At sizes where products of few rows take other code."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, shape[0], generator=generator).to(getattr(torch, dtype))
+    weight = torch.randn(shape[1], shape[0], generator=generator).to(x.dtype)
+    for num_threads in (1, 2):
+        with threads(num_threads):
+            product = linear.prepare(weight)
+            expected = product(x)
+            for count in (1, 2, 3, 4, 5, 8, 13, 64, 65, 130, 511):
+                assert torch.equal(product(x[64 : 64 + count]), expected[64 : 64 + count])
