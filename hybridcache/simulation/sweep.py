@@ -55,7 +55,7 @@ def run_sweep(
             results[number] = known[key]
     todo = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if resume_from:
-        resume_from.parent.mkdir(parents=True, exist_ok=True)
+        _end_last_line(resume_from)
     with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
         for number, result in _run(trace, todo, processes):
             results[number] = result
@@ -73,10 +73,20 @@ def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            # A process that was killed may have left half a line.
-            record = json.loads(line) if line.endswith("\n") else {}
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # half a line, left by a process that was killed
             if "key" in record:
                 yield record["key"], RunResult.from_record(record)
+
+
+def _end_last_line(path: Path) -> None:
+    """So that what is appended to a file that was cut begins a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def _run(

@@ -12,13 +12,28 @@ from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.costs import ModelGeometry
 from hybridcache.interface import Losses, PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.checkpoint import NUMBERED_PLACEMENT, parse_placement
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.trace import TraceRequest
 
 GIB = 1 << 30
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSteps:
+    """Take memory in the pieces in which the engine takes it, rather than a prompt or an answer at once.
+
+    Makes a replay in turn equal to the engine's, eviction for eviction; costs a third of the speed and moves hit rates by next to
+    nothing.
+    """
+
+    token_budget: int = 1024
+    """Prompt tokens a step."""
+    tile: int = 64
+    """Chunks end on its multiples, or with the prompt."""
+    decode_piece: int = 32
+    """Rows taken ahead while decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,8 @@ class RunConfig:
     grid: int = 64
     dead_first: bool = True
     demote_superseded: bool = True
+    steps: EngineSteps | None = None
+    """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single tokens."""
 
     @property
     def label(self) -> str:
@@ -129,14 +146,13 @@ class Target(Protocol):
         ...
 
 
-def build_target(config: RunConfig, unit: int, log: LeaseLog | None = None) -> Target:
-    """A fresh, empty target. With ``log``, our own cache's leases are recorded in it."""
+def build_target(config: RunConfig, unit: int) -> Target:
+    """A fresh, empty target."""
     if config.baseline is not None:
         return BaselineTarget(config.baseline, config.baseline_config(unit))
     cache = build_prefix_cache(config.cache_config(unit))
-    return LeaseTarget(
-        cache, config.placement(unit), bool(config.geometry.num_linear_layers), unit, log
-    )
+    stateful = bool(config.geometry.num_linear_layers)
+    return LeaseTarget(cache, config.placement(unit), stateful, unit, config.steps)
 
 
 class LeaseTarget:
@@ -148,11 +164,11 @@ class LeaseTarget:
         placement: PlacementPolicy,
         stateful: bool = True,
         unit: int = 1,
-        log: LeaseLog | None = None,
+        steps: EngineSteps | None = None,
     ) -> None:
         self.cache = cache
         self.placement = placement
-        self.log = log
+        self.steps = steps
         self.num_exports = 0
         self._stateful = stateful
         # The last sampled token is never computed; in units of many tokens it is within the last one.
@@ -165,12 +181,11 @@ class LeaseTarget:
         lease = Lease.begin(self.cache, self.placement, asked)
         if lease is None:
             return None
-        num_ids = len(request.tokens)
-        if not lease.extend(num_ids):
+        served = _LeasedRequest(self, lease, request)
+        if not served.claim(lease.cached_len):
             lease.abort()
             return None
-        self.num_exports += len(lease.exports(lease.cached_len, num_ids))
-        return _LeasedRequest(self, lease, request)
+        return served
 
     def counters(self) -> dict[str, int]:
         return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
@@ -181,26 +196,64 @@ class LeaseTarget:
 
 
 class _LeasedRequest:
-    __slots__ = ("_lease", "_request", "_target", "cached_len", "losses", "missed_len")
+    __slots__ = ("_end", "_lease", "_request", "_target", "cached_len", "losses", "missed_len")
 
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
-        self.cached_len = lease.cached_len
+        self.cached_len = self._end = lease.cached_len
         self.losses: Losses | None = lease.losses
         missed = lease.match.missed
         self.missed_len = missed.position if missed is not None else 0
 
+    def claim(self, start: int) -> bool:
+        """Memory for the piece of the prompt that begins at ``start``. False: refused."""
+        steps, end = self._target.steps, len(self._request.tokens)
+        if steps is not None and start + steps.token_budget < end:
+            end = (start + steps.token_budget) // steps.tile * steps.tile
+        if not self._lease.extend(end):
+            return False
+        self._target.num_exports += len(self._lease.exports(start, end))
+        self._end = end
+        return True
+
     def prefilled(self) -> None:
-        self._lease.publish(self._request.tokens, len(self._request.tokens))
+        tokens = self._request.tokens
+        self._lease.publish(tokens, self._end)
+        while self._end < len(tokens) and self.claim(self._end):
+            self._lease.publish(tokens, self._end)
 
     def finish(self) -> None:
         request, lease, target = self._request, self._lease, self._target
-        num_ids, computed_len = len(request.tokens), target.computed_len(request)
-        if computed_len == num_ids or not lease.extend(computed_len):
-            lease.finish(request.tokens, num_ids)
+        num_ids = len(request.tokens)
+        computed_len = target.computed_len(request)
+        if self._end < num_ids or computed_len == num_ids:
+            lease.finish(request.tokens, self._end)
             return
-        target.num_exports += len(lease.exports(num_ids, computed_len))
-        lease.finish(np.concatenate((request.tokens, request.output)), computed_len)
+        if target.steps is None:
+            decoded_len = computed_len if lease.extend(computed_len) else num_ids
+            if decoded_len > num_ids:
+                target.num_exports += len(lease.exports(num_ids, decoded_len))
+        else:
+            decoded_len = self._decode(computed_len, target.steps)
+        lease.finish(np.concatenate((request.tokens, request.output)), decoded_len)
+
+    def _decode(self, computed_len: int, steps: EngineSteps) -> int:
+        """Step by step as the engine does it, skipping the steps that touch no memory; returns how far it came."""
+        lease, grid = self._lease, self._target.cache.grid
+        max_len = len(self._request.tokens) + len(self._request.output)
+        at = len(self._request.tokens)
+        while at < computed_len:
+            rows = len(lease.kv_indices)
+            following = min(
+                rows + 1 if rows > at else at + 1, at // grid * grid + grid, computed_len
+            )
+            if following > rows:
+                ahead = max(following, min(rows + steps.decode_piece, max_len))
+                if not (lease.extend(ahead) or lease.extend(following)):
+                    return at
+            self._target.num_exports += len(lease.exports(following - 1, following))
+            at = following
+        return at
 
 
 class BaselineTarget:

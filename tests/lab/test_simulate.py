@@ -1,0 +1,303 @@
+"""The simulator: conservation, bounds, determinism, monotony, golden hit counts, and what its reports say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcache.baselines import BASELINES
+from hybridcache.costs import ModelGeometry, Roofline
+from hybridcache.generators import chat, short
+from hybridcache.infinite import InfiniteCache
+from hybridcache.policies.eviction import EVICTION
+from hybridcache.simulate import simulate
+from hybridcache.simulation.result import RunResult, sizes, summarise
+from hybridcache.simulation.serving import Serving, serve
+from hybridcache.simulation.sweep import Job, run_sweep
+from hybridcache.simulation.target import EngineSteps, LeaseTarget, RunConfig, build_target
+from hybridcache.trace import TraceRequest
+from hybridcache.traces import open_trace
+
+SAMPLES = Path(__file__).parent / "samples"
+GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
+SERVING = Serving(Roofline(GEOMETRY))
+SMALL = replace(GEOMETRY, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=640)
+"""A state weighs as much as 64 tokens."""
+
+
+def random_requests(seed: int, count: int) -> list[TraceRequest]:
+    """Prompts of few distinct tokens from a small pool of beginnings, so that they overlap in every way."""
+    rng = np.random.default_rng(seed)
+    stems = [rng.integers(0, 3, int(rng.integers(1, 400)), dtype=np.int32) for _ in range(4)]
+    found = []
+    for number in range(count):
+        stem = stems[int(rng.integers(4))]
+        cut = int(rng.integers(1, len(stem) + 1))
+        tail = rng.integers(0, 2, int(rng.integers(0, 90)), dtype=np.int32)
+        prompt = np.concatenate((stem[:cut], tail))
+        answer = rng.integers(0, 3, int(rng.integers(0, 80)), dtype=np.int32)
+        namespace = None if number % 5 else "other"
+        found.append(TraceRequest(number * 0.05, int(rng.integers(6)), namespace, prompt, answer))
+        stems[int(rng.integers(4))] = np.concatenate((prompt, answer))[:600]
+    return found
+
+
+# -- every policy, every peer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", sorted(EVICTION))
+@settings(max_examples=6)
+@given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))
+def test_a_policy_conserves_and_never_beats_the_bound(
+    policy: str, seed: int, budget: int, max_running: int | None
+) -> None:
+    requests = random_requests(seed, 40)
+    config = RunConfig(
+        SMALL, budget_bytes=budget, policy=policy, checkpoints="branch,backoff,every:128,end"
+    )
+    runs = []
+    for _ in range(2):
+        target = build_target(config, unit=1)
+        assert isinstance(target, LeaseTarget)
+        log = serve(target, requests, 1, replace(SERVING, max_running=max_running))
+        target.cache.check(held_tokens=0, held_slots=0)
+        runs.append((list(log.cached_tokens), list(log.ttft_s), log.losses))
+        assert sum(log.losses) + sum(log.cached_tokens) == sum(log.prompt_tokens)
+        assert min(log.losses) >= 0
+    assert runs[0] == runs[1], "not deterministic"
+    if max_running is None:
+        bound = InfiniteCache()
+        ideal = [bound.ideal_tokens(request, 1) for request in requests]
+        assert all(cached <= best for cached, best in zip(runs[0][0], ideal, strict=True))
+
+
+@pytest.mark.parametrize("baseline", sorted(BASELINES))
+def test_a_peer_never_beats_the_bound_and_forgets_nothing_it_holds(baseline: str) -> None:
+    trace = short()
+    config = RunConfig(GEOMETRY, budget_bytes=200 << 20, baseline=baseline)
+    target = build_target(config, unit=1)
+    log = serve(target, trace, 1, SERVING)
+    bound = InfiniteCache()
+    assert all(
+        cached <= bound.ideal_tokens(request, 1)
+        for cached, request in zip(log.cached_tokens, trace, strict=True)
+    )
+    result = summarise(config, SERVING, log, target.counters())
+    assert result.losses is None and result.checkpoints_made is None
+
+
+@given(st.integers(0, 10**6), st.integers(1_000, 20_000))
+@settings(max_examples=20)
+def test_more_memory_never_hurts_where_nothing_is_evicted(seed: int, budget: int) -> None:
+    """LRU over items of two kinds is no stack algorithm, so only the ends are certain: nothing, and all of it."""
+    requests = random_requests(seed, 40)
+
+    def cached(size: int) -> int:
+        target = build_target(RunConfig(SMALL, budget_bytes=size), unit=1)
+        return sum(serve(target, requests, 1, SERVING).cached_tokens)
+
+    everything = cached(10_000_000)
+    assert cached(budget) <= everything == cached(20_000_000)
+
+
+def test_too_little_memory_is_no_error() -> None:
+    result = simulate(short().head(20), model=SMALL, gib=300 * 10 / 2**30)
+    [run] = result.runs
+    assert run.bypassed > 0 and run.cached_tokens == 0
+    assert run.losses is not None and run.losses["refused"] > 0
+
+
+# -- modes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_at_a_time_is_in_turn() -> None:
+    """With requests far apart the concurrent mode serves them in turn."""
+    trace = short()
+    config = RunConfig(GEOMETRY, budget_bytes=60 << 20)
+    apart = [request._replace(timestamp_s=1e4 * n) for n, request in enumerate(trace)]
+    logs = [
+        serve(build_target(config, 1), apart, 1, replace(SERVING, max_running=limit))
+        for limit in (None, 4)
+    ]
+    assert list(logs[0].cached_tokens) == list(logs[1].cached_tokens)
+    assert list(logs[0].ttft_s) == pytest.approx(list(logs[1].ttft_s), abs=1e-6)
+
+
+def test_what_is_not_published_yet_can_not_be_hit() -> None:
+    prompt = np.arange(1000, dtype=np.int32)
+    twice = [TraceRequest(0.0, n, None, prompt, prompt[:4]) for n in range(2)]
+    config = RunConfig(GEOMETRY, budget_bytes=1 << 30)
+    together = serve(build_target(config, 1), twice, 1, replace(SERVING, servers=2, max_running=2))
+    after = serve(build_target(config, 1), twice, 1, replace(SERVING, servers=1, max_running=2))
+    assert list(together.cached_tokens) == [0, 0]
+    assert list(after.cached_tokens) == [0, 960]
+
+
+def test_requests_wait_for_memory_and_for_their_session() -> None:
+    prompts = [np.full(100, n, np.int32) for n in range(3)]
+    sessions = ["a", "b", "a"]
+    requests = [
+        TraceRequest(0.0, session, None, prompt, prompt)
+        for session, prompt in zip(sessions, prompts, strict=True)
+    ]
+    config = RunConfig(SMALL, num_kv_tokens=250, num_slots=8)
+    log = serve(build_target(config, 1), requests, 1, replace(SERVING, servers=3, max_running=3))
+    decode_s = 100 * SERVING.tpot_s
+    assert log.num_bypassed == 0
+    assert log.ttft_s[0] < decode_s and log.ttft_s[1] >= 0 and log.ttft_s[2] > decode_s
+
+
+def test_queueing_by_hand() -> None:
+    class Seconds:
+        def seconds(self, start: int, end: int) -> float:
+            return 10.0
+
+    tokens = np.arange(5, dtype=np.int32)
+    requests = [
+        TraceRequest(when, when, None, tokens + 9 * int(when), tokens) for when in (0.0, 1.0, 2.0)
+    ]
+
+    def ttft(servers: int) -> list[float]:
+        target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
+        return list(serve(target, requests, 1, Serving(Seconds(), servers)).ttft_s)
+
+    assert ttft(1) == [10.0, 19.0, 28.0]
+    assert ttft(2) == [10.0, 10.0, 18.0]
+
+
+def test_taking_memory_in_the_engines_pieces_changes_little() -> None:
+    config = RunConfig(ModelGeometry.preset("qwen3-next"), budget_bytes=8 << 30)
+    hits = [
+        sum(serve(build_target(variant, 1), chat().head(160), 1, SERVING).cached_tokens)
+        for variant in (config, replace(config, steps=EngineSteps()))
+    ]
+    assert hits[0] == pytest.approx(hits[1], rel=0.02)
+
+
+# -- sweeps ---------------------------------------------------------------------------------------------------------------
+
+
+def comparable(run: RunResult) -> RunResult:
+    return replace(run, control_us=0.0)
+
+
+def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
+    jobs = [
+        Job(RunConfig(GEOMETRY, budget_bytes=size << 20, policy=policy), SERVING)
+        for policy in ("lru", "tests.lab.test_simulate:Deepest")
+        for size in (20, 40, 80)
+    ]
+    path = tmp_path / "runs.jsonl"
+    alone = run_sweep(short(), jobs)
+    done: list[tuple[int, int]] = []
+    first = run_sweep(short(), jobs[:4], resume_from=path)
+    path.write_text(path.read_text() + '{"key": "torn')
+    both = run_sweep(
+        short(), jobs, processes=2, resume_from=path, progress=lambda *at: done.append(at)
+    )
+    assert list(map(comparable, alone)) == list(map(comparable, both))
+    assert both[:4] == first and done == [(5, 6), (6, 6)]
+    assert run_sweep(short(), jobs, resume_from=path) == both
+
+
+class Deepest:
+    """A policy of one's own: the deepest candidate goes first."""
+
+    def __init__(self) -> None:
+        self.items: list[object] = []
+
+    def add(self, item: object) -> None:
+        self.items.append(item)
+
+    def discard(self, item: object) -> None:
+        self.items.remove(item)
+
+    def touch(self, item: object) -> None: ...
+
+    def missed(self, item: object) -> None: ...
+
+    def victim(self, kind: str | None):
+        fitting = [item for item in self.items if kind in (None, item.kind)]
+        return max(fitting, key=lambda item: (item.position, item.serial), default=None)
+
+
+def test_sizes_in_words() -> None:
+    assert len(sizes("2:200:15")) == 15 and sizes("2:200:15")[-1] == 200
+    assert sizes("6,40") == (6, 40) and sizes(3) == (3.0,) and sizes([1, 2]) == (1.0, 2.0)
+
+
+def test_a_result_survives_json() -> None:
+    result = simulate("short", gib=0.05, model="qwen3.5-0.8b")
+    [run] = result.runs
+    assert RunResult.from_record(json.loads(json.dumps(run.as_record()))) == run
+
+
+def test_the_figures_of_a_run_fit_together() -> None:
+    [run] = simulate("chat", gib=8).runs
+    assert run.losses is not None and run.bound_tokens is not None
+    assert sum(run.losses.values()) + run.cached_tokens == run.prompt_tokens
+    assert sum(bin_.cached_tokens for bin_ in run.by_length) == run.cached_tokens
+    assert sum(bin_.requests for bin_ in run.by_turn) == run.requests == 320
+    geometry = ModelGeometry.preset("qwen3-next")
+    prompts = [len(request.tokens) for request in chat()]
+    assert run.flops + run.flops_saved == sum(geometry.flops(0, length) for length in prompts)
+    assert run.cached_tokens <= run.bound_tokens
+    assert run.ttft_s[5] <= run.ttft_s[50] <= run.ttft_s[99]
+
+
+def test_a_million_requests_need_eighty_megabytes() -> None:
+    log = serve(build_target(RunConfig(GEOMETRY, budget_bytes=1 << 28), 1), short(), 1, SERVING)
+    held = [log.arrival_s, log.prompt_tokens, log.cached_tokens, log.missed_tokens, log.turns]
+    assert sum(column.itemsize for column in held) + 8 <= 80
+
+
+# -- golden hit counts ----------------------------------------------------------------------------------------------------
+
+GOLDEN_FILE = Path(__file__).parent / "golden_hits.json"
+GOLDEN_TRACES = {
+    "mooncake": (f"{SAMPLES / 'mooncake.jsonl.gz'}", (20, 80)),
+    "coding-agent": (f"{SAMPLES / 'coding_agent.jsonl.gz'}", (4, 12)),
+    "sharegpt-counts": (f"{SAMPLES / 'sharegpt_counts.jsonl.gz'}", (4, 16)),
+    "chat": ("chat", (6, 40)),
+}
+
+
+def golden_hits(trace: str, policies: list[str], baselines: list[str]) -> dict[str, list[int]]:
+    """Cached tokens of each competitor at each size."""
+    spec, gib = GOLDEN_TRACES[trace]
+    result = simulate(
+        open_trace(spec).kept(), gib=gib, policy=policies, baseline=baselines, bound=False
+    )
+    return {label: [run.cached_tokens for run in runs] for label, runs in result.by_label().items()}
+
+
+@pytest.mark.parametrize("trace", list(GOLDEN_TRACES))
+def test_golden_hit_counts(trace: str) -> None:
+    """Pins policy, trace and size to the token. After a change that is meant, write them anew with
+    ``python -m tests.lab.test_simulate``."""
+    golden = json.loads(GOLDEN_FILE.read_text())[trace]
+    policies = [label for label in golden if label in EVICTION]
+    baselines = [label for label in golden if label in BASELINES]
+    assert policies and len(policies) + len(baselines) == len(golden)
+    assert golden_hits(trace, policies, baselines) == golden
+
+
+if __name__ == "__main__":
+    # One trace a line, so that a change of one policy reads as such.
+    found = {
+        trace: golden_hits(trace, sorted(EVICTION), ["vllm", "sglang", "lightllm", "marconi"])
+        for trace in GOLDEN_TRACES
+    }
+    rows = [
+        f" {json.dumps(trace)}: {{\n"
+        + ",\n".join(f"  {json.dumps(label)}: {hits}" for label, hits in by_label.items())
+        + "\n }"
+        for trace, by_label in found.items()
+    ]
+    GOLDEN_FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -1,0 +1,149 @@
+"""One trace through the real engine and through the simulator: the same hit for every request, the same evictions in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.oracle import OracleRunner, OracleSampler
+from engine.sampling_params import SamplingParams
+from hybridcache.build import build_prefix_cache
+from hybridcache.costs import Roofline
+from hybridcache.lease_log import LeaseLog, replay
+from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.eviction import EVICTION
+from hybridcache.residency import Residency
+from hybridcache.simulation.serving import Serving, serve
+from hybridcache.simulation.target import EngineSteps, RunConfig, build_target
+from hybridcache.trace import TraceRequest
+
+POLICIES = sorted(EVICTION)
+CHECKPOINTS = "branch,boundary,backoff,every:256,end"
+Fact = tuple[str, int, int]
+
+
+@pytest.fixture
+def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fact]]:
+    """Every eviction of every cache, as it happens: (kind, position, serial of the item)."""
+    found: list[Fact] = []
+    evict_one = Residency.evict_one
+
+    def recorded(residency: Residency, kind: Any) -> bool:
+        victim = residency.policy.victim(kind)
+        if victim is not None:
+            found.append((victim.kind, victim.position, victim.serial))
+        return evict_one(residency, kind)
+
+    monkeypatch.setattr(Residency, "evict_one", recorded)
+    yield found
+
+
+def prompts(seed: int, sessions: int, vocab: int) -> list[tuple[int, np.ndarray]]:
+    """(session, what a user adds to the session), turns interleaved; all sessions of one parity start alike."""
+    rng = np.random.default_rng(seed)
+    systems = [rng.integers(0, vocab, 150, dtype=np.int32) for _ in range(2)]
+    turns: list[tuple[int, np.ndarray]] = []
+    for turn in range(3):
+        for session in rng.permutation(sessions).tolist():
+            said = rng.integers(0, vocab, int(rng.integers(20, 260)), dtype=np.int32)
+            turns.append(
+                (session, np.concatenate((systems[session % 2], said)) if turn == 0 else said)
+            )
+    return turns
+
+
+def engine_of(policy: str, runner: Any, sampler: Any, **settings: Any) -> tuple[Engine, LeaseLog]:
+    log = LeaseLog()
+    config = EngineConfig(
+        eviction=policy, checkpoints=tuple(CHECKPOINTS.split(",")), token_budget=256, **settings
+    )
+    return Engine(config, runner=runner, sampler=sampler, log=log), log
+
+
+def run_config(policy: str, engine: Engine) -> RunConfig:
+    return RunConfig(
+        engine.runner.geometry,
+        num_kv_tokens=engine.runner.num_kv_tokens,
+        num_slots=engine.runner.num_slots,
+        policy=policy,
+        checkpoints=CHECKPOINTS,
+        steps=EngineSteps(token_budget=256),
+    )
+
+
+def serve_in_turn(engine: Engine, turns: Sequence[tuple[int, np.ndarray]]) -> list[TraceRequest]:
+    """One request after the other; what was served, as a trace with its cached lengths as timestamps."""
+    histories: dict[int, np.ndarray] = {}
+    served = []
+    for session, said in turns:
+        prompt = np.concatenate((histories.get(session, said[:0]), said))
+        sampling = SamplingParams(
+            max_tokens=int(said[0]) % 70 + 1, ignore_eos=True, temperature=0.0
+        )
+        [output] = engine.generate([prompt.tolist()], sampling)
+        answer = np.asarray(output.token_ids, np.int32)
+        histories[session] = np.concatenate((prompt, answer))
+        served.append(TraceRequest(float(output.cached_len), session, None, prompt, answer))
+    return served
+
+
+def same_in_the_simulator(
+    policy: str, engine: Engine, served: list[TraceRequest], evictions: list[Fact]
+) -> None:
+    by_engine = list(evictions)
+    evictions.clear()
+    config = run_config(policy, engine)
+    target = build_target(config, unit=1)
+    log = serve(target, served, 1, Serving(Roofline(config.geometry)))
+    assert list(log.cached_tokens) == [int(request.timestamp_s) for request in served]
+    assert sum(log.cached_tokens) > 0 and len(by_engine) > 8
+    assert evictions == by_engine
+
+
+def test_in_turn_with_the_built_in_model(evictions: list[Fact]) -> None:
+    config = EngineConfig(
+        checkpoints=tuple(CHECKPOINTS.split(",")),
+        token_budget=256,
+        kv_gib=1200 * 2048 / 2**30,
+        state_gib=7 * 233472 / 2**30,
+    )
+    engine = Engine(config)
+    served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
+    same_in_the_simulator("lru", engine, served, evictions)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_in_turn_many_requests(policy: str, evictions: list[Fact]) -> None:
+    engine, _ = engine_of(policy, OracleRunner(2000, 9), OracleSampler())
+    served = serve_in_turn(engine, prompts(seed=4, sessions=8, vocab=320))
+    same_in_the_simulator(policy, engine, served, evictions)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_concurrent_requests_by_replaying_the_lease_log(policy: str, evictions: list[Fact]) -> None:
+    engine, log = engine_of(policy, OracleRunner(3000, 24), OracleSampler(), max_running=5)
+    histories: dict[int, np.ndarray] = {}
+    for turn in range(3):
+        for session, said in prompts(seed=turn, sessions=14, vocab=320)[:14]:
+            prompt = np.concatenate((histories.get(session, said[:0]), said))[:900]
+            histories[session] = prompt
+            sampling = SamplingParams(
+                max_tokens=int(said[0]) % 60 + 1, ignore_eos=True, temperature=0.0
+            )
+            engine.submit(prompt.tolist(), sampling, boundaries=(150,))
+        while engine.has_work():
+            engine.step()
+    by_engine = list(evictions)
+    evictions.clear()
+    cache = build_prefix_cache(run_config(policy, engine).cache_config(unit=1))
+    again = replay(cache, parse_placement(CHECKPOINTS), log)
+    hits = [event.result for event in log.events if event.verb == "begin"]
+    assert [event.result for event in again.events if event.verb == "begin"] == hits
+    assert len(again.events) == len(log.events)
+    assert sum(hit or 0 for hit in hits) > 0 and len(by_engine) > 8
+    assert evictions == by_engine
