@@ -1,0 +1,192 @@
+"""The scheduler against everything that can happen to it: a state machine over an engine whose memory proves its reads."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.oracle import OracleRunner, OracleSampler, fingerprint
+
+VOCABULARY = 320
+SAMPLER = OracleSampler(VOCABULARY)
+PLACEMENTS = (
+    ("branch", "boundary", "backoff", "end"),
+    ("every:64", "end"),
+    ("prompt",),
+    ("none",),
+)
+
+
+def make_engine(
+    prefix_cache: str = "hybrid", kv_tokens: int = 1024, slots: int = 6, **settings: object
+) -> Engine:
+    config = EngineConfig(prefix_cache=prefix_cache, **settings)
+    runner = OracleRunner(
+        kv_tokens,
+        0 if prefix_cache == "radix" else slots,
+        vocab_size=VOCABULARY,
+        exact=config.exact,
+    )
+    return Engine(config, runner=runner, sampler=SAMPLER)
+
+
+def answer(
+    prompt: list[int], params: SamplingParams, exact: bool
+) -> tuple[list[int], list[float], str]:
+    """(tokens, log-probabilities, finish reason) that a request must end with, whatever else runs."""
+    before = 0
+    for token in prompt:
+        before = fingerprint(before, token)
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    while True:
+        sampled = SAMPLER.choose(before)
+        tokens.append(sampled.token_id)
+        logprobs.append(sampled.logprob)
+        if sampled.token_id in params.stop_token_ids:
+            return tokens, logprobs, "stop"
+        if len(tokens) == params.max_tokens:
+            return tokens, logprobs, "length"
+        before = fingerprint(before, sampled.token_id, exact)
+
+
+def pattern(family: int, length: int) -> list[int]:
+    """Prompts of one family are beginnings of one another."""
+    return [(7 * family + i * (family + 3)) % VOCABULARY for i in range(length)]
+
+
+lengths = st.one_of(st.integers(1, 400), st.sampled_from([63, 64, 65, 127, 128, 129, 192, 256]))
+prompts = st.builds(
+    lambda family, shared, own, other: pattern(family, shared) + pattern(10 + other, own),
+    st.integers(0, 2),
+    lengths,
+    st.integers(0, 80),
+    st.integers(0, 2),
+)
+sampling = st.builds(
+    lambda max_tokens, stop: SamplingParams(
+        max_tokens=max_tokens, stop_token_ids=tuple(stop), logprobs=0
+    ),
+    st.integers(1, 90),
+    st.sets(st.integers(0, VOCABULARY - 1), max_size=10),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals, equal prompts, next turns, aborts, resets, and steps between them."""
+
+    @initialize(
+        prefix_cache=st.sampled_from(["hybrid", "hybrid", "radix", "none"]),
+        kv_pages=st.integers(3, 14),
+        slots=st.integers(1, 8),
+        max_running=st.integers(1, 5),
+        token_budget=st.sampled_from([64, 100, 128, 512]),
+        page_size=st.sampled_from([1, 1, 16, 64]),
+        grid=st.sampled_from([64, 128]),
+        checkpoints=st.sampled_from(PLACEMENTS),
+        exact=st.booleans(),
+    )
+    def start(self, kv_pages: int, **settings: object) -> None:
+        self.engine = make_engine(kv_tokens=64 * kv_pages, **settings)
+        self.expected: dict[str, tuple[list[int], list[float], str]] = {}
+        self.outputs: dict[str, RequestOutput] = {}
+        self.histories: list[list[int]] = []
+
+    def submit(self, prompt: list[int], params: SamplingParams, **options: object) -> None:
+        prompt = prompt[: self.engine.max_model_len - params.max_tokens]
+        request_id = self.engine.submit(prompt, params, **options)
+        self.expected[request_id] = answer(prompt, params, self.engine.config.exact)
+        self.histories.append(prompt + self.expected[request_id][0])
+
+    @rule(prompt=prompts, params=sampling, boundary=st.integers(0, 400), copies=st.integers(1, 4))
+    def arrive(self, prompt: list[int], params: SamplingParams, boundary: int, copies: int) -> None:
+        for _ in range(copies):
+            self.submit(prompt, params, boundaries=(boundary,))
+
+    @precondition(lambda self: self.histories)
+    @rule(
+        which=st.integers(0, 1000),
+        new=st.integers(0, 70),
+        params=sampling,
+        cut=st.integers(0, 5),
+    )
+    def next_turn(self, which: int, new: int, params: SamplingParams, cut: int) -> None:
+        history = self.histories[which % len(self.histories)]
+        self.submit(history[: max(len(history) - cut, 1)] + pattern(5, new), params)
+
+    @rule(prompt=prompts, params=sampling, namespace=st.sampled_from(["salt", None]))
+    def arrive_scored(self, prompt: list[int], params: SamplingParams, namespace: object) -> None:
+        self.submit(prompt, params, namespace=namespace, prompt_logprobs=0)
+
+    @rule(steps=st.integers(1, 40))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            if self.engine.has_work():
+                self.one_step()
+
+    def one_step(self) -> None:
+        computed = self.engine.runner.num_tokens_computed
+        for output in self.engine.step():
+            self.outputs[output.request_id] = output
+        self.engine.check()
+        assert self.engine.runner.num_tokens_computed > computed, "a step without work"
+
+    @precondition(lambda self: self.expected)
+    @rule(which=st.integers(0, 1000))
+    def abort(self, which: int) -> None:
+        request_id = list(self.expected)[which % len(self.expected)]
+        output = self.engine.abort(request_id)
+        if output is not None:
+            assert output.finish_reason == "abort"
+            tokens, _, _ = self.expected.pop(request_id)
+            assert output.token_ids == tokens[: len(output.token_ids)]
+            self.outputs.pop(request_id, None)
+
+    @rule()
+    def reset(self) -> None:
+        self.engine.reset_prefix_cache()
+
+    @invariant()
+    def conserves(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(20_000):
+            if not self.engine.has_work():
+                break
+            self.one_step()
+        assert not self.engine.has_work(), "requests that never finish"
+        for request_id, (tokens, logprobs, reason) in self.expected.items():
+            output = self.outputs[request_id]
+            assert output.token_ids == tokens
+            assert [sampled.logprob for sampled in output.logprobs] == logprobs
+            assert output.finish_reason == reason
+            assert output.cached_len + sum(output.losses) == len(output.prompt_token_ids)
+            if output.prompt_logprobs is not None:
+                assert_scored(output)
+        assert self.engine.report().kv.held == self.engine.report().slots.held == 0
+
+
+def assert_scored(output: RequestOutput) -> None:
+    """Prompt log-probabilities are those of a prompt computed from its beginning."""
+    prompt = output.prompt_token_ids.tolist()
+    assert output.prompt_logprobs[0] is None
+    before = 0
+    expected = []
+    for token, following in itertools.pairwise(prompt):
+        before = fingerprint(before, token)
+        expected += SAMPLER.score(np.array([before]), [following], 0)
+    assert list(output.prompt_logprobs[1:]) == expected
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+TestSchedulerMachine = pytest.mark.timeout(600)(SchedulerMachine.TestCase)
