@@ -10,7 +10,8 @@ maximise sum over r, v of  S[r, v] * (depth of v - depth of the candidate above 
 
 - S[r, next] <= S[r, v] <= X[v, k] for every position on the path, and S[r, v] - S[r, next] <= Y[v, k]: a hit needs its KV
   and its checkpoint, kept from the last visit until this one;
-- Y[v, k] <= X[v, k], and X[v, k] <= X[parent, j] for every j that overlaps: residency is closed under ancestors;
+- Y[v, k] <= X[v, k], and X[v, k] <= X[parent, j] for every j that overlaps (long runs of j through shared columns):
+  residency is closed under ancestors;
 - Y[v, k] <= Y[v, k - 1] + 1 - S[r, next]: a request that resumes below v never computes v's state, so it can only be there
   afterwards if it was there before;
 - U[t] = U[t - 1] + bytes of the intervals that begin at t - bytes of those that end at t.
@@ -64,6 +65,7 @@ class Program:
         self.checkpoint: dict[Interval, int] = {}
         self.resume: dict[tuple[int, int], int] = {}
         self.deeper: dict[Interval, int] = {}
+        self.runs: dict[tuple[int, int, int], int] = {}
         self.gain: list[float] = []
         self.rows: list[int] = []
         self.columns: list[int] = []
@@ -137,10 +139,23 @@ class Program:
             if position.parent is None:
                 continue
             visits = self.trie.positions[position.parent].visits
-            for overlap in overlapping(
-                visits, position.visits[interval], position.visits[interval + 1]
-            ):
-                self._row([(column, 1), (self.kv[position.parent, overlap], -1)], 0)
+            overlaps = overlapping(visits, position.visits[interval], position.visits[interval + 1])
+            size = 1 << (len(overlaps).bit_length() - 1)
+            for first in {overlaps.start, overlaps.stop - size}:
+                self._row([(column, 1), (self._throughout(position.parent, first, size), -1)], 0)
+
+    def _throughout(self, index: int, first: int, size: int) -> int:
+        """A column that is at most X over the ``size`` (a power of two) intervals from ``first``: a hot parent is visited
+        far more often than its children, and two such columns cover any run of its intervals."""
+        if size == 1:
+            return self.kv[index, first]
+        key = (index, first, size)
+        if key not in self.runs:
+            self.runs[key] = self._column()
+            for half in (first, first + size // 2):
+                part = self._throughout(index, half, size // 2)
+                self._row([(self.runs[key], 1), (part, -1)], 0)
+        return self.runs[key]
 
     def _add_capacity(self) -> None:
         """U[t] in units of the capacity, as equality rows appended last."""
@@ -236,6 +251,9 @@ class Program:
         values = np.zeros(len(self.gain))
         values[[self.kv[item] for item in plan.kv]] = 1
         values[[self.checkpoint[item] for item in plan.checkpoints]] = 1
+        for (index, first, size), column in self.runs.items():
+            kept = all((index, at) in plan.kv for at in range(first, first + size))
+            values[column] = float(kept)
         for request, hit in plan.hits.items():
             for index, _ in self.trie.usable(request):
                 values[self.resume[request, index]] = 1
