@@ -42,26 +42,26 @@ class RequestStream:
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
         self._outputs: asyncio.Queue[RequestOutput | EngineStopped] = asyncio.Queue()
-        self._is_done = False
+        self._has_ended = self._was_aborted = False
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output. EngineStopped: there will be none."""
-        if self._is_done and self._outputs.empty():
+        """The next output; the last one has a ``finish_reason``. EngineStopped: there will be none."""
+        if self._has_ended:
             raise StopAsyncIteration
         output = await self._outputs.get()
         if isinstance(output, EngineStopped):
-            self._is_done = True
+            self._has_ended = True
             raise output
-        self._is_done |= output.is_finished
+        self._has_ended = output.is_finished
         return output
 
     def abort(self) -> None:
         """End the request; what it held is free before the next step. Does nothing to one that has ended."""
-        if not self._is_done:
-            self._is_done = True
+        if not (self._has_ended or self._was_aborted):
+            self._was_aborted = True
             self._on_abort(self.request_id)
 
     def put(self, output: RequestOutput | EngineStopped) -> None:

@@ -198,6 +198,8 @@ class Engine:
         """The first half of ``submit``: check a prompt and make its request. Safe to call from any thread."""
         sampling = sampling or SamplingParams()
         tokens = self._tokens(prompt)
+        if prompt_logprobs is not None and prompt_logprobs not in range(51):
+            raise ValueError(f"prompt_logprobs must be between 0 and 50, not {prompt_logprobs}.")
         arrival = next(self._arrivals)
         return Request(
             f"request-{arrival}" if request_id is None else request_id,
@@ -234,10 +236,10 @@ class Engine:
                 raise ValueError("there is no tokenizer here: give the prompt as token ids.")
             prompt = self.tokenizer.encode(prompt)
         try:
-            tokens = np.asarray(prompt, np.int64)
-        except (TypeError, ValueError, OverflowError):
-            tokens = np.empty((0, 0), np.int64)
-        if tokens.ndim != 1:
+            tokens = np.asarray(prompt)
+        except ValueError:
+            tokens = np.empty((0, 0))
+        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
             raise ValueError("a prompt is a string or a flat list of token ids.")
         if not len(tokens):
             raise ValueError("the prompt is empty: give at least one token.")

@@ -56,7 +56,7 @@ class OracleRunner:
         self._states: list[tuple[int, int]] = [(-1, 0)] * num_slots
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
-        self.num_tokens_computed = 0
+        self.num_steps = self.num_tokens_computed = 0
 
     def forward(self, batch: Batch) -> Fingerprints:
         """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
@@ -66,6 +66,7 @@ class OracleRunner:
             self._write_row(row, start, indices)
         self._prove_disjoint(batch)
         logits = [self._compute(segment) for segment in batch.segments]
+        self.num_steps += 1
         self.num_tokens_computed += batch.num_tokens
         return np.array([one for rows in logits for one in rows], np.int64)
 

@@ -1,0 +1,218 @@
+"""The engine in its thread: many callers, slow ones, ones that leave, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
+from engine.async_engine import EngineStopped
+from engine.oracle import OracleRunner, OracleSampler
+
+LONG = SamplingParams(max_tokens=200)
+ENDLESS = SamplingParams(max_tokens=4000)
+
+
+class GatedRunner(OracleRunner):
+    """Computes a step only when let: ``permits`` steps, or all once ``open`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(8192, 16)
+        self.permits = threading.Semaphore(0)
+        self.is_open = False
+        self.fails = False
+
+    def let(self, steps: int = 0) -> None:
+        self.is_open |= not steps
+        self.permits.release(max(steps, 1))
+
+    def forward(self, batch: object) -> object:
+        if not self.is_open:
+            self.permits.acquire()
+        if self.fails:
+            raise RuntimeError("the device is gone")
+        return super().forward(batch)
+
+
+def serve(
+    scenario: Callable[[AsyncEngine, GatedRunner], Awaitable[None]],
+    *,
+    gated: bool = False,
+    **settings: object,
+) -> Engine:
+    """Run ``scenario`` against a started engine; afterwards everything must have been given back."""
+    runner = GatedRunner()
+    runner.is_open = not gated
+    engine = Engine(EngineConfig(check=True, **settings), runner=runner, sampler=OracleSampler())
+    async_engine = AsyncEngine(engine)
+
+    async def main() -> None:
+        async_engine.start()
+        try:
+            await asyncio.wait_for(scenario(async_engine, runner), 30)
+        finally:
+            runner.let()
+            await asyncio.to_thread(async_engine.stop)
+
+    asyncio.run(main())
+    engine.check()
+    report = engine.report()
+    assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
+    return engine
+
+
+async def read(stream: object) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+def test_many_callers_get_what_they_would_get_alone() -> None:
+    prompts = [list(range(i, i + 100 + i)) for i in range(12)]
+    alone = Engine(EngineConfig(), runner=OracleRunner(8192, 16), sampler=OracleSampler())
+    expected = [alone.generate([prompt], LONG)[0].token_ids for prompt in prompts]
+
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        streams = [engine.submit(prompt, LONG) for prompt in prompts]
+        for stream, tokens in zip(await asyncio.gather(*map(read, streams)), expected, strict=True):
+            assert [t for output in stream for t in output.new_token_ids] == tokens
+            assert stream[-1].finish_reason == "length"
+
+    serve(scenario)
+
+
+def test_a_slow_reader_stalls_nobody_and_loses_nothing() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        slow, fast = engine.submit([1, 2], LONG), engine.submit([3, 4], LONG)
+        assert len(await read(fast)) == 200
+        assert len(await read(slow)) == 200
+
+    serve(scenario)
+
+
+def test_a_caller_that_leaves_frees_its_memory_before_the_next_step() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        async def leave_early() -> None:
+            async for _ in engine.generate([1, 2, 3], ENDLESS):
+                return
+
+        await leave_early()
+        stays = asyncio.create_task(read(engine.generate([9, 8], ENDLESS)))
+        await asyncio.sleep(0.05)
+        stays.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stays
+        assert await engine.call(lambda e: e.report().num_running) == 0
+
+    serve(scenario)
+
+
+def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        stream = engine.submit([1, 2, 3], ENDLESS)
+        runner.let(3)
+        first = await anext(stream)
+        assert len(first.new_token_ids) == 1
+        reader = asyncio.create_task(read(stream))
+        stream.abort()
+        stream.abort()
+        runner.let()
+        outputs = await reader
+        assert outputs[-1].finish_reason == "abort"
+        assert await engine.call(lambda e: e.report().kv.held) == 0
+
+    serve(scenario, gated=True)
+
+
+def test_an_abort_that_overtakes_its_request_still_ends_it() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        running = engine.submit([5], ENDLESS)
+        stream = engine.submit([1, 2, 3], ENDLESS)
+        stream.abort()
+        running.abort()
+        runner.let()
+        assert await engine.call(lambda e: e.has_work()) is False
+
+    serve(scenario, gated=True)
+
+
+def test_bad_prompts_and_a_full_queue_are_refused_before_anything_is_queued() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        with pytest.raises(ValueError, match="empty"):
+            engine.submit([])
+        streams = [engine.submit([i], SamplingParams(max_tokens=1)) for i in range(2)]
+        with pytest.raises(QueueFull):
+            for i in range(100):
+                streams.append(engine.submit([i], SamplingParams(max_tokens=1)))
+        assert 4 <= len(streams) <= 5  # four wait, and one may run already
+        runner.let()
+        assert all(outputs[-1].is_finished for outputs in await asyncio.gather(*map(read, streams)))
+
+    serve(scenario, gated=True, max_queue=4, max_running=1)
+
+
+def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        stream = engine.submit([1, 2, 3], LONG)
+        drained = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        while engine._is_open:
+            await asyncio.sleep(0.001)
+        with pytest.raises(EngineStopped, match="takes no more"):
+            engine.submit([1])
+        runner.let()
+        assert (await read(stream))[-1].finish_reason == "length"
+        await drained
+        assert not engine.is_alive
+        with pytest.raises(EngineStopped):
+            await engine.call(lambda e: e.report())
+
+    serve(scenario, gated=True)
+
+
+def test_stop_fails_those_who_wait() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        stream = engine.submit([1, 2, 3], ENDLESS)
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
+        while engine._is_open:
+            await asyncio.sleep(0.001)
+        runner.let()
+        await stopping
+        with pytest.raises(EngineStopped, match="before the answer was done"):
+            await read(stream)
+
+    serve(scenario, gated=True)
+
+
+def test_a_failing_engine_says_so_to_everybody(caplog: pytest.LogCaptureFixture) -> None:
+    runner = GatedRunner()
+    runner.is_open = runner.fails = True
+    engine = AsyncEngine(Engine(EngineConfig(), runner=runner, sampler=OracleSampler()))
+
+    async def main() -> None:
+        engine.start()
+        stream = engine.submit([1, 2, 3], LONG)
+        with pytest.raises(EngineStopped):
+            await asyncio.wait_for(read(stream), 10)
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(EngineStopped):
+            engine.submit([1])
+        assert not engine.is_alive
+
+    asyncio.run(main())
+    assert "the device is gone" in caplog.text
+
+
+def test_questions_and_their_errors_come_back_from_the_thread() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        await read(engine.submit(list(range(100)), LONG))
+        report = await engine.cache_report()
+        assert report["kv"]["cached"] > 0
+        await engine.reset_prefix_cache()
+        assert (await engine.cache_report())["kv"]["cached"] == 0
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda e: 1 // 0)
+        assert engine.is_alive
+
+    serve(scenario)

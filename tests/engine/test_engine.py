@@ -1,0 +1,339 @@
+"""The engine as its callers meet it, on a runner that proves every read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from engine import ConfigError, Engine, EngineConfig, QueueFull, SamplingParams
+from engine.engine import StepReport
+from engine.oracle import OracleRunner, OracleSampler
+from engine.tokenizer import ByteTokenizer
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.lease_log import LeaseLog, replay
+from hybridcache.policies.checkpoint import parse_placement
+
+GREEDY = SamplingParams(max_tokens=8)
+
+
+def make_engine(
+    kv_tokens: int = 4096,
+    slots: int = 16,
+    *,
+    tokenizer: ByteTokenizer | None = None,
+    log: LeaseLog | None = None,
+    **settings: object,
+) -> Engine:
+    config = EngineConfig(check=True, **settings)
+    runner = OracleRunner(kv_tokens, slots, exact=config.exact)
+    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=tokenizer, log=log)
+
+
+def ids(length: int, first: int = 0) -> list[int]:
+    return [(first + i) % 320 for i in range(length)]
+
+
+def test_importing_the_engine_loads_no_torch() -> None:
+    script = "import engine, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_same_prompt_again_skips_what_is_cached_and_answers_the_same() -> None:
+    engine = make_engine()
+    [cold] = engine.generate([ids(200)], GREEDY)
+    computed = engine.runner.num_tokens_computed
+    [hit] = engine.generate([ids(200)], GREEDY)
+    assert (cold.cached_len, hit.cached_len) == (0, 192)
+    assert cold.token_ids == hit.token_ids
+    assert engine.runner.num_tokens_computed == computed + 8 + 7
+    assert hit.losses.below_grid == 8 and sum(hit.losses) == 8
+
+
+def test_the_next_turn_resumes_in_the_last_answer() -> None:
+    engine = make_engine()
+    [first] = engine.generate([ids(100)], SamplingParams(max_tokens=100))
+    [second] = engine.generate([ids(100) + first.token_ids + [1, 2, 3]], GREEDY)
+    assert second.cached_len == 192
+
+
+@pytest.mark.parametrize("token_budget", [64, 128, 1000])
+def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int) -> None:
+    engine = make_engine(token_budget=token_budget)
+    outputs = engine.generate([ids(1000)] * 4, SamplingParams(max_tokens=1))
+    assert [output.cached_len for output in outputs] == [0, 960, 960, 960]
+    assert engine.runner.num_tokens_computed == 1000 + 3 * 40
+
+
+def test_prompts_that_fork_share_what_the_first_computes_of_them() -> None:
+    engine = make_engine()
+    prompts = [ids(640) + ids(70, first=100 + i) for i in range(5)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=1))
+    assert [output.cached_len for output in outputs] == [0, 640, 640, 640, 640]
+
+
+@pytest.mark.parametrize("settings", [{"checkpoints": ("none",)}, {"prefix_cache": "none"}])
+def test_nobody_waits_for_a_prefix_that_will_not_be_kept(settings: dict[str, object]) -> None:
+    engine = make_engine(**settings)
+    outputs = engine.generate([ids(320)] * 2, SamplingParams(max_tokens=1))
+    assert [output.cached_len for output in outputs] == [0, 0]
+    assert outputs[0].num_preemptions == outputs[1].num_preemptions == 0
+    assert engine.runner.num_steps == 1
+
+
+def test_chunks_end_on_the_grid_or_at_the_end() -> None:
+    engine = make_engine(token_budget=150, max_running=4)
+    seen: list[tuple[int, int]] = []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch: (  # type: ignore[method-assign]
+        seen.extend((s.start, s.end) for s in batch.segments if not s.is_decode) or forward(batch)
+    )
+    engine.generate([ids(300), ids(90, first=50)], GREEDY)
+    assert seen == [(0, 128), (128, 256), (256, 300), (0, 90)]
+
+
+def test_a_running_request_decodes_while_another_prefills() -> None:
+    reports: list[StepReport] = []
+    config = EngineConfig(token_budget=64)
+    engine = Engine(
+        config,
+        runner=OracleRunner(4096, 16),
+        sampler=OracleSampler(),
+        observer=reports.append,
+    )
+    engine.submit(ids(10), SamplingParams(max_tokens=20))
+    engine.step()
+    engine.submit(ids(640, first=9), SamplingParams(max_tokens=1))
+    while engine.has_work():
+        engine.step()
+    mixed = [r for r in reports if r.num_prefill_tokens and r.num_decode_tokens]
+    assert len(mixed) == 10
+
+
+def pressed(**settings: object) -> tuple[Engine, list[list[int]]]:
+    """An engine whose pool holds its requests' prompts but not their answers."""
+    engine = make_engine(kv_tokens=512, slots=12, token_budget=64, **settings)
+    return engine, [ids(100, first=40 * i) for i in range(4)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_preempted_requests_resume_from_what_they_published(exact: bool) -> None:
+    engine, prompts = pressed(exact=exact)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=150, logprobs=0))
+    alone = [
+        make_engine(exact=exact).generate([p], SamplingParams(max_tokens=150, logprobs=0))[0]
+        for p in prompts
+    ]
+    preempted = [output for output in outputs if output.num_preemptions]
+    assert preempted and not outputs[0].num_preemptions
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
+    assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+    without_reuse = sum(100 + 150 for _ in prompts) + sum(250 for o in preempted)
+    assert engine.runner.num_tokens_computed < without_reuse
+
+
+def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
+    engine = make_engine(max_running=2, token_budget=64)
+    prefilling = engine.submit(ids(300), GREEDY)
+    decoding = engine.submit(ids(10, first=50), SamplingParams(max_tokens=100))
+    waiting = engine.submit(ids(10, first=90), GREEDY)
+    for _ in range(7):
+        engine.step()
+    again = engine.submit(ids(300, first=7), GREEDY)
+    engine.step()
+    for request_id in (again, prefilling, waiting, decoding):
+        engine.abort(request_id)
+        engine.check()
+    report = engine.report()
+    assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
+    assert report.kv.free + report.kv.cached == report.kv.total
+    assert engine.abort(decoding) is None
+
+
+def test_a_stream_gives_pieces_that_make_the_whole_and_ends_when_closed() -> None:
+    engine = make_engine(tokenizer=ByteTokenizer())
+    [whole] = engine.generate(["abc"], SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1))
+    pieces = list(engine.stream("abc", SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1)))
+    assert "".join(piece.new_text for piece in pieces) == whole.text == pieces[-1].text
+    assert [t for piece in pieces for t in piece.new_token_ids] == whole.token_ids
+    assert [s for piece in pieces for s in piece.new_logprobs] == whole.logprobs
+    stream = engine.stream("abcd", SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert not engine.has_work()
+
+
+def test_two_streams_and_a_batch_can_be_read_in_turns() -> None:
+    engine = make_engine()
+    one, other = engine.stream(ids(5), GREEDY), engine.stream(ids(6), GREEDY)
+    first = [next(one), next(other), next(one)]
+    [batch] = engine.generate([ids(7)], GREEDY)
+    first += [*one, *other]
+    assert sum(len(output.new_token_ids) for output in first) == 16
+    assert len(batch.token_ids) == 8
+
+
+def test_stop_tokens_and_stop_strings_end_an_answer() -> None:
+    engine = make_engine(tokenizer=ByteTokenizer())
+    long = SamplingParams(max_tokens=60, ignore_eos=True)
+    [free] = engine.generate([ids(20)], long)
+    token = free.token_ids[10]
+    [stopped] = engine.generate(
+        [ids(20)], SamplingParams(max_tokens=60, ignore_eos=True, stop_token_ids=(token,))
+    )
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+    stop = free.text[12:15]
+    [cut] = engine.generate([ids(20)], SamplingParams(max_tokens=60, ignore_eos=True, stop=stop))
+    assert cut.finish_reason == "stop"
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert len(cut.token_ids) < 60
+
+
+def test_prompt_logprobs_read_no_cache_but_publish() -> None:
+    engine = make_engine(token_budget=64)
+    engine.generate([ids(200)], GREEDY)
+    none = SamplingParams(max_tokens=0)
+    [scored] = engine.generate([ids(200)], none, prompt_logprobs=0)
+    assert (scored.cached_len, scored.token_ids, scored.finish_reason) == (0, [], "length")
+    assert len(scored.prompt_logprobs) == 200 and scored.prompt_logprobs[0] is None
+    [cold] = make_engine().generate([ids(200)], none, prompt_logprobs=0)
+    assert cold.prompt_logprobs == scored.prompt_logprobs
+    [fresh] = engine.generate([ids(200, first=9)], none, prompt_logprobs=0)
+    [hit] = engine.generate([ids(200, first=9)], GREEDY)
+    assert (fresh.cached_len, hit.cached_len) == (0, 192)
+
+
+def test_namespaces_share_nothing() -> None:
+    engine = make_engine()
+    engine.generate([ids(200)], GREEDY, namespace="one")
+    [other] = engine.generate([ids(200)], GREEDY, namespace="other")
+    [same] = engine.generate([ids(200)], GREEDY, namespace="one")
+    assert (other.cached_len, same.cached_len) == (0, 192)
+
+
+def test_a_reset_forgets_every_prefix() -> None:
+    engine = make_engine()
+    engine.generate([ids(200)], GREEDY)
+    engine.reset_prefix_cache()
+    assert engine.report().kv.cached == engine.report().slots.cached == 0
+    [cold] = engine.generate([ids(200)], GREEDY)
+    assert cold.cached_len == 0
+
+
+def test_requests_beyond_the_queue_are_refused_and_generate_feeds_them_in() -> None:
+    engine = make_engine(max_queue=3)
+    for i in range(3):
+        engine.submit(ids(5, first=i))
+    with pytest.raises(QueueFull, match="3 requests are waiting"):
+        engine.submit(ids(9))
+    while engine.has_work():
+        engine.step()
+    assert len(engine.generate([ids(5, first=i) for i in range(40)], GREEDY)) == 40
+
+
+@pytest.mark.parametrize(
+    "prompt, sampling, options, sentence",
+    [
+        ([], GREEDY, {}, "the prompt is empty"),
+        ([1, 320], GREEDY, {}, "token ids must be from 0 to 319"),
+        ([-1], GREEDY, {}, "token ids must be from 0"),
+        ([[1], [2, 3]], GREEDY, {}, "flat list of token ids"),
+        ([2**70], GREEDY, {}, "flat list of token ids"),
+        ([1.5], GREEDY, {}, "flat list of token ids"),
+        ("text", GREEDY, {}, "there is no tokenizer here"),
+        ([1], SamplingParams(stop="x"), {}, "stop strings can not be found"),
+        ([1] * 5000, GREEDY, {}, "do not fit the 4096 tokens"),
+        ([1] * 4096, SamplingParams(max_tokens=None), {}, "do not fit the 4096 tokens"),
+        ([1] * 4090, SamplingParams(max_tokens=7), {}, "and 7 more do not fit the 4096"),
+        ([1], SamplingParams(max_tokens=0), {}, "max_tokens must be at least 1"),
+        ([1], GREEDY, {"prompt_logprobs": -1}, "prompt_logprobs must be"),
+    ],
+)
+def test_a_request_that_can_not_be_served_is_refused_in_one_sentence(
+    prompt: object, sampling: SamplingParams, options: dict[str, object], sentence: str
+) -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match=sentence) as caught:
+        engine.submit(prompt, sampling, **options)
+    assert "\n" not in str(caught.value)
+    assert not engine.has_work()
+
+
+def test_a_request_that_just_fits_is_served() -> None:
+    engine = make_engine(kv_tokens=256)
+    outputs = engine.generate([ids(192)] * 3, SamplingParams(max_tokens=64))
+    assert {len(output.token_ids) for output in outputs} == {64}
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"token_budget": 63}, "token_budget must be at least 64"),
+        ({"grid": 100}, "grid must be a multiple of 64"),
+        ({"max_running": 0}, "max_running must be an integer of 1 or more"),
+        ({"page_size": 1.5}, "page_size must be an integer"),
+        ({"kv_gib": -1}, "kv_gib must be a positive number"),
+        ({"cache_gib": 1, "kv_gib": 1}, "cache_gib alone"),
+        ({"prefix_cache": "magic"}, "hybrid, radix or none"),
+        ({"seed": -1}, "seed must be between"),
+        ({"checkpoints": ("brunch",)}, "unknown checkpoint placement 'brunch'"),
+        ({"eviction": "mru"}, "mru"),
+        ({"prefix_cache": "radix"}, "linear-attention layers that need their state"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused_in_one_sentence(
+    settings: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        make_engine(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_errors_are_value_errors() -> None:
+    assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "field, value, sentence",
+    [
+        ("temperature", -0.1, "temperature must be at least 0"),
+        ("temperature", float("nan"), "temperature must be a finite number"),
+        ("temperature", "hot", "temperature must be a finite number"),
+        ("top_p", 0.0, "top_p must be above 0"),
+        ("top_p", 1.1, "at most 1"),
+        ("top_k", 0, "top_k must be at least 1"),
+        ("top_k", True, "top_k must be an integer"),
+        ("min_p", 2, "min_p must be"),
+        ("max_tokens", -1, "max_tokens must be at least 0"),
+        ("stop", ("",), "stop must hold non-empty strings"),
+        ("stop_token_ids", (-1,), "stop_token_ids must hold"),
+        ("seed", 2**63, "seed must be between"),
+        ("logprobs", 51, "logprobs must be between 0 and 50"),
+        ("repetition_penalty", 0, "repetition_penalty must be above 0"),
+        ("presence_penalty", 3, "presence_penalty must be"),
+        ("frequency_penalty", -3, "frequency_penalty must be"),
+    ],
+)
+def test_sampling_parameters_are_checked(field: str, value: object, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_leases_did_replays_on_a_fresh_cache_with_no_difference(exact: bool) -> None:
+    log = LeaseLog()
+    engine = make_engine(
+        kv_tokens=640, slots=6, token_budget=64, max_running=4, log=log, exact=exact
+    )
+    rng = np.random.default_rng(3)
+    prompts = [ids(int(rng.integers(1, 300)), first=80 * int(rng.integers(3))) for _ in range(40)]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=120))
+    assert any(output.num_preemptions for output in outputs)
+    assert any(output.cached_len for output in outputs)
+    fresh = build_prefix_cache(CacheConfig(num_kv_tokens=640, num_slots=6))
+    again = replay(fresh, parse_placement(",".join(engine.config.checkpoints)), log)
+    assert again.events == log.events
+    assert fresh.stats.as_dict() == engine.report().usage
