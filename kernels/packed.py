@@ -47,45 +47,40 @@ class Exports:
     """How many tokens from that sequence's start it stands for: a multiple of 64, or the whole length; at least 1."""
     slots: tuple[int, ...]
     """The slot it is written to: nobody reads or writes it otherwise in this call."""
-    sequence_table: torch.Tensor
-    """int32[E], ``sequences`` on the device."""
     end_table: torch.Tensor
     """int32[E], ``ends`` on the device."""
     slot_table: torch.Tensor
     """int32[E], ``slots`` on the device."""
     cu_exports: torch.Tensor
-    """int32[num_tiles + 1]: the tile t ends in export ``cu_exports[t]`` exactly if ``cu_exports[t + 1]`` is greater."""
+    """int32[B + 1]: sequence b has exports ``cu_exports[b]:cu_exports[b + 1]``."""
 
     @classmethod
     def plan(cls, packed: Packed, exports: Sequence[tuple[int, int, int]]) -> Exports | None:
         """The plan for ``(sequence, end, slot)`` triples in any order, or None if there are none.
 
         Raises ValueError for an end that is neither on the grid nor the sequence's own end, and for two exports of one
-        position. O(E log E + num_tiles).
+        position. O(E log E + B).
         """
         if not exports:
             return None
         ordered = sorted(exports)
-        first_tiles = running_sum([num_tiles(length) for length in packed.lengths])
-        per_tile = [0] * first_tiles[-1]
-        for sequence, end, _ in ordered:
+        counts = [0] * len(packed.lengths)
+        for (sequence, end, _), before in zip(ordered, [None, *ordered], strict=False):
             length = packed.lengths[sequence]
             if not 0 < end <= length or (end % TILE and end != length):
                 raise ValueError(f"no state can be exported after {end} of {length} tokens")
-            tile = first_tiles[sequence] + num_tiles(end) - 1
-            if per_tile[tile]:
+            if before is not None and before[:2] == (sequence, end):
                 raise ValueError(f"sequence {sequence} exports position {end} twice")
-            per_tile[tile] = 1
+            counts[sequence] += 1
         sequences, ends, slots = zip(*ordered, strict=True)
         device = packed.cu_seqlens.device
         return cls(
             sequences=sequences,
             ends=ends,
             slots=slots,
-            sequence_table=_int32(sequences, device),
             end_table=_int32(ends, device),
             slot_table=_int32(slots, device),
-            cu_exports=_int32(running_sum(per_tile), device),
+            cu_exports=_int32(running_sum(counts), device),
         )
 
 
@@ -101,6 +96,11 @@ def running_sum(counts: Sequence[int]) -> list[int]:
         total += count
         sums.append(total)
     return sums
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x itself if what belongs to one row (a token) is contiguous, whatever the stride between rows; else a copy."""
+    return x if x[:1].is_contiguous() else x.contiguous()
 
 
 def _int32(values: Sequence[int], device: torch.device | str) -> torch.Tensor:

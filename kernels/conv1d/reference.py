@@ -30,7 +30,8 @@ def prefill_conv1d(
 
     - ``x``: ``[T, C]``. ``weight``: ``[C, W]``. ``bias``: ``[C]`` or None.
     - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
+      leaves its slot as it is.
 
     Returns ``[T, C]`` in x's dtype.
     """

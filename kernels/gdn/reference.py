@@ -64,7 +64,8 @@ def chunk_gdn(
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``beta``: ``[T, HV]``.
     - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
+      leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, HV, V]`` in value's dtype.
@@ -140,7 +141,7 @@ def _scan(
     counts = [num_tiles(length) for length in packed.lengths]
     first_tiles = running_sum(counts)
     # The longest first: those that still have a tile to go are a prefix, and leave from its end.
-    order = sorted(range(len(counts)), key=lambda b: -counts[b])
+    order = sorted((b for b in range(len(counts)) if counts[b]), key=lambda b: -counts[b])
     index = slots.long()[order]
     carried = states[index].float() * resumed[order][:, None, None, None]
     saves = _saves_by_tile(packed, exports)
@@ -227,7 +228,7 @@ def verify_gdn(
             state, query[:, step], key[:, step], value[:, step], gate[:, step], beta[:, step], scale
         )
         step_states[:, step] = state.to(step_states.dtype)
-        state = step_states[:, step].float()
+        state = step_states[:, step].to(torch.float32, copy=True)
         outs.append(out)
     return torch.stack(outs, dim=1) if outs else torch.empty_like(value)
 

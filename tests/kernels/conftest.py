@@ -6,9 +6,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+"""Root mean square error over root mean square, by dtype."""
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    """Compares with an error relative to the size of the whole, so that cancellation in one element is none."""
+    return _assert_close
+
+
+def _assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+    """Same shape and dtype, nothing NaN, and an error of at most ``factor`` times what the dtype allows."""
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    assert got.isfinite().all()
+    if got.numel():
+        error = (got.double() - expected.double()).square().mean().sqrt()
+        size = expected.double().square().mean().sqrt()
+        assert error <= factor * TOLERANCE[got.dtype] * size, f"{error / size:.2e}"
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +56,24 @@ def _poisoned(allocate):
         return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
 
     return allocate_poisoned
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_products() -> None:
+    """The interpreter keeps bfloat16 as bit patterns and multiplies those in `tl.dot`: widen the operands first."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype.scalar != interpreter.tl.bfloat16:
+            return x
+        data = interpreter._convert_float(x.data, interpreter.tl.bfloat16, interpreter.tl.float32, None)
+        return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
+
+    def create_dot(builder, a, b, *rest):
+        return multiply(builder, widen(a), widen(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot

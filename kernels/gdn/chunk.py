@@ -1,0 +1,306 @@
+"""Gated DeltaNet over prompts in Triton: tiles solved side by side, then one scan per sequence, head and slice of V.
+
+The reference multiplies the state by two matrices of its own making, W and Q exp(G). Here those never exist. Scaling a row
+of a product equals scaling the row of its left factor, so norms, decays and step sizes move out of the operands and the
+scan reads q, k and v as they came::
+
+    T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)            P = scale (Q K^T * D)       `solve_kernel`, no state needed
+    N = T (V - exp(G) (K S))    O = scale exp(G) (Q S) + P N                                `scan_kernel`, tile after tile
+    S <- exp(G_64) S + K^T (exp(G_64 - G) N)
+
+Between the two kernels pass two 64 x 64 matrices and four vectors per tile and head, in place of W, U, the new values and
+the state before every tile: at K = V = 128 in bfloat16, 17 KiB written where 80 KiB would be, and no state buffer that
+grows with the prompt. The read-out rides along in the scan for the same reason. A state asked for at a tile's end is
+stored from the registers that hold it anyway.
+
+Precision: 16-bit operands multiply in their own type and accumulate in float32; float32 operands multiply exactly ("ieee").
+The state and everything elementwise are float32. Each reduction has one order, given by its tile and head alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.packed import TILE, Exports, Packed, rows_contiguous
+
+BT = tl.constexpr(TILE)
+LOG_BT = tl.constexpr(TILE.bit_length() - 1)
+
+
+class Layout(NamedTuple):
+    """`Packed` as a kernel reads it."""
+
+    cu_seqlens: torch.Tensor
+    tile_sequences: torch.Tensor
+    cu_tiles: torch.Tensor
+
+
+class Stops(NamedTuple):
+    """`Exports` as a kernel reads them."""
+
+    ends: torch.Tensor
+    slots: torch.Tensor
+    cu_exports: torch.Tensor
+
+
+@triton.jit
+def solve_kernel(
+    p_q,
+    p_k,
+    p_gate,
+    p_beta,
+    p_matrices,
+    p_vectors,
+    layout,
+    stride_q,
+    stride_k,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    SOLVE_TYPE: tl.constexpr,
+):
+    """Program (i_tile, i_head): T and P into ``p_matrices`` ``[N, HV, 2, BT, BT]``, and into ``p_vectors``
+    ``[N, HV, 4, BT]`` what scales the rows of K S, of Q S, of N, and the state.
+    """
+    i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_sequence = tl.load(layout.tile_sequences + i_tile)
+    first = tl.load(layout.cu_seqlens + i_sequence)
+    first += (i_tile - tl.load(layout.cu_tiles + i_sequence)) * BT
+    o_t = tl.arange(0, BT)
+    o_token = (first + o_t).to(tl.int64)
+    m_token = o_token < tl.load(layout.cu_seqlens + i_sequence + 1)
+
+    p_q += i_head // (HV // H) * K + o_token[:, None] * stride_q
+    p_k += i_head // (HV // H) * K + o_token[:, None] * stride_k
+    b_qk = tl.zeros([BT, BT], dtype=tl.float32)
+    b_kk = tl.zeros([BT, BT], dtype=tl.float32)
+    b_qq = tl.zeros([BT], dtype=tl.float32)
+    b_diagonal = tl.zeros([BT], dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        mask = m_token[:, None] & (o_k < K)
+        b_q = tl.load(p_q + o_k, mask=mask, other=0.0)  # [BT, BK]
+        b_k = tl.load(p_k + o_k, mask=mask, other=0.0)
+        b_qk = tl.dot(b_q, tl.trans(b_k), b_qk, input_precision="ieee")
+        b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision="ieee")
+        b_qq += tl.sum(b_q.to(tl.float32) * b_q.to(tl.float32), axis=1)
+        b_diagonal += tl.sum(b_k.to(tl.float32) * b_k.to(tl.float32), axis=1)
+    b_q_norm = tl.rsqrt(b_qq + 1e-6) * scale  # [BT]
+    b_k_norm = tl.rsqrt(b_diagonal + 1e-6)
+
+    o_gate = o_token * HV + i_head
+    b_gate = tl.cumsum(tl.load(p_gate + o_gate, mask=m_token, other=0.0).to(tl.float32), axis=0)
+    b_beta = tl.load(p_beta + o_gate, mask=m_token, other=0.0).to(tl.float32)
+    b_last = tl.sum(tl.where(o_t == BT - 1, b_gate, 0.0), axis=0)
+    i_matrix = (i_tile * HV + i_head) * 2
+    p_vector = p_vectors + i_matrix * 2 * BT + o_t
+    tl.store(p_vector, tl.exp(b_gate) * b_k_norm)
+    tl.store(p_vector + BT, tl.exp(b_gate) * b_q_norm)
+    tl.store(p_vector + 2 * BT, tl.exp(b_last - b_gate) * b_k_norm)
+    tl.store(p_vector + 3 * BT, tl.exp(b_last) + tl.zeros([BT], dtype=tl.float32))
+
+    past = o_t[:, None] >= o_t[None, :]
+    b_decay = tl.exp(tl.where(past, b_gate[:, None] - b_gate[None, :], float("-inf"))) * b_k_norm
+    p_matrix = p_matrices + i_matrix * BT * BT + o_t[:, None] * BT + o_t
+    b_attention = b_qk * b_decay * b_q_norm[:, None]
+    tl.store(p_matrix + BT * BT, b_attention.to(p_matrices.dtype.element_ty))
+    b_inverse = invert_unit_lower(b_kk * b_decay * (b_beta * b_k_norm)[:, None], SOLVE_TYPE)
+    tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
+
+
+@triton.jit
+def invert_unit_lower(b_a, SOLVE_TYPE: tl.constexpr):
+    """``(I + tril(A, -1))^-1`` of a ``[BT, BT]``: the inverses of blocks of s rows give those of 2 s rows, up from s = 1.
+
+    ``[[P, 0], [N, Q]]^-1 = [[P^-1, 0], [-Q^-1 N P^-1, Q^-1]]``: with D the inverse of the block diagonal and N what lies
+    between two neighbouring blocks, D - D N D. No power of A is ever formed (those may grow until nothing of the result is
+    left), and no row waits for the row above. Unit keys and beta <= 1 keep all entries within [-1, 1], where float16 has
+    the 11 significant bits of tf32 at half the size.
+    """
+    o_t = tl.arange(0, BT)
+    o_i, o_j = o_t[:, None], o_t[None, :]
+    b_d = tl.where(o_i == o_j, 1.0, 0.0)
+    b_d -= tl.where((o_i // 2 == o_j // 2) & (o_i > o_j), b_a, 0.0)
+    for log_s in tl.static_range(1, LOG_BT):
+        between = (o_i >> (log_s + 1) == o_j >> (log_s + 1)) & (o_i >> log_s > o_j >> log_s)
+        b_n = tl.where(between, b_a, 0.0).to(SOLVE_TYPE)
+        b_dn = tl.dot(b_d.to(SOLVE_TYPE), b_n, input_precision="ieee")
+        b_d -= tl.dot(b_dn.to(SOLVE_TYPE), b_d.to(SOLVE_TYPE), input_precision="ieee")
+    return b_d
+
+
+@triton.jit
+def scan_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_matrices,
+    p_vectors,
+    p_out,
+    p_states,
+    p_slots,
+    p_resumed,
+    layout,
+    exports,
+    strides,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one sequence.
+
+    Walks from export to export, the last of which is the sequence's own slot at its end.
+    """
+    i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    stride_q, stride_k, stride_v, stride_slot = strides
+    first = tl.load(layout.cu_seqlens + i_sequence).to(tl.int64)
+    end = tl.load(layout.cu_seqlens + i_sequence + 1)
+    if first == end:
+        return
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    m_state = m_k[:, None] & m_v
+    o_matrix = o_t[:, None] * BT + o_t
+    p_q += i_head // (HV // H) * K + o_k
+    p_k += i_head // (HV // H) * K + o_k
+    p_v += i_head * V + o_v
+    p_out += i_head * V + o_v
+    p_states += i_head * K * V + o_k[:, None] * V + o_v
+
+    i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
+    m_initial = m_state & tl.load(p_resumed + i_sequence)
+    b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
+    b_state = b_state.to(tl.float32)
+    i_first = tl.load(layout.cu_tiles + i_sequence).to(tl.int64)
+    i_tile, i_export, i_last = i_first, 0, 0
+    if exports is not None:
+        i_export = tl.load(exports.cu_exports + i_sequence)
+        i_last = tl.load(exports.cu_exports + i_sequence + 1)
+
+    for i_stop in range(i_export, i_last + 1):
+        stop, i_target = end - first, i_slot
+        if exports is not None:
+            stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=stop)
+            i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
+        i_until = i_first + tl.cdiv(stop, BT)
+        for i in range(i_tile, i_until):
+            o_token = first + (i - i_first) * BT + o_t
+            m_token = o_token[:, None] < end
+            i_matrix = (i * HV + i_head) * 2
+            p_matrix = p_matrices + i_matrix * BT * BT + o_matrix
+            p_vector = p_vectors + i_matrix * 2 * BT + o_t
+            b_k = tl.load(p_k + o_token[:, None] * stride_k, mask=m_token & m_k, other=0.0)
+            b_q = tl.load(p_q + o_token[:, None] * stride_q, mask=m_token & m_k, other=0.0)
+            b_v = tl.load(p_v + o_token[:, None] * stride_v, mask=m_token & m_v, other=0.0)
+
+            b_operand = b_state.to(b_k.dtype)
+            b_recalled = tl.dot(b_k, b_operand, input_precision="ieee")  # [BT, BV]
+            b_read = tl.dot(b_q, b_operand, input_precision="ieee")
+            b_new = b_v.to(tl.float32) - b_recalled * tl.load(p_vector)[:, None]
+            b_new = tl.dot(tl.load(p_matrix), b_new.to(b_k.dtype), input_precision="ieee")
+            b_out = b_read * tl.load(p_vector + BT)[:, None]
+            b_attention = tl.load(p_matrix + BT * BT)
+            b_out = tl.dot(b_attention, b_new.to(b_k.dtype), b_out, input_precision="ieee")
+            b_new = (b_new * tl.load(p_vector + 2 * BT)[:, None]).to(b_k.dtype)
+            b_state *= tl.load(p_vectors + i_matrix * 2 * BT + 3 * BT)
+            b_state = tl.dot(tl.trans(b_k), b_new, b_state, input_precision="ieee")
+            # What a later run would load from a slot: so it continues from the very same bits.
+            b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
+            p_row = p_out + o_token[:, None] * (HV * V)
+            tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_token & m_v)
+        i_tile = i_until
+        p_target = p_states + i_target.to(tl.int64) * stride_slot
+        tl.store(p_target, b_state.to(p_states.dtype.element_ty), mask=m_state)
+
+
+def chunk_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in its slot.
+
+    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H. One dtype;
+      a token's heads are contiguous, tokens need not be.
+    - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
+    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
+      leaves its slot as it is.
+    - ``scale``: of the query; ``K ** -0.5`` if None.
+
+    Returns ``[T, HV, V]`` in value's dtype. Two launches. Formula and source: `kernels.gdn.reference`.
+    """
+    query, key, value = (rows_contiguous(x) for x in (query, key, value))
+    num_heads, key_dim = key.shape[1:]
+    num_value_heads, value_dim = value.shape[1:]
+    num_tiles, num_sequences = len(packed.tile_sequences), len(packed.lengths)
+    out = value.new_empty(value.shape)
+    if not num_tiles:
+        return out
+    matrices = value.new_empty(num_tiles, num_value_heads, 2, TILE, TILE)
+    vectors = gate.new_empty(num_tiles, num_value_heads, 4, TILE, dtype=torch.float32)
+    layout = Layout(packed.cu_seqlens, packed.tile_sequences, packed.cu_tiles)
+    stops = exports and Stops(exports.end_table, exports.slot_table, exports.cu_exports)
+    exact = value.dtype == torch.float32
+    block_k = max(16, triton.next_power_of_2(key_dim))
+    block_v = max(16, min(32, triton.next_power_of_2(value_dim)))
+    solve_kernel[num_tiles, num_value_heads](
+        query,
+        key,
+        gate.contiguous(),
+        beta.contiguous(),
+        matrices,
+        vectors,
+        layout,
+        query.stride(0),
+        key.stride(0),
+        scale or key_dim**-0.5,
+        H=num_heads,
+        HV=num_value_heads,
+        K=key_dim,
+        BK=min(block_k, 32 if exact else 64),
+        SOLVE_TYPE=tl.float32 if exact else tl.float16,
+        num_warps=4,
+        num_stages=2,
+    )
+    scan_kernel[triton.cdiv(value_dim, block_v), num_value_heads, num_sequences](
+        query,
+        key,
+        value,
+        matrices,
+        vectors,
+        out,
+        states,
+        slots,
+        resumed,
+        layout,
+        stops,
+        (query.stride(0), key.stride(0), value.stride(0), states.stride(0)),
+        H=num_heads,
+        HV=num_value_heads,
+        K=key_dim,
+        V=value_dim,
+        BK=block_k,
+        BV=block_v,
+        num_warps=4,
+        num_stages=1 if exact else 2,
+    )
+    return out

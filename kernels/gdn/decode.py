@@ -1,0 +1,259 @@
+"""Gated DeltaNet one token at a time in Triton: gates, normalisation, update and read-out in one pass over the state.
+
+A program holds ``[K, BV]`` of one state in registers, so a state is read once and written once: at K = V = 128 in float32,
+128 KiB per head and token against 0.1 MFLOP. Memory bandwidth is the only bound; V is cut so that a single sequence, too,
+has work for every multiprocessor. Verification repeats the same step and stores the state after every one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gdn.gates import compute_gates
+from kernels.packed import rows_contiguous
+
+BLOCK_V = 32
+"""Columns of a state per program: rows of 128 bytes in float32."""
+
+
+class GateInputs(NamedTuple):
+    """What the gates of a token are computed from; a kernel reads it as one argument."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+
+
+@triton.jit
+def step(b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
+         H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr):  # fmt: skip
+    """The state ``[BK, BV]`` after token ``i_token``, whose read-out is stored."""
+    stride_q, stride_k, stride_v, stride_a, stride_b = strides
+    m_k, m_v = o_k < K, o_v < V
+    o_key = i_head // (HV // H) * K + o_k
+    b_q = unit(tl.load(p_q + i_token * stride_q + o_key, mask=m_k, other=0.0)) * scale
+    b_k = unit(tl.load(p_k + i_token * stride_k + o_key, mask=m_k, other=0.0))
+    b_v = tl.load(p_v + i_token * stride_v + i_head * V + o_v, mask=m_v, other=0.0)
+    b_gate, b_beta = compute_gates(
+        tl.load(inputs.a + i_token * stride_a + i_head),
+        tl.load(inputs.b + i_token * stride_b + i_head),
+        tl.load(inputs.A_log + i_head),
+        tl.load(inputs.dt_bias + i_head),
+    )
+    b_state *= tl.exp(b_gate)
+    b_delta = (b_v.to(tl.float32) - tl.sum(b_state * b_k[:, None], axis=0)) * b_beta
+    b_state += b_k[:, None] * b_delta
+    b_out = tl.sum(b_state * b_q[:, None], axis=0)
+    p_row = p_out + (i_token * HV + i_head) * V + o_v
+    tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_v)
+    return b_state
+
+
+@triton.jit
+def unit(b_x):
+    """``x / sqrt(sum(x^2) + 1e-6)`` of one vector, in float32."""
+    b_x = b_x.to(tl.float32)
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
+
+
+@triton.jit
+def decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    inputs,
+    p_out,
+    p_states,
+    p_slots,
+    strides,
+    stride_slot,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of the state in the sequence's slot, in place."""
+    i_v, i_head, i_token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    mask = (o_k < K)[:, None] & (o_v < V)
+    p_state = p_states + tl.load(p_slots + i_token).to(tl.int64) * stride_slot
+    p_state += i_head * K * V + o_k[:, None] * V + o_v
+    b_state = tl.load(p_state, mask=mask, other=0.0).to(tl.float32)
+    b_state = step(
+        b_state,
+        i_token,
+        i_head,
+        o_k,
+        o_v,
+        p_q,
+        p_k,
+        p_v,
+        inputs,
+        p_out,
+        strides,
+        scale,
+        H,
+        HV,
+        K,
+        V,
+    )
+    tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def verify_kernel(
+    p_q,
+    p_k,
+    p_v,
+    inputs,
+    p_out,
+    p_states,
+    p_slots,
+    p_step_states,
+    strides,
+    stride_slot,
+    num_steps,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of a state through all steps, each step's kept beside the slot."""
+    i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    mask = (o_k < K)[:, None] & (o_v < V)
+    o_state = i_head * K * V + o_k[:, None] * V + o_v
+    i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
+    b_state = tl.load(p_states + i_slot * stride_slot + o_state, mask=mask, other=0.0).to(
+        tl.float32
+    )
+    for i_token in range(i_sequence * num_steps, (i_sequence + 1) * num_steps):
+        b_state = step(
+            b_state,
+            i_token,
+            i_head,
+            o_k,
+            o_v,
+            p_q,
+            p_k,
+            p_v,
+            inputs,
+            p_out,
+            strides,
+            scale,
+            H,
+            HV,
+            K,
+            V,
+        )
+        b_kept = b_state.to(p_step_states.dtype.element_ty)
+        tl.store(p_step_states + i_token * HV * K * V + o_state, b_kept, mask=mask)
+        b_state = b_kept.to(tl.float32)
+
+
+def decode_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out. One launch.
+
+    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see `kernels.gdn.gates`.
+      What belongs to one token is contiguous, tokens need not be.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5`` if None.
+
+    Returns ``[B, HV, V]`` in value's dtype. Formula and source: `kernels.gdn.reference`.
+    """
+    out = value.new_empty(value.shape)
+    tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
+    grid, sizes = _launch(key, value, num_sequences=len(slots))
+    if len(slots):
+        decode_kernel[grid](
+            *tokens[:3],
+            GateInputs(*tokens[3:], A_log, dt_bias),
+            out,
+            states,
+            slots,
+            tuple(x.stride(0) for x in tokens),
+            states.stride(0),
+            scale or key.shape[-1] ** -0.5,
+            **sizes,
+        )
+    return out
+
+
+def verify_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    step_states: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Several tokens of B sequences, the state after each of them kept: what speculative verification needs. One launch.
+
+    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps, ...]``, ``states`` is only
+    read, and ``step_states`` ``[B, steps, HV, K, V]``, contiguous and of its dtype, receives the states.
+    """
+    if not step_states.is_contiguous() or step_states.dtype != states.dtype:
+        raise ValueError("step_states must be contiguous and have the dtype of states")
+    out = value.new_empty(value.shape)
+    tokens = [rows_contiguous(x.flatten(0, 1)) for x in (query, key, value, a, b)]
+    grid, sizes = _launch(key, value, num_sequences=len(slots))
+    if out.numel():
+        verify_kernel[grid](
+            *tokens[:3],
+            GateInputs(*tokens[3:], A_log, dt_bias),
+            out,
+            states,
+            slots,
+            step_states,
+            tuple(x.stride(0) for x in tokens),
+            states.stride(0),
+            query.shape[1],
+            scale or key.shape[-1] ** -0.5,
+            **sizes,
+        )
+    return out
+
+
+def _launch(
+    key: torch.Tensor, value: torch.Tensor, *, num_sequences: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    (num_heads, key_dim), (num_value_heads, value_dim) = key.shape[-2:], value.shape[-2:]
+    block_v = min(BLOCK_V, triton.next_power_of_2(value_dim))
+    sizes = {
+        "H": num_heads,
+        "HV": num_value_heads,
+        "K": key_dim,
+        "V": value_dim,
+        "BK": triton.next_power_of_2(key_dim),
+        "BV": block_v,
+        "num_warps": 2,
+    }
+    return (triton.cdiv(value_dim, block_v), num_value_heads, num_sequences), sizes

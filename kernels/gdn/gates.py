@@ -1,0 +1,76 @@
+"""The two gates of Gated DeltaNet in Triton, for whole prompts; decoding computes them on the way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def compute_gates(b_a, b_b, b_A_log, b_dt_bias):
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, in float32."""
+    b_x = b_a.to(tl.float32) + b_dt_bias.to(tl.float32)
+    b_y = tl.exp(-tl.abs(b_x))
+    # log(1 + y) by its series where the sum would round y away: slow decays are made of such y.
+    b_log1p = tl.where(b_y < 1e-3, b_y * (1.0 - 0.5 * b_y), tl.log(1.0 + b_y))
+    b_gate = -tl.exp(b_A_log.to(tl.float32)) * (tl.maximum(b_x, 0.0) + b_log1p)
+    return b_gate, 1.0 / (1.0 + tl.exp(-b_b.to(tl.float32)))
+
+
+@triton.jit
+def gates_kernel(
+    p_a,
+    p_b,
+    p_A_log,
+    p_dt_bias,
+    p_gate,
+    p_beta,
+    count,
+    stride_a,
+    stride_b,
+    HV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program computes BLOCK of the ``count = T * HV`` gates, token after token."""
+    o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_gate < count
+    o_token, o_head = o_gate // HV, o_gate % HV
+    b_gate, b_beta = compute_gates(
+        tl.load(p_a + o_token * stride_a + o_head, mask=mask),
+        tl.load(p_b + o_token * stride_b + o_head, mask=mask),
+        tl.load(p_A_log + o_head, mask=mask),
+        tl.load(p_dt_bias + o_head, mask=mask),
+    )
+    tl.store(p_gate + o_gate, b_gate, mask=mask)
+    tl.store(p_beta + o_gate, b_beta, mask=mask)
+
+
+def gates(
+    a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32 ``[T, HV]``.
+
+    ``a``, ``b``: ``[T, HV]``; a token's heads are contiguous, tokens need not be. ``A_log``, ``dt_bias``: ``[HV]``.
+    """
+    gate = a.new_empty(a.shape, dtype=torch.float32)
+    beta = a.new_empty(a.shape, dtype=torch.float32)
+    if not a.numel():
+        return gate, beta
+    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+    gates_kernel[(triton.cdiv(a.numel(), BLOCK),)](
+        a,
+        b,
+        A_log,
+        dt_bias,
+        gate,
+        beta,
+        a.numel(),
+        a.stride(0),
+        b.stride(0),
+        HV=a.shape[1],
+        BLOCK=BLOCK,
+    )
+    return gate, beta

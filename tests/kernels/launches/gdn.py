@@ -1,0 +1,51 @@
+"""What Gated DeltaNet launches on Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128."""
+
+import torch
+
+from kernels.gdn.fused import chunk_gdn, commit_states, decode_gdn, gates, verify_gdn
+from kernels.packed import Exports, Packed
+
+H, HV, K, V = 16, 32, 128, 128
+
+
+def _chunk() -> None:
+    packed = Packed.from_lengths([96, 64])
+    gate, beta = gates(*_gate_inputs(160))
+    chunk_gdn(
+        *_tokens(160),
+        gate,
+        beta,
+        states=torch.empty(4, HV, K, V),
+        packed=packed,
+        slots=torch.arange(2, dtype=torch.int32),
+        resumed=torch.zeros(2, dtype=torch.bool),
+        exports=Exports.plan(packed, [(0, 64, 2)]),
+    )
+
+
+def _decode() -> None:
+    slots = torch.arange(4, dtype=torch.int32)
+    decode_gdn(*_tokens(4), *_gate_inputs(4), states=torch.empty(4, HV, K, V), slots=slots)
+
+
+def _verify() -> None:
+    slots = torch.arange(4, dtype=torch.int32)
+    states, step_states = torch.empty(2, 4, HV, K, V), torch.empty(2, 4, 3, HV, K, V)
+    inputs = [x[:, None].expand(4, 3, *x.shape[1:]) for x in (*_tokens(4), *_gate_inputs(4)[:2])]
+    parameters = _gate_inputs(4)[2:]
+    verify_gdn(*inputs, *parameters, states=states[0], slots=slots, step_states=step_states[0])
+    commit_states(step_states, states, slots, accepted=slots)
+
+
+def _tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=torch.bfloat16)
+    query, key, value = mixed.split([H * K, H * K, HV * V], dim=1)
+    return query.unflatten(1, (H, K)), key.unflatten(1, (H, K)), value.unflatten(1, (HV, V))
+
+
+def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
+    a, b = torch.empty(count, 2 * HV, dtype=torch.bfloat16).split(HV, dim=1)
+    return a, b, torch.empty(HV), torch.empty(HV)
+
+
+LAUNCHES = {"chunk": _chunk, "decode": _decode, "verify": _verify}
