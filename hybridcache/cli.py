@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
     _add_trace(commands)
     _add_simulate(commands)
+    _add_optimum(commands)
+    _add_advise(commands)
     return parser
 
 
@@ -99,6 +101,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     add("--baseline", default="", help="rebuilt peers, commas between: vllm, sglang, lightllm ...")
     add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
+    add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
     add("--metric", default="hit", help="what tables and the figure show, commas between")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add(
@@ -143,6 +146,7 @@ def _simulate(options: argparse.Namespace) -> int:
                 checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
                 baseline=_split(options.baseline),
                 bound=options.bound,
+                optimum=options.optimum,
                 state_dtype=options.state_dtype,
                 page_size=options.page_size,
                 grid=options.grid,
@@ -161,6 +165,101 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.figure:
         sweep_figure(results, options.figure, metrics[0])
         print(f"figure: {options.figure}")
+    return 0
+
+
+def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("optimum", help="the best that any policy could have done")
+    add = parser.add_argument
+    add("--trace", required=True, help=_TRACE_HELP)
+    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
+    add("--method", choices=("greedy", "lp", "milp"), default="milp", help="greedy for long traces")
+    add(
+        "--placement",
+        choices=("shared", "every"),
+        default="shared",
+        help="where checkpoints may sit",
+    )
+    add("--state-dtype", default="float32", help="precision of checkpoints")
+    add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
+    add("--gap", type=float, default=0.005, help="stop when bound and plan are so close")
+    add("--limit", type=float, default=60.0, help="seconds for one size")
+    add("--skip-bad", action="store_true", help="count records that can not be read")
+    add("--output", type=Path, help="JSON lines, one a size")
+    parser.set_defaults(run=_optimum)
+
+
+def _optimum(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.costs import ModelGeometry
+    from hybridcache.optimum import optimum
+    from hybridcache.report import optimum_table
+    from hybridcache.simulation.result import budget_bytes, sizes
+    from hybridcache.traces import open_trace
+
+    geometry = ModelGeometry.load(options.model).with_state_dtype(options.state_dtype)
+    trace = open_trace(options.trace, skip_bad=options.skip_bad).kept()
+    found = []
+    with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:
+        for size in bar:
+            best = optimum(
+                trace,
+                capacity_bytes=budget_bytes(size),
+                kv_bytes_per_token=geometry.kv_bytes_per_token,
+                state_bytes=geometry.state_bytes,
+                grid=options.grid,
+                method=options.method,
+                placement=options.placement,
+                relative_gap=options.gap,
+                limit_s=options.limit,
+                on_progress=bar.set_postfix_str,
+            )
+            found.append(best)
+            if options.output:
+                with options.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(best.record() | {"model": geometry.name}) + "\n")
+    print(optimum_table(found))
+    return 0
+
+
+def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "advise", help="the policy, placement, precision and split to use for a trace and a size"
+    )
+    add = parser.add_argument
+    add("--trace", required=True, help=_TRACE_HELP)
+    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    add("--gib", type=float, required=True, help="memory for KV and checkpoints together")
+    add("--policy", help="eviction words to choose among, commas between")
+    add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
+    add("--times", help="file of measured prefill times; default: a roofline of H100s")
+    add("--processes", type=int, default=1, help="runs at the same time; changes no result")
+    add("--skip-bad", action="store_true", help="count records that can not be read")
+    add("--json", action="store_true", help="JSON lines instead of a table")
+    parser.set_defaults(run=_advise)
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.advise import DEFAULT_POLICIES, advise
+    from hybridcache.traces import open_trace
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    with tqdm(unit=" runs", disable=None, file=sys.stderr) as bar:
+        advice = advise(
+            trace,
+            model=options.model,
+            gib=options.gib,
+            policies=_split(options.policy) if options.policy else DEFAULT_POLICIES,
+            servers=options.servers,
+            times=options.times,
+            processes=options.processes,
+            progress=lambda done, total: bar.update() and None,
+        )
+    print(json.dumps(advice.as_record()) if options.json else advice.text())
     return 0
 
 

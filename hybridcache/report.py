@@ -12,6 +12,7 @@ from hybridcache.simulation.result import RunResult
 from hybridcache.trace_stats import Spread, TraceStats
 
 if TYPE_CHECKING:
+    from hybridcache.optimum import Optimum
     from hybridcache.simulate import SimulationResult
 
 
@@ -153,6 +154,28 @@ def stats_table(stats: TraceStats) -> str:
     ]
     lines += ["", text_table(["depth, tokens", "prompt tokens", "seen before, %"], rows)]
     return "\n".join(lines)
+
+
+def optimum_table(found: Sequence[Optimum]) -> str:
+    """A row a size: the plan's hit rate, the proven bound, what lies between."""
+    rows = [
+        [
+            f"{best.capacity_bytes / 2**30:.3g}",
+            f"{100 * best.reached:.2f}",
+            "-" if best.bound is None else f"{100 * best.bound:.2f}",
+            "-" if best.gap is None else f"{100 * best.gap:.2f}",
+            f"{best.num_variables:,}",
+            f"{best.wall_s:.1f}",
+        ]
+        for best in found
+    ]
+    header = ["GiB", "reached, %", "bound, %", "gap, %", "variables", "seconds"]
+    title = (
+        f"{found[0].trace}: {found[0].num_requests:,} requests, {found[0].method}\n"
+        if found
+        else ""
+    )
+    return title + text_table(header, rows)
 
 
 def write_runs(result: SimulationResult, path: Path) -> None:

@@ -13,19 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from hybridcache.costs import MeasuredTimes, ModelGeometry, PrefillTimes, Roofline
 from hybridcache.infinite import InfiniteCache
 from hybridcache.simulation.result import RunResult, budget_bytes, sizes
 from hybridcache.simulation.serving import Serving
 from hybridcache.simulation.sweep import Job, run_sweep
-from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
+from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
 from hybridcache.trace import Trace
 from hybridcache.traces import open_trace
 
 DEFAULT_GIB = "2:200:15"
 
 Words = str | Sequence[str]
+OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ def simulate(
     checkpoints: Words = DEFAULT_CHECKPOINTS,
     baseline: Words = (),
     bound: bool = True,
+    optimum: OptimumMethod | None = None,
+    optimum_limit_s: float = 60.0,
     state_dtype: str = "float32",
     page_size: int = 1,
     grid: int = 64,
@@ -95,7 +99,8 @@ def simulate(
     ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words or
     ``module:Class``. ``checkpoints``: one placement (words with commas) or a sequence of them. ``times``: a file of measured prefill
     times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn. Each cell of the
-    sweep stands for itself, so results do not depend on ``processes``.
+    sweep stands for itself, so results do not depend on ``processes``. ``optimum``: also what the best plan with hindsight reuses at
+    each size (``greedy`` for long traces, ``milp`` for some hundred requests), with at most ``optimum_limit_s`` a size.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
@@ -112,6 +117,8 @@ def simulate(
         for placement in _words(checkpoints)
     ]
     competitors += [replace(common, baseline=word) for word in _words(baseline)]
+    for config in competitors:
+        check_words(config)
     jobs = [
         Job(replace(config, budget_bytes=budget_bytes(size)), serving)
         for config in competitors
@@ -130,7 +137,41 @@ def simulate(
         bound_tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
         bound_rate = bound_tokens / runs[0].prompt_tokens
         runs = [replace(run, bound_tokens=bound_tokens) for run in runs]
+    if optimum is not None:
+        best = {
+            size: _best_possible(
+                opened, geometry, budget_bytes(size), grid, optimum, optimum_limit_s
+            )
+            for size in sizes(gib)
+        }
+        runs = [
+            replace(run, optimum_tokens=best[size])
+            for run, size in zip(runs, sizes(gib) * len(competitors), strict=True)
+        ]
     return SimulationResult(opened.name, geometry, tuple(runs), bound_rate)
+
+
+def _best_possible(
+    trace: Trace,
+    geometry: ModelGeometry,
+    capacity_bytes: int,
+    grid: int,
+    method: OptimumMethod,
+    limit_s: float,
+) -> int:
+    """Tokens that the offline plan reuses: proven best within the solver's gap for ``milp``, else the best known."""
+    from hybridcache.optimum import optimum
+
+    best = optimum(
+        trace,
+        capacity_bytes=capacity_bytes,
+        kv_bytes_per_token=geometry.kv_bytes_per_token,
+        state_bytes=geometry.state_bytes,
+        grid=grid,
+        method=method,
+        limit_s=limit_s,
+    )
+    return int(best.cached_tokens.sum())
 
 
 def _words(words: Words) -> tuple[str, ...]:

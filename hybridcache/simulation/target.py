@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hybridcache.baselines import BaselineConfig, Session, build_baseline
+from hybridcache.baselines import BASELINES, BaselineConfig, Session, build_baseline
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.costs import ModelGeometry
 from hybridcache.interface import Losses, PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.checkpoint import NUMBERED_PLACEMENT, parse_placement
+from hybridcache.policies.eviction import make_eviction
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.trace import TraceRequest
 
@@ -144,6 +145,15 @@ class Target(Protocol):
     def counters(self) -> dict[str, int]:
         """What it counted, in ids and slots."""
         ...
+
+
+def check_words(config: RunConfig) -> None:
+    """ValueError for a policy, placement or baseline that does not exist, before anything runs."""
+    if config.baseline is None:
+        make_eviction(config.policy)
+        parse_placement(config.checkpoints)
+    elif config.baseline not in BASELINES:
+        raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
 
 
 def build_target(config: RunConfig, unit: int) -> Target:

@@ -1,0 +1,195 @@
+"""What to run a trace with: policy, placement, interval, precision of states, split of the memory, with what each should give.
+
+One question after the other, each with the answers so far: eviction policy and placement together; a periodic checkpoint beside the
+placement; the split of the memory into a pool for KV and one for states (for engines that need it fixed); the precision of states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline
+from hybridcache.report import text_table
+from hybridcache.simulation.result import RunResult, budget_bytes
+from hybridcache.simulation.serving import Serving
+from hybridcache.simulation.sweep import Job, run_sweep
+from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, GIB, RunConfig
+from hybridcache.trace import Trace
+
+DEFAULT_POLICIES = ("regret", "lru")
+PLACEMENTS = (
+    DEFAULT_CHECKPOINTS,
+    "branch,boundary,backoff",
+    "branch,backoff",
+    "boundary,end",
+    "backoff,end",
+)
+INTERVALS = (512, 1024, 2048, 4096, 8192)
+"""Tokens between periodic checkpoints, beside none."""
+KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PRECISIONS = ("float32", "bfloat16", "int8")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One option of one question, and what it gave."""
+
+    question: str
+    option: str
+    run: RunResult
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Every option that was tried, and the configuration that came out."""
+
+    trace: str
+    model: str
+    gib: float
+    answers: tuple[Answer, ...]
+    policy: str
+    checkpoints: str
+    kv_share: float
+    """Of the memory, if it has to be split once and for all."""
+    result: RunResult
+    """Of the advice, with one budget for both and states in float32."""
+
+    def text(self) -> str:
+        """The advice, then the table it rests on."""
+        kv_gib = self.gib * self.kv_share
+        run = self.result
+        lines = [
+            f"{self.trace}, {self.model}, {self.gib:g} GiB:",
+            f"  eviction {self.policy}, checkpoints {self.checkpoints}",
+            f"  expected token hit rate {100 * run.token_hit_rate:.1f} %, "
+            f"TTFT P50 {1e3 * run.ttft_s[50]:.0f} ms, P99 {1e3 * run.ttft_s[99]:.0f} ms",
+            f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for states",
+            "",
+        ]
+        rows = [
+            [
+                answer.question,
+                answer.option + (" *" if answer.chosen else ""),
+                f"{100 * answer.run.token_hit_rate:.1f}",
+                f"{1e3 * answer.run.ttft_s[50]:.0f}",
+                f"{1e3 * answer.run.ttft_s[99]:.0f}",
+            ]
+            for answer in self.answers
+        ]
+        header = ["question", "option (* chosen)", "token hit, %", "TTFT P50, ms", "TTFT P99, ms"]
+        return "\n".join(lines) + text_table(header, rows)
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "trace": self.trace,
+            "model": self.model,
+            "gib": self.gib,
+            "policy": self.policy,
+            "checkpoints": self.checkpoints,
+            "kv_share": self.kv_share,
+            "token_hit_rate": self.result.token_hit_rate,
+            "ttft_s": self.result.ttft_s,
+            "answers": [
+                {
+                    "question": answer.question,
+                    "option": answer.option,
+                    "token_hit_rate": answer.run.token_hit_rate,
+                    "ttft_s": answer.run.ttft_s,
+                    "chosen": answer.chosen,
+                }
+                for answer in self.answers
+            ],
+        }
+
+
+def advise(
+    trace: Trace,
+    *,
+    gib: float,
+    model: str | ModelGeometry = "qwen3-next",
+    policies: Sequence[str] = DEFAULT_POLICIES,
+    servers: int = 1,
+    times: str | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> Advice:
+    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals."""
+    geometry = ModelGeometry.load(model) if isinstance(model, str) else model
+    timing = MeasuredTimes.load(times) if times else Roofline.fitting(geometry)
+    adviser = _Adviser(trace, Serving(timing, servers), processes, progress)
+    config = RunConfig(geometry, budget_bytes=budget_bytes(gib))
+    options = {
+        f"{policy} @ {placement}": replace(config, policy=policy, checkpoints=placement)
+        for policy in policies
+        for placement in PLACEMENTS
+    }
+    config = adviser.ask("policy @ checkpoints", options)
+    periodic = {"none": config} | {
+        f"every {interval}": replace(config, checkpoints=f"{config.checkpoints},every:{interval}")
+        for interval in INTERVALS
+        if interval >= trace.unit
+    }
+    config = adviser.ask("periodic checkpoints", periodic)
+    result = adviser.chosen_run()
+    split = adviser.ask("KV share of two pools", _splits(config, gib))
+    adviser.ask("precision of states", {word: _with_precision(config, word) for word in PRECISIONS})
+    kv_share = split.num_kv_tokens * geometry.kv_bytes_per_token / (gib * GIB)
+    return Advice(
+        trace.name,
+        geometry.name,
+        gib,
+        tuple(adviser.answers),
+        config.policy,
+        config.checkpoints,
+        round(kv_share, 2),
+        result,
+    )
+
+
+def _splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
+    geometry, total = config.geometry, gib * GIB
+    return {
+        f"{share:.0%}": replace(
+            config,
+            budget_bytes=None,
+            num_kv_tokens=int(share * total) // geometry.kv_bytes_per_token,
+            num_slots=int((1 - share) * total) // geometry.state_bytes,
+        )
+        for share in KV_SHARES
+    }
+
+
+def _with_precision(config: RunConfig, word: str) -> RunConfig:
+    return replace(config, geometry=config.geometry.with_state_dtype(word))
+
+
+class _Adviser:
+    """Asks questions and keeps the answers."""
+
+    def __init__(
+        self, trace: Trace, serving: Serving, processes: int, progress: Progress | None
+    ) -> None:
+        self._trace, self._serving = trace, serving
+        self._processes, self._progress = processes, progress
+        self.answers: list[Answer] = []
+
+    def ask(self, question: str, options: dict[str, RunConfig]) -> RunConfig:
+        """The best of ``options`` by token hit rate."""
+        jobs = [Job(config, self._serving) for config in options.values()]
+        runs = run_sweep(self._trace, jobs, processes=self._processes, progress=self._progress)
+        best = max(range(len(runs)), key=lambda number: runs[number].cached_tokens)
+        self.answers += [
+            Answer(question, option, run, number == best)
+            for number, (option, run) in enumerate(zip(options, runs, strict=True))
+        ]
+        return jobs[best].config
+
+    def chosen_run(self) -> RunResult:
+        """What the latest choice gave."""
+        return next(answer.run for answer in reversed(self.answers) if answer.chosen)

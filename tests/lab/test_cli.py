@@ -1,0 +1,124 @@
+"""The command line: what each command prints, and one sentence for what can not be done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridcache.advise import advise
+from hybridcache.cli import main
+from hybridcache.generators import short
+from hybridcache.report import METRICS
+from hybridcache.simulate import simulate
+
+SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    out, error = capsys.readouterr()
+    return code, out, error
+
+
+def test_trace_stats(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "trace", "stats", SAMPLE)
+    assert code == 0 and "ideal token hit rate 13.69 %" in out and "seen before, %" in out
+    _, out, _ = run(capsys, "trace", "stats", SAMPLE, "--json")
+    assert json.loads(out)["num_requests"] == 400
+
+
+def test_trace_convert_keeps_every_figure(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "t.jsonl"
+    assert main(["trace", "convert", SAMPLE + "?head=50", str(target)]) == 0
+    capsys.readouterr()
+    records = []
+    for spec in (SAMPLE + "?head=50", str(target)):
+        main(["trace", "stats", spec, "--json"])
+        record = json.loads(capsys.readouterr().out)
+        del record["name"]
+        records.append(record)
+    assert records[0] == records[1]
+
+
+def test_simulate_prints_a_table_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    figure, output = tmp_path / "f.png", tmp_path / "runs.jsonl"
+    arguments = ["simulate", "--trace", "short", "--gib", "1:4:3", "--baseline", "vllm"]
+    arguments += ["--metric", "hit,regret", "--losses"]
+    arguments += ["--figure", str(figure), "--output", str(output)]
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and "(infinite cache)" in out and "85.9" in out and "never seen" in out
+    assert figure.stat().st_size > 10_000
+    assert len(output.read_text().splitlines()) == 6
+    again = run(capsys, *arguments)
+    assert again[1] == out, "a sweep that resumes says the same"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trace", "stats", "no-such-file"], "no-such-file"),
+        (["simulate", "--trace", "chat", "--model", "qwen3.5"], "means several"),
+        (["simulate", "--trace", "chat", "--policy", "best"], "unknown eviction policy 'best'"),
+        (["simulate", "--trace", "chat", "--policy", "no.module:X"], "no module"),
+        (["simulate", "--trace", "chat", "--baseline", "word"], "no baseline 'word'"),
+        (["simulate", "--trace", "chat", "--metric", "joy"], "unknown metric 'joy'"),
+        (["simulate", "--trace", "chat?seed=x"], "invalid literal"),
+    ],
+)
+def test_what_can_not_be_done_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    code, out, error = run(capsys, *arguments)
+    assert code == 2 and sentence in error and error.count("\n") == 1 and not out
+
+
+def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "o.jsonl"
+    arguments = ["optimum", "--trace", "resend?head=45", "--gib", "2,4", "--method", "greedy"]
+    code, out, _ = run(capsys, *arguments, "--output", str(output))
+    assert code == 0 and "reached, %" in out
+    assert [json.loads(line)["method"] for line in output.read_text().splitlines()] == [
+        "greedy"
+    ] * 2
+
+
+def test_share_of_the_optimum() -> None:
+    result = simulate("short?head=60", gib=(1, 8), optimum="greedy")
+    for run_ in result.runs:
+        assert run_.share_of_optimum is not None and run_.share_of_optimum > 0
+    assert "share of the optimum" in result.table("optimum")
+
+
+def test_advice_is_the_best_of_what_it_tried() -> None:
+    advice = advise(short(), gib=2, policies=("lru",))
+    first = [a for a in advice.answers if a.question == "policy @ checkpoints"]
+    best = max(first, key=lambda answer: answer.run.token_hit_rate)
+    assert best.chosen and best.option.endswith(advice.checkpoints.split(",every")[0])
+    assert advice.result.token_hit_rate >= best.run.token_hit_rate
+    assert 0 < advice.kv_share < 1
+    text = advice.text()
+    assert advice.policy in text and "GiB for states" in text
+    assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
+
+
+@pytest.mark.parametrize("word", list(METRICS))
+def test_every_metric_has_a_table(word: str) -> None:
+    result = simulate("short?head=20", gib=(1, 2))
+    assert METRICS[word].title in result.table(word)
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys, hybridcache.cli\n"
+        "print([name for name in ('torch', 'matplotlib', 'scipy', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
