@@ -111,7 +111,7 @@ def _experts(
             rows = slice(start, start + count)
             results[order[rows]] = down(silu_and_mul(up(grouped[rows])))
             start += count
-    return weighted_sum(results.view(num_tokens, k, -1), weights)
+    return weighted_sum(results.view(num_tokens, k, hidden.shape[1]), weights)
 
 
 def weighted_sum(results: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

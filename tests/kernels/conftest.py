@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Root mean square error over root mean square, by dtype."""
 
 
@@ -70,7 +70,9 @@ def bfloat16_products() -> None:
     def widen(x):
         if x.dtype.scalar != interpreter.tl.bfloat16:
             return x
-        data = interpreter._convert_float(x.data, interpreter.tl.bfloat16, interpreter.tl.float32, None)
+        data = interpreter._convert_float(
+            x.data, interpreter.tl.bfloat16, interpreter.tl.float32, None
+        )
         return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
 
     def create_dot(builder, a, b, *rest):

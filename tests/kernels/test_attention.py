@@ -1,0 +1,205 @@
+"""Attention over a KV pool: against the formula, and the promise that neither chunking nor batch mates change a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.attention import reference
+from kernels.attention.sequences import Sequences
+from kernels.packed import Packed
+
+fused = pytest.importorskip("kernels.attention.fused")
+BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+
+
+class Cache(SimpleNamespace):
+    """A KV pool that holds some sequences at scattered pages and NaN everywhere else."""
+
+    @classmethod
+    def filled(cls, lengths, heads, kv_heads, size, dtype, device, page_size=1, seed=0) -> Cache:
+        torch.manual_seed(seed)
+        num_pages = sum(-(-length // page_size) for length in lengths) + 3
+        pages = torch.randperm(num_pages)
+        pools = torch.full((2, num_pages * page_size, kv_heads, size), torch.nan, dtype=dtype)
+        table = torch.full((len(lengths) + 2, max(lengths, default=0) + 5), 2**30).int()
+        rows = torch.randperm(len(table))[: len(lengths)].tolist()
+        queries = []
+        for row, length in zip(rows, lengths, strict=True):
+            num = -(-length // page_size)
+            indices = pages[:num, None] * page_size + torch.arange(page_size)
+            pages = pages[num:]
+            table[row, :length] = indices.flatten()[:length]
+            pools[:, table[row, :length].long()] = torch.randn(2, length, kv_heads, size).to(dtype)
+            queries.append(torch.randn(length, heads, size).to(dtype).to(device))
+        return cls(
+            keys=pools[0].to(device),
+            values=pools[1].to(device),
+            table=table.to(device),
+            rows=rows,
+            queries=queries,
+            scale=size**-0.5,
+            device=device,
+        )
+
+    def prefill(self, backend, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Attention of tokens start:end of each (sequence, start, end), all in one call."""
+        lengths = [end - start for _, start, end in spans]
+        rows, kv_lens = [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans]
+        out = backend.prefill_attention(
+            torch.cat([self.queries[b][start:end] for b, start, end in spans]),
+            self.keys,
+            self.values,
+            table=self.table,
+            sequences=Sequences.of(rows, kv_lens, self.device),
+            packed=Packed.from_lengths(lengths, self.device),
+            scale=self.scale,
+        )
+        return list(out.split(lengths))
+
+    def decode(self, backend, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Attention of token end - 1 of each (sequence, end)."""
+        return backend.decode_attention(
+            torch.stack([self.queries[b][end - 1] for b, end in ends]),
+            self.keys,
+            self.values,
+            table=self.table,
+            sequences=Sequences.of(
+                [self.rows[b] for b, _ in ends], [end for _, end in ends], self.device
+            ),
+            scale=self.scale,
+        )
+
+    def formula(self, b: int) -> torch.Tensor:
+        """Attention of all of sequence b in float64."""
+        query = self.queries[b].double()
+        indices = self.table[self.rows[b], : len(query)].long()
+        group = query.shape[1] // self.keys.shape[1]
+        keys, values = (
+            pool[indices].double().repeat_interleave(group, dim=1)
+            for pool in (self.keys, self.values)
+        )
+        scores = torch.einsum("thd,jhd->htj", query, keys) * self.scale
+        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return torch.einsum("htj,jhd->thd", weights, values).to(self.queries[b].dtype)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size",
+    [(4, 2, 64), (3, 1, 128), (2, 2, 256), (6, 2, 48)],
+    ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ6-HKV2-D48"],
+)
+def test_equals_the_formula(backend, heads, kv_heads, size, dtype, device, assert_close) -> None:
+    cache = Cache.filled([63, 0, 1, 130], heads, kv_heads, size, dtype, device)
+    expected = [cache.formula(b) for b in range(4)]
+    spans = [(3, 0, 130), (1, 0, 0), (0, 0, 63), (2, 0, 1)]
+    for (b, _, _), out in zip(spans, cache.prefill(backend, spans), strict=True):
+        assert_close(out, expected[b])
+    decoded = cache.decode(backend, [(0, 63), (3, 130), (2, 1)])
+    assert_close(decoded, torch.stack([expected[0][-1], expected[3][-1], expected[2][-1]]))
+
+
+@BACKENDS
+@settings(max_examples=6)
+@given(
+    length=st.integers(1, 150),
+    page_size=st.sampled_from([1, 3, 16]),
+    resumed_tiles=st.integers(0, 2),
+    seed=st.integers(0, 9),
+)
+def test_any_page_size_and_start(
+    backend, length, page_size, resumed_tiles, seed, device, assert_close
+) -> None:
+    cache = Cache.filled([length, 30], 2, 1, 32, torch.float32, device, page_size, seed)
+    start = min(resumed_tiles * 64, (length - 1) // 64 * 64)
+    out, _ = cache.prefill(backend, [(0, start, length), (1, 0, 30)])
+    assert_close(out, cache.formula(0)[start:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, num_threads",
+    [(4, 1, 64, 1), (4, 1, 64, 2), (3, 1, 128, 1), (2, 2, 256, 1)],
+)
+def test_reference_resumes_bit_for_bit(heads, kv_heads, size, dtype, num_threads) -> None:
+    """From every multiple of 64, to any length, beside others: the tokens of a cold run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        cache = Cache.filled([700, 560, 70], heads, kv_heads, size, dtype, "cpu")
+        cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 700), (1, 560), (2, 70))]
+        for start in (0, 64, 448, 512, 640):
+            for end in (start + 1, start + 60, start + 300):
+                spans = [(2, 0, 70), (0, start, min(end, 700)), (1, 512, 560)]
+                for (b, first, last), out in zip(
+                    spans, cache.prefill(reference, spans), strict=True
+                ):
+                    assert torch.equal(out, cold[b][first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_resumes_bit_for_bit(dtype, device) -> None:
+    cache = Cache.filled([150, 90], 2, 1, 32, dtype, device)
+    cold = cache.prefill(fused, [(0, 0, 150)])[0], cache.prefill(fused, [(1, 0, 90)])[0]
+    for spans in (
+        [(0, 64, 150), (1, 0, 90)],
+        [(1, 64, 90), (0, 128, 129)],
+        [(0, 0, 70), (1, 0, 64)],
+    ):
+        for (b, start, end), out in zip(spans, cache.prefill(fused, spans), strict=True):
+            assert torch.equal(out, cold[b][start:end])
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_decoding_ignores_batch_mates(backend, dtype, device) -> None:
+    cache = Cache.filled([600, 40, 257, 1], 4, 2, 32, dtype, device)
+    ends = [(0, 600), (1, 40), (2, 257), (3, 1)]
+    together = cache.decode(backend, ends)
+    for i, end in enumerate(ends):
+        assert torch.equal(cache.decode(backend, [end])[0], together[i])
+    assert torch.equal(cache.decode(backend, ends[::-1]), together.flip(0))
+
+
+def test_decoding_ignores_where_the_rows_lie() -> None:
+    """A sequence in one range is read in place, a scattered one is gathered: the same bits."""
+    cache = Cache.filled([400], 4, 2, 64, torch.bfloat16, "cpu")
+    scattered = cache.decode(reference, [(0, 400)])
+    indices = cache.table[cache.rows[0], :400].clone().long()
+    cache.keys, cache.values = cache.keys[indices].clone(), cache.values[indices].clone()
+    cache.table[cache.rows[0], :400] = torch.arange(400)
+    assert torch.equal(cache.decode(reference, [(0, 400)]), scattered)
+
+
+def test_host_lengths_only_bound_a_decode(device) -> None:
+    """A captured graph is launched for the longest sequence it may meet; the table on the device says how long they are."""
+    cache = Cache.filled([300, 20], 4, 2, 32, torch.float32, device)
+    exact = cache.decode(fused, [(0, 300), (1, 20)])
+    bounds = Sequences.of(cache.rows, [305, 305], device)
+    bounds.kv_len_table.copy_(torch.tensor([300, 20]))
+    bounded = fused.decode_attention(
+        torch.stack([cache.queries[0][299], cache.queries[1][19]]),
+        cache.keys,
+        cache.values,
+        table=cache.table,
+        sequences=bounds,
+        scale=cache.scale,
+    )
+    assert torch.equal(bounded, exact)
+
+
+def test_pools_of_two_layouts_are_refused(device) -> None:
+    cache = Cache.filled([5], 2, 1, 32, torch.float32, device)
+    cache.values = torch.empty(len(cache.keys), 2, 32, device=device)[:, :1]
+    with pytest.raises(ValueError, match="layout"):
+        cache.decode(fused, [(0, 5)])

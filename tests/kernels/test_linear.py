@@ -1,0 +1,145 @@
+"""Linear layers, full precision and 8-bit: results, and rows that ignore how many others there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.linear import reference
+
+fused = pytest.importorskip("kernels.linear.fused")
+BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+FORMATS = pytest.mark.parametrize("format", ["int8", "fp8"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@BACKENDS
+@DTYPES
+@settings(max_examples=6)
+@given(
+    num_tokens=st.sampled_from([0, 1, 3, 17, 70]),
+    num_outputs=st.sampled_from([1, 40, 130]),
+    size=st.sampled_from([8, 100, 1100]),
+    biased=st.booleans(),
+)
+def test_linear(
+    backend, dtype, num_tokens, num_outputs, size, biased, device, assert_close
+) -> None:
+    x = torch.randn(num_tokens, size + 8).to(dtype).to(device)[:, :size]
+    weight = torch.randn(num_outputs, size).to(dtype).to(device)
+    bias = torch.randn(num_outputs).to(dtype).to(device) if biased else None
+    expected = x.double() @ weight.double().T
+    expected = (expected + bias.double() if biased else expected).to(dtype)
+    assert_close(backend.linear(x, weight, bias), expected)
+    assert_close(backend.prepare(weight, bias)(x), expected)
+
+
+@BACKENDS
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("num_tokens", [1, 66])
+def test_8bit_weights(backend, format, dtype, num_tokens, device, assert_close) -> None:
+    """Not bfloat16: the interpreter casts int8 to it by its bits."""
+    weight = torch.randn(70, 1100, device=device)
+    x, bias = (torch.randn(*shape).to(dtype).to(device) for shape in ((num_tokens, 1100), (70,)))
+    quantized, scale = backend.quantize(weight, format)
+    product = (x.double() @ (quantized.double() * scale.double()[:, None]).T) + bias.double()
+    assert_close(backend.linear_8bit(x, quantized, scale, bias), product.to(dtype), factor=2)
+
+
+@FORMATS
+def test_quantized_weights_are_near(format) -> None:
+    """Half a step of int8 at each channel's largest weight; half a unit of the last of fp8's four digits."""
+    weight = torch.randn(3, 8, 64) * torch.logspace(-20, 3, 24).view(3, 8, 1)
+    quantized, scale = reference.quantize(weight, format)
+    assert quantized.element_size() == 1
+    error = (quantized.float() * scale[..., None] - weight).abs()
+    largest = weight.abs().amax(dim=-1, keepdim=True)
+    allowed = (
+        largest / 254 if format == "int8" else torch.maximum(weight.abs() / 16, largest / 2**17)
+    )
+    assert (error <= allowed * 1.001).all()
+    assert (reference.quantize(torch.zeros(2, 4), format)[0].float() == 0).all()
+
+
+@FORMATS
+@DTYPES
+def test_rows_quantised_on_the_way(format, dtype, device, assert_close) -> None:
+    """In the interpreter fp8 casts lose a carry, so the values are ones that fp8 holds exactly under their row's scale."""
+    x = torch.randn(5, 300)
+    if format == "fp8":
+        x = x.clamp(-3, 3).to(torch.float8_e4m3fn).float()
+        x[:, 0] = 3.5
+    x = x.to(dtype).to(device)
+    rows, scale = fused.quantize_rows(x, format)
+    expected_rows, expected_scale = reference.quantize(x, format)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(rows.float(), expected_rows.float())
+    quantized, weight_scale = reference.quantize(torch.randn(40, 300, device=device), format)
+    assert_close(
+        fused.linear_8bit_rows(x, quantized, weight_scale),
+        reference.linear_8bit_rows(x, quantized, weight_scale),
+        factor=2,
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("shape", [(64, 96), (513, 1000), (7, 300)])
+def test_reference_rows_ignore_their_number(shape, dtype, num_threads) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        x, weight = torch.randn(200, shape[1]).to(dtype), torch.randn(shape).to(dtype)
+        quantized, scale = reference.quantize(weight, "int8")
+        for f in (
+            lambda rows: reference.linear(x[rows], weight),
+            lambda rows: reference.linear_8bit(x[rows], quantized, scale),
+        ):
+            together = f(slice(None))
+            for first, last in ((0, 1), (5, 7), (64, 67), (101, 200), (0, 132)):
+                assert torch.equal(f(slice(first, last)), together[first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@DTYPES
+def test_fused_rows_ignore_their_number(dtype, device) -> None:
+    """Within a tile width here; across widths, which are other instructions, only a GPU can tell (`make gpu` does)."""
+    x, weight = (torch.randn(*shape).to(dtype).to(device) for shape in ((64, 1100), (70, 1100)))
+    together = fused.linear(x, weight)
+    for rows in (slice(0, 33), slice(20, 60)):
+        assert torch.equal(fused.linear(x[rows], weight), together[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("shape", [(2048, 4096), (12288, 2048), (512, 2048)])
+def test_every_row_count_gives_the_same_bits(shape, format, device) -> None:
+    if device != "cuda":
+        pytest.skip("compares instructions of the tensor cores")
+    x = torch.randn(1024, shape[1], dtype=torch.bfloat16, device=device)
+    weight = torch.randn(shape, device=device)
+    if format is None:
+        product = fused.prepare(weight.bfloat16())
+    else:
+        quantized, scale = fused.quantize(weight, format)
+
+        def product(x):
+            return fused.linear_8bit(x, quantized, scale)
+
+    together = product(x)
+    for rows in (1, 2, 16, 17, 33, 64, 65, 128, 300):
+        assert torch.equal(product(x[:rows]), together[:rows]), rows
+
+
+def test_span_is_a_function_of_the_weight_alone() -> None:
+    """Spans cover N, in whole tiles of 128, and a wide weight is not cut at all."""
+    for num_outputs, size in ((2048, 2048), (2048, 4096), (64, 512), (151936, 2048), (3, 100)):
+        span = fused.span_of(num_outputs, size)
+        assert span % 128 == 0
+        assert span >= min(512, size)
+    assert fused.span_of(151936, 2048) == 2048
+    assert fused.span_of(2048, 4096) == 512

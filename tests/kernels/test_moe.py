@@ -1,0 +1,135 @@
+"""Mixture of experts: routing with ties, grouped products, and tokens that ignore their batch mates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.linear.reference import quantize
+from kernels.moe import reference
+
+fused = pytest.importorskip("kernels.moe.fused")
+BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def layer(num_tokens, num_experts, hidden, inner, dtype, device, seed=0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    shapes = {
+        "hidden": (num_tokens, hidden),
+        "logits": (num_tokens, num_experts),
+        "w13": (num_experts, 2 * inner, hidden),
+        "w2": (num_experts, hidden, inner),
+    }
+    return {
+        name: (torch.randn(shape) * (0.3 if name[0] == "w" else 1)).to(dtype).to(device)
+        for name, shape in shapes.items()
+    }
+
+
+def formula(hidden, weights, experts, w13, w2) -> torch.Tensor:
+    """Token by token in float64."""
+    out = torch.zeros_like(hidden, dtype=torch.float64)
+    for t, (row, chosen) in enumerate(zip(weights.double(), experts.long(), strict=True)):
+        for weight, expert in zip(row, chosen, strict=True):
+            gate, up = (w13[expert].double() @ hidden[t].double()).chunk(2)
+            out[t] += weight * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
+    return out.to(hidden.dtype)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("k", [1, 3])
+def test_routes_to_the_most_probable(backend, k, renormalise, dtype, device, assert_close) -> None:
+    logits = torch.randn(9, 21).to(dtype).to(device)[:, :20]
+    weights, experts = backend.route(logits, k, renormalise)
+    expected, order = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    expected = expected[:, :k] / (expected[:, :k].sum(dim=-1, keepdim=True) if renormalise else 1)
+    assert experts.dtype == torch.int32
+    assert torch.equal(experts.long(), order[:, :k])
+    assert_close(weights, expected)
+
+
+@BACKENDS
+def test_of_equal_experts_the_lower_wins(backend, device, assert_close) -> None:
+    logits = torch.tensor([[0.0] * 6, [0, 2, 0, 2, 2, 0], [-200, 0, -200, -200, -200, -200]])
+    weights, experts = backend.route(logits.to(device), 3, True)
+    assert experts.tolist() == [[0, 1, 2], [1, 3, 4], [1, 0, 2]]
+    assert_close(weights[0].cpu(), torch.full((3,), 1 / 3))
+    assert weights[2].tolist() == [1.0, 0.0, 0.0]
+
+
+@BACKENDS
+@DTYPES
+@settings(max_examples=4)
+@given(
+    num_tokens=st.sampled_from([0, 1, 5, 30]),
+    num_experts=st.sampled_from([3, 8]),
+    sizes=st.sampled_from([(32, 16), (40, 70)]),
+    seed=st.integers(0, 9),
+)
+def test_experts(
+    backend, dtype, num_tokens, num_experts, sizes, seed, device, assert_close
+) -> None:
+    case = layer(num_tokens, num_experts, *sizes, dtype, device, seed)
+    weights, experts = reference.route(case["logits"], 2, True)
+    arguments = (case["hidden"], weights, experts, case["w13"], case["w2"])
+    assert_close(backend.experts(*arguments), formula(*arguments), factor=2)
+    prepared = backend.prepare(case["w13"], case["w2"])
+    assert_close(prepared(*arguments[:3]), formula(*arguments), factor=2)
+
+
+@BACKENDS
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("num_tokens", [2, 30])
+def test_8bit_experts(backend, format, num_tokens, device, assert_close) -> None:
+    case = layer(num_tokens, 4, 32, 24, torch.float32, device)
+    weights, experts = reference.route(case["logits"], 2, True)
+    w13, w13_scale = quantize(case["w13"], format)
+    w2, w2_scale = quantize(case["w2"], format)
+    out = backend.experts_8bit(case["hidden"], weights, experts, w13, w13_scale, w2, w2_scale)
+    widened = (w13.float() * w13_scale[..., None], w2.float() * w2_scale[..., None])
+    assert_close(out, formula(case["hidden"], weights, experts, *widened), factor=2)
+
+
+@BACKENDS
+@DTYPES
+def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:
+    case = layer(40, 6, 48, 40, dtype, device)
+    run = backend.prepare(case["w13"], case["w2"])
+
+    def output(rows: slice) -> torch.Tensor:
+        return run(case["hidden"][rows], *backend.route(case["logits"][rows], 3, True))
+
+    together = output(slice(None))
+    for first, last in ((0, 1), (3, 5), (20, 40), (7, 31)):
+        assert torch.equal(output(slice(first, last)), together[first:last])
+
+
+@settings(max_examples=12)
+@given(
+    num_tokens=st.integers(17, 60),
+    k=st.integers(1, 3),
+    num_experts=st.sampled_from([3, 5, 16]),
+    seed=st.integers(0, 99),
+)
+def test_blocks_hold_every_pair_once(num_tokens, k, num_experts, seed, device) -> None:
+    """Sorted by expert, in the order of the tokens, padded to whole blocks; what is past the count is never read."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    experts = scores.topk(k, dim=-1).indices.int().to(device)
+    blocks = fused.make_blocks(experts, num_experts)
+    count = int(blocks.count)
+    assert count <= blocks.num_blocks
+    pairs = blocks.pairs[: count * blocks.rows].view(count, blocks.rows).tolist()
+    flat = experts.flatten().tolist()
+    num_pairs = len(flat)
+    for rows, expert in zip(pairs, blocks.experts[:count].tolist(), strict=True):
+        held = [pair for pair in rows if pair < num_pairs]
+        assert rows == held + [num_pairs] * (blocks.rows - len(held))
+        assert {flat[pair] for pair in held} == {expert}
+    held = [pair for rows in pairs for pair in rows if pair < num_pairs]
+    assert held == sorted(range(num_pairs), key=lambda pair: (flat[pair], pair))

@@ -1,0 +1,149 @@
+"""Norms, rotary embedding, activations and cache writes: kernels and references against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels.activation.reference
+import kernels.cache_write.reference
+import kernels.norm.reference
+import kernels.rotary.reference
+
+pytest.importorskip("triton")
+import kernels.activation.fused
+import kernels.cache_write.fused
+import kernels.norm.fused
+import kernels.rotary.fused
+
+
+def backends(name: str) -> pytest.MarkDecorator:
+    folder = getattr(kernels, name)
+    return pytest.mark.parametrize(
+        "backend", [folder.reference, folder.fused], ids=["reference", "fused"]
+    )
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SHAPES = pytest.mark.parametrize("shape", [(1, 64), (5, 300), (3, 4, 48), (0, 16), (2, 3, 2, 7)])
+
+
+def randn(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype).to(device)
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight.double()
+
+
+@backends("norm")
+@DTYPES
+@SHAPES
+def test_rms_norm(backend, shape, dtype, device, assert_close) -> None:
+    torch.manual_seed(0)
+    x, residual = (randn(*shape, dtype=dtype, device=device) for _ in range(2))
+    weight = torch.randn(shape[-1], device=device)
+    assert_close(backend.rms_norm(x, weight, 1e-5), rms(x, weight, 1e-5).to(dtype))
+    gemma = rms(x, weight + 1, 1e-5).to(dtype)
+    assert_close(backend.rms_norm(x, weight, 1e-5, offset=1.0), gemma)
+    normed, total = backend.rms_norm(x, weight, 1e-5, residual=residual)
+    assert_close(total, x + residual)
+    assert_close(normed, rms(total, weight, 1e-5).to(dtype))
+
+
+@backends("norm")
+@DTYPES
+def test_gated_norm_of_heads_cut_from_a_projection(backend, dtype, device, assert_close) -> None:
+    projected = randn(6, 7, 40, dtype=dtype, device=device)
+    x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(40, device=device)
+    expected = rms(x, weight, 1e-6) * torch.nn.functional.silu(gate.double())
+    assert_close(backend.gated_rms_norm(x, weight, gate, 1e-6), expected.to(dtype))
+
+
+@backends("rotary")
+@DTYPES
+@settings(max_examples=8)
+@given(
+    num_tokens=st.integers(0, 4),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    half=st.integers(1, 8),
+    passed=st.integers(0, 9),
+)
+def test_rotary_turns_pairs(
+    backend, dtype, num_tokens, heads, half, passed, device, assert_close
+) -> None:
+    size = 2 * half + passed
+    projected = randn(num_tokens, sum(heads) + 1, size, dtype=dtype, device=device)
+    query, key = projected[:, : heads[0]], projected[:, heads[0] + 1 :]
+    angles = torch.rand(num_tokens, half, device=device) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
+    for x, out in zip((query, key), backend.rotate(query, key, cos, sin), strict=True):
+        pairs = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double())
+        turns = torch.complex(cos[:, None, :half].double(), sin[:, None, :half].double())
+        turned = pairs * turns
+        expected = torch.cat([turned.real, turned.imag, x[..., 2 * half :].double()], dim=-1)
+        assert_close(out, expected.to(dtype))
+
+
+@backends("activation")
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 2), (5, 600), (3, 4, 34), (0, 16), (2, 2100)])
+def test_silu_and_mul(backend, shape, dtype, device, assert_close) -> None:
+    x = randn(*shape, dtype=dtype, device=device)
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert_close(backend.silu_and_mul(x), expected.to(dtype))
+
+
+@backends("activation")
+@DTYPES
+def test_sigmoid_mul_of_views_and_of_one_gate_a_row(backend, dtype, device, assert_close) -> None:
+    projected = randn(5, 3, 80, dtype=dtype, device=device)
+    for x, gate in (
+        (projected[..., :40], projected[..., 40:]),
+        (projected[:, 0], projected[:, 1, :1]),
+        (projected[:0, 0], projected[:0, 1]),
+    ):
+        expected = x.double() * gate.double().sigmoid()
+        assert_close(backend.sigmoid_mul(x, gate), expected.to(dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [40, 97, 1024])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_references_ignore_other_rows(size, dtype, num_threads) -> None:
+    """No element's bits depend on where it lies: not behind the last full vector, not at a seam between threads."""
+    norm, activation = kernels.norm.reference, kernels.activation.reference
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        x, gate = torch.randn(2, 300, 2 * size).to(dtype)
+        weight = torch.randn(2 * size)
+        for f in (
+            lambda rows: activation.silu_and_mul(x[rows]),
+            lambda rows: activation.sigmoid_mul(x[rows], gate[rows]),
+            lambda rows: norm.rms_norm(x[rows], weight, 1e-6),
+            lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6),
+        ):
+            together = f(slice(None))
+            for rows in (slice(0, 1), slice(3, 10), slice(7, 200), slice(299, 300)):
+                assert torch.equal(f(rows), together[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@backends("cache_write")
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_writes_where_it_is_told(backend, index_dtype, device) -> None:
+    storage = randn(20, 2, 3, 24, dtype=torch.bfloat16, device=device)
+    key_pool, value_pool = storage[:, 0], storage[:, 1]
+    expected = storage.clone()
+    projected = randn(6, 8, 24, dtype=torch.bfloat16, device=device)
+    key, value = projected[:, 1:4], projected[:, 5:]
+    indices = torch.randperm(20)[:6].to(device)
+    backend.write_kv(key, value, key_pool, value_pool, indices.to(index_dtype))
+    expected[indices, 0], expected[indices, 1] = key, value
+    assert torch.equal(storage, expected)
