@@ -1,0 +1,189 @@
+"""The whole engine on small real models: what is cached, and who else runs, changes no token and no bit of the logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.batch import Batch, Segment
+from engine.memory import GIB
+from engine.model_runner import ModelRunner
+from engine.sampler import Sampler
+
+HYBRID = {
+    "model_type": "qwen3_next",
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "max_position_embeddings": 2048,
+}
+ATTENTION_ONLY = {
+    "model_type": "qwen3",
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+}
+REPORT = SamplingParams(max_tokens=16, temperature=0, logprobs=5)
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> MakeEngine:
+    """An engine on seeded weights, its pools given in tokens and slots."""
+
+    def make(
+        model: dict[str, object] = HYBRID,
+        kv_tokens: int = 4096,
+        slots: int = 32,
+        **settings: object,
+    ) -> Engine:
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        settings = {"model": str(tmp_path), "load_format": "dummy", "device": "cpu"} | settings
+        sizes = ModelRunner(EngineConfig(**settings, kv_gib=0.01, state_gib=0.01)).geometry
+        config = EngineConfig(
+            **settings,
+            kv_gib=kv_tokens * sizes.kv_bytes_per_token / GIB,
+            state_gib=slots * max(sizes.state_bytes, 1) / GIB,
+            check=True,
+        )
+        runner = ModelRunner(config)
+        return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+
+    return make
+
+
+def prompts(count: int = 10) -> list[list[int]]:
+    """Equal ones, forks, and short ones, in an order that mixes them."""
+    rng = np.random.default_rng(11)
+    stems = [rng.integers(0, 160, 300).tolist() for _ in range(2)]
+    made = []
+    for i in range(count):
+        cut = int(rng.choice([1, 63, 64, 130, 200, 300]))
+        own = rng.integers(0, 160, int(rng.integers(0, 90))).tolist()
+        made.append(stems[i % 2][:cut] + (own if i % 3 else []))
+    return made
+
+
+def assert_same(some: list[RequestOutput], others: list[RequestOutput]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [HYBRID, ATTENTION_ONLY], ids=["hybrid", "attention-only"])
+def test_hits_on_prompts_are_cold_runs_bit_for_bit(
+    make_engine: MakeEngine, model: dict[str, object], dtype: str
+) -> None:
+    cold = make_engine(model, dtype=dtype, prefix_cache="none", max_running=1)
+    expected = cold.generate(prompts(), REPORT)
+    assert len({tuple(output.token_ids) for output in expected}) > 4
+    for settings in ({"token_budget": 64}, {"max_running": 3}, {"page_size": 16}):
+        engine = make_engine(model, dtype=dtype, **settings)
+        first, second = engine.generate(prompts(), REPORT), engine.generate(prompts(), REPORT)
+        assert_same(first, expected)
+        assert_same(second, expected)
+        assert sum(output.cached_len for output in second) > 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
+    make_engine: MakeEngine, dtype: str
+) -> None:
+    cold = make_engine(dtype=dtype, prefix_cache="none", max_running=1)
+    first = cold.generate(prompts(), REPORT)
+    turns = [
+        [*prompt, *output.token_ids, 7, 8, 9]
+        for prompt, output in zip(prompts(), first, strict=True)
+    ]
+    second = cold.generate(turns, REPORT)
+    engine = make_engine(
+        dtype=dtype, exact=True, kv_tokens=512, slots=7, token_budget=128, max_running=5
+    )
+    again = engine.generate(prompts(), REPORT)
+    assert_same(again, first)
+    next_turns = engine.generate(turns, REPORT)
+    assert_same(next_turns, second)
+    assert any(output.num_preemptions for output in again + next_turns)
+    assert any(output.cached_len for output in next_turns)
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_runs(make_engine: MakeEngine) -> None:
+    seeded = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=5)
+    engine = make_engine(exact=True)
+    [alone] = engine.generate([prompts()[3]], seeded)
+    crowd = [seeded, *[SamplingParams(max_tokens=30, temperature=2.0) for _ in range(9)]]
+    outputs = engine.generate([prompts()[3], *prompts()[:9]], crowd)
+    assert outputs[0].token_ids == alone.token_ids
+
+
+class OffsetOracle:
+    """Stands before a runner; knows from its batches which tokens made every state, and proves each restore."""
+
+    def __init__(self, runner: ModelRunner, fresh: ModelRunner) -> None:
+        self._runner = runner
+        self._fresh = fresh
+        self._tokens: dict[int, list[int]] = {}
+        self.proved = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._runner, name)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        for source, target in batch.restores:
+            self._tokens[target] = self._tokens[source]
+            self._prove(source)
+        logits = self._runner.forward(batch)
+        for segment in batch.segments:
+            before = self._tokens[segment.slot] if segment.start else []
+            assert len(before) == segment.start
+            tokens = before + segment.token_ids.tolist()
+            self._tokens[segment.slot] = tokens
+            for position, slot in segment.exports:
+                self._tokens[slot] = tokens[:position]
+        return logits
+
+    def _prove(self, slot: int) -> None:
+        """The state in ``slot`` is the one that a cold run of its tokens leaves."""
+        tokens = np.array(self._tokens[slot], np.int32)
+        rows = np.arange(len(tokens), dtype=np.int32)
+        cold = Segment(0, 0, tokens, 0, is_decode=False, logits="none")
+        self._fresh.forward(Batch((cold,), (), ((0, 0, rows),)))
+        for held, expected in zip(
+            self._runner.states.tensors, self._fresh.states.tensors, strict=True
+        ):
+            assert torch.equal(held[:, slot], expected[:, 0])
+        self.proved += 1
+
+
+def test_every_restore_is_of_the_state_of_exactly_that_prefix(make_engine: MakeEngine) -> None:
+    engine = make_engine(exact=True, kv_tokens=640, slots=8, token_budget=128, max_running=4)
+    engine.runner = oracle = OffsetOracle(engine.runner, make_engine(slots=2).runner)
+    for _ in range(3):
+        engine.generate(prompts(), SamplingParams(max_tokens=24, temperature=0))
+    assert oracle.proved >= 10
