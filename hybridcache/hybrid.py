@@ -11,6 +11,7 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.consistency import check_cache
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
+from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Kind
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.residency import Residency
@@ -298,9 +299,9 @@ class HybridRadixCache:
         if slot is not None:
             return slot
         slots = self._slots
-        if slots.budget is None:
+        if slots.budget is None or not slots.num_unused:
             self._residency.evict_one("checkpoint")
-        elif slots.num_unused and self._can_free(slots.unit_bytes, 0):
+        elif self._can_free(slots.unit_bytes, 0):
             while slots.num_free < 1 and self._residency.evict_one(None):
                 pass
         slot = slots.allocate()
@@ -354,6 +355,16 @@ class HybridRadixCache:
         if held_slots is not None:
             in_hands = self._slots.num_taken - self._residency.num_checkpoints
             assert in_hands == held_slots, f"{in_hands} slots held, the caller has {held_slots}"
+
+    def subscribe(self, listener: Listener | None) -> None:
+        """Tell ``listener`` of every change from now on; None: nobody. A cache that is not empty is told of first."""
+        if listener is not None:
+            for node in self._tree.nodes():
+                if node.kv is not None:
+                    listener.kv_stored(node)
+                if node.checkpoint is not None:
+                    listener.checkpoint_stored(node)
+        self._residency.listener = listener
 
     # -- for people ---------------------------------------------------------------------------------------------------
 

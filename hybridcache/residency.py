@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.forks import has_deeper, unforked_above, unforked_at
 from hybridcache.radix.lru import GhostList
@@ -48,6 +49,8 @@ class Residency:
         self.policy = policy
         self.item_bytes = item_bytes
         self.stats = stats
+        self.listener: Listener | None = None
+        """Told of every change; None costs a comparison."""
         self.now = 0
         """Logical time: requests so far."""
         self.num_items = 0
@@ -68,6 +71,8 @@ class Residency:
         self.num_items += 1
         self.cached_tokens += len(rows)
         self.stats.inserted_tokens += len(rows)
+        if self.listener is not None:
+            self.listener.kv_stored(node)
 
     def expect_child(self, parent: RadixNode) -> None:
         """To be called before ``parent`` gains a resident child: it is no leaf any more, or its path forks."""
@@ -97,6 +102,8 @@ class Residency:
         upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
         kv.indices = kv.indices[cut:]
+        if self.listener is not None:
+            self.listener.kv_split(upper, lower)
         return upper
 
     def revive(self, ghost: RadixNode, rows: Indices) -> None:
@@ -125,6 +132,8 @@ class Residency:
         self.policy.add(checkpoint)
         if revives is not None:
             self.policy.add(revives)
+        if self.listener is not None:
+            self.listener.checkpoint_stored(node)
 
     # -- what goes ----------------------------------------------------------------------------------------------------
 
@@ -140,6 +149,8 @@ class Residency:
             self.policy.discard(item)
             self.withheld.add(item)  # type: ignore[arg-type]
         self.stats.evictions += 1
+        if self.listener is not None:
+            self.listener.chosen(item)
         if item.kind == "checkpoint" and node.children:
             self._drop_checkpoint(node)
         else:
@@ -152,6 +163,8 @@ class Residency:
         """Free an unlocked node's checkpoint; the evicted item stays with the node for as long as its tokens do."""
         checkpoint = node.checkpoint
         assert checkpoint is not None
+        if self.listener is not None:
+            self.listener.checkpoint_removed(node)
         self.policy.discard(checkpoint)
         above = unforked_above(node)
         if above is not None:
@@ -188,6 +201,8 @@ class Residency:
         """Turn a leaf into a ghost, free its rows, hand its recency up; returns the parent."""
         kv, parent = leaf.kv, leaf.parent
         assert kv is not None and parent is not None
+        if self.listener is not None:
+            self.listener.kv_removed(leaf)
         self.pages.free(kv.indices)
         self.cached_tokens -= len(kv.indices)
         self.stats.evicted_tokens += len(kv.indices)

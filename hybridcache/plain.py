@@ -1,0 +1,371 @@
+"""PlainCache: the same cache as ``HybridRadixCache`` with LRU, as plainly as it can be written; its twin in tests.
+
+No tree: a list of pieces, each of which knows its whole prefix. Every question is answered by looking at all of them, every
+use stamps its whole path, "superseded" and "may go" are worked out from their definitions each time. O(everything).
+The two must agree in every answer, every row and every slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import numpy as np
+
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.interface import Indices, Losses, Tokens
+from hybridcache.policies.protocol import Kind
+from hybridcache.radix.key import TOKEN_BYTES
+from hybridcache.radix.lru import GHOST_NODE_BYTES
+
+Ids = tuple[int, ...]
+Victim = tuple[Kind, Hashable, Ids]
+
+
+@dataclass(eq=False)
+class State:
+    """A checkpoint."""
+
+    slot: int
+    last_used: int
+    serial: int
+    uses: int = 0
+
+
+@dataclass(eq=False)
+class Piece:
+    """Tokens [start, len(prefix)) of one prefix."""
+
+    namespace: Hashable
+    prefix: Ids
+    start: int
+    rows: list[int] | None
+    """None: a ghost."""
+    last_used: int
+    serial: int
+    uses: int = 0
+    state: State | None = None
+    lost: bool = False
+    locks: int = 0
+
+    @property
+    def end(self) -> int:
+        return len(self.prefix)
+
+
+@dataclass(frozen=True)
+class PlainMatch:
+    """The part of a ``PrefixMatch`` that can be compared."""
+
+    cached_len: int
+    kv_len: int
+    branch_len: int
+    slot: int | None
+    losses: Losses
+    missed_len: int
+    """Position of the evicted checkpoint that would have been used; 0: none."""
+
+
+class PlainCache:
+    """See the module. ``dead_first`` and ``demote_superseded`` as in ``CacheConfig``."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        slots: SlotAllocator,
+        *,
+        grid: int,
+        ghost_bytes: int,
+        dead_first: bool = True,
+        demote_superseded: bool = True,
+    ) -> None:
+        self.pages, self.slots = pages, slots
+        self.page_size = pages.page_size
+        self.step = lcm(grid, pages.page_size)
+        self.ghost_bytes = ghost_bytes
+        self.dead_first, self.demote_superseded = dead_first, demote_superseded
+        self.pieces: list[Piece] = []
+        self.ghosts: list[Piece] = []
+        """Oldest first."""
+        self.now = 0
+        self.num_items = 0
+        self.chosen: list[Victim] = []
+        """Everything that was evicted, in order."""
+        self.script: list[Victim] | None = None
+        """What to evict instead of LRU's choice: another policy's, each checked to be one that may go."""
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def _shared(self, piece: Piece, ids: Ids) -> int:
+        """Leading tokens that ``piece``'s prefix and ``ids`` have in common, whole pages."""
+        length = 0
+        for ours, theirs in zip(piece.prefix, ids, strict=False):
+            if ours != theirs:
+                break
+            length += 1
+        return length - length % self.page_size
+
+    def _path(self, ids: Ids, namespace: Hashable) -> list[Piece]:
+        """Pieces that ``ids`` has whole, from the root down."""
+        whole = [p for p in self.pieces if p.namespace == namespace and p.prefix == ids[: p.end]]
+        return sorted(whole, key=lambda p: p.end)
+
+    def _children(self, piece: Piece) -> list[Piece]:
+        """Resident pieces that begin where ``piece`` ends."""
+        return [
+            p
+            for p in self.pieces
+            if p.rows is not None
+            and p.namespace == piece.namespace
+            and p.start == piece.end
+            and p.prefix[: p.start] == piece.prefix
+        ]
+
+    def is_superseded(self, piece: Piece) -> bool:
+        """A deeper checkpoint stands on the unforked path below."""
+        below = self._children(piece)
+        while len(below) == 1:
+            if below[0].state is not None:
+                return True
+            below = self._children(below[0])
+        return False
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PlainMatch:
+        ids = tuple(tokens.tolist())
+        n = len(ids)
+        ours = [p for p in self.pieces if p.namespace == namespace]
+        kv_len = max((self._shared(p, ids) for p in ours if p.rows is not None), default=0)
+        branch_len = max((self._shared(p, ids) for p in ours), default=0)
+        usable = [p for p in self._path(ids, namespace) if p.end < n]
+        slot, cached_len = None, 0
+        for piece in usable:
+            if piece.state is not None:
+                slot, cached_len = piece.state.slot, piece.end
+        lost = [p.end for p in usable if p.lost and p.end > cached_len]
+        lost_len = max((end for end in lost if end <= kv_len), default=cached_len)
+        reachable = min(kv_len, n - 1) if n else 0
+        grid_len = max(lost_len, reachable - reachable % self.step)
+        losses = Losses(
+            never_seen=n - branch_len,
+            kv_evicted=branch_len - kv_len,
+            checkpoint_evicted=lost_len - cached_len,
+            never_checkpointed=grid_len - lost_len,
+            below_grid=kv_len - grid_len,
+        )
+        return PlainMatch(cached_len, kv_len, branch_len, slot, losses, max(lost, default=0))
+
+    def gather(self, tokens: Tokens, length: int, namespace: Hashable) -> list[int]:
+        """Rows of the first ``length`` tokens, all resident."""
+        ids = tuple(tokens[:length].tolist())
+        rows: list[int] = []
+        for piece in self._path(ids, namespace):
+            assert piece.rows is not None
+            rows += piece.rows
+        return rows
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def touch(self, tokens: Tokens, cached_len: int, namespace: Hashable) -> None:
+        self.now += 1
+        path = self._path(tuple(tokens[:cached_len].tolist()), namespace)
+        for piece in path:
+            piece.last_used = self.now
+            piece.uses += 1
+        if path and path[-1].state is not None:
+            path[-1].state.last_used = self.now
+            path[-1].state.uses += 1
+
+    def piece_at(self, tokens: Tokens, length: int, namespace: Hashable) -> Piece:
+        """The piece that ends at ``tokens[:length]``."""
+        return self._path(tuple(tokens[:length].tolist()), namespace)[-1]
+
+    def _serial(self) -> int:
+        self.num_items += 1
+        return self.num_items - 1
+
+    def _cut(self, ids: Ids, namespace: Hashable) -> None:
+        """Make a piece end at ``ids`` if one goes through it."""
+        for piece in self.pieces:
+            inside = piece.start < len(ids) < piece.end
+            if inside and piece.namespace == namespace and piece.prefix[: len(ids)] == ids:
+                upper = Piece(namespace, ids, piece.start, None, piece.last_used, 0, piece.uses)
+                if piece.rows is not None:
+                    cut = len(ids) - piece.start
+                    upper.serial = self._serial()
+                    upper.rows, piece.rows = piece.rows[:cut], piece.rows[cut:]
+                piece.start = len(ids)
+                self.pieces.append(upper)
+                return
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]],
+        namespace: Hashable,
+        owned_from: int,
+    ) -> tuple[list[int], set[int]]:
+        """(duplicates, rejected slots)."""
+        n = len(tokens) - len(tokens) % self.page_size
+        ids = tuple(tokens[:n].tolist())
+        kv_len = min(self.match(tokens[:n], namespace).kv_len, n)
+        branch_len = min(self.match(tokens[:n], namespace).branch_len, n)
+        self._cut(ids[:kv_len], namespace)
+        if branch_len > kv_len:
+            self._cut(ids[:branch_len], namespace)
+        for ghost in self._path(ids, namespace):
+            if ghost.rows is None:
+                ghost.rows = kv_indices[ghost.start : ghost.end].tolist()
+                ghost.serial = self._serial()
+                ghost.uses = 0
+                if ghost in self.ghosts:
+                    self.ghosts.remove(ghost)
+        if branch_len < n:
+            rows = kv_indices[branch_len:n].tolist()
+            self.pieces.append(Piece(namespace, ids, branch_len, rows, self.now, self._serial()))
+        for piece in self._path(ids, namespace):
+            piece.last_used = self.now
+        rejected = set()
+        for position, slot in sorted(checkpoints, reverse=True):
+            if position % self.step or not 0 < position <= n:
+                rejected.add(slot)
+                continue
+            self._cut(ids[:position], namespace)
+            piece = self._path(ids[:position], namespace)[-1]
+            if piece.state is not None:
+                rejected.add(slot)
+                continue
+            piece.state = State(slot, self.now, self._serial())
+            piece.lost = False
+        return kv_indices[owned_from:kv_len].tolist(), rejected
+
+    # -- eviction -----------------------------------------------------------------------------------------------------
+
+    def candidates(self, kind: Kind | None) -> list[tuple[int, int, int, Kind, Piece]]:
+        """(tier, last use, serial, kind, piece) of everything that may go."""
+        found: list[tuple[int, int, int, Kind, Piece]] = []
+        for piece in self.pieces:
+            if piece.rows is None or piece.locks:
+                continue
+            if kind != "checkpoint" and not self._children(piece):
+                dead = self.dead_first and piece.state is None
+                tier = 0 if dead else 2
+                found.append((tier, piece.last_used, piece.serial, "kv", piece))
+            if kind != "kv" and piece.state is not None:
+                tier = 1 if self.demote_superseded and self.is_superseded(piece) else 2
+                state = piece.state
+                found.append((tier, state.last_used, state.serial, "checkpoint", piece))
+        return found
+
+    def evict_one(self, kind: Kind | None) -> bool:
+        """Let the first in line go, or the next of ``script``; False if nothing may."""
+        candidates = self.candidates(kind)
+        if not candidates:
+            return False
+        first = min(candidates, key=lambda c: c[:3])
+        if self.script is not None:
+            victim = self.script.pop(0)
+            named = [c for c in candidates if (c[3], c[4].namespace, c[4].prefix) == victim]
+            assert named, f"{victim} may not go"
+            assert named[0][0] == first[0], f"{victim} is of tier {named[0][0]}, not {first[0]}"
+            first = named[0]
+        self.chosen.append((first[3], first[4].namespace, first[4].prefix))
+        self.drop(first[3], first[4])
+        return True
+
+    def _locked_path(self, piece: Piece) -> bool:
+        """``piece`` is locked, or a locked one is below it."""
+        return any(
+            p.locks and p.namespace == piece.namespace and p.prefix[: piece.end] == piece.prefix
+            for p in self.pieces
+        )
+
+    def _evictable(self) -> tuple[int, int]:
+        """(tokens, slots) that are under no lock."""
+        free = [p for p in self.pieces if p.rows is not None and not self._locked_path(p)]
+        slots = sum(p.state is not None and not p.locks for p in self.pieces)
+        return sum(p.end - p.start for p in free), slots
+
+    def allocate_kv(self, num_tokens: int) -> Indices | None:
+        rows = self.pages.allocate(num_tokens)
+        if rows is not None:
+            return rows
+        wanted = -(-num_tokens // self.page_size) * self.page_size
+        tokens, slots = self._evictable()
+        budget = self.pages.budget
+        if budget is None:
+            possible = self.pages.num_free + tokens >= wanted
+        else:
+            evictable = tokens * self.pages.unit_bytes + slots * self.slots.unit_bytes
+            possible = wanted * self.pages.unit_bytes <= budget.free_bytes + evictable
+        if not possible:
+            return None
+        while self.pages.num_free < wanted and self.evict_one("kv" if budget is None else None):
+            pass
+        return self.pages.allocate(num_tokens)
+
+    def allocate_slot(self) -> int | None:
+        slot = self.slots.allocate()
+        if slot is not None:
+            return slot
+        budget = self.slots.budget
+        if budget is None or not self.slots.num_unused:
+            self.evict_one("checkpoint")
+        else:
+            tokens, slots = self._evictable()
+            evictable = tokens * self.pages.unit_bytes + slots * self.slots.unit_bytes
+            if self.slots.unit_bytes <= budget.free_bytes + evictable:
+                while self.slots.num_free < 1 and self.evict_one(None):
+                    pass
+        return self.slots.allocate()
+
+    def evict(self, num_tokens: int, num_slots: int) -> tuple[int, int]:
+        """(tokens, slots) freed."""
+        rows, slots = self.pages.num_unused, self.slots.num_unused
+        while self.pages.num_unused - rows < num_tokens and self.evict_one("kv"):
+            pass
+        while self.slots.num_unused - slots < num_slots and self.evict_one("checkpoint"):
+            pass
+        return self.pages.num_unused - rows, self.slots.num_unused - slots
+
+    def reset(self) -> None:
+        while self.evict_one(None):
+            pass
+        for ghost in self.ghosts:
+            self.pieces.remove(ghost)
+        self.ghosts = []
+
+    def drop(self, kind: Kind, piece: Piece) -> None:
+        """Let ``piece``'s checkpoint or KV go, and what can not stay without it."""
+        if kind == "checkpoint" and self._children(piece):
+            self._drop_state(piece)
+        else:
+            self._drop_leaf(piece)
+        while self._ghost_weight() > self.ghost_bytes:
+            self.pieces.remove(self.ghosts.pop(0))
+
+    def _ghost_weight(self) -> int:
+        return sum((p.end - p.start) * TOKEN_BYTES + GHOST_NODE_BYTES for p in self.ghosts)
+
+    def _drop_state(self, piece: Piece) -> None:
+        assert piece.state is not None
+        self.slots.free(piece.state.slot)
+        piece.state = None
+        piece.lost = True
+
+    def _drop_leaf(self, piece: Piece) -> None:
+        if piece.state is not None:
+            self._drop_state(piece)
+        assert piece.rows is not None
+        self.pages.free(np.array(piece.rows, np.int32))
+        piece.rows = None
+        self.ghosts.append(piece)
+        for above in self.pieces:
+            above_it = above.end == piece.start and piece.prefix[: above.end] == above.prefix
+            if above_it and above.namespace == piece.namespace:
+                useless = above.state is None and not above.locks and not self._children(above)
+                if above.rows is not None and useless:
+                    self._drop_leaf(above)
+                return
