@@ -21,7 +21,8 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import QueueFull
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, Prompt
+    from engine.engine import Engine
+    from engine.intake import Prompt
     from engine.tokenizer import Tokenizer
 
 __all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream"]

@@ -8,52 +8,25 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from engine.batch import Batch
+from engine.assembly import Chooser, Runner, cache_config, load
 from engine.cache_manager import CacheManager
-from engine.config import ConfigError, EngineConfig
-from engine.outputs import RequestOutput, SampledToken, TextStream
+from engine.config import EngineConfig
+from engine.intake import Intake, Prompt
+from engine.outputs import RequestOutput, SampledToken
 from engine.report import CacheReport, cache_report
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import QueueFull, Scheduler, Step, Work
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.costs import ModelGeometry
-from hybridcache.interface import Tokens
+from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.checkpoint import parse_placement
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int] | np.ndarray
-
-
-class Runner(Protocol):
-    """What the engine asks of a model runner."""
-
-    num_kv_tokens: int
-    num_slots: int
-    """0: an attention-only model."""
-    max_model_len: int
-    vocab_size: int
-    geometry: ModelGeometry
-
-    def forward(self, batch: Batch) -> Any:
-        """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all."""
-        ...
-
-
-class Chooser(Protocol):
-    """What the engine asks of a sampler."""
-
-    def sample(self, logits: Any, requests: Sequence[Any]) -> list[SampledToken]: ...
-
-    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> list[SampledToken]: ...
 
 
 class Sampled(NamedTuple):
@@ -109,7 +82,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
         if runner is None:
-            runner, sampler, tokenizer = _load(config)
+            runner, sampler, tokenizer = load(config)
         if sampler is None:
             raise TypeError("a runner of one's own needs a sampler of one's own.")
         self.runner = runner
@@ -118,7 +91,7 @@ class Engine:
         self._observer = observer
         self._log = log
         self._clock = clock
-        self._cache = build_prefix_cache(_cache_config(config, runner))
+        self._cache = build_prefix_cache(cache_config(config, runner))
         self._manager = self._make_manager(config, runner)
         self._scheduler = Scheduler(
             self._manager,
@@ -129,7 +102,13 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
-        self._arrivals = itertools.count()
+        self._intake = Intake(
+            tokenizer,
+            vocab_size=runner.vocab_size,
+            max_model_len=self.max_model_len,
+            seed=config.seed,
+            clock=clock,
+        )
 
     def _make_manager(self, config: EngineConfig, runner: Runner) -> CacheManager:
         words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
@@ -196,23 +175,12 @@ class Engine:
         prompt_logprobs: int | None = None,
     ) -> Request:
         """The first half of ``submit``: check a prompt and make its request. Safe to call from any thread."""
-        sampling = sampling or SamplingParams()
-        tokens = self._tokens(prompt)
-        if prompt_logprobs is not None and prompt_logprobs not in range(51):
-            raise ValueError(f"prompt_logprobs must be between 0 and 50, not {prompt_logprobs}.")
-        arrival = next(self._arrivals)
-        return Request(
-            f"request-{arrival}" if request_id is None else request_id,
-            tokens,
-            sampling,
-            arrival=arrival,
-            arrival_s=self._clock(),
-            max_len=self._max_len(len(tokens), sampling, prompt_logprobs),
-            seed=sampling.seed if sampling.seed is not None else self.config.seed + arrival,
-            end_token_ids=self._end_token_ids(sampling),
-            text_stream=self._text_stream(sampling),
+        return self._intake.prepare(
+            prompt,
+            sampling or SamplingParams(),
+            request_id=request_id,
             namespace=namespace,
-            boundaries=tuple(sorted(b for b in boundaries if 0 < b <= len(tokens))),
+            boundaries=boundaries,
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -229,54 +197,6 @@ class Engine:
     def has_room(self) -> bool:
         """Whether one more request may wait."""
         return self._scheduler.num_waiting < self.config.max_queue
-
-    def _tokens(self, prompt: Prompt) -> Tokens:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("there is no tokenizer here: give the prompt as token ids.")
-            prompt = self.tokenizer.encode(prompt)
-        try:
-            tokens = np.asarray(prompt)
-        except ValueError:
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-            raise ValueError("a prompt is a string or a flat list of token ids.")
-        if not len(tokens):
-            raise ValueError("the prompt is empty: give at least one token.")
-        if tokens.min() < 0 or tokens.max() >= self.runner.vocab_size:
-            raise ValueError(f"token ids must be from 0 to {self.runner.vocab_size - 1}.")
-        return tokens.astype(np.int32)
-
-    def _max_len(
-        self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
-    ) -> int:
-        limit = self.max_model_len
-        if sampling.max_tokens == 0 and prompt_logprobs is None:
-            raise ValueError("max_tokens must be at least 1, but for prompt log-probabilities.")
-        if sampling.max_tokens is None:
-            max_len = max(limit, prompt_len + 1)
-        else:
-            max_len = prompt_len + sampling.max_tokens
-        if max_len > limit:
-            wanted = f"{max_len - prompt_len} more" if sampling.max_tokens else "an answer"
-            raise ValueError(
-                f"a prompt of {prompt_len} tokens and {wanted} do not fit the {limit} tokens that a request may have here: "
-                "shorten the prompt or lower max_tokens."
-            )
-        return max_len
-
-    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        own = frozenset(sampling.stop_token_ids)
-        if self.tokenizer is None or sampling.ignore_eos:
-            return own
-        return own | self.tokenizer.eos_token_ids
-
-    def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
-        if self.tokenizer is None:
-            if sampling.stop:
-                raise ValueError("there is no tokenizer here: stop strings can not be found.")
-            return None
-        return TextStream(self.tokenizer.stream_decoder(), sampling.stop)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request at once; everything it held is free when this returns. None: it had ended already."""
@@ -479,35 +399,3 @@ class Engine:
     def check(self) -> None:
         """AssertionError unless every invariant of the cache holds and ``free + cached + held == total``. O(cache)."""
         self._manager.check()
-
-
-def _load(config: EngineConfig) -> tuple[Runner, Chooser, Tokenizer]:
-    """Model, sampler and tokenizer that ``config`` names. Imports torch."""
-    from engine.model_runner import ModelRunner
-    from engine.sampler import Sampler
-    from engine.tokenizer import load_tokenizer
-
-    runner = ModelRunner(config)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    return runner, Sampler(runner.vocab_size), tokenizer
-
-
-def _cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
-    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does not suit it."""
-    stateful = runner.num_slots > 0
-    kind = config.prefix_cache
-    if stateful and kind == "radix":
-        raise ConfigError(
-            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that need their state too: "
-            "use hybrid, or none."
-        )
-    return CacheConfig(
-        prefix_cache="radix" if kind == "hybrid" and not stateful else kind,
-        num_kv_tokens=runner.num_kv_tokens,
-        num_slots=runner.num_slots,
-        page_size=config.page_size,
-        grid=config.grid,
-        eviction=config.eviction,
-        kv_bytes_per_token=runner.geometry.kv_bytes_per_token,
-        state_bytes=max(runner.geometry.state_bytes, 1),
-    )

@@ -1,0 +1,71 @@
+"""What an engine is put together from: the parts it asks for, and how its settings find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.batch import Batch
+from engine.config import ConfigError, EngineConfig
+from engine.outputs import SampledToken
+from engine.sampling_params import SamplingInput
+from hybridcache.build import CacheConfig
+from hybridcache.costs import ModelGeometry
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+
+class Runner(Protocol):
+    """What the engine asks of a model runner."""
+
+    num_kv_tokens: int
+    num_slots: int
+    """0: an attention-only model."""
+    max_model_len: int
+    vocab_size: int
+    geometry: ModelGeometry
+
+    def forward(self, batch: Batch) -> Any:
+        """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all."""
+        ...
+
+
+class Chooser(Protocol):
+    """What the engine asks of a sampler."""
+
+    def sample(self, logits: Any, requests: Sequence[SamplingInput]) -> list[SampledToken]: ...
+
+    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> list[SampledToken]: ...
+
+
+def load(config: EngineConfig) -> tuple[Runner, Chooser, Tokenizer]:
+    """Model, sampler and tokenizer that ``config`` names. Imports torch."""
+    from engine.model_runner import ModelRunner
+    from engine.sampler import Sampler
+    from engine.tokenizer import load_tokenizer
+
+    runner = ModelRunner(config)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    return runner, Sampler(runner.vocab_size), tokenizer
+
+
+def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
+    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does not suit it."""
+    stateful = runner.num_slots > 0
+    kind = config.prefix_cache
+    if stateful and kind == "radix":
+        raise ConfigError(
+            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that need their state too: "
+            "use hybrid, or none."
+        )
+    return CacheConfig(
+        prefix_cache="radix" if kind == "hybrid" and not stateful else kind,
+        num_kv_tokens=runner.num_kv_tokens,
+        num_slots=runner.num_slots,
+        page_size=config.page_size,
+        grid=config.grid,
+        eviction=config.eviction,
+        kv_bytes_per_token=runner.geometry.kv_bytes_per_token,
+        state_bytes=max(runner.geometry.state_bytes, 1),
+    )
