@@ -22,9 +22,9 @@ def sharegpt_like(
     seed: int = 0,
     requests: int = 600,
     sessions: int = 100,
-    sessions_per_s: float = 0.5,
+    sessions_per_s: float = 0.25,
     user: int = 70,
-    answer: int = 300,
+    answer: int = 245,
 ) -> Trace:
     """The first ``requests`` of ``sessions`` chats; questions and answers log-normal around medians ``user`` and ``answer``."""
     source = partial(_source, seed, sessions, sessions_per_s, user, answer)
