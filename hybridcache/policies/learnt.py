@@ -8,10 +8,10 @@ from hybridcache.policies.protocol import Placed, Prefill
 
 STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
-HOPE_TOKENS = 1024.0
-"""What a word is believed to earn with its first checkpoint, before it was tried."""
-COPY_TOKENS = 8.0
-"""What saving one costs by itself: a copy of a state takes about the time of so many tokens of prefill."""
+HOPE = 0.25
+"""What a word is believed to earn with its first checkpoint, before it was tried: this part of a prompt."""
+COPY = 1 / 512
+"""What saving one costs by itself: a copy of a state takes about the time that this part of a prompt takes to prefill."""
 TRIAL_EVERY = 32
 """A word that does not pay is tried again once in so many prefills."""
 MEMORY = 1024
@@ -23,8 +23,8 @@ class _Account:
 
     __slots__ = ("earned", "offered", "placed")
 
-    def __init__(self) -> None:
-        self.earned = HOPE_TOKENS
+    def __init__(self, hope_tokens: float) -> None:
+        self.earned = hope_tokens
         self.placed = 1.0
         self.offered = 0
 
@@ -56,6 +56,8 @@ class Learnt:
         self._accounts: dict[str, _Account] = {}
         self._missed_tokens = 0.0
         self._num_placed = 1.0
+        self._mean_prompt = 0.0
+        self._num_prompts = 0
 
     @property
     def price_tokens(self) -> float:
@@ -85,6 +87,8 @@ class Learnt:
 
     def _settle(self, prefill: Prefill) -> None:
         """Credit what this request resumed from, or would have."""
+        self._num_prompts = min(self._num_prompts + 1, MEMORY)
+        self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.resumed is not None:
             self._account(prefill.resumed.label).earned += prefill.resumed.span
         missed = prefill.missed
@@ -96,7 +100,7 @@ class Learnt:
     def _account(self, label: str) -> _Account:
         account = self._accounts.get(label)
         if account is None:
-            account = self._accounts[label] = _Account()
+            account = self._accounts[label] = _Account(HOPE * self._mean_prompt)
         return account
 
     def _pays(self, label: str) -> bool:
@@ -104,7 +108,7 @@ class Learnt:
         account.offered += 1
         if account.offered % TRIAL_EVERY == 0:
             return True
-        return account.yield_tokens > self.price_tokens + COPY_TOKENS
+        return account.yield_tokens > self.price_tokens + COPY * self._mean_prompt
 
     def _place(self, position: int, label: str) -> Placed:
         self._account(label).place()

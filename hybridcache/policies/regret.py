@@ -57,6 +57,12 @@ class _Columns:
         self.places[item] = place
         self.rows[place], self.entered[place], self.worth[place] = row, entered, worth
 
+    def revalue(self, item: Item) -> None:
+        """Bring its worth up to date, if it is a candidate."""
+        place = self.places.get(item)
+        if place is not None:
+            self.worth[place] = _worth(item)
+
     def remove(self, item: Item) -> None:
         place, last = self.places.pop(item), self.items.pop()
         if last is not item:
@@ -96,6 +102,9 @@ class Regret:
         self._chosen: Item | None = None
         self._ghost_turn = (0, 0)
         """(time, generation) of the latest ghost that spoke."""
+        self._stale: dict[Item, None] = {}
+        """Checkpoints below which something went (they may free more than when they were last looked at) and new ones (others
+        of the same prompt may have come to stand above them)."""
         self._just_used = False
         """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
@@ -112,6 +121,7 @@ class Regret:
         if memo is None:
             item.memo = memo = _Memo(item, self._turn(item))
             self._enter(item, memo)
+            self._stale[item] = None
         elif item.uses > memo.uses:
             self._used(item, memo)
         elif item.superseded != memo.superseded:
@@ -132,6 +142,9 @@ class Regret:
 
     def discard(self, item: Item) -> None:
         self._just_used = False
+        above = item.above
+        if above is not None:
+            self._stale[above] = None
         if item in self._dead:
             del self._dead[item]
             return
@@ -139,11 +152,11 @@ class Regret:
             del self._idle_kv[item]
             return
         self._columns(item).remove(item)
-        above = item.above if item is self._chosen else None
-        if above is not None and above.superseded and isinstance(above.memo, _Memo):
-            memo: _Memo = above.memo
-            memo.active = max(memo.active, item.memo.active)
-            memo.turn = max(memo.turn, item.memo.turn)
+        if item is self._chosen and above is not None and above.superseded:
+            memo = above.memo
+            if isinstance(memo, _Memo):
+                memo.active = max(memo.active, item.memo.active)
+                memo.turn = max(memo.turn, item.memo.turn)
         self._chosen = None
 
     def missed(self, item: Item) -> None:
@@ -158,11 +171,21 @@ class Regret:
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         self.survival.refresh(self.now)
+        self._revalue()
         self._chosen = None if kind == "kv" else self._least(self._checkpoints)
         if self._chosen is None and kind != "checkpoint":
             self._rank_kv()
             self._chosen = self._least(self._kv)
         return self._chosen
+
+    def _revalue(self) -> None:
+        """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""
+        for item in self._stale:
+            self._columns(item).revalue(item)
+        self._stale.clear()
+        candidates = self._checkpoints.items
+        if candidates:
+            self._checkpoints.revalue(candidates[self._random.randrange(len(candidates))])
 
     def _rank_kv(self) -> None:
         """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
@@ -197,16 +220,16 @@ class Regret:
 
     def _enter(self, item: Item, memo: _Memo) -> None:
         memo.superseded = item.superseded
+        speculative = item.label not in COMMON
         key: tuple[Hashable, ...] = (
-            item.superseded,
+            (item.superseded, speculative),
             item.label or item.kind,
             min(item.uses, 2),
             min(memo.turn, MAX_TURN),
+            item.position.bit_length(),
         )
         prior = SUPERSEDED_PRIOR if item.superseded else 1.0
-        if item.label not in COMMON:
-            prior *= SPECULATIVE_PRIOR
-        row = self.survival.row(key, prior)
+        row = self.survival.row(key, prior * SPECULATIVE_PRIOR if speculative else prior)
         memo.stage = self.survival.open(row, memo.active)
 
     def _least(self, columns: _Columns) -> Item | None:

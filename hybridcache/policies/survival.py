@@ -141,9 +141,11 @@ class Survival:
                 events[parent] += events[row]
         hazard = np.empty_like(exposure)
         for row, parent in enumerate(self._parents):
-            inherited = self._prior(row) if parent is None else hazard[parent]
-            weight = PRIOR_EVENTS / inherited
-            hazard[row] = (events[row] + PRIOR_EVENTS) / (exposure[row] + weight)
+            shape = self._prior(row) if parent is None else hazard[parent]
+            expected = float(exposure[row] @ shape)
+            level = (float(events[row].sum()) + PRIOR_EVENTS) / (expected + PRIOR_EVENTS)
+            inherited = level * shape
+            hazard[row] = (events[row] + PRIOR_EVENTS) / (exposure[row] + PRIOR_EVENTS / inherited)
         self.index = _index(hazard)
         self._forget()
         return True
