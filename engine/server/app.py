@@ -39,8 +39,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         yield
         await engine.drain()
 
-    # Bodies without a content type are taken for the JSON they are.
-    app = FastAPI(title="hybridcache engine", lifespan=lifespan, strict_content_type=False)
+    app = FastAPI(title="hybridcache engine", lifespan=lifespan)
     errors.install(app)
     app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
 

@@ -86,7 +86,11 @@ def of_validation(error: RequestValidationError) -> APIError:
             )
             return APIError(400, message, param=param, code="unknown_parameter")
         case "model_attributes_type" | "model_type" | "dict_type" if param is None:
-            return APIError(400, "The body must be one JSON object.")
+            # Without the header FastAPI does not parse: it keeps foreign web pages from posting to a server on localhost.
+            return APIError(
+                400,
+                "The body must be one JSON object, with the header Content-Type: application/json.",
+            )
         case "value_error":
             return APIError(400, str(first["ctx"]["error"]), param=param)
     value = json.dumps(first.get("input"), default=str)
