@@ -89,7 +89,7 @@ class CacheManager:
         to_len = ahead if not request.is_prefilling and self._extend(lease, ahead) else to_len
         if len(lease.kv_indices) < to_len and not self._extend(lease, to_len):
             return False
-        self._row_writes.append((row, before, lease.kv_indices[before:]))
+        self._row_writes.append((row, before, lease.kv_indices[before : request.max_len]))
         return True
 
     def _extend(self, lease: Lease, to_len: int) -> bool:

@@ -62,9 +62,9 @@ def test_the_next_turn_resumes_in_the_last_answer() -> None:
 @pytest.mark.parametrize("token_budget", [64, 128, 1000])
 def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int) -> None:
     engine = make_engine(token_budget=token_budget)
-    outputs = engine.generate([ids(1000)] * 4, SamplingParams(max_tokens=1))
+    outputs = engine.generate([ids(1000)] * 4, SamplingParams(max_tokens=5))
     assert [output.cached_len for output in outputs] == [0, 960, 960, 960]
-    assert engine.runner.num_tokens_computed == 1000 + 3 * 40
+    assert engine.runner.num_tokens_computed == 1000 + 3 * 40 + 4 * 4
 
 
 def test_prompts_that_fork_share_what_the_first_computes_of_them() -> None:
@@ -81,6 +81,22 @@ def test_nobody_waits_for_a_prefix_that_will_not_be_kept(settings: dict[str, obj
     assert [output.cached_len for output in outputs] == [0, 0]
     assert outputs[0].num_preemptions == outputs[1].num_preemptions == 0
     assert engine.runner.num_steps == 1
+
+
+def test_nobody_waits_for_what_is_cached_already() -> None:
+    engine = make_engine()
+    engine.generate([ids(640)], GREEDY)
+    engine.submit(ids(640), SamplingParams(max_tokens=1), prompt_logprobs=0)
+    engine.submit(ids(640), SamplingParams(max_tokens=1))
+    assert [output.cached_len for output in engine.step()] == [0, 576]
+
+
+def test_under_pressure_the_youngest_goes_first_even_if_it_was_let_in_earlier() -> None:
+    engine = make_engine(kv_tokens=512, token_budget=256)
+    answers = SamplingParams(max_tokens=130)
+    outputs = engine.generate([ids(140), ids(140), ids(70, first=99)], answers)
+    assert outputs[1].timings.queue_s > outputs[2].timings.queue_s
+    assert [output.num_preemptions > 0 for output in outputs] == [False, False, True]
 
 
 def test_chunks_end_on_the_grid_or_at_the_end() -> None:

@@ -1,0 +1,47 @@
+"""Text as it streams: never taken back, cut before the first stop string, whole characters only."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.outputs import TextStream
+from engine.tokenizer import ByteTokenizer
+
+letters = st.text("abé", max_size=40)
+
+
+def feed(text: str, stop: tuple[str, ...]) -> tuple[list[str], bool]:
+    """(pieces in the order they were given out, whether a stop string ended them)."""
+    tokenizer = ByteTokenizer()
+    stream = TextStream(tokenizer.stream_decoder(), stop)
+    pieces = []
+    for token in tokenizer.encode(text):
+        piece, stopped = stream.push(token)
+        pieces.append(piece)
+        if stopped:
+            return pieces, True
+    piece, stopped = stream.flush()
+    return [*pieces, piece], stopped
+
+
+@given(letters, st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+def test_the_pieces_make_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
+    pieces, stopped = feed(text, tuple(stop))
+    ends = [(text.index(s) + len(s), text.index(s)) for s in stop if s in text]
+    assert stopped == bool(ends)
+    # The string that is complete first ends the answer; of those complete together, the one that begins first.
+    expected = text[: min(ends)[1]] if ends else text
+    assert "".join(pieces) == expected
+
+
+def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+    pieces, stopped = feed("ab<|ab<|end", ("<|end",))
+    assert stopped
+    assert pieces == ["a", "b", "", "", "<|a", "b", "", "", "", "", ""]
+
+
+def test_unfinished_characters_come_out_at_the_end() -> None:
+    stream = TextStream(ByteTokenizer().stream_decoder())
+    assert stream.push(0xC3) == ("", False)
+    assert stream.flush() == ("\N{REPLACEMENT CHARACTER}", False)
