@@ -64,6 +64,13 @@ class Device:
         """``torch.cpu``, ``torch.cuda`` ...: streams, graphs, memory figures."""
         return torch.get_device_module(self.torch_device)
 
+    def supports(self, quantization: str | None) -> bool:
+        """Whether weights in this 8-bit format (None: in none) can be multiplied here."""
+        if quantization != "fp8" or not self.traits.has_triton:
+            return True
+        capability = getattr(self.module, "get_device_capability", lambda device: (0, 0))
+        return bool(capability(self.torch_device) >= (8, 9))
+
     def free_bytes(self) -> int:
         """Memory that could be had now."""
         if self.is_cpu:

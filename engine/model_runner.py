@@ -38,6 +38,8 @@ class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.device = Device.resolve(config.device)
         self.kernels = Kernels.choose(self.device, config.kernels)
+        if not self.device.supports(config.quantization):
+            raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
         raw = read_config(Path(config.model)) if config.model else BUILTIN_CONFIG
         self.config = ModelConfig.from_dict(raw)
         self.name = Path(config.model).name if config.model else BUILTIN_NAME
@@ -46,7 +48,7 @@ class ModelRunner:
             Path(config.model) if config.model else None,
             self.config,
             self.kernels,
-            Placement(self.device.torch_device, self.dtype),
+            Placement(self.device.torch_device, self.dtype, config.quantization),
             load_format=config.load_format,
             num_workers=config.load_workers,
             seed=config.seed,

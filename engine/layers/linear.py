@@ -11,7 +11,7 @@ from engine.layers.parameters import Parameter, Placement
 
 
 class Linear:
-    """``x @ weight.T + bias``, rows independent of how many there are."""
+    """``x @ weight.T + bias``, rows independent of how many there are; 8-bit where ``place`` says so, unless ``full_precision``."""
 
     def __init__(
         self,
@@ -21,7 +21,9 @@ class Linear:
         place: Placement,
         *,
         bias: bool = False,
+        full_precision: bool = False,
     ) -> None:
+        self._quantization = None if full_precision else place.quantization
         self.weight = place.empty(out_features, in_features)
         self.bias = place.empty(out_features) if bias else None
         self._kernel = kernels.linear
@@ -33,7 +35,10 @@ class Linear:
             yield f"{prefix}.bias", Parameter(self.bias)
 
     def seal(self) -> None:
-        self._product = self._kernel.prepare(self.weight, self.bias)
+        if self._quantization is None:
+            self._product = self._kernel.prepare(self.weight, self.bias)
+        else:
+            self._product = self._kernel.prepare_8bit(self.weight, self.bias, self._quantization)
         del self.weight, self.bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

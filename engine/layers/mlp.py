@@ -52,10 +52,13 @@ class ExpertsMLP:
         self.stacked_names = stacked_names
         self.w13 = place.empty(shape.num_experts, 2 * shape.intermediate_size, hidden_size)
         self.w2 = place.empty(shape.num_experts, hidden_size, shape.intermediate_size)
-        # Router and shared gate read the same input: one product.
-        self.router = Linear(hidden_size, shape.num_experts + 1, kernels, place)
+        # Router and shared gate read the same input: one product, and one where a little decides much.
+        self.router = Linear(
+            hidden_size, shape.num_experts + 1, kernels, place, full_precision=True
+        )
         self.shared = MLP(hidden_size, shape.shared_intermediate_size, kernels, place)
         self._moe = kernels.moe
+        self._quantization = place.quantization
         self._gate = kernels.activation.sigmoid_mul
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
@@ -76,7 +79,10 @@ class ExpertsMLP:
     def seal(self) -> None:
         self.router.seal()
         self.shared.seal()
-        self._experts = self._moe.prepare(self.w13, self.w2)
+        if self._quantization is None:
+            self._experts = self._moe.prepare(self.w13, self.w2)
+        else:
+            self._experts = self._moe.prepare_8bit(self.w13, self.w2, self._quantization)
         del self.w13, self.w2
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -45,6 +45,8 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+    quantization: Literal["int8", "fp8"] | None = None
+    """Format that the weights of large products are brought into when their layer is sealed."""
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

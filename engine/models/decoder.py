@@ -180,7 +180,9 @@ class Head:
     def __init__(
         self, config: ModelConfig, embedding: Embedding, kernels: Kernels, place: Placement
     ) -> None:
-        self._linear = Linear(config.hidden_size, config.vocab_size, kernels, place)
+        self._linear = Linear(
+            config.hidden_size, config.vocab_size, kernels, place, full_precision=True
+        )
         self._is_tied = config.tie_embeddings
         if self._is_tied:
             self._linear.weight = embedding.weight

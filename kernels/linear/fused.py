@@ -19,7 +19,15 @@ import triton.language as tl
 from kernels.linear.reference import STORAGE, Format, quantize
 from kernels.target import pipeline_stages
 
-__all__ = ["linear", "linear_8bit", "linear_8bit_rows", "prepare", "quantize", "quantize_rows"]
+__all__ = [
+    "linear",
+    "linear_8bit",
+    "linear_8bit_rows",
+    "prepare",
+    "prepare_8bit",
+    "quantize",
+    "quantize_rows",
+]
 
 FEW_TOKENS = 64
 """Up to here spans run side by side."""
@@ -162,6 +170,14 @@ def linear_8bit(
 ) -> torch.Tensor:
     """``(x @ quantized.T) * scale + bias``, activations unquantised; see ``reference.linear_8bit``."""
     return _product(x, quantized, None, scale, bias, x.dtype)
+
+
+def prepare_8bit(
+    weight: torch.Tensor, bias: torch.Tensor | None, format: Format
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
+    quantized, scale = quantize(weight, format)
+    return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
 
 
 def linear_8bit_rows(

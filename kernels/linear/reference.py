@@ -82,6 +82,14 @@ def linear_8bit(
     return out.to(x.dtype)
 
 
+def prepare_8bit(
+    weight: torch.Tensor, bias: torch.Tensor | None, format: Format
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
+    quantized, scale = quantize(weight, format)
+    return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+
+
 def linear_8bit_rows(
     x: torch.Tensor,
     quantized: torch.Tensor,

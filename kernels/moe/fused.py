@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 from kernels.linear.fused import depth_of, multiply_span
+from kernels.linear.reference import Format
+from kernels.moe.reference import quantize_experts
 from kernels.target import pipeline_stages
 
 FEW_TOKENS = 16
@@ -279,6 +281,14 @@ def prepare(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """``experts`` with these weights: (hidden, weights, experts) to ``[T, H]``."""
     return partial(experts, w13=w13, w2=w2)
+
+
+def prepare_8bit(
+    w13: torch.Tensor, w2: torch.Tensor, format: Format
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may be dropped."""
+    (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
+    return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
 
 
 def _experts(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from kernels.activation.reference import silu_and_mul
-from kernels.linear.reference import linear, linear_8bit
+from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
 from kernels.linear.reference import prepare as prepare_linear
 
 
@@ -91,6 +91,23 @@ def experts_8bit(
         for e in range(len(w13))
     ]
     return _experts(hidden, weights, experts, products)
+
+
+def prepare_8bit(
+    w13: torch.Tensor, w2: torch.Tensor, format: Format
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may be dropped."""
+    (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
+    return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
+
+
+def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize`` of ``[E, M, N]`` without a float32 copy of all of it."""
+    quantized = torch.empty(weights.shape, dtype=STORAGE[format][0], device=weights.device)
+    scale = torch.empty(weights.shape[:2], dtype=torch.float32, device=weights.device)
+    for expert, weight in enumerate(weights):
+        quantized[expert], scale[expert] = quantize(weight, format)
+    return quantized, scale
 
 
 def _experts(

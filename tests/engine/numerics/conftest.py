@@ -186,6 +186,12 @@ class Driver:
 
 
 @pytest.fixture(scope="session")
+def driver_class() -> type[Driver]:
+    """For tests that make runners of their own."""
+    return Driver
+
+
+@pytest.fixture(scope="session")
 def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
     made: dict[tuple[str, str], Driver] = {}
 

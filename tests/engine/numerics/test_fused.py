@@ -1,0 +1,68 @@
+"""The engine with every Triton kernel, interpreted where there is no GPU: near the reference, and hits change nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from engine.backends import Kernels
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.model_runner import ModelRunner
+
+pytest.importorskip("triton")
+EVERYTHING = ",".join(f"{name}=fused" for name in Kernels.__slots__)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
+    config = EngineConfig(
+        model=str(path), device=device, dtype="float32", kv_gib=0.02, state_gib=0.02, **options
+    )
+    return ModelRunner(config)
+
+
+def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """All logits of a prompt computed cold, and of its tail after a hit at 64 beside the next token of the first."""
+    driver = driver_class(runner, scatter_seed=3)
+    sequence, write = driver.begin(tokens)
+    checkpoint = driver.slot()
+    segment = driver.prefill_segment(
+        sequence, len(tokens), logits="all", exports=((64, checkpoint),)
+    )
+    cold = runner.forward(Batch((segment,), (), (write,)))
+    resumed, write = driver.begin(tokens, prefix=write[2][:64])
+    segments = (
+        driver.decode_segment(sequence, 7),
+        driver.prefill_segment(resumed, len(tokens), logits="all"),
+    )
+    return cold, runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
+
+
+def test_every_kernel_in_one_engine(oracles, driver_class, random_tokens) -> None:
+    path, tokens = oracles("qwen3_next").path, random_tokens(100, 5)
+    expected = cold_hit_decode(driver_class, make_runner(path), tokens)
+    runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=EVERYTHING)
+    assert set(runner.kernels.words().values()) == {"fused"}
+    cold, mixed = cold_hit_decode(driver_class, runner, tokens)
+    assert_close(cold.cpu(), expected[0], rtol=0, atol=1e-5)
+    assert_close(mixed.cpu(), expected[1], rtol=0, atol=1e-5)
+    assert torch.equal(mixed[1:], cold[64:])
+
+
+@pytest.mark.parametrize("quantization, error", [("int8", 0.04), ("fp8", 0.12)])
+def test_8bit_weights_stay_near_and_exact(
+    oracles, driver_class, random_tokens, quantization, error
+) -> None:
+    """Relative to the logits' spread; a hit is as exact with 8-bit weights as without."""
+    path, tokens = oracles("qwen3_next").path, random_tokens(100, 6)
+    full, _ = cold_hit_decode(driver_class, make_runner(path), tokens)
+    runner = make_runner(path, quantization=quantization)
+    cold, mixed = cold_hit_decode(driver_class, runner, tokens)
+    assert 0 < (cold - full).square().mean().sqrt() < error * full.std()
+    assert torch.equal(mixed[1:], cold[64:])
