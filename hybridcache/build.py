@@ -85,11 +85,15 @@ def build_prefix_cache(config: CacheConfig) -> PrefixCache:
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:
-    """The eviction order that ``config`` names, with the structural tiers it asks for."""
+    """The eviction order that ``config`` names, with the structural tiers it asks for: a policy that says
+    ``ranks_structure = True`` orders dead KV and superseded checkpoints itself and stands alone."""
     make = make_eviction(config.eviction)
+    policy = make()
+    if getattr(policy, "ranks_structure", False):
+        return policy
     if config.dead_first or config.demote_superseded:
         return Tiers(make, config.dead_first, config.demote_superseded)
-    return make()
+    return policy
 
 
 def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:

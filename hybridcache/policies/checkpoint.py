@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from hybridcache.policies.learnt import Learnt
 from hybridcache.policies.own import load_class
+from hybridcache.policies.planned import Planned
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
-
-
-class PrefillRule:
-    """A rule that saves nothing in decode."""
-
-    def decode_interval(self) -> int | None:
-        return None
+from hybridcache.policies.rule import PrefillRule
+from hybridcache.policies.spacing import Aligned, Balanced, Chunks, Dyadic, Sqrt, Thinned
 
 
 class Branch(PrefillRule):
@@ -107,10 +104,20 @@ PLACEMENT: dict[str, Callable[[], PlacementPolicy]] = {
     "boundary": Boundary,
     "backoff": Backoff,
     "prompt": Prompt,
+    "sqrt": Sqrt,
+    "dyadic": Dyadic,
+    "regret": Learnt,
 }
 """Words for checkpoint placement."""
 
-NUMBERED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {"every": Every}
+NUMBERED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
+    "every": Every,
+    "aligned": Aligned,
+    "chunks": Chunks,
+    "balanced": Balanced,
+    "thinned": Thinned,
+    "planned": Planned,
+}
 """Words that take a number, written ``word:number``."""
 
 

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from heapq import heapify, heappop, heappush, heapreplace
 
+from hybridcache.policies.arc import ARC
+from hybridcache.policies.class_age import ClassAge
+from hybridcache.policies.clock import Clock
+from hybridcache.policies.coverage import Coverage
+from hybridcache.policies.fifo import FIFO
+from hybridcache.policies.gdsf import GDSF
+from hybridcache.policies.hits_per_token import HitsPerToken
+from hybridcache.policies.hyperbolic import Hyperbolic
+from hybridcache.policies.lfu import LFU
+from hybridcache.policies.lhd import LHD
+from hybridcache.policies.marconi import Marconi
 from hybridcache.policies.own import load_class
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.random_choice import Random
+from hybridcache.policies.regret import Regret
+from hybridcache.policies.s3_fifo import S3Fifo
+from hybridcache.policies.sieve import Sieve
+from hybridcache.policies.slru import SLRU
+from hybridcache.policies.tail_lru import TailLRU
+from hybridcache.policies.ttl import TTL
+from hybridcache.policies.two_queue import TwoQueue
+from hybridcache.policies.w_tiny_lfu import WTinyLFU
 
 Entry = tuple[int, int, Item]
 """(last use when entered, serial, item): what the heaps are ordered by."""
@@ -80,12 +101,45 @@ def _oldest(heap: list[Entry]) -> Item | None:
     return None
 
 
-EVICTION: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU}
+EVICTION: dict[str, Callable[[], EvictionPolicy]] = {
+    "lru": LRU,
+    "fifo": FIFO,
+    "lfu": LFU,
+    "slru": SLRU,
+    "2q": TwoQueue,
+    "clock": Clock,
+    "sieve": Sieve,
+    "s3-fifo": S3Fifo,
+    "arc": ARC,
+    "w-tinylfu": WTinyLFU,
+    "lhd": LHD,
+    "gdsf": GDSF,
+    "hyperbolic": Hyperbolic,
+    "random": Random,
+    "hits-per-token": HitsPerToken,
+    "tail-lru": TailLRU,
+    "ttl": TTL,
+    "marconi": Marconi,
+    "coverage": Coverage,
+    "class-age": ClassAge,
+    "regret": Regret,
+}
 """Words for ``CacheConfig.eviction``."""
+
+NUMBERED_EVICTION: dict[str, Callable[[float], EvictionPolicy]] = {
+    "tail-lru": lambda tokens: TailLRU(int(tokens)),
+    "ttl": lambda requests: TTL(int(requests)),
+    "marconi": Marconi,
+}
+"""Words that also take a number, written ``word:number``: the target in tokens, the life in requests, alpha."""
 
 
 def make_eviction(word: str) -> Callable[[], EvictionPolicy]:
-    """The policy class ``word`` names: a word of ``EVICTION``, or ``module:Class``. ValueError lists the words that exist."""
+    """The policy class ``word`` names: a word of ``EVICTION``, ``word:number``, or ``module:Class``. ValueError lists the words
+    that exist."""
+    name, _, number = word.partition(":")
+    if name in NUMBERED_EVICTION and number.replace(".", "", 1).isdecimal():
+        return partial(NUMBERED_EVICTION[name], float(number))
     if ":" in word:
         return load_class(word)
     try:

@@ -6,8 +6,8 @@ import random
 from collections.abc import Hashable
 
 import numpy as np
-import numpy.typing as npt
 
+from hybridcache.policies.columns import Columns
 from hybridcache.policies.protocol import Item, Kind
 from hybridcache.policies.survival import Stage, Survival, age_bins
 
@@ -36,43 +36,6 @@ class _Memo:
         self.stage: Stage
 
 
-class _Columns:
-    """Candidates as parallel arrays, so that a victim is one vector expression; removal swaps with the last. O(1)."""
-
-    def __init__(self) -> None:
-        self.items: list[Item] = []
-        self.places: dict[Item, int] = {}
-        self.rows: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        self.entered: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        self.worth: npt.NDArray[np.float64] = np.zeros(64)
-        """Tokens saved by a use, per byte freed."""
-
-    def put(self, item: Item, row: int, entered: int, worth: float) -> None:
-        place = len(self.items)
-        if place == len(self.rows):
-            self.rows = np.concatenate((self.rows, np.zeros_like(self.rows)))
-            self.entered = np.concatenate((self.entered, np.zeros_like(self.entered)))
-            self.worth = np.concatenate((self.worth, np.zeros_like(self.worth)))
-        self.items.append(item)
-        self.places[item] = place
-        self.rows[place], self.entered[place], self.worth[place] = row, entered, worth
-
-    def revalue(self, item: Item) -> None:
-        """Bring its worth up to date, if it is a candidate."""
-        place = self.places.get(item)
-        if place is not None:
-            self.worth[place] = _worth(item)
-
-    def remove(self, item: Item) -> None:
-        place, last = self.places.pop(item), self.items.pop()
-        if last is not item:
-            end = len(self.items)
-            self.items[place] = last
-            self.places[last] = place
-            for column in (self.rows, self.entered, self.worth):
-                column[place] = column[end]
-
-
 class Regret:
     """Least (index of class and age) * (tokens lost) / (bytes freed).
 
@@ -94,8 +57,8 @@ class Regret:
         self.now = 0
         self.survival = Survival()
         self._random = random.Random(seed)
-        self._checkpoints = _Columns()
-        self._kv = _Columns()
+        self._checkpoints = Columns()
+        self._kv = Columns()
         self._dead: dict[Item, None] = {}
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
@@ -136,8 +99,7 @@ class Regret:
         if memo is not None and item.uses > memo.uses:
             self._used(item, memo)
             columns = self._columns(item)
-            if item in columns.places:
-                columns.remove(item)
+            if item in columns:
                 columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
 
     def discard(self, item: Item) -> None:
@@ -181,11 +143,17 @@ class Regret:
     def _revalue(self) -> None:
         """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""
         for item in self._stale:
-            self._columns(item).revalue(item)
+            self._bring_up(item)
         self._stale.clear()
         candidates = self._checkpoints.items
         if candidates:
-            self._checkpoints.revalue(candidates[self._random.randrange(len(candidates))])
+            self._bring_up(candidates[self._random.randrange(len(candidates))])
+
+    def _bring_up(self, item: Item) -> None:
+        columns = self._columns(item)
+        place = columns.places.get(item)
+        if place is not None:
+            columns.worths[place] = _worth(item)
 
     def _rank_kv(self) -> None:
         """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
@@ -198,7 +166,7 @@ class Regret:
         if item.last_used > self.now:
             self.now = item.last_used
 
-    def _columns(self, item: Item) -> _Columns:
+    def _columns(self, item: Item) -> Columns:
         return self._kv if item.kind == "kv" else self._checkpoints
 
     def _turn(self, item: Item) -> int:
@@ -232,7 +200,7 @@ class Regret:
         row = self.survival.row(key, prior * SPECULATIVE_PRIOR if speculative else prior)
         memo.stage = self.survival.open(row, memo.active)
 
-    def _least(self, columns: _Columns) -> Item | None:
+    def _least(self, columns: Columns) -> Item | None:
         """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""
         for _ in range(8):
             count = len(columns.items)
@@ -240,14 +208,14 @@ class Regret:
                 return None
             first = 0 if count <= SAMPLE else self._random.randrange(count - SAMPLE)
             window = slice(first, min(first + SAMPLE, count))
-            ages = np.maximum(self.now - columns.entered[window], 0)
+            ages = np.maximum(self.now - columns.times[window], 0)
             index = self.survival.index[columns.rows[window], age_bins(ages)]
-            place = first + int(np.argmin(index * columns.worth[window]))
+            place = first + int(np.argmin(index * columns.worths[window]))
             item = columns.items[place]
             worth = _worth(item)
-            if worth <= columns.worth[place] * 1.0001:
+            if worth <= columns.worths[place] * 1.0001:
                 break
-            columns.worth[place] = worth
+            columns.worths[place] = worth
         return item
 
 

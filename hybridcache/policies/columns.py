@@ -1,0 +1,52 @@
+"""Candidates as parallel arrays, for policies whose scores all change with every request."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.policies.protocol import Item
+
+
+class Columns:
+    """Items with three numbers each, so that a victim is one vector expression. Removal swaps with the last: O(1)."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.places: dict[Item, int] = {}
+        self.rows: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        """A class number."""
+        self.times: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        """A logical time: of the last use, or of the entry into the class."""
+        self.worths: npt.NDArray[np.float64] = np.zeros(64)
+        """What a use is worth, per byte."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, item: Item) -> bool:
+        return item in self.places
+
+    def put(self, item: Item, row: int, time: int, worth: float) -> None:
+        """Add ``item``, or change its numbers. Amortised O(1)."""
+        place = self.places.get(item)
+        if place is None:
+            place = self.places[item] = len(self.items)
+            self.items.append(item)
+            if place == len(self.rows):
+                self.rows, self.times = _doubled(self.rows), _doubled(self.times)
+                self.worths = np.concatenate((self.worths, np.zeros_like(self.worths)))
+        self.rows[place], self.times[place], self.worths[place] = row, time, worth
+
+    def remove(self, item: Item) -> None:
+        place, last = self.places.pop(item), self.items.pop()
+        if last is not item:
+            end = len(self.items)
+            self.items[place] = last
+            self.places[last] = place
+            for column in (self.rows, self.times, self.worths):
+                column[place] = column[end]
+
+
+def _doubled(column: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate((column, np.zeros_like(column)))
