@@ -229,21 +229,34 @@ def sweep_figure(
                 textcoords="offset points",
                 fontsize=7,
             )
-        axis.set_xscale("log")
-        axis.set_xlabel("memory for KV and checkpoints, GiB")
+        size_axis(axis)
         axis.set_ylabel(metric.title)
         axis.set_title(f"{result.trace} ({result.geometry.name})", fontsize=9)
     save(figure, axes, path, caption)
 
 
-def panels(count: int, width: float = 4.6, height: float = 3.5) -> tuple[Any, list[Any]]:
-    """A figure of ``count`` panels, at most three in a row, and their axes."""
+def size_axis(axis: Any, label: str = "memory for KV and checkpoints, GiB") -> None:
+    """A logarithmic x axis in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xlabel(label)
+
+
+def panels(
+    count: int, width: float = 4.6, height: float = 3.5, columns: int = 3
+) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` panels, at most ``columns`` in a row, and their axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(count, 3)
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure, grid = pyplot.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False

@@ -1,11 +1,12 @@
 """Seeded workloads that others were measured on, each exactly as it was stated. One id is one token.
 
-``spread`` below is U(.3, 1.7) around a mean: ``int(mean * uniform(.3, 1.7))``. Requests come one at a time, a second apart.
+``spread`` below is U(.3, 1.7) around a mean: ``int(mean * uniform(.3, 1.7))``. Requests come one at a time, a second apart. With
+``boundaries`` (the default) a prompt says where its system prompt, document or examples end, as a chat template or a client can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -32,26 +33,26 @@ class _Writer:
         return int(self.rng.integers(low, high + 1))
 
 
-def _numbered(requests: Iterator[tuple[int, Ids, Ids, int]]) -> Iterator[TraceRequest]:
-    """(session, prompt, answer, end of the system segment) to requests a second apart."""
-    for second, (session, prompt, answer, system_end) in enumerate(requests):
-        boundaries = (system_end,) if system_end else ()
-        yield TraceRequest(float(second), session, None, prompt, answer, boundaries)
+_Drawn = Iterator[tuple[int, Ids, Ids, int]]
+"""(session, prompt, answer, end of the part that others share: 0 where there is none)."""
 
 
-def chat(seed: int = 0) -> Trace:
+def _numbered(draw: Callable[[int], _Drawn], seed: int, boundaries: bool) -> Iterator[TraceRequest]:
+    """Requests a second apart; with ``boundaries`` each says where its shared part ends."""
+    for second, (session, prompt, answer, shared_end) in enumerate(draw(seed)):
+        known = (shared_end,) if shared_end and boundaries else ()
+        yield TraceRequest(float(second), session, None, prompt, answer, known)
+
+
+def chat(seed: int = 0, boundaries: bool = True) -> Trace:
     """40 conversations of 8 turns over 4 system prompts of 1,500; a turn brings about 300, its answer about 250.
 
     Each round visits the conversations in a fresh random order. Ideal token hit rate .918.
     """
-    return Trace("chat", 1, partial(_chat_requests, seed))
+    return Trace("chat", 1, partial(_numbered, _chat, seed, boundaries))
 
 
-def _chat_requests(seed: int) -> Iterator[TraceRequest]:
-    return _numbered(_chat(seed))
-
-
-def _chat(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _chat(seed: int) -> _Drawn:
     writer = _Writer(seed)
     systems = [writer.text(1500) for _ in range(4)]
     histories = [systems[conversation % 4] for conversation in range(40)]
@@ -64,16 +65,12 @@ def _chat(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
             yield conversation, prompt, answer, 1500
 
 
-def few_shot(seed: int = 0) -> Trace:
+def few_shot(seed: int = 0, boundaries: bool = True) -> Trace:
     """320 requests: one of 8 prefixes of 1,500 at random, then 700 of their own; answers of 32. Ideal .665."""
-    return Trace("few-shot", 1, partial(_few_shot_requests, seed))
+    return Trace("few-shot", 1, partial(_numbered, _few_shot, seed, boundaries))
 
 
-def _few_shot_requests(seed: int) -> Iterator[TraceRequest]:
-    return _numbered(_few_shot(seed))
-
-
-def _few_shot(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _few_shot(seed: int) -> _Drawn:
     writer = _Writer(seed)
     prefixes = [writer.text(1500) for _ in range(8)]
     for request in range(320):
@@ -81,16 +78,12 @@ def _few_shot(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
         yield request, np.concatenate((prefix, writer.text(700))), writer.text(32), 1500
 
 
-def agent(seed: int = 0) -> Trace:
+def agent(seed: int = 0, boundaries: bool = True) -> Trace:
     """10 agents from 4,000 tokens of their own, 32 turns each adding U{50..600}, answers U{40..200}; round-robin. Ideal .960."""
-    return Trace("agent", 1, partial(_agent_requests, seed))
+    return Trace("agent", 1, partial(_numbered, _agent, seed, boundaries))
 
 
-def _agent_requests(seed: int) -> Iterator[TraceRequest]:
-    return _numbered(_agent(seed))
-
-
-def _agent(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _agent(seed: int) -> _Drawn:
     writer = _Writer(seed)
     histories = [writer.text(4000) for _ in range(10)]
     for _ in range(32):
@@ -102,16 +95,12 @@ def _agent(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
             yield number, prompt, answer, 4000
 
 
-def branch(seed: int = 0) -> Trace:
+def branch(seed: int = 0, boundaries: bool = True) -> Trace:
     """10 documents of 6,000, 4 questions of 120 on each, 4 samples of 40 on each question; depth first, answers of 60. Ideal .928."""
-    return Trace("branch", 1, partial(_branch_requests, seed))
+    return Trace("branch", 1, partial(_numbered, _branch, seed, boundaries))
 
 
-def _branch_requests(seed: int) -> Iterator[TraceRequest]:
-    return _numbered(_branch(seed))
-
-
-def _branch(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _branch(seed: int) -> _Drawn:
     writer = _Writer(seed)
     for number in range(10):
         document = writer.text(6000)
@@ -121,16 +110,12 @@ def _branch(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
                 yield number, np.concatenate((stem, writer.text(40))), writer.text(60), 6000
 
 
-def resend(seed: int = 0) -> Trace:
+def resend(seed: int = 0, boundaries: bool = True) -> Trace:
     """40 prompts of U{400..6,000}, the whole list three times, answers of 16. Ideal .666."""
-    return Trace("resend", 1, partial(_resend_requests, seed))
+    return Trace("resend", 1, partial(_numbered, _resend, seed, boundaries))
 
 
-def _resend_requests(seed: int) -> Iterator[TraceRequest]:
-    return _numbered(_resend(seed))
-
-
-def _resend(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _resend(seed: int) -> _Drawn:
     writer = _Writer(seed)
     prompts = [writer.text(writer.between(400, 6000)) for _ in range(40)]
     for _ in range(3):
@@ -138,16 +123,12 @@ def _resend(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
             yield number, prompt, writer.text(16), 0
 
 
-def short(seed: int = 0) -> Trace:
+def short(seed: int = 0, boundaries: bool = True) -> Trace:
     """40 conversations of 3 turns over 4 system prompts of 320; turns of 60, answers of 60; fresh order each round. Ideal .859."""
-    return Trace("short", 1, partial(_short_requests, seed))
+    return Trace("short", 1, partial(_numbered, _short, seed, boundaries))
 
 
-def _short_requests(seed: int) -> Iterator[TraceRequest]:
-    return _numbered(_short(seed))
-
-
-def _short(seed: int) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _short(seed: int) -> _Drawn:
     writer = _Writer(seed)
     systems = [writer.text(320) for _ in range(4)]
     histories = [systems[conversation % 4] for conversation in range(40)]
@@ -164,6 +145,7 @@ def conversations(
     num_conversations: int = 2000,
     turns: int = 5,
     seed: int = 0,
+    boundaries: bool = True,
 ) -> Trace:
     """The tree-cost workload: 16 system prompts of 500; a turn adds n = U{200..1,000}, floor(2n/3) of them the user's.
 
@@ -171,18 +153,11 @@ def conversations(
     10,000 requests of about 2,100 tokens; 20 conversations of 200 turns are the long variant (mean prompt 61,000).
     """
     name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
-    return Trace(name, 1, partial(_conversation_requests, live, num_conversations, turns, seed))
+    draw = partial(_conversations, live, num_conversations, turns)
+    return Trace(name, 1, partial(_numbered, draw, seed, boundaries))
 
 
-def _conversation_requests(
-    live: int, num_conversations: int, turns: int, seed: int
-) -> Iterator[TraceRequest]:
-    return _numbered(_conversations(live, num_conversations, turns, seed))
-
-
-def _conversations(
-    live: int, num_conversations: int, turns: int, seed: int
-) -> Iterator[tuple[int, Ids, Ids, int]]:
+def _conversations(live: int, num_conversations: int, turns: int, seed: int) -> _Drawn:
     writer = _Writer(seed)
     systems = [writer.text(500) for _ in range(16)]
     opened = min(live, num_conversations)

@@ -1,0 +1,51 @@
+"""Marconi against itself: the paper's equations, the artifact as it is, the artifact repaired, and the baseline it was measured against.
+
+python -m experiments.study_marconi [--points 6]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.lab import MARCONI_7B, arguments, figure_path, keep, slim, sweep, workloads
+from hybridcache.baselines import BASELINES
+from hybridcache.policies.eviction import EVICTION
+from hybridcache.report import sweep_figure
+from hybridcache.simulate import SimulationResult
+
+READINGS = tuple(
+    word
+    for word in ("marconi", "marconi-artifact", "marconi-repaired", "sglang-plus")
+    if word in BASELINES
+)
+POLICIES = tuple(word for word in ("lru", "regret") if word in EVICTION)
+
+
+def main() -> None:
+    options = arguments(__doc__, "sharegpt-like", "chat", "few-shot")
+    results: list[SimulationResult] = []
+    records: list[dict[str, Any]] = []
+    for word in (bar := workloads(options)):
+        # On Marconi's own model and its grid of one token, whatever the trace.
+        result = sweep(
+            word,
+            options,
+            bar,
+            model=MARCONI_7B,
+            grid=1,
+            policy=POLICIES,
+            baseline=READINGS,
+            optimum="greedy",
+        )
+        results.append(result)
+        records += [slim(word, run, bound=result.bound_rate) for run in result.runs]
+    keep("study_marconi", records)
+    caption = "One name, three policies: which reading of Marconi is meant decides the comparison as much as the comparison itself."
+    sweep_figure(results, figure_path("study_marconi"), emphasised=("marconi",), caption=caption)
+    for result in results:
+        print(result.table(), end="\n\n")
+        print(result.table("optimum"), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
