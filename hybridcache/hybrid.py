@@ -14,11 +14,15 @@ from hybridcache.interface import Eviction, Indices, InsertResult, Losses, Prefi
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Kind
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
+from hybridcache.radix.render import render_graphviz, render_svg, render_text
 from hybridcache.residency import Residency
 from hybridcache.stats import CacheStats
 
 NO_INDICES: Indices = np.empty(0, np.int32)
 NO_INDICES.setflags(write=False)
+
+
+RENDERERS = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}
 
 
 class Receipt:
@@ -188,6 +192,11 @@ class HybridRadixCache:
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
         """
         residency, tree = self._residency, self._tree
+        if len(kv_indices) != len(tokens) or tokens.dtype != np.int32:
+            raise ValueError(
+                f"{len(kv_indices)} KV indices for {len(tokens)} tokens of type {tokens.dtype}: "
+                "as many as tokens are needed, and int32 ids"
+            )
         num_tokens = len(tokens) - len(tokens) % self.page_size
         while after is not None and after.end > owned_from:
             after = after.parent
@@ -365,6 +374,12 @@ class HybridRadixCache:
                 if node.checkpoint is not None:
                     listener.checkpoint_stored(node)
         self._residency.listener = listener
+
+    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
+        """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn)."""
+        if form not in RENDERERS:
+            raise ValueError(f"a tree is drawn as {', '.join(RENDERERS)}, not {form!r}")
+        return RENDERERS[form](self._tree, max_nodes)
 
     # -- for people ---------------------------------------------------------------------------------------------------
 

@@ -287,6 +287,12 @@ class Residency:
         """Checkpoints under locks. O(locked nodes)."""
         return sum(node.checkpoint is not None for node in self.locked)
 
+    def mark_superseded(self) -> None:
+        """Set every checkpoint's ``superseded`` anew, before the policy knows any. O(tree)."""
+        for node in self.tree.nodes():
+            if node.checkpoint is not None:
+                node.checkpoint.superseded = has_deeper(node)
+
     def candidates(self) -> Iterator[Item]:
         """What the policy must hold, found from scratch. O(tree)."""
         for node in self.tree.nodes():

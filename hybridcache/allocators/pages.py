@@ -88,6 +88,20 @@ class PageAllocator(BaseAllocator):
         self._stack[self._height : self._height + num_pages] = pages
         self._height += num_pages
 
+    def reserve(self, rows: Indices) -> None:
+        """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free, or the budget is too small."""
+        if len(rows) > self.num_free or len(rows) % self.page_size:
+            raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
+        pages = rows[:: self.page_size] // self.page_size
+        kept = self._stack[: self._height]
+        kept = kept[~np.isin(kept, pages)]
+        if len(kept) + len(pages) != self._height:
+            raise ValueError("rows asked for are not free")
+        self._stack[: len(kept)] = kept
+        self._height = len(kept)
+        if self.budget is not None:
+            self.budget.take(len(rows) * self.unit_bytes)
+
     def free_rows(self) -> Indices:
         """All unused rows, in no order: int32[num_unused]. O(capacity)."""
         pages = self._stack[: self._height]

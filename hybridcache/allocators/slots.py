@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
 
@@ -44,6 +46,15 @@ class SlotAllocator(BaseAllocator):
         if self.budget is not None:
             self.budget.give_back(self.unit_bytes)
         self._stack.append(slot)
+
+    def reserve(self, slots: Sequence[int]) -> None:
+        """Take exactly ``slots``. O(capacity). ValueError: some are not free, or the budget is too small."""
+        taken = set(slots)
+        if len(slots) > self.num_free or not taken <= set(self._stack):
+            raise ValueError(f"{len(slots)} slots asked for that are not free")
+        self._stack = [slot for slot in self._stack if slot not in taken]
+        if self.budget is not None:
+            self.budget.take(len(slots) * self.unit_bytes)
 
     def free_slots(self) -> list[int]:
         """All unused slots, in no order. O(capacity)."""
