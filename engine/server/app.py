@@ -29,6 +29,10 @@ from engine.server.schemas import (
 from engine.server.streaming import ClientGone
 
 
+BACKLOG = 4096
+"""Connections that may wait to be accepted."""
+
+
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """The application that serves ``engine``, which starts and stops with it."""
     front = Front(engine, config.served_model_name or engine.model_name)
@@ -157,6 +161,7 @@ def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) ->
         uvicorn.Config(
             create_app(engine, config),
             log_level=logging.WARNING,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=int(config.drain_s),
         )
     )

@@ -1,0 +1,118 @@
+"""What happens when ten thousand clients come at once, and some of them leave in the middle?
+
+Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a tenth hang up, and then asks
+the server whether it lives and whether every KV row and state slot is accounted for. Loopback only.
+
+    python -m experiments.flood --requests 10000
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.flags import Parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.flood", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--max-queue", type=int, default=1024, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < options.requests + 100:
+        print(f"flood: only {most} files may be open here: lower --requests.", file=sys.stderr)
+        return 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.1"]
+    command += ["--max-queue", str(options.max_queue), "--max-model-len", "2048"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = _port(server)
+            started = time.perf_counter()
+            outcomes = asyncio.run(_flood(port, options.requests))
+            spent_s = time.perf_counter() - started
+            report = _settled(port)
+        finally:
+            server.terminate()
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{count:>8,}  {outcome}")
+    conserved = all(
+        pool["free"] + pool["cached"] == pool["total"] and not pool["held"]
+        for pool in (report["kv"], report["slots"])
+    )
+    print(
+        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and free + cached + held == total "
+        f"for KV and slots: {conserved}"
+    )
+    return 0 if conserved and server.returncode == 0 else 1
+
+
+def _port(server: subprocess.Popen[str]) -> int:
+    assert server.stdout is not None
+    for line in server.stdout:
+        if found := re.search(r"address .*:(\d+)/v1", line):
+            return int(found[1])
+    raise RuntimeError("the server did not start")
+
+
+async def _flood(port: int, num_requests: int) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with tqdm(total=num_requests, unit=" requests", leave=False) as bar:
+
+        async def ask(number: int) -> None:
+            outcomes[await _ask(port, number)] += 1
+            bar.update()
+
+        await asyncio.gather(*map(ask, range(num_requests)))
+    return outcomes
+
+
+async def _ask(port: int, number: int) -> str:
+    """One client: a short prompt from one of fifty families; every tenth leaves after a moment."""
+    body = {"prompt": f"{number % 50} says hello " * 12, "max_tokens": 2, "stream": number % 2 == 0}
+    payload = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+    )
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + payload)
+        if number % 10 == 0:
+            await asyncio.sleep(0.2)
+            writer.close()
+            return "hung up"
+        answer = await reader.read()
+        writer.close()
+    except OSError as error:
+        return f"connection failed: {error.strerror}"
+    status = answer[9:12].decode() or "nothing"
+    has_advice = b"retry-after" in answer.lower()
+    return f"answered {status}" + (" with Retry-After" if has_advice else "")
+
+
+def _settled(port: int, timeout_s: float = 120) -> dict[str, Any]:
+    """The report of /v1/cache once nothing runs or waits."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/cache", timeout=60) as answer:
+            report: dict[str, Any] = json.load(answer)
+        if not report["num_running"] + report["num_waiting"] or time.monotonic() > deadline:
+            return report
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
