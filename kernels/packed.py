@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 TILE = 64
 """Tokens per tile, counted from each sequence's start: the grid on which work is cut and states may be exported."""
+
+
+class PackedTables(NamedTuple):
+    """`Packed` as a kernel takes it: one argument of three tables."""
+
+    cu_seqlens: torch.Tensor
+    tile_sequences: torch.Tensor
+    cu_tiles: torch.Tensor
+
+
+class ExportTables(NamedTuple):
+    """`Exports` as a kernel takes them: one argument of three tables."""
+
+    ends: torch.Tensor
+    slots: torch.Tensor
+    cu_exports: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,11 @@ class Packed:
             cu_tiles=_int32(running_sum(tiles), device),
         )
 
+    @property
+    def tables(self) -> PackedTables:
+        """The device's half, for a kernel."""
+        return PackedTables(self.cu_seqlens, self.tile_sequences, self.cu_tiles)
+
 
 @dataclass(frozen=True, slots=True)
 class Exports:
@@ -47,12 +69,8 @@ class Exports:
     """How many tokens from that sequence's start it stands for: a multiple of 64, or the whole length; at least 1."""
     slots: tuple[int, ...]
     """The slot it is written to: nobody reads or writes it otherwise in this call."""
-    end_table: torch.Tensor
-    """int32[E], ``ends`` on the device."""
-    slot_table: torch.Tensor
-    """int32[E], ``slots`` on the device."""
-    cu_exports: torch.Tensor
-    """int32[B + 1]: sequence b has exports ``cu_exports[b]:cu_exports[b + 1]``."""
+    tables: ExportTables
+    """On the device: int32[E] ends and slots; sequence b has those of ``cu_exports[b]:cu_exports[b + 1]``, int32[B + 1]."""
 
     @classmethod
     def plan(cls, packed: Packed, exports: Sequence[tuple[int, int, int]]) -> Exports | None:
@@ -78,9 +96,9 @@ class Exports:
             sequences=sequences,
             ends=ends,
             slots=slots,
-            end_table=_int32(ends, device),
-            slot_table=_int32(slots, device),
-            cu_exports=_int32(running_sum(counts), device),
+            tables=ExportTables(
+                _int32(ends, device), _int32(slots, device), _int32(running_sum(counts), device)
+            ),
         )
 
 

@@ -14,6 +14,9 @@ import torch
 
 from kernels.packed import Exports, Packed
 
+BLOCK = 2**17
+"""Elements that are worked on at a time."""
+
 
 def prefill_conv1d(
     x: torch.Tensor,
@@ -35,25 +38,23 @@ def prefill_conv1d(
 
     Returns ``[T, C]`` in x's dtype.
     """
-    _check_window(x, weight, states)
+    check_window(x, weight, states)
     reach = weight.shape[1] - 1
-    windows = states[slots.long()].mT * resumed[:, None, None]
+    windows = states[slots.long()].masked_fill_(~resumed[:, None, None], 0).mT
     pieces, starts, start = [], [], 0
     for window, tokens in zip(windows, x.split(packed.lengths), strict=True):
         pieces += [window.to(x.dtype), tokens]
         starts.append(start)
         start += reach + len(tokens)
-    padded = (
-        torch.cat(pieces) if pieces else x
-    )  # [T + B (W - 1), C]: every sequence behind its window
+    # [T + B (W - 1), C]: every sequence behind its window
+    padded = torch.cat(pieces) if pieces else x
     rows = [
         padded.new_empty(0, dtype=torch.long),
         *(torch.arange(s, s + n) for s, n in zip(starts, packed.lengths, strict=True)),
     ]
     out = _convolve(padded, weight, bias, num_rows=max(len(padded) - reach, 0))
-    saves = [
-        (b, n, slot) for (b, n), slot in zip(enumerate(packed.lengths), slots.tolist(), strict=True)
-    ]
+    own = zip(range(len(slots)), packed.lengths, slots.tolist(), strict=True)
+    saves = [(sequence, length, slot) for sequence, length, slot in own if length]
     if exports is not None:
         saves += zip(exports.sequences, exports.ends, exports.slots, strict=True)
     for sequence, end, slot in saves:
@@ -74,18 +75,50 @@ def decode_conv1d(
 
     ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in `prefill_conv1d`.
     """
-    _check_window(x, weight, states)
+    check_window(x, weight, states)
     index = slots.long()
     window = torch.cat([states[index], x[:, :, None].to(states.dtype)], dim=2)  # [B, C, W]
     states[index] = window[:, :, 1:]
     return _finish(_taps(list(window.unbind(2)), weight), bias, x.dtype)
 
 
+def verify_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    step_states: torch.Tensor,
+) -> torch.Tensor:
+    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them kept.
+
+    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read, and ``step_states``
+    ``[B, steps, C, W - 1]`` receives the windows. `kernels.gdn.reference.commit_states` takes over the accepted ones.
+    """
+    check_window(x, weight, states)
+    reach = weight.shape[1] - 1
+    inputs = torch.cat(
+        [states[slots.long()], x.mT.to(states.dtype)], dim=2
+    )  # [B, C, W - 1 + steps]
+    step_states.copy_(inputs[:, :, 1:].unfold(2, reach, 1).transpose(1, 2))
+    taps = [inputs[:, :, w : w + x.shape[1]].mT for w in range(reach + 1)]
+    return _finish(_taps(taps, weight), bias, x.dtype)
+
+
 def _convolve(
     padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, num_rows: int
 ) -> torch.Tensor:
-    taps = [padded[w : w + num_rows] for w in range(weight.shape[1])]
-    return _finish(_taps(taps, weight), bias, padded.dtype)
+    channels, width = weight.shape
+    out = padded.new_empty(num_rows, channels)
+    # Some rows at a time: every pass is over what stays in the processor's cache.
+    rows = max(BLOCK // channels, 1)
+    for start in range(0, num_rows, rows):
+        end = min(start + rows, num_rows)
+        block = padded[start : end + width - 1].float()
+        taps = [block[w : w + end - start] for w in range(width)]
+        out[start:end] = _finish(_taps(taps, weight), bias, torch.float32)
+    return out
 
 
 def _taps(taps: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
@@ -102,7 +135,8 @@ def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) 
     return (total / total.neg().exp_().add_(1)).to(dtype)
 
 
-def _check_window(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> None:
+def check_window(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> None:
+    """Raise ValueError where windows do not fit the weights, or would round the inputs they hold."""
     if states.shape[1:] != (x.shape[-1], weight.shape[1] - 1):
         raise ValueError(f"windows {tuple(states.shape)} do not fit weights {tuple(weight.shape)}")
     if torch.promote_types(x.dtype, states.dtype) != states.dtype:

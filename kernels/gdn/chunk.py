@@ -19,8 +19,6 @@ The state and everything elementwise are float32. Each reduction has one order, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -31,22 +29,6 @@ BT = tl.constexpr(TILE)
 LOG_BT = tl.constexpr(TILE.bit_length() - 1)
 
 
-class Layout(NamedTuple):
-    """`Packed` as a kernel reads it."""
-
-    cu_seqlens: torch.Tensor
-    tile_sequences: torch.Tensor
-    cu_tiles: torch.Tensor
-
-
-class Stops(NamedTuple):
-    """`Exports` as a kernel reads them."""
-
-    ends: torch.Tensor
-    slots: torch.Tensor
-    cu_exports: torch.Tensor
-
-
 @triton.jit
 def solve_kernel(
     p_q,
@@ -55,7 +37,7 @@ def solve_kernel(
     p_beta,
     p_matrices,
     p_vectors,
-    layout,
+    packed,
     stride_q,
     stride_k,
     scale,
@@ -69,12 +51,12 @@ def solve_kernel(
     ``[N, HV, 4, BT]`` what scales the rows of K S, of Q S, of N, and the state.
     """
     i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_sequence = tl.load(layout.tile_sequences + i_tile)
-    first = tl.load(layout.cu_seqlens + i_sequence)
-    first += (i_tile - tl.load(layout.cu_tiles + i_sequence)) * BT
+    i_sequence = tl.load(packed.tile_sequences + i_tile)
+    first = tl.load(packed.cu_seqlens + i_sequence)
+    first += (i_tile - tl.load(packed.cu_tiles + i_sequence)) * BT
     o_t = tl.arange(0, BT)
     o_token = (first + o_t).to(tl.int64)
-    m_token = o_token < tl.load(layout.cu_seqlens + i_sequence + 1)
+    m_token = o_token < tl.load(packed.cu_seqlens + i_sequence + 1)
 
     p_q += i_head // (HV // H) * K + o_token[:, None] * stride_q
     p_k += i_head // (HV // H) * K + o_token[:, None] * stride_k
@@ -146,7 +128,7 @@ def scan_kernel(
     p_states,
     p_slots,
     p_resumed,
-    layout,
+    packed,
     exports,
     strides,
     H: tl.constexpr,
@@ -162,8 +144,8 @@ def scan_kernel(
     """
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stride_q, stride_k, stride_v, stride_slot = strides
-    first = tl.load(layout.cu_seqlens + i_sequence).to(tl.int64)
-    end = tl.load(layout.cu_seqlens + i_sequence + 1)
+    first = tl.load(packed.cu_seqlens + i_sequence).to(tl.int64)
+    end = tl.load(packed.cu_seqlens + i_sequence + 1)
     if first == end:
         return
     o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -180,7 +162,7 @@ def scan_kernel(
     m_initial = m_state & tl.load(p_resumed + i_sequence)
     b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
     b_state = b_state.to(tl.float32)
-    i_first = tl.load(layout.cu_tiles + i_sequence).to(tl.int64)
+    i_first = tl.load(packed.cu_tiles + i_sequence).to(tl.int64)
     i_tile, i_export, i_last = i_first, 0, 0
     if exports is not None:
         i_export = tl.load(exports.cu_exports + i_sequence)
@@ -257,8 +239,6 @@ def chunk_gdn(
         return out
     matrices = value.new_empty(num_tiles, num_value_heads, 2, TILE, TILE)
     vectors = gate.new_empty(num_tiles, num_value_heads, 4, TILE, dtype=torch.float32)
-    layout = Layout(packed.cu_seqlens, packed.tile_sequences, packed.cu_tiles)
-    stops = exports and Stops(exports.end_table, exports.slot_table, exports.cu_exports)
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = max(16, min(32, triton.next_power_of_2(value_dim)))
@@ -269,7 +249,7 @@ def chunk_gdn(
         beta.contiguous(),
         matrices,
         vectors,
-        layout,
+        packed.tables,
         query.stride(0),
         key.stride(0),
         scale or key_dim**-0.5,
@@ -291,8 +271,8 @@ def chunk_gdn(
         states,
         slots,
         resumed,
-        layout,
-        stops,
+        packed.tables,
+        exports and exports.tables,
         (query.stride(0), key.stride(0), value.stride(0), states.stride(0)),
         H=num_heads,
         HV=num_value_heads,

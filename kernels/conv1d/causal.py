@@ -1,0 +1,259 @@
+"""Causal depthwise convolution with SiLU in Triton. Formula and source: `kernels.conv1d.reference`.
+
+Every input is read from memory once and W - 1 times from the cache beside the cores, every output written once: 4 bytes per
+token and channel in bfloat16, bound by memory bandwidth. A sequence's window is read and replaced by one and the same
+program, that of its first tile, so that no program can see it half replaced.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.conv1d.reference import check_window
+from kernels.packed import TILE, Exports, Packed, rows_contiguous
+
+BT = tl.constexpr(TILE)
+
+
+@triton.jit
+def load_input(
+    p_sequence, p_window, position, o_c, stride_x, resumed, C: tl.constexpr, W: tl.constexpr
+):
+    """Inputs ``[BC]`` at a position counted from the sequence's start, of which the last W - 1 below 0 are the window."""
+    p_x = p_sequence + position.to(tl.int64) * stride_x + o_c
+    b_x = tl.load(p_x, mask=(o_c < C) & (position >= 0), other=0.0).to(tl.float32)
+    p_old = p_window + o_c * (W - 1) + (W - 1 + position)
+    return b_x + tl.load(p_old, mask=(o_c < C) & (position < 0) & resumed, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def save_window(
+    p_sequence, p_window, p_target, end, o_c, stride_x, resumed, C: tl.constexpr, W: tl.constexpr
+):
+    """Write the window after ``end >= 1`` tokens; in place too, since each element only takes from one behind it."""
+    for i_w in tl.static_range(W - 1):
+        b_x = load_input(p_sequence, p_window, end - (W - 1) + i_w, o_c, stride_x, resumed, C, W)
+        tl.store(p_target + o_c * (W - 1) + i_w, b_x.to(p_target.dtype.element_ty), mask=o_c < C)
+
+
+@triton.jit
+def activate(b_total, p_bias, o_c, C: tl.constexpr):
+    """``silu(total + bias)``."""
+    if p_bias is not None:
+        b_total += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    return b_total / (1.0 + tl.exp(-b_total))
+
+
+@triton.jit
+def prefill_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_out,
+    p_states,
+    p_slots,
+    p_resumed,
+    packed,
+    exports,
+    stride_x,
+    stride_slot,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Program (i_c, i_tile): BC channels of one tile, and the windows that end in it."""
+    i_c, i_tile = tl.program_id(0), tl.program_id(1)
+    i_sequence = tl.load(packed.tile_sequences + i_tile)
+    first = tl.load(packed.cu_seqlens + i_sequence).to(tl.int64)
+    length = (tl.load(packed.cu_seqlens + i_sequence + 1) - first).to(tl.int32)
+    i_local = i_tile - tl.load(packed.cu_tiles + i_sequence)
+    resumed = tl.load(p_resumed + i_sequence)
+    p_window = p_states + tl.load(p_slots + i_sequence).to(tl.int64) * stride_slot
+    p_sequence = p_x + first * stride_x
+
+    o_c = i_c * BC + tl.arange(0, BC)
+    o_t = i_local * BT + tl.arange(0, BT)
+    m_out = (o_t < length)[:, None] & (o_c < C)
+    b_total = tl.zeros([BT, BC], dtype=tl.float32)
+    for i_w in tl.static_range(W):
+        o_x = o_t - (W - 1) + i_w
+        p_row = p_sequence + o_x.to(tl.int64)[:, None] * stride_x + o_c
+        b_x = tl.load(p_row, mask=m_out & (o_x >= 0)[:, None], other=0.0).to(tl.float32)
+        if i_local == 0:
+            for i_t in tl.static_range(W - 1 - i_w):
+                p_old = p_window + o_c * (W - 1) + i_t + i_w
+                b_old = tl.load(p_old, mask=(o_c < C) & resumed, other=0.0).to(tl.float32)
+                b_x = tl.where((o_t == i_t)[:, None], b_old, b_x)
+        b_total += b_x * tl.load(p_weight + o_c * W + i_w, mask=o_c < C, other=0.0).to(tl.float32)
+    p_row = p_out + (first + o_t)[:, None] * C + o_c
+    tl.store(p_row, activate(b_total, p_bias, o_c, C).to(p_out.dtype.element_ty), mask=m_out)
+
+    if exports is not None:
+        i_last = tl.load(exports.cu_exports + i_sequence + 1)
+        for i_export in range(tl.load(exports.cu_exports + i_sequence), i_last):
+            end = tl.load(exports.ends + i_export)
+            if tl.cdiv(end, BT) - 1 == i_local:
+                i_slot = tl.load(exports.slots + i_export).to(tl.int64)
+                p_target = p_states + i_slot * stride_slot
+                save_window(p_sequence, p_window, p_target, end, o_c, stride_x, resumed, C, W)
+    if i_local == 0:
+        tl.debug_barrier()  # all threads have read the old window
+        save_window(p_sequence, p_window, p_window, length, o_c, stride_x, resumed, C, W)
+
+
+@triton.jit
+def decode_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_out,
+    p_states,
+    p_slots,
+    p_step_states,
+    num_steps,
+    stride_x,
+    stride_slot,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Program (i_c, i_token): BC channels of one token, with ``num_steps`` tokens to a sequence, one after another.
+
+    The window after it goes to ``p_step_states`` ``[B, num_steps, C, W - 1]``; where that is None, there is one step, and
+    its window replaces the one in the slot.
+    """
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    i_token = tl.program_id(1).to(tl.int64)
+    i_sequence, i_step = i_token // num_steps, i_token % num_steps
+    p_window = p_states + tl.load(p_slots + i_sequence).to(tl.int64) * stride_slot
+    p_sequence = p_x + i_sequence * num_steps * stride_x
+    b_total = tl.zeros([BC], dtype=tl.float32)
+    for i_w in tl.static_range(W):
+        b_x = load_input(p_sequence, p_window, i_step - (W - 1) + i_w, o_c, stride_x, True, C, W)
+        b_total += b_x * tl.load(p_weight + o_c * W + i_w, mask=o_c < C, other=0.0).to(tl.float32)
+    b_out = activate(b_total, p_bias, o_c, C).to(p_out.dtype.element_ty)
+    tl.store(p_out + i_token * C + o_c, b_out, mask=o_c < C)
+    p_target = p_window
+    if p_step_states is not None:
+        p_target = p_step_states + i_token * C * (W - 1)
+    save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
+
+
+def prefill_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+) -> torch.Tensor:
+    """Convolve packed sequences, each from the window in its slot, and leave its last window there. One launch.
+
+    - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C, W]``. ``bias``: ``[C]``
+      or None.
+    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
+      leaves its slot as it is.
+
+    Returns ``[T, C]`` in x's dtype.
+    """
+    check_window(x, weight, states)
+    x = rows_contiguous(x)
+    out = x.new_empty(x.shape)
+    num_channels, width = weight.shape
+    num_tiles = len(packed.tile_sequences)
+    if not num_tiles:
+        return out
+    block = min(64, triton.next_power_of_2(num_channels))
+    prefill_kernel[triton.cdiv(num_channels, block), num_tiles](
+        x,
+        weight.contiguous(),
+        bias,
+        out,
+        states,
+        slots,
+        resumed,
+        packed.tables,
+        exports and exports.tables,
+        x.stride(0),
+        states.stride(0),
+        C=num_channels,
+        W=width,
+        BC=block,
+        num_warps=4,
+    )
+    return out
+
+
+def decode_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by one. One launch.
+
+    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in `prefill_conv1d`.
+    """
+    return _decode(x, weight, bias, states, slots, step_states=None, num_steps=1)
+
+
+def verify_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    step_states: torch.Tensor,
+) -> torch.Tensor:
+    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them kept. One launch.
+
+    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read, and ``step_states``
+    ``[B, steps, C, W - 1]``, contiguous, receives the windows. `kernels.gdn.commit_states` takes over the accepted ones.
+    """
+    if not step_states.is_contiguous() or step_states.dtype != states.dtype:
+        raise ValueError("step_states must be contiguous and have the dtype of states")
+    rows, num_steps = x.flatten(0, 1), x.shape[1]
+    return _decode(rows, weight, bias, states, slots, step_states, num_steps).view(x.shape)
+
+
+def _decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    step_states: torch.Tensor | None,
+    num_steps: int,
+) -> torch.Tensor:
+    check_window(x, weight, states)
+    x = rows_contiguous(x)
+    out = x.new_empty(x.shape)
+    num_channels, width = weight.shape
+    block = min(256, triton.next_power_of_2(num_channels))
+    if len(x):
+        decode_kernel[triton.cdiv(num_channels, block), len(x)](
+            x,
+            weight.contiguous(),
+            bias,
+            out,
+            states,
+            slots,
+            step_states,
+            num_steps,
+            x.stride(0),
+            states.stride(0),
+            C=num_channels,
+            W=width,
+            BC=block,
+            num_warps=2,
+        )
+    return out

@@ -1,0 +1,5 @@
+"""The Triton twins of `kernels.conv1d.reference`."""
+
+from kernels.conv1d.causal import decode_conv1d, prefill_conv1d, verify_conv1d
+
+__all__ = ["decode_conv1d", "prefill_conv1d", "verify_conv1d"]

@@ -1,0 +1,49 @@
+"""What the convolution launches on Qwen3-Next's sizes: 8,192 channels, 4 taps."""
+
+import torch
+
+from kernels.conv1d.fused import decode_conv1d, prefill_conv1d, verify_conv1d
+from kernels.packed import Exports, Packed
+
+C, W = 8192, 4
+
+
+def _prefill() -> None:
+    packed = Packed.from_lengths([96, 64])
+    prefill_conv1d(
+        _inputs(160),
+        _weight(),
+        None,
+        states=_windows(),
+        packed=packed,
+        slots=torch.arange(2, dtype=torch.int32),
+        resumed=torch.zeros(2, dtype=torch.bool),
+        exports=Exports.plan(packed, [(0, 64, 2)]),
+    )
+
+
+def _decode() -> None:
+    slots = torch.arange(4, dtype=torch.int32)
+    decode_conv1d(_inputs(4), _weight(), None, states=_windows(), slots=slots)
+
+
+def _verify() -> None:
+    steps = torch.empty(4, 3, C, W - 1, dtype=torch.bfloat16)
+    slots = torch.arange(4, dtype=torch.int32)
+    x = _inputs(12).unflatten(0, (4, 3))
+    verify_conv1d(x, _weight(), None, states=_windows(), slots=slots, step_states=steps)
+
+
+def _inputs(count: int) -> torch.Tensor:
+    return torch.empty(count, C, dtype=torch.bfloat16)
+
+
+def _weight() -> torch.Tensor:
+    return torch.empty(C, W, dtype=torch.bfloat16)
+
+
+def _windows() -> torch.Tensor:
+    return torch.empty(4, C, W - 1, dtype=torch.bfloat16)
+
+
+LAUNCHES = {"prefill": _prefill, "decode": _decode, "verify": _verify}
