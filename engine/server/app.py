@@ -28,7 +28,6 @@ from engine.server.schemas import (
 )
 from engine.server.streaming import ClientGone
 
-
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
 

@@ -15,7 +15,7 @@ from engine.async_engine import RequestStream
 from engine.outputs import SampledToken
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
-from engine.server.front import LONG_TEXT, Ask, Front, new_id, usage
+from engine.server.front import LONG_TEXT, Ask, Front, namespace_of, new_id, usage
 from engine.server.schemas import ChatMessage, ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.templates import ChatPrompt, TemplateError, render_chat
@@ -33,7 +33,12 @@ async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    ask = Ask(prompt.token_ids, body.samplings(limit, num_top), body.cache_salt, prompt.boundaries)
+    ask = Ask(
+        prompt.token_ids,
+        body.samplings(limit, num_top),
+        namespace_of(body.cache_salt),
+        prompt.boundaries,
+    )
     streams = front.submit([ask])
     answer = _Answer(front, body)
     if body.stream:

@@ -14,7 +14,7 @@ from engine.async_engine import RequestStream
 from engine.outputs import SampledToken
 from engine.server import logprobs
 from engine.server.errors import of_failure
-from engine.server.front import Ask, Front, new_id, usage
+from engine.server.front import Ask, Front, namespace_of, new_id, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 
@@ -39,7 +39,7 @@ async def _ask(front: Front, body: CompletionRequest, prompt: str | list[int]) -
     return Ask(
         token_ids,
         body.samplings(body.max_tokens, body.logprobs),
-        namespace=body.cache_salt,
+        namespace=namespace_of(body.cache_salt),
         prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -115,6 +116,13 @@ class Front:
         async for index, output in self.outputs(streams):
             finals[index] = output
         return [finals[index] for index in range(len(streams))]
+
+
+def namespace_of(salt: str | None) -> str | None:
+    """The namespace of requests with one ``cache_salt``: its hash, since a salt is a secret and namespaces are shown."""
+    return (
+        None if salt is None else hashlib.sha256(salt.encode("utf-8", "replace")).hexdigest()[:32]
+    )
 
 
 def new_id(kind: str) -> str:

@@ -1,0 +1,15 @@
+"""The examples in the docstrings of what people read first."""
+
+from __future__ import annotations
+
+import doctest
+from types import ModuleType
+
+import pytest
+
+from engine import flags, inspect, templates, tokenizer, units
+
+
+@pytest.mark.parametrize("module", [flags, inspect, templates, tokenizer, units])
+def test_examples(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
