@@ -68,7 +68,7 @@ def _parser() -> Parser:
         action="store_true",
         help="made-up ones where the package is not installed",
     )
-    data("--conversations", type=int, default=24, help="how many (default: %(default)s)")
+    data("--conversations", type=int, default=20, help="how many (default: %(default)s)")
     data(
         "--cap",
         type=int,

@@ -76,6 +76,66 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
 
 
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": b"{broken"}, "config.json"),
+        (
+            {"config.json": json.dumps(TINY | {"model_type": "bert"}).encode()},
+            "'bert' are not supported",
+        ),
+        ({"config.json": json.dumps({"model_type": "qwen3"}).encode()}, "config.json has no"),
+        ({"config.json": json.dumps(TINY).encode()}, "safetensors"),
+        (
+            {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\x10\0\0"},
+            "model.safetensors",
+        ),
+        (
+            {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\xff" * 100},
+            "model.safetensors",
+        ),
+        (
+            {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\2\0\0\0\0\0\0\0{}"},
+            "model.embed_tokens.weight",
+        ),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "-".join(value),
+)
+def test_broken_model_directories(
+    files: dict[str, bytes], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert run("serve", "--port", "0", "--model", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1, error
+
+
+def test_a_model_without_a_tokenizer_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    flags = ("--load-format", "dummy", "--cache-gib", "0.05")
+    assert run("serve", "--port", "0", "--model", str(tmp_path), *flags) == 2
+    assert "put the model's tokenizer.json there" in capsys.readouterr().err
+
+
 def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
