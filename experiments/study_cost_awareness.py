@@ -12,15 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, workloads
-from hybridcache.baselines import BASELINES
 from hybridcache.costs import Roofline
-from hybridcache.policies.eviction import EVICTION
 from hybridcache.report import COLOURS, panels, save
 from hybridcache.simulate import SimulationResult, simulate
 from hybridcache.trace import Trace, TraceRequest
 
 BLIND = ("lru", "lfu", "s3-fifo", "arc")
-AWARE = ("gdsf", "hits-per-token", "tail-lru", "lhd", "regret")
+AWARE = ("gdsf", "hits-per-token", "tail-lru", "lhd", "marconi", "regret")
 LOAD = 0.7
 """Of one server, if nothing were cached and half of the time were saved."""
 
@@ -28,8 +26,6 @@ LOAD = 0.7
 def main() -> None:
     options = arguments(__doc__, "chat", "agent", "sharegpt-like", "coding-agent")
     options.points = options.points or 6
-    policies = [word for word in (*BLIND, *AWARE) if word in EVICTION]
-    peers = [word for word in ("marconi",) if word in BASELINES]
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):
@@ -41,8 +37,7 @@ def main() -> None:
             gib=f"{low}:{high}:{options.points}",
             model=workload.geometry,
             grid=workload.grid,
-            policy=policies,
-            baseline=peers,
+            policy=(*BLIND, *AWARE),
             processes=options.processes,
         )
         results.append(result)

@@ -17,7 +17,6 @@ from experiments.lab import (
     sweep,
     workloads,
 )
-from hybridcache.policies.checkpoint import PLACEMENT
 from hybridcache.report import COLOURS, panels, save
 from hybridcache.simulate import SimulationResult
 
@@ -42,11 +41,12 @@ PLACEMENTS = (
     "branch,backoff,end",
     "branch,boundary,backoff,end",
     "branch,boundary,backoff,end,every:2048",
-    *(
-        word
-        for word in ("balanced:4", "sqrt", "dyadic", "dp:4", "thinned", "regret")
-        if word.split(":")[0] in PLACEMENT
-    ),
+    "aligned:512",
+    "balanced:4",
+    "sqrt",
+    "dyadic",
+    "planned:4",
+    "regret",
 )
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, workloads
-from hybridcache.policies.eviction import EVICTION
 from hybridcache.report import COLOURS, panels, save, size_axis
 from hybridcache.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-POLICIES = tuple(word for word in ("lru", "regret") if word in EVICTION)
+POLICIES = ("lru", "regret")
 DASHES = ("-", "--")
 
 

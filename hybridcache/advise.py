@@ -21,6 +21,7 @@ from hybridcache.trace import Trace
 DEFAULT_POLICIES = ("regret", "lru")
 PLACEMENTS = (
     DEFAULT_CHECKPOINTS,
+    "regret",
     "branch,boundary,backoff",
     "branch,backoff",
     "boundary,end",

@@ -40,6 +40,17 @@ class SimulationResult:
     bound_rate: float | None
     """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
 
+    def beside(self, other: SimulationResult) -> SimulationResult:
+        """These runs and those of another sweep over the same trace, measured with the same yardsticks."""
+        yardsticks = {run.gib: run for run in self.runs}
+        added = []
+        for run in other.runs:
+            known = yardsticks.get(run.gib, run)
+            added.append(
+                replace(run, bound_tokens=known.bound_tokens, optimum_tokens=known.optimum_tokens)
+            )
+        return replace(self, runs=(*self.runs, *added))
+
     def by_label(self) -> dict[str, list[RunResult]]:
         """Runs of each competitor, by size."""
         found: dict[str, list[RunResult]] = {}

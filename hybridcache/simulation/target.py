@@ -63,7 +63,7 @@ class RunConfig:
     def label(self) -> str:
         """How tables and figures call it."""
         if self.baseline is not None:
-            return self.baseline
+            return f"{self.baseline} (rebuilt)"
         if self.checkpoints == DEFAULT_CHECKPOINTS:
             return self.policy
         return f"{self.policy} @ {self.checkpoints}"
