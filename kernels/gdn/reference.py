@@ -22,8 +22,10 @@ Delta Rule (arXiv 2406.06484), section 3.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
@@ -70,24 +72,91 @@ def chunk_gdn(
 
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    tiles = _solve_tiles(query, key, value, gate, beta, packed, scale or key.shape[-1] ** -0.5)
-    new_values, read_out = _scan(tiles, states, packed, slots, resumed, exports)
-    out = torch.baddbmm(
-        read_out.flatten(0, 1), tiles.attention.flatten(0, 1), new_values.flatten(0, 1)
-    ).view_as(read_out)
-    return out.transpose(1, 2).flatten(0, 1)[_token_rows(packed)].to(value.dtype)
+    layout = _layout(packed.lengths)
+    if not layout.active:
+        return torch.empty_like(value)
+    tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
+    new_values, out = _scan(tiles, states, packed, layout, slots, resumed, exports)
+    out.baddbmm_(tiles.attention, new_values)
+    return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
+
+
+class _Layout(NamedTuple):
+    """Tiles in the order they are scanned in: every sequence's first, then every second ..., the longest sequence first.
+    So those of one step lie next to each other."""
+
+    order: list[int]
+    """Sequences, the longest first."""
+    active: list[int]
+    """Per step: how many of them still have a tile to go."""
+    sources: torch.Tensor | None
+    """int64[num_tiles * 64]: the token at each place, any for padding; None: token by token."""
+    padding: torch.Tensor | None
+    """bool[num_tiles * 64]: places that hold no token; None: all do."""
+    places: torch.Tensor
+    """int64[T]: where each token stands."""
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.active)
+
+    def tile(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """``[T, H, D]`` into out float32 ``[num_tiles, H, 64, D]``."""
+        if self.sources is not None:
+            x = x.index_select(0, self.sources)
+        return out.copy_(x.unflatten(0, (-1, TILE)).transpose(1, 2))
+
+    def tile_factor(self, x: torch.Tensor) -> torch.Tensor:
+        """A factor per token, ``[T, H]``, to float32 ``[num_tiles, H, 64, 1]``; zero for padding."""
+        out = x.new_empty(self.num_tiles, x.shape[1], TILE, 1, dtype=torch.float32)
+        self.tile(x[..., None], out)
+        if self.padding is not None:
+            out.masked_fill_(self.padding.view(-1, 1, TILE, 1), 0.0)
+        return out
+
+    def untile(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``[num_tiles, H, 64, D]`` back to ``[T, H, D]``."""
+        rows = x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        return rows if self.sources is None else rows.index_select(0, self.places)
+
+
+@lru_cache(maxsize=8)
+def _layout(lengths: tuple[int, ...]) -> _Layout:
+    """Every linear layer of a step asks for the same one. O(T)."""
+    counts = [num_tiles(length) for length in lengths]
+    order = sorted(range(len(counts)), key=lambda b: -counts[b])
+    active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
+    step_starts = np.array(running_sum(active)[:-1], dtype=np.int64)
+    token_starts = running_sum(lengths)
+    places = np.empty(token_starts[-1], dtype=np.int64)
+    for rank, sequence in enumerate(order):
+        tokens = np.arange(lengths[sequence])
+        at = (step_starts[tokens // TILE] + rank) * TILE + tokens % TILE
+        places[token_starts[sequence] : token_starts[sequence + 1]] = at
+    num_places = sum(active) * TILE
+    sources = np.zeros(num_places, dtype=np.int64)
+    sources[places] = np.arange(len(places))
+    padding = np.ones(num_places, dtype=np.bool_)
+    padding[places] = False
+    is_plain = len(places) == num_places and bool((sources == places).all())
+    return _Layout(
+        order=order,
+        active=active,
+        sources=None if is_plain else torch.from_numpy(sources),
+        padding=torch.from_numpy(padding) if padding.any() else None,
+        places=torch.from_numpy(places),
+    )
 
 
 class _Tiles(NamedTuple):
-    """What each of N tiles contributes, independent of any state; padding tokens are zeros."""
+    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV, ...]``."""
 
-    new_values: torch.Tensor  # U [N, HV, 64, V]
-    readers: (
-        torch.Tensor
-    )  # W above scale * exp(G) Q, [N, HV, 128, K]: what multiplies the state before the tile
-    attention: torch.Tensor  # scale * (Q K^T * D) [N, HV, 64, 64]
-    writers: torch.Tensor  # (exp(G_64 - G) K)^T [N, HV, K, 64]
-    decay: torch.Tensor  # exp(G_64) [N, HV, 1, 1]
+    new_values: torch.Tensor  # U [.., 64, V]
+    reader: torch.Tensor  # W [.., 64, K]
+    query: torch.Tensor  # scale * exp(G) Q [.., 64, K]
+    attention: torch.Tensor  # scale * (Q K^T * D) [.., 64, 64]
+    writer: torch.Tensor  # exp(G_64 - G) K [.., 64, K]
+    decay: torch.Tensor  # exp(G_64) [.., 1, 1]
 
 
 def _solve_tiles(
@@ -96,36 +165,39 @@ def _solve_tiles(
     value: torch.Tensor,
     gate: torch.Tensor,
     beta: torch.Tensor,
-    packed: Packed,
+    layout: _Layout,
     scale: float,
 ) -> _Tiles:
-    group = value.shape[1] // key.shape[1]
-    query = _tiled(l2_normalise(query) * scale, packed)  # [N, H, 64, K]
-    key = _tiled(l2_normalise(key), packed)
-    value = _tiled(value.float(), packed)  # [N, HV, 64, V]
-    beta = _tiled(beta.float()[..., None], packed)  # [N, HV, 64, 1]
-    total = _tiled(gate.float()[..., None], packed).cumsum(dim=2)  # G [N, HV, 64, 1]
-
-    products = torch.cat([query, key], dim=2) @ key.mT  # [N, H, 128, 64]
-    products = products.repeat_interleave(group, dim=1)
-    query = query.repeat_interleave(group, dim=1)
-    key = key.repeat_interleave(group, dim=1)
+    """Padding has beta 0 and gate 0: it changes no state, and its rows are dropped. Its other numbers are anybody's."""
+    count, heads, key_dim = layout.num_tiles, key.shape[1], key.shape[2]
+    value_heads, value_dim = value.shape[1], value.shape[2]
+    grouped = (count, heads, value_heads // heads)
+    queries_keys = value.new_empty(count, heads, 2 * TILE, key_dim, dtype=torch.float32)
+    query = _normalise(layout.tile(query, queries_keys[:, :, :TILE]), scale)[:, :, None]
+    key = _normalise(layout.tile(key, queries_keys[:, :, TILE:]), 1.0)
+    products = (queries_keys @ key.mT)[:, :, None]  # [N, H, 1, 128, 64]
+    key = key[:, :, None]
+    beta = layout.tile_factor(beta).view(*grouped, TILE, 1)
+    total = layout.tile_factor(gate).cumsum(dim=2).view(*grouped, TILE, 1)  # G
+    opened, closing = total.exp(), total[..., -1:, :]
 
     future = torch.ones(TILE, TILE, dtype=torch.bool, device=key.device).triu(1)
-    pairwise = (total - total.mT).masked_fill(future, -torch.inf).exp()  # D
-    attention = products[:, :, :TILE] * pairwise
-    system = products[:, :, TILE:] * (pairwise * beta)
-    opened = total.exp()
-    right = torch.cat([value, key * opened], dim=3) * beta
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    new_values, reader = solved.split([value.shape[3], key.shape[3]], dim=3)
-    closing = total[:, :, -1:]
+    pairwise = (total - total.mT).masked_fill_(future, -torch.inf).exp_()  # D
+    attention = products[..., :TILE, :] * pairwise
+    system = pairwise.mul_(beta).mul_(products[..., TILE:, :])
+    right = value.new_empty(count, value_heads, TILE, value_dim + key_dim, dtype=torch.float32)
+    layout.tile(value, right[..., :value_dim]).mul_(beta.flatten(1, 2))
+    torch.mul(key, opened * beta, out=right.view(*grouped, TILE, -1)[..., value_dim:])
+    solved = torch.linalg.solve_triangular(
+        system.flatten(1, 2), right, upper=False, unitriangular=True
+    ).flatten(0, 1)
     return _Tiles(
-        new_values=new_values,
-        readers=torch.cat([reader, query * opened], dim=2),
-        attention=attention,
-        writers=(key * (closing - total).exp()).mT,
-        decay=closing.exp(),
+        new_values=solved[..., :value_dim],
+        reader=solved[..., value_dim:],
+        query=(query * opened).flatten(0, 2),
+        attention=attention.flatten(0, 2),
+        writer=(key * (closing - total).exp_()).flatten(0, 2),
+        decay=closing.exp().flatten(0, 2),
     )
 
 
@@ -133,33 +205,34 @@ def _scan(
     tiles: _Tiles,
     states: torch.Tensor,
     packed: Packed,
+    layout: _Layout,
     slots: torch.Tensor,
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q S`` of each tile."""
-    counts = [num_tiles(length) for length in packed.lengths]
-    first_tiles = running_sum(counts)
-    # The longest first: those that still have a tile to go are a prefix, and leave from its end.
-    order = sorted((b for b in range(len(counts)) if counts[b]), key=lambda b: -counts[b])
+    order = [b for b in layout.order if packed.lengths[b]]
     index = slots.long()[order]
-    carried = states[index].float() * resumed[order][:, None, None, None]
+    carried = states[index].float()
+    carried[~resumed[order]] = 0.0
     saves = _saves_by_tile(packed, exports)
 
-    new_values = torch.empty_like(tiles.new_values)
-    read_out = torch.empty_like(tiles.new_values)
-    for step in range(max(counts, default=0)):
-        active = [b for b in order if counts[b] > step]
-        rows = torch.tensor([first_tiles[b] + step for b in active])
-        state = carried[: len(active)]
-        read = tiles.readers[rows] @ state
-        new = tiles.new_values[rows] - read[:, :, :TILE]
-        new_values[rows] = new
-        read_out[rows] = read[:, :, TILE:]
-        state.mul_(tiles.decay[rows]).add_(tiles.writers[rows] @ new)
+    heads = carried.shape[1]
+    new_values = torch.empty_like(tiles.new_values, memory_format=torch.contiguous_format)
+    read_out = torch.empty_like(new_values)
+    first = 0
+    for step, num_active in enumerate(layout.active):
+        span = slice(first * heads, (first + num_active) * heads)
+        first += num_active
+        state = carried[:num_active]
+        flat = state.flatten(0, 1)
+        new = new_values[span]
+        torch.baddbmm(tiles.new_values[span], tiles.reader[span], flat, alpha=-1, out=new)
+        torch.bmm(tiles.query[span], flat, out=read_out[span])
+        flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
         if states.dtype != torch.float32:
             state.copy_(state.to(states.dtype))
-        for position, sequence in enumerate(active):
+        for position, sequence in enumerate(order[:num_active]):
             for slot in saves.get((sequence, step), ()):
                 states[slot].copy_(state[position])
     states[index] = carried.to(states.dtype)
@@ -246,6 +319,12 @@ def commit_states(
             states[:, slot].copy_(step_states[:, sequence, count - 1])
 
 
+def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
+
+
 def l2_normalise(x: torch.Tensor) -> torch.Tensor:
     """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, in float32."""
     x = x.float()
@@ -273,18 +352,3 @@ def _step(
     out = read + (query * key).sum(dim=-1, keepdim=True) * delta
     state.mul_(decay[..., None]).addcmul_(key[..., None], delta[..., None, :])
     return state, out.to(value.dtype)
-
-
-def _tiled(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """``[T, H, D]`` to ``[num_tiles, H, 64, D]``; the last tile of a sequence is filled up with zeros."""
-    count = sum(num_tiles(length) for length in packed.lengths)
-    padded = x.new_zeros(count * TILE, *x.shape[1:])
-    padded[_token_rows(packed)] = x
-    return padded.unflatten(0, (count, TILE)).transpose(1, 2).contiguous()
-
-
-def _token_rows(packed: Packed) -> torch.Tensor:
-    """int64[T]: where each token stands once every sequence begins at a tile of its own."""
-    starts = running_sum([num_tiles(length) * TILE for length in packed.lengths])
-    rows = [torch.arange(s, s + n) for s, n in zip(starts, packed.lengths, strict=False)]
-    return torch.cat([torch.arange(0), *rows])
