@@ -1,0 +1,151 @@
+"""Allocators: every index is in one hand, with and without a shared budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+
+TOKEN_BYTES, SLOT_BYTES = 2, 37
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Pages and slots, perhaps under one budget, against sets of what is held."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 16, 64, 256]),
+        num_pages=st.integers(0, 12),
+        num_slots=st.integers(0, 6),
+        total_bytes=st.none() | st.integers(1, 6000),
+    )
+    def make(self, page_size, num_pages, num_slots, total_bytes):
+        budget = None if total_bytes is None else ByteBudget(total_bytes)
+        self.budget = budget
+        self.page_size = page_size
+        self.pages = PageAllocator(num_pages * page_size, page_size, TOKEN_BYTES, budget)
+        self.slots = SlotAllocator(num_slots, SLOT_BYTES, budget)
+        self.rows: list[np.ndarray] = []
+        self.taken: list[int] = []
+
+    def free_bytes(self):
+        held = sum(map(len, self.rows)) * TOKEN_BYTES + len(self.taken) * SLOT_BYTES
+        return None if self.budget is None else self.budget.total_bytes - held
+
+    @rule(num_tokens=st.integers(0, 600))
+    def allocate_rows(self, num_tokens):
+        whole = -(-num_tokens // self.page_size) * self.page_size
+        held = sum(map(len, self.rows))
+        fits = whole <= self.pages.capacity - held
+        if self.budget is not None:
+            fits &= whole * TOKEN_BYTES <= self.free_bytes()
+        rows = self.pages.allocate(num_tokens)
+        assert (rows is not None) == fits
+        if rows is not None:
+            assert rows.dtype == np.int32 and len(rows) == whole
+            starts = rows[:: self.page_size]
+            assert (starts % self.page_size == 0).all()
+            steps = rows.reshape(-1, self.page_size) - starts[:, None]
+            assert (steps == np.arange(self.page_size)).all(), "a page is consecutive rows"
+            self.rows.append(rows)
+
+    @rule()
+    def allocate_slot(self):
+        fits = len(self.taken) < self.slots.capacity
+        if self.budget is not None:
+            fits &= self.free_bytes() >= SLOT_BYTES
+        slot = self.slots.allocate()
+        assert (slot is not None) == fits
+        if slot is not None:
+            self.taken.append(slot)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def free_rows(self, data):
+        self.pages.free(self.rows.pop(data.draw(st.integers(0, len(self.rows) - 1))))
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def free_slot(self, data):
+        self.slots.free(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1))))
+
+    @rule()
+    def give_back_and_reserve_the_same(self):
+        for rows in self.rows:
+            self.pages.free(rows)
+        for slot in self.taken:
+            self.slots.free(slot)
+        if self.rows:
+            self.pages.reserve(np.concatenate(self.rows))
+        self.slots.reserve(self.taken)
+
+    @invariant()
+    def nothing_is_lost(self):
+        if not hasattr(self, "pages"):
+            return
+        self.pages.check()
+        self.slots.check()
+        held = np.concatenate([np.empty(0, np.int32), *self.rows])
+        everything = np.sort(np.concatenate([held, self.pages.free_rows()]))
+        assert everything.tolist() == list(range(self.pages.capacity))
+        slots = sorted(self.taken + self.slots.free_slots())
+        assert slots == list(range(self.slots.capacity))
+        if self.budget is not None:
+            assert self.budget.free_bytes == self.free_bytes() >= 0
+            affordable = self.free_bytes() // TOKEN_BYTES // self.page_size * self.page_size
+            assert self.pages.num_free == min(self.pages.num_unused, affordable)
+            affordable = self.free_bytes() // SLOT_BYTES
+            assert self.slots.num_free == min(self.slots.num_unused, affordable)
+        else:
+            assert self.pages.num_free == self.pages.capacity - len(held)
+            assert self.slots.num_free == self.slots.capacity - len(self.taken)
+
+
+TestAllocators = AllocatorMachine.TestCase
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="whole pages"):
+        PageAllocator(10, page_size=4)
+    with pytest.raises(ValueError, match="at least 1"):
+        PageAllocator(10, page_size=0)
+    with pytest.raises(ValueError, match="negative"):
+        SlotAllocator(-1)
+    with pytest.raises(ValueError, match="positive"):
+        ByteBudget(0)
+
+
+def test_what_is_no_page_and_no_slot_is_not_taken_back():
+    pages, slots = PageAllocator(8, page_size=4), SlotAllocator(2)
+    rows = pages.allocate(8)
+    with pytest.raises(ValueError, match="whole pages"):
+        pages.free(rows[:3])
+    with pytest.raises(ValueError, match="not one of"):
+        slots.free(2)
+
+
+def test_what_is_taken_can_not_be_reserved():
+    pages, slots = PageAllocator(8, page_size=4), SlotAllocator(2)
+    rows = pages.allocate(4)
+    with pytest.raises(ValueError, match="not free"):
+        pages.reserve(rows)
+    slot = slots.allocate()
+    with pytest.raises(ValueError, match="not free"):
+        slots.reserve([slot])
+
+
+def test_a_double_free_is_found_by_check():
+    pages, slots = PageAllocator(8), SlotAllocator(4)
+    rows = pages.allocate(2)
+    pages.free(rows)
+    pages._stack[pages._height - 1] = pages._stack[0]
+    with pytest.raises(AssertionError, match="twice"):
+        pages.check()
+    slots.allocate()
+    slots.free(1)
+    with pytest.raises(AssertionError, match="twice"):
+        slots.check()
