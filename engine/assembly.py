@@ -25,16 +25,33 @@ class Runner(Protocol):
     max_model_len: int
     vocab_size: int
     geometry: ModelGeometry
+    is_asynchronous: bool
+    """``forward`` returns before the device is done."""
 
-    def forward(self, batch: Batch) -> Any:
-        """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all."""
+    def forward(self, batch: Batch, drawn: Any = None) -> Any:
+        """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all.
+
+        ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
+        ...
+
+
+class Drawn(Protocol):
+    """Tokens on their way from the device."""
+
+    tokens: Any
+    """What ``Runner.forward`` takes: they need not be waited for."""
+
+    def wait(self) -> Sequence[SampledToken]:
+        """The tokens, as soon as they are there."""
         ...
 
 
 class Chooser(Protocol):
     """What the engine asks of a sampler."""
 
-    def sample(self, logits: Any, requests: Sequence[SamplingInput]) -> list[SampledToken]: ...
+    def launch(self, logits: Any, requests: Sequence[SamplingInput]) -> Drawn:
+        """Begin to draw one token per row; what else the device has to do may go on."""
+        ...
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> list[SampledToken]: ...
 

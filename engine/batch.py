@@ -47,6 +47,8 @@ class Batch:
     """State copies to make before the forward pass: (checkpoint slot, request slot)."""
     row_writes: tuple[tuple[int, int, npt.NDArray[np.int32]], ...] = ()
     """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
+    late_tokens: tuple[tuple[int, int], ...] = ()
+    """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step before)."""
 
     @property
     def num_tokens(self) -> int:

@@ -72,7 +72,8 @@ class CacheManager:
         request.lease, request.row = lease, row
         if request.wants_scores:
             request.scores.clear()
-        request.computed_len, request.prefill_len = lease.cached_len, prefill_len
+        request.computed_len = request.scheduled_len = lease.cached_len
+        request.prefill_len, request.num_drawn = prefill_len, 0
         if lease.restore is not None:
             self._restores[row] = lease.restore
         if lease.cached_len:
@@ -98,11 +99,18 @@ class CacheManager:
         return extended
 
     def exports(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
-        """(position, slot) of the checkpoints to save while computing up to ``end``."""
+        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``."""
         lease, _ = _claims(request)
-        exports = lease.exports(request.computed_len, end)
-        self._record("exports", lease, (request.computed_len, end), exports)
+        exports = lease.exports(request.scheduled_len, end)
+        self._record("exports", lease, (request.scheduled_len, end), exports)
         return exports
+
+    def can_save(self, request: Request, position: int) -> bool:
+        """Whether ``request`` will have published what is needed to resume at ``position``, but has not yet."""
+        lease, _ = _claims(request)
+        if position > request.scheduled_len:
+            return True
+        return position > request.computed_len and (not self._stateful or lease.saves(position))
 
     def want(self, request: Request, position: int) -> None:
         """Save a checkpoint at ``position`` too: another request is going to leave this one's path there."""
@@ -120,10 +128,12 @@ class CacheManager:
             self._row_writes.append((row, start, lease.kv_indices[start:end].copy()))
 
     def finish(self, request: Request) -> None:
-        """End a lease whose request is done: all it computed is published."""
+        """End a lease whose request is done: all it computed is published. Where a step that was made before this was known
+        still moves its state on, the state is not donated."""
         lease, _ = _claims(request)
-        lease.finish(request.tokens, request.computed_len)
-        self._record("finish", lease, (request.tokens, request.computed_len))
+        is_still = request.scheduled_len == request.computed_len
+        lease.finish(request.tokens, request.computed_len, donate=is_still)
+        self._record("finish", lease, (request.tokens, request.computed_len, is_still))
         self._release(request)
 
     def preempt(self, request: Request) -> None:
@@ -132,7 +142,7 @@ class CacheManager:
         lease.preempt(request.tokens, request.computed_len)
         self._record("preempt", lease, (request.tokens, request.computed_len))
         self._release(request)
-        request.computed_len = 0
+        request.computed_len = request.scheduled_len = 0
         request.num_preemptions += 1
 
     def abort(self, request: Request) -> None:

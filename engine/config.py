@@ -80,6 +80,10 @@ class EngineConfig:
         1024, "prompt tokens computed per step, at least 64; decoded tokens come on top"
     )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
+    overlap: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "make the next step while the device computes this one; auto: where it computes by itself",
+    )
     check: bool = _setting(False, "verify every cache invariant whenever the engine is idle")
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from engine.assembly import Chooser, Runner, cache_config, load
+from engine.assembly import Chooser, Drawn, Runner, cache_config, load
+from engine.batch import Batch
 from engine.cache_manager import CacheManager
 from engine.config import EngineConfig
 from engine.intake import Intake, Prompt
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
 
-class Sampled(NamedTuple):
-    """What the sampler made of one step's logits, in the step's order."""
+class Launched(NamedTuple):
+    """A step that is on its way, or through: what will come of it, in the step's order."""
 
-    tokens: Sequence[SampledToken]
-    """One for each work that samples."""
+    step: Step
+    drawn: Drawn | None
+    """The next token of each work that samples; None: none does."""
     scores: Sequence[Sequence[SampledToken]]
     """The prompt's log-probabilities, for each work that scores."""
 
@@ -52,6 +54,7 @@ class StepReport:
     num_waiting: int
 
 
+NOTHING = Launched(Step(Batch(()), ()), None, ())
 Observer = Callable[[StepReport], None]
 
 
@@ -100,6 +103,10 @@ class Engine:
             shares=config.prefix_cache != "none",
             clock=clock,
         )
+        self._overlaps = config.overlap == "on" or (
+            config.overlap == "auto" and runner.is_asynchronous
+        )
+        self._in_flight: Launched | None = None
         self._requests: dict[str, Request] = {}
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         self._intake = Intake(
@@ -209,16 +216,21 @@ class Engine:
         return output
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        """Whether ``step`` has something to compute or to hand out."""
+        return self._scheduler.has_work() or self._in_flight is not None
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; returns what is new, per request."""
+        """Compute one batch; returns what is new, per request.
+
+        Where the device works by itself, a step is committed only after the next one was handed to it, so that it never
+        waits for the host: outputs then come one call later.
+        """
         step = self._schedule()
         logits = self._forward(step)
-        sampled = self._sample(step, logits)
-        return self._commit(step, sampled)
+        launched = self._sample(step, logits)
+        return self._commit(self._due(launched))
 
     def _schedule(self) -> Step:
         self._laps = [self._clock()]
@@ -227,11 +239,15 @@ class Engine:
         return step
 
     def _forward(self, step: Step) -> Any:
-        logits = self.runner.forward(step.batch) if step.works else None
+        logits = None
+        if self._in_flight is not None and step.batch.late_tokens:
+            logits = self.runner.forward(step.batch, self._in_flight.drawn.tokens)
+        elif step.works:
+            logits = self.runner.forward(step.batch)
         self._laps.append(self._clock())
         return logits
 
-    def _sample(self, step: Step, logits: Any) -> Sampled:
+    def _sample(self, step: Step, logits: Any) -> Launched:
         chosen: list[Request] = []
         rows: list[int] = []
         scores: list[list[SampledToken]] = []
@@ -245,24 +261,31 @@ class Engine:
             if work.samples:
                 chosen.append(work.request)
                 rows.append(num_rows - 1)
-        if not chosen:
-            sampled: list[SampledToken] = []
-        else:
+        drawn = None
+        if chosen:
             wanted = logits if len(rows) == num_rows else logits[rows]
-            sampled = self._sampler.sample(wanted, [request.sampling_input() for request in chosen])
+            drawn = self._sampler.launch(wanted, [request.sampling_input() for request in chosen])
         self._laps.append(self._clock())
-        return Sampled(sampled, scores)
+        return Launched(step, drawn, scores)
 
     def _score(self, work: Work, logits: Any) -> list[SampledToken]:
         """Of the prompt tokens that follow the work's tokens."""
         request = work.request
-        following = request.tokens[request.computed_len + 1 : work.end + 1]
-        following = following[: request.prompt_len - 1 - request.computed_len]
+        following = request.tokens[work.start + 1 : min(work.end + 1, request.prompt_len)]
         num_top = request.prompt_logprobs or 0
         return self._sampler.score(logits[: len(following)], following.tolist(), num_top)
 
-    def _commit(self, step: Step, sampled: Sampled) -> list[RequestOutput]:
-        progressed = self._scheduler.commit(step, sampled.tokens, sampled.scores)
+    def _due(self, launched: Launched) -> Launched:
+        """The step to commit now: this one, or the one before it, which the device has had time for."""
+        if not self._overlaps:
+            return launched
+        due, self._in_flight = self._in_flight, launched if launched.step.works else None
+        return due or NOTHING
+
+    def _commit(self, launched: Launched) -> list[RequestOutput]:
+        step, drawn, scores = launched
+        tokens = drawn.wait() if drawn is not None else ()
+        progressed = self._scheduler.commit(step, tokens, scores)
         outputs = [request.report() for request in progressed]
         for output in outputs:
             if output.is_finished:

@@ -91,16 +91,26 @@ class ModelRunner:
         return self.memory.num_slots
 
     @property
+    def is_asynchronous(self) -> bool:
+        """``forward`` returns before the device is done."""
+        return not self.device.is_cpu
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1 for "last", one per token for
-        "all", none for "none". First the batch's restores and row writes; the states it exports are in their slots after."""
+        "all", none for "none". First the batch's restores and row writes; the states it exports are in their slots after.
+
+        ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's ``late_tokens``."""
         self.table.write(batch.row_writes)
         self._copy_states(batch.restores)
         token_ids, step = self._step(batch)
+        if batch.late_tokens and drawn is not None:
+            places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
+            token_ids[places] = drawn[rows]
         hidden = self.model.forward(token_ids, step, self.kv, self.states)
         self._copy_states(
             [

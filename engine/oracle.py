@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from engine.batch import Batch, Segment
 from engine.outputs import SampledToken
+from engine.sampling_params import SamplingInput
 from hybridcache.costs import ModelGeometry
 
 Fingerprints = npt.NDArray[np.int64]
@@ -56,16 +57,21 @@ class OracleRunner:
         self._states: list[tuple[int, int]] = [(-1, 0)] * num_slots
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
+        self.is_asynchronous = False
         self.num_steps = self.num_tokens_computed = 0
 
-    def forward(self, batch: Batch) -> Fingerprints:
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
         for source, target in batch.restores:
             self._states[target] = self._states[source]
         for row, start, indices in batch.row_writes:
             self._write_row(row, start, indices)
         self._prove_disjoint(batch)
-        logits = [self._compute(segment) for segment in batch.segments]
+        late = {index: drawn[row] for index, row in batch.late_tokens}
+        logits = [
+            self._compute(segment, segment.token_ids.tolist() if i not in late else [late[i]])
+            for i, segment in enumerate(batch.segments)
+        ]
         self.num_steps += 1
         self.num_tokens_computed += batch.num_tokens
         return np.array([one for rows in logits for one in rows], np.int64)
@@ -94,7 +100,7 @@ class OracleRunner:
         slots += [slot for segment in batch.segments for _, slot in segment.exports]
         assert len(set(slots)) == len(slots), "two states in one slot"
 
-    def _compute(self, segment: Segment) -> list[int]:
+    def _compute(self, segment: Segment, token_ids: list[int]) -> list[int]:
         start, end = segment.start, segment.end
         assert end > start, "a segment without tokens"
         proved = self._prove_kv(segment)
@@ -106,11 +112,11 @@ class OracleRunner:
             )
         by_decode = segment.is_decode and self._exact
         new = np.empty(end - start, np.int64)
-        for i, token in enumerate(segment.token_ids.tolist()):
+        for i, token in enumerate(token_ids):
             new[i] = before = fingerprint(before, token, by_decode)
         rows = self._table[segment.row][start:end]
         self._fingerprints[rows] = new
-        self._tokens[rows, 0] = segment.token_ids
+        self._tokens[rows, 0] = token_ids
         self._tokens[rows, 1] = by_decode
         self._proved[segment.row] = np.concatenate([proved, new])
         for position, slot in segment.exports:
@@ -137,15 +143,26 @@ class OracleRunner:
         return proved
 
 
+class OracleDrawn:
+    """Tokens that a runner may read at once, and the host later."""
+
+    def __init__(self, sampled: list[SampledToken]) -> None:
+        self.tokens = [one.token_id for one in sampled]
+        self._sampled = sampled
+
+    def wait(self) -> list[SampledToken]:
+        return self._sampled
+
+
 class OracleSampler:
     """Chooses tokens as a function of the fingerprint."""
 
     def __init__(self, vocab_size: int = 320) -> None:
         self._vocab_size = vocab_size
 
-    def sample(self, logits: Fingerprints, requests: Sequence[object]) -> list[SampledToken]:
+    def launch(self, logits: Fingerprints, requests: Sequence[SamplingInput]) -> OracleDrawn:
         assert len(logits) == len(requests)
-        return [self.choose(int(one)) for one in logits]
+        return OracleDrawn([self.choose(int(one)) for one in logits])
 
     def choose(self, logits: int) -> SampledToken:
         """The one token that follows a prefix."""

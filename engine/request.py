@@ -32,6 +32,7 @@ class Request:
         "boundaries",
         "cached_len",
         "computed_len",
+        "drawn_row",
         "end_token_ids",
         "finish_reason",
         "finished_s",
@@ -41,6 +42,7 @@ class Request:
         "losses",
         "max_len",
         "namespace",
+        "num_drawn",
         "num_preemptions",
         "num_tokens",
         "params",
@@ -49,6 +51,7 @@ class Request:
         "prompt_logprobs",
         "request_id",
         "row",
+        "scheduled_len",
         "scheduled_s",
         "scores",
         "seed",
@@ -85,7 +88,12 @@ class Request:
         """Prompt and answer together may be this long."""
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
         self._buffer[: self.prompt_len] = prompt
-        self.computed_len = 0
+        self.computed_len = self.scheduled_len = 0
+        """``scheduled_len`` is where ``computed_len`` will be once every step made so far is committed."""
+        self.num_drawn = 0
+        """Tokens drawn, or about to be, in steps that are not committed: the host does not know them yet."""
+        self.drawn_row = 0
+        """Which row of the newest step's drawn tokens is this request's."""
         self.end_token_ids = end_token_ids
         self.lease: Lease | None = None
         """Its claims on the cache: while it runs, not while it waits."""
@@ -126,18 +134,27 @@ class Request:
         return self.computed_len < self.prefill_len
 
     @property
+    def known_len(self) -> int:
+        """Tokens that the device knows: ``num_tokens`` and those drawn."""
+        return self.num_tokens + self.num_drawn
+
+    @property
     def wants_scores(self) -> bool:
         """Prompt log-probabilities are asked for and not complete: every prompt position must be computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
     def sampling_input(self) -> SamplingInput:
-        """What the sampler must know to choose the next token."""
-        return SamplingInput(self.params, self.seed, self._buffer[: self.prompt_len], self.output)
+        """What the sampler must know to draw the token that was scheduled last."""
+        draw = self.known_len - 1 - self.prompt_len
+        return SamplingInput(
+            self.params, self.seed, self._buffer[: self.prompt_len], self.output, draw
+        )
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Take the next token; sets ``finish_reason`` where it is the last."""
         if self.num_tokens == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+        self.num_drawn -= 1
         token_id = sampled.token_id
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1

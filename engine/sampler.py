@@ -17,44 +17,75 @@ from engine.sampling_params import SamplingInput, SamplingParams
 MASK = 2**64 - 1
 
 
+class Drawn:
+    """Tokens, and what is reported with them, on their way to the host."""
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        wanted: Sequence[int | None],
+        scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """``wanted``: alternatives to report for each row; None: not even its own log-probability. ``scores`` of the rows that
+        want any: own ``[rows]``, the most likely ones' ``[rows, n]`` and their ids ``[rows, n]``."""
+        self.tokens = tokens
+        """int64 ``[rows]``, on the device."""
+        self._wanted = wanted
+        self._copies = [_to_host(tensor) for tensor in (tokens, *(scores or ()))]
+        self._event = None
+        if tokens.device.type != "cpu":
+            self._event = torch.get_device_module(tokens.device).Event()
+            self._event.record()
+
+    def wait(self) -> list[SampledToken]:
+        """One token per row, as soon as the device has got so far."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, *scores = (copy.tolist() for copy in self._copies)
+        if not scores:
+            return [SampledToken(token, None) for token in tokens]
+        scored = zip(*scores, strict=True)
+        sampled = []
+        for token, num_top in zip(tokens, self._wanted, strict=True):
+            if num_top is None:
+                sampled.append(SampledToken(token, None))
+            else:
+                own, top, ids = next(scored)
+                best = tuple(zip(ids[:num_top], top[:num_top], strict=True))
+                sampled.append(SampledToken(token, own, best))
+        return sampled
+
+
 class Sampler:
     """Chooses the next token for each row of logits. Stateless."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> list[SampledToken]:
-        """One token per row of ``logits [rows, vocab]``. The device is waited for once, for all tokens together, and once
-        more if log-probabilities are reported."""
-        tokens = self._choose(logits, requests).tolist()
+        """One token per row of ``logits [rows, vocab]``, waited for."""
+        return self.launch(logits, requests).wait()
+
+    @torch.inference_mode()
+    def launch(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> Drawn:
+        """Begin to draw one token per row of ``logits [rows, vocab]``. Waits for nothing the device does."""
+        tokens = self._choose(logits, requests)
         wanted = [request.params.logprobs for request in requests]
-        if all(num_top is None for num_top in wanted):
-            return [SampledToken(token, None) for token in tokens]
         rows = [row for row, num_top in enumerate(wanted) if num_top is not None]
+        if not rows:
+            return Drawn(tokens, wanted)
         most = max(num_top or 0 for num_top in wanted)
-        chosen = _pick(logits, rows)
-        scored = iter(self.score(chosen, [tokens[row] for row in rows], most))
-        return [
-            SampledToken(token, None) if num_top is None else _cut(next(scored), num_top)
-            for token, num_top in zip(tokens, wanted, strict=True)
-        ]
+        own = tokens if len(rows) == len(wanted) else tokens[_index(rows, logits.device)]
+        return Drawn(tokens, wanted, _score(_pick(logits, rows), own, most))
 
     @torch.inference_mode()
     def score(
         self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int
     ) -> list[SampledToken]:
         """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones beside each."""
-        logprobs = logits.float().log_softmax(dim=-1)
         index = torch.tensor(token_ids, dtype=torch.int64).to(logits.device)
-        own = logprobs.gather(1, index[:, None])[:, 0]
-        top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
-        return [
-            SampledToken(token, logprob, tuple(zip(row_ids, row_logprobs, strict=True)))
-            for token, logprob, row_ids, row_logprobs in zip(
-                token_ids, own.tolist(), ids.tolist(), top.tolist(), strict=True
-            )
-        ]
+        scored = Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
+        return scored.wait()
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
         if all(_is_greedy(request.params) for request in requests):
@@ -83,7 +114,7 @@ def uniform(seed: int, draw: int) -> float:
 
 
 def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0 and not _has_penalty(params)
+    return params.temperature == 0 and not params.needs_history
 
 
 def _is_filtered(params: SamplingParams) -> bool:
@@ -92,12 +123,6 @@ def _is_filtered(params: SamplingParams) -> bool:
 
 def _is_plain(params: SamplingParams) -> bool:
     return params.temperature != 0 and not _is_filtered(params)
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return bool(
-        params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-    )
 
 
 def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
@@ -149,7 +174,7 @@ def _draw_filtered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> t
 def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """The column at which each row's running sum passes its number: int64[rows]."""
     sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    points = _column([uniform(q.seed, len(q.output)) for q in requests], sums) * sums[:, -1:]
+    points = _column([uniform(q.seed, q.draw) for q in requests], sums) * sums[:, -1:]
     return torch.searchsorted(sums, points, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
 
 
@@ -169,5 +194,19 @@ def _pick(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return logits if len(rows) == len(logits) else logits[_index(rows, logits.device)]
 
 
-def _cut(scored: SampledToken, num_top: int) -> SampledToken:
-    return scored._replace(top_logprobs=scored.top_logprobs[:num_top])
+def _score(
+    logits: torch.Tensor, tokens: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``, and the latter's ids."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0]
+    top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+    return own, top, ids
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy for the host, on its way: read it after an event recorded from here on."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

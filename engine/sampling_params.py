@@ -50,6 +50,11 @@ class SamplingParams:
         if any(not _is_int(token) or token < 0 for token in self.stop_token_ids):
             raise ValueError("stop_token_ids must hold token ids of 0 or more.")
 
+    @property
+    def needs_history(self) -> bool:
+        """A penalty looks at every token before."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def _check_numbers(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
         _check_range("top_p", self.top_p, 0.0, 1.0, open_below=True)
@@ -72,7 +77,9 @@ class SamplingInput:
     """The request's own where it brought one."""
     prompt: Tokens
     output: Tokens
-    """What was generated so far; its length is the number of the draw."""
+    """What was generated so far, as far as the host knows; complete where ``params.needs_history``."""
+    draw: int
+    """Number of the draw: how many tokens were generated before."""
 
 
 def _is_int(value: object) -> bool:

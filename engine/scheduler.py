@@ -16,12 +16,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+
 from engine.batch import Batch, Segment
 from engine.cache_manager import CacheManager
 from engine.config import TILE
 from engine.outputs import SampledToken
 from engine.request import Request
 from engine.sharing import Sharing
+
+UNKNOWN = np.zeros(1, np.int32)
+"""Stands for a token that is drawn but not known to the host."""
 
 
 class QueueFull(RuntimeError):
@@ -38,8 +43,9 @@ class Work:
     request: Request
     lease: object
     """The request's lease when the step was made: a request that lost it meanwhile takes nothing from the step."""
+    start: int
     end: int
-    """``computed_len`` after the step."""
+    """``computed_len`` before and after the step."""
     is_decode: bool
     samples: bool
     """Its last position's logits give the next token."""
@@ -84,6 +90,8 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._is_full = False
+        self._num_in_flight = 0
+        self._must_wait = False
 
     @property
     def num_waiting(self) -> int:
@@ -113,32 +121,54 @@ class Scheduler:
         request.finish("abort", self._clock())
 
     def schedule(self) -> Step:
-        """Choose the next step's work and claim the memory for it."""
+        """Choose the next step's work and claim the memory for it.
+
+        Steps may be made before the one before them is committed (one at most). Then requests go on from ``scheduled_len``,
+        with tokens that the host does not know; but nobody is preempted, and where memory is short or a sampling rule must
+        see every token, the step is empty: commit first.
+        """
+        if self._num_in_flight and (self._must_wait or self._needs_history()):
+            return Step(Batch(()), ())
+        self._must_wait = False
         works: list[Work] = []
         budget = self._token_budget
         for request in tuple(self._running):
             if request.lease is None:
                 continue
             end = self._end(request, budget)
-            if end > request.computed_len and self._claim(request, end):
+            if end > request.scheduled_len and self._claim(request, end):
                 works.append(_work(request, end))
-                budget -= 0 if works[-1].is_decode else end - request.computed_len
+                budget -= 0 if works[-1].is_decode else end - request.scheduled_len
         self._admit(works, budget)
         works.sort(key=lambda work: not work.is_decode)
+        late_tokens = tuple(
+            (index, work.request.drawn_row)
+            for index, work in enumerate(works)
+            if work.end > work.request.num_tokens
+        )
         segments = tuple(self._segment(work) for work in works)
+        for row, request in enumerate(work.request for work in works if work.samples):
+            request.drawn_row = row
         restores, row_writes = self._manager.take_copies()
-        return Step(Batch(segments, restores, row_writes), tuple(works))
+        self._num_in_flight += bool(works)
+        return Step(Batch(segments, restores, row_writes, late_tokens), tuple(works))
+
+    def _needs_history(self) -> bool:
+        return any(request.params.needs_history for request in self._running)
 
     def _end(self, request: Request, budget: int) -> int:
         """How far ``request`` may compute in this step."""
-        if not request.is_prefilling:
-            return request.computed_len + 1
-        end = request.computed_len + budget
+        if request.scheduled_len >= request.prefill_len:
+            return min(request.scheduled_len + 1, request.max_len - 1)
+        end = request.scheduled_len + budget
         return request.prefill_len if end >= request.prefill_len else end // TILE * TILE
 
     def _claim(self, request: Request, end: int) -> bool:
         """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step out."""
         while not self._manager.extend(request, end):
+            if self._num_in_flight:
+                self._must_wait = True
+                return False
             youngest = self._running[-1]
             if youngest is request:
                 self._is_full = True
@@ -168,7 +198,7 @@ class Scheduler:
                 self._is_full = True
                 continue
             works.append(_work(request, self._end(request, budget)))
-            budget -= works[-1].end - request.computed_len
+            budget -= works[-1].end - request.scheduled_len
             prefills.append(request)
 
     def _start(self, request: Request, budget: int) -> bool:
@@ -186,14 +216,20 @@ class Scheduler:
         return True
 
     def _segment(self, work: Work) -> Segment:
-        request, start = work.request, work.request.computed_len
+        """What the runner must know of ``work``; from here on it counts as scheduled."""
+        request = work.request
+        exports = self._manager.exports(request, work.end)
+        request.scheduled_len = work.end
+        request.num_drawn += work.samples
         return Segment(
             row=request.row,
             slot=request.lease.state_slot,
-            token_ids=request.tokens[start : work.end],
-            start=start,
+            token_ids=UNKNOWN
+            if work.end > request.num_tokens
+            else request.tokens[work.start : work.end],
+            start=work.start,
             is_decode=work.is_decode,
-            exports=self._manager.exports(request, work.end),
+            exports=exports,
             logits="all" if work.scores else "last" if work.samples else "none",
         )
 
@@ -208,6 +244,7 @@ class Scheduler:
         ``sampled`` has one token for each work that samples, ``scored`` the log-probabilities for each that scores, both in
         the step's order. Returns the requests that have something to report.
         """
+        self._num_in_flight -= bool(step.works)
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
         progressed: list[Request] = []
         for work in step.works:
@@ -238,12 +275,13 @@ def _age(request: Request) -> int:
 
 
 def _work(request: Request, end: int) -> Work:
-    is_decode = not request.is_prefilling
+    is_decode = request.scheduled_len >= request.prefill_len
     return Work(
         request=request,
         lease=request.lease,
+        start=request.scheduled_len,
         end=end,
         is_decode=is_decode,
-        samples=end == request.num_tokens < request.max_len,
+        samples=end == request.known_len < request.max_len,
         scores=not is_decode and request.wants_scores,
     )

@@ -50,10 +50,10 @@ class Sharing:
         if usable <= leader.computed_len:
             return 0
         wanted = self._manager.checkpoint_positions(request, shared)
-        goal = max((p // step * step for p in wanted if p // step * step <= usable), default=0)
-        if goal <= leader.computed_len:
-            return 0
-        self._manager.want(leader, goal)
+        reachable = [p // step * step for p in wanted if p // step * step <= usable]
+        goal = max((p for p in reachable if self._manager.can_save(leader, p)), default=0)
+        if goal > leader.scheduled_len:
+            self._manager.want(leader, goal)
         return goal
 
 

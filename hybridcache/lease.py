@@ -221,6 +221,10 @@ class Lease:
         if self.cached_len < position <= self.prompt_len:
             self._plan.setdefault(position, label)
 
+    def saves(self, position: int) -> bool:
+        """Whether a checkpoint at ``position`` was handed out by ``exports`` and waits for its ``publish``."""
+        return any(saved.position == position for saved in self._pending)
+
     def extend(self, to_len: int) -> bool:
         """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed.
 

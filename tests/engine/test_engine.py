@@ -150,6 +150,47 @@ def test_preempted_requests_resume_from_what_they_published(exact: bool) -> None
     assert engine.runner.num_tokens_computed < without_reuse
 
 
+def test_overlapped_steps_hand_the_device_tokens_the_host_does_not_know_yet() -> None:
+    late: list[int] = []
+    plain, overlapped = make_engine(), make_engine(overlap="on")
+    forward = overlapped.runner.forward
+    overlapped.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
+        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+    )
+    prompts = [ids(100, first=50 * i) for i in range(3)]
+    expected = plain.generate(prompts, SamplingParams(max_tokens=30))
+    outputs = overlapped.generate(prompts, SamplingParams(max_tokens=30))
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert late == [0] + [3] * 29
+    assert overlapped.runner.num_tokens_computed == plain.runner.num_tokens_computed
+
+
+def test_an_overlapped_answer_that_stops_leaves_nothing_of_the_step_too_many() -> None:
+    engine = make_engine(overlap="on")
+    [free] = make_engine().generate([ids(100)], SamplingParams(max_tokens=60))
+    stop = SamplingParams(max_tokens=60, stop_token_ids=(free.token_ids[27],))  # state at 127
+    [stopped] = engine.generate([ids(100)], stop)
+    while engine.has_work():
+        engine.step()
+    engine.check()
+    assert stopped.token_ids == free.token_ids[:28]
+    [turn] = engine.generate([ids(100) + stopped.token_ids + [1, 2]], GREEDY)
+    [cold] = make_engine().generate([ids(100) + stopped.token_ids + [1, 2]], GREEDY)
+    assert turn.token_ids == cold.token_ids
+
+
+def test_rules_that_look_back_are_not_overlapped() -> None:
+    late: list[int] = []
+    engine = make_engine(overlap="on")
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
+        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+    )
+    penalised = SamplingParams(max_tokens=20, frequency_penalty=0.5)
+    [output] = engine.generate([ids(30)], penalised)
+    assert len(output.token_ids) == 20 and not any(late)
+
+
 def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
     engine = make_engine(max_running=2, token_budget=64)
     prefilling = engine.submit(ids(300), GREEDY)

@@ -103,7 +103,11 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
     cold = make_engine(model, dtype=dtype, prefix_cache="none", max_running=1)
     expected = cold.generate(prompts(), REPORT)
     assert len({tuple(output.token_ids) for output in expected}) > 4
-    for settings in ({"token_budget": 64}, {"max_running": 3}, {"page_size": 16}):
+    for settings in (
+        {"token_budget": 64},
+        {"max_running": 3, "overlap": "on"},
+        {"page_size": 16},
+    ):
         engine = make_engine(model, dtype=dtype, **settings)
         first, second = engine.generate(prompts(), REPORT), engine.generate(prompts(), REPORT)
         assert_same(first, expected)

@@ -16,7 +16,7 @@ NONE = np.empty(0, dtype=np.int32)
 
 
 def request(seed=0, prompt=NONE, output=NONE, **params):
-    return SamplingInput(SamplingParams(**params), seed, prompt, output)
+    return SamplingInput(SamplingParams(**params), seed, prompt, output, draw=len(output))
 
 
 def drawn(logits, *requests):
