@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 BUILTIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+CACHED_PIECES = 8192
+"""Stretches of text between special tokens whose ids are remembered."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -130,7 +135,12 @@ class HFTokenizer:
         self._hidden = frozenset(token_id for token_id, token in added.items() if token.special)
         self.eos_token_ids = self._find_eos(model_dir, settings)
         self.chat_template = _find_template(model_dir, settings)
-        self._is_byte_level = _is_byte_level(self._backend)
+        described = json.loads(self._backend.to_str())
+        self._is_byte_level = (described["decoder"] or {}).get("type") == "ByteLevel"
+        # A special token is a wall: the texts on either side are encoded alone. Not so where a text's first word is special.
+        has_walls = self._is_byte_level and not _adds_prefix_space(described["pre_tokenizer"])
+        self._walls = _pattern(self.special_tokens) if has_walls else None
+        self._encode_piece = lru_cache(maxsize=CACHED_PIECES)(self._encode_between)
 
     def _find_eos(self, model_dir: Path, settings: dict[str, Any]) -> frozenset[int]:
         """What generation_config.json says, or else config.json, and the tokenizer's own end token with either."""
@@ -146,9 +156,19 @@ class HFTokenizer:
         return frozenset(found if own is None else found | {own})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As the protocol says. A chat's pieces are remembered, so that its next turn costs only what is new."""
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._backend.encode(clean, add_special_tokens=add_special_tokens).ids
-        return ids
+        if self._walls is None or add_special_tokens:
+            ids: list[int] = self._backend.encode(clean, add_special_tokens=add_special_tokens).ids
+            return ids
+        return list(
+            itertools.chain.from_iterable(
+                self._encode_piece(piece) for piece in self._walls.split(clean) if piece
+            )
+        )
+
+    def _encode_between(self, piece: str) -> array[int]:
+        return array("i", self._backend.encode(piece, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         if not self._is_byte_level:
@@ -277,9 +297,17 @@ def _content(token: str | dict[str, Any] | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    decoder = json.loads(backend.to_str())["decoder"]
-    return decoder is not None and decoder["type"] == "ByteLevel"
+def _adds_prefix_space(pre_tokenizer: dict[str, Any] | None) -> bool:
+    if pre_tokenizer is None:
+        return False
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return any(part.get("add_prefix_space", False) for part in parts)
+
+
+def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
+    """Matches any of ``words``, the longest first, and keeps it when splitting; None where there are none."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if words else None
 
 
 def _letters_of_bytes() -> dict[str, int]:

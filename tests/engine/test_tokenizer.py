@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -139,6 +140,22 @@ def test_random_ids_of_a_directory_decode_alike(model_dir: Path) -> None:
         if tokenizer._is_byte_level:
             assert "".join(_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
             assert tokenizer.decode(token_ids) == tokenizer._backend.decode(token_ids)
+
+
+@given(st.lists(st.one_of(st.sampled_from([EOS, "<|im_start|>", " ", "\n"]), st.text(max_size=8))))
+def test_remembered_pieces_are_what_encoding_the_whole_gives(
+    model_dir: Path, parts: list[str]
+) -> None:
+    tokenizer = _loaded(model_dir)
+    text = "".join(parts).encode("utf-8", "replace").decode()
+    whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text, add_special_tokens=False) == whole
+    assert tokenizer.encode(text, add_special_tokens=False) == whole, "from memory"
+
+
+@functools.cache
+def _loaded(model_dir: Path) -> HFTokenizer:
+    return HFTokenizer(model_dir)
 
 
 def test_token_bytes_spell_the_text(model_dir: Path) -> None:
