@@ -15,7 +15,8 @@ def compute_gates(b_a, b_b, b_A_log, b_dt_bias):
     b_x = b_a.to(tl.float32) + b_dt_bias.to(tl.float32)
     b_y = tl.exp(-tl.abs(b_x))
     # log(1 + y) by its series where the sum would round y away: slow decays are made of such y.
-    b_log1p = tl.where(b_y < 1e-3, b_y * (1.0 - 0.5 * b_y), tl.log(1.0 + b_y))
+    b_series = b_y * (1.0 - b_y * (1.0 / 2 - b_y * (1.0 / 3 - b_y * (1.0 / 4))))
+    b_log1p = tl.where(b_y < 0.03, b_series, tl.log(1.0 + b_y))
     b_gate = -tl.exp(b_A_log.to(tl.float32)) * (tl.maximum(b_x, 0.0) + b_log1p)
     return b_gate, 1.0 / (1.0 + tl.exp(-b_b.to(tl.float32)))
 

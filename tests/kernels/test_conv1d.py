@@ -1,0 +1,205 @@
+"""Causal convolution: reference and Triton kernels against torch's conv1d, and against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.conv1d import reference
+from kernels.packed import Exports, Packed
+
+fused = pytest.importorskip("kernels.conv1d.fused")
+IMPLEMENTATIONS = pytest.mark.parametrize("conv1d", [reference, fused], ids=["reference", "fused"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+LENGTHS = (1, 63, 0, 64, 2, 130)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def int32(values, device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def draw(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Every row is a slice of a wider one."""
+    wide = torch.randn(*shape[:-1], shape[-1] + 5, device=device).to(dtype)
+    return wide[..., 2 : 2 + shape[-1]]
+
+
+def expected_rows(
+    history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``[W - 1 + n, C]`` to ``[n, C]`` by torch."""
+    bias = None if bias is None else bias.double()
+    rows = F.conv1d(history.double().mT[None], weight.double()[:, None], bias, groups=len(weight))
+    return F.silu(rows[0].mT)
+
+
+@IMPLEMENTATIONS
+@DTYPES
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+def test_prompts_and_exported_windows(conv1d, dtype, has_bias, device) -> None:
+    torch.manual_seed(0)
+    channels, width = 70, 4
+    packed = Packed.from_lengths(LENGTHS, device)
+    x = draw(sum(LENGTHS), channels, dtype=dtype, device=device)
+    weight = draw(channels, width, dtype=dtype, device=device)
+    bias = torch.randn(channels, device=device) if has_bias else None
+    slots, resumed = [7, 2, 9, 0, 4, 5], [True, False, False, True, True, True]
+    exports = {(5, 64): 10, (5, 128): 11, (5, 130): 12, (4, 2): 13, (3, 64): 14, (0, 1): 15}
+    states = torch.full((17, channels, width - 1), torch.nan, dtype=dtype, device=device)
+    states[[s for s, r in zip(slots, resumed, strict=True) if r]] = 1.5
+    before = states.clone()
+    out = conv1d.prefill_conv1d(
+        x,
+        weight,
+        bias,
+        states=states,
+        packed=packed,
+        slots=int32(slots, device),
+        resumed=torch.tensor(resumed, device=device),
+        exports=Exports.plan(packed, [(*key, slot) for key, slot in exports.items()]),
+    )
+    assert out.dtype == dtype
+    windows, start = {}, 0
+    for sequence, length in enumerate(LENGTHS):
+        if not length:
+            continue
+        window = before[slots[sequence]] if resumed[sequence] else torch.zeros_like(before[0])
+        history = torch.cat([window.mT, x[start : start + length]])
+        expected = expected_rows(history, weight, bias)
+        torch.testing.assert_close(
+            out[start : start + length].double(),
+            expected,
+            atol=TOLERANCE[dtype],
+            rtol=TOLERANCE[dtype],
+        )
+        ends = [(end, slot) for (owner, end), slot in exports.items() if owner == sequence]
+        for end, slot in [*ends, (length, slots[sequence])]:
+            windows[slot] = history[end : end + width - 1].mT
+        start += length
+    for slot in range(17):
+        expected = windows.get(slot, before[slot])
+        assert torch.equal(states[slot].nan_to_num(7.0), expected.nan_to_num(7.0)), slot
+
+
+@IMPLEMENTATIONS
+@DTYPES
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_resumed_or_in_company_no_bit_differs(conv1d, dtype, num_threads, device) -> None:
+    torch.manual_seed(1)
+    channels, lengths, slots = 24, (70, 200, 3), [5, 3, 1]
+    weight = draw(channels, 4, dtype=dtype, device=device)
+    x = draw(sum(lengths), channels, dtype=dtype, device=device)
+    initial = torch.randn(3, channels, 3, device=device).to(dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        packed, states = run(conv1d, x, weight, lengths, initial, slots, [(1, 64, 6), (1, 128, 7)])
+        start = 0
+        for sequence, length in enumerate(lengths):
+            own, window = x[start : start + length], initial[sequence : sequence + 1]
+            alone, last = run(conv1d, own, weight, [length], window, [0], [])
+            assert torch.equal(alone, packed[start : start + length])
+            assert torch.equal(last[0], states[slots[sequence]])
+            start += length
+        for end, slot in ((64, 6), (128, 7)):
+            rest, last = run(
+                conv1d, x[70 + end : 270], weight, [200 - end], states[[slot]], [2], []
+            )
+            assert torch.equal(rest, packed[70 + end : 270])
+            assert torch.equal(last[2], states[3])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run(conv1d, x, weight, lengths, initial, slots, exports) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = Packed.from_lengths(lengths, x.device)
+    states = initial.new_full((9, *initial.shape[1:]), torch.nan)
+    states[slots] = initial
+    out = conv1d.prefill_conv1d(
+        x,
+        weight,
+        None,
+        states=states,
+        packed=packed,
+        slots=int32(slots, x.device),
+        resumed=torch.ones(len(lengths), dtype=torch.bool, device=x.device),
+        exports=Exports.plan(packed, exports),
+    )
+    return out, states
+
+
+@settings(max_examples=10)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 3, 63, 64, 65, 129]), min_size=0, max_size=3),
+    channels=st.sampled_from([1, 16, 65]),
+    width=st.integers(2, 5),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_kernel_equals_reference(lengths, channels, width, dtype, seed, device) -> None:
+    torch.manual_seed(seed)
+    x = draw(sum(lengths), channels, dtype=dtype, device=device)
+    weight = draw(channels, width, dtype=dtype, device=device)
+    initial = torch.randn(len(lengths), channels, width - 1, device=device).to(dtype)
+    slots = torch.randperm(9)[: len(lengths)].tolist()
+    expected, expected_states = run(reference, x, weight, lengths, initial, slots, [])
+    out, states = run(fused, x, weight, lengths, initial, slots, [])
+    tolerance = TOLERANCE.get(dtype, 5e-3)
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(states, expected_states, atol=0, rtol=0, equal_nan=True)
+
+
+@IMPLEMENTATIONS
+@DTYPES
+def test_decoding_continues_a_prompt(conv1d, dtype, device) -> None:
+    """A prompt, then token by token, gives the rows of the whole."""
+    torch.manual_seed(2)
+    x = draw(10, 40, dtype=dtype, device=device)
+    weight, bias = draw(40, 4, dtype=dtype, device=device), torch.randn(40, device=device)
+    states = torch.full((5, 40, 3), torch.nan, dtype=dtype, device=device)
+    states[[4, 0]] = 0.0
+    rows = [
+        conv1d.decode_conv1d(
+            torch.stack([x[t], x[9 - t]]), weight, bias, states=states, slots=int32([4, 0], device)
+        )
+        for t in range(10)
+    ]
+    for sequence, slot, history in ((0, 4, x), (1, 0, x.flip(0))):
+        padded = torch.cat([torch.zeros_like(history[:3]), history])
+        out = torch.stack([row[sequence] for row in rows])
+        torch.testing.assert_close(
+            out.double(),
+            expected_rows(padded, weight, bias),
+            atol=TOLERANCE[dtype],
+            rtol=TOLERANCE[dtype],
+        )
+        assert torch.equal(states[slot], padded[-3:].mT)
+    assert states[[1, 2, 3]].isnan().all()
+
+
+@IMPLEMENTATIONS
+@DTYPES
+def test_verification_equals_decoding(conv1d, dtype, device) -> None:
+    torch.manual_seed(3)
+    x, weight = draw(3, 5, 40, dtype=dtype, device=device), draw(40, 4, dtype=dtype, device=device)
+    states, slots = torch.randn(6, 40, 3, device=device).to(dtype), int32([4, 0, 3], device)
+    initial, decoded = states.clone(), states.clone()
+    step_states = states.new_empty(3, 5, 40, 3)
+    out = conv1d.verify_conv1d(x, weight, None, states=states, slots=slots, step_states=step_states)
+    assert torch.equal(states, initial)
+    for t in range(5):
+        row = conv1d.decode_conv1d(x[:, t], weight, None, states=decoded, slots=slots)
+        assert torch.equal(row, out[:, t])
+        assert torch.equal(decoded[slots.long()], step_states[:, t])
+
+
+@IMPLEMENTATIONS
+def test_a_window_that_would_round_its_inputs_is_refused(conv1d, device) -> None:
+    x, weight = torch.randn(2, 8, device=device), torch.randn(8, 4, device=device)
+    states = torch.zeros(3, 8, 3, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match="round"):
+        conv1d.decode_conv1d(x, weight, None, states=states, slots=int32([0, 1], device))

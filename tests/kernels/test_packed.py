@@ -1,0 +1,51 @@
+"""The packed layout and the plan of exports."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels.packed import Exports, Packed, rows_contiguous
+
+
+def test_tiles_start_anew_in_every_sequence() -> None:
+    packed = Packed.from_lengths([65, 0, 64, 1])
+    assert packed.lengths == (65, 0, 64, 1)
+    assert packed.cu_seqlens.tolist() == [0, 65, 65, 129, 130]
+    assert packed.tile_sequences.tolist() == [0, 0, 2, 3]
+    assert packed.cu_tiles.tolist() == [0, 2, 2, 3, 4]
+
+
+def test_no_sequence_at_all() -> None:
+    packed = Packed.from_lengths([])
+    assert packed.cu_seqlens.tolist() == [0]
+    assert len(packed.tile_sequences) == 0
+
+
+def test_exports_are_ordered_by_sequence_and_position() -> None:
+    packed = Packed.from_lengths([200, 0, 70])
+    exports = Exports.plan(packed, [(2, 64, 5), (0, 200, 3), (0, 64, 4)])
+    assert exports.sequences == (0, 0, 2)
+    assert exports.ends == (64, 200, 64)
+    assert exports.slots == (4, 3, 5)
+    assert [table.tolist() for table in exports.tables] == [[64, 200, 64], [4, 3, 5], [0, 2, 2, 3]]
+
+
+def test_nothing_to_export_is_no_plan() -> None:
+    assert Exports.plan(Packed.from_lengths([5]), []) is None
+
+
+@pytest.mark.parametrize("end", [0, 63, 65, 192, -64])
+def test_an_end_off_the_grid_is_refused(end: int) -> None:
+    with pytest.raises(ValueError, match="no state can be exported"):
+        Exports.plan(Packed.from_lengths([130]), [(0, end, 1)])
+
+
+def test_one_position_is_exported_once() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        Exports.plan(Packed.from_lengths([130]), [(0, 64, 1), (0, 64, 2)])
+
+
+def test_rows_are_copied_only_if_scattered() -> None:
+    tokens = Packed.from_lengths([3]).cu_seqlens.new_zeros(4, 6, 2)
+    assert rows_contiguous(tokens[:, :3]).data_ptr() == tokens.data_ptr()
+    assert rows_contiguous(tokens[:, ::2]).is_contiguous()
