@@ -180,6 +180,10 @@ class PrefixCache(Protocol):
         """Drop everything that is not locked."""
         ...
 
+    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
+        """A picture of what is cached: ``text``, ``graphviz`` or ``svg``. O(nodes drawn)."""
+        ...
+
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant from scratch; AssertionError names the first that fails. With ``held_*`` also
         ``free + cached + held == total``. O(tree)."""

@@ -81,6 +81,10 @@ class NullCache:
     def reset(self) -> None:
         return None
 
+    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
+        """There is no tree: the empty picture."""
+        return ""
+
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         self._pages.check()
         self._slots.check()

@@ -129,7 +129,7 @@ def _add_watching(app: FastAPI, front: Front) -> None:
     @app.get("/v1/cache")
     async def cache() -> dict[str, Any]:
         def read(engine: Engine) -> dict[str, Any]:
-            return engine.cache_report()
+            return engine.cache_report() | {"tree": engine.outline().splitlines()}
 
         return await front.engine.call(read)
 
