@@ -66,7 +66,7 @@ class Learnt:
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
         self._settle(prefill)
-        if prefill.branch_len > prefill.cached_len:
+        if prefill.branch_len > prefill.cached_len and not _continues(prefill):
             yield self._place(prefill.branch_len, "branch")
         for boundary in reversed(prefill.boundaries):
             if boundary > prefill.cached_len:
@@ -117,3 +117,11 @@ class Learnt:
             self._num_placed *= 0.5
             self._missed_tokens *= 0.5
         return Placed(position, label)
+
+
+def _continues(prefill: Prefill) -> bool:
+    """Whether the prompt leaves what was seen just where an earlier one ended: it goes on from there, nothing forks."""
+    missed = prefill.missed
+    if missed is None or missed.label == "branch":
+        return False
+    return missed.position + prefill.grid > prefill.branch_len

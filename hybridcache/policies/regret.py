@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable
-
 import numpy as np
 
 from hybridcache.policies.columns import Columns
@@ -22,10 +20,14 @@ SAMPLE = 1024
 """Candidates looked at for one victim; all, while there are no more."""
 
 
+Class = tuple[tuple[bool, bool], str, int, int, int]
+"""((superseded, speculative), label, uses, generation, log2 of the position)."""
+
+
 class _Memo:
     """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
 
-    __slots__ = ("active", "stage", "superseded", "turn", "uses")
+    __slots__ = ("active", "demand", "key", "stage", "superseded", "turn", "uses")
 
     def __init__(self, item: Item, turn: int) -> None:
         self.uses = item.uses
@@ -34,6 +36,10 @@ class _Memo:
         self.active = item.last_used
         """Latest use of the item or of a descendant that was evicted."""
         self.stage: Stage
+        self.key: Class
+        """Its class."""
+        self.demand: Class | None = None
+        """The class of the evicted tip it stands in for, while it is the tip itself."""
 
 
 class Regret:
@@ -119,6 +125,7 @@ class Regret:
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
                 memo.turn = max(memo.turn, item.memo.turn)
+                memo.demand = item.memo.key
         self._chosen = None
 
     def missed(self, item: Item) -> None:
@@ -188,16 +195,13 @@ class Regret:
 
     def _enter(self, item: Item, memo: _Memo) -> None:
         memo.superseded = item.superseded
-        speculative = item.label not in COMMON
-        key: tuple[Hashable, ...] = (
-            (item.superseded, speculative),
-            item.label or item.kind,
-            min(item.uses, 2),
-            min(memo.turn, MAX_TURN),
-            item.position.bit_length(),
-        )
-        prior = SUPERSEDED_PRIOR if item.superseded else 1.0
-        row = self.survival.row(key, prior * SPECULATIVE_PRIOR if speculative else prior)
+        if item.superseded or memo.demand is None:
+            memo.key = _class_of(item, memo.turn)
+        else:
+            memo.key = memo.demand
+        superseded, speculative = memo.key[0]
+        prior = SUPERSEDED_PRIOR if superseded else 1.0
+        row = self.survival.row(memo.key, prior * SPECULATIVE_PRIOR if speculative else prior)
         memo.stage = self.survival.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:
@@ -217,6 +221,17 @@ class Regret:
                 break
             columns.worths[place] = worth
         return item
+
+
+def _class_of(item: Item, turn: int) -> Class:
+    """From coarse to fine: each entry narrows the one before, and where evidence is short the coarser one speaks."""
+    return (
+        (item.superseded, item.label not in COMMON),
+        item.label or item.kind,
+        min(item.uses, 2),
+        min(turn, MAX_TURN),
+        item.position.bit_length(),
+    )
 
 
 def _worth(item: Item) -> float:

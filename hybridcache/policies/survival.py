@@ -35,8 +35,10 @@ _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _SMALL = 1 << 14
 _BIN_OF: npt.NDArray[np.intp] = np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1
-PRIOR_EVENTS = 1.0
-"""Weight of what a class inherits from its parent, in uses."""
+LEVEL_WEIGHT = 48.0
+"""Uses that a class needs before its level is as much its own as its parent's."""
+SHAPE_WEIGHT = 1.0
+"""Uses that an age bin needs before it is as much its own as what the class's level and the parent's shape give."""
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
 
@@ -143,9 +145,9 @@ class Survival:
         for row, parent in enumerate(self._parents):
             shape = self._prior(row) if parent is None else hazard[parent]
             expected = float(exposure[row] @ shape)
-            level = (float(events[row].sum()) + PRIOR_EVENTS) / (expected + PRIOR_EVENTS)
+            level = (float(events[row].sum()) + LEVEL_WEIGHT) / (expected + LEVEL_WEIGHT)
             inherited = level * shape
-            hazard[row] = (events[row] + PRIOR_EVENTS) / (exposure[row] + PRIOR_EVENTS / inherited)
+            hazard[row] = (events[row] + SHAPE_WEIGHT) / (exposure[row] + SHAPE_WEIGHT / inherited)
         self.index = _index(hazard)
         self._forget()
         return True
