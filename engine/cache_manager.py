@@ -6,7 +6,7 @@ what changes in it becomes work for the next batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import lcm
 from typing import Any
 
@@ -30,7 +30,7 @@ class CacheManager:
     def __init__(
         self,
         cache: PrefixCache,
-        placement: PlacementPolicy,
+        make_placement: Callable[[], PlacementPolicy],
         *,
         num_rows: int,
         stateful: bool,
@@ -38,7 +38,8 @@ class CacheManager:
         log: LeaseLog | None = None,
     ) -> None:
         self.cache = cache
-        self._placement = placement
+        self._make_placement = make_placement
+        self._placement = make_placement()
         self._stateful = stateful
         self._exact = exact
         self._log = log
@@ -173,7 +174,10 @@ class CacheManager:
         return restores, row_writes
 
     def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
-        """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens, but no checkpoint."""
+        """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens, but no checkpoint.
+
+        Asks a placement made for the question, because one that learns is asked once for each request it serves.
+        """
         if not self._stateful:
             return (branch_len,)
         prefill = Prefill(
@@ -184,7 +188,7 @@ class CacheManager:
             boundaries=request.boundaries,
             grid=self.step,
         )
-        return (position for position, _ in self._placement.positions(prefill))
+        return (position for position, _ in self._make_placement().positions(prefill))
 
     def held(self) -> tuple[int, int]:
         """(KV rows, slots) that running requests hold."""

@@ -121,7 +121,7 @@ class Engine:
         words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
         return CacheManager(
             self._cache,
-            parse_placement(words),
+            lambda: parse_placement(words),
             num_rows=config.max_running,
             stateful=runner.num_slots > 0,
             exact=config.exact,
@@ -414,6 +414,10 @@ class Engine:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
         )
+
+    def outline(self, max_nodes: int = 40) -> str:
+        """The cache's tree in text, a line a node, without its tokens; empty where nothing is kept."""
+        return self._cache.render("text", max_nodes)
 
     def cache_report(self) -> dict[str, Any]:
         """``report`` as plain data."""

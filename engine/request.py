@@ -50,12 +50,12 @@ class Request:
         "prompt_len",
         "prompt_logprobs",
         "request_id",
+        "resume_points",
         "row",
         "scheduled_len",
         "scheduled_s",
         "scores",
         "seed",
-        "shared_lens",
         "text",
         "text_stream",
     )
@@ -99,8 +99,8 @@ class Request:
         """Its claims on the cache: while it runs, not while it waits."""
         self.row: int | None = None
         """Its row of the request table, as long as its lease."""
-        self.shared_lens: dict[int, int] = {}
-        """Arrival rank of another request -> leading tokens its prompt has in common with this one's."""
+        self.resume_points: dict[int, tuple[int, ...]] = {}
+        """Arrival rank of another request -> positions this one could resume from if that one saved its state there."""
         self.text_stream = text_stream
         self.text = ""
         self.logprobs: list[SampledToken] = []

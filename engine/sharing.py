@@ -41,20 +41,22 @@ class Sharing:
 
     def _goal(self, request: Request, leader: Request) -> int:
         """The deepest position that ``request`` could resume from once ``leader`` has passed it; 0: none is ahead."""
-        step = self._manager.step
-        shared = request.shared_lens.get(leader.arrival)
-        if shared is None:
-            shared = common_len(request.tokens, leader.tokens[: leader.prefill_len])
-            request.shared_lens[leader.arrival] = shared
-        usable = min(shared, request.num_tokens - 1) // step * step
-        if usable <= leader.computed_len:
-            return 0
-        wanted = self._manager.checkpoint_positions(request, shared)
-        reachable = [p // step * step for p in wanted if p // step * step <= usable]
-        goal = max((p for p in reachable if self._manager.can_save(leader, p)), default=0)
+        points = request.resume_points.get(leader.arrival)
+        if points is None:
+            points = request.resume_points[leader.arrival] = self._resume_points(request, leader)
+        goal = max((p for p in points if self._manager.can_save(leader, p)), default=0)
         if goal > leader.scheduled_len:
             self._manager.want(leader, goal)
         return goal
+
+    def _resume_points(self, request: Request, leader: Request) -> tuple[int, ...]:
+        step = self._manager.step
+        shared = common_len(request.tokens, leader.tokens[: leader.prefill_len])
+        usable = min(shared, request.num_tokens - 1) // step * step
+        if not usable:
+            return ()
+        floored = {p // step * step for p in self._manager.checkpoint_positions(request, shared)}
+        return tuple(sorted(p for p in floored if 0 < p <= usable))
 
 
 def common_len(one: Tokens, other: Tokens) -> int:

@@ -3,7 +3,7 @@
 The engine's cache manager and the simulator drive this same class, so a policy that was studied is the policy that is
 served. The tensors' side (copying a state, writing KV, filling a request table) is the caller's.
 
-Life of a lease: ``begin`` (match, lock, own state slot, plan), then per piece of work ``extend`` (KV for it), ``exports``
+Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work ``extend`` (KV for it), ``exports``
 (checkpoint slots for planned positions in it), the computation, ``publish`` (what was computed goes to the tree), and in
 the end exactly one of ``finish``, ``preempt`` and ``abort``, after which nothing is held.
 """
@@ -74,11 +74,12 @@ class Lease:
 
     __slots__ = (
         "_cache",
-        "_counted",
         "_decode_interval",
+        "_is_counted",
         "_node",
         "_num_rows",
         "_pending",
+        "_placement",
         "_plan",
         "_receipt",
         "_request",
@@ -94,6 +95,7 @@ class Lease:
     def __init__(
         self,
         cache: PrefixCache,
+        placement: PlacementPolicy,
         request: LeaseRequest,
         match: PrefixMatch,
         receipt: Any,
@@ -101,6 +103,7 @@ class Lease:
     ) -> None:
         """Take over ``receipt`` (a lock on ``match.node``) and ``state_slot``: see ``begin``."""
         self._cache = cache
+        self._placement = placement
         self._request = request
         self._node = match.node
         self._receipt = receipt
@@ -116,7 +119,7 @@ class Lease:
         self._num_rows = match.cached_len
         if match.cached_len:
             self._rows[: match.cached_len] = cache.gather(match.node)
-        self._counted = not request.reuse
+        self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
         self._plan: dict[int, str] = {}
         self._pending: list[_Saved] = []
@@ -127,7 +130,7 @@ class Lease:
     def begin(
         cls, cache: PrefixCache, placement: PlacementPolicy, request: LeaseRequest
     ) -> Lease | None:
-        """Match, lock, take a state slot, plan the checkpoints. None: no slot can be had; nothing is held or counted.
+        """Match, lock, take a state slot. None: no slot can be had; nothing is held.
 
         Where the only slot that could be had is the checkpoint the request would resume from, the request starts further
         up without it, and ``losses.refused`` counts the tokens; with ``reuse=False`` it counts all that was not read.
@@ -156,10 +159,15 @@ class Lease:
                 losses=found.losses._replace(refused=refused),
                 node=match.node,
             )
-        lease = cls(cache, request, match, receipt, slot)
-        if request.stateful:
-            lease._make_plan(placement)
-        return lease
+        return cls(cache, placement, request, match, receipt, slot)
+
+    def _count(self) -> None:
+        """The lease has its first memory: it is going to compute, so it counts as a use, and the placement is asked."""
+        self._is_counted = True
+        if self._request.reuse:
+            self._cache.touch(self.match)
+        if self._request.stateful:
+            self._make_plan(self._placement)
 
     def _make_plan(self, placement: PlacementPolicy) -> None:
         prefill = Prefill(
@@ -228,8 +236,8 @@ class Lease:
     def extend(self, to_len: int) -> bool:
         """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed.
 
-        The first that succeeds counts the lease as a use of the cache (``touch``): a caller that begins, is refused, aborts
-        and tries again later is counted once.
+        The first that succeeds counts the lease as a use of the cache (``touch``) and asks the placement where to save: a
+        caller that begins, is refused, aborts and tries again later is counted once.
         """
         missing = to_len - self._num_rows
         if missing <= 0:
@@ -246,9 +254,8 @@ class Lease:
             self._rows = rows
         self._rows[self._num_rows : end] = new
         self._num_rows = end
-        if not self._counted:
-            self._cache.touch(self.match)
-            self._counted = True
+        if not self._is_counted:
+            self._count()
         return True
 
     def exports(self, start: int, end: int) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from hybridcache.interface import PrefixCache, Tokens
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog, replay
 from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.protocol import Placed, Prefill
 
 
 def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):
@@ -118,8 +119,8 @@ def test_where_the_checkpoint_is_the_only_slot_the_request_starts_without_it() -
 def test_a_position_without_a_slot_is_skipped() -> None:
     cache, prompt = make_cache(slots=2), tokens(300)
     lease = begin(cache, prompt, "every:64")
-    assert lease.planned == (64, 128, 192, 256)
     assert lease.extend(300)
+    assert lease.planned == (64, 128, 192, 256)
     assert lease.exports(0, 300) == ((256, 1),)  # the deepest is most wanted
     lease.finish(prompt, 300)
     check(cache)
@@ -211,11 +212,39 @@ def test_a_lease_that_gets_no_kv_is_counted_when_it_gets_some() -> None:
     check(cache, lease)
 
 
+class Counting:
+    """A placement that learns: it must be asked once for each request that is computed."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def positions(self, prefill: Prefill) -> list[Placed]:
+        self.asked += 1
+        return []
+
+    def decode_interval(self) -> None:
+        return None
+
+
+def test_a_placement_is_asked_once_however_often_a_request_was_refused() -> None:
+    cache, placement = make_cache(kv_tokens=128), Counting()
+    hog = begin(cache, tokens(100, first=900))
+    assert hog.extend(100)
+    for _ in range(3):
+        lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
+        assert not lease.extend(60)
+        lease.abort()
+    hog.abort()
+    lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
+    assert lease.extend(30) and lease.extend(60)
+    assert placement.asked == 1
+
+
 def test_attention_only_takes_no_slot() -> None:
     cache, prompt = make_cache("radix", slots=0), tokens(200)
     first = begin(cache, prompt, "every:64,end", stateful=False)
-    assert (first.state_slot, first.planned) == (None, ())
     prefill(first, prompt)
+    assert (first.state_slot, first.planned) == (None, ())
     decode(first, tokens(300), 200)
     first.finish(tokens(300), 300)
     lease = begin(cache, tokens(290), stateful=False)
@@ -237,6 +266,7 @@ def test_with_a_null_cache_everything_is_freed() -> None:
 def test_a_position_another_request_wants_is_saved_too() -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt, "none")
+    assert lease.extend(300)
     lease.want(130, "branch")
     lease.want(128, "branch")
     lease.want(400, "branch")

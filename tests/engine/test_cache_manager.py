@@ -13,7 +13,7 @@ from hybridcache.policies.checkpoint import parse_placement
 
 def make_manager(page_size: int = 1) -> CacheManager:
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=512, num_slots=4, page_size=page_size))
-    return CacheManager(cache, parse_placement("backoff"), num_rows=2, stateful=True)
+    return CacheManager(cache, lambda: parse_placement("backoff"), num_rows=2, stateful=True)
 
 
 def make_request(arrival: int, length: int = 100) -> Request:
