@@ -104,6 +104,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
     add("--metric", default="hit", help="what tables and the figure show, commas between")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
+    add("--bins", action="store_true", help="also by prompt length and by turn of the session")
     add(
         "--state-dtype", default="float32", help="precision of checkpoints: float32, bfloat16, int8"
     )
@@ -122,7 +123,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hybridcache.report import find_metric, losses_table, sweep_figure
+    from hybridcache.report import bins_table, find_metric, losses_table, sweep_figure
     from hybridcache.simulate import simulate
     from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
     from hybridcache.traces import open_trace
@@ -162,6 +163,9 @@ def _simulate(options: argparse.Namespace) -> int:
             print(result.table(word), end="\n\n")
         if options.losses:
             print(losses_table(result.runs), end="\n\n")
+        if options.bins:
+            print(bins_table(result.runs, "length"), end="\n\n")
+            print(bins_table(result.runs, "turn"), end="\n\n")
     if options.figure:
         sweep_figure(results, options.figure, metrics[0])
         print(f"figure: {options.figure}")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.simulation.result import RunResult
 from hybridcache.trace_stats import Spread, TraceStats
@@ -112,6 +112,22 @@ def losses_table(runs: Sequence[RunResult]) -> str:
         parts = [run.cached_tokens, *(run.losses[cause] for cause in (*causes, "refused"))]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, _size(run), *shares])
+    return text_table(header, rows)
+
+
+def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
+    """Token hit rate by prompt length, or by how many requests of the session came before; %."""
+    found = [run.by_length if by == "length" else run.by_turn for run in runs]
+    ranges = sorted({(bin_.start, bin_.end) for bins in found for bin_ in bins})
+    title = "prompt tokens" if by == "length" else "earlier requests"
+    header = [f"token hit rate, %, by {title}", "GiB", *(f"{start:,}+" for start, _ in ranges)]
+    rows = []
+    for run, bins in zip(runs, found, strict=True):
+        rates = {
+            (bin_.start, bin_.end): f"{100 * bin_.cached_tokens / bin_.prompt_tokens:.1f}"
+            for bin_ in bins
+        }
+        rows.append([run.label, _size(run), *(rates.get(range_, "-") for range_ in ranges)])
     return text_table(header, rows)
 
 
