@@ -8,36 +8,26 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.assembly import Chooser, Drawn, Runner, cache_config, load
-from engine.batch import Batch
+from engine.assembly import Chooser, Runner, cache_config, load
 from engine.cache_manager import CacheManager
 from engine.config import EngineConfig
 from engine.intake import Intake, Prompt
-from engine.outputs import RequestOutput, SampledToken
+from engine.launch import NOTHING, Launched, launch
+from engine.outputs import RequestOutput
 from engine.report import CacheReport, cache_report
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduler import QueueFull, Scheduler, Step, Work
+from engine.scheduler import QueueFull, Scheduler, Step
 from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.checkpoint import parse_placement
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
-
-
-class Launched(NamedTuple):
-    """A step that is on its way, or through: what will come of it, in the step's order."""
-
-    step: Step
-    drawn: Drawn | None
-    """The next token of each work that samples; None: none does."""
-    scores: Sequence[Sequence[SampledToken]]
-    """The prompt's log-probabilities, for each work that scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +44,6 @@ class StepReport:
     num_waiting: int
 
 
-NOTHING = Launched(Step(Batch(()), ()), None, ())
 Observer = Callable[[StepReport], None]
 
 
@@ -248,32 +237,9 @@ class Engine:
         return logits
 
     def _sample(self, step: Step, logits: Any) -> Launched:
-        chosen: list[Request] = []
-        rows: list[int] = []
-        scores: list[list[SampledToken]] = []
-        num_rows = 0
-        for work, segment in zip(step.works, step.batch.segments, strict=True):
-            if work.scores:
-                scores.append(
-                    self._score(work, logits[num_rows : num_rows + len(segment.token_ids)])
-                )
-            num_rows += segment.num_logits
-            if work.samples:
-                chosen.append(work.request)
-                rows.append(num_rows - 1)
-        drawn = None
-        if chosen:
-            wanted = logits if len(rows) == num_rows else logits[rows]
-            drawn = self._sampler.launch(wanted, [request.sampling_input() for request in chosen])
+        launched = launch(step, logits, self._sampler)
         self._laps.append(self._clock())
-        return Launched(step, drawn, scores)
-
-    def _score(self, work: Work, logits: Any) -> list[SampledToken]:
-        """Of the prompt tokens that follow the work's tokens."""
-        request = work.request
-        following = request.tokens[work.start + 1 : min(work.end + 1, request.prompt_len)]
-        num_top = request.prompt_logprobs or 0
-        return self._sampler.score(logits[: len(following)], following.tolist(), num_top)
+        return launched
 
     def _due(self, launched: Launched) -> Launched:
         """The step to commit now: this one, or the one before it, which the device has had time for."""
