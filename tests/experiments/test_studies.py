@@ -1,0 +1,43 @@
+"""Every study runs from its command line, writes its records with their provenance, and draws its figure."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import lab
+
+STUDIES = {
+    "study_capacity": "short",
+    "study_placement": "short",
+    "study_losses": "short",
+    "study_marconi": "short",
+    "study_cost_awareness": "short",
+    "study_state_bytes": "short",
+    "study_page_grid": "short",
+    "study_regret": "short",
+}
+
+
+@pytest.mark.parametrize("study", list(STUDIES))
+def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(lab, "FIGURES", tmp_path)
+    monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
+    monkeypatch.setattr("sys.argv", [study, "--traces", STUDIES[study], "--points", "2"])
+    importlib.import_module(f"experiments.{study}").main()
+    head, *records = (tmp_path / f"{study}.jsonl").read_text().splitlines()
+    assert "commit" in json.loads(head)["provenance"]
+    for record in map(json.loads, records):
+        assert record["trace"] == "short" and 0 <= record["token_hit_rate"] <= 1
+    assert (tmp_path / f"{study}.png").stat().st_size > 10_000
+
+
+def test_a_workload_that_is_not_here_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lab.WORKLOADS, "absent", lab.Workload("x", "1:2:2", data="no/such/file"))
+    monkeypatch.setattr("sys.argv", ["study", "--traces", "absent,short"])
+    options = lab.arguments("A study.")
+    assert list(lab.workloads(options)) == ["short"]
