@@ -59,13 +59,15 @@ def _poisoned(allocate):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_products() -> None:
-    """The interpreter keeps bfloat16 as bit patterns and multiplies those in `tl.dot`: widen the operands first."""
+def repaired_interpreter() -> None:
+    """Two faults of Triton's interpreter: `tl.dot` multiplies the bit patterns of bfloat16 operands, so widen them first;
+    and up to triton 3.6, a loaded bound of `range` fails on numpy 2.4."""
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
     multiply = interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
 
     def widen(x):
         if x.dtype.scalar != interpreter.tl.bfloat16:
@@ -78,4 +80,9 @@ def bfloat16_products() -> None:
     def create_dot(builder, a, b, *rest):
         return multiply(builder, widen(a), widen(b), *rest)
 
+    def patch_tensor_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
+
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_tensor_index

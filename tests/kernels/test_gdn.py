@@ -111,14 +111,15 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
     torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("gdn", "num_threads"),
+    [(reference, 1), (reference, 2), (fused, 1)],
+    ids=["reference", "reference-2-threads", "fused"],
+)
 @DTYPES
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-@pytest.mark.parametrize("num_threads", [1, 2])
 def test_resumed_or_in_company_no_bit_differs(gdn, dtype, state_dtype, num_threads, device) -> None:
     """A sequence alone and whole, packed among others in any slots, and resumed at every state it exported."""
-    if gdn is fused and num_threads > 1:
-        pytest.skip("threads are the reference's matter")
     torch.manual_seed(1)
     sizes = (1, 2, 16, 16) if gdn is fused else (4, 8, 64, 32)
     lengths = (70, 200, 64)
