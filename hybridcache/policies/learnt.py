@@ -8,9 +8,11 @@ from hybridcache.policies.protocol import Placed, Prefill
 
 STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
-HOPE = 0.25
-"""What a word is believed to earn with its first checkpoint, before it was tried: this part of a prompt."""
-COPY = 1 / 512
+HOPE = 1.0
+"""What the end of the prompt and of the answer are believed to earn with their first checkpoint: this part of a prompt."""
+SPECULATIVE_HOPE = 0.25
+"""The same of the back-offs further up."""
+COPY = 1 / 128
 """What saving one costs by itself: a copy of a state takes about the time that this part of a prompt takes to prefill."""
 TRIAL_EVERY = 32
 """A word that does not pay is tried again once in so many prefills."""
@@ -100,7 +102,8 @@ class Learnt:
     def _account(self, label: str) -> _Account:
         account = self._accounts.get(label)
         if account is None:
-            account = self._accounts[label] = _Account(HOPE * self._mean_prompt)
+            hope = HOPE if label in ("back:1", "decode") else SPECULATIVE_HOPE
+            account = self._accounts[label] = _Account(hope * self._mean_prompt)
         return account
 
     def _pays(self, label: str) -> bool:
