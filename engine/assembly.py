@@ -19,14 +19,27 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """What the engine asks of a model runner."""
 
-    num_kv_tokens: int
-    num_slots: int
-    """0: an attention-only model."""
-    max_model_len: int
-    vocab_size: int
-    geometry: ModelGeometry
-    is_asynchronous: bool
-    """``forward`` returns before the device is done."""
+    @property
+    def num_kv_tokens(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int:
+        """0: an attention-only model."""
+        ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def geometry(self) -> ModelGeometry: ...
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """``forward`` returns before the device is done."""
+        ...
 
     def forward(self, batch: Batch, drawn: Any = None) -> Any:
         """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all.

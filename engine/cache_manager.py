@@ -73,6 +73,8 @@ class CacheManager:
         request.lease, request.row = lease, row
         if request.wants_scores:
             request.scores.clear()
+        if request.scheduled_s is None:
+            request.cached_len, request.losses = lease.cached_len, lease.losses
         request.computed_len = request.scheduled_len = lease.cached_len
         request.prefill_len, request.num_drawn = prefill_len, 0
         if lease.restore is not None:
@@ -83,7 +85,7 @@ class CacheManager:
 
     def extend(self, request: Request, to_len: int) -> bool:
         """KV rows for every position below ``to_len``. False: no memory; nothing changed."""
-        lease, row = _claims(request)
+        lease, row = request.claims
         before = len(lease.kv_indices)
         if to_len <= before:
             return True
@@ -101,27 +103,27 @@ class CacheManager:
 
     def exports(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
         """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``."""
-        lease, _ = _claims(request)
+        lease, _ = request.claims
         exports = lease.exports(request.scheduled_len, end)
         self._record("exports", lease, (request.scheduled_len, end), exports)
         return exports
 
     def can_save(self, request: Request, position: int) -> bool:
         """Whether ``request`` will have published what is needed to resume at ``position``, but has not yet."""
-        lease, _ = _claims(request)
+        lease, _ = request.claims
         if position > request.scheduled_len:
             return True
         return position > request.computed_len and (not self._stateful or lease.saves(position))
 
     def want(self, request: Request, position: int) -> None:
         """Save a checkpoint at ``position`` too: another request is going to leave this one's path there."""
-        lease, _ = _claims(request)
+        lease, _ = request.claims
         lease.want(position, "branch")
         self._record("want", lease, (position, "branch"))
 
     def publish(self, request: Request) -> None:
         """Hand what ``request`` has computed to the tree."""
-        lease, row = _claims(request)
+        lease, row = request.claims
         changed = lease.publish(request.tokens, request.computed_len)
         self._record("publish", lease, (request.tokens, request.computed_len))
         if changed is not None:
@@ -131,7 +133,7 @@ class CacheManager:
     def finish(self, request: Request) -> None:
         """End a lease whose request is done: all it computed is published. Where a step that was made before this was known
         still moves its state on, the state is not donated."""
-        lease, _ = _claims(request)
+        lease, _ = request.claims
         is_still = request.scheduled_len == request.computed_len
         lease.finish(request.tokens, request.computed_len, donate=is_still)
         self._record("finish", lease, (request.tokens, request.computed_len, is_still))
@@ -139,7 +141,7 @@ class CacheManager:
 
     def preempt(self, request: Request) -> None:
         """End a lease whose request will begin again: all it computed is published, its state kept where it can be."""
-        lease, _ = _claims(request)
+        lease, _ = request.claims
         lease.preempt(request.tokens, request.computed_len)
         self._record("preempt", lease, (request.tokens, request.computed_len))
         self._release(request)
@@ -148,7 +150,7 @@ class CacheManager:
 
     def abort(self, request: Request) -> None:
         """End a lease at once: what was not published is free again."""
-        lease, _ = _claims(request)
+        lease, _ = request.claims
         lease.abort()
         self._record("abort", lease)
         self._release(request)
@@ -160,7 +162,7 @@ class CacheManager:
             self._log.record(verb, lease, arguments, result)
 
     def _release(self, request: Request) -> None:
-        _, row = _claims(request)
+        _, row = request.claims
         self._row_writes = [write for write in self._row_writes if write[0] != row]
         self._restores.pop(row, None)
         del self._leases[row]
@@ -198,9 +200,3 @@ class CacheManager:
     def check(self) -> None:
         """Recompute every invariant of the cache, and ``free + cached + held == total``; AssertionError if one fails."""
         self.cache.check(*self.held())
-
-
-def _claims(request: Request) -> tuple[Lease, int]:
-    if request.lease is None or request.row is None:
-        raise RuntimeError(f"request {request.request_id} holds no lease.")
-    return request.lease, request.row

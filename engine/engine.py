@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -228,9 +227,10 @@ class Engine:
         return step
 
     def _forward(self, step: Step) -> Any:
+        before = self._in_flight.drawn if self._in_flight is not None else None
         logits = None
-        if self._in_flight is not None and step.batch.late_tokens:
-            logits = self.runner.forward(step.batch, self._in_flight.drawn.tokens)
+        if step.batch.late_tokens and before is not None:
+            logits = self.runner.forward(step.batch, before.tokens)
         elif step.works:
             logits = self.runner.forward(step.batch)
         self._laps.append(self._clock())
@@ -265,10 +265,13 @@ class Engine:
     def _tell_observer(self, step: Step) -> None:
         if self._observer is None:
             return
-        laps = (*self._laps, self._clock())
+        started, scheduled, computed, launched = self._laps
         self._observer(
             StepReport(
-                *(end - start for start, end in itertools.pairwise(laps)),
+                schedule_s=scheduled - started,
+                forward_s=computed - scheduled,
+                sample_s=launched - computed,
+                commit_s=self._clock() - launched,
                 num_prefill_tokens=step.num_prefill_tokens,
                 num_decode_tokens=step.num_decode_tokens,
                 num_running=self._scheduler.num_running,

@@ -134,6 +134,13 @@ class Request:
         return self.computed_len < self.prefill_len
 
     @property
+    def claims(self) -> tuple[Lease, int]:
+        """Its lease and its row. RuntimeError while it waits."""
+        if self.lease is None or self.row is None:
+            raise RuntimeError(f"request {self.request_id} holds no lease.")
+        return self.lease, self.row
+
+    @property
     def known_len(self) -> int:
         """Tokens that the device knows: ``num_tokens`` and those drawn."""
         return self.num_tokens + self.num_drawn

@@ -212,18 +212,18 @@ class Scheduler:
         insort(self._running, request, key=_age)
         if request.scheduled_s is None:
             request.scheduled_s = self._clock()
-            request.cached_len, request.losses = request.lease.cached_len, request.lease.losses
         return True
 
     def _segment(self, work: Work) -> Segment:
         """What the runner must know of ``work``; from here on it counts as scheduled."""
         request = work.request
+        lease, row = request.claims
         exports = self._manager.exports(request, work.end)
         request.scheduled_len = work.end
         request.num_drawn += work.samples
         return Segment(
-            row=request.row,
-            slot=request.lease.state_slot,
+            row=row,
+            slot=lease.state_slot,
             token_ids=UNKNOWN
             if work.end > request.num_tokens
             else request.tokens[work.start : work.end],
