@@ -57,7 +57,10 @@ class EngineConfig:
         ("branch", "boundary", "backoff", "end"),
         "where states are saved: words joined by commas (branch, boundary, backoff, end, every:1024, ...)",
     )
-    eviction: str = _setting("lru", "what leaves the cache first: a policy's word")
+    eviction: str = _setting(
+        "lru",
+        "what leaves the cache first: lru, regret, gdsf, s3-fifo, ...; a wrong word lists all",
+    )
     grid: int = _setting(TILE, "checkpoint positions are multiples of it; a multiple of 64, tokens")
     page_size: int = _setting(1, "KV allocation unit, tokens")
     exact: bool = _setting(
@@ -66,10 +69,12 @@ class EngineConfig:
 
     kv_gib: float | None = _setting(None, "memory for KV, GiB")
     state_gib: float | None = _setting(
-        None, "memory for states: running requests' and checkpoints, GiB"
+        None, "memory for states, those of running requests and checkpoints alike, GiB"
     )
     cache_gib: float | None = _setting(
-        None, "memory for both, GiB, in place of --kv-gib and --state-gib: split evenly"
+        None,
+        "memory for both, GiB, half each (attention-only models: all for KV); none of the three: a quarter of the free "
+        "memory, at most 4 GiB, on a CPU, and 85 % of what the weights leave elsewhere",
     )
     max_model_len: int | None = _setting(
         None, "most tokens of prompt and answer; none: the model's own"

@@ -82,7 +82,9 @@ class Engine:
         self._observer = observer
         self._log = log
         self._clock = clock
-        self._cache = build_prefix_cache(cache_config(config, runner))
+        built = cache_config(config, runner)
+        self._cache_kind = built.prefix_cache
+        self._cache = build_prefix_cache(built)
         self._manager = self._make_manager(config, runner)
         self._scheduler = Scheduler(
             self._manager,
@@ -377,6 +379,7 @@ class Engine:
         """Sizes, rates and losses of the cache, now."""
         return cache_report(
             self.config,
+            self._cache_kind,
             self._manager,
             num_kv_tokens=self.runner.num_kv_tokens,
             num_slots=self.runner.num_slots,

@@ -44,6 +44,7 @@ class CacheReport:
 
 def cache_report(
     config: EngineConfig,
+    kind: str,
     manager: CacheManager,
     *,
     num_kv_tokens: int,
@@ -51,12 +52,12 @@ def cache_report(
     num_running: int,
     num_waiting: int,
 ) -> CacheReport:
-    """Read off the allocators, the tree and the leases. O(running requests + namespaces)."""
+    """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running requests + namespaces)."""
     cache = manager.cache
     held_tokens, held_slots = manager.held()
     total = cache.stats.total
     return CacheReport(
-        prefix_cache=config.prefix_cache,
+        prefix_cache=kind,
         eviction=config.eviction,
         checkpoints=config.checkpoints,
         grid=cache.grid,

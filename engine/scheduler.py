@@ -210,6 +210,7 @@ class Scheduler:
             return False
         self._waiting.remove(request)
         insort(self._running, request, key=_age)
+        request.resume_points.clear()
         if request.scheduled_s is None:
             request.scheduled_s = self._clock()
         return True

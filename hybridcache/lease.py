@@ -260,7 +260,11 @@ class Lease:
 
     def exports(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """(position, slot) of the checkpoints that computing [start, end) has to save, positions in (start, end]: planned
-        ones in a prefill, the rolling one in decode. A position no slot can be had for is skipped."""
+        ones in a prefill, the rolling one in decode. A position no slot can be had for is skipped.
+
+        The rolling one is written over what it held: a caller that works a step ahead and then finds that the request had
+        ended before it, has neither.
+        """
         if start >= self.prompt_len:
             return self._roll(start, end)
         if not self._plan:

@@ -19,6 +19,7 @@ PLACEMENTS = (
     ("branch", "boundary", "backoff", "end"),
     ("every:64", "end"),
     ("prompt",),
+    ("regret",),
     ("none",),
 )
 
@@ -90,6 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 1, 16, 64]),
         grid=st.sampled_from([64, 128]),
         checkpoints=st.sampled_from(PLACEMENTS),
+        eviction=st.sampled_from(["lru", "regret", "gdsf", "s3-fifo"]),
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
     )
