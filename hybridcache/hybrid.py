@@ -18,6 +18,7 @@ from hybridcache.radix.render import render_graphviz, render_svg, render_text
 from hybridcache.residency import Residency
 from hybridcache.stats import CacheStats
 
+INT32 = np.dtype(np.int32)
 NO_INDICES: Indices = np.empty(0, np.int32)
 NO_INDICES.setflags(write=False)
 
@@ -116,12 +117,13 @@ class HybridRadixCache:
 
     def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None]:
         """(how deep the tokens were ever seen, the deepest evicted checkpoint down there that could be resumed from)."""
-        missed: Checkpoint | None = None
-        length = node.end
-        for ghost, length in self._tree.walk_ghosts(node, tokens[node.end :]):
-            if length == ghost.end < len(tokens) and ghost.lost_checkpoint is not None:
-                missed = ghost.lost_checkpoint
-        return length, missed
+        ghost, _, length = self._tree.walk(node, tokens[node.end :], ghosts=True)
+        while ghost is not node:
+            if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
+                return length, ghost.lost_checkpoint
+            assert ghost.parent is not None
+            ghost = ghost.parent
+        return length, None
 
     def gather(self, node: RadixNode | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
@@ -192,7 +194,7 @@ class HybridRadixCache:
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
         """
         residency, tree = self._residency, self._tree
-        if len(kv_indices) != len(tokens) or tokens.dtype != np.int32:
+        if len(kv_indices) != len(tokens) or tokens.dtype != INT32:
             raise ValueError(
                 f"{len(kv_indices)} KV indices for {len(tokens)} tokens of type {tokens.dtype}: "
                 "as many as tokens are needed, and int32 ids"
@@ -229,14 +231,20 @@ class HybridRadixCache:
         residency = self._residency
         first = node.end
         if node.ghosts:
-            for ghost, length in self._tree.walk_ghosts(node, tokens[first:]):
-                if length < ghost.end:
-                    node = residency.split(ghost, length)
-                    self._tree.revive(node)
-                    residency.store_rows(node, rows[node.start - first : length - first])
-                else:
-                    residency.revive(ghost, rows[ghost.start - first : length - first])
-                    node = ghost
+            ghost, inside, length = self._tree.walk(node, tokens[first:], ghosts=True)
+            path = []
+            while ghost is not node:
+                path.append(ghost)
+                assert ghost.parent is not None
+                ghost = ghost.parent
+            for ghost in reversed(path):
+                residency.revive(ghost, rows[node.end - first : ghost.end - first])
+                node = ghost
+            if inside is not None and length > node.end:
+                upper = residency.split(inside, length)
+                self._tree.revive(upper)
+                residency.store_rows(upper, rows[node.end - first : length - first])
+                node = upper
         if node.end < len(tokens):
             rest = node.end
             node = self._tree.grow(node, tokens[rest:])

@@ -36,13 +36,14 @@ class RadixTree:
             node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
 
-    def walk(self, node: RadixNode, tokens: Tokens) -> Walk:
-        """Follow ``tokens``, which start at ``node``'s end, through resident edges. Reads only. O(len(tokens)).
+    def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
+        """Follow ``tokens``, which start at ``node``'s end, through resident edges, or through ghosts only. Reads only.
+        O(len(tokens)).
 
         A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end.
         """
         base = end = node.end
-        children = node.children
+        children = node.ghosts if ghosts else node.children
         if not children:
             return node, None, base
         stop = base + len(tokens)
@@ -50,7 +51,7 @@ class RadixTree:
         starts_with = data.startswith
         ids = memoryview(data).cast("i") if self.page_size == 1 else None
         page_bytes = self.page_size * TOKEN_BYTES
-        while end < stop:
+        while end < stop and children:
             offset = (end - base) * TOKEN_BYTES
             key = data[offset : offset + page_bytes] if ids is None else ids[end - base]
             child = children.get(key)
@@ -61,27 +62,8 @@ class RadixTree:
                 return node, child, end + shared
             node = child
             end = node.end
-            children = node.children
+            children = node.ghosts if ghosts else node.children
         return node, None, end
-
-    def walk_ghosts(self, node: RadixNode, tokens: Tokens) -> Iterator[tuple[RadixNode, int]]:
-        """Follow ``tokens``, which start at ``node``'s end, through ghosts: pairs (ghost, length reached, whole pages).
-
-        The last length may lie inside its ghost. The caller may split or revive what it was given. O(len(tokens)).
-        """
-        base = node.end
-        while node.ghosts and len(tokens) - (node.end - base) >= self.page_size:
-            rest = tokens[node.end - base :]
-            first = rest[: self.page_size].tobytes()
-            ghost = node.ghosts.get(child_key(first, self.page_size))
-            if ghost is None:
-                return
-            start, end = node.end, ghost.end
-            shared = common_prefix_len(ghost.edge, rest, self.page_size)
-            yield ghost, start + shared
-            if start + shared < end:
-                return
-            node = ghost
 
     def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
         """Hang a new node with a copy of ``tokens`` under ``parent``, as a resident child. O(len(tokens))."""

@@ -1,0 +1,380 @@
+"""What do the tree's operations cost, on the workload that the peers were measured on, and how do they grow?
+
+python -m experiments.bench_tree [--runs 5] [--quick]
+
+2,000 conversations x 5 turns x 200-1,000 tokens, 16 system prompts of 500, 64 live; page 1, 400,000 KV tokens, 600 states;
+each request matches, gathers, locks, allocates (evicting as needed), inserts with one state at its end, gathers again,
+moves the lock and unlocks. The long one is 20 conversations x 200 turns. Garbage collector on, one thread, one process.
+
+A run's mean is what a user pays on the machine as it is; "quiet" takes, request by request, the fastest of all runs, which
+leaves out what other processes did. Writes results/bench_tree.jsonl and figures/bench_tree.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.provenance import FIGURES, RESULTS, write_json_lines
+from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
+from hybridcache.generators import conversations
+
+VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
+"""Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it back."""
+
+PEERS = {
+    "SGLang Rust": {"match": 6.1, "insert": 14.1, "request": 64.0, "long request": 326.0},
+    "SGLang Python": {"match": 36.0, "insert": 64.0, "request": 213.0, "long request": 3523.0},
+    "SGLang 0.5.20": {"match": 26.0, "insert": 32.0, "request": 121.0, "long request": 5294.0},
+}
+"""Published mean microseconds on the same workload, two shared cores."""
+
+
+class Work(NamedTuple):
+    """One request of a workload."""
+
+    prompt: np.ndarray
+    everything: np.ndarray
+    """Prompt and answer."""
+
+
+class Run(NamedTuple):
+    """One replay."""
+
+    verbs: np.ndarray
+    """Nanoseconds, int64[requests, verbs]."""
+    cache: HybridRadixCache
+    token_hit_rate: float
+    prompt_tokens: int
+    evicted: np.ndarray
+    """Items evicted by each request, int64[requests]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The conversations of the module's head, made anew for each replay: a long one would fill the memory."""
+
+    live: int
+    num_conversations: int
+    turns: int
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Work]:
+        trace = conversations(self.live, self.num_conversations, self.turns)
+        for request in trace if self.limit is None else trace.head(self.limit):
+            everything = np.concatenate((request.tokens, request.output))
+            yield Work(everything[: len(request.tokens)], everything)
+
+
+def new_cache(num_kv_tokens: int, num_slots: int) -> HybridRadixCache:
+    cache = build_prefix_cache(
+        CacheConfig(num_kv_tokens=num_kv_tokens, num_slots=num_slots, grid=1)
+    )
+    assert isinstance(cache, HybridRadixCache)
+    return cache
+
+
+def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
+    """Serve ``work``, timing each verb. The rows' concatenation is the caller's and not counted."""
+    verbs: list[tuple[int, ...]] = []
+    evicted: list[int] = []
+    cached_tokens = prompt_tokens = 0
+    now = perf_counter_ns
+    for prompt, everything in work:
+        evictions = cache.stats.evictions
+        end = len(everything)
+        t0 = now()
+        match = cache.match(prompt)
+        t1 = now()
+        known = cache.gather(match.node)
+        t2 = now()
+        receipt = cache.lock(match.node)
+        t3 = now()
+        new = cache.allocate_kv(end - match.cached_len)
+        slot = cache.allocate_slot()
+        t4 = now()
+        cache.touch(match)
+        t5 = now()
+        assert new is not None and slot is not None, "the pools are too small for this workload"
+        rows = np.concatenate((known, new))
+        t6 = now()
+        result = cache.insert(
+            everything, rows, ((end, slot),), None, match.cached_len, (), match.node
+        )
+        t7 = now()
+        cache.gather(result.node)
+        t8 = now()
+        moved = cache.lock(result.node)
+        cache.unlock(receipt)
+        cache.unlock(moved)
+        t9 = now()
+        if len(result.duplicates):
+            cache.free_kv(result.duplicates)
+        for rejected in result.rejected_slots:
+            cache.free_slot(rejected)
+        verbs.append((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8))
+        evicted.append(cache.stats.evictions - evictions)
+        cached_tokens += match.cached_len
+        prompt_tokens += len(prompt)
+    rate = cached_tokens / prompt_tokens
+    return Run(np.array(verbs), cache, rate, prompt_tokens, np.array(evicted))
+
+
+def measure(
+    name: str, work: Iterable[Work], num_kv_tokens: int, num_slots: int, runs: int, bar: Any
+) -> dict[str, Any]:
+    """Replay ``runs`` times on fresh caches: one record."""
+    replays = []
+    for _ in range(runs):
+        gc.collect()
+        replays.append(replay(work, new_cache(num_kv_tokens, num_slots)))
+        bar.update()
+    last = replays[-1]
+    last.cache.check(held_tokens=0, held_slots=0)
+    quiet = np.minimum.reduce([run.verbs for run in replays])
+    means = sorted(float(run.verbs.sum(1).mean()) / 1e3 for run in replays)
+    return {
+        "measure": name,
+        "requests": len(last.verbs),
+        "mean_prompt_tokens": round(last.prompt_tokens / len(last.verbs)),
+        "num_kv_tokens": num_kv_tokens,
+        "num_slots": num_slots,
+        "token_hit_rate": round(last.token_hit_rate, 4),
+        "evicted_per_request": round(float(last.evicted.mean()), 2),
+        "request_us_mean": round(statistics.median(means), 2),
+        "request_us_mean_spread": [round(means[0], 2), round(means[-1], 2)],
+        "request_us_median": round(float(np.median(last.verbs.sum(1))) / 1e3, 2),
+        "request_us_quiet": round(float(quiet.sum(1).mean()) / 1e3, 2),
+        "verb_us_mean": _by_verb(np.median([run.verbs.mean(0) for run in replays], axis=0)),
+        "verb_us_quiet": _by_verb(quiet.mean(0)),
+        "runs": runs,
+    }
+
+
+def _by_verb(nanoseconds: np.ndarray) -> dict[str, float]:
+    return {verb: round(float(ns) / 1e3, 2) for verb, ns in zip(VERBS, nanoseconds, strict=True)}
+
+
+def match_alone(runs: int) -> dict[str, Any]:
+    """Matching prompts of about 2,000 tokens, four turns deep, in a full cache: microseconds."""
+    work = Workload(64, 400, 5)
+    cache = new_cache(400_000, 600)
+    replay(work, cache)
+    recent = [w.prompt for w in list(work)[-600:] if 1900 <= len(w.prompt) <= 2100]
+    best = np.full(len(recent), np.iinfo(np.int64).max)
+    medians = []
+    for _ in range(5 * runs):
+        times = []
+        for prompt in recent:
+            begin = perf_counter_ns()
+            cache.match(prompt)
+            times.append(perf_counter_ns() - begin)
+        medians.append(statistics.median(times))
+        best = np.minimum(best, times)
+    return {
+        "measure": "match alone, prompts of 1,900-2,100 tokens",
+        "prompts": len(recent),
+        "match_us_median": round(statistics.median(medians) / 1e3, 2),
+        "match_us_quiet": round(float(best.mean()) / 1e3, 2),
+    }
+
+
+def growth(runs: int, bar: Any, quick: bool) -> list[dict[str, Any]]:
+    """The same requests (two live conversations) with more and more tokens, then more and more nodes, behind them."""
+    factor = 10 if quick else 1
+    records = []
+    for size in (10_000, 100_000, 1_000_000 // factor):
+        work = Workload(2, 900 // factor, 5)
+        caches = [new_cache(size, size // 100) for _ in range(runs)]
+        records.append(_grown(f"{size:,} cached tokens", caches, work, 1500 // factor, bar))
+    for num_nodes in (1_000, 10_000, 100_000 // factor):
+        caches = []
+        for _ in range(runs):
+            caches.append(new_cache(num_nodes * 10 + 400_000, num_nodes + 700))
+            fill(caches[-1], num_nodes, 10)
+        work = Workload(2, 900, 5, limit=500 // factor)
+        record = _grown(f"{num_nodes:,} nodes", caches, work, 400 // factor, bar)
+        record["eviction_us_per_item"] = min(_evictions(cache) for cache in caches)
+        records.append(record)
+    return records
+
+
+def _evictions(cache: HybridRadixCache) -> float:
+    """Median microseconds of evicting one item, the oldest, from a full cache."""
+    times = []
+    for _ in range(500):
+        begin = perf_counter_ns()
+        cache.evict(num_tokens=1)
+        times.append(perf_counter_ns() - begin)
+    return round(statistics.median(times) / 1e3, 2)
+
+
+def _grown(
+    name: str, caches: Sequence[HybridRadixCache], work: Iterable[Work], tail: int, bar: Any
+) -> dict[str, Any]:
+    """What the last ``tail`` requests of ``work`` cost, by verb, and an eviction by the item."""
+    replays = []
+    for cache in caches:
+        replays.append(replay(work, cache))
+        bar.update()
+    quiet = np.minimum.reduce([run.verbs for run in replays])[-tail:]
+    evicted = int(replays[0].evicted[-tail:].sum())
+    others = [index for index, verb in enumerate(VERBS) if verb != "allocate"]
+    allocate = quiet[:, VERBS.index("allocate")]
+    last = replays[-1].cache
+    return {
+        "measure": name,
+        "tail_requests": tail,
+        "cached_tokens": last.cached_tokens,
+        "nodes": last.num_nodes,
+        "token_hit_rate": round(replays[-1].token_hit_rate, 4),
+        "us_without_allocation": round(float(np.median(quiet[:, others].sum(1))) / 1e3, 2),
+        "eviction_us_per_item": round(float(allocate.sum()) / max(evicted, 1) / 1e3, 2),
+        "verb_us_median": _by_verb(np.median(quiet, axis=0)),
+    }
+
+
+def fill(cache: HybridRadixCache, num_nodes: int, tokens_each: int) -> None:
+    """Hang ``num_nodes`` leaves with a checkpoint each under one root."""
+    for number in range(num_nodes):
+        tokens = np.arange(tokens_each, dtype=np.int32)
+        tokens[0] = 1_000_000 + number
+        rows, slot = cache.allocate_kv(tokens_each), cache.allocate_slot()
+        assert rows is not None and slot is not None
+        cache.insert(tokens, rows, ((tokens_each, slot),))
+
+
+def memory() -> dict[str, Any]:
+    """Host bytes of a cached token, a node and a ghost token, from two fills of different shape."""
+
+    def traced(num_nodes: int, tokens_each: int, evict: bool) -> int:
+        cache = new_cache(num_nodes * tokens_each, num_nodes)
+        gc.collect()
+        tracemalloc.start()
+        fill(cache, num_nodes, tokens_each)
+        if evict:
+            cache.evict(num_tokens=num_nodes * tokens_each)
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return used
+
+    few, many = traced(200, 10_000, False), traced(20_000, 10, False)
+    node_bytes = (many - few * 200_000 / 2_000_000) / (20_000 - 200 * 200_000 / 2_000_000)
+    return {
+        "measure": "host memory",
+        "bytes_per_cached_token": round((few - 200 * node_bytes) / 2_000_000, 2),
+        "bytes_per_node": round(node_bytes),
+        "bytes_per_ghost_token_of_600_token_nodes": round(traced(2_000, 600, True) / 1_200_000, 2),
+    }
+
+
+def import_time(runs: int) -> dict[str, Any]:
+    """Seconds that ``import hybridcache`` adds to an interpreter, and numpy's share."""
+
+    def seconds(statement: str) -> float:
+        code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return float(output.stdout)
+
+    ours = sorted(seconds("import hybridcache") for _ in range(2 * runs + 1))
+    numpys = sorted(seconds("import numpy") for _ in range(2 * runs + 1))
+    code = "import sys, hybridcache; print('torch' in sys.modules)"
+    loads_torch = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    return {
+        "measure": "import hybridcache",
+        "seconds_median": round(statistics.median(ours), 3),
+        "seconds_fastest": round(ours[0], 3),
+        "seconds_numpy_alone": round(statistics.median(numpys), 3),
+        "imports_torch": loads_torch.stdout.strip() == b"True",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="replays of each workload")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, a minute")
+    options = parser.parse_args()
+    runs = 2 if options.quick else options.runs
+    with tqdm(total=9 * runs + 3) as bar:
+        short = Workload(64, 200 if options.quick else 2000, 5)
+        records = [measure("request", short, 400_000, 600, runs, bar)]
+        long = Workload(64, 20, 200, 400 if options.quick else None)
+        records.append(measure("long request, roomy", long, 3_000_000, 6_000, runs, bar))
+        records.append(measure("long request, same pools", long, 400_000, 600, runs, bar))
+        records.append(match_alone(runs))
+        bar.update()
+        records += growth(runs, bar, options.quick)
+        records.append(memory())
+        bar.update()
+        records.append(import_time(runs))
+        bar.update()
+    name = "bench_tree_quick" if options.quick else "bench_tree"
+    write_json_lines(RESULTS / f"{name}.jsonl", records)
+    if not options.quick:
+        draw(records)
+    for record in records:
+        print(*(f"{key} {value}" for key, value in record.items()), sep="; ")
+    print(RESULTS / f"{name}.jsonl")
+
+
+def draw(records: Sequence[dict[str, Any]]) -> None:
+    """Ours beside the peers' published figures, and cost over the tree's size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    named = {record["measure"]: record for record in records}
+    short, long = named["request"], named["long request, roomy"]
+    ours = {
+        "match": short["verb_us_mean"]["match"],
+        "insert": short["verb_us_mean"]["insert"],
+        "request": short["request_us_mean"],
+        "long request": long["request_us_mean"],
+    }
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    series = {"hybridcache (Python)": ours} | PEERS
+    for number, (label, costs) in enumerate(series.items()):
+        places = np.arange(len(costs)) + 0.2 * number - 0.3
+        bars = left.bar(places, list(costs.values()), 0.19, label=label)
+        left.bar_label(bars, fmt="%.0f", fontsize=7)
+    left.set_xticks(range(len(ours)), list(ours))
+    left.set(yscale="log", ylabel="mean microseconds", title="Cost of the tree, same workload")
+    left.legend(fontsize=8)
+    grown = [record for record in records if "verb_us_median" in record]
+    by_tokens = [record for record in grown if record["measure"].endswith("tokens")]
+    by_nodes = [record for record in grown if record["measure"].endswith("nodes")]
+    for verb, colour in (("match", "C0"), ("insert", "C1"), ("gather again", "C2")):
+        for rows, axis_key, style in (
+            (by_tokens, "cached_tokens", "-o"),
+            (by_nodes, "nodes", "--x"),
+        ):
+            costs = [record["verb_us_median"][verb] for record in rows]
+            label = f"{verb}, by {'tokens' if style == '-o' else 'nodes'}"
+            right.plot([r[axis_key] for r in rows], costs, style, color=colour, label=label)
+    for rows, axis_key, style in ((by_tokens, "cached_tokens", "-o"), (by_nodes, "nodes", "--x")):
+        costs = [record["eviction_us_per_item"] for record in rows]
+        label = f"eviction of one item, by {'tokens' if style == '-o' else 'nodes'}"
+        right.plot([r[axis_key] for r in rows], costs, style, color="C3", label=label)
+    right.axhline(72, color="grey", linestyle=":", label="SGLang Rust, an eviction call, 4 M pool")
+    right.set(xscale="log", yscale="log", xlabel="cached tokens, or nodes", ylabel="microseconds")
+    right.set_title("Growth with the tree")
+    right.legend(fontsize=7)
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / "bench_tree.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
