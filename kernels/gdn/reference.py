@@ -90,7 +90,7 @@ class _Layout(NamedTuple):
     active: list[int]
     """Per step: how many of them still have a tile to go."""
     sources: torch.Tensor | None
-    """int64[num_tiles * 64]: the token at each place, any for padding; None: token by token."""
+    """int64[num_tiles * 64]: the token at each place, for padding the sequence's last; None: token by token."""
     padding: torch.Tensor | None
     """bool[num_tiles * 64]: places that hold no token; None: all do."""
     places: torch.Tensor
@@ -128,17 +128,19 @@ def _layout(lengths: tuple[int, ...]) -> _Layout:
     active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
     step_starts = np.array(running_sum(active)[:-1], dtype=np.int64)
     token_starts = running_sum(lengths)
-    places = np.empty(token_starts[-1], dtype=np.int64)
-    for rank, sequence in enumerate(order):
-        tokens = np.arange(lengths[sequence])
-        at = (step_starts[tokens // TILE] + rank) * TILE + tokens % TILE
-        places[token_starts[sequence] : token_starts[sequence + 1]] = at
     num_places = sum(active) * TILE
-    sources = np.zeros(num_places, dtype=np.int64)
-    sources[places] = np.arange(len(places))
+    places = np.empty(token_starts[-1], dtype=np.int64)
+    sources = np.empty(num_places, dtype=np.int64)
+    for rank, sequence in enumerate(order):
+        steps = np.arange(counts[sequence])
+        at = ((step_starts[steps] + rank)[:, None] * TILE + np.arange(TILE)).flatten()
+        first, end = token_starts[sequence : sequence + 2]
+        places[first:end] = at[: end - first]
+        # Padding reads a token of its own sequence, whose numbers no other sequence meets.
+        sources[at] = np.minimum(np.arange(len(at)) + first, end - 1)
     padding = np.ones(num_places, dtype=np.bool_)
     padding[places] = False
-    is_plain = len(places) == num_places and bool((sources == places).all())
+    is_plain = len(places) == num_places and bool((places == np.arange(len(places))).all())
     return _Layout(
         order=order,
         active=active,

@@ -220,5 +220,8 @@ def random_tokens() -> Callable[..., list[int]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``family``: every family; ``model``: one checkpoint of each architecture."""
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES)
+    if "model" in metafunc.fixturenames:
+        metafunc.parametrize("model", [name for name in FAMILIES if "_no_" not in name])

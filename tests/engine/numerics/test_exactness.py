@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from engine.batch import Batch
 from kernels.linear import reference as linear
 
-PROMPT_LENS = st.integers(1, 330)
-PIECES = st.lists(st.sampled_from([64, 128, 192]), min_size=1, max_size=4)
+PROMPT_LENS = st.integers(1, 270)
 
 
 @contextlib.contextmanager
@@ -68,15 +67,15 @@ def run_pieces(driver, starts, restores, writes, random):
 
 
 @both_dtypes
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
-    lens=st.lists(PROMPT_LENS, min_size=1, max_size=5),
+    lens=st.lists(PROMPT_LENS, min_size=1, max_size=4),
     seed=st.integers(0, 2**32 - 1),
     scattered=st.booleans(),
     num_threads=st.sampled_from([1, 2]),
 )
-def test_hits_in_any_mix(family, dtype, drivers, random_tokens, lens, seed, scattered, num_threads):
-    driver = drivers(family, dtype)
+def test_hits_in_any_mix(model, dtype, drivers, random_tokens, lens, seed, scattered, num_threads):
+    driver = drivers(model, dtype)
     driver.scatter_seed = seed if scattered else None
     driver.reset()
     random = np.random.default_rng(seed)
@@ -98,11 +97,11 @@ def test_hits_in_any_mix(family, dtype, drivers, random_tokens, lens, seed, scat
 
 
 @both_dtypes
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(count=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
-def test_decode_does_not_depend_on_the_batch(family, dtype, drivers, random_tokens, count, seed):
+def test_decode_does_not_depend_on_the_batch(model, dtype, drivers, random_tokens, count, seed):
     """The same sequences decode the same tokens and logits alone and together."""
-    driver = drivers(family, dtype)
+    driver = drivers(model, dtype)
     random = np.random.default_rng(seed)
     prompts = [random_tokens(int(random.integers(1, 200)), seed + i) for i in range(count)]
     begun = [driver.begin(prompt) for prompt in prompts]

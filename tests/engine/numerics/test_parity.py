@@ -25,7 +25,7 @@ def test_prefill_logits(family, length, drivers, oracles, random_tokens):
 
 def test_batch_of_prompts_then_greedy_decode(family, drivers, oracles, random_tokens):
     driver = drivers(family)
-    prompts = [random_tokens(length, seed=100 + length) for length in LENGTHS]
+    prompts = [random_tokens(length, seed=100 + length) for length in (*LENGTHS, 128)]
     sequences, writes = zip(*(driver.begin(prompt) for prompt in prompts), strict=True)
     segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s in sequences)
     logits = driver.runner.forward(Batch(segments, (), writes))
