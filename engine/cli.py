@@ -112,7 +112,7 @@ def _parser() -> Parser:
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments)
-    from engine.server.app import BACKLOG, bind, serve
+    from engine.server.app import bind, serve
 
     with bind(server_config) as listener:  # Before anything slow: a taken port is told at once.
         from engine.async_engine import AsyncEngine
@@ -120,7 +120,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         from engine.screen import start_screen
 
         engine = Engine(engine_config)
-        listener.listen(BACKLOG)  # From here on a client that knocks waits, and is not refused.
         host, port = listener.getsockname()[:2]
         print(start_screen(engine, f"http://{host}:{port}/v1"), flush=True)
         serve(AsyncEngine(engine), server_config, listener)
@@ -135,8 +134,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     from engine.templates import render_chat
 
     engine = Engine(engine_config)
+    assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
     for text in texts:
-        prompt, boundaries = text, ()
+        prompt: str | list[int] = text
+        boundaries: tuple[int, ...] = ()
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
             prompt, boundaries = chat.token_ids, chat.boundaries

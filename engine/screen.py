@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 from engine.engine import Engine
 from engine.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from engine.model_runner import ModelRunner
 
 
 def start_screen(engine: Engine, address: str) -> str:
     """Model, pools and their bytes, cache, kernels, and where to knock."""
-    config, runner, report = engine.config, engine.runner, engine.report()
+    config, report = engine.config, engine.report()
+    runner = cast("ModelRunner", engine.runner)
     geometry, memory = runner.geometry, runner.memory
     rows = [
         (

@@ -74,9 +74,15 @@ class ByteTokenizer:
     'hé'
     """
 
-    vocab_size = 320
-    special_tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-    eos_token_ids = frozenset({256, 258})
+    vocab_size: int = 320
+    special_tokens: tuple[str, ...] = (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<think>",
+        "</think>",
+    )
+    eos_token_ids: frozenset[int] = frozenset({256, 258})
 
     def __init__(self) -> None:
         self.chat_template: ChatTemplate | None = ChatTemplate(
@@ -150,7 +156,7 @@ class HFTokenizer:
             config.get("eos_token_id"),
             config.get("text_config", {}).get("eos_token_id"),
         )
-        named = next((ids for ids in candidates if ids is not None), [])
+        named: int | list[int] = next((ids for ids in candidates if ids is not None), [])
         found = {named} if isinstance(named, int) else set(named)
         own = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
         return frozenset(found if own is None else found | {own})

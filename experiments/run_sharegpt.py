@@ -37,6 +37,8 @@ from experiments.provenance import RESULTS, provenance, write_json_lines
 from experiments.replay import DEFAULT_CHECKPOINTS, Result, Setting, replay, replay_dry
 from experiments.sharegpt_figures import CAUSES, describe, draw
 from hybridcache.costs import ModelGeometry
+from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.eviction import make_eviction
 from hybridcache.trace import TraceRequest
 from hybridcache.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.traces.text import ChatText, load_chat_text
@@ -141,6 +143,10 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    settings = list(_settings(options))
+    for setting in settings:  # A word nobody knows is told before hours are spent on the others.
+        parse_placement(setting.checkpoints or "none")
+        make_eviction(setting.eviction)
     trace = _read_trace(options)
     num_tokens = sum(len(request.tokens) for request in trace)
     sessions = {request.session for request in trace}
@@ -150,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
         f"the longest {longest:,} (cap {options.cap:,})."
     )
     results = []
-    for setting in _settings(options):
+    for setting in settings:
         if options.dry:
             geometry = _geometry(options.model)
             results.append(replay_dry(trace, setting, geometry))

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from experiments.provenance import FIGURES, read_json_lines
@@ -30,7 +31,7 @@ CAUSES = {
     "refused": ("refused", "#3d3d3d"),
 }
 """Where prompt tokens went: the words and colours of the stacked bars."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
@@ -53,9 +54,12 @@ def draw(records: Sequence[Record], source: str, path: Path) -> None:
         panels.insert(0, draw_hit_rate)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(5.4 * len(panels), 4.6), layout="constrained", squeeze=False
+            1,
+            len(panels),
+            figsize=(5.4 * len(panels), 4.6),
+            layout=ConstrainedLayoutEngine(wspace=0.06),
+            squeeze=False,
         )
-        figure.get_layout_engine().set(wspace=0.06)
         for panel, ax in zip(panels, axes[0], strict=True):
             panel(ax, records)
         wrapped = "\n".join(

@@ -140,12 +140,14 @@ def _add_watching(app: FastAPI, front: Front) -> None:
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket at the configured address, taken before anything slow. ValueError: it can not be had."""
+    """A listening socket at the configured address. Taken before the model is loaded: a port that is in use is told at
+    once (ValueError), and a client that comes early waits."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -28,7 +28,9 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-async def interleave(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def interleave(
+    streams: Sequence[RequestStream],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(index of the stream, output) as they come, until all ended. However it is left, no request stays behind."""
     outputs: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
 
