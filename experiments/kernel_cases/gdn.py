@@ -1,0 +1,231 @@
+"""Gated DeltaNet on Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128, float32 states."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from experiments.kernel_cases import Case, Setup
+from kernels.gdn import fused, reference
+from kernels.packed import TILE, Exports, Packed, num_tiles
+
+
+class Sizes(NamedTuple):
+    """Of the heads."""
+
+    heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    def state_bytes(self) -> int:
+        """Of one float32 state."""
+        return 4 * self.value_heads * self.key_dim * self.value_dim
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """Prompts with and without exports, decoding, verification and its commit."""
+    sizes = Sizes(1, 2, 16, 16) if setup.is_dry else Sizes(16, 32, 128, 128)
+    long, many, mixed = (8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63)
+    for lengths in [(70,), (1, 64, 130)] if setup.is_dry else [long, many, mixed, (1024,)]:
+        yield _chunk(setup, sizes, lengths)
+    yield _gates(setup, sizes.value_heads, 70 if setup.is_dry else 8192)
+    for num_sequences in (1, 3) if setup.is_dry else (1, 16, 64, 256):
+        yield _decode(setup, sizes, num_sequences)
+    for num_sequences in (2,) if setup.is_dry else (1, 16, 64):
+        yield _verify(setup, sizes, num_sequences, num_steps=4)
+        yield _commit(setup, sizes, num_sequences, num_steps=4)
+
+
+def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
+    num_tokens, num_sequences = sum(lengths), len(lengths)
+    tokens = _tokens(setup, sizes, num_tokens)
+    gate = -torch.rand(num_tokens, sizes.value_heads, device=setup.device)
+    beta = torch.rand(num_tokens, sizes.value_heads, device=setup.device)
+    states = torch.zeros(num_sequences + 2, *sizes[1:], device=setup.device)
+    slots = setup.int32(range(num_sequences))
+    resumed = torch.zeros(num_sequences, dtype=torch.bool, device=setup.device)
+    packed, on_cpu = (Packed.from_lengths(lengths, device) for device in (setup.device, "cpu"))
+    longest = max(range(num_sequences), key=lengths.__getitem__)
+    ends = sorted({TILE, lengths[longest] // 2 // TILE * TILE} - {0})
+    exports = [(longest, end, num_sequences + i) for i, end in enumerate(ends)]
+    run = partial(
+        fused.chunk_gdn,
+        *tokens,
+        gate,
+        beta,
+        states=states,
+        packed=packed,
+        slots=slots,
+        resumed=resumed,
+        exports=None,
+    )
+    rivals = {"exporting": partial(run, exports=Exports.plan(packed, exports))}
+    if fla := _fla_chunk(*tokens, gate, beta, packed, states[:num_sequences]):
+        rivals["fla"] = fla
+    tiles = sum(num_tiles(length) for length in lengths) * sizes.value_heads
+    return Case(
+        name=f"gdn chunk {_shape(lengths)}",
+        run=run,
+        expected=lambda: reference.chunk_gdn(
+            *(x.float().cpu() for x in (*tokens, gate, beta)),
+            states=states.cpu(),
+            packed=on_cpu,
+            slots=slots.cpu(),
+            resumed=resumed.cpu(),
+            exports=None,
+        ),
+        num_bytes=sum(x.nbytes for x in (*tokens, tokens[2], gate, beta))
+        + num_sequences * sizes.state_bytes(),
+        # Q K^T and K K^T; K S, Q S and K^T N; T N and P N
+        num_flops=2
+        * tiles
+        * TILE
+        * (2 * TILE * sizes.key_dim + 3 * sizes.key_dim * sizes.value_dim)
+        + 4 * tiles * TILE * TILE * sizes.value_dim,
+        rivals=rivals,
+    )
+
+
+def _gates(setup: Setup, value_heads: int, num_tokens: int) -> Case:
+    inputs = _gate_inputs(setup, value_heads, num_tokens)
+    return Case(
+        name=f"gdn gates {num_tokens}",
+        run=lambda: fused.gates(*inputs)[0],
+        expected=lambda: reference.gates(*inputs)[0],
+        num_bytes=2 * inputs[0].nbytes + 8 * inputs[0].numel(),
+        rivals={"torch": lambda: reference.gates(*inputs)[0]},
+    )
+
+
+def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
+    tokens = _tokens(setup, sizes, num_sequences)
+    inputs = _gate_inputs(setup, sizes.value_heads, num_sequences)
+    states = torch.randn(num_sequences, *sizes[1:], device=setup.device)
+    slots = setup.int32(range(num_sequences))
+
+    def contender(decode: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return partial(decode, *tokens, *inputs, states=states.clone(), slots=slots)
+
+    rivals = {"torch": contender(reference.decode_gdn)}
+    if fla := _fla_decode(*tokens, *reference.gates(*inputs), states):
+        rivals["fla"] = fla
+    return Case(
+        name=f"gdn decode {num_sequences}",
+        run=contender(fused.decode_gdn),
+        expected=contender(reference.decode_gdn),
+        num_bytes=2 * states.nbytes + sum(x.nbytes for x in tokens),
+        rivals=rivals,
+    )
+
+
+def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
+    tokens = _tokens(setup, sizes, num_sequences * num_steps)
+    a, b, *parameters = _gate_inputs(setup, sizes.value_heads, num_sequences * num_steps)
+    inputs = [x.unflatten(0, (num_sequences, num_steps)) for x in (*tokens, a, b)]
+    states = torch.randn(num_sequences, *sizes[1:], device=setup.device)
+    slots = setup.int32(range(num_sequences))
+    step_states = torch.empty(num_sequences, num_steps, *sizes[1:], device=setup.device)
+
+    def contender(verify: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return partial(
+            verify, *inputs, *parameters, states=states, slots=slots, step_states=step_states
+        )
+
+    return Case(
+        name=f"gdn verify {num_sequences} x {num_steps}",
+        run=contender(fused.verify_gdn),
+        expected=contender(reference.verify_gdn),
+        num_bytes=states.nbytes + step_states.nbytes + sum(x.nbytes for x in tokens),
+        rivals={"torch": contender(reference.verify_gdn)},
+    )
+
+
+def _commit(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
+    num_layers = 2 if setup.is_dry else 36 if num_sequences < 64 else 9
+    states = torch.zeros(num_layers, num_sequences, *sizes[1:], device=setup.device)
+    step_states = torch.randn(num_layers, num_sequences, num_steps, *sizes[1:], device=setup.device)
+    slots = setup.int32(range(num_sequences))
+    accepted = setup.int32(1 + i % num_steps for i in range(num_sequences))
+
+    def committed(commit: Callable[..., None]) -> torch.Tensor:
+        commit(step_states, states, slots, accepted)
+        return states[:1]
+
+    def loop(*tables: torch.Tensor) -> None:
+        """As an engine does that looks at every sequence in every layer."""
+        for steps, layer in zip(step_states, states, strict=True):
+            reference.commit_states(steps[None], layer[None], *tables[2:])
+
+    rows = torch.arange(num_sequences), accepted.cpu().long() - 1
+    return Case(
+        name=f"gdn commit {num_layers} x {num_sequences}",
+        run=partial(committed, fused.commit_states),
+        expected=lambda: step_states[:1, rows[0], rows[1]],
+        num_bytes=2 * states.nbytes,
+        rivals={"loop": partial(committed, loop)},
+        tolerance=0.0,
+    )
+
+
+def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
+    key = (sizes.heads, sizes.key_dim)
+    value = (sizes.value_heads, sizes.value_dim)
+    return setup.randn(count, *key), setup.randn(count, *key), setup.randn(count, *value)
+
+
+def _gate_inputs(setup: Setup, value_heads: int, count: int) -> tuple[torch.Tensor, ...]:
+    a, b = setup.randn(2, count, value_heads)
+    return a, b, *setup.randn(2, value_heads, dtype=torch.float32)
+
+
+def _fla_chunk(query, key, value, gate, beta, packed, initial) -> Callable[[], torch.Tensor] | None:
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    arguments = {
+        "initial_state": initial.clone(),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+        "cu_seqlens": packed.cu_seqlens.long(),
+    }
+    tokens = _fla_heads(chunk_gated_delta_rule, query, key, value, gate, beta, arguments)
+    return lambda: chunk_gated_delta_rule(*tokens, **arguments)[0][0]
+
+
+def _fla_decode(query, key, value, gate, beta, initial) -> Callable[[], torch.Tensor] | None:
+    """Without the gates, which ours computes too."""
+    try:
+        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+    except ImportError:
+        return None
+    tokens = [x[:, None] for x in (query, key, value, gate, beta.to(query.dtype))]
+    arguments = {
+        "initial_state": initial.clone(),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+    }
+    return lambda: fused_recurrent_gated_delta_rule(*tokens, **arguments)[0][:, 0]
+
+
+def _fla_heads(kernel, query, key, value, gate, beta, arguments) -> tuple[torch.Tensor, ...]:
+    """The inputs as they are, where this release takes fewer key heads than value heads, else with key heads repeated."""
+    plain = tuple(x[None] for x in (query, key, value, gate, beta.to(query.dtype)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kernel(*plain, **arguments)
+    except (AssertionError, ValueError, RuntimeError):
+        group = value.shape[1] // key.shape[1]
+        repeated = (x.repeat_interleave(group, dim=2) for x in plain[:2])
+        return *repeated, *plain[2:]
+    return plain
+
+
+def _shape(lengths: tuple[int, ...]) -> str:
+    return f"{len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"{len(lengths)} mixed"

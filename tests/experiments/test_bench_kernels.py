@@ -1,0 +1,100 @@
+"""The kernel benchmark: every case runs dry, and what is wrong gets no time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from experiments import bench_kernels
+from experiments.bench_kernels import Clock, Machine, error, measure, row
+from experiments.kernel_cases import Case
+from experiments.provenance import read_json_lines
+
+MACHINE = Machine("a machine", copy_bytes_s=1e9, gemm_flops_s=1e12)
+
+
+class _Wall:
+    """A device module whose events read the wall clock."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time_s = time.perf_counter()
+
+        def elapsed_time(self, end: _Wall.Event) -> float:
+            return (end.time_s - self.time_s) * 1e3
+
+    @staticmethod
+    def synchronize() -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: _Wall)
+    return Clock("cpu", scratch_bytes=8)
+
+
+def _case(ours: float, rival: float) -> Case:
+    return Case(
+        name="a case",
+        run=lambda: torch.full((4,), ours),
+        expected=lambda: torch.ones(4),
+        num_bytes=1000,
+        num_flops=10**9,
+        rivals={"rival": lambda: torch.full((4,), rival)},
+    )
+
+
+def test_all_that_is_right_is_timed(clock: Clock) -> None:
+    record = measure(_case(ours=1.001, rival=1.0), clock, MACHINE)
+    assert record["is_right"]
+    assert set(record["seconds"]) == {"ours", "rival"}
+    assert record["limit_s"] == pytest.approx(1e-3)
+    assert record["share_of_limit"] == pytest.approx(1e-3 / record["seconds"]["ours"])
+    assert "of the limit  rival" in row(record)
+
+
+def test_a_wrong_kernel_gets_no_time(clock: Clock) -> None:
+    record = measure(_case(ours=1.5, rival=1.0), clock, MACHINE)
+    assert not record["is_right"]
+    assert set(record["seconds"]) == {"rival"}
+    assert "WRONG (5.0e-01)" in row(record)
+
+
+def test_a_wrong_rival_gets_no_time(clock: Clock) -> None:
+    record = measure(_case(ours=1.0, rival=0.0), clock, MACHINE)
+    assert set(record["seconds"]) == {"ours"}
+    assert "rival WRONG" in row(record)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_is_no_result(value: float) -> None:
+    assert error(torch.tensor([1.0, value]), torch.ones(2)) == float("inf")
+
+
+def test_without_a_device_nothing_is_measured() -> None:
+    record = measure(_case(ours=1.0, rival=1.0), None, None)
+    assert record["seconds"] == "not measured"
+    assert row(record).endswith("not measured")
+
+
+def test_every_case_runs_dry(tmp_path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "experiments.bench_kernels", "--dry", "--out", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    counts, num_cases = json.loads(run.stdout.splitlines()[-1]), 0
+    for folder in bench_kernels.folders():
+        _, (machine, *records) = read_json_lines(tmp_path / f"bench_kernels_{folder}.jsonl")
+        assert machine == {"machine": "not measured"}
+        assert {record["seconds"] for record in records} == {"not measured"}
+        num_cases += len(records)
+    assert counts == {"right": num_cases, "wrong": 0}
