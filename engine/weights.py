@@ -169,7 +169,7 @@ class Dummy:
         """Magnitudes as a model has them at its first training step."""
         target = parameter.target
         generator = torch.Generator(target.device)
-        generator.manual_seed(self._seed * 2**32 + zlib.crc32(name.encode()))
+        generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         if parameter.role == "norm":
             target.fill_(1.0)
         elif parameter.role == "centred_norm":

@@ -1,0 +1,188 @@
+"""Checkpoints: every layout that occurs, every fault named in one sentence, dummy weights that are reproducible."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import EngineConfig
+from engine.model_config import ModelConfig, ModelError
+from engine.model_runner import ModelRunner
+from engine.weights import WeightsError
+
+
+@pytest.fixture
+def checkpoint(oracles, tmp_path):
+    """A copy of one small checkpoint that may be broken: (directory, tensors)."""
+
+    def copy(model):
+        path = tmp_path / model
+        shutil.copytree(oracles(model).path, path)
+        return path, load_file(path / "model.safetensors")
+
+    return copy
+
+
+def load(path, **options):
+    config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    return ModelRunner(EngineConfig(model=str(path), **config, **options))
+
+
+def same_as_whole(path, model, drivers, random_tokens):
+    driver = drivers(model)
+    tokens = random_tokens(70, seed=1)
+    expected = driver.cold(tokens)
+    other = type(driver)(load(path))
+    assert torch.equal(other.cold(tokens), expected)
+
+
+def test_sharded(checkpoint, drivers, random_tokens):
+    path, tensors = checkpoint("qwen3_next")
+    names = sorted(tensors)
+    shards = {f"model-{i}.safetensors": names[i::3] for i in range(3)}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, path / file)
+    (path / "model.safetensors").unlink()
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    same_as_whole(path, "qwen3_next", drivers, random_tokens)
+    (path / "model-1.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"missing: model-1\.safetensors"):
+        load(path)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_one_by_one_or_stacked(stacked, checkpoint, drivers, random_tokens):
+    path, tensors = checkpoint("qwen3_5_moe")
+    changed = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(4):
+        stem = f"model.layers.{layer}.mlp.experts"
+        if f"{stem}.gate_up_proj" in tensors:
+            gate_up, down = tensors[f"{stem}.gate_up_proj"], tensors[f"{stem}.down_proj"]
+        else:
+            gate, up, down = (
+                torch.stack([tensors[f"{stem}.{e}.{kind}_proj.weight"] for e in range(8)])
+                for kind in ("gate", "up", "down")
+            )
+            gate_up = torch.cat([gate, up], dim=1)
+        if stacked:
+            changed |= {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}
+        else:
+            for e in range(8):
+                gate, up = gate_up[e].chunk(2)
+                for kind, tensor in (("gate", gate), ("up", up), ("down", down[e])):
+                    changed[f"{stem}.{e}.{kind}_proj.weight"] = tensor
+    contiguous = {name: tensor.contiguous() for name, tensor in changed.items()}
+    save_file(contiguous, path / "model.safetensors")
+    same_as_whole(path, "qwen3_5_moe", drivers, random_tokens)
+
+
+def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
+    """As published: text part nested in config and names, visual tower and MTP head beside it."""
+    path, tensors = checkpoint("qwen3_5")
+    wrapped = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in tensors.items()
+    }
+    wrapped["mtp.layers.0.input_layernorm.weight"] = torch.zeros(64)
+    wrapped["model.visual.patch_embed.proj.weight"] = torch.zeros(8, 3)
+    save_file(wrapped, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    nested = {"model_type": "qwen3_5", "text_config": config, "vision_config": {"depth": 1}}
+    nested["tie_word_embeddings"] = config.pop("tie_word_embeddings")
+    (path / "config.json").write_text(json.dumps(nested))
+    same_as_whole(path, "qwen3_5", drivers, random_tokens)
+    assert "2 tensors left alone" in load(path).weights_note
+
+
+def test_all_that_does_not_fit_is_named_at_once(checkpoint):
+    path, tensors = checkpoint("qwen3")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.9.odd"] = torch.zeros(3)
+    tensors["model.norm.weight"] = torch.zeros(65)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(WeightsError) as error:
+        load(path)
+    message = str(error.value)
+    assert "1 missing: model.layers.1.mlp.up_proj.weight" in message
+    assert "1 unexpected: model.layers.9.odd" in message
+    assert "model.norm.weight is [65] instead of [64]" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 20_000])
+def test_truncated_file(keep, checkpoint):
+    path, _ = checkpoint("qwen3")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match=r"model\.safetensors is truncated or corrupted"):
+        load(path)
+
+
+def test_corrupted_header(checkpoint):
+    path, _ = checkpoint("qwen3")
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[8:40] = b"\xff" * 32
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match="truncated or corrupted"):
+        load(path)
+
+
+def test_directories_without_a_model(tmp_path, checkpoint):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load(tmp_path)
+    path, _ = checkpoint("qwen3")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"no \.safetensors files"):
+        load(path)
+    (path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load(path)
+
+
+def test_unsupported_models_are_named():
+    with pytest.raises(ModelError, match=r"'llama' are not supported; .*qwen3_next"):
+        ModelConfig.from_dict({"model_type": "llama"})
+    with pytest.raises(ModelError, match="no 'hidden_size'"):
+        ModelConfig.from_dict(
+            {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
+        )
+    shape = {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1}
+    with pytest.raises(ModelError, match="'yarn' are not supported"):
+        ModelConfig.from_dict({**shape, "rope_scaling": {"rope_type": "yarn"}})
+
+
+def test_dummy_weights_depend_on_the_seed_alone(checkpoint, random_tokens, drivers):
+    path, _ = checkpoint("qwen3_next")
+    (path / "model.safetensors").unlink()
+    make = type(drivers("qwen3_next"))
+    tokens = random_tokens(20, seed=2)
+    first, again, other = (
+        make(load(path, load_format="dummy", seed=seed)).cold(tokens) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.isfinite().all()
+
+
+def test_a_pool_too_small_says_what_it_would_need(oracles):
+    with pytest.raises(ModelError, match=r"at least 256 tokens, .* GiB, are needed"):
+        ModelRunner(EngineConfig(model=str(oracles("qwen3_5").path), device="cpu", kv_gib=1e-6))
+    with pytest.raises(ModelError, match=r"for states hold 0 .* at least 2, .* GiB"):
+        ModelRunner(
+            EngineConfig(
+                model=str(oracles("qwen3_5").path), device="cpu", kv_gib=0.01, state_gib=1e-9
+            )
+        )
+    small = EngineConfig(
+        model=str(oracles("qwen3_5").path), device="cpu", kv_gib=0.001, max_model_len=100_000
+    )
+    with pytest.raises(ModelError, match="one request of max_model_len 100000 needs"):
+        ModelRunner(small)
