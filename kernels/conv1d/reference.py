@@ -50,7 +50,10 @@ def prefill_conv1d(
     padded = torch.cat(pieces) if pieces else x
     rows = [
         padded.new_empty(0, dtype=torch.long),
-        *(torch.arange(s, s + n) for s, n in zip(starts, packed.lengths, strict=True)),
+        *(
+            torch.arange(s, s + n, device=x.device)
+            for s, n in zip(starts, packed.lengths, strict=True)
+        ),
     ]
     out = _convolve(padded, weight, bias, num_rows=max(len(padded) - reach, 0))
     own = zip(range(len(slots)), packed.lengths, slots.tolist(), strict=True)
@@ -98,9 +101,8 @@ def verify_conv1d(
     """
     check_window(x, weight, states)
     reach = weight.shape[1] - 1
-    inputs = torch.cat(
-        [states[slots.long()], x.mT.to(states.dtype)], dim=2
-    )  # [B, C, W - 1 + steps]
+    # [B, C, W - 1 + steps]
+    inputs = torch.cat([states[slots.long()], x.mT.to(states.dtype)], dim=2)
     step_states.copy_(inputs[:, :, 1:].unfold(2, reach, 1).transpose(1, 2))
     taps = [inputs[:, :, w : w + x.shape[1]].mT for w in range(reach + 1)]
     return _finish(_taps(taps, weight), bias, x.dtype)

@@ -72,7 +72,7 @@ def chunk_gdn(
 
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    layout = _layout(packed.lengths)
+    layout = _layout(packed.lengths, query.device)
     if not layout.active:
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
@@ -121,7 +121,7 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _layout(lengths: tuple[int, ...]) -> _Layout:
+def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
     """Every linear layer of a step asks for the same one. O(T)."""
     counts = [num_tiles(length) for length in lengths]
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
@@ -144,9 +144,9 @@ def _layout(lengths: tuple[int, ...]) -> _Layout:
     return _Layout(
         order=order,
         active=active,
-        sources=None if is_plain else torch.from_numpy(sources),
-        padding=torch.from_numpy(padding) if padding.any() else None,
-        places=torch.from_numpy(places),
+        sources=None if is_plain else torch.from_numpy(sources).to(device),
+        padding=torch.from_numpy(padding).to(device) if padding.any() else None,
+        places=torch.from_numpy(places).to(device),
     )
 
 

@@ -161,6 +161,19 @@ def run(gdn, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, to
     return out, states
 
 
+@IMPLEMENTATIONS
+def test_a_neighbour_that_is_no_number_stays_alone(gdn, device) -> None:
+    torch.manual_seed(8)
+    inputs = draw_inputs(70 + 20 + 65, 1, 2, 16, 16, torch.float32, device)
+    initial = torch.randn(3, 2, 16, 16, device=device)
+    expected, expected_states = run(gdn, inputs, [70, 20, 65], initial, [0, 1, 2], [])
+    inputs.key[70:90], initial[1] = torch.nan, torch.inf
+    out, states = run(gdn, inputs, [70, 20, 65], initial, [0, 1, 2], [])
+    assert torch.equal(out[:70], expected[:70])
+    assert torch.equal(out[90:], expected[90:])
+    assert torch.equal(states[[0, 2]], expected_states[[0, 2]])
+
+
 @settings(max_examples=8)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 16, 63, 64, 65, 129]), min_size=0, max_size=3),
