@@ -108,6 +108,10 @@ class CacheManager:
         self._record("exports", lease, (request.scheduled_len, end), exports)
         return exports
 
+    def cached_len(self, request: Request) -> int:
+        """What waiting ``request`` could resume from now. O(its length)."""
+        return self.cache.match(request.tokens, request.namespace).cached_len
+
     def can_save(self, request: Request, position: int) -> bool:
         """Whether ``request`` will have published what is needed to resume at ``position``, but has not yet."""
         lease, _ = request.claims

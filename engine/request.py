@@ -13,6 +13,7 @@ from engine.sampling_params import SamplingInput, SamplingParams
 from hybridcache.interface import Losses, Tokens
 
 if TYPE_CHECKING:
+    from engine.sharing import Following
     from hybridcache.lease import Lease
 
 
@@ -37,12 +38,14 @@ class Request:
         "finish_reason",
         "finished_s",
         "first_token_s",
+        "followings",
         "lease",
         "logprobs",
         "losses",
         "max_len",
         "namespace",
         "num_drawn",
+        "num_leaders_seen",
         "num_preemptions",
         "num_tokens",
         "params",
@@ -50,7 +53,6 @@ class Request:
         "prompt_len",
         "prompt_logprobs",
         "request_id",
-        "resume_points",
         "row",
         "scheduled_len",
         "scheduled_s",
@@ -99,8 +101,10 @@ class Request:
         """Its claims on the cache: while it runs, not while it waits."""
         self.row: int | None = None
         """Its row of the request table, as long as its lease."""
-        self.resume_points: dict[int, tuple[int, ...]] = {}
-        """Arrival rank of another request -> positions this one could resume from if that one saved its state there."""
+        self.followings: list[Following] = []
+        """Running prefills that compute what this one, waiting, could resume from."""
+        self.num_leaders_seen = 0
+        """How many of all requests let in so far it was compared with."""
         self.text_stream = text_stream
         self.text = ""
         self.logprobs: list[SampledToken] = []

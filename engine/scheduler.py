@@ -188,18 +188,17 @@ class Scheduler:
         Followers are looked for even where nobody can be let in, so that their leader saves its state in time.
         """
         self._is_full &= bool(self._running)
-        prefills = [request for request in self._running if request.is_prefilling]
         for request in tuple(islice(self._waiting, 2 * self._max_running)):
-            if self._sharing is not None and self._sharing.must_wait(request, prefills):
-                continue
+            goal = self._sharing.goal(request) if self._sharing is not None else 0
             if self._is_full or budget < TILE or len(self._running) >= self._max_running:
+                continue
+            if goal and self._manager.cached_len(request) < goal:
                 continue
             if not self._start(request, budget):
                 self._is_full = True
                 continue
             works.append(_work(request, self._end(request, budget)))
             budget -= works[-1].end - request.scheduled_len
-            prefills.append(request)
 
     def _start(self, request: Request, budget: int) -> bool:
         """Move ``request`` from waiting to running. False: no memory for its first chunk; it waits on."""
@@ -210,7 +209,8 @@ class Scheduler:
             return False
         self._waiting.remove(request)
         insort(self._running, request, key=_age)
-        request.resume_points.clear()
+        if self._sharing is not None:
+            self._sharing.let_in(request)
         if request.scheduled_s is None:
             request.scheduled_s = self._clock()
         return True

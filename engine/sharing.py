@@ -8,55 +8,100 @@ goes first, and a leader that is preempted or gone leads nobody: no request wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from engine.cache_manager import CacheManager
-from engine.request import Request
 from hybridcache.interface import Tokens
+
+if TYPE_CHECKING:
+    from engine.request import Request
+    from hybridcache.lease import Lease
+
+
+class Leader(NamedTuple):
+    """A request that was let in to prefill, as long as it does."""
+
+    rank: int
+    """How many were let in before it."""
+    request: Request
+    lease: Lease | None
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.request.lease is self.lease and self.request.is_prefilling
+
+
+class Following(NamedTuple):
+    """What a waiting request could have of a leader's work."""
+
+    leader: Leader
+    resume_points: tuple[int, ...]
+    """Positions it could resume from, if the leader saved its state there; ascending."""
 
 
 class Sharing:
-    """Decides which waiting requests follow which running prefills."""
+    """Knows who prefills, and finds for each waiting request whom it should follow."""
 
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
+        self._leaders: list[Leader] = []
+        self._num_let_in = 0
 
-    def must_wait(self, request: Request, prefills: Iterable[Request]) -> bool:
-        """Whether one of the running ``prefills`` will leave ``request`` more to resume from than there is now.
+    def let_in(self, request: Request) -> None:
+        """``request`` runs: it follows nobody any more, and others may follow it."""
+        request.followings = []
+        self._leaders = [leader for leader in self._leaders if leader.is_ahead]
+        self._leaders.append(Leader(self._num_let_in, request, request.lease))
+        self._num_let_in += 1
 
-        O(running prefills), and O(length) once for each pair and each time one is followed.
+    def goal(self, request: Request) -> int:
+        """The deepest position that somebody ahead is going to make ``request`` resumable at; 0: nobody is.
+
+        Whoever is followed is asked to save its state there. O(leaders let in since the last call + those followed).
         """
         if request.wants_scores:
-            return False
+            return 0
+        self._look_around(request)
         goal = 0
-        for leader in prefills:
-            if leader.namespace == request.namespace:
-                goal = max(goal, self._goal(request, leader))
-        if not goal:
-            return False
-        found = self._manager.cache.match(request.tokens, request.namespace)
-        return found.cached_len < goal
-
-    def _goal(self, request: Request, leader: Request) -> int:
-        """The deepest position that ``request`` could resume from once ``leader`` has passed it; 0: none is ahead."""
-        points = request.resume_points.get(leader.arrival)
-        if points is None:
-            points = request.resume_points[leader.arrival] = self._resume_points(request, leader)
-        goal = max((p for p in points if self._manager.can_save(leader, p)), default=0)
-        if goal > leader.scheduled_len:
-            self._manager.want(leader, goal)
+        for leader, points in request.followings:
+            if leader.is_ahead:
+                ahead = [p for p in points if self._manager.can_save(leader.request, p)]
+                if ahead and ahead[-1] > leader.request.scheduled_len:
+                    self._manager.want(leader.request, ahead[-1])
+                goal = max([goal, *ahead])
         return goal
+
+    def _look_around(self, request: Request) -> None:
+        """Compare ``request`` with the leaders that it was not compared with yet."""
+        for leader in reversed(self._leaders):
+            if leader.rank < request.num_leaders_seen:
+                break
+            if leader.is_ahead and _goes_on_as(leader.request, request):
+                points = self._resume_points(request, leader.request)
+                if points:
+                    request.followings.append(Following(leader, points))
+        request.num_leaders_seen = self._num_let_in
 
     def _resume_points(self, request: Request, leader: Request) -> tuple[int, ...]:
         step = self._manager.step
         shared = common_len(request.tokens, leader.tokens[: leader.prefill_len])
         usable = min(shared, request.num_tokens - 1) // step * step
-        if not usable:
+        if usable <= leader.computed_len:
             return ()
         floored = {p // step * step for p in self._manager.checkpoint_positions(request, shared)}
         return tuple(sorted(p for p in floored if 0 < p <= usable))
+
+
+def _goes_on_as(leader: Request, request: Request) -> bool:
+    """Whether ``request`` has the token that ``leader`` computes next: if not, nothing ahead of it is shared. O(1)."""
+    at = leader.computed_len
+    return (
+        at < request.num_tokens
+        and leader.namespace == request.namespace
+        and bool(leader.tokens[at] == request.tokens[at])
+    )
 
 
 def common_len(one: Tokens, other: Tokens) -> int:
