@@ -1,0 +1,164 @@
+"""Everything that only a GPU can tell, in one command: is it right, is it exact, how fast is it?
+
+    python -m experiments.gpu [--part kernels bench parity serve big] [--again]        # make gpu
+    python -m experiments.gpu --dry                                                    # make gpu-dry
+
+Parts run one after another, each in a process of its own and in less than eight minutes: the kernels' tests on the device;
+their benchmarks; the engine beside the CPU's and hits beside cold runs; serving a 2B geometry; serving Qwen3-Next-80B-A3B's
+geometry with 8-bit weights. Each writes JSON lines into experiments/results/gpu/; a part that has been done on this commit
+is not done again. --dry runs the same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from experiments.provenance import RESULTS, ROOT, provenance, read_json_lines, write_json_lines
+
+Verdict = Literal["passed", "failed", "timed out", "done before"]
+
+LIMIT_S = 470.0
+"""Of one part."""
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def kernels(out: Path, dry: bool) -> list[str]:
+    """A few files interpret in seconds; the others are the test suite's."""
+    tests = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels"]
+    skipped = ["--deselect", "tests/kernels/test_aot.py"]
+    return module("pytest", "-q", *tests, *skipped, f"--junitxml={out / 'kernels.xml'}")
+
+
+def bench(out: Path, dry: bool) -> list[str]:
+    return module("experiments.bench_kernels", "--out", str(out), *_dry(dry))
+
+
+def parity(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu_parity", "--out", str(out), *_dry(dry))
+
+
+def serve(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu_serving", "--geometry", "2b", "--out", str(out), *_dry(dry))
+
+
+def big(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu_serving", "--geometry", "80b", "--out", str(out), *_dry(dry))
+
+
+PARTS: dict[str, Callable[[Path, bool], list[str]]] = {
+    part.__name__: part for part in (kernels, bench, parity, serve, big)
+}
+
+
+def _dry(dry: bool) -> list[str]:
+    return ["--dry"] if dry else []
+
+
+def run_part(part: str, out: Path, dry: bool) -> Verdict:
+    """One part to its end or its limit; its verdict and duration go to ``<part>.done``."""
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if dry:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    begin = time.monotonic()
+    try:
+        ended = subprocess.run(
+            PARTS[part](out, dry), cwd=ROOT, env=environment, timeout=LIMIT_S, check=False
+        )
+        verdict: Verdict = "failed" if ended.returncode else "passed"
+    except subprocess.TimeoutExpired:
+        verdict = "timed out"
+    seconds = time.monotonic() - begin
+    report = out / "kernels.xml"
+    if part == "kernels" and report.exists():
+        write_json_lines(out / "kernels.jsonl", test_records(report))
+        report.unlink()
+    record = {"part": part, "verdict": verdict, "seconds": round(seconds, 1), "device": device()}
+    write_json_lines(done_file(out, part), [record])
+    return verdict
+
+
+def test_records(report: Path) -> list[dict[str, object]]:
+    """How many tests of each file passed, and the names of those that did not."""
+    files: dict[str, dict[str, list[str]]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        found = {child.tag for child in case}
+        outcome = next((tag for tag in ("failure", "error", "skipped") if tag in found), "passed")
+        outcomes = files.setdefault(case.get("classname", ""), {})
+        outcomes.setdefault(outcome, []).append(case.get("name", ""))
+    return [
+        {"file": file}
+        | {outcome: len(names) for outcome, names in outcomes.items()}
+        | {"wrong": outcomes.get("failure", []) + outcomes.get("error", [])}
+        for file, outcomes in sorted(files.items())
+    ]
+
+
+def done_file(out: Path, part: str) -> Path:
+    return out / f"{part}.done.jsonl"
+
+
+def is_done(out: Path, part: str) -> bool:
+    """Whether this part passed on this very commit."""
+    try:
+        before, [record] = read_json_lines(done_file(out, part))
+    except (OSError, ValueError, KeyError, json.JSONDecodeError):
+        return False
+    commit = before["commit"]
+    is_clean = commit is not None and not commit.endswith("+")
+    return record["verdict"] == "passed" and is_clean and commit == provenance()["commit"]
+
+
+def device() -> str:
+    """What the figures are of."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return "cpu, interpreted"
+    return str(torch.get_device_module(found).get_device_name())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.gpu",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--again", action="store_true", help="also what was done on this commit")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if not options.dry and torch.accelerator.current_accelerator(check_available=True) is None:
+        print("There is no GPU here: --dry tries the script without one.", file=sys.stderr)
+        return 2
+    out = options.out or (ROOT / "out" / "gpu-dry" if options.dry else RESULTS / "gpu")
+    out.mkdir(parents=True, exist_ok=True)
+    verdicts: dict[str, Verdict] = {}
+    for part in options.part:
+        if not options.again and is_done(out, part):
+            verdicts[part] = "done before"
+            continue
+        print(f"-- {part}", flush=True)
+        verdicts[part] = run_part(part, out, options.dry)
+    print(f"{device()}: " + ", ".join(f"{part} {verdict}" for part, verdict in verdicts.items()))
+    return int(any(verdict in ("failed", "timed out") for verdict in verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

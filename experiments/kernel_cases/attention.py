@@ -1,0 +1,87 @@
+"""Attention of Qwen3-Next: 16 query heads, 2 KV heads of 256, KV rows scattered over a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from experiments.kernel_cases import Case, Setup
+from kernels.attention import fused, reference
+from kernels.attention.sequences import Sequences
+from kernels.packed import Packed
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """Prompts from zero and on top of cached tokens; decoding of few and of many sequences."""
+    for cached, new in (
+        ((0, 70), (64, 20)) if setup.is_dry else ((0, 1024), (0, 8192), (7168, 1024))
+    ):
+        yield _prefill(setup, cached, new)
+    for num, length in (
+        ((2, 70),) if setup.is_dry else ((1, 1024), (1, 8192), (64, 1024), (64, 8192))
+    ):
+        yield _decode(setup, num, length)
+
+
+def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    heads, size = (1, 32) if setup.is_dry else (2, 256)
+    keys, values = (setup.randn(num * length, heads, size) for _ in range(2))
+    table = setup.int32(torch.randperm(num * length).tolist()).view(num, length)
+    sequences = Sequences.of(range(num), [length] * num, setup.device)
+    return keys, values, {"table": table, "sequences": sequences, "scale": size**-0.5}
+
+
+def _prefill(setup: Setup, cached: int, new: int) -> Case:
+    keys, values, where = _pool(setup, 1, cached + new)
+    where["packed"] = Packed.from_lengths([new], setup.device)
+    group, size = (2, keys.shape[2]) if setup.is_dry else (8, keys.shape[2])
+    query = setup.randn(new, group * keys.shape[1], size)
+    wide = [x.float() for x in (query, keys, values)]
+    seen = cached + (new + 1) / 2
+    rivals = {}
+    if cached == 0:
+        rivals["torch, contiguous"] = partial(_torch_prefill, query, keys, values, where)
+    return Case(
+        name=f"prefill {new} after {cached}",
+        run=partial(fused.prefill_attention, query, keys, values, **where),
+        expected=partial(reference.prefill_attention, *wide, **where),
+        num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
+        num_flops=int(4 * new * seen * query.shape[1] * size),
+        rivals=rivals,
+    )
+
+
+def _torch_prefill(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, where: dict
+) -> torch.Tensor:
+    """The gathering is not timed away: it is what an engine without our kernel would have to do."""
+    rows = where["table"][0].long()
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, keys[rows], values[rows]))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
+        0, 1
+    )
+
+
+def _decode(setup: Setup, num: int, length: int) -> Case:
+    keys, values, where = _pool(setup, num, length)
+    query = setup.randn(num, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
+    wide = [x.float() for x in (query, keys, values)]
+    return Case(
+        name=f"decode {num} x {length}",
+        run=partial(fused.decode_attention, query, keys, values, **where),
+        expected=partial(reference.decode_attention, *wide, **where),
+        num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
+        num_flops=4 * length * query.numel(),
+        rivals={"torch": partial(_torch_decode, query, keys, values, where)},
+    )
+
+
+def _torch_decode(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, where: dict
+) -> torch.Tensor:
+    rows = where["table"].long()
+    k, v = (pool[rows].transpose(1, 2) for pool in (keys, values))  # [B, HKV, L, D]
+    return F.scaled_dot_product_attention(query[:, :, None], k, v, enable_gqa=True)[:, :, 0]
