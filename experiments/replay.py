@@ -134,25 +134,29 @@ def replay(
     *,
     max_new_tokens: int,
     concurrency: int = 1,
+    says_answers: bool = True,
 ) -> Result:
     """Through the real engine, in the order of arrival: as many at once as ``concurrency`` says, a conversation's turns
-    one after the other."""
-    words = setting.checkpoints.split(",") if setting.checkpoints else config.checkpoints
+    one after the other. With ``says_answers`` the data's answer is computed after each turn, outside of its time, so
+    that the cache holds what an engine that had generated it would hold."""
     engine = Engine(
         replace(
             config,
             prefix_cache=setting.cache,
             cache_gib=setting.cache_gib,
-            checkpoints=tuple(words),
+            checkpoints=tuple(setting.checkpoints.split(","))
+            if setting.checkpoints
+            else config.checkpoints,
             eviction=setting.eviction,
-            max_running=max(concurrency, 1),
+            max_running=concurrency,
         )
     )
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0, ignore_eos=True)
     # The first forward pass of a process pays for what later ones find ready.
     engine.generate([[0] * 200], sampling)
     engine.reset_prefix_cache()
-    turns: list[Turn | None] = [None] * len(trace)
+    said = SamplingParams(max_tokens=1, temperature=0) if says_answers else None
+    turns: dict[int, Turn] = {}
     waiting = deque(enumerate(trace))
     running: dict[str, int] = {}
     with _progress(trace, setting) as bar:
@@ -164,12 +168,22 @@ def replay(
                 running[request_id] = place
                 busy.add(request.session)
             for output in engine.step():
-                if output.is_finished:
-                    place = running.pop(output.request_id)
+                if not output.is_finished:
+                    continue
+                place = running.pop(output.request_id)
+                if place not in turns:
                     turns[place] = _turn(output)
                     bar.update()
+                    if said is not None and setting.cache != "none":
+                        running[_say(engine, trace[place], said)] = place
     engine.check()
-    return Result(setting, tuple(turn for turn in turns if turn is not None))
+    return Result(setting, tuple(turns[place] for place in range(len(trace))))
+
+
+def _say(engine: Engine, request: TraceRequest, sampling: SamplingParams) -> str:
+    """Have the data's answer computed as part of a prompt: as much of it as the context takes."""
+    whole = np.concatenate((request.tokens, request.output))[: engine.max_model_len - 1]
+    return engine.submit(whole, sampling, boundaries=request.boundaries)
 
 
 def _turn(output: RequestOutput) -> Turn:

@@ -2,8 +2,9 @@
 
 Every turn of a ShareGPT conversation becomes a request with its full history; conversations are interleaved as they would
 arrive, each turn after a pause. The requests go through the real engine, or with --dry through the cache alone: the same
-leases and policies without the arithmetic. Histories hold the data's own answers, so that prompts are genuine; the engine
-generates a few tokens a turn and drops them (so it must compute the data's answers, which --dry has decoded).
+leases and policies without the arithmetic. Histories hold the data's own answers, so that prompts are genuine. The engine
+generates a turn's first token, whose time is measured; then, outside of any time, it computes the data's answer, so that the
+cache holds what it would hold had the engine said it (--unsaid leaves that out: answers are then computed by the next turn).
 
     python -m experiments.run_sharegpt
     python -m experiments.run_sharegpt --dry --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 --conversations 2000 \\
@@ -43,6 +44,9 @@ from hybridcache.trace import TraceRequest
 from hybridcache.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.traces.text import ChatText, load_chat_text
 
+ANSWER_ROOM = 2048
+"""Tokens of the context beyond the longest prompt; longer answers are cut when they are said."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -70,7 +74,7 @@ def _parser() -> Parser:
         action="store_true",
         help="made-up ones where the package is not installed",
     )
-    data("--conversations", type=int, default=20, help="how many (default: %(default)s)")
+    data("--conversations", type=int, default=16, help="how many (default: %(default)s)")
     data(
         "--cap",
         type=int,
@@ -135,7 +139,8 @@ def _parser() -> Parser:
         help="with --tokenizer: thinking, chatml or a Jinja file (default: %(default)s)",
     )
     model("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    model("--max-new-tokens", type=int, default=4, help="generated a turn (default: %(default)s)")
+    model("--max-new-tokens", type=int, default=1, help="generated a turn (default: %(default)s)")
+    model("--unsaid", action="store_true", help="do not compute the data's answers after a turn")
     model("--concurrency", type=int, default=1, help="requests at once (default: %(default)s)")
     add("--name", default="sharegpt", help="of the results and the figure (default: %(default)s)")
     add("--out", type=Path, default=RESULTS.parent, help="folder for results/ and figures/")
@@ -162,7 +167,7 @@ def _run(options: argparse.Namespace) -> int:
             results.append(replay_dry(trace, setting, geometry))
         else:
             config = EngineConfig(
-                model=options.model, dtype=options.dtype, max_model_len=options.cap + 256
+                model=options.model, dtype=options.dtype, max_model_len=options.cap + ANSWER_ROOM
             )
             results.append(
                 replay(
@@ -171,6 +176,7 @@ def _run(options: argparse.Namespace) -> int:
                     config,
                     max_new_tokens=options.max_new_tokens,
                     concurrency=options.concurrency,
+                    says_answers=not options.unsaid,
                 )
             )
     print(_table(results))

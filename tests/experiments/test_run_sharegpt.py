@@ -37,8 +37,9 @@ def data(tmp_path: Path) -> Path:
 def _run(data: Path, *arguments: str) -> tuple[list[dict[str, Any]], Path]:
     out = data.parent / "out"
     assert run_sharegpt.main(["--data", str(data), "--out", str(out), *arguments]) == 0
-    _, records = read_json_lines(out / "results" / "sharegpt.jsonl")
-    return records, out / "figures" / "sharegpt.png"
+    name = arguments[arguments.index("--name") + 1] if "--name" in arguments else "sharegpt"
+    _, records = read_json_lines(out / "results" / f"{name}.jsonl")
+    return records, out / "figures" / f"{name}.png"
 
 
 def _check(record: dict[str, Any]) -> None:
@@ -50,6 +51,10 @@ def test_the_engine_with_and_without_the_cache(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (none, hybrid), figure = _run(data, "--concurrency", "2", "--cache-gib", "0.05")
+    unsaid, _ = _run(
+        data, "--unsaid", "--caches", "hybrid", "--cache-gib", "0.05", "--name", "unsaid"
+    )
+    assert unsaid[0]["token_hit_rate"] < hybrid["token_hit_rate"]
     for record in (none, hybrid):
         _check(record)
         assert record["requests"] == 9, "three turns of the three whole conversations"
@@ -99,7 +104,9 @@ def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
         request._replace(output=request.output[:1]) for request in run_sharegpt._read_trace(options)
     ]
     setting = Setting("hybrid", 0.05, "boundary,backoff")
-    real = replay(trace, setting, EngineConfig(max_model_len=2048), max_new_tokens=1)
+    real = replay(
+        trace, setting, EngineConfig(max_model_len=2048), max_new_tokens=1, says_answers=False
+    )
     dry = replay_dry(trace, setting, load_geometry(None))
     hits = [[(turn.cached_len, turn.losses) for turn in run.turns] for run in (real, dry)]
     assert hits[0] == hits[1] and any(cached_len for cached_len, _ in hits[0])
