@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -193,5 +192,4 @@ def assert_scored(output: RequestOutput) -> None:
     assert list(output.prompt_logprobs[1:]) == expected
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestSchedulerMachine = pytest.mark.timeout(600)(SchedulerMachine.TestCase)
