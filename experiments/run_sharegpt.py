@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig
-from engine.flags import Parser
+from engine.flags import HelpFormatter, Parser
 from engine.tokenizer import load_tokenizer
 from engine.units import format_seconds
 from experiments.conversations import (
@@ -48,6 +48,10 @@ ANSWER_ROOM = 2048
 """Tokens of the context beyond the longest prompt; longer answers are cut when they are said."""
 
 
+class _HelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Wide, and with the paragraphs as they stand above."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -63,7 +67,8 @@ def _parser() -> Parser:
         prog="python -m experiments.run_sharegpt",
         description=summary,
         epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python -m experiments.run_sharegpt [options]",
+        formatter_class=_HelpFormatter,
     )
     add = parser.add_argument
     data = parser.add_argument_group("conversations").add_argument
@@ -118,7 +123,7 @@ def _parser() -> Parser:
         nargs="+",
         default=[DEFAULT_CHECKPOINTS],
         metavar="WORD,...",
-        help="placements to compare (default: %(default)s)",
+        help="placements to compare (default: the engine's)",
     )
     caches(
         "--eviction",
