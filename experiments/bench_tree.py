@@ -270,12 +270,27 @@ def memory() -> dict[str, Any]:
         tracemalloc.stop()
         return used
 
+    def traced_workload() -> tuple[int, HybridRadixCache]:
+        cache = new_cache(400_000, 600)
+        work = list(Workload(64, 200, 5))
+        gc.collect()
+        tracemalloc.start()
+        replay(work, cache)
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return used, cache
+
+    used, cache = traced_workload()
+    allowed = 12 * cache.cached_tokens + 1024 * cache.num_nodes + 8 * cache.ghost_tokens
     few, many = traced(200, 10_000, False), traced(20_000, 10, False)
     node_bytes = (many - few * 200_000 / 2_000_000) / (20_000 - 200 * 200_000 / 2_000_000)
     return {
         "measure": "host memory",
         "bytes_per_cached_token": round((few - 200 * node_bytes) / 2_000_000, 2),
         "bytes_per_node": round(node_bytes),
+        "workload_bytes": used,
+        "workload_bytes_allowed_by_the_goal": allowed,
         "bytes_per_ghost_token_of_600_token_nodes": round(traced(2_000, 600, True) / 1_200_000, 2),
     }
 

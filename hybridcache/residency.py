@@ -23,6 +23,7 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.compact import compact_rows
 from hybridcache.radix.forks import has_deeper, unforked_above, unforked_at
 from hybridcache.radix.lru import GhostList
 from hybridcache.radix.node import Checkpoint, Indices, ItemBytes, RadixNode, Segment
@@ -211,6 +212,8 @@ class Residency:
             above.uses += kv.uses
             if kv.last_used > above.last_used:
                 above.last_used = kv.last_used
+            if above.indices.base is kv.indices.base:
+                compact_rows(parent, kv.indices)
         leaf.kv = None
         self.tree.fade(leaf)
         self.ghosts.add(leaf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from hybridcache.radix.compact import compact_edges
 from hybridcache.radix.key import TOKEN_BYTES
 from hybridcache.radix.node import RadixNode
 from hybridcache.radix.tree import RadixTree
@@ -58,6 +59,8 @@ class GhostList:
             ghost, _ = self._order.popitem(last=False)
             self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
             self.tree.forget(ghost)
+            if ghost.parent is not None:
+                compact_edges(ghost.parent, ghost.edge)
             parent = ghost.parent
             if parent is not None and parent.parent is None:
                 self.tree.prune_root(parent.key)
