@@ -185,14 +185,18 @@ class AsyncEngine:
         with self._wake:
             self._is_open = False
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._join)
 
     def stop(self) -> None:
         """Take no more requests and end the thread after its step; requests that are not done fail with EngineStopped."""
         with self._wake:
             self._is_open, self._must_stop = False, True
             self._wake.notify()
-        self._thread.join()
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread.ident is not None:  # else it never started
+            self._thread.join()
 
     def _abort(self, request_id: str) -> None:
         def leave() -> None:

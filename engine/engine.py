@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,12 +216,23 @@ class Engine:
         """Compute one batch; returns what is new, per request.
 
         Where the device works by itself, a step is committed only after the next one was handed to it, so that it never
-        waits for the host: outputs then come one call later.
+        waits for the host: outputs then come one call later. A step that raises is lost, its requests are not.
         """
-        step = self._schedule()
-        logits = self._forward(step)
-        launched = self._sample(step, logits)
-        return self._commit(self._due(launched))
+        with self._recovering():
+            step = self._schedule()
+            logits = self._forward(step)
+            launched = self._sample(step, logits)
+            return self._commit(self._due(launched))
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Whatever breaks a step off (an interrupt, say), the engine can go on with the next."""
+        try:
+            yield
+        except BaseException:
+            self._in_flight = None
+            self._scheduler.recover()
+            raise
 
     def _schedule(self) -> Step:
         self._laps = [self._clock()]

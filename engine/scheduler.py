@@ -120,6 +120,15 @@ class Scheduler:
             self._waiting.remove(request)
         request.finish("abort", self._clock())
 
+    def recover(self) -> None:
+        """A step broke off: nobody knows what the running requests' states hold. All begin again from what is published."""
+        for request in tuple(self._running):
+            self._manager.abort(request)
+            self._running.remove(request)
+            insort(self._waiting, request, key=_age)
+        self._num_in_flight = 0
+        self._must_wait = self._is_full = False
+
     def schedule(self) -> Step:
         """Choose the next step's work and claim the memory for it.
 

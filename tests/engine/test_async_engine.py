@@ -171,6 +171,13 @@ def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:
     serve(scenario, gated=True)
 
 
+def test_an_engine_that_never_started_can_be_stopped() -> None:
+    engine = AsyncEngine(Engine(runner=OracleRunner(512, 4), sampler=OracleSampler()))
+    engine.stop()
+    asyncio.run(engine.drain())
+    assert not engine.is_alive
+
+
 def test_stop_fails_those_who_wait() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], ENDLESS)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from engine import ConfigError, Engine, EngineConfig, QueueFull, SamplingParams
+from engine import (
+    ConfigError,
+    Engine,
+    EngineConfig,
+    QueueFull,
+    RequestOutput,
+    SamplingParams,
+)
+from engine.batch import Batch
 from engine.engine import StepReport
 from engine.oracle import OracleRunner, OracleSampler
 from engine.tokenizer import ByteTokenizer
@@ -207,6 +218,32 @@ def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
     assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
     assert report.kv.free + report.kv.cached == report.kv.total
     assert engine.abort(decoding) is None
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("broken_step", [0, 2, 9])
+def test_a_step_that_breaks_off_costs_no_request(broken_step: int, overlap: str) -> None:
+    prompts = [ids(200), ids(200), ids(90, first=70)]
+    expected = make_engine().generate(prompts, SamplingParams(max_tokens=20))
+    engine = make_engine(overlap=overlap, token_budget=64)
+    forward, steps = engine.runner.forward, itertools.count()
+
+    def interrupted(batch: Batch, drawn: Sequence[int] = ()) -> object:
+        if next(steps) == broken_step:
+            forward(Batch(batch.segments[:1], batch.restores, batch.row_writes), drawn)
+            raise KeyboardInterrupt
+        return forward(batch, drawn)
+
+    engine.runner.forward = interrupted  # type: ignore[method-assign]
+    for prompt in prompts:
+        engine.submit(prompt, SamplingParams(max_tokens=20))
+    outputs: dict[str, RequestOutput] = {}
+    while engine.has_work():
+        with contextlib.suppress(KeyboardInterrupt):
+            outputs.update((output.request_id, output) for output in engine.step())
+        engine.check()
+    for i, alone in enumerate(expected):
+        assert outputs[f"request-{i}"].token_ids == alone.token_ids
 
 
 def test_a_stream_gives_pieces_that_make_the_whole_and_ends_when_closed() -> None:
