@@ -10,7 +10,7 @@ from engine.backends import Kernels
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Parameter, Placement
-from engine.layers.step import Step
+from engine.layers.step import Step, pad_rows
 from engine.model_config import ModelConfig
 
 
@@ -67,8 +67,8 @@ class Attention:
         return torch.cat([rows[:, 1].flatten(), rows[:, 0].flatten()])
 
     def seal(self) -> None:
-        self.projection.seal()
-        self.output.seal()
+        for part in (self.projection, self.output, self.query_norm, self.key_norm):
+            part.seal()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.projection(hidden)
@@ -112,7 +112,8 @@ class Attention:
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
         if self.gated:
             gate = projected[: len(mixed), : self.sizes[0]]
             mixed = self._kernels.activation.sigmoid_mul(mixed, gate)
-        return self.output(mixed)
+        return self.output(pad_rows(mixed, len(projected)))

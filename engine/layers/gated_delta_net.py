@@ -10,7 +10,7 @@ import torch
 from engine.backends import Kernels
 from engine.layers.linear import Linear
 from engine.layers.parameters import Parameter, Placement
-from engine.layers.step import Step
+from engine.layers.step import Step, pad_rows
 from engine.model_config import ModelConfig
 
 Layout = Literal["interleaved", "split"]
@@ -78,6 +78,7 @@ class GatedDeltaNet:
     def seal(self) -> None:
         self.projection.seal()
         self.output.seal()
+        self.norm_weight = self.norm_weight.float()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.projection(hidden)
@@ -164,9 +165,9 @@ class GatedDeltaNet:
         )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        tokens = len(mixed)
-        z = projected[:tokens, self.sizes[0] : self.sizes[0] + self.value_size]
+        """The layer's output, ``[num_rows, H]``."""
+        z = projected[: len(mixed), self.sizes[0] : self.sizes[0] + self.value_size]
         gated = self._kernels.norm.gated_rms_norm(
             mixed, self.norm_weight, z.view(mixed.shape), self.eps
         )
-        return self.output(gated.flatten(1))
+        return self.output(pad_rows(gated.flatten(1), len(projected)))

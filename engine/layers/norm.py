@@ -25,10 +25,11 @@ class RMSNorm:
         yield f"{prefix}.weight", Parameter(self.weight, "centred_norm" if self.offset else "norm")
 
     def seal(self) -> None:
-        pass
+        self.weight = self.weight.float() + self.offset
+        self.offset = 0.0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._norm(x, self.weight, self.eps, offset=self.offset)
+        return self._norm(x, self.weight, self.eps)
 
     def add(
         self, x: torch.Tensor, residual: torch.Tensor | None
@@ -36,4 +37,4 @@ class RMSNorm:
         """(norm of x + residual, x + residual); the first layer has no residual yet."""
         if residual is None:
             return self(x), x
-        return self._norm(x, self.weight, self.eps, offset=self.offset, residual=residual)
+        return self._norm(x, self.weight, self.eps, residual=residual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
@@ -48,3 +49,8 @@ class Step:
     """int32[rows, max_model_len]: the request table."""
     decode: DecodePart | None
     prefill: PrefillPart | None
+
+
+def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """``x [T, N]`` with zero rows up to ``num_rows``."""
+    return x if len(x) == num_rows else F.pad(x, (0, 0, 0, num_rows - len(x)))

@@ -73,10 +73,7 @@ class DecoderLayer:
         num_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the MLP's output, the residual it is still to be added to)."""
-        out = self.mixer.finish(mixed, projected)
-        if len(out) < len(residual):
-            out = F.pad(out, (0, 0, 0, len(residual) - len(out)))
-        normed, residual = self.post_norm.add(out, residual)
+        normed, residual = self.post_norm.add(self.mixer.finish(mixed, projected), residual)
         return self.mlp(normed, num_tokens), residual
 
 

@@ -31,6 +31,8 @@ import torch
 from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
 
 L2_EPS = 1e-6
+LARGE_STATE = 2**16
+"""Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back would cost more."""
 
 
 def gates(
@@ -269,8 +271,15 @@ def decode_gdn(
 
     Returns ``[B, HV, V]`` in value's dtype. Reads and writes every state once.
     """
-    index = slots.long()
     gate, beta = gates(a, b, A_log, dt_bias)
+    if states.dtype == torch.float32 and states[0].numel() >= LARGE_STATE:
+        inputs = (query, key, value, gate, beta)
+        outs = [
+            _step(states[slot : slot + 1], *(x[i : i + 1] for x in inputs), scale)[1]
+            for i, slot in enumerate(slots.tolist())
+        ]
+        return torch.cat(outs) if outs else torch.empty_like(value)
+    index = slots.long()
     state, out = _step(states[index].float(), query, key, value, gate, beta, scale)
     states[index] = state.to(states.dtype)
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 
 from kernels.activation.reference import silu
 
@@ -39,7 +38,7 @@ def rms_norm(
     if residual is not None:
         x = x + residual
     scale = weight.float() + offset if offset else weight.float()
-    normed = F.rms_norm(x.float(), weight.shape, scale, eps).to(x.dtype)
+    normed = _normed(x.float(), scale, eps).to(x.dtype)
     return normed if residual is None else (normed, x)
 
 
@@ -47,5 +46,11 @@ def gated_rms_norm(
     x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with, per head."""
-    normed = F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    normed = _normed(x.float(), weight.float(), eps)
     return normed.mul_(silu(gate)).to(x.dtype)
+
+
+def _normed(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """As ``F.rms_norm``, in half the operations: on a CPU that is a composite."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(scale)
