@@ -13,8 +13,9 @@ the state before every tile: at K = V = 128 in bfloat16, 17 KiB written where 80
 grows with the prompt. The read-out rides along in the scan for the same reason. A state asked for at a tile's end is
 stored from the registers that hold it anyway.
 
-Precision: 16-bit operands multiply in their own type and accumulate in float32; float32 operands multiply exactly ("ieee").
-The state and everything elementwise are float32. Each reduction has one order, given by its tile and head alone.
+Precision: 16-bit operands multiply in their own type (in the solve, in float16) and accumulate in float32; float32 operands
+multiply in float32, never in tf32. The state and everything elementwise are float32. Each reduction has one order, given by
+its tile and head alone.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ def chunk_gdn(
       leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
 
-    Returns ``[T, HV, V]`` in value's dtype. Two launches. Formula and source: `kernels.gdn.reference`.
+    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256 (128 on AMD, by its shared memory), any V. Formula and
+    source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     num_heads, key_dim = key.shape[1:]
