@@ -4,10 +4,10 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo serve test lint bench figures clean
+.PHONY: help install demo serve test lint gpu gpu-dry clean
 
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED)  ## .venv with everything that demo, tests and experiments want
 
@@ -33,6 +33,13 @@ lint: install  ## ruff, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A rented machine has torch, triton and transformers, and often no network: take what is there.
+gpu:  ## on a machine with a GPU: kernels, exactness, speed, serving; in parts that need not be repeated
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu
+
+gpu-dry:  ## the same script on the CPU: tiny shapes, interpreted
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu --dry
 
 clean:  ## what the other targets made, but not .venv
 	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

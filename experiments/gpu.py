@@ -37,10 +37,10 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def kernels(out: Path, dry: bool) -> list[str]:
-    """A few files interpret in seconds; the others are the test suite's."""
-    tests = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels"]
+    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four processes busy."""
+    what = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", "-n", "4"]
     skipped = ["--deselect", "tests/kernels/test_aot.py"]
-    return module("pytest", "-q", *tests, *skipped, f"--junitxml={out / 'kernels.xml'}")
+    return module("pytest", "-q", *what, *skipped, f"--junitxml={out / 'kernels.xml'}")
 
 
 def bench(out: Path, dry: bool) -> list[str]:

@@ -1,0 +1,102 @@
+"""The one command for a GPU: what it keeps of each part, what it does again, and what it says where there is none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import gpu
+from experiments.provenance import read_json_lines, write_json_lines
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two"><failure/></testcase>
+<testcase classname="tests.b" name="three"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Parts that are a line of Python each."""
+    lines = {"kernels": "pass", "bench": "pass", "big": "raise SystemExit(3)"}
+    monkeypatch.setattr(
+        gpu,
+        "PARTS",
+        {
+            word: lambda out, dry, line=line: [sys.executable, "-c", line]
+            for word, line in lines.items()
+        },
+    )
+    monkeypatch.setattr(gpu, "provenance", lambda: {"commit": "0123456789ab"})
+    return lines
+
+
+def run(out: Path, *arguments: str) -> int:
+    return gpu.main(["--dry", "--out", str(out), *arguments])
+
+
+def test_a_failed_part_fails_the_whole_and_the_others_run(
+    parts: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path) == 1
+    assert (
+        capfd.readouterr()
+        .out.splitlines()[-1]
+        .endswith(": kernels passed, bench passed, big failed")
+    )
+    _, [record] = read_json_lines(gpu.done_file(tmp_path, "big"))
+    assert record["verdict"] == "failed"
+    assert record["seconds"] < 30
+
+
+def test_what_passed_on_this_commit_is_not_done_again(
+    parts: dict[str, str], tmp_path: Path
+) -> None:
+    write_json_lines(gpu.done_file(tmp_path, "bench"), [{"verdict": "passed"}])
+    file = gpu.done_file(tmp_path, "bench")
+    _, rest = file.read_text().split("\n", 1)
+    for commit, is_done in (
+        ("0123456789ab", True),
+        ("0123456789ab+", False),
+        ("ba9876543210", False),
+    ):
+        file.write_text(f'{{"provenance": {{"commit": "{commit}"}}}}\n{rest}')
+        assert gpu.is_done(tmp_path, "bench") is is_done
+    file.write_text(f'{{"provenance": {{"commit": null}}}}\n{rest}')
+    assert not gpu.is_done(tmp_path, "bench")
+    assert not gpu.is_done(tmp_path, "kernels")
+
+
+def test_a_part_that_hangs_is_ended(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LIMIT_S", 0.3)
+    monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sleep", "60"])
+    assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
+
+
+def test_reports_become_records(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(REPORT)
+    assert gpu.test_records(report) == [
+        {"file": "tests.a", "passed": 1, "failure": 1, "wrong": ["two"]},
+        {"file": "tests.b", "skipped": 1, "wrong": []},
+    ]
+
+
+def test_without_a_gpu_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert gpu.main([]) == 2
+    assert "--dry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_every_part_has_a_command(part: str, tmp_path: Path) -> None:
+    """Dry and in earnest they differ in one flag or in which tests they run."""
+    dry, earnest = (gpu.PARTS[part](tmp_path, is_dry) for is_dry in (True, False))
+    assert dry[:3] == earnest[:3]
+    assert dry != earnest
