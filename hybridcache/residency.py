@@ -282,7 +282,7 @@ class Residency:
             node: RadixNode | None = locked
             while node is not None and node not in seen:
                 seen.add(node)
-                total += len(node.edge) // 4
+                total += node.end - node.start
                 node = node.parent
         return total
 

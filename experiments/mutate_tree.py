@@ -1,0 +1,474 @@
+"""Would the tests notice? Breaks the cache in small ways, one at a time, and runs its tests against each.
+
+python -m experiments.mutate_tree [--only WORD] [--timeout 240]
+
+Each mutation is one edit of one file in a copy of the package; a mutation that no test catches ("survived") makes the script
+fail. Writes results/mutate_tree.jsonl: what was broken, and the first test that said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from experiments.provenance import RESULTS, ROOT, write_json_lines
+
+TESTS = (
+    "tests/allocators",
+    "tests/radix",
+    "tests/test_cache_scenarios.py",
+    "tests/test_cache_eviction.py",
+    "tests/test_cache_losses.py",
+    "tests/test_cache_events.py",
+    "tests/test_cache_snapshot.py",
+    "tests/test_cache_churn.py",
+    "tests/test_cache_machine.py",
+)
+COPIED = ("hybridcache", "tests", "pyproject.toml")
+
+
+class Mutation(NamedTuple):
+    """One way to break the cache: ``old``, which stands once in ``path``, becomes ``new``."""
+
+    what: str
+    path: str
+    old: str
+    new: str
+
+
+RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
+TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "lru"))
+KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
+PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
+LRU, TIERS = "hybridcache/policies/eviction.py", "hybridcache/policies/tiers.py"
+
+MUTATIONS = (
+    Mutation(
+        "a lock is not looked at before evicting",
+        RESIDENCY,
+        "if not node.locks:\n                break",
+        "if True:\n                break",
+    ),
+    Mutation("a second lock is not counted", RESIDENCY, "node.locks += 1", "node.locks = 1"),
+    Mutation(
+        "an unlocked victim is not given back to the policy",
+        RESIDENCY,
+        "                    self.policy.add(item)\n\n    def _withdraw",
+        "                    pass\n\n    def _withdraw",
+    ),
+    Mutation("a receipt unlocks twice", HYBRID, "            receipt.node = None\n", ""),
+    Mutation(
+        "the cascade runs over a locked parent",
+        RESIDENCY,
+        "parent.checkpoint is not None or parent.locks or not stateful",
+        "parent.checkpoint is not None or not stateful",
+    ),
+    Mutation(
+        "the cascade stops after one node",
+        RESIDENCY,
+        "            leaf = parent\n",
+        "            self.policy.add(parent.kv)\n            return\n",
+    ),
+    Mutation(
+        "the cascade takes a parent that has a checkpoint",
+        RESIDENCY,
+        "parent.checkpoint is not None or parent.locks or not stateful",
+        "parent.locks or not stateful",
+    ),
+    Mutation(
+        "a dropped leaf leaks its slot",
+        RESIDENCY,
+        "            if leaf.checkpoint is not None:\n                self._drop_checkpoint(leaf)\n            parent",
+        "            leaf.checkpoint = None\n            parent",
+    ),
+    Mutation(
+        "an evicted checkpoint's slot is not freed",
+        RESIDENCY,
+        "        self.slots.free(checkpoint.slot)\n",
+        "",
+    ),
+    Mutation(
+        "an evicted leaf's rows are not freed",
+        RESIDENCY,
+        "        self.pages.free(kv.indices)\n",
+        "",
+    ),
+    Mutation(
+        "an evicted leaf is not remembered as a ghost",
+        RESIDENCY,
+        "        self.ghosts.add(leaf)\n",
+        "",
+    ),
+    Mutation(
+        "ghosts are never trimmed",
+        RESIDENCY,
+        "            self.ghosts.trim()\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "recency is not handed up",
+        RESIDENCY,
+        "                above.last_used = kv.last_used\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "an evicted checkpoint leaves no tombstone",
+        RESIDENCY,
+        "        node.lost_checkpoint = checkpoint\n",
+        "",
+    ),
+    Mutation(
+        "a refilled tombstone stays a tombstone",
+        RESIDENCY,
+        "        node.lost_checkpoint = None\n",
+        "",
+    ),
+    Mutation(
+        "a hit does not refresh its checkpoint",
+        RESIDENCY,
+        "            checkpoint.last_used = now\n",
+        "",
+    ),
+    Mutation("a hit does not refresh its KV", RESIDENCY, "            kv.last_used = now\n", ""),
+    Mutation(
+        "a new checkpoint does not demote the one above",
+        RESIDENCY,
+        "            self._set_superseded(above, True)\n",
+        "",
+    ),
+    Mutation(
+        "a fork does not lift the demotion",
+        RESIDENCY,
+        "                self._set_superseded(checkpoint, False)\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "the end of a fork does not restore the demotion",
+        RESIDENCY,
+        "self._set_superseded(checkpoint, has_deeper(parent))",
+        "pass",
+    ),
+    Mutation(
+        "an evicted checkpoint leaves the one above demoted",
+        RESIDENCY,
+        "            self._set_superseded(above, checkpoint.superseded)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a refilled checkpoint is never demoted at once",
+        RESIDENCY,
+        "            checkpoint.superseded = has_deeper(node)\n        node.checkpoint",
+        "            pass\n        node.checkpoint",
+    ),
+    Mutation(
+        "a parent stays a candidate when it gets a child",
+        RESIDENCY,
+        "        elif parent.kv is not None:\n            self._withdraw(parent.kv)\n",
+        "",
+    ),
+    Mutation(
+        "a new leaf is not offered to the policy",
+        HYBRID,
+        "            residency.offer_leaf(leaf)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "KV that a checkpoint revived stays in the dead tier",
+        RESIDENCY,
+        "        if revives is not None:\n            self._withdraw(revives)\n",
+        "        revives = None\n",
+    ),
+    Mutation(
+        "a split forgets the rows of the lower half",
+        RESIDENCY,
+        "        kv.indices = kv.indices[cut:]\n",
+        "",
+    ),
+    Mutation(
+        "a split is not told to listeners",
+        RESIDENCY,
+        "            self.listener.kv_split(upper, lower)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a split leaves the lower half under its old key",
+        TREE,
+        "        lower.key = child_key(lower.edge, self.page_size)\n",
+        "",
+    ),
+    Mutation(
+        "a split does not shorten the lower edge", TREE, "        lower.edge = edge[cut:]\n", ""
+    ),
+    Mutation(
+        "a walk takes a child without comparing its edge",
+        TREE,
+        "if not starts_with(child.edge, offset):",
+        "if False:",
+    ),
+    Mutation(
+        "a partial edge is not floored to pages",
+        KEY,
+        "    return shared - shared % page_size\n",
+        "    return shared\n",
+    ),
+    Mutation(
+        "an emptied namespace keeps its root",
+        GHOSTS,
+        "                self.tree.prune_root(parent.key)\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "the youngest ghost is forgotten first", GHOSTS, "popitem(last=False)", "popitem(last=True)"
+    ),
+    Mutation(
+        "a revived ghost stays in the ghost list",
+        RESIDENCY,
+        "        self.ghosts.discard(ghost)\n",
+        "",
+    ),
+    Mutation(
+        "a checkpoint at the prompt's very end is used",
+        HYBRID,
+        "            if node.end < num_tokens:\n                if node",
+        "            if node.end <= num_tokens:\n                if node",
+    ),
+    Mutation(
+        "checkpoints off the grid are taken",
+        HYBRID,
+        "if position % self._step or not 0 < position <= end:",
+        "if not 0 < position <= end:",
+    ),
+    Mutation(
+        "checkpoints past the inserted end are taken",
+        HYBRID,
+        "or not 0 < position <= end:",
+        "or position <= 0:",
+    ),
+    Mutation(
+        "a second checkpoint replaces the first",
+        HYBRID,
+        "            if node.checkpoint is not None:\n                rejected.append(slot)\n                continue\n",
+        "",
+    ),
+    Mutation(
+        "a rejected slot is not handed back",
+        HYBRID,
+        "            if node.checkpoint is not None:\n                rejected.append(slot)\n",
+        "            if node.checkpoint is not None:\n",
+    ),
+    Mutation(
+        "duplicates are not handed back",
+        HYBRID,
+        "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
+        "NO_INDICES",
+    ),
+    Mutation(
+        "rows already the tree's are handed back as duplicates",
+        HYBRID,
+        "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
+        "kv_indices[:kv_len]",
+    ),
+    Mutation(
+        "the caller's array is kept instead of a copy",
+        HYBRID,
+        "kv_indices[kv_len:num_tokens].copy()",
+        "kv_indices[kv_len:num_tokens]",
+    ),
+    Mutation(
+        "a gather trusts its memo for any node",
+        HYBRID,
+        "        if kv is known:\n            return rows\n",
+        "        if known is not None:\n            return rows\n",
+    ),
+    Mutation("a gather is in the wrong order", HYBRID, "        parts.reverse()\n", ""),
+    Mutation(
+        "a refused allocation evicts all the same",
+        HYBRID,
+        "            self.stats.refusals += 1\n            return None\n        kind",
+        "            self.stats.refusals += 1\n        kind",
+    ),
+    Mutation(
+        "locks do not count in what could be freed",
+        HYBRID,
+        "return short_tokens <= residency.cached_tokens - residency.protected_tokens()",
+        "return short_tokens <= residency.cached_tokens",
+    ),
+    Mutation(
+        "kv losses are counted as never seen",
+        HYBRID,
+        "            num_tokens - branch_len,\n            branch_len - kv_len,\n",
+        "            num_tokens - kv_len,\n            0,\n",
+    ),
+    Mutation(
+        "ghosts are not read",
+        HYBRID,
+        "        if inside is None and node.ghosts:\n            branch_len, missed",
+        "        if False:\n            branch_len, missed",
+    ),
+    Mutation(
+        "LRU takes the newest",
+        LRU,
+        "item.memo = entry = (item.last_used, item.serial, item)",
+        "item.memo = entry = (-item.last_used, item.serial, item)",
+    ),
+    Mutation(
+        "LRU does not notice later uses",
+        LRU,
+        "        elif item.last_used > entry[0]:",
+        "        elif False:",
+    ),
+    Mutation(
+        "LRU returns items that were discarded",
+        LRU,
+        "        if item.memo is not entry:\n            heappop(heap)\n        elif",
+        "        if",
+    ),
+    Mutation(
+        "LRU prefers checkpoints when both kinds may go",
+        LRU,
+        "return kv if kv_age < checkpoint_age else checkpoint",
+        "return checkpoint",
+    ),
+    Mutation(
+        "dead KV does not go first",
+        TIERS,
+        '            first = self._dead.victim("kv")\n',
+        "            first = None\n",
+    ),
+    Mutation(
+        "superseded checkpoints do not go first",
+        TIERS,
+        '            first = self._superseded.victim("checkpoint")\n',
+        "            first = None\n",
+    ),
+    Mutation(
+        "one page too many is handed out",
+        PAGES,
+        "        if num_pages > self._height:\n",
+        "        if num_pages > self._height + 1:\n",
+    ),
+    Mutation(
+        "freed pages are written one place too low",
+        PAGES,
+        "        self._height += num_pages\n",
+        "        self._height += max(num_pages - 1, 0)\n",
+    ),
+    Mutation(
+        "a freed slot's bytes are not given back",
+        SLOTS,
+        "            self.budget.give_back(self.unit_bytes)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "the shared budget is not asked for slots",
+        SLOTS,
+        "            if self.budget.free_bytes < self.unit_bytes:\n                return None\n",
+        "",
+    ),
+    Mutation(
+        "compaction moves the wrong rows",
+        COMPACT,
+        "above.kv.indices = living[num_living - length : num_living]",
+        "above.kv.indices = living[:length]",
+    ),
+    Mutation(
+        "half-dead buffers are never let go",
+        COMPACT,
+        "    if 2 * num_living >= len(base):\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "a fork is no end of a demoting path",
+        FORKS,
+        "while above is not None and above.parent is not None and len(above.children) == 1:",
+        "while above is not None and above.parent is not None:",
+    ),
+)
+
+
+class Outcome(NamedTuple):
+    """What the tests said to one mutation."""
+
+    what: str
+    path: str
+    caught_by: str
+    """The first test that failed; "nothing" if all passed."""
+    seconds: float
+
+
+def try_mutation(mutation: Mutation, timeout_s: float) -> Outcome:
+    """Break a copy, run the tests against it until the first fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        target = copy / mutation.path
+        text = target.read_text(encoding="utf-8")
+        if text.count(mutation.old) != 1:
+            raise ValueError(f"{mutation.what}: stands {text.count(mutation.old)} times, not once")
+        target.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        begin = time.monotonic()
+        caught = _first_failure(copy, timeout_s)
+        return Outcome(mutation.what, mutation.path, caught, round(time.monotonic() - begin, 1))
+
+
+def _first_failure(copy: Path, timeout_s: float) -> str:
+    tests = [name for name in TESTS if (copy / name).exists()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    settings = {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return "the time limit (it never ends)"
+    if done.returncode == 0:
+        return "nothing"
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split()[1] if failed else f"exit code {done.returncode}"
+
+
+def chosen(word: str) -> Iterator[Mutation]:
+    return (mutation for mutation in MUTATIONS if word in mutation.what)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only mutations whose description has this")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds a mutation may take")
+    options = parser.parse_args()
+    unbroken = try_mutation(Mutation("nothing", KEY, "TOKEN_BYTES = 4\n", "TOKEN_BYTES = 4\n"), 600)
+    if unbroken.caught_by != "nothing":
+        sys.exit(f"the tests fail without any mutation: {unbroken.caught_by}")
+    mutations = list(chosen(options.only))
+    outcomes = [try_mutation(mutation, options.timeout) for mutation in tqdm(mutations)]
+    if not options.only:
+        write_json_lines(RESULTS / "mutate_tree.jsonl", [o._asdict() for o in outcomes])
+    for outcome in outcomes:
+        print(f"{outcome.what:62} {outcome.seconds:6.1f} s  {outcome.caught_by}")
+    survived = [outcome for outcome in outcomes if outcome.caught_by == "nothing"]
+    print(f"{len(outcomes) - len(survived)} of {len(outcomes)} mutations caught")
+    sys.exit(bool(survived))
+
+
+if __name__ == "__main__":
+    main()
