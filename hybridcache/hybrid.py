@@ -39,6 +39,21 @@ class HybridRadixCache:
     """Prefixes whose KV *and* state can be resumed, for models with linear-attention layers.
 
     ``grid``: positions a checkpoint may take are its multiples (and whole pages). Eviction order is ``policy``'s.
+
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
+    >>> prompt = np.arange(10, dtype=np.int32)
+    >>> rows, slot = cache.allocate_kv(10), cache.allocate_slot()
+    >>> cache.insert(prompt, rows, [(8, slot)]).inserted_len
+    10
+    >>> match = cache.match(prompt)
+    >>> match.cached_len, match.checkpoint
+    (8, 0)
+    >>> receipt = cache.lock(match.node)
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=2, num_slots=0)
+    >>> cache.unlock(receipt)
+    >>> cache.check(held_tokens=0, held_slots=0)
     """
 
     def __init__(
@@ -64,7 +79,13 @@ class HybridRadixCache:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
+        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n).
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
+        10
+        """
         num_tokens = len(tokens)
         root = self._tree.roots.get(namespace)
         if root is None:
@@ -348,7 +369,13 @@ class HybridRadixCache:
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Evict until that much was freed or nothing evictable is left. O(log of the tree) per item."""
+        """Evict until that much was freed or nothing evictable is left. O(log of the tree) per item.
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> cache.evict(num_tokens=50, num_slots=1)
+        Eviction(num_tokens=0, num_slots=0)
+        """
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._residency.evict_one("kv"):
@@ -384,7 +411,15 @@ class HybridRadixCache:
         self._residency.listener = listener
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
-        """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn)."""
+        """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError: another word.
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100))
+        >>> result = cache.insert(np.arange(3, dtype=np.int32), cache.allocate_kv(3), namespace="tenant")
+        >>> print(cache.render())
+        namespace 'tenant'
+        `- 0..3
+        """
         if form not in RENDERERS:
             raise ValueError(f"a tree is drawn as {', '.join(RENDERERS)}, not {form!r}")
         return RENDERERS[form](self._tree, max_nodes)

@@ -29,6 +29,13 @@ class RadixCache(HybridRadixCache):
     """KV alone is enough to resume, at any multiple of grid and page. Takes no checkpoints.
 
     Made with ``ItemBytes(state=0)``, so that no KV is ever dead for want of a checkpoint.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
+    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    >>> cache.match(np.arange(7, dtype=np.int32)).cached_len
+    4
     """
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:

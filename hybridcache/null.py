@@ -12,7 +12,13 @@ from hybridcache.stats import CacheStats
 
 
 class NullCache:
-    """Hands out KV rows and slots, and forgets."""
+    """Hands out KV rows and slots, and forgets. Every verb O(1), but for the rows handed out.
+
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(prefix_cache="none", num_kv_tokens=100))
+    >>> len(cache.allocate_kv(60)), cache.allocate_kv(60)
+    (60, None)
+    """
 
     def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int = 64) -> None:
         self.page_size = pages.page_size

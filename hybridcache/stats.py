@@ -83,7 +83,15 @@ class Usage:
 
 
 class CacheStats:
-    """What one cache has seen since it was made."""
+    """What one cache has seen since it was made.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100))
+    >>> cache.touch(cache.match(np.arange(10, dtype=np.int32), namespace="tenant"))
+    >>> cache.stats.by_namespace["tenant"].never_seen, cache.stats.token_hit_rate
+    (10, 0.0)
+    """
 
     def __init__(self) -> None:
         self.by_namespace: dict[Hashable, Usage] = {}

@@ -39,6 +39,8 @@ class LRU:
     Two lazy heaps. ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is put in
     its place when it comes to the top. ``discard`` only unmarks; stale entries leave at the top, or all at once when a heap
     has doubled. Amortised O(log n) each.
+
+    Any class with these five methods is a policy; ``CacheConfig(eviction="module:Class")`` uses one of your own.
     """
 
     def __init__(self) -> None:
