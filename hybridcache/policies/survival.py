@@ -35,9 +35,10 @@ _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _SMALL = 1 << 14
 _BIN_OF: npt.NDArray[np.intp] = np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1
-LEVEL_WEIGHT = 48.0
-"""Uses that a class needs before its level is as much its own as its parent's."""
-SHAPE_WEIGHT = 1.0
+DOUBT = 2.0
+"""Standard deviations by which a class's uses must differ from what its parent's hazard foretells before its level departs
+from it, and then only by what is left."""
+SHAPE_WEIGHT = 16.0
 """Uses that an age bin needs before it is as much its own as what the class's level and the parent's shape give."""
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
@@ -143,11 +144,13 @@ class Survival:
                 events[parent] += events[row]
         hazard = np.empty_like(exposure)
         for row, parent in enumerate(self._parents):
-            shape = self._prior(row) if parent is None else hazard[parent]
-            expected = float(exposure[row] @ shape)
-            level = (float(events[row].sum()) + LEVEL_WEIGHT) / (expected + LEVEL_WEIGHT)
+            if parent is None:
+                shape, weight, doubt = self._prior(row), 1.0, 0.0
+            else:
+                shape, weight, doubt = hazard[parent], SHAPE_WEIGHT, DOUBT
+            level = _level(float(events[row].sum()), float(exposure[row] @ shape), doubt)
             inherited = level * shape
-            hazard[row] = (events[row] + SHAPE_WEIGHT) / (exposure[row] + SHAPE_WEIGHT / inherited)
+            hazard[row] = (events[row] + weight) / (exposure[row] + weight / inherited)
         self.index = _index(hazard)
         self._forget()
         return True
@@ -172,6 +175,14 @@ class Survival:
         self._events[heavy] *= 0.5
         self._reached[heavy] *= 0.5
         self._partial[heavy] *= 0.5
+
+
+def _level(uses: float, foretold: float, doubt: float) -> float:
+    """Uses per use foretold, where the difference exceeds doubt; one use is believed of either beforehand."""
+    difference = uses - foretold
+    clear = max(0.0, abs(difference) - doubt * max(uses, foretold, 1.0) ** 0.5)
+    believed = foretold + (clear if difference > 0 else -clear)
+    return float(max((believed + 1.0) / (foretold + 1.0), 1e-3))
 
 
 def _index(hazard: Floats) -> Floats:

@@ -1,0 +1,222 @@
+"""Is one policy without a knob good everywhere? `regret` with its own placement against a goal on every workload.
+
+Every goal is a token hit rate of an online policy at one size; beside it the bound (an infinite token-granular cache) and
+the best rebuilt peer at that size. `python -m experiments.goals_table` writes results/goals_table.jsonl and .md.
+
+The goals were set on caches that may stop at any token, so the grid is 1; the column "grid 64" is the same policy where
+checkpoints stand on the kernels' 64-token grid, and what an infinite cache reaches there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, keep
+from experiments.provenance import RESULTS, ROOT
+from hybridcache.costs import ModelGeometry, Roofline
+from hybridcache.infinite import InfiniteCache
+from hybridcache.simulation.result import RunResult, budget_bytes
+from hybridcache.simulation.serving import Serving
+from hybridcache.simulation.sweep import Job, run_sweep
+from hybridcache.simulation.target import RunConfig
+from hybridcache.trace import Trace
+from hybridcache.traces import open_trace
+
+PEERS = (
+    "vllm",
+    "vllm-unit32",
+    "sglang",
+    "sglang-cap",
+    "lightllm",
+    "lightllm-big",
+    "marconi",
+    "marconi-artifact",
+)
+MOONCAKE = "data/traces/mooncake_conversation_trace.jsonl.gz"
+CODING = "data/traces/weka_claude_code_train.rle.jsonl.gz?starts=fixed:0.002"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One cell of the table: a workload at a size, and the token hit rate to reach there."""
+
+    name: str
+    spec: str
+    goal: float | None
+    """None: above every peer."""
+    gib: float | None = None
+    pools: tuple[int, int] | None = None
+    """KV tokens and state slots, where the two are split; else one budget of ``gib``."""
+    geometry: ModelGeometry = QWEN3_NEXT
+    head: int | None = None
+    """Only the first so many requests."""
+    share_of_optimum: float | None = None
+    """The goal as a share of the offline optimum, where it is stated so."""
+
+    def config(self, grid: int, **words: str) -> RunConfig:
+        if self.pools is not None:
+            num_kv_tokens, num_slots = self.pools
+            return RunConfig(
+                self.geometry, num_kv_tokens=num_kv_tokens, num_slots=num_slots, grid=grid, **words
+            )
+        assert self.gib is not None
+        return RunConfig(self.geometry, budget_bytes(self.gib), grid=grid, **words)
+
+    def trace(self) -> Trace:
+        trace = open_trace(self.spec)
+        return (trace if self.head is None else trace.head(self.head)).kept()
+
+
+GOALS = (
+    Goal("chat 40", "chat", 0.91, 40),
+    Goal("chat 6", "chat", 0.85, 6),
+    Goal("few-shot 40", "few-shot", 0.65, 40),
+    Goal("agent 40", "agent", 0.955, 40),
+    Goal("agent 6", "agent", 0.95, 6),
+    Goal("branch 40", "branch", 0.915, 40),
+    Goal("resend 40", "resend", 0.66, 40),
+    Goal("resend 6", "resend", 0.62, 6),
+    Goal("short 40", "short", 0.84, 40),
+    *(
+        Goal(
+            f"conversations, live {live}",
+            f"conversations?live={live}",
+            goal,
+            pools=(1_070_000, 320),
+        )
+        for live, goal in ((64, 0.80), (128, 0.79), (256, 0.77))
+    ),
+    Goal(
+        "ShareGPT-like 5 GB",
+        "sharegpt-like",
+        None,
+        5 * GB,
+        geometry=MARCONI_7B,
+        share_of_optimum=0.6,
+    ),
+    Goal("Mooncake 80 GB", MOONCAKE, 0.114, 80 * GB),
+    Goal("Mooncake 320 GB", MOONCAKE, 0.279, 320 * GB),
+    *(
+        Goal(f"coding agent {gib} GiB", CODING, None, gib, head=2000)
+        for gib in (40, 80, 160, 320, 640)
+    ),
+)
+
+
+def run(goal: Goal, trace: Trace, config: RunConfig) -> RunResult:
+    (result,) = run_sweep(trace, [Job(config, Serving(Roofline.fitting(goal.geometry)))])
+    return result
+
+
+def measure(goal: Goal, peers: bool) -> dict[str, Any]:
+    """One row: ours at grid 1 and 64, the bounds, every peer."""
+    trace = goal.trace()
+    ours = {
+        grid: run(goal, trace, goal.config(grid, policy="regret", checkpoints="regret"))
+        for grid in (1, 64)
+    }
+    lru = run(goal, trace, goal.config(1))
+    row: dict[str, Any] = {
+        "goal": goal.name,
+        "wanted": goal.goal,
+        "bound": bound(trace, 1),
+        "bound_grid_64": bound(trace, 64),
+        "regret": ours[1].token_hit_rate,
+        "regret_grid_64": ours[64].token_hit_rate,
+        "lru": lru.token_hit_rate,
+        "requests": ours[1].requests,
+        "peers": {
+            word: run(goal, trace, goal.config(64, baseline=word)).token_hit_rate
+            for word in PEERS
+            if peers and goal.pools is None
+        },
+    }
+    if goal.share_of_optimum is not None:
+        row["optimum"] = optimum_rate(goal, trace)
+        row["wanted"] = goal.share_of_optimum * row["optimum"]
+    elif goal.goal is None:
+        row["wanted"] = max(row["peers"].values(), default=None)
+    return row
+
+
+def bound(trace: Trace, grid: int) -> float:
+    """Token hit rate of an infinite cache that may resume at multiples of ``grid`` tokens."""
+    cache = InfiniteCache()
+    step = max(1, grid // trace.unit)
+    reused = total = 0
+    for request in trace:
+        tokens = request.num_tokens(trace.unit)
+        seen = min(cache.serve(request).length, len(request.tokens))
+        if step == 1:
+            reused += min(seen * trace.unit, tokens - 1)
+        else:
+            reused += min(seen, len(request.tokens) - 1) // step * step * trace.unit
+        total += tokens
+    return reused / total
+
+
+def optimum_rate(goal: Goal, trace: Trace) -> float:
+    """Token hit rate of the best offline plan found (MILP, gap within half a percent for some hundred requests)."""
+    from hybridcache.optimum import optimum
+
+    assert goal.gib is not None
+    best = optimum(
+        trace,
+        capacity_bytes=budget_bytes(goal.gib),
+        kv_bytes_per_token=goal.geometry.kv_bytes_per_token,
+        state_bytes=goal.geometry.state_bytes,
+        grid=1,
+        method="milp",
+        limit_s=120,
+    )
+    prompt_tokens = sum(request.num_tokens(trace.unit) for request in trace)
+    return float(best.cached_tokens.sum()) / prompt_tokens
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The rows as markdown."""
+    yield "| workload | bound | best peer rebuilt | LRU | wanted | regret | | regret, grid 64 (bound there) |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        peer = max(row["peers"].items(), key=lambda item: item[1], default=None)
+        best = f"{peer[1]:.3f} {peer[0]}" if peer else ""
+        wanted = row["wanted"]
+        reached = "" if wanted is None else "reached" if row["regret"] >= wanted else "missed"
+        yield (
+            f"| {row['goal']} | {row['bound']:.3f} | {best} | {row['lru']:.3f} "
+            f"| {'' if wanted is None else f'{wanted:.3f}'} | {row['regret']:.3f} | {reached} "
+            f"| {row['regret_grid_64']:.3f} ({row['bound_grid_64']:.3f}) |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--only", default="", help="rows whose name contains this; nothing is written"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
+    options = parser.parse_args()
+    goals = [
+        goal
+        for goal in GOALS
+        if options.only in goal.name
+        and (not goal.spec.startswith("data/") or (ROOT / goal.spec.split("?")[0]).exists())
+    ]
+    rows = []
+    for goal in (bar := tqdm(goals, disable=None)):
+        bar.set_description(goal.name)
+        rows.append(measure(goal, not options.no_peers))
+    text = "\n".join(table(rows))
+    if not options.only:
+        keep("goals_table", rows)
+        (RESULTS / "goals_table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
