@@ -12,7 +12,8 @@ from hybridcache.report import losses_table, panels, save, size_axis
 from hybridcache.simulate import SimulationResult
 
 TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")
-PLACEMENTS = ("end", "branch,boundary,backoff,end")
+PLACEMENTS = ("backoff", "branch,boundary,backoff,end")
+"""One state a prompt, at its last aligned position, as most engines save it; and the default."""
 CAUSES = {
     "never_seen": ("never seen", "#d9d9d9"),
     "kv_evicted": ("KV evicted", "#1b6ca8"),
@@ -56,7 +57,10 @@ def draw(results: list[SimulationResult]) -> None:
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
         axis.set_title(f"{result.trace}, LRU: {placement}", fontsize=8)
-    caption = "A cache that saves states only at the end of answers loses most of its tokens to checkpoints that were never made, at any size."
+    caption = (
+        "Left of each pair, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, at any size. "
+        "Right, branch point and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it."
+    )
     save(figure, axes, figure_path("study_losses"), caption)
 
 

@@ -16,19 +16,14 @@ from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, sweep
 from hybridcache.policies import learnt, regret, survival
 from hybridcache.report import COLOURS, panels, save, text_table
 
-CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
-    (regret, "SUPERSEDED_PRIOR"),
-    (regret, "SPECULATIVE_PRIOR"),
-    (regret, "MAX_TURN"),
-    (regret, "SAMPLE"),
-    (survival, "LEVEL_WEIGHT"),
-    (survival, "SHAPE_WEIGHT"),
-    (survival, "MEMORY"),
-    (learnt, "STRIDE"),
-    (learnt, "HOPE"),
-    (learnt, "COPY"),
-    (learnt, "TRIAL_EVERY"),
-    (learnt, "MEMORY"),
+DERIVED = ("NUM_BINS",)
+"""Follows from others."""
+CONSTANTS = tuple(
+    (module, name)
+    for module in (regret, survival, learnt)
+    for name, value in vars(module).items()
+    if name[0].isalpha() and name.isupper() and name not in DERIVED
+    if type(value) in (int, float)
 )
 FACTORS = (0.25, 4)
 TRACES = ("chat", "few-shot", "agent", "branch", "resend", "short", "sharegpt-like")
