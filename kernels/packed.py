@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.upload import upload
+
 TILE = 64
 """Tokens per tile, counted from each sequence's start: the grid on which work is cut and states may be exported."""
 
@@ -40,17 +42,21 @@ class Packed:
     """int32[num_tiles]: the sequence a tile belongs to; a sequence's tiles are neighbours, in order."""
     cu_tiles: torch.Tensor
     """int32[B + 1]: sequence b is tiles ``cu_tiles[b]:cu_tiles[b + 1]``."""
+    no_exports: ExportTables
+    """For a kernel that exports nothing: so that it is the same kernel, bit for bit, that exports something."""
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packed:
         """The layout of sequences of these lengths, with its tables on ``device``. O(B + num_tiles)."""
         tiles = [num_tiles(length) for length in lengths]
         sequences = [b for b, count in enumerate(tiles) for _ in range(count)]
+        nothing = _int32([0] * (len(lengths) + 1), device)
         return cls(
             lengths=tuple(lengths),
             cu_seqlens=_int32(running_sum(lengths), device),
             tile_sequences=_int32(sequences, device),
             cu_tiles=_int32(running_sum(tiles), device),
+            no_exports=ExportTables(ends=nothing, slots=nothing, cu_exports=nothing),
         )
 
     @property
@@ -122,4 +128,4 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _int32(values: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    return upload(values, torch.int32, device)

@@ -90,14 +90,13 @@ def prefill_kernel(
     p_row = p_out + (first + o_t)[:, None] * C + o_c
     tl.store(p_row, activate(b_total, p_bias, o_c, C).to(p_out.dtype.element_ty), mask=m_out)
 
-    if exports is not None:
-        i_last = tl.load(exports.cu_exports + i_sequence + 1)
-        for i_export in range(tl.load(exports.cu_exports + i_sequence), i_last):
-            end = tl.load(exports.ends + i_export)
-            if tl.cdiv(end, BT) - 1 == i_local:
-                i_slot = tl.load(exports.slots + i_export).to(tl.int64)
-                p_target = p_states + i_slot * stride_slot
-                save_window(p_sequence, p_window, p_target, end, o_c, stride_x, resumed, C, W)
+    i_last = tl.load(exports.cu_exports + i_sequence + 1)
+    for i_export in range(tl.load(exports.cu_exports + i_sequence), i_last):
+        end = tl.load(exports.ends + i_export)
+        if tl.cdiv(end, BT) - 1 == i_local:
+            i_slot = tl.load(exports.slots + i_export).to(tl.int64)
+            p_target = p_states + i_slot * stride_slot
+            save_window(p_sequence, p_window, p_target, end, o_c, stride_x, resumed, C, W)
     if i_local == 0:
         tl.debug_barrier()  # all threads have read the old window
         save_window(p_sequence, p_window, p_window, length, o_c, stride_x, resumed, C, W)
@@ -179,7 +178,7 @@ def prefill_conv1d(
         slots,
         resumed,
         packed.tables,
-        exports and exports.tables,
+        exports.tables if exports else packed.no_exports,
         x.stride(0),
         states.stride(0),
         C=num_channels,

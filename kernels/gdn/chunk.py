@@ -164,16 +164,11 @@ def scan_kernel(
     b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
     b_state = b_state.to(tl.float32)
     i_first = tl.load(packed.cu_tiles + i_sequence).to(tl.int64)
-    i_tile, i_export, i_last = i_first, 0, 0
-    if exports is not None:
-        i_export = tl.load(exports.cu_exports + i_sequence)
-        i_last = tl.load(exports.cu_exports + i_sequence + 1)
-
-    for i_stop in range(i_export, i_last + 1):
-        stop, i_target = end - first, i_slot
-        if exports is not None:
-            stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=stop)
-            i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
+    i_tile = i_first
+    i_last = tl.load(exports.cu_exports + i_sequence + 1)
+    for i_stop in range(tl.load(exports.cu_exports + i_sequence), i_last + 1):
+        stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=end - first)
+        i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
         i_until = i_first + tl.cdiv(stop, BT)
         for i in range(i_tile, i_until):
             o_token = first + (i - i_first) * BT + o_t
@@ -274,7 +269,7 @@ def chunk_gdn(
         slots,
         resumed,
         packed.tables,
-        exports and exports.tables,
+        exports.tables if exports else packed.no_exports,
         (query.stride(0), key.stride(0), value.stride(0), states.stride(0)),
         H=num_heads,
         HV=num_value_heads,
