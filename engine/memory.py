@@ -15,6 +15,7 @@ import torch
 
 from engine.device import Device
 from engine.model_config import ModelConfig, ModelError
+from kernels.upload import upload
 
 GIB = 2**30
 CPU_SHARE = 0.25
@@ -147,7 +148,7 @@ class RequestTable:
             end = start + len(indices)
             self.host[row, start:end] = indices
             if not self._is_shared:
-                self.device[row, start:end].copy_(torch.from_numpy(indices), non_blocking=True)
+                self.device[row, start:end] = upload(indices, torch.int32, self.device.device)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:

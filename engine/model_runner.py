@@ -25,6 +25,7 @@ from engine.weights import Checkpoint, Dummy
 from hybridcache.costs import ModelGeometry
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
+from kernels.upload import upload
 
 ROWS = 4
 """Hidden states have a multiple of this many rows: what makes a row's bits independent of the others."""
@@ -170,7 +171,7 @@ class ModelRunner:
             packed=packed,
             sequences=self._sequences(segments),
             slots=self._slots(segments),
-            resumed=torch.tensor([segment.start > 0 for segment in segments], device=device),
+            resumed=upload([segment.start > 0 for segment in segments], torch.bool, device),
             exports=Exports.plan(packed, exports),
         )
 
@@ -183,19 +184,17 @@ class ModelRunner:
 
     def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
         slots = [segment.slot for segment in segments if segment.slot is not None]
-        return torch.tensor(slots, dtype=torch.int32, device=self.device.torch_device)
+        return upload(slots, torch.int32, self.device.torch_device)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or self.states is None:
             return
-        sources, targets = torch.tensor(copies, dtype=torch.int32).t().contiguous()
-        device = self.device.torch_device
-        self.kernels.state_copy.copy_states(
-            self.states.tensors, sources.to(device), targets.to(device)
-        )
+        pairs = np.array(copies, dtype=np.int32).T.copy()
+        sources, targets = upload(pairs, torch.int32, self.device.torch_device)
+        self.kernels.state_copy.copy_states(self.states.tensors, sources, targets)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device.torch_device, non_blocking=True)
+        return upload(values, torch.int64, self.device.torch_device)
 
     def _max_model_len(self, asked: int | None) -> int:
         if asked is None:

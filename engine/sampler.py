@@ -13,6 +13,7 @@ import torch
 
 from engine.outputs import SampledToken
 from engine.sampling_params import SamplingInput, SamplingParams
+from kernels.upload import upload
 
 MASK = 2**64 - 1
 
@@ -83,7 +84,7 @@ class Sampler:
         self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int
     ) -> list[SampledToken]:
         """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones beside each."""
-        index = torch.tensor(token_ids, dtype=torch.int64).to(logits.device)
+        index = upload(token_ids, torch.int64, logits.device)
         scored = Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
         return scored.wait()
 
@@ -134,7 +135,7 @@ def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch
         params = request.params
         if params.repetition_penalty != 1:
             seen = np.unique(np.concatenate([request.prompt, request.output]))
-            index = torch.from_numpy(seen.astype(np.int64)).to(row.device)
+            index = upload(seen, torch.int64, row.device)
             found = row[index]
             row[index] = torch.where(
                 found > 0, found / params.repetition_penalty, found * params.repetition_penalty
@@ -142,8 +143,8 @@ def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch
         if (params.presence_penalty or params.frequency_penalty) and len(request.output):
             ids, counts = np.unique(np.asarray(request.output), return_counts=True)
             penalty = params.presence_penalty + params.frequency_penalty * counts
-            index = torch.from_numpy(ids.astype(np.int64)).to(row.device)
-            row[index] -= torch.from_numpy(penalty.astype(np.float32)).to(row.device)
+            index = upload(ids, torch.int64, row.device)
+            row[index] -= upload(penalty, torch.float32, row.device)
     return scores
 
 
@@ -183,11 +184,11 @@ def _tempered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype).to(like.device)[:, None]
+    return upload(values, like.dtype, like.device)[:, None]
 
 
 def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64).to(device)
+    return upload(rows, torch.int64, device)
 
 
 def _pick(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.upload import upload
+
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
@@ -30,6 +32,6 @@ class Sequences:
         return cls(
             rows=tuple(rows),
             kv_lens=tuple(kv_lens),
-            row_table=torch.tensor(rows, dtype=torch.int32, device=device),
-            kv_len_table=torch.tensor(kv_lens, dtype=torch.int32, device=device),
+            row_table=upload(rows, torch.int32, device),
+            kv_len_table=upload(kv_lens, torch.int32, device),
         )
