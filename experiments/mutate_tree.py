@@ -24,11 +24,11 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, ROOT, write_json_lines
 
 TESTS = (
+    "tests/test_cache_eviction.py",
+    "tests/test_cache_scenarios.py",
+    "tests/test_cache_losses.py",
     "tests/allocators",
     "tests/radix",
-    "tests/test_cache_scenarios.py",
-    "tests/test_cache_eviction.py",
-    "tests/test_cache_losses.py",
     "tests/test_cache_events.py",
     "tests/test_cache_snapshot.py",
     "tests/test_cache_churn.py",
@@ -430,6 +430,7 @@ def _first_failure(copy: Path, timeout_s: float) -> str:
     tests = [name for name in TESTS if (copy / name).exists()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     settings = {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci"}
+    settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
         done = subprocess.run(
             command,
