@@ -22,6 +22,7 @@ class Parameter:
     rows: torch.Tensor | None = None
     """Order in which the checkpoint's rows are taken: ``target = tensor[rows]``; None: as they are."""
 
+    @torch.inference_mode()
     def fill(self, tensor: torch.Tensor) -> None:
         """Copy a checkpoint tensor of the target's shape, in the target's dtype."""
         self.target.copy_(tensor if self.rows is None else tensor[self.rows])
