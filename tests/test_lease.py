@@ -87,6 +87,17 @@ def test_only_what_is_computed_is_published() -> None:
     assert cache.free_slots == 8
 
 
+@pytest.mark.parametrize("end", ["finish", "preempt"])
+def test_a_checkpoint_that_was_not_computed_is_not_published(end: str) -> None:
+    cache, prompt = make_cache(), tokens(300)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt, 100)
+    assert lease.extend(300) and lease.exports(100, 300) == ((256, 1),)
+    getattr(lease, end)(prompt, 100)
+    check(cache)
+    assert (cache.num_checkpoints, cache.match(prompt).kv_len) == (0, 100)
+
+
 def test_a_lease_resumes_on_a_copy_and_never_holds_the_checkpoint() -> None:
     cache, prompt = make_cache(slots=3), tokens(200)
     first = begin(cache, prompt)
