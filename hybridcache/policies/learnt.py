@@ -10,7 +10,7 @@ STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
 HOPE = 1.0
 """What the end of the prompt and of the answer are believed to earn with their first checkpoint: this part of a prompt."""
-SPECULATIVE_HOPE = 0.25
+SPECULATIVE_HOPE = 0.125
 """The same of the back-offs further up."""
 COPY = 1 / 128
 """What saving one costs by itself: a copy of a state takes about the time that this part of a prompt takes to prefill."""
@@ -29,6 +29,7 @@ class _Account:
         self.earned = hope_tokens
         self.placed = 1.0
         self.offered = 0
+        """Prefills that could have had it; words start apart, so that they are not all tried in the same one."""
 
     @property
     def yield_tokens(self) -> float:
@@ -104,6 +105,7 @@ class Learnt:
         if account is None:
             hope = HOPE if label in ("back:1", "decode") else SPECULATIVE_HOPE
             account = self._accounts[label] = _Account(hope * self._mean_prompt)
+            account.offered = TRIAL_EVERY * len(self._accounts) // 8
         return account
 
     def _pays(self, label: str) -> bool:

@@ -129,6 +129,10 @@ class Survival:
             self._events[self._latest[1]] -= 1.0
             self._latest = None
 
+    def num_uses(self, row: int) -> float:
+        """Uses counted in the class of ``row`` itself; those long past count for less."""
+        return float(self._events[row].sum())
+
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has happened since the last time; says whether it did."""
         waited = now - self._refreshed_at
@@ -151,7 +155,7 @@ class Survival:
             level = _level(float(events[row].sum()), float(exposure[row] @ shape), doubt)
             inherited = level * shape
             hazard[row] = (events[row] + weight) / (exposure[row] + weight / inherited)
-        self.index = _index(hazard)
+        self.index = index_of(hazard)
         self._forget()
         return True
 
@@ -185,7 +189,7 @@ def _level(uses: float, foretold: float, doubt: float) -> float:
     return float(max((believed + 1.0) / (foretold + 1.0), 1e-3))
 
 
-def _index(hazard: Floats) -> Floats:
+def index_of(hazard: Floats) -> Floats:
     """max over T of P(use within T) / E[time until then], for every row and every bin to start from."""
     steps = np.minimum(hazard * WIDTHS, 8.0)
     total = np.concatenate((np.zeros((len(hazard), 1)), np.cumsum(steps, axis=1)), axis=1)

@@ -1,0 +1,239 @@
+"""The rebuilt peers: what each is known for on prompts small enough to count by hand, and books that balance."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcache.baselines import BASELINES, BaselineConfig, build_baseline, replay
+from hybridcache.baselines.lightllm import LightllmCache
+from hybridcache.baselines.marconi import MarconiCache
+from hybridcache.baselines.protocol import Baseline
+from hybridcache.baselines.sglang import SglangCache
+from hybridcache.baselines.vllm import VllmCache, inflated_block_size
+from hybridcache.generators import few_shot, short
+from hybridcache.interface import Tokens
+
+GIB = 1 << 30
+QWEN3_NEXT = BaselineConfig(
+    budget_bytes=40 * GIB, kv_bytes_per_token=24_576, state_bytes=36 * (49_152 + 2_097_152)
+)
+SMALL = BaselineConfig(
+    budget_bytes=40_000, kv_bytes_per_token=12, state_bytes=640, num_full_layers=1,
+    num_linear_layers=3, grid=8,
+)  # fmt: skip
+
+
+def text(seed: int, length: int) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 150_000, length, dtype=np.int32)
+
+
+def sightings(peer: Baseline, prefix: Tokens, count: int = 6) -> list[int]:
+    """Tokens reused by prompts of one shared prefix and 700 tokens of their own each."""
+    return [
+        replay(peer, np.concatenate((prefix, text(100 + n, 700))), text(200 + n, 8))
+        for n in range(count)
+    ]
+
+
+# -- vLLM -----------------------------------------------------------------------------------------------------------------
+
+
+def test_vllm_inflates_its_attention_block_to_a_state() -> None:
+    assert inflated_block_size(QWEN3_NEXT) == 1056
+    assert VllmCache(QWEN3_NEXT).num_state_groups == 3
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        (1000, [0, 0, 0, 0, 0, 0]),
+        (1500, [0, 0, 1056, 1056, 1056, 1056]),
+        (2200, [0, 2112, 2112, 2112, 2112, 2112]),
+        (5000, [0, 0, 4224, 4224, 4224, 4224]),
+    ],
+)
+@pytest.mark.parametrize("match_unit", [None, 32])
+def test_vllm_pays_on_the_third_sighting_in_blocks(
+    prefix: int, expected: list[int], match_unit: int | None
+) -> None:
+    assert sightings(VllmCache(QWEN3_NEXT, match_unit), text(0, prefix)) == expected
+
+
+def test_vllm_match_unit_lets_a_prompt_go_on_inside_a_block() -> None:
+    prompt = text(0, 3300)
+    longer = np.concatenate((prompt, text(1, 300)))
+    coarse, fine = VllmCache(QWEN3_NEXT), VllmCache(QWEN3_NEXT, match_unit=32)
+    for peer in (coarse, fine):
+        replay(peer, prompt, text(2, 4))
+    assert replay(coarse, longer, text(3, 4)) == 3168
+    session = fine.begin(longer)
+    assert session is not None and session.cached_len == 3296
+    session.finish(text(3, 4))
+    fine.check()
+
+
+# -- LightLLM -------------------------------------------------------------------------------------------------------------
+
+
+def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
+    peer = LightllmCache(QWEN3_NEXT)
+    assert sightings(peer, text(0, 1500)) == [0] * 6
+    prompt = text(1, 1600)
+    assert [replay(peer, prompt, text(2, 50)) for _ in range(2)] == [0, 1536]
+    assert replay(peer, prompt[:1536], text(2, 50)) == 0, "the last token is left out of the hash"
+
+
+def test_lightllm_big_pages_share_on_the_second_sighting() -> None:
+    assert sightings(LightllmCache(QWEN3_NEXT, big_page=1024), text(0, 1500)) == [0] + [1024] * 5
+
+
+def test_lightllm_never_reuses_an_answer() -> None:
+    peer = LightllmCache(QWEN3_NEXT, page=64)
+    prompt, answer = text(0, 640), text(1, 640)
+    replay(peer, prompt, answer)
+    assert replay(peer, np.concatenate((prompt, answer, text(2, 10))), text(3, 1)) == 576
+
+
+# -- SGLang ---------------------------------------------------------------------------------------------------------------
+
+
+def sglang(**settings: object) -> SglangCache:
+    return SglangCache(QWEN3_NEXT, **settings)  # type: ignore[arg-type]
+
+
+def test_sglang_pays_on_the_third_sighting_on_the_grid() -> None:
+    assert sightings(sglang(), text(0, 1500), 4) == [0, 0, 1472, 1472]
+
+
+def test_sglang_forgets_short_prompts_and_short_answers() -> None:
+    peer = sglang()
+    assert [replay(peer, text(0, 60), text(1, 20)) for _ in range(3)] == [0, 0, 0]
+    prompt, answer = text(2, 640), text(3, 100)
+    replay(peer, prompt, answer)
+    following = np.concatenate((prompt, answer, text(4, 100)))
+    assert replay(peer, following, text(5, 1)) == 640, "no decode boundary was crossed"
+    peer = sglang()
+    answer = text(6, 300)
+    replay(peer, prompt, answer)
+    following = np.concatenate((prompt, answer, text(7, 100)))
+    assert replay(peer, following, text(8, 1)) == 768, "one at a multiple of 256 was"
+
+
+def test_sglang_evicting_a_leaf_state_takes_its_kv() -> None:
+    peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=2)
+    first, second = text(0, 500), text(1, 500)
+    replay(peer, first, text(2, 10))
+    replay(peer, second, text(3, 10))
+    assert (peer.free_tokens, peer.free_slots) == (100_000 - 1020, 0)
+    replay(peer, text(4, 500), text(5, 10))
+    assert peer.free_tokens == 100_000 - 1020, "the oldest leaf went with its state"
+    peer.check()
+
+
+def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
+    peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=9, max_states_per_path=2)
+    history = text(0, 100)
+    for turn in range(4):
+        replay(peer, history, text(10 + turn, 20))
+        history = np.concatenate((history, text(10 + turn, 20), text(20 + turn, 80)))
+    assert len(peer.states) == 2
+    peer.check()
+
+
+def test_sglang_refuses_rather_than_overbooks() -> None:
+    peer = sglang(placement="end", num_kv_tokens=1000, num_slots=2)
+    first = peer.begin(text(0, 600))
+    assert first is not None
+    assert peer.begin(text(1, 600)) is None
+    peer.check()
+    first.finish(text(2, 10))
+    assert peer.begin(text(1, 600)) is not None
+
+
+# -- Marconi --------------------------------------------------------------------------------------------------------------
+
+
+def test_marconi_keeps_the_branch_point_and_the_last_token() -> None:
+    peer = MarconiCache(QWEN3_NEXT, alpha=1.0)
+    assert sightings(peer, text(0, 1500), 4) == [0, 0, 1500, 1500]
+    prompt, answer = text(1, 300), text(2, 40)
+    replay(peer, prompt, answer)
+    assert replay(peer, np.concatenate((prompt, answer, text(3, 9))), text(4, 1)) == 340
+    assert replay(peer, prompt, answer) == 0, "the same prompt again finds no state before its end"
+
+
+def test_marconi_alpha_zero_is_lru_and_alpha_two_keeps_the_deep() -> None:
+    def peer(alpha: float) -> MarconiCache:
+        return MarconiCache(
+            BaselineConfig(budget_bytes=700_000, kv_bytes_per_token=100, state_bytes=50_000),
+            alpha=alpha,
+        )
+
+    deep, first, second = text(0, 3000), text(1, 2000), text(2, 2000)
+    for alpha, kept in ((0.0, 0), (2.0, 3001)):
+        cache = peer(alpha)
+        for prompt in (deep, first, second, first):
+            replay(cache, prompt, text(9, 1))
+        cache.check()
+        assert replay(cache, np.concatenate((deep, text(9, 1), text(8, 5))), text(7, 1)) == kept
+
+
+def test_marconi_tunes_once_after_its_window() -> None:
+    config = BaselineConfig(budget_bytes=12 * 700_000, kv_bytes_per_token=100, state_bytes=50_000)
+    peer = MarconiCache(config, window=2)
+    for request in list(short())[:60]:
+        replay(peer, request.tokens, request.output)
+    assert peer._tuner is None or not peer._tuner.ready
+    peer.check()
+
+
+@pytest.mark.parametrize("reading", ["paper", "artifact", "repaired"])
+def test_marconi_readings_agree_without_pressure(reading: str) -> None:
+    peer = build_baseline({"paper": "marconi"}.get(reading, f"marconi-{reading}"), QWEN3_NEXT)
+    trace = list(few_shot())[:60]
+    reused = sum(replay(peer, request.tokens, request.output) for request in trace)
+    plain = MarconiCache(QWEN3_NEXT, leaf_lru=True)
+    assert reused == sum(replay(plain, request.tokens, request.output) for request in trace)
+
+
+# -- all ------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_peer_is_named() -> None:
+    with pytest.raises(ValueError, match="vllm"):
+        build_baseline("vlmm", QWEN3_NEXT)
+
+
+@pytest.mark.parametrize("word", sorted(BASELINES))
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000), concurrent=st.integers(1, 3))
+def test_books_balance_and_hits_are_prefixes_seen_before(
+    word: str, seed: int, concurrent: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    peer = build_baseline(word, SMALL)
+    stems = [rng.integers(0, 50, 300, dtype=np.int32) for _ in range(3)]
+    seen: list[Tokens] = []
+    running = []
+    for _ in range(25):
+        stem = stems[int(rng.integers(3))][: int(rng.integers(1, 300))]
+        prompt = np.concatenate((stem, rng.integers(0, 50, int(rng.integers(1, 200)), np.int32)))
+        session = peer.begin(prompt)
+        if session is not None:
+            hit = session.cached_len
+            assert 0 <= hit < len(prompt)
+            assert hit == 0 or any(np.array_equal(prompt[:hit], other[:hit]) for other in seen)
+            answer = rng.integers(0, 50, int(rng.integers(0, 60)), dtype=np.int32)
+            seen.append(np.concatenate((prompt, answer)))
+            running.append(partial(session.finish, answer))
+        while len(running) >= concurrent:
+            running.pop(0)()
+            peer.check()
+    for finish in running:
+        finish()
+    peer.check()

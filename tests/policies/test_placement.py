@@ -1,0 +1,102 @@
+"""Placements that look at lengths, and the plan over overlaps against brute force."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache.policies.checkpoint import NUMBERED_PLACEMENT, PLACEMENT, parse_placement
+from hybridcache.policies.planned import Planned, plan
+from hybridcache.policies.protocol import Prefill
+
+
+def where(words: str, **facts: object) -> list[int]:
+    """Positions that ``words`` ask for, for a cold prompt of 1,000 on a grid of 64 unless said otherwise."""
+    prefill = Prefill(1000, 0, 0, 0, (), 64)._replace(**facts)  # type: ignore[arg-type]
+    return [position for position, _ in parse_placement(words).plan(prefill)]
+
+
+@pytest.mark.parametrize(
+    ("words", "positions"),
+    [
+        ("none", []),
+        ("prompt", [960]),
+        ("backoff", [960]),
+        ("aligned:512", [512]),
+        ("every:256", [256, 512, 768]),
+        ("chunks:300", [256, 576, 896, 960]),
+        ("balanced:4", [192, 448, 704, 960]),
+        ("sqrt", [64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960]),
+        ("dyadic", [448, 704, 832, 896]),
+        ("thinned:3", [192, 448, 960]),
+        ("planned:2", [960]),
+    ],
+)
+def test_known_positions(words: str, positions: list[int]) -> None:
+    assert where(words) == positions
+
+
+def test_sqrt_on_a_fine_grid() -> None:
+    assert where("sqrt", prompt_len=100, grid=1) == list(range(10, 101, 10))
+
+
+def test_thinned_and_chunks_start_where_the_prompt_resumes() -> None:
+    assert where("thinned:2", cached_len=512) == [704, 960]
+    assert where("chunks:300", cached_len=512) == [768, 960]
+
+
+@pytest.mark.parametrize("word", sorted(NUMBERED_PLACEMENT))
+def test_numbers_must_be_positive(word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        parse_placement(f"{word}:0")
+
+
+@given(st.integers(1, 5000), st.data())
+def test_every_word_stays_inside_the_prompt_and_on_the_grid(
+    length: int, data: st.DataObject
+) -> None:
+    cached = data.draw(st.integers(0, length - 1)) // 64 * 64
+    branch = data.draw(st.integers(cached, length))
+    prefill = Prefill(length, cached, branch, branch, (length // 2,), 64)
+    for word in [*PLACEMENT, *(f"{word}:3" for word in NUMBERED_PLACEMENT if word != "every")]:
+        for position, label in parse_placement(word).plan(prefill):
+            assert cached < position <= length and position % 64 == 0 and label
+
+
+def expected_loss(depths: list[int], weights: list[float], positions: tuple[int, ...]) -> float:
+    return sum(
+        weight * (depth - max((p for p in positions if p <= depth), default=0))
+        for depth, weight in zip(depths, weights, strict=True)
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=7),
+    st.integers(1, 4),
+)
+def test_the_plan_is_the_best_there_is(overlaps: list[tuple[int, int]], count: int) -> None:
+    histogram = dict(overlaps)
+    depths = sorted(histogram)
+    weights = [float(histogram[depth]) for depth in depths]
+    best = min(
+        expected_loss(depths, weights, chosen)
+        for size in range(min(count, len(depths)) + 1)
+        for chosen in combinations(depths, size)
+    )
+    planned = plan(depths, weights, count)
+    assert len(planned) <= count
+    assert expected_loss(depths, weights, planned) == pytest.approx(best)
+
+
+def test_planned_follows_the_overlaps_and_forgets() -> None:
+    rule = Planned(1)
+    prompt = Prefill(1000, 0, 0, 0, (), 1)
+    for _ in range(30):
+        list(rule.positions(prompt._replace(branch_len=300)))
+    assert [p for p, _ in rule.positions(prompt)] == [300]
+    for _ in range(400):
+        list(rule.positions(prompt._replace(branch_len=700)))
+    assert [p for p, _ in rule.positions(prompt)] == [700]

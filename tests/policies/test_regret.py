@@ -1,0 +1,219 @@
+"""`regret` and what it stands on: hazards from uses and ghosts, lineage, and placements that earn their keep."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.generators import chat, conversations, resend
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.learnt import Learnt
+from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.regret import Regret
+from hybridcache.policies.survival import EDGES, NUM_BINS, WIDTHS, Survival, age_bins, index_of
+from hybridcache.trace import Trace
+from tests.policies.items import FakeItem, offer
+
+KV_BYTES, STATE_BYTES = 24_576, 77_266_944
+
+
+def hit_rate(trace: Trace, eviction: str, checkpoints: str, **config: int) -> float:
+    """Token hit rate of a replay in turn, grid 1; the cache is checked at the end."""
+    settings = CacheConfig(
+        kv_bytes_per_token=KV_BYTES, state_bytes=STATE_BYTES, grid=1, eviction=eviction, **config
+    )
+    cache = build_prefix_cache(settings)
+    placement = parse_placement(checkpoints)
+    reused = total = 0
+    for request in trace:
+        prompt = request.tokens
+        lease = Lease.begin(cache, placement, LeaseRequest(prompt, request.namespace))
+        assert lease is not None and lease.extend(len(prompt))
+        reused += lease.cached_len
+        total += len(prompt)
+        lease.exports(lease.cached_len, len(prompt))
+        lease.publish(prompt, len(prompt))
+        whole = np.concatenate((prompt, request.output))
+        assert lease.extend(len(whole))
+        lease.exports(len(prompt), len(whole))
+        lease.finish(whole, len(whole))
+    cache.check(0, 0)
+    return reused / total
+
+
+# -- survival -------------------------------------------------------------------------------------------------------------
+
+
+def test_bins_partition_the_ages() -> None:
+    ages = np.array([0, 1, 2, 3, 4, 5, 40, 20_000, 10**9])
+    bins = age_bins(ages)
+    assert (EDGES[bins] <= ages).all()
+    assert (ages[:-1] < (EDGES + WIDTHS)[bins[:-1]]).all()
+    assert bins[-1] == NUM_BINS - 1
+
+
+def test_index_of_a_constant_hazard_is_the_hazard() -> None:
+    hazard = np.full((1, NUM_BINS), 0.01)
+    assert np.allclose(index_of(hazard)[0, :20], 0.01, rtol=1e-3)
+
+
+def test_index_of_a_falling_hazard_is_the_hazard_now_and_of_a_loop_grows_with_age() -> None:
+    falling = 1.0 / (EDGES + 16.0)[None, :]
+    index = index_of(falling)[0]
+    assert (np.diff(index) < 0).all() and index[0] == pytest.approx(1 / 16, rel=0.05)
+    loop = np.full((1, NUM_BINS), 1e-6)
+    due = int(age_bins(np.array([40]))[0])
+    loop[0, due] = 1.0
+    index = index_of(loop)[0]
+    assert (np.diff(index[: due + 1]) > 0).all()
+    assert index[0] == pytest.approx(1 / EDGES[due], rel=0.1)
+    assert index[due + 1] < index[0], "past its time it is worth nothing"
+
+
+def test_ghosts_count_as_much_as_uses() -> None:
+    survival = Survival()
+    row = survival.row(("class",))
+    for start in range(0, 2000, 2):
+        stage = survival.open(row, start)
+        survival.close(stage, start + 10, used=start % 4 == 0)
+        survival.refresh(start + 10)
+    # half of all stages end in a use after ten requests: a hazard of about 0.5 / 10 up to there
+    index = survival.index[row]
+    assert index[0] == pytest.approx(0.05, rel=0.2)
+    assert index[int(age_bins(np.array([10]))[0])] > 2 * index[0]
+
+
+def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:
+    survival = Survival()
+    rows = {name: survival.row(("parent", name)) for name in ("much", "little")}
+    for start in range(0, 4000, 4):
+        survival.close(survival.open(rows["much"], start), start + 5, used=True)
+        if start % 2000 == 0:
+            survival.close(survival.open(rows["little"], start), start + 5, used=False)
+        survival.refresh(start + 5)
+    much, little = (survival.index[rows[name]][0] for name in ("much", "little"))
+    assert little > 0.5 * much, "two stages without a use prove nothing"
+
+
+def test_a_borrowed_use_is_taken_back() -> None:
+    survival = Survival()
+    row = survival.row(("class",))
+    survival.close(survival.open(row, 0), 4, used=True)
+    survival.retract(5)
+    assert survival.num_uses(row) == 1
+    survival.close(survival.open(row, 4), 9, used=True)
+    survival.retract(9)
+    assert survival.num_uses(row) == 1
+
+
+# -- eviction -------------------------------------------------------------------------------------------------------------
+
+
+def test_superseded_and_speculative_checkpoints_go_before_tips() -> None:
+    tip = FakeItem("tip", label="decode")
+    superseded = FakeItem("superseded", label="decode", superseded=True)
+    guess = FakeItem("guess", label="back:64", superseded=True)
+    assert offer(Regret(), tip, superseded, guess) == ["guess", "superseded", "tip"]
+
+
+def test_tokens_saved_per_byte_freed() -> None:
+    dear = FakeItem("dear", span=100, size_bytes=10)
+    bulky = FakeItem("bulky", span=100, size_bytes=50)
+    short = FakeItem("short", span=20, size_bytes=20)
+    assert offer(Regret(), dear, bulky, short) == ["short", "bulky", "dear"]
+
+
+def test_lineage_passes_to_the_successor_and_back() -> None:
+    policy = Regret()
+    first = FakeItem("first", label="decode", created=1, last_used=1, span=100, position=100)
+    policy.add(first)
+    first.uses, first.last_used = 1, 2
+    policy.touch(first)
+    second = FakeItem("second", label="decode", created=2, last_used=2, above=first, position=150)
+    second.span = 1
+    policy.add(second)
+    policy.discard(first)
+    first.superseded = True
+    policy.add(first)
+    assert (first.memo.turn, second.memo.turn) == (0, 1)
+    heir_class = second.memo.key
+    first.span = 10_000
+    assert policy.victim(None) is second
+    policy.discard(second)
+    policy.discard(first)
+    first.superseded = False
+    policy.add(first)
+    assert first.memo.key == heir_class, "the tip's demand falls back on what is left of its line"
+
+
+def test_kv_with_a_pool_of_its_own_is_ranked_when_first_asked_for() -> None:
+    policy = Regret()
+    old, new = (FakeItem(f"kv{n}", kind="kv", last_used=n, created=n) for n in (1, 50))
+    policy.add(old)
+    policy.add(new)
+    assert policy.victim("checkpoint") is None
+    assert policy.victim("kv") is old
+
+
+def test_a_loop_that_does_not_fit_is_held_in_part() -> None:
+    trace = resend(seed=1)
+    budget = 6 << 30
+    assert hit_rate(trace, "lru", "end,branch,backoff", total_bytes=budget) < 0.05
+    assert hit_rate(trace, "regret", "regret", total_bytes=budget) > 0.55
+
+
+def test_finished_conversations_are_found_out() -> None:
+    trace = conversations(live=48).head(2000)
+    pools = {"num_kv_tokens": 200_000, "num_slots": 72}
+    lru = hit_rate(trace, "lru", "end,branch", **pools)
+    assert hit_rate(trace, "regret", "end,branch", **pools) > lru + 0.005
+
+
+# -- placement ------------------------------------------------------------------------------------------------------------
+
+
+def prefill(number: int, **facts: object) -> Prefill:
+    base = Prefill(1000, 0, 0, 0, (), 1)
+    return base._replace(**facts)  # type: ignore[arg-type]
+
+
+def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
+    placement = Learnt()
+    asked = [{label for _, label in placement.positions(prefill(n))} for n in range(400)]
+    assert asked[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
+    late = asked[300:]
+    assert sum("back:64" in labels for labels in late) <= 4
+    assert any("back:64" in labels for labels in late), "now and then it is tried again"
+
+
+def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
+    placement = Learnt()
+    won = FakeItem("won", label="back:64", span=900, position=900)
+    for number in range(300):
+        used = won if number % 3 == 0 else None
+        labels = {label for _, label in placement.positions(prefill(number, resumed=used))}
+    assert "back:64" in labels
+    lost = FakeItem("lost", label="back:1", span=900, position=999)
+    for number in range(300):
+        labels = {label for _, label in placement.positions(prefill(number, missed=lost))}
+    assert placement.price_tokens > 50
+    assert "back:1" in labels, "what ghosts ask for earns too"
+    assert "back:64" not in labels
+
+
+def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> None:
+    placement = Learnt()
+    placed = dict(placement.positions(prefill(0, branch_len=300, boundaries=(200, 950))))
+    assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
+    tip = FakeItem("tip", label="decode", position=300)
+    placed = dict(placement.positions(prefill(1, branch_len=300, missed=tip)))
+    assert 300 not in placed
+    fork = FakeItem("fork", label="branch", position=300)
+    placed = dict(placement.positions(prefill(2, branch_len=300, missed=fork)))
+    assert placed[300] == "branch"
+
+
+def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
+    assert hit_rate(chat().head(120), "regret", "regret", total_bytes=40 << 30) > 0.8
