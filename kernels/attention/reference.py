@@ -3,10 +3,9 @@
     out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
 
 A sequence's keys are the pool rows that its row of the request table lists, in order. A prefill is cut on an absolute
-grid: queries into blocks of 512 positions, each with the keys up to its block's end, whatever part of the block is
+grid: queries into blocks of 256 positions, each with the keys up to its block's end, whatever part of the block is
 computed now. A prefill that resumes at a multiple of 64 therefore runs the very same products as one from zero, and
-``torch.equal`` holds between them (measured: float32 and bfloat16, one and two threads, head sizes 64 to 256; the key
-range has to be a multiple of 512, which is the tile of PyTorch's kernel on the CPU).
+``torch.equal`` holds between them (measured: float32 and bfloat16, one and two threads, head sizes 40 to 256).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Packed
 
-BLOCK = 512
+BLOCK = 256
 """Positions per block of queries, and the unit of key ranges."""
 
 
@@ -88,7 +87,7 @@ def _prefill_one(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """One sequence, block by block: query and out ``[T, HQ, D]``, keys and values ``[HKV, L, D]``, L a multiple of 512."""
+    """One sequence, block by block: query and out ``[T, HQ, D]``, keys and values ``[HKV, L, D]``, L a multiple of 256."""
     end = start + len(query)
     while start < end:
         key_end = (start // BLOCK + 1) * BLOCK
@@ -118,7 +117,7 @@ def _causal_mask(start: int, num_queries: int, num_keys: int, dtype: torch.dtype
 
 
 def _padded_rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The pool's rows at ``indices``, zeros up to a multiple of 512: ``[HKV, L, D]``."""
+    """The pool's rows at ``indices``, zeros up to a multiple of 256: ``[HKV, L, D]``."""
     num_padded = -(-len(indices) // BLOCK) * BLOCK
     rows = pool.new_empty(num_padded, *pool.shape[1:])
     torch.index_select(pool, 0, indices, out=rows[: len(indices)])
