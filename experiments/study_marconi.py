@@ -28,6 +28,7 @@ POLICIES = ("lru", "regret")
 def main() -> None:
     WORKLOADS["sysprompt-like"] = Workload("sharegpt-like?systems=6", "1:40:15", MARCONI_7B, grid=1)
     options = arguments(__doc__, "sharegpt-like", "chat", "sysprompt-like")
+    options.points = options.points or 8
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):

@@ -22,6 +22,7 @@ def main() -> None:
     options = arguments(
         __doc__, "chat", "agent", "resend", "mooncake", "coding-agent", "conversations"
     )
+    options.points = options.points or 8
     results: list[list[SimulationResult]] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):
