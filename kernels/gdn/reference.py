@@ -27,11 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
 
 L2_EPS = 1e-6
-LARGE_STATE = 2**16
+LARGE_STATE = 2**15
 """Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back would cost more."""
 
 
@@ -42,11 +43,10 @@ def gates(
 
     ``a``, ``b``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``.
     """
-    x = a.float() + dt_bias.float()
-    # exp and log1p give an element the same bits wherever it stands in a tensor; on a CPU, the softplus and sigmoid of
-    # torch do not: the few elements behind the last full vector take another path.
-    softplus = x.clamp(min=0) + x.abs().neg().exp().log1p()
-    return -A_log.float().exp() * softplus, 1 / (1 + b.float().neg().exp())
+    # softplus(x) = -log(sigmoid(-x)). On a CPU torch's logsigmoid, exp and log1p give an element the same bits wherever it
+    # stands in a tensor; its softplus and sigmoid treat the few behind the last full vector in another way.
+    gate = A_log.float().exp() * F.logsigmoid((a.float() + dt_bias.float()).neg_())
+    return gate, b.float().neg().exp_().add_(1).reciprocal_()
 
 
 def chunk_gdn(
@@ -271,18 +271,17 @@ def decode_gdn(
 
     Returns ``[B, HV, V]`` in value's dtype. Reads and writes every state once.
     """
-    gate, beta = gates(a, b, A_log, dt_bias)
-    if states.dtype == torch.float32 and states[0].numel() >= LARGE_STATE:
-        inputs = (query, key, value, gate, beta)
-        outs = [
-            _step(states[slot : slot + 1], *(x[i : i + 1] for x in inputs), scale)[1]
-            for i, slot in enumerate(slots.tolist())
-        ]
-        return torch.cat(outs) if outs else torch.empty_like(value)
-    index = slots.long()
-    state, out = _step(states[index].float(), query, key, value, gate, beta, scale)
-    states[index] = state.to(states.dtype)
-    return out
+    token = _prepare(query, key, value, *gates(a, b, A_log, dt_bias), scale)
+    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
+    if in_place and states.dtype == torch.float32:
+        out = torch.empty_like(token.value)
+        for i, slot in enumerate(slots.tolist()):
+            out[i] = _step(states[slot], _Token(*(x[i] for x in token)))
+        return out.to(value.dtype)
+    state = states.index_select(0, slots).float()
+    out = _step(state.flatten(0, 1), _Token(*(x.flatten(0, 1) for x in token))).view(value.shape)
+    states.index_copy_(0, slots.long(), state.to(states.dtype))
+    return out.to(value.dtype)
 
 
 def verify_gdn(
@@ -304,17 +303,15 @@ def verify_gdn(
     As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps, ...]``, ``states`` is only
     read, and ``step_states`` ``[B, steps, HV, K, V]`` receives the states. `commit_states` takes the accepted ones over.
     """
-    gate, beta = gates(a, b, A_log, dt_bias)
+    token = _prepare(query, key, value, *gates(a, b, A_log, dt_bias), scale)
     state = states[slots.long()].float()
-    outs = []
+    out = torch.empty_like(token.value)
     for step in range(query.shape[1]):
-        state, out = _step(
-            state, query[:, step], key[:, step], value[:, step], gate[:, step], beta[:, step], scale
-        )
+        now = _Token(*(x[:, step].flatten(0, 1) for x in token))
+        out[:, step] = _step(state.flatten(0, 1), now).view_as(out[:, step])
         step_states[:, step] = state.to(step_states.dtype)
-        state = step_states[:, step].to(torch.float32, copy=True)
-        outs.append(out)
-    return torch.stack(outs, dim=1) if outs else torch.empty_like(value)
+        state.copy_(step_states[:, step])
+    return out.to(value.dtype)
 
 
 def commit_states(
@@ -336,30 +333,42 @@ def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
 
 
-def l2_normalise(x: torch.Tensor) -> torch.Tensor:
-    """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, in float32."""
-    x = x.float()
-    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + L2_EPS)
+class _Token(NamedTuple):
+    """What one token does to N states, one per sequence and value head, all in float32."""
+
+    keys: torch.Tensor  # unit k above scale * unit q, [.., 2, K]
+    overlap: torch.Tensor  # scale * q . k [.., 1]
+    value: torch.Tensor  # [.., V]
+    decay: torch.Tensor  # exp(g) [.., 1, 1]
+    beta: torch.Tensor  # [.., 1]
 
 
-def _step(
-    state: torch.Tensor,
+def _prepare(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     gate: torch.Tensor,
     beta: torch.Tensor,
     scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state ``[B, HV, K, V]`` after one token, in place, and its read-out ``[B, HV, V]``."""
-    group = value.shape[1] // key.shape[1]
-    query = l2_normalise(query) * (scale or key.shape[-1] ** -0.5)
-    key = l2_normalise(key).repeat_interleave(group, dim=1)  # [B, HV, K]
-    query = query.repeat_interleave(group, dim=1)
-    decay = gate.exp()[..., None]  # [B, HV, 1]
-    # One pass over the state answers both reads: q^T S_t = a q^T S_{t-1} + (q . k) delta.
-    recalled, read = (torch.stack([key, query], dim=2) @ state).mul_(decay[..., None]).unbind(2)
-    delta = (value.float() - recalled) * beta[..., None]
-    out = read + (query * key).sum(dim=-1, keepdim=True) * delta
-    state.mul_(decay[..., None]).addcmul_(key[..., None], delta[..., None, :])
-    return state, out.to(value.dtype)
+) -> _Token:
+    """Tokens ``[..., H or HV, D]`` with any dimensions before, key heads repeated for the value heads they serve."""
+    keys = torch.stack([key, query], dim=-2).float()
+    keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
+    keys[..., 1, :] *= scale or key.shape[-1] ** -0.5
+    overlap = (keys[..., 0, :] * keys[..., 1, :]).sum(dim=-1, keepdim=True)
+    group = value.shape[-2] // key.shape[-2]
+    if group > 1:
+        keys = keys.repeat_interleave(group, dim=-3)
+        overlap = overlap.repeat_interleave(group, dim=-2)
+    return _Token(keys, overlap, value.float(), gate.exp()[..., None, None], beta[..., None])
+
+
+def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
+    """The read-out ``[N, V]`` of states ``[N, K, V]``, which are updated in place.
+
+    One pass over them answers both reads, for ``q^T S_t = q^T (a S_{t-1}) + (q . k) delta``.
+    """
+    recalled, read = torch.bmm(token.keys, state.mul_(token.decay)).unbind(1)
+    delta = (token.value - recalled).mul_(token.beta)
+    state.baddbmm_(token.keys[:, :1].mT, delta[:, None])
+    return read.addcmul(token.overlap, delta)
