@@ -262,10 +262,10 @@ def test_a_million_requests_need_eighty_megabytes() -> None:
 GOLDEN_PEERS = ["vllm", "sglang", "lightllm", "marconi"]
 GOLDEN_FILE = Path(__file__).parent / "golden_hits.json"
 GOLDEN_TRACES = {
-    "mooncake": (f"{SAMPLES / 'mooncake.jsonl.gz'}", (20, 80)),
+    "mooncake": (f"{SAMPLES / 'mooncake.jsonl.gz'}?head=250", (20, 60)),
     "coding-agent": (f"{SAMPLES / 'coding_agent.jsonl.gz'}", (4, 12)),
-    "sharegpt-counts": (f"{SAMPLES / 'sharegpt_counts.jsonl.gz'}?head=250", (4, 16)),
-    "chat": ("chat", (6, 40)),
+    "sharegpt-counts": (f"{SAMPLES / 'sharegpt_counts.jsonl.gz'}?head=150", (4, 16)),
+    "chat": ("chat?head=200", (4,)),
 }
 
 
