@@ -22,5 +22,4 @@ LAUNCHES = {
     "size_128": lambda: _attend(32, 8, 128, torch.bfloat16),
     "size_64_odd_group": lambda: _attend(9, 3, 64, torch.bfloat16),
     "size_256_float32": lambda: _attend(4, 2, 256, torch.float32),
-    "size_96": lambda: _attend(4, 4, 96, torch.bfloat16),
 }
