@@ -98,6 +98,9 @@ def arguments(description: str | None, *traces: str) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
     parser.add_argument("--points", type=int, help="sizes per trace instead of 15")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--resume", type=Path, help="folder that keeps runs until the study is done"
+    )
     return parser.parse_args()
 
 
@@ -115,8 +118,13 @@ def sweep(
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"{done} of {total}")
 
-    trace = workload.open(word, options.full)
-    return simulate(trace, processes=options.processes, progress=show, **settings)
+    return simulate(
+        workload.open(word, options.full),
+        processes=options.processes,
+        resume_from=options.resume / f"{word}.jsonl" if options.resume else None,
+        progress=show,
+        **settings,
+    )
 
 
 def workloads(options: argparse.Namespace) -> tqdm[Any]:
