@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import cast
 
 import torch
 
@@ -16,16 +18,17 @@ class DeviceTraits:
     """What the engine may use on one kind of device."""
 
     has_triton: bool
-    has_graphs: bool
+    graph_class: str | None
+    """Of the device's module, beside its context manager ``graph``; None: the device has no graphs."""
     default_dtype: torch.dtype
 
 
 TRAITS = {
-    "cpu": DeviceTraits(has_triton=False, has_graphs=False, default_dtype=torch.float32),
-    "cuda": DeviceTraits(has_triton=True, has_graphs=True, default_dtype=torch.bfloat16),
-    "xpu": DeviceTraits(has_triton=True, has_graphs=False, default_dtype=torch.bfloat16),
+    "cpu": DeviceTraits(False, None, torch.float32),
+    "cuda": DeviceTraits(True, "CUDAGraph", torch.bfloat16),
+    "xpu": DeviceTraits(True, None, torch.bfloat16),
 }
-OTHER = DeviceTraits(has_triton=False, has_graphs=False, default_dtype=torch.float32)
+OTHER = DeviceTraits(False, None, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,16 @@ class Device:
             return _available_host_bytes()
         free, _ = self.module.mem_get_info(self.torch_device)
         return int(free)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run ``work`` once, then capture what it launches; the result launches it again, on the same memory."""
+        assert self.traits.graph_class is not None
+        work()
+        self.synchronize()
+        graph = getattr(self.module, self.traits.graph_class)()
+        with self.module.graph(graph):
+            work()
+        return cast(Callable[[], None], graph.replay)
 
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""

@@ -13,6 +13,7 @@ from engine.backends import Kernels
 from engine.batch import Batch, Segment
 from engine.config import EngineConfig
 from engine.device import Device
+from engine.graphs import DecodeGraphs, PrefillGraphs, Record
 from engine.layers.parameters import Placement
 from engine.layers.rotary import RotaryTable
 from engine.layers.step import DecodePart, PrefillPart, Step
@@ -81,6 +82,7 @@ class ModelRunner:
         self._rotary = RotaryTable(
             self.config, self.max_model_len, self.device.torch_device, self.dtype
         )
+        self.use_graphs(config.graphs, config.max_running)
 
     @property
     def num_kv_tokens(self) -> int:
@@ -100,6 +102,32 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    def use_graphs(self, word: str, max_running: int, record: Record | None = None) -> None:
+        """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
+
+        ``record`` in place of the device's own. Raises ModelError for a device without graphs.
+        """
+        self._decode_graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
+        if word == "off" or (word == "auto" and self.device.traits.graph_class is None):
+            return
+        if record is None:
+            if self.device.traits.graph_class is None:
+                raise ModelError(f"{self.device.describe()} has no graphs; use --graphs off.")
+            record = self.device.record
+        self._decode_graphs = DecodeGraphs(
+            self.model,
+            self.kv,
+            self.states,
+            self.table,
+            self._rotary,
+            record,
+            max_running=max_running,
+            max_model_len=self.max_model_len,
+        )
+        if word != "decode":
+            self._prefill_graphs = PrefillGraphs(self.model, self.kv, self.states, record)
+
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1 for "last", one per token for
@@ -108,11 +136,7 @@ class ModelRunner:
         ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's ``late_tokens``."""
         self.table.write(batch.row_writes)
         self._copy_states(batch.restores)
-        token_ids, step = self._step(batch)
-        if batch.late_tokens and drawn is not None:
-            places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
-            token_ids[places] = drawn[rows]
-        hidden = self.model.forward(token_ids, step, self.kv, self.states)
+        logits = self._logits(batch, drawn)
         self._copy_states(
             [
                 (segment.slot, slot)
@@ -122,7 +146,26 @@ class ModelRunner:
                 if position == segment.end
             ]
         )
+        return logits
+
+    def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
+        def patch(token_ids: torch.Tensor) -> None:
+            if batch.late_tokens and drawn is not None:
+                places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
+                token_ids[places] = drawn[rows]
+
         rows = logit_rows(batch.segments)
+        if self._decode_graphs is not None and all(s.is_decode for s in batch.segments):
+            logits = self._decode_graphs.run(batch.segments, patch)
+            if logits is not None:
+                return logits if len(rows) == len(logits) else logits[self._int64(rows)]
+        token_ids, step = self._step(batch)
+        patch(token_ids)
+        hidden: torch.Tensor | None = None
+        if self._prefill_graphs is not None:
+            hidden = self._prefill_graphs.run(token_ids, step)
+        if hidden is None:
+            hidden = self.model.forward(token_ids, step, self.kv, self.states)
         return self.model.head(hidden[self._int64(rows)])
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, Step]:

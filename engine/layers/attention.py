@@ -40,6 +40,8 @@ class Attention:
         norm_size, eps = self.head_dim, model.norm_eps
         self.query_norm = RMSNorm(norm_size, eps, kernels, place, centred=centred_norms)
         self.key_norm = RMSNorm(norm_size, eps, kernels, place, centred=centred_norms)
+        self.mixed_shape = (query_size,)
+        """Of what ``mix`` gives, per token."""
         self.scale = self.head_dim**-0.5
         self._kernels = kernels
 

@@ -31,6 +31,8 @@ class GatedDeltaNet:
         self.shape = shape = model.linear
         self.key_size = shape.num_key_heads * shape.key_dim
         self.value_size = shape.num_value_heads * shape.value_dim
+        self.mixed_shape = (shape.num_value_heads, shape.value_dim)
+        """Of what ``mix`` gives, per token."""
         self.sizes = [shape.conv_channels, self.value_size, *(2 * [shape.num_value_heads])]
         self.projection = Linear(model.hidden_size, sum(self.sizes), kernels, place)
         self.output = Linear(self.value_size, model.hidden_size, kernels, place)

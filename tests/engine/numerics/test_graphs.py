@@ -1,0 +1,97 @@
+"""Graphs, with a recorder that repeats the work itself where a device would repeat its launches: padding, buckets and buffers
+must change nothing. The kernels are the Triton ones, interpreted: theirs read lengths from the device, as graphs need."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
+from engine.model_config import ModelError
+from engine.model_runner import ModelRunner
+
+
+class Recorder:
+    """Runs the work once, as a capture's rehearsal does, and again for every replay."""
+
+    def __init__(self):
+        self.num_recorded = 0
+
+    def __call__(self, work):
+        self.num_recorded += 1
+        work()
+        return work
+
+
+def serve(driver, prompts, num_steps):
+    """Logits of every step: all prompts at once, then decoding; the second sequence stops after one step."""
+    begun = [driver.begin(prompt) for prompt in prompts]
+    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in begun)
+    logits = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in begun)))]
+    for step in range(num_steps):
+        active = [s for rank, (s, _) in enumerate(begun) if rank != 1 or step == 0]
+        segments = tuple(driver.decode_segment(s, 7 + step) for s in active)
+        logits.append(driver.runner.forward(Batch(segments)))
+    return logits
+
+
+def test_prefill_pieces(model, drivers, random_tokens):
+    driver = drivers(model)
+    prompts = [random_tokens(length, seed=length) for length in (70, 3, 128)]
+    plain = serve(driver, prompts, 3)
+    recorder = Recorder()
+    driver.reset()
+    driver.runner.use_graphs("all", 4, recorder)
+    driver.runner._decode_graphs = None  # the CPU's kernels read lengths from the host
+    try:
+        graphed = serve(driver, prompts, 3)
+    finally:
+        driver.runner.use_graphs("off", 4)
+    assert recorder.num_recorded == 2 * 5  # buckets of 256 and 64, four layers and the end
+    for expected, found in zip(plain, graphed, strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_decode_graphs(oracles, drivers, random_tokens):
+    path = str(oracles("qwen3_5").path)
+    words = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
+    config = EngineConfig(
+        model=path,
+        device="cpu",
+        dtype="float32",
+        kernels=words,
+        kv_gib=0.001,
+        state_gib=0.002,
+        max_model_len=96,
+    )
+    driver = type(drivers("qwen3_5"))(ModelRunner(config))
+    prompts = [random_tokens(length, seed=length) for length in (5, 2, 9)]
+    plain = serve(driver, prompts, 3)
+    driver.reset()
+    recorder = Recorder()
+    driver.runner.use_graphs("decode", 4, recorder)
+    graphed = serve(driver, prompts, 3)
+    assert recorder.num_recorded == 2  # of 4 sequences (3 and one of padding), and of 2
+    for expected, found in zip(plain, graphed, strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_buckets():
+    for max_running in (1, 3, 8, 64, 65, 300):
+        sizes = decode_buckets(max_running)
+        assert sizes[-1] >= max_running
+        assert all(a < b for a, b in itertools.pairwise(sizes))
+    assert bucket_for(1, PREFILL_BUCKETS) == 64
+    assert bucket_for(64, PREFILL_BUCKETS) == 64
+    assert bucket_for(65, PREFILL_BUCKETS) == 128
+    assert bucket_for(PREFILL_BUCKETS[-1] + 1, PREFILL_BUCKETS) is None
+
+
+def test_a_device_without_graphs_says_so():
+    config = EngineConfig(device="cpu", graphs="all", cache_gib=0.01)
+    with pytest.raises(ModelError, match="has no graphs"):
+        ModelRunner(config)
