@@ -201,10 +201,10 @@ class VllmSession:
         self.states: list[int] = list(hit.states)
         self.sources: list[int] = []
         inside = hit.length % cache.block_size != 0
-        for block in (*(hit.attention[:-1] if inside else hit.attention), *hit.states):
+        for block in (*hit.attention, *(() if inside else hit.states)):
             self.pool.take(block)
         if inside:
-            self._copy_tail(hit)
+            self._copy_tail()
         self.num_registered = hit.length // cache.block_size
         self.num_chunks = 0
         stops = self._stops(hit)
@@ -264,13 +264,13 @@ class VllmSession:
         elif register and self.cache.unit < size:
             self._register_partial(end)
 
-    def _copy_tail(self, hit: _Hit) -> None:
-        """Resuming inside a block: the request goes on in private copies of the tail's blocks (attention and states);
-        the attention original is read where it is and keeps its place in the free queue."""
+    def _copy_tail(self) -> None:
+        """Resuming inside a block: the request goes on in private copies of the tail's blocks (attention and states). The
+        states are read where they are and keep their place in the free queue."""
+        shared = self.attention[-1]
         self.attention[-1] = self.pool.allocate()
-        self.states = [self.pool.allocate() for _ in hit.states]
-        for block in hit.states:
-            self.pool.release(block)
+        self.pool.release(shared)
+        self.states = [self.pool.allocate() for _ in self.states]
 
     def _grow_attention(self, end: int) -> None:
         while len(self.attention) * self.cache.block_size < end:
