@@ -27,6 +27,7 @@ BASELINES: dict[str, BaselineFactory] = {
     "lightllm-big": partial(LightllmCache, big_page=1024),
     "lightllm-64": partial(LightllmCache, page=64),
     "marconi": MarconiCache,
+    "marconi-static": partial(MarconiCache, alpha=1.0),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
     "marconi-repaired": partial(MarconiCache, reading="repaired"),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
