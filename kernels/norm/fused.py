@@ -15,12 +15,6 @@ ELEMENTS = 2048
 """About how many elements a program holds: short rows (query and key heads) share one."""
 
 
-@triton.heuristics(
-    {
-        "HAS_RESIDUAL": lambda args: args["residual"] is not None,
-        "HAS_GATE": lambda args: args["gate"] is not None,
-    }
-)
 @triton.jit
 def rms_norm_kernel(
     x,
@@ -40,8 +34,6 @@ def rms_norm_kernel(
     N: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_GATE: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_n = tl.arange(0, BN)
@@ -51,7 +43,7 @@ def rms_norm_kernel(
 
     p_x = (o_t * x_stride_t + o_h * x_stride_h)[:, None] + o_n[None, :]
     b_x = tl.load(x + p_x, mask=mask, other=0.0).to(tl.float32)  # [BR, BN]
-    if HAS_RESIDUAL:
+    if residual is not None:
         b_x += tl.load(residual + p_out, mask=mask, other=0.0).to(tl.float32)
         b_sum = b_x.to(total.dtype.element_ty)
         tl.store(total + p_out, b_sum, mask=mask)
@@ -59,7 +51,7 @@ def rms_norm_kernel(
     b_rstd = tl.math.rsqrt(tl.sum(b_x * b_x, axis=1) / N + eps)
     b_w = tl.load(weight + o_n, mask=o_n < N, other=0.0).to(tl.float32) + offset
     b_y = b_x * b_rstd[:, None] * b_w[None, :]
-    if HAS_GATE:
+    if gate is not None:
         p_gate = (o_t * gate_stride_t + o_h * gate_stride_h)[:, None] + o_n[None, :]
         b_gate = tl.load(gate + p_gate, mask=mask, other=0.0).to(tl.float32)
         b_y *= b_gate * tl.sigmoid(b_gate)
