@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
     assert held == wanted
     assert {
