@@ -14,9 +14,6 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it did its work, 2 when it was asked for something impossible."""
     options = _parser().parse_args(arguments)
-    # A policy of the user's own, module:Class, lies where the command is run.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     run: Command = options.run
     try:
         return run(options)

@@ -81,6 +81,24 @@ def test_what_can_not_be_done_is_one_sentence(
     assert code == 2 and sentence in error and error.count("\n") == 1 and not out
 
 
+def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from hybridcache.policies.scored import ScorePolicy\n\n\n"
+        "class Shallow(ScorePolicy):\n"
+        "    def score(self, item):\n"
+        "        return (-item.position, item.last_used)\n"
+    )
+    command = [
+        Path(sys.executable).with_name("hybridcache"),
+        "simulate",
+        "--trace",
+        "short?head=40",
+    ]
+    command += ["--gib", "1,4", "--policy", "lru,mine:Shallow", "--processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "mine:Shallow" in done.stdout
+
+
 def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "o.jsonl"
     arguments = ["optimum", "--trace", "resend?head=45", "--gib", "2,4", "--method", "greedy"]
