@@ -156,8 +156,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.twins.cache.num_nodes == 0
 
 
+def at_least(num_examples: int) -> settings:
+    """The profile's settings, with no fewer examples than that."""
+    return settings(max_examples=max(num_examples, settings().max_examples))
+
+
 def test_lru_does_what_the_plain_twin_does():
-    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=120))
+    run_state_machine_as_test(CacheMachine, settings=at_least(120))
 
 
 class EveryPolicyMachine(CacheMachine):
@@ -165,4 +170,4 @@ class EveryPolicyMachine(CacheMachine):
 
 
 def test_every_policy_chooses_only_what_may_go():
-    run_state_machine_as_test(EveryPolicyMachine, settings=settings(max_examples=60))
+    run_state_machine_as_test(EveryPolicyMachine, settings=at_least(60))

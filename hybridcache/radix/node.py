@@ -117,9 +117,9 @@ class Segment:
 
     @property
     def size_bytes(self) -> int:
-        """Its rows, and the state that can not outlive them. O(1)."""
+        """Its rows, the state that can not outlive them, and the tail above that goes with them. O(nodes in the tail)."""
         state = 0 if self.node.checkpoint is None else self.item_bytes.state
-        return len(self.indices) * self.item_bytes.kv_token + state
+        return state + tail_bytes(self.node, self.item_bytes)
 
     def __repr__(self) -> str:
         return f"<kv {self.node.start}..{self.node.end} used={self.last_used}>"
@@ -182,15 +182,7 @@ class Checkpoint:
     def size_bytes(self) -> int:
         """Its state, and at a leaf the KV tail that nothing could resume from any more. O(nodes in the tail)."""
         size = self.item_bytes.state
-        node = self.node
-        if node.children:
-            return size
-        while node.kv is not None and node.parent is not None:
-            size += len(node.kv.indices) * self.item_bytes.kv_token
-            node = node.parent
-            if node.checkpoint is not None or node.locks or len(node.children) > 1:
-                break
-        return size
+        return size if self.node.children else size + tail_bytes(self.node, self.item_bytes)
 
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
@@ -202,3 +194,16 @@ def checkpoint_above(node: RadixNode) -> Checkpoint | None:
     while above is not None and above.checkpoint is None:
         above = above.parent
     return None if above is None else above.checkpoint
+
+
+def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
+    """Bytes of KV that go with ``node``'s: its own rows, and those of the stateless, unlocked, unforked nodes above it, from
+    which nothing could resume any more. O(nodes in the tail)."""
+    num_tokens = 0
+    while node.kv is not None and node.parent is not None:
+        num_tokens += node.end - node.parent.end
+        node = node.parent
+        kept = node.checkpoint is not None or node.locks or len(node.children) > 1
+        if kept or not item_bytes.state:
+            break
+    return num_tokens * item_bytes.kv_token
