@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,7 +129,8 @@ class ShareGPTReader:
     path: Path | None
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     tokenizer: str = "qwen3.5"
-    template: str = "thinking"
+    template: str = "chatml"
+    """The answers hold no thoughts, so the plain template is the default."""
     cap: int = 8192
     """Longest prompt, tokens."""
     starts: Starts = field(default_factory=lambda: Poisson(1.0))
@@ -144,14 +146,8 @@ class ShareGPTReader:
 
     def __call__(self) -> Iterator[TraceRequest]:
         chat = load_chat_text(self.tokenizer, self.template)
-        sessions = (
-            self._requests(conversation, chat)
-            for _, conversation in zip(
-                range(self.limit) if self.limit is not None else iter(int, 1),
-                iter_conversations(self.path, self.bad),
-                strict=False,
-            )
-        )
+        conversations = islice(iter_conversations(self.path, self.bad), self.limit)
+        sessions = (self._requests(conversation, chat) for conversation in conversations)
         return interleave(sessions, self.starts, self.pauses, seed=self.seed)
 
     def _requests(self, conversation: Conversation, chat: ChatText) -> Sequence[TraceRequest]:
