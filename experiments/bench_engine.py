@@ -1,7 +1,7 @@
 """Our engine beside transformers on the same weights, in one run, and what its own parts cost.
 
-    python -m experiments.bench_engine                      # everything; about 15 minutes on two quiet cores
-    python -m experiments.bench_engine --sizes 7m --repeats 3
+    python -m experiments.bench_engine                      # everything; about 3 minutes on two quiet cores
+    python -m experiments.bench_engine --sizes 7m --share 0.3
 
 Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio are reported, with the spread.
 """
@@ -56,12 +56,13 @@ GEOMETRY_530M = {
 class Size:
     config: dict[str, Any]
     prefill_len: int
-    decode_steps: int
+    prefill_turns: int
+    decode_turns: int
 
 
 SIZES = {
-    "7m": Size(dict(BUILTIN_CONFIG), prefill_len=1024, decode_steps=48),
-    "530m": Size(GEOMETRY_530M, prefill_len=512, decode_steps=8),
+    "7m": Size(dict(BUILTIN_CONFIG), prefill_len=1024, prefill_turns=11, decode_turns=64),
+    "530m": Size(GEOMETRY_530M, prefill_len=512, prefill_turns=4, decode_turns=10),
 }
 
 
@@ -85,17 +86,17 @@ class Result:
 class Turns:
     """Two callables timed in alternation."""
 
-    def __init__(self, clock: Callable[[], float], repeats: int) -> None:
+    def __init__(self, clock: Callable[[], float], share: float = 1.0) -> None:
         self._clock = clock
-        self._repeats = repeats
+        self._share = share
 
     def time(
-        self, first: Callable[[], Any], second: Callable[[], Any], repeats: int | None = None
+        self, first: Callable[[], Any], second: Callable[[], Any], count: int
     ) -> tuple[list[float], list[float]]:
         """Seconds of each turn of both, after one unmeasured turn."""
         first(), second()
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(repeats or self._repeats):
+        for _ in range(max(round(count * self._share), 2)):
             for call, taken in zip((first, second), times, strict=True):
                 start = self._clock()
                 call()
@@ -146,7 +147,9 @@ def against_transformers(size: str, dtype: str, turns: Turns) -> Iterator[Result
     tokens = np.random.default_rng(0).integers(0, 256, length).astype(np.int32)
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     ours, theirs = turns.time(
-        lambda: prefill(runner, tokens), lambda: oracle(ids, use_cache=True, logits_to_keep=1)
+        lambda: prefill(runner, tokens),
+        lambda: oracle(ids, use_cache=True, logits_to_keep=1),
+        SIZES[size].prefill_turns,
     )
     yield compare("prefill", size, dtype, ours, theirs, tokens=length, goal=1.0)
     context = length // 4
@@ -160,7 +163,7 @@ def against_transformers(size: str, dtype: str, turns: Turns) -> Iterator[Result
         def step_theirs(token: torch.Tensor = token, cache: Any = cache) -> None:
             oracle(token, past_key_values=cache, use_cache=True)
 
-        ours, theirs = turns.time(decode.step, step_theirs, SIZES[size].decode_steps)
+        ours, theirs = turns.time(decode.step, step_theirs, SIZES[size].decode_turns)
         name = "decode, one stream" if streams == 1 else f"decode, {streams} at once"
         yield compare(name, size, dtype, ours, theirs, tokens=streams, goal=1.0)
 
@@ -221,7 +224,7 @@ def checkpoint_cost(dtype: str, turns: Turns) -> Result:
     tokens = np.random.default_rng(1).integers(0, 256, 2048).astype(np.int32)
     exports = ((1024, 1), (1984, 2), (2048, 3))
     saving, plain = turns.time(
-        lambda: prefill(runner, tokens, exports=exports), lambda: prefill(runner, tokens)
+        lambda: prefill(runner, tokens, exports=exports), lambda: prefill(runner, tokens), 9
     )
     return at_most("prefill saving 3 checkpoints", dtype, saving, plain, goal=1.03)
 
@@ -246,7 +249,7 @@ def hit_cost(dtype: str, turns: Turns) -> Result:
         [output] = engine.generate([random.integers(0, 256, missing).tolist()], params)
         assert output.cached_len == 0
 
-    ours, theirs = turns.time(hit, alone)
+    ours, theirs = turns.time(hit, alone, 15)
     return at_most("TTFT at a 90 % hit", dtype, ours, theirs, goal=1.3)
 
 
@@ -343,7 +346,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="7m,530m")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each prefill")
+    parser.add_argument("--share", type=float, default=1.0, help="of the turns of each measure")
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
@@ -353,7 +356,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_engine.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.repeats)
+    turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
     results: list[Result] = []
     pairs = [(size, dtype) for size in args.sizes.split(",") for dtype in args.dtypes.split(",")]
     with tqdm(total=len(pairs) + 6, unit="part") as progress, torch.inference_mode():
