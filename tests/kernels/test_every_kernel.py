@@ -1,0 +1,53 @@
+"""What holds for every kernel: few parameters, and a documented wrapper with a plain twin of the same signature."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import kernels
+
+pytest.importorskip("triton")
+FOLDERS = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg)
+
+
+def triton_functions(folder: str) -> dict[str, inspect.Signature]:
+    """Every function of a folder that Triton compiles."""
+    package = importlib.import_module(f"kernels.{folder}")
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        members = vars(importlib.import_module(f"kernels.{folder}.{module.name}"))
+        for name, member in members.items():
+            if type(member).__module__.startswith("triton.runtime"):
+                found[name] = member.fn
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_kernel_has_many_parameters(folder: str) -> None:
+    functions = triton_functions(folder)
+    assert functions
+    counts = {name: len(inspect.signature(f).parameters) for name, f in functions.items()}
+    assert {name: count for name, count in counts.items() if count > 22} == {}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_twins_have_one_signature(folder: str) -> None:
+    fused = importlib.import_module(f"kernels.{folder}.fused")
+    reference = importlib.import_module(f"kernels.{folder}.reference")
+    shared = [
+        name
+        for name in vars(reference)
+        if not name.startswith("_")
+        and inspect.isfunction(getattr(reference, name))
+        and getattr(reference, name).__module__ == reference.__name__
+        and inspect.isfunction(getattr(fused, name, None))
+    ]
+    assert shared
+    for name in shared:
+        ours, plain = (inspect.signature(getattr(module, name)) for module in (fused, reference))
+        assert list(ours.parameters) == list(plain.parameters), name
+        assert inspect.getdoc(getattr(fused, name)), name
