@@ -136,7 +136,8 @@ class Survival:
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has happened since the last time; says whether it did."""
         waited = now - self._refreshed_at
-        if waited < 8 or waited < len(self._open) // 32 or (not self._changes and waited < 64):
+        due = max(8, min(now // 16, 64), len(self._open) // 32)
+        if waited < due or (not self._changes and waited < 64):
             return False
         self._refreshed_at = now
         self._changes = 0
