@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from experiments import interpreter
 from experiments.provenance import RESULTS, write_json_lines
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def main() -> None:
     is_dry = args.dry or not torch.accelerator.is_available()
     if is_dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module imports triton
+        interpreter.repair()
     device = "cpu" if is_dry else torch.accelerator.current_accelerator().type
     setup = importlib.import_module("experiments.kernel_cases").Setup(device, is_dry)
     clock = None if is_dry else Clock(device)

@@ -25,6 +25,7 @@ from engine.engine import Engine
 from engine.model_runner import ModelRunner
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
+from experiments import interpreter
 from experiments.gpu_models import EIGHTH, TINY, write_checkpoint
 from experiments.provenance import write_json_lines
 
@@ -200,6 +201,8 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, required=True, help="folder of parity.jsonl")
     options = parser.parse_args()
+    if options.dry:
+        interpreter.repair()
     records = []
     with tempfile.TemporaryDirectory() as directory:
         for record in checks(options.dry, Path(directory)):

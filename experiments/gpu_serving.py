@@ -31,6 +31,7 @@ from engine.model_runner import ModelRunner
 from engine.outputs import RequestOutput
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
+from experiments import interpreter
 from experiments.bench_serving import random_jobs, sweep, table
 from experiments.gpu_models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry
 from experiments.provenance import write_json_lines
@@ -199,6 +200,8 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args()
+    if options.dry:
+        interpreter.repair()
     records = []
     with tempfile.TemporaryDirectory() as directory:
         for record in records_of(options.geometry, options.dry, Path(directory)):

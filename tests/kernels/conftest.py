@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
+
+from experiments import interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Root mean square error over root mean square, by dtype."""
@@ -60,29 +61,4 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True, scope="session")
 def repaired_interpreter() -> None:
-    """Two faults of Triton's interpreter: `tl.dot` multiplies the bit patterns of bfloat16 operands, so widen them first;
-    and up to triton 3.6, a loaded bound of `range` fails on numpy 2.4."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    multiply = interpreter.InterpreterBuilder.create_dot
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def widen(x):
-        if x.dtype.scalar != interpreter.tl.bfloat16:
-            return x
-        data = interpreter._convert_float(
-            x.data, interpreter.tl.bfloat16, interpreter.tl.float32, None
-        )
-        return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
-
-    def create_dot(builder, a, b, *rest):
-        return multiply(builder, widen(a), widen(b), *rest)
-
-    def patch_tensor_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter._patch_lang_tensor = patch_tensor_index
+    interpreter.repair()

@@ -12,6 +12,7 @@ from engine.backends import Kernels
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.model_runner import ModelRunner
+from experiments import interpreter
 
 pytest.importorskip("triton")
 EVERYTHING = ",".join(f"{name}=fused" for name in Kernels.__slots__)
@@ -45,6 +46,7 @@ def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.T
 
 
 def test_every_kernel_in_one_engine(oracles, driver_class, random_tokens) -> None:
+    interpreter.repair()
     path, tokens = oracles("qwen3_next").path, random_tokens(100, 5)
     expected = cold_hit_decode(driver_class, make_runner(path), tokens)
     runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=EVERYTHING)

@@ -1,0 +1,38 @@
+"""Triton's interpreter, which runs kernels on the CPU, with two of its faults repaired."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+
+@functools.cache
+def repair() -> None:
+    """Once in a process: ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so widen them first; and up to triton
+    3.6 a loaded bound of ``range`` fails on numpy 2.4. Does nothing where triton is not installed."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    multiply = interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def widen(x: Any) -> Any:
+        if x.dtype.scalar != interpreter.tl.bfloat16:
+            return x
+        data = interpreter._convert_float(
+            x.data, interpreter.tl.bfloat16, interpreter.tl.float32, None
+        )
+        return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
+
+    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(builder, widen(a), widen(b), *rest)
+
+    def patch_tensor_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_tensor_index
