@@ -166,9 +166,9 @@ def test_a_loop_that_does_not_fit_is_held_in_part() -> None:
 
 def test_finished_conversations_are_found_out() -> None:
     trace = conversations(live=48).head(2000)
-    pools = {"num_kv_tokens": 200_000, "num_slots": 72}
+    pools = {"num_kv_tokens": 200_000, "num_slots": 300}
     lru = hit_rate(trace, "lru", "end,branch", **pools)
-    assert hit_rate(trace, "regret", "end,branch", **pools) > lru + 0.005
+    assert hit_rate(trace, "regret", "end,branch", **pools) > lru + 0.003
 
 
 # -- placement ------------------------------------------------------------------------------------------------------------
