@@ -44,15 +44,15 @@ class _Account:
 
 
 class Learnt:
-    """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's end at 1, 4, 16 … grid
-    steps, while they earn more than they displace.
+    """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's end, one token and 4, 16,
+    64 … grid steps, while they earn more than they displace.
 
     A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from it, or would have, had
     it not been evicted. It *displaces* what a checkpoint is worth at the margin: the tokens that requests missed because
     their checkpoint had been evicted, per checkpoint placed. With ample memory nothing is displaced and all that ever earns
     is placed; under pressure the budget of words follows the regret. A word that does not pay is tried now and then.
 
-    Source: this project. O(log(prompt) * 1) per prefill.
+    Source: this project. O(log prompt) per prefill.
     """
 
     def __init__(self) -> None:
