@@ -21,7 +21,7 @@ def triton_functions(folder: str) -> dict[str, inspect.Signature]:
     for module in pkgutil.iter_modules(package.__path__):
         members = vars(importlib.import_module(f"kernels.{folder}.{module.name}"))
         for name, member in members.items():
-            if type(member).__module__.startswith("triton.runtime"):
+            if type(member).__name__ in {"JITFunction", "InterpretedFunction"}:
                 found[name] = member.fn
     return found
 
