@@ -26,6 +26,7 @@ import numpy as np
 from engine.async_engine import AsyncEngine
 from engine.backends import Kernels
 from engine.config import EngineConfig
+from engine.device import Device
 from engine.engine import Engine, StepReport
 from engine.model_runner import ModelRunner
 from engine.outputs import RequestOutput
@@ -187,7 +188,8 @@ def records_of(geometry: str, dry: bool, directory: Path) -> Iterator[dict[str, 
     config = TINY if dry else QWEN3_NEXT_80B if large else DENSE_2B
     path = write_geometry(directory, config)
     if large:
-        yield from measure(path, dry, scale, quantization="int8" if dry else "fp8")
+        quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
+        yield from measure(path, dry, scale, quantization=quantization)
         return
     for graphs in ("auto",) if dry else ("off", "decode", "all"):
         yield from measure(path, dry, scale, graphs=graphs)
