@@ -74,14 +74,24 @@ class End:
 
 
 class Placement:
-    """Several placement rules at once, the first most wanted; no rule: nothing is saved."""
+    """Several placement rules at once, the first most wanted; no rule: nothing is saved.
 
-    def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
+    ``cap``: one prefill saves at most so many, the most wanted; None: all.
+    """
+
+    def __init__(self, rules: tuple[PlacementPolicy, ...], cap: int | None = None) -> None:
         self.rules = rules
+        self.cap = cap
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
+        taken: set[int] = set()
         for rule in self.rules:
-            yield from rule.positions(prefill)
+            for placed in rule.positions(prefill):
+                floored = placed.position - placed.position % prefill.grid
+                if prefill.cached_len < floored <= prefill.prompt_len:
+                    taken.add(floored)
+                if self.cap is None or len(taken) <= self.cap:
+                    yield placed
 
     def decode_interval(self) -> int | None:
         """The shortest that any rule asks for; the caller rounds it up to the grid."""
@@ -114,21 +124,40 @@ NUMBERED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
     "every": Every,
     "aligned": Aligned,
     "chunks": Chunks,
+}
+"""Words that take a length in tokens, written ``word:number``."""
+
+COUNTED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
     "balanced": Balanced,
     "thinned": Thinned,
     "planned": Planned,
 }
-"""Words that take a number, written ``word:number``."""
+"""Words that take a number of checkpoints, written ``word:number``."""
 
 
 def parse_placement(words: str) -> Placement:
-    """``"branch,boundary,backoff,every:1024"`` -> Placement; ``"none"`` (alone) saves nothing.
+    """``"branch,boundary,backoff,every:1024"`` -> Placement; ``"none"`` (alone) saves nothing; with ``cap:N`` at most N.
 
     ValueError names a word that does not exist, or whose number is missing, superfluous or wrong.
     """
     if words.strip() == "none":
         return Placement(())
-    return Placement(tuple(_parse_rule(word.strip()) for word in words.split(",")))
+    rules, cap = [], None
+    for word in (word.strip() for word in words.split(",")):
+        name, _, argument = word.partition(":")
+        if name == "cap":
+            cap = _number(name, argument, "cap:2")
+        else:
+            rules.append(_parse_rule(word))
+    return Placement(tuple(rules), cap)
+
+
+def _number(word: str, argument: str, example: str) -> int:
+    if not argument.isdecimal() or int(argument) < 1:
+        raise ValueError(
+            f"checkpoint placement {word!r} needs a number of at least 1, as in {example}"
+        )
+    return int(argument)
 
 
 def _parse_rule(word: str) -> PlacementPolicy:
@@ -138,11 +167,13 @@ def _parse_rule(word: str) -> PlacementPolicy:
             raise ValueError(f"checkpoint placement {name!r} takes no number, got {word!r}")
         return PLACEMENT[name]()
     if name in NUMBERED_PLACEMENT:
-        if not argument.isdecimal():
-            raise ValueError(f"checkpoint placement {name!r} needs a number, as in {name}:1024")
-        return NUMBERED_PLACEMENT[name](int(argument))
+        return NUMBERED_PLACEMENT[name](_number(name, argument, f"{name}:1024"))
+    if name in COUNTED_PLACEMENT:
+        return COUNTED_PLACEMENT[name](_number(name, argument, f"{name}:4"))
     if colon:
         rule: PlacementPolicy = load_class(word)()
         return rule
-    known = ", ".join([*PLACEMENT, *(f"{word}:N" for word in NUMBERED_PLACEMENT)])
+    known = ", ".join(
+        [*PLACEMENT, *(f"{word}:N" for word in (*NUMBERED_PLACEMENT, *COUNTED_PLACEMENT, "cap"))]
+    )
     raise ValueError(f"unknown checkpoint placement {name!r}; known: {known}, or none alone")

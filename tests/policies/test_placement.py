@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.checkpoint import NUMBERED_PLACEMENT, PLACEMENT, parse_placement
+from hybridcache.policies.checkpoint import (
+    COUNTED_PLACEMENT,
+    NUMBERED_PLACEMENT,
+    PLACEMENT,
+    parse_placement,
+)
 from hybridcache.policies.planned import Planned, plan
 from hybridcache.policies.protocol import Prefill
 
@@ -33,6 +38,8 @@ def where(words: str, **facts: object) -> list[int]:
         ("dyadic", [448, 704, 832, 896]),
         ("thinned:3", [192, 448, 960]),
         ("planned:2", [960]),
+        ("dyadic,backoff,cap:2", [832, 896]),
+        ("backoff,prompt,every:512,cap:2", [512, 960]),
     ],
 )
 def test_known_positions(words: str, positions: list[int]) -> None:
@@ -48,7 +55,7 @@ def test_thinned_and_chunks_start_where_the_prompt_resumes() -> None:
     assert where("chunks:300", cached_len=512) == [768, 960]
 
 
-@pytest.mark.parametrize("word", sorted(NUMBERED_PLACEMENT))
+@pytest.mark.parametrize("word", ["cap", *NUMBERED_PLACEMENT, *COUNTED_PLACEMENT])
 def test_numbers_must_be_positive(word: str) -> None:
     with pytest.raises(ValueError, match=word):
         parse_placement(f"{word}:0")
@@ -61,7 +68,8 @@ def test_every_word_stays_inside_the_prompt_and_on_the_grid(
     cached = data.draw(st.integers(0, length - 1)) // 64 * 64
     branch = data.draw(st.integers(cached, length))
     prefill = Prefill(length, cached, branch, branch, (length // 2,), 64)
-    for word in [*PLACEMENT, *(f"{word}:3" for word in NUMBERED_PLACEMENT if word != "every")]:
+    numbered = [f"{word}:3" for word in (*COUNTED_PLACEMENT, "backoff,cap")]
+    for word in [*PLACEMENT, *numbered, *(f"{word}:70" for word in NUMBERED_PLACEMENT)]:
         for position, label in parse_placement(word).plan(prefill):
             assert cached < position <= length and position % 64 == 0 and label
 
