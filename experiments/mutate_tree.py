@@ -47,6 +47,7 @@ class Mutation(NamedTuple):
 
 
 RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
+ROOM = "hybridcache/room.py"
 TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "lru"))
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
 PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
@@ -293,13 +294,13 @@ MUTATIONS = (
     Mutation("a gather is in the wrong order", HYBRID, "        parts.reverse()\n", ""),
     Mutation(
         "a refused allocation evicts all the same",
-        HYBRID,
-        "            self.stats.refusals += 1\n            return None\n        kind",
-        "            self.stats.refusals += 1\n        kind",
+        ROOM,
+        "num_tokens - pages.num_free):\n        return False\n",
+        "num_tokens - pages.num_free):\n        pass\n",
     ),
     Mutation(
         "locks do not count in what could be freed",
-        HYBRID,
+        ROOM,
         "return short_tokens <= residency.cached_tokens - residency.protected_tokens()",
         "return short_tokens <= residency.cached_tokens",
     ),
@@ -316,10 +317,10 @@ MUTATIONS = (
         "        if False:\n            branch_len, missed",
     ),
     Mutation(
-        "LRU takes the newest",
+        "LRU forgets live items when it sweeps",
         LRU,
-        "item.memo = entry = (item.last_used, item.serial, item)",
-        "item.memo = entry = (-item.last_used, item.serial, item)",
+        "heap[:] = [entry for entry in heap if entry[2].memo is entry]",
+        "heap[:] = []",
     ),
     Mutation(
         "LRU does not notice later uses",

@@ -256,7 +256,7 @@ def main() -> None:
     print(
         f"stress: seed {options.seed}: {large['operations']:,} operations on {large['caches']} caches in "
         f"{large['seconds']} s, {large['checks']:,} full checks, {large['evictions']:,} evictions, "
-        f"{large['refusals']:,} refusals; {small['operations']:,} more with a check after each: all held"
+        f"{large['refusals']:,} refusals; {small['operations']:,} more with a check after every step: all held"
     )
 
 

@@ -12,10 +12,11 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.consistency import check_cache
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener
-from hybridcache.policies.protocol import EvictionPolicy, Kind
+from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.render import render_graphviz, render_svg, render_text
 from hybridcache.residency import Residency
+from hybridcache.room import make_room_for_kv, make_room_for_slot
 from hybridcache.stats import CacheStats
 
 INT32 = np.dtype(np.int32)
@@ -319,46 +320,21 @@ class HybridRadixCache:
         """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing evicted, if so many can not
         be had. O(num_tokens + log of the tree per evicted item)."""
         rows = self._pages.allocate(num_tokens)
-        if rows is not None:
-            return rows
-        pages = self._pages
-        wanted = -(-num_tokens // self.page_size) * self.page_size
-        if not self._can_free(pages.unit_bytes * wanted, wanted - pages.num_free):
+        if rows is None:
+            whole = -(-num_tokens // self.page_size) * self.page_size
+            if make_room_for_kv(self._residency, whole):
+                return self._pages.allocate(num_tokens)
             self.stats.refusals += 1
-            return None
-        kind: Kind | None = "kv" if pages.budget is None else None
-        while pages.num_free < wanted and self._residency.evict_one(kind):
-            pass
-        return pages.allocate(num_tokens)
+        return rows
 
     def allocate_slot(self) -> int | None:
         """One state slot, evicting as needed; None, and nothing evicted, if none can be had."""
         slot = self._slots.allocate()
-        if slot is not None:
-            return slot
-        slots = self._slots
-        if slots.budget is None or not slots.num_unused:
-            self._residency.evict_one("checkpoint")
-        elif self._can_free(slots.unit_bytes, 0):
-            while slots.num_free < 1 and self._residency.evict_one(None):
-                pass
-        slot = slots.allocate()
         if slot is None:
+            if make_room_for_slot(self._residency):
+                return self._slots.allocate()
             self.stats.refusals += 1
         return slot
-
-    def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
-        """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond the free ones."""
-        residency = self._residency
-        budget = self._pages.budget
-        if budget is None:
-            if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
-                return True
-            return short_tokens <= residency.cached_tokens - residency.protected_tokens()
-        tokens = residency.cached_tokens - residency.protected_tokens()
-        num_slots = residency.num_checkpoints - residency.protected_slots()
-        evictable = tokens * self._pages.unit_bytes + num_slots * self._slots.unit_bytes
-        return wanted_bytes <= budget.free_bytes + evictable
 
     def free_kv(self, kv_indices: Indices) -> None:
         """Return held rows, whole pages. O(n)."""

@@ -47,12 +47,46 @@ def test_leaves_go_before_what_they_share():
 def test_recency_is_handed_up_when_a_child_goes():
     cache = hybrid()
     serve(cache, ids("old"), [3])
-    serve(cache, ids("xther"), [5])
     serve(cache, ids("old", "young"), [8])
-    cache.evict(num_tokens=5)
-    assert cache.match(ids("xther!")).kv_len == 0, "older than 'old', through which 'young' came"
-    cache.evict(num_tokens=5)
+    serve(cache, ids("xther"), [5])
+    cache.touch(cache.match(ids("old", "young", "!")))
+    receipt = cache.lock(cache.match(ids("xther!")).node)
+    cache.evict(num_tokens=1)
+    cache.unlock(receipt)
+    assert cache.match(ids("old", "young", "!")).kv_len == 3
+    cache.evict(num_tokens=1)
+    assert cache.match(ids("xther!")).kv_len == 0, "older than the last use through 'old'"
     assert cache.match(ids("old!")).cached_len == 3
+
+
+def test_the_least_recently_used_checkpoint_goes_first():
+    cache = hybrid()
+    for prompt in ("one", "two", "six"):
+        serve(cache, ids(prompt), [3])
+    cache.touch(cache.match(ids("one!")))
+    assert cache.evict(num_slots=1) == (3, 1)
+    assert cache.match(ids("two!")).kv_len == 0
+    assert cache.match(ids("one!")).cached_len == 3
+
+
+def test_kv_that_a_later_checkpoint_revived_is_not_dead_any_more():
+    cache = hybrid()
+    serve(cache, ids("alive"), [5])
+    serve(cache, ids("later"))
+    serve(cache, ids("later"), [5])
+    cache.evict(num_tokens=1)
+    assert cache.match(ids("alive!")).kv_len == 0
+    assert cache.match(ids("later!")).cached_len == 5
+
+
+def test_a_locked_node_without_a_state_outlives_what_is_below_it():
+    cache = hybrid()
+    receipt = cache.lock(publish(cache, ids("ab")).node)
+    publish(cache, ids("abcd"), [4])
+    assert cache.evict(num_tokens=10) == (2, 1)
+    assert cache.match(ids("abX")).kv_len == 2
+    cache.unlock(receipt)
+    assert cache.evict(num_tokens=10) == (2, 0)
 
 
 def test_kv_that_nothing_can_resume_from_goes_first():
@@ -293,6 +327,15 @@ def test_states_make_room_for_kv_and_kv_for_states():
     assert cache.allocate_slot() is not None
     assert cache.allocate_slot() is not None
     assert cache.cached_tokens == 0
+
+
+def test_one_budget_gives_up_the_older_of_both_kinds():
+    cache = shared(total_bytes=64, dead_first=False)
+    serve(cache, ids("aa"))
+    serve(cache, ids("bb"), [2])
+    assert len(cache.allocate_kv(19)) == 19
+    assert cache.match(ids("aa!")).kv_len == 0
+    assert cache.match(ids("bb!")).cached_len == 2
 
 
 def test_the_budget_is_never_exceeded_and_refusals_evict_nothing():

@@ -175,6 +175,16 @@ def test_duplicates_are_handed_back_and_the_trees_rows_stay():
     cache.check(held_tokens=0, held_slots=0)
 
 
+def test_what_the_caller_does_with_its_array_later_is_nothing_to_the_cache():
+    cache = hybrid()
+    rows, tokens = cache.allocate_kv(5), ids("hello")
+    given = rows.copy()
+    result = cache.insert(tokens, given)
+    given[:], tokens[:] = 99, 99
+    assert cache.gather(result.node).tolist() == rows.tolist()
+    assert cache.match(ids("hello!")).kv_len == 5
+
+
 def test_rows_that_were_the_trees_already_are_no_duplicates():
     cache = hybrid()
     publish(cache, ids("hello"), [5])

@@ -1,0 +1,44 @@
+"""Making room: whether eviction could free enough, and if so, evicting until it did. A refusal evicts nothing."""
+
+from __future__ import annotations
+
+from hybridcache.policies.protocol import Kind
+from hybridcache.residency import Residency
+
+
+def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
+    """Evict until ``num_tokens``, whole pages, are free. False, and nothing evicted, if they can not be.
+
+    O(log of the tree) an evicted item, and O(nodes on locked paths) where locks may stand in the way.
+    """
+    pages = residency.pages
+    if not _possible(residency, num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
+        return False
+    kind: Kind | None = "kv" if pages.budget is None else None
+    while pages.num_free < num_tokens and residency.evict_one(kind):
+        pass
+    return pages.num_free >= num_tokens
+
+
+def make_room_for_slot(residency: Residency) -> bool:
+    """Evict until a slot is free. False, and nothing evicted, if none can be. Costs as ``make_room_for_kv``."""
+    slots = residency.slots
+    if slots.budget is None or not slots.num_unused:
+        residency.evict_one("checkpoint")
+    elif _possible(residency, slots.unit_bytes, 0):
+        while slots.num_free < 1 and residency.evict_one(None):
+            pass
+    return slots.num_free > 0
+
+
+def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> bool:
+    """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond the free ones."""
+    budget = residency.pages.budget
+    if budget is None:
+        if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
+            return True
+        return short_tokens <= residency.cached_tokens - residency.protected_tokens()
+    tokens = residency.cached_tokens - residency.protected_tokens()
+    num_slots = residency.num_checkpoints - residency.protected_slots()
+    evictable = tokens * residency.pages.unit_bytes + num_slots * residency.slots.unit_bytes
+    return wanted_bytes <= budget.free_bytes + evictable
