@@ -105,9 +105,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--metric", default="hit", help="what tables and the figure show, commas between")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add("--bins", action="store_true", help="also by prompt length and by turn of the session")
-    add(
-        "--state-dtype", default="float32", help="precision of checkpoints: float32, bfloat16, int8"
-    )
+    add("--state-dtype", help="precision of checkpoints: float32 (default), bfloat16, int8")
     add("--page-size", type=int, default=1, help="tokens of a KV page")
     add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
     add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")

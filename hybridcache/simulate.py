@@ -95,7 +95,7 @@ def simulate(
     bound: bool = True,
     optimum: OptimumMethod | None = None,
     optimum_limit_s: float = 60.0,
-    state_dtype: str = "float32",
+    state_dtype: str | None = None,
     page_size: int = 1,
     grid: int = 64,
     servers: int = 1,
@@ -109,13 +109,14 @@ def simulate(
 
     ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words or
     ``module:Class``. ``checkpoints``: one placement (words with commas) or a sequence of them. ``times``: a file of measured prefill
-    times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn. Each cell of the
+    times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
+    ``state_dtype``: None keeps the model's own. Each cell of the
     sweep stands for itself, so results do not depend on ``processes``. ``optimum``: also what the best plan with hindsight reuses at
     each size (``greedy`` for long traces, ``milp`` for some hundred requests), with at most ``optimum_limit_s`` a size.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
-    if geometry.num_linear_layers:
+    if geometry.num_linear_layers and state_dtype is not None:
         geometry = geometry.with_state_dtype(state_dtype)
     timing = (
         MeasuredTimes.load(times) if isinstance(times, str) else times or Roofline.fitting(geometry)

@@ -227,6 +227,13 @@ class Deepest:
         return max(fitting, key=lambda item: (item.position, item.serial), default=None)
 
 
+def test_a_models_own_precision_is_kept_unless_another_is_asked_for() -> None:
+    halved = ModelGeometry.preset("qwen3-next", state_dtype="bfloat16")
+    for asked, found in ((None, "bfloat16"), ("int8", "int8")):
+        result = simulate("short?head=5", model=halved, gib=1, state_dtype=asked)
+        assert result.runs[0].config["state_dtype"] == found == result.geometry.state_dtype
+
+
 def test_sizes_in_words() -> None:
     assert len(sizes("2:200:15")) == 15 and sizes("2:200:15")[-1] == 200
     assert sizes("6,40") == (6, 40) and sizes(3) == (3.0,) and sizes([1, 2]) == (1.0, 2.0)
