@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -30,6 +32,8 @@ from engine.server.streaming import ClientGone
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
+FAREWELL_S = 5
+"""How long clients may take to read, after the drain, that their answer was cut short."""
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
@@ -102,7 +106,7 @@ def _add_tokens(app: FastAPI, front: Front) -> None:
                 "tokens": prompt.token_ids,
                 "boundaries": prompt.boundaries,
             }
-        token_ids = await front.encode(body.prompt or "", body.add_special_tokens)
+        [token_ids] = await front.encode([body.prompt or ""], body.add_special_tokens)
         return answer | {"count": len(token_ids), "tokens": token_ids}
 
     @app.post("/detokenize")
@@ -156,17 +160,34 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+class Server(uvicorn.Server):
+    """Ends what still runs ``drain_s`` after it was told to stop, so that whoever waits for it is told why."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(engine, config),
+                log_level=logging.WARNING,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
+            )
+        )
+        self._engine = engine
+        self._drain_s = config.drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end(self) -> None:
+        await asyncio.sleep(self._drain_s)
+        await asyncio.to_thread(self._engine.stop)
+
+
 def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> None:
     """Serve on ``listener`` until SIGTERM or SIGINT; then finish what runs, for at most ``drain_s``."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(engine, config),
-            log_level=logging.WARNING,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=int(config.drain_s),
-        )
-    )
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server.run(sockets=[listener])
+    Server(engine, config).run(sockets=[listener])

@@ -24,6 +24,7 @@ from engine.templates import ChatPrompt, TemplateError, render_chat
 async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
     front.check_model(body.model)
+    front.check_number(body.n)
     prompt = await render(
         front,
         body.messages,

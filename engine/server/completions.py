@@ -22,8 +22,10 @@ from engine.server.streaming import DONE, EventStream, event, unless_gone
 async def complete(front: Front, request: Request, body: CompletionRequest) -> Response:
     """Answer one completion request."""
     front.check_model(body.model)
-    asks = [await _ask(front, body, prompt) for prompt in body.prompts]
-    streams = front.submit(asks)
+    prompts = body.prompts
+    front.check_number(len(prompts) * body.n)
+    token_ids = await front.encode(prompts, body.add_special_tokens)
+    streams = front.submit([_ask(body, prompt) for prompt in token_ids])
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))
@@ -31,13 +33,10 @@ async def complete(front: Front, request: Request, body: CompletionRequest) -> R
     return JSONResponse(answer.whole(outputs))
 
 
-async def _ask(front: Front, body: CompletionRequest, prompt: str | list[int]) -> Ask:
-    token_ids = (
-        await front.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-    )
+def _ask(body: CompletionRequest, prompt: list[int]) -> Ask:
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     return Ask(
-        token_ids,
+        prompt,
         body.samplings(body.max_tokens, body.logprobs),
         namespace=namespace_of(body.cache_salt),
         prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -25,7 +26,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
-        if not self.max_body_mib > 0:
-            raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be above 0.")
-        if not self.drain_s >= 0:
-            raise ValueError(f"--drain-s {self.drain_s:g} must not be negative.")
+        if not 0 < self.max_body_mib < math.inf:
+            raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
+        if not 0 <= self.drain_s < math.inf:
+            raise ValueError(f"--drain-s {self.drain_s:g} must be finite and not negative.")

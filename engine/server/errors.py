@@ -12,6 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.async_engine import EngineStopped
+
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -27,7 +29,8 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        # What a client sent may be quoted, and a lone surrogate (JSON's "\ud800") has no UTF-8.
+        super().__init__(message.encode("utf-8", "replace").decode())
         self.status = status
         self.param = param
         self.code = code
@@ -50,6 +53,10 @@ def install(app: FastAPI) -> None:
     async def _api_error(request: Request, error: APIError) -> JSONResponse:
         return error.response()
 
+    @app.exception_handler(EngineStopped)
+    async def _stopped(request: Request, error: EngineStopped) -> JSONResponse:
+        return of_failure(error).response()
+
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return of_validation(error).response()
@@ -57,7 +64,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = {
-            400: "The body is not valid UTF-8 JSON: send one JSON object.",
+            400: "The body is not valid UTF-8 JSON, or nested too deep, or has too long a number: send one JSON object.",
             404: f"There is no {request.url.path} here: see /docs for what there is.",
             405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
         }.get(error.status_code, str(error.detail))
@@ -95,13 +102,16 @@ def of_validation(error: RequestValidationError) -> APIError:
             return APIError(400, str(first["ctx"]["error"]), param=param)
     value = json.dumps(first.get("input"), default=str)
     shown = value if len(value) <= 60 else value[:57] + "..."
-    return APIError(400, f"'{param}' can not be {shown}: {first['msg']}.", param=param)
+    where = f"'{param}'" if param else "A name in the body"
+    return APIError(400, f"{where} can not be {shown}: {first['msg']}.", param=param)
 
 
 def of_failure(error: Exception) -> APIError:
-    """What a stream says that fails after its 200 was sent."""
+    """What an answer says that fails under way; a stream, after its 200 was sent."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, EngineStopped):
+        return APIError(503, str(error), code="stopped", headers={"Retry-After": "10"})
     return APIError(500, f"The engine failed on this request: {error}.")
 
 

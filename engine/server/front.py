@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from engine import RequestOutput, SamplingParams
 from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
 from engine.metrics import Metrics
-from engine.server.errors import APIError
+from engine.server.errors import APIError, of_failure
 from engine.server.streaming import interleave
 from engine.tokenizer import Tokenizer
 from hybridcache.interface import Losses
 
 LONG_TEXT = 16_384
-"""Characters from which a text is encoded off the event loop."""
+"""Characters above which text is encoded off the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,30 @@ class Front:
                 code="model_not_found",
             )
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of ``text``; a long one is encoded off the event loop."""
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+    def check_number(self, num_choices: int) -> None:
+        """APIError 400 where a client asks for more answers at once than may ever wait: trying again would not help."""
+        if num_choices > self.engine.config.max_queue:
+            raise APIError(
+                400,
+                f"{num_choices} answers at once are more than the {self.engine.config.max_queue} that may wait here: "
+                "send fewer prompts or lower 'n'.",
+            )
+
+    async def encode(
+        self, prompts: Sequence[str | list[int]], add_special_tokens: bool
+    ) -> list[list[int]]:
+        """Ids of each prompt; texts that are long together are encoded off the event loop."""
+
+        def work() -> list[list[int]]:
+            return [
+                self.tokenizer.encode(prompt, add_special_tokens)
+                if isinstance(prompt, str)
+                else prompt
+                for prompt in prompts
+            ]
+
+        is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > LONG_TEXT
+        return await asyncio.to_thread(work) if is_long else work()
 
     def submit(self, asks: Sequence[Ask]) -> list[RequestStream]:
         """A stream for each choice of each ask, in order; all of them or none.
@@ -91,7 +110,7 @@ class Front:
             self.metrics.rejected.inc()
             return APIError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
         if isinstance(error, EngineStopped):
-            return APIError(503, str(error), code="stopped", headers={"Retry-After": "10"})
+            return of_failure(error)
         return APIError(400, str(error)) if isinstance(error, ValueError) else error
 
     async def outputs(

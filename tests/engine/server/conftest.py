@@ -15,12 +15,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from engine import AsyncEngine, Engine, EngineConfig
 from engine.batch import Batch
 from engine.oracle import OracleRunner, OracleSampler
-from engine.server.app import create_app
+from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.tokenizer import ByteTokenizer
 
@@ -31,6 +30,7 @@ class Live:
 
     port: int
     engine: Engine
+    server: Server
 
     @property
     def url(self) -> str:
@@ -102,8 +102,7 @@ class SlowRunner(OracleRunner):
 @contextlib.contextmanager
 def serving(engine: Engine, server_config: ServerConfig | None = None) -> Iterator[Live]:
     """``engine`` behind a server of its own, in a thread."""
-    app = create_app(AsyncEngine(engine), server_config or ServerConfig())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = Server(AsyncEngine(engine), server_config or ServerConfig())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -111,7 +110,7 @@ def serving(engine: Engine, server_config: ServerConfig | None = None) -> Iterat
     while not server.started:
         time.sleep(0.005)
     try:
-        yield Live(listener.getsockname()[1], engine)
+        yield Live(listener.getsockname()[1], engine, server)
     finally:
         server.should_exit = True
         thread.join(30)

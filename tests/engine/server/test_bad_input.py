@@ -39,6 +39,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "n": 0}, "'n' can not be 0"),
     ({"prompt": "x", "n": 10**6}, "'n' can not be 1000000"),
     ({"prompt": "x", "seed": 2**70}, "seed must be between"),
+    ({"prompt": ["x"] * 100_000, "n": 128}, "12800000 answers at once are more than the 1024"),
     ({"prompt": "x", "logprobs": 1000}, "'logprobs' can not be 1000"),
     ({"prompt": "x", "stop": [""]}, "stop must hold non-empty strings"),
     ({"prompt": "x", "stop": 3}, "'stop' can not be 3"),
@@ -124,6 +125,7 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
         (b'{"prompt": "\xff\xfe"}', "not valid UTF-8 JSON"),
         (b"\x00\x01\x02", "The body is not valid"),
         (b"[" * 100_000, "The body is not valid"),
+        (b'{"prompt": "x", "\\ud800": 1}', 'A name in the body can not be "\\ud800"'),
         (b'{"prompt": "x", "temperature": NaN}', "'temperature' can not be NaN"),
         (b'{"prompt": "x", "temperature": 1e999}', "'temperature' can not be Infinity"),
         (
@@ -135,6 +137,11 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
 )
 def test_broken_bodies(live: Live, payload: bytes, message: str) -> None:
     check_error(_send(live, payload, "application/json"), 400, message)
+
+
+def test_half_a_character_is_quoted_as_a_question_mark(live: Live) -> None:
+    answer = _send(live, b'{"prompt": "x", "model": "\\ud800"}', "application/json")
+    check_error(answer, 404, "The model '?' is not served here")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Callable
 
@@ -94,7 +95,7 @@ def test_a_full_queue_answers_429_and_when_to_come_back(serve_oracle: Callable[.
     # A batch that does not fit whole leaves nothing behind.
     held.pop().close()
     live.wait_for(lambda report: report["num_waiting"] == 1)
-    assert live.post("/v1/completions", {"prompt": ["a", "b", "c"], **ENDLESS}).status_code == 429
+    assert live.post("/v1/completions", {"prompt": ["a", "b"], **ENDLESS}).status_code == 429
     live.wait_for(lambda report: report["num_waiting"] == 1)
     assert _metrics(live)["engine_rejected_requests_total"] == 3
     for connection in held:
@@ -196,13 +197,40 @@ def test_a_failed_engine_is_told_and_does_not_hang_anyone(
     assert live.get("/health").status_code == 503
     answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
     assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+    assert live.get("/v1/cache").status_code == live.get("/metrics").status_code == 503
+
+
+def test_what_a_drain_can_not_finish_is_told_so(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(ServerConfig(drain_s=0.2), step_s=0.005)
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=live.url, timeout=60) as client:
+            asked = [
+                asyncio.create_task(
+                    client.post("/v1/completions", json={"prompt": "x", "stream": s, **ENDLESS})
+                )
+                for s in (True, False)
+            ]
+            await asyncio.to_thread(live.wait_for, lambda report: report["num_running"] == 2)
+            live.server.should_exit = True
+            return await asyncio.gather(*asked)
+
+    stream, whole = asyncio.run(ask())
+    assert stream.status_code == 200 and whole.status_code == 503
+    error = json.loads(stream.text.split("data: ")[-1])["error"]
+    assert error == whole.json()["error"]
+    assert error["message"] == "The engine stopped before the answer was done."
+    assert int(whole.headers["Retry-After"]) >= 1
+    live.engine.check()
 
 
 def test_settings_refuse_what_can_not_be() -> None:
     for settings, message in (
         ({"port": 70000}, "no port"),
         ({"max_body_mib": 0}, "above 0"),
+        ({"max_body_mib": float("inf")}, "finite"),
         ({"drain_s": -1}, "negative"),
+        ({"drain_s": float("inf")}, "finite"),
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig(**settings)
