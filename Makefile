@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo serve test lint gpu gpu-dry clean
+.PHONY: help install demo serve test lint bench stress mutate gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,18 @@ lint: install  ## ruff, format, types
 	$(BIN)/mypy
 
 # A rented machine has torch, triton and transformers, and often no network: take what is there.
+bench: install  ## the timed figures, one after another, on a machine that does nothing else
+	$(BIN)/python -m experiments.bench_tree
+	$(BIN)/python -m experiments.bench_simulate
+	$(BIN)/python -m experiments.bench_overhead
+	$(BIN)/python -m experiments.bench_engine
+
+stress: install  ## ten million random operations on the cache, its invariants checked as they go
+	$(BIN)/python -m experiments.stress_tree
+
+mutate: install  ## break the cache in small ways, one at a time, and see that the tests notice
+	$(BIN)/python -m experiments.mutate_tree
+
 gpu:  ## on a machine with a GPU: kernels, exactness, speed, serving; in parts that need not be repeated
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu
 
