@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, keep
-from experiments.provenance import RESULTS, ROOT
+from experiments.provenance import RESULTS, ROOT, read_json_lines
 from hybridcache.costs import ModelGeometry, Roofline
 from hybridcache.infinite import InfiniteCache
 from hybridcache.simulation.result import RunResult, budget_bytes
@@ -141,10 +141,22 @@ def measure(goal: Goal, peers: bool) -> dict[str, Any]:
     }
     if goal.share_of_optimum is not None:
         row["optimum"] = optimum_rate(goal, trace)
-        row["wanted"] = goal.share_of_optimum * row["optimum"]
-    elif goal.goal is None:
-        row["wanted"] = max(row["peers"].values(), default=None)
+    row["wanted"] = wanted(goal, row)
     return row
+
+
+def wanted(goal: Goal, row: dict[str, Any]) -> float | None:
+    """The token hit rate to reach: stated, a share of the optimum, or that of the best peer in the same memory."""
+    if goal.share_of_optimum is not None:
+        return float(goal.share_of_optimum * row["optimum"])
+    if goal.goal is not None:
+        return goal.goal
+    return max(peers_in_budget(row).values(), default=None)
+
+
+def peers_in_budget(row: dict[str, Any]) -> dict[str, float]:
+    """LightLLM keeps its states in host memory beside the budget (39.6 GB; with big pages one every 1,024 tokens): not these."""
+    return {word: rate for word, rate in row["peers"].items() if not word.startswith("lightllm")}
 
 
 def bound(trace: Trace, grid: int) -> float:
@@ -183,18 +195,22 @@ def optimum_rate(goal: Goal, trace: Trace) -> float:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The rows as markdown."""
-    yield "| workload | bound | best peer rebuilt | LRU | wanted | regret | | regret, grid 64 (bound there) |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| workload | bound | best peer rebuilt | LightLLM* | LRU | wanted | regret | | regret, grid 64 (bound there) |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
-        peer = max(row["peers"].items(), key=lambda item: item[1], default=None)
+        peer = max(peers_in_budget(row).items(), key=lambda item: item[1], default=None)
         best = f"{peer[1]:.3f} {peer[0]}" if peer else ""
-        wanted = row["wanted"]
-        reached = "" if wanted is None else "reached" if row["regret"] >= wanted else "missed"
+        hosted = [rate for word, rate in row["peers"].items() if word.startswith("lightllm")]
+        goal = row["wanted"]
+        reached = "" if goal is None else "reached" if row["regret"] >= goal else "missed"
         yield (
-            f"| {row['goal']} | {row['bound']:.3f} | {best} | {row['lru']:.3f} "
-            f"| {'' if wanted is None else f'{wanted:.3f}'} | {row['regret']:.3f} | {reached} "
+            f"| {row['goal']} | {row['bound']:.3f} | {best} "
+            f"| {f'{max(hosted):.3f}' if hosted else ''} | {row['lru']:.3f} "
+            f"| {'' if goal is None else f'{goal:.3f}'} | {row['regret']:.3f} | {reached} "
             f"| {row['regret_grid_64']:.3f} ({row['bound_grid_64']:.3f}) |"
         )
+    yield ""
+    yield "\\* LightLLM's states stand in host memory that the size does not count: 39.6 GB, or one state every 1,024 tokens."
 
 
 def main() -> None:
@@ -202,8 +218,17 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="rows whose name contains this; nothing is written"
     )
+    parser.add_argument(
+        "--render", action="store_true", help="only write the table of the results there are"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
     options = parser.parse_args()
+    if options.render:
+        _, kept = read_json_lines(RESULTS / "goals_table.jsonl")
+        named = {goal.name: goal for goal in GOALS}
+        again = [row | {"wanted": wanted(named[row["goal"]], row)} for row in kept]
+        write_table(again)
+        return
     goals = [
         goal
         for goal in GOALS
@@ -214,10 +239,16 @@ def main() -> None:
     for goal in (bar := tqdm(goals, disable=None)):
         bar.set_description(goal.name)
         rows.append(measure(goal, not options.no_peers))
+    if options.only:
+        print("\n".join(table(rows)))
+        return
+    keep("goals_table", rows)
+    write_table(rows)
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
     text = "\n".join(table(rows))
-    if not options.only:
-        keep("goals_table", rows)
-        (RESULTS / "goals_table.md").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / "goals_table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
