@@ -117,6 +117,7 @@ class AsyncEngine:
         *,
         namespace: Hashable = None,
         boundaries: Sequence[int] = (),
+        answer_survives: bool = True,
         prompt_logprobs: int | None = None,
     ) -> RequestStream:
         """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued: ValueError, QueueFull,
@@ -126,6 +127,7 @@ class AsyncEngine:
             sampling,
             namespace=namespace,
             boundaries=boundaries,
+            answer_survives=answer_survives,
             prompt_logprobs=prompt_logprobs,
         )
         stream = RequestStream(request.request_id, self._abort)

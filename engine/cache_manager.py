@@ -62,6 +62,7 @@ class CacheManager:
             reuse=not request.wants_scores,
             exact=self._exact,
             stateful=self._stateful,
+            answer_survives=request.answer_survives,
         )
         lease = Lease.begin(self.cache, self._placement, asked)
         if self._log is not None:

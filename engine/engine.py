@@ -139,11 +139,13 @@ class Engine:
         request_id: str | None = None,
         namespace: Hashable = None,
         boundaries: Sequence[int] = (),
+        answer_survives: bool = True,
         prompt_logprobs: int | None = None,
     ) -> str:
         """Queue a prompt; returns the request's id. O(length of the prompt).
 
-        ``boundaries`` are positions known to survive into later prompts. ``prompt_logprobs`` reports the prompt's own
+        ``boundaries`` are positions known to survive into later prompts; without ``answer_survives`` those are known to leave
+        this one before its end, and no state is saved past it. ``prompt_logprobs`` reports the prompt's own
         log-probabilities with so many alternatives, for which no cache is read. ValueError: a request that can not be
         served, in one sentence; QueueFull: as many wait as may.
         """
@@ -157,6 +159,7 @@ class Engine:
             request_id=request_id,
             namespace=namespace,
             boundaries=boundaries,
+            answer_survives=answer_survives,
             prompt_logprobs=prompt_logprobs,
         )
         self.enqueue(request)
@@ -170,6 +173,7 @@ class Engine:
         request_id: str | None = None,
         namespace: Hashable = None,
         boundaries: Sequence[int] = (),
+        answer_survives: bool = True,
         prompt_logprobs: int | None = None,
     ) -> Request:
         """The first half of ``submit``: check a prompt and make its request. Safe to call from any thread."""
@@ -179,6 +183,7 @@ class Engine:
             request_id=request_id,
             namespace=namespace,
             boundaries=boundaries,
+            answer_survives=answer_survives,
             prompt_logprobs=prompt_logprobs,
         )
 

@@ -48,6 +48,7 @@ class Intake:
         request_id: str | None,
         namespace: Hashable,
         boundaries: Sequence[int],
+        answer_survives: bool,
         prompt_logprobs: int | None,
     ) -> Request:
         """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of the prompt)."""
@@ -70,6 +71,7 @@ class Intake:
             text_stream=self._text_stream(sampling),
             namespace=namespace,
             boundaries=tuple(sorted(b for b in boundaries if 0 < b <= len(tokens))),
+            answer_survives=answer_survives,
             prompt_logprobs=prompt_logprobs,
         )
 

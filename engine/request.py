@@ -28,6 +28,7 @@ class Request:
         "_buffer",
         "_new_text",
         "_reported",
+        "answer_survives",
         "arrival",
         "arrival_s",
         "boundaries",
@@ -76,6 +77,7 @@ class Request:
         text_stream: TextStream | None = None,
         namespace: Hashable = None,
         boundaries: tuple[int, ...] = (),
+        answer_survives: bool = True,
         prompt_logprobs: int | None = None,
     ) -> None:
         self.request_id = request_id
@@ -83,6 +85,7 @@ class Request:
         self.seed = seed
         self.namespace = namespace
         self.boundaries = boundaries
+        self.answer_survives = answer_survives
         self.arrival = arrival
         """Rank among all requests: older is smaller."""
         self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)

@@ -93,6 +93,11 @@ class ChatPrompt:
     """Positions that will still be a prefix of later prompts, ascending: the end of the system segment, where the next
     turn leaves this prompt, and in a tool loop where the tool's answer does."""
 
+    @property
+    def answer_survives(self) -> bool:
+        """Whether any later prompt goes on from this one's end; not where the template drops what the prompt ends with."""
+        return not self.boundaries or self.boundaries[-1] == len(self.token_ids)
+
 
 def render_chat(
     tokenizer: Tokenizer,

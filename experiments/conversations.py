@@ -43,7 +43,12 @@ def session(conversation: Conversation, chat: ChatText, cap: int) -> list[TraceR
             prompt, answer, boundaries = chat.turn(messages, text)
             if len(prompt) > cap:
                 break
-            requests.append(TraceRequest(0.0, conversation.id, None, prompt, answer, boundaries))
+            survives = not boundaries or boundaries[-1] == len(prompt)
+            requests.append(
+                TraceRequest(
+                    0.0, conversation.id, None, prompt, answer, boundaries, answer_survives=survives
+                )
+            )
         messages.append({"role": role, "content": text})
     return requests
 

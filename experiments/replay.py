@@ -164,7 +164,12 @@ def replay(
             busy = {trace[place].session for place in running.values()}
             while waiting and len(running) < concurrency and waiting[0][1].session not in busy:
                 place, request = waiting.popleft()
-                request_id = engine.submit(request.tokens, sampling, boundaries=request.boundaries)
+                request_id = engine.submit(
+                    request.tokens,
+                    sampling,
+                    boundaries=request.boundaries,
+                    answer_survives=request.answer_survives,
+                )
                 running[request_id] = place
                 busy.add(request.session)
             for output in engine.step():
@@ -183,7 +188,12 @@ def replay(
 def _say(engine: Engine, request: TraceRequest, sampling: SamplingParams) -> str:
     """Have the data's answer computed as part of a prompt: as much of it as the context takes."""
     whole = np.concatenate((request.tokens, request.output))[: engine.max_model_len - 1]
-    return engine.submit(whole, sampling, boundaries=request.boundaries)
+    return engine.submit(
+        whole,
+        sampling,
+        boundaries=request.boundaries,
+        answer_survives=request.answer_survives,
+    )
 
 
 def _turn(output: RequestOutput) -> Turn:

@@ -59,6 +59,9 @@ class LeaseRequest:
     """True: nothing past ``tokens`` is ever published, so all that is cached was computed by a prefill."""
     stateful: bool = True
     """False: the model has no linear layers; no slot is taken and no checkpoint planned."""
+    answer_survives: bool = True
+    """False: later prompts are known to leave this one before its end (a chat template that drops the reasoning). A state
+    saved in decode would never be used, and would make the boundary's look superseded: none is saved."""
 
 
 class _Saved(NamedTuple):
@@ -182,8 +185,8 @@ class Lease:
         )
         for position, label in placement.positions(prefill):
             self.want(position, label)
-        interval = None if self._request.exact else placement.decode_interval()
-        if interval is not None:
+        interval = placement.decode_interval()
+        if interval is not None and self._request.answer_survives and not self._request.exact:
             self._decode_interval = -(-interval // self._step) * self._step
 
     @property

@@ -33,6 +33,8 @@ class TraceRequest(NamedTuple):
     """Positions (in ids) known to survive into later prompts, ascending: end of the system segment, last stable boundary."""
     partial_tokens: int | None = None
     """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
+    answer_survives: bool = True
+    """False: later prompts are known to leave this one before its end."""
 
     def num_tokens(self, unit: int) -> int:
         """Length of the prompt in tokens."""

@@ -39,6 +39,7 @@ async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
         body.samplings(limit, num_top),
         namespace_of(body.cache_salt),
         prompt.boundaries,
+        prompt.answer_survives,
     )
     streams = front.submit([ask])
     answer = _Answer(front, body)

@@ -29,6 +29,7 @@ class Ask:
     sampling: Sequence[SamplingParams]
     namespace: str | None = None
     boundaries: tuple[int, ...] = ()
+    answer_survives: bool = True
     prompt_logprobs: int | None = None
 
 
@@ -95,6 +96,7 @@ class Front:
                         sampling,
                         namespace=ask.namespace,
                         boundaries=ask.boundaries,
+                        answer_survives=ask.answer_survives,
                         prompt_logprobs=ask.prompt_logprobs,
                     )
                     for sampling in ask.sampling

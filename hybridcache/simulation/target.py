@@ -186,7 +186,11 @@ class LeaseTarget:
 
     def begin(self, request: TraceRequest) -> Served | None:
         asked = LeaseRequest(
-            request.tokens, request.namespace, request.boundaries, stateful=self._stateful
+            request.tokens,
+            request.namespace,
+            request.boundaries,
+            stateful=self._stateful,
+            answer_survives=request.answer_survives,
         )
         lease = Lease.begin(self.cache, self.placement, asked)
         if lease is None:

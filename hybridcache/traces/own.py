@@ -12,6 +12,7 @@ object a line, in order of time:
 ``output_length``  how many tokens the answer has, where its ids are not known
 ``boundaries``  ascending positions in ids
 ``partial``     tokens that the prompt's last id stands for, where fewer than the unit
+``answer_survives``  false: later prompts are known to leave this one before its end
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class _Parser:
         self._last[session] = np.concatenate((tokens, output))
         boundaries = tuple(int(position) for position in record.get("boundaries", ()))
         namespace = record.get("namespace")
-        yield TraceRequest(self._now, session, namespace, tokens, output, boundaries, partial)
+        survives = bool(record.get("answer_survives", True))
+        yield TraceRequest(
+            self._now, session, namespace, tokens, output, boundaries, partial, survives
+        )
 
     def _tokens(self, record: Record, session: Hashable) -> Ids:
         if "tokens" in record:
@@ -126,6 +130,8 @@ def write(trace: Trace, file: TextIO) -> int:
             record["boundaries"] = list(request.boundaries)
         if request.partial_tokens is not None:
             record["partial"] = request.partial_tokens
+        if not request.answer_survives:
+            record["answer_survives"] = False
         file.write(json.dumps(record, separators=(",", ":")) + "\n")
         last[request.session] = np.concatenate((request.tokens, request.output))
     return num_requests

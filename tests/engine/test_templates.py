@@ -56,6 +56,7 @@ def test_the_next_turn_of_a_thinking_chat_leaves_before_the_end(
     variables = {} if thinking is None else {"enable_thinking": thinking}
     prompt = render_chat(tokenizer, CHAT, variables=variables)
     assert prompt.boundaries[-1] == len(prompt.token_ids) - left_before_end
+    assert not prompt.answer_survives
     turn = [
         {"role": "assistant", "content": "<think>well</think>Yes."},
         {"role": "user", "content": "Go on"},
@@ -67,6 +68,7 @@ def test_the_next_turn_of_a_thinking_chat_leaves_before_the_end(
 def test_a_template_that_only_appends_leaves_at_the_end() -> None:
     prompt = render_chat(_tokenizer(), CHAT)
     assert prompt.boundaries[-1] == len(prompt.token_ids)
+    assert prompt.answer_survives
 
 
 def test_the_builtin_template_drops_reasoning() -> None:

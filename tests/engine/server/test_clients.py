@@ -129,6 +129,24 @@ def test_the_next_turn_of_a_chat_resumes_at_the_stable_boundary(live: Live) -> N
     assert second.usage.prompt_tokens_details.cached_tokens == stable // 64 * 64 > 0
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_decode_saves_no_state_that_the_template_will_drop(
+    serve_oracle: Callable[..., Live], thinking: bool
+) -> None:
+    live = serve_oracle()
+    options: dict[str, Any] = {
+        "chat_template_kwargs": {"enable_thinking": thinking},
+        "ignore_eos": True,
+    }
+    live.client.chat.completions.create(
+        messages=CHAT, max_completion_tokens=200, extra_body=options, **GREEDY
+    )
+    live.wait_until_idle()
+    tree = "\n".join(live.report()["tree"])
+    assert " boundary" in tree
+    assert (" decode" in tree) == (not thinking)
+
+
 def test_token_id_prompts_and_batches(live: Live) -> None:
     tokenizer = ByteTokenizer()
     texts = ["fifth " + LONG, "sixth " + LONG]
