@@ -121,7 +121,9 @@ class VllmCache:
         hashes = self._hash_blocks(tokens, namespace)
         hit = self._match(tokens, hashes)
         blocks_needed = -(-len(tokens) // self.block_size) - len(hit.attention)
-        if blocks_needed + 3 * self.num_state_groups + 1 > len(self.pool.free):
+        # What is hit and held by nobody is in the free queue too, and will leave it.
+        claimed = sum(block in self.pool.free for block in (*hit.attention, *hit.states))
+        if blocks_needed + 3 * self.num_state_groups + 1 > len(self.pool.free) - claimed:
             return None
         return VllmSession(self, tokens, hashes, hit)
 
