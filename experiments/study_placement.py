@@ -90,7 +90,7 @@ def draw(results: list[SimulationResult]) -> None:
                 label="infinite cache",
             )
         axis.set_xlim(0, 100)
-        axis.set_xlabel(f"token hit rate, %, at {sizes[0]:.3g} and {sizes[1]:.3g} GiB, LRU")
+        axis.set_xlabel(f"token hit rate, %, at {sizes[0]:g} and {sizes[1]:g} GiB, LRU")
         axis.set_title(result.trace, fontsize=9)
     caption = "No single position serves every trace: the branch point carries shared beginnings, the end and the back-off carry continuations and repeats."
     save(figure, axes, figure_path("study_placement"), caption)

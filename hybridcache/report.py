@@ -97,7 +97,9 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
 
 
 def _size(run: RunResult) -> str:
-    return "pools" if run.gib is None else f"{run.gib:.3g}"
+    if run.gib is None:
+        return "pools"
+    return f"{run.gib:.0f}" if run.gib >= 100 else f"{run.gib:.3g}"
 
 
 def losses_table(runs: Sequence[RunResult]) -> str:
