@@ -39,6 +39,7 @@ bench: install  ## the timed figures, one after another, on a machine that does 
 	$(BIN)/python -m experiments.bench_tree
 	$(BIN)/python -m experiments.bench_simulate
 	$(BIN)/python -m experiments.bench_overhead
+	$(BIN)/python -m experiments.bench_optimum
 	$(BIN)/python -m experiments.bench_engine
 
 stress: install  ## ten million random operations on the cache, its invariants checked as they go
