@@ -34,6 +34,7 @@ Change = tuple[str, float, str, float]
 
 def main() -> None:
     options = arguments(__doc__, *TRACES)
+    options.resume = None  # kept runs do not know which constant was changed
     records: list[dict[str, Any]] = []
     changes: list[Change] = []
     for word in (bar := workloads(options)):
