@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -177,8 +178,8 @@ def _summary(output: RequestOutput) -> str:
 def _inspect(arguments: argparse.Namespace) -> int:
     from engine.inspect import as_record, as_text, load_geometry
 
-    if any(not gib > 0 for gib in arguments.budget_gib):
-        raise ValueError("--budget-gib must be above 0.")
+    if not all(0 < gib < math.inf for gib in arguments.budget_gib):
+        raise ValueError("--budget-gib must be finite and above 0.")
     dtypes = {
         name: value
         for name in ("kv_dtype", "state_dtype")

@@ -106,15 +106,30 @@ class EngineConfig:
             raise ConfigError(f"seed must be between 0 and 2**63 - 1, not {self.seed}.")
         for name in ("kv_gib", "state_gib", "cache_gib"):
             size = getattr(self, name)
-            if size is not None and not 0 < size < 2**20:
+            if size is not None and not (isinstance(size, int | float) and 0 < size < 2**20):
                 raise ConfigError(f"{name} must be a positive number of GiB, not {size}.")
         if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
             raise ConfigError("give cache_gib alone, or kv_gib and state_gib, not both.")
-        if self.prefix_cache not in ("hybrid", "radix", "none"):
-            raise ConfigError(
-                f"prefix_cache must be hybrid, radix or none, not {self.prefix_cache!r}."
-            )
-        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                allowed = ", ".join("none" if word is None else word for word in words)
+                raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+        if self.model == "":
+            raise ConfigError("model must name a directory; leave it out for the built-in one.")
+        places = self.checkpoints
+        if isinstance(places, str):
+            places = tuple(places.split(","))
+        object.__setattr__(self, "checkpoints", tuple(places))
+
+
+_WORDS: dict[str, tuple[str | None, ...]] = {
+    "load_format": ("auto", "dummy"),
+    "quantization": (None, "int8", "fp8"),
+    "graphs": ("auto", "off", "decode", "all"),
+    "prefix_cache": ("hybrid", "radix", "none"),
+    "overlap": ("auto", "on", "off"),
+}
+"""The settings that are one of a few words. (``dtype`` is the model's to judge.)"""
 
 
 def _check_positive_int(name: str, value: object) -> None:

@@ -135,11 +135,11 @@ class RequestTable:
     """The KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on the device."""
 
     def __init__(self, num_rows: int, max_model_len: int, padding_index: int, device: Device):
-        self.host: npt.NDArray[np.int32] = np.zeros((num_rows + 1, max_model_len), dtype=np.int32)
+        host = allocate((num_rows + 1, max_model_len), torch.int32, Device.resolve("cpu"))
+        self.host: npt.NDArray[np.int32] = host.numpy()
         self.host[num_rows] = padding_index
         self.padding_row = num_rows
         self._is_shared = device.is_cpu
-        host = torch.from_numpy(self.host)
         self.device = host if self._is_shared else host.to(device.torch_device)
 
     def write(self, writes: Sequence[tuple[int, int, npt.NDArray[np.int32]]]) -> None:
@@ -152,10 +152,16 @@ class RequestTable:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-    """Zeros. On a CPU the pages are only touched when they are written."""
-    if not device.is_cpu:
-        return torch.zeros(shape, dtype=dtype, device=device.torch_device)
-    untouched = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    """Zeros. On a CPU the pages are only touched when they are written. Raises ModelError where there is no memory."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        if not device.is_cpu:
+            return torch.zeros(shape, dtype=dtype, device=device.torch_device)
+        untouched = np.zeros(num_bytes, dtype=np.uint8)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise ModelError(
+            f"{device.describe()} has no {_gib(num_bytes)} left: give less memory, or have fewer requests run."
+        ) from None
     return torch.from_numpy(untouched).view(dtype).view(shape)
 
 

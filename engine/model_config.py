@@ -106,6 +106,8 @@ class ModelConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """From a parsed ``config.json``, the text part nested in ``text_config`` or not. Raises ModelError."""
         text = config.get("text_config") or config
+        if not isinstance(text, Mapping):
+            raise ModelError("text_config in config.json must be an object.")
         model_type = text.get("model_type", config.get("model_type"))
         architecture = ARCHITECTURES.get(str(model_type))
         if architecture is None:
@@ -114,9 +116,17 @@ class ModelConfig:
                 f"models of type {model_type!r} are not supported; supported are {supported}."
             )
         try:
-            return _parse(architecture, text, config)
+            parsed = _parse(architecture, text, config)
         except KeyError as error:
             raise ModelError(f"the model's config.json has no {error.args[0]!r}.") from None
+        except ModelError:
+            raise
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise ModelError(
+                f"the model's config.json has a value of the wrong type: {error}."
+            ) from None
+        _check_sizes(parsed)
+        return parsed
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -163,6 +173,33 @@ def _parse(
         linear=_linear(text) if "linear_attention" in layer_types else None,
         experts=experts,
     )
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Raises ModelError for sizes that no model can have."""
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"{name} must be at least 1 in config.json, not {size}.")
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(
+            "num_attention_heads must be a multiple of num_key_value_heads in config.json."
+        )
+    if config.rotary_dim % 2:
+        raise ModelError(
+            f"{config.rotary_dim} dimensions of a head are rotated: head_dim must make it even."
+        )
+    experts = config.experts
+    if experts is not None and not 1 <= experts.experts_per_token <= experts.num_experts:
+        raise ModelError("num_experts_per_tok must be from 1 to num_experts in config.json.")
 
 
 def _layer_types(

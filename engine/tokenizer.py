@@ -262,8 +262,11 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
 
     path = model_dir / "tokenizer.json"
     if path.exists():
-        return tokenizers.Tokenizer.from_file(str(path))
-    if not any(model_dir.glob("tokenizer*")) and not any(model_dir.glob("vocab*")):
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # The library raises nothing narrower.
+            raise ValueError(f"{path} is no tokenizer ({error}): download it again.") from None
+    if not any(model_dir.glob("tokenizer.model")) and not any(model_dir.glob("vocab*")):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
         )

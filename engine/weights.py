@@ -127,6 +127,8 @@ def find_files(model_dir: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise WeightsError(f"{index.name} is not a valid index of safetensors files.") from None
+    if not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"{index.name} is not a valid index of safetensors files.")
     absent = [name for name in names if not (model_dir / name).is_file()]
     if absent:
         raise WeightsError(f"files named in {index.name} are missing: {_enumerate(absent)}.")

@@ -64,7 +64,10 @@ def run(*arguments: str) -> int:
         ("generate x --max-tokens 10000000", "shorten the prompt or lower max_tokens"),
         ("inspect no-such-model", "No model directory, config.json or preset 'no-such-model'"),
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
-        ("inspect --budget-gib 0", "--budget-gib must be above 0"),
+        ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),
+        ("inspect --budget-gib inf", "--budget-gib must be finite and above 0"),
+        ("serve --port 0 --kv-gib 100000", "GiB left: give less memory"),
+        ("serve --port 0 --cache-gib 0.1 --max-running 100000000", "have fewer requests run"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(

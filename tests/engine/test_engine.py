@@ -371,7 +371,11 @@ def test_a_request_that_just_fits_is_served() -> None:
         ({"page_size": 1.5}, "page_size must be an integer"),
         ({"kv_gib": -1}, "kv_gib must be a positive number"),
         ({"cache_gib": 1, "kv_gib": 1}, "cache_gib alone"),
-        ({"prefix_cache": "magic"}, "hybrid, radix or none"),
+        ({"prefix_cache": "magic"}, "must be one of hybrid, radix, none"),
+        ({"overlap": "maybe"}, "overlap must be one of auto, on, off"),
+        ({"quantization": "int4"}, "quantization must be one of none, int8, fp8"),
+        ({"kv_gib": "1"}, "kv_gib must be a positive number"),
+        ({"model": ""}, "model must name a directory"),
         ({"seed": -1}, "seed must be between"),
         ({"checkpoints": ("brunch",)}, "unknown checkpoint placement 'brunch'"),
         ({"eviction": "mru"}, "mru"),
@@ -384,6 +388,10 @@ def test_settings_that_can_not_work_are_refused_in_one_sentence(
     with pytest.raises(ValueError, match=sentence) as caught:
         make_engine(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_placements_may_be_one_string_as_on_the_command_line() -> None:
+    assert EngineConfig(checkpoints="end,every:1024").checkpoints == ("end", "every:1024")  # type: ignore[arg-type]
 
 
 def test_config_errors_are_value_errors() -> None:

@@ -214,3 +214,11 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, model_dir: Path) -> 
     (tmp_path / "tokenizer_config.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"tokenizer_config.json is not valid JSON"):
         load_tokenizer(tmp_path)
+    for broken in (b"{broken", b"\xff\xfe"):
+        (tmp_path / "tokenizer.json").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer .*download it again"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"put the model's tokenizer.json there"):
+        load_tokenizer(tmp_path)

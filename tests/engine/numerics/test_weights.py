@@ -157,6 +157,18 @@ def test_unsupported_models_are_named():
     shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1}
     with pytest.raises(ModelError, match="'yarn' are not supported"):
         ModelConfig.from_dict({**shape, "rope_scaling": {"rope_type": "yarn"}})
+    for wrong, message in (
+        ({"num_hidden_layers": None}, "a value of the wrong type"),
+        ({"num_hidden_layers": "many"}, "a value of the wrong type"),
+        ({"num_attention_heads": 0}, "a value of the wrong type"),
+        ({"rope_parameters": 5}, "a value of the wrong type"),
+        ({"text_config": 5}, "text_config in config.json must be an object"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers must be at least 1"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim must make it even"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            ModelConfig.from_dict(shape | wrong)
 
 
 def test_dummy_weights_depend_on_the_seed_alone(checkpoint, random_tokens, drivers):
