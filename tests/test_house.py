@@ -59,7 +59,9 @@ def test_imports_between_rooms_point_one_way(room: str) -> None:
 
 def test_the_tree_and_the_allocators_never_import_each_other() -> None:
     for here, there in (("radix", "allocators"), ("allocators", "radix")):
-        wrong = [pair for pair in imports_of(f"hybridcache/{here}") if f"hybridcache.{there}" in pair[1]]
+        wrong = [
+            pair for pair in imports_of(f"hybridcache/{here}") if f"hybridcache.{there}" in pair[1]
+        ]
         assert wrong == []
 
 
@@ -75,7 +77,13 @@ def test_the_tree_knows_no_pool_no_policy_and_no_model() -> None:
 
 def test_the_server_sees_only_the_engine() -> None:
     hidden = ("engine.scheduler", "engine.memory", "engine.model_runner", "engine.cache_manager")
-    hidden += ("engine.models", "engine.layers", "hybridcache.radix", "hybridcache.hybrid", "kernels")
+    hidden += (
+        "engine.models",
+        "engine.layers",
+        "hybridcache.radix",
+        "hybridcache.hybrid",
+        "kernels",
+    )
     wrong = [pair for pair in imports_of("engine/server") if pair[1].startswith(hidden)]
     assert wrong == []
 
