@@ -297,7 +297,7 @@ def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> Non
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    columns = min(len(entries), 6)
+    columns = min(len(entries), 6, int(figure.get_size_inches()[0] / 1.9))
     rows = -(-len(entries) // columns) if columns else 0
     height = figure.get_size_inches()[1]
     bottom = (0.22 * rows + (0.3 if caption else 0.0) + 0.1) / height
