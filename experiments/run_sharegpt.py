@@ -83,7 +83,7 @@ def _parser() -> Parser:
     data(
         "--cap",
         type=int,
-        default=8192,
+        default=6144,
         help="longest prompt; a conversation ends there (default: %(default)s tokens)",
     )
     data(
