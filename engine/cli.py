@@ -122,6 +122,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         engine = Engine(engine_config)
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         print(start_screen(engine, f"http://{host}:{port}/v1"), flush=True)
         serve(AsyncEngine(engine), server_config, listener)
     return 0

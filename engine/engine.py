@@ -367,12 +367,16 @@ class Engine:
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
     ) -> Iterator[RequestOutput]:
-        """Answer one prompt; its outputs as they come. Closing the iterator ends the request."""
+        """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the request."""
         request_id = self._open(prompt, sampling, options)
-        return self._follow(request_id, self._mailboxes[request_id])
+        outputs = self._follow(request_id, self._mailboxes[request_id])
+        next(outputs)  # A generator that never began would not clean up.
+        return outputs
 
-    def _follow(self, request_id: str, mailbox: deque[RequestOutput]) -> Iterator[RequestOutput]:
+    def _follow(self, request_id: str, mailbox: deque[RequestOutput]) -> Iterator[Any]:
+        """Nothing, to begin with; then the request's outputs."""
         try:
+            yield None
             while True:
                 while not mailbox:
                     self.step()

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from engine.model_config import ModelError
+
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
 """What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0 (Gemma-style), a norm's 1."""
 
@@ -50,4 +52,11 @@ class Placement:
     """Format that the weights of large products are brought into when their layer is sealed."""
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        """Raises ModelError where there is no memory for it."""
+        try:
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        except RuntimeError:  # All that torch's CPU allocator raises.
+            sizes = " x ".join(map(str, shape))
+            raise ModelError(
+                f"the weights do not fit the memory of {self.device}: there was none left for one of {sizes}."
+            ) from None

@@ -259,6 +259,14 @@ def test_a_stream_gives_pieces_that_make_the_whole_and_ends_when_closed() -> Non
     assert not engine.has_work()
 
 
+def test_a_stream_that_nobody_reads_leaves_nothing() -> None:
+    engine = make_engine()
+    stream = engine.stream(ids(5), GREEDY)
+    assert engine.has_work()
+    del stream
+    assert not engine.has_work() and engine.step() == []
+
+
 def test_two_streams_and_a_batch_can_be_read_in_turns() -> None:
     engine = make_engine()
     one, other = engine.stream(ids(5), GREEDY), engine.stream(ids(6), GREEDY)

@@ -184,6 +184,15 @@ def test_dummy_weights_depend_on_the_seed_alone(checkpoint, random_tokens, drive
     assert first.isfinite().all()
 
 
+def test_weights_that_fit_no_memory_are_refused(checkpoint):
+    path, _ = checkpoint("qwen3")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"vocab_size": 10**7, "hidden_size": 10**7}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="do not fit the memory of cpu"):
+        load(path, load_format="dummy")
+
+
 def test_a_pool_too_small_says_what_it_would_need(oracles):
     with pytest.raises(ModelError, match=r"at least 256 tokens, .* GiB, are needed"):
         ModelRunner(EngineConfig(model=str(oracles("qwen3_5").path), device="cpu", kv_gib=1e-6))
