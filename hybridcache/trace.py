@@ -104,7 +104,9 @@ class FreshIds:
         self._next = (1 << 31) - 1
 
     def take(self, num_ids: int) -> Ids:
-        """int32[num_ids], never taken before."""
+        """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when all are taken."""
+        if num_ids < 0:
+            raise ValueError(f"an answer can not have {num_ids} ids")
         self._next -= num_ids
         if self._next < self.FLOOR:
             raise OverflowError("more than 2**30 unknown answer ids in one trace")

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 from hybridcache.arrivals import Pauses, parse_starts
 from hybridcache.generators import GENERATORS
 from hybridcache.trace import BadRecords, Trace
-from hybridcache.traces.base import Reader, json_lines, open_text
+from hybridcache.traces.base import Reader, json_lines, open_bytes
 from hybridcache.traces.coding_agent import CodingAgentReader
 from hybridcache.traces.few_shot import FewShotReader
 from hybridcache.traces.mooncake import MooncakeReader
@@ -66,17 +66,26 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
         trace = _generated(rest, options)
     else:
         trace = _read(rest, options, BadRecords(skip=skip_bad))
-    return trace if head is None else trace.head(int(head))
+    return trace if head is None else trace.head(int(_number("head", head)))
 
 
 def _generated(word: str, options: Mapping[str, str]) -> Trace:
-    numbers = {
-        name: float(value) if "." in value else int(value) for name, value in options.items()
-    }
+    numbers = {name: _number(name, value) for name, value in options.items()}
     try:
         return GENERATORS[word](**numbers)
     except TypeError as error:
         raise ValueError(f"generator {word}: {error}") from error
+
+
+def _number(name: str, value: str) -> float:
+    """ValueError where ``value`` is not a number, or negative."""
+    try:
+        number = float(value) if "." in value else int(value)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"option {name!r} needs a number of at least 0, got {value!r}")
+    return number
 
 
 def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
@@ -85,6 +94,10 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         path = Path(place) if place else packaged_file()
     else:
         path = Path(rest)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no trace {rest!r}: no file, and no generator ({', '.join(GENERATORS)})"
+            )
         word = recognise(path)
     reader_class = READERS[word]
     known = {field.name: field.type for field in fields(reader_class)}
@@ -98,7 +111,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
             kind = str(known[name])
             values[name] = (value in ("1", "true", "yes")) if kind == "bool" else value
             if kind.startswith("int"):
-                values[name] = int(value)
+                values[name] = int(_number(name, value))
         else:
             raise ValueError(f"format {word} has no option {name!r}")
     reader: Reader = reader_class(path=path, bad=bad, **values)
@@ -106,15 +119,18 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
 
 
 def recognise(path: Path) -> str:
-    """The word of the format of a file, told by its first record."""
-    with open_text(path) as file:
-        is_array = file.read(4096).lstrip().startswith("[")
-    records = (json_array if is_array else json_lines)(path, BadRecords(skip=True))
-    _, first = next(records, (0, None))
-    if first is not None:
-        for word, reader in READERS.items():
-            if reader.recognises(first):
-                return word
+    """The word of the format of a file, told by its first record. ValueError where it has none, or one of no known format."""
+    with open_bytes(path) as file:
+        is_array = file.read(4096).lstrip().startswith(b"[")
+    records = json_array if is_array else json_lines
+    _, first = next(records(path, BadRecords(skip=True)), (0, None))
+    if first is None:
+        for _ in records(path, BadRecords(skip=False)):
+            pass  # names the first line that can not be read
+        raise ValueError(f"{path}: there is no record in it")
+    for word, reader in READERS.items():
+        if reader.recognises(first):
+            return word
     raise ValueError(
         f"{path}: no format recognises its first record; say one of {', '.join(READERS)}"
     )

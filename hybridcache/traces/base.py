@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TextIO
 
-from hybridcache.trace import BadRecords, TraceRequest
+import numpy as np
+
+from hybridcache.trace import BadRecordError, BadRecords, Ids, TraceRequest
 
 Record = Mapping[str, Any]
 
@@ -29,25 +34,50 @@ class Reader(Protocol):
     def __call__(self) -> Iterator[TraceRequest]: ...
 
 
-def open_text(path: str | Path) -> TextIO:
-    """A text file, plain or gzipped (by its first two bytes)."""
+@contextmanager
+def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+    """A file, plain or gzipped (by its first two bytes). BadRecordError where what was gzipped is damaged or cut."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    if zipped:
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+    try:
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
+            yield opened
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadRecordError(f"{path}: a damaged gzip file ({error})") from error
+
+
+@contextmanager
+def open_text(path: str | Path) -> Iterator[TextIO]:
+    """The same, decoded as UTF-8."""
+    with open_bytes(path) as file, TextIOWrapper(file, encoding="utf-8") as text:
+        yield text
+
+
+def read_ids(values: Any) -> Ids:
+    """int32[n] of a JSON list of ids. ValueError unless it is a flat list of whole numbers in [0, 2**31). O(n)."""
+    if not isinstance(values, list):
+        raise ValueError(f"a list of ids was expected, not {type(values).__name__}")
+    if not values:
+        return np.zeros(0, np.int32)
+    ids = np.asarray(values)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 1 << 31:
+        raise ValueError("an id is not a whole number in [0, 2**31)")
+    return ids.astype(np.int32)
 
 
 def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
     """(line number, object) for every line of a JSONL file; blank lines are passed over, bad ones reported."""
-    with open_text(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
             except json.JSONDecodeError as error:
                 bad.report(path, number, f"not JSON ({error.msg} at column {error.colno})")
+                continue
+            except UnicodeDecodeError:
+                bad.report(path, number, "not UTF-8")
                 continue
             if isinstance(record, dict):
                 yield number, record

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from hybridcache.trace import BadRecords, FreshIds, TraceRequest, units
-from hybridcache.traces.base import Record, json_lines, parsed
+from hybridcache.traces.base import Record, json_lines, parsed, read_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class MooncakeReader:
         def parse(record: Record) -> Iterable[TraceRequest]:
             nonlocal number
             length = int(record["input_length"])
-            tokens = np.asarray(record["hash_ids"], dtype=np.int32)
+            tokens = read_ids(record["hash_ids"])
             if length < 1 or len(tokens) != units(length, self.unit):
                 raise ValueError(f"{len(tokens)} hash_ids do not cover input_length {length}")
             # The answer fills the prompt's partial block first.

@@ -18,6 +18,7 @@ object a line, in order of time:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, ClassVar, TextIO
 import numpy as np
 
 from hybridcache.trace import BadRecords, FreshIds, Ids, Trace, TraceRequest, units
-from hybridcache.traces.base import Record, json_lines, parsed
+from hybridcache.traces.base import Record, json_lines, parsed, read_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,20 @@ class _Parser:
         session = record.get("session", f"line {self._number}")
         tokens = self._tokens(record, session)
         partial = record.get("partial")
-        self._now = float(record.get("timestamp", self._now + 1.0))
+        if partial is not None and partial not in range(1, self._unit + 1):
+            raise ValueError(f"partial is {partial!r}, an id has 1 to {self._unit} tokens")
+        now = float(record.get("timestamp", self._now + 1.0))
+        if not math.isfinite(now):
+            raise ValueError(f"the timestamp is {now}")
         output = self._output(record)
-        self._last[session] = np.concatenate((tokens, output))
         boundaries = tuple(int(position) for position in record.get("boundaries", ()))
+        if not all(0 <= position <= len(tokens) for position in boundaries):
+            raise ValueError(f"a boundary is outside of the prompt's {len(tokens)} ids")
         namespace = record.get("namespace")
+        if isinstance(namespace, list | dict):
+            raise ValueError(f"the namespace is a {type(namespace).__name__}")
+        self._now = now
+        self._last[session] = np.concatenate((tokens, output))
         survives = bool(record.get("answer_survives", True))
         yield TraceRequest(
             self._now, session, namespace, tokens, output, boundaries, partial, survives
@@ -84,28 +94,21 @@ class _Parser:
 
     def _tokens(self, record: Record, session: Hashable) -> Ids:
         if "tokens" in record:
-            tokens = _ids(record["tokens"])
+            tokens = read_ids(record["tokens"])
         else:
             kept, *rest = record["prefix"]
             before = self._last.get(session, np.zeros(0, np.int32))
-            if not 0 <= kept <= len(before):
+            if not isinstance(kept, int) or not 0 <= kept <= len(before):
                 raise ValueError(f"prefix keeps {kept} ids of {len(before)} that session has")
-            tokens = np.concatenate((before[:kept], _ids(rest)))
+            tokens = np.concatenate((before[:kept], read_ids(rest)))
         if not len(tokens):
             raise ValueError("the prompt is empty")
         return tokens
 
     def _output(self, record: Record) -> Ids:
         if "output" in record:
-            return _ids(record["output"])
+            return read_ids(record["output"])
         return self._fresh.take(units(int(record.get("output_length", 0)), self._unit))
-
-
-def _ids(values: list[Any]) -> Ids:
-    ids = np.asarray(values, dtype=np.int64).reshape(-1)
-    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
-        raise ValueError("an id is not in [0, 2**31)")
-    return ids.astype(np.int32)
 
 
 def write(trace: Trace, file: TextIO) -> int:

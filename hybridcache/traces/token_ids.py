@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from hybridcache.trace import BadRecords, FreshIds, TraceRequest
-from hybridcache.traces.base import Record, json_lines, parsed
+from hybridcache.traces.base import Record, json_lines, parsed, read_ids
 
 _PROMPT = ("input_tokens", "input_ids", "prompt_token_ids", "token_ids", "prompt")
 _ANSWER = ("output_tokens", "output_ids", "output_token_ids", "completion_token_ids")
@@ -47,12 +45,12 @@ class TokenIdsReader:
 
         def parse(record: Record) -> Iterable[TraceRequest]:
             nonlocal now, number
-            prompt = np.asarray(_first(record, _PROMPT), dtype=np.int32)
-            if prompt.ndim != 1 or not len(prompt):
+            prompt = read_ids(_first(record, _PROMPT) or [])
+            if not len(prompt):
                 raise ValueError(f"no list of ids under any of {', '.join(_PROMPT)}")
             answer = _first(record, _ANSWER)
             if isinstance(answer, list):
-                output = np.asarray(answer, dtype=np.int32)
+                output = read_ids(answer)
             else:
                 output = fresh.take(int(_first(record, _ANSWER_LEN) or 0))
             when = _first(record, _TIME)

@@ -71,7 +71,7 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--policy", "no.module:X"], "no module"),
         (["simulate", "--trace", "chat", "--baseline", "word"], "no baseline 'word'"),
         (["simulate", "--trace", "chat", "--metric", "joy"], "unknown metric 'joy'"),
-        (["simulate", "--trace", "chat?seed=x"], "invalid literal"),
+        (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a number"),
     ],
 )
 def test_what_can_not_be_done_is_one_sentence(

@@ -340,7 +340,17 @@ def test_own_format_written_by_hand(tmp_path: Path) -> None:
     ("record", "problem"),
     [
         ({"tokens": []}, "the prompt is empty"),
-        ({"tokens": [-1]}, "an id is not in"),
+        ({"tokens": [-1]}, "an id is not a whole number in"),
+        ({"tokens": [1.5]}, "an id is not a whole number in"),
+        ({"tokens": [1 << 31]}, "an id is not a whole number in"),
+        ({"tokens": [[1, 2], [3, 4]]}, "an id is not a whole number in"),
+        ({"tokens": "12"}, "a list of ids was expected, not str"),
+        ({"tokens": [1], "output_length": -5}, "an answer can not have -5 ids"),
+        ({"tokens": [1], "timestamp": float("nan")}, "the timestamp is nan"),
+        ({"tokens": [1], "partial": 7}, "partial is 7, an id has 1 to 1 tokens"),
+        ({"tokens": [1], "partial": "x"}, "partial is 'x'"),
+        ({"tokens": [1], "boundaries": [2]}, "a boundary is outside of the prompt's 1 ids"),
+        ({"tokens": [1], "namespace": {}}, "the namespace is a dict"),
         ({"session": "new", "prefix": [5, 1]}, "prefix keeps 5 ids of 0"),
         ({"session": "s"}, "field 'prefix' is missing"),
         ([1], "a JSON object was expected, not list"),
@@ -354,10 +364,36 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, record: Any, probl
     assert len(list(trace)) == 2 and trace.bad.count == 1
 
 
+def test_a_first_line_that_can_not_be_read_is_named_too(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    for content, problem in (
+        (b"hello\n", "t.jsonl, line 1: not JSON"),
+        (b'\n{"tokens": [1]', "t.jsonl, line 2: not JSON"),
+        (b"\xff\xfe\x00", "t.jsonl, line 1: not UTF-8"),
+        (b"", "t.jsonl: there is no record in it"),
+        (gzip.compress(b'{"tokens": [1]}\n' * 9)[:-9], "t.jsonl: a damaged gzip file"),
+        (b'{"what": 1}', "no format recognises its first record"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            open_trace(str(path))
+    with pytest.raises(FileNotFoundError, match=r"no trace 'no\.jsonl': no file, and no generator"):
+        open_trace("no.jsonl")
+
+
+def test_token_ids_are_checked(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": [1, 2]}, {"prompt": [1, -3]})
+    with pytest.raises(BadRecordError, match=r"t\.jsonl, line 2: an id is not a whole number in"):
+        list(open_trace(str(path)))
+
+
 def test_options_are_checked(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]})
     with pytest.raises(ValueError, match="has no option 'cap'"):
         open_trace(f"{path}?cap=7")
+    for option in ("head=x", "head=-1"):
+        with pytest.raises(ValueError, match="option 'head' needs a number of at least 0"):
+            open_trace(f"{path}?{option}")
     with pytest.raises(ValueError, match="generator chat"):
         open_trace("chat?nonsense=1")
     with pytest.raises(ValueError, match=", ".join(READERS)):
