@@ -10,10 +10,11 @@ import numpy as np
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.consistency import check_cache
+from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode
 from hybridcache.radix.render import render_graphviz, render_svg, render_text
 from hybridcache.residency import Residency
 from hybridcache.room import make_room_for_kv, make_room_for_slot
@@ -75,7 +76,7 @@ class HybridRadixCache:
         self._slots = slots
         self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
         self._tree = self._residency.tree
-        self._gathered: tuple[Segment | None, Indices] = (None, NO_INDICES)
+        self._gathered = RecentGathers()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -150,28 +151,31 @@ class HybridRadixCache:
     def gather(self, node: RadixNode | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
 
-        The last answer is kept: a request asks when it begins and again below that when it has published. Rows above a
-        segment can not change while it is resident, whatever is split.
+        The latest answers are kept: a request asks when it begins and again below that when it has published, and the next
+        turn of its conversation asks for the same again.
         """
         kv = None if node is None else node.kv
         if node is None or kv is None:
             return NO_INDICES
-        known, rows = self._gathered
-        if kv is known:
-            return rows
-        asked = kv
-        parts = []
-        while kv is not None and node is not None:
-            if kv is known:
-                parts.append(rows)
+        gathered = self._gathered
+        known = gathered.get(kv)
+        if known is not None:
+            return known
+        asked, extends = kv, None
+        parts = [kv.indices]
+        above = node.parent
+        while above is not None and (kv := above.kv) is not None:
+            known = gathered.get(kv)
+            if known is not None:
+                parts.append(known)
+                extends = kv
                 break
             parts.append(kv.indices)
-            node = node.parent
-            kv = None if node is None else node.kv
+            above = above.parent
         parts.reverse()
         rows = np.concatenate(parts)
         rows.setflags(write=False)
-        self._gathered = (asked, rows)
+        gathered.keep(asked, rows, extends, self._residency.cached_tokens)
         return rows
 
     def touch(self, match: PrefixMatch) -> None:
