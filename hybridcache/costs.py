@@ -66,13 +66,22 @@ class ModelGeometry:
 
     @classmethod
     def load(cls, word: str, **dtypes: str) -> ModelGeometry:
-        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that holds one."""
+        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that holds one.
+
+        Raises KeyError for a name that is none, OSError for a file that can not be read, and ValueError, with the path, for one
+        that is no config of a model this project knows.
+        """
         path = Path(word)
         if path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":
-            config = json.loads(path.read_text(encoding="utf-8"))
-            return cls.from_config(config, path.parent.name, **dtypes)
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+                return cls.from_config(config, path.parent.name, **dtypes)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: not JSON ({error})") from error
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         return cls.preset(word, **dtypes)
 
     @classmethod
@@ -187,13 +196,22 @@ class MeasuredTimes:
 
     @classmethod
     def load(cls, path: str | Path) -> MeasuredTimes:
-        """From JSON: {"starts": [...], "lengths": [...], "table_s": [[...], ...]}."""
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(
-            tuple(record["starts"]),
-            tuple(record["lengths"]),
-            tuple(tuple(row) for row in record["table_s"]),
-        )
+        """From JSON: {"starts": [...], "lengths": [...], "table_s": [[...], ...]}. ValueError, with the path, for anything else."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            times = cls(
+                tuple(record["starts"]),
+                tuple(record["lengths"]),
+                tuple(tuple(row) for row in record["table_s"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no table of prefill times ({error})") from error
+        num_rows, widths = len(times.table_s), {len(row) for row in times.table_s}
+        if not num_rows or num_rows != len(times.starts) or widths != {len(times.lengths)}:
+            raise ValueError(
+                f"{path}: table_s needs a row for each start, a number for each length"
+            )
+        return times
 
     def seconds(self, start: int, end: int) -> float:
         if end <= start:

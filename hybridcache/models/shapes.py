@@ -49,9 +49,17 @@ def preset_name(word: str) -> str:
 def shape_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The shape of a Hugging Face ``config.json`` (read with ``json.load``); a nested ``text_config`` is looked into.
 
-    Raises ValueError when the config has layers of a sort this project does not know.
+    Raises ValueError when it is no config of a language model, or has layers of a sort this project does not know.
     """
-    text: Mapping[str, Any] = config.get("text_config") or config
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a JSON object was expected, not {type(config).__name__}")
+    try:
+        return _shape(config.get("text_config") or config)
+    except KeyError as error:
+        raise ValueError(f"a model without field {error} is not supported") from error
+
+
+def _shape(text: Mapping[str, Any]) -> dict[str, Any]:
     shape = _attention(text) | _feed_forward(text)
     sorts = text.get("layers_block_type") or text.get("hybrid_override_pattern")
     if sorts and "mamba_num_heads" in text:

@@ -97,6 +97,22 @@ def test_load_takes_a_directory_a_file_and_a_word(tmp_path) -> None:
     assert from_dir.state_bytes == ModelGeometry.load("qwen3-next").state_bytes
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "not JSON"),
+        ("[]", "a JSON object was expected, not list"),
+        ('{"model_type": "bert"}', "a model without field 'num_attention_heads' is not supported"),
+        (json.dumps(QWEN3_NEXT | {"layer_types": ["hyena"]}), "layers of unknown sort: hyena"),
+    ],
+)
+def test_a_config_that_is_none_is_named_with_its_file(tmp_path, text: str, problem: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json: {problem}"):
+        ModelGeometry.load(str(path))
+
+
 def test_state_precision_is_a_tier() -> None:
     geometry = ModelGeometry.preset("qwen3-next")
     sizes = [geometry.with_state_dtype(dtype).state_bytes for dtype in ("float32", "bfloat16")]
@@ -140,3 +156,17 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
     assert times.seconds(1000, 1300) == pytest.approx(6.0)
     assert times.seconds(5, 5) == 0.0
     assert MeasuredTimes((0,), (100, 200), ((1.0, 2.0),)).seconds(77, 227) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{}", "no table of prefill times"),
+        ('{"starts": [0], "lengths": [1, 2], "table_s": [[1.0]]}', "table_s needs a row"),
+    ],
+)
+def test_a_table_of_times_that_is_none_is_named(tmp_path, text: str, problem: str) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"times\.json: {problem}"):
+        MeasuredTimes.load(path)
