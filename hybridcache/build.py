@@ -77,7 +77,9 @@ def build_prefix_cache(config: CacheConfig) -> PrefixCache:
     if config.total_bytes is not None:
         budget = ByteBudget(config.total_bytes)
         num_tokens = config.total_bytes // config.kv_bytes_per_token
-        num_slots = config.total_bytes // config.state_bytes
+        num_slots = (
+            0 if config.prefix_cache == "radix" else config.total_bytes // config.state_bytes
+        )
     num_tokens -= num_tokens % config.page_size
     pages = PageAllocator(num_tokens, config.page_size, config.kv_bytes_per_token, budget)
     slots = SlotAllocator(num_slots, config.state_bytes, budget)

@@ -442,6 +442,10 @@ def test_no_cache_keeps_nothing():
     [
         ({"prefix_cache": "magic", "num_kv_tokens": 8}, "known: hybrid, radix, none"),
         ({"eviction": "magic", "num_kv_tokens": 8}, "unknown eviction"),
+        (
+            {"eviction": "json:JSONDecoder", "num_kv_tokens": 8},
+            "it is no EvictionPolicy, .* no add,",
+        ),
         ({"num_kv_tokens": 0}, "less than one page"),
         ({"num_kv_tokens": 8, "total_bytes": 8}, "not both"),
         ({"num_kv_tokens": 8, "grid": 0}, "at least 1"),
@@ -452,3 +456,13 @@ def test_no_cache_keeps_nothing():
 def test_a_config_that_makes_no_sense_says_why(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         CacheConfig(**options)
+
+
+def test_a_budget_for_more_rows_than_can_be_numbered_is_refused():
+    with pytest.raises(ValueError, match="int32"):
+        build_prefix_cache(CacheConfig(total_bytes=1 << 60))
+
+
+def test_a_cache_without_states_makes_no_slots():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", total_bytes=4096))
+    assert cache.allocate_slot() is None and len(cache.allocate_kv(4096)) == 4096

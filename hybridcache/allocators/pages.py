@@ -10,6 +10,8 @@ from hybridcache.allocators.budget import ByteBudget
 
 Indices = npt.NDArray[np.int32]
 
+_MOST_ROWS = 1 << 31
+
 
 class PageAllocator(BaseAllocator):
     """A stack of free pages; a page is ``page_size`` consecutive KV rows.
@@ -41,6 +43,10 @@ class PageAllocator(BaseAllocator):
         if num_tokens % page_size:
             raise ValueError(f"{num_tokens} KV rows are not whole pages of {page_size}")
         self.page_size = page_size
+        if num_tokens > _MOST_ROWS:
+            raise ValueError(
+                f"{num_tokens} KV rows are more than the {_MOST_ROWS} that int32 can number"
+            )
         num_pages = num_tokens // page_size
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
         self._height = num_pages

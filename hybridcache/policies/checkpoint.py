@@ -171,7 +171,7 @@ def _parse_rule(word: str) -> PlacementPolicy:
     if name in COUNTED_PLACEMENT:
         return COUNTED_PLACEMENT[name](_number(name, argument, f"{name}:4"))
     if colon:
-        rule: PlacementPolicy = load_class(word)()
+        rule: PlacementPolicy = load_class(word, PlacementPolicy)()
         return rule
     known = ", ".join(
         [*PLACEMENT, *(f"{word}:N" for word in (*NUMBERED_PLACEMENT, *COUNTED_PLACEMENT, "cap"))]

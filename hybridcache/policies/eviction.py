@@ -138,12 +138,12 @@ NUMBERED_EVICTION: dict[str, Callable[[float], EvictionPolicy]] = {
 
 def make_eviction(word: str) -> Callable[[], EvictionPolicy]:
     """The policy class ``word`` names: a word of ``EVICTION``, ``word:number``, or ``module:Class``. ValueError lists the words
-    that exist."""
+    that exist, or the methods that a class lacks."""
     name, _, number = word.partition(":")
     if name in NUMBERED_EVICTION and number.replace(".", "", 1).isdecimal():
         return partial(NUMBERED_EVICTION[name], float(number))
     if ":" in word:
-        return load_class(word)
+        return load_class(word, EvictionPolicy)
     try:
         return EVICTION[word]
     except KeyError:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 
-def load_class(word: str) -> type[Any]:
-    """The class that ``module:Class`` names, from an installed module or one in the working directory.
+def load_class(word: str, protocol: type[Any]) -> type[Any]:
+    """The class that ``module:Class`` names, from an installed module or one in the working directory, with the methods of
+    ``protocol``.
 
     The working directory joins the end of ``sys.path``: installed commands start without it. ValueError says in one sentence
     what can not be found.
@@ -27,4 +28,7 @@ def load_class(word: str) -> type[Any]:
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         raise ValueError(f"{word!r}: {module_name} has no class {class_name!r}")
+    missing = [name for name in vars(protocol) if not (name[0] == "_" or hasattr(found, name))]
+    if missing:
+        raise ValueError(f"{word!r}: it is no {protocol.__name__}, it has no {', '.join(missing)}")
     return found

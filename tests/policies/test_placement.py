@@ -55,6 +55,13 @@ def test_thinned_and_chunks_start_where_the_prompt_resumes() -> None:
     assert where("chunks:300", cached_len=512) == [768, 960]
 
 
+def test_a_class_of_the_users_own_needs_both_methods() -> None:
+    with pytest.raises(
+        ValueError, match="no PlacementPolicy, it has no positions, decode_interval"
+    ):
+        parse_placement("branch,json:JSONDecoder")
+
+
 @pytest.mark.parametrize("word", ["cap", *NUMBERED_PLACEMENT, *COUNTED_PLACEMENT])
 def test_numbers_must_be_positive(word: str) -> None:
     with pytest.raises(ValueError, match=word):
