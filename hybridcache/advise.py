@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline
 from hybridcache.report import text_table
-from hybridcache.simulation.result import RunResult, budget_bytes
+from hybridcache.simulation.result import RunResult, budget_bytes, sizes
 from hybridcache.simulation.serving import Serving
 from hybridcache.simulation.sweep import Job, run_sweep
 from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, GIB, RunConfig
@@ -120,17 +120,22 @@ def advise(
     processes: int = 1,
     progress: Progress | None = None,
 ) -> Advice:
-    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals."""
+    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals.
+
+    Raises what ``simulate`` raises."""
+    (size,) = sizes(gib)
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
     timing = MeasuredTimes.load(times) if times else Roofline.fitting(geometry)
     adviser = _Adviser(trace, Serving(timing, servers), processes, progress)
-    config = RunConfig(geometry, budget_bytes=budget_bytes(gib))
+    config = RunConfig(geometry, budget_bytes=budget_bytes(size))
     options = {
         f"{policy} @ {placement}": replace(config, policy=policy, checkpoints=placement)
         for policy in policies
         for placement in PLACEMENTS
     }
     config = adviser.ask("policy @ checkpoints", options)
+    if not geometry.num_linear_layers:  # no state: nothing to save, to split or to shrink
+        return adviser.advice(config, size, kv_share=1.0, result=adviser.chosen_run())
     periodic = {"none": config} | {
         f"every {interval}": replace(config, checkpoints=f"{config.checkpoints},every:{interval}")
         for interval in INTERVALS
@@ -138,19 +143,10 @@ def advise(
     }
     config = adviser.ask("periodic checkpoints", periodic)
     result = adviser.chosen_run()
-    split = adviser.ask("KV share of two pools", _splits(config, gib))
+    split = adviser.ask("KV share of two pools", _splits(config, size))
     adviser.ask("precision of states", {word: _with_precision(config, word) for word in PRECISIONS})
-    kv_share = split.num_kv_tokens * geometry.kv_bytes_per_token / (gib * GIB)
-    return Advice(
-        trace.name,
-        geometry.name,
-        gib,
-        tuple(adviser.answers),
-        config.policy,
-        config.checkpoints,
-        round(kv_share, 2),
-        result,
-    )
+    kv_share = split.num_kv_tokens * geometry.kv_bytes_per_token / (size * GIB)
+    return adviser.advice(config, size, round(kv_share, 2), result)
 
 
 def _splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
@@ -190,6 +186,19 @@ class _Adviser:
             for number, (option, run) in enumerate(zip(options, runs, strict=True))
         ]
         return jobs[best].config
+
+    def advice(self, config: RunConfig, gib: float, kv_share: float, result: RunResult) -> Advice:
+        """``config`` with all the answers so far."""
+        return Advice(
+            self._trace.name,
+            config.geometry.name,
+            gib,
+            tuple(self.answers),
+            config.policy,
+            config.checkpoints,
+            kv_share,
+            result,
+        )
 
     def chosen_run(self) -> RunResult:
         """What the latest choice gave."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridcache.trace import Trace
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -16,13 +21,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:
-        return run(options)
-    except (ValueError, KeyError, ModuleNotFoundError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"hybridcache: {message}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
+        code = run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough; what is left goes nowhere, at exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, KeyError, ModuleNotFoundError, OSError, MemoryError) as error:
+        print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"this host has too little memory for it ({error})"
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,13 +139,15 @@ def _simulate(options: argparse.Namespace) -> int:
     from hybridcache.report import bins_table, find_metric, losses_table, sweep_figure
     from hybridcache.simulate import simulate
     from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
-    from hybridcache.traces import open_trace
 
     metrics = options.metric.split(",")
     for word in metrics:
         find_metric(word)
+    if options.figure and options.figure.suffix not in (".png", ".svg"):
+        raise ValueError(f"--figure {options.figure}: its name must end in .png or .svg")
     results = []
     for spec in options.trace:
+        trace = _open(spec, options)
         with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
 
             def show(done: int, total: int, bar: tqdm = bar) -> None:
@@ -138,7 +155,7 @@ def _simulate(options: argparse.Namespace) -> int:
                 bar.update(done - bar.n)
 
             result = simulate(
-                open_trace(spec, skip_bad=options.skip_bad),
+                trace,
                 model=options.model,
                 gib=options.gib,
                 policy=_split(options.policy),
@@ -199,10 +216,9 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.optimum import optimum
     from hybridcache.report import optimum_table
     from hybridcache.simulation.result import budget_bytes, sizes
-    from hybridcache.traces import open_trace
 
     geometry = ModelGeometry.load(options.model).with_state_dtype(options.state_dtype)
-    trace = open_trace(options.trace, skip_bad=options.skip_bad).kept()
+    trace = _open(options.trace, options).kept()
     found = []
     with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:
         for size in bar:
@@ -247,9 +263,8 @@ def _advise(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hybridcache.advise import DEFAULT_POLICIES, advise
-    from hybridcache.traces import open_trace
 
-    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    trace = _open(options.trace, options)
     with tqdm(unit=" runs", disable=None, file=sys.stderr) as bar:
         advice = advise(
             trace,
@@ -263,6 +278,18 @@ def _advise(options: argparse.Namespace) -> int:
         )
     print(json.dumps(advice.as_record()) if options.json else advice.text())
     return 0
+
+
+def _open(spec: str, options: argparse.Namespace) -> Trace:
+    """The trace; with ``--skip-bad`` it is read once more, to say what is left out of it."""
+    from hybridcache.traces import open_trace
+
+    trace = open_trace(spec, skip_bad=options.skip_bad)
+    if options.skip_bad:
+        num_requests = sum(1 for _ in trace)
+        left_out = f"{trace.bad.count} bad records left out"
+        print(f"{spec}: {num_requests} requests, {left_out}", file=sys.stderr)
+    return trace
 
 
 def _split(words: str) -> tuple[str, ...]:

@@ -233,6 +233,7 @@ def sweep_figure(
                 color=COLOURS[number % len(COLOURS)],
                 linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)],
                 linewidth=2.4 if label in emphasised else 1.3,
+                marker="o" if len(kept) == 1 else None,
                 label=label,
             )
         if word == "hit" and result.bound_rate is not None:

@@ -113,6 +113,9 @@ def simulate(
     ``state_dtype``: None keeps the model's own. Each cell of the
     sweep stands for itself, so results do not depend on ``processes``. ``optimum``: also what the best plan with hindsight reuses at
     each size (``greedy`` for long traces, ``milp`` for some hundred requests), with at most ``optimum_limit_s`` a size.
+
+    Raises ValueError, KeyError (model) or OSError, each with one sentence, for what can not be read or done. Takes time in
+    proportion to requests times cells; memory does not grow with either, but for a trace below 256 MB that is held between runs.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
@@ -129,6 +132,8 @@ def simulate(
         for placement in _words(checkpoints)
     ]
     competitors += [replace(common, baseline=word) for word in _words(baseline)]
+    if not competitors:
+        raise ValueError("nothing to simulate: no policy, and no baseline")
     for config in competitors:
         check_words(config)
     jobs = [
@@ -144,7 +149,7 @@ def simulate(
         progress=progress,
     )
     bound_rate = None
-    if bound and runs:
+    if bound:
         cache = InfiniteCache()
         bound_tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
         bound_rate = bound_tokens / runs[0].prompt_tokens

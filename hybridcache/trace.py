@@ -54,6 +54,7 @@ class Trace:
     """What was skipped in the latest iteration."""
 
     def __iter__(self) -> Iterator[TraceRequest]:
+        self.bad.count = 0
         return iter(self.source())
 
     def head(self, num_requests: int) -> Trace:

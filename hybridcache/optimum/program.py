@@ -185,7 +185,9 @@ class Program:
     ) -> Solution:
         """Run HiGHS on one thread. ``start`` is a plan to improve on; with ``window`` = (first, last) request only what
         touches those requests may change, the rest stays as in ``start`` (the bound then holds for the window alone).
-        RuntimeError if it ends without a solution."""
+        TimeoutError if it ends without a solution or, where not ``integral``, without the bound."""
+        import highspy
+
         began = time.perf_counter()
         solver = self._solver(integral, relative_gap, limit_s)
         if integral and start is not None:
@@ -197,8 +199,9 @@ class Program:
         solver.run()
         info = solver.getInfo()
         values = np.asarray(solver.getSolution().col_value)
-        if not len(values) or not np.isfinite(info.objective_function_value):
-            raise RuntimeError(f"HiGHS found no solution within {limit_s:g} s")
+        solved = integral or solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
+        if not solved or not len(values) or not np.isfinite(info.objective_function_value):
+            raise TimeoutError(f"HiGHS found no solution within {limit_s:g} s; greedy needs none")
         objective = float(info.objective_function_value)
         prices = None
         if not integral:

@@ -85,7 +85,8 @@ def optimum(
 
     ``greedy`` builds a plan (any length of trace); ``lp`` adds the relaxation's bound and the prices; ``milp`` improves the
     plan window by window, then as a whole, until the gap is ``relative_gap`` or ``limit_s`` is over. ``grid`` in tokens.
-    ValueError for a budget or a grid that is not positive; ImportError without the extra ``lab`` (not needed by ``greedy``).
+    ValueError for a budget, a grid or a time that is not positive and for a trace without a request; TimeoutError where
+    ``limit_s`` was too short for any bound; ImportError without the extra ``lab`` (not needed by ``greedy``).
 
     >>> from hybridcache.generators import resend
     >>> best = optimum(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
@@ -95,6 +96,10 @@ def optimum(
     """
     if capacity_bytes <= 0 or kv_bytes_per_token <= 0:
         raise ValueError("the optimum needs a positive capacity and positive bytes per token")
+    if grid < 1 or limit_s <= 0 or relative_gap < 0:
+        raise ValueError(
+            "the optimum needs a positive grid, a positive time limit and no negative gap"
+        )
     if grid % trace.unit and trace.unit % grid:
         raise ValueError(
             f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
@@ -102,6 +107,8 @@ def optimum(
     say = on_progress or (lambda _: None)
     began = time.perf_counter()
     requests = list(trace)
+    if not requests:
+        raise ValueError(f"{trace.name}: there is no request in it")
     trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
     budget = Budget(capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes)
     prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)

@@ -206,9 +206,23 @@ def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
 def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or numbers.
 
+    ValueError unless there is one at least and all are positive and finite.
+
     >>> sizes("2:200:3")
     (2.0, 20.0, 200.0)
     """
+    try:
+        found = _points(spec)
+    except ValueError:
+        found = ()
+    if not found or not all(0 < gib < float("inf") for gib in found):
+        raise ValueError(
+            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points, as a,b,c or as numbers"
+        )
+    return found
+
+
+def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
         low, high, count = spec.split(":")
         points = np.geomspace(float(low), float(high), int(count))

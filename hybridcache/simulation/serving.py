@@ -35,6 +35,12 @@ class Serving:
     tpot_s: float = 0.02
     """Seconds per answer token, concurrent mode only."""
 
+    def __post_init__(self) -> None:
+        if self.servers < 1:
+            raise ValueError(f"servers must be at least 1, got {self.servers}")
+        if self.max_running is not None and self.max_running < 1:
+            raise ValueError(f"max_running must be at least 1, got {self.max_running}")
+
 
 def serve(
     target: Target, requests: Iterable[TraceRequest], unit: int, serving: Serving

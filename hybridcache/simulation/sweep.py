@@ -43,7 +43,11 @@ def run_sweep(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RunResult]:
     """Results in the order of ``jobs``. With ``resume_from``, runs that file has are read from it and new ones are appended as they are
-    done, a JSON line each; ``progress`` is called with (done, all)."""
+    done, a JSON line each; ``progress`` is called with (done, all).
+
+    ValueError for less than one process, and for a trace without a request."""
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
     results: dict[int, RunResult] = {}
     keys = [""] * len(jobs)
     known: dict[str, RunResult] = {}
@@ -58,6 +62,8 @@ def run_sweep(
         _end_last_line(resume_from)
     with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
         for number, result in _run(trace, todo, processes):
+            if not result.requests:
+                raise ValueError(f"{trace.name}: there is no request in it")
             results[number] = result
             if file is not None:
                 record = {"key": keys[number], "trace": trace.name} | result.as_record()

@@ -59,6 +59,10 @@ class RunConfig:
     steps: EngineSteps | None = None
     """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single tokens."""
 
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.grid < 1:
+            raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+
     @property
     def label(self) -> str:
         """How tables and figures call it."""

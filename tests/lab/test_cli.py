@@ -11,6 +11,7 @@ import pytest
 
 from hybridcache.advise import advise
 from hybridcache.cli import main
+from hybridcache.costs import ModelGeometry
 from hybridcache.generators import short
 from hybridcache.report import METRICS
 from hybridcache.simulate import simulate
@@ -71,6 +72,29 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--policy", "no.module:X"], "no module"),
         (["simulate", "--trace", "chat", "--baseline", "word"], "no baseline 'word'"),
         (["simulate", "--trace", "chat", "--metric", "joy"], "unknown metric 'joy'"),
+        (["simulate", "--trace", "chat", "--policy", ""], "nothing to simulate"),
+        (
+            ["simulate", "--trace", "chat", "--policy", "json:JSONDecoder"],
+            "it is no EvictionPolicy",
+        ),
+        (["simulate", "--trace", "chat", "--gib", "0"], "sizes '0'"),
+        (["simulate", "--trace", "chat", "--gib", "-1"], "sizes '-1'"),
+        (["simulate", "--trace", "chat", "--gib", "inf"], "sizes 'inf'"),
+        (["simulate", "--trace", "chat", "--gib", "nan"], "sizes 'nan'"),
+        (["simulate", "--trace", "chat", "--gib", "1:2:0"], "sizes '1:2:0'"),
+        (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
+        (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
+        (["simulate", "--trace", "chat", "--grid", "-64"], "must be at least 1"),
+        (["simulate", "--trace", "chat", "--servers", "0"], "servers must be at least 1"),
+        (["simulate", "--trace", "chat", "--max-running", "0"], "max_running must be at least 1"),
+        (["simulate", "--trace", "chat", "--processes", "0"], "processes must be at least 1"),
+        (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png or .svg"),
+        (["simulate", "--trace", "chat?head=0"], "chat: there is no request in it"),
+        (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
+        (["advise", "--trace", "chat", "--gib", "0"], "sizes 0.0"),
+        (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
+        (["optimum", "--trace", "chat", "--limit", "0"], "positive time limit"),
+        (["optimum", "--trace", "chat", "--gap", "-1"], "no negative gap"),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a number"),
     ],
 )
@@ -79,6 +103,22 @@ def test_what_can_not_be_done_is_one_sentence(
 ) -> None:
     code, out, error = run(capsys, *arguments)
     assert code == 2 and sentence in error and error.count("\n") == 1 and not out
+
+
+def test_bad_records_are_counted_wherever_they_are_skipped(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"tokens": [1, 2, 3]}\n{"tokens": []}\n{"tokens": [1, 2, 4]}\n')
+    for command in (["simulate"], ["optimum", "--method", "greedy"]):
+        code, _, error = run(capsys, *command, "--trace", str(trace), "--gib", "1", "--skip-bad")
+        assert code == 0 and "2 requests, 1 bad records left out" in error
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m hybridcache.cli simulate --trace short?head=9 --gib 1,2 | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
@@ -126,6 +166,13 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     text = advice.text()
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
+
+
+def test_advice_for_a_model_without_states() -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = ModelGeometry.from_config(config)
+    advice = advise(short().head(40), model=model, gib=0.1, policies=("lru",))
+    assert advice.kv_share == 1.0 and "0 GiB for states" in advice.text()
 
 
 @pytest.mark.parametrize("word", list(METRICS))
