@@ -46,11 +46,16 @@ def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _command() -> list[str]:
+    """Without ``--resume FOLDER``, which says where runs are kept on the way and changes none of them."""
+    arguments = sys.argv[1:]
+    if "--resume" in arguments:
+        at = arguments.index("--resume")
+        del arguments[at : at + 2]
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT) and script.suffix == ".py":
         module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
-        return ["-m", module, *sys.argv[1:]]
-    return [script.name, *sys.argv[1:]]
+        return ["-m", module, *arguments]
+    return [script.name, *arguments]
 
 
 def _commit() -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import lab
+from experiments.provenance import provenance
 
 STUDIES = {
     "study_capacity": "short",
@@ -41,3 +42,10 @@ def test_a_workload_that_is_not_here_is_passed_over(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.argv", ["study", "--traces", "absent,short"])
     options = lab.arguments("A study.")
     assert list(lab.workloads(options)) == ["short"]
+
+
+def test_the_command_of_a_result_names_no_folder_of_its_maker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["study", "--resume", "/my/own", "--points", "2"])
+    assert provenance()["command"] == "python study --points 2"
