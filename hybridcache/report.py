@@ -82,18 +82,25 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sweep_table(result: SimulationResult, word: str = "hit") -> str:
-    """A row a competitor, a column a size; the bound last where the metric is a hit rate."""
+    """A row a competitor, a column a size; where the metric is the token hit rate, also the best plan with hindsight, if it was
+    worked out, and the bound."""
     metric = find_metric(word)
     by_label = result.by_label()
     first = next(iter(by_label.values()), [])
     header = [f"{metric.title}, at GiB", *(_size(run) for run in first)]
     rows = [[label, *map(metric.text, runs)] for label, runs in by_label.items()]
+    if word == "hit" and any(run.optimum_tokens for run in first):
+        rows.append(["(with hindsight)", *(f"{_hindsight(run):.1f}" for run in first)])
     if word == "hit" and result.bound_rate is not None:
         rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
     title = f"{result.trace}, {result.geometry.name}"
     if first:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
     return f"{title}\n{text_table(header, rows)}"
+
+
+def _hindsight(run: RunResult) -> float:
+    return 100 * (run.optimum_tokens or 0) / run.prompt_tokens
 
 
 def _size(run: RunResult) -> str:
@@ -217,7 +224,8 @@ def sweep_figure(
     emphasised: Sequence[str] = (),
     caption: str = "",
 ) -> None:
-    """One panel a trace: ``word`` over memory size on a log axis, a line a competitor, the bound dashed.
+    """One panel a trace: ``word`` over memory size on a log axis, a line a competitor, the bound dashed, the best plan with
+    hindsight black, if it was worked out.
 
     ``emphasised`` labels are drawn thick, all others thin.
     """
@@ -236,6 +244,10 @@ def sweep_figure(
                 marker="o" if len(kept) == 1 else None,
                 label=label,
             )
+        known = [run for run in result.runs if run.optimum_tokens and run.gib is not None]
+        if word == "hit" and known:
+            points = sorted({(run.gib, _hindsight(run)) for run in known})
+            axis.plot(*zip(*points, strict=True), "k.-", linewidth=1.0, label="with hindsight")
         if word == "hit" and result.bound_rate is not None:
             axis.axhline(
                 100 * result.bound_rate, color="black", linewidth=0.8, linestyle=(0, (4, 3))
@@ -250,7 +262,8 @@ def sweep_figure(
             )
         size_axis(axis)
         axis.set_ylabel(metric.title)
-        axis.set_title(f"{result.trace} ({result.geometry.name})", fontsize=9)
+        num_requests = f"{result.runs[0].requests:,} requests"
+        axis.set_title(f"{result.trace}, {num_requests} ({result.geometry.name})", fontsize=9)
     save(figure, axes, path, caption)
 
 

@@ -114,8 +114,7 @@ def simulate(
     sweep stands for itself, so results do not depend on ``processes``. ``optimum``: also what the best plan with hindsight reuses at
     each size (``greedy`` for long traces, ``milp`` for some hundred requests), with at most ``optimum_limit_s`` a size.
 
-    Raises ValueError, KeyError (model) or OSError, each with one sentence, for what can not be read or done. Takes time in
-    proportion to requests times cells; memory does not grow with either, but for a trace below 256 MB that is held between runs.
+    Raises ValueError, KeyError (model) or OSError, each with one sentence, for what can not be read or done. O(requests) a cell.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model

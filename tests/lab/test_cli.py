@@ -154,6 +154,7 @@ def test_share_of_the_optimum() -> None:
     for run_ in result.runs:
         assert run_.share_of_optimum is not None and run_.share_of_optimum > 0
     assert "share of the optimum" in result.table("optimum")
+    assert "(with hindsight)" in result.table() and "(with hindsight)" not in result.table("flops")
 
 
 def test_advice_is_the_best_of_what_it_tried() -> None:
