@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -16,15 +18,7 @@ def load_class(word: str, protocol: type[Any]) -> type[Any]:
     what can not be found.
     """
     module_name, _, class_name = word.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"{word!r}: no module {module_name!r} can be imported ({error})"
-        ) from error
+    module = _imported(word, module_name)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         raise ValueError(f"{word!r}: {module_name} has no class {class_name!r}")
@@ -32,3 +26,23 @@ def load_class(word: str, protocol: type[Any]) -> type[Any]:
     if missing:
         raise ValueError(f"{word!r}: it is no {protocol.__name__}, it has no {', '.join(missing)}")
     return found
+
+
+def _imported(word: str, module_name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{word!r}: no module {module_name!r} can be imported ({error})"
+        ) from error
+
+
+def source_of(word: str) -> str:
+    """The text of the module that a word like ``module:Class`` names; empty for other words, numbered ones (``ttl:500``) too."""
+    module_name, colon, rest = word.strip().partition(":")
+    if not colon or rest.replace(".", "", 1).isdecimal():
+        return ""
+    return inspect.getsource(_imported(word, module_name))

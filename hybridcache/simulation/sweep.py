@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridcache.policies.own import source_of
 from hybridcache.simulation.result import RunResult, summarise
 from hybridcache.simulation.serving import Serving, serve
 from hybridcache.simulation.target import RunConfig, build_target
@@ -29,9 +30,13 @@ class Job:
     serving: Serving
 
     def key(self, trace: Trace) -> str:
-        """What tells whether a results file has this run already: all that its figures depend on."""
+        """What tells whether a results file has this run already: all that its figures depend on but this project's own code. A
+        policy of the user's own that was edited makes another run."""
         parts = (trace.name, trace.unit, repr(self.config), repr(self.serving))
-        return hashlib.sha256(repr(parts).encode() + pickle.dumps(trace.source)).hexdigest()[:16]
+        words = (self.config.policy, *self.config.checkpoints.split(","))
+        own = "".join(map(source_of, words)).encode()
+        text = repr(parts).encode() + own + pickle.dumps(trace.source)
+        return hashlib.sha256(text).hexdigest()[:16]
 
 
 def run_sweep(

@@ -139,6 +139,24 @@ def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
     assert "mine:Shallow" in done.stdout
 
 
+def test_a_policy_that_was_edited_is_run_again(tmp_path: Path) -> None:
+    text = (
+        "from hybridcache.policies.scored import ScorePolicy\n\n\n"
+        "class Mine(ScorePolicy):\n"
+        "    def score(self, item):\n"
+        "        return SIGN * item.last_used\n"
+    )
+    command = [Path(sys.executable).with_name("hybridcache"), "simulate", "--trace", "short"]
+    command += ["--gib", "1", "--policy", "edited:Mine", "--output", "runs.jsonl", "--no-bound"]
+    tables = []
+    for sign in ("1", "1", "-1"):
+        (tmp_path / "edited.py").write_text(text.replace("SIGN", sign))
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        tables.append(done.stdout)
+    assert tables[0] == tables[1] != tables[2]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+
+
 def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "o.jsonl"
     arguments = ["optimum", "--trace", "resend?head=45", "--gib", "2,4", "--method", "greedy"]
