@@ -370,7 +370,8 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
     for number, (label, costs) in enumerate(({ours: quiet} | PEERS).items()):
         places = np.arange(len(costs)) + 0.2 * number - 0.3
         bars = left.bar(places, list(costs.values()), 0.19, label=label)
-        left.bar_label(bars, fmt="%.0f", fontsize=7)
+        clear_of_whisker = 0 if number else 11
+        left.bar_label(bars, fmt="%.0f", fontsize=7, padding=clear_of_whisker)
     lowest = np.array(list(quiet.values()))
     whisker = np.maximum(np.array(means) - lowest, 0)
     left.errorbar(
