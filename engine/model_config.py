@@ -115,6 +115,10 @@ class ModelConfig:
             raise ModelError(
                 f"models of type {model_type!r} are not supported; supported are {supported}."
             )
+        if "quantization_config" in config or "quantization_config" in text:
+            raise ModelError(
+                "pre-quantised weights are not supported: give the model's bfloat16 directory, and --quantization int8 or fp8."
+            )
         try:
             parsed = _parse(architecture, text, config)
         except KeyError as error:

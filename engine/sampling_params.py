@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from hybridcache.interface import Tokens
+
+MAX_STOPS = 64
+"""Stop strings, or stop token ids, that one request may bring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            if not isinstance(given, Iterable):
+                raise ValueError(f"{name} must be a list, not {given!r}.")
+            object.__setattr__(self, name, tuple(given))
+            if len(getattr(self, name)) > MAX_STOPS:
+                raise ValueError(
+                    f"{name} may hold at most {MAX_STOPS}: each is looked for at every token."
+                )
         self._check_numbers()
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError("stop must hold non-empty strings.")
@@ -83,13 +95,13 @@ class SamplingInput:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_range(
     name: str, value: float, low: float, high: float, open_below: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}.")
     if not low <= value <= high or (open_below and value == low):
         raise ValueError(

@@ -34,7 +34,7 @@ def _imported(word: str, module_name: str) -> ModuleType:
         sys.path.append(here)
     try:
         return importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever a stranger's module raises while it is read
         raise ValueError(
             f"{word!r}: no module {module_name!r} can be imported ({error})"
         ) from error

@@ -1,0 +1,36 @@
+"""Sampling rules are checked when they are made: one sentence per bad value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.sampling_params import MAX_STOPS, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ({"stop": ["x"] * (MAX_STOPS + 1)}, "at most 64"),
+        ({"stop_token_ids": range(MAX_STOPS + 1)}, "at most 64"),
+        ({"stop": 5}, "must be a list"),
+        ({"stop": None}, "must be a list"),
+        ({"stop": [""]}, "non-empty"),
+        ({"stop_token_ids": [-1]}, "0 or more"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"top_p": 0}, "above 0"),
+        ({"seed": 1.5}, "integer"),
+        ({"max_tokens": True}, "integer"),
+    ],
+)
+def test_a_bad_value_is_one_sentence(bad: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as raised:
+        SamplingParams(**bad)  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(
+        seed=np.int64(4), temperature=np.float32(0.5), stop_token_ids=(np.int32(7),)
+    )
+    assert (params.seed, params.temperature, params.stop_token_ids) == (4, 0.5, (7,))
