@@ -85,6 +85,8 @@ def _trace_stats(options: argparse.Namespace) -> int:
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     with tqdm(unit=" requests", disable=None, file=sys.stderr) as bar:
         stats = trace_stats(trace, progress=lambda _: bar.update() and None)
+    if not stats.num_requests:
+        raise ValueError(f"{options.trace}: there is no request in it")
     print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
     return 0
 

@@ -73,8 +73,14 @@ class RunConfig:
         return f"{self.policy} @ {self.checkpoints}"
 
     def cache_config(self, unit: int) -> CacheConfig:
-        """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit."""
+        """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit. ValueError for a page or a grid
+        that is neither whole units nor a part of one."""
         geometry = self.geometry
+        for name, size in (("page_size", self.page_size), ("grid", self.grid)):
+            if size % unit and unit % size:
+                raise ValueError(
+                    f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part of it"
+                )
         return CacheConfig(
             prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
             total_bytes=self.budget_bytes,

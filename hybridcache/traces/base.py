@@ -48,9 +48,12 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
 
 @contextmanager
 def open_text(path: str | Path) -> Iterator[TextIO]:
-    """The same, decoded as UTF-8."""
-    with open_bytes(path) as file, TextIOWrapper(file, encoding="utf-8") as text:
-        yield text
+    """The same, decoded as UTF-8; BadRecordError where it is none."""
+    try:
+        with open_bytes(path) as file, TextIOWrapper(file, encoding="utf-8") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{path}: not UTF-8") from error
 
 
 def read_ids(values: Any) -> Ids:
@@ -72,7 +75,7 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode())
+                record = json.loads(line.decode().rstrip())
             except json.JSONDecodeError as error:
                 bad.report(path, number, f"not JSON ({error.msg} at column {error.colno})")
                 continue

@@ -90,6 +90,8 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--processes", "0"], "processes must be at least 1"),
         (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png or .svg"),
         (["simulate", "--trace", "chat?head=0"], "chat: there is no request in it"),
+        (["trace", "stats", "chat?head=0"], "there is no request in it"),
+        (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 is no multiple"),
         (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
         (["advise", "--trace", "chat", "--gib", "0"], "sizes 0.0"),
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),

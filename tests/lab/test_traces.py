@@ -368,8 +368,9 @@ def test_a_first_line_that_can_not_be_read_is_named_too(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     for content, problem in (
         (b"hello\n", "t.jsonl, line 1: not JSON"),
-        (b'\n{"tokens": [1]', "t.jsonl, line 2: not JSON"),
+        (b'\n{"tokens": [1]', "t.jsonl, line 2: not JSON .* column 15"),
         (b"\xff\xfe\x00", "t.jsonl, line 1: not UTF-8"),
+        (b"[\xff", "t.jsonl: not UTF-8"),
         (b"", "t.jsonl: there is no record in it"),
         (gzip.compress(b'{"tokens": [1]}\n' * 9)[:-9], "t.jsonl: a damaged gzip file"),
         (b'{"what": 1}', "no format recognises its first record"),
