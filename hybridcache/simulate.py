@@ -110,11 +110,9 @@ def simulate(
     ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words or
     ``module:Class``. ``checkpoints``: one placement (words with commas) or a sequence of them. ``times``: a file of measured prefill
     times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
-    ``state_dtype``: None keeps the model's own. Each cell of the
-    sweep stands for itself, so results do not depend on ``processes``. ``optimum``: also what the best plan with hindsight reuses at
-    each size (``greedy`` for long traces, ``milp`` for some hundred requests), with at most ``optimum_limit_s`` a size.
-
-    Raises ValueError, KeyError (model) or OSError, each with one sentence, for what can not be read or done. O(requests) a cell.
+    ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
+    ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces, ``milp`` for some hundred
+    requests), with at most ``optimum_limit_s`` a size. Raises ValueError, KeyError (model) or OSError, each with one sentence, for what can not be read or done. O(requests) a cell.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
