@@ -112,7 +112,8 @@ def simulate(
     times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
     ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
     ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces, ``milp`` for some hundred
-    requests), with at most ``optimum_limit_s`` a size. Raises ValueError, KeyError (model) or OSError, each with one sentence, for what can not be read or done. O(requests) a cell.
+    requests), with at most ``optimum_limit_s`` a size. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each with
+    one sentence, for what can not be read or done.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
