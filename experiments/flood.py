@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.flags import Parser
+from experiments.provenance import RESULTS, write_json_lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pool["free"] + pool["cached"] == pool["total"] and not pool["held"]
         for pool in (report["kv"], report["slots"])
     )
+    record = {"requests": options.requests, "seconds": round(spent_s, 1), "conserved": conserved}
+    write_json_lines(RESULTS / "flood.jsonl", [{**record, "outcomes": dict(outcomes)}])
     print(
         f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and free + cached + held == total "
         f"for KV and slots: {conserved}"
