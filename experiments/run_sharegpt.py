@@ -70,7 +70,16 @@ def _parser() -> Parser:
         usage="python -m experiments.run_sharegpt [options]",
         formatter_class=_HelpFormatter,
     )
+    _add_conversations(parser)
+    _add_caches(parser)
+    _add_model(parser)
     add = parser.add_argument
+    add("--name", default="sharegpt", help="of the results and the figure (default: %(default)s)")
+    add("--out", type=Path, default=RESULTS.parent, help="folder for results/ and figures/")
+    return parser
+
+
+def _add_conversations(parser: Parser) -> None:
     data = parser.add_argument_group("conversations").add_argument
     data("--data", type=Path, help="ShareGPT JSON; none: the package's")
     data("--synthetic", action="store_true", help="made-up conversations")
@@ -104,6 +113,9 @@ def _parser() -> Parser:
         default=60.0,
         help="median pause between turns (default: %(default)s)",
     )
+
+
+def _add_caches(parser: Parser) -> None:
     caches = parser.add_argument_group("caches").add_argument
     caches(
         "--caches",
@@ -132,6 +144,9 @@ def _parser() -> Parser:
         metavar="WORD",
         help="evictions to compare (default: lru)",
     )
+
+
+def _add_model(parser: Parser) -> None:
     model = parser.add_argument_group("model").add_argument
     model("--dry", action="store_true", help="through the cache alone")
     model(
@@ -147,9 +162,6 @@ def _parser() -> Parser:
     model("--max-new-tokens", type=int, default=1, help="generated a turn (default: %(default)s)")
     model("--unsaid", action="store_true", help="do not compute the data's answers after a turn")
     model("--concurrency", type=int, default=1, help="requests at once (default: %(default)s)")
-    add("--name", default="sharegpt", help="of the results and the figure (default: %(default)s)")
-    add("--out", type=Path, default=RESULTS.parent, help="folder for results/ and figures/")
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,0 +1,365 @@
+"""The small ways in which ``experiments.mutate_tree`` breaks the cache: one edit of one file each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One way to break the cache: ``old``, which stands once in ``path``, becomes ``new``."""
+
+    what: str
+    path: str
+    old: str
+    new: str
+
+
+RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
+ROOM, GATHERED = "hybridcache/room.py", "hybridcache/gathered.py"
+TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "lru"))
+KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
+PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
+LRU, TIERS = "hybridcache/policies/eviction.py", "hybridcache/policies/tiers.py"
+
+MUTATIONS = (
+    Mutation(
+        "a lock is not looked at before evicting",
+        RESIDENCY,
+        "if not node.locks:\n                break",
+        "if True:\n                break",
+    ),
+    Mutation("a second lock is not counted", RESIDENCY, "node.locks += 1", "node.locks = 1"),
+    Mutation(
+        "an unlocked victim is not given back to the policy",
+        RESIDENCY,
+        "                    self.policy.add(item)\n\n    def _withdraw",
+        "                    pass\n\n    def _withdraw",
+    ),
+    Mutation("a receipt unlocks twice", HYBRID, "            receipt.node = None\n", ""),
+    Mutation(
+        "the cascade runs over a locked parent",
+        RESIDENCY,
+        "parent.checkpoint is not None or parent.locks or not stateful",
+        "parent.checkpoint is not None or not stateful",
+    ),
+    Mutation(
+        "the cascade stops after one node",
+        RESIDENCY,
+        "            leaf = parent\n",
+        "            self.policy.add(parent.kv)\n            return\n",
+    ),
+    Mutation(
+        "the cascade takes a parent that has a checkpoint",
+        RESIDENCY,
+        "parent.checkpoint is not None or parent.locks or not stateful",
+        "parent.locks or not stateful",
+    ),
+    Mutation(
+        "a dropped leaf leaks its slot",
+        RESIDENCY,
+        "            if leaf.checkpoint is not None:\n                self._drop_checkpoint(leaf)\n            parent",
+        "            leaf.checkpoint = None\n            parent",
+    ),
+    Mutation(
+        "an evicted checkpoint's slot is not freed",
+        RESIDENCY,
+        "        self.slots.free(checkpoint.slot)\n",
+        "",
+    ),
+    Mutation(
+        "an evicted leaf's rows are not freed",
+        RESIDENCY,
+        "        self.pages.free(kv.indices)\n",
+        "",
+    ),
+    Mutation(
+        "an evicted leaf is not remembered as a ghost",
+        RESIDENCY,
+        "        self.ghosts.add(leaf)\n",
+        "",
+    ),
+    Mutation(
+        "ghosts are never trimmed",
+        RESIDENCY,
+        "            self.ghosts.trim()\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "recency is not handed up",
+        RESIDENCY,
+        "                above.last_used = kv.last_used\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "an evicted checkpoint leaves no tombstone",
+        RESIDENCY,
+        "        node.lost_checkpoint = checkpoint\n",
+        "",
+    ),
+    Mutation(
+        "a refilled tombstone stays a tombstone",
+        RESIDENCY,
+        "        node.lost_checkpoint = None\n",
+        "",
+    ),
+    Mutation(
+        "a hit does not refresh its checkpoint",
+        RESIDENCY,
+        "            checkpoint.last_used = now\n",
+        "",
+    ),
+    Mutation("a hit does not refresh its KV", RESIDENCY, "            kv.last_used = now\n", ""),
+    Mutation(
+        "a new checkpoint does not demote the one above",
+        RESIDENCY,
+        "            self._set_superseded(above, True)\n",
+        "",
+    ),
+    Mutation(
+        "a fork does not lift the demotion",
+        RESIDENCY,
+        "                self._set_superseded(checkpoint, False)\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "the end of a fork does not restore the demotion",
+        RESIDENCY,
+        "self._set_superseded(checkpoint, has_deeper(parent))",
+        "pass",
+    ),
+    Mutation(
+        "an evicted checkpoint leaves the one above demoted",
+        RESIDENCY,
+        "            self._set_superseded(above, checkpoint.superseded)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a refilled checkpoint is never demoted at once",
+        RESIDENCY,
+        "            checkpoint.superseded = has_deeper(node)\n        node.checkpoint",
+        "            pass\n        node.checkpoint",
+    ),
+    Mutation(
+        "a parent stays a candidate when it gets a child",
+        RESIDENCY,
+        "        elif parent.kv is not None:\n            self._withdraw(parent.kv)\n",
+        "",
+    ),
+    Mutation(
+        "a new leaf is not offered to the policy",
+        HYBRID,
+        "            residency.offer_leaf(leaf)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "KV that a checkpoint revived stays in the dead tier",
+        RESIDENCY,
+        "        if revives is not None:\n            self._withdraw(revives)\n",
+        "        revives = None\n",
+    ),
+    Mutation(
+        "a split forgets the rows of the lower half",
+        RESIDENCY,
+        "        kv.indices = kv.indices[cut:]\n",
+        "",
+    ),
+    Mutation(
+        "a split is not told to listeners",
+        RESIDENCY,
+        "            self.listener.kv_split(upper, lower)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a split leaves the lower half under its old key",
+        TREE,
+        "        lower.key = child_key(lower.edge, self.page_size)\n",
+        "",
+    ),
+    Mutation(
+        "a split does not shorten the lower edge", TREE, "        lower.edge = edge[cut:]\n", ""
+    ),
+    Mutation(
+        "a walk takes a child without comparing its edge",
+        TREE,
+        "if not starts_with(child.edge, offset):",
+        "if False:",
+    ),
+    Mutation(
+        "a partial edge is not floored to pages",
+        KEY,
+        "    return shared - shared % page_size\n",
+        "    return shared\n",
+    ),
+    Mutation(
+        "an emptied namespace keeps its root",
+        GHOSTS,
+        "                self.tree.prune_root(parent.key)\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "the youngest ghost is forgotten first", GHOSTS, "popitem(last=False)", "popitem(last=True)"
+    ),
+    Mutation(
+        "a revived ghost stays in the ghost list",
+        RESIDENCY,
+        "        self.ghosts.discard(ghost)\n",
+        "",
+    ),
+    Mutation(
+        "a checkpoint at the prompt's very end is used",
+        HYBRID,
+        "            if node.end < num_tokens:\n                if node",
+        "            if node.end <= num_tokens:\n                if node",
+    ),
+    Mutation(
+        "checkpoints off the grid are taken",
+        HYBRID,
+        "if position % self._step or not 0 < position <= end:",
+        "if not 0 < position <= end:",
+    ),
+    Mutation(
+        "checkpoints past the inserted end are taken",
+        HYBRID,
+        "or not 0 < position <= end:",
+        "or position <= 0:",
+    ),
+    Mutation(
+        "a second checkpoint replaces the first",
+        HYBRID,
+        "            if node.checkpoint is not None:\n                rejected.append(slot)\n                continue\n",
+        "",
+    ),
+    Mutation(
+        "a rejected slot is not handed back",
+        HYBRID,
+        "            if node.checkpoint is not None:\n                rejected.append(slot)\n",
+        "            if node.checkpoint is not None:\n",
+    ),
+    Mutation(
+        "duplicates are not handed back",
+        HYBRID,
+        "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
+        "NO_INDICES",
+    ),
+    Mutation(
+        "rows already the tree's are handed back as duplicates",
+        HYBRID,
+        "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
+        "kv_indices[:kv_len]",
+    ),
+    Mutation(
+        "the caller's array is kept instead of a copy",
+        HYBRID,
+        "kv_indices[kv_len:num_tokens].copy()",
+        "kv_indices[kv_len:num_tokens]",
+    ),
+    Mutation(
+        "a gather trusts its memo for any node",
+        GATHERED,
+        "return self._rows.get(segment)",
+        "return next(reversed(self._rows.values()), None)",
+    ),
+    Mutation("a gather is in the wrong order", HYBRID, "        parts.reverse()\n", ""),
+    Mutation(
+        "a refused allocation evicts all the same",
+        ROOM,
+        "num_tokens - pages.num_free):\n        return False\n",
+        "num_tokens - pages.num_free):\n        pass\n",
+    ),
+    Mutation(
+        "locks do not count in what could be freed",
+        ROOM,
+        "return short_tokens <= residency.cached_tokens - residency.protected_tokens()",
+        "return short_tokens <= residency.cached_tokens",
+    ),
+    Mutation(
+        "kv losses are counted as never seen",
+        HYBRID,
+        "            num_tokens - branch_len,\n            branch_len - kv_len,\n",
+        "            num_tokens - kv_len,\n            0,\n",
+    ),
+    Mutation(
+        "ghosts are not read",
+        HYBRID,
+        "        if inside is None and node.ghosts:\n            branch_len, missed",
+        "        if False:\n            branch_len, missed",
+    ),
+    Mutation(
+        "LRU forgets live items when it sweeps",
+        LRU,
+        "heap[:] = [entry for entry in heap if entry[2].memo is entry]",
+        "heap[:] = []",
+    ),
+    Mutation(
+        "LRU does not notice later uses",
+        LRU,
+        "        elif item.last_used > entry[0]:",
+        "        elif False:",
+    ),
+    Mutation(
+        "LRU returns items that were discarded",
+        LRU,
+        "        if item.memo is not entry:\n            heappop(heap)\n        elif",
+        "        if",
+    ),
+    Mutation(
+        "LRU prefers checkpoints when both kinds may go",
+        LRU,
+        "return kv if kv_age < checkpoint_age else checkpoint",
+        "return checkpoint",
+    ),
+    Mutation(
+        "dead KV does not go first",
+        TIERS,
+        '            first = self._dead.victim("kv")\n',
+        "            first = None\n",
+    ),
+    Mutation(
+        "superseded checkpoints do not go first",
+        TIERS,
+        '            first = self._superseded.victim("checkpoint")\n',
+        "            first = None\n",
+    ),
+    Mutation(
+        "one page too many is handed out",
+        PAGES,
+        "        if num_pages > self._height:\n",
+        "        if num_pages > self._height + 1:\n",
+    ),
+    Mutation(
+        "freed pages are written one place too low",
+        PAGES,
+        "        self._height += num_pages\n",
+        "        self._height += max(num_pages - 1, 0)\n",
+    ),
+    Mutation(
+        "a freed slot's bytes are not given back",
+        SLOTS,
+        "            self.budget.give_back(self.unit_bytes)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "the shared budget is not asked for slots",
+        SLOTS,
+        "            if self.budget.free_bytes < self.unit_bytes:\n                return None\n",
+        "",
+    ),
+    Mutation(
+        "compaction moves the wrong rows",
+        COMPACT,
+        "above.kv.indices = living[num_living - length : num_living]",
+        "above.kv.indices = living[:length]",
+    ),
+    Mutation(
+        "half-dead buffers are never let go",
+        COMPACT,
+        "    if 2 * num_living >= len(base):\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "a fork is no end of a demoting path",
+        FORKS,
+        "while above is not None and above.parent is not None and len(above.children) == 1:",
+        "while above is not None and above.parent is not None:",
+    ),
+)
