@@ -81,15 +81,23 @@ class Device:
         free, _ = self.module.mem_get_info(self.torch_device)
         return int(free)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run ``work`` once, then capture what it launches; the result launches it again, on the same memory."""
-        assert self.traits.graph_class is not None
-        work()
-        self.synchronize()
-        graph = getattr(self.module, self.traits.graph_class)()
-        with self.module.graph(graph):
+    def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        """What captures graphs: it runs ``work`` once, then captures what it launches; its result launches that again, on
+        the same memory. All graphs of one recorder work in one pool, each over what the others left: one is replayed at a
+        time, and what it leaves is read before the next."""
+        graph_class = self.traits.graph_class
+        assert graph_class is not None
+        pool = self.module.graph_pool_handle()
+
+        def record(work: Callable[[], None]) -> Callable[[], None]:
             work()
-        return cast(Callable[[], None], graph.replay)
+            self.synchronize()
+            graph = getattr(self.module, graph_class)()
+            with self.module.graph(graph, pool=pool):
+                work()
+            return cast(Callable[[], None], graph.replay)
+
+        return record
 
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""

@@ -7,7 +7,8 @@ are rounded up to buckets; what is too much is padding, which reads and writes t
 - `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers between them, whose
   launches depend on the sequences' lengths, are launched one by one.
 
-Graphs are captured when a bucket first occurs. ``record`` is `Device.record`.
+Graphs are captured when a bucket first occurs. ``record`` is what `Device.recorder` gives: no graph's own memory outlives
+the next replay, so logits are cloned, and pieces leave theirs in buffers.
 """
 
 from __future__ import annotations

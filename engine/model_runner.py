@@ -105,16 +105,20 @@ class ModelRunner:
     def use_graphs(self, word: str, max_running: int, record: Record | None = None) -> None:
         """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
 
-        ``record`` in place of the device's own. Raises ModelError for a device without graphs.
+        ``record`` in place of the device's own. Raises ModelError for a device without graphs, and where a kernel is the
+        reference, which reads lengths on the host: a graph would repeat those it was captured with.
         """
         self._decode_graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
-        if word == "off" or (word == "auto" and self.device.traits.graph_class is None):
+        if word == "off":
             return
         if record is None:
-            if self.device.traits.graph_class is None:
-                raise ModelError(f"{self.device.describe()} has no graphs; use --graphs off.")
-            record = self.device.record
+            obstacle = self._graph_obstacle()
+            if obstacle is not None:
+                if word == "auto":
+                    return
+                raise ModelError(f"{obstacle}; use --graphs off.")
+            record = self.device.recorder()
         self._decode_graphs = DecodeGraphs(
             self.model,
             self.kv,
@@ -127,6 +131,15 @@ class ModelRunner:
         )
         if word != "decode":
             self._prefill_graphs = PrefillGraphs(self.model, self.kv, self.states, record)
+
+    def _graph_obstacle(self) -> str | None:
+        """Why nothing can be captured here; None where it can."""
+        if self.device.traits.graph_class is None:
+            return f"{self.device.describe()} has no graphs"
+        plain = [name for name, word in self.kernels.words().items() if word == "reference"]
+        if plain:
+            return f"graphs need Triton kernels, and the reference serves for {', '.join(plain)}"
+        return None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:

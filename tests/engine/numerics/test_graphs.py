@@ -4,12 +4,15 @@ must change nothing. The kernels are the Triton ones, interpreted: theirs read l
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.device import TRAITS, Device
 from engine.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
 from engine.model_config import ModelError
 from engine.model_runner import ModelRunner
@@ -95,3 +98,39 @@ def test_a_device_without_graphs_says_so():
     config = EngineConfig(device="cpu", graphs="all", cache_gib=0.01)
     with pytest.raises(ModelError, match="has no graphs"):
         ModelRunner(config)
+
+
+def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatch):
+    runner = drivers("qwen3_5").runner
+    monkeypatch.setattr(runner, "device", Device(torch.device("cpu"), TRAITS["cuda"]))
+    runner.use_graphs("auto", 4)
+    assert runner._decode_graphs is None
+    with pytest.raises(ModelError, match=r"the reference serves for .*attention.*--graphs off"):
+        runner.use_graphs("all", 4)
+
+
+def test_all_graphs_of_a_recorder_share_one_pool(monkeypatch):
+    handles, pools, calls = itertools.count(1), [], []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextmanager
+    def capture(graph, pool):
+        pools.append(pool)
+        yield
+
+    module = SimpleNamespace(
+        CUDAGraph=Graph,
+        graph=capture,
+        graph_pool_handle=lambda: next(handles),
+        synchronize=lambda device: calls.append("synchronize"),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    record = Device(torch.device("cuda:0"), TRAITS["cuda"]).recorder()
+    first, second = record(lambda: calls.append("first")), record(lambda: None)
+    first()
+    second()
+    assert pools == [1, 1]
+    assert calls == ["first", "synchronize", "first", "synchronize", "replay", "replay"]
