@@ -209,7 +209,7 @@ def main() -> int:
         for record in checks(options.dry, Path(directory)):
             print(record, flush=True)
             records.append(record)
-    write_json_lines(options.out / "parity.jsonl", records)
+            write_json_lines(options.out / "parity.jsonl", records)
     failed = [record["check"] for record in records if not record["passed"]]
     print(f"{len(records) - len(failed)} of {len(records)} checks passed.")
     return 1 if failed else 0

@@ -205,12 +205,12 @@ def main() -> int:
     if options.dry:
         interpreter.repair()
     records = []
+    file = options.out / ("big.jsonl" if options.geometry == "80b" else "serve.jsonl")
     with tempfile.TemporaryDirectory() as directory:
         for record in records_of(options.geometry, options.dry, Path(directory)):
             print(record, flush=True)
             records.append(record)
-    name = "big" if options.geometry == "80b" else "serve"
-    write_json_lines(options.out / f"{name}.jsonl", records)
+            write_json_lines(file, records)
     return 0
 
 
