@@ -12,8 +12,10 @@ is not done again. --dry runs the same script with tiny shapes in Triton's inter
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,8 +39,10 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def kernels(out: Path, dry: bool) -> list[str]:
-    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four processes busy."""
-    what = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", "-n", "4"]
+    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four processes busy, where
+    pytest-xdist is there to start them."""
+    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    what = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", *side_by_side]
     skipped = ["--deselect", "tests/kernels/test_aot.py"]
     return module("pytest", "-q", *what, *skipped, f"--junitxml={out / 'kernels.xml'}")
 
@@ -75,13 +79,7 @@ def run_part(part: str, out: Path, dry: bool) -> Verdict:
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
-    try:
-        ended = subprocess.run(
-            PARTS[part](out, dry), cwd=ROOT, env=environment, timeout=LIMIT_S, check=False
-        )
-        verdict: Verdict = "failed" if ended.returncode else "passed"
-    except subprocess.TimeoutExpired:
-        verdict = "timed out"
+    verdict = run_for(PARTS[part](out, dry), environment, LIMIT_S)
     seconds = time.monotonic() - begin
     report = out / "kernels.xml"
     if part == "kernels" and report.exists():
@@ -90,6 +88,18 @@ def run_part(part: str, out: Path, dry: bool) -> Verdict:
     record = {"part": part, "verdict": verdict, "seconds": round(seconds, 1), "device": device()}
     write_json_lines(done_file(out, part), [record])
     return verdict
+
+
+def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> Verdict:
+    """A command to its end or its limit, with all that it started: what it left would share the device with the next."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            return "failed" if process.wait(limit_s) else "passed"
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return "timed out"
+            raise
 
 
 def test_records(report: Path) -> list[dict[str, object]]:
@@ -148,7 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no GPU here: --dry tries the script without one.", file=sys.stderr)
         return 2
     out = options.out or (ROOT / "out" / "gpu-dry" if options.dry else RESULTS / "gpu")
+    out = out.resolve()  # parts run elsewhere
     out.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
+    if "kernels" in options.part and missing:
+        print(f"The kernels' tests need them: pip install {' '.join(missing)}.", file=sys.stderr)
+        return 2
     verdicts: dict[str, Verdict] = {}
     for part in options.part:
         if not options.again and is_done(out, part):

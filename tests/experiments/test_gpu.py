@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,30 @@ def test_a_part_that_hangs_is_ended(
     monkeypatch.setattr(gpu, "LIMIT_S", 0.3)
     monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sleep", "60"])
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
+
+
+def test_what_a_hanging_part_started_ends_with_it(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LIMIT_S", 0.5)
+    beacon = tmp_path / "beacon"
+    shell = f"(sleep 1.5; touch {beacon}) & sleep 60"
+    monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sh", "-c", shell])
+    assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
+    time.sleep(1.5)
+    assert not beacon.exists()
+
+
+def test_a_bare_machine_is_told_what_the_tests_need(
+    parts: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert run(tmp_path) == 2
+    assert "pip install pytest hypothesis" in capsys.readouterr().err
+    assert run(tmp_path, "--part", "bench") == 0
 
 
 def test_reports_become_records(tmp_path: Path) -> None:
