@@ -69,8 +69,9 @@ def main() -> None:
 
 def draw(results: list[SimulationResult]) -> None:
     """A panel a trace, a bar a placement: the hit rate at the largest size, and at the smallest inside it."""
-    figure, axes = panels(len(results), width=5.2, height=3.6)
-    for axis, result in zip(axes, results, strict=True):
+    columns = 3
+    figure, axes = panels(len(results), width=4.4, height=3.6, columns=columns)
+    for place, (axis, result) in enumerate(zip(axes, results, strict=True)):
         by_label = {runs[0].config["checkpoints"]: runs for runs in result.by_label().values()}
         places = range(len(by_label))
         smallest, largest = (
@@ -79,7 +80,8 @@ def draw(results: list[SimulationResult]) -> None:
         sizes = [next(iter(by_label.values()))[end].gib or 0.0 for end in (0, -1)]
         axis.barh(places, largest, color=COLOURS[0], alpha=0.35, height=0.8, label="much memory")
         axis.barh(places, smallest, color=COLOURS[0], height=0.45, label="little memory")
-        axis.set_yticks(places, by_label, fontsize=7)
+        labels = list(by_label) if place % columns == 0 else [""] * len(by_label)
+        axis.set_yticks(places, labels, fontsize=7)
         axis.invert_yaxis()
         if result.bound_rate is not None:
             axis.axvline(
