@@ -37,6 +37,8 @@ class StepReport:
     schedule_s: float
     forward_s: float
     sample_s: float
+    wait_s: float
+    """For the device: all that its work takes beyond the host's."""
     commit_s: float
     num_prefill_tokens: int
     num_decode_tokens: int
@@ -270,6 +272,7 @@ class Engine:
     def _commit(self, launched: Launched) -> list[RequestOutput]:
         step, drawn, scores = launched
         tokens = drawn.wait() if drawn is not None else ()
+        self._laps.append(self._clock())
         progressed = self._scheduler.commit(step, tokens, scores)
         outputs = [request.report() for request in progressed]
         for output in outputs:
@@ -284,13 +287,14 @@ class Engine:
     def _tell_observer(self, step: Step) -> None:
         if self._observer is None:
             return
-        started, scheduled, computed, launched = self._laps
+        started, scheduled, computed, launched, waited = self._laps
         self._observer(
             StepReport(
                 schedule_s=scheduled - started,
                 forward_s=computed - scheduled,
                 sample_s=launched - computed,
-                commit_s=self._clock() - launched,
+                wait_s=waited - launched,
+                commit_s=self._clock() - waited,
                 num_prefill_tokens=step.num_prefill_tokens,
                 num_decode_tokens=step.num_decode_tokens,
                 num_running=self._scheduler.num_running,

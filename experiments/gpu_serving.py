@@ -113,7 +113,7 @@ class Bench:
         full = [
             s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens == streams
         ]
-        times = [s.schedule_s + s.forward_s + s.sample_s + s.commit_s for s in full]
+        times = [s.schedule_s + s.forward_s + s.sample_s + s.wait_s + s.commit_s for s in full]
         hosts = [(s.schedule_s + s.commit_s) / t for s, t in zip(full, times, strict=True)]
         tpot = [output.timings.tpot_s(len(output.output)) or 0.0 for output in done]
         return {
@@ -166,6 +166,10 @@ def serve(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
     @asynccontextmanager
     async def start(cache: Literal["hybrid", "none"]) -> AsyncIterator[Client]:
         bench = Bench(path, dry, prefix_cache=cache)
+        # As many as ever run, come and gone one by one: what compiles or is captured on first use is no load's to wait for.
+        prompts = [bench.tokens(scale.num_input) for _ in range(max(scale.streams))]
+        bench.answer(prompts, scale.num_output)
+        bench.engine.reset_prefix_cache()
         client = EngineClient(AsyncEngine(bench.engine))
         try:
             yield client

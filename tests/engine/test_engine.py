@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,34 @@ def test_a_running_request_decodes_while_another_prefills() -> None:
         engine.step()
     mixed = [r for r in reports if r.num_prefill_tokens and r.num_decode_tokens]
     assert len(mixed) == 10
+
+
+def test_waiting_for_the_device_is_no_work_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[StepReport] = []
+    now = [0.0]
+    sampler = OracleSampler()
+    launch = sampler.launch
+
+    class Late:
+        def __init__(self, drawn: Any) -> None:
+            self.tokens = drawn.tokens
+            self._drawn = drawn
+
+        def wait(self) -> Any:
+            now[0] += 1.0
+            return self._drawn.wait()
+
+    monkeypatch.setattr(sampler, "launch", lambda *given: Late(launch(*given)))
+    engine = Engine(
+        EngineConfig(),
+        runner=OracleRunner(4096, 16),
+        sampler=sampler,
+        observer=reports.append,
+        clock=lambda: now[0],
+    )
+    engine.generate([ids(10)], SamplingParams(max_tokens=3))
+    assert [report.wait_s for report in reports] == [1.0] * 3
+    assert {report.commit_s for report in reports} == {0.0}
 
 
 def pressed(**settings: object) -> tuple[Engine, list[list[int]]]:
