@@ -21,6 +21,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield _prefill(setup, weight, lengths)
     for num_sequences in (1, 3) if setup.is_dry else (1, 16, 64, 256):
         yield _decode(setup, weight, num_sequences)
+        yield _verify(setup, weight, num_sequences, steps=4)
 
 
 def _prefill(setup: Setup, weight: torch.Tensor, lengths: tuple[int, ...]) -> Case:
@@ -67,6 +68,21 @@ def _decode(setup: Setup, weight: torch.Tensor, num_sequences: int) -> Case:
         expected=partial(reference.decode_conv1d, x, weight, None, **arguments[1]),
         num_bytes=2 * (x.nbytes + states.nbytes),
         rivals={"torch": partial(reference.decode_conv1d, x, weight, None, **arguments[2])},
+    )
+
+
+def _verify(setup: Setup, weight: torch.Tensor, num_sequences: int, steps: int) -> Case:
+    x = setup.randn(num_sequences, steps, len(weight))
+    states = setup.randn(num_sequences, len(weight), 3)
+    windows = states[:, None].repeat(1, steps, 1, 1)
+    arguments = {"states": states, "slots": setup.int32(range(num_sequences))}
+    arguments["step_states"] = windows
+    return Case(
+        name=f"conv1d verify {num_sequences} x {steps}",
+        run=partial(fused.verify_conv1d, x, weight, None, **arguments),
+        expected=partial(reference.verify_conv1d, x, weight, None, **arguments),
+        num_bytes=2 * x.nbytes + states.nbytes + windows.nbytes,
+        rivals={"torch": partial(reference.verify_conv1d, x, weight, None, **arguments)},
     )
 
 

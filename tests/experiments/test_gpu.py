@@ -73,7 +73,7 @@ def test_what_passed_on_this_commit_is_not_done_again(
 def test_a_part_that_hangs_is_ended(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "LIMIT_S", 0.3)
+    monkeypatch.setitem(gpu.LIMITS_S, "big", 0.3)
     monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sleep", "60"])
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
 
@@ -81,7 +81,7 @@ def test_a_part_that_hangs_is_ended(
 def test_what_a_hanging_part_started_ends_with_it(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "LIMIT_S", 0.5)
+    monkeypatch.setitem(gpu.LIMITS_S, "big", 0.5)
     beacon = tmp_path / "beacon"
     shell = f"(sleep 1.5; touch {beacon}) & sleep 60"
     monkeypatch.setitem(gpu.PARTS, "big", lambda out, dry: ["sh", "-c", shell])
@@ -125,3 +125,8 @@ def test_every_part_has_a_command(part: str, tmp_path: Path) -> None:
     dry, earnest = (gpu.PARTS[part](tmp_path, is_dry) for is_dry in (True, False))
     assert dry[:3] == earnest[:3]
     assert dry != earnest
+
+
+def test_all_parts_together_take_25_minutes_at_most_and_each_under_8():
+    assert gpu.LIMITS_S.keys() == gpu.PARTS.keys()
+    assert sum(gpu.LIMITS_S.values()) <= 25 * 60 and max(gpu.LIMITS_S.values()) < 8 * 60
