@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, with two of its faults repaired."""
+"""Triton's interpreter, which runs kernels on the CPU, with three of its faults repaired."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 
 @functools.cache
 def repair() -> None:
-    """Once in a process: ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so widen them first; and up to triton
-    3.6 a loaded bound of ``range`` fails on numpy 2.4. Does nothing where triton is not installed."""
+    """Once in a process: ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so widen them first; it leaves the
+    order of a sum to BLAS, which on some CPUs is another one for the last columns of a tile, where tensor cores have one
+    for all; and up to triton 3.6 a loaded bound of ``range`` fails on numpy 2.4. Does nothing where triton is not installed."""
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -28,7 +29,16 @@ def repair() -> None:
         return interpreter.TensorHandle(data.view(np.float32), interpreter.tl.float32)
 
     def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return multiply(builder, widen(a), widen(b), *rest)
+        a, b = widen(a), widen(b)
+        if a.data.dtype != np.float32:
+            return multiply(builder, a, b, *rest)
+        accumulated, *_ = rest
+        # In float64 the products are exact, and this sum is taken along k for each element by itself.
+        product = np.einsum("ik,kj->ij", a.data, b.data, dtype=np.float64)
+        total = product + accumulated.data
+        return interpreter.TensorHandle(
+            total.astype(accumulated.data.dtype), accumulated.dtype.scalar
+        )
 
     def patch_tensor_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
