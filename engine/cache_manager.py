@@ -87,12 +87,12 @@ class CacheManager:
     def extend(self, request: Request, to_len: int) -> bool:
         """KV rows for every position below ``to_len``. False: no memory; nothing changed."""
         lease, row = request.claims
-        before = len(lease.kv_indices)
+        before = lease.extended_len
         if to_len <= before:
             return True
         ahead = max(to_len, min(before + DECODE_PIECE, request.max_len))
         to_len = ahead if not request.is_prefilling and self._extend(lease, ahead) else to_len
-        if len(lease.kv_indices) < to_len and not self._extend(lease, to_len):
+        if lease.extended_len < to_len and not self._extend(lease, to_len):
             return False
         self._row_writes.append((row, before, lease.kv_indices[before : request.max_len]))
         return True

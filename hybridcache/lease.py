@@ -10,8 +10,7 @@ the end exactly one of ``finish``, ``preempt`` and ``abort``, after which nothin
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from hybridcache.policies.protocol import PlacementPolicy, Prefill
 #     |                |  published by us|  page at least)      |                     |
 #     |<---------- under our lock ------>|<-------- given back at the end ----------->|
 #
-# begin      locks the node that ends at cached_len and reads its rows: the tree's stay the tree's.
+# begin      locks the node that ends at cached_len: the tree's rows stay the tree's. They are read when first asked for.
 # extend     allocates at the right end: free -> held. May evict, never anything under a lock.
 # publish    hands [published_len, computed_len) to the tree: held -> cached, down to whole pages. Where the tree has rows
 #            for the same tokens already (another request was faster, or their checkpoint had gone), ours are duplicates:
@@ -44,8 +43,11 @@ from hybridcache.policies.protocol import PlacementPolicy, Prefill
 # In decode one such slot rolls: written again at each crossing, published only at the end.
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseRequest:
+SPARE_ROWS = 512
+"""Room for the rows of a short answer, so that they need no second array."""
+
+
+class LeaseRequest(NamedTuple):
     """What a lease is asked for."""
 
     tokens: Tokens
@@ -64,12 +66,8 @@ class LeaseRequest:
     saved in decode would never be used, and would make the boundary's look superseded: none is saved."""
 
 
-class _Saved(NamedTuple):
-    """A checkpoint that was, or is being, written to a slot we hold."""
-
-    position: int
-    slot: int
-    label: str
+Saved = tuple[int, int]
+"""(position, slot) of a checkpoint that was, or is being, written to a slot we hold."""
 
 
 class Lease:
@@ -89,8 +87,9 @@ class Lease:
         "_rolling",
         "_rows",
         "_step",
-        "losses",
+        "_unread_len",
         "match",
+        "prompt_len",
         "published_len",
         "state_slot",
     )
@@ -112,21 +111,20 @@ class Lease:
         self._receipt = receipt
         self.match = match
         """What was found at ``begin`` and is resumed from."""
-        self.losses: Losses = match.losses
-        """Why the tokens that are not reused are not; sums with ``cached_len`` to the prompt."""
+        self.prompt_len = len(request.tokens)
+        """Tokens that are prefilled: those of the request."""
         self.state_slot = state_slot
         """The request's own slot; None for attention-only models."""
+        # Rows below _unread_len are the tree's and stand in it alone: a caller that moves no tensors never asks for them.
+        self._unread_len = self._num_rows = match.cached_len
         self.published_len = match.cached_len
         """Tokens whose rows are the tree's, under this lease's lock."""
-        self._rows: Indices = np.empty(len(request.tokens) + cache.page_size, np.int32)
-        self._num_rows = match.cached_len
-        if match.cached_len:
-            self._rows[: match.cached_len] = cache.gather(match.node)
+        self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
         self._plan: dict[int, str] = {}
-        self._pending: list[_Saved] = []
-        self._rolling: _Saved | None = None
+        self._pending: dict[Saved, str] = {}
+        self._rolling: Saved | None = None
         self._decode_interval: int | None = None
 
     @classmethod
@@ -173,21 +171,25 @@ class Lease:
             self._make_plan(self._placement)
 
     def _make_plan(self, placement: PlacementPolicy) -> None:
+        request, match, step = self._request, self.match, self._step
+        cached_len, prompt_len, plan = match.cached_len, self.prompt_len, self._plan
         prefill = Prefill(
-            prompt_len=self.prompt_len,
-            cached_len=self.cached_len,
-            kv_len=self.match.kv_len,
-            branch_len=self.match.branch_len,
-            boundaries=self._request.boundaries,
-            grid=self._step,
-            resumed=self.match.resumed,
-            missed=self.match.missed,
+            prompt_len,
+            cached_len,
+            match.kv_len,
+            match.branch_len,
+            request.boundaries,
+            step,
+            match.resumed,
+            match.missed,
         )
         for position, label in placement.positions(prefill):
-            self.want(position, label)
+            position -= position % step
+            if cached_len < position <= prompt_len and position not in plan:
+                plan[position] = label
         interval = placement.decode_interval()
-        if interval is not None and self._request.answer_survives and not self._request.exact:
-            self._decode_interval = -(-interval // self._step) * self._step
+        if interval is not None and request.answer_survives and not request.exact:
+            self._decode_interval = -(-interval // step) * step
 
     @property
     def cached_len(self) -> int:
@@ -195,9 +197,9 @@ class Lease:
         return self.match.cached_len
 
     @property
-    def prompt_len(self) -> int:
-        """Tokens that are prefilled: those of the request."""
-        return len(self._request.tokens)
+    def losses(self) -> Losses:
+        """Why the tokens that are not reused are not; sums with ``cached_len`` to the prompt."""
+        return self.match.losses
 
     @property
     def restore(self) -> tuple[int, int] | None:
@@ -208,8 +210,17 @@ class Lease:
 
     @property
     def kv_indices(self) -> Indices:
-        """KV row of every position so far, the tree's and those held: int32[>= the last ``extend``], a view."""
+        """KV row of every position so far, the tree's and those held: int32[``extended_len``], a view. O(``published_len``)
+        when the tree's have not been read since they became so, else O(1)."""
+        if self._unread_len:
+            self._rows[: self._unread_len] = self._cache.gather(self._node)[: self._unread_len]
+            self._unread_len = 0
         return self._rows[: self._num_rows]
+
+    @property
+    def extended_len(self) -> int:
+        """Positions that have a row: at least what the last ``extend`` was asked for."""
+        return self._num_rows
 
     @property
     def planned(self) -> tuple[int, ...]:
@@ -234,7 +245,7 @@ class Lease:
 
     def saves(self, position: int) -> bool:
         """Whether a checkpoint at ``position`` was handed out by ``exports`` and waits for its ``publish``."""
-        return any(saved.position == position for saved in self._pending)
+        return any(saved == position for saved, _ in self._pending)
 
     def extend(self, to_len: int) -> bool:
         """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed.
@@ -253,7 +264,8 @@ class Lease:
         end = self._num_rows + num_tokens
         if end > len(self._rows):
             rows = np.empty(max(end, 2 * len(self._rows)), np.int32)
-            rows[: self._num_rows] = self.kv_indices
+            held = slice(self._unread_len, self._num_rows)
+            rows[held] = self._rows[held]
             self._rows = rows
         self._rows[self._num_rows : end] = new
         self._num_rows = end
@@ -261,7 +273,7 @@ class Lease:
             self._count()
         return True
 
-    def exports(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    def exports(self, start: int, end: int) -> tuple[Saved, ...]:
         """(position, slot) of the checkpoints that computing [start, end) has to save, positions in (start, end]: planned
         ones in a prefill, the rolling one in decode. A position no slot can be had for is skipped.
 
@@ -270,26 +282,30 @@ class Lease:
         """
         if start >= self.prompt_len:
             return self._roll(start, end)
-        if not self._plan:
+        plan = self._plan
+        if not plan:
             return ()
-        saved: list[_Saved] = []
-        for position in [p for p in self._plan if start < p <= end]:
-            slot = self._cache.allocate_slot()
-            if slot is None:
-                break
-            saved.append(_Saved(position, slot, self._plan.pop(position)))
-        self._pending += saved
-        return tuple(sorted((position, slot) for position, slot, _ in saved))
+        saved: list[Saved] = []
+        for position, label in tuple(plan.items()):
+            if start < position <= end:
+                slot = self._cache.allocate_slot()
+                if slot is None:
+                    break
+                del plan[position]
+                saved.append((position, slot))
+                self._pending[position, slot] = label
+        saved.sort()
+        return tuple(saved)
 
-    def _roll(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
         interval = self._decode_interval
         if interval is None or end // interval * interval <= start:
             return ()
-        slot = self._rolling.slot if self._rolling else self._cache.allocate_slot()
+        slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
         if slot is None:
             return ()
-        self._rolling = _Saved(end // interval * interval, slot, "decode")
-        return ((self._rolling.position, slot),)
+        self._rolling = end // interval * interval, slot
+        return (self._rolling,)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Hand what is computed to the tree, with the checkpoints that are done, and move the lock to its end.
@@ -297,43 +313,49 @@ class Lease:
         ``tokens`` are all tokens so far, ``computed_len`` of them computed. Returns (start, end) of the positions whose
         row in ``kv_indices`` changed because the tree had them already; None: no row changed. O(computed_len).
         """
+        cache = self._cache
         computed_len = self._publishable(computed_len)
-        if computed_len - computed_len % self._cache.page_size <= self.published_len:
+        first = self.published_len
+        if computed_len - computed_len % cache.page_size <= first:
             return None
-        done = [saved for saved in self._pending if saved.position <= computed_len]
-        node, duplicates = self._insert(tokens, computed_len, done)
-        self._pending = [saved for saved in self._pending if saved.position > computed_len]
-        receipt = self._cache.lock(node)
-        self._cache.unlock(self._receipt)
+        done, later = self._pending, {}
+        if done and max(done)[0] > computed_len:
+            later = {saved: label for saved, label in done.items() if saved[0] > computed_len}
+            done = {saved: label for saved, label in done.items() if saved[0] <= computed_len}
+        self._pending = later
+        node, num_duplicates = self._insert(tokens, computed_len, done)
+        receipt = cache.lock(node)
+        cache.unlock(self._receipt)
         self._node, self._receipt = node, receipt
-        return self._swap(node, duplicates) if len(duplicates) else None
+        if not num_duplicates:
+            return None
+        self._unread_len = first + num_duplicates
+        return first, first + num_duplicates
 
     def _publishable(self, computed_len: int) -> int:
         return min(computed_len, self.prompt_len) if self._request.exact else computed_len
 
     def _insert(
-        self, tokens: Tokens, computed_len: int, saved: Sequence[_Saved]
-    ) -> tuple[Any, Indices]:
-        result = self._cache.insert(
+        self, tokens: Tokens, computed_len: int, saved: dict[Saved, str]
+    ) -> tuple[Any, int]:
+        """Returns (the node that ends at the new ``published_len``, rows from the old one on that were duplicates)."""
+        cache = self._cache
+        inserted_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
             self._rows[:computed_len],
-            [(position, slot) for position, slot, _ in saved],
-            namespace=self._request.namespace,
-            owned_from=self.published_len,
-            labels=[label for _, _, label in saved],
-            after=self._node,
+            tuple(saved),
+            self._request.namespace,
+            self.published_len,
+            tuple(saved.values()),
+            self._node,
         )
-        for slot in result.rejected_slots:
-            self._cache.free_slot(slot)
-        self.published_len = result.inserted_len
-        return result.node, result.duplicates
-
-    def _swap(self, node: Any, duplicates: Indices) -> tuple[int, int]:
-        self._cache.free_kv(duplicates)  # before the overwrite: they may be a view of our rows
-        rows = self._cache.gather(node)
-        changed = np.flatnonzero(rows != self._rows[: len(rows)])
-        self._rows[: len(rows)] = rows
-        return int(changed[0]), int(changed[-1]) + 1
+        for slot in rejected_slots:
+            cache.free_slot(slot)
+        self.published_len = inserted_len
+        num_duplicates = len(duplicates)
+        if num_duplicates:
+            cache.free_kv(duplicates)
+        return node, num_duplicates
 
     def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
         """Publish what is computed and end the lease. With ``donate`` the own slot becomes a checkpoint where its state
@@ -349,23 +371,25 @@ class Lease:
         self._end(tokens, computed_len, True)
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
+        cache = self._cache
         published_len = self._publishable(computed_len)
-        saved = [*self._pending, *([self._rolling] if self._rolling else [])]
-        if self.state_slot is not None:
+        saved = self._pending
+        if self._rolling is not None:
+            saved[self._rolling] = "decode"
+        own_slot = self.state_slot
+        if own_slot is not None:
             donate &= computed_len == published_len and computed_len % self._step == 0
-            if donate and computed_len > self.cached_len:
-                saved.append(_Saved(computed_len, self.state_slot, self._label(computed_len)))
+            if donate and computed_len > self.match.cached_len:
+                saved[computed_len, own_slot] = self._label(computed_len)
             else:
-                self._cache.free_slot(self.state_slot)
-        offered = sorted(s for s in saved if s.position <= published_len)
-        for unfinished in saved:
-            if unfinished.position > published_len:
-                self._cache.free_slot(unfinished.slot)
+                cache.free_slot(own_slot)
+        if saved and max(saved)[0] > published_len:
+            for unfinished in [saved_ for saved_ in saved if saved_[0] > published_len]:
+                cache.free_slot(unfinished[1])
+                del saved[unfinished]
         first_held = self.published_len
-        if offered or published_len > first_held:
-            _, duplicates = self._insert(tokens, published_len, offered)
-            if len(duplicates):
-                self._cache.free_kv(duplicates)
+        if saved or published_len > first_held:
+            self._insert(tokens, published_len, saved)
             first_held = max(first_held, self.published_len)
         self._close(first_held)
 
@@ -374,8 +398,8 @@ class Lease:
 
     def abort(self) -> None:
         """Give everything back and end the lease; what was published stays the tree's."""
-        for saved in (*self._pending, *([self._rolling] if self._rolling else [])):
-            self._cache.free_slot(saved.slot)
+        for _, slot in (*self._pending, *((self._rolling,) if self._rolling else ())):
+            self._cache.free_slot(slot)
         if self.state_slot is not None:
             self._cache.free_slot(self.state_slot)
         self._close(self.published_len)
@@ -385,6 +409,6 @@ class Lease:
             self._cache.free_kv(self._rows[first_held : self._num_rows])
         self._cache.unlock(self._receipt)
         self._node = self._receipt = None
-        self._pending, self._rolling, self.state_slot = [], None, None
+        self._pending, self._rolling, self.state_slot = {}, None, None
         self._plan = {}
-        self._num_rows = self.published_len = 0
+        self._num_rows = self._unread_len = self.published_len = 0

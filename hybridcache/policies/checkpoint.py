@@ -24,29 +24,28 @@ class Branch(PrefillRule):
     """Where this prompt leaves what was seen before: the fork that the next prompt of its kind will share."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        yield Placed(prefill.branch_len, "branch")
+        return (Placed(prefill.branch_len, "branch"),)
 
 
 class Boundary(PrefillRule):
     """Every known boundary: ends of message parts that survive into later prompts, the deepest first."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        for boundary in reversed(prefill.boundaries):
-            yield Placed(boundary, "boundary")
+        return [Placed(boundary, "boundary") for boundary in reversed(prefill.boundaries)]
 
 
 class Backoff(PrefillRule):
     """The last grid position before the prompt's last token, so that the same prompt sent again hits."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        yield Placed(prefill.prompt_len - 1, "backoff")
+        return (Placed(prefill.prompt_len - 1, "backoff"),)
 
 
 class Prompt(PrefillRule):
     """The prompt's end, so that a prompt which goes on from it hits."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        yield Placed(prefill.prompt_len, "prompt")
+        return (Placed(prefill.prompt_len, "prompt"),)
 
 
 class Every(PrefillRule):
@@ -83,20 +82,29 @@ class Placement:
         self.rules = rules
         self.cap = cap
 
-    def positions(self, prefill: Prefill) -> Iterator[Placed]:
-        taken: set[int] = set()
+    def positions(self, prefill: Prefill) -> list[Placed]:
+        placed: list[Placed] = []
         for rule in self.rules:
-            for placed in rule.positions(prefill):
-                floored = placed.position - placed.position % prefill.grid
-                if prefill.cached_len < floored <= prefill.prompt_len:
-                    taken.add(floored)
-                if self.cap is None or len(taken) <= self.cap:
-                    yield placed
+            placed += rule.positions(prefill)
+        return placed if self.cap is None else list(self._capped(placed, prefill, self.cap))
+
+    def _capped(self, asked: list[Placed], prefill: Prefill, cap: int) -> Iterator[Placed]:
+        taken: set[int] = set()
+        for placed in asked:
+            floored = placed.position - placed.position % prefill.grid
+            if prefill.cached_len < floored <= prefill.prompt_len:
+                taken.add(floored)
+            if len(taken) <= cap:
+                yield placed
 
     def decode_interval(self) -> int | None:
         """The shortest that any rule asks for; the caller rounds it up to the grid."""
-        intervals = [rule.decode_interval() for rule in self.rules]
-        return min((interval for interval in intervals if interval is not None), default=None)
+        shortest: int | None = None
+        for rule in self.rules:
+            interval = rule.decode_interval()
+            if interval is not None and (shortest is None or interval < shortest):
+                shortest = interval
+        return shortest
 
     def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
         """What a caller makes of ``positions``: on the grid, in (cached_len, prompt_len], each once, ascending."""

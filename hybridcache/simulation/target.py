@@ -199,8 +199,10 @@ class LeaseTarget:
             request.tokens,
             request.namespace,
             request.boundaries,
-            stateful=self._stateful,
-            answer_survives=request.answer_survives,
+            True,
+            False,
+            self._stateful,
+            request.answer_survives,
         )
         lease = Lease.begin(self.cache, self.placement, asked)
         if lease is None:
@@ -267,7 +269,7 @@ class _LeasedRequest:
         max_len = len(self._request.tokens) + len(self._request.output)
         at = len(self._request.tokens)
         while at < computed_len:
-            rows = len(lease.kv_indices)
+            rows = lease.extended_len
             following = min(
                 rows + 1 if rows > at else at + 1, at // grid * grid + grid, computed_len
             )
