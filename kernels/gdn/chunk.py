@@ -238,7 +238,7 @@ def chunk_gdn(
     vectors = gate.new_empty(num_tiles, num_value_heads, 4, TILE, dtype=torch.float32)
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
-    block_v = max(16, min(32, triton.next_power_of_2(value_dim)))
+    block_v = max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim)))
     solve_kernel[num_tiles, num_value_heads](
         query,
         key,
@@ -255,7 +255,7 @@ def chunk_gdn(
         K=key_dim,
         BK=min(block_k, 32 if exact else 64),
         SOLVE_TYPE=tl.float32 if exact else tl.float16,
-        num_warps=4,
+        num_warps=8 if exact else 4,
         num_stages=2,
     )
     scan_kernel[triton.cdiv(value_dim, block_v), num_value_heads, num_sequences](
@@ -277,7 +277,7 @@ def chunk_gdn(
         V=value_dim,
         BK=block_k,
         BV=block_v,
-        num_warps=4,
+        num_warps=8 if exact or block_k > 128 else 4,
         num_stages=1 if exact else 2,
     )
     return out

@@ -93,18 +93,16 @@ def linear_kernel(
     mask = m_m[:, None] & m_t[None, :]
     p_w = w + o_m.to(tl.int64) * N
     p_x = x + o_t.to(tl.int64) * x_stride
-    if SPANS_APART:
-        i_s = tl.program_id(2)
-        start = i_s * span
+    i_s = tl.program_id(2)
+    first, last = (i_s * span, tl.minimum(i_s * span + span, N)) if SPANS_APART else (0, N)
+    b_total = tl.zeros([BM, BT], tl.float32)
+    for start in range(first, last, span):
         end = tl.minimum(start + span, N)
-        b_y = multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
+        b_total += multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
+    if SPANS_APART:
         p_y = y + (i_s.to(tl.int64) * num_tokens + o_t[None, :]) * M + o_m[:, None]
-        tl.store(p_y, b_y, mask=mask)
+        tl.store(p_y, b_total, mask=mask)
     else:
-        b_total = tl.zeros([BM, BT], tl.float32)
-        for start in range(0, N, span):
-            end = tl.minimum(start + span, N)
-            b_total += multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
         store_tile(b_total, x_scale, w_scale, bias, y, o_m, o_t, M, mask)
 
 

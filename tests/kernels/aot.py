@@ -15,6 +15,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,16 +76,47 @@ def compile_launches(
             with recording(target) as compiled:
                 launch()
             for kernel in compiled:
-                code = kernel.asm.get("ptx") or kernel.asm.get("amdgcn")
                 yield {
                     "launch": word,
                     "kernel": kernel.metadata.name,
                     "target": target,
-                    "shared_bytes": kernel.metadata.shared,
                     "num_warps": kernel.metadata.num_warps,
-                    "wgmma": code.count("wgmma.mma_async"),
-                    "mma": code.count("mma.sync") + code.count("v_mfma"),
-                }
+                    "num_stages": kernel.metadata.num_stages,
+                    "shared_bytes": kernel.metadata.shared,
+                } | (_nvidia(kernel) if "ptx" in kernel.asm else _amd(kernel))
+
+
+def _nvidia(kernel: Any) -> dict[str, int]:
+    """Registers and stack of a thread, as the assembler left them, and what the PTX multiplies and copies with.
+
+    A thread's stack is where registers spill to: our kernels have no arrays of their own.
+    """
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "cp_async": ptx.count("cp.async.c"),
+        "tma": ptx.count("cp.async.bulk"),
+    }
+
+
+def _amd(kernel: Any) -> dict[str, int]:
+    """Vector registers of a lane, and of them those kept in memory."""
+    code = kernel.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1]),
+        "spilled_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1]),
+        "mma": code.count("v_mfma"),
+    }
 
 
 def load_launches(path: Path) -> dict[str, Callable[[], object]]:
