@@ -62,11 +62,13 @@ class Drawn(Protocol):
 class Chooser(Protocol):
     """What the engine asks of a sampler."""
 
-    def launch(self, logits: Any, requests: Sequence[SamplingInput]) -> Drawn:
-        """Begin to draw one token per row; what else the device has to do may go on."""
+    def launch(self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]) -> Drawn:
+        """Begin to draw a token for each request, from its row of ``logits``; what else the device has to do may go on."""
         ...
 
-    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> list[SampledToken]: ...
+    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> Drawn:
+        """Begin to find the log-probabilities of given tokens, one per row."""
+        ...
 
 
 def load(config: EngineConfig) -> tuple[Runner, Chooser, Tokenizer]:

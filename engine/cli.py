@@ -14,7 +14,7 @@ from engine.environment import check_no_foreign_kernels
 from engine.flags import HelpFormatter, Parser, add_flags, read_config
 from engine.sampling_params import SamplingParams
 from engine.server.config import ServerConfig
-from engine.units import format_seconds
+from engine.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from engine.outputs import RequestOutput
@@ -168,7 +168,7 @@ def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
 
 def _summary(output: RequestOutput) -> str:
     parts = [
-        f"{len(output.prompt_token_ids):,} prompt tokens, {output.cached_len:,} from the cache",
+        f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the cache",
         f"{len(output.output):,} generated, {output.finish_reason}",
     ]
     if output.timings.ttft_s is not None:

@@ -38,6 +38,11 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "number format of weights and KV; auto: the model's own"
     )
+    state_dtype: Literal["float32", "bfloat16"] = _setting(
+        "float32",
+        "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens of a prompt, "
+        "every token of an answer",
+    )
     quantization: Literal["int8", "fp8"] | None = _setting(
         None, "8-bit weights, made while loading"
     )
@@ -47,6 +52,10 @@ class EngineConfig:
     )
     graphs: Literal["auto", "off", "decode", "all"] = _setting(
         "auto", "device graphs: of decode steps, or of prefills too"
+    )
+    warm_up: bool = _setting(
+        True,
+        "compile kernels and capture graphs at the start; without it on first use, while a request waits",
     )
     seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
 
@@ -74,7 +83,7 @@ class EngineConfig:
     cache_gib: float | None = _setting(
         None,
         "memory for both, GiB, half each (attention-only models: all for KV); none of the three: a quarter of the free "
-        "memory, at most 4 GiB, on a CPU, and 85 % of what the weights leave elsewhere",
+        "memory, at most 4 GiB, on a CPU, and elsewhere 90 % of what weights, graphs and the largest step leave",
     )
     max_model_len: int | None = _setting(
         None, "most tokens of prompt and answer; none: the model's own"
@@ -82,7 +91,8 @@ class EngineConfig:
 
     max_running: int = _setting(16, "requests computed at the same time")
     token_budget: int = _setting(
-        1024, "prompt tokens computed per step, at least 64; decoded tokens come on top"
+        1024,
+        "tokens computed per step, decoded ones included; at least 64 are for prompts, however many decode",
     )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     overlap: Literal["auto", "on", "off"] = _setting(
@@ -90,6 +100,11 @@ class EngineConfig:
         "make the next step while the device computes this one; auto: where it computes by itself",
     )
     check: bool = _setting(False, "verify every cache invariant whenever the engine is idle")
+
+    @property
+    def most_step_tokens(self) -> int:
+        """No step computes more tokens."""
+        return max(self.token_budget, self.max_running + TILE)
 
     def __post_init__(self) -> None:
         for name in ("load_workers", "grid", "page_size", "max_running", "max_queue"):
@@ -124,6 +139,7 @@ class EngineConfig:
 
 _WORDS: dict[str, tuple[str | None, ...]] = {
     "load_format": ("auto", "dummy"),
+    "state_dtype": ("float32", "bfloat16"),
     "quantization": (None, "int8", "fp8"),
     "graphs": ("auto", "off", "decode", "all"),
     "prefix_cache": ("hybrid", "radix", "none"),

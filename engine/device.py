@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 from engine.model_config import ModelError
+from engine.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,14 @@ class Device:
                 raise ModelError(f"there is no device {name!r}; try cpu.") from None
         if device.type != "cpu":
             try:
-                available = torch.get_device_module(device).is_available()
+                module = torch.get_device_module(device)
+                count = module.device_count() if module.is_available() else 0
             except (RuntimeError, AttributeError):
-                available = False
-            if not available:
+                count = 0
+            if (device.index or 0) >= count:
                 raise ModelError(f"the device {name!r} is not available here; try cpu.")
+            if device.index is None and hasattr(module, "current_device"):
+                device = torch.device(device.type, module.current_device())
         return cls(device, TRAITS.get(device.type, OTHER))
 
     @property
@@ -66,6 +70,11 @@ class Device:
     def module(self) -> ModuleType:
         """``torch.cpu``, ``torch.cuda`` ...: streams, graphs, memory figures."""
         return torch.get_device_module(self.torch_device)
+
+    def make_current(self) -> None:
+        """For the thread that calls: what is launched, pinned or recorded without naming a device means this one."""
+        if not self.is_cpu and self.torch_device.index is not None:
+            self.module.set_device(self.torch_device)
 
     def supports(self, quantization: str | None) -> bool:
         """Whether weights in this 8-bit format (None: in none) can be multiplied here."""
@@ -80,6 +89,11 @@ class Device:
             return _available_host_bytes()
         free, _ = self.module.mem_get_info(self.torch_device)
         return int(free)
+
+    def release(self) -> None:
+        """Hand back the memory that torch keeps for itself."""
+        if not self.is_cpu:
+            self.module.empty_cache()
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """What captures graphs: it runs ``work`` once, then captures what it launches; its result launches that again, on
@@ -107,7 +121,7 @@ class Device:
     def describe(self) -> str:
         """As shown at start-up."""
         if self.is_cpu:
-            return f"cpu, {torch.get_num_threads()} threads"
+            return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
 
 

@@ -272,8 +272,9 @@ class Engine:
     def _commit(self, launched: Launched) -> list[RequestOutput]:
         step, drawn, scores = launched
         tokens = drawn.wait() if drawn is not None else ()
+        scored = [score.wait() for score in scores]
         self._laps.append(self._clock())
-        progressed = self._scheduler.commit(step, tokens, scores)
+        progressed = self._scheduler.commit(step, tokens, scored)
         outputs = [request.report() for request in progressed]
         for output in outputs:
             if output.is_finished:

@@ -7,8 +7,9 @@ are rounded up to buckets; what is too much is padding, which reads and writes t
 - `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers between them, whose
   launches depend on the sequences' lengths, are launched one by one.
 
-Graphs are captured when a bucket first occurs. ``record`` is what `Device.recorder` gives: no graph's own memory outlives
-the next replay, so logits are cloned, and pieces leave theirs in buffers.
+Graphs are captured in a warm-up, the largest first so that the others fit into its memory; without one, when a bucket first
+occurs. ``record`` is what `Device.recorder` gives: no graph's own memory outlives the next replay, so what a graph leaves
+goes to buffers, which all buckets share.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,12 +30,20 @@ from engine.models.decoder import Decoder
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload
 
-Record = Callable[[Callable[[], None]], Callable[[], None]]
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], None]], Replay]
 """Captures what a function launches; the result launches it again."""
 
 KV_BOUNDS = (2048, 8192, 32768, 131072)
 """A decode graph attends to at most this many tokens; more bounds than one, or every step would walk the longest."""
 PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Tokens. In a step of more than the last the device has more to do than the host, and needs no graph."""
+
+
+def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
+    """Those below ``most_tokens``, and it: no step is larger."""
+    smaller = tuple(bucket for bucket in PREFILL_BUCKETS if bucket < most_tokens)
+    return (*smaller, most_tokens) if most_tokens <= PREFILL_BUCKETS[-1] else PREFILL_BUCKETS
 
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
@@ -69,7 +79,21 @@ class DecodeGraphs:
         self._table, self._rotary, self._record = table, rotary, record
         self._sizes = decode_buckets(max_running)
         self._bounds = (*(b for b in KV_BOUNDS if b < max_model_len), max_model_len)
-        self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
+        self._replays: dict[tuple[int, int], Replay] = {}
+        slot = states.padding_slot if states is not None else 0
+        column = np.array([0, 0, kv.padding_row, table.padding_row, 1, slot])
+        most = self._sizes[-1]
+        self._padding = upload(
+            np.repeat(column[:, None], most, axis=1), torch.int64, table.device.device
+        )
+        self._inputs = self._padding.clone()
+        """int64[6, D]: token, position, KV index, row, KV length and slot of each sequence."""
+        self._logits = kv.key.new_empty(most, model.config.vocab_size)
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(sequences, KV bound) of every graph, the largest first."""
+        return [(size, bound) for size in self._sizes[::-1] for bound in self._bounds[::-1]]
 
     def run(
         self, segments: Sequence[Segment], patch: Callable[[torch.Tensor], None]
@@ -78,22 +102,21 @@ class DecodeGraphs:
 
         ``patch`` puts tokens that only the device knows into the token ids.
         """
-        size = bucket_for(len(segments), self._sizes)
+        count = len(segments)
+        size = bucket_for(count, self._sizes)
         bound = bucket_for(max(segment.end for segment in segments), self._bounds)
         if size is None or bound is None:
             return None
-        graph = self._graphs.get((size, bound))
-        if graph is None:
-            graph = self._graphs[size, bound] = self._capture(size, bound)
-        graph.inputs[:, : len(segments)].copy_(self._inputs(segments))
-        if len(segments) < size:
-            graph.inputs[:, len(segments) :].copy_(graph.padding[:, len(segments) :])
-        patch(graph.inputs[0])
-        graph.replay()
-        return graph.logits[: len(segments)].clone()
+        if (size, bound) not in self._replays:
+            self.capture((size, bound))
+        self._inputs[:, :count].copy_(self._columns(segments))
+        if count < size:
+            self._inputs[:, count:size].copy_(self._padding[:, count:size])
+        patch(self._inputs[0])
+        self._replays[size, bound]()
+        return self._logits[:count].clone()
 
-    def _inputs(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """int64[6, D]: token, position, KV index, row, KV length and slot of each sequence."""
+    def _columns(self, segments: Sequence[Segment]) -> torch.Tensor:
         host = self._table.host
         columns = [
             (
@@ -109,16 +132,13 @@ class DecodeGraphs:
         values = np.array(columns, dtype=np.int64).T.copy()
         return upload(values, torch.int64, self._table.device.device)
 
-    def _capture(self, size: int, bound: int) -> _DecodeGraph:
-        slot = self._states.padding_slot if self._states is not None else 0
-        column = np.array([0, 0, self._kv.padding_row, self._table.padding_row, 1, slot])
-        padding = upload(
-            np.repeat(column[:, None], size, axis=1), torch.int64, self._table.device.device
-        )
-        graph = _DecodeGraph(padding)
+    def capture(self, bucket: tuple[int, int]) -> None:
+        """Make the graph of one of the ``buckets``. Computes on padding."""
+        size, bound = bucket
+        self._inputs.copy_(self._padding)
 
         def work() -> None:
-            token_ids, positions, kv_indices, rows, kv_lens, slots = graph.inputs.unbind()
+            token_ids, positions, kv_indices, rows, kv_lens, slots = self._inputs[:, :size].unbind()
             cos, sin = self._rotary(positions)
             sequences = Sequences(
                 rows=(self._table.padding_row,) * size,
@@ -138,100 +158,97 @@ class DecodeGraphs:
                 prefill=None,
             )
             hidden = self._model.forward(token_ids, step, self._kv, self._states)
-            graph.logits = self._model.head(hidden)
+            self._logits[:size].copy_(self._model.head(hidden))
 
-        graph.replay = self._record(work)
-        return graph
-
-
-class _DecodeGraph:
-    """One bucket's graph and the memory it works on."""
-
-    def __init__(self, padding: torch.Tensor) -> None:
-        self.padding = padding
-        self.inputs = padding.clone()
-        self.logits: torch.Tensor
-        self.replay: Callable[[], None]
+        self._replays[bucket] = self._record(work)
 
 
 class PrefillGraphs:
-    """Steps with prompts in them, piece by piece."""
+    """Steps with prompts in them, piece by piece: up to the first mixer, between each two, and behind the last."""
 
     def __init__(
-        self, model: Decoder, kv: KVPool, states: StatePool | None, record: Record
+        self,
+        model: Decoder,
+        kv: KVPool,
+        states: StatePool | None,
+        record: Record,
+        *,
+        most_tokens: int,
     ) -> None:
         self._model, self._record = model, record
         self._kv_pools = (kv.key, kv.value)
         self._state_pools = states.tensors if states is not None else None
-        self._pieces: dict[int, _Pieces] = {}
+        self._sizes = prefill_buckets(most_tokens)
+        self._replays: dict[int, list[Replay]] = {}
+        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=kv.key.device)
+        self._projected: dict[bool, torch.Tensor] = {}
+        """By whether a layer is a full-attention one: what its mixer reads."""
+        self._mixed: dict[bool, torch.Tensor] = {}
+        """What its mixer leaves."""
+        self._residual: torch.Tensor
+        self._hidden: torch.Tensor
+        self._allocate()
+
+    @property
+    def buckets(self) -> list[int]:
+        """Tokens of every bucket, the largest first."""
+        return list(self._sizes[::-1])
+
+    @torch.inference_mode()
+    def _allocate(self) -> None:
+        """Buffers of the shapes that the layers give, found by one run of each kind's input product."""
+        hidden = self._model.embedding(self._token_ids)
+        self._residual, self._hidden = torch.zeros_like(hidden), torch.zeros_like(hidden)
+        for layer in self._model.layers:
+            if layer.is_full not in self._projected:
+                projected, _ = layer.project(hidden, None)
+                self._projected[layer.is_full] = torch.zeros_like(projected)
+                shape = (len(hidden), *layer.mixer.mixed_shape)
+                self._mixed[layer.is_full] = hidden.new_zeros(shape)
 
     def run(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor | None:
         """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket holds."""
-        bucket = bucket_for(step.num_tokens, PREFILL_BUCKETS)
-        if bucket is None:
+        size = bucket_for(step.num_tokens, self._sizes)
+        if size is None:
             return None
-        pieces = self._pieces.get(bucket)
-        if pieces is None:
-            pieces = self._pieces[bucket] = _Pieces(
-                self._model, bucket, token_ids.device, self._record
-            )
-        pieces.token_ids[: step.num_tokens].copy_(token_ids[: step.num_tokens])
-        pieces.token_ids[step.num_tokens :].zero_()
-        step = replace(step, num_rows=bucket)
+        if size not in self._replays:
+            self.capture(size)
+        self._token_ids[: step.num_tokens].copy_(token_ids[: step.num_tokens])
+        self._token_ids[step.num_tokens : size].zero_()
+        step = replace(step, num_rows=size)
+        replays = self._replays[size]
         for rank, layer in enumerate(self._model.layers):
-            pieces.replays[rank]()
+            replays[rank]()
             pools = self._kv_pools if layer.is_full else self._state_pools
             assert pools is not None
-            mixed = layer.mixer.mix(pieces.projected[layer.is_full], step, pools)
-            pieces.mixed[layer.is_full][: step.num_tokens].copy_(mixed)
-        pieces.replays[-1]()
-        return pieces.hidden
+            mixed = layer.mixer.mix(self._projected[layer.is_full][:size], step, pools)
+            self._mixed[layer.is_full][: step.num_tokens].copy_(mixed)
+        replays[-1]()
+        return self._hidden[:size]
 
+    def capture(self, size: int) -> None:
+        """Make the graphs of one of the ``buckets``."""
+        layers = range(len(self._model.layers))
+        self._replays[size] = [
+            *(self._record(partial(self._before, rank, size)) for rank in layers),
+            self._record(partial(self._end, size)),
+        ]
 
-class _Pieces:
-    """One bucket's graphs: up to the first mixer, between each two, and behind the last. All layers share the buffers."""
-
-    def __init__(self, model: Decoder, num_rows: int, device: torch.device, record: Record) -> None:
-        self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.projected: dict[bool, torch.Tensor] = {}
-        """By whether the layer is a full-attention one: what its mixer reads."""
-        self.mixed: dict[bool, torch.Tensor] = {}
-        """What its mixer leaves."""
-        self.residual: torch.Tensor
-        self.hidden: torch.Tensor
-        self._model, self._num_rows = model, num_rows
-        self._allocate()
-        layers = range(len(model.layers))
-        self.replays = [record(lambda rank=rank: self._before(rank)) for rank in layers]
-        self.replays.append(record(self._end))
-
-    def _allocate(self) -> None:
-        """Buffers of the shapes that the layers give, found by one run of each kind's input product."""
-        model = self._model
-        hidden = model.embedding(self.token_ids)
-        self.residual, self.hidden = torch.zeros_like(hidden), torch.zeros_like(hidden)
-        for layer in model.layers:
-            if layer.is_full not in self.projected:
-                projected, _ = layer.project(hidden, None)
-                self.projected[layer.is_full] = torch.zeros_like(projected)
-                shape = (self._num_rows, *layer.mixer.mixed_shape)
-                self.mixed[layer.is_full] = hidden.new_zeros(shape)
-
-    def _before(self, rank: int) -> None:
+    def _before(self, rank: int, size: int) -> None:
         """Everything between the mixers of layers ``rank - 1`` and ``rank``."""
         layer = self._model.layers[rank]
         if rank == 0:
-            projected, residual = layer.project(self._model.embedding(self.token_ids), None)
+            projected, residual = layer.project(self._model.embedding(self._token_ids[:size]), None)
         else:
-            projected, residual = layer.project(*self._finish(rank - 1))
-        self.projected[layer.is_full].copy_(projected)
-        self.residual.copy_(residual)
+            projected, residual = layer.project(*self._finish(rank - 1, size))
+        self._projected[layer.is_full][:size].copy_(projected)
+        self._residual[:size].copy_(residual)
 
-    def _end(self) -> None:
-        hidden, residual = self._finish(len(self._model.layers) - 1)
-        self.hidden.copy_(self._model.norm.add(hidden, residual)[0])
+    def _end(self, size: int) -> None:
+        hidden, residual = self._finish(len(self._model.layers) - 1, size)
+        self._hidden[:size].copy_(self._model.norm.add(hidden, residual)[0])
 
-    def _finish(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _finish(self, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self._model.layers[rank]
-        mixed, projected = self.mixed[layer.is_full], self.projected[layer.is_full]
-        return layer.finish(mixed, projected, self.residual, self._num_rows)
+        mixed, projected = self._mixed[layer.is_full][:size], self._projected[layer.is_full][:size]
+        return layer.finish(mixed, projected, self._residual[:size], size)

@@ -11,6 +11,7 @@ import numpy as np
 from engine.outputs import TextStream
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.units import counted
 from hybridcache.interface import Tokens
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Intake:
         if max_len > limit:
             wanted = f"{max_len - prompt_len} more" if sampling.max_tokens else "an answer"
             raise ValueError(
-                f"a prompt of {prompt_len} tokens and {wanted} do not fit the {limit} tokens that a request may have here: "
+                f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the {limit} tokens that a request may have here: "
                 "shorten the prompt or lower max_tokens."
             )
         return max_len

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from engine.assembly import Chooser, Drawn
 from engine.batch import Batch
-from engine.outputs import SampledToken
 from engine.request import Request
 from engine.scheduler import Step, Work
 
@@ -18,18 +17,18 @@ class Launched(NamedTuple):
     step: Step
     drawn: Drawn | None
     """The next token of each work that samples; None: none does."""
-    scores: Sequence[Sequence[SampledToken]]
-    """The prompt's log-probabilities, for each work that scores."""
+    scores: Sequence[Drawn]
+    """The prompt's tokens with their log-probabilities, for each work that scores."""
 
 
 NOTHING = Launched(Step(Batch(()), ()), None, ())
 
 
 def launch(step: Step, logits: Any, sampler: Chooser) -> Launched:
-    """Begin to draw the step's tokens; score the prompts that ask for it, which waits for the device."""
+    """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for nothing."""
     chosen: list[Request] = []
     rows: list[int] = []
-    scores: list[list[SampledToken]] = []
+    scores: list[Drawn] = []
     num_rows = 0
     for work, segment in zip(step.works, step.batch.segments, strict=True):
         first, num_rows = num_rows, num_rows + segment.num_logits
@@ -40,13 +39,11 @@ def launch(step: Step, logits: Any, sampler: Chooser) -> Launched:
             rows.append(num_rows - 1)
     if not chosen:
         return Launched(step, None, scores)
-    wanted = logits if len(rows) == num_rows else logits[rows]
-    return Launched(
-        step, sampler.launch(wanted, [request.sampling_input() for request in chosen]), scores
-    )
+    inputs = [request.sampling_input() for request in chosen]
+    return Launched(step, sampler.launch(logits, inputs, rows), scores)
 
 
-def _score(work: Work, logits: Any, sampler: Chooser) -> list[SampledToken]:
+def _score(work: Work, logits: Any, sampler: Chooser) -> Drawn:
     """Of the prompt tokens that follow the work's tokens."""
     request = work.request
     following = request.tokens[work.start + 1 : min(work.end + 1, request.prompt_len)]

@@ -20,8 +20,8 @@ from kernels.upload import upload
 GIB = 2**30
 CPU_SHARE = 0.25
 CPU_MOST_BYTES = 4 * GIB
-ACCELERATOR_SHARE = 0.85
-"""Of what is free once the weights are there; the rest is for activations and graphs."""
+ACCELERATOR_SHARE = 0.9
+"""Of what is free beside weights, graphs and the largest step; the rest is for sampling and for gaps."""
 FEWEST_KV_TOKENS = 256
 FEWEST_SLOTS = 2
 """One for a running request, one for a checkpoint."""
@@ -47,13 +47,16 @@ class MemoryPlan:
         state_bytes: int | None,
         cache_bytes: int | None,
         page_size: int = 1,
+        state_dtype: torch.dtype = torch.float32,
+        reserved_bytes: int = 0,
     ) -> MemoryPlan:
         """The rule: KV and states get what is asked for each; one budget for both is halved, and an attention-only model's
-        goes to KV whole. With no budget given it is a quarter of the free memory, at most 4 GiB, on a CPU, and 85 % of what
-        the weights left free elsewhere. Raises ModelError naming the bytes a budget would need."""
-        row_bytes, slot_bytes = kv_row_bytes(model, dtype), state_slot_bytes(model, dtype)
+        goes to KV whole. With no budget given it is a quarter of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 %
+        of what is free without the ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
+        row_bytes = kv_row_bytes(model, dtype)
+        slot_bytes = state_slot_bytes(model, dtype, state_dtype)
         if cache_bytes is None and (kv_bytes is None or (state_bytes is None and slot_bytes)):
-            cache_bytes = default_cache_bytes(device)
+            cache_bytes = default_cache_bytes(device, reserved_bytes)
         half = (cache_bytes or 0) // 2 if slot_bytes else cache_bytes or 0
         kv_bytes = half if kv_bytes is None else kv_bytes
         state_bytes = (half if state_bytes is None else state_bytes) if slot_bytes else 0
@@ -75,27 +78,35 @@ class MemoryPlan:
             )
         return plan
 
+    @classmethod
+    def smallest(cls, model: ModelConfig) -> MemoryPlan:
+        """Enough to rehearse steps with."""
+        slots = FEWEST_SLOTS if model.linear is not None else 0
+        return cls(FEWEST_KV_TOKENS, slots, kv_bytes=0, state_bytes=0)
+
 
 def kv_row_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
     """Of one token in all full-attention layers."""
     return 2 * model.num_full_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
 
 
-def state_slot_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+def state_slot_bytes(
+    model: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
+) -> int:
     """Of one sequence's conv and recurrent state in all linear layers; 0 for an attention-only model."""
     if model.linear is None:
         return 0
     shape = model.linear
     conv = shape.conv_channels * (shape.conv_width - 1) * dtype.itemsize
-    recurrent = shape.num_value_heads * shape.key_dim * shape.value_dim * torch.float32.itemsize
+    recurrent = shape.num_value_heads * shape.key_dim * shape.value_dim * state_dtype.itemsize
     return model.num_linear_layers * (conv + recurrent)
 
 
-def default_cache_bytes(device: Device) -> int:
+def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
     """For KV and states together where nothing was asked for."""
     if device.is_cpu:
         return min(int(device.free_bytes() * CPU_SHARE), CPU_MOST_BYTES)
-    return int(device.free_bytes() * ACCELERATOR_SHARE)
+    return max(0, int((device.free_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 
 class KVPool:
@@ -111,11 +122,16 @@ class KVPool:
 
 
 class StatePool:
-    """Conv states ``[L, S, C, W - 1]`` and recurrent states ``[L, S, HV, K, V]`` (float32) of the linear layers, a slot
-    each for running requests and checkpoints alike."""
+    """Conv states ``[L, S, C, W - 1]`` and recurrent states ``[L, S, HV, K, V]`` of the linear layers, a slot each for running
+    requests and checkpoints alike."""
 
     def __init__(
-        self, model: ModelConfig, num_slots: int, dtype: torch.dtype, device: Device
+        self,
+        model: ModelConfig,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: Device,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         assert model.linear is not None
         shape, layers = model.linear, model.num_linear_layers
@@ -123,7 +139,7 @@ class StatePool:
         window = (shape.conv_channels, shape.conv_width - 1)
         state = (shape.num_value_heads, shape.key_dim, shape.value_dim)
         self.conv = allocate((layers, slots, *window), dtype, device)
-        self.recurrent = allocate((layers, slots, *state), torch.float32, device)
+        self.recurrent = allocate((layers, slots, *state), state_dtype, device)
         self.padding_slot = num_slots
 
     @property

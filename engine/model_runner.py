@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from engine.model_config import ModelConfig, ModelError, read_config
 from engine.models import MODELS
 from engine.models.builtin import BUILTIN_CONFIG, BUILTIN_NAME
 from engine.models.decoder import Decoder
+from engine.units import counted
+from engine.warm_up import WarmUp, measure, warm_up
 from engine.weights import Checkpoint, Dummy
 from hybridcache.costs import ModelGeometry
 from kernels.attention.sequences import Sequences
@@ -39,6 +42,7 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.device = Device.resolve(config.device)
+        self.device.make_current()
         self.kernels = Kernels.choose(self.device, config.kernels)
         if not self.device.supports(config.quantization):
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
@@ -46,6 +50,8 @@ class ModelRunner:
         self.config = ModelConfig.from_dict(raw)
         self.name = Path(config.model).name if config.model else BUILTIN_NAME
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
+        self.state_dtype = DTYPES[config.state_dtype]
+        self.most_step_tokens, self.most_running = config.most_step_tokens, config.max_running
         self.model, self.weights_note = load_model(
             Path(config.model) if config.model else None,
             self.config,
@@ -60,8 +66,11 @@ class ModelRunner:
             self.name,
             kv_dtype=str(self.dtype).removeprefix("torch."),
             conv_dtype=str(self.dtype).removeprefix("torch."),
+            state_dtype=config.state_dtype,
         )
-        self.memory = MemoryPlan.fit(
+        warms_up = config.warm_up and not self.device.is_cpu
+        reserved_bytes = self._rehearse(config) if warms_up else 0
+        plan = MemoryPlan.fit(
             self.config,
             self.dtype,
             self.device,
@@ -69,20 +78,44 @@ class ModelRunner:
             state_bytes=_bytes(config.state_gib),
             cache_bytes=_bytes(config.cache_gib),
             page_size=config.page_size,
+            state_dtype=self.state_dtype,
+            reserved_bytes=reserved_bytes,
         )
-        self.max_model_len = self._max_model_len(config.max_model_len)
-        has_states = self.config.linear is not None
-        self.kv = KVPool(self.config, self.num_kv_tokens, self.dtype, self.device)
-        self.states = (
-            StatePool(self.config, self.num_slots, self.dtype, self.device) if has_states else None
+        self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
+        self.warmed: WarmUp | None = warm_up(self) if warms_up else None
+        """What the start took; None: it left everything to the first use, or to nobody, as on a CPU."""
+
+    def _rehearse(self, config: EngineConfig) -> int:
+        """Bytes to keep free beside the pools, found out with the smallest ones."""
+        longest = config.max_model_len or self.config.max_position
+        self._allocate(MemoryPlan.smallest(self.config), longest, config.graphs)
+        num_bytes = measure(self)
+        del (
+            self.kv,
+            self.states,
+            self.table,
+            self._rotary,
+            self._decode_graphs,
+            self._prefill_graphs,
         )
+        gc.collect()
+        self.device.release()
+        return num_bytes
+
+    def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
+        """The pools, and the tables and graphs that go with them."""
+        self.memory, self.max_model_len = plan, max_model_len
+        self.kv = KVPool(self.config, plan.num_kv_tokens, self.dtype, self.device)
+        self.states: StatePool | None = None
+        if self.config.linear is not None:
+            self.states = StatePool(
+                self.config, plan.num_slots, self.dtype, self.device, self.state_dtype
+            )
         self.table = RequestTable(
-            config.max_running, self.max_model_len, self.kv.padding_row, self.device
+            self.most_running, max_model_len, self.kv.padding_row, self.device
         )
-        self._rotary = RotaryTable(
-            self.config, self.max_model_len, self.device.torch_device, self.dtype
-        )
-        self.use_graphs(config.graphs, config.max_running)
+        self._rotary = RotaryTable(self.config, max_model_len, self.device.torch_device, self.dtype)
+        self.use_graphs(graphs)
 
     @property
     def num_kv_tokens(self) -> int:
@@ -102,7 +135,11 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def use_graphs(self, word: str, max_running: int, record: Record | None = None) -> None:
+    @property
+    def graphs(self) -> tuple[DecodeGraphs | None, PrefillGraphs | None]:
+        return self._decode_graphs, self._prefill_graphs
+
+    def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
 
         ``record`` in place of the device's own. Raises ModelError for a device without graphs, and where a kernel is the
@@ -126,11 +163,13 @@ class ModelRunner:
             self.table,
             self._rotary,
             record,
-            max_running=max_running,
+            max_running=self.most_running,
             max_model_len=self.max_model_len,
         )
         if word != "decode":
-            self._prefill_graphs = PrefillGraphs(self.model, self.kv, self.states, record)
+            self._prefill_graphs = PrefillGraphs(
+                self.model, self.kv, self.states, record, most_tokens=self.most_step_tokens
+            )
 
     def _graph_obstacle(self) -> str | None:
         """Why nothing can be captured here; None where it can."""
@@ -147,6 +186,7 @@ class ModelRunner:
         "all", none for "none". First the batch's restores and row writes; the states it exports are in their slots after.
 
         ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's ``late_tokens``."""
+        self.device.make_current()  # The thread that calls may be another than the one that loaded.
         self.table.write(batch.row_writes)
         self._copy_states(batch.restores)
         logits = self._logits(batch, drawn)
@@ -252,14 +292,14 @@ class ModelRunner:
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)
 
-    def _max_model_len(self, asked: int | None) -> int:
+    def _max_model_len(self, plan: MemoryPlan, asked: int | None) -> int:
         if asked is None:
-            return min(self.config.max_position, self.num_kv_tokens)
-        if asked > self.num_kv_tokens:
+            return min(self.config.max_position, plan.num_kv_tokens)
+        if asked > plan.num_kv_tokens:
             need = asked * self.geometry.kv_bytes_per_token / GIB
             raise ModelError(
                 f"one request of max_model_len {asked} needs {need:.3g} GiB for KV; "
-                f"there is room for {self.num_kv_tokens} tokens."
+                f"there is room for {counted(plan.num_kv_tokens, 'token')}."
             )
         return asked
 

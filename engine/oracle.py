@@ -160,19 +160,21 @@ class OracleSampler:
     def __init__(self, vocab_size: int = 320) -> None:
         self._vocab_size = vocab_size
 
-    def launch(self, logits: Fingerprints, requests: Sequence[SamplingInput]) -> OracleDrawn:
-        assert len(logits) == len(requests)
-        return OracleDrawn([self.choose(int(one)) for one in logits])
+    def launch(
+        self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> OracleDrawn:
+        assert len(rows) == len(requests)
+        return OracleDrawn([self.choose(int(logits[row])) for row in rows])
 
     def choose(self, logits: int) -> SampledToken:
         """The one token that follows a prefix."""
         return SampledToken(logits % self._vocab_size, -(logits % 9973) / 1000)
 
-    def score(
-        self, logits: Fingerprints, token_ids: Sequence[int], num_top: int
-    ) -> list[SampledToken]:
+    def score(self, logits: Fingerprints, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
         """A log-probability that depends on the prefix and on the token."""
-        return [
-            SampledToken(int(token), -((int(one) + int(token)) % 9973) / 1000)
-            for one, token in zip(logits, token_ids, strict=True)
-        ]
+        return OracleDrawn(
+            [
+                SampledToken(int(token), -((int(one) + int(token)) % 9973) / 1000)
+                for one, token in zip(logits, token_ids, strict=True)
+            ]
+        )

@@ -65,28 +65,29 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> list[SampledToken]:
         """One token per row of ``logits [rows, vocab]``, waited for."""
-        return self.launch(logits, requests).wait()
+        return self.launch(logits, requests, range(len(requests))).wait()
 
     @torch.inference_mode()
-    def launch(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> Drawn:
-        """Begin to draw one token per row of ``logits [rows, vocab]``. Waits for nothing the device does."""
+    def launch(
+        self, logits: torch.Tensor, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> Drawn:
+        """Begin to draw a token for each request, from its row of ``logits [N, vocab]``; ``rows`` ascend. Waits for nothing
+        the device does."""
+        logits = _pick(logits, rows)
         tokens = self._choose(logits, requests)
         wanted = [request.params.logprobs for request in requests]
-        rows = [row for row, num_top in enumerate(wanted) if num_top is not None]
-        if not rows:
+        told = [row for row, num_top in enumerate(wanted) if num_top is not None]
+        if not told:
             return Drawn(tokens, wanted)
         most = max(num_top or 0 for num_top in wanted)
-        own = tokens if len(rows) == len(wanted) else tokens[_index(rows, logits.device)]
-        return Drawn(tokens, wanted, _score(_pick(logits, rows), own, most))
+        scores = _score(_pick(logits, told), _pick(tokens, told), most)
+        return Drawn(tokens, wanted, scores)
 
     @torch.inference_mode()
-    def score(
-        self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int
-    ) -> list[SampledToken]:
+    def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
         """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones beside each."""
         index = upload(token_ids, torch.int64, logits.device)
-        scored = Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
-        return scored.wait()
+        return Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
         if all(_is_greedy(request.params) for request in requests):
@@ -191,8 +192,9 @@ def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
     return upload(rows, torch.int64, device)
 
 
-def _pick(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    return logits if len(rows) == len(logits) else logits[_index(rows, logits.device)]
+def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """The given rows, which ascend."""
+    return tensor if len(rows) == len(tensor) else tensor[_index(rows, tensor.device)]
 
 
 def _score(

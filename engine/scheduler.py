@@ -1,7 +1,7 @@
 """Who computes what in the next step. Integers only: no torch here.
 
-Every step serves the running requests from the oldest to the youngest: one token for each that decodes, a chunk for each
-that prefills as long as the token budget lasts; then it admits waiting ones. Chunks end on the absolute tile grid or at the
+Every step serves the running requests from the oldest to the youngest: one token for each that decodes, and from what these
+leave of the token budget (64 at least) a chunk for each that prefills; then it admits waiting ones. Chunks end on the absolute tile grid or at the
 end of the prompt, so that a prompt is computed in the very same tiles however it is cut.
 
 Memory. A request that finds none preempts the youngest running request that is younger than itself; one with nobody younger
@@ -140,7 +140,8 @@ class Scheduler:
             return Step(Batch(()), ())
         self._must_wait = False
         works: list[Work] = []
-        budget = self._token_budget
+        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
+        budget = max(self._token_budget - num_decodes, TILE)
         for request in tuple(self._running):
             if request.lease is None:
                 continue

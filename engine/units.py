@@ -27,6 +27,14 @@ def format_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "thread"), counted(4096, "token")
+    ('1 thread', '4,096 tokens')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def format_seconds(duration_s: float) -> str:
     """
     >>> format_seconds(0.0123), format_seconds(4.56), format_seconds(0.00031)

@@ -24,6 +24,10 @@ DECODE_STAGES = 5
 SPLIT = 256
 """Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query head of a KV head."""
 
+WORKSPACE_BYTES = 2**26
+"""Most of what the partial outputs take: more sequences than fit are decoded one group after the other. 64 sequences of 128k
+tokens and 16 heads of 256 would want half a GiB."""
+
 LOG2_E = 1.4426950408889634
 
 
@@ -245,7 +249,7 @@ def prefill_attention(
             HEADS=heads,
             BT=tokens,
             **tile_config(size, query.dtype),
-            num_warps=4 * heads,
+            num_warps=8 if heads == 2 or (exact and size > 128) else 4,
             num_stages=pipeline_stages(PREFILL_STAGES),
         )
     return out
@@ -271,38 +275,48 @@ def decode_attention(
         return out
     num_kv_heads = key_pool.shape[1]
     num_splits = triton.cdiv(max(sequences.kv_lens), SPLIT)
-    partial_out = query.new_empty(batch, num_heads, num_splits, size, dtype=torch.float32)
-    partial_lse = query.new_empty(batch, num_heads, num_splits, dtype=torch.float32)
-    decode_attention_kernel[(batch, num_kv_heads, num_splits)](
-        query,
-        key_pool,
-        value_pool,
-        partial_out,
-        partial_lse,
-        table,
-        sequences.row_table,
-        sequences.kv_len_table,
-        table.stride(0),
-        _pool_stride(key_pool, value_pool),
-        scale * LOG2_E,
-        HQ=num_heads,
-        G=num_heads // num_kv_heads,
-        D=size,
-        BS=SPLIT,
-        **tile_config(size, query.dtype),
-        num_stages=pipeline_stages(DECODE_STAGES),
-    )
-    combine_splits_kernel[(batch, num_heads)](
-        partial_out,
-        partial_lse,
-        sequences.kv_len_table,
-        out,
-        num_splits,
-        HQ=num_heads,
-        D=size,
-        BS=SPLIT,
-    )
+    group = group_size(num_heads, num_splits, size)
+    partial_shape = (min(batch, group), num_heads, num_splits)
+    partial_out = query.new_empty(*partial_shape, size, dtype=torch.float32)
+    partial_lse = query.new_empty(partial_shape, dtype=torch.float32)
+    for first in range(0, batch, group):
+        part = slice(first, first + group)
+        kv_lens = sequences.kv_len_table[part]
+        decode_attention_kernel[(len(kv_lens), num_kv_heads, num_splits)](
+            query[part],
+            key_pool,
+            value_pool,
+            partial_out,
+            partial_lse,
+            table,
+            sequences.row_table[part],
+            kv_lens,
+            table.stride(0),
+            _pool_stride(key_pool, value_pool),
+            scale * LOG2_E,
+            HQ=num_heads,
+            G=num_heads // num_kv_heads,
+            D=size,
+            BS=SPLIT,
+            **tile_config(size, query.dtype),
+            num_stages=pipeline_stages(DECODE_STAGES),
+        )
+        combine_splits_kernel[(len(kv_lens), num_heads)](
+            partial_out,
+            partial_lse,
+            kv_lens,
+            out[part],
+            num_splits,
+            HQ=num_heads,
+            D=size,
+            BS=SPLIT,
+        )
     return out
+
+
+def group_size(num_heads: int, num_splits: int, size: int) -> int:
+    """Sequences whose partial outputs fit into the workspace: a multiple of 4, so that their tables stay aligned."""
+    return max(4, WORKSPACE_BYTES // (4 * num_heads * num_splits * size) // 4 * 4)
 
 
 def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:

@@ -123,7 +123,7 @@ def test_logprobs_are_the_models_own():
     assert plain.logprob is None and plain.top_logprobs == ()
     assert scored.logprob == pytest.approx(float(expected[1, scored.token_id]), abs=1e-6)
     assert [i for i, _ in scored.top_logprobs] == expected[1].topk(4).indices.tolist()
-    given = Sampler(VOCAB).score(logits, [7, 9], 0)
+    given = Sampler(VOCAB).score(logits, [7, 9], 0).wait()
     assert [s.token_id for s in given] == [7, 9]
     assert given[1].logprob == pytest.approx(float(expected[1, 9]), abs=1e-6)
 

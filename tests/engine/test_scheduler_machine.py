@@ -188,7 +188,7 @@ def assert_scored(output: RequestOutput) -> None:
     expected = []
     for token, following in itertools.pairwise(prompt):
         before = fingerprint(before, token)
-        expected += SAMPLER.score(np.array([before]), [following], 0)
+        expected += SAMPLER.score(np.array([before]), [following], 0).wait()
     assert list(output.prompt_logprobs[1:]) == expected
 
 

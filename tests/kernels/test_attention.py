@@ -203,3 +203,21 @@ def test_pools_of_two_layouts_are_refused(device) -> None:
     cache.values = torch.empty(len(cache.keys), 2, 32, device=device)[:, :1]
     with pytest.raises(ValueError, match="layout"):
         cache.decode(fused, [(0, 5)])
+
+
+def test_many_long_sequences_share_one_workspace(device, monkeypatch) -> None:
+    """More sequences than it holds are decoded in groups, with the same bits."""
+    cache = Cache.filled([300, 20, 290, 270, 64, 5], 2, 1, 32, torch.float32, device)
+    ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
+    whole = cache.decode(fused, ends)
+    assert fused.group_size(2, 2, 32) > 6
+    monkeypatch.setattr(fused, "WORKSPACE_BYTES", 1)
+    assert fused.group_size(2, 2, 32) == 4
+    assert torch.equal(cache.decode(fused, ends), whole)
+
+
+def test_a_workspace_of_64_long_sequences_is_bounded() -> None:
+    for kv_len in (2048, 131_072, 262_144):
+        num_splits = kv_len // fused.SPLIT
+        num_bytes = 4 * 16 * num_splits * 256 * fused.group_size(16, num_splits, 256)
+        assert num_bytes <= fused.WORKSPACE_BYTES + 2**22

@@ -48,12 +48,12 @@ def test_prefill_pieces(model, drivers, random_tokens):
     plain = serve(driver, prompts, 3)
     recorder = Recorder()
     driver.reset()
-    driver.runner.use_graphs("all", 4, recorder)
+    driver.runner.use_graphs("all", recorder)
     driver.runner._decode_graphs = None  # the CPU's kernels read lengths from the host
     try:
         graphed = serve(driver, prompts, 3)
     finally:
-        driver.runner.use_graphs("off", 4)
+        driver.runner.use_graphs("off")
     assert recorder.num_recorded == 2 * 5  # buckets of 256 and 64, four layers and the end
     for expected, found in zip(plain, graphed, strict=True):
         assert torch.equal(expected, found)
@@ -76,7 +76,7 @@ def test_decode_graphs(oracles, drivers, random_tokens):
     plain = serve(driver, prompts, 2)
     driver.reset()
     recorder = Recorder()
-    driver.runner.use_graphs("decode", 4, recorder)
+    driver.runner.use_graphs("decode", recorder)
     graphed = serve(driver, prompts, 2)
     assert recorder.num_recorded == 2  # of 4 sequences (3 and one of padding), and of 2
     for expected, found in zip(plain, graphed, strict=True):
@@ -103,10 +103,10 @@ def test_a_device_without_graphs_says_so():
 def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatch):
     runner = drivers("qwen3_5").runner
     monkeypatch.setattr(runner, "device", Device(torch.device("cpu"), TRAITS["cuda"]))
-    runner.use_graphs("auto", 4)
+    runner.use_graphs("auto")
     assert runner._decode_graphs is None
     with pytest.raises(ModelError, match=r"the reference serves for .*attention.*--graphs off"):
-        runner.use_graphs("all", 4)
+        runner.use_graphs("all")
 
 
 def test_all_graphs_of_a_recorder_share_one_pool(monkeypatch):

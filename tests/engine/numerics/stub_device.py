@@ -1,0 +1,103 @@
+"""A device that computes nothing: it keeps count of what it was told to compile, capture and remember."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from engine.device import TRAITS, Device
+
+FREE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class StubDevice(Device):
+    """Looks like an accelerator with graphs and Triton; its tensors are the CPU's."""
+
+    torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    traits: Any = TRAITS["cuda"]
+    counts: Counter[str] = field(default_factory=Counter)
+    threads: set[int] = field(default_factory=set)
+    """Those that made it their current device."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return False
+
+    def make_current(self) -> None:
+        self.threads.add(threading.get_ident())
+
+    def free_bytes(self) -> int:
+        """Every graph takes one MiB, and the first of each pool of graphs 64 MiB more."""
+        taken = self.counts["graphs"] + 64 * self.counts["pools with graphs"]
+        return FREE_BYTES - 2**20 * (taken - self.counts["released MiB"])
+
+    def release(self) -> None:
+        taken = self.counts["graphs"] + 64 * self.counts["pools with graphs"]
+        self.counts["released MiB"] = taken
+
+    def recorder(self):
+        self.counts["pools"] += 1
+        is_first = True
+
+        def record(work):
+            nonlocal is_first
+            self.counts["graphs"] += 1
+            self.counts["pools with graphs"] += is_first
+            is_first = False
+            work()
+            return work
+
+        return record
+
+    def synchronize(self) -> None:
+        self.counts["waits"] += 1
+
+    def describe(self) -> str:
+        return "stub"
+
+
+class Launches:
+    """The kernels that Triton would have compiled by now: by function, types, and what it tells apart in the numbers."""
+
+    def __init__(self) -> None:
+        self.seen: set[Any] = set()
+        self.num_launches = 0
+
+    def record(self, executor: Any, *args: Any, **kwargs: Any) -> None:
+        from triton._C.libtriton import native_specialize_impl
+        from triton.backends.compiler import BaseBackend
+
+        bound = inspect.signature(executor.fn).bind(
+            *args, **{k: v for k, v in kwargs.items() if k in executor.arg_names}
+        )
+        key = tuple(
+            (name, value)
+            if name in executor.constexprs
+            else native_specialize_impl(BaseBackend, value, False, True, True)
+            for name, value in bound.arguments.items()
+        )
+        self.num_launches += 1
+        self.seen.add((executor.fn.__name__, key, kwargs.get("num_warps")))
+
+
+@contextlib.contextmanager
+def stubbed(monkeypatch):
+    """In here every device is the stub, and a Triton launch is noted instead of run: (device, launches)."""
+    from triton.runtime.interpreter import GridExecutor
+
+    device, launches = StubDevice(), Launches()
+    with monkeypatch.context() as patch:
+        patch.setattr(Device, "resolve", classmethod(lambda cls, name: device))
+        patch.setattr(
+            GridExecutor,
+            "__call__",
+            lambda self, *args, **kwargs: launches.record(self, *args, **kwargs),
+        )
+        yield device, launches

@@ -1,0 +1,243 @@
+"""What the start makes, so that no request waits for it: on a device that only keeps count."""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.memory import ACCELERATOR_SHARE
+from engine.model_runner import ModelRunner
+from engine.sampler import Drawn, Sampler
+from engine.sampling_params import SamplingParams
+from engine.warm_up import lengths
+from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
+from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="launches are intercepted in the interpreter"
+)
+SHAPES = {
+    "tiny": TINY,
+    "large": QWEN3_NEXT_80B
+    | {"num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 16, "vocab_size": 512},
+}
+MIXES = (
+    SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=5, temperature=0.8, top_p=0.9, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=7, repetition_penalty=1.1, frequency_penalty=0.3, ignore_eos=True),
+)
+
+
+def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
+    path = write_geometry(tmp_path, SHAPES[shape])
+    settings = {"token_budget": 200, "max_running": 7, "max_model_len": 600} | settings
+    config = EngineConfig(model=path, load_format="dummy", **settings)
+    runner = ModelRunner(config)
+    return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+
+
+def serve(engine: Engine, seed: int, num_requests: int = 40) -> None:
+    """Prompts of all lengths that come and go, some sharing a beginning, some scored."""
+    random = np.random.default_rng(seed)
+    common = random.integers(0, 256, 400).tolist()
+    waiting = num_requests
+    while waiting or engine.has_work():
+        for _ in range(min(waiting, int(random.integers(0, 4)))):
+            shared = int(random.integers(0, 400))
+            own = random.integers(0, 256, int(random.integers(1, 150))).tolist()
+            scored = {"prompt_logprobs": 1} if random.random() < 0.2 else {}
+            engine.submit(common[:shared] + own, MIXES[random.integers(len(MIXES))], **scored)
+            waiting -= 1
+        engine.step()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("graphs", ["all", "decode", "off"])
+def test_no_request_waits_for_a_capture_or_a_compiler(monkeypatch, tmp_path, shape, graphs) -> None:
+    with stubbed(monkeypatch) as (device, launches):
+        memory = {"kv_gib": 0.02, "state_gib": 0.2}
+        engine = make_engine(tmp_path, shape, graphs=graphs, **memory)
+        num_graphs, compiled = device.counts["graphs"], set(launches.seen)
+        assert compiled and (num_graphs > 0) == (graphs != "off")
+        for seed in range(3):
+            serve(engine, seed)
+            engine.reset_prefix_cache()
+        assert device.counts["graphs"] == num_graphs
+        assert launches.seen == compiled
+
+
+def test_without_a_warm_up_requests_wait(monkeypatch, tmp_path) -> None:
+    """So that the test above can fail."""
+    with stubbed(monkeypatch) as (device, launches):
+        engine = make_engine(tmp_path, warm_up=False, kv_gib=0.02, state_gib=0.02)
+        assert not device.counts["graphs"]
+        compiled = set(launches.seen)
+        serve(engine, 0)
+        assert launches.seen > compiled and device.counts["graphs"]
+        assert engine.runner.warmed is None
+
+
+def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch, tmp_path) -> None:
+    with stubbed(monkeypatch):
+        runner = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02).runner
+        decodes, prefills = runner.graphs
+        assert decodes.buckets == [(size, 600) for size in (8, 4, 2, 1)]
+        assert prefills.buckets == [200, 192, 128, 64]
+        assert runner.warmed.num_decode_graphs == 4 and runner.warmed.num_prefill_graphs == 4
+        few = make_engine(tmp_path, token_budget=64, max_running=100, kv_gib=0.02, state_gib=0.02)
+        assert few.runner.graphs[1].buckets == [164, 128, 64]
+
+
+def test_what_graphs_take_is_kept_free_before_pools_are_sized(monkeypatch, tmp_path) -> None:
+    """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take the same."""
+    with stubbed(monkeypatch) as _:
+        runner = make_engine(tmp_path).runner
+        num_graphs = 4 + 3 * 4  # three pieces for two layers
+        needed = 2**20 * (64 + num_graphs)
+        assert runner.warmed.num_bytes == needed
+        budget = int((FREE_BYTES - needed) * ACCELERATOR_SHARE)
+        assert runner.memory.kv_bytes == runner.memory.state_bytes == budget // 2
+
+
+def test_steps_stay_within_the_budget_decodes_included(monkeypatch, tmp_path) -> None:
+    with stubbed(monkeypatch):
+        engine = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
+        sizes = []
+        forward = engine.runner.forward
+        monkeypatch.setattr(
+            engine.runner, "forward", lambda b, *a: (sizes.append(b.num_tokens), forward(b, *a))[1]
+        )
+        serve(engine, 5)
+        assert 190 < max(sizes) <= 200
+
+
+@pytest.mark.parametrize("most", [1, 5, 64, 100, 1001, 1024, 8192])
+def test_rehearsed_lengths_have_every_kind_in_every_octave(most) -> None:
+    found = lengths(most)
+    assert found[0] == most and found[-1] == 1 and found == sorted(set(found), reverse=True)
+    for low in (2**power for power in range(4, most.bit_length() - 1)):
+        octave = [n for n in found if low < n <= 2 * low]
+        assert any(n % 16 == 0 for n in octave)
+        assert any(n % 16 and -(-n // 4) * 4 % 16 for n in octave)
+
+
+def test_every_thread_that_computes_makes_the_device_current(monkeypatch, tmp_path) -> None:
+    with stubbed(monkeypatch) as (device, _):
+        engine = make_engine(tmp_path, warm_up=False, kv_gib=0.02, state_gib=0.02)
+        assert device.threads == {threading.get_ident()}
+        thread = threading.Thread(target=lambda: engine.generate([[1, 2, 3]], MIXES[0]))
+        thread.start()
+        ident = thread.ident
+        thread.join()
+        assert ident in device.threads
+
+
+def test_states_of_sixteen_bits_take_half_the_memory(monkeypatch, tmp_path) -> None:
+    with stubbed(monkeypatch):
+        for word, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            settings = {"state_dtype": word, "warm_up": False, "kv_gib": 0.02, "state_gib": 0.02}
+            runner = make_engine(tmp_path, **settings).runner
+            assert runner.states.recurrent.dtype == dtype
+            assert runner.geometry.state_dtype == word
+            num_bytes = sum(pool[:, 0].nbytes for pool in runner.states.tensors)
+            assert num_bytes == runner.geometry.state_bytes
+
+
+READERS = """
+    item tolist numpy cpu __bool__ __int__ __float__ __index__ __contains__ nonzero argwhere unique masked_select equal
+    allclose is_nonzero bincount
+""".split()  # noqa: SIM905
+
+
+class Waits(TorchFunctionMode):
+    """Notes every call for which a host must wait until the device has computed, or has taken a copy from ordinary memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        is_copy = name in ("tensor", "as_tensor", "from_numpy")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        parts = index if isinstance(index, tuple) else (index,)
+        if (
+            name in READERS
+            or is_copy
+            or any(isinstance(part, list | np.ndarray) for part in parts)
+            or any(getattr(part, "dtype", None) == torch.bool for part in parts)
+            or (name == "repeat_interleave" and "output_size" not in (kwargs or {}))
+        ):
+            frame = next(
+                f for f in reversed(traceback.extract_stack()[:-1]) if "torch/" not in f.filename
+            )
+            if not frame.filename.endswith("kernels/upload.py"):
+                self.found.add(f"{name} in {frame.filename}:{frame.lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+class HiddenWaits(TorchDispatchMode):
+    """The same for what operators do inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_masked = (
+            name.startswith("index")
+            and any(getattr(part, "dtype", None) == torch.bool for part in args[1] or ())
+            if name in ("index", "index_put", "index_put_")
+            else False
+        )
+        if is_masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("graphs", ["all", "off"])
+def test_a_step_waits_for_nothing_but_the_tokens(monkeypatch, tmp_path, graphs) -> None:
+    with stubbed(monkeypatch) as (device, _):
+        engine = make_engine(tmp_path, graphs=graphs, kv_gib=0.02, state_gib=0.02)
+        wait, num_waits = Drawn.wait, device.counts["waits"]
+        watch, hidden = Waits(), HiddenWaits()
+
+        def allowed(drawn):
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                return wait(drawn)
+
+        monkeypatch.setattr(Drawn, "wait", allowed)
+        with watch, hidden:
+            serve(engine, 3)
+        assert not watch.found and not hidden.found
+        assert device.counts["waits"] == num_waits
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x[[0, 1]],
+        lambda x: x[x > 0],
+        lambda x: torch.tensor([1.0, 2.0]),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_what_would_wait_is_noticed(wait) -> None:
+    watch, hidden = Waits(), HiddenWaits()
+    with watch, hidden:
+        wait(torch.ones(3))
+    assert watch.found or hidden.found
