@@ -16,7 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from hybridcache.models.shapes import Shape, preset_name, presets, shape_of_config
+
+Lengths = npt.NDArray[np.int64]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
 
@@ -148,6 +153,14 @@ class PrefillTimes(Protocol):
         ...
 
 
+def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> list[float]:
+    """``times.seconds`` of many prefills, int64[n] each. O(n)."""
+    if isinstance(times, Roofline):
+        each: list[float] = times.seconds_each(starts, ends).tolist()
+        return each
+    return [*map(times.seconds, starts.tolist(), ends.tolist())]
+
+
 @dataclass(frozen=True, slots=True)
 class Roofline:
     """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a constant.
@@ -181,6 +194,19 @@ class Roofline:
         moved = params * self.weight_bytes_per_param + end * geometry.kv_bytes_per_token
         arithmetic = geometry.flops(start, end) / self.flops_per_s
         return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
+
+    def seconds_each(self, starts: Lengths, ends: Lengths) -> npt.NDArray[np.float64]:
+        """``seconds`` of many prefills, int64[n] each: the very same numbers. O(n)."""
+        geometry = self.geometry
+        if geometry.flops(0, int(ends.max(initial=0))) >= 1 << 63:
+            return np.array([*map(self.seconds, starts.tolist(), ends.tolist())], np.float64)
+        params = np.minimum(geometry.total_params, geometry.active_params * (ends - starts))
+        moved = params * self.weight_bytes_per_param + ends * geometry.kv_bytes_per_token
+        num_pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
+        per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
+        flops = (ends - starts) * per_token + num_pairs * geometry.attention_flops_per_pair
+        slower = np.maximum(flops / self.flops_per_s, moved / self.bytes_per_s)
+        return np.where(ends > starts, self.overhead_s + slower / self.devices, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ class RequestLog:
         self.ttft_s: array[float] | list[float] = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
-        self.losses = [0] * len(Losses._fields)
-        """Tokens lost by cause, in the order of ``Losses``."""
+        self._lost_ids = [0] * len(Losses._fields)
+        """By cause, in the order of ``Losses``; the first stays 0."""
+        self._bypassed_tokens = 0
         self.has_losses = True
         self.control_s = 0.0
         """Spent in the cache's own code."""
@@ -34,30 +35,40 @@ class RequestLog:
         """One request has begun; returns its place."""
         unit = self.unit
         length = request.num_tokens(unit)
-        cached = 0
-        missed = 0
+        cached = missed = 0
         if served is None:
             self.num_bypassed += 1
-            self.losses[5] += length
+            self._bypassed_tokens += length
         else:
             cached = served.cached_len * unit
-            missed = max(served.missed_len * unit - cached, 0)
+            missed = served.missed_len * unit - cached
+            if missed < 0:
+                missed = 0
             losses = served.losses
             if losses is None:
                 self.has_losses = False
             else:
-                known = 0
-                for cause in range(1, 6):
-                    tokens = losses[cause] * unit
-                    self.losses[cause] += tokens
-                    known += tokens
-                # What is left over was never seen: the prompt's last id may stand for less than a unit.
-                self.losses[0] += length - cached - known
+                _, kv_evicted, checkpoint_evicted, never_checkpointed, below_grid, refused = losses
+                lost = self._lost_ids
+                lost[1] += kv_evicted
+                lost[2] += checkpoint_evicted
+                lost[3] += never_checkpointed
+                lost[4] += below_grid
+                lost[5] += refused
         self.arrival_s.append(request.timestamp_s)
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
         self.missed_tokens.append(missed)
-        self.turns.append(turn)
-        self.ttft_s.append(0.0)
+        turns = self.turns
+        turns.append(turn)
         self.control_s += control_s
-        return len(self.turns) - 1
+        return len(turns) - 1
+
+    @property
+    def losses(self) -> list[int]:
+        """Tokens lost by cause, in the order of ``Losses``. What no other cause has was never seen: a prompt's last id may stand
+        for less than a unit. O(requests)."""
+        lost = [num_ids * self.unit for num_ids in self._lost_ids]
+        lost[5] += self._bypassed_tokens
+        lost[0] = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(lost)
+        return lost

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.costs import prefill_seconds
 from hybridcache.interface import Losses
 from hybridcache.simulation.record import RequestLog
 from hybridcache.simulation.serving import Serving
@@ -138,9 +139,8 @@ def summarise(
     resumed = int((cached > 0).sum())
     made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
     written, evicted = counters.get("inserted_tokens"), counters.get("evicted_tokens")
-    seconds = serving.times.seconds
-    spent = sum(map(seconds, cached.tolist(), lengths.tolist()))
-    cold = sum(seconds(0, length) for length in lengths.tolist())
+    spent = sum(prefill_seconds(serving.times, cached, lengths))
+    cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
     return RunResult(
         config=describe(config),
         requests=len(lengths),

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from hybridcache.costs import PrefillTimes
+import numpy as np
+
+from hybridcache.costs import PrefillTimes, prefill_seconds
 from hybridcache.simulation.record import RequestLog
 from hybridcache.simulation.target import Served, Target
 from hybridcache.trace import TraceRequest
@@ -57,26 +59,29 @@ def serve(
 
 def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: RequestLog) -> None:
     turns: dict[Hashable, int] = {}
+    begin, add = target.begin, log.add
     for request in requests:
-        turn = turns.get(request.session, 0)
-        turns[request.session] = turn + 1
+        session = request.session
+        turn = turns.get(session, 0)
+        turns[session] = turn + 1
         start = perf_counter()
-        served = target.begin(request)
+        served = begin(request)
         if served is not None:
             served.prefilled()
             served.finish()
-        log.add(request, served, turn, perf_counter() - start)
+        add(request, served, turn, perf_counter() - start)
 
 
 def _queue(log: RequestLog, serving: Serving) -> list[float]:
     """Time to first token of each request: waiting for a free server, then its prefill. O(n log servers)."""
     free_at = [0.0] * serving.servers
-    seconds = serving.times.seconds
+    cached = np.frombuffer(log.cached_tokens, np.int64)
+    lengths = np.frombuffer(log.prompt_tokens, np.int64)
     found = []
-    for arrival, cached, length in zip(
-        log.arrival_s, log.cached_tokens, log.prompt_tokens, strict=True
+    for arrival, spent in zip(
+        log.arrival_s, prefill_seconds(serving.times, cached, lengths), strict=True
     ):
-        done = max(arrival, free_at[0]) + seconds(cached, length)
+        done = max(arrival, free_at[0]) + spent
         heapq.heapreplace(free_at, done)
         found.append(done - arrival)
     return found
@@ -135,6 +140,7 @@ class _Concurrent:
                 return  # memory comes back when one of the others finishes
             self._waiting.popleft()
             place = self._log.add(request, served, turn, perf_counter() - start)
+            self._log.ttft_s.append(0.0)
             running = _Running(place, request, request.timestamp_s, served)
             self._num_running += 1
             self._free_servers -= 1

@@ -190,9 +190,10 @@ class LeaseTarget:
         self.placement = placement
         self.steps = steps
         self.num_exports = 0
+        self.uncomputed = 1 if unit == 1 else 0
+        """Ids at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
+        the last one."""
         self._stateful = stateful
-        # The last sampled token is never computed; in units of many tokens it is within the last one.
-        self._uncomputed = 1 if unit == 1 else 0
 
     def begin(self, request: TraceRequest) -> Served | None:
         asked = LeaseRequest(
@@ -215,10 +216,6 @@ class LeaseTarget:
 
     def counters(self) -> dict[str, int]:
         return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
-
-    def computed_len(self, request: TraceRequest) -> int:
-        """Ids of prompt and answer whose KV exists when the answer is complete."""
-        return len(request.tokens) + max(len(request.output) - self._uncomputed, 0)
 
 
 class _LeasedRequest:
@@ -249,11 +246,12 @@ class _LeasedRequest:
             self._lease.publish(tokens, self._end)
 
     def finish(self) -> None:
-        request, lease, target = self._request, self._lease, self._target
-        num_ids = len(request.tokens)
-        computed_len = target.computed_len(request)
-        if self._end < num_ids or computed_len == num_ids:
-            lease.finish(request.tokens, self._end)
+        lease, target = self._lease, self._target
+        tokens, output = self._request.tokens, self._request.output
+        num_ids = len(tokens)
+        computed_len = num_ids + len(output) - target.uncomputed
+        if self._end < num_ids or computed_len <= num_ids:
+            lease.finish(tokens, self._end)
             return
         if target.steps is None:
             decoded_len = computed_len if lease.extend(computed_len) else num_ids
@@ -261,7 +259,7 @@ class _LeasedRequest:
                 target.num_exports += len(lease.exports(num_ids, decoded_len))
         else:
             decoded_len = self._decode(computed_len, target.steps)
-        lease.finish(np.concatenate((request.tokens, request.output)), decoded_len)
+        lease.finish(np.concatenate((tokens, output)), decoded_len)
 
     def _decode(self, computed_len: int, steps: EngineSteps) -> int:
         """Step by step as the engine does it, skipping the steps that touch no memory; returns how far it came."""
