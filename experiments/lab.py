@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from experiments.provenance import FIGURES, RESULTS, ROOT, write_json_lines
+from experiments import provenance
+from experiments.hindsight import Hindsight, Hindsights
+from experiments.provenance import ROOT, write_json_lines
 from hybridcache.costs import ModelGeometry
 from hybridcache.simulate import SimulationResult, simulate
-from hybridcache.simulation.result import RunResult
+from hybridcache.simulation.result import RunResult, sizes
 from hybridcache.trace import Trace
 from hybridcache.traces import open_trace
 
@@ -55,6 +59,19 @@ class Workload:
         trace = replace(open_trace(self.spec), name=name)
         return trace if full or self.quick is None else trace.head(self.quick)
 
+    def sizes(self, points: int | None = None) -> tuple[float, ...]:
+        """GiB, logarithmically spaced; of fewer points a subset, so that all studies share what was worked out for a size."""
+        every = sizes(self.gib)
+        if points is None or points >= len(every):
+            return every
+        return tuple(every[round(place)] for place in np.linspace(0, len(every) - 1, points))
+
+    @property
+    def middle(self) -> float:
+        """The size in the middle of the logarithmic axis, where memory is short."""
+        every = self.sizes()
+        return every[len(every) // 2]
+
     @property
     def is_here(self) -> bool:
         return not self.data or (ROOT / self.data).exists()
@@ -73,7 +90,6 @@ WORKLOADS: dict[str, Workload] = {
     "mooncake": Workload(
         f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
         "20:2560:15",
-        quick=3000,
         data=f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
     ),
     "coding-agent": Workload(
@@ -87,6 +103,12 @@ WORKLOADS: dict[str, Workload] = {
         "0.5:64:15",
         quick=1000,
         data="data/agent/taubench_gpt-4o-airline.json.gz",
+    ),
+    "sharegpt": Workload(
+        f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2",
+        "1:128:15",
+        quick=3000,
+        data=f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz",
     ),
 }
 
@@ -107,30 +129,67 @@ def arguments(description: str | None, *traces: str) -> argparse.Namespace:
 def sweep(
     word: str, options: argparse.Namespace, bar: tqdm[Any], **settings: Any
 ) -> SimulationResult:
-    """``simulate`` over the sizes of a workload; ``settings`` go to it and win over the workload's."""
+    """``simulate`` over the sizes of a workload, each run beside the best plan with hindsight; ``settings`` go to it and win over the
+    workload's."""
     workload = WORKLOADS[word]
-    gib = workload.gib
-    if options.points:
-        gib = ":".join([*gib.split(":")[:2], str(options.points)])
-    settings = {"gib": gib, "model": workload.geometry, "grid": workload.grid} | settings
+    defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
+    settings = defaults | {"gib": workload.sizes(options.points)} | settings
     bar.set_description(word)
 
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"{done} of {total}")
 
-    return simulate(
+    result = simulate(
         workload.open(word, options.full),
         processes=options.processes,
         resume_from=options.resume / f"{word}.jsonl" if options.resume else None,
         progress=show,
         **settings,
     )
+    bar.set_postfix_str("hindsight")
+    return measured(result, word, options.full, settings["grid"])
+
+
+def measured(
+    result: SimulationResult, word: str, full: bool, grid: int | None = None
+) -> SimulationResult:
+    """The runs of a workload beside the best plan of their size with hindsight, and beside the infinite cache."""
+    grid = WORKLOADS[word].grid if grid is None else grid
+    plans = {
+        gib: hindsight(word, full, gib, result.geometry, grid)
+        for gib in {run.gib for run in result.runs}
+        if gib is not None
+    }
+    runs = (
+        replace(run, optimum_tokens=plans[run.gib].cached_tokens) if run.gib in plans else run
+        for run in result.runs
+    )
+    bounds = {gib: plan.bound for gib, plan in plans.items() if plan.bound is not None}
+    return replace(result, runs=tuple(runs), plan_bounds=bounds)
+
+
+@cache
+def _hindsights(workload: Workload, word: str, full: bool) -> Hindsights:
+    return Hindsights(workload.open(word, full).kept())
+
+
+def hindsight(word: str, full: bool, gib: float, geometry: ModelGeometry, grid: int) -> Hindsight:
+    """The best plan for one size of a workload."""
+    return _hindsights(WORKLOADS[word], word, full).at(gib, geometry, grid)
 
 
 def workloads(options: argparse.Namespace) -> tqdm[Any]:
     """The traces asked for that are here, with a progress bar."""
     words = [word for word in options.traces.split(",") if WORKLOADS[word].is_here]
     return tqdm(words, disable=None)
+
+
+def title(result: SimulationResult, options: argparse.Namespace) -> str:
+    """What a panel shows: the trace, whether it is its beginning only, and the model."""
+    workload = WORKLOADS[result.trace]
+    first = "" if options.full or workload.quick is None else "first "
+    num_requests = f"{first}{result.runs[0].requests:,} requests"
+    return f"{result.trace}, {num_requests} ({result.geometry.name})"
 
 
 KEPT = (
@@ -155,25 +214,26 @@ KEPT = (
 def slim(trace: str, run: RunResult, **more: Any) -> dict[str, Any]:
     """One run as a results file keeps it: rates in six digits, no bins."""
     record = run.as_record()
-    kept = {name: _rounded(record[name]) for name in KEPT if record[name] is not None}
+    kept = {name: rounded(record[name]) for name in KEPT if record[name] is not None}
     config = {name: value for name, value in run.config.items() if value is not None}
     return {"trace": trace} | config | more | kept
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Every float in it to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return value
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 def keep(name: str, records: Iterable[dict[str, Any]]) -> Path:
     """Write a study's records; returns where."""
-    path = RESULTS / f"{name}.jsonl"
+    path = provenance.RESULTS / f"{name}.jsonl"
     write_json_lines(path, records)
     return path
 
 
 def figure_path(name: str) -> Path:
-    return FIGURES / f"{name}.png"
+    return provenance.FIGURES / f"{name}.png"

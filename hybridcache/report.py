@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,20 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
+def _gib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else num_bytes / 2**30
+
+
 METRICS: dict[str, Metric] = {
     "hit": Metric("token hit rate, %", lambda run: 100 * run.token_hit_rate),
     "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
     "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
     "optimum": Metric("share of the optimum, %", lambda run: _percent(run.share_of_optimum)),
     "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
+    "seconds": Metric("prefill seconds spent", lambda run: run.seconds),
+    "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved),
     "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s, "{:.0f}"),
+    "ttft-p5": Metric("TTFT P5, ms", lambda run: 1e3 * run.ttft_s[5], "{:.0f}"),
     "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50], "{:.0f}"),
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95], "{:.0f}"),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99], "{:.0f}"),
@@ -54,8 +62,9 @@ METRICS: dict[str, Metric] = {
     ),
     "copied": Metric(
         "state bytes copied, GiB",
-        lambda run: None if run.copied_bytes is None else run.copied_bytes / 2**30,
+        lambda run: _gib(run.copied_bytes),
     ),
+    "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }
 """Words for what a table or figure shows."""
@@ -82,8 +91,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sweep_table(result: SimulationResult, word: str = "hit") -> str:
-    """A row a competitor, a column a size; where the metric is the token hit rate, also the best plan with hindsight, if it was
-    worked out, and the bound."""
+    """A row a competitor, a column a size; where the metric is the token hit rate, also the best plan with hindsight and what no plan
+    can pass, if they were worked out, and the bound."""
     metric = find_metric(word)
     by_label = result.by_label()
     first = next(iter(by_label.values()), [])
@@ -91,6 +100,9 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     rows = [[label, *map(metric.text, runs)] for label, runs in by_label.items()]
     if word == "hit" and any(run.optimum_tokens for run in first):
         rows.append(["(with hindsight)", *(f"{_hindsight(run):.1f}" for run in first)])
+    if word == "hit" and result.plan_bounds:
+        bounds = (result.plan_bounds.get(run.gib or 0.0) for run in first)
+        rows.append(["(no plan passes)", *("-" if b is None else f"{100 * b:.1f}" for b in bounds)])
     if word == "hit" and result.bound_rate is not None:
         rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
     title = f"{result.trace}, {result.geometry.name}"
@@ -224,47 +236,69 @@ def sweep_figure(
     emphasised: Sequence[str] = (),
     caption: str = "",
 ) -> None:
-    """One panel a trace: ``word`` over memory size on a log axis, a line a competitor, the bound dashed, the best plan with
-    hindsight black, if it was worked out.
+    """One panel a trace: ``word`` over memory size on a log axis, a line a competitor, the bound dashed. Where the best plan with
+    hindsight was worked out and ``word`` is the token hit rate, it is the black line, and a second panel beside the first shows each
+    line as a share of it.
 
     ``emphasised`` labels are drawn thick, all others thin.
     """
-    metric = find_metric(word)
-    figure, axes = panels(len(results))
-    for axis, result in zip(axes, results, strict=False):
-        for number, (label, runs) in enumerate(result.by_label().items()):
-            points = [(run.gib, metric.value(run)) for run in runs]
-            kept = [(gib, value) for gib, value in points if gib is not None and value is not None]
-            axis.plot(
-                [gib for gib, _ in kept],
-                [value for _, value in kept],
-                color=COLOURS[number % len(COLOURS)],
-                linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)],
-                linewidth=2.4 if label in emphasised else 1.3,
-                marker="o" if len(kept) == 1 else None,
-                label=label,
-            )
-        known = [run for run in result.runs if run.optimum_tokens and run.gib is not None]
-        if word == "hit" and known:
-            points = sorted({(run.gib, _hindsight(run)) for run in known})
-            axis.plot(*zip(*points, strict=True), "k.-", linewidth=1.0, label="with hindsight")
-        if word == "hit" and result.bound_rate is not None:
-            axis.axhline(
-                100 * result.bound_rate, color="black", linewidth=0.8, linestyle=(0, (4, 3))
-            )
-            axis.annotate(
-                "infinite cache",
-                (0.02, 100 * result.bound_rate),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 2),
-                textcoords="offset points",
-                fontsize=7,
-            )
-        size_axis(axis)
-        axis.set_ylabel(metric.title)
-        num_requests = f"{result.runs[0].requests:,} requests"
-        axis.set_title(f"{result.trace}, {num_requests} ({result.geometry.name})", fontsize=9)
+    with_optimum = word == "hit" and any(
+        run.optimum_tokens for result in results for run in result.runs
+    )
+    metrics = [find_metric(word)] + [METRICS["optimum"]] * with_optimum
+    figure, axes = panels(len(metrics) * len(results), columns=4 if with_optimum else 3)
+    for number, result in enumerate(results):
+        for metric, axis in zip(metrics, axes[number * len(metrics) :], strict=False):
+            _draw_lines(axis, result, metric, emphasised)
+            size_axis(axis)
+            axis.set_ylabel(metric.title)
+            axis.set_title(title(result), fontsize=9)
+        if word == "hit":
+            draw_limits(axes[number * len(metrics)], result)
     save(figure, axes, path, caption)
+
+
+def title(result: SimulationResult) -> str:
+    """What a panel shows: the trace, how many of its requests, and the model."""
+    num_requests = f"{result.runs[0].requests:,} requests" if result.runs else "no requests"
+    return f"{result.trace}, {num_requests} ({result.geometry.name})"
+
+
+def _draw_lines(
+    axis: Any, result: SimulationResult, metric: Metric, emphasised: Sequence[str]
+) -> None:
+    for number, (label, runs) in enumerate(result.by_label().items()):
+        points = [(run.gib, metric.value(run)) for run in runs]
+        kept = [(gib, value) for gib, value in points if gib is not None and value is not None]
+        axis.plot(
+            [gib for gib, _ in kept],
+            [value for _, value in kept],
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)],
+            linewidth=2.4 if label in emphasised else 1.3,
+            marker="o" if len(kept) == 1 else None,
+            label=label,
+        )
+
+
+def draw_limits(axis: Any, result: SimulationResult) -> None:
+    """What bounds a panel of token hit rates: the best plan with hindsight, what no plan can pass, the infinite cache."""
+    plans = sorted(
+        {(run.gib, _hindsight(run)) for run in result.runs if run.optimum_tokens and run.gib}
+    )
+    if plans:
+        axis.plot(*zip(*plans, strict=True), "k.-", linewidth=1.0, markersize=4, label=PLAN)
+    if result.plan_bounds:
+        sizes, rates = zip(*sorted(result.plan_bounds.items()), strict=True)
+        percents = [100 * rate for rate in rates]
+        axis.plot(sizes, percents, color="black", linewidth=0.6, label="no plan passes (LP)")
+    if result.bound_rate is not None:
+        bound = 100 * result.bound_rate
+        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")
+
+
+PLAN = "best plan with hindsight"
+"""How figures call what the optimum reaches."""
 
 
 def size_axis(axis: Any, label: str = "memory for KV and checkpoints, GiB") -> None:
@@ -311,23 +345,24 @@ def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> Non
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    columns = min(len(entries), 6, int(figure.get_size_inches()[0] / 1.9))
-    rows = -(-len(entries) // columns) if columns else 0
-    height = figure.get_size_inches()[1]
-    bottom = (0.22 * rows + (0.3 if caption else 0.0) + 0.1) / height
-    figure.tight_layout(rect=(0, bottom, 1, 1))
+    width, height = figure.get_size_inches()
+    widest = max(map(len, entries), default=0)
+    columns = max(1, min(len(entries), 6, int(width / (0.6 + 0.068 * widest))))
+    rows = -(-len(entries) // columns)
+    lines = textwrap.wrap(caption, int(width * 15))
+    below = 0.17 * len(lines) + 0.1  # inches that the caption takes
+    figure.tight_layout(rect=(0, (below + 0.22 * rows + 0.1) / height, 1, 1))
     if entries:
         figure.legend(
             entries.values(),
             entries.keys(),
             loc="lower center",
-            bbox_to_anchor=(0.5, (0.3 if caption else 0.05) / height),
+            bbox_to_anchor=(0.5, below / height),
             ncol=columns,
             fontsize=8,
             frameon=False,
         )
-    if caption:
-        figure.text(0.5, 0.08 / height, caption, ha="center", fontsize=8, wrap=True)
+    figure.text(0.5, 0.08 / height, "\n".join(lines), ha="center", va="bottom", fontsize=8.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

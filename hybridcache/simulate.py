@@ -10,19 +10,22 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hybridcache.costs import MeasuredTimes, ModelGeometry, PrefillTimes, Roofline
 from hybridcache.infinite import InfiniteCache
 from hybridcache.simulation.result import RunResult, budget_bytes, sizes
 from hybridcache.simulation.serving import Serving
 from hybridcache.simulation.sweep import Job, run_sweep
-from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
+from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, GIB, RunConfig, check_words
 from hybridcache.trace import Trace
 from hybridcache.traces import open_trace
+
+if TYPE_CHECKING:
+    from hybridcache.optimum import Optimum
 
 DEFAULT_GIB = "2:200:15"
 
@@ -39,6 +42,8 @@ class SimulationResult:
     runs: tuple[RunResult, ...]
     bound_rate: float | None
     """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
+    plan_bounds: Mapping[float, float] = field(default_factory=dict)
+    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved one."""
 
     def beside(self, other: SimulationResult) -> SimulationResult:
         """These runs and those of another sweep over the same trace, measured with the same yardsticks."""
@@ -111,8 +116,8 @@ def simulate(
     ``module:Class``. ``checkpoints``: one placement (words with commas) or a sequence of them. ``times``: a file of measured prefill
     times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
     ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
-    ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces, ``milp`` for some hundred
-    requests), with at most ``optimum_limit_s`` a size. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each with
+    ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces; ``lp`` adds what no plan can
+    pass; ``milp`` betters the plan, for some hundred requests), with at most ``optimum_limit_s`` a size. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each with
     one sentence, for what can not be read or done.
     """
     opened = open_trace(trace) if isinstance(trace, str) else trace
@@ -152,6 +157,7 @@ def simulate(
         bound_tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
         bound_rate = bound_tokens / runs[0].prompt_tokens
         runs = [replace(run, bound_tokens=bound_tokens) for run in runs]
+    bounds = {}
     if optimum is not None:
         best = {
             size: _best_possible(
@@ -160,10 +166,15 @@ def simulate(
             for size in sizes(gib)
         }
         runs = [
-            replace(run, optimum_tokens=best[size])
+            replace(run, optimum_tokens=int(best[size].cached_tokens.sum()))
             for run, size in zip(runs, sizes(gib) * len(competitors), strict=True)
         ]
-    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate)
+        bounds = {
+            budget_bytes(size) / GIB: plan.bound
+            for size, plan in best.items()
+            if plan.bound is not None
+        }
+    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds)
 
 
 def _best_possible(
@@ -173,11 +184,11 @@ def _best_possible(
     grid: int,
     method: OptimumMethod,
     limit_s: float,
-) -> int:
-    """Tokens that the offline plan reuses: proven best within the solver's gap for ``milp``, else the best known."""
+) -> Optimum:
+    """The offline plan at one size: proven best within the solver's gap for ``milp``, else the best known."""
     from hybridcache.optimum import optimum
 
-    best = optimum(
+    return optimum(
         trace,
         capacity_bytes=capacity_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
@@ -186,7 +197,6 @@ def _best_possible(
         method=method,
         limit_s=limit_s,
     )
-    return int(best.cached_tokens.sum())
 
 
 def _words(words: Words) -> tuple[str, ...]:
