@@ -38,7 +38,12 @@ def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> boo
         if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
             return True
         return short_tokens <= residency.cached_tokens - residency.protected_tokens()
+    token_bytes, slot_bytes = residency.pages.unit_bytes, residency.slots.unit_bytes
+    short_bytes = wanted_bytes - budget.free_bytes
+    tokens = residency.cached_tokens - residency.locked_path_tokens
+    num_slots = residency.num_checkpoints - len(residency.locked)
+    if short_bytes <= tokens * token_bytes + num_slots * slot_bytes:
+        return True
     tokens = residency.cached_tokens - residency.protected_tokens()
     num_slots = residency.num_checkpoints - residency.protected_slots()
-    evictable = tokens * residency.pages.unit_bytes + num_slots * residency.slots.unit_bytes
-    return wanted_bytes <= budget.free_bytes + evictable
+    return short_bytes <= tokens * token_bytes + num_slots * slot_bytes
