@@ -50,6 +50,16 @@ ATTENTION_ONLY = {
 }
 REPORT = SamplingParams(max_tokens=16, temperature=0, logprobs=5)
 MakeEngine = Callable[..., Engine]
+formats = pytest.mark.parametrize(
+    "numbers",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float32", "state_dtype": "bfloat16"},
+        {"dtype": "bfloat16", "state_dtype": "bfloat16"},
+    ],
+    ids=["float32", "bfloat16", "float32-states16", "bfloat16-states16"],
+)
 
 
 @pytest.fixture
@@ -95,12 +105,12 @@ def assert_same(some: list[RequestOutput], others: list[RequestOutput]) -> None:
         assert one.logprobs == other.logprobs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@formats
 @pytest.mark.parametrize("model", [HYBRID, ATTENTION_ONLY], ids=["hybrid", "attention-only"])
 def test_hits_on_prompts_are_cold_runs_bit_for_bit(
-    make_engine: MakeEngine, model: dict[str, object], dtype: str
+    make_engine: MakeEngine, model: dict[str, object], numbers: dict[str, str]
 ) -> None:
-    cold = make_engine(model, dtype=dtype, prefix_cache="none", max_running=1)
+    cold = make_engine(model, **numbers, prefix_cache="none", max_running=1)
     expected = cold.generate(prompts(), REPORT)
     assert len({tuple(output.token_ids) for output in expected}) > 4
     for settings in (
@@ -108,18 +118,18 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
         {"max_running": 3, "overlap": "on"},
         {"page_size": 16},
     ):
-        engine = make_engine(model, dtype=dtype, **settings)
+        engine = make_engine(model, **numbers, **settings)
         first, second = engine.generate(prompts(), REPORT), engine.generate(prompts(), REPORT)
         assert_same(first, expected)
         assert_same(second, expected)
         assert sum(output.cached_len for output in second) > 1000
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@formats
 def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
-    make_engine: MakeEngine, dtype: str
+    make_engine: MakeEngine, numbers: dict[str, str]
 ) -> None:
-    cold = make_engine(dtype=dtype, prefix_cache="none", max_running=1)
+    cold = make_engine(**numbers, prefix_cache="none", max_running=1)
     first = cold.generate(prompts(), REPORT)
     turns = [
         [*prompt, *output.token_ids, 7, 8, 9]
@@ -127,7 +137,7 @@ def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
     ]
     second = cold.generate(turns, REPORT)
     engine = make_engine(
-        dtype=dtype, exact=True, kv_tokens=512, slots=7, token_budget=128, max_running=5
+        **numbers, exact=True, kv_tokens=512, slots=7, token_budget=256, max_running=5
     )
     again = engine.generate(prompts(), REPORT)
     assert_same(again, first)

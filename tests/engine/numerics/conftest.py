@@ -193,17 +193,24 @@ def driver_class() -> type[Driver]:
 
 @pytest.fixture(scope="session")
 def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
-    made: dict[tuple[str, str], Driver] = {}
+    made: dict[tuple[str, str, str], Driver] = {}
 
-    def get(family: str, dtype: str = "float32") -> Driver:
-        if (family, dtype) not in made:
+    def get(family: str, dtype: str = "float32", state_dtype: str = "float32") -> Driver:
+        key = family, dtype, state_dtype
+        if key not in made:
             model = None if family == "builtin" else str(oracles(family).path)
             config = EngineConfig(
-                model=model, device="cpu", dtype=dtype, kv_gib=0.05, state_gib=0.05, max_running=40
+                model=model,
+                device="cpu",
+                dtype=dtype,
+                state_dtype=state_dtype,
+                kv_gib=0.05,
+                state_gib=0.05,
+                max_running=40,
             )
-            made[family, dtype] = Driver(ModelRunner(config))
+            made[key] = Driver(ModelRunner(config))
             gc.collect()
-        driver = made[family, dtype]
+        driver = made[key]
         driver.scatter_seed = None
         driver.reset()
         return driver

@@ -26,6 +26,10 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+formats = pytest.mark.parametrize(
+    "formats", [("float32",), ("bfloat16",), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+"""Of the model, and of its states where that is not float32."""
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -66,7 +70,7 @@ def run_pieces(driver, starts, restores, writes, random):
     return {key: torch.cat(parts) for key, parts in logits.items()}
 
 
-@both_dtypes
+@formats
 @settings(max_examples=3, deadline=None)
 @given(
     lens=st.lists(PROMPT_LENS, min_size=1, max_size=3),
@@ -74,8 +78,10 @@ def run_pieces(driver, starts, restores, writes, random):
     scattered=st.booleans(),
     num_threads=st.sampled_from([1, 2]),
 )
-def test_hits_in_any_mix(model, dtype, drivers, random_tokens, lens, seed, scattered, num_threads):
-    driver = drivers(model, dtype)
+def test_hits_in_any_mix(
+    model, formats, drivers, random_tokens, lens, seed, scattered, num_threads
+):
+    driver = drivers(model, *formats)
     driver.scatter_seed = seed if scattered else None
     driver.reset()
     random = np.random.default_rng(seed)
@@ -96,12 +102,12 @@ def test_hits_in_any_mix(model, dtype, drivers, random_tokens, lens, seed, scatt
         assert torch.equal(warm[id(sequence)], logits[at:])
 
 
-@both_dtypes
+@formats
 @settings(max_examples=2, deadline=None)
 @given(count=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
-def test_decode_does_not_depend_on_the_batch(model, dtype, drivers, random_tokens, count, seed):
+def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tokens, count, seed):
     """The same sequences decode the same tokens and logits alone and together."""
-    driver = drivers(model, dtype)
+    driver = drivers(model, *formats)
     random = np.random.default_rng(seed)
     prompts = [random_tokens(int(random.integers(1, 90)), seed + i) for i in range(count)]
     begun = [driver.begin(prompt) for prompt in prompts]
