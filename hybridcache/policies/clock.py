@@ -13,13 +13,16 @@ class ClockQueue(QueuePolicy):
         super().__init__()
         self.ring = Queue()
 
-    def enter(self, item: Item, returning: bool) -> Queue:
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Behind the hand."""
         return self.ring
 
     def used(self, item: Item, record: Record) -> None:
+        """Sets its bit."""
         record.mark = 1
 
     def choose(self) -> Item | None:
+        """The first whose bit is not set; the bits that the hand passes are cleared."""
         while (oldest := self.ring.oldest()) is not None:
             record: Record = oldest[1].memo
             if not record.mark:

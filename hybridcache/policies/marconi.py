@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.policies.columns import Columns
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 ATTENTION_TOKENS = 30_000
 """Position at which attention to all before costs a token as much as everything else (Qwen3-Next's sizes)."""
 
 
-class Marconi:
+class Marconi(EvictionPolicy):
     """Least recency + alpha * FLOPs saved per byte, both min-max normalised over the candidates.
 
     Source: Pan et al., "Marconi: prefix caching for the era of hybrid LLMs" (MLSys'25), Eq. 1 and 2; ``alpha`` 0 is LRU.
@@ -29,18 +29,21 @@ class Marconi:
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
     def add(self, item: Item) -> None:
+        """O(1); dead KV waits in a queue of its own."""
         if item.dead:
             self._dead[item] = None
         else:
             self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
     def discard(self, item: Item) -> None:
+        """O(1)."""
         if item in self._dead:
             del self._dead[item]
         else:
             self._columns[item.kind].remove(item)
 
     def touch(self, item: Item) -> None:
+        """Its recency and its FLOPs per byte are new. O(1)."""
         if item not in self._dead:
             self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
@@ -48,6 +51,7 @@ class Marconi:
         """Marconi does not listen to ghosts."""
 
     def victim(self, kind: Kind | None) -> Item | None:
+        """Dead KV, else the least of the checkpoints, else of leaf KV. O(candidates)."""
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         if kind is not None:
@@ -55,12 +59,19 @@ class Marconi:
         return self._least(self._columns["checkpoint"]) or self._least(self._columns["kv"])
 
     def _least(self, columns: Columns) -> Item | None:
+        """The candidate of least score. What an eviction above it made worth more is put right as it comes up."""
         count = len(columns)
         if not count:
             return None
-        score = _normalised(columns.times[:count].astype(np.float64))
-        score += self.alpha * _normalised(columns.worths[:count])
-        return columns.items[int(np.argmin(score))]
+        recency = _normalised(columns.times[:count].astype(np.float64))
+        while True:
+            score = recency + self.alpha * _normalised(columns.worths[:count])
+            place = int(np.argmin(score))
+            item = columns.items[place]
+            worth = efficiency(item)
+            if worth <= columns.worths[place]:
+                return item
+            columns.worths[place] = worth
 
 
 def efficiency(item: Item) -> float:

@@ -18,7 +18,9 @@ class Item(Protocol):
     """The policy's own; None at first, kept while the item lives."""
 
     @property
-    def kind(self) -> Kind: ...
+    def kind(self) -> Kind:
+        """What is freed: KV rows, or a checkpoint's slot."""
+        ...
 
     @property
     def size_bytes(self) -> int:
@@ -90,11 +92,17 @@ class EvictionPolicy(Protocol):
     Each in O(log n) or better.
     """
 
-    def add(self, item: Item) -> None: ...
+    def add(self, item: Item) -> None:
+        """``item`` is a candidate from now on."""
+        ...
 
-    def discard(self, item: Item) -> None: ...
+    def discard(self, item: Item) -> None:
+        """``item`` is a candidate no more: it was evicted, locked, or its node got a child."""
+        ...
 
-    def touch(self, item: Item) -> None: ...
+    def touch(self, item: Item) -> None:
+        """``item``, a candidate, was just used: its ``last_used`` and ``uses`` are new."""
+        ...
 
     def missed(self, item: Item) -> None:
         """A request would have resumed from ``item``, a checkpoint that was evicted, had it been kept. The deepest such

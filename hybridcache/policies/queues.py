@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+
+RETURN_WITHIN = 16
+"""Requests after a ghost spoke within which a new checkpoint at its position is taken for the one that came back."""
 
 
 class Queue:
@@ -29,17 +33,20 @@ class Queue:
         return ((ticket, self._items[ticket]) for ticket in self._tickets)
 
     def put(self, ticket: int, item: Item) -> None:
+        """Add ``item`` in the place of ``ticket``, new or its old one."""
         insort(self._tickets, ticket)
         self._items[ticket] = item
         self._sizes[ticket] = item.size_bytes
         self.num_bytes += item.size_bytes
 
     def remove(self, ticket: int) -> None:
+        """Take out the item of ``ticket``. KeyError where it has none."""
         del self._tickets[bisect_left(self._tickets, ticket)]
         del self._items[ticket]
         self.num_bytes -= self._sizes.pop(ticket)
 
     def oldest(self) -> tuple[int, Item] | None:
+        """(ticket, item) at the old end; None: empty. O(1)."""
         return (self._tickets[0], self._items[self._tickets[0]]) if self._tickets else None
 
     def after(self, ticket: int) -> tuple[int, Item]:
@@ -63,31 +70,36 @@ class Record:
         self.mark = 0
 
 
-class QueuePolicy:
+class QueuePolicy(ABC):
     """Base of the queue policies: a subclass says where a new item goes (``enter``), what a use does (``used``), and which
     candidate a *kind* should lose (``choose``).
 
     Carried over to two kinds and unequal sizes: one instance of everything per kind (``BothKinds``), shares of the memory
-    counted in bytes. A use while the item was locked is noticed when it comes back.
+    counted in bytes of what is held now. A use while the item was locked is noticed when it comes back. An item that
+    changes its tier (``policies.tiers``) enters the other tier's instance as a new one. Ghosts tell a position, not a
+    path: the next new checkpoint there, at most 16 requests later, is taken for the one that came back.
     """
 
     def __init__(self) -> None:
         self._next_ticket = 0
-        self._returning: set[int] = set()
+        self._now = 0
+        """Logical time of the newest item or use seen."""
+        self._asked_back: dict[int, tuple[Record, int]] = {}
+        """Position of a ghost that spoke -> (its record, when)."""
 
-    def enter(self, item: Item, returning: bool) -> Queue:
-        """The queue a new item goes to; ``returning``: a ghost asked for it a moment ago."""
-        raise NotImplementedError
+    @abstractmethod
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """The queue a new item goes to; ``ghost``: what was remembered of it, where it was asked back a moment ago."""
 
+    @abstractmethod
     def used(self, item: Item, record: Record) -> None:
         """A candidate was used since we last looked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self) -> Item | None:
         """The candidate to lose, still in its queue."""
-        raise NotImplementedError
 
-    def gone(self, item: Item, record: Record) -> None:
+    def gone(self, item: Item, record: Record) -> None:  # noqa: B027
         """A candidate left its queue: evicted or locked."""
 
     def move(self, item: Item, queue: Queue) -> None:
@@ -98,10 +110,11 @@ class QueuePolicy:
         queue.put(record.ticket, item)
 
     def add(self, item: Item) -> None:
+        """A new item enters; one that was locked comes back to its place. O(log n)."""
+        self._now = max(self._now, item.last_used)
         record: Record | None = item.memo
         if record is None or record.owner is not self:
-            queue = self.enter(item, item.position in self._returning)
-            self._returning.discard(item.position)
+            queue = self.enter(item, self._returned(item))
             item.memo = record = Record(self, queue, self._ticket(), item.uses)
             record.queue.put(record.ticket, item)
         else:
@@ -109,26 +122,36 @@ class QueuePolicy:
             self.touch(item)
 
     def touch(self, item: Item) -> None:
+        """``used`` is told where ``uses`` has grown, once however much."""
+        self._now = max(self._now, item.last_used)
         record: Record = item.memo
         if item.uses > record.uses:
             record.uses = item.uses
             self.used(item, record)
 
     def discard(self, item: Item) -> None:
+        """Out of its queue; its record keeps the place. O(log n)."""
         record: Record = item.memo
         record.queue.remove(record.ticket)
         self.gone(item, record)
 
     def missed(self, item: Item) -> None:
-        """A ghost hit: the next new item at its position is the one that came back."""
-        self._returning.add(item.position)
+        """A ghost hit: remembers what it was, for when it comes back."""
+        self._asked_back[item.position] = (item.memo, self._now)
+
+    def _returned(self, item: Item) -> Record | None:
+        """The record of the ghost that ``item`` is the return of. An item from another tier is no return."""
+        if item.memo is not None:
+            return None
+        ghost, when = self._asked_back.pop(item.position, (None, 0))
+        return ghost if item.created - when <= RETURN_WITHIN else None
 
     def _ticket(self) -> int:
         self._next_ticket += 1
         return self._next_ticket
 
 
-class BothKinds:
+class BothKinds(EvictionPolicy):
     """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of either, the victim that was
     used longer ago."""
 

@@ -14,13 +14,18 @@ class S3FifoQueues(QueuePolicy):
         self.share = share
         self.small, self.main = Queue(), Queue()
 
-    def enter(self, item: Item, returning: bool) -> Queue:
-        return self.main if returning else self.small
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """``small``; ``main`` for what left ``small`` a while ago and is asked back. What left ``main`` is no ghost."""
+        if ghost is None or not isinstance(ghost.owner, S3FifoQueues):
+            return self.small
+        return self.main if ghost.queue is ghost.owner.small else self.small
 
     def used(self, item: Item, record: Record) -> None:
+        """Counts to 3; nothing moves."""
         record.mark = min(record.mark + 1, 3)
 
     def choose(self) -> Item | None:
+        """From ``small`` while that has its share or more, else from ``main``."""
         while True:
             total = self.small.num_bytes + self.main.num_bytes
             if len(self.small) and (

@@ -12,9 +12,13 @@ A policy of your own, in a file of your own, named on the command line as ``modu
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain
+from typing import Any, cast
 
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 Score = float | tuple[float, ...]
 """What candidates are ordered by; one policy's scores must compare with each other."""
@@ -22,12 +26,12 @@ Score = float | tuple[float, ...]
 _Entry = tuple[Score, int, Item]
 
 
-class ScorePolicy:
+class ScorePolicy(EvictionPolicy, ABC):
     """The candidate of least ``score`` goes first; ties go in order of creation. Both kinds compare by the same score.
 
     ``score`` is asked when an item becomes a candidate, after each use, and again when it comes to the top: a score that
     only grows in between (because a neighbour went) is caught there. It may read ``now``. A score that falls by itself
-    wants ``SampledPolicy``. O(log n) amortised per call.
+    wants ``SampledPolicy``. O(log n) amortised per call. ValueError where a score is NaN or no number.
     """
 
     def __init__(self) -> None:
@@ -37,9 +41,9 @@ class ScorePolicy:
         self._entries: dict[Kind, dict[Item, _Entry]] = {"kv": {}, "checkpoint": {}}
         self._chosen: _Entry | None = None
 
+    @abstractmethod
     def score(self, item: Item) -> Score:
         """Worth of keeping ``item``, in any unit."""
-        raise NotImplementedError
 
     def evicted(self, item: Item, score: Score) -> None:
         """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that age by it."""
@@ -48,20 +52,24 @@ class ScorePolicy:
         """A ghost speaks; most policies do not listen."""
 
     def add(self, item: Item) -> None:
+        """Asks its score. O(log n) amortised."""
         self.now = max(self.now, item.last_used)
         self._enter(item)
 
     def touch(self, item: Item) -> None:
+        """Asks its score anew. O(log n) amortised."""
         self.now = max(self.now, item.last_used)
         self._enter(item)
 
     def discard(self, item: Item) -> None:
+        """O(1): its entry goes stale. ``evicted`` is told where it was the latest victim."""
         entry = self._entries[item.kind].pop(item)
         if self._chosen is entry:
             self._chosen = None
             self.evicted(item, entry[0])
 
     def victim(self, kind: Kind | None) -> Item | None:
+        """The top of a heap, or of both, once its score is still what it was. O(log n) amortised."""
         kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
         tops = [top for each in kinds if (top := self._top(each)) is not None]
         self._chosen = min(tops, key=lambda entry: (entry[0], entry[1])) if tops else None
@@ -69,7 +77,7 @@ class ScorePolicy:
 
     def _enter(self, item: Item) -> None:
         heap, entries = self._heaps[item.kind], self._entries[item.kind]
-        entries[item] = entry = (self.score(item), item.serial, item)
+        entries[item] = entry = (_checked(self, item), item.serial, item)
         heappush(heap, entry)
         if len(heap) > 64 + 3 * len(entries):
             heap[:] = entries.values()
@@ -77,24 +85,30 @@ class ScorePolicy:
 
     def _top(self, kind: Kind) -> _Entry | None:
         heap, entries = self._heaps[kind], self._entries[kind]
+        asked: set[int] = set()
         while heap:
             entry = heap[0]
             item = entry[2]
             if entries.get(item) is not entry:
                 heappop(heap)
                 continue
-            score = self.score(item)
+            # Asked once a call: a score that is never twice the same must not go round for ever.
+            if entry[1] in asked:
+                return entry
+            score = _checked(self, item)
             if score == entry[0]:
                 return entry
+            asked.add(entry[1])
             entries[item] = fresh = (score, entry[1], item)
             heapreplace(heap, fresh)
         return None
 
 
-class SampledPolicy:
+class SampledPolicy(EvictionPolicy, ABC):
     """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that drift with time.
 
-    All candidates are looked at while there are no more than ``sample``. Deterministic under ``seed``. O(sample).
+    All candidates are looked at while there are no more than ``sample``; both kinds lie in one urn where either may go.
+    Deterministic under ``seed``. O(sample). ValueError where a score is NaN or no number.
     """
 
     sample = 64
@@ -106,9 +120,9 @@ class SampledPolicy:
         self._places: dict[Item, int] = {}
         self._chosen: Item | None = None
 
+    @abstractmethod
     def score(self, item: Item) -> Score:
         """Worth of keeping ``item`` at time ``now``."""
-        raise NotImplementedError
 
     def evicted(self, item: Item) -> None:
         """``item`` was this policy's victim and is gone."""
@@ -117,15 +131,18 @@ class SampledPolicy:
         """A ghost speaks."""
 
     def add(self, item: Item) -> None:
+        """Into the bag of its kind. O(1)."""
         self.now = max(self.now, item.last_used)
         bag = self._bags[item.kind]
         self._places[item] = len(bag)
         bag.append(item)
 
     def touch(self, item: Item) -> None:
+        """Moves the clock only: scores are asked when a victim is."""
         self.now = max(self.now, item.last_used)
 
     def discard(self, item: Item) -> None:
+        """Out of its bag; ``evicted`` is told where it was the latest victim. O(1)."""
         bag = self._bags[item.kind]
         place, last = self._places.pop(item), bag.pop()
         if last is not item:
@@ -136,12 +153,35 @@ class SampledPolicy:
             self.evicted(item)
 
     def victim(self, kind: Kind | None) -> Item | None:
-        kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
-        drawn = [item for each in kinds for item in self._draw(self._bags[each])]
-        self._chosen = min(drawn, key=lambda item: (self.score(item), item.serial), default=None)
+        """The least of those drawn, with repeats. O(sample)."""
+        drawn = self._draw(self._bags.values() if kind is None else (self._bags[kind],))
+        self._chosen = min(
+            drawn, key=lambda item: (_checked(self, item), item.serial), default=None
+        )
         return self._chosen
 
-    def _draw(self, bag: list[Item]) -> list[Item]:
-        if len(bag) <= self.sample:
-            return bag
-        return self.random.choices(bag, k=self.sample)
+    def _draw(self, bags: Iterable[list[Item]]) -> Iterable[Item]:
+        """All of ``bags``, or ``sample`` of them, each as likely as any other."""
+        first, *rest = bags
+        count = len(first) + sum(map(len, rest))
+        if count <= self.sample:
+            return chain(first, *rest)
+        places = self.random.choices(range(count), k=self.sample)
+        if not rest:
+            return [first[place] for place in places]
+        [second], border = rest, len(first)
+        return [first[at] if at < border else second[at - border] for at in places]
+
+
+def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
+    """The score; ValueError where nothing can be ordered by it."""
+    score: Any = policy.score(item)
+    try:
+        if score <= score and (type(score) is not tuple or all(part <= part for part in score)):
+            return cast(Score, score)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
+        "a number, or a tuple of numbers, is needed"
+    )

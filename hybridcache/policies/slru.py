@@ -16,10 +16,12 @@ class SLRUQueues(QueuePolicy):
         self.share = protected
         self.probation, self.protected = Queue(), Queue()
 
-    def enter(self, item: Item, returning: bool) -> Queue:
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Probation."""
         return self.probation
 
     def used(self, item: Item, record: Record) -> None:
+        """To the young end of protection, whose overflow returns to that of probation."""
         self.move(item, self.protected)
         total = self.probation.num_bytes + self.protected.num_bytes
         while self.protected.num_bytes > self.share * total and len(self.protected) > 1:
@@ -28,6 +30,7 @@ class SLRUQueues(QueuePolicy):
             self.move(oldest[1], self.probation)
 
     def choose(self) -> Item | None:
+        """The oldest on probation; of the protected where none is."""
         oldest = self.probation.oldest() or self.protected.oldest()
         return oldest[1] if oldest else None
 

@@ -32,14 +32,15 @@ class Chunks(PrefillRule):
 
 
 class Balanced(PrefillRule):
-    """``count`` positions that cut the prompt into equal parts: optimal, and minimax, for uniform overlaps (2605.05219)."""
+    """``count`` positions that cut the prompt into ``count`` + 1 equal parts: optimal, and minimax, for overlaps that are
+    equally likely at every depth (2605.05219)."""
 
     def __init__(self, count: int) -> None:
         self.count = _positive("balanced", count)
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
         for part in range(self.count, 0, -1):
-            yield Placed(part * prefill.prompt_len // self.count, "balanced")
+            yield Placed(part * prefill.prompt_len // (self.count + 1), "balanced")
 
 
 class Sqrt(PrefillRule):
@@ -52,13 +53,13 @@ class Sqrt(PrefillRule):
 
 
 class Dyadic(PrefillRule):
-    """1, 2, 4, 8 … grid steps before the prompt's end: a loss of at most half the distance to the end (2605.05219)."""
+    """1, 2, 4, 8 … grid steps from the beginning: wherever a later prompt leaves this one, it resumes at half of what they
+    share or deeper (2605.05219)."""
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
-        distance = prefill.grid
-        while distance < prefill.prompt_len:
-            yield Placed(prefill.prompt_len - distance, "dyadic")
-            distance *= 2
+        steps = prefill.prompt_len // prefill.grid
+        for power in range(steps.bit_length() - 1, -1, -1):
+            yield Placed(prefill.grid << power, "dyadic")
 
 
 class Thinned(PrefillRule):

@@ -14,14 +14,19 @@ class TwoQueueQueues(QueuePolicy):
         self.share = share
         self.recent, self.frequent = Queue(), Queue()
 
-    def enter(self, item: Item, returning: bool) -> Queue:
-        return self.frequent if returning else self.recent
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """``recent``; ``frequent`` for what left ``recent`` and is asked back. What left ``frequent`` is no ghost."""
+        if ghost is None or not isinstance(ghost.owner, TwoQueueQueues):
+            return self.recent
+        return self.frequent if ghost.queue is ghost.owner.recent else self.recent
 
     def used(self, item: Item, record: Record) -> None:
+        """Moves within ``frequent`` only: a second use soon after the first tells nothing."""
         if record.queue is self.frequent:
             self.move(item, self.frequent)
 
     def choose(self) -> Item | None:
+        """The oldest of ``recent`` while that has more than its share, else of ``frequent``."""
         total = self.recent.num_bytes + self.frequent.num_bytes
         first, second = self.recent, self.frequent
         if first.num_bytes <= self.share * total:

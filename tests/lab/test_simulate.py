@@ -273,6 +273,7 @@ GOLDEN_TRACES = {
     "coding-agent": (f"{SAMPLES / 'coding_agent.jsonl.gz'}", (4, 12)),
     "sharegpt-counts": (f"{SAMPLES / 'sharegpt_counts.jsonl.gz'}?head=150", (4, 16)),
     "chat": ("chat?head=200", (4,)),
+    "agent-tree": ("agent-tree?tasks=4", (2, 6)),
 }
 
 

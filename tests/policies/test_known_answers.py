@@ -94,6 +94,33 @@ def test_arc_lets_ghosts_move_the_border() -> None:
     assert [item.name for _, item in lists.frequent] == ["a"]
 
 
+def test_arc_hears_only_ghosts_of_its_own() -> None:
+    """Tiers pass a ghost to all of their instances; one that never held it must not move its border."""
+    policy, other = ARC(), ARC()
+    shelf = Shelf(other, 2).ask("abc")
+    policy.add(FakeItem("z"))
+    policy.missed(shelf.ghosts["a"])
+    assert policy._policies["checkpoint"].target_bytes == 0
+
+
+def test_a_ghost_is_asked_back_soon_or_not_at_all() -> None:
+    """A position is no path: a checkpoint that comes there much later is another one."""
+
+    def survivor(created: int) -> str:
+        policy = TwoQueue()
+        ghost = FakeItem("ghost", position=640)
+        policy.add(ghost)
+        assert policy.victim(None) is ghost
+        policy.discard(ghost)
+        policy.missed(ghost)
+        back = FakeItem("back", position=640, created=created, last_used=created)
+        fresh = FakeItem("fresh", position=64, created=created, last_used=created)
+        return offer(policy, back, fresh)[-1]
+
+    assert survivor(created=2) == "back"
+    assert survivor(created=200) == "fresh"
+
+
 def test_w_tiny_lfu_admits_only_the_more_frequent() -> None:
     # at the first eviction all wait in the window: the oldest, a, moves nowhere: no incumbent, it goes
     shelf = Shelf(WTinyLFU(), 3).ask("abc")
@@ -138,6 +165,28 @@ def test_tail_lru_first_gives_up_what_the_target_allows() -> None:
     ]
 
 
+def turns() -> list[FakeItem]:
+    """Three turns of 600 tokens of one conversation, and another conversation's 900; the third turn was used longest ago."""
+    first = FakeItem("first", position=600, span=600, last_used=3)
+    second = FakeItem("second", position=1200, span=600, last_used=2, above=first)
+    third = FakeItem("third", position=1800, span=600, last_used=1, above=second)
+    return [first, second, third, FakeItem("other", position=900, span=900, last_used=4)]
+
+
+def test_tail_lru_adds_up_what_a_path_has_lost() -> None:
+    # the third turn is within the target of 1,024; with it gone the second would cost 1,200
+    assert offer(TailLRU(1024), *turns()) == ["third", "first", "other", "second"]
+    # a use of the second turn begins a new tail: what was lost below it is history
+    policy, (first, second, third, other) = TailLRU(1024), turns()
+    for item in (first, second, third, other):
+        policy.add(item)
+    assert policy.victim(None) is third
+    policy.discard(third)
+    second.uses, second.last_used = 1, 2
+    policy.touch(second)
+    assert policy.victim(None) is second
+
+
 def test_ttl_goes_by_expiry() -> None:
     answer = FakeItem("answer", label="decode", last_used=50)
     fork = FakeItem("fork", label="branch", last_used=10)
@@ -157,6 +206,15 @@ def test_random_is_seeded_and_takes_everyone_in_time() -> None:
     orders = [offer(Random(seed=3), *(FakeItem(name) for name in names)) for _ in range(2)]
     assert sorted(orders[0]) == list(names)
     assert orders[0] == orders[1] != offer(Random(seed=4), *(FakeItem(name) for name in names))
+
+
+def test_random_draws_both_kinds_from_one_urn() -> None:
+    def first(seed: int) -> str:
+        items = [FakeItem(f"k{n}", kind="kv") for n in range(9)] + [FakeItem("c")]
+        return offer(Random(seed), *items)[0]
+
+    drawn = [first(seed) for seed in range(400)]
+    assert 20 <= drawn.count("c") <= 60, "one in ten"
 
 
 def test_lhd_learns_at_what_age_uses_come() -> None:
@@ -202,6 +260,15 @@ def test_marconi_trades_recency_for_flops_per_byte() -> None:
     assert offer(Marconi(0.0), *items()) == ["old_rich", "middle", "new_poor"]
     # alpha 2: 0 + 2, 0.5 + about 1, 1 + 0; then of the two left 0 + 2 against 1 + 0
     assert offer(Marconi(2.0), *items())[0] == "new_poor"
+
+
+def test_marconi_sees_what_an_eviction_made_worth_more() -> None:
+    policy = Marconi(2.0)
+    items = [FakeItem(name, span=span) for name, span in (("a", 10), ("b", 20), ("c", 500))]
+    for item in items:
+        policy.add(item)
+    items[0].span = 400  # the checkpoint above it went
+    assert policy.victim(None) is items[1]
 
 
 def test_dead_kv_goes_before_all_that_is_alive() -> None:

@@ -33,12 +33,12 @@ def where(words: str, **facts: object) -> list[int]:
         ("aligned:512", [512]),
         ("every:256", [256, 512, 768]),
         ("chunks:300", [256, 576, 896, 960]),
-        ("balanced:4", [192, 448, 704, 960]),
+        ("balanced:4", [192, 384, 576, 768]),
         ("sqrt", [64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960]),
-        ("dyadic", [448, 704, 832, 896]),
+        ("dyadic", [64, 128, 256, 512]),
         ("thinned:3", [192, 448, 960]),
         ("planned:2", [960]),
-        ("dyadic,backoff,cap:2", [832, 896]),
+        ("dyadic,backoff,cap:2", [256, 512]),
         ("backoff,prompt,every:512,cap:2", [512, 960]),
     ],
 )
@@ -104,6 +104,24 @@ def test_the_plan_is_the_best_there_is(overlaps: list[tuple[int, int]], count: i
     planned = plan(depths, weights, count)
     assert len(planned) <= count
     assert expected_loss(depths, weights, planned) == pytest.approx(best)
+
+
+@given(st.integers(1, 6), st.integers(1, 12))
+def test_balanced_is_the_plan_for_overlaps_of_every_depth(count: int, step: int) -> None:
+    length = (count + 1) * step
+    depths = list(range(1, length + 1))
+    balanced = tuple(where(f"balanced:{count}", prompt_len=length, grid=1))
+    planned = plan(depths, [1.0] * length, count)
+    ones = [1.0] * length
+    # A depth at which a checkpoint stands costs nothing, so the plan may shift all of them by one.
+    assert expected_loss(depths, ones, balanced) <= expected_loss(depths, ones, planned) + step
+
+
+@given(st.integers(64, 5000), st.data())
+def test_dyadic_gives_back_half_of_what_is_shared(length: int, data: st.DataObject) -> None:
+    shared = data.draw(st.integers(64, length))
+    resumed = max(p for p in where("dyadic", prompt_len=length) if p <= shared)
+    assert 2 * resumed > shared - 64
 
 
 def test_planned_follows_the_overlaps_and_forgets() -> None:
