@@ -2,6 +2,9 @@
 
 Callers and the thread share nothing but an inbox of orders, done between two steps, and outputs, which are handed to the
 caller's event loop. A step never waits for a caller; a caller that reads slowly finds its outputs queued up.
+
+A step that fails (for want of memory, say) takes the requests that ran along with it, and the engine goes on; if the next
+one fails too, the engine ends, and says so to everybody.
 """
 
 from __future__ import annotations
@@ -25,14 +28,23 @@ if TYPE_CHECKING:
     from engine.intake import Prompt
     from engine.tokenizer import Tokenizer
 
-__all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream"]
+__all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream", "StepFailed"]
 
 Result = TypeVar("Result")
+STOPPED = "The engine stopped before the answer was done."
+FAILED = "The engine has failed, its log says why: restart it."
 logger = logging.getLogger(__name__)
 
 
 class EngineStopped(RuntimeError):
     """The engine takes no more requests, or ended before this one was done."""
+
+
+class StepFailed(RuntimeError):
+    """What computed this request broke off; others may go on."""
+
+
+Ending = EngineStopped | StepFailed
 
 
 class RequestStream:
@@ -42,18 +54,18 @@ class RequestStream:
         self.request_id = request_id
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
-        self._outputs: asyncio.Queue[RequestOutput | EngineStopped] = asyncio.Queue()
+        self._outputs: asyncio.Queue[RequestOutput | Ending] = asyncio.Queue()
         self._has_ended = self._was_aborted = False
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output; the last one has a ``finish_reason``. EngineStopped: there will be none."""
+        """The next output; the last one has a ``finish_reason``. EngineStopped, StepFailed: there will be none."""
         if self._has_ended:
             raise StopAsyncIteration
         output = await self._outputs.get()
-        if isinstance(output, EngineStopped):
+        if isinstance(output, Ending):
             self._has_ended = True
             raise output
         self._has_ended = output.is_finished
@@ -65,7 +77,7 @@ class RequestStream:
             self._was_aborted = True
             self._on_abort(self.request_id)
 
-    def put(self, output: RequestOutput | EngineStopped) -> None:
+    def put(self, output: RequestOutput | Ending) -> None:
         """Hand ``output`` to the reader; called in the stream's event loop."""
         self._outputs.put_nowait(output)
 
@@ -82,6 +94,7 @@ class AsyncEngine:
         self._is_open = True
         self._must_stop = False
         self._is_closed = False
+        self._has_failed = self._is_limping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -139,6 +152,8 @@ class AsyncEngine:
                 self._num_arriving -= 1
 
         with self._wake:
+            if self._has_failed:
+                raise EngineStopped(FAILED)
             if not self._is_open:
                 raise EngineStopped("The engine is stopping and takes no more requests.")
             if self._engine.num_waiting + self._num_arriving >= self.config.max_queue:
@@ -220,13 +235,37 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._obey():
-                self._hand_out(self._engine.step())
+                self._step()
             for request_id in tuple(self._streams):
                 self._engine.abort(request_id)
         except Exception:
+            self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
             self._close()
+
+    def _step(self) -> None:
+        """One step, or what one that failed leaves to do. Raises where the one before it failed too."""
+        try:
+            outputs = self._engine.step()
+        except Exception:
+            if self._is_limping:
+                raise
+            self._is_limping = True
+            logger.exception(
+                "A step failed, and the requests that ran with it; the engine goes on."
+            )
+            self._give_up(self._engine.interrupted)
+        else:
+            self._is_limping = False
+            self._hand_out(outputs)
+
+    def _give_up(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+            stream = self._streams.pop(request_id, None)
+            if stream is not None:
+                _post(stream.loop, [(stream, StepFailed("the step that computed it broke off"))])
 
     def _obey(self) -> bool:
         """Do all orders, and wait for one where there is nothing to compute. False: the thread ends."""
@@ -268,12 +307,12 @@ class AsyncEngine:
         for order in orders:
             order()
         for stream in self._streams.values():
-            ended = EngineStopped("The engine stopped before the answer was done.")
+            ended = EngineStopped(FAILED if self._has_failed else STOPPED)
             _post(stream.loop, [(stream, ended)])
         self._streams.clear()
 
 
-Letter = tuple[RequestStream, RequestOutput | EngineStopped]
+Letter = tuple[RequestStream, RequestOutput | Ending]
 
 
 def _post(loop: asyncio.AbstractEventLoop, letters: Sequence[Letter]) -> None:

@@ -73,9 +73,17 @@ def _parser() -> Parser:
         "--chat", action="store_true", help="take each prompt for a user's message"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    add_flags(generate, SamplingParams, "sampling", skip=("seed",))
-    generate.add_argument_group("sampling").add_argument(
+    add_flags(generate, SamplingParams, "sampling", skip=("seed", "stop"))
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
+    )
+    sampling.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the answer before this text; may be given again for another",
     )
     add_flags(generate, EngineConfig, "engine")
 
@@ -130,7 +138,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     engine_config = read_config(EngineConfig, arguments)
-    sampling = read_config(SamplingParams, arguments, seed=arguments.sampling_seed)
+    sampling = read_config(
+        SamplingParams, arguments, seed=arguments.sampling_seed, stop=tuple(arguments.stop)
+    )
     texts = arguments.prompt or [sys.stdin.read()]
     from engine.engine import Engine
     from engine.templates import render_chat

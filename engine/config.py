@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeVar
 TILE = 64
 """Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of it."""
 
+BUILTIN_NAME = "builtin"
+"""Of the model that comes with the engine."""
+
 T = TypeVar("T")
 
 

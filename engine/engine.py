@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from engine.assembly import Chooser, Runner, cache_config, load
 from engine.cache_manager import CacheManager
-from engine.config import EngineConfig
+from engine.config import BUILTIN_NAME, EngineConfig
 from engine.intake import Intake, Prompt
 from engine.launch import NOTHING, Launched, launch
 from engine.outputs import RequestOutput
@@ -100,6 +100,8 @@ class Engine:
             config.overlap == "auto" and runner.is_asynchronous
         )
         self._in_flight: Launched | None = None
+        self.interrupted: tuple[str, ...] = ()
+        """Requests that ran when a step last broke off."""
         self._requests: dict[str, Request] = {}
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         self._intake = Intake(
@@ -124,7 +126,7 @@ class Engine:
     @property
     def model_name(self) -> str:
         """The name of the model's directory."""
-        return Path(self.config.model).resolve().name if self.config.model else "builtin"
+        return Path(self.config.model).resolve().name if self.config.model else BUILTIN_NAME
 
     @property
     def max_model_len(self) -> int:
@@ -238,7 +240,7 @@ class Engine:
             yield
         except BaseException:
             self._in_flight = None
-            self._scheduler.recover()
+            self.interrupted = tuple(r.request_id for r in self._scheduler.recover())
             raise
 
     def _schedule(self) -> Step:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from engine.config import BUILTIN_NAME
 from engine.units import GIB, format_bytes, format_count
 from hybridcache.costs import ModelGeometry
 
@@ -30,7 +31,7 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
     ValueError says what could not be found.
     """
     if word is None:
-        from engine.models.builtin import BUILTIN_CONFIG, BUILTIN_NAME  # Imports torch.
+        from engine.models.builtin import BUILTIN_CONFIG  # Imports torch.
 
         own = {"kv_dtype": BUILTIN_CONFIG["dtype"], "conv_dtype": BUILTIN_CONFIG["dtype"]}
         return ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, **(own | dtypes))

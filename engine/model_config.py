@@ -22,6 +22,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 """``model_type`` of a config.json to the family that serves it."""
 
 
+MOST_LAYERS = 10_000
+
+
 class ModelError(ValueError):
     """A model that can not be served, in one sentence that says why."""
 
@@ -151,6 +154,8 @@ def _parse(
     architecture: Architecture, text: Mapping[str, Any], outer: Mapping[str, Any]
 ) -> ModelConfig:
     num_layers = int(text["num_hidden_layers"])
+    if num_layers > MOST_LAYERS:
+        raise ModelError(f"num_hidden_layers can not be {num_layers} in config.json.")
     layer_types = _layer_types(architecture, text, num_layers)
     experts = _experts(architecture, text)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])

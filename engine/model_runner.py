@@ -12,7 +12,7 @@ import torch
 
 from engine.backends import Kernels
 from engine.batch import Batch, Segment
-from engine.config import EngineConfig
+from engine.config import BUILTIN_NAME, EngineConfig
 from engine.device import Device
 from engine.graphs import DecodeGraphs, PrefillGraphs, Record
 from engine.layers.parameters import Placement
@@ -21,7 +21,7 @@ from engine.layers.step import DecodePart, PrefillPart, Step
 from engine.memory import GIB, KVPool, MemoryPlan, RequestTable, StatePool
 from engine.model_config import ModelConfig, ModelError, read_config
 from engine.models import MODELS
-from engine.models.builtin import BUILTIN_CONFIG, BUILTIN_NAME
+from engine.models.builtin import BUILTIN_CONFIG
 from engine.models.decoder import Decoder
 from engine.units import counted
 from engine.warm_up import WarmUp, measure, warm_up

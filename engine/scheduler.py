@@ -120,14 +120,17 @@ class Scheduler:
             self._waiting.remove(request)
         request.finish("abort", self._clock())
 
-    def recover(self) -> None:
-        """A step broke off: nobody knows what the running requests' states hold. All begin again from what is published."""
-        for request in tuple(self._running):
+    def recover(self) -> tuple[Request, ...]:
+        """A step broke off: nobody knows what the running requests' states hold. All begin again from what is published.
+        Returns them."""
+        interrupted = tuple(self._running)
+        for request in interrupted:
             self._manager.abort(request)
             self._running.remove(request)
             insort(self._waiting, request, key=_age)
         self._num_in_flight = 0
         self._must_wait = self._is_full = False
+        return interrupted
 
     def schedule(self) -> Step:
         """Choose the next step's work and claim the memory for it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from engine.engine import Engine
-from engine.units import format_bytes, format_count
+from engine.units import counted, format_bytes, format_count
 
 if TYPE_CHECKING:
     from engine.model_runner import ModelRunner
@@ -25,7 +25,8 @@ def start_screen(engine: Engine, address: str) -> str:
         ("weights", runner.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
         ("kernels", _kernel_words(runner.kernels.words())),
-        ("context", f"{engine.max_model_len:,} tokens"),
+        ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
+        ("context", counted(engine.max_model_len, "token")),
         (
             "KV pool",
             f"{report.kv.total:,} tokens, {format_bytes(memory.kv_bytes)} "
@@ -46,7 +47,7 @@ def start_screen(engine: Engine, address: str) -> str:
         (
             "requests",
             f"{config.max_running} running, {config.max_queue:,} waiting, "
-            f"{config.token_budget:,} prompt tokens a step",
+            f"{counted(config.most_step_tokens, 'token')} a step at most",
         ),
         ("address", address),
     ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-BUILTIN_NAME = "hybrid-bytes-7m"
-
 BUILTIN_CONFIG: dict[str, Any] = {
     "model_type": "qwen3_next",
     "vocab_size": 320,

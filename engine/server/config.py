@@ -24,6 +24,10 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ValueError(
+                "--host names no address: use 127.0.0.1, or 0.0.0.0 for all that this machine has."
+            )
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
         if not 0 < self.max_body_mib < math.inf:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.async_engine import EngineStopped
+from engine.async_engine import EngineStopped, StepFailed
 
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
@@ -54,7 +54,8 @@ def install(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(EngineStopped)
-    async def _stopped(request: Request, error: EngineStopped) -> JSONResponse:
+    @app.exception_handler(StepFailed)
+    async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
         return of_failure(error).response()
 
     @app.exception_handler(RequestValidationError)

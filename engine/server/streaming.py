@@ -84,7 +84,9 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[bytes]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            _one_at_a_time(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,6 +105,13 @@ class EventStream(StreamingResponse):
             close: Callable[[], Awaitable[None]] | None = getattr(self._events, "aclose", None)
             if close is not None:
                 await close()
+
+
+async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The event loop has a turn between two: else a burst is written to a connection that is gone, and asyncio complains."""
+    async for one in events:
+        yield one
+        await asyncio.sleep(0)
 
 
 async def _hang_up(receive: Receive) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
-from engine.async_engine import EngineStopped
+from engine.async_engine import EngineStopped, StepFailed
 from engine.oracle import OracleRunner, OracleSampler
 
 LONG = SamplingParams(max_tokens=200)
@@ -199,16 +199,30 @@ def test_a_failing_engine_says_so_to_everybody(caplog: pytest.LogCaptureFixture)
 
     async def main() -> None:
         engine.start()
-        stream = engine.submit([1, 2, 3], LONG)
-        with pytest.raises(EngineStopped):
-            await asyncio.wait_for(read(stream), 10)
+        for error in (StepFailed, EngineStopped):
+            assert engine.is_alive
+            with pytest.raises(error):
+                await asyncio.wait_for(read(engine.submit([1, 2, 3], LONG)), 10)
         await asyncio.to_thread(engine.stop)
-        with pytest.raises(EngineStopped):
+        with pytest.raises(EngineStopped, match="has failed, its log says why: restart it"):
             engine.submit([1])
         assert not engine.is_alive
 
     asyncio.run(main())
     assert "the device is gone" in caplog.text
+
+
+def test_one_step_that_fails_ends_no_engine_however_often_it_happens() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        for _ in range(4):
+            runner.fails = True
+            ran = engine.submit([1, 2, 3], LONG)
+            with pytest.raises(StepFailed):
+                await read(ran)
+            runner.fails = False
+            assert len(await read(engine.submit([4, 5], LONG))) == 200
+
+    serve(scenario)
 
 
 def test_questions_and_their_errors_come_back_from_the_thread() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -269,6 +270,7 @@ def test_inspect_of_the_builtin_agrees_with_the_engine() -> None:
     geometry = load_geometry(None)
     assert geometry.kv_bytes_per_token == engine.runner.geometry.kv_bytes_per_token
     assert geometry.state_bytes == engine.runner.geometry.state_bytes
+    assert geometry.name == engine.model_name == engine.runner.name
 
 
 def test_generate_prints_what_the_cache_spared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +281,17 @@ def test_generate_prints_what_the_cache_spared(capsys: pytest.CaptureFixture[str
     assert first["text"] == second["text"] and first["token_ids"] == second["token_ids"]
     assert (first["cached_tokens"], second["cached_tokens"]) == (0, (len(prompt) - 1) // 64 * 64)
     assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
+
+
+def test_stop_texts_may_hold_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "engine.engine.Engine.stream",
+        lambda self, text, sampling, **options: asked.append(sampling) or (),
+    )
+    with contextlib.suppress(UnboundLocalError):  # no output to tell of
+        run("generate", "x", "--stop", "a, b", "--stop", "c", *SMALL)
+    assert asked[0].stop == ("a, b", "c")
 
 
 def test_generate_streams_chats_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from engine.backends import Kernels
-from engine.device import Device
+from engine.device import TRAITS, Device
 from engine.memory import (
+    ACCELERATOR_SHARE,
     GIB,
     KVPool,
     MemoryPlan,
     RequestTable,
     StatePool,
+    default_cache_bytes,
     kv_row_bytes,
     state_slot_bytes,
 )
@@ -106,3 +111,52 @@ def test_cpu():
     assert CPU.is_cpu and CPU.free_bytes() > 0
     assert CPU.describe().startswith("cpu, ")
     CPU.synchronize()
+
+
+def test_a_device_beyond_those_there_are_is_refused(monkeypatch):
+    module = SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 2, current_device=lambda: 1
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert Device.resolve("cuda:1").torch_device.index == 1
+    assert Device.resolve("cuda").torch_device.index == 1
+    with pytest.raises(ModelError, match="'cuda:2' is not available"):
+        Device.resolve("cuda:2")
+
+
+def test_the_current_device_is_the_one_asked_for(monkeypatch):
+    chosen = []
+    module = SimpleNamespace(set_device=chosen.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    Device(torch.device("cuda:1"), TRAITS["cuda"]).make_current()
+    CPU.make_current()
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_no_module_but_the_table_names_a_device():
+    for folder in ("engine", "kernels"):
+        for path in (Path(__file__).parents[3] / folder).rglob("*.py"):
+            if path.name != "device.py":
+                assert not re.search(r"['\"]cuda\b|torch\.cuda", path.read_text()), path
+
+
+def test_memory_kept_for_graphs_is_no_memory_for_pools(monkeypatch):
+    device = Device(torch.device("cuda:0"), TRAITS["cuda"])
+    monkeypatch.setattr(Device, "free_bytes", lambda self: 10 * GIB)
+    assert default_cache_bytes(device) == int(10 * GIB * ACCELERATOR_SHARE)
+    assert default_cache_bytes(device, 4 * GIB) == int(6 * GIB * ACCELERATOR_SHARE)
+    assert default_cache_bytes(device, 11 * GIB) == 0
+
+
+def test_more_layers_than_any_model_has_are_refused_at_once():
+    with pytest.raises(ModelError, match="num_hidden_layers can not be 1000000000"):
+        ModelConfig.from_dict({**BUILTIN_CONFIG, "num_hidden_layers": 10**9})
+
+
+def test_sixteen_bit_states_are_sized_as_the_geometry_says():
+    geometry = ModelGeometry.from_config(BUILTIN_CONFIG, state_dtype="bfloat16")
+    assert state_slot_bytes(MODEL, torch.bfloat16, torch.bfloat16) == geometry.state_bytes
+    states = StatePool(MODEL, 4, torch.bfloat16, CPU, torch.bfloat16)
+    assert sum(tensor.nbytes for tensor in states.tensors) == 5 * geometry.state_bytes
+    halved = fit(MODEL, state_bytes=GIB, kv_bytes=GIB, state_dtype=torch.bfloat16)
+    assert halved.num_slots == GIB // geometry.state_bytes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import openai
@@ -14,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.server.config import ServerConfig
+from engine.server.streaming import EventStream
 
 from .conftest import Live
 
@@ -190,6 +193,9 @@ def test_a_failed_engine_is_told_and_does_not_hang_anyone(
         for number, _ in enumerate(events):
             if number == 3:
                 live.engine.runner.forward = None
+    assert live.get("/health").status_code == 200
+    with pytest.raises(openai.InternalServerError, match="has failed, its log says why"):
+        live.client.completions.create(model="builtin", prompt="y", max_tokens=3)
     for _ in range(100):
         if live.get("/health").status_code == 503:
             break
@@ -198,6 +204,69 @@ def test_a_failed_engine_is_told_and_does_not_hang_anyone(
     answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
     assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
     assert live.get("/v1/cache").status_code == live.get("/metrics").status_code == 503
+
+
+def test_a_step_that_fails_costs_the_requests_that_ran(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle(max_running=2, step_s=0.002)
+    forward = live.engine.runner.forward
+
+    def fail_once(batch: object) -> object:
+        live.engine.runner.forward = forward
+        raise MemoryError("no room for this step")
+
+    running = [
+        live.send("/v1/completions", {"prompt": "x" * n, "stream": n == 1, **ENDLESS})
+        for n in (1, 2)
+    ]
+    live.wait_for(lambda report: report["num_running"] == 2)
+    waiting = live.send("/v1/completions", {"prompt": "later", "max_tokens": 2})
+    live.wait_for(lambda report: report["num_waiting"] == 1)
+    live.engine.runner.forward = fail_once
+    stream, whole = (http_answer(connection) for connection in running)
+    assert "The engine failed on this request" in stream.split("data: ")[-1]
+    assert whole.startswith("HTTP/1.1 500") and "The engine failed on this request" in whole
+    assert http_answer(waiting).startswith("HTTP/1.1 200")
+    assert live.get("/health").status_code == 200
+    live.check_conserved()
+
+
+def http_answer(connection: socket.socket) -> str:
+    """All of it, to the end of its body."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    head = f"HTTP/1.1 {answer.status}\r\n"
+    body = answer.read().decode()
+    connection.close()
+    return head + body
+
+
+def test_a_burst_ends_as_soon_as_its_client_is_gone() -> None:
+    """All events are due at once, and the connection breaks at the second: asyncio would log every write after some."""
+    num_sent = 0
+
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def events() -> AsyncIterator[bytes]:
+            for _ in range(64):
+                yield b"data: {}"
+
+        async def send(message: dict[str, object]) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if num_sent == 2:
+                asyncio.get_running_loop().call_soon(gone.set)
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        await EventStream(events())({"type": "http"}, receive, send)
+
+    asyncio.run(main())
+    assert 2 <= num_sent <= 5
 
 
 def test_what_a_drain_can_not_finish_is_told_so(serve_oracle: Callable[..., Live]) -> None:
@@ -227,6 +296,7 @@ def test_what_a_drain_can_not_finish_is_told_so(serve_oracle: Callable[..., Live
 def test_settings_refuse_what_can_not_be() -> None:
     for settings, message in (
         ({"port": 70000}, "no port"),
+        ({"host": ""}, "--host names no address: use 127.0.0.1"),
         ({"max_body_mib": 0}, "above 0"),
         ({"max_body_mib": float("inf")}, "finite"),
         ({"drain_s": -1}, "negative"),
