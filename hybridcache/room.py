@@ -23,12 +23,15 @@ def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
 def make_room_for_slot(residency: Residency) -> bool:
     """Evict until a slot is free. False, and nothing evicted, if none can be. Costs as ``make_room_for_kv``."""
     slots = residency.slots
-    if slots.budget is None or not slots.num_unused:
+    budget = slots.budget
+    if budget is None or not slots.num_unused:
         residency.evict_one("checkpoint")
-    elif _possible(residency, slots.unit_bytes, 0):
-        while slots.num_free < 1 and residency.evict_one(None):
-            pass
-    return slots.num_free > 0
+        return slots.num_free > 0
+    if not _possible(residency, slots.unit_bytes, 0):
+        return False
+    while budget.free_bytes < slots.unit_bytes and residency.evict_one(None):
+        pass
+    return budget.free_bytes >= slots.unit_bytes
 
 
 def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> bool:

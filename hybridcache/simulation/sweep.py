@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hybridcache.policies.own import source_of
 from hybridcache.simulation.result import RunResult, summarise
@@ -29,14 +30,26 @@ class Job:
     config: RunConfig
     serving: Serving
 
-    def key(self, trace: Trace) -> str:
+    def key(self, trace_identity: bytes) -> str:
         """What tells whether a results file has this run already: all that its figures depend on but this project's own code. A
-        policy of the user's own that was edited makes another run."""
-        parts = (trace.name, trace.unit, repr(self.config), repr(self.serving))
+        policy of the user's own that was edited makes another run, and so does a trace file (see ``identity_of``)."""
         words = (self.config.policy, *self.config.checkpoints.split(","))
         own = "".join(map(source_of, words)).encode()
-        text = repr(parts).encode() + own + pickle.dumps(trace.source)
+        text = repr((self.config, self.serving)).encode() + own + trace_identity
         return hashlib.sha256(text).hexdigest()[:16]
+
+
+def identity_of(trace: Trace) -> bytes:
+    """What tells one trace from another: its recipe and, where it is read from a file, that file's content. O(bytes of the file)."""
+    identity = repr((trace.name, trace.unit)).encode() + pickle.dumps(trace.source)
+    reader: Any = trace.source
+    while hasattr(reader, "source"):  # the head of another
+        reader = reader.source
+    path = getattr(reader, "path", None)
+    if path is None:
+        return identity
+    with open(path, "rb") as file:
+        return identity + hashlib.file_digest(file, "sha256").digest()
 
 
 def run_sweep(
@@ -57,7 +70,8 @@ def run_sweep(
     keys = [""] * len(jobs)
     known: dict[str, RunResult] = {}
     if resume_from:
-        keys = [job.key(trace) for job in jobs]
+        identity = identity_of(trace)
+        keys = [job.key(identity) for job in jobs]
         known = dict(_read_results(resume_from))
     for number, key in enumerate(keys):
         if key in known:

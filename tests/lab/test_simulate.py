@@ -206,6 +206,25 @@ def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
     assert run_sweep(short(), jobs, resume_from=path) == both
 
 
+def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
+    path, trace = tmp_path / "runs.jsonl", tmp_path / "trace.jsonl"
+    lines = [
+        json.dumps({"timestamp": n, "session": n, "tokens": [*range(n, 200)], "output_length": 1})
+        for n in range(3)
+    ]
+
+    def requests(kept: list[str], head: str) -> int:
+        trace.write_text("\n".join(kept) + "\n")
+        [run] = simulate(
+            f"{trace}{head}", model=GEOMETRY, gib=1, bound=False, resume_from=path
+        ).runs
+        return run.requests
+
+    assert [requests(lines[:2], head) for head in ("", "?head=9", "", "?head=9")] == [2] * 4
+    assert len(path.read_text().splitlines()) == 2, "the same file again is not"
+    assert [requests(lines, head) for head in ("", "?head=9")] == [3, 3]
+
+
 class Deepest:
     """A policy of one's own: the deepest candidate goes first."""
 
