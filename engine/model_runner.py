@@ -90,14 +90,7 @@ class ModelRunner:
         longest = config.max_model_len or self.config.max_position
         self._allocate(MemoryPlan.smallest(self.config), longest, config.graphs)
         num_bytes = measure(self)
-        del (
-            self.kv,
-            self.states,
-            self.table,
-            self._rotary,
-            self._decode_graphs,
-            self._prefill_graphs,
-        )
+        del self.kv, self.states, self.table, self._rotary, self.graphs
         gc.collect()
         self.device.release()
         return num_bytes
@@ -135,18 +128,13 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    @property
-    def graphs(self) -> tuple[DecodeGraphs | None, PrefillGraphs | None]:
-        return self._decode_graphs, self._prefill_graphs
-
     def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
 
         ``record`` in place of the device's own. Raises ModelError for a device without graphs, and where a kernel is the
         reference, which reads lengths on the host: a graph would repeat those it was captured with.
         """
-        self._decode_graphs: DecodeGraphs | None = None
-        self._prefill_graphs: PrefillGraphs | None = None
+        self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
         if word == "off":
             return
         if record is None:
@@ -156,7 +144,7 @@ class ModelRunner:
                     return
                 raise ModelError(f"{obstacle}; use --graphs off.")
             record = self.device.recorder()
-        self._decode_graphs = DecodeGraphs(
+        decodes = DecodeGraphs(
             self.model,
             self.kv,
             self.states,
@@ -166,10 +154,12 @@ class ModelRunner:
             max_running=self.most_running,
             max_model_len=self.max_model_len,
         )
+        prefills = None
         if word != "decode":
-            self._prefill_graphs = PrefillGraphs(
+            prefills = PrefillGraphs(
                 self.model, self.kv, self.states, record, most_tokens=self.most_step_tokens
             )
+        self.graphs = decodes, prefills
 
     def _graph_obstacle(self) -> str | None:
         """Why nothing can be captured here; None where it can."""
@@ -208,15 +198,16 @@ class ModelRunner:
                 token_ids[places] = drawn[rows]
 
         rows = logit_rows(batch.segments)
-        if self._decode_graphs is not None and all(s.is_decode for s in batch.segments):
-            logits = self._decode_graphs.run(batch.segments, patch)
+        decodes, prefills = self.graphs
+        if decodes is not None and all(s.is_decode for s in batch.segments):
+            logits = decodes.run(batch.segments, patch)
             if logits is not None:
                 return logits if len(rows) == len(logits) else logits[self._int64(rows)]
         token_ids, step = self._step(batch)
         patch(token_ids)
         hidden: torch.Tensor | None = None
-        if self._prefill_graphs is not None:
-            hidden = self._prefill_graphs.run(token_ids, step)
+        if prefills is not None:
+            hidden = prefills.run(token_ids, step)
         if hidden is None:
             hidden = self.model.forward(token_ids, step, self.kv, self.states)
         return self.model.head(hidden[self._int64(rows)])

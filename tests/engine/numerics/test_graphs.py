@@ -49,7 +49,10 @@ def test_prefill_pieces(model, drivers, random_tokens):
     recorder = Recorder()
     driver.reset()
     driver.runner.use_graphs("all", recorder)
-    driver.runner._decode_graphs = None  # the CPU's kernels read lengths from the host
+    driver.runner.graphs = (
+        None,
+        driver.runner.graphs[1],
+    )  # the CPU's kernels read lengths from the host
     try:
         graphed = serve(driver, prompts, 3)
     finally:
@@ -104,7 +107,7 @@ def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatc
     runner = drivers("qwen3_5").runner
     monkeypatch.setattr(runner, "device", Device(torch.device("cpu"), TRAITS["cuda"]))
     runner.use_graphs("auto")
-    assert runner._decode_graphs is None
+    assert runner.graphs == (None, None)
     with pytest.raises(ModelError, match=r"the reference serves for .*attention.*--graphs off"):
         runner.use_graphs("all")
 
