@@ -107,7 +107,7 @@ WORKLOADS: dict[str, Workload] = {
     "sharegpt": Workload(
         f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2",
         "1:128:15",
-        quick=3000,
+        quick=2000,
         data=f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz",
     ),
 }
@@ -127,10 +127,15 @@ def arguments(description: str | None, *traces: str) -> argparse.Namespace:
 
 
 def sweep(
-    word: str, options: argparse.Namespace, bar: tqdm[Any], **settings: Any
+    word: str,
+    options: argparse.Namespace,
+    bar: tqdm[Any],
+    *,
+    plan_grid: int | None = None,
+    **settings: Any,
 ) -> SimulationResult:
     """``simulate`` over the sizes of a workload, each run beside the best plan with hindsight; ``settings`` go to it and win over the
-    workload's."""
+    workload's. ``plan_grid``: another grid for the plan than for the runs."""
     workload = WORKLOADS[word]
     defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     settings = defaults | {"gib": workload.sizes(options.points)} | settings
@@ -147,7 +152,7 @@ def sweep(
         **settings,
     )
     bar.set_postfix_str("hindsight")
-    return measured(result, word, options.full, settings["grid"])
+    return measured(result, word, options.full, plan_grid or settings["grid"])
 
 
 def measured(

@@ -3,7 +3,7 @@
     python -m experiments.study_capacity [--traces chat,agent] [--points 8] [--full] [--resume out/capacity]
 
 Results and figure are written after every trace; with --resume also every single run is kept, and a study that was stopped goes on.
-On the long traces a dozen policies stand for all 21, and Marconi's score keeps one weight: tuning replays the trace 21 times.
+On the long traces seven policies stand for all 21, and Marconi's score keeps one weight: tuning replays the trace 21 times.
 """
 
 from __future__ import annotations
@@ -32,24 +32,11 @@ OURS = "regret @ regret"
 PEERS = ("vllm", "sglang", "lightllm", "marconi")
 LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
 LONG_PEERS = (*PEERS[:-1], "marconi-static")
-LONG_POLICIES = (
-    "lru",
-    "fifo",
-    "lfu",
-    "slru",
-    "arc",
-    "s3-fifo",
-    "w-tinylfu",
-    "lhd",
-    "gdsf",
-    "tail-lru",
-    "marconi",
-    "regret",
-)
+LONG_POLICIES = ("lru", "lfu", "s3-fifo", "lhd", "gdsf", "marconi", "regret")
 CAPTION = (
     "Left of each pair the token hit rate, right of it the same as a share of the best plan with hindsight: the clairvoyant greedy's; up to "
     "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is short and tie where it is not; what "
-    "hindsight would still gain is largest at the left. Grey: 20 other policies, 11 on published traces and live conversations. Marconi "
+    "hindsight would still gain is largest at the left. Grey: 20 other policies, 6 on published traces and live conversations. Marconi "
     "saves states at any token, all others (the plan too) on the grid; LightLLM's states lie in host memory that the size does not count: "
     "both can pass 100 %."
 )

@@ -1,61 +1,66 @@
 """When does cost awareness pay? Hit rate, median and P99 TTFT of policies that weigh what a miss costs, and of some that do not.
 
-    python -m experiments.study_cost_awareness [--points 6]
+    python -m experiments.study_cost_awareness [--points 8]
 
 Requests queue for one server at a load where waiting matters. Papers report that the median and the tail can move opposite.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, workloads
+from experiments.lab import (
+    WORKLOADS,
+    arguments,
+    figure_path,
+    keep,
+    measured,
+    slim,
+    title,
+    workloads,
+)
 from hybridcache.arrivals import Poisson
 from hybridcache.costs import Roofline
-from hybridcache.report import COLOURS, panels, save
+from hybridcache.report import COLOURS, METRICS, panels, save
 from hybridcache.simulate import SimulationResult, simulate
+from hybridcache.simulation.result import RunResult
 from hybridcache.trace import Trace
 
 BLIND = ("lru", "lfu", "s3-fifo", "arc")
 AWARE = ("gdsf", "hits-per-token", "tail-lru", "lhd", "marconi", "regret")
 LOAD = 0.9
 """Of one server, if nothing were cached."""
-PRESSED = 2
-"""Which of the sizes the figure shows: one where memory is short."""
+PRESSED = 0.35
+"""Where on the axis of sizes the figure looks, as a part of its length: where memory is short."""
 
 
 def main() -> None:
     options = arguments(__doc__, "chat", "agent", "sharegpt-like", "coding-agent")
-    options.points = options.points or 6
+    options.points = options.points or 8
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):
         workload = WORKLOADS[word]
-        low, high, _ = workload.gib.split(":")
-        result = _simulate(
+        bar.set_description(word)
+        result = simulate(
             loaded(workload.open(word, options.full), Roofline.fitting(workload.geometry)),
-            bar,
-            gib=f"{low}:{high}:{options.points}",
+            gib=workload.sizes(options.points),
             model=workload.geometry,
             grid=workload.grid,
             policy=(*BLIND, *AWARE),
             processes=options.processes,
         )
+        result = measured(result, word, options.full)
         results.append(result)
         records += [slim(word, run) for run in result.runs]
     keep("study_cost_awareness", records)
-    draw(results)
+    draw(results, options)
     for result in results:
-        for metric in ("hit", "flops", "ttft-p50", "ttft-p99"):
+        for metric in ("hit", "optimum", "flops", "ttft-p50", "ttft-p99"):
             print(result.table(metric), end="\n\n")
-
-
-def _simulate(trace: Trace, bar: tqdm[Any], **settings: Any) -> SimulationResult:
-    bar.set_description(trace.name)
-    return simulate(trace, bound=False, **settings)
 
 
 def loaded(trace: Trace, times: Roofline) -> Trace:
@@ -70,31 +75,57 @@ def loaded(trace: Trace, times: Roofline) -> Trace:
     return Trace(trace.name, trace.unit, moved.__iter__)
 
 
-def draw(results: list[SimulationResult]) -> None:
-    """Each policy a point at the middle size: change of the median against change of the P99, from LRU's."""
-    figure, axes = panels(len(results))
-    for axis, result in zip(axes, results, strict=True):
+def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
+    """Three panels a trace, a bar a policy, at a size where memory is short: the hit rate and its share of the best plan, and the change of
+    the median and of the P99 from LRU's."""
+    figure, axes = panels(3 * len(results), width=4.9, height=3.1, columns=3)
+    for number, result in enumerate(results):
         by_label = result.by_label()
-        pressed = min(PRESSED, len(by_label["lru"]) - 1)
-        lru = by_label["lru"][pressed]
-        others = [(label, runs) for label, runs in by_label.items() if label != "lru"]
-        for number, (label, runs) in enumerate(others):
-            run = runs[pressed]
-            change = [100 * (run.ttft_s[rank] / lru.ttft_s[rank] - 1) for rank in (50, 99)]
-            axis.scatter(
-                *change,
-                s=36,
-                color=COLOURS[number % len(COLOURS)],
-                marker="o" if label in BLIND else "^" if number < len(COLOURS) else "s",
-                label=label,
-            )
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_xlabel("median TTFT against LRU, %")
-        axis.set_ylabel("P99 TTFT against LRU, %")
-        axis.set_title(f"{result.trace} at {lru.gib:.3g} GiB ({result.geometry.name})", fontsize=9)
-    caption = "Below and left of the cross is better than LRU. Circles ignore what a miss costs, the others weigh it."
+        pressed = round(PRESSED * (len(by_label["lru"]) - 1))
+        runs = {label: runs[pressed] for label, runs in by_label.items()}
+        hit, median, tail = axes[3 * number : 3 * number + 3]
+        _bars(hit, runs, {label: 100 * run.token_hit_rate for label, run in runs.items()}, "{:.1f}")
+        for place, run in enumerate(runs.values()):
+            share = METRICS["optimum"].text(run)
+            hit.text(118, place, share, fontsize=7, ha="center", va="center")
+        hit.text(118, -1, "% of best plan", fontsize=7, ha="center", va="center")
+        plan = 100 * (runs["lru"].optimum_tokens or 0) / runs["lru"].prompt_tokens
+        hit.axvline(plan, color="black", linewidth=1.0, label="best plan with hindsight")
+        hit.set_xlim(0, 130)
+        hit.set_xticks(range(0, 101, 20))
+        hit.set_xlabel(f"token hit rate, %, at {runs['lru'].gib:.3g} GiB")
+        hit.set_title(title(result, options), fontsize=8.5)
+        for axis, rank, words in ((median, 50, "median"), (tail, 99, "P99")):
+            lru = runs["lru"].ttft_s[rank]
+            changes = {label: 100 * (run.ttft_s[rank] / lru - 1) for label, run in runs.items()}
+            _bars(axis, runs, changes, "{:+.1f}")
+            axis.margins(x=0.2)
+            axis.axvline(0, color="black", linewidth=0.6)
+            axis.set_xlabel(f"change of the {words} TTFT from LRU's ({1e3 * lru:,.0f} ms), %")
+    caption = (
+        "Left of zero is faster than LRU. Blue policies ignore what a miss costs, red ones weigh it. What moves the times is reuse (first "
+        "column, beside it the share of the clairvoyant greedy's plan); median and P99 of one policy can move by very different amounts, and "
+        "opposite ways."
+    )
     save(figure, axes, figure_path("study_cost_awareness"), caption)
+
+
+def _bars(axis: Any, runs: dict[str, RunResult], values: dict[str, float], form: str) -> None:
+    for words, group, colour in (
+        ("blind to the cost of a miss", BLIND, COLOURS[0]),
+        ("weigh the cost of a miss", AWARE, COLOURS[1]),
+    ):
+        places = [place for place, label in enumerate(runs) if label in group]
+        bars = axis.barh(
+            places,
+            [values[label] for label in runs if label in group],
+            color=colour,
+            height=0.65,
+            label=words,
+        )
+        axis.bar_label(bars, fmt=form, fontsize=7, padding=2)
+    axis.set_yticks(range(len(runs)), list(runs), fontsize=8)
+    axis.set_ylim(len(runs) - 0.5, -1.5)
 
 
 if __name__ == "__main__":

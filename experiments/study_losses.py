@@ -5,11 +5,14 @@ python -m experiments.study_losses [--traces chat,mooncake]
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from typing import Any
 
-from experiments.lab import arguments, figure_path, keep, slim, sweep, workloads
-from hybridcache.report import losses_table, panels, save, size_axis
+from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
+from hybridcache.report import COLOURS, draw_limits, losses_table, panels, save, size_axis
 from hybridcache.simulate import SimulationResult
+from hybridcache.simulation.result import RunResult
 
 TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")
 PLACEMENTS = ("backoff", "branch,boundary,backoff,end")
@@ -24,6 +27,13 @@ CAUSES = {
 }
 
 
+CAPTION = (
+    "Left, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, at any size. Middle, branch point "
+    "and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it. Dots: the best plan with hindsight "
+    "(clairvoyant greedy), which may put checkpoints anywhere; right, what is reused as a share of it."
+)
+
+
 def main() -> None:
     options = arguments(__doc__, *TRACES)
     results: list[SimulationResult] = []
@@ -33,35 +43,46 @@ def main() -> None:
         results.append(result)
         records += [slim(word, run) for run in result.runs]
     keep("study_losses", records)
-    draw(results)
+    draw(results, options)
     for result in results:
         print(losses_table(result.runs), end="\n\n")
 
 
-def draw(results: list[SimulationResult]) -> None:
-    """Two panels a trace: the causes stacked from the top over the size; what is white was reused."""
-    figure, axes = panels(len(results) * len(PLACEMENTS), 3.9, 3.2, columns=4)
-    pairs = [(result, placement) for result in results for placement in PLACEMENTS]
-    for axis, (result, placement) in zip(axes, pairs, strict=True):
-        runs = [run for run in result.runs if run.config["checkpoints"] == placement]
-        sizes = [run.gib or 0.0 for run in runs]
-        top = [100.0] * len(runs)
-        for cause, (words, colour) in CAUSES.items():
-            lost = [100 * (run.losses or {})[cause] / run.prompt_tokens for run in runs]
-            floor = [high - part for high, part in zip(top, lost, strict=True)]
-            if max(lost) > 0.05:
-                axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
-            top = floor
-        axis.plot(sizes, top, color="black", linewidth=1.2, label="reused: below the line")
-        size_axis(axis)
-        axis.set_ylim(0, 100)
-        axis.set_ylabel("prompt tokens, %")
-        axis.set_title(f"{result.trace}, LRU: {placement}", fontsize=8)
-    caption = (
-        "Left of each pair, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, at any size. "
-        "Right, branch point and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it."
-    )
-    save(figure, axes, figure_path("study_losses"), caption)
+def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
+    """Three panels a trace: the causes stacked from the top over the size, what is white was reused, for each placement; and what is
+    reused as a share of the best plan."""
+    num_panels = len(PLACEMENTS) + 1
+    figure, axes = panels(len(results) * num_panels, 4.6, 3.1, columns=num_panels)
+    for number, result in enumerate(results):
+        *stacked, share = axes[num_panels * number : num_panels * (number + 1)]
+        for axis, colour, placement in zip(stacked, COLOURS, PLACEMENTS, strict=False):
+            runs = [run for run in result.runs if run.config["checkpoints"] == placement]
+            _stack(axis, runs)
+            draw_limits(axis, replace(result, bound_rate=None, plan_bounds={}))
+            axis.set_title(f"{title(result, options)}\nLRU: {placement}", fontsize=8)
+            axis.set_ylabel("prompt tokens, %")
+            shares = [100 * (run.share_of_optimum or 0) for run in runs]
+            sizes = [run.gib for run in runs]
+            share.plot(sizes, shares, color=colour, linewidth=1.5, label=f"LRU: {placement}")
+        share.axhline(100, color="black", linewidth=0.8)
+        share.set_title(title(result, options), fontsize=8)
+        share.set_ylabel("reused, % of the best plan")
+        for axis in (*stacked, share):
+            size_axis(axis)
+            axis.set_ylim(0, 100 if axis is not share else 105)
+    save(figure, axes, figure_path("study_losses"), CAPTION)
+
+
+def _stack(axis: Any, runs: list[RunResult]) -> None:
+    sizes = [run.gib or 0.0 for run in runs]
+    top = [100.0] * len(runs)
+    for cause, (words, colour) in CAUSES.items():
+        lost = [100 * (run.losses or {})[cause] / run.prompt_tokens for run in runs]
+        floor = [high - part for high, part in zip(top, lost, strict=True)]
+        if max(lost) > 0.05:
+            axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
+        top = floor
+    axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
 
 
 if __name__ == "__main__":

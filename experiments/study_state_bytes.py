@@ -7,10 +7,11 @@ The cost in logits is measured with the engine, not here.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from experiments.lab import arguments, figure_path, keep, slim, sweep, workloads
-from hybridcache.report import COLOURS, panels, save, size_axis
+from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
+from hybridcache.report import COLOURS, METRICS, panels, save, size_axis
 from hybridcache.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -36,29 +37,38 @@ def main() -> None:
                 slim(word, run, state_bytes=result.geometry.state_bytes) for run in result.runs
             ]
     keep("study_state_bytes", records)
-    draw(results)
+    draw(results, options)
     for found in results:
         for precision, result in zip(PRECISIONS, found, strict=True):
             print(precision, result.table(), sep="\n", end="\n\n")
 
 
-def draw(results: list[list[SimulationResult]]) -> None:
-    figure, axes = panels(len(results))
-    for axis, found in zip(axes, results, strict=True):
-        for precision, colour, result in zip(PRECISIONS, COLOURS, found, strict=False):
-            for dashes, (policy, runs) in zip(DASHES, result.by_label().items(), strict=False):
-                axis.plot(
-                    [run.gib for run in runs],
-                    [100 * run.token_hit_rate for run in runs],
-                    color=colour,
-                    linestyle=dashes,
-                    linewidth=1.4,
-                    label=f"{precision} ({result.geometry.state_bytes / 2**20:.0f} MiB), {policy}",
-                )
-        size_axis(axis)
-        axis.set_ylabel("token hit rate, %")
-        axis.set_title(f"{found[0].trace} ({found[0].geometry.name})", fontsize=9)
-    caption = "Halving the state is worth up to twice the memory where checkpoints fill it (chat, resend), and little where KV does (long prompts)."
+def draw(results: list[list[SimulationResult]], options: argparse.Namespace) -> None:
+    """Two panels a trace: the hit rate, and its share of the best plan with states of the same size."""
+    figure, axes = panels(2 * len(results), width=4.3, height=3.2, columns=4)
+    for number, found in enumerate(results):
+        for axis, word in zip(axes[2 * number :], ("hit", "optimum"), strict=False):
+            metric = METRICS[word]
+            for precision, colour, result in zip(PRECISIONS, COLOURS, found, strict=False):
+                for dashes, (policy, runs) in zip(DASHES, result.by_label().items(), strict=False):
+                    state_mib = result.geometry.state_bytes / 2**20
+                    axis.plot(
+                        [run.gib for run in runs],
+                        [metric.value(run) for run in runs],
+                        color=colour,
+                        linestyle=dashes,
+                        linewidth=1.4,
+                        label=f"{precision} ({state_mib:.0f} MiB), {policy}",
+                    )
+            size_axis(axis)
+            axis.set_ylim(0, 105 if word == "optimum" else 100)
+            axis.set_ylabel(metric.title)
+            axis.set_title(title(found[0], options), fontsize=8.5)
+    caption = (
+        "Halving the state is worth up to twice the memory where checkpoints fill it (chat, resend), and little where KV does (long prompts). "
+        "Right of each pair: share of the best plan with hindsight (clairvoyant greedy) whose states are as small, so a line that rises "
+        "from blue to green says that small states are also easier to manage."
+    )
     save(figure, axes, figure_path("study_state_bytes"), caption)
 
 

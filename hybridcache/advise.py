@@ -1,7 +1,7 @@
 """What to run a trace with: policy, placement, interval, precision of states, split of the memory, with what each should give.
 
 One question after the other, each with the answers so far: eviction policy and placement together; a periodic checkpoint beside the
-placement; the split of the memory into a pool for KV and one for states (for engines that need it fixed); the precision of states.
+placement; the precision of states; the split of the memory into a pool for KV and one for states (for engines that need it fixed).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline
+from hybridcache.costs import DTYPE_BYTES, MeasuredTimes, ModelGeometry, Roofline
 from hybridcache.report import text_table
 from hybridcache.simulation.result import RunResult, budget_bytes, sizes
 from hybridcache.simulation.serving import Serving
@@ -31,6 +31,9 @@ INTERVALS = (512, 1024, 2048, 4096, 8192)
 """Tokens between periodic checkpoints, beside none."""
 KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PRECISIONS = ("float32", "bfloat16", "int8")
+"""The model's own and those below it: a smaller state never reuses less, but what it costs in logits is not seen here."""
+WORTH = 0.005
+"""Token hit rate that a periodic checkpoint or a coarser precision must gain to be advised."""
 
 Progress = Callable[[int, int], None]
 
@@ -55,10 +58,11 @@ class Advice:
     answers: tuple[Answer, ...]
     policy: str
     checkpoints: str
+    state_dtype: str
     kv_share: float
     """Of the memory, if it has to be split once and for all."""
     result: RunResult
-    """Of the advice, with one budget for both and states in float32."""
+    """Of the advice, with one budget for both."""
 
     def text(self) -> str:
         """The advice, then the table it rests on."""
@@ -66,7 +70,7 @@ class Advice:
         run = self.result
         lines = [
             f"{self.trace}, {self.model}, {self.gib:g} GiB:",
-            f"  eviction {self.policy}, checkpoints {self.checkpoints}",
+            f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in {self.state_dtype}",
             f"  expected token hit rate {100 * run.token_hit_rate:.1f} %, "
             f"TTFT P50 {1e3 * run.ttft_s[50]:.0f} ms, P99 {1e3 * run.ttft_s[99]:.0f} ms",
             f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for states",
@@ -93,6 +97,7 @@ class Advice:
             "gib": self.gib,
             "policy": self.policy,
             "checkpoints": self.checkpoints,
+            "state_dtype": self.state_dtype,
             "kv_share": self.kv_share,
             "token_hit_rate": self.result.token_hit_rate,
             "ttft_s": self.result.ttft_s,
@@ -120,7 +125,8 @@ def advise(
     processes: int = 1,
     progress: Progress | None = None,
 ) -> Advice:
-    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals.
+    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals;
+    of intervals none, of precisions the finest, where that is within ``WORTH`` of the best.
 
     Raises what ``simulate`` raises."""
     (size,) = sizes(gib)
@@ -136,20 +142,25 @@ def advise(
     config = adviser.ask("policy @ checkpoints", options)
     if not geometry.num_linear_layers:  # no state: nothing to save, to split or to shrink
         return adviser.advice(config, size, kv_share=1.0, result=adviser.chosen_run())
-    periodic = {"none": config} | {
-        f"every {interval}": replace(config, checkpoints=f"{config.checkpoints},every:{interval}")
-        for interval in INTERVALS
-        if interval >= trace.unit
-    }
-    config = adviser.ask("periodic checkpoints", periodic)
+    config = adviser.ask("periodic checkpoints", intervals(config, trace.unit), WORTH)
+    config = adviser.ask("precision of states", precisions(config), WORTH)
     result = adviser.chosen_run()
-    split = adviser.ask("KV share of two pools", _splits(config, size))
-    adviser.ask("precision of states", {word: _with_precision(config, word) for word in PRECISIONS})
+    split = adviser.ask("KV share of two pools", splits(config, size))
     kv_share = split.num_kv_tokens * geometry.kv_bytes_per_token / (size * GIB)
     return adviser.advice(config, size, round(kv_share, 2), result)
 
 
-def _splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
+def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:
+    """``config`` without and with periodic checkpoints."""
+    return {"none": config} | {
+        f"every {interval}": replace(config, checkpoints=f"{config.checkpoints},every:{interval}")
+        for interval in INTERVALS
+        if interval >= unit
+    }
+
+
+def splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
+    """``config`` with ``gib`` in two fixed pools."""
     geometry, total = config.geometry, gib * GIB
     return {
         f"{share:.0%}": replace(
@@ -162,8 +173,14 @@ def _splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
     }
 
 
-def _with_precision(config: RunConfig, word: str) -> RunConfig:
-    return replace(config, geometry=config.geometry.with_state_dtype(word))
+def precisions(config: RunConfig) -> dict[str, RunConfig]:
+    """``config`` with states in the model's own precision and in those below, finest first."""
+    own = config.geometry.state_dtype
+    coarser = (word for word in PRECISIONS if DTYPE_BYTES[word] < DTYPE_BYTES[own])
+    return {
+        word: replace(config, geometry=config.geometry.with_state_dtype(word))
+        for word in (own, *coarser)
+    }
 
 
 class _Adviser:
@@ -176,11 +193,12 @@ class _Adviser:
         self._processes, self._progress = processes, progress
         self.answers: list[Answer] = []
 
-    def ask(self, question: str, options: dict[str, RunConfig]) -> RunConfig:
-        """The best of ``options`` by token hit rate."""
+    def ask(self, question: str, options: dict[str, RunConfig], worth: float = 0.0) -> RunConfig:
+        """The first of ``options`` whose token hit rate is within ``worth`` of the best."""
         jobs = [Job(config, self._serving) for config in options.values()]
         runs = run_sweep(self._trace, jobs, processes=self._processes, progress=self._progress)
-        best = max(range(len(runs)), key=lambda number: runs[number].cached_tokens)
+        least = max(run.token_hit_rate for run in runs) - worth
+        best = next(number for number, run in enumerate(runs) if run.token_hit_rate >= least)
         self.answers += [
             Answer(question, option, run, number == best)
             for number, (option, run) in enumerate(zip(options, runs, strict=True))
@@ -196,6 +214,7 @@ class _Adviser:
             tuple(self.answers),
             config.policy,
             config.checkpoints,
+            config.geometry.state_dtype,
             kv_share,
             result,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridcache.advise import advise
+from hybridcache.advise import WORTH, advise
 from hybridcache.cli import main
 from hybridcache.costs import ModelGeometry
 from hybridcache.generators import short
@@ -184,7 +184,14 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     assert best.chosen and best.option.endswith(advice.checkpoints.split(",every")[0])
     assert advice.result.token_hit_rate >= best.run.token_hit_rate
     assert 0 < advice.kv_share < 1
+    precise = [a for a in advice.answers if a.question == "precision of states"]
+    assert [a.option for a in precise if a.chosen] == [advice.state_dtype]
+    most = max(answer.run.token_hit_rate for answer in precise)
+    assert advice.result.token_hit_rate >= most - WORTH
+    for answer in precise[: [a.chosen for a in precise].index(True)]:
+        assert answer.run.token_hit_rate < most - WORTH, "a finer one would have done"
     text = advice.text()
+    assert f"states in {advice.state_dtype}" in text
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
 
