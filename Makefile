@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo serve test lint bench stress mutate gpu gpu-dry clean
+.PHONY: help install demo serve test lint bench stress mutate rivals tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,12 @@ stress: install  ## ten million random operations on the cache, its invariants c
 
 mutate: install  ## break the cache in small ways, one at a time, and see that the tests notice
 	$(BIN)/python -m experiments.mutate_tree
+
+rivals:  ## flash-linear-attention's kernels, for the kernel benchmark alone to find
+	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops
+
+tune:  ## on a machine with a GPU: launch parameters that are fast there, into kernels/tuned.json
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.bench_kernels --tune
 
 gpu:  ## on a machine with a GPU: kernels, exactness, speed, serving; in parts that need not be repeated
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu

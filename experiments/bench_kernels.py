@@ -1,15 +1,19 @@
 """How fast is each kernel beside flash-linear-attention's, PyTorch's and what the machine could do at best?
 
-    python -m experiments.bench_kernels [--kernels gdn,conv1d] [--out DIR] [--dry]
+    python -m experiments.bench_kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
+    python -m experiments.bench_kernels --tune [--kernels linear] [--dry]
 
 Ours, the rivals and the limit (bytes over the measured copy bandwidth, FLOPs over the measured GEMM rate, whichever takes
 longer) are timed in one run, in alternation. A contender that computes something wrong gets no time; where that is ours,
-the run fails. Rivals from flash-linear-attention join if `fla` can be imported: best in an environment of its own, with
-torch, triton, numpy and fla-core beside a checkout of this repository.
+the run fails. A rival that raises is reported; without a device it fails the run, so that it works when there is one,
+unless it is Triton's interpreter that can not run it. How flash-linear-attention gets here: `experiments.kernel_rivals`.
 
 One JSON Lines file per kernel folder goes to DIR (default experiments/results), so that a run can be made in parts. With
 --dry, or without a GPU, tiny shapes run in Triton's interpreter, nothing is written unless DIR is given, and every time
 reads "not measured".
+
+--tune tries other launch parameters (`experiments.kernel_tuning`) and writes the fast ones to kernels/tuned.json, where the
+launchers find them; dry, it only sees that each candidate is right.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from experiments import interpreter
-from experiments.provenance import RESULTS, write_json_lines
+from experiments import interpreter, kernel_rivals
+from experiments.provenance import RESULTS, provenance, write_json_lines
 
 if TYPE_CHECKING:
     from experiments.kernel_cases import Case, Setup
@@ -96,18 +100,29 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[str, Any]:
     """A case's record: the gate first, then, on a device, the times of all that passed it."""
     expected = case.expected()
-    contenders, errors = {"ours": case.run, **case.rivals}, {}
-    for word, run in list(contenders.items()):
-        errors[word] = error(run(), expected)
-        if errors[word] > case.tolerance:
-            del contenders[word]
+    contenders, errors, failures = {"ours": case.run}, {}, {}
+    errors["ours"] = error(case.run(), expected)
+    if errors["ours"] > case.tolerance:
+        del contenders["ours"]
+    tolerance = case.tolerance if case.rival_tolerance is None else case.rival_tolerance
+    for word, run in case.rivals.items():
+        try:
+            errors[word] = error(run(), expected)
+        except Exception as failure:  # another's code must not end a run that is ours
+            failures[word] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            continue
+        if errors[word] <= tolerance:
+            contenders[word] = run
     record: dict[str, Any] = {
         "case": case.name,
         "is_right": "ours" in contenders,
         "errors": errors,
+        "failures": failures,
         "bytes": case.num_bytes,
         "flops": case.num_flops,
     }
+    if case.moved_bytes is not None:
+        record["moved_over_least"] = case.moved_bytes / case.num_bytes
     if clock is None or machine is None:
         return record | {"seconds": "not measured"}
     turns: dict[str, list[float]] = {word: [] for word in contenders}
@@ -129,16 +144,21 @@ def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[st
 def row(record: dict[str, Any]) -> str:
     """A record as a line of the table."""
     gate = "right" if record["is_right"] else f"WRONG ({record['errors']['ours']:.1e})"
+    failed = [f"{word} FAILED" for word in record["failures"]]
+    start = f"{record['case']:<34} {gate:<7}"
     if isinstance(record["seconds"], str):
-        return f"{record['case']:<34} {gate:<7} {record['seconds']}"
+        return "  ".join([f"{start} {record['seconds']}", *failed])
     if not record["is_right"]:
-        return f"{record['case']:<34} {gate}"
-    speedup = record["speedup"] | {
-        word: None for word in record["errors"] if word not in record["seconds"]
-    }
-    versus = "  ".join(f"{w} {'WRONG' if x is None else f'{x:.2f}x'}" for w, x in speedup.items())
-    microseconds, limit = record["seconds"]["ours"] * 1e6, record["share_of_limit"]
-    return f"{record['case']:<34} {gate:<7} {microseconds:10.1f} us  {limit:6.1%} of the limit  {versus}"
+        return start
+    versus = [
+        f"{word} {record['speedup'][word]:.2f}x" if word in record["speedup"] else f"{word} WRONG"
+        for word in record["errors"]
+        if word != "ours"
+    ]
+    times = f"{record['seconds']['ours'] * 1e6:10.1f} us  {record['share_of_limit']:6.1%} of the limit"
+    if "moved_over_least" in record:
+        times += f", {record['moved_over_least']:.2f}x its bytes"
+    return "  ".join([f"{start} {times}", *versus, *failed])
 
 
 def folders() -> list[str]:
@@ -152,40 +172,74 @@ def cases(folder: str, setup: Setup) -> Iterator[Case]:
     return importlib.import_module(f"experiments.kernel_cases.{folder}").cases(setup)
 
 
+def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
+    """Measure all cases of these folders; whether ours is right everywhere and, dry, every rival has run."""
+    machine = clock and clock.machine(setup.device)
+    if machine:
+        print(
+            f"{machine.name}: copies {machine.copy_bytes_s:.3g} B/s, GEMM {machine.gemm_flops_s:.3g} FLOP/s"
+        )
+    counts = {"right": 0, "wrong": 0, "failed rivals": 0}
+    for folder in names:
+        torch.manual_seed(0)
+        records, start = [], time.monotonic()
+        for case in cases(folder, setup):
+            records.append(measure(case, clock, machine))
+            counts["right" if records[-1]["is_right"] else "wrong"] += 1
+            counts["failed rivals"] += sum(
+                not why.startswith("InterpreterError") for why in records[-1]["failures"].values()
+            )
+            print(row(records[-1]), flush=True)
+        print(f"-- {folder}: {len(records)} cases in {time.monotonic() - start:.0f} s", flush=True)
+        if out:
+            header = {"machine": machine._asdict() if machine else "not measured"}
+            write_json_lines(out / f"bench_kernels_{folder}.jsonl", [header, *records])
+    print(json.dumps(counts))
+    return not counts["wrong"] and not (setup.is_dry and counts["failed rivals"])
+
+
+def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
+    """Try the launch parameters of these folders' kernels; whether dry every candidate is right."""
+    from experiments import kernel_tuning
+    from kernels import tuning
+
+    seconds = clock and clock.seconds
+    records = []
+    for folder in names:
+        torch.manual_seed(0)
+        trials = kernel_tuning.tune(cases(folder, setup), error, seconds)
+        for trial in trials:
+            records.append(trial.record())
+            print(json.dumps(records[-1]), flush=True)
+        if clock:
+            device = torch.get_device_module(setup.device).get_device_name()
+            tuning.write(tuning.PATH, device, kernel_tuning.table_of(trials), provenance())
+    if out:
+        write_json_lines(out / "tune_kernels.jsonl", records)
+    return not setup.is_dry or not any(record["refused"] for record in records)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", help="folders, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, help="where the JSON lines go")
+    parser.add_argument(
+        "--rivals", type=Path, default=kernel_rivals.FOLDER, help="folder with fla-core in it"
+    )
+    parser.add_argument("--tune", action="store_true", help="look for fast launch parameters")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter")
     args = parser.parse_args()
     is_dry = args.dry or not torch.accelerator.is_available()
     if is_dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module imports triton
         interpreter.repair()
+    kernel_rivals.find(args.rivals)
     device = "cpu" if is_dry else torch.accelerator.current_accelerator().type
     setup = importlib.import_module("experiments.kernel_cases").Setup(device, is_dry)
     clock = None if is_dry else Clock(device)
-    machine = clock and clock.machine(device)
-    if machine:
-        print(
-            f"{machine.name}: copies {machine.copy_bytes_s:.3g} B/s, GEMM {machine.gemm_flops_s:.3g} FLOP/s"
-        )
-
-    counts = {"right": 0, "wrong": 0}
-    for folder in args.kernels.split(",") if args.kernels else folders():
-        torch.manual_seed(0)
-        records, start = [], time.monotonic()
-        for case in cases(folder, setup):
-            records.append(measure(case, clock, machine))
-            counts["right" if records[-1]["is_right"] else "wrong"] += 1
-            print(row(records[-1]), flush=True)
-        print(f"-- {folder}: {len(records)} cases in {time.monotonic() - start:.0f} s", flush=True)
-        out = args.out or (None if is_dry else RESULTS)
-        if out:
-            header = {"machine": machine._asdict() if machine else "not measured"}
-            write_json_lines(out / f"bench_kernels_{folder}.jsonl", [header, *records])
-    print(json.dumps(counts))
-    sys.exit(1 if counts["wrong"] else 0)
+    names = args.kernels.split(",") if args.kernels else folders()
+    out = args.out or (None if is_dry else RESULTS)
+    sys.exit(0 if (tune if args.tune else bench)(names, setup, clock, out) else 1)
 
 
 if __name__ == "__main__":

@@ -48,3 +48,10 @@ class Case:
     """Others that do the same work, or ours done otherwise; compared too."""
     tolerance: float = 2e-2
     """Root mean square error over the root mean square of ``expected``."""
+    rival_tolerance: float | None = None
+    """Of rivals that round more than ours; as ``tolerance`` if None."""
+    moved_bytes: int | None = None
+    """That ours asks of memory: all its loads and stores, launched with its own parameters. Over ``num_bytes``: what it reads
+    twice."""
+    reset: Callable[[], object] | None = None
+    """Brings back what calls of ours have changed, so that the next one is a first one again; None if nothing is."""

@@ -1,4 +1,7 @@
-"""Attention of Qwen3-Next: 16 query heads, 2 KV heads of 256, KV rows scattered over a pool."""
+"""Attention of Qwen3-Next: 16 query heads, 2 KV heads of 256, KV rows scattered over a pool.
+
+torch has no attention over scattered rows: it is timed with the gathering that an engine would need, and without.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from experiments.kernel_cases import Case, Setup
 from kernels.attention import fused, reference
@@ -41,47 +46,67 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
     query = setup.randn(new, group * keys.shape[1], size)
     wide = [x.float() for x in (query, keys, values)]
     seen = cached + (new + 1) / 2
-    rivals = {}
-    if cached == 0:
-        rivals["torch, contiguous"] = partial(_torch_prefill, query, keys, values, where)
+    rows = where["table"][0].long()
+
+    def in_order() -> tuple[torch.Tensor, ...]:
+        """What torch wants: every KV row where its position is. ``[1, H, T, D]``, views."""
+        return tuple(x.transpose(0, 1)[None] for x in (query, keys[rows], values[rows]))
+
+    tidy, mask = in_order(), causal_lower_right(new, cached + new)
+    flex = flex_attention if setup.is_dry else torch.compile(flex_attention)
+    blocks = create_block_mask(
+        lambda b, h, i, j: j <= i + cached, None, None, new, cached + new, device=setup.device
+    )
     return Case(
         name=f"prefill {new} after {cached}",
         run=partial(fused.prefill_attention, query, keys, values, **where),
         expected=partial(reference.prefill_attention, *wide, **where),
         num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
         num_flops=int(4 * new * seen * query.shape[1] * size),
-        rivals=rivals,
+        rivals={
+            "torch, gathering": lambda: _torch_prefill(*in_order(), mask),
+            "torch, contiguous": lambda: _torch_prefill(*tidy, mask),
+            "flex, contiguous": lambda: flex(*tidy, block_mask=blocks, enable_gqa=True)[
+                0
+            ].transpose(0, 1),
+        },
     )
 
 
 def _torch_prefill(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, where: dict
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: CausalBias
 ) -> torch.Tensor:
-    """The gathering is not timed away: it is what an engine without our kernel would have to do."""
-    rows = where["table"][0].long()
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, keys[rows], values[rows]))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
-        0, 1
-    )
+    """Where nothing is cached, ``is_causal`` is the same and has the faster kernels behind it."""
+    if query.shape[2] == keys.shape[2]:
+        mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
+    else:
+        mixed = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
+    return mixed[0].transpose(0, 1)
 
 
 def _decode(setup: Setup, num: int, length: int) -> Case:
     keys, values, where = _pool(setup, num, length)
     query = setup.randn(num, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
     wide = [x.float() for x in (query, keys, values)]
+    rows = where["table"].long()
+
+    def in_order() -> tuple[torch.Tensor, ...]:
+        """``[B, HKV, L, D]``, views."""
+        return tuple(pool[rows].transpose(1, 2) for pool in (keys, values))
+
+    tidy = in_order()
     return Case(
         name=f"decode {num} x {length}",
         run=partial(fused.decode_attention, query, keys, values, **where),
         expected=partial(reference.decode_attention, *wide, **where),
         num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
         num_flops=4 * length * query.numel(),
-        rivals={"torch": partial(_torch_decode, query, keys, values, where)},
+        rivals={
+            "torch, gathering": lambda: _torch_decode(query, *in_order()),
+            "torch, contiguous": lambda: _torch_decode(query, *tidy),
+        },
     )
 
 
-def _torch_decode(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, where: dict
-) -> torch.Tensor:
-    rows = where["table"].long()
-    k, v = (pool[rows].transpose(1, 2) for pool in (keys, values))  # [B, HKV, L, D]
-    return F.scaled_dot_product_attention(query[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+def _torch_decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]

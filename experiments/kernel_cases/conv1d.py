@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from experiments import kernel_rivals
 from experiments.kernel_cases import Case, Setup
 from kernels.conv1d import fused, reference
 from kernels.packed import Exports, Packed
@@ -33,10 +34,9 @@ def _prefill(setup: Setup, weight: torch.Tensor, lengths: tuple[int, ...]) -> Ca
     exports = Exports.plan(packed, [(0, 64, len(lengths))])
     run = partial(fused.prefill_conv1d, x, weight, None, states=states, packed=packed, **arguments)
     rivals = {"exporting": partial(run, exports=exports)}
-    if len(lengths) == 1:
-        rivals["torch"] = partial(_torch_conv1d, x, weight)
-    if fla := _fla_conv1d(x, weight, packed):
-        rivals["fla"] = fla
+    if len(set(lengths)) == 1:
+        rivals["torch"] = partial(_torch_conv1d, x, weight, len(lengths))
+    rivals |= kernel_rivals.prefill_conv1d(x, weight, packed)
     return Case(
         name=f"conv1d prefill {_shape(lengths)}",
         run=run,
@@ -67,7 +67,9 @@ def _decode(setup: Setup, weight: torch.Tensor, num_sequences: int) -> Case:
         run=partial(fused.decode_conv1d, x, weight, None, **arguments[0]),
         expected=partial(reference.decode_conv1d, x, weight, None, **arguments[1]),
         num_bytes=2 * (x.nbytes + states.nbytes),
-        rivals={"torch": partial(reference.decode_conv1d, x, weight, None, **arguments[2])},
+        rivals={"torch": partial(reference.decode_conv1d, x, weight, None, **arguments[2])}
+        | kernel_rivals.decode_conv1d(x, weight, states),
+        reset=lambda: arguments[0]["states"].copy_(states),
     )
 
 
@@ -86,20 +88,10 @@ def _verify(setup: Setup, weight: torch.Tensor, num_sequences: int, steps: int) 
     )
 
 
-def _torch_conv1d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    rows = F.conv1d(x.mT[None], weight[:, None], padding=3, groups=len(weight))
-    return F.silu(rows[0, :, : len(x)]).mT
-
-
-def _fla_conv1d(
-    x: torch.Tensor, weight: torch.Tensor, packed: Packed
-) -> Callable[[], torch.Tensor] | None:
-    try:
-        from fla.modules.convolution import causal_conv1d
-    except ImportError:
-        return None
-    arguments = {"activation": "silu", "cu_seqlens": packed.cu_seqlens.long()}
-    return lambda: causal_conv1d(x[None], weight, **arguments)[0][0]
+def _torch_conv1d(x: torch.Tensor, weight: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    rows = x.unflatten(0, (num_sequences, -1))
+    rows = F.conv1d(rows.mT, weight[:, None], padding=3, groups=len(weight))
+    return F.silu(rows[:, :, : len(x) // num_sequences]).mT.flatten(0, 1)
 
 
 def _shape(lengths: tuple[int, ...]) -> str:

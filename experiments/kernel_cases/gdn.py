@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from experiments import kernel_rivals
 from experiments.kernel_cases import Case, Setup
 from kernels.gdn import fused, reference
+from kernels.gdn.decode import BLOCK_V
 from kernels.packed import TILE, Exports, Packed, num_tiles
+from kernels.state_copy.copy import BLOCK_BYTES
 
 
 class Sizes(NamedTuple):
@@ -65,8 +67,7 @@ def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
         exports=None,
     )
     rivals = {"exporting": partial(run, exports=Exports.plan(packed, exports))}
-    if fla := _fla_chunk(*tokens, gate, beta, packed, states[:num_sequences]):
-        rivals["fla"] = fla
+    rivals |= kernel_rivals.chunk_gdn(*tokens, gate, beta, packed, torch.zeros_like(states[:-2]))
     tiles = sum(num_tiles(length) for length in lengths) * sizes.value_heads
     return Case(
         name=f"gdn chunk {_shape(lengths)}",
@@ -98,7 +99,8 @@ def _gates(setup: Setup, value_heads: int, num_tokens: int) -> Case:
         run=lambda: fused.gates(*inputs)[0],
         expected=lambda: reference.gates(*inputs)[0],
         num_bytes=2 * inputs[0].nbytes + 8 * inputs[0].numel(),
-        rivals={"torch": lambda: reference.gates(*inputs)[0]},
+        rivals={"torch": lambda: reference.gates(*inputs)[0]}
+        | kernel_rivals.gates(inputs[0], *inputs[2:]),
     )
 
 
@@ -108,19 +110,39 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
     states = torch.randn(num_sequences, *sizes[1:], device=setup.device)
     slots = setup.int32(range(num_sequences))
 
-    def contender(decode: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return partial(decode, *tokens, *inputs, states=states.clone(), slots=slots)
+    own = states.clone()
 
-    rivals = {"torch": contender(reference.decode_gdn)}
-    if fla := _fla_decode(*tokens, *reference.gates(*inputs), states):
-        rivals["fla"] = fla
+    def contender(decode: Callable[..., torch.Tensor], states: torch.Tensor) -> Callable:
+        return partial(decode, *tokens, *inputs, states=states, slots=slots)
+
     return Case(
         name=f"gdn decode {num_sequences}",
-        run=contender(fused.decode_gdn),
-        expected=contender(reference.decode_gdn),
-        num_bytes=2 * states.nbytes + sum(x.nbytes for x in tokens),
-        rivals=rivals,
+        run=contender(fused.decode_gdn, own),
+        expected=contender(reference.decode_gdn, states.clone()),
+        num_bytes=2 * states.nbytes + _token_bytes(tokens, inputs),
+        rivals={"torch": contender(reference.decode_gdn, states.clone())}
+        | kernel_rivals.decode_gdn(*tokens, *inputs, states),
+        moved_bytes=2 * states.nbytes + _asked_bytes(tokens, inputs, slots),
+        reset=lambda: own.copy_(states),
     )
+
+
+def _token_bytes(tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> int:
+    """What belongs to the tokens of a decode: read once, and a read-out like the values written once."""
+    return sum(x.nbytes for x in (*tokens, tokens[2], *inputs))
+
+
+def _asked_bytes(
+    tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], slots: torch.Tensor
+) -> int:
+    """The same as a decode asks for it: keys and queries for each value head and slice of V, gate inputs for each slice."""
+    query, key, value = tokens
+    a, b, *parameters = inputs
+    slices = -(-value.shape[2] // BLOCK_V)
+    group, programs = value.shape[1] // key.shape[1], slices * value.shape[1] * len(slots)
+    per_token = sum(x.nbytes for x in (a, b)) + len(query) * sum(x.nbytes for x in parameters)
+    keys = (query.nbytes + key.nbytes) * group
+    return slices * (keys + per_token) + 2 * value.nbytes + programs * slots.element_size()
 
 
 def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
@@ -140,7 +162,7 @@ def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> C
         name=f"gdn verify {num_sequences} x {num_steps}",
         run=contender(fused.verify_gdn),
         expected=contender(reference.verify_gdn),
-        num_bytes=states.nbytes + step_states.nbytes + sum(x.nbytes for x in tokens),
+        num_bytes=states.nbytes + step_states.nbytes + _token_bytes(tokens, (a, b, *parameters)),
         rivals={"torch": contender(reference.verify_gdn)},
     )
 
@@ -162,12 +184,17 @@ def _commit(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> C
             reference.commit_states(steps[None], layer[None], *tables[2:])
 
     rows = torch.arange(num_sequences), accepted.cpu().long() - 1
+    programs = -(-states[0, 0].nbytes // BLOCK_BYTES) * num_layers * num_sequences
     return Case(
         name=f"gdn commit {num_layers} x {num_sequences}",
         run=partial(committed, fused.commit_states),
         expected=lambda: step_states[:1, rows[0], rows[1]],
         num_bytes=2 * states.nbytes,
-        rivals={"loop": partial(committed, loop)},
+        rivals={
+            "loop": partial(committed, loop),
+            "torch": partial(committed, _indexed_commit),
+        },
+        moved_bytes=2 * states.nbytes + programs * 2 * slots.element_size(),
         tolerance=0.0,
     )
 
@@ -183,48 +210,12 @@ def _gate_inputs(setup: Setup, value_heads: int, count: int) -> tuple[torch.Tens
     return a, b, *setup.randn(2, value_heads, dtype=torch.float32)
 
 
-def _fla_chunk(query, key, value, gate, beta, packed, initial) -> Callable[[], torch.Tensor] | None:
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
-        return None
-    arguments = {
-        "initial_state": initial.clone(),
-        "output_final_state": True,
-        "use_qk_l2norm_in_kernel": True,
-        "cu_seqlens": packed.cu_seqlens.long(),
-    }
-    tokens = _fla_heads(chunk_gated_delta_rule, query, key, value, gate, beta, arguments)
-    return lambda: chunk_gated_delta_rule(*tokens, **arguments)[0][0]
-
-
-def _fla_decode(query, key, value, gate, beta, initial) -> Callable[[], torch.Tensor] | None:
-    """Without the gates, which ours computes too."""
-    try:
-        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-    except ImportError:
-        return None
-    tokens = [x[:, None] for x in (query, key, value, gate, beta.to(query.dtype))]
-    arguments = {
-        "initial_state": initial.clone(),
-        "output_final_state": True,
-        "use_qk_l2norm_in_kernel": True,
-    }
-    return lambda: fused_recurrent_gated_delta_rule(*tokens, **arguments)[0][:, 0]
-
-
-def _fla_heads(kernel, query, key, value, gate, beta, arguments) -> tuple[torch.Tensor, ...]:
-    """The inputs as they are, where this release takes fewer key heads than value heads, else with key heads repeated."""
-    plain = tuple(x[None] for x in (query, key, value, gate, beta.to(query.dtype)))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            kernel(*plain, **arguments)
-    except (AssertionError, ValueError, RuntimeError):
-        group = value.shape[1] // key.shape[1]
-        repeated = (x.repeat_interleave(group, dim=2) for x in plain[:2])
-        return *repeated, *plain[2:]
-    return plain
+def _indexed_commit(
+    step_states: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, accepted: torch.Tensor
+) -> None:
+    """Where every sequence has accepted a step."""
+    rows = torch.arange(len(slots), device=slots.device), accepted.long() - 1
+    states.index_copy_(1, slots.long(), step_states[:, *rows])
 
 
 def _shape(lengths: tuple[int, ...]) -> str:

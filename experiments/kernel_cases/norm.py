@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from experiments import kernel_rivals
 from experiments.kernel_cases import Case, Setup
 from kernels.norm import fused, reference
 
@@ -33,12 +34,15 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def _norm(name: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
+    narrow = (weight + 1).to(x.dtype)
     return Case(
         name=name,
         run=partial(fused.rms_norm, x, weight, EPS, offset=1.0),
         expected=partial(reference.rms_norm, x.float(), weight, EPS, offset=1.0),
-        num_bytes=2 * x.nbytes,
-        rivals={"torch": partial(F.rms_norm, x, weight.shape, (weight + 1).to(x.dtype), EPS)},
+        num_bytes=2 * x.nbytes + weight.nbytes,
+        rivals={"torch": partial(F.rms_norm, x, weight.shape, narrow, EPS)}
+        | kernel_rivals.rms_norm(x, narrow, EPS),
+        moved_bytes=2 * x.nbytes + _asked_weight_bytes(x, weight),
     )
 
 
@@ -48,24 +52,27 @@ def _residual(name: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.
         name=name,
         run=lambda: fused.rms_norm(x, weight, EPS, residual=residual)[0],
         expected=lambda: reference.rms_norm(x + residual, weight, EPS),
-        num_bytes=4 * x.nbytes,
-        rivals={"torch": lambda: F.rms_norm(x + residual, narrow.shape, narrow, EPS)},
+        num_bytes=4 * x.nbytes + weight.nbytes,
+        rivals={"torch": lambda: F.rms_norm(x + residual, narrow.shape, narrow, EPS)}
+        | kernel_rivals.rms_norm(x, narrow, EPS, residual),
+        moved_bytes=4 * x.nbytes + _asked_weight_bytes(x, weight),
     )
 
 
 def _gated(name: str, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Case:
     narrow = weight.to(x.dtype)
-    rivals = {"torch": lambda: F.rms_norm(x, narrow.shape, narrow, EPS) * F.silu(gate)}
-    try:
-        from fla.modules.fused_norm_gate import rms_norm_gated
-    except ImportError:
-        pass
-    else:
-        rivals["fla"] = lambda: rms_norm_gated(x, gate, narrow, None, eps=EPS)
     return Case(
         name=name,
         run=partial(fused.gated_rms_norm, x, weight, gate, EPS),
         expected=partial(reference.gated_rms_norm, x.float(), weight, gate.float(), EPS),
-        num_bytes=3 * x.nbytes,
-        rivals=rivals,
+        num_bytes=3 * x.nbytes + weight.nbytes,
+        rivals={"torch": lambda: F.rms_norm(x, narrow.shape, narrow, EPS) * F.silu(gate)}
+        | kernel_rivals.gated_rms_norm(x, narrow, gate, EPS),
+        moved_bytes=3 * x.nbytes + _asked_weight_bytes(x, weight),
     )
+
+
+def _asked_weight_bytes(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Every program reads the weight."""
+    size = len(weight)
+    return -(-x.numel() // size // fused.rows_per_program(size)) * weight.nbytes

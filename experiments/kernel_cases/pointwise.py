@@ -14,6 +14,7 @@ import kernels.cache_write.fused
 import kernels.cache_write.reference
 import kernels.rotary.fused
 import kernels.rotary.reference
+from experiments import kernel_rivals
 from experiments.kernel_cases import Case, Setup
 
 
@@ -35,7 +36,8 @@ def _rotary(setup: Setup, num_tokens: int) -> Case:
         run=lambda: kernels.rotary.fused.rotate(query, key, cos, sin)[0],
         expected=lambda: kernels.rotary.reference.rotate(query, key, cos, sin)[0],
         num_bytes=2 * (query.nbytes + key.nbytes) + 2 * cos.nbytes,
-        rivals={"torch": lambda: kernels.rotary.reference.rotate(query, key, cos, sin)[0]},
+        rivals={"torch": lambda: kernels.rotary.reference.rotate(query, key, cos, sin)[0]}
+        | kernel_rivals.rotate(query, key, cos, sin),
     )
 
 
@@ -47,7 +49,7 @@ def _silu_and_mul(setup: Setup, num_tokens: int) -> Case:
         run=partial(kernels.activation.fused.silu_and_mul, x),
         expected=partial(kernels.activation.reference.silu_and_mul, x),
         num_bytes=x.nbytes * 3 // 2,
-        rivals={"torch": lambda: F.silu(gate) * up},
+        rivals={"torch": lambda: F.silu(gate) * up} | kernel_rivals.silu_and_mul(gate, up),
     )
 
 
@@ -77,5 +79,13 @@ def _write(setup: Setup, num_tokens: int) -> Case:
         run=partial(write, kernels.cache_write.fused.write_kv),
         expected=lambda: key,
         num_bytes=4 * key.nbytes + 2 * key.nbytes,
-        rivals={"torch": partial(write, kernels.cache_write.reference.write_kv)},
+        rivals={
+            "torch": partial(write, kernels.cache_write.reference.write_kv),
+            "torch index_copy": partial(write, _index_copy),
+        },
     )
+
+
+def _index_copy(key, value, key_pool, value_pool, indices) -> None:
+    key_pool.index_copy_(0, indices, key)
+    value_pool.index_copy_(0, indices, value)

@@ -9,6 +9,7 @@ import torch
 
 from experiments.kernel_cases import Case, Setup
 from kernels.state_copy import fused, reference
+from kernels.state_copy.copy import BLOCK_BYTES
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -21,6 +22,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             setup.randn(*shape, channels, 3),
         ]
         order = torch.randperm(num_copies).tolist()
+        blocks = -(-max(pool[0, 0].nbytes for pool in pools) // BLOCK_BYTES)
         slots = setup.int32(order), setup.int32(range(num_copies, 2 * num_copies))
         yield Case(
             name=f"state_copy {num_copies} slots",
@@ -30,8 +32,11 @@ def cases(setup: Setup) -> Iterator[Case]:
             rivals={
                 "loop": partial(_copied, reference.copy_states, pools, *slots),
                 "torch": partial(_copied, _indexed, pools, *slots),
+                "torch index_copy": partial(_copied, _index_copy, pools, *slots),
             },
             tolerance=0.0,
+            moved_bytes=2 * num_copies * sum(pool[:, 0].nbytes for pool in pools)
+            + blocks * num_layers * num_copies * 8,
         )
 
 
@@ -43,3 +48,8 @@ def _copied(copy, pools, sources, targets) -> torch.Tensor:
 def _indexed(pools, sources, targets) -> None:
     for pool in pools:
         pool[:, targets.long()] = pool[:, sources.long()]
+
+
+def _index_copy(pools, sources, targets) -> None:
+    for pool in pools:
+        pool.index_copy_(1, targets.long(), pool.index_select(1, sources))

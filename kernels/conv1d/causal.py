@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.conv1d.reference import check_window
 from kernels.packed import TILE, Exports, Packed, rows_contiguous
+from kernels.tuning import tuned
 
 BT = tl.constexpr(TILE)
 
@@ -168,8 +169,9 @@ def prefill_conv1d(
     num_tiles = len(packed.tile_sequences)
     if not num_tiles:
         return out
-    block = min(64, triton.next_power_of_2(num_channels))
-    prefill_kernel[triton.cdiv(num_channels, block), num_tiles](
+    config = {"BC": min(64, triton.next_power_of_2(num_channels)), "num_warps": 4}
+    config |= tuned("conv1d.prefill_kernel", num_channels, width)
+    prefill_kernel[triton.cdiv(num_channels, config["BC"]), num_tiles](
         x,
         weight.contiguous(),
         bias,
@@ -183,8 +185,7 @@ def prefill_conv1d(
         states.stride(0),
         C=num_channels,
         W=width,
-        BC=block,
-        num_warps=4,
+        **config,
     )
     return out
 
@@ -237,9 +238,10 @@ def _decode(
     x = rows_contiguous(x)
     out = x.new_empty(x.shape)
     num_channels, width = weight.shape
-    block = min(256, triton.next_power_of_2(num_channels))
+    config = {"BC": min(256, triton.next_power_of_2(num_channels)), "num_warps": 2}
+    config |= tuned("conv1d.decode_kernel", num_channels, width)
     if len(x):
-        decode_kernel[triton.cdiv(num_channels, block), len(x)](
+        decode_kernel[triton.cdiv(num_channels, config["BC"]), len(x)](
             x,
             weight.contiguous(),
             bias,
@@ -252,7 +254,6 @@ def _decode(
             states.stride(0),
             C=num_channels,
             W=width,
-            BC=block,
-            num_warps=2,
+            **config,
         )
     return out

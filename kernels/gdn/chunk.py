@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from kernels.packed import TILE, Exports, Packed, rows_contiguous
+from kernels.tuning import tuned
 
 BT = tl.constexpr(TILE)
 LOG_BT = tl.constexpr(TILE.bit_length() - 1)
@@ -239,6 +240,14 @@ def chunk_gdn(
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim)))
+    solving = {"num_warps": 8 if exact else 4, "num_stages": 2}
+    solving |= tuned("gdn.solve_kernel", value.dtype, key_dim)
+    scanning = {
+        "BV": block_v,
+        "num_warps": 8 if exact or block_k > 128 else 4,
+        "num_stages": 1 if exact else 2,
+    }
+    scanning |= tuned("gdn.scan_kernel", value.dtype, key_dim, value_dim)
     solve_kernel[num_tiles, num_value_heads](
         query,
         key,
@@ -255,10 +264,9 @@ def chunk_gdn(
         K=key_dim,
         BK=min(block_k, 32 if exact else 64),
         SOLVE_TYPE=tl.float32 if exact else tl.float16,
-        num_warps=8 if exact else 4,
-        num_stages=2,
+        **solving,
     )
-    scan_kernel[triton.cdiv(value_dim, block_v), num_value_heads, num_sequences](
+    scan_kernel[triton.cdiv(value_dim, scanning["BV"]), num_value_heads, num_sequences](
         query,
         key,
         value,
@@ -276,8 +284,6 @@ def chunk_gdn(
         K=key_dim,
         V=value_dim,
         BK=block_k,
-        BV=block_v,
-        num_warps=8 if exact or block_k > 128 else 4,
-        num_stages=1 if exact else 2,
+        **scanning,
     )
     return out

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kernels.gdn.gates import compute_gates
 from kernels.packed import rows_contiguous
+from kernels.tuning import tuned
 
 BLOCK_V = 32
 """Columns of a state per program: rows of 128 bytes in float32."""
@@ -185,7 +186,7 @@ def decode_gdn(
     """
     out = value.new_empty(value.shape)
     tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
-    grid, sizes = _launch(key, value, num_sequences=len(slots))
+    grid, sizes = _launch(key, value, states.dtype, num_sequences=len(slots))
     if len(slots):
         decode_kernel[grid](
             *tokens[:3],
@@ -224,7 +225,7 @@ def verify_gdn(
         raise ValueError("step_states must be contiguous and have the dtype of states")
     out = value.new_empty(value.shape)
     tokens = [rows_contiguous(x.flatten(0, 1)) for x in (query, key, value, a, b)]
-    grid, sizes = _launch(key, value, num_sequences=len(slots))
+    grid, sizes = _launch(key, value, states.dtype, num_sequences=len(slots))
     if out.numel():
         verify_kernel[grid](
             *tokens[:3],
@@ -243,17 +244,18 @@ def verify_gdn(
 
 
 def _launch(
-    key: torch.Tensor, value: torch.Tensor, *, num_sequences: int
+    key: torch.Tensor, value: torch.Tensor, state_dtype: torch.dtype, *, num_sequences: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Decoding and verification are launched alike, so that their bits agree."""
     (num_heads, key_dim), (num_value_heads, value_dim) = key.shape[-2:], value.shape[-2:]
-    block_v = min(BLOCK_V, triton.next_power_of_2(value_dim))
     sizes = {
         "H": num_heads,
         "HV": num_value_heads,
         "K": key_dim,
         "V": value_dim,
         "BK": triton.next_power_of_2(key_dim),
-        "BV": block_v,
+        "BV": min(BLOCK_V, triton.next_power_of_2(value_dim)),
         "num_warps": 2,
     }
-    return (triton.cdiv(value_dim, block_v), num_value_heads, num_sequences), sizes
+    sizes |= tuned("gdn.decode_kernel", state_dtype, key_dim, value_dim)
+    return (triton.cdiv(value_dim, sizes["BV"]), num_value_heads, num_sequences), sizes

@@ -16,18 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.reference import STORAGE, Format, quantize
+from kernels.linear.reference import Format, quantize
 from kernels.target import pipeline_stages
+from kernels.tuning import token_class, tuned
 
-__all__ = [
-    "linear",
-    "linear_8bit",
-    "linear_8bit_rows",
-    "prepare",
-    "prepare_8bit",
-    "quantize",
-    "quantize_rows",
-]
+__all__ = ["linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
 FEW_TOKENS = 64
 """Up to here spans run side by side."""
@@ -42,28 +35,23 @@ def multiply_span(
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from pointers to the rows of w and x."""
-    x_dtype: tl.constexpr = p_x.dtype.element_ty
-    ACC: tl.constexpr = tl.int32 if x_dtype == tl.int8 else tl.float32
-    b_y = tl.zeros([BM, BT], ACC)
+    b_y = tl.zeros([BM, BT], tl.float32)
     for i_k in range(start, end, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < end
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        b_y = tl.dot(b_w.to(x_dtype), b_x, b_y, input_precision=PRECISION, out_dtype=ACC)
-    return b_y.to(tl.float32)
+        b_y = tl.dot(b_w.to(b_x.dtype), b_x, b_y, input_precision=PRECISION)
+    return b_y
 
 
 @triton.jit
-def store_tile(b_y, x_scale, w_scale, bias, y, o_m, o_t, M, mask):
-    """``y[t, m] = b_y[m, t] * w_scale[m] * x_scale[t] + bias[m]`` for a tile ``[BM, BT]``."""
-    m_m, m_t = o_m < M, tl.max(mask.to(tl.int32), axis=0) > 0
-    if w_scale is not None:
-        b_y *= tl.load(w_scale + o_m, mask=m_m, other=0.0)[:, None]
-    if x_scale is not None:
-        b_y *= tl.load(x_scale + o_t, mask=m_t, other=0.0)[None, :]
+def store_tile(b_y, scale, bias, y, o_m, o_t, M, mask):
+    """``y[t, m] = b_y[m, t] * scale[m] + bias[m]`` for a tile ``[BM, BT]``."""
+    if scale is not None:
+        b_y *= tl.load(scale + o_m, mask=o_m < M, other=0.0)[:, None]
     if bias is not None:
-        b_y += tl.load(bias + o_m, mask=m_m, other=0.0).to(tl.float32)[:, None]
+        b_y += tl.load(bias + o_m, mask=o_m < M, other=0.0).to(tl.float32)[:, None]
     p_y = y + o_t.to(tl.int64)[None, :] * M + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
@@ -72,8 +60,7 @@ def store_tile(b_y, x_scale, w_scale, bias, y, o_m, o_t, M, mask):
 def linear_kernel(
     x,
     w,
-    x_scale,
-    w_scale,
+    scale,
     bias,
     y,
     num_tokens,
@@ -103,14 +90,13 @@ def linear_kernel(
         p_y = y + (i_s.to(tl.int64) * num_tokens + o_t[None, :]) * M + o_m[:, None]
         tl.store(p_y, b_total, mask=mask)
     else:
-        store_tile(b_total, x_scale, w_scale, bias, y, o_m, o_t, M, mask)
+        store_tile(b_total, scale, bias, y, o_m, o_t, M, mask)
 
 
 @triton.jit
 def add_spans_kernel(
     partial_y,
-    x_scale,
-    w_scale,
+    scale,
     bias,
     y,
     num_tokens,
@@ -127,30 +113,12 @@ def add_spans_kernel(
     for _ in range(num_spans):
         b_total += tl.load(p_y, mask=mask, other=0.0)
         p_y += num_tokens * M
-    store_tile(b_total, x_scale, w_scale, bias, y, o_m, o_t, M, mask)
-
-
-@triton.jit
-def quantize_rows_kernel(
-    x, quantized, scale, stride, LARGEST: tl.constexpr, N: tl.constexpr, BN: tl.constexpr
-):
-    i_t = tl.program_id(0).to(tl.int64)
-    o_n = tl.arange(0, BN)
-    b_x = tl.load(x + i_t * stride + o_n, mask=o_n < N, other=0.0).to(tl.float32)  # [BN]
-    # The smallest normal number keeps a row of zeros from dividing by zero.
-    b_scale = tl.maximum(tl.max(tl.abs(b_x), axis=0), 1.1754943508222875e-38) / LARGEST
-    b_q = tl.minimum(tl.maximum(tl.div_rn(b_x, b_scale), -LARGEST), LARGEST)
-    if quantized.dtype.element_ty == tl.int8:
-        b_q = (
-            b_q + 12582912.0
-        ) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest even integer
-    tl.store(quantized + i_t * N + o_n, b_q.to(quantized.dtype.element_ty), mask=o_n < N)
-    tl.store(scale + i_t, b_scale)
+    store_tile(b_total, scale, bias, y, o_m, o_t, M, mask)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``; see ``reference.linear``. Sums in float32, rounds once. x may be a view of wider rows."""
-    return _product(x, weight, None, None, bias, x.dtype)
+    return _product(x, weight, None, bias)
 
 
 def prepare(
@@ -167,7 +135,7 @@ def linear_8bit(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``(x @ quantized.T) * scale + bias``, activations unquantised; see ``reference.linear_8bit``."""
-    return _product(x, quantized, None, scale, bias, x.dtype)
+    return _product(x, quantized, scale, bias)
 
 
 def prepare_8bit(
@@ -178,63 +146,30 @@ def prepare_8bit(
     return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
 
 
-def linear_8bit_rows(
-    x: torch.Tensor,
-    quantized: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``linear_8bit`` with each row of x quantised to the weight's format on the way; see ``reference.linear_8bit_rows``.
-
-    The products then run at the 8-bit rate of the tensor cores: worth it where a layer computes more than it reads.
-    """
-    rows, row_scale = quantize_rows(x, "int8" if quantized.dtype == torch.int8 else "fp8")
-    return _product(rows, quantized, row_scale, scale, bias, x.dtype)
-
-
-def quantize_rows(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize`` of activations ``[T, N]`` in one pass: 8-bit ``[T, N]`` and a float32 scale per row ``[T]``."""
-    dtype, largest = STORAGE[format]
-    num_tokens, size = x.shape
-    quantized = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    if num_tokens:
-        quantize_rows_kernel[(num_tokens,)](
-            x,
-            quantized,
-            scale,
-            x.stride(0),
-            LARGEST=largest,
-            N=size,
-            BN=triton.next_power_of_2(size),
-        )
-    return quantized, scale
-
-
 def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    w_scale: torch.Tensor | None,
+    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
     num_tokens, size = x.shape
     num_outputs = len(weight)
-    y = torch.empty(num_tokens, num_outputs, dtype=dtype, device=x.device)
+    y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return y
     span = span_of(num_outputs, size)
     num_spans = triton.cdiv(size, span)
     apart = num_spans > 1 and num_tokens <= FEW_TOKENS
     tile = tile_config(num_tokens, x.dtype, weight.dtype)
+    tile |= tuned(
+        "linear.linear_kernel", x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
+    )
     grid = (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]))
     target = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32) if apart else y
     linear_kernel[(*grid, num_spans if apart else 1)](
         x,
         weight,
-        x_scale,
-        w_scale,
+        scale,
         bias,
         target,
         num_tokens,
@@ -248,8 +183,7 @@ def _product(
     if apart:
         add_spans_kernel[grid](
             target,
-            x_scale,
-            w_scale,
+            scale,
             bias,
             y,
             num_tokens,

@@ -88,17 +88,3 @@ def prepare_8bit(
     """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
     quantized, scale = quantize(weight, format)
     return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
-
-
-def linear_8bit_rows(
-    x: torch.Tensor,
-    quantized: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``linear_8bit`` whose activations are quantised too, row by row, to the format of the weight."""
-    rows, row_scale = quantize(x, "int8" if quantized.dtype == torch.int8 else "fp8")
-    out = linear(rows.float(), quantized.float()).mul_(scale).mul_(row_scale[:, None])
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype)

@@ -20,6 +20,7 @@ from kernels.linear.fused import depth_of, multiply_span
 from kernels.linear.reference import Format
 from kernels.moe.reference import quantize_experts
 from kernels.target import pipeline_stages
+from kernels.tuning import tuned
 
 FEW_TOKENS = 16
 """Up to here a block is one row: experts are rarely shared, and sorting would cost more than reading some twice."""
@@ -317,7 +318,10 @@ def _experts(
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "num_stages": pipeline_stages(4),
     }
-    gate_up_kernel[(triton.cdiv(inner_size, 64), blocks.num_blocks)](
+    dtypes = (hidden.dtype, w13.dtype)
+    up = config | tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
+    down = config | tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
+    gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), blocks.num_blocks)](
         hidden,
         w13,
         w13_scale,
@@ -327,10 +331,10 @@ def _experts(
         hidden.stride(0),
         K=k,
         INNER=inner_size,
-        **config,
+        **up,
     )
-    down_kernel[(triton.cdiv(hidden_size, 64), blocks.num_blocks)](
-        inner, w2, w2_scale, results, *where, inner_size, H=hidden_size, **config
+    down_kernel[(triton.cdiv(hidden_size, down["BM"]), blocks.num_blocks)](
+        inner, w2, w2_scale, results, *where, inner_size, H=hidden_size, **down
     )
     weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
         results, weights, out, K=k, H=hidden_size, BH=min(1024, triton.next_power_of_2(hidden_size))

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.tuning import tuned
+
 ELEMENTS = 2048
 """About how many elements a program holds: short rows (query and key heads) share one."""
 
@@ -116,8 +118,7 @@ def _launch(
     num_rows = tokens * heads
     if num_rows == 0:
         return
-    block = triton.next_power_of_2(size)
-    rows = max(1, min(16, ELEMENTS // block))
+    block, rows = triton.next_power_of_2(size), rows_per_program(size)
     rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         x,
         residual,
@@ -136,8 +137,13 @@ def _launch(
         N=size,
         BN=block,
         BR=rows,
-        num_warps=4 if block <= 4096 else 8,
+        **{"num_warps": 4 if block <= 4096 else 8, **tuned("norm.rms_norm_kernel", size)},
     )
+
+
+def rows_per_program(size: int) -> int:
+    """Rows of ``size`` elements that a program holds."""
+    return max(1, min(16, ELEMENTS // triton.next_power_of_2(size)))
 
 
 def as_heads(x: torch.Tensor) -> torch.Tensor:

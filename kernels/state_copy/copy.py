@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.tuning import tuned
+
 BLOCK_BYTES = 16384
 
 
@@ -53,8 +55,9 @@ def copy_states(
         raise ValueError("a state must be contiguous in its slot")
     if not len(sources):
         return
+    config = {"BLOCK_BYTES": BLOCK_BYTES, "num_warps": 8} | tuned("state_copy.copy_kernel")
     widest = max(pool.shape[2] * pool.element_size() for pool in flat)
-    grid = (triton.cdiv(widest, BLOCK_BYTES), len(sources), flat[0].shape[0])
+    grid = (triton.cdiv(widest, config["BLOCK_BYTES"]), len(sources), flat[0].shape[0])
     copy_kernel[grid](
         tuple(flat),
         tuple(pool.shape[2] for pool in flat),
@@ -62,6 +65,5 @@ def copy_states(
         tuple(pool.stride(1) for pool in flat),
         sources,
         targets,
-        BLOCK_BYTES=BLOCK_BYTES,
-        num_warps=8,
+        **config,
     )

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,24 @@ def test_a_wrong_rival_gets_no_time(clock: Clock) -> None:
     assert "rival WRONG" in row(record)
 
 
+def test_a_rival_that_raises_is_reported(clock: Clock) -> None:
+    def absent() -> torch.Tensor:
+        raise ValueError("no such thing\nand a traceback")
+
+    case = replace(_case(ours=1.0, rival=1.0), rivals={"absent": absent})
+    record = measure(case, clock, MACHINE)
+    assert record["failures"] == {"absent": "ValueError: no such thing"}
+    assert set(record["seconds"]) == {"ours"}
+    assert "absent FAILED" in row(record)
+
+
+def test_a_rival_may_round_more(clock: Clock) -> None:
+    case = replace(_case(ours=1.0, rival=1.05), rival_tolerance=6e-2)
+    assert set(measure(case, clock, MACHINE)["seconds"]) == {"ours", "rival"}
+    case = replace(_case(ours=1.05, rival=1.05), rival_tolerance=6e-2)
+    assert set(measure(case, clock, MACHINE)["seconds"]) == {"rival"}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_no_number_is_no_result(value: float) -> None:
     assert error(torch.tensor([1.0, value]), torch.ones(2)) == float("inf")
@@ -87,6 +106,7 @@ def test_without_a_device_nothing_is_measured() -> None:
 
 
 def test_every_case_runs_dry(tmp_path) -> None:
+    """And every rival that is installed is right."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "experiments.bench_kernels", "--dry", "--out", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -96,5 +116,18 @@ def test_every_case_runs_dry(tmp_path) -> None:
         _, (machine, *records) = read_json_lines(tmp_path / f"bench_kernels_{folder}.jsonl")
         assert machine == {"machine": "not measured"}
         assert {record["seconds"] for record in records} == {"not measured"}
+        assert max(max(record["errors"].values()) for record in records) < 6e-2
         num_cases += len(records)
-    assert counts == {"right": num_cases, "wrong": 0}
+    assert counts == {"right": num_cases, "wrong": 0, "failed rivals": 0}
+
+
+def test_candidates_are_right_dry(tmp_path) -> None:
+    """Of the kernels whose choices hang on the number of tokens: and no bit differs. Each folder's by hand, with --tune."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "experiments.bench_kernels", "--tune", "--dry"]
+    command += ["--kernels", "linear,state_copy", "--out", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    _, records = read_json_lines(tmp_path / "tune_kernels.jsonl")
+    assert {r["kernel"] for r in records} == {"linear.linear_kernel", "state_copy.copy_kernel"}
+    assert all(r["refused"] == [] and r["right"] > 1 and r["chosen"] is None for r in records)

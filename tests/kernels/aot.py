@@ -5,6 +5,7 @@ every launch inside them is recorded and compiled for each target instead of run
 alignment are those of the real call, because the real call made them.
 
     python tests/kernels/aot.py tests/kernels/launches/gdn.py        # one JSON line per kernel and target
+    python tests/kernels/aot.py --out experiments/results/kernel_code.jsonl tests/kernels/launches/*.py
 
 Runs in a process of its own, since Triton decides at import whether it interprets or compiles.
 """
@@ -13,15 +14,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import re
-import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 """Words to Triton's (backend, architecture, warp size)."""
@@ -45,22 +49,35 @@ class _AbsentDevice:
         return 0
 
 
+class Compiled(NamedTuple):
+    """A compiled kernel, and what NVIDIA's assembler said of it."""
+
+    kernel: Any
+    log: str
+
+
 @contextmanager
-def recording(target: str) -> Iterator[list[Any]]:
+def recording(target: str) -> Iterator[list[Compiled]]:
     """While it is open, kernels compile for ``target`` and do not run; yields the list of what was compiled."""
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    compiled: list[Any] = []
+    compiled: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
-        return compiled[-1]
+        with redirect_stdout(io.StringIO()) as log:
+            result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if not hasattr(result, "assembler_log"):  # one that was compiled before is silent
+            result.assembler_log = log.getvalue()
+        compiled.append(Compiled(result, result.assembler_log))
+        return result
 
     driver.set_active(_AbsentDevice(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
     JITFunction.run = compile_only
+    knobs.nvidia.dump_ptxas_log = True
     try:
         yield compiled
     finally:
@@ -75,7 +92,7 @@ def compile_launches(
         for target in targets:
             with recording(target) as compiled:
                 launch()
-            for kernel in compiled:
+            for kernel, log in compiled:
                 yield {
                     "launch": word,
                     "kernel": kernel.metadata.name,
@@ -83,28 +100,20 @@ def compile_launches(
                     "num_warps": kernel.metadata.num_warps,
                     "num_stages": kernel.metadata.num_stages,
                     "shared_bytes": kernel.metadata.shared,
-                } | (_nvidia(kernel) if "ptx" in kernel.asm else _amd(kernel))
+                } | (_nvidia(kernel, log) if "ptx" in kernel.asm else _amd(kernel))
 
 
-def _nvidia(kernel: Any) -> dict[str, int]:
-    """Registers and stack of a thread, as the assembler left them, and what the PTX multiplies and copies with.
-
-    A thread's stack is where registers spill to: our kernels have no arrays of their own.
-    """
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
+    """A thread's registers and what of them the assembler keeps in memory; what the PTX multiplies and copies with."""
     ptx = kernel.asm["ptx"]
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", log)[1]),
         "wgmma": ptx.count("wgmma.mma_async"),
+        # Each product waits for the one before: the assembler met other uses of an accumulator between them.
+        "serialised": "wgmma.mma_async instructions are serialized" in log,
         "mma": ptx.count("mma.sync"),
-        "cp_async": ptx.count("cp.async.c"),
+        "cp_async": ptx.count("cp.async.ca") + ptx.count("cp.async.cg"),
         "tma": ptx.count("cp.async.bulk"),
     }
 
@@ -129,19 +138,28 @@ def load_launches(path: Path) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("launches", type=Path, help="a file with LAUNCHES")
+    parser.add_argument("launches", type=Path, nargs="+", help="files with LAUNCHES")
     parser.add_argument("--only", help="one word of LAUNCHES")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--out", type=Path, help="JSON lines for the results, with provenance")
     args = parser.parse_args()
-    launches = load_launches(args.launches)
-    if args.only:
-        launches = {args.only: launches[args.only]}
-    for record in compile_launches(launches, args.targets):
-        print(json.dumps(record), flush=True)
+    records = []
+    for path in args.launches:
+        launches = load_launches(path)
+        if args.only:
+            launches = {args.only: launches[args.only]}
+        for record in compile_launches(launches, args.targets):
+            records.append({"folder": path.stem} | record)
+            print(json.dumps(records[-1]), flush=True)
+    if args.out:
+        from experiments.provenance import write_json_lines
+
+        write_json_lines(args.out, records)
 
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         main()

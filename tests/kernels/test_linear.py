@@ -64,27 +64,6 @@ def test_quantized_weights_are_near(format) -> None:
     assert (reference.quantize(torch.zeros(2, 4), format)[0].float() == 0).all()
 
 
-@FORMATS
-@DTYPES
-def test_rows_quantised_on_the_way(format, dtype, device, assert_close) -> None:
-    """In the interpreter fp8 casts lose a carry, so the values are ones that fp8 holds exactly under their row's scale."""
-    x = torch.randn(5, 300)
-    if format == "fp8":
-        x = x.clamp(-3, 3).to(torch.float8_e4m3fn).float()
-        x[:, 0] = 3.5
-    x = x.to(dtype).to(device)
-    rows, scale = fused.quantize_rows(x, format)
-    expected_rows, expected_scale = reference.quantize(x, format)
-    assert torch.equal(scale, expected_scale)
-    assert torch.equal(rows.float(), expected_rows.float())
-    quantized, weight_scale = reference.quantize(torch.randn(40, 300, device=device), format)
-    assert_close(
-        fused.linear_8bit_rows(x, quantized, weight_scale),
-        reference.linear_8bit_rows(x, quantized, weight_scale),
-        factor=2,
-    )
-
-
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("shape", [(64, 96), (513, 1000), (7, 300)])

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from kernels.linear.fused import linear, linear_8bit, linear_8bit_rows
+from kernels.linear.fused import linear, linear_8bit
 
 
 def _linear(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -24,7 +24,6 @@ def _quantized(num_tokens: int, dtype: torch.dtype) -> None:
     x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16)
     weight, scale = torch.empty(2048, 4096, dtype=dtype), torch.empty(2048)
     linear_8bit(x, weight, scale)
-    linear_8bit_rows(x, weight, scale, torch.empty(2048, dtype=torch.bfloat16))
 
 
 LAUNCHES = {

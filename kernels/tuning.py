@@ -1,0 +1,147 @@
+"""Launch parameters that were measured to be fast on this device, where a table of them lies beside this file; else each
+launcher's own.
+
+`python -m experiments.bench_kernels --tune` measures and writes. A hit must change no bit, so what a choice may hang on
+depends on what it may change:
+
+- Most are chosen by the layer's shape and dtypes alone, never by the batch: ``num_warps`` deals a sum out to other threads, and
+  every batch must have it dealt out the same way.
+- Where the key has ``tokens``, a choice only says which outputs share a program and how loads are pipelined. Such a kernel sums
+  by ``tl.dot`` alone, over k in one order, and the tuner takes no candidate whose results are not the launcher's, bit for bit.
+- What cuts a long sum is no choice at all: BK and spans of products, the key tiles and splits of attention, the tile of 64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PATH = Path(__file__).with_name("tuned.json")
+
+Config = Mapping[str, int]
+Key = tuple[Any, ...]
+Table = Mapping[tuple[str, Key], Config]
+"""(kernel, key) to what replaces the launcher's own parameters."""
+NOTHING: Config = {}
+
+
+class Tunable(NamedTuple):
+    """What may be chosen for a kernel."""
+
+    keys: tuple[str, ...]
+    """What a choice hangs on, in the order in which the launcher names it."""
+    candidates: tuple[Config, ...]
+
+
+def grid(**choices: tuple[int, ...]) -> tuple[Config, ...]:
+    """All combinations."""
+    return tuple(dict(zip(choices, values, strict=True)) for values in product(*choices.values()))
+
+
+TUNABLES: Mapping[str, Tunable] = {
+    "gdn.solve_kernel": Tunable(("dtype", "K"), grid(num_warps=(4, 8), num_stages=(1, 2, 3))),
+    "gdn.scan_kernel": Tunable(
+        ("dtype", "K", "V"), grid(BV=(16, 32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
+    ),
+    "gdn.decode_kernel": Tunable(
+        ("state_dtype", "K", "V"), grid(BV=(8, 16, 32, 64), num_warps=(1, 2, 4))
+    ),
+    "conv1d.prefill_kernel": Tunable(("C", "W"), grid(BC=(32, 64, 128), num_warps=(2, 4, 8))),
+    "conv1d.decode_kernel": Tunable(("C", "W"), grid(BC=(64, 128, 256, 512), num_warps=(1, 2, 4))),
+    "linear.linear_kernel": Tunable(
+        ("dtype", "weight_dtype", "M", "N", "tokens"),
+        grid(BM=(64, 128), num_warps=(4, 8), num_stages=(3, 4, 5))
+        + grid(BM=(128,), BT=(256,), num_warps=(8,), num_stages=(3, 4)),
+    ),
+    "moe.gate_up_kernel": Tunable(
+        ("dtype", "weight_dtype", "M", "N", "tokens"),
+        grid(BM=(32, 64, 128), num_warps=(4, 8), num_stages=(3, 4)),
+    ),
+    "moe.down_kernel": Tunable(
+        ("dtype", "weight_dtype", "M", "N", "tokens"),
+        grid(BM=(64, 128), num_warps=(4, 8), num_stages=(3, 4, 5)),
+    ),
+    "norm.rms_norm_kernel": Tunable(("N",), grid(num_warps=(1, 2, 4, 8))),
+    "state_copy.copy_kernel": Tunable(
+        (), grid(BLOCK_BYTES=(4096, 8192, 16384, 32768), num_warps=(4, 8))
+    ),
+}
+"""Folder and name of each kernel that asks."""
+
+
+def tuned(kernel: str, *key: object) -> Config:
+    """What replaces the launcher's own parameters: nothing, unless this device's table has the kernel at this key."""
+    return _tables[-1](kernel, key)
+
+
+def token_class(num_tokens: int) -> int:
+    """The power of two that choices for ``num_tokens`` are shared up to: 16 to 4096."""
+    return min(max(16, 1 << (num_tokens - 1).bit_length()), 4096)
+
+
+@contextmanager
+def using(table: Table) -> Iterator[list[tuple[str, Key]]]:
+    """While it is open, ``table`` answers in place of the device's; yields the list of what was asked for."""
+    asked: list[tuple[str, Key]] = []
+
+    def look_up(kernel: str, key: Key) -> Config:
+        asked.append((kernel, key))
+        return table.get((kernel, key), NOTHING)
+
+    _tables.append(look_up)
+    try:
+        yield asked
+    finally:
+        _tables.remove(look_up)
+
+
+def read(path: Path, device: str) -> Table:
+    """The table of a device by its name; empty if it has none."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["devices"].get(device, [])
+    return {
+        (row["kernel"], tuple(_part(part) for part in row["key"])): row["config"] for row in rows
+    }
+
+
+def write(path: Path, device: str, table: Table, about: Mapping[str, object]) -> None:
+    """Put ``table`` into what the file says of ``device``, with ``about``: where it comes from."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"devices": {}}
+    merged = {**read(path, device), **table}
+    known["devices"][device] = [
+        {
+            "kernel": kernel,
+            "key": [
+                str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for x in key
+            ],
+            "config": dict(config),
+        }
+        for (kernel, key), config in sorted(merged.items(), key=str)
+    ]
+    path.write_text(json.dumps({"about": about, **known}, indent=1) + "\n", encoding="utf-8")
+
+
+def _part(part: str | int) -> Any:
+    return getattr(torch, part) if isinstance(part, str) else part
+
+
+@cache
+def _of_this_device() -> Table:
+    if not PATH.exists() or not torch.accelerator.is_available():
+        return {}
+    return read(PATH, torch.get_device_module().get_device_name())
+
+
+def _look_up(kernel: str, key: Key) -> Config:
+    return _of_this_device().get((kernel, key), NOTHING)
+
+
+_tables = [_look_up]

@@ -1,0 +1,160 @@
+"""Launch parameters from a table: none of them may cut a sum, and none that may deal one out may hang on the batch."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import tuning
+from kernels.packed import Packed
+
+pytest.importorskip("triton")
+
+OF_OUTPUTS = {"BM", "BT", "BV", "BC", "BLOCK_BYTES"}
+"""Tile sizes along dimensions of the output, along which nothing is summed."""
+OF_LAUNCHES = {"num_warps", "num_stages"}
+OF_LAYERS = {"dtype", "weight_dtype", "state_dtype", "K", "V", "C", "W", "M", "N"}
+SUMS = {
+    "sum",
+    "cumsum",
+    "reduce",
+    "associative_scan",
+    "cumprod",
+    "xor_sum",
+    "atomic_add",
+    "histogram",
+}
+
+
+def triton_functions(folder: str) -> dict[str, Any]:
+    """Every Triton function of a folder's own modules."""
+    package = importlib.import_module(f"kernels.{folder}")
+    found: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        for name, member in vars(
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        ).items():
+            if type(member).__name__ in {"JITFunction", "InterpretedFunction"}:
+                found[name] = member.fn
+    return found
+
+
+def called(function: Any) -> Iterator[str]:
+    """``tl.name`` as ``.name``, other functions by their name; those that it calls in turn, too."""
+    seen, waiting = set(), [function]
+    while waiting:
+        function = waiting.pop()
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Attribute):
+                yield f".{node.func.attr}"
+            elif isinstance(node.func, ast.Name) and node.func.id not in seen:
+                seen.add(node.func.id)
+                inner = function.__globals__.get(node.func.id)
+                if hasattr(inner, "fn"):
+                    waiting.append(inner.fn)
+                yield node.func.id
+
+
+@pytest.mark.parametrize("kernel", tuning.TUNABLES)
+def test_no_choice_can_change_bits_from_batch_to_batch(kernel) -> None:
+    tunable = tuning.TUNABLES[kernel]
+    folder, _, name = kernel.partition(".")
+    function = triton_functions(folder)[name]
+    parameters = set(inspect.signature(function).parameters)
+    chosen = {parameter for config in tunable.candidates for parameter in config}
+    assert chosen <= OF_OUTPUTS | OF_LAUNCHES
+    assert chosen - OF_LAUNCHES <= parameters
+    assert set(tunable.keys) <= OF_LAYERS | {"tokens"}
+    if "tokens" in tunable.keys:
+        assert {f".{word}" for word in SUMS}.isdisjoint(called(function))
+
+
+def test_what_sums_is_seen() -> None:
+    """The test above would notice."""
+    assert ".sum" in set(called(triton_functions("norm")["rms_norm_kernel"]))
+    assert ".sum" in set(called(triton_functions("gdn")["decode_kernel"]))  # in a function it calls
+    assert ".dot" in set(called(triton_functions("linear")["linear_kernel"]))
+
+
+def test_launchers_ask_by_the_layer_alone(device) -> None:
+    """Whatever the batch, and decoding and verifying alike."""
+    from kernels.conv1d import fused as conv1d
+    from kernels.gdn import fused as gdn
+    from kernels.norm import fused as norm
+
+    asked = []
+    parameters = torch.randn(2, 2, device=device)
+    for count in (1, 3):
+        slots = torch.arange(count, dtype=torch.int32, device=device)
+        q, k, v = torch.randn(3, count, 2, 16, device=device)
+        a, b = torch.randn(2, count, 2, device=device)
+        states = torch.zeros(count, 2, 16, 16, device=device)
+        x, taps = torch.randn(count, 8, device=device), torch.randn(8, 4, device=device)
+        windows = torch.zeros(count, 8, 3, device=device)
+        packed = Packed.from_lengths([1] * count, device)
+        where = {"packed": packed, "slots": slots, "exports": None}
+        where["resumed"] = torch.ones(count, dtype=torch.bool, device=device)
+        steps = [y[:, None] for y in (q, k, v, a, b)]
+        with tuning.using({}) as keys:
+            gdn.chunk_gdn(q, k, v, -a.abs(), b.sigmoid(), states=states, **where)
+            gdn.decode_gdn(q, k, v, a, b, *parameters, states=states, slots=slots)
+            gdn.verify_gdn(
+                *steps, *parameters, states=states, slots=slots, step_states=states[:, None].clone()
+            )
+            conv1d.prefill_conv1d(x, taps, None, states=windows, **where)
+            conv1d.decode_conv1d(x, taps, None, states=windows, slots=slots)
+            norm.rms_norm(x, taps[:, 0], 1e-6)
+        assert keys[2] == keys[3] == ("gdn.decode_kernel", (torch.float32, 16, 16))
+        assert {kernel for kernel, _ in keys} <= set(tuning.TUNABLES)
+        asked.append(keys)
+    assert asked[0] == asked[1]
+
+
+def test_every_key_has_the_parts_it_names(device) -> None:
+    from kernels.linear import fused as linear
+
+    weight = torch.randn(48, 32, device=device)
+    with tuning.using({}) as asked:
+        for count in (1, 16, 17):
+            linear.linear(torch.randn(count, 32, device=device), weight)
+    assert [len(key) for _, key in asked] == [5] * 3
+    assert [key[-1] for _, key in asked] == [16, 16, 32]
+    assert len(tuning.TUNABLES["linear.linear_kernel"].keys) == 5
+    assert [tuning.token_class(n) for n in (64, 65, 4096, 5000)] == [64, 128, 4096, 4096]
+
+
+def test_a_table_is_what_launchers_use(device) -> None:
+    from kernels.state_copy.fused import copy_states
+
+    pool = torch.randn(1, 2, 5000, device=device)
+    expected = pool[:, 0].clone()
+    with tuning.using({("state_copy.copy_kernel", ()): {"BLOCK_BYTES": 4096}}) as asked:
+        slots = torch.arange(2, dtype=torch.int32, device=device)
+        copy_states([pool], slots[:1], slots[1:])
+    assert asked == [("state_copy.copy_kernel", ())]
+    assert torch.equal(pool[:, 1], expected)
+    assert tuning.tuned("no such kernel", 1) == {}
+
+
+def test_tables_are_kept_by_device(tmp_path) -> None:
+    path = tmp_path / "tuned.json"
+    assert tuning.read(path, "one") == {}
+    first = {("norm.rms_norm_kernel", (2048,)): {"num_warps": 8}}
+    second = {("gdn.scan_kernel", (torch.bfloat16, 128, 128)): {"BV": 16, "num_warps": 4}}
+    tuning.write(path, "one", first, {"commit": "a"})
+    tuning.write(path, "two", first, {"commit": "b"})
+    tuning.write(path, "one", second, {"commit": "c"})
+    assert tuning.read(path, "one") == first | second
+    assert tuning.read(path, "two") == first
+    assert tuning.read(path, "three") == {}
