@@ -1,92 +1,73 @@
 """vLLM 0.33's hybrid prefix cache: chained block hashes, one free queue, states only where a prefill chunk ends.
 
-Published behaviour that decides its hit rates:
+Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block pool, chunk split) at 0.33.0, `align` mode, one
+attention group, no speculative decoding. What decides its hit rates:
 
-- Attention pages are inflated until one holds as many bytes as a state page (1,056 tokens on Qwen3-Next in float32),
-  so hits come in blocks. Layers are grouped by the number of full-attention layers: a state costs one block in each of
-  the ``num_linear / num_full`` state groups.
-- One free queue for all groups, least recently freed first, blind to kind and cost; a block without a hash goes first.
-- ``align``: prefill chunks are cut at the prompt's last block boundary, and at the *junction*: how deep attention
-  blocks matched beyond the state (so a fork pays on its third sighting, floored to a block).
-- ``retention=0`` registers only those two states; ``None`` every chunk end and every block crossed in decode.
-- ``match_unit`` below the block size adds a stop at the prompt's last unit boundary and registers the partial blocks
-  there; resuming in one copies it.
+- *Inflation.* An attention block holds as many bytes as a state page (1,056 tokens on Qwen3-Next in float32). Layers are
+  grouped by the number of full-attention layers: a state costs one block in each of the ``num_linear / num_full`` groups.
+- *One free queue* for all groups, least recently freed first, blind to kind and cost; a block without content goes first.
+  One block of the pool, the null block, is never used.
+- *Chunks* end at the prompt's last block boundary, at the *junction* (how deep attention blocks matched beyond the state, so
+  that a fork pays on its third sighting, floored to a block), and with a match unit also at the prompt's last unit boundary
+  and at the first block boundary after a resume inside a block.
+- *Retention.* 0 registers the states of those stops; ``None`` every chunk end and every block crossed in decode.
+- *Match unit* below the block size: the blocks of the prompt's last unit boundary are registered under their part. The
+  attention block goes on growing under both keys. The states' block is written over, so a copy is made for the cache, and
+  the cache lets go of it at once: it is older in the queue than all else of its request.
+- *Resuming inside a block* copies the tail (attention and states); the blocks copied from are let go after that pass.
+- *Release.* A superseded state is let go one pass after the next block was entered, before the request's attention blocks;
+  at the end the attention blocks go, deepest first, then the states. The last token decoded is never computed.
 - Blocks are never de-duplicated: what is computed again is stored again.
+
+Left out: preemption, the wait of a request for a state that another produces in the same step, offload tiers, and states
+exported from within a chunk (an option of one backend).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from hybridcache.baselines.blocks import BlockPool
 from hybridcache.baselines.protocol import BaselineConfig
 from hybridcache.interface import Tokens
 
 KERNEL_BLOCK = 16
 """The attention kernel's page, tokens: inflated block sizes are multiples of it."""
+_ATTENTION = -1
+"""The attention group's number in a key; the state groups count from 0."""
 
 
-def inflated_block_size(config: BaselineConfig) -> int:
-    """Tokens per block: the least multiple of the kernel block whose attention page holds a state page."""
+def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
+    """Tokens per block: the least multiple of the kernel block, the match unit and the trace's unit whose attention page
+    holds a state page."""
     attention_row = config.kv_bytes_per_token // config.num_full_layers
     state_page = -(-config.state_bytes // config.num_linear_layers)
-    step = max(KERNEL_BLOCK, config.unit)
+    step = math.lcm(KERNEL_BLOCK, config.unit, match_unit)
     return -(-state_page // (attention_row * step)) * step
 
 
-class BlockPool:
-    """Blocks of equal size with one free queue and a map from content key to the blocks that hold it."""
+class PrefixHashes:
+    """A digest of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) * unit``. O(ids)."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.free: OrderedDict[int, None] = OrderedDict(
-            (block, None) for block in range(num_blocks)
-        )
-        self.key_of: dict[int, Hashable] = {}
-        self.blocks_of: dict[Hashable, dict[int, None]] = {}
-        self.references = [0] * num_blocks
+    def __init__(self, namespace: Hashable, unit: int) -> None:
+        self.digests: list[bytes] = []
+        self._unit_bytes = 4 * unit
+        self._hash = hashlib.blake2b(repr(namespace).encode(), digest_size=16)
+        self._rest = b""
 
-    def lookup(self, key: Hashable) -> int | None:
-        blocks = self.blocks_of.get(key)
-        return next(iter(blocks)) if blocks else None
-
-    def take(self, block: int) -> None:
-        """Hold a cached block once more."""
-        if self.references[block] == 0:
-            del self.free[block]
-        self.references[block] += 1
-
-    def allocate(self) -> int:
-        """The block at the head of the free queue, its content forgotten. Raises KeyError if none is free."""
-        block, _ = self.free.popitem(last=False)
-        self.forget(block)
-        self.references[block] = 1
-        return block
-
-    def register(self, block: int, key: Hashable) -> None:
-        self.forget(block)
-        self.key_of[block] = key
-        self.blocks_of.setdefault(key, {})[block] = None
-
-    def forget(self, block: int) -> None:
-        key = self.key_of.pop(block, None)
-        if key is not None:
-            blocks = self.blocks_of[key]
-            del blocks[block]
-            if not blocks:
-                del self.blocks_of[key]
-
-    def release(self, block: int) -> None:
-        """Let go of a block once; hashed ones queue last, others go first."""
-        self.references[block] -= 1
-        if self.references[block] == 0:
-            self.free[block] = None
-            if block not in self.key_of:
-                self.free.move_to_end(block, last=False)
+    def extend(self, tokens: Tokens) -> None:
+        """Append ``tokens`` to the text."""
+        content = self._rest + np.asarray(tokens, dtype=np.int32).tobytes()
+        end = len(content) // self._unit_bytes * self._unit_bytes
+        for start in range(0, end, self._unit_bytes):
+            self._hash.update(content[start : start + self._unit_bytes])
+            self.digests.append(self._hash.copy().digest())
+        self._rest = content[end:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,31 +76,44 @@ class _Hit:
     attention: tuple[int, ...]
     states: tuple[int, ...]
     junction: int
+    """How deep attention alone matched, or 0 if no deeper than the states."""
 
 
 class VllmCache:
     """vLLM 0.33 in ``align`` mode.
 
-    ``match_unit``: tokens (None: the block). ``retention``: 0 keeps prompt and junction states, None keeps all.
+    ``match_unit``: tokens (None: the block). ``retention``: 0 keeps the states of prompt ends and junctions, N (a multiple of
+    the block) those and every N tokens where a chunk ends, None all. Raises ValueError on any other retention.
     """
 
     def __init__(
         self, config: BaselineConfig, match_unit: int | None = None, retention: int | None = 0
     ) -> None:
         self.config = config
-        self.block_tokens = inflated_block_size(config)
+        self.block_tokens = inflated_block_size(config, match_unit or 1)
         self.block_size = self.block_tokens // config.unit
+        """Ids of the trace in a block."""
         self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
-        self.keep_all = retention is None
+        """Ids of the trace in a match unit; divides the block."""
+        if retention is not None and (retention < 0 or retention % self.block_tokens):
+            raise ValueError(
+                f"retention {retention} is not a multiple of the block, {self.block_tokens} tokens"
+            )
+        self.retention = None if retention is None else retention // config.unit
         self.num_state_groups = -(-config.num_linear_layers // config.num_full_layers)
-        self.pool = BlockPool(
-            config.budget_bytes // (self.block_tokens * config.kv_bytes_per_token)
-        )
-        self.partials: dict[bytes, dict[int, int]] = {}
+        num_blocks = config.budget_bytes // (self.block_tokens * config.kv_bytes_per_token)
+        self.pool = BlockPool(max(0, num_blocks - 1))
+
+    @property
+    def partial(self) -> bool:
+        """Whether a hit may end inside a block."""
+        return self.unit < self.block_size
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
-        hashes = self._hash_blocks(tokens, namespace)
-        hit = self._match(tokens, hashes)
+        """Match ``tokens`` and compute the prompt; None if its blocks do not fit beside running requests. O(prompt)."""
+        hashes = PrefixHashes(namespace, self.unit)
+        hashes.extend(tokens)
+        hit = self._match(hashes.digests, len(tokens) - 1)
         blocks_needed = -(-len(tokens) // self.block_size) - len(hit.attention)
         # What is hit and held by nobody is in the free queue too, and will leave it.
         claimed = sum(block in self.pool.free for block in (*hit.attention, *hit.states))
@@ -128,194 +122,186 @@ class VllmCache:
         return VllmSession(self, tokens, hashes, hit)
 
     def check(self) -> None:
-        held = sum(1 for count in self.pool.references if count)
-        assert held + len(self.pool.free) == self.pool.num_blocks, "blocks: held + free != total"
-        for key, blocks in self.pool.blocks_of.items():
-            assert all(self.pool.key_of[block] == key for block in blocks), (
-                "key map is not symmetric"
-            )
+        """AssertionError if the pool's books do not balance. O(blocks)."""
+        self.pool.check()
 
-    def _hash_blocks(self, tokens: Tokens, namespace: Hashable) -> list[bytes]:
-        """Chained hashes of the full blocks; the first entry stands for the empty prefix."""
-        hashes = [hashlib.blake2b(repr(namespace).encode(), digest_size=16).digest()]
-        for end in range(self.block_size, len(tokens) + 1, self.block_size):
-            hashes.append(_chain(hashes[-1], tokens[end - self.block_size : end]))
-        return hashes
-
-    def _match(self, tokens: Tokens, hashes: list[bytes]) -> _Hit:
-        """Attention left to right, then the deepest state at or before its end. At most ``n - 1`` tokens."""
-        limit = len(tokens) - 1
-        attention: list[int] = []
-        for depth in range(1, limit // self.block_size + 1):
-            block = self.pool.lookup(("attention", hashes[depth]))
-            if block is None:
-                break
-            attention.append(block)
-        reach = len(attention) * self.block_size
-        for depth in range(len(attention), -1, -1):
-            partial = self._match_partial(tokens, hashes, depth, limit, depth < len(attention))
-            if partial is not None:
-                length, own, states = partial
-                return _Hit(length, (*attention[:depth], own), states, reach)
-            if depth:
-                states = self._states(("state", hashes[depth]))
-                if states:
-                    return _Hit(depth * self.block_size, tuple(attention[:depth]), states, reach)
+    def _match(self, digests: list[bytes], limit: int) -> _Hit:
+        """Attention left to right, then the deepest state at or before its end. At most ``limit`` tokens."""
+        attention, reach = self._match_attention(digests, limit)
+        for count in range(reach // self.unit, 0, -1):
+            states = self._states(digests[count - 1])
+            if states:
+                length = count * self.unit
+                blocks = attention[: -(-length // self.block_size)]
+                return _Hit(length, tuple(blocks), states, reach if reach > length else 0)
         return _Hit(0, (), (), reach)
 
-    def _match_partial(
-        self, tokens: Tokens, hashes: list[bytes], depth: int, limit: int, full_block: bool
-    ) -> tuple[int, int, tuple[int, ...]] | None:
-        if depth >= len(hashes):
-            return None
-        start = depth * self.block_size
-        for length in sorted(self.partials.get(hashes[depth], ()), reverse=True):
-            if start + length > limit:
-                continue
-            key = _chain(hashes[depth], tokens[start : start + length])
-            states = self._states(("state", key))
-            own = self.pool.lookup(("attention", key))
-            if own is None and full_block:
-                own = self.pool.lookup(("attention", hashes[depth + 1]))
-            if states and own is not None:
-                return start + length, own, states
-        return None
+    def _match_attention(self, digests: list[bytes], limit: int) -> tuple[list[int], int]:
+        """Full blocks from the start, then the deepest registered part of the next; and how many tokens that is."""
+        lookup, per_block = self.pool.lookup, self.block_size // self.unit
+        blocks: list[int] = []
+        for depth in range(1, limit // self.block_size + 1):
+            block = lookup((_ATTENTION, digests[depth * per_block - 1]))
+            if block is None:
+                break
+            blocks.append(block)
+        full = len(blocks) * per_block
+        for count in range(min(limit // self.unit, full + per_block - 1), full, -1):
+            block = lookup((_ATTENTION, digests[count - 1]))
+            if block is not None:
+                return [*blocks, block], count * self.unit
+        return blocks, full * self.unit
 
-    def _states(self, key: tuple[str, bytes]) -> tuple[int, ...]:
-        found = tuple(
-            block
-            for group in range(self.num_state_groups)
-            if (block := self.pool.lookup((*key, group))) is not None
-        )
-        return found if len(found) == self.num_state_groups else ()
+    def _states(self, digest: bytes) -> tuple[int, ...]:
+        """The blocks of the state there, one a group; () unless every group has it."""
+        found = []
+        for group in range(self.num_state_groups):
+            block = self.pool.lookup((group, digest))
+            if block is None:
+                return ()
+            found.append(block)
+        return tuple(found)
 
 
 class VllmSession:
-    """One request: its block tables, one attention group and the state groups' running blocks."""
+    """One request: its block tables, one of attention and one of each state group.
 
-    def __init__(self, cache: VllmCache, tokens: Tokens, hashes: list[bytes], hit: _Hit) -> None:
+    A table of states has a block where a state stands and nothing elsewhere: {depth in blocks: block}.
+    """
+
+    def __init__(self, cache: VllmCache, tokens: Tokens, hashes: PrefixHashes, hit: _Hit) -> None:
         self.cache = cache
         self.pool = cache.pool
         self.cached_len = hit.length
-        self.tokens = tokens
-        self.hashes = hashes
-        self.attention = list(hit.attention)
-        self.states: list[int] = list(hit.states)
-        self.sources: list[int] = []
-        inside = hit.length % cache.block_size != 0
-        for block in (*hit.attention, *(() if inside else hit.states)):
-            self.pool.take(block)
-        if inside:
-            self._copy_tail()
-        self.num_registered = hit.length // cache.block_size
         self.num_chunks = 0
-        stops = self._stops(hit)
+        self._length = len(tokens)
+        self._hashes = hashes
+        self._junction = hit.junction
+        size = cache.block_size
+        self._kept = {(self._length - 1) // size, hit.junction // size}
+        self._attention = list(hit.attention)
+        last = (hit.length - 1) // size
+        self._states: list[dict[int, int]] = [
+            {last: hit.states[group]} if hit.states else {}
+            for group in range(cache.num_state_groups)
+        ]
+        self._num_columns = len(hit.attention)
+        self._num_registered = hit.length // size
+        self._copy_tail = hit.length % size != 0
+        self._save_tail = False
+        for block in (*hit.attention, *hit.states):
+            self.pool.take(block)
         start = hit.length
-        for end in stops:
-            self._compute(start, end, register=end != len(tokens) or cache.keep_all)
+        while start < self._length:
+            end = self._chunk_end(start)
+            self._step(start, end)
+            self.num_chunks += 1
             start = end
 
     def finish(self, output: Tokens) -> None:
-        length = len(self.tokens)
-        total = length + len(output)
-        self._extend_hashes(output)
-        block_size = self.cache.block_size
-        for end in range(length // block_size * block_size + block_size, total + 1, block_size):
-            if not self._fits(self.cache.num_state_groups + 1):
+        """Decode ``output``, all but its last token computed, and release the request. O(output + blocks)."""
+        self._hashes.extend(output)
+        total = self._length + max(0, len(output) - 1)
+        for end in self._decode_stops(total):
+            if len(self.pool.free) <= self.cache.num_state_groups:
                 break
-            self._grow_attention(end)
-            self._register_attention(end)
-            if self.cache.keep_all:
-                self._register_states(("state", self.hashes[end // block_size]))
-            self._advance_states()
-        if self._fits(1):
-            self._grow_attention(total)
-        for block in (*reversed(self.attention), *self.sources, *self.states):
-            self.pool.release(block)
+            self._step(end - 1, end)
+        self.pool.release(reversed(self._attention))
+        for table in self._states:
+            self.pool.release(table[depth] for depth in sorted(table, reverse=True))
 
-    def _stops(self, hit: _Hit) -> list[int]:
-        """Where chunks end: the mandatory stops, and block boundaries no further apart than the token budget."""
-        length, size, unit = len(self.tokens), self.cache.block_size, self.cache.unit
-        wanted = {length, length // size * size}
-        if hit.junction > hit.length:
-            wanted.add(hit.junction)
-        if unit < size:
-            wanted.add((length - 1) // unit * unit)
-            if hit.length % size:
-                wanted.add(-(-hit.length // size) * size)
-        budget = max(size, self.cache.config.prefill_chunk // self.cache.config.unit // size * size)
-        stops: list[int] = []
-        start = hit.length
-        for stop in sorted(stop for stop in wanted if hit.length < stop <= length):
-            while stop - start > budget:
-                start = (start + budget) // size * size
-                stops.append(start)
-            stops.append(stop)
-            start = stop
-        return stops
+    def _chunk_end(self, start: int) -> int:
+        """Where the chunk that begins at ``start`` ends."""
+        length, size, unit = self._length, self.cache.block_size, self.cache.unit
+        budget = max(1, self.cache.config.prefill_chunk // self.cache.config.unit)
+        end = min(start + budget, length)
+        if end < length and (end // size * size > start or size <= budget):
+            end = end // size * size
+        last_block = (length - 1) // size * size
+        stops = [last_block]
+        if self.cache.partial:
+            stops.append(max(last_block, (length - 1) // unit * unit))
+            if start % size:
+                stops.append((start // size + 1) * size)
+        if start < self._junction < end:
+            stops.append(start + (self._junction - start) // size * size)
+        return min((stop for stop in stops if start < stop < end), default=end)
 
-    def _compute(self, start: int, end: int, register: bool) -> None:
-        """One chunk: new attention blocks, the running state moves on, what ends on a boundary is registered."""
+    def _decode_stops(self, total: int) -> Iterator[int]:
+        """The tokens of decode at which blocks change hands: the first, and each block's last, first and second."""
         size = self.cache.block_size
-        self.num_chunks += 1
-        self._grow_attention(end)
-        self._advance_states()
+        stops = {self._length + 1}
+        for boundary in range(self._length // size * size, total + 1, size):
+            stops.update((boundary, boundary + 1, boundary + 2))
+        return (stop for stop in sorted(stops) if self._length < stop <= total)
+
+    def _step(self, computed: int, end: int) -> None:
+        """One forward pass from ``computed`` to ``end``: superseded states go, blocks come, what is complete is registered,
+        and what was only needed for copying is let go."""
+        self._retire(computed)
+        copied = self._allocate(end)
         self._register_attention(end)
-        if end % size == 0:
-            self._register_states(("state", self.hashes[end // size]))
-        elif register and self.cache.unit < size:
-            self._register_partial(end)
+        self._register_states(end)
+        self.pool.release(copied)
 
-    def _copy_tail(self) -> None:
-        """Resuming inside a block: the request goes on in private copies of the tail's blocks (attention and states). The
-        states are read where they are and keep their place in the free queue."""
-        shared = self.attention[-1]
-        self.attention[-1] = self.pool.allocate()
-        self.pool.release(shared)
-        self.states = [self.pool.allocate() for _ in self.states]
+    def _retire(self, computed: int) -> None:
+        """Let go of states that lie a block or more behind."""
+        behind = (computed - 1) // self.cache.block_size
+        for table in self._states:
+            old = [depth for depth in sorted(table, reverse=True) if depth < behind]
+            self.pool.release([table.pop(depth) for depth in old])
 
-    def _grow_attention(self, end: int) -> None:
-        while len(self.attention) * self.cache.block_size < end:
-            self.attention.append(self.pool.allocate())
+    def _allocate(self, end: int) -> list[int]:
+        """Blocks for the tokens up to ``end``, and copies of a tail; returns the blocks to let go after the pass."""
+        num_columns = -(-end // self.cache.block_size)
+        tail = self._num_columns - 1
+        copied = []
+        if self._copy_tail:
+            copied.append(self._attention[tail])
+            self._attention[tail] = self.pool.allocate()
+        while len(self._attention) < num_columns:
+            self._attention.append(self.pool.allocate())
+        for table in self._states:
+            if self._copy_tail:
+                copied.append(table[tail])
+                table[tail] = self.pool.allocate()
+            elif self._save_tail:
+                saved = self.pool.allocate()
+                self.pool.move(table[tail], saved)
+                copied.append(saved)
+            if num_columns > self._num_columns:
+                table[num_columns - 1] = self.pool.allocate()
+        self._num_columns = max(self._num_columns, num_columns)
+        self._copy_tail = self._save_tail = False
+        return copied
 
     def _register_attention(self, end: int) -> None:
-        for depth in range(self.num_registered, end // self.cache.block_size):
-            self.pool.register(self.attention[depth], ("attention", self.hashes[depth + 1]))
-        self.num_registered = max(self.num_registered, end // self.cache.block_size)
+        size, unit = self.cache.block_size, self.cache.unit
+        for depth in range(self._num_registered, end // size):
+            self._register(self._attention[depth], _ATTENTION, (depth + 1) * size)
+        boundary = (self._length - 1) // unit * unit
+        if boundary % size and boundary <= end:
+            self._register(self._attention[boundary // size], _ATTENTION, boundary)
 
-    def _register_partial(self, end: int) -> None:
-        depth, length = divmod(end, self.cache.block_size)
-        key = _chain(self.hashes[depth], self.tokens[depth * self.cache.block_size : end])
-        self.pool.register(self.attention[depth], ("attention", key))
-        self._register_states(("state", key))
-        self.cache.partials.setdefault(self.hashes[depth], {})[length] = 1
-        if self._fits(1):
-            shared = self.attention[depth]
-            self.attention[depth] = self.pool.allocate()
-            self.pool.release(shared)
+    def _register_states(self, end: int) -> None:
+        size, unit = self.cache.block_size, self.cache.unit
+        at_tail = end % size != 0 and end == (self._length - 1) // unit * unit
+        for group, table in enumerate(self._states):
+            for depth in range(self._num_registered, end // size):
+                if depth in table and self._keeps(depth + 1):
+                    self._register(table[depth], group, (depth + 1) * size)
+            if at_tail:
+                self._register(table[end // size], group, end)
+        self._save_tail = at_tail
+        self._num_registered = max(self._num_registered, end // size)
 
-    def _register_states(self, key: tuple[str, bytes]) -> None:
-        for group, block in enumerate(self.states):
-            self.pool.register(block, (*key, group))
+    def _keeps(self, num_blocks: int) -> bool:
+        """Whether the state after so many blocks is worth a key."""
+        retention = self.cache.retention
+        if retention is None or num_blocks in self._kept:
+            return True
+        return retention > 0 and num_blocks * self.cache.block_size % retention == 0
 
-    def _advance_states(self) -> None:
-        """The running state gets fresh blocks; the ones it came from are let go one step later."""
-        for block in self.sources:
-            self.pool.release(block)
-        self.sources = self.states
-        self.states = [self.pool.allocate() for _ in range(self.cache.num_state_groups)]
-
-    def _extend_hashes(self, output: Tokens) -> None:
-        size = self.cache.block_size
-        done = (len(self.hashes) - 1) * size
-        tail = [*self.tokens[done:].tolist(), *output.tolist()]
-        for start in range(0, len(tail) - size + 1, size):
-            self.hashes.append(_chain(self.hashes[-1], tail[start : start + size]))
-
-    def _fits(self, num_blocks: int) -> bool:
-        return len(self.pool.free) >= num_blocks
-
-
-def _chain(parent: bytes, tokens: Tokens | list[int]) -> bytes:
-    content = np.asarray(tokens, dtype=np.int32).tobytes()
-    return hashlib.blake2b(content, key=parent, digest_size=16).digest()
+    def _register(self, block: int, group: int, length: int) -> None:
+        digest = self._hashes.digests[length // self.cache.unit - 1]
+        self.pool.register(block, (group, digest), length)

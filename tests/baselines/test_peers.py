@@ -12,69 +12,15 @@ from hypothesis import strategies as st
 from hybridcache.baselines import BASELINES, BaselineConfig, build_baseline, replay
 from hybridcache.baselines.lightllm import LightllmCache
 from hybridcache.baselines.marconi import MarconiCache
-from hybridcache.baselines.protocol import Baseline
 from hybridcache.baselines.sglang import SglangCache
-from hybridcache.baselines.vllm import VllmCache, inflated_block_size
 from hybridcache.generators import few_shot, short
 from hybridcache.interface import Tokens
+from tests.baselines.prompts import QWEN3_NEXT, sightings, text
 
-GIB = 1 << 30
-QWEN3_NEXT = BaselineConfig(
-    budget_bytes=40 * GIB, kv_bytes_per_token=24_576, state_bytes=36 * (49_152 + 2_097_152)
-)
 SMALL = BaselineConfig(
     budget_bytes=40_000, kv_bytes_per_token=12, state_bytes=640, num_full_layers=1,
     num_linear_layers=3, grid=8,
 )  # fmt: skip
-
-
-def text(seed: int, length: int) -> Tokens:
-    return np.random.default_rng(seed).integers(0, 150_000, length, dtype=np.int32)
-
-
-def sightings(peer: Baseline, prefix: Tokens, count: int = 6) -> list[int]:
-    """Tokens reused by prompts of one shared prefix and 700 tokens of their own each."""
-    return [
-        replay(peer, np.concatenate((prefix, text(100 + n, 700))), text(200 + n, 8))
-        for n in range(count)
-    ]
-
-
-# -- vLLM -----------------------------------------------------------------------------------------------------------------
-
-
-def test_vllm_inflates_its_attention_block_to_a_state() -> None:
-    assert inflated_block_size(QWEN3_NEXT) == 1056
-    assert VllmCache(QWEN3_NEXT).num_state_groups == 3
-
-
-@pytest.mark.parametrize(
-    ("prefix", "expected"),
-    [
-        (1000, [0, 0, 0, 0, 0, 0]),
-        (1500, [0, 0, 1056, 1056, 1056, 1056]),
-        (2200, [0, 2112, 2112, 2112, 2112, 2112]),
-        (5000, [0, 0, 4224, 4224, 4224, 4224]),
-    ],
-)
-@pytest.mark.parametrize("match_unit", [None, 32])
-def test_vllm_pays_on_the_third_sighting_in_blocks(
-    prefix: int, expected: list[int], match_unit: int | None
-) -> None:
-    assert sightings(VllmCache(QWEN3_NEXT, match_unit), text(0, prefix)) == expected
-
-
-def test_vllm_match_unit_lets_a_prompt_go_on_inside_a_block() -> None:
-    prompt = text(0, 3300)
-    longer = np.concatenate((prompt, text(1, 300)))
-    coarse, fine = VllmCache(QWEN3_NEXT), VllmCache(QWEN3_NEXT, match_unit=32)
-    for peer in (coarse, fine):
-        replay(peer, prompt, text(2, 4))
-    assert replay(coarse, longer, text(3, 4)) == 3168
-    session = fine.begin(longer)
-    assert session is not None and session.cached_len == 3296
-    session.finish(text(3, 4))
-    fine.check()
 
 
 # -- LightLLM -------------------------------------------------------------------------------------------------------------
