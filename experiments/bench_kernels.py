@@ -155,7 +155,9 @@ def row(record: dict[str, Any]) -> str:
         for word in record["errors"]
         if word != "ours"
     ]
-    times = f"{record['seconds']['ours'] * 1e6:10.1f} us  {record['share_of_limit']:6.1%} of the limit"
+    times = (
+        f"{record['seconds']['ours'] * 1e6:10.1f} us  {record['share_of_limit']:6.1%} of the limit"
+    )
     if "moved_over_least" in record:
         times += f", {record['moved_over_least']:.2f}x its bytes"
     return "  ".join([f"{start} {times}", *versus, *failed])

@@ -55,6 +55,12 @@ TUNABLES: Mapping[str, Tunable] = {
     ),
     "conv1d.prefill_kernel": Tunable(("C", "W"), grid(BC=(32, 64, 128), num_warps=(2, 4, 8))),
     "conv1d.decode_kernel": Tunable(("C", "W"), grid(BC=(64, 128, 256, 512), num_warps=(1, 2, 4))),
+    "attention.prefill_attention_kernel": Tunable(
+        ("dtype", "D", "G"), grid(num_warps=(4, 8), num_stages=(2, 3, 4, 5))
+    ),
+    "attention.decode_attention_kernel": Tunable(
+        ("dtype", "D", "G"), grid(num_warps=(2, 4, 8), num_stages=(3, 4, 5, 7))
+    ),
     "linear.linear_kernel": Tunable(
         ("dtype", "weight_dtype", "M", "N", "tokens"),
         grid(BM=(64, 128), num_warps=(4, 8), num_stages=(3, 4, 5))

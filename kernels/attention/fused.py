@@ -16,6 +16,7 @@ import triton.language as tl
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Packed
 from kernels.target import pipeline_stages
+from kernels.tuning import tuned
 
 # A pipeline over loads whose addresses are loaded too spends two stages on the first of them.
 PREFILL_STAGES = 4
@@ -29,6 +30,7 @@ WORKSPACE_BYTES = 2**26
 tokens and 16 heads of 256 would want half a GiB."""
 
 LOG2_E = 1.4426950408889634
+PACKED_TILE = tl.constexpr(TILE)
 
 
 @triton.jit
@@ -79,16 +81,13 @@ def prefill_attention_kernel(
     table,
     rows,
     kv_lens,
-    cu_seqlens,
-    cu_tiles,
-    tile_sequences,
+    packed,
     table_stride,
     pool_stride,
     scale,
     HQ: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    TILE: tl.constexpr,
     HEADS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -98,12 +97,13 @@ def prefill_attention_kernel(
     BM: tl.constexpr = BT * HEADS
     # The last tiles of a sequence see the most keys: start with them.
     i_part = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_tile = i_part // (TILE // BT)
+    parts: tl.constexpr = PACKED_TILE // BT
+    i_tile = i_part // parts
     i_h = tl.program_id(1) * HEADS
-    i_b = tl.load(tile_sequences + i_tile)
-    bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
+    i_b = tl.load(packed.tile_sequences + i_tile)
+    bos, eos = tl.load(packed.cu_seqlens + i_b), tl.load(packed.cu_seqlens + i_b + 1)
     kv_len = tl.load(kv_lens + i_b)
-    first = (i_tile - tl.load(cu_tiles + i_b)) * TILE + i_part % (TILE // BT) * BT
+    first = (i_tile - tl.load(packed.cu_tiles + i_b)) * PACKED_TILE + i_part % parts * BT
     o_row = tl.arange(0, BM)
     o_q = first + o_row % BT  # tokens from the sequence's first new one
     o_h = i_h + o_row // BT
@@ -226,6 +226,11 @@ def prefill_attention(
     exact = query.dtype == torch.float32
     heads = 2 if group % 2 == 0 and not exact else 1
     tokens = TILE // 2 if exact else TILE
+    launch = {
+        "num_warps": 8 if heads == 2 or (exact and size > 128) else 4,
+        "num_stages": pipeline_stages(PREFILL_STAGES),
+    }
+    launch |= tuned("attention.prefill_attention_kernel", query.dtype, size, group)
     num_parts = len(packed.tile_sequences) * (TILE // tokens)
     if num_parts:
         prefill_attention_kernel[(num_parts, num_heads // heads)](
@@ -236,21 +241,17 @@ def prefill_attention(
             table,
             sequences.row_table,
             sequences.kv_len_table,
-            packed.cu_seqlens,
-            packed.cu_tiles,
-            packed.tile_sequences,
+            packed.tables,
             table.stride(0),
             _pool_stride(key_pool, value_pool),
             scale * LOG2_E,
             HQ=num_heads,
             G=group,
             D=size,
-            TILE=TILE,
             HEADS=heads,
             BT=tokens,
             **tile_config(size, query.dtype),
-            num_warps=8 if heads == 2 or (exact and size > 128) else 4,
-            num_stages=pipeline_stages(PREFILL_STAGES),
+            **launch,
         )
     return out
 
@@ -275,6 +276,10 @@ def decode_attention(
         return out
     num_kv_heads = key_pool.shape[1]
     num_splits = triton.cdiv(max(sequences.kv_lens), SPLIT)
+    launch = {"num_warps": 4, "num_stages": pipeline_stages(DECODE_STAGES)}
+    launch |= tuned(
+        "attention.decode_attention_kernel", query.dtype, size, num_heads // num_kv_heads
+    )
     group = group_size(num_heads, num_splits, size)
     partial_shape = (min(batch, group), num_heads, num_splits)
     partial_out = query.new_empty(*partial_shape, size, dtype=torch.float32)
@@ -299,7 +304,7 @@ def decode_attention(
             D=size,
             BS=SPLIT,
             **tile_config(size, query.dtype),
-            num_stages=pipeline_stages(DECODE_STAGES),
+            **launch,
         )
         combine_splits_kernel[(len(kv_lens), num_heads)](
             partial_out,

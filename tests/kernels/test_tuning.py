@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 OF_OUTPUTS = {"BM", "BT", "BV", "BC", "BLOCK_BYTES"}
 """Tile sizes along dimensions of the output, along which nothing is summed."""
 OF_LAUNCHES = {"num_warps", "num_stages"}
-OF_LAYERS = {"dtype", "weight_dtype", "state_dtype", "K", "V", "C", "W", "M", "N"}
+OF_LAYERS = {"dtype", "weight_dtype", "state_dtype", "K", "V", "D", "G", "C", "W", "M", "N"}
 SUMS = {
     "sum",
     "cumsum",
