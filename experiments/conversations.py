@@ -40,15 +40,10 @@ def session(conversation: Conversation, chat: ChatText, cap: int) -> list[TraceR
     requests = []
     for role, text in conversation.turns:
         if role == "assistant" and messages and messages[-1]["role"] == "user":
-            prompt, answer, boundaries = chat.turn(messages, text)
-            if len(prompt) > cap:
+            turn = chat.turn(messages, text)
+            if len(turn.prompt) > cap:
                 break
-            survives = not boundaries or boundaries[-1] == len(prompt)
-            requests.append(
-                TraceRequest(
-                    0.0, conversation.id, None, prompt, answer, boundaries, answer_survives=survives
-                )
-            )
+            requests.append(turn.request(conversation.id))
         messages.append({"role": role, "content": text})
     return requests
 

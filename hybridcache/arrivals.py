@@ -20,11 +20,13 @@ from hybridcache.trace import TraceRequest
 class Starts(Protocol):
     """An arrival process: ascending start times of sessions, endless."""
 
-    def times(self, rng: np.random.Generator) -> Iterator[float]: ...
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        """Seconds, ascending, for ever; draws from ``rng``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Poisson:
+class Poisson(Starts):
     """Independent arrivals, ``per_s`` sessions a second on average."""
 
     per_s: float
@@ -37,7 +39,7 @@ class Poisson:
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class Fixed(Starts):
     """One session every ``1 / per_s`` seconds."""
 
     per_s: float
@@ -50,7 +52,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Bursts:
+class Bursts(Starts):
     """``size`` sessions at once, bursts a Poisson process with ``per_s`` sessions a second on average."""
 
     per_s: float
@@ -75,6 +77,7 @@ class Pauses:
     answer_tokens_per_s: float = 50.0
 
     def next(self, rng: np.random.Generator, num_answer_tokens: int) -> float:
+        """Seconds until the turn after an answer of so many tokens; draws from ``rng``."""
         thinking = (
             float(rng.lognormal(math.log(self.median_s), self.spread)) if self.median_s else 0.0
         )
@@ -89,15 +92,28 @@ STARTS: dict[str, type[Poisson] | type[Fixed] | type[Bursts]] = {
 
 
 def parse_starts(text: str) -> Starts:
-    """``word:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``."""
+    """``word:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``. ValueError for anything else."""
     word, *numbers = text.split(":")
-    if word not in STARTS or not numbers:
+    try:
+        if word == "bursts" and len(numbers) == 2:
+            size = int(numbers[1])
+            if size < 1:
+                raise ValueError
+            return Bursts(_rate(numbers[0]), size)
+        [number] = numbers
+        return STARTS[word](_rate(number))
+    except (ValueError, KeyError):
         raise ValueError(
-            f"arrivals {text!r} is not one of {', '.join(STARTS)} with a rate after a colon"
-        )
-    if word == "bursts" and len(numbers) == 2:
-        return Bursts(float(numbers[0]), int(numbers[1]))
-    return STARTS[word](float(numbers[0]))
+            f"arrivals {text!r} is not one of {', '.join(STARTS)} with a rate above 0 after a colon"
+        ) from None
+
+
+def _rate(text: str) -> float:
+    """ValueError unless a number above 0, and not infinite."""
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise ValueError(text)
+    return rate
 
 
 def interleave(

@@ -108,9 +108,9 @@ class FreshIds:
         """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when all are taken."""
         if num_ids < 0:
             raise ValueError(f"an answer can not have {num_ids} ids")
-        self._next -= num_ids
-        if self._next < self.FLOOR:
+        if self._next - num_ids < self.FLOOR:
             raise OverflowError("more than 2**30 unknown answer ids in one trace")
+        self._next -= num_ids
         return np.arange(self._next + 1, self._next + 1 + num_ids, dtype=np.int32)
 
 

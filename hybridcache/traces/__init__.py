@@ -10,7 +10,9 @@ A trace is named like a small URL: ``[word:]path[?option=value&...]``, or a gene
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from urllib.parse import parse_qsl
 from hybridcache.arrivals import Pauses, parse_starts
 from hybridcache.generators import GENERATORS
 from hybridcache.trace import BadRecords, Trace
-from hybridcache.traces.base import Reader, json_lines, open_bytes
+from hybridcache.traces.base import DAMAGED, Reader, json_lines, open_bytes
 from hybridcache.traces.coding_agent import CodingAgentReader
 from hybridcache.traces.few_shot import FewShotReader
 from hybridcache.traces.mooncake import MooncakeReader
@@ -66,32 +68,56 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
         trace = _generated(rest, options)
     else:
         trace = _read(rest, options, BadRecords(skip=skip_bad))
-    return trace if head is None else trace.head(int(_number("head", head)))
+    return trace if head is None else trace.head(_number("head", head))
 
 
 def _generated(word: str, options: Mapping[str, str]) -> Trace:
-    numbers = {name: _number(name, value) for name, value in options.items()}
-    try:
-        return GENERATORS[word](**numbers)
-    except TypeError as error:
-        raise ValueError(f"generator {word}: {error}") from error
+    generator = GENERATORS[word]
+    parameters = inspect.signature(generator).parameters
+    for name in options:
+        if name not in parameters:
+            known = ", ".join(parameters)
+            raise ValueError(f"generator {word} has no option {name!r}; it has {known}")
+    return generator(
+        **{
+            name: _value(str(parameters[name].annotation), name, value)
+            for name, value in options.items()
+        }
+    )
 
 
-def _number(name: str, value: str) -> float:
-    """ValueError where ``value`` is not a number, or negative."""
+def _value(kind: str, name: str, value: str) -> Any:
+    """``value`` as an option of the annotated ``kind``. ValueError where it is none."""
+    if kind == "bool":
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if value not in words:
+            raise ValueError(f"option {name!r} is one of {', '.join(words)}, not {value!r}")
+        return words[value]
+    if kind.startswith("int"):
+        return _number(name, value, int)
+    return _number(name, value, float) if kind == "float" else value
+
+
+def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
+    """ValueError where ``value`` is no number of that sort, not finite, or negative."""
     try:
-        number = float(value) if "." in value else int(value)
+        number = sort(value)
     except ValueError:
         number = -1
-    if number < 0:
-        raise ValueError(f"option {name!r} needs a number of at least 0, got {value!r}")
+    if not 0 <= number < float("inf"):
+        whole = "whole " if sort is int else ""
+        raise ValueError(f"option {name!r} needs a {whole}number of at least 0, got {value!r}")
     return number
 
 
 def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     word, colon, place = rest.partition(":")
-    if word in READERS and (colon or word == "sharegpt"):
-        path = Path(place) if place else packaged_file()
+    if rest == "sharegpt":
+        path = packaged_file()
+    elif word in READERS and colon:
+        path = Path(place)
+        if not place:
+            raise ValueError(f"{rest!r} says no file; write {word}:FILE")
     else:
         path = Path(rest)
         if not path.is_file():
@@ -100,33 +126,33 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
             )
         word = recognise(path)
     reader_class = READERS[word]
-    known = {field.name: field.type for field in fields(reader_class)}
+    known = {field.name: str(field.type) for field in fields(reader_class)}
     values: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "starts":
+        if name == "starts" and name in known:
             values[name] = parse_starts(value)
         elif name == "pause" and "pauses" in known:
-            values["pauses"] = Pauses(median_s=float(value))
+            values["pauses"] = Pauses(median_s=_number(name, value, float))
         elif name in known and name not in ("path", "bad", "pauses"):
-            kind = str(known[name])
-            values[name] = (value in ("1", "true", "yes")) if kind == "bool" else value
-            if kind.startswith("int"):
-                values[name] = int(_number(name, value))
+            values[name] = _value(known[name], name, value)
         else:
             raise ValueError(f"format {word} has no option {name!r}")
     reader: Reader = reader_class(path=path, bad=bad, **values)
-    return Trace(path.name.split(".")[0], reader.unit, reader, bad)
+    unit = reader.unit
+    if unit < 1:
+        raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
+    return Trace(path.name.split(".")[0], unit, reader, bad)
 
 
 def recognise(path: Path) -> str:
     """The word of the format of a file, told by its first record. ValueError where it has none, or one of no known format."""
-    with open_bytes(path) as file:
+    is_array = False
+    with open_bytes(path) as file, suppress(*DAMAGED):
         is_array = file.read(4096).lstrip().startswith(b"[")
     records = json_array if is_array else json_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:
-        for _ in records(path, BadRecords(skip=False)):
-            pass  # names the first line that can not be read
+        next(records(path, BadRecords(skip=False)), None)  # names the first that can not be read
         raise ValueError(f"{path}: there is no record in it")
     for word, reader in READERS.items():
         if reader.recognises(first):

@@ -16,7 +16,16 @@ import numpy as np
 
 from hybridcache.arrivals import Fixed, Starts, interleave
 from hybridcache.trace import BadRecords, FreshIds, Ids, TraceRequest, units
-from hybridcache.traces.base import Record, json_lines
+from hybridcache.traces.base import (
+    LONGEST,
+    Record,
+    json_lines,
+    key,
+    objects,
+    parsed,
+    seconds,
+    whole,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +50,12 @@ class CodingAgentReader:
 
     def _sessions(self) -> Iterator[list[TraceRequest]]:
         ids = _Ids()
-        for number, record in json_lines(self.path, self.bad):
-            if record.get("dup") and not self.duplicates:
-                continue
-            try:
-                session = _Session(record, ids, self.unit).requests()
-            except KeyError as error:
-                self.bad.report(self.path, number, f"field {error} is missing")
-                continue
-            except (TypeError, ValueError) as error:
-                self.bad.report(self.path, number, str(error))
-                continue
-            yield session
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            if self.duplicates or not record.get("dup"):
+                yield _Session(record, ids, self.unit).requests()
+
+        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
 
 class _Ids:
@@ -66,9 +69,9 @@ class _Ids:
     def reserve(self, num_ids: int) -> int:
         """The first of ``num_ids`` new ids."""
         first = self._next
-        self._next += num_ids
-        if self._next > FreshIds.FLOOR:
+        if first + num_ids > FreshIds.FLOOR:
             raise OverflowError("more than 2**30 blocks in one trace")
+        self._next += num_ids
         return first
 
     def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Ids:
@@ -92,21 +95,22 @@ class _Session:
         self._offset = ids.reserve(most + 1)
 
     def requests(self) -> list[TraceRequest]:
-        found = list(self._walk(self._record, 0.0, str(self._record["id"])))
+        """All of them; ValueError, OverflowError or KeyError where one can not be read."""
+        found = list(self._walk(self._record, 0.0, str(key(self._record, "id"))))
         return sorted(found, key=lambda request: request.timestamp_s)
 
     def _walk(self, owner: Record, start_s: float, name: str) -> Iterator[TraceRequest]:
-        tools, system = int(owner["tool_tokens"]), int(owner["system_tokens"])
+        tools, system = whole(owner, "tool_tokens"), whole(owner, "system_tokens")
         tool_blocks = tools // self._unit
         system_blocks = (tools + system) // self._unit - tool_blocks
         head = self._ids.head(tool_blocks, system_blocks, "heads")
         # The owner's requests begin with the same blocks where they carry the head; one that does not (a title, a
         # summary) keeps ids of its own.
         own_head: list[int] | None = None
-        for request in owner["requests"]:
-            when = start_s + float(request["t"])
+        for request in objects(owner, "requests"):
+            when = start_s + seconds(request, "t")
             if request["type"] == "subagent":
-                yield from self._walk(request, when, f"{name}/{request['agent_id']}")
+                yield from self._walk(request, when, f"{name}/{key(request, 'agent_id')}")
                 continue
             tokens = self._tokens(request)
             if not len(tokens):
@@ -118,30 +122,27 @@ class _Session:
             yield self._request(request, when, name, tokens, shared)
 
     def _tokens(self, request: Record) -> Ids:
-        runs = _spans(request)
-        if any(last < first or first < 0 for first, last in runs):
-            raise ValueError("a run of hash_ids ends before it begins")
-        parts = [np.arange(first, last + 1, dtype=np.int32) for first, last in runs]
+        parts = [np.arange(first, last + 1, dtype=np.int32) for first, last in _spans(request)]
         return np.concatenate(parts) + np.int32(self._offset) if parts else np.zeros(0, np.int32)
 
     def _request(
         self, request: Record, when: float, name: str, tokens: Ids, shared: int
     ) -> TraceRequest:
-        length = int(request["in"])
-        whole = len(tokens)
-        if not whole * self._unit <= length < (whole + 1) * self._unit:
-            raise ValueError(f"{whole} blocks of {self._unit} do not cover {length} tokens")
-        partial = length - whole * self._unit
+        length = whole(request, "in")
+        blocks = len(tokens)
+        if not blocks * self._unit <= length < (blocks + 1) * self._unit:
+            raise ValueError(f"{blocks} blocks of {self._unit} do not cover {length} tokens")
+        partial = length - blocks * self._unit
         if partial:  # the rest that has no hash: nobody shares it
             tokens = np.concatenate((tokens, self._ids.fresh.take(1)))
-        total = units(length + int(request["out"]), self._unit)
+        total = units(length + whole(request, "out"), self._unit)
         output = self._ids.fresh.take(total - len(tokens))
         boundaries = (shared,) if shared else ()
         return TraceRequest(when, name, None, tokens, output, boundaries, partial or None)
 
 
 def _runs(record: Record) -> Iterator[tuple[int, int]]:
-    for request in record["requests"]:
+    for request in objects(record, "requests"):
         if request["type"] == "subagent":
             yield from _runs(request)
         else:
@@ -149,8 +150,23 @@ def _runs(record: Record) -> Iterator[tuple[int, int]]:
 
 
 def _spans(request: Record) -> list[tuple[int, int]]:
-    """(first, last) of every run; a run of one may be a bare id."""
-    return [(run, run) if isinstance(run, int) else (run[0], run[1]) for run in request["hash_ids"]]
+    """(first, last) of every run; a run of one may be a bare id. ValueError where they are none, or more than a prompt has."""
+    runs = request["hash_ids"]
+    if not isinstance(runs, list):
+        raise ValueError("hash_ids is not a list of ids and runs of ids")
+    spans, num_ids = [], 0
+    for run in runs:
+        pair = run if isinstance(run, list) else [run, run]
+        if len(pair) != 2 or not all(type(end) is int and 0 <= end < 1 << 30 for end in pair):
+            raise ValueError("a run of hash_ids is no id and no [first id, last id]")
+        first, last = pair
+        if last < first:
+            raise ValueError("a run of hash_ids ends before it begins")
+        num_ids += last - first + 1
+        if num_ids > LONGEST:
+            raise ValueError(f"more than {LONGEST} hash_ids in one prompt")
+        spans.append((first, last))
+    return spans
 
 
 def _agreeing(tokens: Ids, head: list[int]) -> int:

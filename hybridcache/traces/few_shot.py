@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridcache.arrivals import Poisson, Starts
 from hybridcache.trace import BadRecords, TraceRequest
-from hybridcache.traces.base import Record, json_lines, parsed
+from hybridcache.traces.base import Record, json_lines, parsed, text
 from hybridcache.traces.text import load_chat_text
 
 
@@ -41,7 +41,7 @@ class FewShotReader:
         examples: list[str] = []
 
         def parse(record: Record) -> Iterable[TraceRequest]:
-            question, answer = record["question"], record["answer"]
+            question, answer = text(record, "question"), text(record, "answer")
             if len(examples) < self.shots:
                 examples.append(f"Question: {question}\nAnswer: {answer}\n\n")
                 return

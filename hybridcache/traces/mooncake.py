@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hybridcache.trace import BadRecords, FreshIds, TraceRequest, units
-from hybridcache.traces.base import Record, json_lines, parsed, read_ids
+from hybridcache.traces.base import Clock, Record, json_lines, parsed, read_ids, seconds, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,25 @@ class MooncakeReader:
         return "hash_ids" in record and "input_length" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
-        fresh = FreshIds()
+        fresh, clock = FreshIds(), Clock()
         number = 0
 
         def parse(record: Record) -> Iterable[TraceRequest]:
             nonlocal number
-            length = int(record["input_length"])
+            said_s = seconds(record, "timestamp") / 1000
+            length = whole(record, "input_length", least=1)
             tokens = read_ids(record["hash_ids"])
-            if length < 1 or len(tokens) != units(length, self.unit):
-                raise ValueError(f"{len(tokens)} hash_ids do not cover input_length {length}")
+            if len(tokens) != units(length, self.unit):
+                raise ValueError(
+                    f"{len(tokens)} hash_ids do not cover input_length {length} in blocks of {self.unit} tokens; "
+                    "say their size with ?unit="
+                )
             # The answer fills the prompt's partial block first.
-            total = units(length + int(record["output_length"]), self.unit)
+            total = units(length + whole(record, "output_length"), self.unit)
             output = fresh.take(total - len(tokens))
-            when = float(record["timestamp"]) / 1000
             partial = length - (len(tokens) - 1) * self.unit
             number += 1
+            when = clock.at(said_s)
             yield TraceRequest(when, number, None, tokens, output, (), partial)
 
         return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)

@@ -18,7 +18,6 @@ object a line, in order of time:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,8 @@ from typing import Any, ClassVar, TextIO
 
 import numpy as np
 
-from hybridcache.trace import BadRecords, FreshIds, Ids, Trace, TraceRequest, units
-from hybridcache.traces.base import Record, json_lines, parsed, read_ids
+from hybridcache.trace import BadRecordError, BadRecords, FreshIds, Ids, Trace, TraceRequest, units
+from hybridcache.traces.base import Clock, Record, json_lines, key, parsed, read_ids, seconds, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,14 @@ class OwnReader:
 
     @property
     def unit(self) -> int:
-        for _, record in json_lines(self.path, BadRecords(skip=True)):
-            return int(record.get("unit", 1)) if "format" in record else 1
+        """Tokens an id stands for, as the first line says; 1 where it says nothing. Reads that line."""
+        for line, record in json_lines(self.path, BadRecords(skip=True)):
+            if "format" not in record or "unit" not in record:
+                break
+            try:
+                return whole(record, "unit", least=1)
+            except ValueError as error:
+                raise BadRecordError(f"{self.path}, line {line}: {error}") from error
         return 1
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -63,44 +68,53 @@ class _Parser:
         self._unit = unit
         self._fresh = FreshIds()
         self._number = -1
-        self._now = -1.0
+        self._clock = Clock()
         self._last: dict[Hashable, Ids] = {}
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:
+        """The line's request; none for the format's own line. ValueError or KeyError: it can not be read, and left no trace."""
         if "format" in record:
             return
         self._number += 1
-        session = record.get("session", f"line {self._number}")
+        session = key(record, "session") if "session" in record else f"line {self._number}"
         tokens = self._tokens(record, session)
         partial = record.get("partial")
-        if partial is not None and partial not in range(1, self._unit + 1):
-            raise ValueError(f"partial is {partial!r}, an id has 1 to {self._unit} tokens")
-        now = float(record.get("timestamp", self._now + 1.0))
-        if not math.isfinite(now):
-            raise ValueError(f"the timestamp is {now}")
+        if partial is not None:
+            partial = whole(record, "partial", 1, self._unit)
+        said_s = seconds(record, "timestamp") if "timestamp" in record else None
         output = self._output(record)
-        boundaries = tuple(int(position) for position in record.get("boundaries", ()))
-        if not all(0 <= position <= len(tokens) for position in boundaries):
+        boundaries = tuple(read_ids(record.get("boundaries", [])).tolist())
+        if any(position > len(tokens) for position in boundaries):
             raise ValueError(f"a boundary is outside of the prompt's {len(tokens)} ids")
-        namespace = record.get("namespace")
-        if isinstance(namespace, list | dict):
-            raise ValueError(f"the namespace is a {type(namespace).__name__}")
-        self._now = now
+        named = record.get("namespace") is not None
+        survives = record.get("answer_survives", True)
+        if not isinstance(survives, bool):
+            raise ValueError("answer_survives is neither true nor false")
+        now = self._clock.at(said_s)
         self._last[session] = np.concatenate((tokens, output))
-        survives = bool(record.get("answer_survives", True))
         yield TraceRequest(
-            self._now, session, namespace, tokens, output, boundaries, partial, survives
+            now,
+            session,
+            key(record, "namespace") if named else None,
+            tokens,
+            output,
+            tuple(sorted(boundaries)),
+            partial,
+            survives,
         )
 
     def _tokens(self, record: Record, session: Hashable) -> Ids:
         if "tokens" in record:
             tokens = read_ids(record["tokens"])
         else:
-            kept, *rest = record["prefix"]
+            prefix = read_ids(record["prefix"])
+            if not len(prefix):
+                raise ValueError("prefix does not say how many ids are kept")
             before = self._last.get(session, np.zeros(0, np.int32))
-            if not isinstance(kept, int) or not 0 <= kept <= len(before):
+            kept = int(prefix[0])
+            if kept > len(before):
                 raise ValueError(f"prefix keeps {kept} ids of {len(before)} that session has")
-            tokens = np.concatenate((before[:kept], read_ids(rest)))
+            tokens = np.concatenate((before[:kept], prefix[1:]))
         if not len(tokens):
             raise ValueError("the prompt is empty")
         return tokens
@@ -108,7 +122,8 @@ class _Parser:
     def _output(self, record: Record) -> Ids:
         if "output" in record:
             return read_ids(record["output"])
-        return self._fresh.take(units(int(record.get("output_length", 0)), self._unit))
+        length = whole(record, "output_length") if "output_length" in record else 0
+        return self._fresh.take(units(length, self._unit))
 
 
 def write(trace: Trace, file: TextIO) -> int:

@@ -6,11 +6,14 @@ id ends in the index of its first message, and segments of one conversation foll
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,11 +22,24 @@ import numpy as np
 
 from hybridcache.arrivals import Pauses, Poisson, Starts, interleave
 from hybridcache.trace import BadRecords, TraceRequest
-from hybridcache.traces.base import Record, json_lines, open_text
-from hybridcache.traces.text import ChatText, load_chat_text
+from hybridcache.traces.base import (
+    DAMAGED,
+    LONGEST,
+    Record,
+    json_lines,
+    key,
+    objects,
+    open_bytes,
+    parsed,
+    read_ids,
+    text,
+)
+from hybridcache.traces.text import ChatText, Turn, load_chat_text
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _CHUNK = 1 << 22
+_OWN_IDS = 9 + (1 << 24)
+"""First id of texts without names, behind nine that dress messages and 16 for each of 2**20 named blocks."""
 
 
 class Conversation(NamedTuple):
@@ -31,6 +47,8 @@ class Conversation(NamedTuple):
 
     id: str
     turns: tuple[tuple[str, str], ...]
+    line: int = 1
+    """Where its first segment begins in the file."""
 
 
 def packaged_file() -> Path:
@@ -43,52 +61,96 @@ def packaged_file() -> Path:
     return next((Path(spec.origin).parent / "data").glob("*.json"))
 
 
-def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+def json_array(
+    path: str | Path, bad: BadRecords, first_key: str = "id"
+) -> Iterator[tuple[int, Record]]:
     """(line number, object) for every record of a JSON array, one at a time.
 
     A file that ends inside a record (a download that was cut) ends with the record before it. A record that is broken
-    elsewhere is reported, and reading goes on at the next that begins with ``{"id"``. Holds one record and 4 MiB.
+    elsewhere is reported, and reading goes on at the next that begins with ``{"<first_key>"``. Holds one record and 4 MiB.
     """
     decoder = json.JSONDecoder()
-    begins = re.compile(r'\{\s*"id"')
-    with open_text(path) as file:
-        text, line = file.read(_CHUNK).lstrip().removeprefix("["), 1
+    begins = re.compile(rf'\{{\s*"{first_key}"')
+    with open_bytes(path) as file:
+        pieces = _Pieces(path, file, bad)
+        waiting, line = pieces.next(1).lstrip().removeprefix("["), 1
         while True:
-            blank = len(text) - len(text.lstrip(" \t\r\n,"))
-            line += text.count("\n", 0, blank)
-            text = text[blank:]
-            if text.startswith("]"):
+            blank = len(waiting) - len(waiting.lstrip(" \t\r\n,"))
+            line += waiting.count("\n", 0, blank)
+            waiting = waiting[blank:]
+            if waiting.startswith("]"):
                 return
-            position, record, problem = _decode(decoder, text)
-            if record is None:
-                more = file.read(_CHUNK)
+            position, record, problem = _decode(decoder, waiting)
+            if position and (isinstance(record, dict) or position < len(waiting)):
+                if isinstance(record, dict):
+                    yield line, record
+                else:
+                    kind = type(record).__name__
+                    bad.report(path, line, f"a JSON object was expected, not {kind}")
+            else:
+                more = pieces.next(line)
                 if more:
-                    text += more
+                    waiting += more
                     continue
-                if not text or problem is None:
-                    return
-                following = begins.search(text, 1)
-                if following is None:
+                if (
+                    not waiting or problem is None
+                ):  # all was read, or the file was cut inside a record
                     return
                 bad.report(path, line, problem)
+                following = begins.search(waiting, 1)
+                if following is None:
+                    return
                 position = following.start()
-            else:
-                yield line, record
-            line += text.count("\n", 0, position)
-            text = text[position:]
+            line += waiting.count("\n", 0, position)
+            waiting = waiting[position:]
 
 
-def _decode(decoder: json.JSONDecoder, text: str) -> tuple[int, Record | None, str | None]:
-    """(end, record, None), or (0, None, what is wrong) where ``text`` does not begin with a whole record."""
-    if not text:
+class _Pieces:
+    """A file's text piece by piece; what can not be read is reported and ends it."""
+
+    def __init__(
+        self, path: str | Path, file: BufferedReader | gzip.GzipFile, bad: BadRecords
+    ) -> None:
+        self._path, self._file, self._bad = path, file, bad
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._ended = False
+
+    def next(self, line: int) -> str:
+        """4 MiB or what is left; empty at the end. ``line``: where the record begins that they belong to."""
+        while not self._ended:
+            try:
+                data = self._file.read(_CHUNK)
+                self._ended = not data
+                piece = self._decoder.decode(data, final=self._ended)
+            except (*DAMAGED, UnicodeDecodeError) as error:
+                self._ended = True
+                what = (
+                    "not UTF-8" if isinstance(error, UnicodeError) else "the gzip file is damaged"
+                )
+                self._bad.report(self._path, line, f"{what} from here on ({error})")
+                return ""
+            if piece:
+                return piece
+        return ""
+
+
+def _decode(decoder: json.JSONDecoder, waiting: str) -> tuple[int, Any, str | None]:
+    """(end, value, None), or (0, None, what is wrong); nothing is wrong with what merely ends too early."""
+    if not waiting:
         return 0, None, None
     try:
-        record, end = decoder.raw_decode(text)
+        value, end = decoder.raw_decode(waiting)
     except json.JSONDecodeError as error:
-        return 0, None, f"not JSON ({error.msg})"
-    if not isinstance(record, dict):
-        return 0, None, f"a JSON object was expected, not {type(record).__name__}"
-    return end, record, None
+        rest = waiting[error.pos :].rstrip()
+        cut = (
+            error.msg.startswith("Unterminated")
+            or any(word.startswith(rest) for word in ("true", "false", "null", "NaN", "Infinity"))
+            or (error.msg.startswith("Invalid \\u") and len(rest) < 6)
+        )
+        return 0, None, None if cut else f"not JSON ({error.msg})"
+    except (ValueError, RecursionError) as error:
+        return 0, None, f"not JSON that can be read ({error})"
+    return end, value, None
 
 
 def iter_conversations(
@@ -97,28 +159,32 @@ def iter_conversations(
     """Conversations in the order of the file, segments merged; None: the file of the installed package."""
     path = path or packaged_file()
     bad = bad or BadRecords(skip=False)
-    name, messages = "", list[tuple[str, str]]()
-    for line, record in json_array(path, bad):
-        try:
-            base, _, first = str(record["id"]).rpartition("_")
-            start = int(first) if first.isdigit() else 0
-            base = base if first.isdigit() else str(record["id"])
-            segment = [_message(message) for message in record["conversations"]]
-        except (KeyError, TypeError) as error:
-            bad.report(path, line, f"not a ShareGPT record ({error})")
-            continue
+    name, began, messages = "", 1, list[tuple[str, str]]()
+    segments = (
+        (line, segment)
+        for line, record in json_array(path, bad)
+        for segment in parsed(path, ((line, record),), _segment, bad)
+    )
+    for line, (base, start, segment) in segments:
         if base != name:
             if messages:
-                yield Conversation(name, tuple(messages))
-            name, messages = base, []
+                yield Conversation(name, tuple(messages), began)
+            name, began, messages = base, line, []
         # A segment may begin with the message the last one ended with.
         messages += segment[max(0, len(messages) - start) :]
     if messages:
-        yield Conversation(name, tuple(messages))
+        yield Conversation(name, tuple(messages), began)
 
 
-def _message(message: Any) -> tuple[str, str]:
-    return _ROLES.get(message["from"], "assistant"), message["value"]
+def _segment(record: Record) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
+    """(conversation, index of its first message, messages)."""
+    name = str(key(record, "id"))
+    base, _, first = name.rpartition("_")
+    said = [
+        (_ROLES.get(text(message, "from"), "assistant"), text(message, "value"))
+        for message in objects(record, "conversations")
+    ]
+    yield (base, int(first), said) if first.isdecimal() else (name, 0, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +212,25 @@ class ShareGPTReader:
 
     def __call__(self) -> Iterator[TraceRequest]:
         chat = load_chat_text(self.tokenizer, self.template)
-        conversations = islice(iter_conversations(self.path, self.bad), self.limit)
-        sessions = (self._requests(conversation, chat) for conversation in conversations)
+        path = self.path or packaged_file()
+
+        def requests(conversation: Conversation) -> Iterator[Sequence[TraceRequest]]:
+            yield self._requests(conversation, chat)
+
+        found = islice(iter_conversations(path, self.bad), self.limit)
+        sessions = parsed(path, ((each.line, each) for each in found), requests, self.bad)
         return interleave(sessions, self.starts, self.pauses, seed=self.seed)
 
     def _requests(self, conversation: Conversation, chat: ChatText) -> Sequence[TraceRequest]:
         messages: list[dict[str, str]] = []
         requests = []
-        for role, text in conversation.turns:
+        for role, words in conversation.turns:
             if role == "assistant" and messages and messages[-1]["role"] == "user":
-                prompt, answer, boundaries = chat.turn(messages, text)
-                if len(prompt) > self.cap:
+                turn = chat.turn(messages, words)
+                if len(turn.prompt) > self.cap:
                     break
-                requests.append(
-                    TraceRequest(0.0, conversation.id, None, prompt, answer, boundaries)
-                )
-            messages.append({"role": role, "content": text})
+                requests.append(turn.request(conversation.id))
+            messages.append({"role": role, "content": words})
         return requests
 
 
@@ -192,28 +261,36 @@ class ShareGPTCountsReader:
         return interleave(self._sessions(), self.starts, self.pauses, seed=self.seed)
 
     def _sessions(self) -> Iterator[list[TraceRequest]]:
-        # Ids 0..8 dress messages, then 16 for each of the blocks that first messages name, then texts' own.
-        next_id = 9 + (1 << 20)
-        for line, record in json_lines(self.path, self.bad):
-            try:
-                session, next_id = self._session(record, next_id)
-            except (KeyError, TypeError, ValueError) as error:
-                self.bad.report(self.path, line, f"not a counted conversation ({error})")
-                continue
+        next_id = _OWN_IDS
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            nonlocal next_id
+            session, next_id = self._session(record, next_id)
             yield session
 
+        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+
     def _session(self, record: Record, next_id: int) -> tuple[list[TraceRequest], int]:
+        """The conversation's requests, and the first id that it left free."""
+        name, blocks, turns = (
+            key(record, "id"),
+            read_ids(record["first_msg_blocks16"]),
+            _turns(record),
+        )
+        if len(blocks) and blocks.max() >= 1 << 20:
+            raise ValueError("a block of first_msg_blocks16 is not below 2**20")
+        if next_id + sum(count for _, count in turns) >= 1 << 31:
+            raise OverflowError("more than 2**31 tokens in one trace")
         history = np.zeros(0, np.int32)
         requests = []
-        blocks = np.asarray(record["first_msg_blocks16"], np.int32)
         last_role = ""
-        for number, (role, count) in enumerate(record["turns"]):
+        for number, (role, count) in enumerate(turns):
             own = np.arange(next_id, next_id + count, dtype=np.int32)
             next_id += count
             if number == 0:
                 named = (9 + 16 * blocks[:, None] + np.arange(16, dtype=np.int32)).reshape(-1)
                 own[: len(named)] = named[:count]
-            header = np.asarray([0, {"u": 1, "a": 2, "s": 3}[role], 4], np.int32)
+            header = np.asarray([0, _COUNTED_ROLES[role], 4], np.int32)
             footer = np.asarray([5, 6], np.int32)
             opened = np.concatenate((history, header))
             if role == "a" and last_role == "u":
@@ -221,9 +298,22 @@ class ShareGPTCountsReader:
                 if len(prompt) > self.cap:
                     break
                 answer = np.concatenate((own, footer[:1]))
-                requests.append(
-                    TraceRequest(0.0, record["id"], None, prompt, answer, (len(opened),))
-                )
+                requests.append(Turn(prompt, answer, (len(opened),)).request(name))
             history = np.concatenate((opened, own, footer))
             last_role = role
         return requests, next_id
+
+
+_COUNTED_ROLES = {"u": 1, "a": 2, "s": 3}
+
+
+def _turns(record: Record) -> list[tuple[str, int]]:
+    """(role, tokens) of each message. ValueError where one is not."""
+    turns = record["turns"]
+    if not isinstance(turns, list):
+        raise ValueError("turns is not a list of [role, tokens]")
+    for turn in turns:
+        known = isinstance(turn, list) and len(turn) == 2 and turn[0] in ("u", "a", "s")
+        if not known or type(turn[1]) is not int or not 0 <= turn[1] <= LONGEST:
+            raise ValueError('a turn is not ["u", "a" or "s", tokens]')
+    return [(role, count) for role, count in turns]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from hybridcache.arrivals import Pauses, Poisson, Starts, interleave
 from hybridcache.trace import BadRecords, TraceRequest
-from hybridcache.traces.base import Record
+from hybridcache.traces.base import Record, key, objects, parsed, text
 from hybridcache.traces.sharegpt import json_array
 from hybridcache.traces.text import ChatText, load_chat_text
 
@@ -41,33 +41,32 @@ class TauBenchReader:
 
     def _sessions(self) -> Iterator[list[TraceRequest]]:
         chat = load_chat_text(self.tokenizer, self.template)
-        for line, record in json_array(self.path, self.bad):
-            try:
-                name = f"task {record['task_id']}, trial {record['trial']}"
-                session = _requests(record["traj"], name, chat)
-            except (KeyError, TypeError, ValueError) as error:
-                self.bad.report(self.path, line, f"not a trajectory ({error})")
-                continue
-            yield session
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            name = f"task {key(record, 'task_id')}, trial {key(record, 'trial')}"
+            yield _requests(objects(record, "traj"), name, chat)
+
+        return parsed(self.path, json_array(self.path, self.bad, "task_id"), parse, self.bad)
 
 
 def _requests(messages: list[Record], name: str, chat: ChatText) -> list[TraceRequest]:
     said: list[dict[str, str]] = []
     requests = []
     for message in messages:
-        text = _text(message)
-        if message["role"] == "assistant" and said:
-            prompt, answer, boundaries = chat.turn(said, text)
-            requests.append(TraceRequest(0.0, name, None, prompt, answer, boundaries))
-        said.append({"role": message["role"], "content": text})
+        role, words = text(message, "role"), _words(message)
+        if role == "assistant" and said:
+            turn = chat.turn(said, words, tools=True)
+            requests.append(turn.request(name))
+        said.append({"role": role, "content": words})
     return requests
 
 
-def _text(message: Record) -> str:
-    text = message.get("content") or ""
-    calls: list[Any] = message.get("tool_calls") or []
+def _words(message: Record) -> str:
+    """What is said, with calls of tools as text."""
+    words = text(message, "content") if message.get("content") is not None else ""
+    calls: list[Any] = objects(message, "tool_calls") if message.get("tool_calls") else []
     if message.get("function_call"):
         calls = [{"function": message["function_call"]}]
     for call in calls:
-        text += f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
-    return text
+        words += f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
+    return words

@@ -6,17 +6,17 @@ next prompt costs only what is new in it, and its ids are exactly those of token
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.trace import Ids
+from hybridcache.trace import Ids, TraceRequest
+from hybridcache.traces.base import open_bytes
 
 Message = Mapping[str, Any]
 
@@ -41,6 +41,32 @@ _PROBE = "\ue000"
 """Stands for words not yet said: a character that no template writes and no tokenizer merges with a neighbour."""
 
 
+class Turn(NamedTuple):
+    """One prompt of a chat and its answer, as ids."""
+
+    prompt: Ids
+    answer: Ids
+    boundaries: tuple[int, ...]
+    """Ends of the leading system message and of what later turns keep of the prompt, ascending."""
+
+    @property
+    def answer_survives(self) -> bool:
+        """Whether a later prompt goes on from this one's end: not where the template drops what it ends with."""
+        return self.boundaries[-1:] == (len(self.prompt),)
+
+    def request(self, session: str | int) -> TraceRequest:
+        """As a request of ``session``, at no time yet."""
+        return TraceRequest(
+            0.0,
+            session,
+            None,
+            self.prompt,
+            self.answer,
+            self.boundaries,
+            answer_survives=self.answer_survives,
+        )
+
+
 class ChatText:
     """Renders chats with one template and encodes them with one tokenizer.
 
@@ -54,11 +80,15 @@ class ChatText:
         template: str = CHATML,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        from jinja2 import TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(template)
+        try:
+            self._template = environment.from_string(template)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template does not parse: {error}") from error
         self._variables = dict(variables or {})
         self._specials = dict(specials)
         longest_first = sorted(self._specials, key=len, reverse=True)
@@ -66,10 +96,15 @@ class ChatText:
         self._piece = lru_cache(maxsize=4096)(lambda text: np.asarray(encode(text), np.int32))
 
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
-        """The chat as text; ``to_answer`` adds the header that an answer follows."""
-        return self._template.render(
-            messages=messages, add_generation_prompt=to_answer, **self._variables
-        )
+        """The chat as text; ``to_answer`` adds the header that an answer follows. ValueError: the template does not take it."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=to_answer, **self._variables
+            )
+        except (TemplateError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"the chat template refuses: {error}") from error
 
     def encode(self, text: str) -> Ids:
         """Ids of a rendered text: int32[n]."""
@@ -83,23 +118,28 @@ class ChatText:
             parts.append(self._piece(text[start:]))
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def turn(self, messages: Sequence[Message], answer: str) -> tuple[Ids, Ids, tuple[int, ...]]:
-        """(prompt, answer's ids, boundaries) of the chat so far, which ends with a user's message.
-
-        The boundaries are the end of the leading system message and the last position that the next turn's prompt keeps.
-        """
+    def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> Turn:
+        """The chat so far, which ends with a user's or a tool's message, and its answer. With ``tools`` the next prompt may
+        also be this one with a tool's result, which templates that drop thoughts between questions keep whole."""
         text = self.render(messages, to_answer=True)
         prompt = self.encode(text)
         # The turn's own end-of-message mark follows the answer: generation writes it, the next prompt repeats it.
-        reply = self.encode(answer + "<|im_end|>") if "<|im_end|>" in self._specials else None
+        reply = self.encode(answer + "<|im_end|>" * ("<|im_end|>" in self._specials))
         said = [*messages, {"role": "assistant", "content": _PROBE}]
-        following = self.render([*said, {"role": "user", "content": _PROBE}], to_answer=False)
-        stable = len(self.encode(text[: _common(text, following)]))
-        found = {stable} if stable < len(prompt) else {len(prompt)}
+        followers = ("user", "tool") if tools else ("user",)
+        found = {
+            self._kept(prompt, [*said, {"role": role, "content": _PROBE}]) for role in followers
+        }
         if messages[0]["role"] == "system":
             found.add(self._system_end(messages[0]))
-        ends = tuple(sorted(position for position in found if position))
-        return prompt, reply if reply is not None else self.encode(answer), ends
+        return Turn(prompt, reply, tuple(sorted(found - {0})))
+
+    def _kept(self, prompt: Ids, following: Sequence[Message]) -> int:
+        """Ids of ``prompt`` that the prompt of ``following`` begins with."""
+        later = self.encode(self.render(following, to_answer=False))
+        length = min(len(prompt), len(later))
+        differs = prompt[:length] != later[:length]
+        return int(differs.argmax()) if differs.any() else length
 
     def _system_end(self, system: Message) -> int:
         with_user = [system, {"role": "user", "content": _PROBE}]
@@ -162,21 +202,16 @@ def _from_tiktoken(path: Path) -> Any:
 def _from_json(path: Path) -> Any:
     from tokenizers import Tokenizer
 
-    data = path.read_bytes()
-    return Tokenizer.from_str((gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode())
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    try:
+        with open_bytes(path) as file:
+            return Tokenizer.from_str(file.read().decode())
+    except OSError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: no tokenizer can be made of it ({error})") from error
 
 
 def _refuse(message: str) -> None:
-    raise ValueError(f"the chat template refuses: {message}")
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

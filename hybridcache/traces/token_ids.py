@@ -5,7 +5,7 @@ prompt    ``input_tokens``, ``input_ids``, ``prompt_token_ids``, ``token_ids``, 
 answer    ``output_tokens``, ``output_ids``, ``output_token_ids``, ``completion_token_ids``: a list of ids, or
           ``num_output_tokens``, ``output_len``, ``output_length``, ``max_tokens``: its length
 time      ``ts``, ``timestamp``, ``arrival_time``: seconds; default: one second after the line before
-session   ``session_id``, ``session``, ``conversation_id``; default: the line's own
+session   ``session_id``, ``session``, ``conversation_id``: a text or a whole number; default: the line's own
 ========  =================================================================================================
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hybridcache.trace import BadRecords, FreshIds, TraceRequest
-from hybridcache.traces.base import Record, json_lines, parsed, read_ids
+from hybridcache.traces.base import Clock, Record, json_lines, key, parsed, read_ids, seconds, whole
 
 _PROMPT = ("input_tokens", "input_ids", "prompt_token_ids", "token_ids", "prompt")
 _ANSWER = ("output_tokens", "output_ids", "output_token_ids", "completion_token_ids")
@@ -37,31 +37,34 @@ class TokenIdsReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        return isinstance(_first(record, _PROMPT), list)
+        """A list of ids under one of the prompt's names."""
+        name = _first(record, _PROMPT)
+        return name is not None and isinstance(record[name], list)
 
     def __call__(self) -> Iterator[TraceRequest]:
         fresh = FreshIds()
-        now, number = -1.0, 0
+        clock, number = Clock(), 0
 
         def parse(record: Record) -> Iterable[TraceRequest]:
-            nonlocal now, number
-            prompt = read_ids(_first(record, _PROMPT) or [])
+            nonlocal number
+            name = _first(record, _PROMPT)
+            prompt = read_ids(record[name] if name else [])
             if not len(prompt):
                 raise ValueError(f"no list of ids under any of {', '.join(_PROMPT)}")
-            answer = _first(record, _ANSWER)
-            if isinstance(answer, list):
-                output = read_ids(answer)
+            answer, length = _first(record, _ANSWER), _first(record, _ANSWER_LEN)
+            if answer is not None:
+                output = read_ids(record[answer])
             else:
-                output = fresh.take(int(_first(record, _ANSWER_LEN) or 0))
-            when = _first(record, _TIME)
-            now = now + 1.0 if when is None else float(when)
+                output = fresh.take(whole(record, length) if length else 0)
+            when, session = _first(record, _TIME), _first(record, _SESSION)
             number += 1
-            session = _first(record, _SESSION)
-            yield TraceRequest(now, number if session is None else session, None, prompt, output)
+            owner = key(record, session) if session else number
+            now = clock.at(seconds(record, when) if when else None)
+            yield TraceRequest(now, owner, None, prompt, output)
 
         return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
 
-def _first(record: Record, names: Sequence[str]) -> Any:
-    """The value of the first of ``names`` that the record has."""
-    return next((record[name] for name in names if name in record), None)
+def _first(record: Record, names: Sequence[str]) -> str | None:
+    """The first of ``names`` that the record has, with more than null in it."""
+    return next((name for name in names if record.get(name) is not None), None)
