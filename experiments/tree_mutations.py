@@ -17,9 +17,10 @@ class Mutation(NamedTuple):
 RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
 ROOM, GATHERED = "hybridcache/room.py", "hybridcache/gathered.py"
 TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "lru"))
+FAMILY = "hybridcache/radix/family.py"
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
 PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
-LRU, TIERS = "hybridcache/policies/eviction.py", "hybridcache/policies/tiers.py"
+LRU, TIERS = "hybridcache/policies/lru.py", "hybridcache/policies/tiers.py"
 
 MUTATIONS = (
     Mutation(
@@ -69,7 +70,7 @@ MUTATIONS = (
     Mutation(
         "an evicted leaf's rows are not freed",
         RESIDENCY,
-        "        self.pages.free(kv.indices)\n",
+        "        self.pages.free(rows)\n",
         "",
     ),
     Mutation(
@@ -125,7 +126,7 @@ MUTATIONS = (
         "the end of a fork does not restore the demotion",
         RESIDENCY,
         "self._set_superseded(checkpoint, has_deeper(parent))",
-        "pass",
+        "self.heap = []",
     ),
     Mutation(
         "an evicted checkpoint leaves the one above demoted",
@@ -181,7 +182,7 @@ MUTATIONS = (
     Mutation(
         "a walk takes a child without comparing its edge",
         TREE,
-        "if not starts_with(child.edge, offset):",
+        "if not starts_with(child.edge, at * TOKEN_BYTES):",
         "if False:",
     ),
     Mutation(
@@ -285,28 +286,58 @@ MUTATIONS = (
         "        if False:\n            branch_len, missed",
     ),
     Mutation(
-        "LRU forgets live items when it sweeps",
+        "LRU forgets what came late when it makes its heap anew",
         LRU,
-        "heap[:] = [entry for entry in heap if entry[2].memo is entry]",
-        "heap[:] = []",
+        "self.heap = [(key, item) for item, key in self.late.items()]",
+        "self.heap = []",
     ),
     Mutation(
-        "LRU does not notice later uses",
+        "LRU does not notice later uses in its queue",
         LRU,
-        "        elif item.last_used > entry[0]:",
-        "        elif False:",
+        "if first.last_used == queue[first]:",
+        "if True:",
     ),
     Mutation(
-        "LRU returns items that were discarded",
+        "LRU does not notice later uses in its heap",
         LRU,
-        "        if item.memo is not entry:\n            heappop(heap)\n        elif",
-        "        if",
+        "            elif item.last_used > key[0]:",
+        "            elif False:",
+    ),
+    Mutation(
+        "LRU returns items that were discarded", LRU, "if late.get(item) != key:", "if False:"
+    ),
+    Mutation(
+        "LRU queues what comes late behind the youngest", LRU, "if key > line.newest:", "if True:"
     ),
     Mutation(
         "LRU prefers checkpoints when both kinds may go",
         LRU,
-        "return kv if kv_age < checkpoint_age else checkpoint",
+        "return kv if _key(kv) < _key(checkpoint) else checkpoint",
         "return checkpoint",
+    ),
+    Mutation(
+        "LRU does not let dead KV go first",
+        LRU,
+        "self._dead = _Line() if dead_first else self._kv",
+        "self._dead = self._kv",
+    ),
+    Mutation(
+        "LRU does not let superseded checkpoints go first",
+        LRU,
+        "self._superseded = _Line() if demote_superseded else self._checkpoints",
+        "self._superseded = self._checkpoints",
+    ),
+    Mutation(
+        "the last child of two stays in a dict",
+        FAMILY,
+        "    if len(family) > 1:\n        return family\n",
+        "    if family:\n        return family\n",
+    ),
+    Mutation(
+        "an only child is taken for any key",
+        TREE,
+        "if end >= stop or child.key != first_page(tokens, at, page_size):",
+        "if end >= stop:",
     ),
     Mutation(
         "dead KV does not go first",
@@ -329,8 +360,8 @@ MUTATIONS = (
     Mutation(
         "freed pages are written one place too low",
         PAGES,
-        "        self._height += num_pages\n",
-        "        self._height += max(num_pages - 1, 0)\n",
+        "        self._height = top = bottom + len(pages)\n",
+        "        top = bottom + len(pages)\n        self._height = max(bottom, top - 1)\n",
     ),
     Mutation(
         "a freed slot's bytes are not given back",
@@ -359,7 +390,7 @@ MUTATIONS = (
     Mutation(
         "a fork is no end of a demoting path",
         FORKS,
-        "while above is not None and above.parent is not None and len(above.children) == 1:",
-        "while above is not None and above.parent is not None:",
+        "while above is not None and not isinstance(above.children, dict):",
+        "while above is not None:",
     ),
 )

@@ -13,6 +13,7 @@ from hybridcache.interface import PrefixCache
 from hybridcache.kv_only import RadixCache
 from hybridcache.null import NullCache
 from hybridcache.policies.eviction import make_eviction
+from hybridcache.policies.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.tiers import Tiers
 from hybridcache.radix.node import ItemBytes
@@ -90,6 +91,8 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     """The eviction order that ``config`` names, with the structural tiers it asks for: a policy that says
     ``ranks_structure = True`` orders dead KV and superseded checkpoints itself and stands alone."""
     make = make_eviction(config.eviction)
+    if make is LRU:
+        return LRU(config.dead_first, config.demote_superseded)
     policy = make()
     if getattr(policy, "ranks_structure", False):
         return policy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.radix.check import check_tree
+from hybridcache.radix.family import members
 from hybridcache.radix.node import Checkpoint, RadixNode
 from hybridcache.residency import Residency
 
@@ -33,8 +34,8 @@ def check_cache(residency: Residency, step: int) -> None:
 def is_superseded(checkpoint: Checkpoint) -> bool:
     """By definition: going down single children from it, a checkpoint comes before a fork or the end. O(path)."""
     node: RadixNode = checkpoint.node
-    while len(node.children) == 1:
-        node = next(iter(node.children.values()))
+    while len(children := list(members(node.children))) == 1:
+        node = children[0]
         if node.checkpoint is not None:
             return True
     return False

@@ -30,10 +30,12 @@ class RecentGathers:
     ) -> None:
         """Remember an answer. What goes while not all fit ``limit_tokens``: first an answer that a later one ``extends``
         (its conversation went on), then the oldest, never the newest. O(1) amortised."""
+        known = self._rows
         if extends is not None:
-            self._rows.move_to_end(extends, last=False)
-        self._rows[segment] = rows
-        self._num_tokens += len(rows)
-        while self._num_tokens > limit_tokens and len(self._rows) > 1:
-            _, dropped = self._rows.popitem(last=False)
-            self._num_tokens -= len(dropped)
+            known.move_to_end(extends, last=False)
+        known[segment] = rows
+        num_tokens = self._num_tokens + len(rows)
+        while num_tokens > limit_tokens and len(known) > 1:
+            _, dropped = known.popitem(last=False)
+            num_tokens -= len(dropped)
+        self._num_tokens = num_tokens

@@ -14,7 +14,7 @@ from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.render import render_graphviz, render_svg, render_text
 from hybridcache.residency import Residency
 from hybridcache.room import make_room_for_kv, make_room_for_slot
@@ -154,28 +154,28 @@ class HybridRadixCache:
         The latest answers are kept: a request asks when it begins and again below that when it has published, and the next
         turn of its conversation asks for the same again.
         """
-        kv = None if node is None else node.kv
-        if node is None or kv is None:
+        if node is None or node.kv is None:
             return NO_INDICES
-        gathered = self._gathered
-        known = gathered.get(kv)
-        if known is not None:
-            return known
-        asked, extends = kv, None
+        known = self._gathered.get(node.kv)
+        return self._join(node, node.kv) if known is None else known
+
+    def _join(self, node: RadixNode, kv: Segment) -> Indices:
+        """As ``gather``, from the pieces on the path of ``node``, whose segment is ``kv``."""
         parts = [kv.indices]
+        extends = None
         above = node.parent
-        while above is not None and (kv := above.kv) is not None:
-            known = gathered.get(kv)
+        while above is not None and above.kv is not None:
+            known = self._gathered.get(above.kv)
             if known is not None:
                 parts.append(known)
-                extends = kv
+                extends = above.kv
                 break
-            parts.append(kv.indices)
+            parts.append(above.kv.indices)
             above = above.parent
         parts.reverse()
         rows = np.concatenate(parts)
         rows.setflags(write=False)
-        gathered.keep(asked, rows, extends, self._residency.cached_tokens)
+        self._gathered.keep(kv, rows, extends, self._residency.cached_tokens)
         return rows
 
     def touch(self, match: PrefixMatch) -> None:
@@ -220,16 +220,19 @@ class HybridRadixCache:
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
         """
         residency, tree = self._residency, self._tree
-        if len(kv_indices) != len(tokens) or tokens.dtype != INT32:
+        num_tokens = len(tokens)
+        if len(kv_indices) != num_tokens or tokens.dtype != INT32:
             raise ValueError(
-                f"{len(kv_indices)} KV indices for {len(tokens)} tokens of type {tokens.dtype}: "
+                f"{len(kv_indices)} KV indices for {num_tokens} tokens of type {tokens.dtype}: "
                 "as many as tokens are needed, and int32 ids"
             )
-        num_tokens = len(tokens) - len(tokens) % self.page_size
+        num_tokens -= num_tokens % self.page_size
         while after is not None and after.end > owned_from:
             after = after.parent
-        start = after if after is not None else tree.root(namespace)
-        node, inside, kv_len = tree.walk(start, tokens[start.end : num_tokens])
+        node = after if after is not None else tree.root(namespace)
+        inside, kv_len = None, node.end
+        if node.children is not None:
+            node, inside, kv_len = tree.walk(node, tokens[kv_len:num_tokens])
         if owned_from > kv_len:
             tree.prune_root(namespace)
             raise ValueError(
@@ -240,7 +243,8 @@ class HybridRadixCache:
         leaf = node
         if kv_len < num_tokens:
             residency.expect_child(node)
-            leaf = self._append(node, tokens[:num_tokens], kv_indices[kv_len:num_tokens].copy())
+            rows = kv_indices[kv_len:num_tokens].copy()
+            leaf = self._append(node, tokens[kv_len:num_tokens], rows)
         else:
             self._refresh(node)
         rejected = self._place(leaf, checkpoints, labels, kv_len) if checkpoints else ()
@@ -256,8 +260,8 @@ class HybridRadixCache:
         """Make ``tokens`` resident below ``node`` with ``rows``: revive ghosts, then grow. Returns the new leaf."""
         residency = self._residency
         first = node.end
-        if node.ghosts:
-            ghost, inside, length = self._tree.walk(node, tokens[first:], ghosts=True)
+        if node.ghosts is not None:
+            ghost, inside, length = self._tree.walk(node, tokens, ghosts=True)
             path = []
             while ghost is not node:
                 path.append(ghost)
@@ -271,10 +275,12 @@ class HybridRadixCache:
                 self._tree.revive(upper)
                 residency.store_rows(upper, rows[node.end - first : length - first])
                 node = upper
-        if node.end < len(tokens):
-            rest = node.end
-            node = self._tree.grow(node, tokens[rest:])
-            residency.store_rows(node, rows[rest - first :])
+        known = node.end - first
+        if known < len(tokens):
+            if known:
+                tokens, rows = tokens[known:], rows[known:]
+            node = self._tree.grow(node, tokens)
+            residency.store_rows(node, rows)
         return node
 
     def _refresh(self, node: RadixNode) -> None:
@@ -296,26 +302,26 @@ class HybridRadixCache:
 
         Nodes that end at or before ``offered_to`` were there before, so the policy knows them. O(path).
         """
-        rejected = []
+        residency = self._residency
+        rejected: list[int] = []
         node, end = leaf, leaf.end
-        order: Sequence[int] = range(len(checkpoints))
+        order: Sequence[int] = (0,)
         if len(checkpoints) > 1:
-            order = sorted(order, key=checkpoints.__getitem__, reverse=True)
+            order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
         for index in order:
             position, slot = checkpoints[index]
             if position % self._step or not 0 < position <= end:
                 rejected.append(slot)
                 continue
-            while node.start >= position:
-                assert node.parent is not None
-                node = node.parent
+            while (above := node.parent) is not None and above.end >= position:
+                node = above
             if node.end > position:
-                node = self._residency.split(node, position)
+                node = residency.split(node, position)
             if node.checkpoint is not None:
                 rejected.append(slot)
                 continue
             label = labels[index] if labels else ""
-            self._residency.store_checkpoint(node, slot, label, position <= offered_to)
+            residency.store_checkpoint(node, slot, label, position <= offered_to)
         return tuple(rejected)
 
     # -- memory -------------------------------------------------------------------------------------------------------

@@ -68,19 +68,20 @@ class Residency:
 
     def store_rows(self, node: RadixNode, rows: Indices) -> None:
         """``node`` becomes resident with ``rows``, which pass to the cache. ``offer_leaf`` is owed if it stays a leaf."""
-        node.kv = Segment(node, rows, self.now, self.num_items, self.item_bytes)
-        self.num_items += 1
-        self.cached_tokens += len(rows)
-        self.stats.inserted_tokens += len(rows)
+        serial, num_tokens = self.num_items, len(rows)
+        self.num_items = serial + 1
+        node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
+        self.cached_tokens += num_tokens
+        self.stats.inserted_tokens += num_tokens
         if self.listener is not None:
             self.listener.kv_stored(node)
 
     def expect_child(self, parent: RadixNode) -> None:
         """To be called before ``parent`` gains a resident child: it is no leaf any more, or its path forks."""
-        num_children = len(parent.children)
-        if num_children > 1 or parent.parent is None:
+        family = parent.children
+        if isinstance(family, dict) or parent.parent is None:
             return
-        if num_children == 1:
+        if family is not None:
             checkpoint = unforked_at(parent)
             if checkpoint is not None:
                 self._set_superseded(checkpoint, False)
@@ -115,8 +116,9 @@ class Residency:
 
     def store_checkpoint(self, node: RadixNode, slot: int, label: str, offered: bool) -> None:
         """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it is a leaf."""
-        checkpoint = Checkpoint(node, slot, self.now, self.num_items, self.item_bytes, label)
-        self.num_items += 1
+        serial = self.num_items
+        self.num_items = serial + 1
+        checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1
         revives = node.kv if offered and not node.children else None
@@ -185,8 +187,8 @@ class Residency:
             if leaf.checkpoint is not None:
                 self._drop_checkpoint(leaf)
             parent = self._fade(leaf)
-            if parent.children:
-                if len(parent.children) == 1 and parent.parent is not None:
+            if parent.children is not None:
+                if not isinstance(parent.children, dict) and parent.parent is not None:
                     checkpoint = unforked_at(parent)
                     if checkpoint is not None:
                         self._set_superseded(checkpoint, has_deeper(parent))
@@ -204,16 +206,17 @@ class Residency:
         assert kv is not None and parent is not None
         if self.listener is not None:
             self.listener.kv_removed(leaf)
-        self.pages.free(kv.indices)
-        self.cached_tokens -= len(kv.indices)
-        self.stats.evicted_tokens += len(kv.indices)
+        rows = kv.indices
+        self.pages.free(rows)
+        self.cached_tokens -= len(rows)
+        self.stats.evicted_tokens += len(rows)
         above = parent.kv
         if above is not None:
             above.uses += kv.uses
             if kv.last_used > above.last_used:
                 above.last_used = kv.last_used
-            if above.indices.base is kv.indices.base:
-                compact_rows(parent, kv.indices)
+            if rows.base is not None:
+                compact_rows(parent, rows)
         leaf.kv = None
         self.tree.fade(leaf)
         self.ghosts.add(leaf)

@@ -85,14 +85,16 @@ class PageAllocator(BaseAllocator):
 
         Raises ValueError for a part of a page.
         """
-        num_pages, part = divmod(len(rows), self.page_size)
-        if part:
-            raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
+        pages = rows
+        if self.page_size > 1:
+            if len(rows) % self.page_size:
+                raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
+            pages = rows[:: self.page_size] // self.page_size
         if self.budget is not None:
             self.budget.give_back(len(rows) * self.unit_bytes)
-        pages = rows if self.page_size == 1 else rows[:: self.page_size] // self.page_size
-        self._stack[self._height : self._height + num_pages] = pages
-        self._height += num_pages
+        bottom = self._height
+        self._height = top = bottom + len(pages)
+        self._stack[bottom:top] = pages
 
     def reserve(self, rows: Indices) -> None:
         """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free, or the budget is too small."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybridcache.radix.family import members
 from hybridcache.radix.key import TOKEN_BYTES, child_key
 from hybridcache.radix.lru import GhostList
 from hybridcache.radix.node import RadixNode
@@ -24,7 +25,7 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
         if node.kv is None:
             assert node in listed, f"ghost {node} is not in the ghost list"
             ghost_bytes += len(node.edge) + ghosts.node_bytes
-            for child in (node.ghosts or {}).values():
+            for child in members(node.ghosts):
                 assert listed[child] < listed[node], f"ghost {child} outlives its parent {node}"
     assert num_nodes == tree.num_nodes, f"{num_nodes} nodes, counted {tree.num_nodes}"
     num_ghosts = sum(node.kv is None for node in tree.nodes())
@@ -36,10 +37,15 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
 def _check_node(node: RadixNode, page_size: int) -> None:
     parent = node.parent
     assert parent is not None, f"{node} hangs on nothing"
-    home = parent.children if node.kv is not None else parent.ghosts
-    assert home is not None and home.get(node.key) is node, f"{node} is not under its key"
+    family = parent.children if node.kv is not None else parent.ghosts
+    if isinstance(family, dict):
+        assert len(family) > 1, f"{parent} keeps a dict for {len(family)} children"
+        assert family.get(node.key) is node, f"{node} is not under its key"
+    else:
+        assert family is node, f"{node} is not the child of its parent"
     other = parent.ghosts if node.kv is not None else parent.children
-    assert not other or node.key not in other, f"{node} has a twin that is resident and a ghost"
+    keys = other if isinstance(other, dict) else [child.key for child in members(other)]
+    assert node.key not in keys, f"{node} has a twin that is resident and a ghost"
     length = node.end - parent.end
     assert length > 0 and length * TOKEN_BYTES == len(node.edge), (
         f"edge of {node} has the wrong length"

@@ -6,13 +6,14 @@ supersedes whatever stands above it on the path. All walks are along unforked pa
 
 from __future__ import annotations
 
+from hybridcache.radix.family import only_child
 from hybridcache.radix.node import Checkpoint, RadixNode
 
 
 def unforked_above(node: RadixNode) -> Checkpoint | None:
     """The nearest checkpoint strictly above ``node``, if no path forks off between it and ``node``."""
     above = node.parent
-    while above is not None and above.parent is not None and len(above.children) == 1:
+    while above is not None and not isinstance(above.children, dict):
         if above.checkpoint is not None:
             return above.checkpoint
         above = above.parent
@@ -26,8 +27,9 @@ def unforked_at(node: RadixNode) -> Checkpoint | None:
 
 def has_deeper(node: RadixNode) -> bool:
     """Whether a checkpoint stands strictly below ``node`` before the path forks or ends."""
-    while len(node.children) == 1:
-        (node,) = node.children.values()
-        if node.checkpoint is not None:
+    child = only_child(node.children)
+    while child is not None:
+        if child.checkpoint is not None:
             return True
+        child = only_child(child.children)
     return False

@@ -27,6 +27,11 @@ def child_key(edge: Edge, page_size: int) -> ChildKey:
     return bytes(edge[: page_size * TOKEN_BYTES])
 
 
+def first_page(tokens: Tokens, at: int, page_size: int) -> ChildKey:
+    """The key of the child that ``tokens`` go on to from ``at``. O(page)."""
+    return tokens.item(at) if page_size == 1 else tokens[at : at + page_size].tobytes()
+
+
 def common_prefix_len(edge: Edge, tokens: Tokens, page_size: int) -> int:
     """Tokens that ``edge`` and ``tokens`` (int32[n]) share from their starts, whole pages only. O(shorter of the two).
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.radix.family import Family
 from hybridcache.radix.key import Edge, Tokens, edge_tokens
 
 Indices = npt.NDArray[np.int32]
@@ -27,7 +28,7 @@ class ItemBytes(NamedTuple):
 
 
 class RadixNode:
-    """Tokens (``start``, ``end``] of some prompts. Mutable; lives in exactly one ``children`` or ``ghosts`` dict."""
+    """Tokens (``start``, ``end``] of some prompts. Mutable; one of the ``children`` or of the ``ghosts`` of its parent."""
 
     __slots__ = (
         "checkpoint",
@@ -50,10 +51,10 @@ class RadixNode:
         """The edge's int32 ids as bytes, or a view of some."""
         self.end = end
         """Tokens from the root to this node's end."""
-        self.children: dict[Hashable, RadixNode] = {}
+        self.children: Family = None
         """Children whose KV is resident."""
-        self.ghosts: dict[Hashable, RadixNode] | None = None
-        """Children of which only tokens are left; None where there never was one."""
+        self.ghosts: Family = None
+        """Children of which only tokens are left."""
         self.kv: Segment | None = None
         """None: a ghost (or a root)."""
         self.checkpoint: Checkpoint | None = None
@@ -203,7 +204,7 @@ def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
     while node.kv is not None and node.parent is not None:
         num_tokens += node.end - node.parent.end
         node = node.parent
-        kept = node.checkpoint is not None or node.locks or len(node.children) > 1
+        kept = node.checkpoint is not None or node.locks or isinstance(node.children, dict)
         if kept or not item_bytes.state:
             break
     return num_tokens * item_bytes.kv_token

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import NamedTuple
 
+from hybridcache.radix.family import members
 from hybridcache.radix.node import RadixNode
 from hybridcache.radix.tree import RadixTree
 
@@ -157,7 +158,7 @@ def _walk(root: RadixNode) -> Iterator[Drawn]:
 
 def _children(node: RadixNode, depth: int) -> list[Drawn]:
     """In reverse, for a stack."""
-    below = [*node.children.values(), *(node.ghosts or {}).values()]
+    below = [*members(node.children), *members(node.ghosts)]
     return [Drawn(child, depth, child is below[-1]) for child in reversed(below)]
 
 

@@ -1,14 +1,15 @@
 """The compressed radix tree over token ids: walk, split, grow, revive, detach.
 
-Pure structure: one root per namespace, edges as byte views that a split shares, resident children and ghost children in
-two dicts so that "how deep does KV reach" and "how deep were the tokens seen" are two plain walks. No recursion.
+Pure structure: one root per namespace, edges as byte views that a split shares, resident children and ghost children apart
+so that "how deep does KV reach" and "how deep were the tokens seen" are two plain walks. No recursion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-from hybridcache.radix.key import TOKEN_BYTES, Tokens, child_key, common_prefix_len
+from hybridcache.radix.family import members, with_child, without_child
+from hybridcache.radix.key import TOKEN_BYTES, Tokens, child_key, common_prefix_len, first_page
 from hybridcache.radix.node import RadixNode
 
 Walk = tuple[RadixNode, RadixNode | None, int]
@@ -40,29 +41,36 @@ class RadixTree:
         """Follow ``tokens``, which start at ``node``'s end, through resident edges, or through ghosts only. Reads only.
         O(len(tokens)).
 
-        A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end.
+        A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end. An only child is
+        compared unasked: its key need not be looked up.
         """
         base = end = node.end
-        children = node.ghosts if ghosts else node.children
-        if not children:
+        family = node.ghosts if ghosts else node.children
+        if family is None:
             return node, None, base
         stop = base + len(tokens)
-        data = tokens.tobytes()
-        starts_with = data.startswith
-        ids = memoryview(data).cast("i") if self.page_size == 1 else None
-        page_bytes = self.page_size * TOKEN_BYTES
-        while end < stop and children:
-            offset = (end - base) * TOKEN_BYTES
-            key = data[offset : offset + page_bytes] if ids is None else ids[end - base]
-            child = children.get(key)
-            if child is None:
-                break
-            if not starts_with(child.edge, offset):
-                shared = common_prefix_len(child.edge, tokens[end - base :], self.page_size)
+        starts_with, token = tokens.tobytes().startswith, tokens.item
+        page_size = self.page_size
+        child: RadixNode | None
+        while family is not None:
+            at = end - base
+            if isinstance(family, dict):
+                if end >= stop:
+                    break
+                key = token(at) if page_size == 1 else first_page(tokens, at, page_size)
+                child = family.get(key)
+                if child is None:
+                    break
+            else:
+                child = family
+            if not starts_with(child.edge, at * TOKEN_BYTES):
+                if end >= stop or child.key != first_page(tokens, at, page_size):
+                    break
+                shared = common_prefix_len(child.edge, tokens[at:], page_size)
                 return node, child, end + shared
             node = child
             end = node.end
-            children = node.ghosts if ghosts else node.children
+            family = node.ghosts if ghosts else node.children
         return node, None, end
 
     def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
@@ -70,7 +78,7 @@ class RadixTree:
         edge = tokens.tobytes()
         key = tokens.item(0) if self.page_size == 1 else child_key(edge, self.page_size)
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
-        parent.children[key] = child
+        parent.children = with_child(parent.children, child)
         self.num_nodes += 1
         return child
 
@@ -88,37 +96,39 @@ class RadixTree:
         lower.edge = edge[cut:]
         lower.key = child_key(lower.edge, self.page_size)
         lower.parent = upper
-        if lower.kv is None:
-            assert parent.ghosts is not None
-            parent.ghosts[upper.key] = upper
-            upper.ghosts = {lower.key: lower}
+        family = parent.ghosts if lower.kv is None else parent.children
+        if isinstance(family, dict):
+            family[upper.key] = upper
+        elif lower.kv is None:
+            parent.ghosts = upper
         else:
-            parent.children[upper.key] = upper
-            upper.children[lower.key] = lower
+            parent.children = upper
+        if lower.kv is None:
+            upper.ghosts = lower
+        else:
+            upper.children = lower
         self.num_nodes += 1
         return upper
 
     def revive(self, ghost: RadixNode) -> None:
         """Make a ghost a resident child again; the caller owes it a segment. O(1)."""
         parent = ghost.parent
-        assert parent is not None and parent.ghosts is not None
-        del parent.ghosts[ghost.key]
-        parent.children[ghost.key] = ghost
+        assert parent is not None
+        parent.ghosts = without_child(parent.ghosts, ghost)
+        parent.children = with_child(parent.children, ghost)
 
     def fade(self, leaf: RadixNode) -> None:
         """Turn a resident node without resident children into a ghost. O(1)."""
         parent = leaf.parent
-        assert parent is not None and not leaf.children
-        del parent.children[leaf.key]
-        if parent.ghosts is None:
-            parent.ghosts = {}
-        parent.ghosts[leaf.key] = leaf
+        assert parent is not None and leaf.children is None
+        parent.children = without_child(parent.children, leaf)
+        parent.ghosts = with_child(parent.ghosts, leaf)
 
     def forget(self, ghost: RadixNode) -> None:
         """Remove a ghost without children. O(1)."""
         parent = ghost.parent
-        assert parent is not None and parent.ghosts is not None and not ghost.ghosts
-        del parent.ghosts[ghost.key]
+        assert parent is not None and ghost.ghosts is None
+        parent.ghosts = without_child(parent.ghosts, ghost)
         self.num_nodes -= 1
 
     def prune_root(self, namespace: Hashable) -> None:
@@ -132,6 +142,6 @@ class RadixTree:
         stack = [start] if start is not None else list(self.roots.values())
         while stack:
             node = stack.pop()
-            below = [*node.children.values(), *(node.ghosts or {}).values()]
+            below = [*members(node.children), *members(node.ghosts)]
             yield from below
             stack += below
