@@ -143,17 +143,19 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--out", type=Path, help="JSON lines for the results, with provenance")
     args = parser.parse_args()
+    from experiments.provenance import write_json_lines
+    from kernels import tuning
+
     records = []
     for path in args.launches:
         launches = load_launches(path)
         if args.only:
             launches = {args.only: launches[args.only]}
-        for record in compile_launches(launches, args.targets):
-            records.append({"folder": path.stem} | record)
-            print(json.dumps(records[-1]), flush=True)
+        with tuning.using({}):  # what this machine's device was tuned for may not fit another
+            for record in compile_launches(launches, args.targets):
+                records.append({"folder": path.stem} | record)
+                print(json.dumps(records[-1]), flush=True)
     if args.out:
-        from experiments.provenance import write_json_lines
-
         write_json_lines(args.out, records)
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for NVIDIA and AMD targets and fits their shared memory; no GPU is needed."""
+"""Every Triton kernel compiles for NVIDIA and AMD targets, fits their shared memory and their registers; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ aot = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(aot)
 
 
+HOPPERS = {
+    "solve_kernel",
+    "scan_kernel",
+    "prefill_attention_kernel",
+    "linear_kernel",
+    "gate_up_kernel",
+    "down_kernel",
+}
+"""Kernels whose products are large enough for Hopper's tensor core instructions; decoding attention has 16 rows."""
+
+
 @pytest.mark.parametrize("launches", sorted((HERE / "launches").glob("*.py")), ids=lambda p: p.stem)
 def test_compiles_ahead_of_time(launches: Path) -> None:
     run = subprocess.run(
@@ -25,5 +36,10 @@ def test_compiles_ahead_of_time(launches: Path) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
     records = [json.loads(line) for line in run.stdout.splitlines()]
     assert {record["target"] for record in records} == set(aot.TARGETS)
-    too_large = [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]]
-    assert not too_large
+    assert [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]] == []
+    # float32 products have no tensor cores; sm_80 has less of everything, and is no target of ours to be fast on.
+    fast = [r for r in records if "float32" not in r["launch"] and r["target"] != "sm_80"]
+    assert [r for r in fast if r["spilled_bytes"]] == []
+    hopper = [r for r in fast if r["target"] == "sm_90"]
+    assert [r for r in hopper if r["serialised"]] == []
+    assert [r for r in hopper if r["kernel"] in HOPPERS and not r["wgmma"]] == []

@@ -8,14 +8,14 @@ from kernels.packed import Exports, Packed
 H, HV, K, V = 16, 32, 128, 128
 
 
-def _chunk() -> None:
+def _chunk(state_dtype: torch.dtype = torch.float32) -> None:
     packed = Packed.from_lengths([96, 64])
     gate, beta = gates(*_gate_inputs(160))
     chunk_gdn(
         *_tokens(160),
         gate,
         beta,
-        states=torch.empty(4, HV, K, V),
+        states=torch.empty(4, HV, K, V, dtype=state_dtype),
         packed=packed,
         slots=torch.arange(2, dtype=torch.int32),
         resumed=torch.zeros(2, dtype=torch.bool),
@@ -23,9 +23,15 @@ def _chunk() -> None:
     )
 
 
-def _decode() -> None:
+def _decode(state_dtype: torch.dtype = torch.float32) -> None:
     slots = torch.arange(4, dtype=torch.int32)
-    decode_gdn(*_tokens(4), *_gate_inputs(4), states=torch.empty(4, HV, K, V), slots=slots)
+    states = torch.empty(4, HV, K, V, dtype=state_dtype)
+    decode_gdn(*_tokens(4), *_gate_inputs(4), states=states, slots=slots)
+
+
+def _bfloat16_states() -> None:
+    _chunk(torch.bfloat16)
+    _decode(torch.bfloat16)
 
 
 def _verify() -> None:
@@ -48,4 +54,9 @@ def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
     return a, b, torch.empty(HV), torch.empty(HV)
 
 
-LAUNCHES = {"chunk": _chunk, "decode": _decode, "verify": _verify}
+LAUNCHES = {
+    "chunk": _chunk,
+    "decode": _decode,
+    "verify": _verify,
+    "bfloat16_states": _bfloat16_states,
+}

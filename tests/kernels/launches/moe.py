@@ -36,5 +36,6 @@ LAUNCHES = {
     "int8_one": lambda: _experts_8bit(1, torch.int8),
     "int8_prefill": lambda: _experts_8bit(2048, torch.int8),
     "fp8_one": lambda: _experts_8bit(1, torch.float8_e4m3fn),
+    "fp8_some": lambda: _experts_8bit(64, torch.float8_e4m3fn),
     "fp8_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn),
 }
