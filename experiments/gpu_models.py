@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
@@ -14,6 +15,7 @@ from engine.device import Device
 from engine.layers.parameters import Parameter, Placement
 from engine.model_config import ModelConfig
 from engine.models import MODELS
+from engine.tokenizer import BUILTIN_TEMPLATE
 from engine.weights import Dummy
 
 QWEN3_NEXT_80B: dict[str, Any] = {
@@ -86,6 +88,20 @@ def write_geometry(directory: Path, config: dict[str, Any]) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     return str(directory)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token a byte, and marks around messages: so that a server can be started on a bare geometry."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"chat_template": BUILTIN_TEMPLATE.read_text(), "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> str:

@@ -86,7 +86,11 @@ def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner
     where: dict[str, Any] = {"device": "cpu", "kernels": ALL_FUSED} if dry else {}
     memory = {"kv_gib": 0.01, "state_gib": 0.01} if dry else {"kv_gib": 2.0, "state_gib": 8.0}
     config = EngineConfig(
-        model=path, dtype=dtype, max_running=MAX_RUNNING, **(where | memory | options)
+        model=path,
+        dtype=dtype,
+        max_running=MAX_RUNNING,
+        warm_up=False,
+        **(where | memory | options),
     )
     return ModelRunner(config)
 

@@ -1,9 +1,10 @@
-"""How fast does one device serve? Decoding at 1 to 64 streams, what a prefix hit spares, and a sweep of loads.
+"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, what a prefix hit spares, what
+`--exact` costs, and a sweep of loads on a server.
 
-    python -m experiments.gpu_serving --geometry 2b|80b --out DIR [--dry]
+    python -m experiments.gpu_serving --part serve|http|big --out DIR [--dry]
 
-Parts of `make gpu`: dummy weights in the geometry of real models, prompts of random tokens. Writes DIR/serve.jsonl (2b) or
-DIR/big.jsonl (80b, 8-bit weights).
+Parts of `make gpu`: dummy weights in the geometry of real models. ``serve`` and ``http`` take one of 2 billion parameters,
+``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each writes DIR/<part>.jsonl.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +34,10 @@ from engine.model_runner import ModelRunner
 from engine.outputs import RequestOutput
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
-from experiments import interpreter
-from experiments.bench_serving import random_jobs, sweep, table
-from experiments.gpu_models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry
+from experiments import exact_price, interpreter
+from experiments.bench_serving import conversation_jobs, over_http, sweep, table
+from experiments.exact_price import Talk
+from experiments.gpu_models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.provenance import write_json_lines
 from experiments.serving_load import Client, EngineClient, Load, Targets
 
@@ -51,41 +54,76 @@ class Scale:
     num_long: int
     """Length of the prompt that hits."""
     num_repeats: int
+    talk: Talk
     concurrency: tuple[int, ...]
+    rates: tuple[float, ...]
+    """Conversations that begin in a second."""
     num_jobs: int
+    num_answer: int
     seconds: float
     """Longest time under one load."""
+    max_model_len: int
 
 
-FULL = Scale((1, 4, 16, 64), 1024, 128, 8192, 5, (1, 4, 16, 64, 256), 256, 20.0)
-DRY = Scale((2,), 8, 3, 72, 1, (2,), 2, 30.0)
+FULL = Scale(
+    streams=(1, 4, 16, 64),
+    num_input=1024,
+    num_output=128,
+    num_long=8192,
+    num_repeats=5,
+    talk=Talk(16, 4, 500, 100, 2),
+    concurrency=(1, 4, 16, 64, 256),
+    rates=(4.0, 16.0),
+    num_jobs=256,
+    num_answer=128,
+    seconds=6.0,
+    max_model_len=16384,
+)
+BIG = replace(FULL, streams=(1, 8, 16, 64), talk=Talk(16, 3, 500, 100, 1))
+DRY = Scale(
+    streams=(2,),
+    num_input=8,
+    num_output=3,
+    num_long=72,
+    num_repeats=1,
+    talk=Talk(1, 2, 60, 5, 1),
+    concurrency=(2,),
+    rates=(),
+    num_jobs=2,
+    num_answer=3,
+    seconds=30.0,
+    max_model_len=1024,
+)
+DRY_BIG = replace(DRY, talk=Talk(1, 2, 2, 2, 1))
 
 
 class Bench:
     """One engine, and the reports of its steps."""
 
-    def __init__(self, path: str, dry: bool, **options: Any) -> None:
-        where: dict[str, Any] = {"max_running": 64}
+    def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
+        where: dict[str, Any] = {"max_running": 64, "max_model_len": scale.max_model_len}
         if dry:
             fused = ",".join(f"{name}=fused" for name in Kernels.__slots__)
             where = {"device": "cpu", "kernels": fused, "kv_gib": 0.01, "state_gib": 0.01}
-        config = EngineConfig(model=path, load_format="dummy", **(where | options))
+        self.config = EngineConfig(model=path, load_format="dummy", **(where | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
-        runner = ModelRunner(config)
+        self.runner = ModelRunner(self.config)
         self.load_s = time.perf_counter() - begin
         self.engine = Engine(
-            config, runner=runner, sampler=Sampler(runner.vocab_size), observer=self.steps.append
+            self.config,
+            runner=self.runner,
+            sampler=Sampler(self.runner.vocab_size),
+            observer=self.steps.append,
         )
         self._draw = np.random.default_rng(0)
 
     def close(self) -> None:
         """Give the device's memory back, so that the next engine is sized by all of it."""
-        device = self.engine.runner.device
-        del self.engine
+        device = self.runner.device
+        del self.engine, self.runner
         gc.collect()
-        if not device.is_cpu:
-            device.module.empty_cache()
+        device.release()
 
     def tokens(self, count: int) -> list[int]:
         return self._draw.integers(0, 256, count).tolist()
@@ -150,26 +188,44 @@ class Bench:
 
 
 def measure(path: str, dry: bool, scale: Scale, **options: Any) -> Iterator[dict[str, Any]]:
-    bench = Bench(path, dry, **options)
-    setting = {key: str(value) for key, value in options.items()}
-    device = bench.engine.runner.device.describe()
-    yield {"measure": "loading", "seconds": bench.load_s, "device": device, **setting}
-    for streams in scale.streams:
-        yield bench.decoding(streams, scale) | setting
-    yield bench.hit(scale) | setting
+    """Everything on one load of the weights; the graphs captured at the start are used, or left aside."""
+    bench = Bench(path, dry, scale, **options)
+    runner = bench.runner
+    warmed = runner.warmed
+    yield {
+        "measure": "start",
+        "load_s": bench.load_s,
+        "warm_up_s": warmed.seconds if warmed else None,
+        "warm_up_bytes": warmed.num_bytes if warmed else None,
+        "warm_up": warmed.describe() if warmed else None,
+        "device": runner.device.describe(),
+        **options,
+    }
+    decodes, prefills = runner.graphs
+    uses = {"all": (decodes, prefills), "decode": (decodes, None), "off": (None, None)}
+    for graphs in uses if decodes is not None else ("off",):
+        runner.graphs = uses[graphs]
+        setting = {"graphs": graphs, **options}
+        for streams in scale.streams:
+            yield bench.decoding(streams, scale) | setting
+        yield bench.hit(scale) | setting
+    runner.graphs = decodes, prefills
+    for record in exact_price.price(runner, bench.config, scale.talk):
+        yield record | options
     bench.close()
 
 
-def serve(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
-    """The loads of bench_serving, with and without the cache; half of each random prompt is shared."""
+def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
+    """Conversations with lengths like ShareGPT's, with the cache and without: on a server process where its packages are
+    installed, else on an engine in this one."""
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    memory = ["--device", "cpu", "--kv-gib", "0.01", "--state-gib", "0.01"] if dry else []
+    flags = ["--model", path, "--load-format", "dummy", "--max-running", "64", *memory]
+    flags += ["--max-model-len", str(scale.max_model_len)]
 
     @asynccontextmanager
-    async def start(cache: Literal["hybrid", "none"]) -> AsyncIterator[Client]:
-        bench = Bench(path, dry, prefix_cache=cache)
-        # As many as ever run, come and gone one by one: what compiles or is captured on first use is no load's to wait for.
-        prompts = [bench.tokens(scale.num_input) for _ in range(max(scale.streams))]
-        bench.answer(prompts, scale.num_output)
-        bench.engine.reset_prefix_cache()
+    async def in_process(cache: Literal["hybrid", "none"]) -> AsyncIterator[Client]:
+        bench = Bench(path, dry, scale, prefix_cache=cache)
         client = EngineClient(AsyncEngine(bench.engine))
         try:
             yield client
@@ -178,43 +234,53 @@ def serve(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
             del client
             bench.close()
 
-    jobs = random_jobs(scale.num_jobs, scale.num_input, scale.num_output, scale.num_input // 2 - 1)
-    servers = {cache: start(cache) for cache in ("hybrid", "none")}
-    loads = [Load(concurrency=n) for n in scale.concurrency]
+    if missing:
+        print(f"Without {' and '.join(missing)} there is no server here: no HTTP in these figures.")
+        servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
+    else:
+        servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}
+    loads = [
+        *(Load(concurrency=n) for n in scale.concurrency),
+        *(Load(per_s=r) for r in scale.rates),
+    ]
+    jobs = conversation_jobs(
+        path, scale.num_jobs, cap=scale.max_model_len // 4, num_output=scale.num_answer, made_up=dry
+    )
     records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
     print(table(records))
-    return [{"measure": "serving"} | record for record in records]
+    by = "engine" if missing else "server"
+    return [{"measure": "serving", "by": by} | record for record in records]
 
 
-def records_of(geometry: str, dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
-    scale = DRY if dry else FULL
-    large = geometry == "80b"
-    config = TINY if dry else QWEN3_NEXT_80B if large else DENSE_2B
+def records_of(part: str, dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
+    full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
+    scale = small if dry else full
+    config = TINY if dry else QWEN3_NEXT_80B if part == "big" else DENSE_2B
     path = write_geometry(directory, config)
-    if large:
+    if part == "http":
+        write_tokenizer(directory)
+        yield from http(path, dry, scale)
+    elif part == "big":
         quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
         yield from measure(path, dry, scale, quantization=quantization)
-        return
-    for graphs in ("auto",) if dry else ("off", "decode", "all"):
-        yield from measure(path, dry, scale, graphs=graphs)
-    yield from serve(path, dry, scale)
+    else:
+        yield from measure(path, dry, scale)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--geometry", choices=("2b", "80b"), required=True)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--part", choices=("serve", "http", "big"), required=True)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args()
     if options.dry:
         interpreter.repair()
     records = []
-    file = options.out / ("big.jsonl" if options.geometry == "80b" else "serve.jsonl")
     with tempfile.TemporaryDirectory() as directory:
-        for record in records_of(options.geometry, options.dry, Path(directory)):
+        for record in records_of(options.part, options.dry, Path(directory)):
             print(record, flush=True)
             records.append(record)
-            write_json_lines(file, records)
+            write_json_lines(options.out / f"{options.part}.jsonl", records)
     return 0
 
 

@@ -22,7 +22,7 @@ from engine import (
 )
 from engine.batch import Batch
 from engine.engine import StepReport
-from engine.oracle import OracleRunner, OracleSampler
+from engine.oracle import OracleDrawn, OracleRunner, OracleSampler
 from engine.tokenizer import ByteTokenizer
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease_log import LeaseLog, replay
@@ -203,6 +203,33 @@ def test_overlapped_steps_hand_the_device_tokens_the_host_does_not_know_yet() ->
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
     assert late == [0] + [3] * 29
     assert overlapped.runner.num_tokens_computed == plain.runner.num_tokens_computed
+
+
+def test_the_tree_is_worked_on_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is waited for, published and finished only after the next one was handed to the device."""
+    engine = make_engine(overlap="on")
+    told: list[str] = []
+    for owner, name in (
+        (engine.runner, "forward"),
+        (engine._manager, "publish"),
+        (engine._manager, "finish"),
+        (OracleDrawn, "wait"),
+    ):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *given, f=original, n=name: (told.append(n), f(*given))[1]
+        )
+    engine.generate([ids(100)], SamplingParams(max_tokens=4))
+    # A prefill and three decodes; none is waited for before the next is on its way.
+    assert told == [
+        "forward",
+        "forward",
+        "wait",
+        "publish",
+        *["forward", "wait"] * 2,
+        "wait",
+        "finish",
+    ]
 
 
 def test_an_overlapped_answer_that_stops_leaves_nothing_of_the_step_too_many() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import gpu
+from experiments import gpu, gpu_serving
+from experiments.gpu_models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines
+from tests.engine.numerics.stub_device import stubbed
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two"><failure/></testcase>
@@ -130,3 +133,36 @@ def test_every_part_has_a_command(part: str, tmp_path: Path) -> None:
 def test_all_parts_together_take_25_minutes_at_most_and_each_under_8():
     assert gpu.LIMITS_S.keys() == gpu.PARTS.keys()
     assert sum(gpu.LIMITS_S.values()) <= 25 * 60 and max(gpu.LIMITS_S.values()) < 8 * 60
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
+def test_speeds_are_taken_with_graphs_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that computes nothing: every record of the parts that need a real one."""
+    pytest.importorskip("triton")
+    path = write_geometry(tmp_path, TINY)
+    with stubbed(monkeypatch):
+        records = list(gpu_serving.measure(path, False, gpu_serving.DRY))
+    start, *measured = records
+    assert "decode graphs" in start["warm_up"] and start["warm_up_bytes"] > 0
+    speeds = [(r["measure"], r["graphs"]) for r in measured if "graphs" in r]
+    measures = ("decoding", "prefix hit")
+    assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
+    fast, exact, ratio = (record for record in measured if record["measure"] == "exact")
+    assert fast["token_hit_rate"] > exact["token_hit_rate"] and "ttft_ratio_median" in ratio
+
+
+def test_without_the_servers_packages_the_engine_itself_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_serving.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_serving.Kernels, "__slots__", ())  # interpreted, it would take long
+    path = write_geometry(tmp_path, TINY)
+    write_tokenizer(tmp_path)
+    records = gpu_serving.http(path, True, gpu_serving.DRY)
+    assert "Without fastapi and uvicorn there is no server here" in capsys.readouterr().out
+    assert [(r["by"], r["cache"], r["errors"]) for r in records] == [
+        ("engine", "hybrid", 0),
+        ("engine", "none", 0),
+    ]
