@@ -251,8 +251,8 @@ MUTATIONS = (
     Mutation(
         "the caller's array is kept instead of a copy",
         HYBRID,
-        "kv_indices[kv_len:num_tokens].copy()",
-        "kv_indices[kv_len:num_tokens]",
+        "store_rows(node, rows[start:end].copy())",
+        "store_rows(node, rows[start:end])",
     ),
     Mutation(
         "a gather trusts its memo for any node",

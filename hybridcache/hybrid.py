@@ -243,8 +243,8 @@ class HybridRadixCache:
         leaf = node
         if kv_len < num_tokens:
             residency.expect_child(node)
-            rows = kv_indices[kv_len:num_tokens].copy()
-            leaf = self._append(node, tokens[kv_len:num_tokens], rows)
+            rows = kv_indices[kv_len:num_tokens]
+            leaf = self._append(node, tokens[kv_len:num_tokens], rows, checkpoints)
         else:
             self._refresh(node)
         rejected = self._place(leaf, checkpoints, labels, kv_len) if checkpoints else ()
@@ -256,8 +256,18 @@ class HybridRadixCache:
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
 
-    def _append(self, node: RadixNode, tokens: Tokens, rows: Indices) -> RadixNode:
-        """Make ``tokens`` resident below ``node`` with ``rows``: revive ghosts, then grow. Returns the new leaf."""
+    def _append(
+        self,
+        node: RadixNode,
+        tokens: Tokens,
+        rows: Indices,
+        checkpoints: Sequence[tuple[int, int]],
+    ) -> RadixNode:
+        """Make ``tokens`` resident below ``node`` with copies of ``rows``: revive ghosts, then grow. Returns the new leaf.
+
+        What grows ends a node where a checkpoint will stand, so that none of it is split at once: nodes that grew apart share
+        no buffer.
+        """
         residency = self._residency
         first = node.end
         if node.ghosts is not None:
@@ -268,19 +278,24 @@ class HybridRadixCache:
                 assert ghost.parent is not None
                 ghost = ghost.parent
             for ghost in reversed(path):
-                residency.revive(ghost, rows[node.end - first : ghost.end - first])
+                residency.revive(ghost, rows[node.end - first : ghost.end - first].copy())
                 node = ghost
             if inside is not None and length > node.end:
                 upper = residency.split(inside, length)
                 self._tree.revive(upper)
-                residency.store_rows(upper, rows[node.end - first : length - first])
+                residency.store_rows(upper, rows[node.end - first : length - first].copy())
                 node = upper
-        known = node.end - first
-        if known < len(tokens):
-            if known:
-                tokens, rows = tokens[known:], rows[known:]
-            node = self._tree.grow(node, tokens)
-            residency.store_rows(node, rows)
+        start, num_tokens = node.end - first, len(tokens)
+        if start == num_tokens:
+            return node
+        ends = [at - first for at, _ in checkpoints if at % self._step == 0]
+        ends.sort()
+        ends.append(num_tokens)
+        for end in ends:
+            if start < end <= num_tokens:
+                node = self._tree.grow(node, tokens[start:end])
+                residency.store_rows(node, rows[start:end].copy())
+                start = end
         return node
 
     def _refresh(self, node: RadixNode) -> None:

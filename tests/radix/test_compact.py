@@ -18,7 +18,8 @@ def long_tails(cache, num_prompts):
     """Prompts with states at 10 and 20 and a long tail behind them, none of whose tails stays."""
     for number in range(num_prompts):
         prompt = ids([number], range(TAIL))
-        publish(cache, prompt, [10, 20])
+        publish(cache, prompt)
+        publish(cache, prompt[:20], [10, 20])  # splits what was whole
         cache.evict(num_tokens=1)
 
 
@@ -42,8 +43,9 @@ def test_short_survivors_do_not_keep_their_long_tails_alive(ghost_bytes):
 def test_rows_and_tokens_are_the_same_after_they_moved():
     cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)
     prompt = ids(range(TAIL))
-    result = publish(cache, prompt, [10, 20, 30])
-    rows = cache.gather(result.node)[:30].tolist()
+    publish(cache, prompt)
+    result = publish(cache, prompt[:30], [10, 20, 30])
+    rows = cache.gather(result.node).tolist()
     (top,) = [node for node in cache._tree.nodes() if node.end == 10]
     before = top.edge.obj
     cache.evict(num_tokens=1)
@@ -59,11 +61,21 @@ def test_rows_and_tokens_are_the_same_after_they_moved():
 
 def test_what_is_mostly_alive_is_left_where_it_is():
     cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)
-    publish(cache, ids(range(100)), [80])
+    publish(cache, ids(range(100)))
+    publish(cache, ids(range(80)), [80])
     (top,) = [node for node in cache._tree.nodes() if node.end == 80]
     base, whole = top.kv.indices.base, top.edge.obj
     cache.evict(num_tokens=1)
     assert top.kv.indices.base is base and top.edge.obj is whole
+
+
+def test_nodes_that_end_at_checkpoints_from_the_start_share_nothing():
+    cache = hybrid(num_kv_tokens=6_000, num_slots=8)
+    publish(cache, ids(range(100)), [80, 30, 55])
+    nodes = sorted(cache._tree.nodes(), key=lambda node: node.end)
+    assert [node.end for node in nodes] == [30, 55, 80, 100]
+    assert all(type(node.edge) is bytes and node.kv.indices.base is None for node in nodes)
+    cache.check(held_tokens=0, held_slots=0)
 
 
 def test_the_weight_of_a_ghost_node_is_what_it_takes():
