@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from hybridcache.policies.learnt import Learnt
-from hybridcache.policies.own import load_class
+from hybridcache.policies.own import load_placement
 from hybridcache.policies.planned import Planned
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.rule import PrefillRule
@@ -179,8 +179,7 @@ def _parse_rule(word: str) -> PlacementPolicy:
     if name in COUNTED_PLACEMENT:
         return COUNTED_PLACEMENT[name](_number(name, argument, f"{name}:4"))
     if colon:
-        rule: PlacementPolicy = load_class(word, PlacementPolicy)()
-        return rule
+        return load_placement(word)
     known = ", ".join(
         [*PLACEMENT, *(f"{word}:N" for word in (*NUMBERED_PLACEMENT, *COUNTED_PLACEMENT, "cap"))]
     )

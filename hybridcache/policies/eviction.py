@@ -17,7 +17,7 @@ from hybridcache.policies.lfu import LFU
 from hybridcache.policies.lhd import LHD
 from hybridcache.policies.lru import LRU
 from hybridcache.policies.marconi import Marconi
-from hybridcache.policies.own import load_class
+from hybridcache.policies.own import load_eviction
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.random_choice import Random
 from hybridcache.policies.regret import Regret
@@ -69,7 +69,7 @@ def make_eviction(word: str) -> Callable[[], EvictionPolicy]:
     if name in NUMBERED_EVICTION and number.replace(".", "", 1).isdecimal():
         return partial(NUMBERED_EVICTION[name], float(number))
     if ":" in word:
-        return load_class(word, EvictionPolicy)
+        return load_eviction(word)
     try:
         return EVICTION[word]
     except KeyError:

@@ -11,6 +11,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 Kind = Literal["kv", "checkpoint"]
 
 
+class PolicyError(ValueError):
+    """A policy of the user's own failed; the message says in one sentence which, where and how."""
+
+
 class Item(Protocol):
     """One evictable thing, as a policy sees it. All but ``memo`` is read-only."""
 

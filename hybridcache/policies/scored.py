@@ -18,7 +18,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from typing import Any, cast
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
 
 Score = float | tuple[float, ...]
 """What candidates are ordered by; one policy's scores must compare with each other."""
@@ -31,7 +31,7 @@ class ScorePolicy(EvictionPolicy, ABC):
 
     ``score`` is asked when an item becomes a candidate, after each use, and again when it comes to the top: a score that
     only grows in between (because a neighbour went) is caught there. It may read ``now``. A score that falls by itself
-    wants ``SampledPolicy``. O(log n) amortised per call. ValueError where a score is NaN or no number.
+    wants ``SampledPolicy``. O(log n) amortised per call. PolicyError where a score is NaN or no number.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class SampledPolicy(EvictionPolicy, ABC):
     """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that drift with time.
 
     All candidates are looked at while there are no more than ``sample``; both kinds lie in one urn where either may go.
-    Deterministic under ``seed``. O(sample). ValueError where a score is NaN or no number.
+    Deterministic under ``seed``. O(sample). PolicyError where a score is NaN or no number.
     """
 
     sample = 64
@@ -180,8 +180,8 @@ def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
         if score <= score and (type(score) is not tuple or all(part <= part for part in score)):
             return cast(Score, score)
     except (TypeError, ValueError):
-        pass
-    raise ValueError(
+        pass  # what has no order
+    raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
         "a number, or a tuple of numbers, is needed"
     )

@@ -62,7 +62,10 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
     FileNotFoundError.
     """
     rest, _, query = spec.partition("?")
-    options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    try:
+        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    except ValueError as error:
+        raise ValueError(f"options {query!r} are not name=value with & between") from error
     head = options.pop("head", None)
     if rest in GENERATORS:
         trace = _generated(rest, options)
@@ -78,12 +81,14 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
         if name not in parameters:
             known = ", ".join(parameters)
             raise ValueError(f"generator {word} has no option {name!r}; it has {known}")
-    return generator(
-        **{
-            name: _value(str(parameters[name].annotation), name, value)
-            for name, value in options.items()
-        }
-    )
+    values = {}
+    for name, value in options.items():
+        parameter = parameters[name]
+        values[name] = _value(str(parameter.annotation), name, value)
+        # Nought means "none" where it is the default (seed, systems), and nothing at all elsewhere.
+        if values[name] == 0 and parameter.default and parameter.annotation != "bool":
+            raise ValueError(f"generator {word}: option {name!r} must be above 0, got {value!r}")
+    return generator(**values)
 
 
 def _value(kind: str, name: str, value: str) -> Any:

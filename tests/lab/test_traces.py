@@ -576,6 +576,11 @@ def test_options_are_checked(tmp_path: Path) -> None:
         open_trace("chat?nonsense=1")
     with pytest.raises(ValueError, match="option 'seed' needs a whole number"):
         open_trace("chat?seed=1.5")
+    with pytest.raises(ValueError, match="options 'seed' are not name=value"):
+        open_trace("chat?seed")
+    with pytest.raises(ValueError, match="option 'sessions_per_s' must be above 0"):
+        open_trace("sharegpt-like?sessions_per_s=0")
+    assert next(iter(open_trace("chat?seed=0&boundaries=no"))).boundaries == ()
     with pytest.raises(ValueError, match="'mooncake:' says no file"):
         open_trace("mooncake:")
     with pytest.raises(ValueError, match="unit is 0, but an id stands for at least 1 token"):
