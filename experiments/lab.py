@@ -90,6 +90,7 @@ WORKLOADS: dict[str, Workload] = {
     "mooncake": Workload(
         f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
         "20:2560:15",
+        quick=3000,
         data=f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
     ),
     "coding-agent": Workload(

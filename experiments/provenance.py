@@ -31,11 +31,15 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """``records`` to ``path``, one a line, after a first line with the provenance."""
+def write_json_lines(
+    path: Path, records: Iterable[Mapping[str, Any]], settings: Mapping[str, Any] | None = None
+) -> None:
+    """``records`` to ``path``, one a line, after a first line with the provenance, and with all ``settings`` where they are given: a
+    command alone says nothing of defaults, which may be others tomorrow."""
+    first = provenance() | ({} if settings is None else {"settings": settings})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for record in ({"provenance": provenance()}, *records):
+        for record in ({"provenance": first}, *records):
             file.write(json.dumps(record) + "\n")
 
 

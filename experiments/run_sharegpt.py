@@ -19,10 +19,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.flags import HelpFormatter, Parser
@@ -38,12 +40,15 @@ from experiments.provenance import RESULTS, provenance, write_json_lines
 from experiments.replay import DEFAULT_CHECKPOINTS, Result, Setting, replay, replay_dry
 from experiments.sharegpt_figures import CAUSES, describe, draw
 from hybridcache.costs import ModelGeometry
+from hybridcache.optimum import optimum
 from hybridcache.policies.checkpoint import parse_placement
 from hybridcache.policies.eviction import make_eviction
-from hybridcache.trace import TraceRequest
+from hybridcache.trace import Trace, TraceRequest
 from hybridcache.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.traces.text import ChatText, load_chat_text
 
+GRID = 64
+"""Positions of checkpoints, tokens: for the best plan with hindsight."""
 ANSWER_ROOM = 2048
 """Tokens of the context beyond the longest prompt; longer answers are cut when they are said."""
 
@@ -197,13 +202,52 @@ def _run(options: argparse.Namespace) -> int:
                 )
             )
     print(_table(results))
-    records = [result.record() for result in results]
+    plans = _plans(trace, options, settings)
+    records = [_record(result, plans) for result in results]
     path = options.out / "results" / f"{options.name}.jsonl"
     figure = options.out / "figures" / f"{options.name}.png"
-    write_json_lines(path, records)
-    draw(records, describe(provenance()), figure)
+    command = _recorded(options)
+    write_json_lines(path, records, command)
+    draw(records, describe(provenance() | {"settings": command}), figure)
     print(f"{_shown(path)} and {_shown(figure)}")
     return 0
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """Every setting, those left at their defaults too, but for folders and files of whoever runs it."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if not isinstance(value, Path) and not (name == "model" and _is_directory(value))
+    }
+
+
+def _plans(
+    trace: Sequence[TraceRequest], options: argparse.Namespace, settings: Sequence[Setting]
+) -> dict[float, float]:
+    """By size in GiB, the token hit rate of the clairvoyant greedy's plan, for the sizes at which a hybrid cache was tried."""
+    geometry = _geometry(options.model)
+    held = Trace("sharegpt", 1, tuple(trace).__iter__)
+    gibs = sorted({setting.cache_gib for setting in settings if setting.cache == "hybrid"})
+    return {
+        gib: optimum(
+            held,
+            capacity_bytes=int(gib * 2**30),
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            state_bytes=geometry.state_bytes,
+            grid=GRID,
+            method="greedy",
+        ).reached
+        for gib in tqdm(gibs, "hindsight", unit=" sizes", leave=False)
+    }
+
+
+def _record(result: Result, plans: Mapping[float, float]) -> dict[str, Any]:
+    plan = plans.get(result.setting.cache_gib) if result.setting.cache == "hybrid" else None
+    if not plan:
+        return result.record()
+    share = result.token_hit_rate / plan
+    return result.record() | {"plan_token_hit_rate": plan, "share_of_plan": share}
 
 
 def _settings(options: argparse.Namespace) -> Iterator[Setting]:
@@ -261,8 +305,11 @@ def _chat_text(options: argparse.Namespace) -> ChatText:
         if not options.dry:
             raise ValueError("--tokenizer is for --dry: the engine takes its model's own.")
         return load_chat_text(options.tokenizer, options.template)
-    is_directory = options.model is not None and Path(options.model).is_dir()
-    return chat_text(load_tokenizer(options.model if is_directory else None))
+    return chat_text(load_tokenizer(options.model if _is_directory(options.model) else None))
+
+
+def _is_directory(model: str | None) -> bool:
+    return model is not None and Path(model).is_dir()
 
 
 def _table(results: Sequence[Result]) -> str:

@@ -51,7 +51,9 @@ def draw(records: Sequence[Record], source: str, path: Path) -> None:
     if any(record["ttft_s"] for record in records):
         panels.insert(0, draw_ttft)
     if len({record["cache_gib"] for record in records}) > 1:
-        panels.insert(0, draw_hit_rate)
+        panels[:0] = [draw_hit_rate]
+        if any("share_of_plan" in record for record in records):
+            panels.insert(1, draw_share)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1,
@@ -80,13 +82,37 @@ def draw_hit_rate(ax: Axes, records: Sequence[Record]) -> None:
             if record["label"] == label
         )
         ax.plot(*zip(*points, strict=True), "o-", color=color, label=label, markersize=4)
+    plans = {r["cache_gib"]: r["plan_token_hit_rate"] for r in records if "share_of_plan" in r}
+    if plans:
+        points = sorted(plans.items())
+        ax.plot(*zip(*points, strict=True), "k.-", linewidth=0.9, label="best plan with hindsight")
+    _size_axis(ax)
+    ax.set_ylim(0, 1)
+    ax.set(title="Token hit rate", xlabel="memory for KV and states (GiB)")
+    _legend_below(ax)
+
+
+def draw_share(ax: Axes, records: Sequence[Record]) -> None:
+    """The same as a share of the clairvoyant greedy's plan, for the caches that keep states."""
+    for label, color in zip(_labels(records), LINES, strict=False):
+        points = sorted(
+            (record["cache_gib"], record["share_of_plan"])
+            for record in records
+            if record["label"] == label and "share_of_plan" in record
+        )
+        if points:
+            ax.plot(*zip(*points, strict=True), "o-", color=color, label=label, markersize=4)
+    _size_axis(ax)
+    ax.set_ylim(0, 1.05)
+    ax.set(title="Share of the best plan with hindsight", xlabel="memory for KV and states (GiB)")
+    _legend_below(ax)
+
+
+def _size_axis(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda gib, _: f"{gib:g}"))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_ylim(0, 1)
     ax.grid(axis="y", color="#e5e7eb")
-    ax.set(title="Token hit rate", xlabel="memory for KV and states (GiB)")
-    _legend_below(ax)
 
 
 def draw_ttft(ax: Axes, records: Sequence[Record]) -> None:
@@ -112,7 +138,7 @@ def draw_tokens(ax: Axes, records: Sequence[Record]) -> None:
     """Where the prompt tokens went: spared, or computed for one of the causes."""
     bars = [record for record in _largest(records) if record["cache"] != "none"]
     left = np.zeros(len(bars))
-    names = [record["label"].replace(" · ", "\n").replace(", ", ",\n") for record in bars]
+    names = [_bar_name(record) for record in bars]
     for key, (words, color) in CAUSES.items():
         tokens = [
             record["token_hit_rate"] * record["prompt_tokens"]
@@ -140,6 +166,12 @@ def draw_tokens(ax: Axes, records: Sequence[Record]) -> None:
     _legend_below(ax)
 
 
+def _bar_name(record: Record) -> str:
+    name: str = record["label"].replace(" · ", "\n").replace(", ", ",\n")
+    share = record.get("share_of_plan")
+    return name if share is None else f"{name}\n({share:.0%} of\nthe best plan)"
+
+
 def _legend_below(ax: Axes) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, columnspacing=1.2)
 
@@ -165,7 +197,9 @@ def _colors(records: Sequence[Record]) -> list[str]:
 def describe(provenance: Record) -> str:
     """The line under a picture."""
     machine = provenance["machine"]
-    return f"{provenance['command']}\ncommit {provenance['commit']}, {machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
+    cap = provenance.get("settings", {}).get("cap")
+    seen = "" if cap is None else f"prompts up to {cap:,} tokens; "
+    return f"{provenance['command']}\n{seen}the best plan is the clairvoyant greedy's\ncommit {provenance['commit']}, {machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ STUDIES = {
     "study_state_bytes": "short",
     "study_page_grid": "short",
     "study_regret": "short",
+    "study_advise": "short",
 }
 
 
