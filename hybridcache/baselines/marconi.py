@@ -1,21 +1,35 @@
-"""Marconi (MLSys'25): a radix tree, two checkpoints a request, eviction by recency + alpha * FLOPs per byte.
+"""Marconi (MLSys'25, arXiv 2411.19379): a radix tree, two checkpoints a request, eviction by recency + alpha * FLOPs per byte.
 
 Eq. 1: ``efficiency(n)`` = FLOPs that hitting ``n`` saves over hitting its parent / bytes of ``n``'s own KV and state.
 Eq. 2: ``score(n)`` = recency + alpha * efficiency, both min-max normalised over the candidates; the least goes.
 Candidates have at most one child; a leaf frees KV and state, an inner node its state, its KV joining the child's edge.
-Admission: the last decoded token, and the point where the prompt's insertion splits an edge (so a fork pays on its third
-sighting). Only the consumed node's recency is refreshed.
+Admission: the last decoded token, and the point where an insertion splits an edge (so a fork pays on its third sighting). Only
+the consumed node's recency is refreshed.
 
-Three readings, since the paper and its artifact differ and results depend on it in both directions:
+The paper and its artifact (0801661, 2025-03-05) differ, and results depend on it in both directions. Three readings:
 
-- ``paper``: Eq. 1 and 2 as printed, bytes freed exactly, the two checkpoints just inserted never evicted.
-- ``artifact``: the simulator as published, with its slips: the MLP term subtracts the parent's *attention* FLOPs; the
-  memory term counts the KV of the whole prefix; recency is ``1 / (now - time)``; bytes evicted are counted of another
-  node (the last candidate looked at); an insert ticks the clock and refreshes the match again.
-- ``repaired``: the artifact with its accounting mended (FLOPs, memory, bytes), its recency kept.
+=====================  ==========================  ===========================================  ===================
+\                      ``paper``                   ``artifact``                                 ``repaired``
+=====================  ==========================  ===========================================  ===================
+MLP saved              less the parent's MLP       less the *attention* of the parent's prefix  as the paper
+                                                   in as many layers as there are MLPs
+bytes in Eq. 1         own edge's KV, state        KV of the whole prefix, state                as the paper
+bytes of a dead leaf   its own                     the edge of the candidate walked last        its own
+recency                time                        ``1 / (now - time)``                         as the artifact
+of a merged node       its child's                 the later of both                            as the artifact
+insertion              splits get a state where    splits get a state where prompt + answer     as the artifact
+                       the prompt leaves           leave; matches and refreshes once more
+room is made           after it, both new          before it, for all it may need;              as the artifact
+                       checkpoints spared          nothing is spared
+alpha is tuned after   ``(1 + window) * n``        ``window * n`` requests, on FLOPs saved      as the artifact
+                       requests, on tokens hit
+=====================  ==========================  ===========================================  ===================
 
-``alpha=None`` tunes it as published: 0 until the first eviction, after ``n`` requests; the next ``window * n`` requests are
-replayed over 0, 0.1 … 2 and the alpha that saves the most FLOPs (paper: hits the most tokens) is kept for good.
+``alpha=None`` tunes it: 0 until the first eviction, in request ``n``; all requests up to then are replayed over 0, 0.1 … 2, and
+what is best is kept for good.
+
+Left out in all: a running request's own memory (so nothing ever waits), and that the artifact can skip a whole prompt (here the
+last token is always computed) and goes on matching below an edge that it left.
 """
 
 from __future__ import annotations
@@ -31,6 +45,7 @@ from hybridcache.baselines.prefix_tree import (
     grow,
     merge_into_child,
     new_root,
+    nodes,
     remove_leaf,
     walk,
 )
@@ -52,22 +67,31 @@ class LayerFlops:
     state: int = 128
 
     def attention(self, length: int) -> float:
-        return self.num_attention * (8.0 * length * self.hidden**2 + 4.0 * length**2 * self.hidden)
+        """Of all attention layers."""
+        return self.num_attention * self.one_attention(length)
+
+    def one_attention(self, length: int) -> float:
+        """Of one attention layer."""
+        return 8.0 * length * self.hidden**2 + 4.0 * length**2 * self.hidden
 
     def mlp(self, length: int) -> float:
+        """Of all MLPs."""
         return self.num_mlp * 16.0 * length * self.hidden**2
 
     def linear(self, length: int) -> float:
+        """Of all linear layers (Mamba)."""
         d, n = self.hidden, self.state
         return self.num_linear * length * (12.0 * d**2 + 16.0 * d * n + 10.0 * d)
 
     def total(self, length: int) -> float:
+        """Of the whole model."""
         return self.attention(length) + self.mlp(length) + self.linear(length)
 
 
 class MarconiCache:
     """Marconi in one of its readings. One byte budget; a running request's own memory is not counted (as in the artifact).
 
+    ``window``: how many times the requests before the first eviction the tuning of alpha waits for, 5 to 15 as published.
     ``leaf_lru`` turns it into the paper's SGLang+ baseline: the same admission, leaves only, least recently used, the whole
     path refreshed by a hit.
     """
@@ -94,36 +118,34 @@ class MarconiCache:
         self.num_evictions = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.candidates: dict[PrefixNode, None] = {}
-        self._tuner = _Tuner(window) if alpha is None and not leaf_lru else None
+        wait = window + 1 if reading == "paper" else window
+        self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
+        """Match ``tokens``; never None, as no memory is held before the request is over. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node = self._match(root, tokens[:-1])
         self.hit_tokens += node.depth
         self.flops_saved += self.flops.total(node.depth * self.config.unit)
         return MarconiSession(self, root, tokens, node.depth, namespace)
 
-    def insert(self, root: PrefixNode, tokens: Tokens, output: Tokens) -> None:
-        """Admit a finished request: the branch point its prompt made, and its end; then evict down to the budget."""
-        if self.reading == "artifact":
-            self._match(root, tokens[:-1])
-        self.clock += 1
-        walked, matched = walk(root, tokens)
-        branch = matched if matched < walked.depth and matched > 0 else None
-        tail, new, _ = grow(root, np.concatenate([tokens, output]))
-        self.used_bytes += new * self.kv_bytes
-        fresh = {tail}
-        self._save(tail)
-        if branch is not None:
-            for node in tail.path():
-                if node.depth == branch:
-                    fresh.add(node)
-                    self._save(node)
-        for node in (*fresh, *tail.path()):
-            self._list(node)
-        self._evict(set() if self.reading == "artifact" else fresh)
+    def finished(
+        self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
+    ) -> None:
+        """A request is over: admit it, and tune alpha when the time has come. O(prompt), an eviction O(tree)."""
+        if self.reading == "paper":
+            self._insert_then_evict(root, tokens, output)
+            self._learn(tokens, output, namespace)
+        else:
+            self._learn(tokens, output, namespace)
+            self._evict_then_insert(root, np.concatenate([tokens, output]))
+
+    def twin(self, alpha: float) -> MarconiCache:
+        """An empty cache of the same make with a fixed alpha."""
+        return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
 
     def check(self) -> None:
+        """AssertionError if the bytes counted are not the tree's, or the candidates not its nodes of at most one child. O(tree)."""
         used = 0
         stack = list(self.roots.values())
         while stack:
@@ -146,6 +168,36 @@ class MarconiCache:
             step.time = self.clock
         return node
 
+    def _insert_then_evict(self, root: PrefixNode, tokens: Tokens, output: Tokens) -> None:
+        """The branch point the prompt makes and the end of the answer; then down to the budget."""
+        self.clock += 1
+        walked, matched = walk(root, tokens)
+        branch = matched if matched < walked.depth and matched > 0 else None
+        tail, new, _ = grow(root, np.concatenate([tokens, output]))
+        self.used_bytes += new * self.kv_bytes
+        fresh = {tail} | {node for node in tail.path() if node.depth == branch}
+        for node in fresh:
+            self._save(node)
+        for node in tail.path():
+            self._list(node)
+        self._evict(self.used_bytes - self.config.budget_bytes, fresh)
+
+    def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
+        """Room for the whole text and at most two states; then the end of the text and the split its insertion makes."""
+        self.clock += 1
+        reusable = self._match(root, whole)
+        _, matched = walk(root, whole)
+        num_states = 1 + (matched > reusable.depth)
+        needed = num_states * self.config.state_bytes + (len(whole) - matched) * self.kv_bytes
+        self._evict(self.used_bytes + needed - self.config.budget_bytes, set())
+        tail, new, fork = grow(root, whole)
+        self.used_bytes += new * self.kv_bytes
+        for node in (tail, fork):
+            if node is not None and not node.has_state:
+                self._save(node)
+        for node in tail.path():
+            self._list(node)
+
     def _save(self, node: PrefixNode) -> None:
         node.time = self.clock
         if not node.has_state:
@@ -157,22 +209,36 @@ class MarconiCache:
         if node.parent is not None and len(node.children) <= 1:
             self.candidates[node] = None
 
-    def _evict(self, fresh: set[PrefixNode]) -> None:
-        missing = self.used_bytes - self.config.budget_bytes
-        if missing > 0 and self._tuner is not None:
+    def _evict(self, missing: int, spared: set[PrefixNode]) -> None:
+        if missing <= 0:
+            return
+        if self._tuner is not None:
             self._tuner.first_eviction()
+        if self.reading != "paper":
+            self.clock += 1
         while missing > 0:
-            pool = [node for node in self._pool() if node not in fresh]
+            pool = [node for node in self._pool() if node not in spared]
             if not pool:
                 return
-            scores = self._scores(pool)
-            victim = pool[int(np.argmin(scores))]
-            counted = pool[-1] if self.reading == "artifact" else victim
-            missing -= self._own_bytes(counted)
+            victim = pool[int(np.argmin(self._scores(pool)))]
+            missing -= self._counted(victim, pool[-1])
             self._remove(victim)
 
     def _pool(self) -> Iterator[PrefixNode]:
-        return (node for node in self.candidates if (not node.children if self.leaf_lru else True))
+        """The candidates; but for the paper in the artifact's order, which settles ties."""
+        if self.leaf_lru:
+            return (node for node in self.candidates if not node.children)
+        if self.reading == "paper":
+            return iter(self.candidates)
+        return (
+            node for root in self.roots.values() for node in nodes(root) if len(node.children) <= 1
+        )
+
+    def _counted(self, victim: PrefixNode, walked_last: PrefixNode) -> int:
+        """Bytes that evicting ``victim`` is thought to free."""
+        if self.reading != "artifact" or victim.children:
+            return self._own_bytes(victim)
+        return len(walked_last.tokens) * self.kv_bytes + self.config.state_bytes
 
     def _own_bytes(self, node: PrefixNode) -> int:
         """What evicting ``node`` frees."""
@@ -183,16 +249,18 @@ class MarconiCache:
         self.num_evictions += 1
         self.used_bytes -= self._own_bytes(node)
         del self.candidates[node]
-        if node.children:
-            merge_into_child(node)
-        else:
+        if not node.children:
             self._list(remove_leaf(node))
+            return
+        child = merge_into_child(node)
+        if self.reading != "paper":
+            child.time = max(child.time, node.time)
 
     def _scores(self, pool: list[PrefixNode]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         times = np.array([node.time for node in pool], dtype=np.float64)
         if self.leaf_lru:
             return times
-        recency = times if self.reading == "paper" else 1.0 / (self.clock + 1 - times)
+        recency = times if self.reading == "paper" else 1.0 / (self.clock - times)
         score = _normalised(recency)
         if self.alpha:
             score = score + self.alpha * _normalised(np.array([self._efficiency(n) for n in pool]))
@@ -205,22 +273,22 @@ class MarconiCache:
         total, above = node.depth * unit, node.parent.depth * unit
         saved = flops.attention(total) - flops.attention(above)
         saved += flops.linear(total) - flops.linear(above) + flops.mlp(total)
-        saved -= flops.attention(above) if self.reading == "artifact" else flops.mlp(above)
-        kv_tokens = node.depth if self.reading == "artifact" else len(node.tokens)
+        kv_tokens = len(node.tokens)
+        if self.reading == "artifact":
+            saved -= flops.num_mlp * flops.one_attention(above)
+            kv_tokens = node.depth
+        else:
+            saved -= flops.mlp(above)
         return saved / (kv_tokens * self.kv_bytes + self.config.state_bytes)
 
-    def finished(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
-        """One request is over: the tuner may have seen enough."""
+    def _learn(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
+        """Let the tuner see a request; it may have seen enough."""
         if self._tuner is None:
             return
         self._tuner.record(tokens, output, namespace)
         if self._tuner.ready:
             self.alpha = self._tuner.best_alpha(self)
             self._tuner = None
-
-    def twin(self, alpha: float) -> MarconiCache:
-        """An empty cache of the same make with a fixed alpha."""
-        return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
 
 
 class MarconiSession:
@@ -243,21 +311,22 @@ class MarconiSession:
         self.namespace = namespace
 
     def finish(self, output: Tokens) -> None:
-        self.cache.insert(self.root, self.tokens, output)
-        self.cache.finished(self.tokens, output, self.namespace)
+        """Admit the prompt and its answer. Call once."""
+        self.cache.finished(self.root, self.tokens, output, self.namespace)
 
 
 class _Tuner:
-    """Records requests from the start, as alpha changes nothing before the first eviction, and replays them."""
+    """Records requests from the start, as alpha changes nothing before the first eviction, and replays them once there are
+    ``wait`` times as many as then."""
 
-    def __init__(self, window: int) -> None:
-        self._window = window
+    def __init__(self, wait: int) -> None:
+        self._wait = wait
         self._requests: list[tuple[Tokens, Tokens, Hashable]] = []
         self._until: int | None = None
 
     def first_eviction(self) -> None:
         if self._until is None:
-            self._until = (1 + self._window) * max(1, len(self._requests))
+            self._until = self._wait * max(1, len(self._requests))
 
     def record(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
         self._requests.append((tokens, output, namespace))

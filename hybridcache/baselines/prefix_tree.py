@@ -107,12 +107,12 @@ def merge_into_child(node: PrefixNode) -> PrefixNode:
 
 
 def nodes(root: PrefixNode) -> Iterator[PrefixNode]:
-    """Every node below ``root``. O(tree)."""
-    stack = list(root.children.values())
+    """Every node below ``root``, each before its children, these in the order in which they first came. O(tree)."""
+    stack = list(reversed(root.children.values()))
     while stack:
         node = stack.pop()
         yield node
-        stack.extend(node.children.values())
+        stack.extend(reversed(node.children.values()))
 
 
 def _common(left: Tokens, right: Tokens) -> int:
