@@ -20,6 +20,7 @@ import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+from hybridcache.listener import Listener
 from hybridcache.policies.protocol import Item
 from hybridcache.radix.node import RadixNode
 
@@ -76,7 +77,7 @@ EVENTS: dict[str, type[Event]] = {
 """By the name that stands first in the written form."""
 
 
-class EventStream:
+class EventStream(Listener):
     """A cache listener that hands each change to ``sink`` as an ``Event``. O(tokens) for what is stored, else O(1)."""
 
     def __init__(self, sink: Callable[[Event], None]) -> None:
@@ -115,6 +116,7 @@ def _id(node: RadixNode) -> int:
 
 
 def write_namespace(namespace: Hashable) -> Namespace:
+    """A namespace as events write it: None, texts and whole numbers as they are, others by their ``repr``."""
     if namespace is None or isinstance(namespace, str | int):
         return namespace
     return repr(namespace)

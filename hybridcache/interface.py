@@ -110,7 +110,9 @@ class PrefixCache(Protocol):
         ...
 
     @property
-    def free_slots(self) -> int: ...
+    def free_slots(self) -> int:
+        """State slots that can be had without evicting."""
+        ...
 
     @property
     def cached_tokens(self) -> int:
@@ -138,7 +140,9 @@ class PrefixCache(Protocol):
         """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt ``unlock`` takes."""
         ...
 
-    def unlock(self, receipt: Any) -> None: ...
+    def unlock(self, receipt: Any) -> None:
+        """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1)."""
+        ...
 
     def insert(
         self,
@@ -168,9 +172,13 @@ class PrefixCache(Protocol):
         """Take one state slot, evicting as needed; None if none can be had."""
         ...
 
-    def free_kv(self, kv_indices: Indices) -> None: ...
+    def free_kv(self, kv_indices: Indices) -> None:
+        """Give rows back that the caller holds: taken by ``allocate_kv`` and never passed on. O(rows)."""
+        ...
 
-    def free_slot(self, slot: int) -> None: ...
+    def free_slot(self, slot: int) -> None:
+        """Give a slot back that the caller holds. O(1)."""
+        ...
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
         """Evict until that much was freed or nothing evictable is left. O(log n) per item."""

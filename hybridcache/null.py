@@ -7,11 +7,19 @@ from typing import Any
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
+from hybridcache.interface import (
+    Eviction,
+    Indices,
+    InsertResult,
+    Losses,
+    PrefixCache,
+    PrefixMatch,
+    Tokens,
+)
 from hybridcache.stats import CacheStats
 
 
-class NullCache:
+class NullCache(PrefixCache):
     """Hands out KV rows and slots, and forgets. Every verb O(1), but for the rows handed out.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -20,10 +28,12 @@ class NullCache:
     (60, None)
     """
 
+    cached_tokens = 0
+    num_checkpoints = 0
+
     def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int = 64) -> None:
         self.page_size = pages.page_size
         self.grid = grid
-        self.cached_tokens = self.num_checkpoints = 0
         self.stats = CacheStats()
         self._pages = pages
         self._slots = slots
@@ -37,6 +47,7 @@ class NullCache:
         return self._slots.num_free
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Always a miss: every token counts as never seen. O(1)."""
         n = len(tokens)
         return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
 
@@ -47,6 +58,7 @@ class NullCache:
         self.stats.record(match)
 
     def lock(self, node: Any) -> None:
+        """There is nothing to protect; the receipt is None."""
         return None
 
     def unlock(self, receipt: None) -> None:
@@ -66,11 +78,13 @@ class NullCache:
         return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
+        """Rows that are free; None, counted as a refusal, where there are too few: nothing can be evicted."""
         rows = self._pages.allocate(num_tokens)
         self.stats.refusals += rows is None
         return rows
 
     def allocate_slot(self) -> int | None:
+        """A slot that is free; None, counted as a refusal, where there is none."""
         slot = self._slots.allocate()
         self.stats.refusals += slot is None
         return slot
@@ -82,6 +96,7 @@ class NullCache:
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
+        """Frees nothing: nothing is kept."""
         return Eviction(0, 0)
 
     def reset(self) -> None:

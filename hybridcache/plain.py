@@ -52,6 +52,7 @@ class Piece:
 
     @property
     def end(self) -> int:
+        """Position behind its last token."""
         return len(self.prefix)
 
 
@@ -133,6 +134,7 @@ class PlainCache:
         return False
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PlainMatch:
+        """As ``PrefixCache.match``, by looking at every piece. O(pieces * tokens)."""
         ids = tuple(tokens.tolist())
         n = len(ids)
         ours = [p for p in self.pieces if p.namespace == namespace]
@@ -168,6 +170,7 @@ class PlainCache:
     # -- changes ------------------------------------------------------------------------------------------------------
 
     def touch(self, tokens: Tokens, cached_len: int, namespace: Hashable) -> None:
+        """A use of the first ``cached_len`` tokens: all KV on the path, and the one state at its end."""
         self.now += 1
         path = self._path(tuple(tokens[:cached_len].tolist()), namespace)
         for piece in path:
@@ -289,6 +292,7 @@ class PlainCache:
         return sum(p.end - p.start for p in free), slots
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
+        """As ``PrefixCache.allocate_kv``: nothing is evicted where not enough could be."""
         rows = self.pages.allocate(num_tokens)
         if rows is not None:
             return rows
@@ -307,6 +311,7 @@ class PlainCache:
         return self.pages.allocate(num_tokens)
 
     def allocate_slot(self) -> int | None:
+        """As ``PrefixCache.allocate_slot``: nothing is evicted where not enough could be."""
         slot = self.slots.allocate()
         if slot is not None:
             return slot
@@ -331,6 +336,7 @@ class PlainCache:
         return self.pages.num_unused - rows, self.slots.num_unused - slots
 
     def reset(self) -> None:
+        """Evict all that is not locked, and forget the ghosts."""
         while self.evict_one(None):
             pass
         for ghost in self.ghosts:

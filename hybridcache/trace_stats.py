@@ -25,6 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """Of ``values``; all 0 where there are none. O(n log n)."""
         if not values:
             return cls(0.0, dict.fromkeys(_PERCENTILES, 0.0), 0.0)
         array = np.asarray(values, dtype=np.float64)
@@ -76,6 +77,7 @@ class TraceStats:
 
     @property
     def ideal_hit_rate(self) -> float:
+        """``ideal_tokens`` of ``prompt_tokens``; 0 without any."""
         return self.ideal_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def as_record(self) -> dict[str, Any]:

@@ -62,17 +62,19 @@ class Every(PrefillRule):
             yield Placed(position, "every")
 
 
-class End:
+class End(PlacementPolicy):
     """The last grid position of the finished answer, so that the next turn resumes there."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        """None: the prefill saves nothing."""
         return ()
 
     def decode_interval(self) -> int | None:
+        """Every token, which the caller rounds up to the grid: only the last crossing is kept."""
         return 1
 
 
-class Placement:
+class Placement(PlacementPolicy):
     """Several placement rules at once, the first most wanted; no rule: nothing is saved.
 
     ``cap``: one prefill saves at most so many, the most wanted; None: all.

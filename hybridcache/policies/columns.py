@@ -39,6 +39,7 @@ class Columns:
         self.rows[place], self.times[place], self.worths[place] = row, time, worth
 
     def remove(self, item: Item) -> None:
+        """Take ``item`` out; the last takes its place. KeyError where it is not in. O(1)."""
         place, last = self.places.pop(item), self.items.pop()
         if last is not item:
             end = len(self.items)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 
 STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
@@ -43,7 +43,7 @@ class _Account:
             self.earned *= 0.5
 
 
-class Learnt:
+class Learnt(PlacementPolicy):
     """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's end, one token and 4, 16,
     64 … grid steps, while they earn more than they displace.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 
-class Tiers:
+class Tiers(EvictionPolicy):
     """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
 
     - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth nothing;
@@ -38,11 +38,13 @@ class Tiers:
         tier.touch(item)
 
     def missed(self, item: Item) -> None:
+        """Told to both tiers that hold checkpoints: the ghost may have been of either."""
         self._rest.missed(item)
         if self._superseded is not self._rest:
             self._superseded.missed(item)
 
     def victim(self, kind: Kind | None) -> Item | None:
+        """Of the first tier that has one of ``kind``."""
         first: Item | None = None
         if kind != "checkpoint" and self._dead is not self._rest:
             first = self._dead.victim("kv")

@@ -32,8 +32,11 @@ class Reader(Protocol):
 
     word: ClassVar[str]
     """What chooses it: ``--format word``, or ``word:path``."""
-    unit: int
-    """Tokens that one id stands for."""
+
+    @property
+    def unit(self) -> int:
+        """Tokens that one id stands for."""
+        ...
 
     @staticmethod
     def recognises(record: Record) -> bool:

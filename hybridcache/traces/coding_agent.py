@@ -18,6 +18,7 @@ from hybridcache.arrivals import Fixed, Starts, interleave
 from hybridcache.trace import BadRecords, FreshIds, Ids, TraceRequest, units
 from hybridcache.traces.base import (
     LONGEST,
+    Reader,
     Record,
     json_lines,
     key,
@@ -29,7 +30,7 @@ from hybridcache.traces.base import (
 
 
 @dataclass(frozen=True, slots=True)
-class CodingAgentReader:
+class CodingAgentReader(Reader):
     """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when they did."""
 
     word: ClassVar[str] = "coding-agent"
@@ -43,6 +44,7 @@ class CodingAgentReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """Session-local ids, and requests."""
         return record.get("hash_id_scope") == "local" and "requests" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

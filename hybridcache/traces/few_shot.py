@@ -14,12 +14,12 @@ import numpy as np
 
 from hybridcache.arrivals import Poisson, Starts
 from hybridcache.trace import BadRecords, TraceRequest
-from hybridcache.traces.base import Record, json_lines, parsed, text
+from hybridcache.traces.base import Reader, Record, json_lines, parsed, text
 from hybridcache.traces.text import load_chat_text
 
 
 @dataclass(frozen=True, slots=True)
-class FewShotReader:
+class FewShotReader(Reader):
     """Each question its own session, arriving by ``starts``."""
 
     word: ClassVar[str] = "few-shot-questions"
@@ -33,6 +33,7 @@ class FewShotReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """A question and an answer."""
         return "question" in record and "answer" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

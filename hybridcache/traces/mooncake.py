@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import ClassVar
 
 from hybridcache.trace import BadRecords, FreshIds, TraceRequest, units
-from hybridcache.traces.base import Clock, Record, json_lines, parsed, read_ids, seconds, whole
+from hybridcache.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    parsed,
+    read_ids,
+    seconds,
+    whole,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class MooncakeReader:
+class MooncakeReader(Reader):
     """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``. Every request is its own session."""
 
     word: ClassVar[str] = "mooncake"
@@ -25,6 +34,7 @@ class MooncakeReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """``hash_ids`` and an ``input_length``."""
         return "hash_ids" in record and "input_length" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

@@ -26,11 +26,21 @@ from typing import Any, ClassVar, TextIO
 import numpy as np
 
 from hybridcache.trace import BadRecordError, BadRecords, FreshIds, Ids, Trace, TraceRequest, units
-from hybridcache.traces.base import Clock, Record, json_lines, key, parsed, read_ids, seconds, whole
+from hybridcache.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    parsed,
+    read_ids,
+    seconds,
+    whole,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class OwnReader:
+class OwnReader(Reader):
     """Reads what ``write`` wrote, or what a program of the user's did."""
 
     word: ClassVar[str] = "jsonl"
@@ -39,6 +49,7 @@ class OwnReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """The format's own line, or ``tokens`` or a ``prefix``."""
         has_tokens = isinstance(record.get("tokens"), list) or isinstance(
             record.get("prefix"), list
         )

@@ -25,6 +25,7 @@ from hybridcache.trace import BadRecords, TraceRequest
 from hybridcache.traces.base import (
     DAMAGED,
     LONGEST,
+    Reader,
     Record,
     json_lines,
     key,
@@ -188,7 +189,7 @@ def _segment(record: Record) -> Iterator[tuple[str, int, list[tuple[str, str]]]]
 
 
 @dataclass(frozen=True, slots=True)
-class ShareGPTReader:
+class ShareGPTReader(Reader):
     """Conversations with text. Every answer that follows a question is a request; a conversation ends at ``cap`` tokens."""
 
     word: ClassVar[str] = "sharegpt"
@@ -208,6 +209,7 @@ class ShareGPTReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """Conversations, with texts."""
         return "conversations" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -235,7 +237,7 @@ class ShareGPTReader:
 
 
 @dataclass(frozen=True, slots=True)
-class ShareGPTCountsReader:
+class ShareGPTCountsReader(Reader):
     """Conversations without text: ``{"id", "turns": [["u", tokens], ["a", tokens], ...], "first_msg_blocks16": [block ids]}``.
 
     First messages that agree in their 16-token blocks get the same ids there; all else is a conversation's own. Each
@@ -255,6 +257,7 @@ class ShareGPTCountsReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """Turns that are counts, and the blocks of the first message."""
         return "turns" in record and "first_msg_blocks16" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 from hybridcache.arrivals import Pauses, Poisson, Starts, interleave
 from hybridcache.trace import BadRecords, TraceRequest
-from hybridcache.traces.base import Record, key, objects, parsed, text
+from hybridcache.traces.base import Reader, Record, key, objects, parsed, text
 from hybridcache.traces.sharegpt import json_array
 from hybridcache.traces.text import ChatText, load_chat_text
 
 
 @dataclass(frozen=True, slots=True)
-class TauBenchReader:
+class TauBenchReader(Reader):
     """Trajectories as sessions; a customer and a tool answer in a few seconds."""
 
     word: ClassVar[str] = "taubench"
@@ -34,6 +34,7 @@ class TauBenchReader:
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        """A trajectory."""
         return "traj" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from hybridcache.trace import BadRecords, FreshIds, TraceRequest
-from hybridcache.traces.base import Clock, Record, json_lines, key, parsed, read_ids, seconds, whole
+from hybridcache.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    parsed,
+    read_ids,
+    seconds,
+    whole,
+)
 
 _PROMPT = ("input_tokens", "input_ids", "prompt_token_ids", "token_ids", "prompt")
 _ANSWER = ("output_tokens", "output_ids", "output_token_ids", "completion_token_ids")
@@ -27,7 +37,7 @@ _SESSION = ("session_id", "session", "conversation_id")
 
 
 @dataclass(frozen=True, slots=True)
-class TokenIdsReader:
+class TokenIdsReader(Reader):
     """One request a line, in order."""
 
     word: ClassVar[str] = "token-ids"
