@@ -325,14 +325,17 @@ class _Tuner:
         self._until: int | None = None
 
     def first_eviction(self) -> None:
+        """Start the clock: the first call says how many requests fitted."""
         if self._until is None:
             self._until = self._wait * max(1, len(self._requests))
 
     def record(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
+        """Keep a request for the replays."""
         self._requests.append((tokens, output, namespace))
 
     @property
     def ready(self) -> bool:
+        """Whether there are requests enough to choose by."""
         return self._until is not None and len(self._requests) >= self._until
 
     def best_alpha(self, cache: MarconiCache) -> float:

@@ -42,6 +42,7 @@ class PrefixNode:
 
 
 def new_root() -> PrefixNode:
+    """An empty tree."""
     return PrefixNode(np.empty(0, np.int32), None)
 
 

@@ -1,6 +1,6 @@
 """SGLang 0.5.23's hybrid radix cache: one tree, one component for KV and one for states, two LRUs, a static split.
 
-Published behaviour that decides its hit rates:
+Source: the published behaviour of its unified radix cache and Mamba component at 0.5.23. What decides its hit rates:
 
 - A match asks for ``prompt - 1`` tokens and ends at the deepest node with a state; only that node's state is refreshed.
   It splits edges, and a split leaves the state on the lower node.
@@ -11,6 +11,10 @@ Published behaviour that decides its hit rates:
   used: an inner node's becomes a tombstone, a leaf's takes the leaf's KV along.
 - ``max_states_per_path`` drops the shallowest states of the inserted path beyond it, never the tail or a fork.
 - Memory is split between states and KV in the ratio 0.9, once.
+
+Left out: pages of more than one token, the host and storage tiers, speculative decoding, retraction, the slots that a strategy
+reserves but does not use, that the server dies where no slot can be had (here the request waits), and the sweep of leaves that
+are left without a state (here they are the next to go).
 """
 
 from __future__ import annotations
@@ -71,6 +75,7 @@ class SglangCache:
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
+        """Match ``tokens``, take memory (evicting) and compute the prompt; None if it does not fit beside running requests. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)
@@ -80,6 +85,7 @@ class SglangCache:
         return session
 
     def check(self) -> None:
+        """AssertionError if tokens or slots are lost or twice owned, or a list is not what the tree says. O(tree)."""
         cached = 0
         leaves, with_state = set(), set()
         for root in self.roots.values():
@@ -121,10 +127,12 @@ class SglangCache:
             self.list_leaf(step)
 
     def list_leaf(self, node: PrefixNode) -> None:
+        """Make an unlocked leaf a candidate; nothing for other nodes. O(log leaves)."""
         if node.parent is not None and not node.children and not node.locks:
             self.leaves[node.time] = node
 
     def unlist_leaf(self, node: PrefixNode) -> None:
+        """Take a node out of the candidates if it is one. O(log leaves)."""
         if self.leaves.get(node.time) is node:
             del self.leaves[node.time]
 
@@ -137,6 +145,7 @@ class SglangCache:
             self.list_leaf(step)
 
     def allocate_tokens(self, num_tokens: int) -> bool:
+        """Take KV rows, evicting leaves; False, with nothing taken, if all that may go does not suffice."""
         while self.free_tokens < num_tokens and self.leaves:
             _, leaf = self.leaves.popitem(0)
             self.drop_leaf(leaf)
@@ -147,6 +156,7 @@ class SglangCache:
         return True
 
     def allocate_slot(self) -> bool:
+        """Take a slot, evicting the state least recently used; False if every state is in use."""
         if not self.free_slots:
             victim = next((node for node in self.states if not node.state_locks), None)
             if victim is None:
@@ -161,11 +171,13 @@ class SglangCache:
         return True
 
     def drop_state(self, node: PrefixNode) -> None:
+        """Free a node's slot; its KV stays."""
         del self.states[node]
         node.has_state = False
         self.free_slots += 1
 
     def drop_leaf(self, leaf: PrefixNode) -> None:
+        """Free a leaf's KV and its state; its parent may become a candidate."""
         if leaf.has_state:
             self.drop_state(leaf)
         self.free_tokens += len(leaf.tokens)
@@ -241,6 +253,7 @@ class SglangSession:
         return True
 
     def finish(self, output: Tokens) -> None:
+        """Decode ``output``, publish what its placement tracks, release the rest. Call once."""
         cache, length = self.cache, len(self.tokens)
         total = length + len(output)
         if self._take_tokens(len(output)):

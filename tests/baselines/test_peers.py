@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from hybridcache.baselines import BASELINES, BaselineConfig, build_baseline, replay
 from hybridcache.baselines.lightllm import LightllmCache
+from hybridcache.baselines.prefix_tree import new_root
 from hybridcache.baselines.sglang import SglangCache
+from hybridcache.generators import conversations
 from hybridcache.interface import Tokens
 from tests.baselines.prompts import QWEN3_NEXT, sightings, text
 
@@ -57,6 +59,22 @@ def test_sglang_pays_on_the_third_sighting_on_the_grid() -> None:
 def test_sglang_branching_kit() -> None:
     """A prefix of 257 tokens and a suffix each: its own test of branches sees 0, 0, 256 cached tokens."""
     assert sightings(sglang(), text(0, 257), 3) == [0, 0, 256]
+
+
+def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
+    """Published: of 2,000 first turns 1,986 find the KV of their system prompt in the tree, and none a state."""
+    peer = sglang(placement="end")
+    root = peer.roots.setdefault(None, new_root())
+    opened: set[object] = set()
+    matched = 0
+    for request in conversations(live=8, num_conversations=60):
+        if request.session not in opened:
+            opened.add(request.session)
+            node, kv_len = peer.match(root, request.tokens[:-1])
+            assert node.depth == 0
+            matched += kv_len >= 500
+        replay(peer, request.tokens, request.output)
+    assert (len(opened), matched) == (60, 60 - 16)
 
 
 def test_sglang_forgets_short_prompts_and_short_answers() -> None:
