@@ -6,8 +6,10 @@ python -m experiments.bench_tree [--runs 5] [--quick]
 each request matches, gathers, locks, allocates (evicting as needed), inserts with one state at its end, gathers again,
 moves the lock and unlocks. The long one is 20 conversations x 200 turns. Garbage collector on, one thread, one process.
 
-A run's mean is what a user pays on the machine as it is; "quiet" takes, request by request, the fastest of all runs, which
-leaves out what other processes did. Writes results/bench_tree.jsonl and figures/bench_tree.png.
+A run's mean is what a user pays on the machine as it is. Three figures say what of it is not the tree's: "quiet" takes, request
+by request, the fastest of all runs, which leaves out what other processes did; "cpu" is the thread's own processor time,
+with the clocks and the caller's concatenation (two microseconds) in it; "gc" is the garbage collector's share, wherever in
+the run it was set off. Writes results/bench_tree.jsonl and figures/bench_tree.png.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +61,28 @@ class Run(NamedTuple):
     prompt_tokens: int
     evicted: np.ndarray
     """Items evicted by each request, int64[requests]."""
+    cpu: np.ndarray
+    """Nanoseconds of processor time, int64[requests]."""
+    gc_ns: int
+    """Spent in the garbage collector, all requests together."""
+
+
+class CollectorClock:
+    """How long the garbage collector runs while this context is open."""
+
+    def __enter__(self) -> CollectorClock:
+        self.nanoseconds = self._began = 0
+        gc.callbacks.append(self._told)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._told)
+
+    def _told(self, phase: str, _: object) -> None:
+        if phase == "start":
+            self._began = perf_counter_ns()
+        else:
+            self.nanoseconds += perf_counter_ns() - self._began
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +111,21 @@ def new_cache(num_kv_tokens: int, num_slots: int) -> HybridRadixCache:
 
 def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
     """Serve ``work``, timing each verb. The rows' concatenation is the caller's and not counted."""
+    with CollectorClock() as collector:
+        run = _replay(work, cache)
+    return run._replace(gc_ns=collector.nanoseconds)
+
+
+def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
     verbs: list[tuple[int, ...]] = []
     evicted: list[int] = []
+    cpu: list[int] = []
     cached_tokens = prompt_tokens = 0
     now = perf_counter_ns
     for prompt, everything in work:
         evictions = cache.stats.evictions
         end = len(everything)
+        began = thread_time_ns()
         t0 = now()
         match = cache.match(prompt)
         t1 = now()
@@ -119,6 +151,7 @@ def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
         cache.unlock(receipt)
         cache.unlock(moved)
         t9 = now()
+        cpu.append(thread_time_ns() - began)
         if len(result.duplicates):
             cache.free_kv(result.duplicates)
         for rejected in result.rejected_slots:
@@ -128,7 +161,9 @@ def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
         cached_tokens += match.cached_len
         prompt_tokens += len(prompt)
     rate = cached_tokens / prompt_tokens
-    return Run(np.array(verbs), cache, rate, prompt_tokens, np.array(evicted))
+    return Run(
+        np.array(verbs), cache, rate, prompt_tokens, np.array(evicted), np.array(cpu), gc_ns=0
+    )
 
 
 def measure(
@@ -144,6 +179,9 @@ def measure(
     last.cache.check(held_tokens=0, held_slots=0)
     quiet = np.minimum.reduce([run.verbs for run in replays])
     means = sorted(float(run.verbs.sum(1).mean()) / 1e3 for run in replays)
+    medians = sorted(float(np.median(run.verbs.sum(1))) / 1e3 for run in replays)
+    cpu_means = [float(run.cpu.mean()) / 1e3 for run in replays]
+    gc_means = [run.gc_ns / len(run.verbs) / 1e3 for run in replays]
     return {
         "measure": name,
         "requests": len(last.verbs),
@@ -154,9 +192,14 @@ def measure(
         "evicted_per_request": round(float(last.evicted.mean()), 2),
         "request_us_mean": round(statistics.median(means), 2),
         "request_us_mean_spread": [round(means[0], 2), round(means[-1], 2)],
-        "request_us_median": round(float(np.median(last.verbs.sum(1))) / 1e3, 2),
+        "request_us_median": round(statistics.median(medians), 2),
+        "request_us_median_spread": [round(medians[0], 2), round(medians[-1], 2)],
+        "request_us_cpu_mean": round(statistics.median(cpu_means), 2),
+        "request_us_gc_mean": round(statistics.median(gc_means), 2),
         "request_us_quiet": round(float(quiet.sum(1).mean()) / 1e3, 2),
+        "request_us_quiet_median": round(float(np.median(quiet.sum(1))) / 1e3, 2),
         "verb_us_mean": _by_verb(np.median([run.verbs.mean(0) for run in replays], axis=0)),
+        "verb_us_median": _by_verb(np.median([np.median(run.verbs, 0) for run in replays], axis=0)),
         "verb_us_quiet": _by_verb(quiet.mean(0)),
         "runs": runs,
     }
@@ -173,7 +216,7 @@ def match_alone(runs: int) -> dict[str, Any]:
     replay(work, cache)
     recent = [w.prompt for w in list(work)[-600:] if 1900 <= len(w.prompt) <= 2100]
     best = np.full(len(recent), np.iinfo(np.int64).max)
-    medians = []
+    medians, means = [], []
     for _ in range(5 * runs):
         times = []
         for prompt in recent:
@@ -181,11 +224,13 @@ def match_alone(runs: int) -> dict[str, Any]:
             cache.match(prompt)
             times.append(perf_counter_ns() - begin)
         medians.append(statistics.median(times))
+        means.append(statistics.mean(times))
         best = np.minimum(best, times)
     return {
         "measure": "match alone, prompts of 1,900-2,100 tokens",
         "prompts": len(recent),
         "match_us_median": round(statistics.median(medians) / 1e3, 2),
+        "match_us_mean": round(statistics.median(means) / 1e3, 2),
         "match_us_quiet": round(float(best.mean()) / 1e3, 2),
     }
 
@@ -205,19 +250,26 @@ def growth(runs: int, bar: Any, quick: bool) -> list[dict[str, Any]]:
             fill(caches[-1], num_nodes, 10)
         work = Workload(2, 900, 5, limit=500 // factor)
         record = _grown(f"{num_nodes:,} nodes", caches, work, 400 // factor, bar)
-        record["eviction_us_per_item"] = min(_evictions(cache) for cache in caches)
+        record |= _evictions(caches)
         records.append(record)
     return records
 
 
-def _evictions(cache: HybridRadixCache) -> float:
-    """Median microseconds of evicting one item, the oldest, from a full cache."""
-    times = []
-    for _ in range(500):
-        begin = perf_counter_ns()
-        cache.evict(num_tokens=1)
-        times.append(perf_counter_ns() - begin)
-    return round(statistics.median(times) / 1e3, 2)
+def _evictions(caches: Sequence[HybridRadixCache]) -> dict[str, float]:
+    """Microseconds of evicting one item, the oldest, from a full cache: the quietest of ``caches``."""
+    medians, means = [], []
+    for cache in caches:
+        times = []
+        for _ in range(500):
+            begin = perf_counter_ns()
+            cache.evict(num_tokens=1)
+            times.append(perf_counter_ns() - begin)
+        medians.append(statistics.median(times))
+        means.append(statistics.mean(times))
+    return {
+        "eviction_us_per_item": round(min(medians) / 1e3, 2),
+        "eviction_us_per_item_mean": round(min(means) / 1e3, 2),
+    }
 
 
 def _grown(
@@ -232,6 +284,7 @@ def _grown(
     evicted = int(replays[0].evicted[-tail:].sum())
     others = [index for index, verb in enumerate(VERBS) if verb != "allocate"]
     allocate = quiet[:, VERBS.index("allocate")]
+    without_allocation = quiet[:, others].sum(1)
     last = replays[-1].cache
     return {
         "measure": name,
@@ -239,20 +292,22 @@ def _grown(
         "cached_tokens": last.cached_tokens,
         "nodes": last.num_nodes,
         "token_hit_rate": round(replays[-1].token_hit_rate, 4),
-        "us_without_allocation": round(float(np.median(quiet[:, others].sum(1))) / 1e3, 2),
+        "us_without_allocation": round(float(np.median(without_allocation)) / 1e3, 2),
+        "us_without_allocation_mean": round(float(without_allocation.mean()) / 1e3, 2),
         "eviction_us_per_item": round(float(allocate.sum()) / max(evicted, 1) / 1e3, 2),
         "verb_us_median": _by_verb(np.median(quiet, axis=0)),
     }
 
 
 def fill(cache: HybridRadixCache, num_nodes: int, tokens_each: int) -> None:
-    """Hang ``num_nodes`` leaves with a checkpoint each under one root."""
+    """Hang ``num_nodes`` leaves with a checkpoint each under one root; longer ones that are there are cut."""
     for number in range(num_nodes):
         tokens = np.arange(tokens_each, dtype=np.int32)
         tokens[0] = 1_000_000 + number
         rows, slot = cache.allocate_kv(tokens_each), cache.allocate_slot()
         assert rows is not None and slot is not None
-        cache.insert(tokens, rows, ((tokens_each, slot),))
+        result = cache.insert(tokens, rows, ((tokens_each, slot),))
+        cache.free_kv(result.duplicates)
 
 
 def memory() -> dict[str, Any]:
@@ -281,6 +336,20 @@ def memory() -> dict[str, Any]:
         tracemalloc.stop()
         return used, cache
 
+    def traced_splits() -> float:
+        """Bytes of one node, after each was cut in two and all have a checkpoint. Tokens not counted."""
+        num_nodes, half = 5_000, 10
+        cache = new_cache(2 * half * num_nodes + half, 2 * num_nodes)
+        gc.collect()
+        tracemalloc.start()
+        fill(cache, num_nodes, 2 * half)
+        fill(cache, num_nodes, half)
+        gc.collect()
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert cache.num_nodes == cache.num_checkpoints == 2 * num_nodes
+        return (used - 8 * cache.cached_tokens) / cache.num_nodes
+
     used, cache = traced_workload()
     allowed = 12 * cache.cached_tokens + 1024 * cache.num_nodes + 8 * cache.ghost_tokens
     few, many = traced(200, 10_000, False), traced(20_000, 10, False)
@@ -289,6 +358,7 @@ def memory() -> dict[str, Any]:
         "measure": "host memory",
         "bytes_per_cached_token": round((few - 200 * node_bytes) / 2_000_000, 2),
         "bytes_per_node": round(node_bytes),
+        "bytes_per_node_of_a_pair_cut_by_a_split": round(traced_splits()),
         "workload_bytes": used,
         "workload_bytes_allowed_by_the_goal": allowed,
         "bytes_per_ghost_token_of_600_token_nodes": round(traced(2_000, 600, True) / 1_200_000, 2),

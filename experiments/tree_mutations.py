@@ -286,33 +286,39 @@ MUTATIONS = (
         "        if False:\n            branch_len, missed",
     ),
     Mutation(
-        "LRU forgets what came late when it makes its heap anew",
+        "LRU forgets live items when it sweeps",
         LRU,
-        "self.heap = [(key, item) for item, key in self.late.items()]",
-        "self.heap = []",
+        "deque(entry for entry in self.queue if entry[2].memo is entry)",
+        "deque()",
     ),
     Mutation(
         "LRU does not notice later uses in its queue",
         LRU,
-        "if first.last_used == queue[first]:",
+        "if item.last_used == entry[0]:",
         "if True:",
     ),
     Mutation(
         "LRU does not notice later uses in its heap",
         LRU,
-        "            elif item.last_used > key[0]:",
+        "            elif item.last_used > entry[0]:",
         "            elif False:",
     ),
     Mutation(
-        "LRU returns items that were discarded", LRU, "if late.get(item) != key:", "if False:"
+        "LRU returns items that were discarded",
+        LRU,
+        "            if item.memo is not entry:\n                heappop(late)\n            elif",
+        "            if",
     ),
     Mutation(
-        "LRU queues what comes late behind the youngest", LRU, "if key > line.newest:", "if True:"
+        "LRU queues what comes late behind the youngest",
+        LRU,
+        "if queue and entry < queue[-1]:",
+        "if False:",
     ),
     Mutation(
         "LRU prefers checkpoints when both kinds may go",
         LRU,
-        "return kv if _key(kv) < _key(checkpoint) else checkpoint",
+        "return kv if kv_age < checkpoint_age else checkpoint",
         "return checkpoint",
     ),
     Mutation(

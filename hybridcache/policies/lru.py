@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from heapq import heapify, heappop, heappush
+from collections import deque
+from heapq import heapify, heappop, heappush, heapreplace
 
 from hybridcache.policies.protocol import Item, Kind
 
-Key = tuple[int, int]
-"""(last use, serial): what candidates are ordered by."""
+Entry = tuple[int, int, Item]
+"""(last use when entered, serial, item): what candidates are ordered by."""
 
 
 class LRU:
     """Least recently used first, over both kinds; ties go in order of creation.
 
-    ``touch`` does nothing: an item only ever grows younger, so one that was used where it stands is put in its place when it
-    comes to the front. Amortised O(log n) each, O(1) in order of use.
+    ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is put in its place when it
+    comes to the front. ``discard`` only unmarks. Amortised O(log n) each, O(1) in order of use.
 
     Any class with these five methods is a policy; ``CacheConfig(eviction="module:Class")`` uses one of your own. This one is
     the default and called ten times a request, so it keeps the tiers of ``policies.tiers`` itself.
@@ -27,21 +27,20 @@ class LRU:
         self._superseded = _Line() if demote_superseded else self._checkpoints
 
     def add(self, item: Item) -> None:
+        item.memo = entry = (item.last_used, item.serial, item)
         if item.kind == "kv":
             line = self._dead if item.dead else self._kv
         else:
             line = self._superseded if item.superseded else self._checkpoints
-        last_used = item.last_used
-        key = (last_used, item.serial)
-        if key > line.newest:
-            line.newest = key
-            item.memo = queue = line.queue
-            queue[item] = last_used
+        queue = line.queue
+        if queue and entry < queue[-1]:
+            line.add_late(entry)
         else:
-            line.add_late(key, item)
+            queue.append(entry)
+            if len(queue) > line.limit:
+                line.sweep()
 
     def discard(self, item: Item) -> None:
-        del item.memo[item]
         item.memo = None
 
     def touch(self, item: Item) -> None:
@@ -64,59 +63,62 @@ class LRU:
         kv, checkpoint = self._kv.oldest(), self._checkpoints.oldest()
         if kv is None or checkpoint is None:
             return kv or checkpoint
-        return kv if _key(kv) < _key(checkpoint) else checkpoint
+        kv_age = (kv.last_used, kv.serial)
+        checkpoint_age = (checkpoint.last_used, checkpoint.serial)
+        return kv if kv_age < checkpoint_age else checkpoint
 
 
 class _Line:
-    """Candidates of one tier and kind, oldest first. Nearly all come in order and stand in a queue, an ordered dict from the
-    item to its last use when it came; one that belongs further back (of a node that became a leaf, or used where it stood)
-    goes to a heap. Were all in one heap, a pop would read two cold entries at each level: half of what an eviction costs at
-    100,000 nodes.
+    """Candidates of one tier and kind, oldest first. Nearly all come in order and are appended to a queue; one that belongs
+    further back (of a node that became a leaf, or used since it came) goes to a heap. Were all in one heap, a pop would read
+    two cold entries at each level: half of what an eviction costs at 100,000 nodes.
 
-    ``memo`` of an item is the dict that has it: ``queue`` or ``late``. What left ``late`` is stale in the heap.
+    An entry is stale once its item's memo is another. It leaves at the front, or with all others when the line has doubled.
     """
 
-    __slots__ = ("heap", "late", "newest", "queue")
+    __slots__ = ("late", "limit", "queue")
 
     def __init__(self) -> None:
-        self.queue: OrderedDict[Item, int] = OrderedDict()
-        self.newest: Key = (-1, -1)
-        """The key of what came to the queue last."""
-        self.late: dict[Item, Key] = {}
-        self.heap: list[tuple[Key, Item]] = []
+        self.queue: deque[Entry] = deque()
+        self.late: list[Entry] = []
+        self.limit = 64
+        """Length of either at which both are swept."""
 
-    def add_late(self, key: Key, item: Item) -> None:
+    def add_late(self, entry: Entry) -> None:
         """O(log n), amortised."""
-        item.memo, self.late[item] = self.late, key
-        heappush(self.heap, (key, item))
-        if len(self.heap) > 64 + 2 * len(self.late):
-            self.heap = [(key, item) for item, key in self.late.items()]
-            heapify(self.heap)
+        heappush(self.late, entry)
+        if len(self.late) > self.limit:
+            self.sweep()
 
     def oldest(self) -> Item | None:
-        """The least recently used. Amortised O(log n)."""
+        """The least recently used item, after stale entries before it are gone. Amortised O(log n)."""
         queue, late = self.queue, self.late
-        first: Item | None = None
+        first: Entry | None = None
         while queue:
-            first = next(iter(queue))
-            if first.last_used == queue[first]:
-                break
-            del queue[first]
-            self.add_late(_key(first), first)
-            first = None
+            entry = queue[0]
+            item = entry[2]
+            if item.memo is entry:
+                if item.last_used == entry[0]:
+                    first = entry
+                    break
+                item.memo = entry = (item.last_used, entry[1], item)
+                heappush(late, entry)
+            queue.popleft()
         while late:
-            key, item = self.heap[0]
-            if late.get(item) != key:
-                heappop(self.heap)
-            elif item.last_used > key[0]:
-                heappop(self.heap)
-                self.add_late(_key(item), item)
-            elif first is None or key < _key(first):
-                return item
+            entry = late[0]
+            item = entry[2]
+            if item.memo is not entry:
+                heappop(late)
+            elif item.last_used > entry[0]:
+                item.memo = entry = (item.last_used, entry[1], item)
+                heapreplace(late, entry)
             else:
-                break
-        return first
+                return item if first is None or entry < first else first[2]
+        return None if first is None else first[2]
 
-
-def _key(item: Item) -> Key:
-    return item.last_used, item.serial
+    def sweep(self) -> None:
+        """Drop stale entries. O(n), as many steps after the last sweep."""
+        self.queue = deque(entry for entry in self.queue if entry[2].memo is entry)
+        self.late = [entry for entry in self.late if entry[2].memo is entry]
+        heapify(self.late)
+        self.limit = 64 + 2 * max(len(self.queue), len(self.late))

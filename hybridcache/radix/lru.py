@@ -41,8 +41,10 @@ class GhostList:
 
     def add(self, ghost: RadixNode) -> None:
         """``ghost`` has just lost its KV."""
+        assert ghost.parent is not None
         self._order[ghost] = None
-        self.num_bytes += len(ghost.edge) + GHOST_NODE_BYTES
+        # The edge's length without looking at the edge: it has been cold for as long as the node was old.
+        self.num_bytes += (ghost.end - ghost.parent.end) * TOKEN_BYTES + GHOST_NODE_BYTES
 
     def discard(self, ghost: RadixNode) -> None:
         """``ghost`` is resident again."""
