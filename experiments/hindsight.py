@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from experiments import provenance
@@ -93,11 +94,13 @@ class Hindsights:
             None if best.bound is None else round(best.bound, 6),
         )
         known = _read() | {found.key: found}
-        provenance.write_json_lines(_path(), map(asdict, known.values()))
+        whole = _path().with_suffix(".new")  # another study may be reading
+        provenance.write_json_lines(whole, map(asdict, known.values()))
+        whole.replace(_path())
         return found
 
 
-def _path() -> Any:
+def _path() -> Path:
     return provenance.RESULTS / NAME
 
 

@@ -10,23 +10,20 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
-from hybridcache.report import COLOURS, draw_limits, losses_table, panels, save, size_axis
+from hybridcache.report import (
+    COLOURS,
+    draw_limits,
+    losses_table,
+    panels,
+    save,
+    size_axis,
+    stack_losses,
+)
 from hybridcache.simulate import SimulationResult
-from hybridcache.simulation.result import RunResult
 
 TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")
 PLACEMENTS = ("backoff", "branch,boundary,backoff,end")
 """One state a prompt, at its last aligned position, as most engines save it; and the default."""
-CAUSES = {
-    "never_seen": ("never seen", "#d9d9d9"),
-    "kv_evicted": ("KV evicted", "#1b6ca8"),
-    "checkpoint_evicted": ("checkpoint evicted", "#c8553d"),
-    "never_checkpointed": ("never checkpointed", "#d99a1c"),
-    "below_grid": ("below the grid", "#8a5a9e"),
-    "refused": ("refused", "#555555"),
-}
-
-
 CAPTION = (
     "Left, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, at any size. Middle, branch point "
     "and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it. Dots: the best plan with hindsight "
@@ -57,7 +54,7 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
         *stacked, share = axes[num_panels * number : num_panels * (number + 1)]
         for axis, colour, placement in zip(stacked, COLOURS, PLACEMENTS, strict=False):
             runs = [run for run in result.runs if run.config["checkpoints"] == placement]
-            _stack(axis, runs)
+            stack_losses(axis, runs)
             draw_limits(axis, replace(result, bound_rate=None, plan_bounds={}))
             axis.set_title(f"{title(result, options)}\nLRU: {placement}", fontsize=8)
             axis.set_ylabel("prompt tokens, %")
@@ -71,18 +68,6 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
             size_axis(axis)
             axis.set_ylim(0, 100 if axis is not share else 105)
     save(figure, axes, figure_path("study_losses"), CAPTION)
-
-
-def _stack(axis: Any, runs: list[RunResult]) -> None:
-    sizes = [run.gib or 0.0 for run in runs]
-    top = [100.0] * len(runs)
-    for cause, (words, colour) in CAUSES.items():
-        lost = [100 * (run.losses or {})[cause] / run.prompt_tokens for run in runs]
-        floor = [high - part for high, part in zip(top, lost, strict=True)]
-        if max(lost) > 0.05:
-            axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
-        top = floor
-    axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
 
 
 if __name__ == "__main__":

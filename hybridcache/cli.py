@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_METRICS = (
+    "hit, request-hit, bound, optimum, flops, seconds, seconds-saved, ttft-mean, ttft-p5, ttft-p50, ttft-p95, ttft-p99, "
+    "regret, checkpoints, reuse, copied, written, control"
+)
 _TRACE_HELP = (
     "[word:]file[?option=value&...], or a generator: chat, few-shot, agent, branch, resend, short, "
     "conversations, sharegpt-like ..."
@@ -119,7 +123,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--baseline", default="", help="rebuilt peers, commas between: vllm, sglang, lightllm ...")
     add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
     add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
-    add("--metric", default="hit", help="what tables and the figure show, commas between")
+    add("--metric", default="hit", help=f"what tables and figure show, commas between: {_METRICS}")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add("--bins", action="store_true", help="also by prompt length and by turn of the session")
     add("--state-dtype", help="precision of checkpoints: float32 (default), bfloat16, int8")
@@ -130,7 +134,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--times", help="file of measured prefill times; default: a roofline of H100s")
     add("--processes", type=int, default=1, help="runs at the same time; changes no result")
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
-    add("--figure", type=Path, help="PNG or SVG to draw")
+    add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
     add("--skip-bad", action="store_true", help="count records that can not be read")
     parser.set_defaults(run=_simulate)
 
@@ -138,7 +142,14 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hybridcache.report import bins_table, find_metric, losses_table, sweep_figure
+    from hybridcache.report import (
+        bins_figure,
+        bins_table,
+        find_metric,
+        losses_figure,
+        losses_table,
+        sweep_figure,
+    )
     from hybridcache.simulate import simulate
     from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
 
@@ -184,9 +195,21 @@ def _simulate(options: argparse.Namespace) -> int:
             print(bins_table(result.runs, "length"), end="\n\n")
             print(bins_table(result.runs, "turn"), end="\n\n")
     if options.figure:
-        sweep_figure(results, options.figure, metrics[0])
-        print(f"figure: {options.figure}")
+        drawn = [options.figure]
+        sweep_figure(results, options.figure, metrics)
+        if options.losses:
+            drawn.append(_beside(options.figure, "losses"))
+            losses_figure(results, drawn[-1])
+        if options.bins:
+            drawn.append(_beside(options.figure, "bins"))
+            bins_figure(results, drawn[-1])
+        for path in drawn:
+            print(f"figure: {path}")
     return 0
+
+
+def _beside(path: Path, word: str) -> Path:
+    return path.with_name(f"{path.stem}-{word}{path.suffix}")
 
 
 def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

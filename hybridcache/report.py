@@ -231,31 +231,125 @@ _DASHES = ("-", "--", ":", "-.")
 def sweep_figure(
     results: Sequence[SimulationResult],
     path: Path,
-    word: str = "hit",
+    words: str | Sequence[str] = "hit",
     *,
     emphasised: Sequence[str] = (),
     caption: str = "",
 ) -> None:
-    """One panel a trace: ``word`` over memory size on a log axis, a line a competitor, the bound dashed. Where the best plan with
-    hindsight was worked out and ``word`` is the token hit rate, it is the black line, and a second panel beside the first shows each
-    line as a share of it.
+    """A panel a trace and metric: each of ``words`` over memory size on a log axis, a line a competitor. Beside the token hit rate stands
+    its share of the best plan with hindsight, where that was worked out; the plan and the bounds are black lines.
 
     ``emphasised`` labels are drawn thick, all others thin.
     """
-    with_optimum = word == "hit" and any(
-        run.optimum_tokens for result in results for run in result.runs
-    )
-    metrics = [find_metric(word)] + [METRICS["optimum"]] * with_optimum
-    figure, axes = panels(len(metrics) * len(results), columns=4 if with_optimum else 3)
+    words = [words] if isinstance(words, str) else list(words)
+    known = any(run.optimum_tokens for result in results for run in result.runs)
+    if known and "hit" in words and "optimum" not in words:
+        words.insert(words.index("hit") + 1, "optimum")
+    in_a_row = next((count for count in (4, 3, 2) if count % len(words) == 0), 3)
+    figure, axes = panels(len(words) * len(results), columns=in_a_row)
     for number, result in enumerate(results):
-        for metric, axis in zip(metrics, axes[number * len(metrics) :], strict=False):
+        for word, axis in zip(words, axes[number * len(words) :], strict=False):
+            metric = find_metric(word)
             _draw_lines(axis, result, metric, emphasised)
             size_axis(axis)
             axis.set_ylabel(metric.title)
             axis.set_title(title(result), fontsize=9)
-        if word == "hit":
-            draw_limits(axes[number * len(metrics)], result)
+            if word == "hit":
+                draw_limits(axis, result)
     save(figure, axes, path, caption)
+
+
+def bins_figure(
+    results: Sequence[SimulationResult], path: Path, gib: float | None = None, caption: str = ""
+) -> None:
+    """Two panels a trace, at the size nearest to ``gib`` (None: the middle one): token hit rate by prompt length and by how many
+    requests of the session came before."""
+    figure, axes = panels(2 * len(results), columns=4 if len(results) > 1 else 2)
+    for number, result in enumerate(results):
+        for axis, by, words in zip(
+            axes[2 * number :],
+            ("length", "turn"),
+            ("prompt tokens", "earlier requests of the session"),
+            strict=False,
+        ):
+            for place, (label, runs) in enumerate(result.by_label().items()):
+                run = _nearest(runs, gib)
+                bins = run.by_length if by == "length" else run.by_turn
+                axis.plot(
+                    [
+                        max(bin_.start, bin_.end // 2) if by == "length" else bin_.start
+                        for bin_ in bins
+                    ],
+                    [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
+                    color=COLOURS[place % len(COLOURS)],
+                    linestyle=_DASHES[place // len(COLOURS) % len(_DASHES)],
+                    marker="o",
+                    markersize=3,
+                    linewidth=1.3,
+                    label=label,
+                )
+            if by == "length":
+                axis.set_xscale("log", base=2)
+            else:
+                axis.set_xscale("symlog", base=2)
+            axis.xaxis.set_major_formatter("{x:,g}")
+            axis.set_ylim(0, 100)
+            axis.set_xlabel(f"{words}, from")
+            axis.set_ylabel(METRICS["hit"].title)
+            size = _nearest(result.runs, gib)
+            axis.set_title(f"{title(result)}, {_size(size)} GiB", fontsize=8.5)
+    save(figure, axes, path, caption)
+
+
+def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
+    if gib is None:
+        return sorted(runs, key=lambda run: run.gib or 0.0)[len(runs) // 2]
+    return min(runs, key=lambda run: abs((run.gib or 0.0) - gib))
+
+
+LOSSES = {
+    "never_seen": ("never seen", "#d9d9d9"),
+    "kv_evicted": ("KV evicted", "#1b6ca8"),
+    "checkpoint_evicted": ("checkpoint evicted", "#c8553d"),
+    "never_checkpointed": ("never checkpointed", "#d99a1c"),
+    "below_grid": ("below the grid", "#8a5a9e"),
+    "refused": ("refused", "#555555"),
+}
+"""Causes of lost tokens: words and colours."""
+
+
+def losses_figure(results: Sequence[SimulationResult], path: Path, caption: str = "") -> None:
+    """A panel a trace and competitor that knows: the causes stacked over the size; what is white was reused."""
+    shown = [
+        (result, label, runs)
+        for result in results
+        for label, runs in result.by_label().items()
+        if all(run.losses is not None for run in runs)
+    ]
+    if not shown:
+        raise ValueError("none of these runs says why tokens were lost: rebuilt peers do not")
+    figure, axes = panels(len(shown), 4.2, 3.2, columns=4)
+    for axis, (result, label, runs) in zip(axes, shown, strict=True):
+        stack_losses(axis, runs)
+        draw_limits(axis, result)
+        size_axis(axis)
+        axis.set_ylim(0, 100)
+        axis.set_ylabel("prompt tokens, %")
+        axis.set_title(f"{title(result)}\n{label}", fontsize=8)
+    save(figure, axes, path, caption)
+
+
+def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
+    """Lost tokens by cause over the sizes of ``runs``, from the top."""
+    sizes = [run.gib or 0.0 for run in runs]
+    top = [100.0] * len(runs)
+    for cause, (words, colour) in LOSSES.items():
+        lost = [100 * (run.losses or {}).get(cause, 0) / run.prompt_tokens for run in runs]
+        floor = [high - part for high, part in zip(top, lost, strict=True)]
+        if max(lost) > 0.05:
+            axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
+        top = floor
+    axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
 
 
 def title(result: SimulationResult) -> str:

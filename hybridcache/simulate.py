@@ -10,6 +10,7 @@ True
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from hybridcache.costs import MeasuredTimes, ModelGeometry, PrefillTimes, Roofli
 from hybridcache.infinite import InfiniteCache
 from hybridcache.simulation.result import RunResult, budget_bytes, sizes
 from hybridcache.simulation.serving import Serving
-from hybridcache.simulation.sweep import Job, run_sweep
+from hybridcache.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, GIB, RunConfig, check_words
 from hybridcache.trace import Trace
 from hybridcache.traces import open_trace
@@ -82,11 +83,23 @@ class SimulationResult:
 
         write_runs(self, Path(path))
 
-    def figure(self, path: str | Path, metric: str = "hit") -> None:
-        """One metric over the sizes as PNG or SVG."""
+    def figure(self, path: str | Path, metric: Words = "hit") -> None:
+        """Metrics over the sizes as PNG or SVG, a panel each."""
         from hybridcache.report import sweep_figure
 
         sweep_figure([self], Path(path), metric)
+
+    def bins_figure(self, path: str | Path, gib: float | None = None) -> None:
+        """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the middle."""
+        from hybridcache.report import bins_figure
+
+        bins_figure([self], Path(path), gib)
+
+    def losses_figure(self, path: str | Path) -> None:
+        """Where the prompt tokens went over the sizes, a panel a competitor."""
+        from hybridcache.report import losses_figure
+
+        losses_figure([self], Path(path))
 
 
 def simulate(
@@ -157,7 +170,7 @@ def simulate(
         bound_tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
         bound_rate = bound_tokens / runs[0].prompt_tokens
         runs = [replace(run, bound_tokens=bound_tokens) for run in runs]
-    bounds = {}
+    bounds: dict[float, float] = {}
     if optimum is not None:
         best = {
             size: _best_possible(
@@ -174,7 +187,29 @@ def simulate(
             for size, plan in best.items()
             if plan.bound is not None
         }
+    if resume_from and (bound or optimum):
+        identity = identity_of(opened)
+        _complete(Path(resume_from), [job.key(identity) for job in jobs], runs, bounds)
     return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds)
+
+
+def _complete(
+    path: Path, keys: Sequence[str], runs: Sequence[RunResult], bounds: Mapping[float, float]
+) -> None:
+    """Write the yardsticks into the lines of ``path`` that were written run by run, before they were known."""
+    known = {}
+    for key, run in zip(keys, runs, strict=True):
+        bound = bounds.get(run.gib or 0.0)
+        known[key] = run.as_record() | ({} if bound is None else {"plan_bound": bound})
+    whole = path.with_name(path.name + ".new")
+    with path.open(encoding="utf-8") as lines, whole.open("w", encoding="utf-8") as file:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # half a line, left by a process that was killed
+            file.write(json.dumps(record | known.get(record.get("key"), {})) + "\n")
+    whole.replace(path)
 
 
 def _best_possible(
