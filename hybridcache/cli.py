@@ -156,8 +156,7 @@ def _simulate(options: argparse.Namespace) -> int:
     metrics = options.metric.split(",")
     for word in metrics:
         find_metric(word)
-    if options.figure and options.figure.suffix not in (".png", ".svg"):
-        raise ValueError(f"--figure {options.figure}: its name must end in .png or .svg")
+    _check_figure(options.figure)
     results = []
     for spec in options.trace:
         trace = _open(spec, options)
@@ -208,6 +207,11 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_figure(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--figure {path}: its name must end in .png or .svg")
+
+
 def _beside(path: Path, word: str) -> Path:
     return path.with_name(f"{path.stem}-{word}{path.suffix}")
 
@@ -230,7 +234,8 @@ def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--gap", type=float, default=0.005, help="stop when bound and plan are so close")
     add("--limit", type=float, default=60.0, help="seconds for one size")
     add("--skip-bad", action="store_true", help="count records that can not be read")
-    add("--output", type=Path, help="JSON lines, one a size")
+    add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
+    add("--figure", type=Path, help="PNG or SVG to draw: plan and bound, and that price")
     parser.set_defaults(run=_optimum)
 
 
@@ -239,9 +244,10 @@ def _optimum(options: argparse.Namespace) -> int:
 
     from hybridcache.costs import ModelGeometry
     from hybridcache.optimum import optimum
-    from hybridcache.report import optimum_table
+    from hybridcache.report import optimum_figure, optimum_table
     from hybridcache.simulation.result import budget_bytes, sizes
 
+    _check_figure(options.figure)
     geometry = ModelGeometry.load(options.model).with_state_dtype(options.state_dtype)
     trace = _open(options.trace, options).kept()
     found = []
@@ -262,8 +268,12 @@ def _optimum(options: argparse.Namespace) -> int:
             found.append(best)
             if options.output:
                 with options.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(best.record() | {"model": geometry.name}) + "\n")
+                    record = best.record(with_prices=True) | {"model": geometry.name}
+                    file.write(json.dumps(record) + "\n")
     print(optimum_table(found))
+    if options.figure:
+        optimum_figure(found, options.figure)
+        print(f"figure: {options.figure}")
     return 0
 
 

@@ -44,8 +44,8 @@ METRICS: dict[str, Metric] = {
     "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
     "optimum": Metric("share of the optimum, %", lambda run: _percent(run.share_of_optimum)),
     "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
-    "seconds": Metric("prefill seconds spent", lambda run: run.seconds),
-    "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved),
+    "seconds": Metric("prefill seconds spent", lambda run: run.seconds, "{:.3g}"),
+    "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved, "{:.3g}"),
     "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s, "{:.0f}"),
     "ttft-p5": Metric("TTFT P5, ms", lambda run: 1e3 * run.ttft_s[5], "{:.0f}"),
     "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50], "{:.0f}"),
@@ -194,25 +194,60 @@ def stats_table(stats: TraceStats) -> str:
 
 
 def optimum_table(found: Sequence[Optimum]) -> str:
-    """A row a size: the plan's hit rate, the proven bound, what lies between."""
+    """A row a size: the plan's hit rate, the proven bound, what lies between, and what more memory is worth."""
     rows = [
         [
             f"{best.capacity_bytes / 2**30:.3g}",
             f"{100 * best.reached:.2f}",
             "-" if best.bound is None else f"{100 * best.bound:.2f}",
             "-" if best.gap is None else f"{100 * best.gap:.2f}",
+            "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
+            "-" if best.prices is None else f"{2**30 * best.prices.max(initial=0):,.0f}",
             f"{best.num_variables:,}",
             f"{best.wall_s:.1f}",
         ]
         for best in found
     ]
-    header = ["GiB", "reached, %", "bound, %", "gap, %", "variables", "seconds"]
+    header = ["GiB", "reached, %", "bound, %", "gap, %", "points a GiB more", "dearest GiB, tokens"]
+    header += ["variables", "seconds"]
     title = (
         f"{found[0].trace}: {found[0].num_requests:,} requests, {found[0].method}\n"
         if found
         else ""
     )
     return title + text_table(header, rows)
+
+
+def optimum_figure(found: Sequence[Optimum], path: Path) -> None:
+    """Left the plan's hit rate and the bound over the size; right the price of memory over the trace at some of the sizes, where the
+    LP told it."""
+    priced = [best for best in found if best.prices is not None]
+    figure, axes = panels(1 + bool(priced), columns=2)
+    sizes = [best.capacity_bytes / 2**30 for best in found]
+    axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
+    if priced:
+        bounds = [100 * (best.bound or 0) for best in priced]
+        priced_sizes = [best.capacity_bytes / 2**30 for best in priced]
+        axes[0].plot(priced_sizes, bounds, "k-", linewidth=0.6, label="no plan passes")
+        step = -(-len(priced) // len(COLOURS))
+        for colour, best in zip(COLOURS, priced[::step], strict=False):
+            assert best.prices is not None
+            label = f"{best.capacity_bytes / 2**30:.3g} GiB"
+            prices = 2**30 * best.prices
+            axes[1].step(range(len(prices)), prices, color=colour, linewidth=1.0, label=label)
+        axes[1].set_xlabel("request")
+        axes[1].set_ylabel("tokens that one more GiB would save")
+    axes[0].set_ylim(0, 100)
+    size_axis(axes[0])
+    axes[0].set_ylabel(METRICS["hit"].title)
+    for axis in axes:
+        axis.set_title(f"{found[0].trace}, {found[0].num_requests:,} requests", fontsize=9)
+    caption = (
+        "Right: the dual of the capacity, the price of a byte between two requests; memory is worth most where it stands highest."
+        if priced
+        else ""
+    )
+    save(figure, axes, path, caption)
 
 
 def write_runs(result: SimulationResult, path: Path) -> None:
@@ -272,14 +307,13 @@ def bins_figure(
             ("prompt tokens", "earlier requests of the session"),
             strict=False,
         ):
+            starts: set[int] = set()
             for place, (label, runs) in enumerate(result.by_label().items()):
                 run = _nearest(runs, gib)
                 bins = run.by_length if by == "length" else run.by_turn
+                starts.update(bin_.start for bin_ in bins)
                 axis.plot(
-                    [
-                        max(bin_.start, bin_.end // 2) if by == "length" else bin_.start
-                        for bin_ in bins
-                    ],
+                    [bin_.start for bin_ in bins],
                     [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
                     color=COLOURS[place % len(COLOURS)],
                     linestyle=_DASHES[place // len(COLOURS) % len(_DASHES)],
@@ -288,11 +322,10 @@ def bins_figure(
                     linewidth=1.3,
                     label=label,
                 )
-            if by == "length":
-                axis.set_xscale("log", base=2)
-            else:
-                axis.set_xscale("symlog", base=2)
+            axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
+            axis.set_xticks(sorted(starts))
             axis.xaxis.set_major_formatter("{x:,g}")
+            axis.xaxis.set_minor_formatter("")
             axis.set_ylim(0, 100)
             axis.set_xlabel(f"{words}, from")
             axis.set_ylabel(METRICS["hit"].title)

@@ -45,15 +45,23 @@ class Optimum:
     wall_s: float
 
     @property
+    def gib_worth(self) -> float | None:
+        """Token hit rate that one more GiB throughout would add to the bound; None where only the greedy ran. From the prices, so it
+        holds for a little more memory."""
+        if self.prices is None:
+            return None
+        return float(self.prices.sum()) * 2**30 / self.prompt_tokens
+
+    @property
     def gap(self) -> float | None:
         """(bound - reached) / bound."""
         if self.bound is None:
             return None
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
-    def record(self) -> dict[str, object]:
-        """For a JSON line: everything but the per-request arrays."""
-        return {
+    def record(self, *, with_prices: bool = False) -> dict[str, object]:
+        """For a JSON line: everything but the tokens that each request skips; the prices, in tokens a GiB, if asked for."""
+        record: dict[str, object] = {
             "trace": self.trace,
             "capacity_bytes": self.capacity_bytes,
             "method": self.method,
@@ -62,10 +70,15 @@ class Optimum:
             "reached": self.reached,
             "bound": self.bound,
             "gap": self.gap,
+            "gib_worth": self.gib_worth,
             "num_variables": self.num_variables,
             "num_nonzeros": self.num_nonzeros,
             "wall_s": self.wall_s,
         }
+        if with_prices and self.prices is not None:
+            prices = (2**30 * self.prices).round(3).tolist()
+            record["prices_tokens_per_gib"] = prices
+        return record
 
 
 def optimum(

@@ -216,3 +216,31 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_optimum_stands_in_the_lines_and_its_price_in_the_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace, lines = "short?head=60", tmp_path / "runs.jsonl"
+    figure = tmp_path / "f.png"
+    sweep = ["simulate", "--trace", trace, "--gib", "0.5,4", "--output", str(lines)]
+    code, out, _ = run(capsys, *sweep, "--optimum", "lp", "--losses", "--bins", "--figure", str(figure))  # fmt: skip
+    assert code == 0 and "(no plan passes)" in out
+    assert {path.name for path in tmp_path.glob("*.png")} == {"f.png", "f-losses.png", "f-bins.png"}
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    for record in records:
+        reached = record["optimum_tokens"] / record["prompt_tokens"]
+        assert record["token_hit_rate"] <= reached <= record["plan_bound"] + 1e-9
+        assert record["share_of_optimum"] == record["cached_tokens"] / record["optimum_tokens"]
+    main(sweep)
+    capsys.readouterr()
+    again = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert again == records, "what was known is kept, and nothing is run twice"
+
+    found = tmp_path / "optimum.jsonl"
+    priced = ["optimum", "--trace", trace, "--gib", "0.5,4", "--method", "lp"]
+    code, out, _ = run(capsys, *priced, "--output", str(found), "--figure", str(figure))
+    assert code == 0 and "gap, %" in out and "points a GiB more" in out
+    scarce, ample = (json.loads(line) for line in found.read_text().splitlines())
+    assert len(scarce["prices_tokens_per_gib"]) == scarce["num_requests"] - 1
+    assert scarce["gib_worth"] > 0 == ample["gib_worth"]
