@@ -114,17 +114,30 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def arguments(description: str | None, *traces: str) -> argparse.Namespace:
-    """The flags that every study has: which traces, all of them or their beginnings, how many processes."""
+def arguments(
+    description: str | None, *traces: str, policy: bool = False, checkpoints: bool = False
+) -> argparse.Namespace:
+    """The flags that every study has: which traces, all of them or their beginnings, how many processes; and ``--policy`` or
+    ``--checkpoints`` for more competitors, where it compares those."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(traces), help="words of WORKLOADS")
     parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
     parser.add_argument("--points", type=int, help="sizes per trace instead of 15")
+    if policy:
+        help = "more evictions: words or module:Class, commas between"
+        parser.add_argument("--policy", default=(), type=_split, help=help)
+    if checkpoints:
+        help = "one more placement: words or module:Class, commas between; may be repeated"
+        parser.add_argument("--checkpoints", default=[], action="append", help=help)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--resume", type=Path, help="folder that keeps runs until the study is done"
     )
     return parser.parse_args()
+
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(filter(None, words.split(",")))
 
 
 def sweep(

@@ -105,7 +105,7 @@ def _figures(run: RunResult) -> dict[str, float]:
 
 
 def main() -> None:
-    options = arguments(__doc__, *TRACES)
+    options = arguments(__doc__, *TRACES, policy=True)
     trials: list[Trial] = []
     for word in (bar := workloads(options)):
         bar.set_description(word)
@@ -159,7 +159,7 @@ def _try(
     asked = {
         QUESTIONS[0]: {
             f"{policy} @ {placement}": replace(plain, policy=policy, checkpoints=placement)
-            for policy in POLICIES
+            for policy in (*POLICIES, *options.policy)
             for placement in (PLACEMENTS if policy in ("regret", "lru") else PLACEMENTS[:1])
         },
         QUESTIONS[1]: intervals(chosen, second.unit),

@@ -43,7 +43,7 @@ CAPTION = (
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS)
+    options = arguments(__doc__, *WORKLOADS, policy=True)
     results: list[SimulationResult] = []
     for word in (bar := workloads(options)):
         is_long = word in LONG
@@ -51,7 +51,7 @@ def main() -> None:
             word,
             options,
             bar,
-            policy=LONG_POLICIES if is_long else sorted(EVICTION),
+            policy=(*(LONG_POLICIES if is_long else sorted(EVICTION)), *options.policy),
             baseline=LONG_PEERS if is_long else PEERS,
         )
         ours = sweep(word, options, bar, policy="regret", checkpoints="regret", bound=False)
@@ -102,8 +102,9 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     figure, axes = panels(2 * len(results), width=4.3, height=3.2, columns=4)
     for number, result in enumerate(results):
         hit, share = axes[2 * number : 2 * number + 2]
-        _draw(hit, result, lambda run: 100 * run.token_hit_rate)
-        _draw(share, result, lambda run: 100 * (run.share_of_optimum or 0))
+        named = (OURS, "lru", *options.policy)
+        _draw(hit, result, named, lambda run: 100 * run.token_hit_rate)
+        _draw(share, result, named, lambda run: 100 * (run.share_of_optimum or 0))
         draw_limits(hit, result)
         share.axhline(100, color="black", linewidth=0.8)
         hit.set_ylim(0, 100)
@@ -116,11 +117,16 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     save(figure, axes, figure_path("study_capacity"), CAPTION)
 
 
-def _draw(axis: Any, result: SimulationResult, value: Callable[[RunResult], float]) -> None:
+def _draw(
+    axis: Any,
+    result: SimulationResult,
+    named: Sequence[str],
+    value: Callable[[RunResult], float],
+) -> None:
     lines = {label: [value(run) for run in runs] for label, runs in result.by_label().items()}
     sizes = [run.gib or 0.0 for run in next(iter(result.by_label().values()))]
     rebuilt = [label for label in lines if label.endswith("(rebuilt)")]
-    named = [label for label in (OURS, "lru", *rebuilt) if label in lines]
+    named = [label for label in (*named, *rebuilt) if label in lines]
     others = [line for label, line in lines.items() if label not in named]
     if others:
         low, high = (_envelope(others, pick) for pick in (min, max))
@@ -131,7 +137,7 @@ def _draw(axis: Any, result: SimulationResult, value: Callable[[RunResult], floa
         axis.plot(
             sizes,
             lines[label],
-            color=COLOURS[number],
+            color=COLOURS[number % len(COLOURS)],
             linewidth=2.2 if label == OURS else 1.2,
             linestyle="--" if label in rebuilt else "-",
             label=label.replace("-static", ""),

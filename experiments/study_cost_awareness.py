@@ -38,7 +38,7 @@ PRESSED = 0.35
 
 
 def main() -> None:
-    options = arguments(__doc__, "chat", "agent", "sharegpt-like", "coding-agent")
+    options = arguments(__doc__, "chat", "agent", "sharegpt-like", "coding-agent", policy=True)
     options.points = options.points or 8
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
@@ -50,7 +50,7 @@ def main() -> None:
             gib=workload.sizes(options.points),
             model=workload.geometry,
             grid=workload.grid,
-            policy=(*BLIND, *AWARE),
+            policy=(*BLIND, *AWARE, *options.policy),
             processes=options.processes,
         )
         result = measured(result, word, options.full)
@@ -114,8 +114,11 @@ def _bars(axis: Any, runs: dict[str, RunResult], values: dict[str, float], form:
     for words, group, colour in (
         ("blind to the cost of a miss", BLIND, COLOURS[0]),
         ("weigh the cost of a miss", AWARE, COLOURS[1]),
+        ("named on the command line", set(runs) - {*BLIND, *AWARE}, COLOURS[2]),
     ):
         places = [place for place, label in enumerate(runs) if label in group]
+        if not places:
+            continue
         bars = axis.barh(
             places,
             [values[label] for label in runs if label in group],

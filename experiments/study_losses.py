@@ -32,11 +32,11 @@ CAPTION = (
 
 
 def main() -> None:
-    options = arguments(__doc__, *TRACES)
+    options = arguments(__doc__, *TRACES, checkpoints=True)
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):
-        result = sweep(word, options, bar, checkpoints=PLACEMENTS)
+        result = sweep(word, options, bar, checkpoints=placements(options))
         results.append(result)
         records += [slim(word, run) for run in result.runs]
     keep("study_losses", records)
@@ -45,14 +45,20 @@ def main() -> None:
         print(losses_table(result.runs), end="\n\n")
 
 
+def placements(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those above and those named on the command line."""
+    return (*PLACEMENTS, *options.checkpoints)
+
+
 def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     """Three panels a trace: the causes stacked from the top over the size, what is white was reused, for each placement; and what is
     reused as a share of the best plan."""
-    num_panels = len(PLACEMENTS) + 1
+    shown = placements(options)
+    num_panels = len(shown) + 1
     figure, axes = panels(len(results) * num_panels, 4.6, 3.1, columns=num_panels)
     for number, result in enumerate(results):
         *stacked, share = axes[num_panels * number : num_panels * (number + 1)]
-        for axis, colour, placement in zip(stacked, COLOURS, PLACEMENTS, strict=False):
+        for axis, colour, placement in zip(stacked, COLOURS, shown, strict=False):
             runs = [run for run in result.runs if run.config["checkpoints"] == placement]
             stack_losses(axis, runs)
             draw_limits(axis, replace(result, bound_rate=None, plan_bounds={}))

@@ -27,7 +27,7 @@ POLICIES = ("lru", "regret")
 
 def main() -> None:
     WORKLOADS["sysprompt-like"] = Workload("sharegpt-like?systems=6", "1:40:15", MARCONI_7B, grid=1)
-    options = arguments(__doc__, "sharegpt-like", "chat", "sysprompt-like")
+    options = arguments(__doc__, "sharegpt-like", "chat", "sysprompt-like", policy=True)
     options.points = options.points or 8
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ def main() -> None:
             bar,
             model=MARCONI_7B,
             grid=1,
-            policy=POLICIES,
+            policy=(*POLICIES, *options.policy),
             baseline=READINGS,
         )
         results.append(result)

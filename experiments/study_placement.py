@@ -55,12 +55,12 @@ PLACEMENTS = (
 def main() -> None:
     for family in FAMILIES:
         WORKLOADS.setdefault(family, Workload(family, "0.5:16:15"))
-    options = arguments(__doc__, *TRACES)
+    options = arguments(__doc__, *TRACES, checkpoints=True)
     options.points = options.points or 3
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):
-        result = sweep(word, options, bar, checkpoints=PLACEMENTS)
+        result = sweep(word, options, bar, checkpoints=(*PLACEMENTS, *options.checkpoints))
         results.append(result)
         records += [slim(word, run, bound=result.bound_rate) for run in result.runs]
     keep("study_placement", records)

@@ -16,19 +16,19 @@ from hybridcache.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 POLICIES = ("lru", "regret")
-DASHES = ("-", "--")
+DASHES = ("-", "--", ":", "-.")
 
 
 def main() -> None:
     options = arguments(
-        __doc__, "chat", "agent", "resend", "mooncake", "coding-agent", "conversations"
+        __doc__, "chat", "agent", "resend", "mooncake", "coding-agent", "conversations", policy=True
     )
     options.points = options.points or 8
     results: list[list[SimulationResult]] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):
         found = [
-            sweep(word, options, bar, policy=POLICIES, state_dtype=precision)
+            sweep(word, options, bar, policy=(*POLICIES, *options.policy), state_dtype=precision)
             for precision in PRECISIONS
         ]
         results.append(found)
