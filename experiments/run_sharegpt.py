@@ -206,9 +206,10 @@ def _run(options: argparse.Namespace) -> int:
     records = [_record(result, plans) for result in results]
     path = options.out / "results" / f"{options.name}.jsonl"
     figure = options.out / "figures" / f"{options.name}.png"
-    command = _recorded(options)
-    write_json_lines(path, records, command)
-    draw(records, describe(provenance() | {"settings": command}), figure)
+    recorded = _recorded(options)
+    source = describe(provenance() | {"settings": recorded})
+    write_json_lines(path, records, recorded)
+    draw(records, source, figure)
     print(f"{_shown(path)} and {_shown(figure)}")
     return 0
 

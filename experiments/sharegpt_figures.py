@@ -195,11 +195,15 @@ def _colors(records: Sequence[Record]) -> list[str]:
 
 
 def describe(provenance: Record) -> str:
-    """The line under a picture."""
+    """What is under a picture: what to see in it, and where it comes from."""
     machine = provenance["machine"]
     cap = provenance.get("settings", {}).get("cap")
-    seen = "" if cap is None else f"prompts up to {cap:,} tokens; "
-    return f"{provenance['command']}\n{seen}the best plan is the clairvoyant greedy's\ncommit {provenance['commit']}, {machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
+    seen = "" if cap is None else f"prompts of up to {cap:,} tokens; "
+    caption = (
+        "What to see: how much memory a cache needs until it reuses all it can, how far it is from a plan that knows the future (the "
+        f"clairvoyant greedy's), and why the other tokens were computed again; {seen}radix: KV alone, as for a model without states."
+    )
+    return f"{caption}\n{provenance['command']}\ncommit {provenance['commit']}, {machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
 
 
 if __name__ == "__main__":
