@@ -288,9 +288,11 @@ class HybridRadixCache:
         start, num_tokens = node.end - first, len(tokens)
         if start == num_tokens:
             return node
-        ends = [at - first for at, _ in checkpoints if at % self._step == 0]
+        ends = [num_tokens]
+        for at, _ in checkpoints:
+            if at % self._step == 0:
+                ends.append(at - first)
         ends.sort()
-        ends.append(num_tokens)
         for end in ends:
             if start < end <= num_tokens:
                 node = self._tree.grow(node, tokens[start:end])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,17 @@ def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(5, 6), (6, 6)]
     assert run_sweep(short(), jobs, resume_from=path) == both
+
+
+def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
+    before = gc.get_threshold()
+    seen = []
+    run_sweep(
+        short().head(3),
+        [Job(RunConfig(GEOMETRY, budget_bytes=1 << 28), SERVING)],
+        progress=lambda done, total: seen.append(gc.get_threshold()),
+    )
+    assert gc.get_threshold() == before and seen != [before]
 
 
 def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
