@@ -82,14 +82,23 @@ class ModelRunner:
             reserved_bytes=reserved_bytes,
         )
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
-        self.warmed: WarmUp | None = warm_up(self) if warms_up else None
+        self.warmed: WarmUp | None = self._warm_up() if warms_up else None
         """What the start took; None: it left everything to the first use, or to nobody, as on a CPU."""
 
+    def _warm_up(self) -> WarmUp:
+        try:
+            return warm_up(self)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                "the pools leave no memory for graphs and the largest step: give them less, or use --graphs off."
+            ) from None
+
     def _rehearse(self, config: EngineConfig) -> int:
-        """Bytes to keep free beside the pools, found out with the smallest ones."""
+        """Bytes to keep free beside the pools for tables, graphs and the largest step, found out with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
+        free_bytes = self.device.free_bytes()
         self._allocate(MemoryPlan.smallest(self.config), longest, config.graphs)
-        num_bytes = measure(self)
+        num_bytes = max(0, free_bytes - self.device.free_bytes()) + measure(self)
         del self.kv, self.states, self.table, self._rotary, self.graphs
         gc.collect()
         self.device.release()

@@ -74,8 +74,8 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 
 @torch.inference_mode()
 def measure(runner: ModelRunner) -> int:
-    """Bytes that graphs and the largest step will take beside weights and pools. The first graph of each kind takes what
-    all share; the second is taken for what each of the others adds."""
+    """Bytes that graphs and the largest step take beside what is there already. The first graph of each kind takes what all
+    share; the second is taken for what each of the others adds."""
     device = runner.device
     before, num_bytes = device.free_bytes(), 0
     for kind in captures(runner):

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.graphs import DecodeGraphs
 from engine.memory import ACCELERATOR_SHARE
+from engine.model_config import ModelError
 from engine.model_runner import ModelRunner
 from engine.sampler import Drawn, Sampler
 from engine.sampling_params import SamplingParams
@@ -107,6 +109,22 @@ def test_what_graphs_take_is_kept_free_before_pools_are_sized(monkeypatch, tmp_p
         assert runner.warmed.num_bytes == needed
         budget = int((FREE_BYTES - needed) * ACCELERATOR_SHARE)
         assert runner.memory.kv_bytes == runner.memory.state_bytes == budget // 2
+
+
+def test_pools_that_leave_no_room_for_graphs_are_told(monkeypatch, tmp_path) -> None:
+    def full(self, bucket):
+        raise torch.OutOfMemoryError
+
+    with stubbed(monkeypatch):
+        capture = DecodeGraphs.capture
+        few = iter(range(2))  # the rehearsal's
+        monkeypatch.setattr(
+            DecodeGraphs,
+            "capture",
+            lambda self, bucket: (capture if next(few, None) is not None else full)(self, bucket),
+        )
+        with pytest.raises(ModelError, match="leave no memory for graphs"):
+            make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
 
 
 def test_steps_stay_within_the_budget_decodes_included(monkeypatch, tmp_path) -> None:
