@@ -5,7 +5,7 @@ torch has no attention over scattered rows: it is timed with the gathering that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -53,23 +53,19 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
         return tuple(x.transpose(0, 1)[None] for x in (query, keys[rows], values[rows]))
 
     tidy, mask = in_order(), causal_lower_right(new, cached + new)
-    flex = flex_attention if setup.is_dry else torch.compile(flex_attention)
-    blocks = create_block_mask(
-        lambda b, h, i, j: j <= i + cached, None, None, new, cached + new, device=setup.device
-    )
+    rivals = {
+        "torch, gathering": lambda: _torch_prefill(*in_order(), mask),
+        "torch, contiguous": lambda: _torch_prefill(*tidy, mask),
+    }
+    if not cached:
+        rivals["flex, contiguous"] = _flex_prefill(*tidy, setup)
     return Case(
         name=f"prefill {new} after {cached}",
         run=partial(fused.prefill_attention, query, keys, values, **where),
         expected=partial(reference.prefill_attention, *wide, **where),
         num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
         num_flops=int(4 * new * seen * query.shape[1] * size),
-        rivals={
-            "torch, gathering": lambda: _torch_prefill(*in_order(), mask),
-            "torch, contiguous": lambda: _torch_prefill(*tidy, mask),
-            "flex, contiguous": lambda: flex(*tidy, block_mask=blocks, enable_gqa=True)[
-                0
-            ].transpose(0, 1),
-        },
+        rivals=rivals,
     )
 
 
@@ -82,6 +78,20 @@ def _torch_prefill(
     else:
         mixed = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
     return mixed[0].transpose(0, 1)
+
+
+def _flex_prefill(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, setup: Setup
+) -> Callable[[], torch.Tensor]:
+    """FlexAttention where nothing is cached; on the CPU not compiled."""
+    num_tokens = query.shape[2]
+    attend = flex_attention if setup.is_dry else torch.compile(flex_attention)
+    blocks = create_block_mask(
+        lambda b, h, i, j: j <= i, None, None, num_tokens, num_tokens, device=setup.device
+    )
+    return lambda: attend(query, keys, values, block_mask=blocks, enable_gqa=True)[0].transpose(
+        0, 1
+    )
 
 
 def _decode(setup: Setup, num: int, length: int) -> Case:

@@ -83,6 +83,7 @@ def linear_kernel(
     i_s = tl.program_id(2)
     first, last = (i_s * span, tl.minimum(i_s * span + span, N)) if SPANS_APART else (0, N)
     b_total = tl.zeros([BM, BT], tl.float32)
+    # Also for one span: Hopper's products would wait for each other if their own sum was what is stored.
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
         b_total += multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
