@@ -1,6 +1,8 @@
 """Families of workloads that differ only in how prompts overlap: the cases that separate placements.
 
-The five families follow "Sparse Prefix Caching" (arXiv 2605.05219): where will the next prompt leave one that is cached?
+The five families are those of "Sparse Prefix Caching" (arXiv 2605.05219): where will the next prompt leave one that is cached? Theirs
+have one prefix or document of some hundred tokens; these have several, of thousands, and diffuse cuts are normal where theirs are uniform
+over the last five sixths.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def test_simulate_prints_a_table_and_draws(
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["optimum", "--trace", "chat", "--limit", "0"], "positive time limit"),
         (["optimum", "--trace", "chat", "--gap", "-1"], "no negative gap"),
-        (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a number"),
+        (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
     ],
 )
 def test_what_can_not_be_done_is_one_sentence(
