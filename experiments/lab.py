@@ -13,9 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import provenance
-from experiments.hindsight import Hindsight, Hindsights
+from experiments.hindsight import Hindsights
 from experiments.provenance import ROOT, write_json_lines
 from hybridcache.costs import ModelGeometry
+from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.eviction import make_eviction
 from hybridcache.simulate import SimulationResult, simulate
 from hybridcache.simulation.result import RunResult, sizes
 from hybridcache.trace import Trace
@@ -133,7 +135,15 @@ def arguments(
     parser.add_argument(
         "--resume", type=Path, help="folder that keeps runs until the study is done"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:  # a word nobody knows is told before minutes are spent on the others
+        for word in getattr(options, "policy", ()):
+            make_eviction(word)
+        for word in getattr(options, "checkpoints", ()):
+            parse_placement(word)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def _split(words: str) -> tuple[str, ...]:
@@ -146,10 +156,11 @@ def sweep(
     bar: tqdm[Any],
     *,
     plan_grid: int | None = None,
+    proven: bool = False,
     **settings: Any,
 ) -> SimulationResult:
     """``simulate`` over the sizes of a workload, each run beside the best plan with hindsight; ``settings`` go to it and win over the
-    workload's. ``plan_grid``: another grid for the plan than for the runs."""
+    workload's. ``plan_grid``: another grid for the plan than for the runs. ``proven``: with the bound on all plans, on short traces."""
     workload = WORKLOADS[word]
     defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     settings = defaults | {"gib": workload.sizes(options.points)} | settings
@@ -166,16 +177,21 @@ def sweep(
         **settings,
     )
     bar.set_postfix_str("hindsight")
-    return measured(result, word, options.full, plan_grid or settings["grid"])
+    return measured(result, word, options.full, plan_grid or settings["grid"], proven)
 
 
 def measured(
-    result: SimulationResult, word: str, full: bool, grid: int | None = None
+    result: SimulationResult,
+    word: str,
+    full: bool,
+    grid: int | None = None,
+    proven: bool = False,
 ) -> SimulationResult:
     """The runs of a workload beside the best plan of their size with hindsight, and beside the infinite cache."""
     grid = WORKLOADS[word].grid if grid is None else grid
+    hindsights = _hindsights(WORKLOADS[word], word, full)
     plans = {
-        gib: hindsight(word, full, gib, result.geometry, grid)
+        gib: hindsights.at(gib, result.geometry, grid, proven=proven)
         for gib in {run.gib for run in result.runs}
         if gib is not None
     }
@@ -190,11 +206,6 @@ def measured(
 @cache
 def _hindsights(workload: Workload, word: str, full: bool) -> Hindsights:
     return Hindsights(workload.open(word, full).kept())
-
-
-def hindsight(word: str, full: bool, gib: float, geometry: ModelGeometry, grid: int) -> Hindsight:
-    """The best plan for one size of a workload."""
-    return _hindsights(WORKLOADS[word], word, full).at(gib, geometry, grid)
 
 
 def workloads(options: argparse.Namespace) -> tqdm[Any]:

@@ -28,7 +28,7 @@ from hybridcache.trace import Trace, TraceRequest
 
 Requests = tuple[TraceRequest, ...]
 
-TRACES = ("chat", "agent", "branch", "resend", "sharegpt-like", "tau-bench", "coding-agent")
+TRACES = ("chat", "agent", "resend", "sharegpt-like", "coding-agent")
 SIZES = (0.29, 0.5)
 """Where on a workload's logarithmic axis of sizes: memory short, and less so."""
 POLICIES = ("regret", "lru", "gdsf", "lhd", "s3-fifo")

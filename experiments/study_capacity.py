@@ -53,8 +53,11 @@ def main() -> None:
             bar,
             policy=(*(LONG_POLICIES if is_long else sorted(EVICTION)), *options.policy),
             baseline=LONG_PEERS if is_long else PEERS,
+            proven=True,
         )
-        ours = sweep(word, options, bar, policy="regret", checkpoints="regret", bound=False)
+        ours = sweep(
+            word, options, bar, policy="regret", checkpoints="regret", bound=False, proven=True
+        )
         results.append(result.beside(ours))
         path = keep("study_capacity", [line for result in results for line in records(result)])
         draw(results, options)

@@ -33,13 +33,13 @@ BLIND = ("lru", "lfu", "s3-fifo", "arc")
 AWARE = ("gdsf", "hits-per-token", "tail-lru", "lhd", "marconi", "regret")
 LOAD = 0.9
 """Of one server, if nothing were cached."""
-PRESSED = 0.35
+PRESSED = 0.5
 """Where on the axis of sizes the figure looks, as a part of its length: where memory is short."""
 
 
 def main() -> None:
     options = arguments(__doc__, "chat", "agent", "sharegpt-like", "coding-agent", policy=True)
-    options.points = options.points or 8
+    options.points = options.points or 3
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):

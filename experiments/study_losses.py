@@ -33,6 +33,7 @@ CAPTION = (
 
 def main() -> None:
     options = arguments(__doc__, *TRACES, checkpoints=True)
+    options.points = options.points or 8
     results: list[SimulationResult] = []
     records: list[dict[str, Any]] = []
     for word in (bar := workloads(options)):

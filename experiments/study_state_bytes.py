@@ -20,9 +20,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def main() -> None:
-    options = arguments(
-        __doc__, "chat", "agent", "resend", "mooncake", "coding-agent", "conversations", policy=True
-    )
+    options = arguments(__doc__, "chat", "resend", "mooncake", "coding-agent", policy=True)
     options.points = options.points or 8
     results: list[list[SimulationResult]] = []
     records: list[dict[str, Any]] = []

@@ -52,7 +52,9 @@ METRICS: dict[str, Metric] = {
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95], "{:.0f}"),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99], "{:.0f}"),
     "regret": Metric(
-        "regret, % of prompt tokens", lambda run: 100 * run.regret_tokens / run.prompt_tokens
+        "regret, % of prompt tokens",
+        # Rebuilt peers, which tell no causes, do not tell what an evicted checkpoint would have saved either.
+        lambda run: None if run.losses is None else 100 * run.regret_tokens / run.prompt_tokens,
     ),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
     "reuse": Metric(
