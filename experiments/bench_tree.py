@@ -64,11 +64,11 @@ class Run(NamedTuple):
     cpu: np.ndarray
     """Nanoseconds of processor time, int64[requests]."""
     gc_ns: int
-    """Spent in the garbage collector, all requests together."""
+    """Processor time of the garbage collector, all requests together."""
 
 
 class CollectorClock:
-    """How long the garbage collector runs while this context is open."""
+    """Processor time that the garbage collector takes while this context is open."""
 
     def __enter__(self) -> CollectorClock:
         self.nanoseconds = self._began = 0
@@ -80,9 +80,9 @@ class CollectorClock:
 
     def _told(self, phase: str, _: object) -> None:
         if phase == "start":
-            self._began = perf_counter_ns()
+            self._began = thread_time_ns()
         else:
-            self.nanoseconds += perf_counter_ns() - self._began
+            self.nanoseconds += thread_time_ns() - self._began
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,8 +251,8 @@ MUTATIONS = (
     Mutation(
         "the caller's array is kept instead of a copy",
         HYBRID,
-        "store_rows(node, rows[start:end].copy())",
-        "store_rows(node, rows[start:end])",
+        "store_rows(node, rows.copy())",
+        "store_rows(node, rows)",
     ),
     Mutation(
         "a gather trusts its memo for any node",

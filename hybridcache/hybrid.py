@@ -286,18 +286,17 @@ class HybridRadixCache:
                 residency.store_rows(upper, rows[node.end - first : length - first].copy())
                 node = upper
         start, num_tokens = node.end - first, len(tokens)
-        if start == num_tokens:
-            return node
-        ends = [num_tokens]
-        for at, _ in checkpoints:
-            if at % self._step == 0:
-                ends.append(at - first)
-        ends.sort()
-        for end in ends:
-            if start < end <= num_tokens:
-                node = self._tree.grow(node, tokens[start:end])
-                residency.store_rows(node, rows[start:end].copy())
-                start = end
+        if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
+            for end in sorted(at - first for at, _ in checkpoints if at % self._step == 0):
+                if start < end < num_tokens:
+                    node = self._tree.grow(node, tokens[start:end])
+                    residency.store_rows(node, rows[start:end].copy())
+                    start = end
+        if start < num_tokens:
+            if start:
+                tokens, rows = tokens[start:], rows[start:]
+            node = self._tree.grow(node, tokens)
+            residency.store_rows(node, rows.copy())
         return node
 
     def _refresh(self, node: RadixNode) -> None:
