@@ -47,10 +47,9 @@ def main() -> None:
         records += [slim(word, run, bound=result.bound_rate) for run in result.runs]
     keep("study_marconi", records)
     caption = (
-        "The three readings of Marconi lie close together but where a few shared prompts must be kept (right); "
-        "with several checkpoints a prompt plain LRU overtakes all three once memory is not short. Right of each pair the share of the "
-        "best plan with hindsight (clairvoyant greedy; the LP proves that no plan passes the thin line): where memory is short, most of "
-        "what could be reused is not."
+        "The three readings of Marconi lie close together but where a few shared prompts must be kept in little memory: there the artifact's "
+        "slips help it, past regret too. With several checkpoints a prompt plain LRU overtakes all three once memory is not short. Right of "
+        "each pair the share of the best plan with hindsight (clairvoyant greedy; the LP proves that no plan passes the thin line)."
     )
     sweep_figure(
         results, figure_path("study_marconi"), emphasised=("marconi (rebuilt)",), caption=caption
