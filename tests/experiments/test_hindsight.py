@@ -1,0 +1,53 @@
+"""The best plans that the studies share: worked out once, kept, and never taken for another trace's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import goals_table, hindsight, provenance
+from experiments.lab import QWEN3_NEXT, Workload
+from hybridcache.generators import short
+
+
+@pytest.fixture(autouse=True)
+def _results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+
+
+def test_a_plan_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = short().head(40)
+    proven = hindsight.Hindsights(trace).at(1.0, QWEN3_NEXT, 64, proven=True)
+    assert proven.bound is not None and 0 < proven.reached <= proven.bound + 1e-6
+    calls: list[str] = []
+    monkeypatch.setattr(hindsight, "optimum", lambda *_, **__: calls.append("worked out"))
+    again = hindsight.Hindsights(trace)
+    assert again.at(1.0, QWEN3_NEXT, 64, proven=True) == proven
+    assert again.at(1.0, QWEN3_NEXT, 64) == proven, "with its bound it serves those who need none"
+    assert not calls
+
+
+def test_another_trace_of_the_same_name_has_a_plan_of_its_own() -> None:
+    first, other = short(seed=1).head(30), replace(short(seed=2).head(30), name=short().name)
+    plans = [hindsight.Hindsights(trace).at(1.0, QWEN3_NEXT, 64) for trace in (first, other)]
+    assert plans[0].trace == plans[1].trace and plans[0].content != plans[1].content
+    assert plans[0].bound is None, "the greedy alone proves nothing"
+    kept = provenance.read_json_lines(provenance.RESULTS / hindsight.NAME)[1]
+    assert len(kept) == 2
+
+
+def test_fewer_points_are_a_subset() -> None:
+    workload = Workload("short", "1:16:15")
+    every = workload.sizes()
+    assert len(every) == 15 and set(workload.sizes(8)) == set(every[::2])
+    assert workload.sizes(3) == (every[0], workload.middle, every[-1])
+
+
+def test_a_row_of_the_goals_has_bound_and_share_of_the_plan() -> None:
+    [goal] = [goal for goal in goals_table.GOALS if goal.name == "short 40"]
+    row = goals_table.measure(goal, False, "lru", "branch,backoff")
+    assert 0 < row["ours"] <= row["plan"] <= row["no_plan_passes"] + 1e-6 <= row["bound"] + 2e-6
+    assert row["share_of_plan"] == row["ours"] / row["plan"]
+    assert f"| {100 * row['share_of_plan']:.1f} |" in "\n".join(goals_table.table([row]))
