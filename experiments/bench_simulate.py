@@ -1,53 +1,240 @@
-"""How fast the simulator is, and how much memory a million requests take. One core.
+"""How fast the simulator is, where its time goes, and how much memory a million requests take. One core.
 
     python -m experiments.bench_simulate            # every policy, some minutes
     python -m experiments.bench_simulate --quick    # LRU and regret
 
-Chat-like traces: conversations over shared system prompts, 64 live at a time. The median of three runs is quoted, generating the trace
-excluded; the garbage collector is left as it is.
+Chat-like traces at 12 GiB with the default placement: 320 requests of 3,700 tokens, 120 of 500, 320 of 2,200, 320 of 11,000, and 10,000
+of 2,100 with 64 conversations live. The median of the runs is quoted, generating the trace excluded; the garbage collector is left
+as it is, but what an earlier run left is collected before the clock starts.
+
+For LRU also the floor: the same requests, the same slots, checkpoints and evictions in the same order, as a bare loop over the
+tree's verbs with all that leases, placement, serving and records do taken out; and microseconds a request by verb.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import statistics
 import subprocess
 import sys
-from time import process_time
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from time import process_time, process_time_ns
+from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.build import build_prefix_cache
 from hybridcache.costs import ModelGeometry, Roofline
 from hybridcache.generators import GENERATORS
+from hybridcache.interface import PrefixCache
 from hybridcache.policies.eviction import EVICTION
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.simulation.serving import Serving, serve
-from hybridcache.simulation.target import GIB, RunConfig, build_target
-from hybridcache.trace import Trace
+from hybridcache.simulation.target import GIB, LeaseTarget, RunConfig, build_target
+from hybridcache.trace import Ids, Trace, TraceRequest
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 SERVING = Serving(Roofline.fitting(GEOMETRY))
 TRACES = ("chat", "short", "few-shot", "agent", "conversations")
-REPEATS = 3
+REPEATS = 5
+VERBS = ("match", "touch", "lock", "unlock", "allocate_slot", "allocate_kv", "insert")
+"""Those that cost; ``free_kv`` and ``free_slot`` are counted with what is around the tree."""
 
 
-def requests_per_s(trace: Trace, config: RunConfig) -> float:
+def lease_target(config: RunConfig) -> LeaseTarget:
+    target = build_target(config, unit=1)
+    assert isinstance(target, LeaseTarget)
+    return target
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Processor seconds of ``work``."""
+    gc.collect()
+    start = process_time()
+    work()
+    return process_time() - start
+
+
+def seconds_served(kept: Sequence[TraceRequest], target: LeaseTarget) -> float:
+    return seconds_of(lambda: serve(target, kept, 1, SERVING))
+
+
+def requests_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
     """Requests served per second of processor time, median of ``REPEATS``."""
-    kept = tuple(trace)
-    rates = []
-    for _ in range(REPEATS):
-        target = build_target(config, trace.unit)
-        start = process_time()
-        serve(target, kept, trace.unit, SERVING)
-        rates.append(len(kept) / (process_time() - start))
-    return statistics.median(rates)
+    seconds = [seconds_served(kept, lease_target(config)) for _ in range(REPEATS)]
+    return len(kept) / statistics.median(seconds)
+
+
+# -- the floor: the tree's verbs in a bare loop ----------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """One request with everything decided that a lease decides."""
+
+    prompt: Ids
+    everything: Ids
+    """Prompt and answer, the last token excluded: it is never computed."""
+    saved: tuple[Placed, ...]
+    """Checkpoints of the prefill, the most wanted first."""
+    boundary: int
+    """The last grid position of ``everything``: where decode saves, if it lies past the prompt."""
+
+
+class Noted:
+    """A placement that notes what another decides: on the grid, each position once."""
+
+    def __init__(self, inner: PlacementPolicy) -> None:
+        self._inner = inner
+        self.decided: list[tuple[Placed, ...]] = []
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        found: dict[int, Placed] = {}
+        for position, label in self._inner.positions(prefill):
+            floored = position - position % prefill.grid
+            if prefill.cached_len < floored <= prefill.prompt_len:
+                found.setdefault(floored, Placed(floored, label))
+        self.decided.append(tuple(found.values()))
+        return self.decided[-1]
+
+    def decode_interval(self) -> int | None:
+        return self._inner.decode_interval()
+
+
+def worked_out(kept: Sequence[TraceRequest], config: RunConfig) -> tuple[list[Work], int]:
+    """What a simulation of ``kept`` decides, and the tokens that it finds cached."""
+    target = lease_target(config)
+    noted = Noted(target.placement)
+    target.placement = noted
+    log = serve(target, kept, 1, SERVING)
+    assert log.num_bypassed == 0
+    work = []
+    for request, saved in zip(kept, noted.decided, strict=True):
+        everything = np.concatenate((request.tokens, request.output[:-1]))
+        boundary = len(everything) - len(everything) % config.grid
+        work.append(Work(everything[: len(request.tokens)], everything, saved, boundary))
+    return work, sum(log.cached_tokens)
+
+
+def bare_loop(cache: PrefixCache, work: Sequence[Work]) -> int:
+    """Do to ``cache`` what leases would; returns the tokens found cached. Pages of one token."""
+    cached_tokens = 0
+    rows = np.empty(max(len(each.everything) for each in work), np.int32)
+    for prompt, everything, saved, boundary in work:
+        num_tokens = len(prompt)
+        match = cache.match(prompt)
+        cached_len = match.cached_len
+        receipt = cache.lock(match.node)
+        own_slot = cache.allocate_slot()
+        rows[cached_len:num_tokens] = cache.allocate_kv(num_tokens - cached_len)
+        cache.touch(match)
+        slots = [(position, cache.allocate_slot()) for position, _ in saved]
+        labels = [label for _, label in saved]
+        _, duplicates, rejected, node = cache.insert(
+            prompt, rows[:num_tokens], slots, None, cached_len, labels, match.node
+        )
+        if len(duplicates):
+            cache.free_kv(duplicates)
+        moved = cache.lock(node)
+        cache.unlock(receipt)
+        if len(everything) > num_tokens:
+            rows[num_tokens : len(everything)] = cache.allocate_kv(len(everything) - num_tokens)
+            slots = [(boundary, cache.allocate_slot())] if boundary > num_tokens else []
+            _, _, more, _ = cache.insert(
+                everything, rows[: len(everything)], slots, None, num_tokens, ["decode"], node
+            )
+            rejected += more
+        for slot in (own_slot, *rejected):
+            cache.free_slot(slot)
+        cache.unlock(moved)
+        cached_tokens += cached_len
+    return cached_tokens
+
+
+def floor_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
+    """Requests per second of processor time that the tree alone would do, median of ``REPEATS``."""
+    work, cached_tokens = worked_out(kept, config)
+    caches = [build_prefix_cache(config.cache_config(unit=1)) for _ in range(REPEATS + 1)]
+    assert bare_loop(caches.pop(), work) == cached_tokens
+    seconds = [seconds_of(partial(bare_loop, cache, work)) for cache in caches]
+    return len(kept) / statistics.median(seconds)
+
+
+# -- where the time goes ---------------------------------------------------------------------------------------------------
+
+
+class Timed:
+    """A cache with a stopwatch on each verb."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self._cache = cache
+        self.calls: Counter[str] = Counter()
+        self.nanoseconds: Counter[str] = Counter()
+        for verb in VERBS:
+            setattr(self, verb, self.timed(verb, getattr(cache, verb)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def timed(self, verb: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = process_time_ns()
+            result = method(*arguments)
+            self.nanoseconds[verb] += process_time_ns() - start
+            self.calls[verb] += 1
+            return result
+
+        return timed
+
+    @property
+    def stopwatch_ns(self) -> float:
+        """What the stopwatch itself adds to a call, at least."""
+        clock = Timed(self._cache)
+        nothing = clock.timed("nothing", lambda: None)
+        found = []
+        for _ in range(100):
+            clock.nanoseconds.clear()
+            for _ in range(100):
+                nothing()
+            found.append(clock.nanoseconds["nothing"] / 100)
+        return min(found)
+
+
+def parts(kept: Sequence[TraceRequest], config: RunConfig) -> dict[str, Any]:
+    """Microseconds a request by verb, calls a request; "around" is all else. The least of ``3 * REPEATS`` runs each."""
+    target = lease_target(config)
+    stopwatch_ns = Timed(target.cache).stopwatch_ns
+    whole_ns: list[float] = []
+    verb_ns: dict[str, list[float]] = {verb: [] for verb in VERBS}
+    calls: Counter[str] = Counter()
+    for _ in range(3 * REPEATS):
+        whole_ns.append(seconds_served(kept, lease_target(config)) * 1e9)
+        target = lease_target(config)
+        clock = Timed(target.cache)
+        target.cache = clock  # type: ignore[assignment]
+        serve(target, kept, 1, SERVING)
+        calls = clock.calls
+        for verb in VERBS:
+            verb_ns[verb].append(clock.nanoseconds[verb] - stopwatch_ns * calls[verb])
+    least = {verb: min(spent) for verb, spent in verb_ns.items()}
+    least["around"] = min(whole_ns) - sum(least.values())
+    return {
+        "us": {part: round(spent / len(kept) / 1e3, 1) for part, spent in least.items()},
+        "calls": {verb: round(calls[verb] / len(kept), 2) for verb in VERBS},
+    }
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------------
 
 
 def many_requests(count: int) -> None:
     """Serve ``count`` requests of three-turn chats and print (requests/s, peak MiB); run in a process of its own."""
-    trace = GENERATORS["conversations"](num_conversations=count // 3, turns=3)
+    trace: Trace = GENERATORS["conversations"](num_conversations=count // 3, turns=3)
     config = RunConfig(GEOMETRY, budget_bytes=40 * GIB)
     start = process_time()
     log = serve(build_target(config, 1), trace, 1, SERVING)
@@ -65,15 +252,18 @@ def main() -> None:
     if options.only_million:
         many_requests(options.million)
         return
-    policies = [word for word in ("lru", "regret") if word in EVICTION]
-    if not options.quick:
-        policies = sorted(EVICTION)
+    policies = ["lru", "regret"] if options.quick else sorted(EVICTION)
     records: list[dict[str, Any]] = []
-    jobs = [(policy, trace) for policy in policies for trace in TRACES]
+    jobs = [(policy, word) for policy in policies for word in TRACES]
     for policy, word in tqdm(jobs, unit=" runs", disable=None):
         config = RunConfig(GEOMETRY, budget_bytes=12 * GIB, policy=policy)
-        rate = requests_per_s(GENERATORS[word](), config)
-        records.append({"policy": policy, "trace": word, "requests_per_s": round(rate)})
+        kept = tuple(GENERATORS[word]())
+        record: dict[str, Any] = {"policy": policy, "trace": word}
+        record["requests_per_s"] = round(requests_per_s(kept, config))
+        if policy == "lru":
+            record["floor_per_s"] = round(floor_per_s(kept, config))
+            record |= parts(kept[:2000], config)
+        records.append(record)
     command = [sys.executable, "-m", "experiments.bench_simulate", "--only-million"]
     done = subprocess.run(
         [*command, "--million", str(options.million)], capture_output=True, text=True, check=True
