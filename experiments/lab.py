@@ -110,17 +110,21 @@ WORKLOADS: dict[str, Workload] = {
     "sharegpt": Workload(
         f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2",
         "1:128:15",
-        quick=2000,
+        quick=1000,
         data=f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz",
     ),
 }
 
 
 def arguments(
-    description: str | None, *traces: str, policy: bool = False, checkpoints: bool = False
+    description: str | None,
+    *traces: str,
+    policy: bool = False,
+    checkpoints: bool = False,
+    few: bool = False,
 ) -> argparse.Namespace:
     """The flags that every study has: which traces, all of them or their beginnings, how many processes; and ``--policy`` or
-    ``--checkpoints`` for more competitors, where it compares those."""
+    ``--checkpoints`` for more competitors, where it compares those, or ``--few`` for less of them."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(traces), help="words of WORKLOADS")
     parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
@@ -128,6 +132,8 @@ def arguments(
     if policy:
         help = "more evictions: words or module:Class, commas between"
         parser.add_argument("--policy", default=(), type=_split, help=help)
+    if few:
+        parser.add_argument("--few", action="store_true", help="some policies on all traces")
     if checkpoints:
         help = "one more placement: words or module:Class, commas between; may be repeated"
         parser.add_argument("--checkpoints", default=[], action="append", help=help)

@@ -1,9 +1,10 @@
 """Which eviction policy wins at which size, on every trace? Policies, the rebuilt peers, the best plan with hindsight.
 
-    python -m experiments.study_capacity [--traces chat,agent] [--points 8] [--full] [--resume out/capacity]
+    python -m experiments.study_capacity [--traces chat,agent] [--few] [--points 8] [--full] [--resume out/capacity]
 
 Results and figure are written after every trace; with --resume also every single run is kept, and a study that was stopped goes on.
-On the long traces seven policies stand for all 21, and Marconi's score keeps one weight: tuning replays the trace 21 times.
+On the long traces, and with --few on all, five policies stand for all 21, and Marconi's score keeps one weight: tuning it replays the
+trace 21 times.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ OURS = "regret @ regret"
 """Eviction and placement both by regret; all other policies with the default placement."""
 PEERS = ("vllm", "sglang", "lightllm", "marconi")
 LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
-LONG_PEERS = (*PEERS[:-1], "marconi-static")
-LONG_POLICIES = ("lru", "lfu", "s3-fifo", "lhd", "gdsf", "marconi", "regret")
+FEW_PEERS = (*PEERS[:-1], "marconi-static")
+FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", "regret")
 CAPTION = (
     "Left of each pair the token hit rate, right of it the same as a share of the best plan with hindsight: the clairvoyant greedy's; up to "
     "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is short and tie where it is not; what "
-    "hindsight would still gain is largest at the left. Grey: 20 other policies, 6 on published traces and live conversations. Marconi "
+    "hindsight would still gain is largest at the left. Grey: between the best and the worst of all other policies tried. Marconi "
     "saves states at any token, all others (the plan too) on the grid; LightLLM's states lie in host memory that the size does not count: "
     "both can pass 100 %."
 )
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS, policy=True)
+    options = arguments(__doc__, *WORKLOADS, policy=True, few=True)
     results: list[SimulationResult] = []
     for word in (bar := workloads(options)):
-        is_long = word in LONG
+        few = options.few or word in LONG
         result = sweep(
             word,
             options,
             bar,
-            policy=(*(LONG_POLICIES if is_long else sorted(EVICTION)), *options.policy),
-            baseline=LONG_PEERS if is_long else PEERS,
+            policy=(*(FEW_POLICIES if few else sorted(EVICTION)), *options.policy),
+            baseline=FEW_PEERS if few else PEERS,
             proven=True,
         )
         ours = sweep(
