@@ -133,11 +133,23 @@ def test_w_tiny_lfu_admits_only_the_more_frequent() -> None:
 
 def test_gdsf_weighs_cost_uses_and_size() -> None:
     mib = 1 << 20
+    used = FakeItem("used", span=10, size_bytes=mib, uses=3)
     cheap = FakeItem("cheap", span=10, size_bytes=mib)
     large = FakeItem("large", span=100, size_bytes=20 * mib)
-    used = FakeItem("used", span=10, size_bytes=mib, uses=3)
-    # worths: 1*10/1, 1*100/20, 4*10/1
+    # worths: 4*10/1, 1*10/1, 1*100/20
     assert offer(GDSF(), used, cheap, large) == ["large", "cheap", "used"]
+    # the age is the last victim's worth: a newcomer of 10 starts at 5 + 10, behind cheap's 10 but before used's 40
+    policy = GDSF()
+    assert offer(policy, FakeItem("first", span=5, size_bytes=mib)) == ["first"]
+    again = FakeItem("again", span=36, size_bytes=mib)
+    policy.add(again)
+    old = FakeItem("old", span=40, size_bytes=mib, memo=(0, 0.0))
+    assert offer(policy, old) == ["old", "again"]
+
+
+def test_either_kind_goes_by_the_older_use() -> None:
+    kv, checkpoint = FakeItem("kv", kind="kv", last_used=3), FakeItem("checkpoint", last_used=2)
+    assert offer(Clock(), kv, checkpoint) == ["checkpoint", "kv"]
 
 
 def test_hyperbolic_divides_by_time_in_the_cache() -> None:
@@ -233,6 +245,11 @@ def test_lhd_learns_at_what_age_uses_come() -> None:
     fresh = FakeItem("fresh", kind="kv", created=1198, last_used=1198)
     policy.add(fresh)
     assert policy.victim(None) is fresh
+
+
+def test_lhd_is_per_byte() -> None:
+    small, large = FakeItem("small", size_bytes=1), FakeItem("large", size_bytes=9)
+    assert offer(LHD(), small, large) == ["large", "small"]
 
 
 def test_class_age_learns_which_label_comes_back_and_hears_ghosts() -> None:
