@@ -63,10 +63,13 @@ def _command() -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit, with a ``+`` where tracked files differ from it; None outside a clone."""
+    """The commit, with a ``+`` where tracked files differ from it, results and figures aside; None outside a clone."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        code = ("--", ".", ":!experiments/results", ":!experiments/figures")
+        return commit + (
+            "+" if _git("status", "--porcelain", "--untracked-files=no", *code) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -97,8 +97,12 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
         hit.set_title(title(result, options), fontsize=8.5)
         for axis, rank, words in ((median, 50, "median"), (tail, 99, "P99")):
             lru = runs["lru"].ttft_s[rank]
-            changes = {label: 100 * (run.ttft_s[rank] / lru - 1) for label, run in runs.items()}
+            changes = {
+                label: round(100 * (run.ttft_s[rank] / lru - 1), 1) + 0.0
+                for label, run in runs.items()
+            }
             _bars(axis, runs, changes, "{:+.1f}")
+            axis.use_sticky_edges = False  # room for the figures on both sides
             axis.margins(x=0.2)
             axis.axvline(0, color="black", linewidth=0.6)
             axis.set_xlabel(f"change of the {words} TTFT from LRU's ({1e3 * lru:,.0f} ms), %")
@@ -126,7 +130,8 @@ def _bars(axis: Any, runs: dict[str, RunResult], values: dict[str, float], form:
             height=0.65,
             label=words,
         )
-        axis.bar_label(bars, fmt=form, fontsize=7, padding=2)
+        for text in axis.bar_label(bars, fmt=form, fontsize=7, padding=2):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8})
     axis.set_yticks(range(len(runs)), list(runs), fontsize=8)
     axis.set_ylim(len(runs) - 0.5, -1.5)
 
