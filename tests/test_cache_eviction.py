@@ -59,6 +59,18 @@ def test_recency_is_handed_up_when_a_child_goes():
     assert cache.match(ids("old!")).cached_len == 3
 
 
+def test_a_use_counts_for_what_became_a_leaf_by_an_eviction():
+    cache = hybrid()
+    serve(cache, ids("old", "leaf"), [3, 7])
+    serve(cache, ids("xther"), [5])
+    cache.evict(num_tokens=1)
+    assert cache.match(ids("old", "leaf")).kv_len == 3
+    cache.touch(cache.match(ids("old!")))
+    cache.evict(num_tokens=1)
+    assert cache.match(ids("xther!")).kv_len == 0
+    assert cache.match(ids("old!")).cached_len == 3
+
+
 def test_the_least_recently_used_checkpoint_goes_first():
     cache = hybrid()
     for prompt in ("one", "two", "six"):
@@ -89,8 +101,9 @@ def test_a_locked_node_without_a_state_outlives_what_is_below_it():
     assert cache.evict(num_tokens=10) == (2, 0)
 
 
-def test_kv_that_nothing_can_resume_from_goes_first():
-    cache = hybrid()
+@pytest.mark.parametrize("eviction", ["lru", "slru"])
+def test_kv_that_nothing_can_resume_from_goes_first(eviction):
+    cache = hybrid(eviction=eviction)
     serve(cache, ids("alive"), [5])
     serve(cache, ids("dead!"))
     cache.touch(cache.match(ids("dead!!")))
@@ -114,8 +127,9 @@ def test_without_dead_first_recency_alone_decides():
     assert cache.match(ids("alive!")).kv_len == 0
 
 
-def test_a_superseded_checkpoint_goes_before_an_older_one_that_is_not():
-    cache = hybrid()
+@pytest.mark.parametrize("eviction", ["lru", "slru"])
+def test_a_superseded_checkpoint_goes_before_an_older_one_that_is_not(eviction):
+    cache = hybrid(eviction=eviction)
     serve(cache, ids("older"), [5])
     serve(cache, ids("chat"), [4])
     serve(cache, ids("chat", "chat"), [8])
