@@ -33,6 +33,10 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 """Shared memory that one program may use."""
 
 
+_LOGS: dict[str, str] = {}
+"""What the assembler said of each kernel, by its hash."""
+
+
 class _AbsentDevice:
     """Stands in for Triton's driver: answers what is asked before a launch, and is never launched on."""
 
@@ -70,9 +74,8 @@ def recording(target: str) -> Iterator[list[Compiled]]:
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         with redirect_stdout(io.StringIO()) as log:
             result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        if not hasattr(result, "assembler_log"):  # one that was compiled before is silent
-            result.assembler_log = log.getvalue()
-        compiled.append(Compiled(result, result.assembler_log))
+        # One that was compiled before is silent.
+        compiled.append(Compiled(result, _LOGS.setdefault(result.hash, log.getvalue())))
         return result
 
     driver.set_active(_AbsentDevice(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
