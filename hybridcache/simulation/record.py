@@ -21,7 +21,7 @@ class RequestLog:
         """Further tokens that a checkpoint which was evicted would have saved."""
         self.turns = array("i")
         """How many requests of the same session came before."""
-        self.ttft_s: array[float] | list[float] = array("d")
+        self.ttft_s = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
         self._lost_ids = [0] * len(Losses._fields)

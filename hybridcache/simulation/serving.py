@@ -11,6 +11,7 @@ not be hit.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -72,12 +73,12 @@ def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: Reques
         add(request, served, turn, perf_counter() - start)
 
 
-def _queue(log: RequestLog, serving: Serving) -> list[float]:
+def _queue(log: RequestLog, serving: Serving) -> array[float]:
     """Time to first token of each request: waiting for a free server, then its prefill. O(n log servers)."""
     free_at = [0.0] * serving.servers
     cached = np.frombuffer(log.cached_tokens, np.int64)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
-    found = []
+    found = array("d")
     for arrival, spent in zip(
         log.arrival_s, prefill_seconds(serving.times, cached, lengths), strict=True
     ):
