@@ -103,7 +103,7 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
 def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     """Two panels a trace, the hit rate and its share of the optimum: our policy and LRU as lines, all other policies as a band, the
     peers, the best plan and the bound."""
-    figure, axes = panels(2 * len(results), width=4.3, height=3.2, columns=4)
+    figure, axes = panels(2 * len(results), width=4.3, height=2.9, columns=4)
     for number, result in enumerate(results):
         hit, share = axes[2 * number : 2 * number + 2]
         named = (OURS, "lru", *options.policy)
@@ -111,7 +111,7 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
         _draw(share, result, named, lambda run: 100 * (run.share_of_optimum or 0))
         draw_limits(hit, result)
         share.axhline(100, color="black", linewidth=0.8)
-        hit.set_ylim(0, 100)
+        hit.set_ylim(0, 100 if result.bound_rate is None else min(100, 125 * result.bound_rate))
         share.set_ylim(0, 120)
         hit.set_ylabel("token hit rate, %")
         share.set_ylabel("share of the best plan, %")

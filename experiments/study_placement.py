@@ -73,7 +73,7 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     """A panel a trace, a bar a placement: the hit rate at the largest size, and at the smallest inside it; in figures at the right, both as
     shares of the best plan."""
     columns = 3
-    figure, axes = panels(len(results), width=4.9, height=4.4, columns=columns)
+    figure, axes = panels(len(results), width=4.9, height=4.0, columns=columns)
     for place, (axis, result) in enumerate(zip(axes, results, strict=True)):
         by_label = {runs[0].config["checkpoints"]: runs for runs in result.by_label().values()}
         places = range(len(by_label))

@@ -466,7 +466,7 @@ def panels(
 
 
 def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> None:
-    """Write the figure: one legend below for all panels, the caption under it."""
+    """Write the figure: one legend below for all panels, the caption under it; the figure grows by both."""
     from matplotlib import pyplot
 
     entries = {
@@ -480,7 +480,10 @@ def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> Non
     rows = -(-len(entries) // columns)
     lines = textwrap.wrap(caption, int(width * 15))
     below = 0.17 * len(lines) + 0.1  # inches that the caption takes
-    figure.tight_layout(rect=(0, (below + 0.22 * rows + 0.1) / height, 1, 1))
+    added = below + 0.22 * rows + 0.1
+    height += added
+    figure.set_size_inches(width, height)
+    figure.tight_layout(rect=(0, added / height, 1, 1))
     if entries:
         figure.legend(
             entries.values(),
