@@ -26,13 +26,16 @@ BASELINES: dict[str, BaselineFactory] = {
     "lightllm": LightllmCache,
     "lightllm-big": partial(LightllmCache, big_page=1024),
     "lightllm-64": partial(LightllmCache, page=64),
+    "lightllm-counted": partial(LightllmCache, counted=True),
+    "lightllm-big-counted": partial(LightllmCache, big_page=1024, counted=True),
     "marconi": MarconiCache,
     "marconi-static": partial(MarconiCache, alpha=1.0),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
     "marconi-repaired": partial(MarconiCache, reading="repaired"),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
 }
-"""Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper."""
+"""Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``: states are paid for out of the
+budget, where LightLLM keeps them in host memory beside it."""
 
 
 def build_baseline(word: str, config: BaselineConfig) -> Baseline:

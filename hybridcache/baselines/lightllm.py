@@ -10,6 +10,9 @@ Published behaviour that decides its hit rates:
   freed when the request ends.
 - KV is evicted leaf by leaf, stateless leaves first, then least recently used; host buffers least recently used, the
   node staying behind without its state.
+
+``counted`` is not LightLLM: its states are paid for out of the device budget, as many as are worth their place there, so that
+it can be compared with caches that have no memory beside it.
 """
 
 from __future__ import annotations
@@ -56,7 +59,10 @@ class _Found(NamedTuple):
 
 
 class LightllmCache:
-    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` None: off, the default)."""
+    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` None: off, the default).
+
+    ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of host buffers.
+    """
 
     def __init__(
         self,
@@ -64,14 +70,18 @@ class LightllmCache:
         page: int = 512,
         big_page: int | None = None,
         num_host_states: int = 512,
+        counted: bool = False,
     ) -> None:
         self.page = max(1, page // config.unit)
         self.big_page = None if big_page is None else big_page // config.unit
         if self.big_page is not None and self.big_page % self.page:
             raise ValueError(f"big_page {big_page} is not a multiple of page {page}")
-        self.free_states = num_host_states
-        self.num_states = num_host_states
-        self.num_tokens = config.budget_bytes // (config.kv_bytes_per_token * config.unit)
+        row_bytes = config.kv_bytes_per_token * config.unit
+        self.num_tokens = config.budget_bytes // row_bytes
+        self.state_rows = -(-config.state_bytes // row_bytes) if counted else 0
+        """Rows of the budget that a state takes."""
+        self.num_states = self.num_tokens // self.state_rows if counted else num_host_states
+        self.free_states = self.num_states
         self.free_tokens = self.num_tokens
         self.held_tokens = 0
         self.clock = 0
@@ -104,17 +114,27 @@ class LightllmCache:
         self.free_tokens += num_tokens
         self.held_tokens -= num_tokens
 
-    def publish(self, root: _Page, tokens: Tokens) -> int:
-        """Insert a computed prompt's whole pages with its states; returns how many new tokens the tree took over."""
+    def publish(self, root: _Page, tokens: Tokens, cached_len: int) -> int:
+        """Insert a computed prompt's whole pages with its states; returns how many new tokens the tree took over: none, where
+        states are counted and there is no room for them."""
         node, taken, start = root, 0, 0
         end = (len(tokens) - 1) // self.page * self.page
+        num_big = 0 if self.big_page is None else end // self.big_page - cached_len // self.big_page
+        reserved, used = self.state_rows * (num_big + 1), 0
+        if not self.allocate(reserved):
+            return 0
         while start < end:
             size = self._page_at(start, end)
             node, new = self._child(node, tokens[start : start + size], size)
-            taken += size if new else 0
+            if new:
+                taken += size
+                used += self.state_rows * node.big
             start += size
         if node is not root and not node.has_state:
             self._save_state(node)
+            used += self.state_rows
+        self.held_tokens -= used
+        self.free(reserved - used)
         return taken
 
     def check(self) -> None:
@@ -122,7 +142,7 @@ class LightllmCache:
         stack = list(self.roots.values())
         while stack:
             node = stack.pop()
-            cached += node.num_tokens
+            cached += self._rows(node)
             states += node.has_state and not node.big
             stack.extend(node.children.values())
             if node.parent is not None:
@@ -133,6 +153,10 @@ class LightllmCache:
             f"{self.free_tokens} free + {cached} cached + held != total"
         )
         assert self.free_states + states == self.num_states, "host states: free + cached != total"
+
+    def _rows(self, node: _Page) -> int:
+        """Rows of the budget that ``node`` takes, with its state."""
+        return node.num_tokens + self.state_rows * node.has_state
 
     def _page_at(self, start: int, end: int) -> int:
         if (
@@ -181,6 +205,7 @@ class LightllmCache:
         if not self.free_states:
             _, oldest = self.small_states.popitem(0)
             self.leaves.pop(self._leaf_key(oldest), None)
+            self.free_tokens += self.state_rows
             oldest.has_state = False
             self._list(oldest)
             self.free_states += 1
@@ -220,7 +245,7 @@ class LightllmCache:
         assert node.parent is not None
         del node.parent.children[node.key]
         self._list(node.parent)
-        self.free_tokens += node.num_tokens
+        self.free_tokens += self._rows(node)
 
 
 class LightllmSession:
@@ -243,7 +268,7 @@ class LightllmSession:
         """The answer's rows are taken and given back; the prompt's whole pages go to the tree."""
         if self.cache.allocate(len(output)):
             self.cache.free(len(output))
-        taken = self.cache.publish(self.root, self.tokens)
+        taken = self.cache.publish(self.root, self.tokens, self.cached_len)
         self.cache.held_tokens -= taken
         self.cache.free(self.held - taken)
         for node in self.path:

@@ -45,6 +45,21 @@ def test_lightllm_never_reuses_an_answer() -> None:
     assert replay(peer, np.concatenate((prompt, answer, text(2, 10))), text(3, 1)) == 576
 
 
+def test_lightllm_pays_for_its_states_where_they_are_counted() -> None:
+    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state takes 1,000 rows of it."""
+    config = BaselineConfig(budget_bytes=16_500, kv_bytes_per_token=10, state_bytes=10_000)
+    first, second = (text(seed, 600) for seed in (0, 1))
+    hits = {}
+    for counted in (False, True):
+        peer = LightllmCache(config, counted=counted)
+        for prompt in (first, second):
+            assert replay(peer, prompt, text(9, 1)) == 0
+            peer.check()
+        hits[counted] = [replay(peer, prompt, text(9, 1)) for prompt in (second, first)]
+        peer.check()
+    assert hits == {False: [512, 512], True: [512, 0]}
+
+
 # -- SGLang ---------------------------------------------------------------------------------------------------------------
 
 
