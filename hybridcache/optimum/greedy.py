@@ -83,6 +83,8 @@ class _Growing:
             absent = np.flatnonzero(~self.kv[index][within.start : within.stop]) + within.start
             if len(absent):
                 added.append((index, self.sizes[index], absent))
+            elif len(states) == 1:
+                break  # what is kept is kept with all above it
         return added
 
     def cost(self, added: list[tuple[int, int, npt.NDArray[np.intp]]]) -> float:
@@ -132,20 +134,15 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
     O(depth + steps) in numpy."""
     growing = _Growing(trie, budget)
 
-    def density(request: int, index: int) -> float:
-        gain = trie.positions[index].depth - int(growing.hit_depth[request])
-        cost = growing.cost(growing.missing(growing.needs(request, index)))
-        return gain / cost if cost else float("inf")
-
-    def first_density(request: int, index: int, interval: int) -> float:
-        """``density`` of an empty plan: all above the position was visited at both ends of the interval too."""
+    def first_density(index: int, interval: int) -> float:
+        """Of an empty plan: all above the position was visited at both ends of the interval too."""
         position = trie.positions[index]
         start, end = position.visits[interval : interval + 2]
         size = position.depth * budget.kv_bytes_per_token + budget.state_bytes
         return position.depth / float((end - start) * size)
 
     heap = [
-        (-first_density(request, index, interval), request, index)
+        (-first_density(index, interval), request, index)
         for request in range(trie.num_requests)
         for index, interval in trie.usable(request)
     ]
@@ -154,12 +151,14 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
         _, request, index = heapq.heappop(heap)
         if trie.positions[index].depth <= growing.hit_depth[request]:
             continue
-        now = density(request, index)
+        states = growing.needs(request, index)
+        added = growing.missing(states)
+        gain = trie.positions[index].depth - int(growing.hit_depth[request])
+        cost = growing.cost(added)
+        now = gain / cost if cost else float("inf")
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, index))
             continue
-        states = growing.needs(request, index)
-        added = growing.missing(states)
         usage = growing.fits(added)
         if usage is not None:
             growing.add(request, index, states, added, usage)
