@@ -12,6 +12,7 @@ from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.interface import PrefixMatch, Tokens
 from hybridcache.plain import PlainCache, Victim
+from hybridcache.policies.eviction import make_eviction
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.node import RadixNode
 
@@ -99,13 +100,14 @@ class Twins:
         self.cache.subscribe(self.log)
         other = build_prefix_cache(config)
         assert isinstance(other, HybridRadixCache)
+        ranks_itself = getattr(make_eviction(config.eviction)(), "ranks_structure", False)
         self.plain = PlainCache(
             other._pages,
             other._slots,
             grid=config.grid,
             ghost_bytes=config.ghost_bytes,
-            dead_first=config.dead_first,
-            demote_superseded=config.demote_superseded,
+            dead_first=config.dead_first and not ranks_itself,
+            demote_superseded=config.demote_superseded and not ranks_itself,
         )
         self.held_slots: list[int] = []
         self.held_rows: list[np.ndarray] = []
