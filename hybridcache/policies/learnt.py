@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 
 STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
@@ -12,24 +12,34 @@ HOPE = 1.0
 """What the end of the prompt and of the answer are believed to earn with their first checkpoint: this part of a prompt."""
 SPECULATIVE_HOPE = 0.125
 """The same of the back-offs further up."""
-COPY = 1 / 128
+HOPE_LASTS = 128
+"""Checkpoints after which those two must live on what they earned; the others after as large a part of it as their hope is."""
+COPY = 1 / 4096
 """What saving one costs by itself: a copy of a state takes about the time that this part of a prompt takes to prefill."""
-TRIAL_EVERY = 32
-"""A word that does not pay is tried again once in so many prefills."""
+MARGIN = 3.0
+"""Times what it displaces that a checkpoint has to earn: the word that looks best by chance is not the best."""
+TRIAL_AFTER = 32
+"""A word that does not pay is tried again after so many prefills, and after ``TRIAL_GROWTH`` times as many every time it fails."""
+TRIAL_GROWTH = 4
 MEMORY = 1024
-"""Checkpoints after which a word has forgotten half."""
+"""Checkpoints after which a word has forgotten half, and prefills after which it is tried again at the latest."""
+END_WORDS = ("back:1", "decode")
+"""The ends of the prompt and of the answer."""
 
 
 class _Account:
     """One word's checkpoints and what they earned, tokens; both fade."""
 
-    __slots__ = ("earned", "offered", "placed")
+    __slots__ = ("due", "earned", "hope_lasts", "hope_tokens", "offered", "placed", "wait")
 
-    def __init__(self, hope_tokens: float) -> None:
-        self.earned = hope_tokens
+    def __init__(self, hope: float, mean_prompt: float, offered: int) -> None:
+        self.hope_tokens = self.earned = hope * mean_prompt
+        self.hope_lasts = hope * HOPE_LASTS
         self.placed = 1.0
-        self.offered = 0
+        self.offered = offered
         """Prefills that could have had it; words start apart, so that they are not all tried in the same one."""
+        self.due = self.wait = TRIAL_AFTER
+        """It is tried again at ``due``, if it does not pay, and then after ``wait`` prefills."""
 
     @property
     def yield_tokens(self) -> float:
@@ -38,9 +48,23 @@ class _Account:
 
     def place(self) -> None:
         self.placed += 1
+        if self.hope_tokens and self.placed > self.hope_lasts:
+            self.earned -= self.hope_tokens
+            self.hope_tokens = 0.0
         if self.placed > MEMORY:
             self.placed *= 0.5
             self.earned *= 0.5
+
+    def tries(self, pays: bool) -> bool:
+        """Whether it gets a checkpoint now."""
+        self.offered += 1
+        if pays:
+            self.wait = TRIAL_AFTER
+        elif self.offered >= self.due:
+            self.due = self.offered + self.wait
+            self.wait = min(self.wait * TRIAL_GROWTH, MEMORY)
+            return True
+        return pays
 
 
 class Learnt(PlacementPolicy):
@@ -48,9 +72,10 @@ class Learnt(PlacementPolicy):
     64 … grid steps, while they earn more than they displace.
 
     A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from it, or would have, had
-    it not been evicted. It *displaces* what a checkpoint is worth at the margin: the tokens that requests missed because
-    their checkpoint had been evicted, per checkpoint placed. With ample memory nothing is displaced and all that ever earns
-    is placed; under pressure the budget of words follows the regret. A word that does not pay is tried now and then.
+    it not been evicted; one at an end earns down to the nearest that is no back-off, for those only stand in for it. It
+    *displaces* what a checkpoint is worth at the margin: the tokens that requests missed because their checkpoint had been
+    evicted, per checkpoint placed. With ample memory nothing is displaced and all that ever earns is placed; under pressure
+    the budget of words follows the regret. A word that does not pay is tried more and more seldom.
 
     Source: this project. O(log prompt) per prefill.
     """
@@ -93,7 +118,7 @@ class Learnt(PlacementPolicy):
         self._num_prompts = min(self._num_prompts + 1, MEMORY)
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.resumed is not None:
-            self._account(prefill.resumed.label).earned += prefill.resumed.span
+            self._account(prefill.resumed.label).earned += _covers(prefill.resumed)
         missed = prefill.missed
         if missed is not None:
             lost = missed.position - prefill.cached_len
@@ -103,17 +128,15 @@ class Learnt(PlacementPolicy):
     def _account(self, label: str) -> _Account:
         account = self._accounts.get(label)
         if account is None:
-            hope = HOPE if label in ("back:1", "decode") else SPECULATIVE_HOPE
-            account = self._accounts[label] = _Account(hope * self._mean_prompt)
-            account.offered = TRIAL_EVERY * len(self._accounts) // 8
+            hope = HOPE if label in END_WORDS else SPECULATIVE_HOPE
+            offered = TRIAL_AFTER * (len(self._accounts) + 1) // 8
+            account = self._accounts[label] = _Account(hope, self._mean_prompt, offered)
         return account
 
     def _pays(self, label: str) -> bool:
         account = self._account(label)
-        account.offered += 1
-        if account.offered % TRIAL_EVERY == 0:
-            return True
-        return account.yield_tokens > self.price_tokens + COPY * self._mean_prompt
+        needed = MARGIN * self.price_tokens + COPY * self._mean_prompt
+        return account.tries(account.yield_tokens > needed)
 
     def _place(self, position: int, label: str) -> Placed:
         self._account(label).place()
@@ -122,6 +145,17 @@ class Learnt(PlacementPolicy):
             self._num_placed *= 0.5
             self._missed_tokens *= 0.5
         return Placed(position, label)
+
+
+def _covers(item: Item) -> int:
+    """Tokens that ``item`` saved the request that resumed from it."""
+    above = item.above
+    if item.label in END_WORDS:
+        while (
+            above is not None and above.label.startswith("back:") and above.label not in END_WORDS
+        ):
+            above = above.above
+    return item.position - (0 if above is None else above.position)
 
 
 def _continues(prefill: Prefill) -> bool:

@@ -183,9 +183,8 @@ def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
     placement = Learnt()
     asked = [{label for _, label in placement.positions(prefill(n))} for n in range(400)]
     assert asked[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
-    late = asked[300:]
-    assert sum("back:64" in labels for labels in late) <= 4
-    assert any("back:64" in labels for labels in late), "now and then it is tried again"
+    late = asked[100:]
+    assert 1 <= sum("back:64" in labels for labels in late) <= 4, "it is tried more and more seldom"
 
 
 def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
@@ -195,12 +194,36 @@ def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
         used = won if number % 3 == 0 else None
         labels = {label for _, label in placement.positions(prefill(number, resumed=used))}
     assert "back:64" in labels
-    lost = FakeItem("lost", label="back:1", span=900, position=999)
+    end = FakeItem("end", label="back:1", span=900, position=999)
     for number in range(300):
-        labels = {label for _, label in placement.positions(prefill(number, missed=lost))}
+        found = {"missed": end} if number % 4 == 0 else {"resumed": end}
+        labels = {label for _, label in placement.positions(prefill(number, **found))}
     assert placement.price_tokens > 50
-    assert "back:1" in labels, "what ghosts ask for earns too"
+    assert "back:1" in labels
     assert "back:64" not in labels
+
+
+def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed() -> None:
+    placement = Learnt()
+    lost = FakeItem("lost", label="back:1", span=900, position=999)
+    asked = [
+        {label for _, label in placement.positions(prefill(n, missed=lost))} for n in range(400)
+    ]
+    assert any("back:1" in labels for labels in asked[150:]), "now and then it is tried again"
+    assert sum(map(len, asked[150:])) < 40, "what is kept longer has a chance to be used"
+
+
+def test_back_offs_do_not_take_an_end_s_earnings() -> None:
+    """A prompt goes on from its end, 3 tokens below a back-off that would have served nearly as well: the end is worth what
+    the two save together, or both would look idle."""
+    placement = Learnt()
+    old = FakeItem("old", label="decode", position=500)
+    guess = FakeItem("guess", label="back:4", position=996, above=old)
+    end = FakeItem("end", label="back:1", span=3, position=999, above=guess)
+    for number in range(400):
+        labels = {label for _, label in placement.positions(prefill(number, resumed=end))}
+    assert labels == {"back:1"}
+    assert placement._account("back:1").yield_tokens > 400
 
 
 def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> None:
