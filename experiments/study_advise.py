@@ -19,7 +19,8 @@ from experiments.hindsight import Hindsight, Hindsights
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, rounded, workloads
 from hybridcache.advise import PLACEMENTS, Advice, advise, intervals, precisions, splits
 from hybridcache.costs import Roofline
-from hybridcache.report import COLOURS, panels, save, text_table
+from hybridcache.figures import COLOURS, panels, save
+from hybridcache.report import text_table
 from hybridcache.simulation.result import RunResult, budget_bytes
 from hybridcache.simulation.serving import Serving
 from hybridcache.simulation.sweep import Job, run_sweep

@@ -23,8 +23,8 @@ from experiments.lab import (
     title,
     workloads,
 )
+from hybridcache.figures import COLOURS, draw_limits, panels, save, size_axis
 from hybridcache.policies.eviction import EVICTION
-from hybridcache.report import COLOURS, draw_limits, panels, save, size_axis
 from hybridcache.simulate import SimulationResult
 from hybridcache.simulation.result import RunResult
 

@@ -24,7 +24,8 @@ from experiments.lab import (
 )
 from hybridcache.arrivals import Poisson
 from hybridcache.costs import Roofline
-from hybridcache.report import COLOURS, METRICS, panels, save
+from hybridcache.figures import COLOURS, panels, save
+from hybridcache.report import METRICS
 from hybridcache.simulate import SimulationResult, simulate
 from hybridcache.simulation.result import RunResult
 from hybridcache.trace import Trace

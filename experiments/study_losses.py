@@ -10,15 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
-from hybridcache.report import (
-    COLOURS,
-    draw_limits,
-    losses_table,
-    panels,
-    save,
-    size_axis,
-    stack_losses,
-)
+from hybridcache.figures import COLOURS, draw_limits, panels, save, size_axis, stack_losses
+from hybridcache.report import losses_table
 from hybridcache.simulate import SimulationResult
 
 TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")

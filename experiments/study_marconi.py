@@ -18,7 +18,7 @@ from experiments.lab import (
     sweep,
     workloads,
 )
-from hybridcache.report import sweep_figure
+from hybridcache.figures import sweep_figure
 from hybridcache.simulate import SimulationResult
 
 READINGS = ("marconi", "marconi-artifact", "marconi-repaired", "sglang-plus")

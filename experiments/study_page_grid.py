@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, sweep, workloads
-from hybridcache.report import COLOURS, panels, save, text_table
+from hybridcache.figures import COLOURS, panels, save
+from hybridcache.report import text_table
 from hybridcache.simulation.result import RunResult
 
 GRIDS = (64, 128, 256, 512, 1024, 2048)

@@ -19,7 +19,8 @@ from experiments.lab import (
     title,
     workloads,
 )
-from hybridcache.report import COLOURS, METRICS, panels, save
+from hybridcache.figures import COLOURS, panels, save
+from hybridcache.report import METRICS
 from hybridcache.simulate import SimulationResult
 
 FAMILIES = (

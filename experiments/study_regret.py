@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, sweep, workloads
+from hybridcache.figures import COLOURS, panels, save
 from hybridcache.policies import learnt, regret, survival
-from hybridcache.report import COLOURS, panels, save, text_table
+from hybridcache.report import text_table
 
 DERIVED = ("NUM_BINS",)
 """Follows from others."""

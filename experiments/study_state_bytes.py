@@ -11,7 +11,8 @@ import argparse
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
-from hybridcache.report import COLOURS, METRICS, panels, save, size_axis
+from hybridcache.figures import COLOURS, panels, save, size_axis
+from hybridcache.report import METRICS
 from hybridcache.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")

@@ -142,14 +142,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hybridcache.report import (
-        bins_figure,
-        bins_table,
-        find_metric,
-        losses_figure,
-        losses_table,
-        sweep_figure,
-    )
+    from hybridcache.figures import bins_figure, losses_figure, sweep_figure
+    from hybridcache.report import bins_table, find_metric, losses_table
     from hybridcache.simulate import simulate
     from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
 
@@ -243,8 +237,9 @@ def _optimum(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hybridcache.costs import ModelGeometry
+    from hybridcache.figures import optimum_figure
     from hybridcache.optimum import optimum
-    from hybridcache.report import optimum_figure, optimum_table
+    from hybridcache.report import optimum_table
     from hybridcache.simulation.result import budget_bytes, sizes
 
     _check_figure(options.figure)

@@ -85,19 +85,19 @@ class SimulationResult:
 
     def figure(self, path: str | Path, metric: Words = "hit") -> None:
         """Metrics over the sizes as PNG or SVG, a panel each."""
-        from hybridcache.report import sweep_figure
+        from hybridcache.figures import sweep_figure
 
         sweep_figure([self], Path(path), metric)
 
     def bins_figure(self, path: str | Path, gib: float | None = None) -> None:
         """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the middle."""
-        from hybridcache.report import bins_figure
+        from hybridcache.figures import bins_figure
 
         bins_figure([self], Path(path), gib)
 
     def losses_figure(self, path: str | Path) -> None:
         """Where the prompt tokens went over the sizes, a panel a competitor."""
-        from hybridcache.report import losses_figure
+        from hybridcache.figures import losses_figure
 
         losses_figure([self], Path(path))
 
