@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from experiments.hindsight import Hindsight, Hindsights
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, rounded, workloads
 from hybridcache.advise import PLACEMENTS, Advice, advise, intervals, precisions, splits
@@ -249,7 +251,9 @@ def draw(trials: list[Trial]) -> None:
     lost.set_xlabel("points lost against the best answer")
     times.set_xscale("log")
     times.axvline(1, color="black", linewidth=0.6)
+    times.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     times.xaxis.set_major_formatter("{x:g}")
+    times.xaxis.set_minor_locator(NullLocator())
     times.set_xlabel("TTFT that came / TTFT forecast")
     caption = (
         "Advice from one half of each trace, tried on the other from an empty cache: every second session, or the later requests. Left: what came (full) against what was forecast "
