@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline
+from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline, prefill_seconds
 from hybridcache.models.shapes import presets
 
 QWEN3_NEXT = {
@@ -135,6 +136,24 @@ def test_roofline_is_monotone_and_zero_for_nothing() -> None:
     ends = [times.seconds(0, end) for end in (1, 64, 1024, 8192, 65536)]
     assert ends == sorted(ends) and ends[0] >= times.overhead_s
     assert times.seconds(4096, 8192) < times.seconds(0, 8192)
+
+
+@pytest.mark.parametrize("longest", [200_000, 10**8])
+def test_many_prefills_take_what_each_takes(longest: int) -> None:
+    """To the last bit, also where FLOPs outgrow 64 bits and past one piece."""
+    rng = np.random.default_rng(0)
+    ends = rng.integers(0, longest, 40_000)
+    starts = (ends * rng.uniform(0, 1.1, 40_000)).astype(np.int64)
+    for name in ("qwen3-next", "olmo-hybrid"):
+        times = Roofline.fitting(ModelGeometry.preset(name))
+        assert [*prefill_seconds(times, starts, ends)] == [
+            *map(times.seconds, starts.tolist(), ends.tolist())
+        ]
+    table = MeasuredTimes((0, 1000), (100, 200), ((1.0, 2.0), (2.0, 4.0)))
+    assert [*prefill_seconds(table, starts, ends)] == [
+        *map(table.seconds, starts.tolist(), ends.tolist())
+    ]
+    assert [*prefill_seconds(table, starts[:0], ends[:0])] == []
 
 
 def test_a_large_model_gets_the_devices_it_needs() -> None:
