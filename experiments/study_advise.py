@@ -89,6 +89,7 @@ class Trial:
             "forecast": _figures(self.advice.result),
             "token_hit_rate": rounded(run.token_hit_rate),
             "share_of_optimum": rounded(run.cached_tokens / self.plan.cached_tokens),
+            "plan_token_hit_rate": self.plan.reached,
             "came": _figures(run),
             "points_lost": {question: rounded(self.lost(question)) for question in QUESTIONS},
             "answers": {
@@ -123,8 +124,9 @@ def main() -> None:
                 first = replace(trace, source=seen.__iter__)
                 second = replace(trace, source=unseen.__iter__)
                 trials.append(_try(word, half, first, second, gib, options))
-        path = keep("study_advise", [trial.record() for trial in trials])
-        draw(trials)
+        records = [trial.record() for trial in trials]
+        path = keep("study_advise", records)
+        draw(records)
     print(table(trials))
     print(path)
 
@@ -211,40 +213,39 @@ def table(trials: Iterable[Trial]) -> str:
     return text_table(header, rows)
 
 
-def draw(trials: list[Trial]) -> None:
+def draw(records: list[dict[str, Any]]) -> None:
     """A row a trace and size. Left the hit rates, then what each answer lost against the best, then the times."""
-    figure, axes = panels(3, width=5.4, height=0.27 * len(trials) + 1.6, columns=3)
+    figure, axes = panels(3, width=5.4, height=0.25 * len(records) + 1.0, columns=3)
     hit, lost, times = axes
-    for place, trial in enumerate(trials):
-        rates = [100 * run.token_hit_rate for run in trial.answers[QUESTIONS[0]].values()]
+    for place, record in enumerate(records):
+        rates = [100 * rate for rate in record["answers"][QUESTIONS[0]].values()]
         hit.plot([min(rates), max(rates)], [place] * 2, color="#cccccc", linewidth=7, zorder=1)
-        plan = trial.plan.reached
-        hit.plot(100 * plan, place, "|", color="black", markersize=11, markeredgewidth=1.6)
-        forecast = 100 * trial.advice.result.token_hit_rate
+        plan = 100 * record["plan_token_hit_rate"]
+        hit.plot(plan, place, "|", color="black", markersize=11, markeredgewidth=1.6)
+        forecast, came = (100 * record[name]["token_hit_rate"] for name in ("forecast", "came"))
         hit.plot(forecast, place, "o", color=COLOURS[1], markerfacecolor="white", markersize=6)
-        hit.plot(100 * trial.result.token_hit_rate, place, "o", color=COLOURS[0], markersize=6)
-        share = 100 * trial.result.cached_tokens / trial.plan.cached_tokens
+        hit.plot(came, place, "o", color=COLOURS[0], markersize=6)
+        share = 100 * record["share_of_optimum"]
         hit.text(112, place, f"{share:.0f}", fontsize=7.5, ha="center", va="center")
         for number, question in enumerate(QUESTIONS):
             lost.plot(
-                trial.lost(question),
+                record["points_lost"][question],
                 place + 0.14 * (number - 1.5),
                 "osD^"[number],
                 color=COLOURS[number],
                 markersize=4.5,
             )
-        for rank, colour in ((50, COLOURS[0]), (99, COLOURS[1])):
-            ratio = trial.result.ttft_s[rank] / trial.advice.result.ttft_s[rank]
+        for name, colour in (("ttft_p50_s", COLOURS[0]), ("ttft_p99_s", COLOURS[1])):
+            ratio = record["came"][name] / record["forecast"][name]
             times.plot(ratio, place, "o", color=colour, markersize=5)
     hit.text(112, -1, "% of plan", fontsize=7.5, ha="center", va="center")
     _name(hit, lost, times)
     for axis in axes:
-        axis.set_yticks(range(len(trials)))
-        axis.set_ylim(len(trials) - 0.4, -1.6)
+        axis.set_yticks(range(len(records)))
+        axis.set_ylim(len(records) - 0.4, -1.6)
         axis.set_yticklabels([])
-    hit.set_yticklabels(
-        [f"{trial.trace}, {trial.gib:.3g} GiB, {trial.half}" for trial in trials], fontsize=8
-    )
+    names = [f"{record['trace']}, {record['gib']:.3g} GiB, {record['half']}" for record in records]
+    hit.set_yticklabels(names, fontsize=8)
     hit.set_xlim(0, 120)
     hit.set_xticks(range(0, 101, 20))
     hit.set_xlabel("token hit rate on the unseen half, %")
