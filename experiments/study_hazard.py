@@ -155,7 +155,7 @@ def best_gain(known: Curves, counted: Curves, byte_steps: float) -> float:
         rows = np.arange(len(ages))
         return float(counted[0][rows, ages].sum()), float(counted[1][rows, ages].sum())
 
-    low, high = 0.0, 1.0
+    low, high = 0.0, float(known[0].max()) + 1  # at the latter nothing is worth keeping
     if at(low)[1] <= byte_steps:
         return at(low)[0]
     for _ in range(100):
