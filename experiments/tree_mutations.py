@@ -16,7 +16,7 @@ class Mutation(NamedTuple):
 
 RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
 ROOM, GATHERED = "hybridcache/room.py", "hybridcache/gathered.py"
-TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "lru"))
+TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "ghosts"))
 FAMILY = "hybridcache/radix/family.py"
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
 PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"

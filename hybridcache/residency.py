@@ -21,12 +21,13 @@ from collections.abc import Iterator
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.interface import Indices
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.compact import compact_rows
 from hybridcache.radix.forks import has_deeper, unforked_above, unforked_at
-from hybridcache.radix.lru import GhostList
-from hybridcache.radix.node import Checkpoint, Indices, ItemBytes, RadixNode, Segment
+from hybridcache.radix.ghosts import GhostList
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.tree import RadixTree
 from hybridcache.stats import CacheStats
 

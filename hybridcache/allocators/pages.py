@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
-
-Indices = npt.NDArray[np.int32]
+from hybridcache.interface import Indices
 
 _MOST_ROWS = 1 << 31
 

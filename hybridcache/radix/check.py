@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hybridcache.radix.family import members
+from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.key import TOKEN_BYTES, child_key
-from hybridcache.radix.lru import GhostList
 from hybridcache.radix.node import RadixNode
 from hybridcache.radix.tree import RadixTree
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.radix.node import Indices, RadixNode
+from hybridcache.interface import Indices
+from hybridcache.radix.node import RadixNode
 
 
 def compact_rows(node: RadixNode, gone: Indices) -> None:

@@ -10,20 +10,32 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-import numpy.typing as npt
 
+from hybridcache.interface import Tokens
+
+INT32 = np.dtype(np.int32)
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
 
-Tokens = npt.NDArray[np.int32]
 ChildKey = int | bytes
 Edge = bytes | memoryview
+
+
+def require_int32(array: object, what: str) -> None:
+    """ValueError unless ``array`` is int32[n]: bytes of another type would be taken for other ids. O(1)."""
+    if not isinstance(array, np.ndarray):
+        kind = type(array).__name__
+    elif array.dtype != INT32 or array.ndim != 1:
+        kind = f"{array.dtype} of shape {array.shape}"
+    else:
+        return
+    raise ValueError(f"{what} must be a numpy array int32[n], not {kind}: convert them first")
 
 
 def child_key(edge: Edge, page_size: int) -> ChildKey:
     """The dict key under which an edge hangs at its parent: its first page. O(page)."""
     if page_size == 1:
-        return int.from_bytes(edge[:TOKEN_BYTES], sys.byteorder)
+        return int.from_bytes(edge[:TOKEN_BYTES], sys.byteorder, signed=True)
     return bytes(edge[: page_size * TOKEN_BYTES])
 
 

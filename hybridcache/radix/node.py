@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from hybridcache.interface import Indices, Tokens
 from hybridcache.radix.family import Family
-from hybridcache.radix.key import Edge, Tokens, edge_tokens
-
-Indices = npt.NDArray[np.int32]
+from hybridcache.radix.key import Edge, edge_tokens
 
 
 class ItemBytes(NamedTuple):

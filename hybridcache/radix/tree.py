@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
+from hybridcache.interface import Tokens
 from hybridcache.radix.family import members, with_child, without_child
-from hybridcache.radix.key import TOKEN_BYTES, Tokens, child_key, common_prefix_len, first_page
+from hybridcache.radix.key import TOKEN_BYTES, child_key, common_prefix_len, first_page
 from hybridcache.radix.node import RadixNode
 
 Walk = tuple[RadixNode, RadixNode | None, int]
@@ -31,9 +32,13 @@ class RadixTree:
         """Resident and ghost nodes, roots not counted."""
 
     def root(self, namespace: Hashable) -> RadixNode:
-        """The root of ``namespace``, made if it is not there. O(1)."""
+        """The root of ``namespace``, made if it is not there. O(1). ValueError: it does not equal itself (NaN)."""
         node = self.roots.get(namespace)
         if node is None:
+            if namespace != namespace:
+                raise ValueError(
+                    f"namespace {namespace!r} does not equal itself: nothing under it could be found"
+                )
             node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
 
