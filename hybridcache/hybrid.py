@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from math import lcm
 
 import numpy as np
+from numpy import ndarray
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
@@ -20,10 +21,10 @@ from hybridcache.residency import Residency
 from hybridcache.room import make_room_for_kv, make_room_for_slot
 from hybridcache.stats import CacheStats
 
-INT32 = np.dtype(np.int32)
 NO_INDICES: Indices = np.empty(0, np.int32)
 NO_INDICES.setflags(write=False)
 
+EVICTED = "what this match or result named was evicted since: match again, and lock before anything is evicted"
 
 RENDERERS = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}
 
@@ -88,6 +89,8 @@ class HybridRadixCache:
         >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
         10
         """
+        if type(tokens) is not ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
         num_tokens = len(tokens)
         root = self._tree.roots.get(namespace)
         if root is None:
@@ -191,15 +194,19 @@ class HybridRadixCache:
     # -- locking ------------------------------------------------------------------------------------------------------
 
     def lock(self, node: RadixNode | None) -> Receipt:
-        """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1)."""
+        """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1). ValueError: it was evicted."""
         if node is not None:
+            if node.kv is None:
+                raise ValueError(EVICTED)
             self._residency.lock(node)
         return Receipt(node)
 
     def unlock(self, receipt: Receipt) -> None:
-        """Give a lock back; a receipt given twice unlocks once. O(1)."""
+        """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache gave it."""
         node = receipt.node
         if node is not None:
+            if node not in self._residency.locked:
+                raise ValueError("this receipt was given by another cache: unlock it there")
             receipt.node = None
             self._residency.unlock(node)
 
@@ -220,15 +227,29 @@ class HybridRadixCache:
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
         """
         residency, tree = self._residency, self._tree
+        if type(tokens) is not ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        if type(kv_indices) is not ndarray or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
+            require_int32(kv_indices, "KV indices")
         num_tokens = len(tokens)
-        if len(kv_indices) != num_tokens or tokens.dtype != INT32:
+        if len(kv_indices) != num_tokens:
             raise ValueError(
-                f"{len(kv_indices)} KV indices for {num_tokens} tokens of type {tokens.dtype}: "
-                "as many as tokens are needed, and int32 ids"
+                f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
             )
+        if checkpoints or labels:
+            self._refuse_malformed(checkpoints, labels)
         num_tokens -= num_tokens % self.page_size
-        while after is not None and after.end > owned_from:
-            after = after.parent
+        if not 0 <= owned_from <= num_tokens:
+            raise ValueError(
+                f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
+            )
+        if after is not None:
+            if after.kv is None or not after.locks:
+                raise ValueError(
+                    "the node given as ``after`` is not locked: keep its lock until insert is done"
+                )
+            while after is not None and after.end > owned_from:
+                after = after.parent
         node = after if after is not None else tree.root(namespace)
         inside, kv_len = None, node.end
         if node.children is not None:
@@ -255,6 +276,23 @@ class HybridRadixCache:
             tree.prune_root(namespace)
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
+
+    def _refuse_malformed(
+        self, checkpoints: Sequence[tuple[int, int]], labels: Sequence[str]
+    ) -> None:
+        """ValueError before anything changes. O(checkpoints)."""
+        if labels and len(labels) != len(checkpoints):
+            raise ValueError(
+                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
+            )
+        num_slots = self._slots.capacity
+        for position, slot in checkpoints:
+            if type(position) is not int or type(slot) is not int or not 0 <= slot < num_slots:
+                raise ValueError(
+                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the slot below {num_slots}"
+                )
+        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
+            raise ValueError("two checkpoints share a slot: each needs one of its own")
 
     def _append(
         self,

@@ -125,7 +125,7 @@ class PrefixCache(Protocol):
         ...
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Read how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n)."""
+        """Read how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n). ValueError: not int32[n]."""
         ...
 
     def gather(self, node: Any) -> Indices:
@@ -137,11 +137,12 @@ class PrefixCache(Protocol):
         ...
 
     def lock(self, node: Any) -> Any:
-        """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt ``unlock`` takes."""
+        """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt ``unlock`` takes.
+        ValueError: ``node`` was evicted."""
         ...
 
     def unlock(self, receipt: Any) -> None:
-        """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1)."""
+        """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1). ValueError: another cache gave it."""
         ...
 
     def insert(
@@ -160,7 +161,12 @@ class PrefixCache(Protocol):
         ownership of whatever is not in ``duplicates`` or past ``inserted_len`` passes to the cache; likewise slots not in
         ``rejected_slots``. ``labels`` are the placement words that asked for the checkpoints, one each (or none).
         ``after`` is a locked node whose path is ``tokens[:owned_from]`` (``match.node``, later ``result.node``): the walk then
-        starts there, O(n - owned_from) instead of O(n). ValueError: rows below ``owned_from`` are not the tree's.
+        starts there, O(n - owned_from) instead of O(n).
+
+        ValueError, and nothing changed: arrays that are not int32[n], fewer tokens in the tree than ``owned_from``, an ``after``
+        that is evicted or not locked, malformed checkpoints or labels, a namespace that does not equal itself. Not checked,
+        because it would cost a pass: that rows and slots are the caller's, that those below ``owned_from`` are the tree's, that
+        ``after`` is of these tokens and this namespace. ``check`` finds rows and slots that are in two hands.
         """
         ...
 

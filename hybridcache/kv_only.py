@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from hybridcache.hybrid import HybridRadixCache, Receipt
+from numpy import ndarray
+
+from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
 from hybridcache.interface import Indices, InsertResult, Losses, PrefixMatch, Tokens
+from hybridcache.radix.key import INT32, require_int32
 from hybridcache.radix.node import RadixNode
 
 
@@ -40,6 +43,8 @@ class RadixCache(HybridRadixCache):
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
+        if type(tokens) is not ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
         num_tokens = len(tokens)
         root = self._tree.roots.get(namespace)
         if root is None:
@@ -75,6 +80,8 @@ class RadixCache(HybridRadixCache):
         """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside. O(page)."""
         if isinstance(node, PathPart):
             last = node.last()
+            if last.kv is None:
+                raise ValueError(EVICTED)
             node = self._residency.split(last, node.length) if last.end > node.length else last
         return super().lock(node)
 
@@ -89,6 +96,7 @@ class RadixCache(HybridRadixCache):
         after: Any = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their rows; every checkpoint is handed back."""
-        node = after.node if isinstance(after, PathPart) else after
+        node = after.last() if isinstance(after, PathPart) else after
+        rejected_slots = tuple(slot for _, slot in checkpoints)
         result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), node)
-        return result._replace(rejected_slots=tuple(slot for _, slot in checkpoints))
+        return result._replace(rejected_slots=rejected_slots)

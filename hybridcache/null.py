@@ -16,6 +16,7 @@ from hybridcache.interface import (
     PrefixMatch,
     Tokens,
 )
+from hybridcache.radix.key import require_int32
 from hybridcache.stats import CacheStats
 
 
@@ -48,6 +49,7 @@ class NullCache(PrefixCache):
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Always a miss: every token counts as never seen. O(1)."""
+        require_int32(tokens, "tokens")
         n = len(tokens)
         return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
 
@@ -75,6 +77,8 @@ class NullCache(PrefixCache):
         after: Any = None,
     ) -> InsertResult:
         """Nothing is taken: all rows and slots stay the caller's."""
+        require_int32(tokens, "tokens")
+        require_int32(kv_indices, "KV indices")
         return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
