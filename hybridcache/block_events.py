@@ -20,8 +20,8 @@ from hybridcache.events import (
     KVRemoved,
     KVSplit,
     KVStored,
-    Namespace,
 )
+from hybridcache.namespaces import Namespace
 
 
 class _Segment:

@@ -13,7 +13,7 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.consistency import check_cache
 from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
-from hybridcache.listener import Listener
+from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.render import render_graphviz, render_svg, render_text
@@ -440,15 +440,21 @@ class HybridRadixCache:
             in_hands = self._slots.num_taken - self._residency.num_checkpoints
             assert in_hands == held_slots, f"{in_hands} slots held, the caller has {held_slots}"
 
-    def subscribe(self, listener: Listener | None) -> None:
-        """Tell ``listener`` of every change from now on; None: nobody. A cache that is not empty is told of first."""
-        if listener is not None:
-            for node in self._tree.nodes():
-                if node.kv is not None:
-                    listener.kv_stored(node)
-                if node.checkpoint is not None:
-                    listener.checkpoint_stored(node)
-        self._residency.listener = listener
+    def subscribe(self, listener: Listener) -> None:
+        """Tell ``listener``, beside those told already, of all that is cached and of every change from now on. O(tree).
+        ValueError: it is told already."""
+        told = members_of(self._residency.listener)
+        if listener in told:
+            raise ValueError("this listener is subscribed already: unsubscribe it first")
+        introduce(listener, self._tree.nodes())
+        self._residency.listener = joined((*told, listener))
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Tell ``listener`` nothing more. O(listeners). ValueError: it is not subscribed."""
+        told = members_of(self._residency.listener)
+        if listener not in told:
+            raise ValueError("this listener is not subscribed")
+        self._residency.listener = joined(tuple(one for one in told if one is not listener))
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
         """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError: another word.

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from hybridcache.listener import Listener
     from hybridcache.stats import CacheStats
 
 Tokens = npt.NDArray[np.int32]
@@ -192,6 +193,14 @@ class PrefixCache(Protocol):
 
     def reset(self) -> None:
         """Drop everything that is not locked."""
+        ...
+
+    def subscribe(self, listener: Listener) -> None:
+        """Tell ``listener``, beside those told already, of all that is cached and of every change from now on. O(cache)."""
+        ...
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Tell ``listener`` nothing more."""
         ...
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:

@@ -16,6 +16,7 @@ from hybridcache.interface import (
     PrefixMatch,
     Tokens,
 )
+from hybridcache.listener import Listener
 from hybridcache.radix.key import require_int32
 from hybridcache.stats import CacheStats
 
@@ -104,6 +105,12 @@ class NullCache(PrefixCache):
         return Eviction(0, 0)
 
     def reset(self) -> None:
+        return None
+
+    def subscribe(self, listener: Listener) -> None:
+        """There is nothing to tell, now or later."""
+
+    def unsubscribe(self, listener: Listener) -> None:
         return None
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
