@@ -366,8 +366,8 @@ MUTATIONS = (
     Mutation(
         "freed pages are written one place too low",
         PAGES,
-        "        self._height = top = bottom + len(pages)\n",
-        "        top = bottom + len(pages)\n        self._height = max(bottom, top - 1)\n",
+        "        self._height = top\n",
+        "        self._height = max(bottom, top - 1)\n",
     ),
     Mutation(
         "a freed slot's bytes are not given back",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import numpy as np
 
 from hybridcache.allocators.base import BaseAllocator
@@ -63,10 +65,15 @@ class PageAllocator(BaseAllocator):
         return min(self.num_unused, affordable - affordable % self.page_size)
 
     def allocate(self, num_tokens: int) -> Indices | None:
-        """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are not free. O(n)."""
-        num_pages = -(-num_tokens // self.page_size)
+        """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are not free. O(n).
+
+        TypeError: not a whole number; ValueError: a negative one.
+        """
+        num_pages = -(-index(num_tokens) // self.page_size)
         if num_pages > self._height:
             return None
+        if num_pages < 0:
+            raise ValueError(f"rows for {num_tokens} tokens asked for: it must not be negative")
         if self.budget is not None:
             if num_pages * self.page_size > self.num_free:
                 return None
@@ -81,17 +88,27 @@ class PageAllocator(BaseAllocator):
     def free(self, rows: Indices) -> None:
         """Take back ``rows``: whole pages in row order, in hands until now. O(n).
 
-        Raises ValueError for a part of a page.
+        ValueError, and nothing taken: parts of pages, a first or last row that is none of this pool's, more rows than are in
+        hands. A page given back twice while others are out would cost a search: only ``check`` finds it.
         """
+        num_rows = len(rows)
+        if not num_rows:
+            return
         pages = rows
+        first, last = rows.item(0), rows.item(-1)
         if self.page_size > 1:
-            if len(rows) % self.page_size:
-                raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
+            if num_rows % self.page_size or first % self.page_size or (last + 1) % self.page_size:
+                raise ValueError(f"{num_rows} rows are not whole pages of {self.page_size}")
             pages = rows[:: self.page_size] // self.page_size
-        if self.budget is not None:
-            self.budget.give_back(len(rows) * self.unit_bytes)
+        if not (0 <= first < self.capacity and 0 <= last < self.capacity):
+            raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
         bottom = self._height
-        self._height = top = bottom + len(pages)
+        top = bottom + len(pages)
+        if top > len(self._stack):
+            raise ValueError(f"{num_rows} rows given back, {self.num_taken} are in hands")
+        if self.budget is not None:
+            self.budget.give_back(num_rows * self.unit_bytes)
+        self._height = top
         self._stack[bottom:top] = pages
 
     def reserve(self, rows: Indices) -> None:

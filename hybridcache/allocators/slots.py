@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
@@ -40,9 +41,15 @@ class SlotAllocator(BaseAllocator):
         return self._stack.pop()
 
     def free(self, slot: int) -> None:
-        """Take back ``slot``, in hands until now. O(1). Raises ValueError for a slot that is none of this pool."""
-        if not 0 <= slot < self.capacity:
+        """Take back ``slot``, in hands until now. O(1).
+
+        ValueError: it is none of this pool, or all are here already; TypeError: no whole number. A slot given back twice
+        while others are out would cost a search: only ``check`` finds it.
+        """
+        if not 0 <= index(slot) < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
+        if len(self._stack) == self.capacity:
+            raise ValueError(f"slot {slot} given back, but none is in hands")
         if self.budget is not None:
             self.budget.give_back(self.unit_bytes)
         self._stack.append(slot)
@@ -50,7 +57,7 @@ class SlotAllocator(BaseAllocator):
     def reserve(self, slots: Sequence[int]) -> None:
         """Take exactly ``slots``. O(capacity). ValueError: some are not free, or the budget is too small."""
         taken = set(slots)
-        if len(slots) > self.num_free or not taken <= set(self._stack):
+        if len(slots) > self.num_free or len(taken) < len(slots) or not taken <= set(self._stack):
             raise ValueError(f"{len(slots)} slots asked for that are not free")
         self._stack = [slot for slot in self._stack if slot not in taken]
         if self.budget is not None:

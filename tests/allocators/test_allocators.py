@@ -128,6 +128,48 @@ def test_what_is_no_page_and_no_slot_is_not_taken_back():
         slots.free(2)
 
 
+@pytest.mark.parametrize("budget", [None, 1000])
+def test_a_bad_call_is_refused_before_anything_changes(budget):
+    shared = None if budget is None else ByteBudget(budget)
+    pages = PageAllocator(16, 4, TOKEN_BYTES, shared)
+    slots = SlotAllocator(2, SLOT_BYTES, shared)
+    rows, slot = pages.allocate(8), slots.allocate()
+    for bad, error in ((-5, ValueError), (2.5, TypeError), (4.0, TypeError), ("4", TypeError)):
+        with pytest.raises(error):
+            pages.allocate(bad)
+    outside = np.arange(16, 20, dtype=np.int32)
+    for bad, sentence in (
+        (rows[2:6], "whole pages"),
+        (rows[1:5], "whole pages"),
+        (outside, "not of this pool"),
+        (np.concatenate([rows[:4], outside]), "not of this pool"),
+        (outside - 20, "not of this pool"),
+        (np.arange(12, dtype=np.int32), "12 rows given back, 8 are in hands"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            pages.free(bad)
+    for bad, error in ((1.0, TypeError), (None, TypeError), (-1, ValueError), (2, ValueError)):
+        with pytest.raises(error):
+            slots.free(bad)
+    assert (pages.num_taken, slots.num_taken) == (8, 1)
+    assert shared is None or shared.free_bytes == budget - 8 * TOKEN_BYTES - SLOT_BYTES
+    pages.free(rows)
+    slots.free(slot)
+    with pytest.raises(ValueError, match="8 rows given back, 0 are in hands"):
+        pages.free(rows)
+    with pytest.raises(ValueError, match="none is in hands"):
+        slots.free(slot)
+    assert (pages.num_free, slots.num_free) == (16, 2)
+    pages.check()
+    slots.check()
+
+
+def test_nothing_can_be_given_back_at_any_time():
+    pages = PageAllocator(8)
+    pages.free(np.empty(0, np.int32))
+    assert pages.num_free == 8
+
+
 def test_what_is_taken_can_not_be_reserved():
     pages, slots = PageAllocator(8, page_size=4), SlotAllocator(2)
     rows = pages.allocate(4)
@@ -136,6 +178,8 @@ def test_what_is_taken_can_not_be_reserved():
     slot = slots.allocate()
     with pytest.raises(ValueError, match="not free"):
         slots.reserve([slot])
+    with pytest.raises(ValueError, match="not free"):
+        SlotAllocator(2).reserve([1, 1])
 
 
 def test_a_double_free_is_found_by_check():
