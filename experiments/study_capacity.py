@@ -38,8 +38,8 @@ CAPTION = (
     "Left of each pair the token hit rate, right of it the same as a share of the best plan with hindsight: the clairvoyant greedy's; up to "
     "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is short and tie where it is not; what "
     "hindsight would still gain is largest at the left. Grey: between the best and the worst of all other policies tried. Marconi "
-    "saves states at any token, all others (the plan too) on the grid; LightLLM's states lie in host memory that the size does not count: "
-    "both can pass 100 %."
+    "saves states at any token (on long traces with one fixed weight), all others, the plan too, on the grid; LightLLM's states lie in host "
+    "memory that the size does not count: both can pass 100 %."
 )
 
 
