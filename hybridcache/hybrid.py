@@ -15,6 +15,7 @@ from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.radix.key import INT32, require_int32
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.render import render_graphviz, render_svg, render_text
 from hybridcache.residency import Residency
