@@ -6,8 +6,8 @@ Mooncake's conversation trace: 61 % of its prompts are never continued, and the 
 long it is, how many turns came before, how long they took, how long the answer was. Here such a rule is given, for every class of these
 facts, the truth: which part is continued at which age. It keeps each class until the age at which the next byte-step is no longer worth
 its price, the price being the one at which memory is full on average (a Lagrangian relaxation: memory may be over the limit now and
-under it then, requests in service take none, checkpoints stand wherever they are needed). So no rule that sees only these facts does
-better than *in hindsight*, up to the grid of ages. *Held out*: the ages come from one half of the sessions and count on the other.
+under it then, requests in service take none, checkpoints stand wherever they are needed). So no rule that sees only these facts, and
+is the same from first to last, does better than *in hindsight*, up to the grid of ages. *Held out*: the ages come from one half of the sessions and count on the other.
 Between them lies what can be learnt: classes as fine as single prompts would reach the clairvoyant plan in hindsight, and nothing held out.
 """
 
