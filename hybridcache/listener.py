@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -10,8 +11,10 @@ from hybridcache.radix.node import RadixNode
 
 
 class Listener(Protocol):
-    """Called right after (stored, split) or right before (chosen, removed) the change. Must not change the cache, nor
-    raise: the change it is told of is half done.
+    """Called right after (stored, split) or right before (chosen, removed) the change. Must not change the cache.
+
+    Nor should it raise: the change it is told of is half done and is brought to its end, so that the caller learns what it
+    owns; the listener is unsubscribed and its error logged.
 
     A resident node is known by the serial of its KV, ``node.kv.serial``: unique for as long as the cache lives.
     """
@@ -42,34 +45,38 @@ class Listener(Protocol):
 
 
 class Listeners(Listener):
-    """Several listeners, told one after the other."""
+    """Several listeners, told one after the other. One that raises is dropped, and the logger ``hybridcache`` says so."""
 
     def __init__(self, members: tuple[Listener, ...]) -> None:
         self.members = members
 
     def kv_stored(self, node: RadixNode) -> None:
-        for member in self.members:
-            member.kv_stored(node)
+        self._tell("kv_stored", node)
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        for member in self.members:
-            member.kv_split(upper, lower)
+        self._tell("kv_split", upper, lower)
 
     def kv_removed(self, node: RadixNode) -> None:
-        for member in self.members:
-            member.kv_removed(node)
+        self._tell("kv_removed", node)
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        for member in self.members:
-            member.checkpoint_stored(node)
+        self._tell("checkpoint_stored", node)
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        for member in self.members:
-            member.checkpoint_removed(node)
+        self._tell("checkpoint_removed", node)
 
     def chosen(self, item: Item) -> None:
+        self._tell("chosen", item)
+
+    def _tell(self, change: str, *what: object) -> None:
         for member in self.members:
-            member.chosen(item)
+            try:
+                getattr(member, change)(*what)
+            except Exception:
+                self.members = tuple(one for one in self.members if one is not member)
+                logging.getLogger("hybridcache").exception(
+                    "%r raised when told of %s: it is told nothing more", member, change
+                )
 
 
 def members_of(told: Listener | None) -> tuple[Listener, ...]:
@@ -80,10 +87,8 @@ def members_of(told: Listener | None) -> tuple[Listener, ...]:
 
 
 def joined(members: tuple[Listener, ...]) -> Listener | None:
-    """One listener for all ``members``: itself where it is the only one, None where there is none."""
-    if len(members) > 1:
-        return Listeners(members)
-    return members[0] if members else None
+    """One listener for all ``members``; None where there is none."""
+    return Listeners(members) if members else None
 
 
 def introduce(listener: Listener, nodes: Iterable[RadixNode]) -> None:

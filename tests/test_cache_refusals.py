@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.events import EventStream, Mirror, segments_of
+from hybridcache.listener import Listener
 from tests.cache_serving import hybrid, ids, publish
+from tests.cache_twins import VictimLog
 
 NO_IDS = (
     [1, 2, 3, 4],
@@ -155,3 +158,46 @@ def test_a_receipt_of_another_cache_is_refused_and_stays_good():
     assert cache.evict(num_tokens=5).num_tokens == 5
     cache.check(held_tokens=0, held_slots=0)
     other.check(held_tokens=0, held_slots=0)
+
+
+# -- listeners ----------------------------------------------------------------------------------------------------------
+
+
+CHANGES = [name for name in vars(Listener) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_listener_that_raises_is_told_no_more_and_breaks_nothing(change, caplog):
+    class Broken(VictimLog):
+        def __getattribute__(self, name):
+            if name == change:
+                raise OSError("the socket is closed")
+            return super().__getattribute__(name)
+
+    cache, mirror, broken = hybrid(), Mirror(page_size=1), Broken()
+    cache.subscribe(broken)
+    cache.subscribe(EventStream(mirror.apply))
+    for tokens in (ids("abcde"), ids("aX"), ids("abcdeZ")):
+        publish(cache, tokens, [2, len(tokens)])
+        cache.check(held_tokens=0, held_slots=0)
+    cache.evict(num_tokens=2, num_slots=1)
+    cache.check(held_tokens=0, held_slots=0)
+    assert mirror.segments() == segments_of(cache._tree.nodes())
+    cache.reset()
+    assert cache.cached_tokens == cache.num_checkpoints == 0
+    cache.check(held_tokens=0, held_slots=0)
+    assert [record.exc_info[1].args for record in caplog.records] == [("the socket is closed",)]
+    with pytest.raises(ValueError, match="not subscribed"):
+        cache.unsubscribe(broken)
+
+
+def test_a_listener_that_raises_while_it_is_introduced_is_not_subscribed():
+    def closed(_):
+        raise OSError("the socket is closed")
+
+    cache = hybrid()
+    publish(cache, ids("abc"), [3])
+    with pytest.raises(OSError, match="closed"):
+        cache.subscribe(EventStream(closed))
+    publish(cache, ids("abX"), [3])
+    cache.check(held_tokens=0, held_slots=0)
