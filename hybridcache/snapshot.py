@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.radix.node import Checkpoint, RadixNode
-from hybridcache.residency import Residency
-
-FORM = "hybridcache snapshot 1"
+from hybridcache.listener import introduce
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
+from hybridcache.radix.tree import RadixTree
+from hybridcache.snapshot_file import FORM, Arrays, Header, read_snapshot
 
 
 def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
-    """Write ``cache`` to ``path`` (.npz). Locks and what requests hold are not part of it. O(tree).
+    """Write ``cache`` to exactly ``path``. Locks, what requests hold and a policy's memory are not part of it. O(tree).
 
-    ValueError: a namespace is not made of None, numbers, texts, bytes and tuples of them.
+    ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and tuples of them.
     """
     residency = cache._residency
     ordered = list(residency.tree.nodes())
@@ -43,95 +43,137 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
         "lost_labels": [_label(node.lost_checkpoint) for node in ordered],
     }
     parts = [node.kv.indices for node in ordered if node.kv is not None]
-    np.savez_compressed(
-        path,
-        header=np.array(json.dumps(header)),
-        parent=np.array([place[_parent(node)] for node in ordered], np.int64),
-        end=np.array([node.end for node in ordered], np.int64),
-        tokens=np.concatenate([np.empty(0, np.int32), *(node.tokens for node in ordered)]),
-        rows=np.concatenate([np.empty(0, np.int32), *parts]),
-        kv=np.array([_numbers(node.kv) for node in ordered], np.int64).reshape(-1, 4),
-        slot=np.array([node.checkpoint.slot if node.checkpoint else -1 for node in ordered], int),
-        checkpoint=_table([node.checkpoint for node in ordered]),
-        lost=_table([node.lost_checkpoint for node in ordered]),
-        ghost=np.array([forgotten.get(node, -1) for node in ordered], np.int64),
-    )
+    arrays = {
+        "header": np.array(json.dumps(header)),
+        "parent": np.array([place[_parent(node)] for node in ordered], np.int64),
+        "end": np.array([node.end for node in ordered], np.int64),
+        "tokens": np.concatenate([np.empty(0, np.int32), *(node.tokens for node in ordered)]),
+        "rows": np.concatenate([np.empty(0, np.int32), *parts]),
+        "kv": np.array([_numbers(node.kv) for node in ordered], np.int64).reshape(-1, 4),
+        "slot": np.array(
+            [node.checkpoint.slot if node.checkpoint else -1 for node in ordered], int
+        ),
+        "checkpoint": _table([node.checkpoint for node in ordered]),
+        "lost": _table([node.lost_checkpoint for node in ordered]),
+        "ghost": np.array([forgotten.get(node, -1) for node in ordered], np.int64),
+    }
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
     """Fill ``cache``, which must be empty and of the same page size and grid, with what ``path`` holds. O(tree + pools).
 
     Rows and slots are taken from its allocators under their old numbers; the policy is told of every candidate, oldest
-    first. ValueError: another form, another geometry, a pool that is too small, or a cache that is not empty.
+    first, and so are subscribers; what is loaded counts as inserted; ghosts past the cache's own limit are forgotten.
+    ValueError, and the cache as it was: no snapshot or a damaged one, another geometry, a pool that is too small, or a cache
+    that is not empty. FileNotFoundError: nothing is there.
     """
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    if "header" not in arrays:
-        raise ValueError(f"{path} is no cache snapshot")
-    header = json.loads(str(arrays["header"]))
+    header, arrays = read_snapshot(path)
     _check_fits(cache, header, path)
     residency = cache._residency
-    residency.pages.reserve(arrays["rows"])
-    residency.slots.reserve([slot for slot in arrays["slot"].tolist() if slot >= 0])
-    nodes = _build(residency, header, arrays)
-    residency.now, residency.num_items = header["now"], header["num_items"]
-    ghosts = [(order, node) for order, node in zip(arrays["ghost"], nodes, strict=True)]
-    for order, node in sorted(ghosts, key=lambda pair: int(pair[0])):
+    if (arrays["slot"] >= 0).any() and not residency.item_bytes.state:
+        raise ValueError(f"{path} holds checkpoints, and this cache can keep none")
+    tree = RadixTree(cache.page_size)
+    clock = (residency.num_items, residency.now)
+    nodes = _build(tree, header, arrays, residency.item_bytes, clock, path)
+    slots = [slot for slot in arrays["slot"].tolist() if slot >= 0]
+    try:
+        residency.pages.reserve(arrays["rows"])
+        try:
+            residency.slots.reserve(slots)
+        except ValueError:
+            residency.pages.free(arrays["rows"])
+            raise
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit into this cache: {error}") from error
+    residency.tree.roots.update(tree.roots)
+    residency.tree.num_nodes = tree.num_nodes
+    residency.num_items += header["num_items"]
+    residency.now += header["now"]
+    residency.cached_tokens, residency.num_checkpoints = len(arrays["rows"]), len(slots)
+    residency.stats.inserted_tokens += len(arrays["rows"])
+    residency.stats.inserted_slots += len(slots)
+    ghosts = [(int(order), node) for order, node in zip(arrays["ghost"], nodes, strict=True)]
+    for order, node in sorted(ghosts, key=lambda pair: pair[0]):
         if order >= 0:
             residency.ghosts.add(node)
     residency.ghosts.trim()
     residency.mark_superseded()
     for item in sorted(residency.candidates(), key=lambda item: (item.last_used, item.serial)):
         residency.policy.add(item)
+    if residency.listener is not None:
+        introduce(residency.listener, residency.tree.nodes())
 
 
-def _build(residency: Residency, header: dict[str, Any], arrays: Any) -> list[RadixNode]:
-    """Make the nodes, parents first, with their KV and checkpoints."""
-    tree = residency.tree
+def _build(
+    tree: RadixTree,
+    header: Header,
+    arrays: Arrays,
+    item_bytes: ItemBytes,
+    clock: tuple[int, int],
+    path: str | Path,
+) -> list[RadixNode]:
+    """Make the nodes, parents first, with their KV and checkpoints. ``clock``: (serials, requests) that the cache has had; no
+    serial may come twice, and no time may run back."""
     roots = [tree.root(ast.literal_eval(text)) for text in header["namespaces"]]
     nodes: list[RadixNode] = []
     token_at = row_at = 0
-    for index, end in enumerate(arrays["end"].tolist()):
-        above = int(arrays["parent"][index])
+    siblings: set[tuple[int, Hashable]] = set()
+    for index, (end, above) in enumerate(
+        zip(arrays["end"].tolist(), arrays["parent"].tolist(), strict=True)
+    ):
         parent = nodes[above] if above >= 0 else roots[-1 - above]
         length = end - parent.end
-        node = tree.grow(parent, arrays["tokens"][token_at : token_at + length])
+        tokens = arrays["tokens"][token_at : token_at + length].astype(np.int32)
+        node = tree.grow(parent, tokens)
+        if (above, node.key) in siblings:
+            raise ValueError(f"{path} is a damaged snapshot: two children begin the same")
+        siblings.add((above, node.key))
         token_at += length
         nodes.append(node)
-        serial, created, last_used, uses = arrays["kv"][index].tolist()
-        if serial >= 0:
-            residency.store_rows(node, arrays["rows"][row_at : row_at + length].copy())
-            row_at += length
-            kv = node.kv
-            assert kv is not None
-            kv.serial, kv.created, kv.last_used, kv.uses = serial, created, last_used, uses
-        else:
+        serial, created, last_used, uses = _shifted(arrays["kv"][index], clock)
+        if serial is None:
             tree.fade(node)
+        else:
+            rows = arrays["rows"][row_at : row_at + length].astype(np.int32)
+            node.kv = Segment(node, rows, created, serial, item_bytes)
+            node.kv.last_used, node.kv.uses = last_used, uses
+            row_at += length
         slot = int(arrays["slot"][index])
-        node.checkpoint = _checkpoint(
-            residency, node, slot, arrays["checkpoint"][index], header["labels"][index]
-        )
+        numbers = _shifted(arrays["checkpoint"][index], clock)
+        node.checkpoint = _checkpoint(node, slot, numbers, header["labels"][index], item_bytes)
+        numbers = _shifted(arrays["lost"][index], clock)
         node.lost_checkpoint = _checkpoint(
-            residency, node, -1, arrays["lost"][index], header["lost_labels"][index]
+            node, -1, numbers, header["lost_labels"][index], item_bytes
         )
-        residency.num_checkpoints += node.checkpoint is not None
     return nodes
 
 
-def _checkpoint(
-    residency: Residency, node: RadixNode, slot: int, numbers: Any, label: str
-) -> Checkpoint | None:
+def _shifted(numbers: Any, clock: tuple[int, int]) -> tuple[int | None, int, int, int]:
+    """(serial, created, last_used, uses) after what the cache has had; serial None: nothing was there."""
     serial, created, last_used, uses = numbers.tolist()
     if serial < 0:
+        return None, 0, 0, 0
+    return serial + clock[0], created + clock[1], last_used + clock[1], uses
+
+
+def _checkpoint(
+    node: RadixNode,
+    slot: int,
+    numbers: tuple[int | None, int, int, int],
+    label: str,
+    item_bytes: ItemBytes,
+) -> Checkpoint | None:
+    serial, created, last_used, uses = numbers
+    if serial is None:
         return None
-    checkpoint = Checkpoint(node, slot, created, serial, residency.item_bytes, label)
+    checkpoint = Checkpoint(node, slot, created, serial, item_bytes, label)
     checkpoint.last_used, checkpoint.uses = last_used, uses
     return checkpoint
 
 
-def _check_fits(cache: HybridRadixCache, header: dict[str, Any], path: str | Path) -> None:
-    if header.get("form") != FORM:
-        raise ValueError(f"{path} is no cache snapshot of this version")
+def _check_fits(cache: HybridRadixCache, header: Header, path: str | Path) -> None:
     if (header["page_size"], header["grid"]) != (cache.page_size, cache.grid):
         raise ValueError(
             f"{path} was saved with page size {header['page_size']} and grid {header['grid']}, "
