@@ -35,10 +35,22 @@ class Boundary(PrefillRule):
 
 
 class Backoff(PrefillRule):
-    """The last grid position before the prompt's last token, so that the same prompt sent again hits."""
+    """The last ``count`` grid positions before the prompt's last token, the deepest first.
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        return (Placed(prefill.prompt_len - 1, "backoff"),)
+    One, so that the same prompt sent again hits. Each further one for a prompt cut short by up to one more grid step, at the
+    price of one more state a prompt: superseded at once, it goes before all others when slots run out.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        if count < 1:
+            raise ValueError(f"backoff:K needs K of at least 1 position, got {count}")
+        self.count = count
+
+    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+        last = prefill.prompt_len - 1
+        first = max(prefill.cached_len, last - self.count * prefill.grid)
+        for position in range(last, first, -prefill.grid):
+            yield Placed(position, "backoff")
 
 
 class Prompt(PrefillRule):
@@ -138,11 +150,12 @@ NUMBERED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
 """Words that take a length in tokens, written ``word:number``."""
 
 COUNTED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
+    "backoff": Backoff,
     "balanced": Balanced,
     "thinned": Thinned,
     "planned": Planned,
 }
-"""Words that take a number of checkpoints, written ``word:number``."""
+"""Words that take a number of checkpoints, written ``word:number``; ``backoff`` alone is ``backoff:1``."""
 
 
 def parse_placement(words: str) -> Placement:
@@ -172,14 +185,14 @@ def _number(word: str, argument: str, example: str) -> int:
 
 def _parse_rule(word: str) -> PlacementPolicy:
     name, colon, argument = word.partition(":")
-    if name in PLACEMENT:
-        if colon:
-            raise ValueError(f"checkpoint placement {name!r} takes no number, got {word!r}")
+    if name in PLACEMENT and not colon:
         return PLACEMENT[name]()
     if name in NUMBERED_PLACEMENT:
         return NUMBERED_PLACEMENT[name](_number(name, argument, f"{name}:1024"))
     if name in COUNTED_PLACEMENT:
         return COUNTED_PLACEMENT[name](_number(name, argument, f"{name}:4"))
+    if name in PLACEMENT:
+        raise ValueError(f"checkpoint placement {name!r} takes no number, got {word!r}")
     if colon:
         return load_placement(word)
     known = ", ".join(

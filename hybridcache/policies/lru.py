@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import chain
 
 from hybridcache.policies.protocol import Item, Kind
 
@@ -49,6 +51,11 @@ class LRU:
     def missed(self, item: Item) -> None:
         """Recency does not learn from ghosts."""
 
+    def candidates(self) -> Iterator[Item]:
+        """All it holds, in no order. O(n)."""
+        lines = {self._kv, self._checkpoints, self._dead, self._superseded}
+        return (entry[2] for line in lines for entry in line if entry[2].memo is entry)
+
     def victim(self, kind: Kind | None) -> Item | None:
         if kind == "kv":
             return self._dead.oldest() or self._kv.oldest()
@@ -83,6 +90,9 @@ class _Line:
         self.late: list[Entry] = []
         self.limit = 64
         """Length of either at which both are swept."""
+
+    def __iter__(self) -> Iterator[Entry]:
+        return chain(self.queue, self.late)
 
     def add_late(self, entry: Entry) -> None:
         """O(log n), amortised."""

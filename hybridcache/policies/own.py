@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -45,18 +45,18 @@ class OwnEviction(EvictionPolicy):
     def __init__(self, word: str, policy_class: type[EvictionPolicy]) -> None:
         self._word = word
         self._policy = _made(word, policy_class)
-        self._candidates: set[Item] = set()
+        self._held: set[Item] = set()
         self.ranks_structure: bool = getattr(self._policy, "ranks_structure", False)
 
     def add(self, item: Item) -> None:
-        self._candidates.add(item)
+        self._held.add(item)
         try:
             self._policy.add(item)
         except Exception as error:
             _blame(self._word, self._policy, "add", error)
 
     def discard(self, item: Item) -> None:
-        self._candidates.discard(item)
+        self._held.discard(item)
         try:
             self._policy.discard(item)
         except Exception as error:
@@ -74,10 +74,14 @@ class OwnEviction(EvictionPolicy):
         except Exception as error:
             _blame(self._word, self._policy, "missed", error)
 
+    def candidates(self) -> Iterable[Item]:
+        """All it was told of, in no order."""
+        return self._held
+
     def victim(self, kind: Kind | None) -> Item | None:
         try:
             victim: Item | None = self._policy.victim(kind)
-            known = victim is None or victim in self._candidates
+            known = victim is None or victim in self._held
         except Exception as error:
             _blame(self._word, self._policy, "victim", error)
         if victim is not None and (not known or kind not in (None, victim.kind)):

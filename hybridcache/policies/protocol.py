@@ -5,7 +5,7 @@ An *item* is something that can be evicted: one checkpoint, or the KV of one nod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Protocol
 
 Kind = Literal["kv", "checkpoint"]
@@ -93,7 +93,8 @@ class EvictionPolicy(Protocol):
     changes its tier (``policies.tiers``) moves to another instance of the same policy, its ``memo`` with it. ``victim``
     returns a candidate without removing it: the cache then calls ``discard``.
     ``missed`` is how a ghost speaks: a request came that would have resumed from this evicted checkpoint.
-    Each in O(log n) or better.
+    Each in O(log n) or better. One that has a method ``candidates`` too, all items it holds, is compared with the tree by
+    ``check``; it need not.
     """
 
     def add(self, item: Item) -> None:
@@ -116,6 +117,12 @@ class EvictionPolicy(Protocol):
     def victim(self, kind: Kind | None) -> Item | None:
         """The candidate that should go first: of ``kind``, or of either where both share one budget (None)."""
         ...
+
+
+def candidates_of(policy: EvictionPolicy) -> Iterable[Item] | None:
+    """What ``policy`` says that it holds; None where it can not tell."""
+    tell: Callable[[], Iterable[Item] | None] | None = getattr(policy, "candidates", None)
+    return None if tell is None else tell()
 
 
 class Prefill(NamedTuple):

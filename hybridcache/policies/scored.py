@@ -68,6 +68,10 @@ class ScorePolicy(EvictionPolicy, ABC):
             self._chosen = None
             self.evicted(item, entry[0])
 
+    def candidates(self) -> Iterable[Item]:
+        """All it holds, in no order. O(n)."""
+        return chain(*self._entries.values())
+
     def victim(self, kind: Kind | None) -> Item | None:
         """The top of a heap, or of both, once its score is still what it was. O(log n) amortised."""
         kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
@@ -151,6 +155,10 @@ class SampledPolicy(EvictionPolicy, ABC):
         if self._chosen is item:
             self._chosen = None
             self.evicted(item)
+
+    def candidates(self) -> Iterable[Item]:
+        """All it holds, in no order. O(n)."""
+        return chain(*self._bags.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
         """The least of those drawn, with repeats. O(sample)."""

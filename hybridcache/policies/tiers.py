@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
 
 
 class Tiers(EvictionPolicy):
@@ -42,6 +42,16 @@ class Tiers(EvictionPolicy):
         self._rest.missed(item)
         if self._superseded is not self._rest:
             self._superseded.missed(item)
+
+    def candidates(self) -> Iterable[Item] | None:
+        """All that its tiers hold; None where they can not tell."""
+        held: list[Item] = []
+        for tier in {self._rest, self._dead, self._superseded}:
+            told = candidates_of(tier)
+            if told is None:
+                return None
+            held += told
+        return held
 
     def victim(self, kind: Kind | None) -> Item | None:
         """Of the first tier that has one of ``kind``."""
