@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hybridcache.policies.protocol import candidates_of
 from hybridcache.radix.check import check_tree
 from hybridcache.radix.family import members
 from hybridcache.radix.node import Checkpoint, RadixNode
@@ -26,9 +27,25 @@ def check_cache(residency: Residency, step: int) -> None:
     locked = {node for node in tree.nodes() if node.locks}
     assert locked == set(residency.locked), "the locked nodes are not those listed"
     assert residency.locked_path_tokens == sum(node.end for node in locked), "locked path tokens"
+    for item in residency.withheld:
+        assert item.node.locks, f"{item} is withheld but not locked"
+        assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
+    _check_candidates(residency)
     serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
     assert len(set(serials)) == len(serials), "two items share a serial"
     assert all(serial < residency.num_items for serial in serials), "a serial from the future"
+
+
+def _check_candidates(residency: Residency) -> None:
+    told = candidates_of(residency.policy)
+    if told is None:
+        return
+    held, due = list(told), set(residency.candidates())
+    assert len(set(held)) == len(held), "the policy holds an item twice"
+    for item in due.difference(held):
+        raise AssertionError(f"the policy does not know of {item}")
+    for item in set(held) - due:
+        raise AssertionError(f"the policy holds {item}, which is no candidate")
 
 
 def is_superseded(checkpoint: Checkpoint) -> bool:

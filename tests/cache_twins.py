@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from hybridcache.hybrid import HybridRadixCache
 from hybridcache.interface import PrefixMatch, Tokens
 from hybridcache.plain import PlainCache, Victim
 from hybridcache.policies.eviction import make_eviction
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
 from hybridcache.radix.node import RadixNode
 
 
@@ -22,28 +22,31 @@ class CandidateLedger:
 
     def __init__(self, inner: EvictionPolicy) -> None:
         self.inner = inner
-        self.candidates: set[Any] = set()
+        self.held: set[Any] = set()
 
     def add(self, item: Item) -> None:
-        assert item not in self.candidates, f"{item} added twice"
-        self.candidates.add(item)
+        assert item not in self.held, f"{item} added twice"
+        self.held.add(item)
         self.inner.add(item)
 
     def discard(self, item: Item) -> None:
-        assert item in self.candidates, f"{item} discarded but never added"
-        self.candidates.remove(item)
+        assert item in self.held, f"{item} discarded but never added"
+        self.held.remove(item)
         self.inner.discard(item)
 
     def touch(self, item: Item) -> None:
-        assert item in self.candidates, f"{item} touched but no candidate"
+        assert item in self.held, f"{item} touched but no candidate"
         self.inner.touch(item)
 
     def missed(self, item: Item) -> None:
         self.inner.missed(item)
 
+    def candidates(self) -> Iterable[Item] | None:
+        return candidates_of(self.inner)
+
     def victim(self, kind: Kind | None) -> Item | None:
         item = self.inner.victim(kind)
-        assert item is None or item in self.candidates, f"{item} is no candidate"
+        assert item is None or item in self.held, f"{item} is no candidate"
         return item
 
 
@@ -252,6 +255,4 @@ class Twins:
         held += sum(map(len, self.held_rows))
         self.cache.check(held_tokens=held, held_slots=len(self.held_slots))
         residency = self.cache._residency
-        assert self.ledger.candidates == set(residency.candidates())
-        for item in residency.withheld:
-            assert item.node.locks, f"{item} is withheld but not locked"
+        assert self.ledger.held == set(residency.candidates())
