@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from hybridcache.interface import PrefixMatch
 
 MAX_NAMESPACES = 1024
-"""Namespaces counted apart; the longest-known beyond that are folded into ``CacheStats.folded``."""
+"""Namespaces counted apart; those beyond that which were asked for longest ago are folded into ``CacheStats.folded``."""
 
 
 class Usage:
@@ -94,7 +95,8 @@ class CacheStats:
     """
 
     def __init__(self) -> None:
-        self.by_namespace: dict[Hashable, Usage] = {}
+        self.by_namespace: OrderedDict[Hashable, Usage] = OrderedDict()
+        """Those asked for lately, the latest last."""
         self.folded = Usage()
         """Usage of namespaces that are no longer counted apart."""
         self.inserted_tokens = 0
@@ -112,12 +114,14 @@ class CacheStats:
         usage = self.by_namespace.get(match.namespace)
         if usage is None:
             usage = self._open(match.namespace)
+        else:
+            self.by_namespace.move_to_end(match.namespace)
         usage.record(match)
 
     def _open(self, namespace: Hashable) -> Usage:
         if len(self.by_namespace) >= MAX_NAMESPACES:
-            oldest = next(iter(self.by_namespace))
-            self.folded.merge(self.by_namespace.pop(oldest))
+            _, oldest = self.by_namespace.popitem(last=False)
+            self.folded.merge(oldest)
         usage = self.by_namespace[namespace] = Usage()
         return usage
 
