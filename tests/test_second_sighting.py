@@ -23,8 +23,9 @@ def text(num_tokens):
 class Server:
     """A cache that serves one request after another."""
 
-    def __init__(self, placement):
-        self.cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=500))
+    def __init__(self, placement, grid=GRID, num_slots=500):
+        config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=grid)
+        self.cache = build_prefix_cache(config)
         self.placement = parse_placement(placement)
 
     def serve(self, prompt, answer=(), boundaries=()):
@@ -57,6 +58,44 @@ def test_a_prompt_cut_short_by_a_few_tokens_pays_by_backoff_while_it_reaches_the
     server, prompt = Server("backoff"), text(1000)
     server.serve(prompt)
     assert server.serve(prompt[:-cut]) == 960
+
+
+@pytest.mark.parametrize(
+    ("length", "resent", "grid", "one", "two"),
+    [
+        (16, 15, 1, 0, 14),
+        (17, 16, 1, 0, 15),
+        (1000, 960, 64, 0, 896),
+        (1000, 897, 64, 0, 896),
+        (129, 128, 64, 0, 64),
+        (1000, 999, 64, 960, 960),
+        (1000, 896, 64, 0, 0),
+        (65, 64, 64, 0, 0),
+    ],
+)
+def test_a_prompt_cut_back_over_a_grid_point_pays_by_one_more_state(length, resent, grid, one, two):
+    """Up to a whole grid step may be cut; the state before position 64 of a grid of 64 would stand at 0, where none is."""
+    prompt = text(length)
+    single, double = Server("backoff", grid), Server("backoff:2", grid)
+    for server in (single, double):
+        server.serve(prompt)
+    assert single.serve(prompt[:resent]) == one
+    assert double.serve(prompt[:resent]) == two
+
+
+def test_the_price_of_one_more_position_back_is_one_more_state_a_prompt():
+    for count in (1, 2, 3):
+        server = Server(f"backoff:{count}")
+        for _ in range(10):
+            server.serve(text(1000))
+        assert server.cache.num_checkpoints == 10 * count
+
+
+def test_where_slots_are_short_the_further_state_goes_first():
+    server, prompts = Server("backoff:2", num_slots=12), [text(1000) for _ in range(10)]
+    for prompt in prompts:
+        server.serve(prompt)
+    assert [server.serve(prompt) for prompt in prompts] == [960] * 10
 
 
 def test_a_prompt_cut_back_over_a_grid_point_pays_by_periodic_checkpoints():
@@ -118,10 +157,13 @@ def test_a_fork_is_noticed_by_ghosts_after_its_kv_went():
     assert server.serve(np.concatenate([shared, text(300)])) == 960
 
 
-def test_a_prefix_shorter_than_the_grid_never_pays():
-    server, prompt = Server("end,branch,boundary,backoff,prompt,every:64"), text(63)
-    server.serve(prompt, boundaries=(63,))
-    assert server.serve(prompt, boundaries=(63,)) == 0, "no position at which a state could stand"
+@pytest.mark.parametrize("length", [63, 64])
+def test_a_prompt_of_at_most_one_grid_step_never_pays(length):
+    server, prompt = Server("end,branch,boundary,backoff:2,prompt,every:64"), text(length)
+    server.serve(prompt, boundaries=(length,))
+    assert server.serve(prompt, boundaries=(length,)) == 0, (
+        "its last token is computed, and before that no state can stand"
+    )
 
 
 def test_a_fork_inside_an_answer_pays_only_up_to_the_prompts_last_state():

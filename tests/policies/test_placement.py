@@ -12,6 +12,7 @@ from hybridcache.policies.checkpoint import (
     COUNTED_PLACEMENT,
     NUMBERED_PLACEMENT,
     PLACEMENT,
+    Backoff,
     parse_placement,
 )
 from hybridcache.policies.planned import Planned, plan
@@ -30,6 +31,10 @@ def where(words: str, **facts: object) -> list[int]:
         ("none", []),
         ("prompt", [960]),
         ("backoff", [960]),
+        ("backoff:1", [960]),
+        ("backoff:3", [832, 896, 960]),
+        ("backoff:3,cap:2", [896, 960]),
+        ("backoff:99", list(range(64, 961, 64))),
         ("aligned:512", [512]),
         ("every:256", [256, 512, 768]),
         ("chunks:300", [256, 576, 896, 960]),
@@ -48,6 +53,16 @@ def test_known_positions(words: str, positions: list[int]) -> None:
 
 def test_sqrt_on_a_fine_grid() -> None:
     assert where("sqrt", prompt_len=100, grid=1) == list(range(10, 101, 10))
+
+
+def test_backoff_goes_back_no_further_than_the_prompt_resumes() -> None:
+    assert where("backoff:3", cached_len=896) == [960]
+    assert where("backoff:3", prompt_len=960) == [768, 832, 896]
+    assert where("backoff:3", prompt_len=64) == []
+    with pytest.raises(ValueError, match="K of at least 1"):
+        Backoff(0)
+    with pytest.raises(ValueError, match="takes no number"):
+        parse_placement("branch:2")
 
 
 def test_thinned_and_chunks_start_where_the_prompt_resumes() -> None:
