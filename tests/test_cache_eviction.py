@@ -181,6 +181,35 @@ def test_a_hit_refreshes_only_the_checkpoint_it_consumed():
     assert cache.match(ids("other!")).cached_len == 5
 
 
+def test_an_insert_refreshes_no_checkpoint_that_it_merely_passes():
+    cache = hybrid()
+    for prompt in ("ab", "xy"):
+        serve(cache, ids(prompt), [2])
+    passed = cache.match(ids("ab!")).resumed
+    before = (passed.last_used, passed.uses)
+    publish(cache, ids("abcd"))
+    publish(cache, ids("ab"))
+    assert (passed.last_used, passed.uses) == before
+    cache.evict(num_slots=1)
+    assert cache.match(ids("xy!")).cached_len == 2
+    assert cache.match(ids("ab!")).cached_len == 0, "the older one, whoever wrote past it since"
+
+
+def test_a_chat_with_more_turns_than_slots_keeps_its_latest_turns():
+    cache, turn = hybrid(num_slots=48), 5
+    chat = ids(range(100 * turn))
+    for end in range(turn, len(chat) + 1, turn):
+        match = serve(cache, chat[:end], [end])
+        assert match.cached_len == end - turn, "each turn goes on from the one before"
+    assert cache.num_checkpoints == 48 and cache.stats.evicted_slots == 52
+    assert cache.cached_tokens == len(chat), "only states went"
+    for end in range(turn, len(chat), turn):
+        edited = cache.match(ids(chat[:end].tolist(), "!"))
+        kept = end > len(chat) - 48 * turn
+        assert edited.cached_len == (end if kept else 0)
+        assert edited.losses.checkpoint_evicted == (0 if kept else end)
+
+
 def test_evicting_an_inner_checkpoint_leaves_a_tombstone():
     cache = hybrid()
     serve(cache, ids("ab"), [2])

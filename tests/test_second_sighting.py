@@ -107,6 +107,16 @@ def test_a_prompt_cut_back_over_a_grid_point_pays_by_periodic_checkpoints():
     assert periodic.serve(prompt[:950]) == 768
 
 
+def test_a_prompt_with_more_positions_than_there_are_slots_pays_by_its_last_ones():
+    server, prompt = Server("every:64", num_slots=48), text(100 * GRID + 1)
+    assert server.serve(prompt) == 0
+    assert server.cache.num_checkpoints == 47, "one slot is the running request's own"
+    assert server.serve(prompt) == 100 * GRID
+    cuts = (99, 54, 53, 1)
+    matches = [server.cache.match(prompt[: position * GRID + 1]) for position in cuts]
+    assert [match.cached_len // GRID for match in matches] == [99, 54, 0, 0]
+
+
 def test_a_system_prompt_with_another_user_turn_pays_by_its_boundary():
     server, system = Server("boundary"), text(640)
     server.serve(np.concatenate([system, text(200)]), boundaries=(640,))
