@@ -31,9 +31,9 @@ from experiments.provenance import RESULTS, ROOT, provenance, read_json_lines, w
 Verdict = Literal["passed", "failed", "timed out", "done before"]
 
 LIMITS_S = {
-    "kernels": 360.0,
+    "kernels": 330.0,
     "bench": 290.0,
-    "parity": 140.0,
+    "parity": 170.0,
     "serve": 170.0,
     "http": 190.0,
     "big": 350.0,

@@ -52,13 +52,17 @@ QWEN3_NEXT_80B: dict[str, Any] = {
 DENSE_2B: dict[str, Any] = QWEN3_NEXT_80B | {"num_hidden_layers": 24, "num_experts": 0}
 """Its layers, half as many, each with a dense MLP: about 2 billion parameters."""
 
-EIGHTH: dict[str, Any] = QWEN3_NEXT_80B | {
+SMALL: dict[str, Any] = QWEN3_NEXT_80B | {
     "vocab_size": 4096,
-    "hidden_size": 1024,
-    "num_hidden_layers": 8,
-    "num_experts": 64,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_experts": 16,
 }
-"""All that the large one has, in 8 layers and 64 experts: small enough for the CPU to compute too."""
+"""All that the large one has and its heads, in 4 layers and 16 experts: 0.4 GB that the CPU computes in a second or two."""
+
+SMALL_DENSE: dict[str, Any] = SMALL | {"num_experts": 0}
+"""Without routing, in which rounding can flip near-equal experts: what bfloat16 is compared on."""
 
 TINY: dict[str, Any] = QWEN3_NEXT_80B | {
     "vocab_size": 300,

@@ -2,7 +2,10 @@
 
     python -m experiments.gpu_parity --out DIR [--dry]
 
-A part of `make gpu`. Fails where logits are far from the CPU's or a hit changes a bit.
+A part of `make gpu`. Fails where logits are far from the CPU's or a hit changes a bit. In float32 they must be the CPU's but
+for the order of sums. In bfloat16 every device rounds elsewhere, so both are held against the CPU in float32: the device
+may be little further from it than the CPU in bfloat16 is. That is measured without experts: rounding decides between
+near-equal ones, and another expert is another answer.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from engine.model_runner import ModelRunner
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 from experiments import interpreter
-from experiments.gpu_models import EIGHTH, TINY, write_checkpoint
+from experiments.gpu_models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
 from experiments.provenance import write_json_lines
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
+FLOAT32_ERROR = 1e-3
 """Root mean square error of logits against the CPU in float32, over their spread."""
+MORE_THAN_CPU = 1.5
+"""In bfloat16: that error over the CPU's own in bfloat16."""
 
 MAX_RUNNING = 64
 ALL_FUSED = ",".join(f"{name}=fused" for name in Kernels.__slots__)
@@ -96,23 +101,40 @@ def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner
 
 
 def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any]:
-    """Logits of one prompt, against the CPU's plain PyTorch in float32."""
-    cpu = Feed(
-        make_runner(path, dry, "float32", device="cpu", kernels="", kv_gib=0.1, state_gib=1.0)
+    """Logits of one prompt, against the CPU's plain PyTorch."""
+
+    def logits(runner: ModelRunner) -> torch.Tensor:
+        feed = Feed(runner)
+        return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
+
+    def on_cpu(dtype: str) -> torch.Tensor:
+        plain: dict[str, Any] = {"device": "cpu", "kernels": "", "kv_gib": 0.1, "state_gib": 0.5}
+        return logits(make_runner(path, dry, dtype, **plain))
+
+    expected = on_cpu("float32")
+    rounded = on_cpu(dtype) if dtype != "float32" else None
+    return {"check": "parity", "dtype": dtype} | compare(
+        logits(make_runner(path, dry, dtype)), expected, rounded
     )
-    here = Feed(make_runner(path, dry, dtype))
-    [expected] = cpu.forward([(cpu.place(tokens), 0, len(tokens))])
-    [got] = here.forward([(here.place(tokens), 0, len(tokens))])
-    got = got.float()
-    error = float((got - expected).square().mean().sqrt() / expected.std())
+
+
+def compare(
+    got: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """How far ``got`` is from ``expected``, both ``[T, vocab]``, and whether that passes; ``rounded`` is the CPU's in the dtype of
+    ``got``, None for float32."""
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits - expected).square().mean().sqrt() / expected.std())
+
+    bound = FLOAT32_ERROR if rounded is None else MORE_THAN_CPU * error(rounded)
     divergence = torch.nn.functional.kl_div(
         got.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
     )
     return {
-        "check": "parity",
-        "dtype": dtype,
-        "passed": error < TOLERANCE[dtype],
-        "relative_error": error,
+        "passed": error(got) < bound,
+        "relative_error": error(got),
+        "bound": bound,
         "kl": float(divergence),
         "same_argmax": float((got.argmax(-1) == expected.argmax(-1)).float().mean()),
     }
@@ -122,7 +144,7 @@ def exactness(
     path: str, dry: bool, dtype: str, lengths: Sequence[int], **options: Any
 ) -> dict[str, Any]:
     """Every prompt computed alone from zero, then all resumed in one batch: the first at its last checkpoint, others anywhere."""
-    feed = Feed(make_runner(path, dry, dtype, **options))
+    feed = Feed(make_runner(path, dry, dtype, load_format="dummy", **options))
     draw = np.random.default_rng(2)
     cold, logits, resumed, parts, restores = [], [], [], [], []
     for length in lengths:
@@ -159,7 +181,8 @@ def same_answers(
     """Greedy answers of conversations through the whole engine, with and without the cache, as many at once as there are."""
     answers, cached = {}, {}
     for cache in ("hybrid", "none"):
-        runner = make_runner(path, dry, "float32" if dry else "bfloat16", prefix_cache=cache)
+        dtype = "float32" if dry else "bfloat16"
+        runner = make_runner(path, dry, dtype, load_format="dummy", prefix_cache=cache)
         config = EngineConfig(model=path, prefix_cache=cache, exact=True)
         engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
         draw = np.random.default_rng(3)
@@ -187,13 +210,17 @@ def same_answers(
 
 
 def checks(dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
-    path = write_checkpoint(directory / "model", TINY if dry else EIGHTH)
+    """Parity on written weights, which are the same on both devices; the rest on weights drawn on the device tried."""
+    geometry = TINY if dry else SMALL
+    written = write_checkpoint(directory / "experts", geometry)
     tokens = np.random.default_rng(0).integers(0, 256, 40 if dry else 700).tolist()
     lengths = [70, 40] if dry else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
-    dtypes = ("float32",) if dry else ("float32", "bfloat16")
-    for dtype in dtypes:
-        yield parity(path, dry, dtype, tokens)
-    for dtype in dtypes:
+    yield parity(written, dry, "float32", tokens)
+    if not dry:  # Triton's interpreter can not multiply bfloat16
+        dense = write_checkpoint(directory / "dense", SMALL_DENSE)
+        yield parity(dense, dry, "bfloat16", tokens)
+    path = write_geometry(directory / "drawn", geometry)
+    for dtype in ("float32",) if dry else ("float32", "bfloat16"):
         yield exactness(path, dry, dtype, lengths)
     for quantization in () if dry else ("int8", "fp8"):
         if Device.resolve(None).supports(quantization):

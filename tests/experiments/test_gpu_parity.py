@@ -1,0 +1,47 @@
+"""What counts as the same logits: in float32 nearly all of them, in bfloat16 what rounding explains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments import gpu_parity
+from experiments.gpu_models import TINY, write_checkpoint
+from experiments.gpu_parity import Feed, compare, make_runner
+
+PLAIN = {"device": "cpu", "kernels": "", "kv_gib": 0.01, "state_gib": 0.01}
+
+
+def logits(path: str, dtype: str, tokens: list[int]) -> torch.Tensor:
+    feed = Feed(make_runner(path, True, dtype, **PLAIN))
+    return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
+
+
+def test_rounding_passes_and_a_wrong_device_does_not(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, TINY | {"num_experts": 0})
+    tokens = np.random.default_rng(0).integers(0, 256, 100).tolist()
+    expected, rounded = (logits(path, dtype, tokens) for dtype in ("float32", "bfloat16"))
+    assert compare(expected, expected)["passed"]
+    assert not compare(rounded, expected)["passed"]  # float32 is held strictly
+    found = compare(rounded, expected, rounded)
+    assert found["passed"] and 0 < found["relative_error"] < 0.1
+    twice_as_far = expected + 2 * (rounded - expected)
+    assert not compare(twice_as_far, expected, rounded)["passed"]
+    shifted = expected.roll(1, dims=0)
+    assert not compare(shifted, expected, rounded)["passed"]
+    assert not compare(torch.full_like(expected, torch.nan), expected, rounded)["passed"]
+
+
+def test_bfloat16_is_held_against_the_cpus_own(tmp_path: Path, monkeypatch) -> None:
+    """On a device that is the CPU the error is the CPU's, and the bound half as much again."""
+    make = gpu_parity.make_runner
+    monkeypatch.setattr(
+        gpu_parity, "make_runner", lambda path, dry, dtype, **_: make(path, dry, dtype, **PLAIN)
+    )
+    path = write_checkpoint(tmp_path, TINY | {"num_experts": 0})
+    record = gpu_parity.parity(path, True, "bfloat16", list(range(70)))
+    assert record["passed"] and record["dtype"] == "bfloat16"
+    assert record["bound"] == gpu_parity.MORE_THAN_CPU * record["relative_error"] > 0
+    assert gpu_parity.parity(path, True, "float32", list(range(70)))["relative_error"] == 0
