@@ -16,6 +16,7 @@ class Mutation(NamedTuple):
 
 RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
 ROOM, GATHERED = "hybridcache/room.py", "hybridcache/gathered.py"
+LOCKED = "hybridcache/locked_paths.py"
 TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "ghosts"))
 FAMILY = "hybridcache/radix/family.py"
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
@@ -70,7 +71,7 @@ MUTATIONS = (
     Mutation(
         "an evicted leaf's rows are not freed",
         RESIDENCY,
-        "        self.pages.free(rows)\n",
+        "        self.pages.release(rows)\n",
         "",
     ),
     Mutation(
@@ -113,32 +114,79 @@ MUTATIONS = (
     Mutation(
         "a new checkpoint does not demote the one above",
         RESIDENCY,
-        "            self._set_superseded(above, True)\n",
+        "        if type(before) is Checkpoint and below is None:\n            self._set_superseded(before, True)\n",
         "",
     ),
     Mutation(
         "a fork does not lift the demotion",
         RESIDENCY,
-        "                self._set_superseded(checkpoint, False)\n",
-        "                pass\n",
+        "                    self._set_superseded(before, False)\n",
+        "                    pass\n",
     ),
     Mutation(
         "the end of a fork does not restore the demotion",
         RESIDENCY,
-        "self._set_superseded(checkpoint, has_deeper(parent))",
-        "self.heap = []",
+        "        link(before, below)\n        if isinstance(before, Checkpoint):\n            self._set_superseded(before, True)\n",
+        "        link(before, below)\n",
     ),
     Mutation(
         "an evicted checkpoint leaves the one above demoted",
         RESIDENCY,
-        "            self._set_superseded(above, checkpoint.superseded)\n",
+        "        elif type(before) is Checkpoint:\n            self._set_superseded(before, False)\n",
+        "",
+    ),
+    Mutation(
+        "an evicted checkpoint stays in the list of its run",
+        RESIDENCY,
+        "        before.deeper = below\n        if below is not None:\n",
+        "        if below is not None:\n",
+    ),
+    Mutation(
+        "a split leaves the list of its run with the lower half",
+        RESIDENCY,
+        "            link(upper, lower.deeper)\n            lower.deeper = None\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "the upper half of a split under a lock is not pinned",
+        RESIDENCY,
+        "            upper.pins = 1\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "an evicted leaf stays pinned",
+        RESIDENCY,
+        "            self.locked_paths.forget(leaf)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a state saved under a lock counts as one that may go",
+        RESIDENCY,
+        "            self.locked_paths.checkpoint_stored(node)\n",
+        "            pass\n",
+    ),
+    Mutation("a lock that is gone still counts", LOCKED, "                self._unpin(node)\n", ""),
+    Mutation(
+        "a shared head counts once for each lock",
+        LOCKED,
+        "            if node.pins > 1:\n                return\n",
+        "",
+    ),
+    Mutation(
+        "a gather outlives its rows",
+        RESIDENCY,
+        "            pass\n",
+    ),
+    Mutation(
+        "gathers are kept when what is cached shrinks",
+        RESIDENCY,
         "            pass\n",
     ),
     Mutation(
         "a refilled checkpoint is never demoted at once",
         RESIDENCY,
-        "            checkpoint.superseded = has_deeper(node)\n        node.checkpoint",
-        "            pass\n        node.checkpoint",
+        "            checkpoint.superseded = True\n",
+        "",
     ),
     Mutation(
         "a parent stays a candidate when it gets a child",
@@ -257,8 +305,8 @@ MUTATIONS = (
     Mutation(
         "a gather trusts its memo for any node",
         GATHERED,
-        "return self._rows.get(segment)",
-        "return next(reversed(self._rows.values()), None)",
+        "return self.rows.get(segment)",
+        "return next(reversed(self.rows.values()), None)",
     ),
     Mutation("a gather is in the wrong order", HYBRID, "        parts.reverse()\n", ""),
     Mutation(
@@ -270,7 +318,7 @@ MUTATIONS = (
     Mutation(
         "locks do not count in what could be freed",
         ROOM,
-        "return short_tokens <= residency.cached_tokens - residency.protected_tokens()",
+        "return short_tokens <= residency.cached_tokens - protected.num_tokens",
         "return short_tokens <= residency.cached_tokens",
     ),
     Mutation(
@@ -366,8 +414,8 @@ MUTATIONS = (
     Mutation(
         "freed pages are written one place too low",
         PAGES,
-        "        self._height = top\n",
-        "        self._height = max(bottom, top - 1)\n",
+        "        self._height = top = bottom + len(pages)\n",
+        "        top = bottom + len(pages)\n        self._height = max(bottom, top - 1)\n",
     ),
     Mutation(
         "a freed slot's bytes are not given back",
@@ -396,7 +444,7 @@ MUTATIONS = (
     Mutation(
         "a fork is no end of a demoting path",
         FORKS,
-        "while above is not None and not isinstance(above.children, dict):",
-        "while above is not None:",
+        "while above.parent is not None and not isinstance(above.children, dict):",
+        "while above.parent is not None:",
     ),
 )

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from math import lcm
 
 import numpy as np
-from numpy import ndarray
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
@@ -90,7 +89,7 @@ class HybridRadixCache:
         >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
         10
         """
-        if type(tokens) is not ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         num_tokens = len(tokens)
         root = self._tree.roots.get(namespace)
@@ -228,17 +227,26 @@ class HybridRadixCache:
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
         """
         residency, tree = self._residency, self._tree
-        if type(tokens) is not ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        if type(kv_indices) is not ndarray or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
+        if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
             require_int32(kv_indices, "KV indices")
         num_tokens = len(tokens)
         if len(kv_indices) != num_tokens:
             raise ValueError(
                 f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
             )
-        if checkpoints or labels:
-            self._refuse_malformed(checkpoints, labels)
+        if labels and len(labels) != len(checkpoints):
+            raise ValueError(
+                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
+            )
+        for position, slot in checkpoints:
+            if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):
+                raise ValueError(
+                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the slot below {self._num_slots}"
+                )
+        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
+            raise ValueError("two checkpoints share a slot: each needs one of its own")
         num_tokens -= num_tokens % self.page_size
         if not 0 <= owned_from <= num_tokens:
             raise ValueError(
@@ -277,23 +285,6 @@ class HybridRadixCache:
             tree.prune_root(namespace)
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
-
-    def _refuse_malformed(
-        self, checkpoints: Sequence[tuple[int, int]], labels: Sequence[str]
-    ) -> None:
-        """ValueError before anything changes. O(checkpoints)."""
-        if labels and len(labels) != len(checkpoints):
-            raise ValueError(
-                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
-            )
-        num_slots = self._slots.capacity
-        for position, slot in checkpoints:
-            if type(position) is not int or type(slot) is not int or not 0 <= slot < num_slots:
-                raise ValueError(
-                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the slot below {num_slots}"
-                )
-        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
-            raise ValueError("two checkpoints share a slot: each needs one of its own")
 
     def _append(
         self,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from numpy import ndarray
-
 from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
 from hybridcache.interface import Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.radix.key import INT32, require_int32
@@ -43,7 +41,7 @@ class RadixCache(HybridRadixCache):
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
-        if type(tokens) is not ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         num_tokens = len(tokens)
         root = self._tree.roots.get(namespace)

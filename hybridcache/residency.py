@@ -208,7 +208,7 @@ class Residency:
         if self.listener is not None:
             self.listener.kv_removed(leaf)
         rows = kv.indices
-        self.pages.free(rows)
+        self.pages.release(rows)
         self.cached_tokens -= len(rows)
         self.stats.evicted_tokens += len(rows)
         above = parent.kv

@@ -136,7 +136,6 @@ def test_a_namespace_in_use_is_counted_apart_whoever_else_comes():
         cache.touch(cache.match(ids("hello"), number))
     assert cache.stats.by_namespace["hot"].requests == 2 * MAX_NAMESPACES
     assert cache.stats.total.requests == 4 * MAX_NAMESPACES
-    assert list(cache.stats.by_namespace)[-2:] == ["hot", 2 * MAX_NAMESPACES - 1]
 
 
 def test_the_counters_of_what_came_and_went_agree_with_the_pools():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
-
 import numpy as np
 
 from hybridcache.allocators.base import BaseAllocator
@@ -69,18 +67,18 @@ class PageAllocator(BaseAllocator):
 
         TypeError: not a whole number; ValueError: a negative one.
         """
-        num_pages = -(-index(num_tokens) // self.page_size)
+        num_pages = -(-num_tokens // self.page_size)
         if num_pages > self._height:
             return None
         if num_pages < 0:
             raise ValueError(f"rows for {num_tokens} tokens asked for: it must not be negative")
-        if self.budget is not None:
-            if num_pages * self.page_size > self.num_free:
-                return None
-            self.budget.take(num_pages * self.page_size * self.unit_bytes)
+        if self.budget is not None and num_pages * self.page_size > self.num_free:
+            return None
         top = self._height
-        self._height = top - num_pages
         pages = self._stack[top - num_pages : top]
+        if self.budget is not None:
+            self.budget.take(num_pages * self.page_size * self.unit_bytes)
+        self._height = top - num_pages
         if self.page_size == 1:
             return pages.copy()
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
@@ -91,24 +89,26 @@ class PageAllocator(BaseAllocator):
         ValueError, and nothing taken: parts of pages, a first or last row that is none of this pool's, more rows than are in
         hands. A page given back twice while others are out would cost a search: only ``check`` finds it.
         """
-        num_rows = len(rows)
-        if not num_rows:
+        if not len(rows):
             return
-        pages = rows
         first, last = rows.item(0), rows.item(-1)
-        if self.page_size > 1:
-            if num_rows % self.page_size or first % self.page_size or (last + 1) % self.page_size:
-                raise ValueError(f"{num_rows} rows are not whole pages of {self.page_size}")
-            pages = rows[:: self.page_size] // self.page_size
         if not (0 <= first < self.capacity and 0 <= last < self.capacity):
             raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
-        bottom = self._height
-        top = bottom + len(pages)
-        if top > len(self._stack):
-            raise ValueError(f"{num_rows} rows given back, {self.num_taken} are in hands")
+        if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
+            raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
+        if len(rows) > self.num_taken:
+            raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are in hands")
+        self.release(rows)
+
+    def release(self, rows: Indices) -> None:
+        """As ``free``, unchecked: for rows that the cache itself kept. O(n)."""
+        pages = rows
+        if self.page_size > 1:
+            pages = rows[:: self.page_size] // self.page_size
         if self.budget is not None:
-            self.budget.give_back(num_rows * self.unit_bytes)
-        self._height = top
+            self.budget.give_back(len(rows) * self.unit_bytes)
+        bottom = self._height
+        self._height = top = bottom + len(pages)
         self._stack[bottom:top] = pages
 
     def reserve(self, rows: Indices) -> None:
