@@ -75,6 +75,7 @@ class HybridRadixCache:
         self._step = lcm(grid, pages.page_size)
         self._pages = pages
         self._slots = slots
+        self._num_slots = slots.capacity
         self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
         self._tree = self._residency.tree
         self._gathered = RecentGathers()
