@@ -14,9 +14,10 @@ from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.radix.icicle import render_svg
 from hybridcache.radix.key import INT32, require_int32
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
-from hybridcache.radix.render import render_graphviz, render_svg, render_text
+from hybridcache.radix.render import render_graphviz, render_text
 from hybridcache.residency import Residency
 from hybridcache.room import make_room_for_kv, make_room_for_slot
 from hybridcache.stats import CacheStats

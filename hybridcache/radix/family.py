@@ -6,7 +6,7 @@ cache lines at every step of a walk.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def only_child(family: Family) -> RadixNode | None:
     return None if isinstance(family, dict) else family
 
 
-def members(family: Family) -> Iterable[RadixNode]:
+def members(family: Family) -> Collection[RadixNode]:
     """All of them, in the order in which they came. O(1)."""
     if isinstance(family, dict):
         return family.values()

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from hybridcache.radix.node import RadixNode
 from tests.cache_serving import hybrid, ids, publish, serve
 
 
@@ -29,12 +30,109 @@ def test_text_is_an_outline(cache):
 
 
 def test_text_stops_where_it_is_told(cache):
-    assert cache.render(max_nodes=1).splitlines()[-1] == "... 2 more"
+    assert cache.render(max_nodes=1).splitlines()[-1] == "... 2 more nodes"
+
+
+def test_an_only_child_stands_no_deeper_than_its_parent():
+    cache = hybrid()
+    for prompt in ("a", "ab", "abc", "abcX", "abcY", "abcYZ", "q"):
+        publish(cache, ids(prompt))
+    assert cache.render().splitlines() == [
+        "namespace None",
+        "|- 0..1",
+        "|  1..2",
+        "|  2..3",
+        "|  |- 3..4",
+        "|  `- 3..4",
+        "|     4..5",
+        "`- 0..1",
+    ]
+
+
+@pytest.fixture
+def tenants():
+    cache = hybrid(num_kv_tokens=10_000)
+    for tenant in range(3000):
+        publish(cache, ids([tenant, 1]), namespace=("tenant", tenant))
+    return cache
+
+
+def test_no_picture_goes_past_what_it_is_told_to_draw(tenants, monkeypatch):
+    seen = set()
+    start = RadixNode.start.fget
+    monkeypatch.setattr(RadixNode, "start", property(lambda node: seen.add(node) or start(node)))
+    for form, num_lines in (("text", 21), ("graphviz", 34), ("svg", 130)):
+        seen.clear()
+        picture = tenants.render(form, max_nodes=10)
+        assert "... 2990 more nodes and 2990 more namespaces" in picture
+        assert len(picture.splitlines()) <= num_lines
+        assert len(seen) == 10
+    assert "... 1 more node" not in tenants.render(max_nodes=3000)
+    assert tenants.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
+    assert tenants.render(max_nodes=0) == "... 3000 more nodes and 3000 more namespaces"
+
+
+def test_children_past_the_limit_are_not_looked_at():
+    cache = hybrid(num_kv_tokens=10_000)
+    for token in range(3000):
+        publish(cache, ids([token]))
+    looked_at = []
+    root = cache._tree.roots[None]
+
+    class Watched(dict):
+        def values(self):
+            watched = super().values()
+
+            class View:
+                __len__ = lambda _: len(watched)  # noqa: E731
+
+                def __iter__(_):
+                    for child in watched:
+                        looked_at.append(child)
+                        yield child
+
+            return View()
+
+    root.children = Watched(root.children)
+    for form in ("text", "graphviz", "svg"):
+        looked_at.clear()
+        cache.render(form, max_nodes=5)
+        assert len(looked_at) <= 6
+
+
+AWKWARD = 'two\nlines \x00\x1b\ufffe\ud800 <&> "\\'
+
+
+def test_any_label_and_any_namespace_can_be_drawn():
+    cache = hybrid()
+    rows, slot = cache.allocate_kv(3), cache.allocate_slot()
+    cache.insert(ids("abc"), rows, [(3, slot)], AWKWARD, labels=[AWKWARD])
+    publish(cache, ids("abc"), namespace="x" * 10_000)
+    outline = cache.render()
+    assert len(outline.splitlines()) == 4 and len(outline) < 400
+    assert "two\\nlines \\x00\\x1b" in outline and outline.replace("\n", "").isprintable()
+    source = cache.render("graphviz")
+    assert source.replace("\n", "").isprintable()
+    for line in source.splitlines():
+        bare = line.replace("\\\\", "").replace('\\"', "")
+        assert bare.count('"') in (0, 2) and "\\" not in bare
+    drawing = ElementTree.fromstring(cache.render("svg").encode())
+    titles = [element.text for element in drawing.iter() if element.tag.endswith("title")]
+    assert 'lines \\x00\\x1b\\ufffe\\ud800 <&> "' in titles[0]
 
 
 def test_graphviz_has_a_box_for_each_node_and_an_edge_to_it(cache):
     source = cache.render("graphviz")
     assert source.count("->") == cache.num_nodes == 3
+    assert source.splitlines()[2:-1] == [
+        '  r0 [label="namespace None", shape=ellipse];',
+        '  n0 [label="0..6 * slot 0 superseded", style=filled];',
+        "  r0 -> n0;",
+        '  n1 [label="6..11 * slot 2 locked 1x", style=filled];',
+        "  n0 -> n1;",
+        '  n2 [label="6..11 ~ ghost - checkpoint evicted", style=dashed];',
+        "  n0 -> n2;",
+    ]
     assert source.startswith("digraph") and source.endswith("}")
 
 
@@ -44,6 +142,36 @@ def test_svg_is_well_formed_and_shows_every_node(cache):
     titles = [element.text for element in drawing.iter() if element.tag.endswith("title")]
     assert len(titles) == cache.num_nodes
     assert any("ghost" in title for title in titles)
+
+
+def test_svg_says_what_it_shows(cache):
+    serve(cache, ids("system", "other"), namespace=("tenant", 1))
+    drawing = ElementTree.fromstring(cache.render("svg"))
+    words = [element.text for element in drawing.iter() if element.tag.endswith("text")]
+    assert {"namespace None", "namespace ('tenant', 1)"} <= set(words)
+    assert {"KV", "checkpoint", "superseded", "checkpoint evicted", "locked"} <= set(words)
+    assert {"0", "5", "10", "tokens from the start of the prompt"} <= set(words)
+    assert not any(word.startswith("...") for word in words)
+
+
+def test_svg_bars_stand_at_their_tokens_and_none_over_another(cache):
+    serve(cache, ids("system", "hello", "more"), [15])
+    drawing = ElementTree.fromstring(cache.render("svg"))
+    bars = [bar for bar in drawing.iter() if len(bar) and bar[0].tag.endswith("title")]
+    assert len(bars) == cache.num_nodes
+    boxes = []
+    for bar in bars:
+        x, y, width, height = (float(bar.get(name)) for name in ("x", "y", "width", "height"))
+        start, end = map(int, bar[0].text.split()[0].split(".."))
+        assert x == pytest.approx(16.5 + start * 968 / 15, abs=0.1)
+        assert x + width == pytest.approx(15.5 + end * 968 / 15, abs=0.2)
+        for other in boxes:
+            apart_x = x >= other[0] + other[2] or other[0] >= x + width
+            assert apart_x or y >= other[1] + other[3] or other[1] >= y + height
+        boxes.append((x, y, width, height))
+    last = max(box[1] + box[3] for box in boxes)
+    assert all(box[0] >= 0 and box[0] + box[2] <= 1000 for box in boxes)
+    assert last < float(drawing.get("viewBox").split()[3])
 
 
 def test_an_empty_tree_can_be_drawn():
@@ -59,4 +187,6 @@ def test_a_deep_tree_needs_no_recursion():
     for end in range(1, 1501):
         publish(cache, tokens[:end])
     for form in ("text", "graphviz", "svg"):
-        assert "1499..1500" in cache.render(form, max_nodes=5000)
+        picture = cache.render(form, max_nodes=5000)
+        assert "1499..1500" in picture
+        assert len(picture) < 200 * 1500, "the depth costs no more than the nodes"
