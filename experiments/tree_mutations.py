@@ -175,11 +175,13 @@ MUTATIONS = (
     Mutation(
         "a gather outlives its rows",
         RESIDENCY,
+        "            gathered.discard(kv)\n",
         "            pass\n",
     ),
     Mutation(
         "gathers are kept when what is cached shrinks",
         RESIDENCY,
+        "            gathered.trim(cached_tokens)\n",
         "            pass\n",
     ),
     Mutation(
