@@ -1,7 +1,7 @@
 """The best plan with hindsight for each trace and size that a study looks at: worked out once, kept in a results file, shared by all.
 
 The plan is the clairvoyant greedy's. It proves nothing by itself; for traces of up to 700 requests the LP's bound on what any plan could
-reuse can be had too: 0 to 8 % above, 15 % where next to nothing fits. Both are the same on every machine.
+reuse can be had too: 0 to 8 % above, 12 to 15 % where next to nothing fits. Both are the same on every machine.
 
     python -m experiments.hindsight        # what the file holds: how far plan and bound lie apart
 """
