@@ -52,8 +52,12 @@ METRICS: dict[str, Metric] = {
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99], "{:.0f}"),
     "regret": Metric(
         "regret, % of prompt tokens",
-        # Rebuilt peers, which tell no causes, do not tell what an evicted checkpoint would have saved either.
-        lambda run: None if run.losses is None else 100 * run.regret_tokens / run.prompt_tokens,
+        # Files of before peers were told apart here have 0 for them; what tells no causes tells no regret either.
+        lambda run: (
+            None
+            if run.losses is None or run.regret_tokens is None
+            else 100 * run.regret_tokens / run.prompt_tokens
+        ),
     ),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
     "reuse": Metric(

@@ -28,6 +28,8 @@ class RequestLog:
         """By cause, in the order of ``Losses``; the first stays 0."""
         self._bypassed_tokens = 0
         self.has_losses = True
+        self.has_missed = True
+        """Whether the target says what evicted checkpoints would have saved."""
         self.control_s = 0.0
         """Spent in the cache's own code."""
 
@@ -41,9 +43,11 @@ class RequestLog:
             self._bypassed_tokens += length
         else:
             cached = served.cached_len * unit
-            missed = served.missed_len * unit - cached
-            if missed < 0:
-                missed = 0
+            missed_len = served.missed_len
+            if missed_len is None:
+                self.has_missed = False
+            elif missed_len > served.cached_len:
+                missed = missed_len * unit - cached
             losses = served.losses
             if losses is None:
                 self.has_losses = False

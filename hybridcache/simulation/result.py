@@ -51,11 +51,12 @@ class RunResult:
     ttft_s: dict[int, float]
     """Percentiles of the time to first token, waiting included."""
     ttft_mean_s: float
-    regret_requests: int
-    """Requests that an evicted checkpoint would have served deeper."""
-    regret_tokens: int
+    regret_requests: int | None
+    """Requests that an evicted checkpoint would have served deeper; None, here and below, where the target does not say (rebuilt
+    peers), which is not 0."""
+    regret_tokens: int | None
     """Tokens that those checkpoints would have saved."""
-    regret_flops: int
+    regret_flops: int | None
     checkpoints_made: int | None
     """Checkpoints that entered the cache."""
     checkpoint_copies: int | None
@@ -155,9 +156,9 @@ def summarise(
         seconds_saved=cold - spent,
         ttft_s=_percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        regret_requests=int((missed > 0).sum()),
-        regret_tokens=int(missed.sum()),
-        regret_flops=int(_flops(config, cached + missed)) - flops_saved,
+        regret_requests=int((missed > 0).sum()) if log.has_missed else None,
+        regret_tokens=int(missed.sum()) if log.has_missed else None,
+        regret_flops=int(_flops(config, cached + missed)) - flops_saved if log.has_missed else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,

@@ -5,7 +5,8 @@ the prefill times (first come, first served, over all servers). This is the usua
 
 Concurrent: events in order of time. A request waits for its session's last answer, for a server and for memory, holds its lease from the start of its prefill to the
 end of its answer, and publishes when its prefill is done; what others hold can not be evicted, and what they have not published can
-not be hit.
+not be hit. Its time to first token counts from when it could be asked: from its timestamp, or from the end of its session's last answer
+where that came later, for nobody asks on before having read.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ _Kind = Literal["prefilled", "finished"]
 class _Running:
     number: int
     request: TraceRequest
-    arrival_s: float
+    asked_s: float
     served: Served | None
     control_s: float = 0.0
 
@@ -108,7 +109,8 @@ class _Concurrent:
     ) -> None:
         self._target, self._unit, self._serving, self._log = target, unit, serving, log
         self._max_running = max_running
-        self._waiting: deque[tuple[TraceRequest, int]] = deque()
+        # With when each could be asked.
+        self._waiting: deque[tuple[TraceRequest, int, float]] = deque()
         # Sessions with a request that waits or runs, and what of theirs came meanwhile.
         self._later: dict[Hashable, deque[tuple[TraceRequest, int]]] = {}
         self._events: list[tuple[float, int, _Kind, _Running]] = []
@@ -127,14 +129,14 @@ class _Concurrent:
                 self._later[request.session].append((request, turn))
                 continue
             self._later[request.session] = deque()
-            self._waiting.append((request, turn))
+            self._waiting.append((request, turn, request.timestamp_s))
             self._start(request.timestamp_s)
         while self._events:
             self._next_event()
 
     def _start(self, now: float) -> None:
         while self._waiting and self._free_servers and self._num_running < self._max_running:
-            request, turn = self._waiting[0]
+            request, turn, asked_s = self._waiting[0]
             start = perf_counter()
             served = self._target.begin(request)
             if served is None and self._num_running:
@@ -142,17 +144,18 @@ class _Concurrent:
             self._waiting.popleft()
             place = self._log.add(request, served, turn, perf_counter() - start)
             self._log.ttft_s.append(0.0)
-            running = _Running(place, request, request.timestamp_s, served)
+            running = _Running(place, request, asked_s, served)
             self._num_running += 1
             self._free_servers -= 1
             cached = self._log.cached_tokens[place]
             length = self._log.prompt_tokens[place]
             self._push(now + self._serving.times.seconds(cached, length), "prefilled", running)
 
-    def _next_turn(self, session: Hashable) -> None:
+    def _next_turn(self, session: Hashable, now: float) -> None:
         later = self._later[session]
         if later:
-            self._waiting.append(later.popleft())
+            request, turn = later.popleft()
+            self._waiting.append((request, turn, max(request.timestamp_s, now)))
         else:
             del self._later[session]
 
@@ -167,7 +170,7 @@ class _Concurrent:
         if kind == "prefilled":
             if served is not None:
                 served.prefilled()
-            self._log.ttft_s[running.number] = now - running.arrival_s
+            self._log.ttft_s[running.number] = now - running.asked_s
             self._free_servers += 1
             decode_s = len(running.request.output) * self._unit * self._serving.tpot_s
             self._push(now + decode_s, "finished", running)
@@ -175,6 +178,6 @@ class _Concurrent:
             if served is not None:
                 served.finish()
             self._num_running -= 1
-            self._next_turn(running.request.session)
+            self._next_turn(running.request.session, now)
         self._log.control_s += perf_counter() - start
         self._start(now)

@@ -132,8 +132,9 @@ class Served(Protocol):
     """Prompt ids reused."""
     losses: Losses | None
     """Why not more; None where the target does not say."""
-    missed_len: int
-    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was none."""
+    missed_len: int | None
+    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was none, None where the target does
+    not say."""
 
     def prefilled(self) -> None:
         """The prompt is computed: publish it."""
@@ -158,12 +159,18 @@ class Target(Protocol):
 
 
 def check_words(config: RunConfig) -> None:
-    """ValueError for a policy, placement or baseline that does not exist, before anything runs."""
+    """ValueError for a policy, placement or baseline that does not exist, and for a peer without states to keep, before anything
+    runs."""
     if config.baseline is None:
         make_eviction(config.policy)
         parse_placement(config.checkpoints)
     elif config.baseline not in BASELINES:
         raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
+    elif not config.geometry.num_linear_layers:
+        raise ValueError(
+            f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers are rebuilt for what they do "
+            "with states; compare policies for this model"
+        )
 
 
 def build_target(config: RunConfig, unit: int) -> Target:
@@ -226,7 +233,7 @@ class _LeasedRequest:
         self.cached_len = self._end = lease.cached_len
         self.losses: Losses | None = lease.losses
         missed = lease.match.missed
-        self.missed_len = missed.position if missed is not None else 0
+        self.missed_len: int | None = missed.position if missed is not None else 0
 
     def claim(self, start: int) -> bool:
         """Memory for the piece of the prompt that begins at ``start``. False: refused."""
@@ -305,7 +312,7 @@ class _BaselineRequest:
         self._session, self._request = session, request
         self.cached_len = session.cached_len
         self.losses: Losses | None = None
-        self.missed_len = 0
+        self.missed_len: int | None = None
 
     def prefilled(self) -> None:
         """Peers publish when they finish."""
