@@ -139,6 +139,33 @@ def test_a_superseded_checkpoint_goes_before_an_older_one_that_is_not(eviction):
     assert cache.match(ids("chatchat!")).cached_len == 8
 
 
+def test_a_locked_checkpoint_that_was_passed_over_can_be_superseded_and_freed_again():
+    cache = hybrid()
+    serve(cache, ids("chat"), [4])
+    node = cache.match(ids("chat!")).node
+    receipt = cache.lock(node)
+    assert cache.evict(num_slots=1).num_slots == 0
+    serve(cache, ids("chat", "chat"), [8])
+    assert node.checkpoint.superseded
+    cache.check(held_tokens=0, held_slots=0)
+    cache.unlock(receipt)
+    assert cache.evict(num_slots=1).num_slots == 1
+    assert cache.match(ids("chatchat!")).cached_len == 8
+    assert node.checkpoint is None
+
+
+def test_uses_of_a_leaf_that_goes_are_its_parents():
+    cache = hybrid()
+    serve(cache, ids("chat"), [4])
+    serve(cache, ids("chat", "more"), [8])
+    for _ in range(3):
+        cache.touch(cache.match(ids("chatmore!")))
+    parent = cache.match(ids("chatX")).node
+    before = parent.kv.uses
+    cache.evict(num_tokens=1)
+    assert parent.kv.uses == before + 3
+
+
 def test_a_superseded_checkpoint_is_demoted_not_deleted():
     cache = hybrid()
     serve(cache, ids("chat"), [4])
@@ -391,6 +418,18 @@ def test_the_budget_is_never_exceeded_and_refusals_evict_nothing():
     cache.check(held_tokens=0, held_slots=5)
 
 
+def test_a_checkpoint_under_a_lock_is_not_counted_as_room():
+    cache = shared()
+    serve(cache, ids("aa"), [2])
+    serve(cache, ids("bb"), [2])
+    receipt = cache.lock(cache.match(ids("aa!")).node)
+    all_but_the_locked = cache._pages.budget.total_bytes - 2 * 2 - 20
+    assert cache.allocate_kv(all_but_the_locked // 2 + 1) is None
+    assert cache.match(ids("bb!")).cached_len == 2, "a refusal evicts nothing"
+    assert cache.allocate_kv(all_but_the_locked // 2) is not None
+    cache.unlock(receipt)
+
+
 # -- ghosts -------------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +453,34 @@ def test_a_ghost_tells_which_checkpoint_would_have_been_used():
     cache.touch(cache.match(ids("hello world!")))
     usage = cache.stats.by_namespace[None]
     assert (usage.missed, usage.missed_tokens) == (1, 11)
+
+
+def test_of_two_evicted_checkpoints_the_deeper_one_was_missed():
+    cache = hybrid()
+    serve(cache, ids("abcdefgh"), [2, 4, 8])
+    serve(cache, ids("abcdX"), [5])
+    cache.touch(cache.match(ids("abcdX!")))
+    cache.touch(cache.match(ids("abZ")))
+    locks = [cache.lock(cache.match(ids(prompt)).node) for prompt in ("abcdX!", "abZ")]
+    cache.evict(num_slots=10)
+    match = cache.match(ids("abcdefgh!"))
+    assert (match.cached_len, match.kv_len, match.branch_len) == (2, 4, 8)
+    assert match.losses.checkpoint_evicted == 2, "a tombstone stands at 4"
+    assert match.missed.position == 8
+    assert len(locks) == 2
+
+
+def test_the_policy_hears_of_what_was_missed_once_a_request():
+    cache, told = hybrid(), []
+    cache._residency.policy.missed = told.append
+    serve(cache, ids("hello"), [4])
+    cache.touch(cache.match(ids("hello")))
+    assert told == []
+    cache.evict(num_tokens=10)
+    match = cache.match(ids("hello"))
+    assert told == []
+    cache.touch(match)
+    assert told == [match.missed] and match.missed.position == 4
 
 
 def test_a_ghost_that_comes_again_is_resident_again():
