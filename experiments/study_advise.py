@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.hindsight import Hindsight, Hindsights
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, rounded, workloads
-from hybridcache.advise import PLACEMENTS, Advice, advise, intervals, precisions, splits
+from hybridcache.advise import PLACEMENTS, PRECISIONS, Advice, advise, intervals, precisions, splits
 from hybridcache.costs import Roofline
 from hybridcache.figures import COLOURS, panels, save
 from hybridcache.report import text_table
@@ -154,7 +154,9 @@ def _try(
     options: argparse.Namespace,
 ) -> Trial:
     geometry = WORKLOADS[word].geometry
-    advice = advise(first, gib=gib, model=geometry, processes=options.processes)
+    advice = advise(
+        first, gib=gib, model=geometry, state_dtypes=PRECISIONS, processes=options.processes
+    )
     serving = Serving(Roofline.fitting(geometry))
     plain = RunConfig(geometry, budget_bytes=budget_bytes(gib))
     placed = next(a.option for a in advice.answers if a.chosen).partition(" @ ")[2]

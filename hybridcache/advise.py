@@ -30,8 +30,15 @@ PLACEMENTS = (
 INTERVALS = (512, 1024, 2048, 4096, 8192)
 """Tokens between periodic checkpoints, beside none."""
 KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-PRECISIONS = ("float32", "bfloat16", "int8")
-"""The model's own and those below it: a smaller state never reuses less, but what it costs in logits is not seen here."""
+SERVABLE_PRECISIONS = ("float32", "bfloat16")
+"""What the engine can keep states in; others are tried only where they are asked for."""
+PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
+"""A smaller state never reuses less, but what it costs in logits is not seen here."""
+FORECAST = (
+    "of this very trace, from an empty cache; on later requests of the five traces of experiments/study_advise.py, which grow "
+    "while they run, the hit rate came out up to 50 points lower: advise on traffic as heavy as what will come"
+)
+"""What the expected figures stand for."""
 WORTH = 0.005
 """Token hit rate that a periodic checkpoint or a coarser precision must gain to be advised."""
 
@@ -72,7 +79,8 @@ class Advice:
             f"{self.trace}, {self.model}, {self.gib:g} GiB:",
             f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in {self.state_dtype}",
             f"  expected token hit rate {100 * run.token_hit_rate:.1f} %, "
-            f"TTFT P50 {1e3 * run.ttft_s[50]:.0f} ms, P99 {1e3 * run.ttft_s[99]:.0f} ms",
+            f"TTFT P50 {1e3 * run.ttft_s[50]:.1f} ms, P99 {1e3 * run.ttft_s[99]:.1f} ms",
+            f"  forecast {FORECAST}",
             f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for states",
             "",
         ]
@@ -81,8 +89,8 @@ class Advice:
                 answer.question,
                 answer.option + (" *" if answer.chosen else ""),
                 f"{100 * answer.run.token_hit_rate:.1f}",
-                f"{1e3 * answer.run.ttft_s[50]:.0f}",
-                f"{1e3 * answer.run.ttft_s[99]:.0f}",
+                f"{1e3 * answer.run.ttft_s[50]:.1f}",
+                f"{1e3 * answer.run.ttft_s[99]:.1f}",
             ]
             for answer in self.answers
         ]
@@ -101,6 +109,7 @@ class Advice:
             "kv_share": self.kv_share,
             "token_hit_rate": self.result.token_hit_rate,
             "ttft_s": self.result.ttft_s,
+            "forecast": FORECAST,
             "answers": [
                 {
                     "question": answer.question,
@@ -120,17 +129,21 @@ def advise(
     gib: float,
     model: str | ModelGeometry = "qwen3-next",
     policies: Sequence[str] = DEFAULT_POLICIES,
+    state_dtypes: Sequence[str] = SERVABLE_PRECISIONS,
     servers: int = 1,
     times: str | None = None,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> Advice:
     """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals;
-    of intervals none, of precisions the finest, where that is within ``WORTH`` of the best.
+    of intervals none, of precisions the finest, where that is within ``WORTH`` of the best. ``state_dtypes``: those to choose among beside the model's own.
 
-    Raises what ``simulate`` raises."""
+    The figures are those of ``trace`` itself, not of later traffic. Raises what ``simulate`` raises."""
     (size,) = sizes(gib)
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
+    precisions(
+        RunConfig(geometry), state_dtypes
+    )  # a word that is none is told before anything runs
     timing = MeasuredTimes.load(times) if times else Roofline.fitting(geometry)
     adviser = _Adviser(trace, Serving(timing, servers), processes, progress)
     config = RunConfig(geometry, budget_bytes=budget_bytes(size))
@@ -143,7 +156,7 @@ def advise(
     if not geometry.num_linear_layers:  # no state: nothing to save, to split or to shrink
         return adviser.advice(config, size, kv_share=1.0, result=adviser.chosen_run())
     config = adviser.ask("periodic checkpoints", intervals(config, trace.unit), WORTH)
-    config = adviser.ask("precision of states", precisions(config), WORTH)
+    config = adviser.ask("precision of states", precisions(config, state_dtypes), WORTH)
     result = adviser.chosen_run()
     split = adviser.ask("KV share of two pools", splits(config, size))
     kv_share = split.num_kv_tokens * geometry.kv_bytes_per_token / (size * GIB)
@@ -173,10 +186,18 @@ def splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
     }
 
 
-def precisions(config: RunConfig) -> dict[str, RunConfig]:
-    """``config`` with states in the model's own precision and in those below, finest first."""
+def precisions(config: RunConfig, words: Sequence[str] = PRECISIONS) -> dict[str, RunConfig]:
+    """``config`` with states in the model's own precision and in those of ``words`` below it, finest first. ValueError for a word
+    that is no precision."""
     own = config.geometry.state_dtype
-    coarser = (word for word in PRECISIONS if DTYPE_BYTES[word] < DTYPE_BYTES[own])
+    unknown = [word for word in words if word not in DTYPE_BYTES]
+    if unknown:
+        raise ValueError(f"state_dtype {unknown[0]!r} is none of {', '.join(DTYPE_BYTES)}")
+    coarser = sorted(
+        (word for word in words if DTYPE_BYTES[word] < DTYPE_BYTES[own]),
+        key=DTYPE_BYTES.__getitem__,
+        reverse=True,
+    )
     return {
         word: replace(config, geometry=config.geometry.with_state_dtype(word))
         for word in (own, *coarser)

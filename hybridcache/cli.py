@@ -273,6 +273,8 @@ def _optimum(options: argparse.Namespace) -> int:
 
 
 def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hybridcache.advise import SERVABLE_PRECISIONS
+
     parser = commands.add_parser(
         "advise", help="the policy, placement, precision and split to use for a trace and a size"
     )
@@ -281,6 +283,11 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
     add("--gib", type=float, required=True, help="memory for KV and checkpoints together")
     add("--policy", help="eviction words to choose among, commas between")
+    add(
+        "--state-dtypes",
+        default=",".join(SERVABLE_PRECISIONS),
+        help="precisions of states to choose among, commas between (default %(default)s: what the engine serves)",
+    )
     add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
     add("--times", help="file of measured prefill times; default: a roofline of H100s")
     add("--processes", type=int, default=1, help="runs at the same time; changes no result")
@@ -301,6 +308,7 @@ def _advise(options: argparse.Namespace) -> int:
             model=options.model,
             gib=options.gib,
             policies=_split(options.policy) if options.policy else DEFAULT_POLICIES,
+            state_dtypes=_split(options.state_dtypes),
             servers=options.servers,
             times=options.times,
             processes=options.processes,

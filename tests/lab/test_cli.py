@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from engine.config import EngineConfig
 from hybridcache.advise import WORTH, advise
 from hybridcache.cli import main
 from hybridcache.costs import ModelGeometry
@@ -94,6 +96,10 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 is no multiple"),
         (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
         (["advise", "--trace", "chat", "--gib", "0"], "sizes 0.0"),
+        (
+            ["advise", "--trace", "chat", "--gib", "1", "--state-dtypes", "int4"],
+            "'int4' is none of",
+        ),
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["optimum", "--trace", "chat", "--limit", "0"], "positive time limit"),
         (["optimum", "--trace", "chat", "--gap", "-1"], "no negative gap"),
@@ -194,6 +200,22 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     assert f"states in {advice.state_dtype}" in text
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
+
+
+def test_only_what_the_engine_serves_is_advised_unless_more_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def tried(*more: str) -> list[str]:
+        code, out, _ = run(capsys, *command, *more)
+        assert code == 0
+        answers = json.loads(out)["answers"]
+        return [a["option"] for a in answers if a["question"] == "precision of states"]
+
+    command = ["advise", "--trace", "short?head=30", "--gib", "0.3", "--policy", "lru", "--json"]
+    assert tried() == list(get_args(get_type_hints(EngineConfig)["state_dtype"]))
+    assert tried("--state-dtypes", "int8,bfloat16") == ["float32", "bfloat16", "int8"]
+    code, out, _ = run(capsys, *command[:-1])
+    assert code == 0 and "forecast of this very trace" in out
 
 
 def test_advice_for_a_model_without_states() -> None:
