@@ -26,7 +26,11 @@ from experiments.tree_mutations import KEY, MUTATIONS, Mutation
 
 TESTS = (
     "tests/test_cache_eviction.py",
+    "tests/test_cache_operations.py",
     "tests/test_cache_scenarios.py",
+    "tests/test_cache_refusals.py",
+    "tests/test_cache_check.py",
+    "tests/test_cache_gathers.py",
     "tests/test_cache_losses.py",
     "tests/allocators",
     "tests/radix",

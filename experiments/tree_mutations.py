@@ -17,6 +17,7 @@ class Mutation(NamedTuple):
 RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
 ROOM, GATHERED = "hybridcache/room.py", "hybridcache/gathered.py"
 LOCKED = "hybridcache/locked_paths.py"
+LISTENER, STATS = "hybridcache/listener.py", "hybridcache/stats.py"
 TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "ghosts"))
 FAMILY = "hybridcache/radix/family.py"
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
@@ -448,5 +449,134 @@ MUTATIONS = (
         FORKS,
         "while above.parent is not None and not isinstance(above.children, dict):",
         "while above.parent is not None:",
+    ),
+    Mutation(
+        "locked checkpoints count in what could be freed",
+        ROOM,
+        "    num_slots = residency.num_checkpoints - protected.num_checkpoints\n",
+        "    num_slots = residency.num_checkpoints\n",
+    ),
+    Mutation(
+        "of two missed checkpoints the shallower one is told",
+        HYBRID,
+        "missed = missed or node.lost_checkpoint",
+        "missed = node.lost_checkpoint",
+    ),
+    Mutation(
+        "a policy is never told what was missed",
+        HYBRID,
+        "            residency.policy.missed(match.missed)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a withheld checkpoint is told to the policy when it is superseded",
+        RESIDENCY,
+        "        if checkpoint in self.withheld:\n            checkpoint.superseded = superseded\n            return\n",
+        "",
+    ),
+    Mutation("uses are not handed up", RESIDENCY, "            above.uses += kv.uses\n", ""),
+    Mutation(
+        "dropped gathers are still weighed",
+        GATHERED,
+        "            self.num_rows -= len(rows) + ENTRY_ROWS\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "gathers have no limit",
+        GATHERED,
+        "            self.trim(limit_rows)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "a gather that was extended does not go first",
+        GATHERED,
+        "            self.rows.move_to_end(extends, last=False)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "ids of another type are matched",
+        HYBRID,
+        '            require_int32(tokens, "tokens")\n        num_tokens = len(tokens)\n        root',
+        "            pass\n        num_tokens = len(tokens)\n        root",
+    ),
+    Mutation(
+        "rows of another type are taken",
+        HYBRID,
+        '            require_int32(kv_indices, "KV indices")\n',
+        "            pass\n",
+    ),
+    Mutation(
+        "too few labels are found out midway",
+        HYBRID,
+        "if labels and len(labels) != len(checkpoints):",
+        "if False:",
+    ),
+    Mutation(
+        "a position that is no number is found out midway",
+        HYBRID,
+        "if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):",
+        "if False:",
+    ),
+    Mutation(
+        "an owned part past the prompt is believed",
+        HYBRID,
+        "if not 0 <= owned_from <= num_tokens:",
+        "if False:",
+    ),
+    Mutation(
+        "a walk begins at a node that nobody locked",
+        HYBRID,
+        "if after.kv is None or not after.locks:",
+        "if False:",
+    ),
+    Mutation(
+        "a node that was evicted can be locked",
+        HYBRID,
+        "            if node.kv is None:\n                raise ValueError(EVICTED)\n",
+        "",
+    ),
+    Mutation(
+        "another cache's receipt is taken",
+        HYBRID,
+        "if node not in self._residency.locked:",
+        "if False:",
+    ),
+    Mutation("a split reads a negative id as unsigned", KEY, "signed=True", "signed=False"),
+    Mutation("a namespace may be NaN", TREE, "if namespace != namespace:", "if False:"),
+    Mutation(
+        "a listener's error stops a change midway",
+        LISTENER,
+        "            except Exception:\n",
+        "            except ZeroDivisionError:\n",
+    ),
+    Mutation(
+        "a listener that raised is told on",
+        LISTENER,
+        "                self.members = tuple(one for one in self.members if one is not member)\n",
+        "",
+    ),
+    Mutation(
+        "a negative number of rows is handed out",
+        PAGES,
+        "        if num_pages < 0:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "more pages are taken back than are out",
+        PAGES,
+        "if len(rows) > self.num_taken:",
+        "if False:",
+    ),
+    Mutation(
+        "a slot is taken back when none is out",
+        SLOTS,
+        "if len(self._stack) == self.capacity:",
+        "if False:",
+    ),
+    Mutation(
+        "a namespace in use is folded with the rest",
+        STATS,
+        "if usage.requests > self._known_requests.pop(oldest, 1):",
+        "if False:",
     ),
 )
