@@ -90,7 +90,11 @@ def _first_failure(copy: Path, timeout_s: float) -> str:
         return "the time limit (it never ends)"
     if done.returncode == 0:
         return "nothing"
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("FAILED tests", "ERROR tests"))
+    ]
     return failed[0].split()[1] if failed else f"exit code {done.returncode}"
 
 
