@@ -526,7 +526,7 @@ MUTATIONS = (
     Mutation(
         "a walk begins at a node that nobody locked",
         HYBRID,
-        "if after.kv is None or not after.locks:",
+        "if not after.locks:",
         "if False:",
     ),
     Mutation(

@@ -255,7 +255,7 @@ class HybridRadixCache:
                 f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
             )
         if after is not None:
-            if after.kv is None or not after.locks:
+            if not after.locks:
                 raise ValueError(
                     "the node given as ``after`` is not locked: keep its lock until insert is done"
                 )

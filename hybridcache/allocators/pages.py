@@ -87,7 +87,7 @@ class PageAllocator(BaseAllocator):
         """Take back ``rows``: whole pages in row order, in hands until now. O(n).
 
         ValueError, and nothing taken: parts of pages, a first or last row that is none of this pool's, more rows than are in
-        hands. A page given back twice while others are out would cost a search: only ``check`` finds it.
+        hands. A page given back twice while others are out would cost a search: only ``check`` finds it, until it is taken.
         """
         if not len(rows):
             return

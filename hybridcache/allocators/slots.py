@@ -44,7 +44,7 @@ class SlotAllocator(BaseAllocator):
         """Take back ``slot``, in hands until now. O(1).
 
         ValueError: it is none of this pool, or all are here already; TypeError: no whole number. A slot given back twice
-        while others are out would cost a search: only ``check`` finds it.
+        while others are out would cost a search: only ``check`` finds it, until it is taken.
         """
         if not 0 <= index(slot) < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
