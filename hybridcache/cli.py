@@ -150,6 +150,9 @@ def _simulate(options: argparse.Namespace) -> int:
     metrics = options.metric.split(",")
     for word in metrics:
         find_metric(word)
+    known = options.optimum or (options.output and options.output.exists())
+    if "optimum" in metrics and not known:
+        raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
     _check_figure(options.figure)
     results = []
     for spec in options.trace:

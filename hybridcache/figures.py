@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.report import METRICS, Metric, find_metric, hindsight_percent, size_label
+from hybridcache.report import (
+    METRICS,
+    Metric,
+    find_metric,
+    hindsight_percent,
+    plan_notes,
+    size_label,
+)
 from hybridcache.simulation.result import RunResult
 
 if TYPE_CHECKING:
@@ -49,7 +56,17 @@ def sweep_figure(
             axis.set_title(title(result), fontsize=9)
             if word == "hit":
                 draw_limits(axis, result)
-    save(figure, axes, path, caption)
+    save(figure, axes, path, " ".join(filter(None, [caption, *_notes(results, words)])))
+
+
+def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[str]:
+    """What the share of the best plan means, if it is drawn: each trace's sentence once."""
+    if "optimum" not in words:
+        return []
+    found = {note: None for result in results for note in plan_notes(result)}
+    return [
+        note[:1].upper() + note[1:].replace("* above", "Above 100: above") + "." for note in found
+    ]
 
 
 def bins_figure(

@@ -41,7 +41,7 @@ METRICS: dict[str, Metric] = {
     "hit": Metric("token hit rate, %", lambda run: 100 * run.token_hit_rate),
     "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
     "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
-    "optimum": Metric("share of the optimum, %", lambda run: _percent(run.share_of_optimum)),
+    "optimum": Metric("% of best plan", lambda run: _percent(run.share_of_optimum)),
     "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
     "seconds": Metric("prefill seconds spent", lambda run: run.seconds, "{:.3g}"),
     "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved, "{:.3g}"),
@@ -102,18 +102,69 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     by_label = result.by_label()
     first = next(iter(by_label.values()), [])
     header = [f"{metric.title}, at GiB", *(size_label(run) for run in first)]
-    rows = [[label, *map(metric.text, runs)] for label, runs in by_label.items()]
+    rows = [[label, *(_marked(run, word) for run in runs)] for label, runs in by_label.items()]
     if word == "hit" and any(run.optimum_tokens for run in first):
         rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
     if word == "hit" and result.plan_bounds:
         bounds = (result.plan_bounds.get(run.gib or 0.0) for run in first)
         rows.append(["(no plan passes)", *("-" if b is None else f"{100 * b:.1f}" for b in bounds)])
+    if word == "optimum" and result.plan_bounds:
+        rows.append(["(no plan passes)", *(_bound_share(result, run) for run in first)])
     if word == "hit" and result.bound_rate is not None:
         rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
     title = f"{result.trace}, {result.geometry.name}"
     if first:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
-    return f"{title}\n{text_table(header, rows)}"
+    table = f"{title}\n{text_table(header, rows)}"
+    notes = plan_notes(result) if word == "optimum" else []
+    return "\n".join([table, *notes])
+
+
+def _marked(run: RunResult, word: str) -> str:
+    """A cell; what is above the best plan gets a star."""
+    text = METRICS[word].text(run)
+    return text + "*" if word == "optimum" and above_plan(run) else text
+
+
+def above_plan(run: RunResult) -> bool:
+    """Whether a run reuses more than the best plan."""
+    return run.share_of_optimum is not None and run.share_of_optimum > 1
+
+
+def _bound_share(result: SimulationResult, run: RunResult) -> str:
+    bound = result.plan_bounds.get(run.gib or 0.0)
+    return f"{1e4 * bound / hindsight_percent(run):.1f}" if bound and run.optimum_tokens else "-"
+
+
+def plan_notes(result: SimulationResult) -> list[str]:
+    """What "best plan" means here, in a sentence or two: whose it is, how far the optimum can be, what a star says."""
+    planned = [run for run in result.runs if run.optimum_tokens]
+    if not planned:
+        return []
+    gaps = [
+        1 - hindsight_percent(run) / (100 * bound)
+        for run in planned
+        if (bound := result.plan_bounds.get(run.gib or 0.0))
+    ]
+    notes = []
+    if gaps:
+        notes.append(f"best plan: the optimum is at most {100 * max(gaps):.1f} % above it")
+    else:
+        notes.append(
+            "best plan: the best found, not the optimum (--optimum lp proves how far above it can be)"
+        )
+    by_greedy = sum(solver == "greedy" for solver in result.plans_by.values())
+    if by_greedy:
+        notes[0] += (
+            f"; a clairvoyant greedy's at {by_greedy} of {len(result.plans_by)} sizes"
+            ", where no solver bettered it"
+        )
+    if any(map(above_plan, planned)):
+        notes.append(
+            "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a coarser grid than this cache, or this "
+            "cache does not count all memory that it uses"
+        )
+    return notes
 
 
 def hindsight_percent(run: RunResult) -> float:
@@ -206,6 +257,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
         [
             f"{best.capacity_bytes / 2**30:.3g}",
             f"{100 * best.reached:.2f}",
+            best.plan_by,
             "-" if best.bound is None else f"{100 * best.bound:.2f}",
             "-" if best.gap is None else f"{100 * best.gap:.2f}",
             "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
@@ -215,7 +267,15 @@ def optimum_table(found: Sequence[Optimum]) -> str:
         ]
         for best in found
     ]
-    header = ["GiB", "reached, %", "bound, %", "gap, %", "points a GiB more", "dearest GiB, tokens"]
+    header = [
+        "GiB",
+        "reached, %",
+        "plan by",
+        "bound, %",
+        "gap, %",
+        "points a GiB more",
+        "dearest GiB, tokens",
+    ]
     header += ["variables", "seconds"]
     title = (
         f"{found[0].trace}: {found[0].num_requests:,} requests, {found[0].method}\n"

@@ -45,6 +45,8 @@ class SimulationResult:
     """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
     plan_bounds: Mapping[float, float] = field(default_factory=dict)
     """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved one."""
+    plans_by: Mapping[float, str] = field(default_factory=dict)
+    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked for."""
 
     def beside(self, other: SimulationResult) -> SimulationResult:
         """These runs and those of another sweep over the same trace, measured with the same yardsticks."""
@@ -171,6 +173,7 @@ def simulate(
         bound_rate = bound_tokens / runs[0].prompt_tokens
         runs = [replace(run, bound_tokens=bound_tokens) for run in runs]
     bounds: dict[float, float] = {}
+    plans_by: dict[float, str] = {}
     if optimum is not None:
         best = {
             size: _best_possible(
@@ -187,10 +190,11 @@ def simulate(
             for size, plan in best.items()
             if plan.bound is not None
         }
+        plans_by = {budget_bytes(size) / GIB: plan.plan_by for size, plan in best.items()}
     if resume_from and (bound or optimum):
         identity = identity_of(opened)
         _complete(Path(resume_from), [job.key(identity) for job in jobs], runs, bounds)
-    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds)
+    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds, plans_by)
 
 
 def _complete(

@@ -32,6 +32,8 @@ class Optimum:
     trace: str
     capacity_bytes: int
     method: Method
+    plan_by: Literal["greedy", "milp"]
+    """Whose plan it is: the greedy's too where ``milp`` bettered nothing in its time, and always with ``lp``."""
     num_requests: int
     prompt_tokens: int
     reached: float
@@ -65,6 +67,7 @@ class Optimum:
             "trace": self.trace,
             "capacity_bytes": self.capacity_bytes,
             "method": self.method,
+            "plan_by": self.plan_by,
             "num_requests": self.num_requests,
             "prompt_tokens": self.prompt_tokens,
             "reached": self.reached,
@@ -126,7 +129,7 @@ def optimum(
     budget = Budget(capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes)
     prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)
     say(f"{len(requests)} requests, {len(trie.positions)} shared positions; greedy")
-    plan = clairvoyant_greedy(trie, budget)
+    plan = greedy = clairvoyant_greedy(trie, budget)
     bound: float | None = None
     prices = None
     size = (0, 0)
@@ -146,6 +149,7 @@ def optimum(
         trace=trace.name,
         capacity_bytes=capacity_bytes,
         method=method,
+        plan_by="greedy" if plan is greedy else "milp",
         num_requests=len(requests),
         prompt_tokens=prompt_tokens,
         reached=float(cached.sum()) / prompt_tokens,

@@ -75,7 +75,7 @@ class RunResult:
     bound_tokens: int | None = None
     """What an infinite token-granular cache would reuse."""
     optimum_tokens: int | None = None
-    """What the best policy that knows the future would reuse with this memory."""
+    """What the best plan with hindsight that was found reuses with this memory: the optimum only where a bound says so."""
 
     @property
     def label(self) -> str:
@@ -105,6 +105,8 @@ class RunResult:
 
     @property
     def share_of_optimum(self) -> float | None:
+        """Of the best plan that was found. Above 1 where that is not the optimum, or not this run's: a greedy's plan, a grid coarser
+        than a peer's, memory that a peer does not count."""
         return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
 
     def as_record(self) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 
@@ -14,9 +15,11 @@ from engine.config import EngineConfig
 from hybridcache.advise import WORTH, advise
 from hybridcache.cli import main
 from hybridcache.costs import ModelGeometry
-from hybridcache.generators import short
-from hybridcache.report import METRICS
+from hybridcache.generators import chat, resend, short
+from hybridcache.optimum import optimum
+from hybridcache.report import METRICS, optimum_table
 from hybridcache.simulate import simulate
+from hybridcache.trace import Trace
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -74,6 +77,7 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--policy", "no.module:X"], "no module"),
         (["simulate", "--trace", "chat", "--baseline", "word"], "no baseline 'word'"),
         (["simulate", "--trace", "chat", "--metric", "joy"], "unknown metric 'joy'"),
+        (["simulate", "--trace", "chat", "--metric", "optimum"], "needs a plan: add --optimum"),
         (["simulate", "--trace", "chat", "--policy", ""], "nothing to simulate"),
         (
             ["simulate", "--trace", "chat", "--policy", "json:JSONDecoder"],
@@ -179,7 +183,9 @@ def test_share_of_the_optimum() -> None:
     result = simulate("short?head=60", gib=(1, 8), optimum="greedy")
     for run_ in result.runs:
         assert run_.share_of_optimum is not None and run_.share_of_optimum > 0
-    assert "share of the optimum" in result.table("optimum")
+    table = result.table("optimum")
+    assert "% of best plan" in table and "not the optimum" in table and "2 of 2 sizes" in table
+    assert "best plan:" not in result.table("hit")
     assert "(with hindsight)" in result.table() and "(with hindsight)" not in result.table("flops")
 
 
@@ -200,6 +206,39 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     assert f"states in {advice.state_dtype}" in text
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
+
+
+def test_the_share_of_a_plan_says_how_far_the_optimum_can_be(tmp_path: Path) -> None:
+    result = simulate("resend?head=45", gib=(2, 8), optimum="lp")
+    table = result.table("optimum")
+    shares = [float(cell) for cell in table.splitlines()[-2].split()[-2:]]
+    gaps = [1 - 100 / share for share in shares]
+    assert "(no plan passes)" in table.splitlines()[-2] and all(share >= 100 for share in shares)
+    assert f"at most {100 * max(gaps):.1f} % above it" in table or max(gaps) < 1e-3
+    plan = result.runs[0].optimum_tokens
+    assert plan is not None
+    above = replace(result.runs[0], cached_tokens=plan + 1)
+    table = replace(result, runs=(above, result.runs[1])).table("optimum")
+    assert "100.0*" in table and "* above the plan" in table
+
+
+def test_a_plan_that_the_solver_did_not_better_is_the_greedys() -> None:
+    def plan_by(trace: Trace, method: Literal["greedy", "lp", "milp"]) -> str:
+        found = optimum(
+            trace,
+            capacity_bytes=1 << 30,
+            kv_bytes_per_token=24576,
+            state_bytes=77_266_944,
+            grid=64,
+            method=method,
+            limit_s=20,
+        )
+        assert found.record()["plan_by"] == found.plan_by
+        assert found.plan_by in optimum_table([found])
+        return found.plan_by
+
+    assert plan_by(chat().head(50), "lp") == plan_by(resend().head(45), "milp") == "greedy"
+    assert plan_by(chat().head(50), "milp") == "milp"
 
 
 def test_only_what_the_engine_serves_is_advised_unless_more_is_asked_for(
