@@ -57,6 +57,8 @@ class BlockEvents:
         self.block_size = block_size
         self._sink = sink
         self._segments: dict[int, _Segment] = {}
+        self._holders: dict[int, int] = {}
+        """Segments with a block: several where pages are longer than blocks and prompts part inside a page."""
 
     def __call__(self, event: Event) -> None:
         """Follow one event. O(tokens of the segment)."""
@@ -66,9 +68,7 @@ class BlockEvents:
             case KVSplit():
                 self._split(event)
             case KVRemoved():
-                blocks = self._segments.pop(event.id).blocks
-                if blocks:
-                    self._sink({"type": "BlockRemoved", "block_hashes": blocks})
+                self._remove(self._segments.pop(event.id))
             case CheckpointStored() | CheckpointRemoved():
                 last, pending = self._tail(self._segments[event.id])
                 self._sink(
@@ -92,16 +92,33 @@ class BlockEvents:
         for first in range(0, whole, self.block_size):
             last = chain_hash(last, waiting[first : first + self.block_size])
             segment.blocks.append(last)
-        if segment.blocks:
+        new = [block for block in segment.blocks if block not in self._holders]
+        for block in segment.blocks:
+            self._holders[block] = self._holders.get(block, 0) + 1
+        if new:
+            num_known = len(segment.blocks) - len(new)
             self._sink(
                 {
                     "type": "BlockStored",
-                    "block_hashes": list(segment.blocks),
-                    "parent_block_hash": segment.root,
-                    "token_ids": list(waiting[:whole]),
+                    "block_hashes": new,
+                    "parent_block_hash": segment.blocks[num_known - 1]
+                    if num_known
+                    else segment.root,
+                    "token_ids": list(waiting[num_known * self.block_size : whole]),
                     "block_size": self.block_size,
                 }
             )
+
+    def _remove(self, segment: _Segment) -> None:
+        """What no other segment has goes."""
+        gone = []
+        for block in segment.blocks:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                del self._holders[block]
+                gone.append(block)
+        if gone:
+            self._sink({"type": "BlockRemoved", "block_hashes": gone})
 
     def _tail(self, segment: _Segment) -> tuple[int, tuple[int, ...]]:
         """(hash of the last whole block up to its end, tokens after that block)."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.block_events import BlockEvents, chain_hash, namespace_hash
+from hybridcache.block_events import BlockEvents
 from hybridcache.events import (
     Batches,
     CheckpointRemoved,
@@ -23,6 +22,7 @@ from hybridcache.events import (
 )
 from hybridcache.namespaces import write_namespace
 from tests.cache_serving import hybrid, ids, serve, traffic
+from tests.event_truth import BlockFollower, blocks_of
 
 
 def play(cache, num_requests, seed=0, step=1):
@@ -269,45 +269,21 @@ def test_unknown_forms_are_refused():
 
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 def test_blocks_are_exactly_the_resident_prefixes_at_multiples_of_the_block(block_size):
-    cache, stored, states = hybrid(), {}, set()
-
-    def follow(event):
-        if event["type"] == "BlockStored":
-            size = event["block_size"]
-            assert len(event["token_ids"]) == size * len(event["block_hashes"])
-            parent = event["parent_block_hash"]
-            for number, block in enumerate(event["block_hashes"]):
-                tokens = tuple(event["token_ids"][number * size : (number + 1) * size])
-                assert block == chain_hash(parent, tokens)
-                assert block not in stored
-                stored[block] = parent
-                parent = block
-        elif event["type"] == "BlockRemoved":
-            for block in event["block_hashes"]:
-                del stored[block]
-        elif event["type"] == "CheckpointStored":
-            states.add((event["position"], event["prefix_hash"]))
-        else:
-            states.remove((event["position"], event["prefix_hash"]))
-
-    cache.subscribe(EventStream(BlockEvents(block_size, follow)))
+    cache, follower = hybrid(), BlockFollower()
+    cache.subscribe(EventStream(BlockEvents(block_size, follower)))
     play(cache, 150)
-    blocks, checkpoints = set(), set()
-    for node in cache._tree.nodes():
-        if node.kv is None:
-            continue
-        parts, above = [], node
-        while above.parent is not None:
-            parts.append(above.tokens)
-            above = above.parent
-        path = np.concatenate(parts[::-1]).tolist()
-        parent = namespace_hash(write_namespace(above.key))
-        whole = len(path) - len(path) % block_size
-        for first in range(0, whole, block_size):
-            parent = chain_hash(parent, tuple(path[first : first + block_size]))
-            blocks.add(parent)
-        if node.checkpoint is not None:
-            rest = tuple(path[whole:])
-            checkpoints.add((node.end, chain_hash(parent, rest) if rest else parent))
-    assert set(stored) == blocks
-    assert states == checkpoints
+    assert (follower.blocks, follower.states) == blocks_of(cache, block_size)
+    assert follower.blocks and follower.states
+
+
+def test_a_block_in_which_two_prompts_part_only_later_is_told_once_and_goes_with_the_last():
+    cache, follower = hybrid(page_size=64), BlockFollower()
+    cache.subscribe(EventStream(BlockEvents(16, follower)))
+    shared = range(100)
+    for word in ("one", "two"):
+        serve(cache, ids(shared, word * 40), [64, 128, 192])
+    assert (follower.blocks, follower.states) == blocks_of(cache, 16)
+    assert len(follower.blocks) == 12 + 6, "two whole chains of 12, of which 6 blocks are the same"
+    while cache.evict(num_tokens=1).num_tokens:
+        assert (follower.blocks, follower.states) == blocks_of(cache, 16)
+    assert not follower.blocks and not follower.states
