@@ -9,6 +9,10 @@ from typing import Any, Literal, TypeVar
 TILE = 64
 """Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of it."""
 
+CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
+"""Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024 tokens or 8,192, so on a device
+that computes quickly more of them share the reading; on a CPU a longer step only keeps decoding requests waiting."""
+
 BUILTIN_NAME = "builtin"
 """Of the model that comes with the engine."""
 
@@ -93,9 +97,10 @@ class EngineConfig:
     )
 
     max_running: int = _setting(16, "requests computed at the same time")
-    token_budget: int = _setting(
-        1024,
-        "tokens computed per step, decoded ones included; at least 64 are for prompts, however many decode",
+    token_budget: int | None = _setting(
+        None,
+        "tokens computed per step, decoded ones included; at least 64 are for prompts, however many decode; none: 1024 on "
+        "a CPU, 8192 elsewhere",
     )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     overlap: Literal["auto", "on", "off"] = _setting(
@@ -104,17 +109,25 @@ class EngineConfig:
     )
     check: bool = _setting(False, "verify every cache invariant whenever the engine is idle")
 
+    def settled(self, *, on_cpu: bool) -> EngineConfig:
+        """With what is left to the device chosen."""
+        if self.token_budget is not None:
+            return self
+        return dataclasses.replace(self, token_budget=CPU_BUDGET if on_cpu else DEVICE_BUDGET)
+
     @property
     def most_step_tokens(self) -> int:
-        """No step computes more tokens."""
+        """No step computes more tokens. Of a settled config."""
+        assert self.token_budget is not None
         return max(self.token_budget, self.max_running + TILE)
 
     def __post_init__(self) -> None:
         for name in ("load_workers", "grid", "page_size", "max_running", "max_queue"):
             _check_positive_int(name, getattr(self, name))
-        if not isinstance(self.token_budget, int) or self.token_budget < TILE:
+        budget = self.token_budget
+        if budget is not None and (not isinstance(budget, int) or budget < TILE):
             raise ConfigError(
-                f"token_budget must be at least {TILE}, one tile of the kernels, not {self.token_budget}."
+                f"token_budget must be at least {TILE}, one tile of the kernels, not {budget}."
             )
         if self.grid % TILE:
             raise ConfigError(f"grid must be a multiple of {TILE}, not {self.grid}.")

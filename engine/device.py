@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class Device:
             return _available_host_bytes()
         free, _ = self.module.mem_get_info(self.torch_device)
         return int(free)
+
+    def unused_bytes(self) -> int:
+        """Memory that could be had if torch kept none for itself: it hands it back first."""
+        gc.collect()
+        self.release()
+        return self.free_bytes()
 
     def release(self) -> None:
         """Hand back the memory that torch keeps for itself."""

@@ -73,12 +73,14 @@ class Engine:
         ``observer`` is told of every step, ``log`` records every lease. ConfigError: settings that can not work together;
         what loading refuses is a ValueError of one sentence too.
         """
-        self.config = config = config or EngineConfig()
+        config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
         if runner is None:
             runner, sampler, tokenizer = load(config)
         if sampler is None:
             raise TypeError("a runner of one's own needs a sampler of one's own.")
+        self.config = config = config.settled(on_cpu=not runner.is_asynchronous)
+        assert config.token_budget is not None
         self.runner = runner
         self.tokenizer = tokenizer
         self._sampler = sampler

@@ -106,7 +106,7 @@ def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
     """For KV and states together where nothing was asked for."""
     if device.is_cpu:
         return min(int(device.free_bytes() * CPU_SHARE), CPU_MOST_BYTES)
-    return max(0, int((device.free_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
+    return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 
 class KVPool:

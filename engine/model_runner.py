@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +42,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.device = Device.resolve(config.device)
         self.device.make_current()
+        config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
         if not self.device.supports(config.quantization):
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
@@ -96,12 +96,10 @@ class ModelRunner:
     def _rehearse(self, config: EngineConfig) -> int:
         """Bytes to keep free beside the pools for tables, graphs and the largest step, found out with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
-        free_bytes = self.device.free_bytes()
+        free_bytes = self.device.unused_bytes()
         self._allocate(MemoryPlan.smallest(self.config), longest, config.graphs)
-        num_bytes = max(0, free_bytes - self.device.free_bytes()) + measure(self)
+        num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
         del self.kv, self.states, self.table, self._rotary, self.graphs
-        gc.collect()
-        self.device.release()
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:

@@ -16,6 +16,8 @@ from engine.sampling_params import SamplingInput, SamplingParams
 from kernels.upload import upload
 
 MASK = 2**64 - 1
+SCORED_ROWS = 1024
+"""At most, at once."""
 
 
 class Drawn:
@@ -200,7 +202,12 @@ def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 def _score(
     logits: torch.Tensor, tokens: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``, and the latter's ids."""
+    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``, and the latter's ids; so many
+    rows at once that their float32 scores need no memory to speak of beside a step's."""
+    if len(logits) > SCORED_ROWS:
+        pairs = zip(logits.split(SCORED_ROWS), tokens.split(SCORED_ROWS), strict=True)
+        own, top, ids = zip(*(_score(*pair, num_top) for pair in pairs), strict=True)
+        return torch.cat(own), torch.cat(top), torch.cat(ids)
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)

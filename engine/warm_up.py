@@ -57,7 +57,7 @@ class WarmUp:
 @torch.inference_mode()
 def warm_up(runner: ModelRunner) -> WarmUp:
     """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs beside them."""
-    began, free_bytes = time.perf_counter(), runner.device.free_bytes()
+    began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
     decodes, prefills = captures(runner)
     steps = [partial(runner.forward, batch) for batch in rehearsals(runner)]
     for work in tqdm([*decodes, *prefills, *steps], desc="warm-up", leave=False, disable=None):
@@ -75,16 +75,19 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 @torch.inference_mode()
 def measure(runner: ModelRunner) -> int:
     """Bytes that graphs and the largest step take beside what is there already. The first graph of each kind takes what all
-    share; the second is taken for what each of the others adds."""
+    share; the second is taken for what each of the others adds.
+
+    Before each reading but the last torch hands back what it keeps: what loading left would else be counted as taken, until
+    a capture hands it back and the graphs seem to take nothing. What the step leaves is what it needs, and counts."""
     device = runner.device
-    before, num_bytes = device.free_bytes(), 0
+    before, num_bytes = device.unused_bytes(), 0
     for kind in captures(runner):
         for capture in kind[:1]:
             capture()
-        shared = device.free_bytes()
+        shared = device.unused_bytes()
         for capture in kind[1:2]:
             capture()
-        num_bytes += (shared - device.free_bytes()) * max(0, len(kind) - 2)
+        num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
     runner.forward(next(rehearsals(runner)))
     device.synchronize()
     return num_bytes + max(0, before - device.free_bytes())

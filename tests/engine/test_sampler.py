@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import sampler
 from engine.sampler import Sampler, uniform
 from engine.sampling_params import SamplingInput, SamplingParams
 
@@ -126,6 +127,15 @@ def test_logprobs_are_the_models_own():
     given = Sampler(VOCAB).score(logits, [7, 9], 0).wait()
     assert [s.token_id for s in given] == [7, 9]
     assert given[1].logprob == pytest.approx(float(expected[1, 9]), abs=1e-6)
+
+
+def test_many_rows_are_scored_in_parts(monkeypatch):
+    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(7)
+    whole = sampler._score(logits, tokens, 3)
+    monkeypatch.setattr(sampler, "SCORED_ROWS", 3)
+    for part, expected in zip(sampler._score(logits, tokens, 3), whole, strict=True):
+        assert torch.equal(part, expected)
 
 
 def test_uniform_is_uniform():

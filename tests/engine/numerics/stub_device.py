@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,12 @@ import torch
 from engine.device import TRAITS, Device
 
 FREE_BYTES = 2**30
+
+
+class Memory:
+    """Of a graph, or of a pool of them."""
+
+    num_mib = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +41,38 @@ class StubDevice(Device):
         self.threads.add(threading.get_ident())
 
     def free_bytes(self) -> int:
-        """Every graph takes one MiB, and the first of each pool of graphs 64 MiB more."""
-        taken = self.counts["graphs"] + 64 * self.counts["pools with graphs"]
-        return FREE_BYTES - 2**20 * (taken - self.counts["released MiB"])
+        """Every graph that lives takes one MiB, and the first of each pool of graphs 64 MiB more; what dead ones had, as what
+        else is "cached MiB", is torch's until it is released."""
+        return FREE_BYTES - 2**20 * (self.counts["taken MiB"] + self.counts["cached MiB"])
 
     def release(self) -> None:
-        taken = self.counts["graphs"] + 64 * self.counts["pools with graphs"]
-        self.counts["released MiB"] = taken
+        self.counts["cached MiB"] = 0
 
     def recorder(self):
         self.counts["pools"] += 1
-        is_first = True
+        pool = Memory()
 
         def record(work):
-            nonlocal is_first
+            self.release()  # as torch's context manager does before it captures
             self.counts["graphs"] += 1
-            self.counts["pools with graphs"] += is_first
-            is_first = False
+            if not pool.num_mib:
+                self._take(pool, 64)
+            graph = Memory()
+            self._take(graph, 1)
             work()
-            return work
+
+            def replay():
+                assert graph.num_mib  # it lives as long as its replay
+                work()
+
+            return replay
 
         return record
+
+    def _take(self, memory, num_mib):
+        memory.num_mib = num_mib
+        self.counts["taken MiB"] += num_mib
+        weakref.finalize(memory, self.counts.update, {"taken MiB": -num_mib, "cached MiB": num_mib})
 
     def synchronize(self) -> None:
         self.counts["waits"] += 1

@@ -100,9 +100,14 @@ def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch
         assert few.runner.graphs[1].buckets == [164, 128, 64]
 
 
-def test_what_graphs_take_is_kept_free_before_pools_are_sized(monkeypatch, tmp_path) -> None:
-    """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take the same."""
-    with stubbed(monkeypatch) as _:
+@pytest.mark.parametrize("cached_mib", [0, 100])
+def test_what_graphs_take_is_kept_free_before_pools_are_sized(
+    monkeypatch, tmp_path, cached_mib
+) -> None:
+    """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take the same, and what
+    loading left to torch is nobody's."""
+    with stubbed(monkeypatch) as (device, _):
+        device.counts["cached MiB"] = cached_mib
         runner = make_engine(tmp_path).runner
         num_graphs = 4 + 3 * 4  # three pieces for two layers
         needed = 2**20 * (64 + num_graphs)
@@ -137,6 +142,17 @@ def test_steps_stay_within_the_budget_decodes_included(monkeypatch, tmp_path) ->
         )
         serve(engine, 5)
         assert 190 < max(sizes) <= 200
+
+
+def test_a_device_has_longer_steps_than_a_cpu(monkeypatch, tmp_path) -> None:
+    with stubbed(monkeypatch):
+        engine = make_engine(
+            tmp_path, token_budget=None, warm_up=False, kv_gib=0.02, state_gib=0.02
+        )
+        assert engine.config.token_budget == engine.runner.most_step_tokens == 8192
+        assert engine.runner.graphs[1].buckets[0] == 2048  # longer ones are launched one by one
+    on_cpu = make_engine(tmp_path, token_budget=None, device="cpu", kv_gib=0.02, state_gib=0.02)
+    assert on_cpu.config.token_budget == on_cpu.runner.most_step_tokens == 1024
 
 
 @pytest.mark.parametrize("most", [1, 5, 64, 100, 1001, 1024, 8192])
