@@ -128,6 +128,7 @@ async def sweep(
                 print(progress(records[-1]), file=sys.stderr, flush=True)
                 if run.errors:
                     raise ValueError(f"{len(run.errors)} requests failed, first: {run.errors[0]}")
+        del client
     return records
 
 

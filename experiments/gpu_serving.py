@@ -30,6 +30,7 @@ from engine.backends import Kernels
 from engine.config import EngineConfig
 from engine.device import Device
 from engine.engine import Engine, StepReport
+from engine.memory import GIB
 from engine.model_runner import ModelRunner
 from engine.outputs import RequestOutput
 from engine.sampler import Sampler
@@ -40,6 +41,13 @@ from experiments.exact_price import Talk
 from experiments.gpu_models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.provenance import write_json_lines
 from experiments.serving_load import Client, EngineClient, Load, Targets
+
+MAX_RUNNING = 64
+SERVED_RUNNING = 256
+"""Requests at the same time on a server under load: its most clients."""
+SERVED_SHARE = 0.5
+"""Of the free memory that a server's cache gets, with the cache or without: said outright, or what one leaves would size
+the next."""
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
@@ -101,10 +109,10 @@ class Bench:
     """One engine, and the reports of its steps."""
 
     def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
-        where: dict[str, Any] = {"max_running": 64, "max_model_len": scale.max_model_len}
+        where: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
         if dry:
             fused = ",".join(f"{name}=fused" for name in Kernels.__slots__)
-            where = {"device": "cpu", "kernels": fused, "kv_gib": 0.01, "state_gib": 0.01}
+            where = {"device": "cpu", "kernels": fused, "cache_gib": 0.02}
         self.config = EngineConfig(model=path, load_format="dummy", **(where | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
@@ -143,7 +151,9 @@ class Bench:
         return done
 
     def decoding(self, streams: int, scale: Scale) -> dict[str, Any]:
-        """Streams that begin together; the step time is that of the steps in which all decode and nothing else happens."""
+        """Streams that begin together. The decode step is one in which all decode and nothing else happens: what others publish
+        as the time per token of so many streams. TPOT beside it is what a request sees whose first tokens share their steps
+        with the prompts behind it."""
         prompts = [self.tokens(scale.num_input) for _ in range(streams)]
         self.answer(prompts, 2)
         self.engine.reset_prefix_cache()
@@ -160,8 +170,9 @@ class Bench:
             "input": scale.num_input,
             "output": scale.num_output,
             "ttft_ms_mean": 1e3 * statistics.mean(output.timings.ttft_s or 0.0 for output in done),
-            "tpot_ms_median": 1e3 * statistics.median(tpot),
-            "step_ms_median": 1e3 * statistics.median(times) if times else None,
+            "decode_step_ms_median": 1e3 * statistics.median(times) if times else None,
+            "decode_steps": len(full),
+            "tpot_with_others_prefills_ms_median": 1e3 * statistics.median(tpot),
             "host_share_median": statistics.median(hosts) if hosts else None,
         }
 
@@ -198,6 +209,8 @@ def measure(path: str, dry: bool, scale: Scale, **options: Any) -> Iterator[dict
         "warm_up_s": warmed.seconds if warmed else None,
         "warm_up_bytes": warmed.num_bytes if warmed else None,
         "warm_up": warmed.describe() if warmed else None,
+        "token_budget": bench.engine.config.token_budget,
+        "max_running": bench.config.max_running,
         "device": runner.device.describe(),
         **options,
     }
@@ -219,13 +232,21 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
     """Conversations with lengths like ShareGPT's, with the cache and without: on a server process where its packages are
     installed, else on an engine in this one."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    memory = ["--device", "cpu", "--kv-gib", "0.01", "--state-gib", "0.01"] if dry else []
-    flags = ["--model", path, "--load-format", "dummy", "--max-running", "64", *memory]
-    flags += ["--max-model-len", str(scale.max_model_len)]
+    scale = replace(scale, max_model_len=scale.max_model_len // 2)  # twice the longest prompt
+    device = Device.resolve("cpu" if dry else None)
+    settings: dict[str, Any] = {
+        "max_running": SERVED_RUNNING,
+        "max_model_len": scale.max_model_len,
+        "cache_gib": 0.02 if dry else round(SERVED_SHARE * device.free_bytes() / GIB, 1),
+    }
+    settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
+    flags = ["--model", path, "--load-format", "dummy", *(["--device", "cpu"] if dry else [])]
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
 
     @asynccontextmanager
     async def in_process(cache: Literal["hybrid", "none"]) -> AsyncIterator[Client]:
-        bench = Bench(path, dry, scale, prefix_cache=cache)
+        bench = Bench(path, dry, scale, prefix_cache=cache, **settings)
         client = EngineClient(AsyncEngine(bench.engine))
         try:
             yield client
@@ -244,12 +265,12 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
         *(Load(per_s=r) for r in scale.rates),
     ]
     jobs = conversation_jobs(
-        path, scale.num_jobs, cap=scale.max_model_len // 4, num_output=scale.num_answer, made_up=dry
+        path, scale.num_jobs, cap=scale.max_model_len // 2, num_output=scale.num_answer, made_up=dry
     )
     records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
     print(table(records))
     by = "engine" if missing else "server"
-    return [{"measure": "serving", "by": by} | record for record in records]
+    return [{"measure": "serving", "by": by} | record | settings for record in records]
 
 
 def records_of(part: str, dry: bool, directory: Path) -> Iterator[dict[str, Any]]:

@@ -112,20 +112,25 @@ class EngineClient:
     """An engine in this process, for machines without the server's packages."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+        self._engine: AsyncEngine | None = engine
         engine.start()
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         sampling = SamplingParams(max_tokens=ask.num_output, temperature=0.0, ignore_eos=True)
+        assert self._engine is not None
         async with aclosing(self._engine.generate(ask.prompt.tolist(), sampling)) as outputs:
             async for output in outputs:
                 yield Piece(len(output.output), output.cached_len)
 
     async def reset_cache(self) -> None:
+        assert self._engine is not None
         await self._engine.reset_prefix_cache()
 
     async def close(self) -> None:
+        """The engine's memory is whoever's else holds it: a client that is still known holds none."""
+        assert self._engine is not None
         await self._engine.drain()
+        self._engine = None
 
 
 @dataclass(frozen=True, slots=True)

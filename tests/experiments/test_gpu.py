@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.model_runner import ModelRunner
 from experiments import gpu, gpu_serving
 from experiments.gpu_models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines
@@ -146,6 +148,9 @@ def test_speeds_are_taken_with_graphs_and_without(
         records = list(gpu_serving.measure(path, False, gpu_serving.DRY))
     start, *measured = records
     assert "decode graphs" in start["warm_up"] and start["warm_up_bytes"] > 0
+    assert (start["token_budget"], start["max_running"]) == (8192, 64)
+    decoding = next(record for record in measured if record["measure"] == "decoding")
+    assert decoding["decode_steps"] > 0 and decoding["decode_step_ms_median"] > 0
     speeds = [(r["measure"], r["graphs"]) for r in measured if "graphs" in r]
     measures = ("decoding", "prefix hit")
     assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
@@ -158,11 +163,33 @@ def test_without_the_servers_packages_the_engine_itself_is_loaded(
 ) -> None:
     monkeypatch.setattr(gpu_serving.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_serving.Kernels, "__slots__", ())  # interpreted, it would take long
+    runners: list[weakref.ref[ModelRunner]] = []
+    monkeypatch.setattr(gpu_serving, "Bench", watched(gpu_serving.Bench, runners))
     path = write_geometry(tmp_path, TINY)
     write_tokenizer(tmp_path)
     records = gpu_serving.http(path, True, gpu_serving.DRY)
+    assert len(runners) == 2
     assert "Without fastapi and uvicorn there is no server here" in capsys.readouterr().out
     assert [(r["by"], r["cache"], r["errors"]) for r in records] == [
         ("engine", "hybrid", 0),
         ("engine", "none", 0),
     ]
+    assert {(r["max_running"], r["token_budget"], r["cache_gib"]) for r in records} == {
+        (256, 1024, 0.02)
+    }
+
+
+def watched(bench: type, runners: list[weakref.ref[ModelRunner]]) -> type:
+    """Of every bench, that the runner of the one before is dead when it begins, and its own when it is closed."""
+
+    class Watched(bench):
+        def __init__(self, *args, **options) -> None:
+            assert not any(runner() for runner in runners)
+            super().__init__(*args, **options)
+            runners.append(weakref.ref(self.runner))
+
+        def close(self) -> None:
+            super().close()
+            assert runners[-1]() is None
+
+    return Watched
