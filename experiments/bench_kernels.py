@@ -3,6 +3,10 @@
     python -m experiments.bench_kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
     python -m experiments.bench_kernels --tune [--kernels linear] [--dry]
 
+A contender is captured into a device graph, and replays of it are timed: what its launches cost the host is then no part of
+its time. One that can not be captured is timed as it is called, behind work that covers the host's; the record says so, and
+where the host took longer than the cover the row is ``host_bound`` and says nothing of the kernel.
+
 Ours, the rivals and the limit (bytes over the measured copy bandwidth, FLOPs over the measured GEMM rate, whichever takes
 longer) are timed in one run, in alternation. A contender that computes something wrong gets no time; where that is ours,
 the run fails. A rival that raises is reported; without a device it fails the run, so that it works when there is one,
@@ -32,6 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from engine.device import Device
 from experiments import interpreter, kernel_rivals
 from experiments.provenance import RESULTS, provenance, write_json_lines
 
@@ -56,13 +61,53 @@ class Machine(NamedTuple):
         return max(case.num_bytes / self.copy_bytes_s, case.num_flops / self.gemm_flops_s)
 
 
+class Prepared(NamedTuple):
+    """A contender, ready to be timed."""
+
+    run: Callable[[], object]
+    host_s: float
+    """Of the host, until a call has launched everything; not of a replay."""
+    is_captured: bool
+    """``run`` replays a graph."""
+
+
 class Clock:
     """Times calls on a device, each with a cold L2 cache."""
 
     def __init__(self, device: str, scratch_bytes: int = 2**28) -> None:
         self._device = torch.get_device_module(device)
+        self._where = Device.resolve(device)
         # Writing this also keeps the device busy while a call and its launches are queued.
         self._scratch = torch.empty(scratch_bytes, dtype=torch.int8, device=device)
+        self.cover_s = statistics.median(self.seconds(self._scratch.zero_, 3 * CALLS)[CALLS:])
+        """How long that takes: so much of the host's work is hidden behind it."""
+
+    def prepare(self, run: Callable[[], object]) -> Prepared:
+        """Compiles and tunes what is compiled or tuned on first use, then captures, where the device can and ``run`` lets it."""
+        for _ in range(2):
+            run()
+        self._device.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            run()
+        host_s = (time.perf_counter() - begin) / CALLS
+        self._device.synchronize()
+        if self._where.traits.graph_class is None:
+            return Prepared(run, host_s, False)
+        try:
+            replay = self._where.recorder()(run)
+            replay()
+            self._device.synchronize()
+        except (
+            Exception
+        ):  # it reads on the host what the device computed, or allocates as no graph may
+            self._device.synchronize()
+            return Prepared(run, host_s, False)
+        return Prepared(replay, host_s, True)
+
+    def prepared_seconds(self, run: Callable[[], object]) -> list[float]:
+        """``seconds`` of a contender that is prepared for them alone."""
+        return self.seconds(self.prepare(run).run)
 
     def seconds(self, run: Callable[[], object], calls: int = CALLS) -> list[float]:
         """Device time of each of ``calls`` calls."""
@@ -126,15 +171,24 @@ def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[st
     if clock is None or machine is None:
         return record | {"seconds": "not measured"}
     turns: dict[str, list[float]] = {word: [] for word in contenders}
-    for run in contenders.values():
-        clock.seconds(run)  # compiles and tunes what is compiled or tuned on first use
+    prepared = {word: clock.prepare(run) for word, run in contenders.items()}
     for _ in range(ROUNDS):
-        for word, run in contenders.items():
-            turns[word] += clock.seconds(run)
+        for word, contender in prepared.items():
+            turns[word] += clock.seconds(contender.run)
     medians = {word: statistics.median(times) for word, times in turns.items()}
     spread = {word: statistics.quantiles(times, n=10)[::8] for word, times in turns.items()}
     limit_s = machine.limit_s(case)
     record |= {"seconds": medians, "spread_s": spread, "limit_s": limit_s}
+    record |= {
+        "host_s": {word: contender.host_s for word, contender in prepared.items()},
+        "cover_s": clock.cover_s,
+        "not_captured": [word for word, contender in prepared.items() if not contender.is_captured],
+        "host_bound": [
+            word
+            for word, contender in prepared.items()
+            if not contender.is_captured and contender.host_s > clock.cover_s
+        ],
+    }
     if "ours" in medians:
         record["share_of_limit"] = limit_s / medians["ours"]
         record["speedup"] = {w: s / medians["ours"] for w, s in medians.items() if w != "ours"}
@@ -145,6 +199,7 @@ def row(record: dict[str, Any]) -> str:
     """A record as a line of the table."""
     gate = "right" if record["is_right"] else f"WRONG ({record['errors']['ours']:.1e})"
     failed = [f"{word} FAILED" for word in record["failures"]]
+    failed += [f"{word} HOST-BOUND" for word in record.get("host_bound", ())]
     start = f"{record['case']:<34} {gate:<7}"
     if isinstance(record["seconds"], str):
         return "  ".join([f"{start} {record['seconds']}", *failed])
@@ -205,7 +260,7 @@ def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) 
     from experiments import kernel_tuning
     from kernels import tuning
 
-    seconds = clock and clock.seconds
+    seconds = clock and clock.prepared_seconds
     records = []
     for folder in names:
         torch.manual_seed(0)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from engine.device import Device
 from experiments.kernel_cases import Case, Setup
 from kernels.linear import fused, reference
 from kernels.linear.reference import Format
@@ -16,7 +17,7 @@ from kernels.linear.reference import Format
 def cases(setup: Setup) -> Iterator[Case]:
     """From one token to a prefill's worth, and 8-bit floats where the device has them."""
     formats = ["int8"]
-    if setup.is_dry or torch.cuda.get_device_capability() >= (8, 9):
+    if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
         formats.append("fp8")
     for size, num_outputs in ((80, 48),) if setup.is_dry else ((2048, 12288), (4096, 2048)):
         weight = setup.randn(num_outputs, size)

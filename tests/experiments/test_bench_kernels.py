@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.device import TRAITS
 from experiments import bench_kernels
 from experiments.bench_kernels import Clock, Machine, error, measure, row
 from experiments.kernel_cases import Case
@@ -61,6 +62,44 @@ def test_all_that_is_right_is_timed(clock: Clock) -> None:
     assert record["limit_s"] == pytest.approx(1e-3)
     assert record["share_of_limit"] == pytest.approx(1e-3 / record["seconds"]["ours"])
     assert "of the limit  rival" in row(record)
+
+
+def test_what_can_be_captured_is_replayed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device with graphs; a contender that waits for the device is called, and may be bound by the host."""
+    calls = {"replays": 0, "waits": 0}
+
+    def waits() -> torch.Tensor:
+        calls["waits"] += 1
+        return torch.ones(4)
+
+    def record(work):
+        if work is waits:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def replay():
+            calls["replays"] += 1
+
+        return replay
+
+    class WithGraphs:
+        traits = TRAITS["cuda"]
+
+        def recorder(self):
+            return record
+
+    monkeypatch.setattr(clock, "_where", WithGraphs())
+    case = replace(_case(ours=1.0, rival=1.0), rivals={"waits": waits})
+    clock.cover_s = 0.0
+    found = measure(case, clock, MACHINE)
+    assert found["not_captured"] == found["host_bound"] == ["waits"]
+    assert "waits HOST-BOUND" in row(found)
+    assert set(found["host_s"]) == {"ours", "waits"} and min(found["host_s"].values()) > 0
+    timed = bench_kernels.ROUNDS * bench_kernels.CALLS
+    assert calls["replays"] == timed + 1 and calls["waits"] >= timed
+    clock.cover_s = 60.0
+    found = measure(case, clock, MACHINE)
+    assert found["not_captured"] == ["waits"] and not found["host_bound"]
+    assert "HOST-BOUND" not in row(found)
 
 
 def test_a_wrong_kernel_gets_no_time(clock: Clock) -> None:
