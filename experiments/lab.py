@@ -24,19 +24,7 @@ from hybridcache.trace import Trace
 from hybridcache.traces import open_trace
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
-MARCONI_7B = ModelGeometry(
-    name="Marconi-7B",
-    num_full_layers=4,
-    num_linear_layers=24,
-    kv_bytes_per_token=65_536,
-    recurrent_elements=24 * 4096 * 128,
-    conv_bytes=24 * (2 * 4096 + 2 * 128) * 4 * 2,
-    state_dtype="bfloat16",
-    active_params=7_000_000_000,
-    total_params=7_000_000_000,
-    scan_flops_per_token=6 * 24 * 4096 * 128,
-    attention_flops_per_pair=4 * 4 * 4096,
-)
+MARCONI_7B = ModelGeometry.preset("marconi-7b")
 """The hybrid of Marconi's evaluation: 4 attention layers (multi-head), 24 Mamba layers, fp16."""
 
 GB = 1e9 / 2**30

@@ -126,7 +126,10 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--metric", default="hit", help=f"what tables and figure show, commas between: {_METRICS}")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add("--bins", action="store_true", help="also by prompt length and by turn of the session")
-    add("--state-dtype", help="precision of checkpoints: float32 (default), bfloat16, int8")
+    add(
+        "--state-dtype",
+        help="precision of checkpoints: float32, bfloat16, int8 (default: the model's own)",
+    )
     add("--page-size", type=int, default=1, help="tokens of a KV page")
     add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
     add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
@@ -226,7 +229,7 @@ def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="shared",
         help="where checkpoints may sit",
     )
-    add("--state-dtype", default="float32", help="precision of checkpoints")
+    add("--state-dtype", help="precision of checkpoints (default: the model's own)")
     add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
     add("--gap", type=float, default=0.005, help="stop when bound and plan are so close")
     add("--limit", type=float, default=60.0, help="seconds for one size")
@@ -246,7 +249,9 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.simulation.result import budget_bytes, sizes
 
     _check_figure(options.figure)
-    geometry = ModelGeometry.load(options.model).with_state_dtype(options.state_dtype)
+    geometry = ModelGeometry.load(options.model)
+    if options.state_dtype:
+        geometry = geometry.with_state_dtype(options.state_dtype)
     trace = _open(options.trace, options).kept()
     found = []
     with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:

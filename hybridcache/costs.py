@@ -71,7 +71,8 @@ class ModelGeometry:
 
     @classmethod
     def load(cls, word: str, **dtypes: str) -> ModelGeometry:
-        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that holds one.
+        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that holds one. Named after the file, or
+        after the directory if the file is ``config.json``.
 
         Raises KeyError for a name that is none, OSError for a file that can not be read, and ValueError, with the path, for one
         that is no config of a model this project knows.
@@ -82,7 +83,8 @@ class ModelGeometry:
         if path.suffix == ".json":
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))
-                return cls.from_config(config, path.parent.name, **dtypes)
+                name = path.resolve().parent.name if path.stem == "config" else path.stem
+                return cls.from_config(config, name, **dtypes)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: not JSON ({error})") from error
             except ValueError as error:
@@ -96,10 +98,10 @@ class ModelGeometry:
         shape: Shape,
         *,
         kv_dtype: str = "bfloat16",
-        state_dtype: str = "float32",
+        state_dtype: str | None = None,
         conv_dtype: str = "bfloat16",
     ) -> ModelGeometry:
-        """From a shape (see ``hybridcache.models.shapes``)."""
+        """From a shape (see ``hybridcache.models.shapes``). ``state_dtype``: None is the shape's own, float32 where it has none."""
         linear = _linear_layers(shape)
         active, total = _params(shape, linear.params)
         return cls(
@@ -109,7 +111,7 @@ class ModelGeometry:
             kv_bytes_per_token=shape["full_attn_layers"] * _kv_row(shape) * DTYPE_BYTES[kv_dtype],
             recurrent_elements=linear.num_layers * linear.state,
             conv_bytes=linear.num_layers * linear.conv * DTYPE_BYTES[conv_dtype],
-            state_dtype=state_dtype,
+            state_dtype=state_dtype or shape.get("state_dtype", "float32"),
             active_params=active,
             total_params=total,
             scan_flops_per_token=6 * linear.num_layers * linear.state,
@@ -304,6 +306,9 @@ def _linear_layers(shape: Shape) -> _LinearLayers:
     if kind == "shortconv":
         window = shape["conv_L_cache"]
         return _LinearLayers(shape["conv_layers"], 0, window * hidden, params=4 * hidden * hidden)
+    if kind == "stated":
+        state, conv = shape["state_elements"], shape["conv_elements"]
+        return _LinearLayers(shape["linear_layers"], state, conv, params=0)
     if kind == "none":
         return _LinearLayers(0, 0, 0, 0)
     raise ValueError(f"linear layers of unknown kind {kind!r}")

@@ -1,7 +1,7 @@
 """Model shapes as plain dictionaries: one vocabulary for presets and for Hugging Face configs.
 
 A *shape* names the kind of the linear layers (``gated_deltanet``, ``kda``, ``mamba2``, ``mamba1``, ``lightning``,
-``shortconv`` or ``none``), how many layers of which sort there are, and their dimensions. ``hybridcache.costs`` turns a shape
+``shortconv``, ``stated`` where only the size of a state is known, or ``none``), how many layers of which sort there are, and their dimensions. ``hybridcache.costs`` turns a shape
 into bytes and FLOPs; nothing else looks inside one.
 """
 

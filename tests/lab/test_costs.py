@@ -96,6 +96,15 @@ def test_load_takes_a_directory_a_file_and_a_word(tmp_path) -> None:
     from_dir = ModelGeometry.load(str(tmp_path))
     assert from_dir == ModelGeometry.load(str(tmp_path / "config.json"))
     assert from_dir.state_bytes == ModelGeometry.load("qwen3-next").state_bytes
+    assert from_dir.name == tmp_path.name
+    (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT))
+    assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
+
+
+def test_a_state_is_kept_in_the_presets_own_precision() -> None:
+    paper = ModelGeometry.preset("marconi-7b")
+    assert paper.state_dtype == "bfloat16" and paper.state_bytes == 24 * 1_116_160
+    assert ModelGeometry.preset("marconi-7b", state_dtype="float32").recurrent_bytes == 2 * 25165824
 
 
 @pytest.mark.parametrize(
