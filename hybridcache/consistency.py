@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hybridcache.interface import Indices
 from hybridcache.policies.protocol import candidates_of
 from hybridcache.radix.check import check_tree
 from hybridcache.radix.family import members
@@ -27,6 +28,12 @@ def check_cache(residency: Residency, step: int) -> None:
     locked = {node for node in tree.nodes() if node.locks}
     assert locked == set(residency.locked), "the locked nodes are not those listed"
     assert residency.locked_path_tokens == sum(node.end for node in locked), "locked path tokens"
+    residency.locked_paths.check(tree.nodes())
+    residency.gathered.check(residency.cached_tokens)
+    for segment, rows in residency.gathered.rows.items():
+        assert np.array_equal(rows, _path_rows(segment.node)), (
+            f"gather of {segment} is not its path"
+        )
     for item in residency.withheld:
         assert item.node.locks, f"{item} is withheld but not locked"
         assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
@@ -34,6 +41,14 @@ def check_cache(residency: Residency, step: int) -> None:
     serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
     assert len(set(serials)) == len(serials), "two items share a serial"
     assert all(serial < residency.num_items for serial in serials), "a serial from the future"
+
+
+def _path_rows(node: RadixNode) -> Indices:
+    parts = []
+    while node.kv is not None and node.parent is not None:
+        parts.append(node.kv.indices)
+        node = node.parent
+    return np.concatenate(parts[::-1])
 
 
 def _check_candidates(residency: Residency) -> None:

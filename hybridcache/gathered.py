@@ -7,35 +7,64 @@ from collections import OrderedDict
 from hybridcache.interface import Indices
 from hybridcache.radix.node import Segment
 
+ENTRY_ROWS = 64
+"""What an answer takes beside its rows, in rows of 4 bytes (measured: the array's head and the entry of the dictionary)."""
+
 
 class RecentGathers:
-    """The latest answers of ``gather``, by the segment they end with; together no more tokens than are cached.
+    """The latest answers of ``gather``, by the segment they end with.
 
-    An answer stays true for as long as its segment is resident, whatever is split above or below: rows never move. An
-    evicted segment never comes back (its tokens would get a new one), so a stale answer is never asked for, only crowded out.
+    An answer stays true for as long as its segment is resident, whatever is split above or below, because rows never move; it
+    goes with its segment. All together weigh no more than the rows that are cached, or only the newest is left: then they are
+    over by ``ENTRY_ROWS`` at most.
     """
 
-    __slots__ = ("_num_tokens", "_rows")
+    __slots__ = ("num_rows", "rows")
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[Segment, Indices] = OrderedDict()
-        self._num_tokens = 0
+        self.rows: OrderedDict[Segment, Indices] = OrderedDict()
+        self.num_rows = 0
+        """What all answers weigh."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def get(self, segment: Segment) -> Indices | None:
         """The rows from the root to the end of ``segment``, if they are known. O(1)."""
-        return self._rows.get(segment)
+        return self.rows.get(segment)
 
     def keep(
-        self, segment: Segment, rows: Indices, extends: Segment | None, limit_tokens: int
+        self, segment: Segment, rows: Indices, extends: Segment | None, limit_rows: int
     ) -> None:
-        """Remember an answer. What goes while not all fit ``limit_tokens``: first an answer that a later one ``extends``
-        (its conversation went on), then the oldest, never the newest. O(1) amortised."""
-        known = self._rows
+        """Remember an answer. Before all others goes one that a later one ``extends``: its conversation went on. O(1)
+        amortised."""
         if extends is not None:
-            known.move_to_end(extends, last=False)
-        known[segment] = rows
-        num_tokens = self._num_tokens + len(rows)
-        while num_tokens > limit_tokens and len(known) > 1:
-            _, dropped = known.popitem(last=False)
-            num_tokens -= len(dropped)
-        self._num_tokens = num_tokens
+            self.rows.move_to_end(extends, last=False)
+        self.rows[segment] = rows
+        self.num_rows += len(rows) + ENTRY_ROWS
+        if self.num_rows > limit_rows:
+            self.trim(limit_rows)
+
+    def discard(self, segment: Segment) -> None:
+        """``segment``, an answer's, is resident no more. O(1)."""
+        self.num_rows -= len(self.rows.pop(segment)) + ENTRY_ROWS
+
+    def trim(self, limit_rows: int) -> None:
+        """Let the oldest go until the rest fits, or only the newest is left."""
+        known = self.rows
+        while self.num_rows > limit_rows and len(known) > 1:
+            _, rows = known.popitem(last=False)
+            self.num_rows -= len(rows) + ENTRY_ROWS
+
+    def check(self, limit_rows: int) -> None:
+        """O(answers)."""
+        num_rows = sum(len(rows) + ENTRY_ROWS for rows in self.rows.values())
+        assert num_rows == self.num_rows, f"gathers weigh {num_rows} rows, counted {self.num_rows}"
+        assert num_rows <= limit_rows + ENTRY_ROWS, "gathers are over their limit"
+        for segment, rows in self.rows.items():
+            assert segment.node.kv is segment, f"gather of {segment}, which is gone"
+            assert len(rows) == segment.position, f"gather of {segment} has {len(rows)} rows"
+
+    def clear(self) -> None:
+        self.rows.clear()
+        self.num_rows = 0

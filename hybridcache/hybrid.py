@@ -10,7 +10,6 @@ import numpy as np
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.consistency import check_cache
-from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
@@ -79,7 +78,7 @@ class HybridRadixCache:
         self._num_slots = slots.capacity
         self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
         self._tree = self._residency.tree
-        self._gathered = RecentGathers()
+        self._gathered = self._residency.gathered
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -423,6 +422,7 @@ class HybridRadixCache:
         while self._residency.evict_one(None):
             pass
         self._residency.ghosts.clear()
+        self._gathered.clear()
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant from scratch; see ``PrefixCache.check``. O(tree)."""

@@ -21,11 +21,13 @@ from collections.abc import Iterator
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.gathered import RecentGathers
 from hybridcache.interface import Indices
 from hybridcache.listener import Listener
+from hybridcache.locked_paths import NEW, LockedPaths
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.compact import compact_rows
-from hybridcache.radix.forks import has_deeper, unforked_above, unforked_at
+from hybridcache.radix.forks import last_above, last_at, link
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.tree import RadixTree
@@ -46,6 +48,7 @@ class Residency:
     ) -> None:
         self.tree = RadixTree(pages.page_size)
         self.ghosts = GhostList(self.tree, ghost_bytes)
+        self.gathered = RecentGathers()
         self.pages = pages
         self.slots = slots
         self.policy = policy
@@ -59,7 +62,8 @@ class Residency:
         """Items ever made: the next serial."""
         self.cached_tokens = 0
         self.num_checkpoints = 0
-        self.locked: dict[RadixNode, None] = {}
+        self.locked_paths = LockedPaths()
+        self.locked = self.locked_paths.nodes
         self.withheld: set[Checkpoint | Segment] = set()
         """Locked candidates that the policy chose and must not know until they are unlocked."""
         self.locked_path_tokens = 0
@@ -83,9 +87,13 @@ class Residency:
         if isinstance(family, dict) or parent.parent is None:
             return
         if family is not None:
-            checkpoint = unforked_at(parent)
-            if checkpoint is not None:
-                self._set_superseded(checkpoint, False)
+            before = last_at(parent)
+            below = before.deeper
+            if below is not None:
+                before.deeper = None
+                link(family, below)
+                if isinstance(before, Checkpoint):
+                    self._set_superseded(before, False)
         elif parent.kv is not None:
             self._withdraw(parent.kv)
 
@@ -101,6 +109,11 @@ class Residency:
         if kv is None:
             self.ghosts.shrink(len(upper.edge))
             return upper
+        if lower.deeper is not None:
+            link(upper, lower.deeper)
+            lower.deeper = None
+        if lower.pins:
+            upper.pins = 1
         cut = position - upper.start
         upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
@@ -125,13 +138,18 @@ class Residency:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        above = unforked_above(node)
-        if above is not None:
-            checkpoint.superseded = above.superseded
-            self._set_superseded(above, True)
-        elif node.children:
-            checkpoint.superseded = has_deeper(node)
+        before = last_above(node)
+        below = before.deeper
+        if below is not None:
+            checkpoint.superseded = True
+            link(checkpoint, below)
+        before.deeper = checkpoint
+        checkpoint.shallower = before
+        if type(before) is Checkpoint and below is None:
+            self._set_superseded(before, True)
         node.checkpoint = checkpoint
+        if node.locks:
+            self.locked_paths.checkpoint_stored(node)
         node.lost_checkpoint = None
         self.policy.add(checkpoint)
         if revives is not None:
@@ -170,9 +188,14 @@ class Residency:
         if self.listener is not None:
             self.listener.checkpoint_removed(node)
         self.policy.discard(checkpoint)
-        above = unforked_above(node)
-        if above is not None:
-            self._set_superseded(above, checkpoint.superseded)
+        before, below = checkpoint.shallower, checkpoint.deeper
+        assert before is not None
+        before.deeper = below
+        if below is not None:
+            below.shallower = before
+        elif type(before) is Checkpoint:
+            self._set_superseded(before, False)
+        checkpoint.shallower = checkpoint.deeper = None
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
         self.num_checkpoints -= 1
@@ -188,11 +211,10 @@ class Residency:
             if leaf.checkpoint is not None:
                 self._drop_checkpoint(leaf)
             parent = self._fade(leaf)
-            if parent.children is not None:
-                if not isinstance(parent.children, dict) and parent.parent is not None:
-                    checkpoint = unforked_at(parent)
-                    if checkpoint is not None:
-                        self._set_superseded(checkpoint, has_deeper(parent))
+            only = parent.children
+            if only is not None:
+                if not isinstance(only, dict) and parent.parent is not None:
+                    self._join_runs(parent, only)
                 return
             if parent.kv is None:
                 return
@@ -200,6 +222,17 @@ class Residency:
                 self.policy.add(parent.kv)
                 return
             leaf = parent
+
+    def _join_runs(self, parent: RadixNode, only: RadixNode) -> None:
+        """The path forks no more between ``parent`` and ``only``, the child that it has left. O(nodes up to a checkpoint)."""
+        below = only.deeper
+        if below is None:
+            return
+        only.deeper = None
+        before = last_at(parent)
+        link(before, below)
+        if isinstance(before, Checkpoint):
+            self._set_superseded(before, True)
 
     def _fade(self, leaf: RadixNode) -> RadixNode:
         """Turn a leaf into a ghost, free its rows, hand its recency up; returns the parent."""
@@ -209,7 +242,7 @@ class Residency:
             self.listener.kv_removed(leaf)
         rows = kv.indices
         self.pages.release(rows)
-        self.cached_tokens -= len(rows)
+        self.cached_tokens = cached_tokens = self.cached_tokens - len(rows)
         self.stats.evicted_tokens += len(rows)
         above = parent.kv
         if above is not None:
@@ -218,6 +251,13 @@ class Residency:
                 above.last_used = kv.last_used
             if rows.base is not None:
                 compact_rows(parent, rows)
+        gathered = self.gathered
+        if kv in gathered.rows:
+            gathered.discard(kv)
+        if gathered.num_rows > cached_tokens:
+            gathered.trim(cached_tokens)
+        if leaf.pins:
+            self.locked_paths.forget(leaf)
         leaf.kv = None
         self.tree.fade(leaf)
         self.ghosts.add(leaf)
@@ -255,7 +295,7 @@ class Residency:
         """Protect ``node``, its checkpoint and all KV above it. O(1)."""
         node.locks += 1
         if node.locks == 1:
-            self.locked[node] = None
+            self.locked[node] = NEW
             self.locked_path_tokens += node.end
 
     def unlock(self, node: RadixNode) -> None:
@@ -263,7 +303,9 @@ class Residency:
         node.locks -= 1
         if node.locks:
             return
-        del self.locked[node]
+        how = self.locked.pop(node)
+        if how:
+            self.locked_paths.released[node] = how
         self.locked_path_tokens -= node.end
         if self.withheld:
             for item in (node.checkpoint, node.kv):
@@ -278,27 +320,14 @@ class Residency:
         else:
             self.policy.discard(item)
 
-    def protected_tokens(self) -> int:
-        """KV tokens under locks. O(nodes on locked paths)."""
-        seen: set[RadixNode] = set()
-        total = 0
-        for locked in self.locked:
-            node: RadixNode | None = locked
-            while node is not None and node not in seen:
-                seen.add(node)
-                total += node.end - node.start
-                node = node.parent
-        return total
-
-    def protected_slots(self) -> int:
-        """Checkpoints under locks. O(locked nodes)."""
-        return sum(node.checkpoint is not None for node in self.locked)
-
     def mark_superseded(self) -> None:
-        """Set every checkpoint's ``superseded`` anew, before the policy knows any. O(tree)."""
+        """Link the checkpoints of every run, and tell which are superseded, before the policy knows any. O(tree)."""
         for node in self.tree.nodes():
             if node.checkpoint is not None:
-                node.checkpoint.superseded = has_deeper(node)
+                before = last_above(node)
+                link(before, node.checkpoint)
+                if isinstance(before, Checkpoint):
+                    before.superseded = True
 
     def candidates(self) -> Iterator[Item]:
         """What the policy must hold, found from scratch. O(tree)."""

@@ -9,7 +9,8 @@ from hybridcache.residency import Residency
 def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
     """Evict until ``num_tokens``, whole pages, are free. False, and nothing evicted, if they can not be.
 
-    O(log of the tree) an evicted item, and O(nodes on locked paths) where locks may stand in the way.
+    O(log of the tree) an evicted item, and, where locks may stand in the way, O(1) a node that came under locks or from under
+    them since that was last asked.
     """
     pages = residency.pages
     if not _possible(residency, num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
@@ -40,13 +41,15 @@ def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> boo
     if budget is None:
         if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
             return True
-        return short_tokens <= residency.cached_tokens - residency.protected_tokens()
+        protected = residency.locked_paths.protected()
+        return short_tokens <= residency.cached_tokens - protected.num_tokens
     token_bytes, slot_bytes = residency.pages.unit_bytes, residency.slots.unit_bytes
     short_bytes = wanted_bytes - budget.free_bytes
     tokens = residency.cached_tokens - residency.locked_path_tokens
     num_slots = residency.num_checkpoints - len(residency.locked)
     if short_bytes <= tokens * token_bytes + num_slots * slot_bytes:
         return True
-    tokens = residency.cached_tokens - residency.protected_tokens()
-    num_slots = residency.num_checkpoints - residency.protected_slots()
+    protected = residency.locked_paths.protected()
+    tokens = residency.cached_tokens - protected.num_tokens
+    num_slots = residency.num_checkpoints - protected.num_checkpoints
     return short_bytes <= tokens * token_bytes + num_slots * slot_bytes

@@ -38,6 +38,10 @@ class RadixMachine(RuleBasedStateMachine):
     def prompt(self, blocks, cut):
         return np.repeat(np.array(blocks, np.int32), 5)[: 5 * len(blocks) - cut]
 
+    def pages(self, tokens, end):
+        """What decides the row of token ``end - 1``: the tokens up to the end of its page, which is shared whole or not at all."""
+        return end, tuple(tokens[: -(-end // self.page_size) * self.page_size].tolist())
+
     @rule(blocks=st.lists(st.integers(0, 2), min_size=1, max_size=12), cut=st.integers(0, 4))
     def begin(self, blocks, cut):
         tokens = self.prompt(blocks, cut)
@@ -51,7 +55,7 @@ class RadixMachine(RuleBasedStateMachine):
         self.cache.touch(match)
         rows = self.cache.gather(match.node)
         for end in range(1, match.cached_len + 1):
-            assert self.known_rows[tuple(tokens[:end].tolist())] == rows[end - 1]
+            assert self.known_rows[self.pages(tokens, end)] == rows[end - 1]
         new = self.cache.allocate_kv(len(tokens) - match.cached_len)
         if new is None:
             self.cache.unlock(receipt)
@@ -74,7 +78,7 @@ class RadixMachine(RuleBasedStateMachine):
             self.cache.free_kv(result.duplicates)
             published = max(published, result.inserted_len)
             for end, row in enumerate(self.cache.gather(result.node).tolist(), 1):
-                self.known_rows[tuple(tokens[:end].tolist())] = row
+                self.known_rows[self.pages(tokens, end)] = row
         self.cache.unlock(receipt)
         self.cache.free_kv(rows[published:])
 

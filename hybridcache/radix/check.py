@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hybridcache.radix.family import members
+from hybridcache.radix.family import members, only_child
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.key import TOKEN_BYTES, child_key
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.node import Checkpoint, RadixNode
 from hybridcache.radix.tree import RadixTree
 
 
@@ -27,11 +27,30 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
             ghost_bytes += len(node.edge) + ghosts.node_bytes
             for child in members(node.ghosts):
                 assert listed[child] < listed[node], f"ghost {child} outlives its parent {node}"
+        _check_run(node)
     assert num_nodes == tree.num_nodes, f"{num_nodes} nodes, counted {tree.num_nodes}"
     num_ghosts = sum(node.kv is None for node in tree.nodes())
     assert num_ghosts == len(listed), f"{len(listed)} ghosts listed, {num_ghosts} in the tree"
     assert ghost_bytes == ghosts.num_bytes, f"ghosts take {ghost_bytes}, counted {ghosts.num_bytes}"
     assert ghosts.num_bytes <= ghosts.limit_bytes, "ghosts are over their limit"
+
+
+def _check_run(node: RadixNode) -> None:
+    """The checkpoints listed at the top of a run are those that stand on it. O(nodes of the run), at its top only."""
+    assert node.parent is not None
+    top = node.parent.parent is None or isinstance(node.parent.children, dict)
+    if node.kv is None or not top:
+        assert node.deeper is None, f"{node} is no top of a run and lists checkpoints"
+        return
+    before: RadixNode | Checkpoint = node
+    below: RadixNode | None = node
+    while below is not None:
+        if below.checkpoint is not None:
+            assert before.deeper is below.checkpoint, f"{below.checkpoint} is not in its list"
+            assert below.checkpoint.shallower is before, f"{below.checkpoint} is not linked upward"
+            before = below.checkpoint
+        below = only_child(below.children)
+    assert before.deeper is None, f"{before.deeper} is listed on a run on which it does not stand"
 
 
 def _check_node(node: RadixNode, page_size: int) -> None:

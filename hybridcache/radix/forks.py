@@ -1,35 +1,37 @@
 """Which checkpoints are superseded: those with a deeper one on the same unforked path (one resident child at each step).
 
-Each change of the tree can flip at most one checkpoint's answer, the nearest at or above the place, because that one
-supersedes whatever stands above it on the path. All walks are along unforked paths: O(nodes of the path).
+A *run* is such a path, from the child of a fork or of a root (its *top*) down to the next fork or leaf. The checkpoints of a run
+are a doubly linked list, from shallow to deep, whose head is the top node. So a checkpoint goes in O(1), however many
+tombstones lie around it. One that comes, and a fork that begins or ends, look upward for their place in the list: no further
+than to the root, which is on the path of the request that brought them, and never down into what others brought.
 """
 
 from __future__ import annotations
 
-from hybridcache.radix.family import only_child
 from hybridcache.radix.node import Checkpoint, RadixNode
 
+Link = RadixNode | Checkpoint
+"""A place in the list of a run: its top, or one of its checkpoints."""
 
-def unforked_above(node: RadixNode) -> Checkpoint | None:
-    """The nearest checkpoint strictly above ``node``, if no path forks off between it and ``node``."""
+
+def last_above(node: RadixNode) -> Link:
+    """The nearest checkpoint strictly above ``node`` on its run, or the run's top. O(nodes between)."""
     above = node.parent
-    while above is not None and not isinstance(above.children, dict):
+    assert above is not None
+    while above.parent is not None and not isinstance(above.children, dict):
         if above.checkpoint is not None:
             return above.checkpoint
-        above = above.parent
-    return None
+        node, above = above, above.parent
+    return node
 
 
-def unforked_at(node: RadixNode) -> Checkpoint | None:
-    """As ``unforked_above``, with ``node``'s own checkpoint counted."""
-    return node.checkpoint if node.checkpoint is not None else unforked_above(node)
+def last_at(node: RadixNode) -> Link:
+    """As ``last_above``, with ``node``'s own checkpoint counted."""
+    return node.checkpoint if node.checkpoint is not None else last_above(node)
 
 
-def has_deeper(node: RadixNode) -> bool:
-    """Whether a checkpoint stands strictly below ``node`` before the path forks or ends."""
-    child = only_child(node.children)
-    while child is not None:
-        if child.checkpoint is not None:
-            return True
-        child = only_child(child.children)
-    return False
+def link(before: Link, after: Checkpoint | None) -> None:
+    """Make ``after`` follow ``before``, None: nothing does. O(1)."""
+    before.deeper = after
+    if after is not None:
+        after.shallower = before

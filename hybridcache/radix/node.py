@@ -29,6 +29,7 @@ class RadixNode:
     __slots__ = (
         "checkpoint",
         "children",
+        "deeper",
         "edge",
         "end",
         "ghosts",
@@ -37,6 +38,7 @@ class RadixNode:
         "locks",
         "lost_checkpoint",
         "parent",
+        "pins",
     )
 
     def __init__(self, parent: RadixNode | None, key: Hashable, edge: Edge, end: int) -> None:
@@ -57,6 +59,10 @@ class RadixNode:
         self.locks = 0
         self.lost_checkpoint: Checkpoint | None = None
         """The checkpoint that stood here and was evicted: a tombstone while KV is resident, a regret in a ghost."""
+        self.deeper: Checkpoint | None = None
+        """At the top of a run: its first checkpoint (``radix.forks``)."""
+        self.pins = 0
+        """See ``locked_paths``."""
 
     @property
     def start(self) -> int:
@@ -127,12 +133,14 @@ class Checkpoint:
 
     __slots__ = (
         "created",
+        "deeper",
         "item_bytes",
         "label",
         "last_used",
         "memo",
         "node",
         "serial",
+        "shallower",
         "slot",
         "superseded",
         "uses",
@@ -158,6 +166,9 @@ class Checkpoint:
         self.label = label
         self.uses = 0
         self.superseded = False
+        self.shallower: RadixNode | Checkpoint | None = None
+        self.deeper: Checkpoint | None = None
+        """Its neighbours on its run (``radix.forks``); None and None once it was evicted."""
         self.memo: Any = None
 
     @property
@@ -166,13 +177,16 @@ class Checkpoint:
 
     @property
     def above(self) -> Checkpoint | None:
-        """Nearest checkpoint above. O(nodes between)."""
-        return checkpoint_above(self.node)
+        """Nearest checkpoint above. O(1) on its own run, else O(nodes between its top and that one)."""
+        before = self.shallower
+        if isinstance(before, Checkpoint):
+            return before
+        return checkpoint_above(self.node if before is None else before)
 
     @property
     def span(self) -> int:
-        """Tokens back to the nearest checkpoint above. O(nodes between)."""
-        above = checkpoint_above(self.node)
+        """Tokens back to the nearest checkpoint above. Costs as ``above``."""
+        above = self.above
         return self.node.end - (0 if above is None else above.node.end)
 
     @property
