@@ -1,6 +1,6 @@
 """Would the tests notice? Breaks the cache in small ways, one at a time, and runs its tests against each.
 
-python -m experiments.mutate_tree [--only WORD] [--timeout 240]
+python -m experiments.mutate_tree [--only WORD] [--timeout 240] [--machines]
 
 Each mutation is one edit of one file in a copy of the package; a mutation that no test catches ("survived") makes the script
 fail. Writes results/mutate_tree.jsonl: what was broken, and the first test that said so.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ TESTS = (
     "tests/test_cache_churn.py",
     "tests/test_cache_machine.py",
 )
+MACHINES = ("tests/test_cache_machine.py", "tests/test_radix_machine.py")
 COPIED = ("hybridcache", "tests", "pyproject.toml")
 
 
@@ -52,7 +53,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def try_mutation(mutation: Mutation, timeout_s: float) -> Outcome:
+def try_mutation(mutation: Mutation, timeout_s: float, suite: Sequence[str] = TESTS) -> Outcome:
     """Break a copy, run the tests against it until the first fails."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -68,12 +69,12 @@ def try_mutation(mutation: Mutation, timeout_s: float) -> Outcome:
             raise ValueError(f"{mutation.what}: stands {text.count(mutation.old)} times, not once")
         target.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
         begin = time.monotonic()
-        caught = _first_failure(copy, timeout_s)
+        caught = _first_failure(copy, timeout_s, suite)
         return Outcome(mutation.what, mutation.path, caught, round(time.monotonic() - begin, 1))
 
 
-def _first_failure(copy: Path, timeout_s: float) -> str:
-    tests = [name for name in TESTS if (copy / name).exists()]
+def _first_failure(copy: Path, timeout_s: float, suite: Sequence[str]) -> str:
+    tests = [name for name in suite if (copy / name).exists()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     settings = {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci"}
     settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -106,13 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only mutations whose description has this")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds a mutation may take")
+    parser.add_argument("--machines", action="store_true", help="the state machines alone")
     options = parser.parse_args()
-    unbroken = try_mutation(Mutation("nothing", KEY, "TOKEN_BYTES = 4\n", "TOKEN_BYTES = 4\n"), 600)
+    suite = MACHINES if options.machines else TESTS
+    unbroken = try_mutation(
+        Mutation("nothing", KEY, "TOKEN_BYTES = 4\n", "TOKEN_BYTES = 4\n"), 600, suite
+    )
     if unbroken.caught_by != "nothing":
         sys.exit(f"the tests fail without any mutation: {unbroken.caught_by}")
     mutations = list(chosen(options.only))
-    outcomes = [try_mutation(mutation, options.timeout) for mutation in tqdm(mutations)]
-    if not options.only:
+    outcomes = [try_mutation(mutation, options.timeout, suite) for mutation in tqdm(mutations)]
+    if not options.only and not options.machines:
         write_json_lines(RESULTS / "mutate_tree.jsonl", [o._asdict() for o in outcomes])
     for outcome in outcomes:
         print(f"{outcome.what:62} {outcome.seconds:6.1f} s  {outcome.caught_by}")
