@@ -1,12 +1,13 @@
 """Everything that only a GPU can tell, in one command: is it right, is it exact, how fast is it?
 
-    python -m experiments.gpu [--part kernels bench parity serve http big] [--again]        # make gpu
+    python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]      # make gpu
     python -m experiments.gpu --dry                                                    # make gpu-dry
 
 Parts run one after another, each in a process of its own and in less than eight minutes: the kernels' tests on the device;
 their benchmarks; the engine beside the CPU's and hits beside cold runs; a 2B geometry's speed; a server of it under load;
-the speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights. Each writes JSON lines into experiments/results/gpu/; a part that has been done on this commit
-is not done again. --dry runs the same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
+the speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights. Each writes JSON lines into experiments/results/gpu/. A part
+that passed with this very code (a hash of its files; no git is needed) is not done again; one that failed or ran out of time
+always is, and then `serve` and `big` go on behind the records they have. --dry runs the same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from experiments.provenance import RESULTS, ROOT, provenance, read_json_lines, write_json_lines
+from experiments.provenance import RESULTS, ROOT, code_hash, read_json_lines, write_json_lines
 
 Verdict = Literal["passed", "failed", "timed out", "done before"]
 
@@ -89,6 +91,8 @@ def run_part(part: str, out: Path, dry: bool) -> Verdict:
     environment.pop("TRITON_INTERPRET", None)
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    else:
+        environment["KERNELS_ON_DEVICE"] = "1"  # tests that would interpret fail instead
     begin = time.monotonic()
     verdict = run_for(PARTS[part](out, dry), environment, LIMITS_S[part])
     seconds = time.monotonic() - begin
@@ -97,7 +101,7 @@ def run_part(part: str, out: Path, dry: bool) -> Verdict:
         write_json_lines(out / "kernels.jsonl", test_records(report))
         report.unlink()
     record = {"part": part, "verdict": verdict, "seconds": round(seconds, 1), "device": device()}
-    write_json_lines(done_file(out, part), [record])
+    write_json_lines(done_file(out, part), [record], {"code": code_hash()})
     return verdict
 
 
@@ -114,15 +118,20 @@ def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> 
 
 
 def test_records(report: Path) -> list[dict[str, object]]:
-    """How many tests of each file passed, and the names of those that did not."""
+    """How many tests of each file passed, on what device, and the names of those that did not."""
     files: dict[str, dict[str, list[str]]] = {}
+    devices: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         found = {child.tag for child in case}
         outcome = next((tag for tag in ("failure", "error", "skipped") if tag in found), "passed")
-        outcomes = files.setdefault(case.get("classname", ""), {})
+        file = case.get("classname", "")
+        outcomes = files.setdefault(file, {})
+        devices.setdefault(file, set()).update(
+            note.get("value", "") for note in case.iter("property") if note.get("name") == "device"
+        )
         outcomes.setdefault(outcome, []).append(case.get("name", ""))
     return [
-        {"file": file}
+        {"file": file, "devices": sorted(devices[file])}
         | {outcome: len(names) for outcome, names in outcomes.items()}
         | {"wrong": outcomes.get("failure", []) + outcomes.get("error", [])}
         for file, outcomes in sorted(files.items())
@@ -134,14 +143,12 @@ def done_file(out: Path, part: str) -> Path:
 
 
 def is_done(out: Path, part: str) -> bool:
-    """Whether this part passed on this very commit."""
+    """Whether this part passed with this very code."""
     try:
         before, [record] = read_json_lines(done_file(out, part))
     except (OSError, ValueError, KeyError, json.JSONDecodeError):
         return False
-    commit = before["commit"]
-    is_clean = commit is not None and not commit.endswith("+")
-    return record["verdict"] == "passed" and is_clean and commit == provenance()["commit"]
+    return record["verdict"] == "passed" and before["settings"]["code"] == code_hash()
 
 
 def device() -> str:
@@ -161,9 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--again", action="store_true", help="also what was done on this commit")
+    parser.add_argument("--again", action="store_true", help="also what passed with this code")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument(
+        "--tar", type=Path, help="all results there are, in one .tar.gz to take home"
+    )
     options = parser.parse_args(arguments)
     if not options.dry and torch.accelerator.current_accelerator(check_available=True) is None:
         print("There is no GPU here: --dry tries the script without one.", file=sys.stderr)
@@ -180,8 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.again and is_done(out, part):
             verdicts[part] = "done before"
             continue
+        if options.again:
+            (out / f"{part}.jsonl").unlink(missing_ok=True)
         print(f"-- {part}", flush=True)
         verdicts[part] = run_part(part, out, options.dry)
+    if options.tar:
+        options.tar.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(options.tar, "w:gz") as archive:
+            archive.add(out, arcname=out.name)
     print(f"{device()}: " + ", ".join(f"{part} {verdict}" for part, verdict in verdicts.items()))
     return int(any(verdict in ("failed", "timed out") for verdict in verdicts.values()))
 

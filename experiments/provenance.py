@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "experiments" / "figures"
+CODE = (".py", ".jinja", ".json")
 PACKAGES = ("torch", "triton", "transformers", "numpy", "hybridcache")
 
 
@@ -41,6 +43,19 @@ def write_json_lines(
     with path.open("w", encoding="utf-8") as file:
         for record in ({"provenance": first}, *records):
             file.write(json.dumps(record) + "\n")
+
+
+def code_hash(
+    folders: Iterable[str] = ("engine", "kernels", "experiments", "tests/kernels"),
+) -> str:
+    """Of all that decides what an experiment on a device computes: the same with git and without it. Not of results."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            name = path.relative_to(ROOT).as_posix()
+            if path.suffix in CODE and not name.startswith("experiments/results/"):
+                digest.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

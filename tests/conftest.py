@@ -1,15 +1,22 @@
 """Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long local runs.
 
-And where there is no GPU, Triton interprets: it decides when it is first imported, which may be by transformers.
+And where there is no GPU, Triton interprets: it decides when it is first imported, which may be by transformers. Where
+`KERNELS_ON_DEVICE` is set, as `make gpu` does, nothing may be interpreted: what passes there must have run on the device.
 """
 
 from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
-if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
+if os.environ.get("KERNELS_ON_DEVICE") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError(
+            "KERNELS_ON_DEVICE forbids what TRITON_INTERPRET asks for: unset one of the two."
+        )
+elif not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ["TRITON_INTERPRET"] = "1"
 
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)

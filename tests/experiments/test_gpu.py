@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tarfile
 import time
 import weakref
 from pathlib import Path
@@ -12,13 +14,14 @@ import pytest
 import torch
 
 from engine.model_runner import ModelRunner
-from experiments import gpu, gpu_serving
+from experiments import gpu, gpu_serving, provenance
 from experiments.gpu_models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines
 from tests.engine.numerics.stub_device import stubbed
 
 REPORT = """<testsuites><testsuite>
-<testcase classname="tests.a" name="one"/><testcase classname="tests.a" name="two"><failure/></testcase>
+<testcase classname="tests.a" name="one"><properties><property name="device" value="a GPU"/></properties></testcase>
+<testcase classname="tests.a" name="two"><failure/></testcase>
 <testcase classname="tests.b" name="three"><skipped/></testcase>
 </testsuite></testsuites>"""
 
@@ -35,7 +38,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             for word, line in lines.items()
         },
     )
-    monkeypatch.setattr(gpu, "provenance", lambda: {"commit": "0123456789ab"})
+    monkeypatch.setattr(gpu, "code_hash", lambda: "0123456789ab")
     return lines
 
 
@@ -57,22 +60,59 @@ def test_a_failed_part_fails_the_whole_and_the_others_run(
     assert record["seconds"] < 30
 
 
-def test_what_passed_on_this_commit_is_not_done_again(
-    parts: dict[str, str], tmp_path: Path
+def test_what_passed_with_this_code_is_not_done_again_what_failed_is(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_json_lines(gpu.done_file(tmp_path, "bench"), [{"verdict": "passed"}])
-    file = gpu.done_file(tmp_path, "bench")
-    _, rest = file.read_text().split("\n", 1)
-    for commit, is_done in (
-        ("0123456789ab", True),
-        ("0123456789ab+", False),
-        ("ba9876543210", False),
-    ):
-        file.write_text(f'{{"provenance": {{"commit": "{commit}"}}}}\n{rest}')
-        assert gpu.is_done(tmp_path, "bench") is is_done
-    file.write_text(f'{{"provenance": {{"commit": null}}}}\n{rest}')
+    assert run(tmp_path) == 1
+    assert [gpu.is_done(tmp_path, part) for part in parts] == [True, True, False]
+    assert not gpu.is_done(tmp_path, "parity")
+    (tmp_path / "bench.jsonl").touch()
+    assert run(tmp_path, "--part", "bench") == 0
+    assert (tmp_path / "bench.jsonl").exists()
+    assert run(tmp_path, "--part", "bench", "--again") == 0
+    assert not (tmp_path / "bench.jsonl").exists()  # nothing old is taken up
+    monkeypatch.setattr(gpu, "code_hash", lambda: "ba9876543210")
     assert not gpu.is_done(tmp_path, "bench")
-    assert not gpu.is_done(tmp_path, "kernels")
+
+
+def test_the_hash_is_of_the_code_and_not_of_git_or_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    for name in (
+        "engine/a.py",
+        "kernels/tuned.json",
+        "experiments/results/gpu/b.json",
+        "docs/c.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before, hashes = provenance.code_hash(), {}
+    for path in tmp_path.rglob("*.*"):
+        path.write_text("2")
+        hashes[path.name] = provenance.code_hash()
+        path.write_text("1")
+    assert {name for name, found in hashes.items() if found != before} == {"a.py", "tuned.json"}
+    assert provenance.code_hash() == before
+
+
+def test_results_come_home_in_one_file(parts: dict[str, str], tmp_path: Path) -> None:
+    archive = tmp_path / "away" / "gpu.tar.gz"
+    assert run(tmp_path / "here", "--tar", str(archive)) == 1  # a failed part's too
+    with tarfile.open(archive) as found:
+        assert {f"here/{part}.done.jsonl" for part in parts} < set(found.getnames())
+
+
+@pytest.mark.parametrize(("interpret", "forbidden"), [("1", True), ("", False)])
+def test_kernel_tests_for_a_device_are_never_interpreted(interpret: str, forbidden: bool) -> None:
+    """Nor where there is no file that a driver leaves in /dev."""
+    environment = dict(os.environ) | {"KERNELS_ON_DEVICE": "1", "TRITON_INTERPRET": interpret}
+    code = "import tests.conftest, os; print(os.environ['TRITON_INTERPRET'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=gpu.ROOT
+    )
+    assert ("KERNELS_ON_DEVICE forbids" in found.stderr) == forbidden
+    assert forbidden or found.stdout == "\n"
 
 
 def test_a_part_that_hangs_is_ended(
@@ -111,8 +151,8 @@ def test_reports_become_records(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(REPORT)
     assert gpu.test_records(report) == [
-        {"file": "tests.a", "passed": 1, "failure": 1, "wrong": ["two"]},
-        {"file": "tests.b", "skipped": 1, "wrong": []},
+        {"file": "tests.a", "devices": ["a GPU"], "passed": 1, "failure": 1, "wrong": ["two"]},
+        {"file": "tests.b", "devices": [], "skipped": 1, "wrong": []},
     ]
 
 
@@ -156,6 +196,26 @@ def test_speeds_are_taken_with_graphs_and_without(
     assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
     fast, exact, ratio = (record for record in measured if record["measure"] == "exact")
     assert fast["token_hit_rate"] > exact["token_hit_rate"] and "ttft_ratio_median" in ratio
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
+def test_what_this_code_has_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    path = write_geometry(tmp_path, TINY)
+    with stubbed(monkeypatch):
+        _, *first = gpu_serving.measure(path, False, gpu_serving.DRY)
+        file = tmp_path / "big.jsonl"
+        write_json_lines(file, [*first[:3], *first[-3:]], {"code": "abc"})
+        assert gpu_serving.known_records(file, "other") == []
+        assert gpu_serving.known_records(tmp_path / "none", "abc") == []
+        known = gpu_serving.known_records(file, "abc")
+        _, *second = gpu_serving.measure(path, False, gpu_serving.DRY, known)
+    assert [r["measure"] for r in second] == [r["measure"] for r in first]
+    assert [a == b for a, b in zip(second, first, strict=True)] == [
+        rank < 3 or rank >= len(first) - 3 for rank in range(len(first))
+    ]
 
 
 def test_without_the_servers_packages_the_engine_itself_is_loaded(

@@ -40,6 +40,19 @@ def device() -> str:
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
+@pytest.fixture(scope="session")
+def device_name(device: str) -> str:
+    return (
+        "cpu, interpreted" if device == "cpu" else torch.get_device_module(device).get_device_name()
+    )
+
+
+@pytest.fixture(autouse=True)
+def note_device(device_name: str, record_property: Callable[[str, object], None]) -> None:
+    """Into the report of every test."""
+    record_property("device", device_name)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh tensors hold NaN (integers their maximum): an element that a kernel forgets to write can not pass."""
