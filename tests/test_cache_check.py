@@ -51,6 +51,16 @@ def test_no_policy_is_accused_of_what_it_holds(eviction):
     cache.check(held_tokens=0, held_slots=0)
 
 
+def test_what_was_gathered_is_what_stands_on_the_path():
+    cache = filled()
+    cache.gather(leaf_of(cache))
+    cache.check()
+    (segment,) = cache._gathered.rows
+    cache._gathered.rows[segment] = cache._gathered.rows[segment][::-1]
+    with pytest.raises(AssertionError, match="is not its path"):
+        cache.check()
+
+
 def test_what_is_withheld_is_locked_and_there():
     cache = filled()
     leaf = leaf_of(cache)
