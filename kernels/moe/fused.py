@@ -68,7 +68,9 @@ def route_kernel(
         b_weights = tl.where(
             o_k == i, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), b_weights
         )
-        b_experts = tl.where(o_k == i, (BE - 1 - (best & 0xFFFFFFFF)).to(tl.int32), b_experts)
+        # NaN has any bits: what is chosen then is nobody's matter, but it must be an expert.
+        chosen = tl.minimum(tl.maximum(BE - 1 - (best & 0xFFFFFFFF), 0), E - 1).to(tl.int32)
+        b_experts = tl.where(o_k == i, chosen, b_experts)
     if RENORMALISE:
         b_weights = b_weights / tl.sum(b_weights, axis=0)
     tl.store(weights + i_t * K + o_k, b_weights, mask=o_k < K)

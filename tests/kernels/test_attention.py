@@ -221,3 +221,22 @@ def test_a_workspace_of_64_long_sequences_is_bounded() -> None:
         num_splits = kv_len // fused.SPLIT
         num_bytes = 4 * 16 * num_splits * 256 * fused.group_size(16, num_splits, 256)
         assert num_bytes <= fused.WORKSPACE_BYTES + 2**22
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_every_number_of_sequences_gives_the_same_bits(size, device, monkeypatch) -> None:
+    """Alone, together, and in groups that share a workspace, with the heads of a large model."""
+    if device != "cuda":
+        pytest.skip("compares instructions of the tensor cores")
+    lengths = [1, 63, 64, 65, 255, 256, 257, 700, 1500, 2048, 3001, 5000, 130]
+    cache = Cache.filled(lengths, 16, 2, size, torch.bfloat16, device)
+    ends = list(enumerate(lengths))
+    together = cache.decode(fused, ends)
+    for count in (1, 2, 3, 5, 8, 12):
+        assert torch.equal(cache.decode(fused, ends[:count]), together[:count]), count
+    for i, end in enumerate(ends):
+        assert torch.equal(cache.decode(fused, [end])[0], together[i]), end
+    for group in (4, 8):
+        monkeypatch.setattr(fused, "group_size", lambda *sizes, group=group: group)
+        assert torch.equal(cache.decode(fused, ends), together), group

@@ -54,6 +54,16 @@ def test_routes_to_the_most_probable(backend, k, renormalise, dtype, device, ass
 
 
 @BACKENDS
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+def test_whatever_the_logits_experts_exist(backend, bad, device) -> None:
+    """20 experts, which are padded to 32: an index past them would read another tensor's memory."""
+    logits = torch.randn(6, 20)
+    logits[1], logits[2, 3], logits[3, ::2], logits[4, -1] = bad, bad, bad, bad
+    _, experts = backend.route(logits.to(device), 4, True)
+    assert ((experts >= 0) & (experts < 20)).all()
+
+
+@BACKENDS
 def test_of_equal_experts_the_lower_wins(backend, device, assert_close) -> None:
     logits = torch.tensor([[0.0] * 6, [0, 2, 0, 2, 2, 0], [-200, 0, -200, -200, -200, -200]])
     weights, experts = backend.route(logits.to(device), 3, True)
@@ -133,3 +143,22 @@ def test_blocks_hold_every_pair_once(num_tokens, k, num_experts, seed, device) -
         assert {flat[pair] for pair in held} == {expert}
     held = [pair for rows in pairs for pair in rows if pair < num_pairs]
     assert held == sorted(range(num_pairs), key=lambda pair: (flat[pair], pair))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+def test_every_row_count_gives_the_same_bits(format, device) -> None:
+    """Blocks of 16, 32 and 64 rows, and one row to a block, with the sizes of a large mixture."""
+    if device != "cuda":
+        pytest.skip("compares instructions of the tensor cores")
+    given = layer(1024, 32, 2048, 512, torch.bfloat16, device)
+    hidden, logits = given.pop("hidden"), given.pop("logits")
+    weights, experts = fused.route(logits, 10, True)
+    product = (
+        fused.prepare(**given) if format is None else fused.prepare_8bit(**given, format=format)
+    )
+    together = product(hidden, weights, experts)
+    counts = (1, 4, 16, 17, 40, 64, 100, 128, 200, 300)
+    assert {fused.make_blocks(experts[:n], 32).rows for n in counts} == {16, 32, 64}
+    for n in counts:
+        assert torch.equal(product(hidden[:n], weights[:n], experts[:n]), together[:n]), n
