@@ -88,8 +88,8 @@ FORMS = ("json", "msgpack")
 class EventStream(Listener):
     """A cache listener that hands each change to ``sink`` as an ``Event``. O(tokens) for what is stored, else O(1).
 
-    ``sink`` runs in the middle of the cache's change and must not raise: one that may fail, as a socket does, stands behind
-    ``Batches``. One stream follows one cache.
+    ``sink`` runs in the middle of the cache's change: where it raises, the stream is unsubscribed and told no more, so one that
+    may fail, as a socket does, stands behind ``Batches``. One stream follows one cache.
     """
 
     def __init__(self, sink: Callable[[Event], None]) -> None:

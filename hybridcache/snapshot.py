@@ -21,7 +21,8 @@ from hybridcache.snapshot_file import FORM, Arrays, Header, read_snapshot
 
 
 def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
-    """Write ``cache`` to exactly ``path``. Locks, what requests hold and a policy's memory are not part of it. O(tree).
+    """Write ``cache`` to exactly ``path``. Locks, what requests hold, a policy's memory and the order of what is free are
+    not part of it. O(tree).
 
     ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and tuples of them.
     """

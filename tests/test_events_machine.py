@@ -16,8 +16,9 @@ from hybridcache.snapshot import load_snapshot, save_snapshot
 from tests.cache_serving import hybrid
 from tests.event_truth import BlockFollower, blocks_of
 
-NAMESPACES = (None, ("a", 1), "('a', 1)", 2**70, "\ud800")
 KNOWN = st.integers(0, 1000)
+KEPT = st.integers(0, 20)
+SPACES = st.sampled_from((None, ("a", 1), "('a', 1)", 2**70, "\ud800"))
 MORE = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
 
@@ -56,12 +57,19 @@ class EventsMachine(RuleBasedStateMachine):
         for stream in self.streams:
             self.cache.subscribe(stream)
 
-    @rule(known=KNOWN, kept=st.integers(0, 20), more=MORE, namespace=st.sampled_from(NAMESPACES))
-    def request(self, known, kept, more, namespace):
-        """A prompt that begins as an earlier one of its namespace did, and goes on by itself."""
+    @rule(begun=st.lists(st.tuples(KNOWN, KEPT, MORE), min_size=1, max_size=6), namespace=SPACES)
+    def requests(self, begun, namespace):
+        """Prompts that begin as earlier ones of their namespace did, and go on by themselves."""
         earlier = self.prompts.setdefault(namespace, [np.empty(0, np.int32)])
-        tokens = np.concatenate([earlier[known % len(earlier)][:kept], np.array(more, np.int32)])
-        earlier.append(tokens)
+        for known, kept, more in begun:
+            tokens = np.concatenate(
+                [earlier[known % len(earlier)][:kept], np.array(more, np.int32)]
+            )
+            earlier.append(tokens)
+            self.serve(tokens, namespace)
+            assert self.mirror.segments() == segments_of(self.cache._tree.nodes())
+
+    def serve(self, tokens, namespace):
         match = self.cache.match(tokens, namespace)
         assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_len)
         receipt = self.cache.lock(match.node)
@@ -84,7 +92,7 @@ class EventsMachine(RuleBasedStateMachine):
                 self.cache.free_slot(slot)
         self.cache.unlock(receipt)
 
-    @rule(known=KNOWN, namespace=st.sampled_from(NAMESPACES))
+    @rule(known=KNOWN, namespace=SPACES)
     def lock(self, known, namespace):
         earlier = self.prompts.get(namespace, [np.empty(0, np.int32)])
         match = self.cache.match(earlier[known % len(earlier)], namespace)
