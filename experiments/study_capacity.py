@@ -9,7 +9,6 @@ trace 21 times.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +19,11 @@ from experiments.lab import (
     keep,
     rounded,
     sweep,
-    title,
     workloads,
 )
-from hybridcache.figures import COLOURS, draw_limits, panels, save, size_axis
+from hybridcache.figures import COLOURS, PLAN, panels, save, size_axis
 from hybridcache.policies.eviction import EVICTION
 from hybridcache.simulate import SimulationResult
-from hybridcache.simulation.result import RunResult
 
 OURS = "regret @ regret"
 """Eviction and placement both by regret; all other policies with the default placement."""
@@ -60,8 +57,9 @@ def main() -> None:
             word, options, bar, policy="regret", checkpoints="regret", bound=False, proven=True
         )
         results.append(result.beside(ours))
-        path = keep("study_capacity", [line for result in results for line in records(result)])
-        draw(results, options)
+        kept = [line for result in results for line in records(result)]
+        path = keep("study_capacity", kept)
+        draw(kept, (OURS, "lru", *options.policy), options.full)
     for result in results:
         print(result.table(), result.table("optimum"), sep="\n\n", end="\n\n")
     print(path)
@@ -92,7 +90,7 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
     plan = [(run.optimum_tokens or 0) / run.prompt_tokens for run in first]
     proven = [result.plan_bounds.get(run.gib or 0.0) for run in first]
     limits = {
-        "label": "best plan with hindsight",
+        "label": PLAN,
         "token_hit_rate": rounded(plan),
         "no_plan_passes": rounded(proven),
         "infinite_cache": rounded(result.bound_rate),
@@ -100,35 +98,34 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
     return [*kept, common | limits]
 
 
-def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
-    """Two panels a trace, the hit rate and its share of the optimum: our policy and LRU as lines, all other policies as a band, the
-    peers, the best plan and the bound."""
-    figure, axes = panels(2 * len(results), width=4.3, height=2.9, columns=4)
-    for number, result in enumerate(results):
+def draw(kept: list[dict[str, Any]], named: Sequence[str], full: bool) -> None:
+    """Two panels a trace, the hit rate and its share of the optimum: what is ``named`` and the peers as lines, all others as a band, the best
+    plan and the bounds."""
+    words = list(dict.fromkeys(record["trace"] for record in kept))
+    figure, axes = panels(2 * len(words), width=4.3, height=2.9, columns=4)
+    for number, word in enumerate(words):
+        *runs, limits = (record for record in kept if record["trace"] == word)
         hit, share = axes[2 * number : 2 * number + 2]
-        named = (OURS, "lru", *options.policy)
-        _draw(hit, result, named, lambda run: 100 * run.token_hit_rate)
-        _draw(share, result, named, lambda run: 100 * (run.share_of_optimum or 0))
-        draw_limits(hit, result)
+        _draw(hit, runs, named, "token_hit_rate")
+        _draw(share, runs, named, "share_of_optimum")
+        _draw_limits(hit, limits)
         share.axhline(100, color="black", linewidth=0.8)
-        hit.set_ylim(0, 100 if result.bound_rate is None else min(100, 125 * result.bound_rate))
+        hit.set_ylim(0, min(100, 125 * limits["infinite_cache"]))
         share.set_ylim(0, 120)
         hit.set_ylabel("token hit rate, %")
         share.set_ylabel("share of the best plan, %")
+        first = "" if full or WORKLOADS[word].quick is None else "first "
         for axis in (hit, share):
             size_axis(axis)
-            axis.set_title(title(result, options), fontsize=8.5)
+            axis.set_title(
+                f"{word}, {first}{limits['requests']:,} requests ({limits['model']})", fontsize=8.5
+            )
     save(figure, axes, figure_path("study_capacity"), CAPTION)
 
 
-def _draw(
-    axis: Any,
-    result: SimulationResult,
-    named: Sequence[str],
-    value: Callable[[RunResult], float],
-) -> None:
-    lines = {label: [value(run) for run in runs] for label, runs in result.by_label().items()}
-    sizes = [run.gib or 0.0 for run in next(iter(result.by_label().values()))]
+def _draw(axis: Any, runs: Sequence[dict[str, Any]], named: Sequence[str], what: str) -> None:
+    lines = {run["label"]: [100 * (value or 0) for value in run[what]] for run in runs}
+    sizes = runs[0]["gib"]
     rebuilt = [label for label in lines if label.endswith("(rebuilt)")]
     named = [label for label in (*named, *rebuilt) if label in lines]
     others = [line for label, line in lines.items() if label not in named]
@@ -146,6 +143,22 @@ def _draw(
             linestyle="--" if label in rebuilt else "-",
             label=label.replace("-static", ""),
         )
+
+
+def _draw_limits(axis: Any, limits: dict[str, Any]) -> None:
+    sizes = limits["gib"]
+    plan = [100 * rate for rate in limits["token_hit_rate"]]
+    axis.plot(sizes, plan, "k.-", linewidth=1.0, markersize=4, label=PLAN)
+    if None not in limits["no_plan_passes"]:
+        proven = [100 * rate for rate in limits["no_plan_passes"]]
+        axis.plot(sizes, proven, color="black", linewidth=0.6, label="no plan passes (LP)")
+    axis.axhline(
+        100 * limits["infinite_cache"],
+        color="black",
+        linewidth=0.8,
+        linestyle=":",
+        label="infinite cache",
+    )
 
 
 def _envelope(
