@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hybridcache.simulate import SimulationResult
     from hybridcache.trace import Trace
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did its work, 2 when it was asked for something impossible."""
+    """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130 when it was stopped."""
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:
@@ -27,6 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has seen enough; what is left goes nowhere, at exit too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        kept = getattr(options, "output", None)
+        is_kept = kept is not None and kept.exists()
+        done = f"what was done is in {kept}, and the same command goes on from there"
+        if options.run is not _simulate:
+            done = f"what was done is in {kept}"
+        print(f"hybridcache: stopped; {done if is_kept else 'nothing is kept'}", file=sys.stderr)
+        return 130
     except (ValueError, KeyError, ModuleNotFoundError, OSError, MemoryError) as error:
         print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -107,6 +116,9 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hybridcache.baselines import BASELINES
+    from hybridcache.policies.checkpoint import placement_words
+    from hybridcache.policies.eviction import eviction_words
     from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
@@ -114,13 +126,18 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--trace", required=True, action="append", help=_TRACE_HELP + "; may be repeated")
     add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
     add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
-    add("--policy", default="lru", help="eviction words or module:Class, commas between")
+    add(
+        "--policy",
+        default="lru",
+        help=f"eviction words, commas between: {', '.join(eviction_words())}, module:Class",
+    )
     add(
         "--checkpoints",
         action="append",
-        help=f"placement words, commas between; repeat to compare (default {DEFAULT_CHECKPOINTS})",
+        help=f"placement words, commas between; repeat to compare (default {DEFAULT_CHECKPOINTS}): "
+        f"{', '.join(placement_words())}, none, module:Class",
     )
-    add("--baseline", default="", help="rebuilt peers, commas between: vllm, sglang, lightllm ...")
+    add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
     add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
     add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
     add("--metric", default="hit", help=f"what tables and figure show, commas between: {_METRICS}")
@@ -145,7 +162,6 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from hybridcache.figures import bins_figure, losses_figure, sweep_figure
     from hybridcache.report import bins_table, find_metric, losses_table
     from hybridcache.simulate import simulate
     from hybridcache.simulation.target import DEFAULT_CHECKPOINTS
@@ -157,7 +173,8 @@ def _simulate(options: argparse.Namespace) -> int:
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
     _check_figure(options.figure)
-    results = []
+    results: list[SimulationResult] = []
+    drawn: list[Path] = []
     for spec in options.trace:
         trace = _open(spec, options)
         with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
@@ -186,6 +203,8 @@ def _simulate(options: argparse.Namespace) -> int:
                 progress=show,
             )
         results.append(result)
+        if options.figure:  # before anything is printed: whoever reads may stop reading
+            drawn = _draw(results, options, metrics)
         for word in metrics:
             print(result.table(word), end="\n\n")
         if options.losses:
@@ -193,18 +212,26 @@ def _simulate(options: argparse.Namespace) -> int:
         if options.bins:
             print(bins_table(result.runs, "length"), end="\n\n")
             print(bins_table(result.runs, "turn"), end="\n\n")
-    if options.figure:
-        drawn = [options.figure]
-        sweep_figure(results, options.figure, metrics)
-        if options.losses:
-            drawn.append(_beside(options.figure, "losses"))
-            losses_figure(results, drawn[-1])
-        if options.bins:
-            drawn.append(_beside(options.figure, "bins"))
-            bins_figure(results, drawn[-1])
-        for path in drawn:
-            print(f"figure: {path}")
+    for path in drawn:
+        print(f"figure: {path}")
     return 0
+
+
+def _draw(
+    results: Sequence[SimulationResult], options: argparse.Namespace, metrics: Sequence[str]
+) -> list[Path]:
+    """The figures that were asked for, of the traces so far."""
+    from hybridcache.figures import bins_figure, losses_figure, sweep_figure
+
+    drawn: list[Path] = [options.figure]
+    sweep_figure(results, options.figure, metrics)
+    if options.losses:
+        drawn.append(_beside(options.figure, "losses"))
+        losses_figure(results, drawn[-1])
+    if options.bins:
+        drawn.append(_beside(options.figure, "bins"))
+        bins_figure(results, drawn[-1])
+    return drawn
 
 
 def _check_figure(path: Path | None) -> None:

@@ -181,6 +181,14 @@ class Roofline:
     """Of a prefill of any length: launches, sampling, the trip through the scheduler."""
     weight_bytes_per_param: int = 2
 
+    def describe(self) -> str:
+        """What machine is assumed, in a line."""
+        tera, tera_bytes = self.flops_per_s / 1e12, self.bytes_per_s / 1e12
+        numbers = f"{tera:.4g} TFLOP/s, {tera_bytes:.3g} TB/s and {1e3 * self.overhead_s:.3g} ms a prefill"
+        is_default = (self.flops_per_s, self.bytes_per_s) == (989e12 * 0.5, 3.35e12)
+        machine = f"{self.devices} x H100 SXM" if is_default else f"{self.devices} devices"
+        return f"a roofline of {machine}: {numbers}"
+
     @classmethod
     def fitting(cls, geometry: ModelGeometry, device_bytes: float = 60e9) -> Roofline:
         """On the fewest devices (a power of two) whose ``device_bytes`` for weights hold the model in bf16."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.report import (
+    LOSSES_NOTE,
     METRICS,
     Metric,
     find_metric,
@@ -144,7 +145,7 @@ def losses_figure(results: Sequence[SimulationResult], path: Path, caption: str 
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
         axis.set_title(f"{title(result)}\n{label}", fontsize=8)
-    save(figure, axes, path, caption)
+    save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip())
 
 
 def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:

@@ -45,11 +45,11 @@ METRICS: dict[str, Metric] = {
     "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
     "seconds": Metric("prefill seconds spent", lambda run: run.seconds, "{:.3g}"),
     "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved, "{:.3g}"),
-    "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s, "{:.0f}"),
-    "ttft-p5": Metric("TTFT P5, ms", lambda run: 1e3 * run.ttft_s[5], "{:.0f}"),
-    "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50], "{:.0f}"),
-    "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95], "{:.0f}"),
-    "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99], "{:.0f}"),
+    "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s),
+    "ttft-p5": Metric("TTFT P5, ms", lambda run: 1e3 * run.ttft_s[5]),
+    "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50]),
+    "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
+    "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "regret": Metric(
         "regret, % of prompt tokens",
         # Files of before peers were told apart here have 0 for them; what tells no causes tells no regret either.
@@ -117,7 +117,20 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
     table = f"{title}\n{text_table(header, rows)}"
     notes = plan_notes(result) if word == "optimum" else []
+    if result.times and word.startswith(("ttft", "seconds")):
+        notes.append(f"prefill times: {result.times}")
+    if any(weighs_as_another(run) for run in result.runs):
+        notes.append(MARCONI_NOTE)
     return "\n".join([table, *notes])
+
+
+MARCONI_NOTE = "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; --baseline marconi uses the paper's model"
+
+
+def weighs_as_another(run: RunResult) -> bool:
+    """Whether a run's policy takes another model's FLOPs for its own."""
+    word = str(run.config["policy"]).partition(":")[0]
+    return word == "marconi" and not str(run.config["model"]).startswith("Qwen3-Next")
 
 
 def _marked(run: RunResult, word: str) -> str:
@@ -180,7 +193,7 @@ def size_label(run: RunResult) -> str:
 
 
 def losses_table(runs: Sequence[RunResult]) -> str:
-    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens."""
+    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens. ``LOSSES_NOTE`` says what a cause is."""
     causes = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed", "below_grid")
     header = ["% of prompt tokens", "GiB", "reused"]
     header += [cause.replace("_", " ") for cause in (*causes, "refused")]
@@ -191,7 +204,14 @@ def losses_table(runs: Sequence[RunResult]) -> str:
         parts = [run.cached_tokens, *(run.losses[cause] for cause in (*causes, "refused"))]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, size_label(run), *shares])
-    return text_table(header, rows)
+    return f"{text_table(header, rows)}\n{LOSSES_NOTE}"
+
+
+LOSSES_NOTE = (
+    "Each token has one cause, the first that holds on its path (its KV before its checkpoint); others may stand behind it, so a "
+    "share is not what undoing the cause would regain."
+)
+"""What stands under tables and figures of losses."""
 
 
 def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 from hybridcache.costs import MeasuredTimes, ModelGeometry, PrefillTimes, Roofline
 from hybridcache.infinite import InfiniteCache
+from hybridcache.policies.own import word_of
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.simulation.result import RunResult, budget_bytes, sizes
 from hybridcache.simulation.serving import Serving
 from hybridcache.simulation.sweep import Job, identity_of, run_sweep
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 DEFAULT_GIB = "2:200:15"
 
 Words = str | Sequence[str]
+OwnClass = type[EvictionPolicy] | type[PlacementPolicy]
+Policies = str | OwnClass | Sequence[str | OwnClass]
 OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
@@ -45,6 +49,8 @@ class SimulationResult:
     """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
     plan_bounds: Mapping[float, float] = field(default_factory=dict)
     """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved one."""
+    times: str = ""
+    """What the prefill times stand for: the machine assumed or the file measured; empty where a model of the user's own gives them."""
     plans_by: Mapping[float, str] = field(default_factory=dict)
     """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked for."""
 
@@ -109,8 +115,8 @@ def simulate(
     *,
     model: str | ModelGeometry = "qwen3-next",
     gib: str | float | Sequence[float] = DEFAULT_GIB,
-    policy: Words = "lru",
-    checkpoints: Words = DEFAULT_CHECKPOINTS,
+    policy: Policies = "lru",
+    checkpoints: Policies = DEFAULT_CHECKPOINTS,
     baseline: Words = (),
     bound: bool = True,
     optimum: OptimumMethod | None = None,
@@ -127,8 +133,8 @@ def simulate(
 ) -> SimulationResult:
     """Run every policy with every placement, and every baseline, at every size.
 
-    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words or
-    ``module:Class``. ``checkpoints``: one placement (words with commas) or a sequence of them. ``times``: a file of measured prefill
+    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words,
+    ``module:Class`` or classes. ``checkpoints``: one placement (words with commas, or a class) or a sequence of them. ``times``: a file of measured prefill
     times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
     ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
     ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces; ``lp`` adds what no plan can
@@ -142,6 +148,9 @@ def simulate(
     timing = (
         MeasuredTimes.load(times) if isinstance(times, str) else times or Roofline.fitting(geometry)
     )
+    said = f"measured, {times}" if isinstance(times, str) else ""
+    if isinstance(timing, Roofline):
+        said = timing.describe()
     serving = Serving(timing, servers, max_running)
     common = RunConfig(geometry, page_size=page_size, grid=grid)
     competitors = [
@@ -194,7 +203,7 @@ def simulate(
     if resume_from and (bound or optimum):
         identity = identity_of(opened)
         _complete(Path(resume_from), [job.key(identity) for job in jobs], runs, bounds)
-    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds, plans_by)
+    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds, said, plans_by)
 
 
 def _complete(
@@ -238,5 +247,6 @@ def _best_possible(
     )
 
 
-def _words(words: Words) -> tuple[str, ...]:
-    return (words,) if isinstance(words, str) else tuple(words)
+def _words(words: Policies) -> tuple[str, ...]:
+    several = (words,) if isinstance(words, str | type) else words
+    return tuple(word if isinstance(word, str) else word_of(word) for word in several)

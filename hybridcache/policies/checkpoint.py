@@ -195,7 +195,11 @@ def _parse_rule(word: str) -> PlacementPolicy:
         raise ValueError(f"checkpoint placement {name!r} takes no number, got {word!r}")
     if colon:
         return load_placement(word)
-    known = ", ".join(
-        [*PLACEMENT, *(f"{word}:N" for word in (*NUMBERED_PLACEMENT, *COUNTED_PLACEMENT, "cap"))]
-    )
+    known = ", ".join(placement_words())
     raise ValueError(f"unknown checkpoint placement {name!r}; known: {known}, or none alone")
+
+
+def placement_words() -> list[str]:
+    """The words that ``parse_placement`` puts together, beside ``none`` and ``module:Class``."""
+    numbered = (*NUMBERED_PLACEMENT, *COUNTED_PLACEMENT, "cap")
+    return [*PLACEMENT, *(f"{word}:N" for word in numbered)]

@@ -54,12 +54,24 @@ EVICTION: dict[str, Callable[[], EvictionPolicy]] = {
 }
 """Words for ``CacheConfig.eviction``."""
 
+
+def _whole(word: str, number: float) -> int:
+    if number < 1 or number != int(number):
+        raise ValueError(f"{word}:N needs a whole number of at least 1, got {number:g}")
+    return int(number)
+
+
 NUMBERED_EVICTION: dict[str, Callable[[float], EvictionPolicy]] = {
-    "tail-lru": lambda tokens: TailLRU(int(tokens)),
-    "ttl": lambda requests: TTL(int(requests)),
+    "tail-lru": lambda tokens: TailLRU(_whole("tail-lru", tokens)),
+    "ttl": lambda requests: TTL(_whole("ttl", requests)),
     "marconi": Marconi,
 }
 """Words that also take a number, written ``word:number``: the target in tokens, the life in requests, alpha."""
+
+
+def eviction_words() -> list[str]:
+    """The words there are, those with a number too: what ``make_eviction`` knows beside ``module:Class``."""
+    return [*EVICTION, *(f"{word}:N" for word in NUMBERED_EVICTION)]
 
 
 def make_eviction(word: str) -> Callable[[], EvictionPolicy]:
@@ -67,11 +79,13 @@ def make_eviction(word: str) -> Callable[[], EvictionPolicy]:
     that exist, or the methods that a class lacks."""
     name, _, number = word.partition(":")
     if name in NUMBERED_EVICTION and number.replace(".", "", 1).isdecimal():
-        return partial(NUMBERED_EVICTION[name], float(number))
+        make = partial(NUMBERED_EVICTION[name], float(number))
+        make()  # a number that can not be is told now
+        return make
     if ":" in word:
         return load_eviction(word)
     try:
         return EVICTION[word]
     except KeyError:
-        known = ", ".join(sorted(EVICTION))
+        known = ", ".join(eviction_words())
         raise ValueError(f"unknown eviction policy {word!r}; known: {known}") from None

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,9 @@ from hybridcache.policies.protocol import (
     Prefill,
 )
 from hybridcache.policies.scored import SampledPolicy, ScorePolicy
+
+MOST_OUTSIDE = 50
+"""Positions outside of every prompt after which a placement is warned of."""
 
 
 def load_eviction(word: str) -> Callable[[], EvictionPolicy]:
@@ -98,13 +102,33 @@ class OwnPlacement(PlacementPolicy):
     def __init__(self, word: str, policy_class: type[PlacementPolicy]) -> None:
         self._word = word
         self._policy = _made(word, policy_class)
+        self._num_outside: int | None = 0
+        """Positions given of which none was of use; None once one was, or it was said."""
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
         try:
             for placed in self._policy.positions(prefill):
-                yield self._checked(placed)
+                checked = self._checked(placed)
+                if self._num_outside is not None:
+                    self._watch(checked.position, prefill)
+                yield checked
         except Exception as error:
             _blame(self._word, self._policy, "positions", error)
+
+    def _watch(self, position: int, prefill: Prefill) -> None:
+        """Warn once where the first ``MOST_OUTSIDE`` positions all lie where nothing can be saved."""
+        assert self._num_outside is not None
+        if prefill.cached_len < position - position % prefill.grid <= prefill.prompt_len:
+            self._num_outside = None
+            return
+        self._num_outside += 1
+        if self._num_outside == MOST_OUTSIDE:
+            self._num_outside = None
+            warnings.warn(
+                f"{self._word!r}: none of its first {MOST_OUTSIDE} positions lay within what a prefill computes; give "
+                f"cached_len < position <= prompt_len, tokens from the prompt's start, of at least {prefill.grid} (the grid)",
+                stacklevel=2,
+            )
 
     def _checked(self, placed: Any) -> Placed:
         if isinstance(placed, tuple) and len(placed) == 2:
@@ -128,12 +152,31 @@ class OwnPlacement(PlacementPolicy):
         )
 
 
+def word_of(own: object) -> str:
+    """``module:Class`` for a class that its module knows by name, also one of a notebook's cell. ValueError for any other object."""
+    if not isinstance(own, type):
+        raise ValueError(f"{own!r} is no policy: give a word, module:Class or the class itself")
+    module_name, name = own.__module__, own.__qualname__
+    if getattr(sys.modules.get(module_name), name, None) is not own:
+        raise ValueError(
+            f"{name} can not be found in {module_name}: define it at the top of a module or of a notebook's cell"
+        )
+    return f"{module_name}:{name}"
+
+
 def source_of(word: str) -> str:
-    """The text of the module that a word like ``module:Class`` names; empty for other words, numbered ones (``ttl:500``) too."""
+    """The text of the module that a word like ``module:Class`` names; empty for other words, numbered ones (``ttl:500``) too.
+    ValueError where it has none to read."""
     module_name, colon, rest = word.strip().partition(":")
     if not colon or rest.replace(".", "", 1).isdecimal():
         return ""
-    return inspect.getsource(_imported(word, module_name))
+    try:
+        return inspect.getsource(_imported(word, module_name))
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"{word!r}: its source can not be read, so whether a kept run is of this very class can not be told; put the class in "
+            "a file, or keep no runs"
+        ) from error
 
 
 def _load_class(word: str, protocol: type[Any]) -> type[Any]:

@@ -220,7 +220,7 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
         found = ()
     if not found or not all(0 < gib < float("inf") for gib in found):
         raise ValueError(
-            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points, as a,b,c or as numbers"
+            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points (low first), as a,b,c or as numbers"
         )
     return found
 
@@ -228,6 +228,8 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
         low, high, count = spec.split(":")
+        if float(low) > float(high):
+            raise ValueError("the sizes go up")
         points = np.geomspace(float(low), float(high), int(count))
         return tuple(float(f"{point:.6g}") for point in points)
     if isinstance(spec, str):

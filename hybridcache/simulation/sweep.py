@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -130,7 +131,19 @@ def _run(
     with ProcessPoolExecutor(
         min(processes, len(todo)), context, initializer=_start_worker, initargs=(trace,)
     ) as pool:
-        yield from pool.map(_run_job, todo)
+        others = multiprocessing.active_children()
+        futures = [pool.submit(_run_job, numbered) for numbered in todo]
+        try:
+            for future in futures:
+                yield future.result()
+        except KeyboardInterrupt:  # do not wait for what runs
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            raise
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager
@@ -181,6 +194,7 @@ _worker: _Worker | None = None
 
 def _start_worker(trace: Trace) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends the others
     _worker = _Worker(trace)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -13,10 +16,13 @@ import pytest
 
 from engine.config import EngineConfig
 from hybridcache.advise import WORTH, advise
+from hybridcache.baselines import BASELINES
 from hybridcache.cli import main
 from hybridcache.costs import ModelGeometry
 from hybridcache.generators import chat, resend, short
 from hybridcache.optimum import optimum
+from hybridcache.policies.checkpoint import PLACEMENT
+from hybridcache.policies.eviction import EVICTION
 from hybridcache.report import METRICS, optimum_table
 from hybridcache.simulate import simulate
 from hybridcache.trace import Trace
@@ -88,6 +94,7 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--gib", "inf"], "sizes 'inf'"),
         (["simulate", "--trace", "chat", "--gib", "nan"], "sizes 'nan'"),
         (["simulate", "--trace", "chat", "--gib", "1:2:0"], "sizes '1:2:0'"),
+        (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
         (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--grid", "-64"], "must be at least 1"),
@@ -131,6 +138,51 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = f"{sys.executable} -m hybridcache.cli simulate --trace short?head=9 --gib 1,2 | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
+    figure = tmp_path / "f.png"
+    command = f"{sys.executable} -m hybridcache.cli simulate --trace short?head=9 --gib 1,2"
+    subprocess.run(f"{command} --figure {figure} | true", shell=True, check=True)
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
+    output = tmp_path / "runs.jsonl"
+    command = [sys.executable, "-m", "hybridcache.cli", "simulate", "--trace"]
+    command += ["conversations?live=8", "--gib", "1,2,3,4,5,6,7,8", "--output", str(output)]
+    command += ["--processes", str(processes)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run_:
+        while not (output.exists() and output.read_text()):
+            assert run_.poll() is None
+            time.sleep(0.02)
+        os.killpg(run_.pid, signal.SIGINT)
+        _, error = run_.communicate()
+    assert run_.returncode == 130 and "Traceback" not in error
+    sentence = error.splitlines()[-1]
+    assert (
+        sentence.startswith("hybridcache: stopped; what was done is in") and str(output) in sentence
+    )
+
+
+def test_help_lists_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert {*EVICTION, *PLACEMENT, *BASELINES, "ttl:N", "every:N", "cap:N"} <= set(words)
+
+
+def test_tables_name_the_machine_and_what_a_cause_is(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", "--trace", "short?head=20", "--gib", "1", "--metric", "ttft-p50"]
+    _, out, _ = run(capsys, *command, "--losses")
+    assert "a roofline of 4 x H100 SXM: 494.5 TFLOP/s" in out
+    assert "the first that holds on its path" in out and "as at Qwen3-Next's sizes" not in out
+    model = ["--model", "qwen3.5-0.8b", "--policy", "marconi:0.5", "--metric", "hit"]
+    _, out, _ = run(capsys, *command[:-2], *model)
+    assert "as at Qwen3-Next's sizes, not this model's" in out and "H100" not in out
 
 
 def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:

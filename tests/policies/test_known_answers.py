@@ -348,7 +348,9 @@ def test_a_score_that_grew_meanwhile_is_met_at_the_top() -> None:
     assert policy.victim(None) is neighbour
 
 
-@pytest.mark.parametrize("word", ["nonsense", "ttl:soon", "lru:3"])
+@pytest.mark.parametrize(
+    "word", ["nonsense", "ttl:soon", "lru:3", "ttl:0.5", "tail-lru:0.5", "ttl:0"]
+)
 def test_an_unknown_word_is_one_sentence(word: str) -> None:
     with pytest.raises((ValueError, ImportError)):
         make_eviction(word)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from hybridcache.cli import main
 from hybridcache.policies.checkpoint import parse_placement
 from hybridcache.policies.eviction import make_eviction
-from hybridcache.policies.protocol import EvictionPolicy, PolicyError
+from hybridcache.policies.own import MOST_OUTSIDE
+from hybridcache.policies.protocol import (
+    EvictionPolicy,
+    Placed,
+    PlacementPolicy,
+    PolicyError,
+    Prefill,
+)
+from hybridcache.policies.scored import ScorePolicy
 from hybridcache.simulate import simulate
 from tests.policies.items import FakeItem, offer
 
@@ -198,3 +208,64 @@ def test_a_guard_passes_everything_on() -> None:
     policy.missed(cheap)
     assert offer(policy, dear, cheap) == ["cheap", "dear"]
     assert policy.victim(None) is None
+
+
+class Deepest(ScorePolicy):
+    def score(self, item: object) -> float:
+        return -float(item.position)  # type: ignore[attr-defined]
+
+
+class Within(PlacementPolicy):
+    offset = 0
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        yield Placed(self.offset + prefill.prompt_len, "mine")
+
+    def decode_interval(self) -> None:
+        return None
+
+
+class Beyond(Within):
+    offset = 64
+
+
+def test_a_class_itself_is_as_good_as_its_word(tmp_path: Path) -> None:
+    runs = simulate("short?head=60", gib=0.3, policy=[Deepest], checkpoints=Within).runs
+    words = simulate(
+        "short?head=60",
+        gib=0.3,
+        policy=f"{__name__}:Deepest",
+        checkpoints=f"{__name__}:Within",
+        resume_from=tmp_path / "runs.jsonl",
+    ).runs
+    assert runs[0].label == f"{__name__}:Deepest @ {__name__}:Within" == words[0].label
+    assert runs[0].cached_tokens == words[0].cached_tokens > 0
+
+    class Local(Deepest):
+        pass
+
+    for none in (Local, Deepest()):
+        with pytest.raises(ValueError, match=r"define it at the top|the class itself"):
+            simulate("short?head=9", gib=1, policy=[none])  # type: ignore[list-item]
+
+
+def test_a_class_without_a_file_runs_but_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook's are: their module is there, its text is not."""
+    cell = ModuleType("cell")
+    exec(MODULE, cell.__dict__)
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    own = cell.__dict__["CheapestFirst"]
+    assert simulate("short?head=9", gib=1, policy=own).runs[0].label == "cell:CheapestFirst"
+    with pytest.raises(ValueError, match="its source can not be read"):
+        simulate("short?head=9", gib=1, policy=own, resume_from=tmp_path / "runs.jsonl")
+
+
+def test_a_placement_that_never_lies_in_a_prompt_is_warned_of_once() -> None:
+    with pytest.warns(UserWarning, match="none of its first 50 positions lay within") as told:
+        simulate("short", gib=1, checkpoints=Beyond, bound=False)
+    assert len(told) == 1 and MOST_OUTSIDE == 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate("short", gib=1, checkpoints=Within, bound=False)
