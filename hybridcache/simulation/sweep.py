@@ -194,7 +194,8 @@ _worker: _Worker | None = None
 
 def _start_worker(trace: Trace) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends the others
+    # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = _Worker(trace)
 
 
