@@ -23,6 +23,8 @@ class CandidateLedger:
     def __init__(self, inner: EvictionPolicy) -> None:
         self.inner = inner
         self.held: set[Any] = set()
+        self.told: list[Item] = []
+        """What was missed, as it was told."""
 
     def add(self, item: Item) -> None:
         assert item not in self.held, f"{item} added twice"
@@ -39,6 +41,7 @@ class CandidateLedger:
         self.inner.touch(item)
 
     def missed(self, item: Item) -> None:
+        self.told.append(item)
         self.inner.missed(item)
 
     def candidates(self) -> Iterable[Item] | None:
@@ -186,7 +189,9 @@ class Twins:
         if match.cached_len:
             piece = self.plain.piece_at(tokens, match.cached_len, namespace)
             piece.locks += 1
+        self.ledger.told.clear()
         self.cache.touch(match)
+        assert self.ledger.told == ([] if match.missed is None else [match.missed])
         self.plain.touch(tokens, match.cached_len, namespace)
         new = self.allocate_kv(len(tokens) - match.cached_len)
         if new is None:
