@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -28,10 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = parsed.command
     try:
         check_no_foreign_kernels()
-        return command(parsed)
+        code = command(parsed)
+        sys.stdout.flush()  # here, where it is seen if nobody reads any more
+        return code
     except (ValueError, FileNotFoundError) as error:
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head -1`: whoever reads has all that is wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 141
     except KeyboardInterrupt:
         return 130
 

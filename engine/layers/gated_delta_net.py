@@ -19,7 +19,8 @@ Qwen3.5 has ``in_proj_qkv``, ``in_proj_z``, ``in_proj_b`` and ``in_proj_a``."""
 
 
 class GatedDeltaNet:
-    """All inputs are one product, laid out ``[query | key | value | z | b | a]``."""
+    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; with 8-bit weights the gates b and a, few rows on
+    which the whole state hangs, are another in full precision."""
 
     def __init__(
         self, model: ModelConfig, layer: int, kernels: Kernels, place: Placement, *, layout: Layout
@@ -34,7 +35,13 @@ class GatedDeltaNet:
         self.mixed_shape = (shape.num_value_heads, shape.value_dim)
         """Of what ``mix`` gives, per token."""
         self.sizes = [shape.conv_channels, self.value_size, *(2 * [shape.num_value_heads])]
-        self.projection = Linear(model.hidden_size, sum(self.sizes), kernels, place)
+        num_mixed, num_gates = sum(self.sizes[:2]), sum(self.sizes[2:])
+        self.gates: Linear | None = None
+        if place.quantization is None:
+            self.projection = Linear(model.hidden_size, num_mixed + num_gates, kernels, place)
+        else:
+            self.projection = Linear(model.hidden_size, num_mixed, kernels, place)
+            self.gates = Linear(model.hidden_size, num_gates, kernels, place, full_precision=True)
         self.output = Linear(self.value_size, model.hidden_size, kernels, place)
         self.conv_weight = place.empty(shape.conv_channels, shape.conv_width)
         self.A_log = place.empty(shape.num_value_heads, dtype=torch.float32)
@@ -44,9 +51,11 @@ class GatedDeltaNet:
         self._kernels = kernels
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        qkv, z, b, a = self.projection.weight.split(self.sizes)
+        num_mixed = sum(self.sizes[:2])
+        qkvz, ba = self.projection.weight[:num_mixed], self.projection.weight[num_mixed:]
+        if self.gates is not None:
+            ba = self.gates.weight
         if self.layout == "interleaved":
-            qkvz, ba = self.projection.weight.split([sum(self.sizes[:2]), sum(self.sizes[2:])])
             shape = self.shape
             group = shape.num_value_heads // shape.num_key_heads
             values = group * shape.value_dim
@@ -61,6 +70,8 @@ class GatedDeltaNet:
                 Parameter(ba, rows=self._gathered([group, group])),
             )
         else:
+            qkv, z = qkvz.split(self.sizes[:2])
+            b, a = ba.split(self.sizes[2:])
             yield f"{prefix}.in_proj_qkv.weight", Parameter(qkv)
             yield f"{prefix}.in_proj_z.weight", Parameter(z)
             yield f"{prefix}.in_proj_b.weight", Parameter(b)
@@ -79,11 +90,16 @@ class GatedDeltaNet:
 
     def seal(self) -> None:
         self.projection.seal()
+        if self.gates is not None:
+            self.gates.seal()
         self.output.seal()
         self.norm_weight = self.norm_weight.float()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.projection(hidden)
+        projected = self.projection(hidden)
+        if self.gates is None:
+            return projected
+        return torch.cat([projected, self.gates(hidden)], dim=-1)
 
     def mix(
         self, projected: torch.Tensor, step: Step, pools: tuple[torch.Tensor, torch.Tensor]

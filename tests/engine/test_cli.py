@@ -30,6 +30,16 @@ ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
+def test_who_reads_one_line_is_not_shown_a_traceback() -> None:
+    many = [str(gib) for gib in range(1, 3000)]
+    command = [*ENGINE, "inspect", "--budget-gib", *many]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"builtin\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def run(*arguments: str) -> int:
     """Exit code of one command in this process."""
     try:

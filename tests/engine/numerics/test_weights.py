@@ -9,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.backends import Kernels
 from engine.config import EngineConfig
+from engine.device import Device
+from engine.layers.gated_delta_net import GatedDeltaNet
+from engine.layers.parameters import Placement
 from engine.model_config import ModelConfig, ModelError
 from engine.model_runner import ModelRunner
-from engine.weights import WeightsError
+from engine.weights import Dummy, WeightsError
+from experiments.gpu_models import TINY
 
 
 @pytest.fixture
@@ -209,3 +214,21 @@ def test_a_pool_too_small_says_what_it_would_need(oracles):
     )
     with pytest.raises(ModelError, match="one request of max_model_len 100000 needs"):
         ModelRunner(small)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split"])
+def test_gates_of_8bit_models_keep_full_precision(layout):
+    config = ModelConfig.from_dict(TINY)
+    kernels = Kernels.choose(Device.resolve("cpu"))
+    hidden = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    projected = []
+    for quantization in (None, "int8"):
+        place = Placement(torch.device("cpu"), torch.float32, quantization)
+        mixer = GatedDeltaNet(config, 0, kernels, place, layout=layout)
+        Dummy(0).fill("mixer", mixer)
+        mixer.seal()
+        projected.append(mixer.project(hidden))
+    num_gates = 2 * config.linear.num_value_heads
+    (mixed, gates), (rounded, kept) = (x.tensor_split([-num_gates], dim=1) for x in projected)
+    torch.testing.assert_close(kept, gates, rtol=1e-5, atol=1e-6)
+    assert (rounded - mixed).abs().max() > 1e-4 * mixed.abs().max()
