@@ -174,6 +174,18 @@ MUTATIONS = (
         "",
     ),
     Mutation(
+        "rows of what was evicted stay where a queue lists it",
+        RESIDENCY,
+        "        kv.indices = NO_ROWS",
+        "        NO_ROWS",
+    ),
+    Mutation(
+        "tokens of what was forgotten stay where a queue lists it",
+        GHOSTS,
+        '            ghost.edge = b""',
+        "            ghost.edge",
+    ),
+    Mutation(
         "a gather outlives its rows",
         RESIDENCY,
         "            gathered.discard(kv)\n",

@@ -225,7 +225,8 @@ class HybridRadixCache:
     ) -> InsertResult:
         """Publish ``tokens`` with their rows and checkpoints; see ``PrefixCache.insert``.
 
-        O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``.
+        O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``; where a checkpoint or
+        a fork comes, also a step for each node up to the nearest checkpoint above.
         """
         residency, tree = self._residency, self._tree
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.gathered import RecentGathers
@@ -32,6 +34,8 @@ from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.tree import RadixTree
 from hybridcache.stats import CacheStats
+
+NO_ROWS: Indices = np.empty(0, np.int32)
 
 
 class Residency:
@@ -259,6 +263,7 @@ class Residency:
         if leaf.pins:
             self.locked_paths.forget(leaf)
         leaf.kv = None
+        kv.indices = NO_ROWS  # a policy's queue may hold the segment for a while yet
         self.tree.fade(leaf)
         self.ghosts.add(leaf)
         return parent

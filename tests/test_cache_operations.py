@@ -190,10 +190,15 @@ def test_what_changes_under_a_lock_after_it_was_counted() -> None:
     cache.check()
 
 
+def num_alive() -> int:
+    return sum(type(thing) is RadixNode for thing in gc.get_objects())
+
+
 def test_what_was_gathered_is_forgotten_with_its_node() -> None:
     cache = hybrid(20_000, 2000, ghost_bytes=0)
     resident = cache.lock(publish(cache, ids(range(10_000)), [10_000]).node)
     gc.collect()
+    alive_before = num_alive()
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for index in range(5000):
@@ -204,11 +209,11 @@ def test_what_was_gathered_is_forgotten_with_its_node() -> None:
     del result
     gc.collect()
     taken = tracemalloc.get_traced_memory()[0] - before
-    alive = sum(isinstance(thing, RadixNode) for thing in gc.get_objects())
+    alive = num_alive() - alive_before
     tracemalloc.stop()
     assert cache.num_nodes == 1
     assert taken < 4 * cache.cached_tokens + 300 * 1024, f"{taken} bytes beside one path"
-    assert alive < 400, f"{alive} nodes alive, one in the tree"
+    assert alive < 400, f"{alive} more nodes alive, none in the tree"
     cache.check()
     cache.unlock(resident)
 
@@ -221,6 +226,22 @@ def test_what_was_gathered_is_weighed_with_its_heads() -> None:
         cache.check()
     gathered = cache._residency.gathered
     assert 0 < len(gathered) <= cache.cached_tokens // 64
+
+
+@pytest.mark.parametrize("eviction", ["lru", "coverage", "lfu"])
+def test_tokens_and_rows_go_though_a_queue_still_lists_their_node(eviction: str) -> None:
+    cache = hybrid(400_000, 200, ghost_bytes=0, eviction=eviction)
+    gc.collect()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for index in range(200):
+        publish(cache, ids(range(2000 * index, 2000 * index + 2000)), [2000])
+    cache.evict(num_slots=200)
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert cache.num_nodes == 0
+    assert taken < 200 * 2048, f"{taken} bytes in an empty cache"
 
 
 def test_nothing_gathered_outlives_a_reset() -> None:

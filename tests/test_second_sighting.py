@@ -28,15 +28,17 @@ class Server:
         self.cache = build_prefix_cache(config)
         self.placement = parse_placement(placement)
 
-    def serve(self, prompt, answer=(), boundaries=()):
-        """Prefill and decode one request; returns the tokens it did not have to compute."""
+    def serve(self, prompt, answer=(), boundaries=(), piece=None):
+        """Prefill (in pieces) and decode one request; returns the tokens it did not have to compute."""
         request = LeaseRequest(prompt, boundaries=tuple(boundaries))
         lease = Lease.begin(self.cache, self.placement, request)
         assert lease is not None
         everything = np.concatenate([prompt, np.array(answer, np.int32)])
         assert lease.extend(len(everything))
-        lease.exports(lease.cached_len, len(prompt))
-        lease.publish(everything, len(prompt))
+        for start in range(lease.cached_len, len(prompt), piece or len(prompt)):
+            end = min(start + (piece or len(prompt)), len(prompt))
+            lease.exports(start, end)
+            lease.publish(everything, end)
         for position in range(len(prompt), len(everything)):
             lease.exports(position, position + 1)
         lease.finish(everything, len(everything))
@@ -157,6 +159,14 @@ def test_a_fork_at_an_unknown_place_pays_on_the_second_by_periodic_checkpoints()
     server.serve(np.concatenate([shared, text(300)]))
     assert server.serve(np.concatenate([shared, text(300)])) == 768
     assert server.serve(np.concatenate([shared, text(300)])) == 960
+
+
+@pytest.mark.parametrize(("piece", "pays"), [(512, 0), (4096, 1024)])
+def test_where_slots_are_short_a_fork_pays_by_what_was_saved_last_above_it(piece, pays):
+    server, shared = Server("every:256,backoff", num_slots=24), text(1024)
+    server.serve(np.concatenate([shared, text(3072)]), piece=piece)
+    server.serve(text(4096), piece=piece)
+    assert server.serve(np.concatenate([shared, text(300)])) == pays
 
 
 def test_a_fork_is_noticed_by_ghosts_after_its_kv_went():

@@ -63,6 +63,7 @@ class GhostList:
             self.tree.forget(ghost)
             if ghost.parent is not None:
                 compact_edges(ghost.parent, ghost.edge)
+            ghost.edge = b""  # a policy's queue may hold the node for a while yet
             parent = ghost.parent
             if parent is not None and parent.parent is None:
                 self.tree.prune_root(parent.key)
