@@ -184,7 +184,7 @@ class Roofline:
     def describe(self) -> str:
         """What machine is assumed, in a line."""
         tera, tera_bytes = self.flops_per_s / 1e12, self.bytes_per_s / 1e12
-        numbers = f"{tera:.4g} TFLOP/s, {tera_bytes:.3g} TB/s and {1e3 * self.overhead_s:.3g} ms a prefill"
+        numbers = f"{tera:.4g} TFLOP/s and {tera_bytes:.3g} TB/s each, {1e3 * self.overhead_s:.3g} ms a prefill"
         is_default = (self.flops_per_s, self.bytes_per_s) == (989e12 * 0.5, 3.35e12)
         machine = f"{self.devices} x H100 SXM" if is_default else f"{self.devices} devices"
         return f"a roofline of {machine}: {numbers}"

@@ -13,7 +13,7 @@ from hybridcache.report import (
     Metric,
     find_metric,
     hindsight_percent,
-    plan_notes,
+    notes_on,
     size_label,
 )
 from hybridcache.simulation.result import RunResult
@@ -61,10 +61,8 @@ def sweep_figure(
 
 
 def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[str]:
-    """What the share of the best plan means, if it is drawn: each trace's sentence once."""
-    if "optimum" not in words:
-        return []
-    found = {note: None for result in results for note in plan_notes(result)}
+    """What the numbers that are drawn rest on: each trace's sentences, each once."""
+    found = {note: None for result in results for note in notes_on(result, words)}
     return [
         note[:1].upper() + note[1:].replace("* above", "Above 100: above") + "." for note in found
     ]

@@ -116,12 +116,17 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     if first:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
     table = f"{title}\n{text_table(header, rows)}"
-    notes = plan_notes(result) if word == "optimum" else []
-    if result.times and word.startswith(("ttft", "seconds")):
+    return "\n".join([table, *notes_on(result, [word])])
+
+
+def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
+    """What stands under a table or figure of the metrics ``words``: what their numbers rest on."""
+    notes = plan_notes(result) if "optimum" in words else []
+    if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
     if any(weighs_as_another(run) for run in result.runs):
         notes.append(MARCONI_NOTE)
-    return "\n".join([table, *notes])
+    return notes
 
 
 MARCONI_NOTE = "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; --baseline marconi uses the paper's model"
