@@ -15,7 +15,7 @@ import triton.language as tl
 
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Packed
-from kernels.target import pipeline_stages
+from kernels.target import has_roomy_memory, pipeline_stages
 from kernels.tuning import tuned
 
 # A pipeline over loads whose addresses are loaded too spends two stages on the first of them.
@@ -224,7 +224,8 @@ def prefill_attention(
     num_heads, size = query.shape[1:]
     group = num_heads // key_pool.shape[1]
     exact = query.dtype == torch.float32
-    heads = 2 if group % 2 == 0 and not exact else 1
+    fits = size <= 128 or has_roomy_memory()
+    heads = 2 if group % 2 == 0 and not exact and fits else 1
     tokens = TILE // 2 if exact else TILE
     launch = {
         "num_warps": 8 if heads == 2 or (exact and size > 128) else 4,

@@ -27,9 +27,19 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 """Words to Triton's (backend, architecture, warp size)."""
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 """Shared memory that one program may use."""
 
 
@@ -42,12 +52,16 @@ class _AbsentDevice:
 
     def __init__(self, target: Any, number: int) -> None:
         self._target, self._number = target, number
+        self.utils = self
 
     def get_current_target(self) -> Any:
         return self._target
 
     def get_current_device(self) -> int:
         return self._number
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_BYTES[list(TARGETS)[device]]}
 
     def get_current_stream(self, device: int) -> int:
         return 0
