@@ -145,8 +145,9 @@ def bare_loop(cache: PrefixCache, work: Sequence[Work]) -> int:
         if len(everything) > num_tokens:
             rows[num_tokens : len(everything)] = cache.allocate_kv(len(everything) - num_tokens)
             slots = [(boundary, cache.allocate_slot())] if boundary > num_tokens else []
+            labels = ["decode"] * len(slots)
             _, _, more, _ = cache.insert(
-                everything, rows[: len(everything)], slots, None, num_tokens, ["decode"], node
+                everything, rows[: len(everything)], slots, None, num_tokens, labels, node
             )
             rejected += more
         for slot in (own_slot, *rejected):
