@@ -11,16 +11,17 @@ from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
 from hybridcache.figures import COLOURS, draw_limits, panels, save, size_axis, stack_losses
-from hybridcache.report import losses_table
+from hybridcache.report import LOSSES_NOTE, losses_table
 from hybridcache.simulate import SimulationResult
 
 TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")
 PLACEMENTS = ("backoff", "branch,boundary,backoff,end")
 """One state a prompt, at its last aligned position, as most engines save it; and the default."""
 CAPTION = (
-    "Left, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, at any size. Middle, branch point "
-    "and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it. Dots: the best plan with hindsight "
-    "(clairvoyant greedy), which may put checkpoints anywhere; right, what is reused as a share of it."
+    "Left, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, however much memory there is. "
+    "Middle, branch point and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it. Dots: the best plan "
+    "with hindsight (clairvoyant greedy), which may put checkpoints anywhere; right, what is reused as a share of it. "
+    + LOSSES_NOTE
 )
 
 
