@@ -6,6 +6,7 @@ on the pools: ``project`` (norm, input product), ``mix`` (attention or scan), ``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar, TypeVar
 
@@ -77,7 +78,7 @@ class DecoderLayer:
         return self.mlp(normed, num_tokens), residual
 
 
-class Decoder:
+class Decoder(ABC):
     """One model with its weights. Subclasses say how a family's layers are built and named."""
 
     centred_norms: ClassVar[bool] = True
@@ -104,9 +105,9 @@ class Decoder:
         self.head = Head(config, self.embedding, kernels, place)
         self._add("lm_head", self.head, fill)
 
+    @abstractmethod
     def mixer(self, layer: int) -> tuple[str, Attention | GatedDeltaNet]:
         """The mixer of one layer and its name in checkpoints."""
-        raise NotImplementedError
 
     def mlp(self, layer: int) -> MLP | ExpertsMLP:
         config = self.config
