@@ -6,9 +6,9 @@
 from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
-from engine.outputs import RequestOutput
-from engine.sampling_params import SamplingParams
-from engine.scheduler import QueueFull
+from engine.requests.sampling_params import SamplingParams
+from engine.schedule.scheduler import QueueFull
+from engine.text.outputs import RequestOutput
 
 __all__ = [
     "AsyncEngine",

@@ -19,14 +19,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.config import EngineConfig
-from engine.outputs import RequestOutput
-from engine.sampling_params import SamplingParams
-from engine.scheduler import QueueFull
+from engine.requests.sampling_params import SamplingParams
+from engine.schedule.scheduler import QueueFull
+from engine.text.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.intake import Prompt
-    from engine.tokenizer import Tokenizer
+    from engine.requests.intake import Prompt
+    from engine.text.tokenizer import Tokenizer
 
 __all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream", "StepFailed"]
 

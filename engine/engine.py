@@ -12,22 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.assembly import Chooser, Runner, cache_config, load
-from engine.cache_manager import CacheManager
 from engine.config import BUILTIN_NAME, EngineConfig
-from engine.intake import Intake, Prompt
-from engine.launch import NOTHING, Launched, launch
-from engine.outputs import RequestOutput
-from engine.report import CacheReport, cache_report
-from engine.request import Request
-from engine.sampling_params import SamplingParams
-from engine.scheduler import QueueFull, Scheduler, Step
+from engine.interfaces import (
+    Chooser,
+    Runner,
+    cache_config,
+    load,
+)
+from engine.requests.intake import Intake, Prompt
+from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingParams
+from engine.run.launch import NOTHING, Launched, launch
+from engine.schedule.cache_manager import CacheManager
+from engine.schedule.report import CacheReport, cache_report
+from engine.schedule.scheduler import QueueFull, Scheduler, Step
+from engine.text.outputs import RequestOutput
 from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
-from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.placement.rules import parse_placement
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

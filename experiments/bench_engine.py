@@ -27,10 +27,10 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.batch import Batch, Segment
 from engine.engine import StepReport
-from engine.model_runner import ModelRunner
-from engine.models.builtin import BUILTIN_CONFIG
+from engine.run.model_runner import ModelRunner
+from engine.run.models.builtin import BUILTIN_CONFIG
+from engine.schedule.batch import Batch, Segment
 from experiments.provenance import RESULTS, write_json_lines
 
 GEOMETRY_530M = {

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from engine.device import Device
+from engine.run.device import Device
 from experiments import interpreter, kernel_rivals
 from experiments.provenance import RESULTS, provenance, write_json_lines
 

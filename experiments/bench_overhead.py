@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.batch import Batch
 from engine.engine import StepReport
-from engine.outputs import SampledToken
-from engine.sampler import Drawn, Sampler
-from engine.tokenizer import ByteTokenizer
+from engine.run.sampler import Drawn, Sampler
+from engine.schedule.batch import Batch
+from engine.text.outputs import SampledToken
+from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.costs import ModelGeometry
+from hybridcache.geometry.model import ModelGeometry
 
 PROMPT_LEN = 1_000
 SAMPLINGS = {

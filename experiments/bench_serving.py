@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from engine.async_engine import AsyncEngine
+from engine.command.flags import Parser, add_flags, read_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.flags import Parser, add_flags, read_config
-from engine.tokenizer import load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 from experiments.conversations import chat_text, has_package, session, synthetic_conversations
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.serving_load import (
@@ -44,7 +44,7 @@ from experiments.serving_load import (
     drive,
     summary,
 )
-from hybridcache.traces.sharegpt import iter_conversations
+from hybridcache.lab.traces.sharegpt import iter_conversations
 
 START_S = 300.0
 """A server that loads for longer is given up."""

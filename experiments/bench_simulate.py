@@ -30,14 +30,19 @@ from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.build import build_prefix_cache
-from hybridcache.costs import ModelGeometry, Roofline
-from hybridcache.generators import GENERATORS
+from hybridcache.geometry.model import ModelGeometry, Roofline
 from hybridcache.interface import PrefixCache
-from hybridcache.policies.eviction import EVICTION
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.target import (
+    GIB,
+    LeaseTarget,
+    RunConfig,
+    build_target,
+)
+from hybridcache.lab.trace import Ids, Trace, TraceRequest
+from hybridcache.policies.eviction_words import EVICTION
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
-from hybridcache.simulation.serving import Serving, serve
-from hybridcache.simulation.target import GIB, LeaseTarget, RunConfig, build_target
-from hybridcache.trace import Ids, Trace, TraceRequest
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 SERVING = Serving(Roofline.fitting(GEOMETRY))

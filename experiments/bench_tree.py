@@ -31,7 +31,7 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.tree_figure import draw
 from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
-from hybridcache.generators import conversations
+from hybridcache.lab.generators import conversations
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
 """Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it back."""

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from engine.tokenizer import Tokenizer
-from hybridcache.arrivals import Pauses, Poisson, interleave
-from hybridcache.trace import TraceRequest
-from hybridcache.traces.sharegpt import Conversation
-from hybridcache.traces.text import ChatText
+from engine.text.tokenizer import Tokenizer
+from hybridcache.lab.arrivals import Pauses, Poisson, interleave
+from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.sharegpt import Conversation
+from hybridcache.lab.traces.text import ChatText
 
 
 def has_package() -> bool:

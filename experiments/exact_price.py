@@ -21,10 +21,10 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.model_runner import ModelRunner
-from engine.outputs import RequestOutput
-from engine.sampler import Sampler
-from engine.sampling_params import SamplingParams
+from engine.requests.sampling_params import SamplingParams
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+from engine.text.outputs import RequestOutput
 from experiments.provenance import RESULTS, write_json_lines
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.flags import Parser
+from engine.command.flags import Parser
 from experiments.provenance import RESULTS, write_json_lines
 
 

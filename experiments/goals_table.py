@@ -24,15 +24,20 @@ from tqdm import tqdm
 from experiments.hindsight import Hindsights
 from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, keep
 from experiments.provenance import RESULTS, ROOT, read_json_lines
-from hybridcache.baselines import BASELINES
-from hybridcache.costs import ModelGeometry, Roofline
-from hybridcache.infinite import InfiniteCache
-from hybridcache.simulation.result import budget_bytes
-from hybridcache.simulation.serving import Serving
-from hybridcache.simulation.sweep import Job, run_sweep
-from hybridcache.simulation.target import DEFAULT_CHECKPOINTS, GIB, RunConfig, check_words
-from hybridcache.trace import Trace
-from hybridcache.traces import open_trace
+from hybridcache.geometry.model import ModelGeometry, Roofline
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.simulation.result import budget_bytes
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import (
+    DEFAULT_CHECKPOINTS,
+    GIB,
+    RunConfig,
+    check_words,
+)
+from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace
 
 OURS = "regret"
 """Eviction and placement."""
@@ -275,7 +280,7 @@ def bound(trace: Trace, grid: int) -> float:
 
 def optimum_rate(goal: Goal, trace: Trace, folder: Path | None) -> float:
     """Token hit rate of the best offline plan found (MILP, gap within half a percent for some hundred requests); kept in ``folder``."""
-    from hybridcache.optimum import optimum
+    from hybridcache.lab.optimum import optimum
 
     assert goal.gib is not None
     kept = None if folder is None else folder / "optimum.json"

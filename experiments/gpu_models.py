@@ -10,13 +10,13 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from engine.backends import Kernels
-from engine.device import Device
-from engine.layers.parameters import Parameter, Placement
-from engine.model_config import ModelConfig
-from engine.models import MODELS
-from engine.tokenizer import BUILTIN_TEMPLATE
-from engine.weights import Dummy
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.layers.parameters import Parameter, Placement
+from engine.run.model_config import ModelConfig
+from engine.run.models import MODELS
+from engine.run.weights import Dummy
+from engine.text.tokenizer import BUILTIN_TEMPLATE
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

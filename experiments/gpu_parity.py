@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.backends import Kernels
-from engine.batch import Batch, Segment
 from engine.config import EngineConfig
-from engine.device import Device
 from engine.engine import Engine
-from engine.model_runner import ModelRunner
-from engine.sampler import Sampler
-from engine.sampling_params import SamplingParams
+from engine.requests.sampling_params import SamplingParams
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+from engine.schedule.batch import Batch, Segment
 from experiments import interpreter
 from experiments.gpu_models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
 from experiments.provenance import write_json_lines

@@ -27,15 +27,15 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.async_engine import AsyncEngine
-from engine.backends import Kernels
 from engine.config import EngineConfig
-from engine.device import Device
 from engine.engine import Engine, StepReport
-from engine.memory import GIB
-from engine.model_runner import ModelRunner
-from engine.outputs import RequestOutput
-from engine.sampler import Sampler
-from engine.sampling_params import SamplingParams
+from engine.requests.sampling_params import SamplingParams
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.memory import GIB
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+from engine.text.outputs import RequestOutput
 from experiments import exact_price, interpreter
 from experiments.bench_serving import conversation_jobs, over_http, sweep, table
 from experiments.exact_price import Talk

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import provenance
-from hybridcache.costs import ModelGeometry
-from hybridcache.optimum import Method, optimum
-from hybridcache.report import text_table
-from hybridcache.simulation.result import budget_bytes
-from hybridcache.trace import Trace
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.lab.optimum import Method, optimum
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.result import budget_bytes
+from hybridcache.lab.trace import Trace
 
 LP_REQUESTS = 700
 """Longest trace for which the bound is worked out too."""

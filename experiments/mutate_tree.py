@@ -25,21 +25,21 @@ from experiments.provenance import RESULTS, ROOT, write_json_lines
 from experiments.tree_mutations import KEY, MUTATIONS, Mutation
 
 TESTS = (
-    "tests/test_cache_eviction.py",
-    "tests/test_cache_operations.py",
-    "tests/test_cache_scenarios.py",
-    "tests/test_cache_refusals.py",
-    "tests/test_cache_check.py",
-    "tests/test_cache_gathers.py",
-    "tests/test_cache_losses.py",
+    "tests/cache/test_eviction.py",
+    "tests/cache/test_operations.py",
+    "tests/cache/test_scenarios.py",
+    "tests/cache/test_refusals.py",
+    "tests/cache/test_check.py",
+    "tests/cache/test_gathers.py",
+    "tests/cache/test_losses.py",
     "tests/allocators",
     "tests/radix",
-    "tests/test_cache_events.py",
-    "tests/test_cache_snapshot.py",
-    "tests/test_cache_churn.py",
-    "tests/test_cache_machine.py",
+    "tests/export/test_events.py",
+    "tests/export/test_snapshot.py",
+    "tests/cache/test_churn.py",
+    "tests/cache/test_machine.py",
 )
-MACHINES = ("tests/test_cache_machine.py", "tests/test_radix_machine.py")
+MACHINES = ("tests/cache/test_machine.py", "tests/cache/test_radix_machine.py")
 COPIED = ("hybridcache", "tests", "pyproject.toml")
 
 

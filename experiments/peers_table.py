@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from experiments.lab import keep
 from experiments.provenance import RESULTS, ROOT
-from hybridcache.baselines import Baseline, BaselineConfig
-from hybridcache.baselines.lightllm import LightllmCache
-from hybridcache.baselines.marconi import MarconiCache
-from hybridcache.baselines.sglang import SglangCache
-from hybridcache.baselines.vllm import VllmCache
-from hybridcache.generators import GENERATORS
-from hybridcache.trace import Trace, TraceRequest
-from hybridcache.traces import open_trace
+from hybridcache.lab.baselines import Baseline, BaselineConfig
+from hybridcache.lab.baselines.lightllm import LightllmCache
+from hybridcache.lab.baselines.marconi import MarconiCache
+from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.baselines.vllm import VllmCache
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces import open_trace
 
 GIB = 1 << 30
 KV_BYTES = 24_576
@@ -43,7 +43,7 @@ MOONCAKE = "data/traces/mooncake_conversation_trace.jsonl.gz"
 WITHIN = 0.02
 DRAWS = 21
 """Draws of a workload whose figures depend on them; an odd number, so that a figure that is all or nothing has a median."""
-NOTE = """vLLM's rebuilt cache reuses in every request what vLLM 0.33's own cache manager reuses (tests/baselines/vllm_hits.json), so
+NOTE = """vLLM's rebuilt cache reuses in every request what vLLM 0.33's own cache manager reuses (tests/lab/baselines/vllm_hits.json), so
 what is left between the two columns is the draw. Three figures depend on it by more than the band: at 6 GiB and with a match unit
 the blocks that a round stores are about as many as there are, where least-recently-used order turns from all hits to none. A round
 of resend stores 464 to 523 blocks of bfloat16 states; with up to 486 of them everything hits, from 495 on nothing."""

@@ -1,6 +1,6 @@
 """Record what vLLM's own cache manager reuses, request by request: what tests hold our rebuilt one to.
 
-`python -m experiments.record_vllm` writes tests/baselines/vllm_hits.json. Run it in an environment of its own that has
+`python -m experiments.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in an environment of its own that has
 `vllm==0.33.0` and this project; no device is needed, as only the scheduler's side of vLLM runs: its `KVCacheManager` (one
 attention group, three state groups) and its chunk split, one request at a time, copies done as its scheduler does them.
 """
@@ -17,10 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridcache.generators import GENERATORS
-from hybridcache.trace import TraceRequest
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.trace import TraceRequest
 
-RECORD = Path(__file__).parents[1] / "tests" / "baselines" / "vllm_hits.json"
+RECORD = Path(__file__).parents[1] / "tests" / "lab" / "baselines" / "vllm_hits.json"
 GIB = 1 << 30
 KV_BYTES = 24_576
 PREFILL_CHUNK = 8192

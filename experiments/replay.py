@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from hybridcache.costs import ModelGeometry
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.interface import Losses
-from hybridcache.simulation.target import RunConfig, build_target
-from hybridcache.trace import TraceRequest
+from hybridcache.lab.simulation.target import RunConfig, build_target
+from hybridcache.lab.trace import TraceRequest
 
 CAUSES = Losses._fields
 GIB = 2**30

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine.command.flags import HelpFormatter, Parser
+from engine.command.units import format_seconds
 from engine.config import EngineConfig
-from engine.flags import HelpFormatter, Parser
-from engine.tokenizer import load_tokenizer
-from engine.units import format_seconds
+from engine.text.tokenizer import load_tokenizer
 from experiments.conversations import (
     chat_text,
     has_package,
@@ -39,13 +39,13 @@ from experiments.conversations import (
 from experiments.provenance import RESULTS, provenance, write_json_lines
 from experiments.replay import DEFAULT_CHECKPOINTS, Result, Setting, replay, replay_dry
 from experiments.sharegpt_figures import CAUSES, describe, draw
-from hybridcache.costs import ModelGeometry
-from hybridcache.optimum import optimum
-from hybridcache.policies.checkpoint import parse_placement
-from hybridcache.policies.eviction import make_eviction
-from hybridcache.trace import Trace, TraceRequest
-from hybridcache.traces.sharegpt import Conversation, iter_conversations
-from hybridcache.traces.text import ChatText, load_chat_text
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.lab.optimum import optimum
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
+from hybridcache.lab.traces.text import ChatText, load_chat_text
+from hybridcache.policies.eviction_words import make_eviction
+from hybridcache.policies.placement.rules import parse_placement
 
 GRID = 64
 """Positions of checkpoints, tokens: for the best plan with hindsight."""
@@ -264,7 +264,7 @@ def _settings(options: argparse.Namespace) -> Iterator[Setting]:
 
 
 def _geometry(model: str | None) -> ModelGeometry:
-    from engine.inspect import load_geometry
+    from engine.command.inspect import load_geometry
 
     return load_geometry(model)
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.async_engine import AsyncEngine
-from engine.sampling_params import SamplingParams
+from engine.requests.sampling_params import SamplingParams
 
 
 class Ask(NamedTuple):

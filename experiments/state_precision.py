@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.sampling_params import SamplingParams
+from engine.requests.sampling_params import SamplingParams
 from experiments.provenance import RESULTS, write_json_lines
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.interface import Tokens
-from hybridcache.policies.eviction import EVICTION
+from hybridcache.policies.eviction_words import EVICTION
 
 EVERY_STEP_SHARE = 200
 """One operation in so many is done in the run that checks after each."""

@@ -19,15 +19,23 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.hindsight import Hindsight, Hindsights
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, rounded, workloads
-from hybridcache.advise import PLACEMENTS, PRECISIONS, Advice, advise, intervals, precisions, splits
-from hybridcache.costs import Roofline
-from hybridcache.figures import COLOURS, panels, save
-from hybridcache.report import text_table
-from hybridcache.simulation.result import RunResult, budget_bytes
-from hybridcache.simulation.serving import Serving
-from hybridcache.simulation.sweep import Job, run_sweep
-from hybridcache.simulation.target import RunConfig
-from hybridcache.trace import Trace, TraceRequest
+from hybridcache.geometry.model import Roofline
+from hybridcache.lab.advise import (
+    PLACEMENTS,
+    PRECISIONS,
+    Advice,
+    advise,
+    intervals,
+    precisions,
+    splits,
+)
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.result import RunResult, budget_bytes
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace, TraceRequest
 
 Requests = tuple[TraceRequest, ...]
 

@@ -21,9 +21,15 @@ from experiments.lab import (
     sweep,
     workloads,
 )
-from hybridcache.figures import COLOURS, PLAN, panels, save, size_axis
-from hybridcache.policies.eviction import EVICTION
-from hybridcache.simulate import SimulationResult
+from hybridcache.lab.figures import (
+    COLOURS,
+    PLAN,
+    panels,
+    save,
+    size_axis,
+)
+from hybridcache.lab.simulation.simulate import SimulationResult
+from hybridcache.policies.eviction_words import EVICTION
 
 OURS = "regret @ regret"
 """Eviction and placement both by regret; all other policies with the default placement."""

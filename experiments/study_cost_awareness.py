@@ -22,13 +22,13 @@ from experiments.lab import (
     title,
     workloads,
 )
-from hybridcache.arrivals import Poisson
-from hybridcache.costs import Roofline
-from hybridcache.figures import COLOURS, panels, save
-from hybridcache.report import METRICS
-from hybridcache.simulate import SimulationResult, simulate
-from hybridcache.simulation.result import RunResult
-from hybridcache.trace import Trace
+from hybridcache.geometry.model import Roofline
+from hybridcache.lab.arrivals import Poisson
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.simulate import SimulationResult, simulate
+from hybridcache.lab.trace import Trace
 
 BLIND = ("lru", "lfu", "s3-fifo", "arc")
 AWARE = ("gdsf", "hits-per-token", "tail-lru", "lhd", "marconi", "regret")

@@ -22,14 +22,14 @@ import numpy.typing as npt
 
 from experiments.hindsight import Hindsights
 from experiments.lab import GB, QWEN3_NEXT, WORKLOADS, figure_path, keep
-from hybridcache.costs import Roofline
-from hybridcache.figures import COLOURS, panels, save
-from hybridcache.report import text_table
-from hybridcache.simulation.result import budget_bytes
-from hybridcache.simulation.serving import Serving
-from hybridcache.simulation.sweep import Job, run_sweep
-from hybridcache.simulation.target import RunConfig
-from hybridcache.trace import Trace
+from hybridcache.geometry.model import Roofline
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.result import budget_bytes
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

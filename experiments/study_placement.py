@@ -19,9 +19,9 @@ from experiments.lab import (
     title,
     workloads,
 )
-from hybridcache.figures import COLOURS, panels, save
-from hybridcache.report import METRICS
-from hybridcache.simulate import SimulationResult
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 FAMILIES = (
     "exact-hot-prefix",

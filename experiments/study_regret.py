@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any
 
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, sweep, workloads
-from hybridcache.figures import COLOURS, panels, save
-from hybridcache.policies import learnt, regret, survival
-from hybridcache.report import text_table
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import text_table
+from hybridcache.policies.eviction import regret, survival
+from hybridcache.policies.placement import learned as learnt
 
 DERIVED = ("NUM_BINS",)
 """Follows from others."""

@@ -11,9 +11,14 @@ import argparse
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
-from hybridcache.figures import COLOURS, panels, save, size_axis
-from hybridcache.report import METRICS
-from hybridcache.simulate import SimulationResult
+from hybridcache.lab.figures import (
+    COLOURS,
+    panels,
+    save,
+    size_axis,
+)
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 POLICIES = ("lru", "regret")

@@ -14,15 +14,15 @@ class Mutation(NamedTuple):
     new: str
 
 
-RESIDENCY, HYBRID = "hybridcache/residency.py", "hybridcache/hybrid.py"
-ROOM, GATHERED = "hybridcache/room.py", "hybridcache/gathered.py"
-LOCKED = "hybridcache/locked_paths.py"
+RESIDENCY, HYBRID = "hybridcache/core/residency.py", "hybridcache/hybrid.py"
+ROOM, GATHERED = "hybridcache/core/make_room.py", "hybridcache/core/gathers.py"
+LOCKED = "hybridcache/core/locks.py"
 LISTENER, STATS = "hybridcache/listener.py", "hybridcache/stats.py"
 TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "ghosts"))
 FAMILY = "hybridcache/radix/family.py"
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
 PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
-LRU, TIERS = "hybridcache/policies/lru.py", "hybridcache/policies/tiers.py"
+LRU, TIERS = "hybridcache/policies/eviction/lru.py", "hybridcache/policies/eviction/tiers.py"
 
 MUTATIONS = (
     Mutation(

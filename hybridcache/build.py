@@ -12,10 +12,10 @@ from hybridcache.hybrid import HybridRadixCache
 from hybridcache.interface import PrefixCache
 from hybridcache.kv_only import RadixCache
 from hybridcache.null import NullCache
-from hybridcache.policies.eviction import make_eviction
-from hybridcache.policies.lru import LRU
+from hybridcache.policies.eviction.lru import LRU
+from hybridcache.policies.eviction.tiers import Tiers
+from hybridcache.policies.eviction_words import make_eviction
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.tiers import Tiers
 from hybridcache.radix.node import ItemBytes
 
 

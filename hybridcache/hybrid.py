@@ -9,16 +9,16 @@ import numpy as np
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.consistency import check_cache
+from hybridcache.core.check import check_cache
+from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
+from hybridcache.core.residency import Residency
 from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.radix.icicle import render_svg
 from hybridcache.radix.key import INT32, require_int32
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
-from hybridcache.radix.render import render_graphviz, render_text
-from hybridcache.residency import Residency
-from hybridcache.room import make_room_for_kv, make_room_for_slot
+from hybridcache.radix.svg import render_svg
+from hybridcache.radix.text import render_graphviz, render_text
 from hybridcache.stats import CacheStats
 
 NO_INDICES: Indices = np.empty(0, np.int32)

@@ -76,10 +76,15 @@ def test_the_tree_knows_no_pool_no_policy_and_no_model() -> None:
 
 
 def test_the_server_sees_only_the_engine() -> None:
-    hidden = ("engine.scheduler", "engine.memory", "engine.model_runner", "engine.cache_manager")
+    hidden = (
+        "engine.schedule.scheduler",
+        "engine.run.memory",
+        "engine.run.model_runner",
+        "engine.schedule.cache_manager",
+    )
     hidden += (
-        "engine.models",
-        "engine.layers",
+        "engine.run.models",
+        "engine.run.layers",
         "hybridcache.radix",
         "hybridcache.hybrid",
         "kernels",
@@ -96,7 +101,7 @@ def test_hybridcache_never_imports_torch() -> None:
 
 
 def test_the_engine_imports_no_triton_by_itself() -> None:
-    code = "import sys, engine.engine, engine.model_runner; print('triton.language' in sys.modules)"
+    code = "import sys, engine.engine, engine.run.model_runner; print('triton.language' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -51,9 +51,9 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile
     }
     assert held == wanted
     assert {
-        "engine/chat_template.jinja",
+        "engine/text/chat_template.jinja",
         "hybridcache/py.typed",
-        "hybridcache/models/hybrid_presets.json",
+        "hybridcache/geometry/presets.json",
     } <= held
 
 
@@ -61,8 +61,8 @@ def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert info.startswith("hybridcache-"), "not a distribution called kernels"
     entry_points = wheel.read(f"{info}/entry_points.txt").decode()
-    assert "engine = engine.cli:main" in entry_points
-    assert "hybridcache = hybridcache.cli:main" in entry_points
+    assert "engine = engine.command.cli:main" in entry_points
+    assert "hybridcache = hybridcache.lab.cli:main" in entry_points
     described = message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert described["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())

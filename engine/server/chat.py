@@ -12,13 +12,13 @@ from fastapi.responses import JSONResponse
 
 from engine import RequestOutput
 from engine.async_engine import RequestStream
-from engine.outputs import SampledToken
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
 from engine.server.front import LONG_TEXT, Ask, Front, namespace_of, new_id, usage
 from engine.server.schemas import ChatMessage, ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
-from engine.templates import ChatPrompt, TemplateError, render_chat
+from engine.text.outputs import SampledToken
+from engine.text.templates import ChatPrompt, TemplateError, render_chat
 
 
 async def chat(front: Front, request: Request, body: ChatRequest) -> Response:

@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse
 
 from engine import RequestOutput
 from engine.async_engine import RequestStream
-from engine.outputs import SampledToken
 from engine.server import logprobs
 from engine.server.errors import of_failure
 from engine.server.front import Ask, Front, namespace_of, new_id, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
+from engine.text.outputs import SampledToken
 
 
 async def complete(front: Front, request: Request, body: CompletionRequest) -> Response:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from engine import RequestOutput, SamplingParams
 from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
-from engine.metrics import Metrics
 from engine.server.errors import APIError, of_failure
+from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from hybridcache.interface import Losses
 
 LONG_TEXT = 16_384

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from engine.outputs import SampledToken
-from engine.tokenizer import Tokenizer
+from engine.text.outputs import SampledToken
+from engine.text.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

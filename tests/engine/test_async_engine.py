@@ -10,7 +10,7 @@ import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, StepFailed
-from engine.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner, OracleSampler
 
 LONG = SamplingParams(max_tokens=200)
 ENDLESS = SamplingParams(max_tokens=4000)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.cache_manager import CacheManager
-from engine.request import Request
-from engine.sampling_params import SamplingParams
+from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingParams
+from engine.schedule.cache_manager import CacheManager
 from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.placement.rules import parse_placement
 
 
 def make_manager(page_size: int = 1) -> CacheManager:

@@ -20,11 +20,11 @@ import httpx
 import pytest
 
 from engine import EngineConfig, SamplingParams
-from engine.cli import main
-from engine.flags import Parser, add_flags, read_config
-from engine.inspect import INTERVALS, holdings, load_geometry
+from engine.command.cli import main
+from engine.command.flags import Parser, add_flags, read_config
+from engine.command.inspect import INTERVALS, holdings, load_geometry
+from engine.command.units import GIB
 from engine.server.config import ServerConfig
-from engine.units import GIB
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from engine import flags, inspect, templates, tokenizer, units
+from engine.command import flags, inspect, units
+from engine.text import templates, tokenizer
 
 
 @pytest.mark.parametrize("module", [flags, inspect, templates, tokenizer, units])

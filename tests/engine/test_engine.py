@@ -20,13 +20,13 @@ from engine import (
     RequestOutput,
     SamplingParams,
 )
-from engine.batch import Batch
 from engine.engine import StepReport
-from engine.oracle import OracleDrawn, OracleRunner, OracleSampler
-from engine.tokenizer import ByteTokenizer
+from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
+from engine.schedule.batch import Batch
+from engine.text.tokenizer import ByteTokenizer
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.checkpoint import parse_placement
+from hybridcache.policies.placement.rules import parse_placement
 
 GREEDY = SamplingParams(max_tokens=8)
 

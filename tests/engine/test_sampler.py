@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import sampler
-from engine.sampler import Sampler, uniform
-from engine.sampling_params import SamplingInput, SamplingParams
+from engine.requests.sampling_params import SamplingInput, SamplingParams
+from engine.run import sampler
+from engine.run.sampler import Sampler, uniform
 
 VOCAB = 67
 NONE = np.empty(0, dtype=np.int32)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.oracle import OracleRunner, OracleSampler, fingerprint
+from engine.run.oracle import OracleRunner, OracleSampler, fingerprint
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.templates import ChatTemplate, TemplateError, render_chat
-from engine.tokenizer import ByteTokenizer
+from engine.text.templates import ChatTemplate, TemplateError, render_chat
+from engine.text.tokenizer import ByteTokenizer
 
 QWEN35_LIKE = """\
 {%- set ns = namespace(last_query=-1) %}

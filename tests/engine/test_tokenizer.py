@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.templates import ChatTemplate
-from engine.tokenizer import (
+from engine.text.templates import ChatTemplate
+from engine.text.tokenizer import (
     ByteTokenizer,
     HFTokenizer,
     Tokenizer,

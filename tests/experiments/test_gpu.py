@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.model_runner import ModelRunner
+from engine.run.model_runner import ModelRunner
 from experiments import gpu, gpu_serving, provenance
 from experiments.gpu_models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines

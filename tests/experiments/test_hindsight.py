@@ -9,8 +9,8 @@ import pytest
 
 from experiments import goals_table, hindsight, provenance
 from experiments.lab import QWEN3_NEXT, Workload
-from hybridcache.generators import short
-from hybridcache.simulation import sweep
+from hybridcache.lab.generators import short
+from hybridcache.lab.simulation import sweep
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ def test_the_cache_alone_over_budgets_and_placements(data: Path) -> None:
 def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
     """On prompts whose answers share nothing with what follows, the engine and the cache alone agree token for token."""
     from engine import EngineConfig
-    from engine.inspect import load_geometry
+    from engine.command.inspect import load_geometry
     from experiments.replay import Setting, replay, replay_dry
 
     options = run_sharegpt._parser().parse_args(["--data", str(data)])

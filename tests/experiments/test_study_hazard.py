@@ -7,7 +7,7 @@ import pytest
 
 from experiments.lab import QWEN3_NEXT
 from experiments.study_hazard import Tips, hit_rates, information_bits, read_tips
-from hybridcache.trace import Trace, TraceRequest
+from hybridcache.lab.trace import Trace, TraceRequest
 
 KV = QWEN3_NEXT.kv_bytes_per_token
 

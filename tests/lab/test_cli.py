@@ -15,17 +15,17 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 
 from engine.config import EngineConfig
-from hybridcache.advise import WORTH, advise
-from hybridcache.baselines import BASELINES
-from hybridcache.cli import main
-from hybridcache.costs import ModelGeometry
-from hybridcache.generators import chat, resend, short
-from hybridcache.optimum import optimum
-from hybridcache.policies.checkpoint import PLACEMENT
-from hybridcache.policies.eviction import EVICTION
-from hybridcache.report import METRICS, optimum_table
-from hybridcache.simulate import simulate
-from hybridcache.trace import Trace
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.lab.advise import WORTH, advise
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.cli import main
+from hybridcache.lab.generators import chat, resend, short
+from hybridcache.lab.optimum import optimum
+from hybridcache.lab.report import METRICS, optimum_table
+from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.trace import Trace
+from hybridcache.policies.eviction_words import EVICTION
+from hybridcache.policies.placement.rules import PLACEMENT
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -135,14 +135,16 @@ def test_bad_records_are_counted_wherever_they_are_skipped(
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    command = f"{sys.executable} -m hybridcache.cli simulate --trace short?head=9 --gib 1,2 | true"
+    command = (
+        f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2 | true"
+    )
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
 
 def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
     figure = tmp_path / "f.png"
-    command = f"{sys.executable} -m hybridcache.cli simulate --trace short?head=9 --gib 1,2"
+    command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2"
     subprocess.run(f"{command} --figure {figure} | true", shell=True, check=True)
     assert figure.stat().st_size > 10_000
 
@@ -150,7 +152,7 @@ def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
     output = tmp_path / "runs.jsonl"
-    command = [sys.executable, "-m", "hybridcache.cli", "simulate", "--trace"]
+    command = [sys.executable, "-m", "hybridcache", "simulate", "--trace"]
     command += ["conversations?live=8", "--gib", "1,2,3,4,5,6,7,8", "--output", str(output)]
     command += ["--processes", str(processes)]
     with subprocess.Popen(
@@ -187,7 +189,7 @@ def test_tables_name_the_machine_and_what_a_cause_is(capsys: pytest.CaptureFixtu
 
 def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from hybridcache.policies.scored import ScorePolicy\n\n\n"
+        "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"
         "class Shallow(ScorePolicy):\n"
         "    def score(self, item):\n"
         "        return (-item.position, item.last_used)\n"
@@ -205,7 +207,7 @@ def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
 
 def test_a_policy_that_was_edited_is_run_again(tmp_path: Path) -> None:
     text = (
-        "from hybridcache.policies.scored import ScorePolicy\n\n\n"
+        "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"
         "class Mine(ScorePolicy):\n"
         "    def score(self, item):\n"
         "        return SIGN * item.last_used\n"
@@ -324,7 +326,7 @@ def test_every_metric_has_a_table(word: str) -> None:
 
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     code = (
-        "import sys, hybridcache.cli\n"
+        "import sys, hybridcache.lab.cli\n"
         "print([name for name in ('torch', 'matplotlib', 'scipy', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

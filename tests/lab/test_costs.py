@@ -7,8 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from hybridcache.costs import MeasuredTimes, ModelGeometry, Roofline, prefill_seconds
-from hybridcache.models.shapes import presets
+from hybridcache.geometry.model import (
+    MeasuredTimes,
+    ModelGeometry,
+    Roofline,
+    prefill_seconds,
+)
+from hybridcache.geometry.shapes import presets
 
 QWEN3_NEXT = {
     "model_type": "qwen3_next",

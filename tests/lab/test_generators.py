@@ -10,10 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.arrivals import Bursts, Fixed, Pauses, Poisson, interleave, parse_starts
-from hybridcache.generators import GENERATORS, conversations
-from hybridcache.trace import Trace, TraceRequest
-from hybridcache.trace_stats import trace_stats
+from hybridcache.lab.arrivals import (
+    Bursts,
+    Fixed,
+    Pauses,
+    Poisson,
+    interleave,
+    parse_starts,
+)
+from hybridcache.lab.generators import GENERATORS, conversations
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.trace_stats import trace_stats
 
 # Ideal token hit rates as published for these workloads (another random stream).
 STATED = {

@@ -8,21 +8,17 @@ from pathlib import Path
 
 import pytest
 
-import hybridcache.simulation
-from hybridcache.baselines import BASELINES
-from hybridcache.cli import main
-from hybridcache.costs import MeasuredTimes
-from hybridcache.generators import GENERATORS
-from hybridcache.policies.checkpoint import (
-    COUNTED_PLACEMENT,
-    NUMBERED_PLACEMENT,
-    PLACEMENT,
-)
-from hybridcache.policies.eviction import EVICTION
-from hybridcache.report import METRICS
-from hybridcache.traces import READERS, open_trace
+import hybridcache.lab
+from hybridcache.geometry.model import MeasuredTimes
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.cli import main
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.traces import READERS, open_trace
+from hybridcache.policies.eviction_words import EVICTION
+from hybridcache.policies.placement.rules import COUNTED_PLACEMENT, NUMBERED_PLACEMENT, PLACEMENT
 
-PAGE = (Path(hybridcache.simulation.__file__).parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(hybridcache.lab.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 def _words() -> set[str]:

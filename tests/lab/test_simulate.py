@@ -12,18 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.baselines import BASELINES
-from hybridcache.costs import ModelGeometry, Roofline
-from hybridcache.generators import chat, short
-from hybridcache.infinite import InfiniteCache
-from hybridcache.policies.eviction import EVICTION
-from hybridcache.simulate import simulate
-from hybridcache.simulation.result import RunResult, sizes, summarise
-from hybridcache.simulation.serving import Serving, serve
-from hybridcache.simulation.sweep import Job, run_sweep
-from hybridcache.simulation.target import EngineSteps, LeaseTarget, RunConfig, build_target
-from hybridcache.trace import TraceRequest
-from hybridcache.traces import open_trace
+from hybridcache.geometry.model import ModelGeometry, Roofline
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.generators import chat, short
+from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.simulation.result import RunResult, sizes, summarise
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import (
+    EngineSteps,
+    LeaseTarget,
+    RunConfig,
+    build_target,
+)
+from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces import open_trace
+from hybridcache.policies.eviction_words import EVICTION
 
 SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")

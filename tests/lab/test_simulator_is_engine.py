@@ -10,17 +10,17 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.oracle import OracleRunner, OracleSampler
-from engine.sampling_params import SamplingParams
+from engine.requests.sampling_params import SamplingParams
+from engine.run.oracle import OracleRunner, OracleSampler
 from hybridcache.build import build_prefix_cache
-from hybridcache.costs import Roofline
+from hybridcache.core.residency import Residency
+from hybridcache.geometry.model import Roofline
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.checkpoint import parse_placement
-from hybridcache.policies.eviction import EVICTION
-from hybridcache.residency import Residency
-from hybridcache.simulation.serving import Serving, serve
-from hybridcache.simulation.target import EngineSteps, RunConfig, build_target
-from hybridcache.trace import TraceRequest
+from hybridcache.policies.eviction_words import EVICTION
+from hybridcache.policies.placement.rules import parse_placement
 
 POLICIES = sorted(EVICTION)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"

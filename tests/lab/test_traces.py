@@ -14,14 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.infinite import InfiniteCache
-from hybridcache.trace import BadRecordError, BadRecords, FreshIds, Trace, TraceRequest
-from hybridcache.trace_stats import trace_stats
-from hybridcache.traces import READERS, open_trace, recognise
-from hybridcache.traces.coding_agent import CodingAgentReader
-from hybridcache.traces.own import OwnReader, write
-from hybridcache.traces.sharegpt import iter_conversations, json_array
-from hybridcache.traces.text import ChatText, load_chat_text
+from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.trace import (
+    BadRecordError,
+    BadRecords,
+    FreshIds,
+    Trace,
+    TraceRequest,
+)
+from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.traces import READERS, open_trace, recognise
+from hybridcache.lab.traces.coding_agent import CodingAgentReader
+from hybridcache.lab.traces.jsonl import OwnReader, write
+from hybridcache.lab.traces.sharegpt import iter_conversations, json_array
+from hybridcache.lab.traces.text import ChatText, load_chat_text
 
 SAMPLES = Path(__file__).parent / "samples"
 DATA = Path(__file__).resolve().parents[2] / "data"

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.checkpoint import (
+from hybridcache.policies.placement.planned import Planned, plan
+from hybridcache.policies.placement.rules import (
     COUNTED_PLACEMENT,
     NUMBERED_PLACEMENT,
     PLACEMENT,
     Backoff,
     parse_placement,
 )
-from hybridcache.policies.planned import Planned, plan
 from hybridcache.policies.protocol import Prefill
 
 

@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 
 from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.generators import chat, conversations, resend
+from hybridcache.lab.generators import chat, conversations, resend
+from hybridcache.lab.trace import Trace
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.checkpoint import parse_placement
-from hybridcache.policies.learnt import Learnt
+from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.eviction.survival import (
+    EDGES,
+    NUM_BINS,
+    WIDTHS,
+    Survival,
+    age_bins,
+    index_of,
+)
+from hybridcache.policies.placement.learned import Learnt
+from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import Prefill
-from hybridcache.policies.regret import Regret
-from hybridcache.policies.survival import EDGES, NUM_BINS, WIDTHS, Survival, age_bins, index_of
-from hybridcache.trace import Trace
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridcache.radix.ghosts import GHOST_NODE_BYTES
-from tests.cache_serving import hybrid, ids, publish
+from tests.cache.serving import hybrid, ids, publish
 
 TAIL = 5_000
 

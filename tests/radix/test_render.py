@@ -7,7 +7,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from hybridcache.radix.node import RadixNode
-from tests.cache_serving import hybrid, ids, publish, serve
+from tests.cache.serving import (
+    hybrid,
+    ids,
+    publish,
+    serve,
+)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from engine.batch import Batch, Segment
 from engine.config import EngineConfig
-from engine.model_runner import ModelRunner
+from engine.run.model_runner import ModelRunner
+from engine.schedule.batch import Batch, Segment
 
 LINEAR = {
     "linear_num_key_heads": 2,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.device import TRAITS, Device
+from engine.run.device import TRAITS, Device
 
 FREE_BYTES = 2**30
 

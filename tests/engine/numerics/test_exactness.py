@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Batch
+from engine.schedule.batch import Batch
 from kernels.linear import reference as linear
 
 PROMPT_LENS = st.integers(1, 210)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from engine.backends import Kernels
-from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.model_runner import ModelRunner
+from engine.run.backends import Kernels
+from engine.run.model_runner import ModelRunner
+from engine.schedule.batch import Batch
 from experiments import interpreter
 
 pytest.importorskip("triton")

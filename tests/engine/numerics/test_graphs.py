@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.device import TRAITS, Device
-from engine.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
-from engine.model_config import ModelError
-from engine.model_runner import ModelRunner
+from engine.run.device import TRAITS, Device
+from engine.run.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.schedule.batch import Batch
 
 
 class Recorder:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.backends import Kernels
-from engine.device import TRAITS, Device
-from engine.memory import (
+from engine.run.backends import Kernels
+from engine.run.device import TRAITS, Device
+from engine.run.memory import (
     ACCELERATOR_SHARE,
     GIB,
     KVPool,
@@ -24,9 +24,9 @@ from engine.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.model_config import ModelConfig, ModelError
-from engine.models.builtin import BUILTIN_CONFIG
-from hybridcache.costs import ModelGeometry
+from engine.run.model_config import ModelConfig, ModelError
+from engine.run.models.builtin import BUILTIN_CONFIG
+from hybridcache.geometry.model import ModelGeometry
 
 MODEL = ModelConfig.from_dict(BUILTIN_CONFIG)
 ATTENTION_ONLY = ModelConfig.from_dict({**BUILTIN_CONFIG, "model_type": "qwen3"})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Batch
+from engine.schedule.batch import Batch
 
 LENGTHS = (1, 63, 64, 65, 777)
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

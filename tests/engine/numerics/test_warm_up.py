@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import DecodeGraphs
-from engine.memory import ACCELERATOR_SHARE
-from engine.model_config import ModelError
-from engine.model_runner import ModelRunner
-from engine.sampler import Drawn, Sampler
-from engine.sampling_params import SamplingParams
-from engine.warm_up import lengths
+from engine.requests.sampling_params import SamplingParams
+from engine.run.graphs import DecodeGraphs
+from engine.run.memory import ACCELERATOR_SHARE
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Drawn, Sampler
+from engine.run.warm_up import lengths
 from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.backends import Kernels
 from engine.config import EngineConfig
-from engine.device import Device
-from engine.layers.gated_delta_net import GatedDeltaNet
-from engine.layers.parameters import Placement
-from engine.model_config import ModelConfig, ModelError
-from engine.model_runner import ModelRunner
-from engine.weights import Dummy, WeightsError
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.layers.gated_delta_net import GatedDeltaNet
+from engine.run.layers.parameters import Placement
+from engine.run.model_config import ModelConfig, ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.weights import Dummy, WeightsError
 from experiments.gpu_models import TINY
 
 

@@ -17,11 +17,11 @@ import openai
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig
-from engine.batch import Batch
-from engine.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
-from engine.tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 
 @dataclass

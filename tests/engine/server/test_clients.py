@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from engine.tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 from .conftest import Live
 

@@ -1,0 +1,1 @@
+"""The command line: ``engine serve``, ``engine inspect`` and their screens."""

@@ -1,0 +1,215 @@
+"""The command ``engine``: serve, generate, inspect. Wrong input ends with exit code 2 and one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from engine.command.environment import check_no_foreign_kernels
+from engine.command.flags import (
+    HelpFormatter,
+    Parser,
+    add_flags,
+    read_config,
+)
+from engine.command.units import counted, format_seconds
+from engine.config import EngineConfig
+from engine.requests.sampling_params import SamplingParams
+from engine.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from engine.text.outputs import RequestOutput
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        check_no_foreign_kernels()
+        code = command(parsed)
+        sys.stdout.flush()  # here, where it is seen if nobody reads any more
+        return code
+    except (ValueError, FileNotFoundError) as error:
+        print(f"engine {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as of `| head -1`: whoever reads has all that is wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 141
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="engine",
+        description="Inference with a prefix cache for hybrid models: KV and recurrent state in one radix tree.",
+    )
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="COMMAND", parser_class=Parser
+    )
+
+    def add(verb: str, command: Command, usage: str, help: str) -> Parser:
+        sub: Parser = verbs.add_parser(
+            verb,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            usage=f"engine {verb} {usage}".rstrip(),
+            formatter_class=HelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    serve = add("serve", _serve, "[options]", "answer OpenAI clients over HTTP")
+    add_flags(serve, ServerConfig, "server")
+    add_flags(serve, EngineConfig, "engine")
+
+    generate = add(
+        "generate",
+        _generate,
+        "[options] [PROMPT ...]",
+        "continue prompts and print what the cache spared",
+    )
+    generate.add_argument(
+        "prompt", nargs="*", help="texts to continue; none: one text from standard input"
+    )
+    generate.add_argument(
+        "--chat", action="store_true", help="take each prompt for a user's message"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    add_flags(generate, SamplingParams, "sampling", skip=("seed", "stop"))
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument(
+        "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
+    )
+    sampling.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the answer before this text; may be given again for another",
+    )
+    add_flags(generate, EngineConfig, "engine")
+
+    inspect = add(
+        "inspect",
+        _inspect,
+        "[options] [MODEL]",
+        "say what a model's prefixes weigh and what a budget holds",
+    )
+    inspect.add_argument(
+        "model",
+        nargs="?",
+        help="model directory, config.json, or a preset's name such as qwen3-next; none: the built-in model",
+    )
+    inspect.add_argument(
+        "--budget-gib",
+        type=float,
+        nargs="+",
+        default=[4.0, 40.0],
+        metavar="GIB",
+        help="budgets to fill (default: 4 40)",
+    )
+    inspect.add_argument(
+        "--kv-dtype", choices=("float32", "bfloat16", "float8"), help="number format of KV"
+    )
+    inspect.add_argument(
+        "--state-dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="number format of recurrent states",
+    )
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    server_config = read_config(ServerConfig, arguments)
+    engine_config = read_config(EngineConfig, arguments)
+    from engine.server.app import bind, serve
+
+    with bind(server_config) as listener:  # Before anything slow: a taken port is told at once.
+        from engine.async_engine import AsyncEngine
+        from engine.command.screen import start_screen
+        from engine.engine import Engine
+
+        engine = Engine(engine_config)
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(start_screen(engine, f"http://{host}:{port}/v1"), flush=True)
+        serve(AsyncEngine(engine), server_config, listener)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    engine_config = read_config(EngineConfig, arguments)
+    sampling = read_config(
+        SamplingParams, arguments, seed=arguments.sampling_seed, stop=tuple(arguments.stop)
+    )
+    texts = arguments.prompt or [sys.stdin.read()]
+    from engine.engine import Engine
+    from engine.text.templates import render_chat
+
+    engine = Engine(engine_config)
+    assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
+    for text in texts:
+        prompt: str | list[int] = text
+        boundaries: tuple[int, ...] = ()
+        if arguments.chat:
+            chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
+            prompt, boundaries = chat.token_ids, chat.boundaries
+        for output in engine.stream(prompt, sampling, boundaries=boundaries):
+            if not arguments.json:
+                print(output.new_text, end="", flush=True)
+        if arguments.json:
+            print(json.dumps(_record(text, output), ensure_ascii=False))
+        else:
+            print(f"\n[{_summary(output)}]", file=sys.stderr)
+    return 0
+
+
+def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": output.cached_len,
+        "lost_tokens": None if output.losses is None else output.losses._asdict(),
+        "timings_s": output.timings._asdict(),
+    }
+
+
+def _summary(output: RequestOutput) -> str:
+    parts = [
+        f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the cache",
+        f"{len(output.output):,} generated, {output.finish_reason}",
+    ]
+    if output.timings.ttft_s is not None:
+        parts.append(f"TTFT {format_seconds(output.timings.ttft_s)}")
+    return "; ".join(parts)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from engine.command.inspect import as_record, as_text, load_geometry
+
+    if not all(0 < gib < math.inf for gib in arguments.budget_gib):
+        raise ValueError("--budget-gib must be finite and above 0.")
+    dtypes = {
+        name: value
+        for name in ("kv_dtype", "state_dtype")
+        if (value := getattr(arguments, name)) is not None
+    }
+    geometry = load_geometry(arguments.model, **dtypes)
+    if arguments.json:
+        print(json.dumps(as_record(geometry, arguments.budget_gib)))
+    else:
+        print(as_text(geometry, arguments.budget_gib))
+    return 0

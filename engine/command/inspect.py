@@ -1,0 +1,115 @@
+"""``engine inspect``: what a model's prefixes weigh, and what a byte budget holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from engine.command.units import GIB, format_bytes, format_count
+from engine.config import BUILTIN_NAME
+from hybridcache.geometry.model import ModelGeometry
+
+INTERVALS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a budget holds when every ``interval`` tokens of cached text carry one checkpoint."""
+
+    interval: int | None
+    """Tokens from one checkpoint to the next; None: KV alone."""
+    num_tokens: int
+    num_checkpoints: int
+    state_share: float
+    """Part of the bytes that are checkpoints."""
+
+
+def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
+    """The geometry of a model directory, a config.json, a preset's name, or (None) the built-in model.
+
+    ValueError says what could not be found.
+    """
+    if word is None:
+        from engine.run.models.builtin import BUILTIN_CONFIG
+
+        own = {"kv_dtype": BUILTIN_CONFIG["dtype"], "conv_dtype": BUILTIN_CONFIG["dtype"]}
+        return ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, **(own | dtypes))
+    try:
+        geometry = ModelGeometry.load(word, **dtypes)
+    except KeyError as error:
+        raise ValueError(
+            f"No model directory, config.json or preset '{word}': {error.args[0]}."
+        ) from error
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"There is no {error.filename}: give a directory with a config.json."
+        ) from error
+    path = Path(word)
+    is_named_file = path.suffix == ".json" and path.stem != "config"
+    return replace(geometry, name=path.stem) if is_named_file else geometry
+
+
+def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
+    """What ``budget_bytes`` hold, for KV alone and for each interval of ``INTERVALS``."""
+    rows = [Holding(None, budget_bytes // geometry.kv_bytes_per_token, 0, 0.0)]
+    if geometry.state_bytes:
+        for interval in INTERVALS:
+            unit = interval * geometry.kv_bytes_per_token + geometry.state_bytes
+            count = budget_bytes // unit
+            rows.append(Holding(interval, count * interval, count, geometry.state_bytes / unit))
+    return tuple(rows)
+
+
+def as_record(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> dict[str, object]:
+    """Everything ``as_text`` says, for machines."""
+    return {
+        **asdict(geometry),
+        "state_bytes": geometry.state_bytes,
+        "recurrent_bytes": geometry.recurrent_bytes,
+        "state_tokens": geometry.state_tokens,
+        "budgets": [
+            {"gib": gib, "holds": [asdict(row) for row in holdings(geometry, int(gib * GIB))]}
+            for gib in budgets_gib
+        ],
+    }
+
+
+def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> str:
+    """One screen about ``geometry``."""
+    num_layers = geometry.num_full_layers + geometry.num_linear_layers
+    lines = [
+        geometry.name,
+        f"  layers       {num_layers}: {geometry.num_full_layers} full attention, "
+        f"{geometry.num_linear_layers} linear",
+        f"  weights      {format_count(geometry.total_params)}, "
+        f"{format_count(geometry.active_params)} active (embeddings not counted)",
+        f"  KV           {format_bytes(geometry.kv_bytes_per_token)} a token",
+    ]
+    if geometry.state_bytes:
+        lines += [
+            f"  checkpoint   {format_bytes(geometry.state_bytes)}: recurrent "
+            f"{format_bytes(geometry.recurrent_bytes)} in {geometry.state_dtype}, conv "
+            f"{format_bytes(geometry.conv_bytes)}",
+            f"  exchange     one checkpoint weighs as much as the KV of "
+            f"{geometry.state_tokens:,.0f} tokens",
+        ]
+    else:
+        lines.append(
+            "  checkpoint   none needed: no linear layers, any prefix of the KV can be resumed"
+        )
+    for gib in budgets_gib:
+        lines += ["", f"  {gib:g} GiB hold", *_table(holdings(geometry, int(gib * GIB)))]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Holding]) -> list[str]:
+    table = [
+        f"    {'a checkpoint every':>20} {'tokens':>14} {'checkpoints':>12} {'their bytes':>12}"
+    ]
+    for row in rows:
+        every = "never (KV alone)" if row.interval is None else f"{row.interval:,} tokens"
+        table.append(
+            f"    {every:>20} {row.num_tokens:>14,} {row.num_checkpoints:>12,} {row.state_share:>11.0%} "
+        )
+    return [line.rstrip() for line in table]

@@ -1,0 +1,76 @@
+"""What an engine says of itself when it starts: one screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from engine.command.units import counted, format_bytes, format_count
+from engine.engine import Engine
+
+if TYPE_CHECKING:
+    from engine.run.model_runner import ModelRunner
+
+
+def start_screen(engine: Engine, address: str) -> str:
+    """Model, pools and their bytes, cache, kernels, and where to knock."""
+    config, report = engine.config, engine.report()
+    runner = cast("ModelRunner", engine.runner)
+    geometry, memory = runner.geometry, runner.memory
+    rows = [
+        (
+            "model",
+            f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
+            f"{geometry.num_linear_layers} linear layers, {format_count(geometry.total_params)} weights",
+        ),
+        ("weights", runner.weights_note),
+        ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
+        ("kernels", _kernel_words(runner.kernels.words())),
+        ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
+        ("context", counted(engine.max_model_len, "token")),
+        (
+            "KV pool",
+            f"{report.kv.total:,} tokens, {format_bytes(memory.kv_bytes)} "
+            f"({format_bytes(geometry.kv_bytes_per_token)} a token)",
+        ),
+    ]
+    if report.slots.total:
+        rows.append(
+            (
+                "state pool",
+                f"{report.slots.total:,} slots, {format_bytes(memory.state_bytes)} "
+                f"({format_bytes(geometry.state_bytes)} each, as much as the KV of "
+                f"{geometry.state_tokens:,.0f} tokens)",
+            )
+        )
+    rows += [
+        ("prefix cache", _cache_words(engine)),
+        (
+            "requests",
+            f"{config.max_running} running, {config.max_queue:,} waiting, "
+            f"{counted(config.most_step_tokens, 'token')} a step at most",
+        ),
+        ("address", address),
+    ]
+    return "\n".join(f"  {name:<13}{words}" for name, words in rows)
+
+
+def _cache_words(engine: Engine) -> str:
+    config = engine.config
+    if config.prefix_cache == "none":
+        return "none"
+    words = [config.prefix_cache, f"evicts by {config.eviction}"]
+    if engine.report().slots.total:
+        words.append(f"checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})")
+    if config.exact:
+        words.append("reuses prefilled tokens only")
+    return "; ".join(words)
+
+
+def _kernel_words(chosen: dict[str, str]) -> str:
+    """Backends, each with its kernels; one alone needs none named."""
+    backends: dict[str, list[str]] = {}
+    for kernel, backend in chosen.items():
+        backends.setdefault(backend, []).append(kernel)
+    if len(backends) == 1:
+        return next(iter(backends))
+    return "; ".join(f"{backend}: {', '.join(names)}" for backend, names in backends.items())

@@ -1,0 +1,125 @@
+"""Where prompts come in: each is checked and becomes a Request, or is refused in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.command.units import counted
+from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingParams
+from engine.text.outputs import TextStream
+from hybridcache.interface import Tokens
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray
+MOST_LOGPROBS = 50
+
+
+class Intake:
+    """Makes requests for one engine. Safe to call from any thread."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        seed: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """Without a ``tokenizer`` prompts are token ids and answers have no text."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._seed = seed
+        self._clock = clock
+        self._arrivals = itertools.count()
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str | None,
+        namespace: Hashable,
+        boundaries: Sequence[int],
+        answer_survives: bool,
+        prompt_logprobs: int | None,
+    ) -> Request:
+        """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of the prompt)."""
+        tokens = self._tokens(prompt)
+        if prompt_logprobs is not None and prompt_logprobs not in range(MOST_LOGPROBS + 1):
+            raise ValueError(
+                f"prompt_logprobs must be between 0 and {MOST_LOGPROBS}, not {prompt_logprobs}."
+            )
+        max_len = self._max_len(len(tokens), sampling, prompt_logprobs)
+        arrival = next(self._arrivals)
+        return Request(
+            f"request-{arrival}" if request_id is None else request_id,
+            tokens,
+            sampling,
+            arrival=arrival,
+            arrival_s=self._clock(),
+            max_len=max_len,
+            seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
+            end_token_ids=self._end_token_ids(sampling),
+            text_stream=self._text_stream(sampling),
+            namespace=namespace,
+            boundaries=tuple(sorted(b for b in boundaries if 0 < b <= len(tokens))),
+            answer_survives=answer_survives,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _tokens(self, prompt: Prompt) -> Tokens:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("there is no tokenizer here: give the prompt as token ids.")
+            prompt = self._tokenizer.encode(prompt)
+        try:
+            tokens = np.asarray(prompt)
+        except ValueError:
+            tokens = np.empty((0, 0))
+        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+            raise ValueError("a prompt is a string or a flat list of token ids.")
+        if not len(tokens):
+            raise ValueError("the prompt is empty: give at least one token.")
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise ValueError(f"token ids must be from 0 to {self._vocab_size - 1}.")
+        return tokens.astype(np.int32)
+
+    def _max_len(
+        self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
+    ) -> int:
+        limit = self._max_model_len
+        if sampling.max_tokens == 0 and prompt_logprobs is None:
+            raise ValueError("max_tokens must be at least 1, but for prompt log-probabilities.")
+        if sampling.max_tokens is None:
+            max_len = max(limit, prompt_len + 1)
+        else:
+            max_len = prompt_len + sampling.max_tokens
+        if max_len > limit:
+            wanted = f"{max_len - prompt_len} more" if sampling.max_tokens else "an answer"
+            raise ValueError(
+                f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the {limit} tokens that a request may have here: "
+                "shorten the prompt or lower max_tokens."
+            )
+        return max_len
+
+    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        own = frozenset(sampling.stop_token_ids)
+        if self._tokenizer is None or sampling.ignore_eos:
+            return own
+        return own | self._tokenizer.eos_token_ids
+
+    def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
+        if self._tokenizer is None:
+            if sampling.stop:
+                raise ValueError("there is no tokenizer here: stop strings can not be found.")
+            return None
+        return TextStream(self._tokenizer.stream_decoder(), sampling.stop)

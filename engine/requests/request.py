@@ -1,0 +1,236 @@
+"""One request as the engine lives with it: the only thing here that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.requests.sampling_params import SamplingInput, SamplingParams
+from engine.text.outputs import (
+    FinishReason,
+    RequestOutput,
+    SampledToken,
+    TextStream,
+    Timings,
+)
+from hybridcache.interface import Losses, Tokens
+
+if TYPE_CHECKING:
+    from engine.schedule.sharing import Following
+    from hybridcache.lease import Lease
+
+
+class Request:
+    """Tokens, counters, claims and times of one request.
+
+    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by prefill, from there on
+    one by one. The newest token is never computed before the next step.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_new_text",
+        "_reported",
+        "answer_survives",
+        "arrival",
+        "arrival_s",
+        "boundaries",
+        "cached_len",
+        "computed_len",
+        "drawn_row",
+        "end_token_ids",
+        "finish_reason",
+        "finished_s",
+        "first_token_s",
+        "followings",
+        "lease",
+        "logprobs",
+        "losses",
+        "max_len",
+        "namespace",
+        "num_drawn",
+        "num_leaders_seen",
+        "num_preemptions",
+        "num_tokens",
+        "params",
+        "prefill_len",
+        "prompt_len",
+        "prompt_logprobs",
+        "request_id",
+        "row",
+        "scheduled_len",
+        "scheduled_s",
+        "scores",
+        "seed",
+        "text",
+        "text_stream",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        params: SamplingParams,
+        *,
+        arrival: int,
+        arrival_s: float,
+        max_len: int,
+        seed: int,
+        end_token_ids: frozenset[int] = frozenset(),
+        text_stream: TextStream | None = None,
+        namespace: Hashable = None,
+        boundaries: tuple[int, ...] = (),
+        answer_survives: bool = True,
+        prompt_logprobs: int | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.seed = seed
+        self.namespace = namespace
+        self.boundaries = boundaries
+        self.answer_survives = answer_survives
+        self.arrival = arrival
+        """Rank among all requests: older is smaller."""
+        self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)
+        self.max_len = max_len
+        """Prompt and answer together may be this long."""
+        self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
+        self._buffer[: self.prompt_len] = prompt
+        self.computed_len = self.scheduled_len = 0
+        """``scheduled_len`` is where ``computed_len`` will be once every step made so far is committed."""
+        self.num_drawn = 0
+        """Tokens drawn, or about to be, in steps that are not committed: the host does not know them yet."""
+        self.drawn_row = 0
+        """Which row of the newest step's drawn tokens is this request's."""
+        self.end_token_ids = end_token_ids
+        self.lease: Lease | None = None
+        """Its claims on the cache: while it runs, not while it waits."""
+        self.row: int | None = None
+        """Its row of the request table, as long as its lease."""
+        self.followings: list[Following] = []
+        """Running prefills that compute what this one, waiting, could resume from."""
+        self.num_leaders_seen = 0
+        """How many of all requests let in so far it was compared with."""
+        self.text_stream = text_stream
+        self.text = ""
+        self.logprobs: list[SampledToken] = []
+        self.prompt_logprobs = prompt_logprobs
+        """Report the prompt's log-probabilities with this many alternatives; None: do not."""
+        self.scores: list[SampledToken] = []
+        """Those reported: of prompt tokens 1, 2, ..."""
+        self.cached_len = 0
+        self.losses: Losses | None = None
+        self.finish_reason: FinishReason | None = None
+        self.num_preemptions = 0
+        self.arrival_s = arrival_s
+        self.scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self._reported = self.prompt_len
+        self._new_text = ""
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and answer so far: int32[num_tokens], a view."""
+        return self._buffer[: self.num_tokens]
+
+    @property
+    def output(self) -> npt.NDArray[np.int32]:
+        """The answer so far: a view."""
+        return self._buffer[self.prompt_len : self.num_tokens]
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.computed_len < self.prefill_len
+
+    @property
+    def claims(self) -> tuple[Lease, int]:
+        """Its lease and its row. RuntimeError while it waits."""
+        if self.lease is None or self.row is None:
+            raise RuntimeError(f"request {self.request_id} holds no lease.")
+        return self.lease, self.row
+
+    @property
+    def known_len(self) -> int:
+        """Tokens that the device knows: ``num_tokens`` and those drawn."""
+        return self.num_tokens + self.num_drawn
+
+    @property
+    def wants_scores(self) -> bool:
+        """Prompt log-probabilities are asked for and not complete: every prompt position must be computed."""
+        return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
+
+    def sampling_input(self) -> SamplingInput:
+        """What the sampler must know to draw the token that was scheduled last."""
+        draw = self.known_len - 1 - self.prompt_len
+        return SamplingInput(
+            self.params, self.seed, self._buffer[: self.prompt_len], self.output, draw
+        )
+
+    def accept(self, sampled: SampledToken, now_s: float) -> None:
+        """Take the next token; sets ``finish_reason`` where it is the last."""
+        if self.num_tokens == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+        self.num_drawn -= 1
+        token_id = sampled.token_id
+        self._buffer[self.num_tokens] = token_id
+        self.num_tokens += 1
+        if self.params.logprobs is not None:
+            self.logprobs.append(sampled)
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        if token_id in self.end_token_ids:
+            self.finish("stop", now_s)
+        elif self._read_on(token_id):
+            self.finish("stop", now_s, flush=False)
+        elif self.num_tokens >= self.max_len:
+            self.finish("length", now_s)
+
+    def _read_on(self, token_id: int) -> bool:
+        if self.text_stream is None:
+            return False
+        text, stopped = self.text_stream.push(token_id)
+        self._new_text += text
+        return stopped
+
+    def finish(self, reason: FinishReason, now_s: float, flush: bool = True) -> None:
+        if flush and self.text_stream is not None:
+            text, stopped = self.text_stream.flush()
+            self._new_text += text
+            reason = "stop" if stopped else reason
+        self.finish_reason = reason
+        self.finished_s = now_s
+
+    def report(self) -> RequestOutput:
+        """What is new since the last report, and all so far."""
+        new = self._buffer[self._reported : self.num_tokens]
+        first = self._reported - self.prompt_len
+        self._reported = self.num_tokens
+        new_text, self._new_text = self._new_text, ""
+        self.text += new_text
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=self._buffer[: self.prompt_len],
+            new_token_ids=tuple(new.tolist()),
+            new_text=new_text,
+            new_logprobs=tuple(self.logprobs[first:]),
+            output=self.output,
+            text=self.text,
+            cached_len=self.cached_len,
+            losses=self.losses,
+            finish_reason=self.finish_reason,
+            timings=self._timings(),
+            num_preemptions=self.num_preemptions,
+            all_logprobs=self.logprobs,
+            prompt_logprobs=None if self.prompt_logprobs is None else (None, *self.scores),
+        )
+
+    def _timings(self) -> Timings:
+        queue_s, ttft_s, e2e_s = (
+            None if moment is None else moment - self.arrival_s
+            for moment in (self.scheduled_s, self.first_token_s, self.finished_s)
+        )
+        return Timings(queue_s, ttft_s, e2e_s)

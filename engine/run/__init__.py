@@ -1,0 +1,1 @@
+"""From a batch of integers to tokens: memory, model, kernels, sampler."""

@@ -1,0 +1,62 @@
+"""Where the tensors of a checkpoint go: layers declare it, the loader fills it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from engine.run.model_config import ModelError
+
+Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
+"""What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0 (Gemma-style), a norm's 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor of a checkpoint and its destination."""
+
+    target: torch.Tensor
+    """The view to fill; its shape is the checkpoint tensor's."""
+    role: Role = "matrix"
+    rows: torch.Tensor | None = None
+    """Order in which the checkpoint's rows are taken: ``target = tensor[rows]``; None: as they are."""
+
+    @torch.inference_mode()
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Copy a checkpoint tensor of the target's shape, in the target's dtype."""
+        self.target.copy_(tensor if self.rows is None else tensor[self.rows])
+
+
+class Layer(Protocol):
+    """Anything with weights."""
+
+    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+        """Checkpoint names below ``prefix`` and where they go."""
+        ...
+
+    def seal(self) -> None:
+        """Called once all weights are in: bring them into the form they are multiplied in."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and in what dtype weights live."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: Literal["int8", "fp8"] | None = None
+    """Format that the weights of large products are brought into when their layer is sealed."""
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Raises ModelError where there is no memory for it."""
+        try:
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        except RuntimeError:  # All that torch's CPU allocator raises.
+            sizes = " x ".join(map(str, shape))
+            raise ModelError(
+                f"the weights do not fit the memory of {self.device}: there was none left for one of {sizes}."
+            ) from None

@@ -1,0 +1,363 @@
+"""From a Batch to logits: the model, its pools, and the tensors of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.command.units import counted
+from engine.config import BUILTIN_NAME, EngineConfig
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
+from engine.run.layers.parameters import Placement
+from engine.run.layers.rotary import RotaryTable
+from engine.run.layers.step import DecodePart, PrefillPart, Step
+from engine.run.memory import (
+    GIB,
+    KVPool,
+    MemoryPlan,
+    RequestTable,
+    StatePool,
+)
+from engine.run.model_config import ModelConfig, ModelError, read_config
+from engine.run.models import MODELS
+from engine.run.models.builtin import BUILTIN_CONFIG
+from engine.run.models.decoder import Decoder
+from engine.run.warm_up import WarmUp, measure, warm_up
+from engine.run.weights import Checkpoint, Dummy
+from engine.schedule.batch import Batch, Segment
+from hybridcache.geometry.model import ModelGeometry
+from kernels.attention.sequences import Sequences
+from kernels.packed import Exports, Packed
+from kernels.upload import upload
+
+ROWS = 4
+"""Hidden states have a multiple of this many rows: what makes a row's bits independent of the others."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelRunner:
+    """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no request."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.device = Device.resolve(config.device)
+        self.device.make_current()
+        config = config.settled(on_cpu=self.device.is_cpu)
+        self.kernels = Kernels.choose(self.device, config.kernels)
+        if not self.device.supports(config.quantization):
+            raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
+        raw = read_config(Path(config.model)) if config.model else BUILTIN_CONFIG
+        self.config = ModelConfig.from_dict(raw)
+        self.name = Path(config.model).name if config.model else BUILTIN_NAME
+        self.dtype = resolve_dtype(config.dtype, self.config, self.device)
+        self.state_dtype = DTYPES[config.state_dtype]
+        self.most_step_tokens, self.most_running = config.most_step_tokens, config.max_running
+        self.model, self.weights_note = load_model(
+            Path(config.model) if config.model else None,
+            self.config,
+            self.kernels,
+            Placement(self.device.torch_device, self.dtype, config.quantization),
+            load_format=config.load_format,
+            num_workers=config.load_workers,
+            seed=config.seed,
+        )
+        self.geometry = ModelGeometry.from_config(
+            raw,
+            self.name,
+            kv_dtype=str(self.dtype).removeprefix("torch."),
+            conv_dtype=str(self.dtype).removeprefix("torch."),
+            state_dtype=config.state_dtype,
+        )
+        warms_up = config.warm_up and not self.device.is_cpu
+        reserved_bytes = self._rehearse(config) if warms_up else 0
+        plan = MemoryPlan.fit(
+            self.config,
+            self.dtype,
+            self.device,
+            kv_bytes=_bytes(config.kv_gib),
+            state_bytes=_bytes(config.state_gib),
+            cache_bytes=_bytes(config.cache_gib),
+            page_size=config.page_size,
+            state_dtype=self.state_dtype,
+            reserved_bytes=reserved_bytes,
+        )
+        self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
+        self.warmed: WarmUp | None = self._warm_up() if warms_up else None
+        """What the start took; None: it left everything to the first use, or to nobody, as on a CPU."""
+
+    def _warm_up(self) -> WarmUp:
+        try:
+            return warm_up(self)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                "the pools leave no memory for graphs and the largest step: give them less, or use --graphs off."
+            ) from None
+
+    def _rehearse(self, config: EngineConfig) -> int:
+        """Bytes to keep free beside the pools for tables, graphs and the largest step, found out with the smallest pools."""
+        longest = config.max_model_len or self.config.max_position
+        free_bytes = self.device.unused_bytes()
+        self._allocate(MemoryPlan.smallest(self.config), longest, config.graphs)
+        num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
+        del self.kv, self.states, self.table, self._rotary, self.graphs
+        return num_bytes
+
+    def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
+        """The pools, and the tables and graphs that go with them."""
+        self.memory, self.max_model_len = plan, max_model_len
+        self.kv = KVPool(self.config, plan.num_kv_tokens, self.dtype, self.device)
+        self.states: StatePool | None = None
+        if self.config.linear is not None:
+            self.states = StatePool(
+                self.config, plan.num_slots, self.dtype, self.device, self.state_dtype
+            )
+        self.table = RequestTable(
+            self.most_running, max_model_len, self.kv.padding_row, self.device
+        )
+        self._rotary = RotaryTable(self.config, max_model_len, self.device.torch_device, self.dtype)
+        self.use_graphs(graphs)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.memory.num_kv_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """State slots; 0 for an attention-only model."""
+        return self.memory.num_slots
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """``forward`` returns before the device is done."""
+        return not self.device.is_cpu
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def use_graphs(self, word: str, record: Record | None = None) -> None:
+        """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
+
+        ``record`` in place of the device's own. Raises ModelError for a device without graphs, and where a kernel is the
+        reference, which reads lengths on the host: a graph would repeat those it was captured with.
+        """
+        self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
+        if word == "off":
+            return
+        if record is None:
+            obstacle = self._graph_obstacle()
+            if obstacle is not None:
+                if word == "auto":
+                    return
+                raise ModelError(f"{obstacle}; use --graphs off.")
+            record = self.device.recorder()
+        decodes = DecodeGraphs(
+            self.model,
+            self.kv,
+            self.states,
+            self.table,
+            self._rotary,
+            record,
+            max_running=self.most_running,
+            max_model_len=self.max_model_len,
+        )
+        prefills = None
+        if word != "decode":
+            prefills = PrefillGraphs(
+                self.model, self.kv, self.states, record, most_tokens=self.most_step_tokens
+            )
+        self.graphs = decodes, prefills
+
+    def _graph_obstacle(self) -> str | None:
+        """Why nothing can be captured here; None where it can."""
+        if self.device.traits.graph_class is None:
+            return f"{self.device.describe()} has no graphs"
+        plain = [name for name, word in self.kernels.words().items() if word == "reference"]
+        if plain:
+            return f"graphs need Triton kernels, and the reference serves for {', '.join(plain)}"
+        return None
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1 for "last", one per token for
+        "all", none for "none". First the batch's restores and row writes; the states it exports are in their slots after.
+
+        ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's ``late_tokens``."""
+        self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        self.table.write(batch.row_writes)
+        self._copy_states(batch.restores)
+        logits = self._logits(batch, drawn)
+        self._copy_states(
+            [
+                (segment.slot, slot)
+                for segment in batch.segments
+                if segment.is_decode and segment.slot is not None
+                for position, slot in segment.exports
+                if position == segment.end
+            ]
+        )
+        return logits
+
+    def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
+        def patch(token_ids: torch.Tensor) -> None:
+            if batch.late_tokens and drawn is not None:
+                places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
+                token_ids[places] = drawn[rows]
+
+        rows = logit_rows(batch.segments)
+        decodes, prefills = self.graphs
+        if decodes is not None and all(s.is_decode for s in batch.segments):
+            logits = decodes.run(batch.segments, patch)
+            if logits is not None:
+                return logits if len(rows) == len(logits) else logits[self._int64(rows)]
+        token_ids, step = self._step(batch)
+        patch(token_ids)
+        hidden: torch.Tensor | None = None
+        if prefills is not None:
+            hidden = prefills.run(token_ids, step)
+        if hidden is None:
+            hidden = self.model.forward(token_ids, step, self.kv, self.states)
+        return self.model.head(hidden[self._int64(rows)])
+
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, Step]:
+        """Token ids ``[num_rows]`` and everything the layers read."""
+        segments = batch.segments
+        num_tokens = batch.num_tokens
+        num_rows = -(-num_tokens // ROWS) * ROWS
+        decodes = [segment for segment in segments if segment.is_decode]
+        prefills = list(segments[len(decodes) :])
+        token_ids = np.zeros(num_rows, dtype=np.int64)
+        positions = np.empty(num_tokens, dtype=np.int64)
+        kv_indices = np.empty(num_tokens, dtype=np.int64)
+        offset = 0
+        for segment in segments:
+            span = slice(offset, offset + len(segment.token_ids))
+            token_ids[span] = segment.token_ids
+            positions[span] = np.arange(segment.start, segment.end)
+            kv_indices[span] = self.table.host[segment.row, segment.start : segment.end]
+            offset = span.stop
+        cos, sin = self._rotary(self._int64(positions))
+        step = Step(
+            num_tokens=num_tokens,
+            num_decode=len(decodes),
+            num_rows=num_rows,
+            cos=cos,
+            sin=sin,
+            kv_indices=self._int64(kv_indices),
+            table=self.table.device,
+            decode=self._decode_part(decodes) if decodes else None,
+            prefill=self._prefill_part(prefills) if prefills else None,
+        )
+        return self._int64(token_ids), step
+
+    def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
+        return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
+
+    def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
+        device = self.device.torch_device
+        packed = Packed.from_lengths([len(segment.token_ids) for segment in segments], device)
+        exports = [
+            (rank, position - segment.start, slot)
+            for rank, segment in enumerate(segments)
+            for position, slot in segment.exports
+        ]
+        return PrefillPart(
+            packed=packed,
+            sequences=self._sequences(segments),
+            slots=self._slots(segments),
+            resumed=upload([segment.start > 0 for segment in segments], torch.bool, device),
+            exports=Exports.plan(packed, exports),
+        )
+
+    def _sequences(self, segments: Sequence[Segment]) -> Sequences:
+        return Sequences.of(
+            [segment.row for segment in segments],
+            [segment.end for segment in segments],
+            self.device.torch_device,
+        )
+
+    def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
+        slots = [segment.slot for segment in segments if segment.slot is not None]
+        return upload(slots, torch.int32, self.device.torch_device)
+
+    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies or self.states is None:
+            return
+        pairs = np.array(copies, dtype=np.int32).T.copy()
+        sources, targets = upload(pairs, torch.int32, self.device.torch_device)
+        self.kernels.state_copy.copy_states(self.states.tensors, sources, targets)
+
+    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return upload(values, torch.int64, self.device.torch_device)
+
+    def _max_model_len(self, plan: MemoryPlan, asked: int | None) -> int:
+        if asked is None:
+            return min(self.config.max_position, plan.num_kv_tokens)
+        if asked > plan.num_kv_tokens:
+            need = asked * self.geometry.kv_bytes_per_token / GIB
+            raise ModelError(
+                f"one request of max_model_len {asked} needs {need:.3g} GiB for KV; "
+                f"there is room for {counted(plan.num_kv_tokens, 'token')}."
+            )
+        return asked
+
+
+def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
+    """The rows of the hidden states whose logits are wanted."""
+    rows: list[npt.NDArray[np.int64]] = []
+    offset = 0
+    for segment in segments:
+        end = offset + len(segment.token_ids)
+        if segment.logits != "none":
+            first = offset if segment.logits == "all" else end - 1
+            rows.append(np.arange(first, end))
+        offset = end
+    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+
+
+def load_model(
+    model_dir: Path | None,
+    config: ModelConfig,
+    kernels: Kernels,
+    place: Placement,
+    *,
+    load_format: str,
+    num_workers: int,
+    seed: int,
+) -> tuple[Decoder, str]:
+    """A model with its weights, and a line on where they came from. Without a directory the weights are seeded.
+
+    Raises WeightsError before any tensor is read if the checkpoint does not fit the config.
+    """
+    family = MODELS[config.architecture]
+    if model_dir is None or load_format == "dummy":
+        dummy = Dummy(seed)
+        model = family(config, kernels, place, dummy.fill)
+        return model, f"seeded weights (seed {seed}), untrained"
+    checkpoint = Checkpoint(model_dir, num_workers)
+    is_stacked = checkpoint.has_stacked_experts
+    outline = Placement(torch.device("meta"), place.dtype)
+    plan = family(config, kernels, outline, stacked_experts=is_stacked)
+    checkpoint.check(plan.parameters(), tied=config.tie_embeddings)
+    model = family(config, kernels, place, checkpoint.fill, stacked_experts=is_stacked)
+    return model, checkpoint.close()
+
+
+def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:
+    """``auto`` is the checkpoint's own where the device computes in it. Raises ModelError."""
+    name = config.dtype if word == "auto" else word
+    if name not in DTYPES:
+        if word == "auto":
+            return device.traits.default_dtype
+        raise ModelError(f"dtype {name!r} is not supported; float32 and bfloat16 are.")
+    return DTYPES[name]
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * GIB)

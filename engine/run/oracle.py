@@ -1,0 +1,180 @@
+"""A runner without a model: its memory knows which prefix every row and every slot stands for, and every read is proved.
+
+In place of a KV row stands the fingerprint of the prefix that ends there; in place of a state, (position, fingerprint). A
+step that reads anything but the very prefix it claims to continue is an AssertionError that says what it read. The next
+token is a function of the fingerprint, so greedy answers must not depend on who else runs, what is cached, or how a prompt
+is cut. With ``exact`` a fingerprint also tells which tokens a decode step computed, as bits would.
+
+For tests, and for studies that want the engine's schedule without the cost of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.requests.sampling_params import SamplingInput
+from engine.schedule.batch import Batch, Segment
+from engine.text.outputs import SampledToken
+from hybridcache.geometry.model import ModelGeometry
+
+Fingerprints = npt.NDArray[np.int64]
+MASK = (1 << 62) - 1
+
+
+def fingerprint(before: int, token: int, by_decode: bool = False) -> int:
+    """Of the prefix that one more token makes."""
+    mixed = (before * 6364136223846793005 + 2 * token + by_decode + 1442695040888963407) & MASK
+    return mixed ^ (mixed >> 29)
+
+
+class OracleRunner:
+    """Stands where a ModelRunner would; ``forward`` gives a fingerprint for each row of logits."""
+
+    def __init__(
+        self,
+        num_kv_tokens: int,
+        num_slots: int,
+        *,
+        max_model_len: int = 1 << 20,
+        vocab_size: int = 320,
+        exact: bool = False,
+        geometry: str = "qwen3-next",
+    ) -> None:
+        """``geometry`` names the preset whose sizes the memory is said to have."""
+        self.num_kv_tokens = num_kv_tokens
+        self.num_slots = num_slots
+        """0: an attention-only model."""
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.geometry = ModelGeometry.preset(geometry)
+        self._exact = exact
+        self._fingerprints: Fingerprints = np.zeros(num_kv_tokens, np.int64)
+        self._tokens = np.zeros((num_kv_tokens, 2), np.int64)
+        """(token, computed by a decode step)."""
+        self._states: list[tuple[int, int]] = [(-1, 0)] * num_slots
+        self._table: dict[int, npt.NDArray[np.int32]] = {}
+        self._proved: dict[int, Fingerprints] = {}
+        self.is_asynchronous = False
+        self.num_steps = self.num_tokens_computed = 0
+
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
+        """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
+        for source, target in batch.restores:
+            self._states[target] = self._states[source]
+        for row, start, indices in batch.row_writes:
+            self._write_row(row, start, indices)
+        self._prove_disjoint(batch)
+        late = {index: drawn[row] for index, row in batch.late_tokens}
+        logits = [
+            self._compute(segment, segment.token_ids.tolist() if i not in late else [late[i]])
+            for i, segment in enumerate(batch.segments)
+        ]
+        self.num_steps += 1
+        self.num_tokens_computed += batch.num_tokens
+        return np.array([one for rows in logits for one in rows], np.int64)
+
+    def _write_row(self, row: int, start: int, indices: npt.NDArray[np.int32]) -> None:
+        table = self._table.get(row, np.empty(0, np.int32))
+        end = start + len(indices)
+        if end > len(table):
+            table = np.concatenate([table, np.full(end - len(table), -1, np.int32)])
+        table[start:end] = indices
+        self._table[row] = table
+        if start < len(self._proved.get(row, ())):
+            del self._proved[row]
+
+    def _prove_disjoint(self, batch: Batch) -> None:
+        written: set[int] = set()
+        for segment in batch.segments:
+            own = set(self._table[segment.row][segment.start : segment.end].tolist())
+            assert len(own) == segment.end - segment.start, "a position without a KV row of its own"
+            assert not own & written, "two requests write one KV row"
+            written |= own
+        for segment in batch.segments:
+            read = set(self._table[segment.row][: segment.start].tolist())
+            assert not read & written, "a request writes a KV row that another reads"
+        slots = [segment.slot for segment in batch.segments if segment.slot is not None]
+        slots += [slot for segment in batch.segments for _, slot in segment.exports]
+        assert len(set(slots)) == len(slots), "two states in one slot"
+
+    def _compute(self, segment: Segment, token_ids: list[int]) -> list[int]:
+        start, end = segment.start, segment.end
+        assert end > start, "a segment without tokens"
+        proved = self._prove_kv(segment)
+        before = int(proved[-1]) if start else 0
+        if segment.slot is not None and start:
+            held = self._states[segment.slot]
+            assert held == (start, before), (
+                f"slot {segment.slot} holds the state of {held[0]} tokens or of others, not of the first {start}"
+            )
+        by_decode = segment.is_decode and self._exact
+        new = np.empty(end - start, np.int64)
+        for i, token in enumerate(token_ids):
+            new[i] = before = fingerprint(before, token, by_decode)
+        rows = self._table[segment.row][start:end]
+        self._fingerprints[rows] = new
+        self._tokens[rows, 0] = token_ids
+        self._tokens[rows, 1] = by_decode
+        self._proved[segment.row] = np.concatenate([proved, new])
+        for position, slot in segment.exports:
+            assert start < position <= end, "a checkpoint outside of its segment"
+            self._states[slot] = (position, int(new[position - start - 1]))
+        if segment.slot is not None:
+            self._states[segment.slot] = (end, before)
+        rows_wanted = {"none": new[:0], "last": new[-1:], "all": new}[segment.logits]
+        return [int(one) for one in rows_wanted]
+
+    def _prove_kv(self, segment: Segment) -> Fingerprints:
+        """Fingerprints of the tokens before ``segment``, after proving that its rows hold exactly those."""
+        rows = self._table[segment.row][: segment.start]
+        proved = self._proved.get(segment.row)
+        if proved is None:
+            proved = np.empty(segment.start, np.int64)
+            before = 0
+            for i, (token, by_decode) in enumerate(self._tokens[rows].tolist()):
+                proved[i] = before = fingerprint(before, token, bool(by_decode))
+        assert len(proved) == segment.start, (
+            f"computed up to {len(proved)}, continued at {segment.start}"
+        )
+        assert np.array_equal(self._fingerprints[rows], proved), "a KV row holds another prefix"
+        return proved
+
+
+class OracleDrawn:
+    """Tokens that a runner may read at once, and the host later."""
+
+    def __init__(self, sampled: list[SampledToken]) -> None:
+        self.tokens = [one.token_id for one in sampled]
+        self._sampled = sampled
+
+    def wait(self) -> list[SampledToken]:
+        return self._sampled
+
+
+class OracleSampler:
+    """Chooses tokens as a function of the fingerprint."""
+
+    def __init__(self, vocab_size: int = 320) -> None:
+        self._vocab_size = vocab_size
+
+    def launch(
+        self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> OracleDrawn:
+        assert len(rows) == len(requests)
+        return OracleDrawn([self.choose(int(logits[row])) for row in rows])
+
+    def choose(self, logits: int) -> SampledToken:
+        """The one token that follows a prefix."""
+        return SampledToken(logits % self._vocab_size, -(logits % 9973) / 1000)
+
+    def score(self, logits: Fingerprints, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
+        """A log-probability that depends on the prefix and on the token."""
+        return OracleDrawn(
+            [
+                SampledToken(int(token), -((int(one) + int(token)) % 9973) / 1000)
+                for one, token in zip(logits, token_ids, strict=True)
+            ]
+        )

@@ -1,0 +1,137 @@
+"""What costs on first use, done before the first request: Triton compiles, graphs are captured.
+
+Triton compiles a kernel anew for a number that is 1, a number that 16 divides, and any other. The rehearsed steps have some
+of each in every octave of lengths, so that a served step finds its kernels whatever its lengths are. All steps are computed
+on padding: they read and write nobody's memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.command.units import counted, format_bytes, format_seconds
+from engine.schedule.batch import Batch, Segment
+
+if TYPE_CHECKING:
+    from engine.run.model_runner import ModelRunner
+
+KV_LENS = (256, 1024, 4096)
+"""Of rehearsed decodes: their keys are cut into one part, some, and a number that 16 divides."""
+TILE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What was made, and what it took."""
+
+    num_steps: int
+    num_decode_graphs: int
+    num_prefill_graphs: int
+    """A bucket of prefills counts once; it has a graph per layer and one more."""
+    num_bytes: int
+    """Of device memory, for good."""
+    seconds: float
+
+    def describe(self) -> str:
+        """
+        >>> WarmUp(31, 25, 8, 2**29, 41.5).describe()
+        '25 decode graphs, 8 prefill graphs and 31 steps in 41.50 s, 512.0 MiB'
+        """
+        parts = [
+            counted(self.num_decode_graphs, "decode graph"),
+            counted(self.num_prefill_graphs, "prefill graph"),
+        ]
+        steps = counted(self.num_steps, "step")
+        taken = f"{format_seconds(self.seconds)}, {format_bytes(self.num_bytes)}"
+        return f"{', '.join(parts)} and {steps} in {taken}"
+
+
+@torch.inference_mode()
+def warm_up(runner: ModelRunner) -> WarmUp:
+    """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs beside them."""
+    began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
+    decodes, prefills = captures(runner)
+    steps = [partial(runner.forward, batch) for batch in rehearsals(runner)]
+    for work in tqdm([*decodes, *prefills, *steps], desc="warm-up", leave=False, disable=None):
+        work()
+    runner.device.synchronize()
+    return WarmUp(
+        num_steps=len(steps),
+        num_decode_graphs=len(decodes),
+        num_prefill_graphs=len(prefills),
+        num_bytes=max(0, free_bytes - runner.device.free_bytes()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+@torch.inference_mode()
+def measure(runner: ModelRunner) -> int:
+    """Bytes that graphs and the largest step take beside what is there already. The first graph of each kind takes what all
+    share; the second is taken for what each of the others adds.
+
+    Before each reading but the last torch hands back what it keeps: what loading left would else be counted as taken, until
+    a capture hands it back and the graphs seem to take nothing. What the step leaves is what it needs, and counts."""
+    device = runner.device
+    before, num_bytes = device.unused_bytes(), 0
+    for kind in captures(runner):
+        for capture in kind[:1]:
+            capture()
+        shared = device.unused_bytes()
+        for capture in kind[1:2]:
+            capture()
+        num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
+    runner.forward(next(rehearsals(runner)))
+    device.synchronize()
+    return num_bytes + max(0, before - device.free_bytes())
+
+
+def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+    """What captures each decode graph, and each bucket of prefill graphs, the largest first."""
+    decodes, prefills = runner.graphs
+    return (
+        [partial(decodes.capture, bucket) for bucket in decodes.buckets] if decodes else [],
+        [partial(prefills.capture, size) for size in prefills.buckets] if prefills else [],
+    )
+
+
+def lengths(most: int) -> list[int]:
+    """From ``most`` down to 1, twice an octave: a number that 16 divides (from 16 on) and one that it does not, even where rows
+    are padded to a multiple of 4."""
+    tops = [most, *(part * 2**power for power in range(most.bit_length()) for part in (2, 3))]
+    found = {n for top in tops for n in (top, top // 16 * 16, top - 5) if 0 < n <= most}
+    return sorted(found | {1}, reverse=True)
+
+
+def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
+    """Steps of every kind, the largest first."""
+    row = runner.table.padding_row
+    slot = runner.states.padding_slot if runner.states is not None else None
+    longest = runner.max_model_len
+
+    def prefill(length: int) -> Segment:
+        last = length // TILE * TILE
+        exports = ((last, slot),) if last and slot is not None else ()
+        return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, "all")
+
+    def decode(kv_len: int) -> Segment:
+        exports = () if slot is None else ((kv_len, slot),)
+        return Segment(row, slot, np.zeros(1, np.int32), kv_len - 1, True, exports)
+
+    for length in lengths(runner.most_step_tokens):
+        whole, rest = divmod(length, longest)
+        pieces = [longest] * whole + [rest] * (rest > 0)
+        yield Batch(tuple(prefill(piece) for piece in pieces))
+    for kv_len in sorted({min(kv_len, longest) for kv_len in KV_LENS}):
+        for count in (4, 3, 2, 1):
+            if count <= runner.most_running:
+                copies = ((slot, slot),) * count if slot is not None else ()
+                yield Batch((*[decode(kv_len)] * count, prefill(1)), restores=copies)
+                yield Batch((decode(kv_len),) * count)

@@ -1,0 +1,189 @@
+"""Weights into layers: from safetensors, every tensor accounted for, or seeded for tries without a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.run.layers.parameters import Layer, Parameter
+from engine.run.model_config import ModelError
+
+SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
+"""Parts of a checkpoint that are known and not served: multi-token prediction heads, the visual tower."""
+MOST_NAMED = 8
+"""Tensors of each kind that an error names; the rest are counted."""
+DUMMY_STD = 0.02
+
+
+class WeightsError(ModelError):
+    """A checkpoint that does not fit the model, or can not be read: one message that names what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint, unread."""
+
+    name: str
+    """As the file has it."""
+    path: Path
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The safetensors files of one model directory. Reading headers only, until ``fill``."""
+
+    def __init__(self, model_dir: Path, num_workers: int) -> None:
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="weights")
+        self._started = time.monotonic()
+        self._num_bytes = 0
+        headers = self._pool.map(read_header, find_files(model_dir))
+        self.tensors: dict[str, Tensor] = {}
+        self.skipped: list[str] = []
+        for tensor in (tensor for header in headers for tensor in header):
+            if tensor.name.startswith(SKIPPED):
+                self.skipped.append(tensor.name)
+            else:
+                self.tensors[model_name(tensor.name)] = tensor
+
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether all experts of a layer come as one tensor."""
+        return any(name.endswith("experts.gate_up_proj") for name in self.tensors)
+
+    def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
+        """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming all that have not."""
+        wanted = {name: tuple(parameter.target.shape) for name, parameter in parameters}
+        unexpected = sorted(set(self.tensors) - set(wanted))
+        if tied and "lm_head.weight" in unexpected:
+            unexpected.remove("lm_head.weight")  # a copy of the embedding
+        missing = sorted(set(wanted) - set(self.tensors))
+        misshaped = [
+            f"{name} is {list(self.tensors[name].shape)} instead of {list(shape)}"
+            for name, shape in sorted(wanted.items())
+            if name in self.tensors and self.tensors[name].shape != shape
+        ]
+        complaints = [
+            f"{len(names)} {kind}: {_enumerate(names)}"
+            for kind, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of the wrong shape", misshaped),
+            )
+            if names
+        ]
+        if complaints:
+            raise WeightsError(
+                f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}."
+            )
+
+    def fill(self, prefix: str, layer: Layer) -> None:
+        """Read the tensors of one layer, in parallel, and put them where they go. Raises WeightsError."""
+        for num_bytes in self._pool.map(self._fill_one, layer.parameters(prefix)):
+            self._num_bytes += num_bytes
+
+    def _fill_one(self, item: tuple[str, Parameter]) -> int:
+        name, parameter = item
+        source = self.tensors[name]
+        try:
+            with safe_open(source.path, framework="pt") as file:
+                tensor = file.get_tensor(source.name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{source.path.name} can not be read: {error}.") from None
+        parameter.fill(tensor)
+        return tensor.nbytes
+
+    def close(self) -> str:
+        """End the workers; a line on what was read."""
+        self._pool.shutdown()
+        seconds = time.monotonic() - self._started
+        line = f"{self._num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
+        if self.skipped:
+            line += (
+                f"; {len(self.skipped)} tensors left alone ({_enumerate(sorted(self.skipped), 2)})"
+            )
+        return line
+
+
+def find_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, single or sharded. Raises WeightsError."""
+    index = model_dir / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(model_dir.glob("*.safetensors"))
+        if not files:
+            raise WeightsError(
+                f"there are no .safetensors files in {model_dir}; use load_format dummy to try without weights."
+            )
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise WeightsError(f"{index.name} is not a valid index of safetensors files.") from None
+    if not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"{index.name} is not a valid index of safetensors files.")
+    absent = [name for name in names if not (model_dir / name).is_file()]
+    if absent:
+        raise WeightsError(f"files named in {index.name} are missing: {_enumerate(absent)}.")
+    return [model_dir / name for name in names]
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """Names and shapes in one file. Raises WeightsError for a truncated or corrupted one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [
+                Tensor(name, path, tuple(file.get_slice(name).get_shape()))
+                for name in file.keys()  # noqa: SIM118 (not a dict)
+            ]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path.name} is truncated or corrupted ({error}); fetch it again."
+        ) from None
+
+
+def model_name(name: str) -> str:
+    """A tensor's name without the wrapping that multimodal checkpoints put around their text part."""
+    for wrapping in ("model.language_model.", "language_model.model."):
+        if name.startswith(wrapping):
+            return "model." + name.removeprefix(wrapping)
+    return name.removeprefix("language_model.") if name.startswith("language_model.lm_") else name
+
+
+class Dummy:
+    """Seeded weights for any model: each tensor's are drawn from the seed and its name alone."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def fill(self, prefix: str, layer: Layer) -> None:
+        for name, parameter in layer.parameters(prefix):
+            self.draw(name, parameter)
+
+    def draw(self, name: str, parameter: Parameter) -> None:
+        """Magnitudes as a model has them at its first training step."""
+        target = parameter.target
+        generator = torch.Generator(target.device)
+        generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        if parameter.role == "norm":
+            target.fill_(1.0)
+        elif parameter.role == "centred_norm":
+            target.zero_()
+        elif parameter.role == "time_bias":
+            target.fill_(1.0)
+        elif parameter.role == "log_decay":
+            target.uniform_(math.log(0.01), math.log(16.0), generator=generator)
+        else:
+            target.normal_(0.0, DUMMY_STD, generator=generator)
+
+
+def _enumerate(names: list[str], most: int = MOST_NAMED) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

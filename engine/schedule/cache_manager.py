@@ -1,0 +1,207 @@
+"""The running requests' leases, as the engine needs them: rows of the request table, and the copies a batch has to make.
+
+Ownership of KV rows and slots is the lease's business (``hybridcache/lease.py`` has the map); here a request gets one, and
+what changes in it becomes work for the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import lcm
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.requests.request import Request
+from hybridcache.interface import PrefixCache
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.lease_log import LeaseLog
+from hybridcache.policies.protocol import PlacementPolicy, Prefill
+
+RowWrite = tuple[int, int, npt.NDArray[np.int32]]
+DECODE_PIECE = 32
+"""Tokens of KV taken at once while decoding, so that most steps allocate nothing."""
+
+
+class CacheManager:
+    """Gives requests their leases and rows, and takes them back."""
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        make_placement: Callable[[], PlacementPolicy],
+        *,
+        num_rows: int,
+        stateful: bool,
+        exact: bool = False,
+        log: LeaseLog | None = None,
+    ) -> None:
+        self.cache = cache
+        self._make_placement = make_placement
+        self._placement = make_placement()
+        self._stateful = stateful
+        self._exact = exact
+        self._log = log
+        self.step = lcm(cache.grid, cache.page_size)
+        """Checkpoints sit on multiples of it."""
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._leases: dict[int, Lease] = {}
+        self._restores: dict[int, tuple[int, int]] = {}
+        self._row_writes: list[RowWrite] = []
+
+    def begin(self, request: Request) -> bool:
+        """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no memory; nothing changed."""
+        if not self._free_rows:
+            return False
+        prefill_len = request.prompt_len if self._exact else request.num_tokens
+        asked = LeaseRequest(
+            tokens=request.tokens[:prefill_len],
+            namespace=request.namespace,
+            boundaries=request.boundaries,
+            reuse=not request.wants_scores,
+            exact=self._exact,
+            stateful=self._stateful,
+            answer_survives=request.answer_survives,
+        )
+        lease = Lease.begin(self.cache, self._placement, asked)
+        if self._log is not None:
+            self._log.begin(lease, asked)
+        if lease is None:
+            return False
+        row = self._free_rows.pop()
+        self._leases[row] = lease
+        request.lease, request.row = lease, row
+        if request.wants_scores:
+            request.scores.clear()
+        if request.scheduled_s is None:
+            request.cached_len, request.losses = lease.cached_len, lease.losses
+        request.computed_len = request.scheduled_len = lease.cached_len
+        request.prefill_len, request.num_drawn = prefill_len, 0
+        if lease.restore is not None:
+            self._restores[row] = lease.restore
+        if lease.cached_len:
+            self._row_writes.append((row, 0, lease.kv_indices))
+        return True
+
+    def extend(self, request: Request, to_len: int) -> bool:
+        """KV rows for every position below ``to_len``. False: no memory; nothing changed."""
+        lease, row = request.claims
+        before = lease.extended_len
+        if to_len <= before:
+            return True
+        ahead = max(to_len, min(before + DECODE_PIECE, request.max_len))
+        to_len = ahead if not request.is_prefilling and self._extend(lease, ahead) else to_len
+        if lease.extended_len < to_len and not self._extend(lease, to_len):
+            return False
+        self._row_writes.append((row, before, lease.kv_indices[before : request.max_len]))
+        return True
+
+    def _extend(self, lease: Lease, to_len: int) -> bool:
+        extended = lease.extend(to_len)
+        self._record("extend", lease, (to_len,), extended)
+        return extended
+
+    def exports(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
+        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``."""
+        lease, _ = request.claims
+        exports = lease.exports(request.scheduled_len, end)
+        self._record("exports", lease, (request.scheduled_len, end), exports)
+        return exports
+
+    def cached_len(self, request: Request) -> int:
+        """What waiting ``request`` could resume from now. O(its length)."""
+        return self.cache.match(request.tokens, request.namespace).cached_len
+
+    def can_save(self, request: Request, position: int) -> bool:
+        """Whether ``request`` will have published what is needed to resume at ``position``, but has not yet."""
+        lease, _ = request.claims
+        if position > request.scheduled_len:
+            return True
+        return position > request.computed_len and (not self._stateful or lease.saves(position))
+
+    def want(self, request: Request, position: int) -> None:
+        """Save a checkpoint at ``position`` too: another request is going to leave this one's path there."""
+        lease, _ = request.claims
+        lease.want(position, "branch")
+        self._record("want", lease, (position, "branch"))
+
+    def publish(self, request: Request) -> None:
+        """Hand what ``request`` has computed to the tree."""
+        lease, row = request.claims
+        changed = lease.publish(request.tokens, request.computed_len)
+        self._record("publish", lease, (request.tokens, request.computed_len))
+        if changed is not None:
+            start, end = changed
+            self._row_writes.append((row, start, lease.kv_indices[start:end].copy()))
+
+    def finish(self, request: Request) -> None:
+        """End a lease whose request is done: all it computed is published. Where a step that was made before this was known
+        still moves its state on, the state is not donated."""
+        lease, _ = request.claims
+        is_still = request.scheduled_len == request.computed_len
+        lease.finish(request.tokens, request.computed_len, donate=is_still)
+        self._record("finish", lease, (request.tokens, request.computed_len, is_still))
+        self._release(request)
+
+    def preempt(self, request: Request) -> None:
+        """End a lease whose request will begin again: all it computed is published, its state kept where it can be."""
+        lease, _ = request.claims
+        lease.preempt(request.tokens, request.computed_len)
+        self._record("preempt", lease, (request.tokens, request.computed_len))
+        self._release(request)
+        request.computed_len = request.scheduled_len = 0
+        request.num_preemptions += 1
+
+    def abort(self, request: Request) -> None:
+        """End a lease at once: what was not published is free again."""
+        lease, _ = request.claims
+        lease.abort()
+        self._record("abort", lease)
+        self._release(request)
+
+    def _record(
+        self, verb: str, lease: Lease, arguments: tuple[Any, ...] = (), result: Any = None
+    ) -> None:
+        if self._log is not None:
+            self._log.record(verb, lease, arguments, result)
+
+    def _release(self, request: Request) -> None:
+        _, row = request.claims
+        self._row_writes = [write for write in self._row_writes if write[0] != row]
+        self._restores.pop(row, None)
+        del self._leases[row]
+        self._free_rows.append(row)
+        request.lease = request.row = None
+
+    def take_copies(self) -> tuple[tuple[tuple[int, int], ...], tuple[RowWrite, ...]]:
+        """(state copies, request table writes) that the next batch must make before it computes; given out once."""
+        restores, self._restores = tuple(self._restores.values()), {}
+        row_writes, self._row_writes = tuple(self._row_writes), []
+        return restores, row_writes
+
+    def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
+        """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens, but no checkpoint.
+
+        Asks a placement made for the question, because one that learns is asked once for each request it serves.
+        """
+        if not self._stateful:
+            return (branch_len,)
+        prefill = Prefill(
+            prompt_len=request.num_tokens,
+            cached_len=0,
+            kv_len=branch_len,
+            branch_len=branch_len,
+            boundaries=request.boundaries,
+            grid=self.step,
+        )
+        return (position for position, _ in self._make_placement().positions(prefill))
+
+    def held(self) -> tuple[int, int]:
+        """(KV rows, slots) that running requests hold."""
+        leases = self._leases.values()
+        return sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases)
+
+    def check(self) -> None:
+        """Recompute every invariant of the cache, and ``free + cached + held == total``; AssertionError if one fails."""
+        self.cache.check(*self.held())

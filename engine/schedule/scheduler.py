@@ -1,0 +1,301 @@
+"""Who computes what in the next step. Integers only: no torch here.
+
+Every step serves the running requests from the oldest to the youngest: one token for each that decodes, and from what these
+leave of the token budget (64 at least) a chunk for each that prefills; then it admits waiting ones. Chunks end on the absolute tile grid or at the
+end of the prompt, so that a prompt is computed in the very same tiles however it is cut.
+
+Memory. A request that finds none preempts the youngest running request that is younger than itself; one with nobody younger
+sits the step out. The oldest can always go on, because no request is let in that would not fit alone, so every request
+finishes. After a refusal nobody is admitted until a request has left: what preemption freed is for those who run.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from engine.config import TILE
+from engine.requests.request import Request
+from engine.schedule.batch import Batch, Segment
+from engine.schedule.cache_manager import CacheManager
+from engine.schedule.sharing import Sharing
+from engine.text.outputs import SampledToken
+
+UNKNOWN = np.zeros(1, np.int32)
+"""Stands for a token that is drawn but not known to the host."""
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may wait."""
+
+    def __init__(self, max_queue: int) -> None:
+        super().__init__(f"{max_queue} requests are waiting already; try again later.")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request's part of a step."""
+
+    request: Request
+    lease: object
+    """The request's lease when the step was made: a request that lost it meanwhile takes nothing from the step."""
+    start: int
+    end: int
+    """``computed_len`` before and after the step."""
+    is_decode: bool
+    samples: bool
+    """Its last position's logits give the next token."""
+    scores: bool
+    """All its positions' logits are wanted, for the prompt's log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch, and what each of its segments is for; in the same order."""
+
+    batch: Batch
+    works: tuple[Work, ...]
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return sum(work.is_decode for work in self.works)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return self.batch.num_tokens - self.num_decode_tokens
+
+
+class Scheduler:
+    """Waiting and running requests, and the rules between them."""
+
+    def __init__(
+        self,
+        manager: CacheManager,
+        *,
+        max_running: int,
+        token_budget: int,
+        shares: bool = True,
+        clock: Callable[[], float],
+    ) -> None:
+        """``shares``: the cache keeps what is published, so that it can pay to wait for another request's prefix."""
+        self._manager = manager
+        self._max_running = max_running
+        self._token_budget = token_budget
+        self._sharing = Sharing(manager) if shares else None
+        self._clock = clock
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._is_full = False
+        self._num_in_flight = 0
+        self._must_wait = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        """Let ``request`` wait for its turn."""
+        insort(self._waiting, request, key=_age)
+
+    def abort(self, request: Request) -> None:
+        """End ``request`` at once, wherever it is; its rows, pages and slots are free when this returns."""
+        if request.finish_reason is not None:
+            return
+        if request.lease is not None:
+            self._manager.abort(request)
+            self._running.remove(request)
+            self._is_full = False
+        else:
+            self._waiting.remove(request)
+        request.finish("abort", self._clock())
+
+    def recover(self) -> tuple[Request, ...]:
+        """A step broke off: nobody knows what the running requests' states hold. All begin again from what is published.
+        Returns them."""
+        interrupted = tuple(self._running)
+        for request in interrupted:
+            self._manager.abort(request)
+            self._running.remove(request)
+            insort(self._waiting, request, key=_age)
+        self._num_in_flight = 0
+        self._must_wait = self._is_full = False
+        return interrupted
+
+    def schedule(self) -> Step:
+        """Choose the next step's work and claim the memory for it.
+
+        Steps may be made before the one before them is committed (one at most). Then requests go on from ``scheduled_len``,
+        with tokens that the host does not know; but nobody is preempted, and where memory is short or a sampling rule must
+        see every token, the step is empty: commit first.
+        """
+        if self._num_in_flight and (self._must_wait or self._needs_history()):
+            return Step(Batch(()), ())
+        self._must_wait = False
+        works: list[Work] = []
+        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
+        budget = max(self._token_budget - num_decodes, TILE)
+        for request in tuple(self._running):
+            if request.lease is None:
+                continue
+            end = self._end(request, budget)
+            if end > request.scheduled_len and self._claim(request, end):
+                works.append(_work(request, end))
+                budget -= 0 if works[-1].is_decode else end - request.scheduled_len
+        self._admit(works, budget)
+        works.sort(key=lambda work: not work.is_decode)
+        late_tokens = tuple(
+            (index, work.request.drawn_row)
+            for index, work in enumerate(works)
+            if work.end > work.request.num_tokens
+        )
+        segments = tuple(self._segment(work) for work in works)
+        for row, request in enumerate(work.request for work in works if work.samples):
+            request.drawn_row = row
+        restores, row_writes = self._manager.take_copies()
+        self._num_in_flight += bool(works)
+        return Step(Batch(segments, restores, row_writes, late_tokens), tuple(works))
+
+    def _needs_history(self) -> bool:
+        return any(request.params.needs_history for request in self._running)
+
+    def _end(self, request: Request, budget: int) -> int:
+        """How far ``request`` may compute in this step."""
+        if request.scheduled_len >= request.prefill_len:
+            return min(request.scheduled_len + 1, request.max_len - 1)
+        end = request.scheduled_len + budget
+        return request.prefill_len if end >= request.prefill_len else end // TILE * TILE
+
+    def _claim(self, request: Request, end: int) -> bool:
+        """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step out."""
+        while not self._manager.extend(request, end):
+            if self._num_in_flight:
+                self._must_wait = True
+                return False
+            youngest = self._running[-1]
+            if youngest is request:
+                self._is_full = True
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._manager.preempt(request)
+        self._running.remove(request)
+        insort(self._waiting, request, key=_age)
+        self._is_full = True
+
+    def _admit(self, works: list[Work], budget: int) -> None:
+        """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them.
+
+        Followers are looked for even where nobody can be let in, so that their leader saves its state in time.
+        """
+        self._is_full &= bool(self._running)
+        for request in tuple(islice(self._waiting, 2 * self._max_running)):
+            goal = self._sharing.goal(request) if self._sharing is not None else 0
+            if self._is_full or budget < TILE or len(self._running) >= self._max_running:
+                continue
+            if goal and self._manager.cached_len(request) < goal:
+                continue
+            if not self._start(request, budget):
+                self._is_full = True
+                continue
+            works.append(_work(request, self._end(request, budget)))
+            budget -= works[-1].end - request.scheduled_len
+
+    def _start(self, request: Request, budget: int) -> bool:
+        """Move ``request`` from waiting to running. False: no memory for its first chunk; it waits on."""
+        if not self._manager.begin(request):
+            return False
+        if not self._manager.extend(request, self._end(request, budget)):
+            self._manager.abort(request)
+            return False
+        self._waiting.remove(request)
+        insort(self._running, request, key=_age)
+        if self._sharing is not None:
+            self._sharing.let_in(request)
+        if request.scheduled_s is None:
+            request.scheduled_s = self._clock()
+        return True
+
+    def _segment(self, work: Work) -> Segment:
+        """What the runner must know of ``work``; from here on it counts as scheduled."""
+        request = work.request
+        lease, row = request.claims
+        exports = self._manager.exports(request, work.end)
+        request.scheduled_len = work.end
+        request.num_drawn += work.samples
+        return Segment(
+            row=row,
+            slot=lease.state_slot,
+            token_ids=UNKNOWN
+            if work.end > request.num_tokens
+            else request.tokens[work.start : work.end],
+            start=work.start,
+            is_decode=work.is_decode,
+            exports=exports,
+            logits="all" if work.scores else "last" if work.samples else "none",
+        )
+
+    def commit(
+        self,
+        step: Step,
+        sampled: Sequence[SampledToken],
+        scored: Sequence[Sequence[SampledToken]] = (),
+    ) -> list[Request]:
+        """Take a computed step in: publish, append tokens, end what is finished.
+
+        ``sampled`` has one token for each work that samples, ``scored`` the log-probabilities for each that scores, both in
+        the step's order. Returns the requests that have something to report.
+        """
+        self._num_in_flight -= bool(step.works)
+        tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
+        progressed: list[Request] = []
+        for work in step.works:
+            token = next(tokens) if work.samples else None
+            request = work.request
+            if work.scores:
+                request.scores.extend(next(scores))
+            if request.lease is not work.lease:
+                continue
+            request.computed_len = work.end
+            if not work.is_decode:
+                self._manager.publish(request)
+            if token is not None:
+                request.accept(token, now_s)
+                progressed.append(request)
+            elif request.computed_len >= request.max_len:
+                request.finish("length", now_s)
+                progressed.append(request)
+            if request.finish_reason is not None:
+                self._manager.finish(request)
+                self._running.remove(request)
+                self._is_full = False
+        return progressed
+
+
+def _age(request: Request) -> int:
+    return request.arrival
+
+
+def _work(request: Request, end: int) -> Work:
+    is_decode = request.scheduled_len >= request.prefill_len
+    return Work(
+        request=request,
+        lease=request.lease,
+        start=request.scheduled_len,
+        end=end,
+        is_decode=is_decode,
+        samples=end == request.known_len < request.max_len,
+        scores=not is_decode and request.wants_scores,
+    )

@@ -1,0 +1,115 @@
+"""Requests that arrive together: who should wait a few steps because somebody ahead is computing the same prefix.
+
+Two prompts with the same beginning that are prefilled side by side would both compute it. So a waiting request *follows* a
+running prefill, its leader, as long as the leader has still to pass a position that the follower could resume from. The
+leader is asked to save its state there, which it would have no reason to do by itself. Whoever leads is running, older work
+goes first, and a leader that is preempted or gone leads nobody: no request waits for one that does not move.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from engine.schedule.cache_manager import CacheManager
+from hybridcache.interface import Tokens
+
+if TYPE_CHECKING:
+    from engine.requests.request import Request
+    from hybridcache.lease import Lease
+
+
+class Leader(NamedTuple):
+    """A request that was let in to prefill, as long as it does."""
+
+    rank: int
+    """How many were let in before it."""
+    request: Request
+    lease: Lease | None
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.request.lease is self.lease and self.request.is_prefilling
+
+
+class Following(NamedTuple):
+    """What a waiting request could have of a leader's work."""
+
+    leader: Leader
+    resume_points: tuple[int, ...]
+    """Positions it could resume from, if the leader saved its state there; ascending."""
+
+
+class Sharing:
+    """Knows who prefills, and finds for each waiting request whom it should follow."""
+
+    def __init__(self, manager: CacheManager) -> None:
+        self._manager = manager
+        self._leaders: list[Leader] = []
+        self._num_let_in = 0
+
+    def let_in(self, request: Request) -> None:
+        """``request`` runs: it follows nobody any more, and others may follow it."""
+        request.followings = []
+        self._leaders = [leader for leader in self._leaders if leader.is_ahead]
+        self._leaders.append(Leader(self._num_let_in, request, request.lease))
+        self._num_let_in += 1
+
+    def goal(self, request: Request) -> int:
+        """The deepest position that somebody ahead is going to make ``request`` resumable at; 0: nobody is.
+
+        Whoever is followed is asked to save its state there. O(leaders let in since the last call + those followed).
+        """
+        if request.wants_scores:
+            return 0
+        self._look_around(request)
+        goal = 0
+        for leader, points in request.followings:
+            if leader.is_ahead:
+                ahead = [p for p in points if self._manager.can_save(leader.request, p)]
+                if ahead and ahead[-1] > leader.request.scheduled_len:
+                    self._manager.want(leader.request, ahead[-1])
+                goal = max([goal, *ahead])
+        return goal
+
+    def _look_around(self, request: Request) -> None:
+        """Compare ``request`` with the leaders that it was not compared with yet."""
+        for leader in reversed(self._leaders):
+            if leader.rank < request.num_leaders_seen:
+                break
+            if leader.is_ahead and _goes_on_as(leader.request, request):
+                points = self._resume_points(request, leader.request)
+                if points:
+                    request.followings.append(Following(leader, points))
+        request.num_leaders_seen = self._num_let_in
+
+    def _resume_points(self, request: Request, leader: Request) -> tuple[int, ...]:
+        step = self._manager.step
+        shared = common_len(request.tokens, leader.tokens[: leader.prefill_len])
+        usable = min(shared, request.num_tokens - 1) // step * step
+        if usable <= leader.computed_len:
+            return ()
+        floored = {p // step * step for p in self._manager.checkpoint_positions(request, shared)}
+        return tuple(sorted(p for p in floored if 0 < p <= usable))
+
+
+def _goes_on_as(leader: Request, request: Request) -> bool:
+    """Whether ``request`` has the token that ``leader`` computes next: if not, nothing ahead of it is shared. O(1)."""
+    at = leader.computed_len
+    return (
+        at < request.num_tokens
+        and leader.namespace == request.namespace
+        and bool(leader.tokens[at] == request.tokens[at])
+    )
+
+
+def common_len(one: Tokens, other: Tokens) -> int:
+    """Leading tokens that both have. O(their common length, in blocks)."""
+    limit = min(len(one), len(other))
+    for start in range(0, limit, 1024):
+        end = min(start + 1024, limit)
+        differs = one[start:end] != other[start:end]
+        if differs.any():
+            return start + int(np.argmax(differs))
+    return limit

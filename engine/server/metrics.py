@@ -1,0 +1,111 @@
+"""Prometheus metrics: counted as requests finish, and read from the engine when scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.schedule.report import CacheReport
+from engine.text.outputs import RequestOutput
+
+FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SLOW_S = (*FAST_S, 120, 300, 600)
+
+
+class Metrics:
+    """One engine's metrics in a registry of their own."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(name, help, labels, namespace="engine", registry=registry)
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, help, namespace="engine", buckets=buckets, registry=registry)
+
+        self.requests = counter("requests", "Requests that ended, by reason.", "finish_reason")
+        self.rejected = counter(
+            "rejected_requests", "Requests refused with 429: the queue was full."
+        )
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of scheduled requests.")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens that the cache spared.")
+        self.lost_tokens = counter("lost_tokens", "Prompt tokens computed, by cause.", "cause")
+        self.generated_tokens = counter("generated_tokens", "Tokens generated.")
+        self.preemptions = counter("preemptions", "Times a request gave up its memory to others.")
+        self.queue_s = histogram("queue_seconds", "From arrival to being scheduled.", SLOW_S)
+        self.ttft_s = histogram("ttft_seconds", "From arrival to the first token.", SLOW_S)
+        self.tpot_s = histogram("tpot_seconds", "Per token after the first.", FAST_S)
+        self.e2e_s = histogram("e2e_seconds", "From arrival to the end.", SLOW_S)
+
+    def observe(self, output: RequestOutput) -> None:
+        """Count a request that ended; ``output`` is its last."""
+        self.requests.labels(output.finish_reason).inc()
+        self.preemptions.inc(output.num_preemptions)
+        if output.losses is not None:
+            self.prompt_tokens.inc(len(output.prompt_token_ids))
+            self.cached_tokens.inc(output.cached_len)
+            for cause, num_tokens in output.losses._asdict().items():
+                self.lost_tokens.labels(cause).inc(num_tokens)
+        num_tokens = len(output.output)
+        self.generated_tokens.inc(num_tokens)
+        timings = output.timings
+        for histogram, duration_s in (
+            (self.queue_s, timings.queue_s),
+            (self.ttft_s, timings.ttft_s),
+            (self.tpot_s, timings.tpot_s(num_tokens)),
+            (self.e2e_s, timings.e2e_s),
+        ):
+            if duration_s is not None:
+                histogram.observe(duration_s)
+
+    def count_aborted(self, num_requests: int) -> None:
+        """Count requests whose clients left."""
+        self.requests.labels("abort").inc(num_requests)
+
+    def render(self, report: CacheReport) -> bytes:
+        """All metrics in Prometheus' text form, with the engine's own counts as ``report`` has them."""
+        now = CollectorRegistry(auto_describe=False)
+        now.register(_ReportCollector(report))
+        return generate_latest(self._registry) + generate_latest(now)
+
+
+class _ReportCollector(Collector):
+    """The numbers of one report as metrics."""
+
+    def __init__(self, report: CacheReport) -> None:
+        self._report = report
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._report
+        for name, help, pool in (
+            ("kv_tokens", "Rows of the KV pool, by who has them.", report.kv),
+            ("state_slots", "Slots of the state pool, by who has them.", report.slots),
+        ):
+            gauge = GaugeMetricFamily(f"engine_{name}", help, labels=["owner"])
+            for owner in ("free", "cached", "held"):
+                gauge.add_metric([owner], getattr(pool, owner))
+            yield gauge
+        yield GaugeMetricFamily(
+            "engine_running_requests", "Requests being computed.", report.num_running
+        )
+        yield GaugeMetricFamily(
+            "engine_waiting_requests", "Requests in the queue.", report.num_waiting
+        )
+        for name, help, key in (
+            ("evicted_tokens", "KV rows evicted from the cache.", "evicted_tokens"),
+            ("evicted_checkpoints", "Checkpoints evicted from the cache.", "evicted_slots"),
+            ("allocation_refusals", "Allocations that found nothing to evict.", "refusals"),
+        ):
+            yield CounterMetricFamily(f"engine_{name}", help, report.usage[key])

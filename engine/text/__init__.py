@@ -1,0 +1,1 @@
+"""Text in, text out: tokenizers, chat templates, and the text of an answer as it grows."""

@@ -1,0 +1,217 @@
+"""Chats to prompts, and the positions of a prompt that will still stand in the next one.
+
+A chat template does not only append: it drops the generation header's extras and the reasoning of earlier turns, so the
+next turn of a thinking chat leaves this prompt a few tokens *before* its end, and a checkpoint at the exact end would
+never be used again. Where it will leave is found by asking the template: render the history as the next turn would, and
+take the common prefix.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+PROBE = "\ue000"
+"""Stands for words not yet said. Private use: no template and no tokenizer's merges begin with it."""
+
+
+class TemplateError(ValueError):
+    """The template does not take this chat; the message is the template's own."""
+
+
+class ChatTemplate:
+    """A Hugging Face chat template: sandboxed Jinja with the filters and globals such templates count on.
+
+    >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    >>> template.render([{"role": "user", "content": "hi"}])
+    '<user>hi'
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols, _GenerationTag],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"The chat template does not parse: {error}.") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The chat as text. ``variables`` are the template's own switches (``enable_thinking``). TemplateError: refused."""
+        try:
+            return self._template.render(
+                self._special_tokens
+                | dict(variables or {})
+                | {
+                    "messages": messages,
+                    "tools": tools,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+        except TemplateError:
+            raise
+        except (jinja2.TemplateError, TypeError, AttributeError, ValueError, KeyError) as error:
+            raise TemplateError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat as the model reads it."""
+
+    token_ids: list[int]
+    boundaries: tuple[int, ...]
+    """Positions that will still be a prefix of later prompts, ascending: the end of the system segment, where the next
+    turn leaves this prompt, and in a tool loop where the tool's answer does."""
+
+    @property
+    def answer_survives(self) -> bool:
+        """Whether any later prompt goes on from this one's end; not where the template drops what the prompt ends with."""
+        return not self.boundaries or self.boundaries[-1] == len(self.token_ids)
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> ChatPrompt:
+    """Render and encode a chat. At most four renders, one encoding of the whole and a few of its ends.
+
+    TemplateError: the model has no chat template, or it refuses this chat.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise TemplateError("This model has no chat template: use /v1/completions.")
+
+    def render(chat: Sequence[Message]) -> str:
+        return template.render(
+            chat, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+
+    text = render(messages)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    boundaries = set()
+    for future in _futures(messages, with_tools=bool(tools)):
+        try:
+            later = render(future)
+        except TemplateError:
+            continue  # This future can not happen with this template.
+        boundaries.add(common_token_prefix(tokenizer, text, token_ids, later))
+    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})))
+
+
+def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message]]:
+    """The chats that may come and share a beginning with this one."""
+    system = list(
+        itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
+    )
+    ask: Message = {"role": "user", "content": PROBE}
+    answer: Message = {"role": "assistant", "content": PROBE}
+    futures = [[*system, ask], [*messages, answer, ask]]
+    if with_tools or messages[-1]["role"] == "tool":
+        call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
+        tool_turn: Message = {**answer, "reasoning_content": PROBE, "tool_calls": [call]}
+        result: Message = {"role": "tool", "tool_call_id": PROBE, "name": PROBE, "content": PROBE}
+        futures.append([*messages, tool_turn, result])
+    return futures
+
+
+def common_token_prefix(
+    tokenizer: Tokenizer, text: str, token_ids: Sequence[int], later: str
+) -> int:
+    """How many leading ``token_ids`` of ``text`` the encoding of ``later`` starts with.
+
+    The texts are compared first; then only what follows the last special token of their common part is encoded, since a
+    special token splits the text around it. O(len(text)) in comparing, and the shorter side of the split in encoding.
+    """
+    shared = _common_prefix(text, later)
+    split = _last_special(tokenizer.special_tokens, text, shared)
+    if split <= len(text) // 2:
+        start = len(tokenizer.encode(text[:split], add_special_tokens=False))
+    else:
+        start = len(token_ids) - len(tokenizer.encode(text[split:], add_special_tokens=False))
+    ahead = tokenizer.encode(later[split:], add_special_tokens=False)
+    matches = itertools.takewhile(
+        lambda pair: pair[0] == pair[1],
+        zip(itertools.islice(token_ids, start, None), ahead, strict=False),
+    )
+    return start + sum(1 for _ in matches)
+
+
+def _common_prefix(first: str, second: str) -> int:
+    """Length of the common prefix, by bisection over slices: O(n) in comparing memory, O(log n) in Python."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
+    """Where the last special token that lies whole in ``text[:end]`` starts; 0 if there is none."""
+    if not special_tokens:
+        return 0
+    pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))
+    window = 1024
+    while True:
+        begin = max(0, end - window)
+        starts = [found.start() for found in pattern.finditer(text, begin, end)]
+        if starts:
+            return starts[-1]
+        if begin == 0:
+            return 0
+        window *= 8
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks what training learns from; serving renders what is inside."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """JSON without HTML escapes, which Jinja's own filter would add."""
+    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,1 @@
+"""The laboratory: traces, simulation, baselines, the offline optimum, reports and figures."""

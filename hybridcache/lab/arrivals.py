@@ -1,0 +1,167 @@
+"""When sessions start and how long they pause: arrival processes, and the interleaving of sessions they cause.
+
+A session is a list of turns with no clock of their own. ``interleave`` gives each session a start (Poisson, fixed, bursts) and each
+turn a pause, and merges them by time, holding only the sessions that are open.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hybridcache.lab.trace import TraceRequest
+
+
+class Starts(Protocol):
+    """An arrival process: ascending start times of sessions, endless."""
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        """Seconds, ascending, for ever; draws from ``rng``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson(Starts):
+    """Independent arrivals, ``per_s`` sessions a second on average."""
+
+    per_s: float
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        now = 0.0
+        while True:
+            now += float(rng.exponential(1 / self.per_s))
+            yield now
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(Starts):
+    """One session every ``1 / per_s`` seconds."""
+
+    per_s: float
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        number = 0
+        while True:
+            yield number / self.per_s
+            number += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bursts(Starts):
+    """``size`` sessions at once, bursts a Poisson process with ``per_s`` sessions a second on average."""
+
+    per_s: float
+    size: int = 16
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        now = 0.0
+        while True:
+            now += float(rng.exponential(self.size / self.per_s))
+            yield from [now] * self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Pauses:
+    """Time from one turn to the next of a session: writing the answer, then thinking about it.
+
+    Thinking is log-normal: half of the pauses are shorter than ``median_s`` and one in six longer than ``median_s * exp(spread)``.
+    """
+
+    median_s: float = 60.0
+    spread: float = 1.0
+    answer_tokens_per_s: float = 50.0
+
+    def next(self, rng: np.random.Generator, num_answer_tokens: int) -> float:
+        """Seconds until the turn after an answer of so many tokens; draws from ``rng``."""
+        thinking = (
+            float(rng.lognormal(math.log(self.median_s), self.spread)) if self.median_s else 0.0
+        )
+        return thinking + num_answer_tokens / self.answer_tokens_per_s
+
+
+STARTS: dict[str, type[Poisson] | type[Fixed] | type[Bursts]] = {
+    "poisson": Poisson,
+    "fixed": Fixed,
+    "bursts": Bursts,
+}
+
+
+def parse_starts(text: str) -> Starts:
+    """``word:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``. ValueError for anything else."""
+    word, *numbers = text.split(":")
+    try:
+        if word == "bursts" and len(numbers) == 2:
+            size = int(numbers[1])
+            if size < 1:
+                raise ValueError
+            return Bursts(_rate(numbers[0]), size)
+        [number] = numbers
+        return STARTS[word](_rate(number))
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"arrivals {text!r} is not one of {', '.join(STARTS)} with a rate above 0 after a colon"
+        ) from None
+
+
+def _rate(text: str) -> float:
+    """ValueError unless a number above 0, and not infinite."""
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise ValueError(text)
+    return rate
+
+
+def interleave(
+    sessions: Iterable[Sequence[TraceRequest]],
+    starts: Starts,
+    pauses: Pauses | None = None,
+    *,
+    unit: int = 1,
+    seed: int = 0,
+) -> Iterator[TraceRequest]:
+    """Merge sessions by time: session k starts at the k-th start, its turns follow after pauses.
+
+    Without ``pauses`` each request keeps the distance to its session's first that its timestamp says. Ties go to the session that
+    started first. O(log(open sessions)) a request; only open sessions are held.
+    """
+    rng = np.random.default_rng(seed)
+    heap: list[tuple[float, int, int, Sequence[TraceRequest], list[float]]] = []
+
+    def due(until: float) -> Iterator[TraceRequest]:
+        while heap and heap[0][0] <= until:
+            when, number, turn, session, times = heap[0]
+            yield session[turn]._replace(timestamp_s=when)
+            if turn + 1 < len(session):
+                heapq.heapreplace(heap, (times[turn + 1], number, turn + 1, session, times))
+            else:
+                heapq.heappop(heap)
+
+    for number, (start, session) in enumerate(zip(starts.times(rng), sessions, strict=False)):
+        if not session:
+            continue
+        times = _times(session, start, pauses, rng, unit)
+        yield from due(start)
+        heapq.heappush(heap, (times[0], number, 0, session, times))
+    yield from due(math.inf)
+
+
+def _times(
+    session: Sequence[TraceRequest],
+    start: float,
+    pauses: Pauses | None,
+    rng: np.random.Generator,
+    unit: int,
+) -> list[float]:
+    if pauses is None:
+        first = session[0].timestamp_s
+        return [start + (request.timestamp_s - first) for request in session]
+    times, now = [], start
+    for request in session:
+        times.append(now)
+        now += pauses.next(rng, len(request.output) * unit)
+    return times

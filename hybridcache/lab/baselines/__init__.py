@@ -1,0 +1,50 @@
+"""The peers' caches, rebuilt from their published behaviour: chosen by word, replayed beside our own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from hybridcache.lab.baselines.lightllm import LightllmCache
+from hybridcache.lab.baselines.marconi import MarconiCache
+from hybridcache.lab.baselines.protocol import (
+    Baseline,
+    BaselineConfig,
+    BaselineFactory,
+    Session,
+    replay,
+)
+from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.baselines.vllm import VllmCache
+
+BASELINES: dict[str, BaselineFactory] = {
+    "vllm": VllmCache,
+    "vllm-unit32": partial(VllmCache, match_unit=32),
+    "vllm-keep-all": partial(VllmCache, retention=None),
+    "sglang": SglangCache,
+    "sglang-end": partial(SglangCache, placement="end"),
+    "sglang-cap": partial(SglangCache, max_states_per_path=2),
+    "lightllm": LightllmCache,
+    "lightllm-big": partial(LightllmCache, big_page=1024),
+    "lightllm-64": partial(LightllmCache, page=64),
+    "lightllm-counted": partial(LightllmCache, counted=True),
+    "lightllm-big-counted": partial(LightllmCache, big_page=1024, counted=True),
+    "marconi": MarconiCache,
+    "marconi-static": partial(MarconiCache, alpha=1.0),
+    "marconi-artifact": partial(MarconiCache, reading="artifact"),
+    "marconi-repaired": partial(MarconiCache, reading="repaired"),
+    "sglang-plus": partial(MarconiCache, leaf_lru=True),
+}
+"""Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``: states are paid for out of the
+budget, where LightLLM keeps them in host memory beside it."""
+
+
+def build_baseline(word: str, config: BaselineConfig) -> Baseline:
+    """The peer called ``word``. Raises ValueError listing the words there are."""
+    try:
+        factory = BASELINES[word]
+    except KeyError:
+        raise ValueError(f"no baseline {word!r}; choose from {', '.join(BASELINES)}") from None
+    return factory(config)
+
+
+__all__ = ["BASELINES", "Baseline", "BaselineConfig", "Session", "build_baseline", "replay"]

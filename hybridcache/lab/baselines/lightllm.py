@@ -1,0 +1,279 @@
+"""LightLLM's paged hybrid cache: a tree of 512-token hash pages, states in host memory, decode thrown away.
+
+Published behaviour that decides its hit rates:
+
+- Prompts are hashed in pages of 512 tokens, the last token excluded; a node is one page (or one *big page* of several),
+  so nothing is split and a hit comes in pages.
+- One state per prompt, at ``floor((prompt - 1) / page) * page``, in a pool of host buffers (512 by default) that the
+  device budget does not pay for. With big pages every big-page end carries a state too, always kept with its page.
+- A match is trimmed back to the deepest page with a state; all KV past the state position, the answer's included, is
+  freed when the request ends.
+- KV is evicted leaf by leaf, stateless leaves first, then least recently used; host buffers least recently used, the
+  node staying behind without its state.
+
+``counted`` is not LightLLM: its states are paid for out of the device budget, as many as are worth their place there, so that
+it can be compared with caches that have no memory beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from sortedcontainers import SortedDict
+
+from hybridcache.interface import Tokens
+from hybridcache.lab.baselines.protocol import BaselineConfig
+
+
+class _Page:
+    """One hash page (or big page) of the tree."""
+
+    __slots__ = (
+        "big",
+        "children",
+        "has_state",
+        "key",
+        "num_tokens",
+        "parent",
+        "references",
+        "time",
+    )
+
+    def __init__(self, key: bytes, parent: _Page | None, num_tokens: int, big: bool) -> None:
+        self.key = key
+        self.parent = parent
+        self.num_tokens = num_tokens
+        self.big = big
+        self.children: dict[bytes, _Page] = {}
+        self.has_state = big
+        self.references = 0
+        self.time = 0
+
+
+class _Found(NamedTuple):
+    path: list[_Page]
+    """Pages reused, root excluded."""
+    length: int
+
+
+class LightllmCache:
+    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` None: off, the default).
+
+    ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of host buffers.
+    """
+
+    def __init__(
+        self,
+        config: BaselineConfig,
+        page: int = 512,
+        big_page: int | None = None,
+        num_host_states: int = 512,
+        counted: bool = False,
+    ) -> None:
+        self.page = max(1, page // config.unit)
+        self.big_page = None if big_page is None else big_page // config.unit
+        if self.big_page is not None and self.big_page % self.page:
+            raise ValueError(f"big_page {big_page} is not a multiple of page {page}")
+        row_bytes = config.kv_bytes_per_token * config.unit
+        self.num_tokens = config.budget_bytes // row_bytes
+        self.state_rows = -(-config.state_bytes // row_bytes) if counted else 0
+        """Rows of the budget that a state takes."""
+        self.num_states = self.num_tokens // self.state_rows if counted else num_host_states
+        self.free_states = self.num_states
+        self.free_tokens = self.num_tokens
+        self.held_tokens = 0
+        self.clock = 0
+        self.roots: dict[Hashable, _Page] = {}
+        self.leaves: SortedDict[tuple[bool, int], _Page] = SortedDict()
+        self.small_states: SortedDict[int, _Page] = SortedDict()
+
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> LightllmSession | None:
+        root = self.roots.setdefault(namespace, _Page(b"root", None, 0, False))
+        found = self._match(root, tokens)
+        for node in found.path:
+            self._refer(node, 1)
+        if not self.allocate(len(tokens) - found.length):
+            for node in found.path:
+                self._refer(node, -1)
+            return None
+        return LightllmSession(self, root, tokens, found)
+
+    def allocate(self, num_tokens: int) -> bool:
+        """Take rows, evicting unreferenced leaves; False (and nothing taken) if that many can not be had."""
+        while self.free_tokens < num_tokens and self.leaves:
+            self._evict_leaf()
+        if self.free_tokens < num_tokens:
+            return False
+        self.free_tokens -= num_tokens
+        self.held_tokens += num_tokens
+        return True
+
+    def free(self, num_tokens: int) -> None:
+        self.free_tokens += num_tokens
+        self.held_tokens -= num_tokens
+
+    def publish(self, root: _Page, tokens: Tokens, cached_len: int) -> int:
+        """Insert a computed prompt's whole pages with its states; returns how many new tokens the tree took over: none, where
+        states are counted and there is no room for them."""
+        node, taken, start = root, 0, 0
+        end = (len(tokens) - 1) // self.page * self.page
+        num_big = 0 if self.big_page is None else end // self.big_page - cached_len // self.big_page
+        reserved, used = self.state_rows * (num_big + 1), 0
+        if not self.allocate(reserved):
+            return 0
+        while start < end:
+            size = self._page_at(start, end)
+            node, new = self._child(node, tokens[start : start + size], size)
+            if new:
+                taken += size
+                used += self.state_rows * node.big
+            start += size
+        if node is not root and not node.has_state:
+            self._save_state(node)
+            used += self.state_rows
+        self.held_tokens -= used
+        self.free(reserved - used)
+        return taken
+
+    def check(self) -> None:
+        cached = states = 0
+        stack = list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            cached += self._rows(node)
+            states += node.has_state and not node.big
+            stack.extend(node.children.values())
+            if node.parent is not None:
+                evictable = not node.children and not node.references
+                assert evictable == (self._leaf_key(node) in self.leaves), "leaf set is stale"
+        total = self.free_tokens + cached + self.held_tokens
+        assert total == self.num_tokens, (
+            f"{self.free_tokens} free + {cached} cached + held != total"
+        )
+        assert self.free_states + states == self.num_states, "host states: free + cached != total"
+
+    def _rows(self, node: _Page) -> int:
+        """Rows of the budget that ``node`` takes, with its state."""
+        return node.num_tokens + self.state_rows * node.has_state
+
+    def _page_at(self, start: int, end: int) -> int:
+        if (
+            self.big_page is not None
+            and start % self.big_page == 0
+            and start + self.big_page <= end
+        ):
+            return self.big_page
+        return self.page
+
+    def _match(self, root: _Page, tokens: Tokens) -> _Found:
+        """Big page first, else small ones; then trim to the deepest page with a state."""
+        self.clock += 1
+        path: list[_Page] = []
+        node, start, end = root, 0, (len(tokens) - 1) // self.page * self.page
+        while start < end:
+            child = None
+            for size in {self._page_at(start, end): None, self.page: None}:
+                child = node.children.get(_key(node, tokens[start : start + size]))
+                if child is not None:
+                    break
+            if child is None:
+                break
+            self._stamp(child)
+            path.append(child)
+            node, start = child, start + child.num_tokens
+        while path and not path[-1].has_state:
+            path.pop()
+        return _Found(path, sum(node.num_tokens for node in path))
+
+    def _child(self, node: _Page, tokens: Tokens, size: int) -> tuple[_Page, bool]:
+        key = _key(node, tokens)
+        child = node.children.get(key)
+        if child is not None:
+            self._stamp(child)
+            return child, False
+        self.leaves.pop(self._leaf_key(node), None)
+        child = _Page(key, node, size, big=size == self.big_page)
+        node.children[key] = child
+        self.clock += 1
+        child.time = self.clock
+        self._list(child)
+        return child, True
+
+    def _save_state(self, node: _Page) -> None:
+        if not self.free_states:
+            _, oldest = self.small_states.popitem(0)
+            self.leaves.pop(self._leaf_key(oldest), None)
+            self.free_tokens += self.state_rows
+            oldest.has_state = False
+            self._list(oldest)
+            self.free_states += 1
+        self.free_states -= 1
+        self.leaves.pop(self._leaf_key(node), None)
+        node.has_state = True
+        self.small_states[node.time] = node
+        self._list(node)
+
+    def _stamp(self, node: _Page) -> None:
+        self.leaves.pop(self._leaf_key(node), None)
+        if node.has_state and not node.big:
+            del self.small_states[node.time]
+        self.clock += 1
+        node.time = self.clock
+        if node.has_state and not node.big:
+            self.small_states[node.time] = node
+        self._list(node)
+
+    def _refer(self, node: _Page, change: int) -> None:
+        self.leaves.pop(self._leaf_key(node), None)
+        node.references += change
+        self._list(node)
+
+    def _list(self, node: _Page) -> None:
+        if node.parent is not None and not node.children and not node.references:
+            self.leaves[self._leaf_key(node)] = node
+
+    def _leaf_key(self, node: _Page) -> tuple[bool, int]:
+        return node.has_state, node.time
+
+    def _evict_leaf(self) -> None:
+        _, node = self.leaves.popitem(0)
+        if node.has_state and not node.big:
+            del self.small_states[node.time]
+            self.free_states += 1
+        assert node.parent is not None
+        del node.parent.children[node.key]
+        self._list(node.parent)
+        self.free_tokens += self._rows(node)
+
+
+class LightllmSession:
+    """One request: the pages it refers to and the rows it holds beyond them."""
+
+    def __init__(self, cache: LightllmCache, root: _Page, tokens: Tokens, found: _Found) -> None:
+        self.cache = cache
+        self.root = root
+        self.tokens = tokens
+        self.path = found.path
+        self.cached_len = found.length
+        self.held = len(tokens) - found.length
+        state_at = (len(tokens) - 1) // cache.page * cache.page
+        stops = {len(tokens), state_at}
+        if cache.big_page is not None:
+            stops.update(range(cache.big_page, len(tokens), cache.big_page))
+        self.num_chunks = sum(1 for stop in stops if stop > found.length)
+
+    def finish(self, output: Tokens) -> None:
+        """The answer's rows are taken and given back; the prompt's whole pages go to the tree."""
+        if self.cache.allocate(len(output)):
+            self.cache.free(len(output))
+        taken = self.cache.publish(self.root, self.tokens, self.cached_len)
+        self.cache.held_tokens -= taken
+        self.cache.free(self.held - taken)
+        for node in self.path:
+            self.cache._refer(node, -1)
+
+
+def _key(parent: _Page, tokens: Tokens) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), key=parent.key, digest_size=16).digest()

@@ -1,0 +1,356 @@
+"""Marconi (MLSys'25, arXiv 2411.19379): a radix tree, two checkpoints a request, eviction by recency + alpha * FLOPs per byte.
+
+Eq. 1: ``efficiency(n)`` = FLOPs that hitting ``n`` saves over hitting its parent / bytes of ``n``'s own KV and state.
+Eq. 2: ``score(n)`` = recency + alpha * efficiency, both min-max normalised over the candidates; the least goes.
+Candidates have at most one child; a leaf frees KV and state, an inner node its state, its KV joining the child's edge.
+Admission: the last decoded token, and the point where an insertion splits an edge (so a fork pays on its third sighting). Only
+the consumed node's recency is refreshed.
+
+The paper and its artifact (0801661, 2025-03-05) differ, and results depend on it in both directions. Three readings:
+
+=====================  ==========================  ===========================================  ===================
+\                      ``paper``                   ``artifact``                                 ``repaired``
+=====================  ==========================  ===========================================  ===================
+MLP saved              less the parent's MLP       less the *attention* of the parent's prefix  as the paper
+                                                   in as many layers as there are MLPs
+bytes in Eq. 1         own edge's KV, state        KV of the whole prefix, state                as the paper
+bytes of a dead leaf   its own                     the edge of the candidate walked last        its own
+recency                time                        ``1 / (now - time)``                         as the artifact
+of a merged node       its child's                 the later of both                            as the artifact
+insertion              splits get a state where    splits get a state where prompt + answer     as the artifact
+                       the prompt leaves           leave; matches and refreshes once more
+room is made           after it, both new          before it, for all it may need;              as the artifact
+                       checkpoints spared          nothing is spared
+alpha is tuned after   ``(1 + window) * n``        ``window * n`` requests, on FLOPs saved      as the artifact
+                       requests, on tokens hit
+=====================  ==========================  ===========================================  ===================
+
+``alpha=None`` tunes it: 0 until the first eviction, in request ``n``; all requests up to then are replayed over 0, 0.1 … 2, and
+what is best is kept for good.
+
+Left out in all: a running request's own memory (so nothing ever waits), and that the artifact can skip a whole prompt (here the
+last token is always computed) and goes on matching below an edge that it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hybridcache.interface import Tokens
+from hybridcache.lab.baselines.prefix_tree import (
+    PrefixNode,
+    grow,
+    merge_into_child,
+    new_root,
+    nodes,
+    remove_leaf,
+    walk,
+)
+from hybridcache.lab.baselines.protocol import BaselineConfig
+
+Reading = Literal["paper", "artifact", "repaired"]
+ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFlops:
+    """Forward FLOPs of ``length`` tokens by layer kind, as the paper counts them (MHA, two MLP matrices of 4 D)."""
+
+    num_attention: int = 4
+    num_linear: int = 24
+    num_mlp: int = 28
+    hidden: int = 4096
+    state: int = 128
+
+    def attention(self, length: int) -> float:
+        """Of all attention layers."""
+        return self.num_attention * self.one_attention(length)
+
+    def one_attention(self, length: int) -> float:
+        """Of one attention layer."""
+        return 8.0 * length * self.hidden**2 + 4.0 * length**2 * self.hidden
+
+    def mlp(self, length: int) -> float:
+        """Of all MLPs."""
+        return self.num_mlp * 16.0 * length * self.hidden**2
+
+    def linear(self, length: int) -> float:
+        """Of all linear layers (Mamba)."""
+        d, n = self.hidden, self.state
+        return self.num_linear * length * (12.0 * d**2 + 16.0 * d * n + 10.0 * d)
+
+    def total(self, length: int) -> float:
+        """Of the whole model."""
+        return self.attention(length) + self.mlp(length) + self.linear(length)
+
+
+class MarconiCache:
+    """Marconi in one of its readings. One byte budget; a running request's own memory is not counted (as in the artifact).
+
+    ``window``: how many times the requests before the first eviction the tuning of alpha waits for, 5 to 15 as published.
+    ``leaf_lru`` turns it into the paper's SGLang+ baseline: the same admission, leaves only, least recently used, the whole
+    path refreshed by a hit.
+    """
+
+    def __init__(
+        self,
+        config: BaselineConfig,
+        reading: Reading = "paper",
+        alpha: float | None = None,
+        window: int = 5,
+        flops: LayerFlops | None = None,
+        leaf_lru: bool = False,
+    ) -> None:
+        self.config = config
+        self.reading: Reading = reading
+        self.alpha = alpha or 0.0
+        self.flops = flops or LayerFlops()
+        self.leaf_lru = leaf_lru
+        self.kv_bytes = config.kv_bytes_per_token * config.unit
+        self.used_bytes = 0
+        self.clock = 0
+        self.flops_saved = 0.0
+        self.hit_tokens = 0
+        self.num_evictions = 0
+        self.roots: dict[Hashable, PrefixNode] = {}
+        self.candidates: dict[PrefixNode, None] = {}
+        wait = window + 1 if reading == "paper" else window
+        self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
+
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
+        """Match ``tokens``; never None, as no memory is held before the request is over. O(prompt)."""
+        root = self.roots.setdefault(namespace, new_root())
+        node = self._match(root, tokens[:-1])
+        self.hit_tokens += node.depth
+        self.flops_saved += self.flops.total(node.depth * self.config.unit)
+        return MarconiSession(self, root, tokens, node.depth, namespace)
+
+    def finished(
+        self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
+    ) -> None:
+        """A request is over: admit it, and tune alpha when the time has come. O(prompt), an eviction O(tree)."""
+        if self.reading == "paper":
+            self._insert_then_evict(root, tokens, output)
+            self._learn(tokens, output, namespace)
+        else:
+            self._learn(tokens, output, namespace)
+            self._evict_then_insert(root, np.concatenate([tokens, output]))
+
+    def twin(self, alpha: float) -> MarconiCache:
+        """An empty cache of the same make with a fixed alpha."""
+        return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
+
+    def check(self) -> None:
+        """AssertionError if the bytes counted are not the tree's, or the candidates not its nodes of at most one child. O(tree)."""
+        used = 0
+        stack = list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            used += len(node.tokens) * self.kv_bytes + node.has_state * self.config.state_bytes
+            stack.extend(node.children.values())
+            if node.parent is not None:
+                assert (node in self.candidates) == (len(node.children) <= 1), (
+                    "candidates are stale"
+                )
+        assert used == self.used_bytes, f"counted {self.used_bytes} bytes, the tree has {used}"
+
+    def _match(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
+        """The deepest whole node with a state; refreshes it (leaf_lru: its path)."""
+        self.clock += 1
+        node, matched = walk(root, tokens)
+        while node.parent is not None and not (node.has_state and node.depth <= matched):
+            node = node.parent
+        for step in list(node.path()) if self.leaf_lru else [node]:
+            step.time = self.clock
+        return node
+
+    def _insert_then_evict(self, root: PrefixNode, tokens: Tokens, output: Tokens) -> None:
+        """The branch point the prompt makes and the end of the answer; then down to the budget."""
+        self.clock += 1
+        walked, matched = walk(root, tokens)
+        branch = matched if matched < walked.depth and matched > 0 else None
+        tail, new, _ = grow(root, np.concatenate([tokens, output]))
+        self.used_bytes += new * self.kv_bytes
+        fresh = {tail} | {node for node in tail.path() if node.depth == branch}
+        for node in fresh:
+            self._save(node)
+        for node in tail.path():
+            self._list(node)
+        self._evict(self.used_bytes - self.config.budget_bytes, fresh)
+
+    def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
+        """Room for the whole text and at most two states; then the end of the text and the split its insertion makes."""
+        self.clock += 1
+        reusable = self._match(root, whole)
+        _, matched = walk(root, whole)
+        num_states = 1 + (matched > reusable.depth)
+        needed = num_states * self.config.state_bytes + (len(whole) - matched) * self.kv_bytes
+        self._evict(self.used_bytes + needed - self.config.budget_bytes, set())
+        tail, new, fork = grow(root, whole)
+        self.used_bytes += new * self.kv_bytes
+        for node in (tail, fork):
+            if node is not None and not node.has_state:
+                self._save(node)
+        for node in tail.path():
+            self._list(node)
+
+    def _save(self, node: PrefixNode) -> None:
+        node.time = self.clock
+        if not node.has_state:
+            node.has_state = True
+            self.used_bytes += self.config.state_bytes
+
+    def _list(self, node: PrefixNode) -> None:
+        self.candidates.pop(node, None)
+        if node.parent is not None and len(node.children) <= 1:
+            self.candidates[node] = None
+
+    def _evict(self, missing: int, spared: set[PrefixNode]) -> None:
+        if missing <= 0:
+            return
+        if self._tuner is not None:
+            self._tuner.first_eviction()
+        if self.reading != "paper":
+            self.clock += 1
+        while missing > 0:
+            pool = [node for node in self._pool() if node not in spared]
+            if not pool:
+                return
+            victim = pool[int(np.argmin(self._scores(pool)))]
+            missing -= self._counted(victim, pool[-1])
+            self._remove(victim)
+
+    def _pool(self) -> Iterator[PrefixNode]:
+        """The candidates; but for the paper in the artifact's order, which settles ties."""
+        if self.leaf_lru:
+            return (node for node in self.candidates if not node.children)
+        if self.reading == "paper":
+            return iter(self.candidates)
+        return (
+            node for root in self.roots.values() for node in nodes(root) if len(node.children) <= 1
+        )
+
+    def _counted(self, victim: PrefixNode, walked_last: PrefixNode) -> int:
+        """Bytes that evicting ``victim`` is thought to free."""
+        if self.reading != "artifact" or victim.children:
+            return self._own_bytes(victim)
+        return len(walked_last.tokens) * self.kv_bytes + self.config.state_bytes
+
+    def _own_bytes(self, node: PrefixNode) -> int:
+        """What evicting ``node`` frees."""
+        kv = 0 if node.children else len(node.tokens) * self.kv_bytes
+        return kv + node.has_state * self.config.state_bytes
+
+    def _remove(self, node: PrefixNode) -> None:
+        self.num_evictions += 1
+        self.used_bytes -= self._own_bytes(node)
+        del self.candidates[node]
+        if not node.children:
+            self._list(remove_leaf(node))
+            return
+        child = merge_into_child(node)
+        if self.reading != "paper":
+            child.time = max(child.time, node.time)
+
+    def _scores(self, pool: list[PrefixNode]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        times = np.array([node.time for node in pool], dtype=np.float64)
+        if self.leaf_lru:
+            return times
+        recency = times if self.reading == "paper" else 1.0 / (self.clock - times)
+        score = _normalised(recency)
+        if self.alpha:
+            score = score + self.alpha * _normalised(np.array([self._efficiency(n) for n in pool]))
+        return score
+
+    def _efficiency(self, node: PrefixNode) -> float:
+        """Eq. 1, in the reading's arithmetic."""
+        assert node.parent is not None
+        unit, flops = self.config.unit, self.flops
+        total, above = node.depth * unit, node.parent.depth * unit
+        saved = flops.attention(total) - flops.attention(above)
+        saved += flops.linear(total) - flops.linear(above) + flops.mlp(total)
+        kv_tokens = len(node.tokens)
+        if self.reading == "artifact":
+            saved -= flops.num_mlp * flops.one_attention(above)
+            kv_tokens = node.depth
+        else:
+            saved -= flops.mlp(above)
+        return saved / (kv_tokens * self.kv_bytes + self.config.state_bytes)
+
+    def _learn(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
+        """Let the tuner see a request; it may have seen enough."""
+        if self._tuner is None:
+            return
+        self._tuner.record(tokens, output, namespace)
+        if self._tuner.ready:
+            self.alpha = self._tuner.best_alpha(self)
+            self._tuner = None
+
+
+class MarconiSession:
+    """One request; the artifact knows no running memory, so there is nothing to hold."""
+
+    num_chunks = 1
+
+    def __init__(
+        self,
+        cache: MarconiCache,
+        root: PrefixNode,
+        tokens: Tokens,
+        cached_len: int,
+        namespace: Hashable,
+    ) -> None:
+        self.cache = cache
+        self.root = root
+        self.tokens = tokens
+        self.cached_len = cached_len
+        self.namespace = namespace
+
+    def finish(self, output: Tokens) -> None:
+        """Admit the prompt and its answer. Call once."""
+        self.cache.finished(self.root, self.tokens, output, self.namespace)
+
+
+class _Tuner:
+    """Records requests from the start, as alpha changes nothing before the first eviction, and replays them once there are
+    ``wait`` times as many as then."""
+
+    def __init__(self, wait: int) -> None:
+        self._wait = wait
+        self._requests: list[tuple[Tokens, Tokens, Hashable]] = []
+        self._until: int | None = None
+
+    def first_eviction(self) -> None:
+        """Start the clock: the first call says how many requests fitted."""
+        if self._until is None:
+            self._until = self._wait * max(1, len(self._requests))
+
+    def record(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
+        """Keep a request for the replays."""
+        self._requests.append((tokens, output, namespace))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are requests enough to choose by."""
+        return self._until is not None and len(self._requests) >= self._until
+
+    def best_alpha(self, cache: MarconiCache) -> float:
+        """The alpha that saves most on what was recorded; ties go to the smaller."""
+        saved: dict[float, float] = {}
+        for alpha in ALPHAS:
+            twin = cache.twin(alpha)
+            for tokens, output, namespace in self._requests:
+                twin.begin(tokens, namespace).finish(output)
+            saved[alpha] = twin.hit_tokens if cache.reading == "paper" else twin.flops_saved
+        return max(ALPHAS, key=lambda alpha: (saved[alpha], -alpha))
+
+
+def _normalised(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -1,0 +1,305 @@
+"""SGLang 0.5.23's hybrid radix cache: one tree, one component for KV and one for states, two LRUs, a static split.
+
+Source: the published behaviour of its unified radix cache and Mamba component at 0.5.23. What decides its hit rates:
+
+- A match asks for ``prompt - 1`` tokens and ends at the deepest node with a state; only that node's state is refreshed.
+  It splits edges, and a split leaves the state on the lower node.
+- ``extra_buffer`` saves one state per extend: at ``prefix + floor(extend / grid) * grid``, *or instead* at the branch point
+  (how deep KV alone matched, floored to the grid); in decode one every 256 tokens. A finished request that crossed no
+  such boundary keeps nothing of its answer. ``end`` saves one state at the very end of the request.
+- KV is evicted leaf by leaf, least recently used, and a leaf's state goes with it. States are evicted least recently
+  used: an inner node's becomes a tombstone, a leaf's takes the leaf's KV along.
+- ``max_states_per_path`` drops the shallowest states of the inserted path beyond it, never the tail or a fork.
+- Memory is split between states and KV in the ratio 0.9, once.
+
+Left out: pages of more than one token, the host and storage tiers, speculative decoding, retraction, the slots that a strategy
+reserves but does not use, that the server dies where no slot can be had (here the request waits), and the sweep of leaves that
+are left without a state (here they are the next to go).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Literal
+
+import numpy as np
+from sortedcontainers import SortedDict
+
+from hybridcache.interface import Tokens
+from hybridcache.lab.baselines.prefix_tree import (
+    PrefixNode,
+    grow,
+    new_root,
+    nodes,
+    remove_leaf,
+    split,
+    walk,
+)
+from hybridcache.lab.baselines.protocol import BaselineConfig
+
+STATE_TO_KV_RATIO = 0.9
+DECODE_INTERVAL = 256
+"""Tokens between states in decode."""
+
+PlacementWord = Literal["end", "extra_buffer"]
+
+
+class SglangCache:
+    """SGLang 0.5.23. ``num_kv_tokens`` and ``num_slots`` override the static split of the byte budget."""
+
+    def __init__(
+        self,
+        config: BaselineConfig,
+        placement: PlacementWord = "extra_buffer",
+        max_states_per_path: int | None = None,
+        num_kv_tokens: int | None = None,
+        num_slots: int | None = None,
+    ) -> None:
+        kv_bytes = config.budget_bytes / (1 + STATE_TO_KV_RATIO)
+        self.config = config
+        self.placement = placement
+        self.max_states_per_path = max_states_per_path
+        self.grid = max(1, config.grid // config.unit)
+        self.decode_interval = max(1, DECODE_INTERVAL // config.unit)
+        if num_kv_tokens is None:
+            num_kv_tokens = int(kv_bytes // (config.kv_bytes_per_token * config.unit))
+        if num_slots is None:
+            num_slots = int((config.budget_bytes - kv_bytes) // config.state_bytes)
+        self.num_tokens = self.free_tokens = num_kv_tokens
+        self.num_slots = self.free_slots = num_slots
+        self.held_tokens = self.held_slots = 0
+        self.clock = 0
+        self.roots: dict[Hashable, PrefixNode] = {}
+        self.states: OrderedDict[PrefixNode, None] = OrderedDict()
+        self.leaves: SortedDict[int, PrefixNode] = SortedDict()
+
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
+        """Match ``tokens``, take memory (evicting) and compute the prompt; None if it does not fit beside running requests. O(prompt)."""
+        root = self.roots.setdefault(namespace, new_root())
+        node, kv_len = self.match(root, tokens[:-1])
+        session = SglangSession(self, root, tokens, node)
+        if not session.prefill(kv_len):
+            session.abort()
+            return None
+        return session
+
+    def check(self) -> None:
+        """AssertionError if tokens or slots are lost or twice owned, or a list is not what the tree says. O(tree)."""
+        cached = 0
+        leaves, with_state = set(), set()
+        for root in self.roots.values():
+            for node in nodes(root):
+                cached += len(node.tokens)
+                if node.has_state:
+                    with_state.add(node)
+                if not node.children and not node.locks:
+                    leaves.add(node)
+                assert node.locks >= max(
+                    (child.locks for child in node.children.values()), default=0
+                )
+        assert self.free_tokens + cached + self.held_tokens == self.num_tokens, "KV books"
+        assert self.free_slots + len(with_state) + self.held_slots == self.num_slots, "slot books"
+        assert with_state == set(self.states), "state list"
+        assert leaves == set(self.leaves.values()), "leaf set"
+
+    def match(self, root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
+        """The deepest node with a state and how deep KV alone matched; splits where the match ends inside an edge."""
+        node, matched = walk(root, tokens)
+        if matched < node.depth:
+            node = split(node, matched)
+        self.refresh(node)
+        while node.parent is not None and not node.has_state:
+            node = node.parent
+        if node.has_state:
+            self.states.move_to_end(node)
+        return node, matched
+
+    def refresh(self, node: PrefixNode) -> None:
+        """Stamp the path, parents older than children."""
+        path = list(node.path())
+        for step in path:
+            self.unlist_leaf(step)
+        for step in reversed(path):
+            self.clock += 1
+            step.time = self.clock
+        for step in path[:1]:
+            self.list_leaf(step)
+
+    def list_leaf(self, node: PrefixNode) -> None:
+        """Make an unlocked leaf a candidate; nothing for other nodes. O(log leaves)."""
+        if node.parent is not None and not node.children and not node.locks:
+            self.leaves[node.time] = node
+
+    def unlist_leaf(self, node: PrefixNode) -> None:
+        """Take a node out of the candidates if it is one. O(log leaves)."""
+        if self.leaves.get(node.time) is node:
+            del self.leaves[node.time]
+
+    def lock(self, node: PrefixNode, change: int) -> None:
+        """Lock (+1) or unlock (-1) the path's KV and the node's own state."""
+        node.state_locks += change
+        for step in node.path():
+            step.locks += change
+            self.unlist_leaf(step)
+            self.list_leaf(step)
+
+    def allocate_tokens(self, num_tokens: int) -> bool:
+        """Take KV rows, evicting leaves; False, with nothing taken, if all that may go does not suffice."""
+        while self.free_tokens < num_tokens and self.leaves:
+            _, leaf = self.leaves.popitem(0)
+            self.drop_leaf(leaf)
+        if self.free_tokens < num_tokens:
+            return False
+        self.free_tokens -= num_tokens
+        self.held_tokens += num_tokens
+        return True
+
+    def allocate_slot(self) -> bool:
+        """Take a slot, evicting the state least recently used; False if every state is in use."""
+        if not self.free_slots:
+            victim = next((node for node in self.states if not node.state_locks), None)
+            if victim is None:
+                return False
+            if victim.children or victim.locks:
+                self.drop_state(victim)
+            else:
+                self.unlist_leaf(victim)
+                self.drop_leaf(victim)
+        self.free_slots -= 1
+        self.held_slots += 1
+        return True
+
+    def drop_state(self, node: PrefixNode) -> None:
+        """Free a node's slot; its KV stays."""
+        del self.states[node]
+        node.has_state = False
+        self.free_slots += 1
+
+    def drop_leaf(self, leaf: PrefixNode) -> None:
+        """Free a leaf's KV and its state; its parent may become a candidate."""
+        if leaf.has_state:
+            self.drop_state(leaf)
+        self.free_tokens += len(leaf.tokens)
+        self.list_leaf(remove_leaf(leaf))
+
+    def insert(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
+        """Hand over one held slot and the KV of ``tokens`` that the tree lacks; the slot comes back to the caller (freed
+        here) if a state is there already. New KV leaves the caller's hands."""
+        walked, _ = walk(root, tokens)
+        if walked.parent is not None:
+            self.unlist_leaf(walked)
+        node, new, _ = grow(root, tokens)
+        self.held_tokens -= new
+        self.held_slots -= 1
+        if node.has_state:
+            self.free_slots += 1
+            self.states.move_to_end(node)
+        else:
+            node.has_state = True
+            self.states[node] = None
+        self.refresh(node)
+        self.list_leaf(walked)
+        self._cap_path(node)
+        return node
+
+    def _cap_path(self, tail: PrefixNode) -> None:
+        if self.max_states_per_path is None:
+            return
+        path = [node for node in tail.path() if node.has_state]
+        for node in reversed(path[1:]):
+            if len(path) <= self.max_states_per_path:
+                return
+            if len(node.children) == 1 and not node.state_locks:
+                self.drop_state(node)
+                path.remove(node)
+
+
+class SglangSession:
+    """One request: a locked node, one live slot, and the KV rows it holds beyond the tree's."""
+
+    def __init__(
+        self, cache: SglangCache, root: PrefixNode, tokens: Tokens, node: PrefixNode
+    ) -> None:
+        self.cache = cache
+        self.root = root
+        self.tokens = tokens
+        self.node = node
+        self.cached_len = node.depth
+        self.held = 0
+        self.num_slots = 0
+        self.num_chunks = 0
+        cache.lock(node, 1)
+
+    def prefill(self, kv_len: int) -> bool:
+        """Take memory and compute the prompt, publishing after each extend; False: no memory."""
+        cache, length = self.cache, len(self.tokens)
+        if not self._take_slot() or not self._take_tokens(length - self.cached_len):
+            return False
+        branch = kv_len // cache.grid * cache.grid
+        chunk = max(1, cache.config.prefill_chunk // cache.config.unit)
+        for start in range(self.cached_len, length, chunk):
+            end = min(start + chunk, length)
+            self.num_chunks += 1
+            position = start + (end - start) // cache.grid * cache.grid
+            if (
+                self.cached_len < branch <= end
+                and branch > start
+                and not (branch - start) % cache.grid
+            ):
+                position = branch
+            if cache.placement == "extra_buffer" and position > start and self._take_slot():
+                self._publish(self.tokens[:position])
+        return True
+
+    def finish(self, output: Tokens) -> None:
+        """Decode ``output``, publish what its placement tracks, release the rest. Call once."""
+        cache, length = self.cache, len(self.tokens)
+        total = length + len(output)
+        if self._take_tokens(len(output)):
+            tracked = (
+                total
+                if cache.placement == "end"
+                else total // cache.decode_interval * cache.decode_interval
+            )
+            if tracked > length or cache.placement == "end":
+                self._publish(np.concatenate([self.tokens, output])[:tracked])
+        self.abort()
+
+    def abort(self) -> None:
+        """Let go of everything held."""
+        cache = self.cache
+        cache.lock(self.node, -1)
+        cache.free_tokens += self.held
+        cache.held_tokens -= self.held
+        cache.free_slots += self.num_slots
+        cache.held_slots -= self.num_slots
+        self.held = self.num_slots = 0
+
+    def _take_slot(self) -> bool:
+        taken = self.cache.allocate_slot()
+        self.num_slots += taken
+        return taken
+
+    def _take_tokens(self, num_tokens: int) -> bool:
+        taken = self.cache.allocate_tokens(num_tokens)
+        self.held += num_tokens if taken else 0
+        return taken
+
+    def _publish(self, tokens: Tokens) -> None:
+        """Donate a slot at the end of ``tokens`` and move the lock there; duplicate rows are freed."""
+        cache = self.cache
+        before = cache.held_tokens
+        node = cache.insert(self.root, tokens)
+        self.num_slots -= 1
+        self.held -= before - cache.held_tokens
+        cache.lock(node, 1)
+        cache.lock(self.node, -1)
+        duplicates = self.held - (
+            len(self.tokens) - node.depth if node.depth < len(self.tokens) else 0
+        )
+        if node.depth < len(self.tokens) and duplicates > 0:
+            self.held -= duplicates
+            cache.held_tokens -= duplicates
+            cache.free_tokens += duplicates
+        self.node = node

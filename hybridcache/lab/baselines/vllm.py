@@ -1,0 +1,307 @@
+"""vLLM 0.33's hybrid prefix cache: chained block hashes, one free queue, states only where a prefill chunk ends.
+
+Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block pool, chunk split) at 0.33.0, `align` mode, one
+attention group, no speculative decoding. What decides its hit rates:
+
+- *Inflation.* An attention block holds as many bytes as a state page (1,056 tokens on Qwen3-Next in float32). Layers are
+  grouped by the number of full-attention layers: a state costs one block in each of the ``num_linear / num_full`` groups.
+- *One free queue* for all groups, least recently freed first, blind to kind and cost; a block without content goes first.
+  One block of the pool, the null block, is never used.
+- *Chunks* end at the prompt's last block boundary, at the *junction* (how deep attention blocks matched beyond the state, so
+  that a fork pays on its third sighting, floored to a block), and with a match unit also at the prompt's last unit boundary
+  and at the first block boundary after a resume inside a block.
+- *Retention.* 0 registers the states of those stops; ``None`` every chunk end and every block crossed in decode.
+- *Match unit* below the block size: the blocks of the prompt's last unit boundary are registered under their part. The
+  attention block goes on growing under both keys. The states' block is written over, so a copy is made for the cache, and
+  the cache lets go of it at once: it is older in the queue than all else of its request.
+- *Resuming inside a block* copies the tail (attention and states); the blocks copied from are let go after that pass.
+- *Release.* A superseded state is let go one pass after the next block was entered, before the request's attention blocks;
+  at the end the attention blocks go, deepest first, then the states. The last token decoded is never computed.
+- Blocks are never de-duplicated: what is computed again is stored again.
+
+Left out: preemption, the wait of a request for a state that another produces in the same step, offload tiers, and states
+exported from within a chunk (an option of one backend).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybridcache.interface import Tokens
+from hybridcache.lab.baselines.blocks import BlockPool
+from hybridcache.lab.baselines.protocol import BaselineConfig
+
+KERNEL_BLOCK = 16
+"""The attention kernel's page, tokens: inflated block sizes are multiples of it."""
+_ATTENTION = -1
+"""The attention group's number in a key; the state groups count from 0."""
+
+
+def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
+    """Tokens per block: the least multiple of the kernel block, the match unit and the trace's unit whose attention page
+    holds a state page."""
+    attention_row = config.kv_bytes_per_token // config.num_full_layers
+    state_page = -(-config.state_bytes // config.num_linear_layers)
+    step = math.lcm(KERNEL_BLOCK, config.unit, match_unit)
+    return -(-state_page // (attention_row * step)) * step
+
+
+class PrefixHashes:
+    """A digest of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) * unit``. O(ids)."""
+
+    def __init__(self, namespace: Hashable, unit: int) -> None:
+        self.digests: list[bytes] = []
+        self._unit_bytes = 4 * unit
+        self._hash = hashlib.blake2b(repr(namespace).encode(), digest_size=16)
+        self._rest = b""
+
+    def extend(self, tokens: Tokens) -> None:
+        """Append ``tokens`` to the text."""
+        content = self._rest + np.asarray(tokens, dtype=np.int32).tobytes()
+        end = len(content) // self._unit_bytes * self._unit_bytes
+        for start in range(0, end, self._unit_bytes):
+            self._hash.update(content[start : start + self._unit_bytes])
+            self.digests.append(self._hash.copy().digest())
+        self._rest = content[end:]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    length: int
+    attention: tuple[int, ...]
+    states: tuple[int, ...]
+    junction: int
+    """How deep attention alone matched, or 0 if no deeper than the states."""
+
+
+class VllmCache:
+    """vLLM 0.33 in ``align`` mode.
+
+    ``match_unit``: tokens (None: the block). ``retention``: 0 keeps the states of prompt ends and junctions, N (a multiple of
+    the block) those and every N tokens where a chunk ends, None all. Raises ValueError on any other retention.
+    """
+
+    def __init__(
+        self, config: BaselineConfig, match_unit: int | None = None, retention: int | None = 0
+    ) -> None:
+        self.config = config
+        self.block_tokens = inflated_block_size(config, match_unit or 1)
+        self.block_size = self.block_tokens // config.unit
+        """Ids of the trace in a block."""
+        self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
+        """Ids of the trace in a match unit; divides the block."""
+        if retention is not None and (retention < 0 or retention % self.block_tokens):
+            raise ValueError(
+                f"retention {retention} is not a multiple of the block, {self.block_tokens} tokens"
+            )
+        self.retention = None if retention is None else retention // config.unit
+        self.num_state_groups = -(-config.num_linear_layers // config.num_full_layers)
+        num_blocks = config.budget_bytes // (self.block_tokens * config.kv_bytes_per_token)
+        self.pool = BlockPool(max(0, num_blocks - 1))
+
+    @property
+    def partial(self) -> bool:
+        """Whether a hit may end inside a block."""
+        return self.unit < self.block_size
+
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
+        """Match ``tokens`` and compute the prompt; None if its blocks do not fit beside running requests. O(prompt)."""
+        hashes = PrefixHashes(namespace, self.unit)
+        hashes.extend(tokens)
+        hit = self._match(hashes.digests, len(tokens) - 1)
+        blocks_needed = -(-len(tokens) // self.block_size) - len(hit.attention)
+        # What is hit and held by nobody is in the free queue too, and will leave it.
+        claimed = sum(block in self.pool.free for block in (*hit.attention, *hit.states))
+        if blocks_needed + 3 * self.num_state_groups + 1 > len(self.pool.free) - claimed:
+            return None
+        return VllmSession(self, tokens, hashes, hit)
+
+    def check(self) -> None:
+        """AssertionError if the pool's books do not balance. O(blocks)."""
+        self.pool.check()
+
+    def _match(self, digests: list[bytes], limit: int) -> _Hit:
+        """Attention left to right, then the deepest state at or before its end. At most ``limit`` tokens."""
+        attention, reach = self._match_attention(digests, limit)
+        for count in range(reach // self.unit, 0, -1):
+            states = self._states(digests[count - 1])
+            if states:
+                length = count * self.unit
+                blocks = attention[: -(-length // self.block_size)]
+                return _Hit(length, tuple(blocks), states, reach if reach > length else 0)
+        return _Hit(0, (), (), reach)
+
+    def _match_attention(self, digests: list[bytes], limit: int) -> tuple[list[int], int]:
+        """Full blocks from the start, then the deepest registered part of the next; and how many tokens that is."""
+        lookup, per_block = self.pool.lookup, self.block_size // self.unit
+        blocks: list[int] = []
+        for depth in range(1, limit // self.block_size + 1):
+            block = lookup((_ATTENTION, digests[depth * per_block - 1]))
+            if block is None:
+                break
+            blocks.append(block)
+        full = len(blocks) * per_block
+        for count in range(min(limit // self.unit, full + per_block - 1), full, -1):
+            block = lookup((_ATTENTION, digests[count - 1]))
+            if block is not None:
+                return [*blocks, block], count * self.unit
+        return blocks, full * self.unit
+
+    def _states(self, digest: bytes) -> tuple[int, ...]:
+        """The blocks of the state there, one a group; () unless every group has it."""
+        found = []
+        for group in range(self.num_state_groups):
+            block = self.pool.lookup((group, digest))
+            if block is None:
+                return ()
+            found.append(block)
+        return tuple(found)
+
+
+class VllmSession:
+    """One request: its block tables, one of attention and one of each state group.
+
+    A table of states has a block where a state stands and nothing elsewhere: {depth in blocks: block}.
+    """
+
+    def __init__(self, cache: VllmCache, tokens: Tokens, hashes: PrefixHashes, hit: _Hit) -> None:
+        self.cache = cache
+        self.pool = cache.pool
+        self.cached_len = hit.length
+        self.num_chunks = 0
+        self._length = len(tokens)
+        self._hashes = hashes
+        self._junction = hit.junction
+        size = cache.block_size
+        self._kept = {(self._length - 1) // size, hit.junction // size}
+        self._attention = list(hit.attention)
+        last = (hit.length - 1) // size
+        self._states: list[dict[int, int]] = [
+            {last: hit.states[group]} if hit.states else {}
+            for group in range(cache.num_state_groups)
+        ]
+        self._num_columns = len(hit.attention)
+        self._num_registered = hit.length // size
+        self._copy_tail = hit.length % size != 0
+        self._save_tail = False
+        for block in (*hit.attention, *hit.states):
+            self.pool.take(block)
+        start = hit.length
+        while start < self._length:
+            end = self._chunk_end(start)
+            self._step(start, end)
+            self.num_chunks += 1
+            start = end
+
+    def finish(self, output: Tokens) -> None:
+        """Decode ``output``, all but its last token computed, and release the request. O(output + blocks)."""
+        self._hashes.extend(output)
+        total = self._length + max(0, len(output) - 1)
+        for end in self._decode_stops(total):
+            if len(self.pool.free) <= self.cache.num_state_groups:
+                break
+            self._step(end - 1, end)
+        self.pool.release(reversed(self._attention))
+        for table in self._states:
+            self.pool.release(table[depth] for depth in sorted(table, reverse=True))
+
+    def _chunk_end(self, start: int) -> int:
+        """Where the chunk that begins at ``start`` ends."""
+        length, size, unit = self._length, self.cache.block_size, self.cache.unit
+        budget = max(1, self.cache.config.prefill_chunk // self.cache.config.unit)
+        end = min(start + budget, length)
+        if end < length and (end // size * size > start or size <= budget):
+            end = end // size * size
+        last_block = (length - 1) // size * size
+        stops = [last_block]
+        if self.cache.partial:
+            stops.append(max(last_block, (length - 1) // unit * unit))
+            if start % size:
+                stops.append((start // size + 1) * size)
+        if start < self._junction < end:
+            stops.append(start + (self._junction - start) // size * size)
+        return min((stop for stop in stops if start < stop < end), default=end)
+
+    def _decode_stops(self, total: int) -> Iterator[int]:
+        """The tokens of decode at which blocks change hands: the first, and each block's last, first and second."""
+        size = self.cache.block_size
+        stops = {self._length + 1}
+        for boundary in range(self._length // size * size, total + 1, size):
+            stops.update((boundary, boundary + 1, boundary + 2))
+        return (stop for stop in sorted(stops) if self._length < stop <= total)
+
+    def _step(self, computed: int, end: int) -> None:
+        """One forward pass from ``computed`` to ``end``: superseded states go, blocks come, what is complete is registered,
+        and what was only needed for copying is let go."""
+        self._retire(computed)
+        copied = self._allocate(end)
+        self._register_attention(end)
+        self._register_states(end)
+        self.pool.release(copied)
+
+    def _retire(self, computed: int) -> None:
+        """Let go of states that lie a block or more behind."""
+        behind = (computed - 1) // self.cache.block_size
+        for table in self._states:
+            old = [depth for depth in sorted(table, reverse=True) if depth < behind]
+            self.pool.release([table.pop(depth) for depth in old])
+
+    def _allocate(self, end: int) -> list[int]:
+        """Blocks for the tokens up to ``end``, and copies of a tail; returns the blocks to let go after the pass."""
+        num_columns = -(-end // self.cache.block_size)
+        tail = self._num_columns - 1
+        copied = []
+        if self._copy_tail:
+            copied.append(self._attention[tail])
+            self._attention[tail] = self.pool.allocate()
+        while len(self._attention) < num_columns:
+            self._attention.append(self.pool.allocate())
+        for table in self._states:
+            if self._copy_tail:
+                copied.append(table[tail])
+                table[tail] = self.pool.allocate()
+            elif self._save_tail:
+                saved = self.pool.allocate()
+                self.pool.move(table[tail], saved)
+                copied.append(saved)
+            if num_columns > self._num_columns:
+                table[num_columns - 1] = self.pool.allocate()
+        self._num_columns = max(self._num_columns, num_columns)
+        self._copy_tail = self._save_tail = False
+        return copied
+
+    def _register_attention(self, end: int) -> None:
+        size, unit = self.cache.block_size, self.cache.unit
+        for depth in range(self._num_registered, end // size):
+            self._register(self._attention[depth], _ATTENTION, (depth + 1) * size)
+        boundary = (self._length - 1) // unit * unit
+        if boundary % size and boundary <= end:
+            self._register(self._attention[boundary // size], _ATTENTION, boundary)
+
+    def _register_states(self, end: int) -> None:
+        size, unit = self.cache.block_size, self.cache.unit
+        at_tail = end % size != 0 and end == (self._length - 1) // unit * unit
+        for group, table in enumerate(self._states):
+            for depth in range(self._num_registered, end // size):
+                if depth in table and self._keeps(depth + 1):
+                    self._register(table[depth], group, (depth + 1) * size)
+            if at_tail:
+                self._register(table[end // size], group, end)
+        self._save_tail = at_tail
+        self._num_registered = max(self._num_registered, end // size)
+
+    def _keeps(self, num_blocks: int) -> bool:
+        """Whether the state after so many blocks is worth a key."""
+        retention = self.cache.retention
+        if retention is None or num_blocks in self._kept:
+            return True
+        return retention > 0 and num_blocks * self.cache.block_size % retention == 0
+
+    def _register(self, block: int, group: int, length: int) -> None:
+        digest = self._hashes.digests[length // self.cache.unit - 1]
+        self.pool.register(block, (group, digest), length)

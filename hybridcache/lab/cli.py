@@ -1,0 +1,373 @@
+"""``hybridcache``: traces, simulations, the optimum and advice on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridcache.lab.simulation.simulate import SimulationResult
+    from hybridcache.lab.trace import Trace
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130 when it was stopped."""
+    options = _parser().parse_args(arguments)
+    run: Command = options.run
+    try:
+        code = run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough; what is left goes nowhere, at exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        kept = getattr(options, "output", None)
+        is_kept = kept is not None and kept.exists()
+        done = f"what was done is in {kept}, and the same command goes on from there"
+        if options.run is not _simulate:
+            done = f"what was done is in {kept}"
+        print(f"hybridcache: stopped; {done if is_kept else 'nothing is kept'}", file=sys.stderr)
+        return 130
+    except (ValueError, KeyError, ModuleNotFoundError, OSError, MemoryError) as error:
+        print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"this host has too little memory for it ({error})"
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hybridcache", description="A laboratory for prefix caches of hybrid LLMs."
+    )
+    commands = parser.add_subparsers(title="commands", required=True)
+    _add_trace(commands)
+    _add_simulate(commands)
+    _add_optimum(commands)
+    _add_advise(commands)
+    return parser
+
+
+_METRICS = (
+    "hit, request-hit, bound, optimum, flops, seconds, seconds-saved, ttft-mean, ttft-p5, ttft-p50, ttft-p95, ttft-p99, "
+    "regret, checkpoints, reuse, copied, written, control"
+)
+_TRACE_HELP = (
+    "[word:]file[?option=value&...], or a generator: chat, few-shot, agent, branch, resend, short, "
+    "conversations, sharegpt-like ..."
+)
+
+
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
+    verbs = trace.add_subparsers(title="verbs", required=True)
+    stats = verbs.add_parser(
+        "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
+    )
+    stats.add_argument("trace", help=_TRACE_HELP)
+    stats.add_argument("--skip-bad", action="store_true", help="count records that can not be read")
+    stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    stats.set_defaults(run=_trace_stats)
+    convert = verbs.add_parser("convert", help="write any trace as the project's own JSON lines")
+    convert.add_argument("trace", help=_TRACE_HELP)
+    convert.add_argument("output", type=Path, help="file to write")
+    convert.add_argument("--skip-bad", action="store_true", help="leave out what can not be read")
+    convert.set_defaults(run=_trace_convert)
+
+
+def _trace_stats(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.lab.report import stats_table
+    from hybridcache.lab.trace_stats import trace_stats
+    from hybridcache.lab.traces import open_trace
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    with tqdm(unit=" requests", disable=None, file=sys.stderr) as bar:
+        stats = trace_stats(trace, progress=lambda _: bar.update() and None)
+    if not stats.num_requests:
+        raise ValueError(f"{options.trace}: there is no request in it")
+    print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
+    return 0
+
+
+def _trace_convert(options: argparse.Namespace) -> int:
+    from hybridcache.lab.traces import open_trace
+    from hybridcache.lab.traces.jsonl import write
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    with options.output.open("w", encoding="utf-8") as file:
+        num_requests = write(trace, file)
+    print(f"{num_requests} requests to {options.output}, {trace.bad.count} bad records left out")
+    return 0
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hybridcache.lab.baselines import BASELINES
+    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+    from hybridcache.policies.eviction_words import eviction_words
+    from hybridcache.policies.placement.rules import placement_words
+
+    parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
+    add = parser.add_argument
+    add("--trace", required=True, action="append", help=_TRACE_HELP + "; may be repeated")
+    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
+    add(
+        "--policy",
+        default="lru",
+        help=f"eviction words, commas between: {', '.join(eviction_words())}, module:Class",
+    )
+    add(
+        "--checkpoints",
+        action="append",
+        help=f"placement words, commas between; repeat to compare (default {DEFAULT_CHECKPOINTS}): "
+        f"{', '.join(placement_words())}, none, module:Class",
+    )
+    add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
+    add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
+    add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
+    add("--metric", default="hit", help=f"what tables and figure show, commas between: {_METRICS}")
+    add("--losses", action="store_true", help="also where the tokens went, by cause")
+    add("--bins", action="store_true", help="also by prompt length and by turn of the session")
+    add(
+        "--state-dtype",
+        help="precision of checkpoints: float32, bfloat16, int8 (default: the model's own)",
+    )
+    add("--page-size", type=int, default=1, help="tokens of a KV page")
+    add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
+    add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
+    add("--max-running", type=int, help="serve so many requests at once instead of in turn")
+    add("--times", help="file of measured prefill times; default: a roofline of H100s")
+    add("--processes", type=int, default=1, help="runs at the same time; changes no result")
+    add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
+    add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
+    add("--skip-bad", action="store_true", help="count records that can not be read")
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.lab.report import bins_table, find_metric, losses_table
+    from hybridcache.lab.simulation.simulate import simulate
+    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+
+    metrics = options.metric.split(",")
+    for word in metrics:
+        find_metric(word)
+    known = options.optimum or (options.output and options.output.exists())
+    if "optimum" in metrics and not known:
+        raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
+    _check_figure(options.figure)
+    results: list[SimulationResult] = []
+    drawn: list[Path] = []
+    for spec in options.trace:
+        trace = _open(spec, options)
+        with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
+
+            def show(done: int, total: int, bar: tqdm = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            result = simulate(
+                trace,
+                model=options.model,
+                gib=options.gib,
+                policy=_split(options.policy),
+                checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
+                baseline=_split(options.baseline),
+                bound=options.bound,
+                optimum=options.optimum,
+                state_dtype=options.state_dtype,
+                page_size=options.page_size,
+                grid=options.grid,
+                servers=options.servers,
+                max_running=options.max_running,
+                times=options.times,
+                processes=options.processes,
+                resume_from=options.output,
+                progress=show,
+            )
+        results.append(result)
+        if options.figure:  # before anything is printed: whoever reads may stop reading
+            drawn = _draw(results, options, metrics)
+        for word in metrics:
+            print(result.table(word), end="\n\n")
+        if options.losses:
+            print(losses_table(result.runs), end="\n\n")
+        if options.bins:
+            print(bins_table(result.runs, "length"), end="\n\n")
+            print(bins_table(result.runs, "turn"), end="\n\n")
+    for path in drawn:
+        print(f"figure: {path}")
+    return 0
+
+
+def _draw(
+    results: Sequence[SimulationResult], options: argparse.Namespace, metrics: Sequence[str]
+) -> list[Path]:
+    """The figures that were asked for, of the traces so far."""
+    from hybridcache.lab.figures import bins_figure, losses_figure, sweep_figure
+
+    drawn: list[Path] = [options.figure]
+    sweep_figure(results, options.figure, metrics)
+    if options.losses:
+        drawn.append(_beside(options.figure, "losses"))
+        losses_figure(results, drawn[-1])
+    if options.bins:
+        drawn.append(_beside(options.figure, "bins"))
+        bins_figure(results, drawn[-1])
+    return drawn
+
+
+def _check_figure(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--figure {path}: its name must end in .png or .svg")
+
+
+def _beside(path: Path, word: str) -> Path:
+    return path.with_name(f"{path.stem}-{word}{path.suffix}")
+
+
+def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("optimum", help="the best that any policy could have done")
+    add = parser.add_argument
+    add("--trace", required=True, help=_TRACE_HELP)
+    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
+    add("--method", choices=("greedy", "lp", "milp"), default="milp", help="greedy for long traces")
+    add(
+        "--placement",
+        choices=("shared", "every"),
+        default="shared",
+        help="where checkpoints may sit",
+    )
+    add("--state-dtype", help="precision of checkpoints (default: the model's own)")
+    add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
+    add("--gap", type=float, default=0.005, help="stop when bound and plan are so close")
+    add("--limit", type=float, default=60.0, help="seconds for one size")
+    add("--skip-bad", action="store_true", help="count records that can not be read")
+    add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
+    add("--figure", type=Path, help="PNG or SVG to draw: plan and bound, and that price")
+    parser.set_defaults(run=_optimum)
+
+
+def _optimum(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.geometry.model import ModelGeometry
+    from hybridcache.lab.figures import optimum_figure
+    from hybridcache.lab.optimum import optimum
+    from hybridcache.lab.report import optimum_table
+    from hybridcache.lab.simulation.result import budget_bytes, sizes
+
+    _check_figure(options.figure)
+    geometry = ModelGeometry.load(options.model)
+    if options.state_dtype:
+        geometry = geometry.with_state_dtype(options.state_dtype)
+    trace = _open(options.trace, options).kept()
+    found = []
+    with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:
+        for size in bar:
+            best = optimum(
+                trace,
+                capacity_bytes=budget_bytes(size),
+                kv_bytes_per_token=geometry.kv_bytes_per_token,
+                state_bytes=geometry.state_bytes,
+                grid=options.grid,
+                method=options.method,
+                placement=options.placement,
+                relative_gap=options.gap,
+                limit_s=options.limit,
+                on_progress=bar.set_postfix_str,
+            )
+            found.append(best)
+            if options.output:
+                with options.output.open("a", encoding="utf-8") as file:
+                    record = best.record(with_prices=True) | {"model": geometry.name}
+                    file.write(json.dumps(record) + "\n")
+    print(optimum_table(found))
+    if options.figure:
+        optimum_figure(found, options.figure)
+        print(f"figure: {options.figure}")
+    return 0
+
+
+def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hybridcache.lab.advise import SERVABLE_PRECISIONS
+
+    parser = commands.add_parser(
+        "advise", help="the policy, placement, precision and split to use for a trace and a size"
+    )
+    add = parser.add_argument
+    add("--trace", required=True, help=_TRACE_HELP)
+    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    add("--gib", type=float, required=True, help="memory for KV and checkpoints together")
+    add("--policy", help="eviction words to choose among, commas between")
+    add(
+        "--state-dtypes",
+        default=",".join(SERVABLE_PRECISIONS),
+        help="precisions of states to choose among, commas between (default %(default)s: what the engine serves)",
+    )
+    add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
+    add("--times", help="file of measured prefill times; default: a roofline of H100s")
+    add("--processes", type=int, default=1, help="runs at the same time; changes no result")
+    add("--skip-bad", action="store_true", help="count records that can not be read")
+    add("--json", action="store_true", help="JSON lines instead of a table")
+    parser.set_defaults(run=_advise)
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.lab.advise import DEFAULT_POLICIES, advise
+
+    trace = _open(options.trace, options)
+    with tqdm(unit=" runs", disable=None, file=sys.stderr) as bar:
+        advice = advise(
+            trace,
+            model=options.model,
+            gib=options.gib,
+            policies=_split(options.policy) if options.policy else DEFAULT_POLICIES,
+            state_dtypes=_split(options.state_dtypes),
+            servers=options.servers,
+            times=options.times,
+            processes=options.processes,
+            progress=lambda done, total: bar.update() and None,
+        )
+    print(json.dumps(advice.as_record()) if options.json else advice.text())
+    return 0
+
+
+def _open(spec: str, options: argparse.Namespace) -> Trace:
+    """The trace; with ``--skip-bad`` it is read once more, to say what is left out of it."""
+    from hybridcache.lab.traces import open_trace
+
+    trace = open_trace(spec, skip_bad=options.skip_bad)
+    if options.skip_bad:
+        num_requests = sum(1 for _ in trace)
+        left_out = f"{trace.bad.count} bad records left out"
+        print(f"{spec}: {num_requests} requests, {left_out}", file=sys.stderr)
+    return trace
+
+
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(",") if word.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The infinite cache: every prefix ever seen, token by token. The bound of every policy, and what traces are measured with.
+
+Plain on purpose: a compressed trie of its own, sharing no code with the cache it is the yardstick of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+
+from hybridcache.lab.trace import Ids, TraceRequest
+
+
+class Seen(NamedTuple):
+    """What was seen before of one sequence."""
+
+    length: int
+    """Leading ids that some earlier sequence began with too."""
+    last_visit: int | None
+    """Number of the visit that came to that depth last; None where nothing was seen."""
+
+
+class _Node:
+    __slots__ = ("children", "ids", "last_visit")
+
+    def __init__(self, ids: Ids, last_visit: int) -> None:
+        self.ids = ids
+        self.last_visit = last_visit
+        self.children: dict[int, _Node] = {}
+
+
+class InfiniteCache:
+    """Remembers sequences for ever.
+
+    >>> cache = InfiniteCache()
+    >>> cache.visit(np.array([1, 2, 3], np.int32)).length, cache.visit(np.array([1, 2, 9], np.int32)).length
+    (0, 2)
+    """
+
+    def __init__(self) -> None:
+        self._roots: dict[Hashable, _Node] = {}
+        self.num_visits = 0
+        self.num_ids = 0
+        """Ids remembered, those that sequences share counted once."""
+
+    def serve(self, request: TraceRequest) -> Seen:
+        """How much of the prompt was seen before (perhaps all of it); remembers prompt and answer. O(len)."""
+        seen = self.visit(request.tokens, request.namespace)
+        if len(request.output):
+            self._walk(np.concatenate((request.tokens, request.output)), request.namespace)
+        return seen
+
+    def ideal_tokens(self, request: TraceRequest, unit: int) -> int:
+        """Prompt tokens that could be skipped: those seen, but all but the last at most; remembers prompt and answer."""
+        return min(self.serve(request).length * unit, request.num_tokens(unit) - 1)
+
+    def visit(self, ids: Ids, namespace: Hashable = None) -> Seen:
+        """How much of ``ids`` was seen before; remembers the rest. O(len(ids))."""
+        self.num_visits += 1
+        return self._walk(ids, namespace)
+
+    def _walk(self, ids: Ids, namespace: Hashable) -> Seen:
+        now = self.num_visits
+        node = self._roots.get(namespace)
+        if node is None:
+            node = self._roots[namespace] = _Node(ids[:0], now)
+        depth, last_visit = 0, None
+        while depth < len(ids):
+            child = node.children.get(int(ids[depth]))
+            if child is None:
+                # A copy: a view would keep the whole prompt alive.
+                node.children[int(ids[depth])] = _Node(ids[depth:].copy(), now)
+                self.num_ids += len(ids) - depth
+                break
+            length = min(len(child.ids), len(ids) - depth)
+            differs = child.ids[:length] != ids[depth : depth + length]
+            common = int(differs.argmax()) if differs.any() else length
+            last_visit = child.last_visit
+            if common < len(child.ids):
+                self._split(child, common)
+            child.last_visit = now
+            depth += common
+            node = child
+            if common < length:
+                continue
+        return Seen(depth, last_visit)
+
+    @staticmethod
+    def _split(node: _Node, at: int) -> None:
+        lower = _Node(node.ids[at:], node.last_visit)
+        lower.children = node.children
+        node.ids = node.ids[:at]
+        node.children = {int(lower.ids[0]): lower}

@@ -1,0 +1,215 @@
+"""``optimum``: a trace and a budget in, the best hit rate anyone could reach out, with its gap always beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.lab.optimum.greedy import clairvoyant_greedy
+from hybridcache.lab.optimum.plan import Budget, Plan
+from hybridcache.lab.optimum.program import Program, Solution
+from hybridcache.lab.optimum.trie import Placement, build_trie
+from hybridcache.lab.trace import Trace
+
+Method = Literal["milp", "lp", "greedy"]
+WINDOW = 100
+WINDOW_LIMIT_S = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """The best anyone could do on one trace with one budget.
+
+    ``reached`` is a plan's token hit rate, verified from scratch; ``bound`` what no policy can exceed (None where only the
+    greedy ran: it proves nothing). The truth lies between.
+    """
+
+    trace: str
+    capacity_bytes: int
+    method: Method
+    plan_by: Literal["greedy", "milp"]
+    """Whose plan it is: the greedy's too where ``milp`` bettered nothing in its time, and always with ``lp``."""
+    num_requests: int
+    prompt_tokens: int
+    reached: float
+    bound: float | None
+    cached_tokens: npt.NDArray[np.int64]
+    """Tokens that each request skips under the plan: int64[requests]."""
+    prices: npt.NDArray[np.float64] | None
+    """Shadow price of a byte between requests t and t + 1 (tokens per byte): what one more byte would save."""
+    num_variables: int
+    num_nonzeros: int
+    wall_s: float
+
+    @property
+    def gib_worth(self) -> float | None:
+        """Token hit rate that one more GiB throughout would add to the bound; None where only the greedy ran. From the prices, so it
+        holds for a little more memory."""
+        if self.prices is None:
+            return None
+        return float(self.prices.sum()) * 2**30 / self.prompt_tokens
+
+    @property
+    def gap(self) -> float | None:
+        """(bound - reached) / bound."""
+        if self.bound is None:
+            return None
+        return (self.bound - self.reached) / self.bound if self.bound else 0.0
+
+    def record(self, *, with_prices: bool = False) -> dict[str, object]:
+        """For a JSON line: everything but the tokens that each request skips; the prices, in tokens a GiB, if asked for."""
+        record: dict[str, object] = {
+            "trace": self.trace,
+            "capacity_bytes": self.capacity_bytes,
+            "method": self.method,
+            "plan_by": self.plan_by,
+            "num_requests": self.num_requests,
+            "prompt_tokens": self.prompt_tokens,
+            "reached": self.reached,
+            "bound": self.bound,
+            "gap": self.gap,
+            "gib_worth": self.gib_worth,
+            "num_variables": self.num_variables,
+            "num_nonzeros": self.num_nonzeros,
+            "wall_s": self.wall_s,
+        }
+        if with_prices and self.prices is not None:
+            prices = (2**30 * self.prices).round(3).tolist()
+            record["prices_tokens_per_gib"] = prices
+        return record
+
+
+def optimum(
+    trace: Trace,
+    *,
+    capacity_bytes: int,
+    kv_bytes_per_token: int,
+    state_bytes: int,
+    grid: int = 1,
+    method: Method = "milp",
+    placement: Placement = "shared",
+    relative_gap: float = 0.005,
+    limit_s: float = 60.0,
+    on_progress: Callable[[str], None] | None = None,
+) -> Optimum:
+    """The offline optimum over what to keep, when, and where to checkpoint.
+
+    ``greedy`` builds a plan (any length of trace); ``lp`` adds the relaxation's bound and the prices; ``milp`` improves the
+    plan window by window, then as a whole, until the gap is ``relative_gap`` or ``limit_s`` is over. ``grid`` in tokens.
+    ValueError for a budget, a grid or a time that is not positive and for a trace without a request; TimeoutError where
+    ``limit_s`` was too short for any bound; ImportError without the extra ``lab`` (not needed by ``greedy``).
+
+    >>> from hybridcache.lab.generators import resend
+    >>> best = optimum(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
+    ...                state_bytes=77_266_944, method="greedy")
+    >>> 0 < best.reached < 1
+    True
+    """
+    if capacity_bytes <= 0 or kv_bytes_per_token <= 0:
+        raise ValueError("the optimum needs a positive capacity and positive bytes per token")
+    if grid < 1 or limit_s <= 0 or relative_gap < 0:
+        raise ValueError(
+            "the optimum needs a positive grid, a positive time limit and no negative gap"
+        )
+    if grid % trace.unit and trace.unit % grid:
+        raise ValueError(
+            f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
+        )
+    say = on_progress or (lambda _: None)
+    began = time.perf_counter()
+    requests = list(trace)
+    if not requests:
+        raise ValueError(f"{trace.name}: there is no request in it")
+    trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
+    budget = Budget(capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes)
+    prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)
+    say(f"{len(requests)} requests, {len(trie.positions)} shared positions; greedy")
+    plan = greedy = clairvoyant_greedy(trie, budget)
+    bound: float | None = None
+    prices = None
+    size = (0, 0)
+    if method != "greedy":
+        program = Program(trie, budget)
+        relaxed = program.solve(integral=False, limit_s=limit_s)
+        bound, prices = relaxed.bound, relaxed.prices
+        size = relaxed.num_variables, relaxed.num_nonzeros
+        say(f"LP bound {bound * trace.unit / prompt_tokens:.4f}")
+        if method == "milp":
+            plan, bound = _improve(
+                program, plan, bound, relative_gap, began + limit_s, say, trace.unit / prompt_tokens
+            )
+    plan.verify(trie, budget)
+    cached = plan.cached_lens(trie) * trace.unit
+    return Optimum(
+        trace=trace.name,
+        capacity_bytes=capacity_bytes,
+        method=method,
+        plan_by="greedy" if plan is greedy else "milp",
+        num_requests=len(requests),
+        prompt_tokens=prompt_tokens,
+        reached=float(cached.sum()) / prompt_tokens,
+        bound=None if bound is None else bound * trace.unit / prompt_tokens,
+        cached_tokens=cached,
+        prices=prices,
+        num_variables=size[0],
+        num_nonzeros=size[1],
+        wall_s=time.perf_counter() - began,
+    )
+
+
+def _improve(
+    program: Program,
+    plan: Plan,
+    bound: float,
+    relative_gap: float,
+    deadline: float,
+    say: Callable[[str], None],
+    rate: float,
+) -> tuple[Plan, float]:
+    """Better the plan by solving one window of requests at a time, the rest held still, then lower the bound by solving the
+    whole from there. ``deadline`` in perf_counter seconds; a third of the time is left to the whole."""
+    num_requests = program.trie.num_requests
+    saved = float(plan.cached_lens(program.trie).sum())
+
+    def closed() -> bool:
+        return saved >= bound * (1 - relative_gap) or time.perf_counter() >= deadline
+
+    def better(solution: Solution) -> bool:
+        return solution.plan is not None and round(solution.saved) > saved
+
+    windows_until = deadline - (deadline - time.perf_counter()) / 3
+    while num_requests > WINDOW and not closed() and time.perf_counter() < windows_until:
+        before = saved
+        for first in range(0, num_requests - WINDOW // 2, WINDOW // 2):
+            left_s = windows_until - time.perf_counter()
+            if closed() or left_s <= 1:
+                break
+            solution = program.solve(
+                integral=True,
+                start=plan,
+                window=(first, min(first + WINDOW, num_requests - 1)),
+                relative_gap=relative_gap / 10,
+                limit_s=min(WINDOW_LIMIT_S, left_s),
+            )
+            if better(solution) and solution.plan is not None:
+                plan, saved = solution.plan, solution.saved
+            say(f"window at {first}: {saved * rate:.4f} of {bound * rate:.4f}")
+        if saved == before:
+            break
+    if not closed():
+        solution = program.solve(
+            integral=True,
+            start=plan,
+            relative_gap=relative_gap,
+            limit_s=max(1.0, deadline - time.perf_counter()),
+        )
+        bound = min(bound, solution.bound)
+        if better(solution) and solution.plan is not None:
+            plan = solution.plan
+        say(f"whole: {solution.saved * rate:.4f} of {bound * rate:.4f}")
+    return plan, bound

@@ -1,0 +1,318 @@
+"""Results for people: metrics, tables, JSON lines. Figures are in ``figures.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.trace_stats import Spread, TraceStats
+
+if TYPE_CHECKING:
+    from hybridcache.lab.optimum import Optimum
+    from hybridcache.lab.simulation.simulate import SimulationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure of a run, and how to write it."""
+
+    title: str
+    value: Callable[[RunResult], float | None]
+    form: str = "{:.1f}"
+
+    def text(self, run: RunResult) -> str:
+        value = self.value(run)
+        return "-" if value is None else self.form.format(value)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _gib(num_bytes: int | None) -> float | None:
+    return None if num_bytes is None else num_bytes / 2**30
+
+
+METRICS: dict[str, Metric] = {
+    "hit": Metric("token hit rate, %", lambda run: 100 * run.token_hit_rate),
+    "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
+    "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
+    "optimum": Metric("% of best plan", lambda run: _percent(run.share_of_optimum)),
+    "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
+    "seconds": Metric("prefill seconds spent", lambda run: run.seconds, "{:.3g}"),
+    "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved, "{:.3g}"),
+    "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s),
+    "ttft-p5": Metric("TTFT P5, ms", lambda run: 1e3 * run.ttft_s[5]),
+    "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50]),
+    "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
+    "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
+    "regret": Metric(
+        "regret, % of prompt tokens",
+        # Files of before peers were told apart here have 0 for them; what tells no causes tells no regret either.
+        lambda run: (
+            None
+            if run.losses is None or run.regret_tokens is None
+            else 100 * run.regret_tokens / run.prompt_tokens
+        ),
+    ),
+    "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
+    "reuse": Metric(
+        "resumes per checkpoint made",
+        lambda run: run.hits / run.checkpoints_made if run.checkpoints_made else None,
+        "{:.2f}",
+    ),
+    "copied": Metric(
+        "state bytes copied, GiB",
+        lambda run: _gib(run.copied_bytes),
+    ),
+    "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
+    "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
+}
+"""Words for what a table or figure shows."""
+
+
+def find_metric(word: str) -> Metric:
+    """The metric called ``word``. ValueError lists the words there are."""
+    if word not in METRICS:
+        raise ValueError(f"unknown metric {word!r}; known: {', '.join(METRICS)}")
+    return METRICS[word]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned, the first to the left and the others to the right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def sweep_table(result: SimulationResult, word: str = "hit") -> str:
+    """A row a competitor, a column a size; where the metric is the token hit rate, also the best plan with hindsight and what no plan
+    can pass, if they were worked out, and the bound."""
+    metric = find_metric(word)
+    by_label = result.by_label()
+    first = next(iter(by_label.values()), [])
+    header = [f"{metric.title}, at GiB", *(size_label(run) for run in first)]
+    rows = [[label, *(_marked(run, word) for run in runs)] for label, runs in by_label.items()]
+    if word == "hit" and any(run.optimum_tokens for run in first):
+        rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
+    if word == "hit" and result.plan_bounds:
+        bounds = (result.plan_bounds.get(run.gib or 0.0) for run in first)
+        rows.append(["(no plan passes)", *("-" if b is None else f"{100 * b:.1f}" for b in bounds)])
+    if word == "optimum" and result.plan_bounds:
+        rows.append(["(no plan passes)", *(_bound_share(result, run) for run in first)])
+    if word == "hit" and result.bound_rate is not None:
+        rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
+    title = f"{result.trace}, {result.geometry.name}"
+    if first:
+        title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
+    table = f"{title}\n{text_table(header, rows)}"
+    return "\n".join([table, *notes_on(result, [word])])
+
+
+def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
+    """What stands under a table or figure of the metrics ``words``: what their numbers rest on."""
+    notes = plan_notes(result) if "optimum" in words else []
+    if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
+        notes.append(f"prefill times: {result.times}")
+    if any(weighs_as_another(run) for run in result.runs):
+        notes.append(MARCONI_NOTE)
+    return notes
+
+
+MARCONI_NOTE = "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; --baseline marconi uses the paper's model"
+
+
+def weighs_as_another(run: RunResult) -> bool:
+    """Whether a run's policy takes another model's FLOPs for its own."""
+    word = str(run.config["policy"]).partition(":")[0]
+    return word == "marconi" and not str(run.config["model"]).startswith("Qwen3-Next")
+
+
+def _marked(run: RunResult, word: str) -> str:
+    """A cell; what is above the best plan gets a star."""
+    text = METRICS[word].text(run)
+    return text + "*" if word == "optimum" and above_plan(run) else text
+
+
+def above_plan(run: RunResult) -> bool:
+    """Whether a run reuses more than the best plan."""
+    return run.share_of_optimum is not None and run.share_of_optimum > 1
+
+
+def _bound_share(result: SimulationResult, run: RunResult) -> str:
+    bound = result.plan_bounds.get(run.gib or 0.0)
+    return f"{1e4 * bound / hindsight_percent(run):.1f}" if bound and run.optimum_tokens else "-"
+
+
+def plan_notes(result: SimulationResult) -> list[str]:
+    """What "best plan" means here, in a sentence or two: whose it is, how far the optimum can be, what a star says."""
+    planned = [run for run in result.runs if run.optimum_tokens]
+    if not planned:
+        return []
+    gaps = [
+        1 - hindsight_percent(run) / (100 * bound)
+        for run in planned
+        if (bound := result.plan_bounds.get(run.gib or 0.0))
+    ]
+    notes = []
+    if gaps:
+        notes.append(f"best plan: the optimum is at most {100 * max(gaps):.1f} % above it")
+    else:
+        notes.append(
+            "best plan: the best found, not the optimum (--optimum lp proves how far above it can be)"
+        )
+    by_greedy = sum(solver == "greedy" for solver in result.plans_by.values())
+    if by_greedy:
+        notes[0] += (
+            f"; a clairvoyant greedy's at {by_greedy} of {len(result.plans_by)} sizes"
+            ", where no solver bettered it"
+        )
+    if any(map(above_plan, planned)):
+        notes.append(
+            "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a coarser grid than this cache, or this "
+            "cache does not count all memory that it uses"
+        )
+    return notes
+
+
+def hindsight_percent(run: RunResult) -> float:
+    """Token hit rate of the best plan with hindsight, %."""
+    return 100 * (run.optimum_tokens or 0) / run.prompt_tokens
+
+
+def size_label(run: RunResult) -> str:
+    """A run's GiB, as short as it can be read."""
+    if run.gib is None:
+        return "pools"
+    return f"{run.gib:.0f}" if run.gib >= 100 else f"{run.gib:.3g}"
+
+
+def losses_table(runs: Sequence[RunResult]) -> str:
+    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens. ``LOSSES_NOTE`` says what a cause is."""
+    causes = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed", "below_grid")
+    header = ["% of prompt tokens", "GiB", "reused"]
+    header += [cause.replace("_", " ") for cause in (*causes, "refused")]
+    rows = []
+    for run in runs:
+        if run.losses is None:
+            continue
+        parts = [run.cached_tokens, *(run.losses[cause] for cause in (*causes, "refused"))]
+        shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
+        rows.append([run.label, size_label(run), *shares])
+    return f"{text_table(header, rows)}\n{LOSSES_NOTE}"
+
+
+LOSSES_NOTE = (
+    "Each token has one cause, the first that holds on its path (its KV before its checkpoint); others may stand behind it, so a "
+    "share is not what undoing the cause would regain."
+)
+"""What stands under tables and figures of losses."""
+
+
+def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
+    """Token hit rate by prompt length, or by how many requests of the session came before; %."""
+    found = [run.by_length if by == "length" else run.by_turn for run in runs]
+    ranges = sorted({(bin_.start, bin_.end) for bins in found for bin_ in bins})
+    title = "prompt tokens" if by == "length" else "earlier requests"
+    header = [f"token hit rate, %, by {title}", "GiB", *(f"{start:,}+" for start, _ in ranges)]
+    rows = []
+    for run, bins in zip(runs, found, strict=True):
+        rates = {
+            (bin_.start, bin_.end): f"{100 * bin_.cached_tokens / bin_.prompt_tokens:.1f}"
+            for bin_ in bins
+        }
+        rows.append([run.label, size_label(run), *(rates.get(range_, "-") for range_ in ranges)])
+    return text_table(header, rows)
+
+
+def stats_table(stats: TraceStats) -> str:
+    """What a trace is like, in some thirty lines."""
+
+    def spread(name: str, values: Spread, form: str = "{:,.0f}") -> list[str]:
+        cells = [values.mean, *values.percentiles.values(), values.largest]
+        return [name, *(form.format(cell) for cell in cells)]
+
+    header = [stats.name, "mean", *(f"P{rank}" for rank in stats.prompt.percentiles), "largest"]
+    rows = [
+        spread("prompt, tokens", stats.prompt),
+        spread("answer, tokens", stats.output),
+        spread("reuse after requests", stats.reuse_requests),
+        spread("reuse after seconds", stats.reuse_s, "{:,.1f}"),
+        spread("reuse after new tokens", stats.reuse_new_tokens),
+    ]
+    share = 100 / max(stats.prompt_tokens, 1)
+    lines = [
+        text_table(header, rows),
+        "",
+        f"requests {stats.num_requests:,} in {stats.num_sessions:,} sessions and "
+        f"{stats.num_namespaces:,} namespaces, over {stats.duration_s:,.0f} s; {stats.num_bad} bad records skipped",
+        f"prompt tokens {stats.prompt_tokens:,}; one id stands for {stats.unit}",
+        f"distinct tokens, answers included {stats.distinct_tokens:,}",
+        f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
+        f"of requests {100 * stats.ideal_requests / max(stats.num_requests, 1):.2f} %",
+    ]
+    if stats.ideal_by_page:
+        pages = (f"{page}: {share * hit:.2f} %" for page, hit in stats.ideal_by_page.items())
+        lines.append(f"ideal token hit rate in whole pages of {', '.join(pages)}")
+    rows = [
+        [
+            f"{bin_.start:,} to {bin_.end:,}",
+            f"{bin_.tokens:,}",
+            f"{100 * bin_.seen / bin_.tokens:.1f}",
+        ]
+        for bin_ in stats.sharing
+    ]
+    lines += ["", text_table(["depth, tokens", "prompt tokens", "seen before, %"], rows)]
+    return "\n".join(lines)
+
+
+def optimum_table(found: Sequence[Optimum]) -> str:
+    """A row a size: the plan's hit rate, the proven bound, what lies between, and what more memory is worth."""
+    rows = [
+        [
+            f"{best.capacity_bytes / 2**30:.3g}",
+            f"{100 * best.reached:.2f}",
+            best.plan_by,
+            "-" if best.bound is None else f"{100 * best.bound:.2f}",
+            "-" if best.gap is None else f"{100 * best.gap:.2f}",
+            "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
+            "-" if best.prices is None else f"{2**30 * best.prices.max(initial=0):,.0f}",
+            f"{best.num_variables:,}",
+            f"{best.wall_s:.1f}",
+        ]
+        for best in found
+    ]
+    header = [
+        "GiB",
+        "reached, %",
+        "plan by",
+        "bound, %",
+        "gap, %",
+        "points a GiB more",
+        "dearest GiB, tokens",
+    ]
+    header += ["variables", "seconds"]
+    title = (
+        f"{found[0].trace}: {found[0].num_requests:,} requests, {found[0].method}\n"
+        if found
+        else ""
+    )
+    return title + text_table(header, rows)
+
+
+def write_runs(result: SimulationResult, path: Path) -> None:
+    """Every run as one JSON line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for run in result.runs:
+            file.write(json.dumps({"trace": result.trace} | run.as_record()) + "\n")

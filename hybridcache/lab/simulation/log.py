@@ -1,0 +1,78 @@
+"""What happened to each request of a run, in flat arrays: a million requests take some 80 MB."""
+
+from __future__ import annotations
+
+from array import array
+
+from hybridcache.interface import Losses
+from hybridcache.lab.simulation.target import Served
+from hybridcache.lab.trace import TraceRequest
+
+
+class RequestLog:
+    """One entry a request, in the order in which they were begun. Tokens and seconds."""
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.arrival_s = array("d")
+        self.prompt_tokens = array("q")
+        self.cached_tokens = array("q")
+        self.missed_tokens = array("q")
+        """Further tokens that a checkpoint which was evicted would have saved."""
+        self.turns = array("i")
+        """How many requests of the same session came before."""
+        self.ttft_s = array("d")
+        self.num_bypassed = 0
+        """Requests that could not hold memory at all, and were computed without the cache."""
+        self._lost_ids = [0] * len(Losses._fields)
+        """By cause, in the order of ``Losses``; the first stays 0."""
+        self._bypassed_tokens = 0
+        self.has_losses = True
+        self.has_missed = True
+        """Whether the target says what evicted checkpoints would have saved."""
+        self.control_s = 0.0
+        """Spent in the cache's own code."""
+
+    def add(self, request: TraceRequest, served: Served | None, turn: int, control_s: float) -> int:
+        """One request has begun; returns its place."""
+        unit = self.unit
+        length = request.num_tokens(unit)
+        cached = missed = 0
+        if served is None:
+            self.num_bypassed += 1
+            self._bypassed_tokens += length
+        else:
+            cached = served.cached_len * unit
+            missed_len = served.missed_len
+            if missed_len is None:
+                self.has_missed = False
+            elif missed_len > served.cached_len:
+                missed = missed_len * unit - cached
+            losses = served.losses
+            if losses is None:
+                self.has_losses = False
+            else:
+                _, kv_evicted, checkpoint_evicted, never_checkpointed, below_grid, refused = losses
+                lost = self._lost_ids
+                lost[1] += kv_evicted
+                lost[2] += checkpoint_evicted
+                lost[3] += never_checkpointed
+                lost[4] += below_grid
+                lost[5] += refused
+        self.arrival_s.append(request.timestamp_s)
+        self.prompt_tokens.append(length)
+        self.cached_tokens.append(cached)
+        self.missed_tokens.append(missed)
+        turns = self.turns
+        turns.append(turn)
+        self.control_s += control_s
+        return len(turns) - 1
+
+    @property
+    def losses(self) -> list[int]:
+        """Tokens lost by cause, in the order of ``Losses``. What no other cause has was never seen: a prompt's last id may stand
+        for less than a unit. O(requests)."""
+        lost = [num_ids * self.unit for num_ids in self._lost_ids]
+        lost[5] += self._bypassed_tokens
+        lost[0] = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(lost)
+        return lost

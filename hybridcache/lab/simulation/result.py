@@ -1,0 +1,241 @@
+"""The figures of one run, worked out from its request log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from hybridcache.geometry.model import prefill_seconds
+from hybridcache.interface import Losses
+from hybridcache.lab.simulation.log import RequestLog
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.target import GIB, RunConfig, describe
+
+PERCENTILES = (5, 50, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Requests of which some quantity lies in [start, end), their prompt tokens and the reused ones."""
+
+    start: int
+    end: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One cell of a sweep. Tokens are tokens, whatever the trace's unit."""
+
+    config: dict[str, Any]
+    """What was simulated: see ``describe``."""
+    requests: int
+    hits: int
+    """Requests that reused anything."""
+    bypassed: int
+    """Requests larger than the memory there was: computed without the cache."""
+    prompt_tokens: int
+    cached_tokens: int
+    losses: dict[str, int] | None
+    """Tokens not reused, by cause; None where the target does not say."""
+    flops: int
+    flops_saved: int
+    seconds: float
+    """Prefill time that was spent."""
+    seconds_saved: float
+    ttft_s: dict[int, float]
+    """Percentiles of the time to first token, waiting included."""
+    ttft_mean_s: float
+    regret_requests: int | None
+    """Requests that an evicted checkpoint would have served deeper; None, here and below, where the target does not say (rebuilt
+    peers), which is not 0."""
+    regret_tokens: int | None
+    """Tokens that those checkpoints would have saved."""
+    regret_flops: int | None
+    checkpoints_made: int | None
+    """Checkpoints that entered the cache."""
+    checkpoint_copies: int | None
+    """States written by prefills and decodes; donated ones cost no copy."""
+    copied_bytes: int | None
+    """Of states: one copy a checkpoint written, one a request resumed."""
+    written_kv_bytes: int | None
+    evicted_kv_tokens: int | None
+    evicted_checkpoints: int | None
+    by_length: tuple[Bin, ...]
+    """By prompt length, bins doubling."""
+    by_turn: tuple[Bin, ...]
+    """By number of earlier requests of the session, bins doubling."""
+    control_us: float
+    """Microseconds in the cache's own code, mean a request. Not reproducible; all else is."""
+    bound_tokens: int | None = None
+    """What an infinite token-granular cache would reuse."""
+    optimum_tokens: int | None = None
+    """What the best plan with hindsight that was found reuses with this memory: the optimum only where a bound says so."""
+
+    @property
+    def label(self) -> str:
+        return str(self.config["label"])
+
+    @property
+    def gib(self) -> float | None:
+        size: float | None = self.config["gib"]
+        return size
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def request_hit_rate(self) -> float:
+        return self.hits / self.requests if self.requests else 0.0
+
+    @property
+    def flops_saved_rate(self) -> float:
+        total = self.flops + self.flops_saved
+        return self.flops_saved / total if total else 0.0
+
+    @property
+    def share_of_bound(self) -> float | None:
+        return self.cached_tokens / self.bound_tokens if self.bound_tokens else None
+
+    @property
+    def share_of_optimum(self) -> float | None:
+        """Of the best plan that was found. Above 1 where that is not the optimum, or not this run's: a greedy's plan, a grid coarser
+        than a peer's, memory that a peer does not count."""
+        return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON; the rates are written out beside the counts they come from."""
+        return asdict(self) | {
+            "token_hit_rate": self.token_hit_rate,
+            "request_hit_rate": self.request_hit_rate,
+            "flops_saved_rate": self.flops_saved_rate,
+            "share_of_bound": self.share_of_bound,
+            "share_of_optimum": self.share_of_optimum,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> RunResult:
+        """The inverse of ``as_record`` after a trip through JSON."""
+        values = {field.name: record[field.name] for field in fields(cls)}
+        values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
+        for name in ("by_length", "by_turn"):
+            values[name] = tuple(Bin(**bin_) for bin_ in record[name])
+        return cls(**values)
+
+
+def summarise(
+    config: RunConfig, serving: Serving, log: RequestLog, counters: dict[str, int]
+) -> RunResult:
+    """The figures of one run. O(requests)."""
+    geometry = config.geometry
+    lengths = np.frombuffer(log.prompt_tokens, np.int64)
+    cached = np.frombuffer(log.cached_tokens, np.int64)
+    missed = np.frombuffer(log.missed_tokens, np.int64)
+    flops_saved = int(_flops(config, cached))
+    ttft = np.asarray(log.ttft_s, dtype=np.float64)
+    resumed = int((cached > 0).sum())
+    made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
+    written, evicted = counters.get("inserted_tokens"), counters.get("evicted_tokens")
+    spent = sum(prefill_seconds(serving.times, cached, lengths))
+    cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
+    return RunResult(
+        config=describe(config),
+        requests=len(lengths),
+        hits=resumed,
+        bypassed=log.num_bypassed,
+        prompt_tokens=int(lengths.sum()),
+        cached_tokens=int(cached.sum()),
+        losses=dict(zip(Losses._fields, log.losses, strict=True)) if log.has_losses else None,
+        flops=int(_flops(config, lengths)) - flops_saved,
+        flops_saved=flops_saved,
+        seconds=spent,
+        seconds_saved=cold - spent,
+        ttft_s=_percentiles(ttft),
+        ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
+        regret_requests=int((missed > 0).sum()) if log.has_missed else None,
+        regret_tokens=int(missed.sum()) if log.has_missed else None,
+        regret_flops=int(_flops(config, cached + missed)) - flops_saved if log.has_missed else None,
+        checkpoints_made=made,
+        checkpoint_copies=copies,
+        copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,
+        written_kv_bytes=None
+        if written is None
+        else written * log.unit * geometry.kv_bytes_per_token,
+        evicted_kv_tokens=None if evicted is None else evicted * log.unit,
+        evicted_checkpoints=counters.get("evicted_slots"),
+        by_length=_bins(lengths, lengths, cached, first=256),
+        by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
+        control_us=log.control_s / max(len(lengths), 1) * 1e6,
+    )
+
+
+def _flops(config: RunConfig, ends: Any) -> int:
+    """FLOPs of computing each first ``ends[i]`` tokens, summed; Python integers, for they outgrow 64 bits."""
+    geometry = config.geometry
+    per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
+    tokens = int(ends.sum())
+    pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in np.array_split(ends, 64))
+    return tokens * per_token + pairs * geometry.attention_flops_per_pair
+
+
+def _percentiles(values: Any) -> dict[int, float]:
+    if not len(values):
+        return dict.fromkeys(PERCENTILES, 0.0)
+    return dict(zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True))
+
+
+def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
+    """Bins [0, first), [first, 2 first), [2 first, 4 first) ... up to the largest key; empty ones are left out."""
+    bins = []
+    start, end = 0, first
+    largest = int(keys.max(initial=-1))
+    while start <= largest:
+        inside = (keys >= start) & (keys < end)
+        count = int(inside.sum())
+        if count:
+            bins.append(
+                Bin(start, end, count, int(lengths[inside].sum()), int(cached[inside].sum()))
+            )
+        start, end = end, end * 2
+    return tuple(bins)
+
+
+def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
+    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or numbers.
+
+    ValueError unless there is one at least and all are positive and finite.
+
+    >>> sizes("2:200:3")
+    (2.0, 20.0, 200.0)
+    """
+    try:
+        found = _points(spec)
+    except ValueError:
+        found = ()
+    if not found or not all(0 < gib < float("inf") for gib in found):
+        raise ValueError(
+            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points (low first), as a,b,c or as numbers"
+        )
+    return found
+
+
+def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(spec, str) and ":" in spec:
+        low, high, count = spec.split(":")
+        if float(low) > float(high):
+            raise ValueError("the sizes go up")
+        points = np.geomspace(float(low), float(high), int(count))
+        return tuple(float(f"{point:.6g}") for point in points)
+    if isinstance(spec, str):
+        return tuple(float(part) for part in spec.split(","))
+    return (float(spec),) if isinstance(spec, int | float) else tuple(map(float, spec))
+
+
+def budget_bytes(gib: float) -> int:
+    return int(gib * GIB)

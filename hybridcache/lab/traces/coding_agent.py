@@ -1,0 +1,184 @@
+"""Recorded coding-agent sessions: hashes of 64-token blocks, run-length coded (callanjfox/kv-cache-tester, traces).
+
+A line is a session. ``hash_ids`` is a list of runs, [first id, last id] or a single id; ids are the session's own, so two sessions never agree on one
+even where their texts do. What they share is rebuilt from ``tool_tokens`` and ``system_tokens``: a prompt begins with that many tokens of
+tool definitions, then of system prompt, and two sessions (or subagents) with the same two counts are taken to have the same text there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.arrivals import Fixed, Starts, interleave
+from hybridcache.lab.trace import (
+    BadRecords,
+    FreshIds,
+    Ids,
+    TraceRequest,
+    units,
+)
+from hybridcache.lab.traces.base import (
+    LONGEST,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    objects,
+    parsed,
+    seconds,
+    whole,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CodingAgentReader(Reader):
+    """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when they did."""
+
+    word: ClassVar[str] = "coding-agent"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    starts: Starts = field(default_factory=lambda: Fixed(1 / 300))
+    seed: int = 0
+    duplicates: bool = False
+    """Whether sessions marked ``dup`` (recorded twice) are read too."""
+    unit: int = 64
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """Session-local ids, and requests."""
+        return record.get("hash_id_scope") == "local" and "requests" in record
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        return interleave(self._sessions(), self.starts, unit=self.unit, seed=self.seed)
+
+    def _sessions(self) -> Iterator[list[TraceRequest]]:
+        ids = _Ids()
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            if self.duplicates or not record.get("dup"):
+                yield _Session(record, ids, self.unit).requests()
+
+        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+
+
+class _Ids:
+    """Ids of the whole trace: shared heads, sessions' own blocks, unknown answers."""
+
+    def __init__(self) -> None:
+        self.fresh = FreshIds()
+        self._next = 0
+        self._heads: dict[Hashable, Ids] = {}
+
+    def reserve(self, num_ids: int) -> int:
+        """The first of ``num_ids`` new ids."""
+        first = self._next
+        if first + num_ids > FreshIds.FLOOR:
+            raise OverflowError("more than 2**30 blocks in one trace")
+        self._next += num_ids
+        return first
+
+    def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Ids:
+        """Ids of a shared head: the tools' part agrees wherever its length does, the rest wherever both lengths do."""
+        parts = []
+        for kind, num_blocks in (((key,), tool_blocks), ((key, tool_blocks), system_blocks)):
+            name = (*kind, num_blocks)
+            if name not in self._heads:
+                first = self.reserve(num_blocks)
+                self._heads[name] = np.arange(first, first + num_blocks, dtype=np.int32)
+            parts.append(self._heads[name])
+        return np.concatenate(parts)
+
+
+class _Session:
+    """One line of the file, subagents included; requests in order of time."""
+
+    def __init__(self, record: Record, ids: _Ids, unit: int) -> None:
+        self._record, self._ids, self._unit = record, ids, unit
+        most = max((last for _, last in _runs(record)), default=0)
+        self._offset = ids.reserve(most + 1)
+
+    def requests(self) -> list[TraceRequest]:
+        """All of them; ValueError, OverflowError or KeyError where one can not be read."""
+        found = list(self._walk(self._record, 0.0, str(key(self._record, "id"))))
+        return sorted(found, key=lambda request: request.timestamp_s)
+
+    def _walk(self, owner: Record, start_s: float, name: str) -> Iterator[TraceRequest]:
+        tools, system = whole(owner, "tool_tokens"), whole(owner, "system_tokens")
+        tool_blocks = tools // self._unit
+        system_blocks = (tools + system) // self._unit - tool_blocks
+        head = self._ids.head(tool_blocks, system_blocks, "heads")
+        # The owner's requests begin with the same blocks where they carry the head; one that does not (a title, a
+        # summary) keeps ids of its own.
+        own_head: list[int] | None = None
+        for request in objects(owner, "requests"):
+            when = start_s + seconds(request, "t")
+            if request["type"] == "subagent":
+                yield from self._walk(request, when, f"{name}/{key(request, 'agent_id')}")
+                continue
+            tokens = self._tokens(request)
+            if not len(tokens):
+                continue
+            if own_head is None and len(tokens) >= len(head):
+                own_head = tokens[: len(head)].tolist()
+            shared = _agreeing(tokens, own_head or [])
+            tokens[:shared] = head[:shared]
+            yield self._request(request, when, name, tokens, shared)
+
+    def _tokens(self, request: Record) -> Ids:
+        parts = [np.arange(first, last + 1, dtype=np.int32) for first, last in _spans(request)]
+        return np.concatenate(parts) + np.int32(self._offset) if parts else np.zeros(0, np.int32)
+
+    def _request(
+        self, request: Record, when: float, name: str, tokens: Ids, shared: int
+    ) -> TraceRequest:
+        length = whole(request, "in")
+        blocks = len(tokens)
+        if not blocks * self._unit <= length < (blocks + 1) * self._unit:
+            raise ValueError(f"{blocks} blocks of {self._unit} do not cover {length} tokens")
+        partial = length - blocks * self._unit
+        if partial:  # the rest that has no hash: nobody shares it
+            tokens = np.concatenate((tokens, self._ids.fresh.take(1)))
+        total = units(length + whole(request, "out"), self._unit)
+        output = self._ids.fresh.take(total - len(tokens))
+        boundaries = (shared,) if shared else ()
+        return TraceRequest(when, name, None, tokens, output, boundaries, partial or None)
+
+
+def _runs(record: Record) -> Iterator[tuple[int, int]]:
+    for request in objects(record, "requests"):
+        if request["type"] == "subagent":
+            yield from _runs(request)
+        else:
+            yield from _spans(request)
+
+
+def _spans(request: Record) -> list[tuple[int, int]]:
+    """(first, last) of every run; a run of one may be a bare id. ValueError where they are none, or more than a prompt has."""
+    runs = request["hash_ids"]
+    if not isinstance(runs, list):
+        raise ValueError("hash_ids is not a list of ids and runs of ids")
+    spans, num_ids = [], 0
+    for run in runs:
+        pair = run if isinstance(run, list) else [run, run]
+        if len(pair) != 2 or not all(type(end) is int and 0 <= end < 1 << 30 for end in pair):
+            raise ValueError("a run of hash_ids is no id and no [first id, last id]")
+        first, last = pair
+        if last < first:
+            raise ValueError("a run of hash_ids ends before it begins")
+        num_ids += last - first + 1
+        if num_ids > LONGEST:
+            raise ValueError(f"more than {LONGEST} hash_ids in one prompt")
+        spans.append((first, last))
+    return spans
+
+
+def _agreeing(tokens: Ids, head: list[int]) -> int:
+    """How many leading ids of ``tokens`` are ``head``'s."""
+    length = min(len(tokens), len(head))
+    differs = tokens[:length] != np.asarray(head[:length], np.int32)
+    return int(differs.argmax()) if differs.any() else length

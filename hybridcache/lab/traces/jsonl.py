@@ -1,0 +1,184 @@
+"""The project's own format: JSON lines that can say everything a ``TraceRequest`` can.
+
+A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many tokens an id stands for. Then one
+object a line, in order of time:
+
+``timestamp``   seconds; default: one second after the line before
+``session``     string or number; default: the line's own
+``namespace``   string, number or null
+``tokens``      the prompt's ids, or
+``prefix``      [k, ids...]: the first k ids of the same session's last prompt and answer, then these
+``output``      the answer's ids, or
+``output_length``  how many tokens the answer has, where its ids are not known
+``boundaries``  ascending positions in ids
+``partial``     tokens that the prompt's last id stands for, where fewer than the unit
+``answer_survives``  false: later prompts are known to leave this one before its end
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+import numpy as np
+
+from hybridcache.lab.trace import (
+    BadRecordError,
+    BadRecords,
+    FreshIds,
+    Ids,
+    Trace,
+    TraceRequest,
+    units,
+)
+from hybridcache.lab.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    parsed,
+    read_ids,
+    seconds,
+    whole,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnReader(Reader):
+    """Reads what ``write`` wrote, or what a program of the user's did."""
+
+    word: ClassVar[str] = "jsonl"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """The format's own line, or ``tokens`` or a ``prefix``."""
+        has_tokens = isinstance(record.get("tokens"), list) or isinstance(
+            record.get("prefix"), list
+        )
+        return record.get("format") == "hybridcache" or has_tokens
+
+    @property
+    def unit(self) -> int:
+        """Tokens an id stands for, as the first line says; 1 where it says nothing. Reads that line."""
+        for line, record in json_lines(self.path, BadRecords(skip=True)):
+            if "format" not in record or "unit" not in record:
+                break
+            try:
+                return whole(record, "unit", least=1)
+            except ValueError as error:
+                raise BadRecordError(f"{self.path}, line {line}: {error}") from error
+        return 1
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        parser = _Parser(self.unit)
+        return parsed(self.path, json_lines(self.path, self.bad), parser.parse, self.bad)
+
+
+class _Parser:
+    """Lines to requests; remembers each session's last prompt and answer for ``prefix``."""
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._fresh = FreshIds()
+        self._number = -1
+        self._clock = Clock()
+        self._last: dict[Hashable, Ids] = {}
+
+    def parse(self, record: Record) -> Iterable[TraceRequest]:
+        """The line's request; none for the format's own line. ValueError or KeyError: it can not be read, and left no trace."""
+        if "format" in record:
+            return
+        self._number += 1
+        session = key(record, "session") if "session" in record else f"line {self._number}"
+        tokens = self._tokens(record, session)
+        partial = record.get("partial")
+        if partial is not None:
+            partial = whole(record, "partial", 1, self._unit)
+        said_s = seconds(record, "timestamp") if "timestamp" in record else None
+        output = self._output(record)
+        boundaries = tuple(read_ids(record.get("boundaries", [])).tolist())
+        if any(position > len(tokens) for position in boundaries):
+            raise ValueError(f"a boundary is outside of the prompt's {len(tokens)} ids")
+        named = record.get("namespace") is not None
+        survives = record.get("answer_survives", True)
+        if not isinstance(survives, bool):
+            raise ValueError("answer_survives is neither true nor false")
+        now = self._clock.at(said_s)
+        self._last[session] = np.concatenate((tokens, output))
+        yield TraceRequest(
+            now,
+            session,
+            key(record, "namespace") if named else None,
+            tokens,
+            output,
+            tuple(sorted(boundaries)),
+            partial,
+            survives,
+        )
+
+    def _tokens(self, record: Record, session: Hashable) -> Ids:
+        if "tokens" in record:
+            tokens = read_ids(record["tokens"])
+        else:
+            prefix = read_ids(record["prefix"])
+            if not len(prefix):
+                raise ValueError("prefix does not say how many ids are kept")
+            before = self._last.get(session, np.zeros(0, np.int32))
+            kept = int(prefix[0])
+            if kept > len(before):
+                raise ValueError(f"prefix keeps {kept} ids of {len(before)} that session has")
+            tokens = np.concatenate((before[:kept], prefix[1:]))
+        if not len(tokens):
+            raise ValueError("the prompt is empty")
+        return tokens
+
+    def _output(self, record: Record) -> Ids:
+        if "output" in record:
+            return read_ids(record["output"])
+        length = whole(record, "output_length") if "output_length" in record else 0
+        return self._fresh.take(units(length, self._unit))
+
+
+def write(trace: Trace, file: TextIO) -> int:
+    """Write ``trace`` in this format, prompts as ``prefix`` of their session where they repeat it; returns its requests."""
+    file.write(json.dumps({"format": "hybridcache", "version": 1, "unit": trace.unit}) + "\n")
+    last: dict[Hashable, Ids] = {}
+    num_requests = 0
+    for request in trace:
+        num_requests += 1
+        before = last.get(request.session)
+        kept = 0 if before is None else _common(before, request.tokens)
+        record: dict[str, Any] = {"timestamp": round(request.timestamp_s, 6)}
+        record["session"] = _plain(request.session)
+        if request.namespace is not None:
+            record["namespace"] = _plain(request.namespace)
+        if kept:
+            record["prefix"] = [kept, *request.tokens[kept:].tolist()]
+        else:
+            record["tokens"] = request.tokens.tolist()
+        record["output"] = request.output.tolist()
+        if request.boundaries:
+            record["boundaries"] = list(request.boundaries)
+        if request.partial_tokens is not None:
+            record["partial"] = request.partial_tokens
+        if not request.answer_survives:
+            record["answer_survives"] = False
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        last[request.session] = np.concatenate((request.tokens, request.output))
+    return num_requests
+
+
+def _plain(value: Hashable) -> str | int:
+    return value if isinstance(value, int | str) else str(value)
+
+
+def _common(one: Ids, other: Ids) -> int:
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length

@@ -1,0 +1,85 @@
+"""tau-bench trajectories: a tool agent and a simulated customer, one shared policy prompt (sierra-research/tau-bench).
+
+A JSON array of ``{"task_id", "trial", "traj": [messages]}``. Every message of the assistant is a request; calls of tools are rendered as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hybridcache.lab.arrivals import (
+    Pauses,
+    Poisson,
+    Starts,
+    interleave,
+)
+from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.traces.base import (
+    Reader,
+    Record,
+    key,
+    objects,
+    parsed,
+    text,
+)
+from hybridcache.lab.traces.sharegpt import json_array
+from hybridcache.lab.traces.text import ChatText, load_chat_text
+
+
+@dataclass(frozen=True, slots=True)
+class TauBenchReader(Reader):
+    """Trajectories as sessions; a customer and a tool answer in a few seconds."""
+
+    word: ClassVar[str] = "taubench"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    tokenizer: str = "bytes"
+    template: str = "chatml"
+    starts: Starts = field(default_factory=lambda: Poisson(0.2))
+    pauses: Pauses = field(default_factory=lambda: Pauses(median_s=5.0))
+    seed: int = 0
+    unit: int = 1
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """A trajectory."""
+        return "traj" in record
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        return interleave(self._sessions(), self.starts, self.pauses, seed=self.seed)
+
+    def _sessions(self) -> Iterator[list[TraceRequest]]:
+        chat = load_chat_text(self.tokenizer, self.template)
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            name = f"task {key(record, 'task_id')}, trial {key(record, 'trial')}"
+            yield _requests(objects(record, "traj"), name, chat)
+
+        return parsed(self.path, json_array(self.path, self.bad, "task_id"), parse, self.bad)
+
+
+def _requests(messages: list[Record], name: str, chat: ChatText) -> list[TraceRequest]:
+    said: list[dict[str, str]] = []
+    requests = []
+    for message in messages:
+        role, words = text(message, "role"), _words(message)
+        if role == "assistant" and said:
+            turn = chat.turn(said, words, tools=True)
+            requests.append(turn.request(name))
+        said.append({"role": role, "content": words})
+    return requests
+
+
+def _words(message: Record) -> str:
+    """What is said, with calls of tools as text."""
+    words = text(message, "content") if message.get("content") is not None else ""
+    calls: list[Any] = objects(message, "tool_calls") if message.get("tool_calls") else []
+    if message.get("function_call"):
+        calls = [{"function": message["function_call"]}]
+    for call in calls:
+        words += f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
+    return words

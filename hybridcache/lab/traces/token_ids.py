@@ -1,0 +1,80 @@
+"""Prompts as token ids in JSON lines, as benchmark tools write them; the common spellings of each field are understood.
+
+========  =================================================================================================
+prompt    ``input_tokens``, ``input_ids``, ``prompt_token_ids``, ``token_ids``, ``prompt``: a list of ids
+answer    ``output_tokens``, ``output_ids``, ``output_token_ids``, ``completion_token_ids``: a list of ids, or
+          ``num_output_tokens``, ``output_len``, ``output_length``, ``max_tokens``: its length
+time      ``ts``, ``timestamp``, ``arrival_time``: seconds; default: one second after the line before
+session   ``session_id``, ``session``, ``conversation_id``: a text or a whole number; default: the line's own
+========  =================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    parsed,
+    read_ids,
+    seconds,
+    whole,
+)
+
+_PROMPT = ("input_tokens", "input_ids", "prompt_token_ids", "token_ids", "prompt")
+_ANSWER = ("output_tokens", "output_ids", "output_token_ids", "completion_token_ids")
+_ANSWER_LEN = ("num_output_tokens", "output_len", "output_length", "max_tokens")
+_TIME = ("ts", "timestamp", "arrival_time")
+_SESSION = ("session_id", "session", "conversation_id")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIdsReader(Reader):
+    """One request a line, in order."""
+
+    word: ClassVar[str] = "token-ids"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    unit: int = 1
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """A list of ids under one of the prompt's names."""
+        name = _first(record, _PROMPT)
+        return name is not None and isinstance(record[name], list)
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        fresh = FreshIds()
+        clock, number = Clock(), 0
+
+        def parse(record: Record) -> Iterable[TraceRequest]:
+            nonlocal number
+            name = _first(record, _PROMPT)
+            prompt = read_ids(record[name] if name else [])
+            if not len(prompt):
+                raise ValueError(f"no list of ids under any of {', '.join(_PROMPT)}")
+            answer, length = _first(record, _ANSWER), _first(record, _ANSWER_LEN)
+            if answer is not None:
+                output = read_ids(record[answer])
+            else:
+                output = fresh.take(whole(record, length) if length else 0)
+            when, session = _first(record, _TIME), _first(record, _SESSION)
+            number += 1
+            owner = key(record, session) if session else number
+            now = clock.at(seconds(record, when) if when else None)
+            yield TraceRequest(now, owner, None, prompt, output)
+
+        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+
+
+def _first(record: Record, names: Sequence[str]) -> str | None:
+    """The first of ``names`` that the record has, with more than null in it."""
+    return next((name for name in names if record.get(name) is not None), None)

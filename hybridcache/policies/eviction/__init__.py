@@ -1,0 +1,1 @@
+"""What is evicted first: one file an algorithm, and what several of them share."""

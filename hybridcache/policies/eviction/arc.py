@@ -1,0 +1,84 @@
+"""ARC."""
+
+from __future__ import annotations
+
+from hybridcache.policies.eviction.queues import (
+    BothKinds,
+    Queue,
+    QueuePolicy,
+    Record,
+)
+from hybridcache.policies.protocol import Item
+
+
+class ArcQueues(QueuePolicy):
+    """``recent`` (T1), ``frequent`` (T2) and the bytes that T1 should have, moved by ghosts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent, self.frequent = Queue(), Queue()
+        self.target_bytes = 0.0
+        self.num_ghosts = {True: 0, False: 0}
+        """Evicted and not asked back, by whether they came from ``recent``."""
+        self._chosen: Item | None = None
+        self._frequent_asked = False
+        """The latest request asked for a ghost of ``frequent``: it may then take T1's last byte of its target."""
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """``recent``, or ``frequent`` for one that a ghost asked back."""
+        self._frequent_asked = False
+        return self.recent if ghost is None else self.frequent
+
+    def used(self, item: Item, record: Record) -> None:
+        """To the young end of ``frequent``, from either list."""
+        self.move(item, self.frequent)
+
+    def choose(self) -> Item | None:
+        """The oldest of ``recent`` while it holds more than its target, else of ``frequent`` (REPLACE)."""
+        held = self.recent.num_bytes
+        over = held > self.target_bytes or (self._frequent_asked and held == self.target_bytes)
+        first, second = (self.recent, self.frequent) if over else (self.frequent, self.recent)
+        oldest = first.oldest() or second.oldest()
+        self._chosen = oldest[1] if oldest else None
+        return self._chosen
+
+    def gone(self, item: Item, record: Record) -> None:
+        """What was chosen is a ghost now."""
+        if item is self._chosen:
+            self._chosen = None
+            self.num_ghosts[record.queue is self.recent] += 1
+
+    def missed(self, item: Item) -> None:
+        """A ghost asks for room in the list it came from: as many items' bytes as the other list has ghosts for one of its own."""
+        super().missed(item)
+        record: Record = item.memo
+        if record.owner is not self:
+            return
+        from_recent = record.queue is self.recent
+        self._frequent_asked = not from_recent
+        own, other = self._remembered(from_recent), self._remembered(not from_recent)
+        step = max(1.0, other / own) * item.size_bytes
+        total = self.recent.num_bytes + self.frequent.num_bytes
+        self.target_bytes += step if from_recent else -step
+        self.target_bytes = min(max(self.target_bytes, 0.0), float(total))
+        self.num_ghosts[from_recent] = max(0, self.num_ghosts[from_recent] - 1)
+
+    def _remembered(self, from_recent: bool) -> int:
+        """|B1| or |B2| as the paper bounds them: T1 with B1, and B1 with B2, no more than the cache holds. At least 1."""
+        recent = min(self.num_ghosts[True], len(self.frequent))
+        if from_recent:
+            return max(1, recent)
+        capacity = len(self.recent) + len(self.frequent)
+        return max(1, min(self.num_ghosts[False], capacity - recent))
+
+
+class ARC(BothKinds):
+    """Two LRU lists, used once and used again; whichever's ghosts are asked for gets more room.
+
+    Source: Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST'03). Candidates: leaf KV, any unlocked
+    checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: the lists for each, the target in bytes; the
+    tree's ghosts are B1 and B2 (checkpoints only, so KV's target stays 0: its used items are kept longest).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ArcQueues(), ArcQueues())

@@ -1,0 +1,55 @@
+"""Class-aware age."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hybridcache.policies.eviction.scored import SampledPolicy
+from hybridcache.policies.protocol import Item
+
+Class = tuple[str, str, int, bool]
+
+
+class ClassAge(SampledPolicy):
+    """Least P(reuse | class) * tokens to compute again / (bytes freed * age), among 64 drawn.
+
+    Source: this project's first draft of ``regret``. A class is (kind, label, uses up to 3, superseded); P counts, over all
+    items that ever entered the class, how many were used again, ghosts included: a request that would have used an evicted
+    checkpoint counts as a use. Starts at one in two. Candidates: leaf KV, any unlocked checkpoint. Refresh: the age restarts
+    at a use. Two kinds, unequal sizes: ``span`` over ``size_bytes`` for both.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self._entered: defaultdict[Class, int] = defaultdict(lambda: 2)
+        self._reused: defaultdict[Class, int] = defaultdict(lambda: 1)
+
+    def score(self, item: Item) -> float:
+        key = _class(item)
+        chance = self._reused[key] / self._entered[key]
+        return chance * item.span / (item.size_bytes * (self.now - item.last_used + 1))
+
+    def add(self, item: Item) -> None:
+        super().add(item)
+        self._count(item)
+
+    def touch(self, item: Item) -> None:
+        super().touch(item)
+        self._count(item)
+
+    def missed(self, item: Item) -> None:
+        self._reused[item.memo[1]] += 1
+
+    def _count(self, item: Item) -> None:
+        """``memo`` holds (uses, class) as last seen."""
+        key = _class(item)
+        if item.memo is None:
+            self._entered[key] += 1
+        elif item.uses > item.memo[0]:
+            self._reused[item.memo[1]] += 1
+            self._entered[key] += 1
+        item.memo = (item.uses, key)
+
+
+def _class(item: Item) -> Class:
+    return item.kind, item.label, min(item.uses, 3), item.superseded

@@ -1,0 +1,239 @@
+"""regret: what a byte is worth, learnt from what was used and from what ghosts say was missed. No knob."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from hybridcache.policies.eviction.columns import Columns
+from hybridcache.policies.eviction.survival import Stage, Survival, age_bins
+from hybridcache.policies.protocol import Item, Kind
+
+SUPERSEDED_PRIOR = 0.125
+"""What a superseded checkpoint is believed to be worth, against one that is not, before anything was seen."""
+COMMON = frozenset({"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1"})
+"""Labels of places where prompts are known to part; all others speculate."""
+SPECULATIVE_PRIOR = 0.125
+MAX_TURN = 8
+"""Generations of a lineage that are told apart."""
+SAMPLE = 1024
+"""Candidates looked at for one victim; all, while there are no more."""
+
+
+Class = tuple[tuple[bool, bool], str, int, int, int]
+"""((superseded, speculative), label, uses, generation, log2 of the position)."""
+
+
+class _Memo:
+    """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
+
+    __slots__ = ("active", "demand", "key", "stage", "superseded", "turn", "uses")
+
+    def __init__(self, item: Item, turn: int) -> None:
+        self.uses = item.uses
+        self.superseded = item.superseded
+        self.turn = turn
+        self.active = item.last_used
+        """Latest use of the item or of a descendant that was evicted."""
+        self.stage: Stage
+        self.key: Class
+        """Its class."""
+        self.demand: Class | None = None
+        """The class of the evicted tip it stands in for, while it is the tip itself."""
+
+
+class Regret:
+    """Least (index of class and age) * (tokens lost) / (bytes freed).
+
+    *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is ``Survival``'s. *Tokens
+    lost*: back to the nearest checkpoint above, so what a neighbour covers is not paid twice. *Bytes freed*: the state, and
+    at a leaf the KV tail that dies with it, so tails and states trade at what they save per byte. *Lineage*: a checkpoint
+    takes over its predecessor's generation + 1; when a tip is evicted, the predecessor takes over the tip's demand.
+    *Regret*: the use a ghost reports counts as a use of its class.
+
+    Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal coverage as in k-median on a
+    tree. Candidates: leaf KV without a checkpoint at once; else checkpoints, a leaf's with its tail; leaf KV by itself where
+    KV has a pool of its own. Refresh: the consumed checkpoint. O(1) per event, O(1024) per victim.
+    """
+
+    ranks_structure = True
+    """Dead KV and superseded checkpoints are ranked here, not by tiers around it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.now = 0
+        self.survival = Survival()
+        self._random = random.Random(seed)
+        self._checkpoints = Columns()
+        self._kv = Columns()
+        self._dead: dict[Item, None] = {}
+        self._idle_kv: dict[Item, None] | None = {}
+        """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
+        self._chosen: Item | None = None
+        self._ghost_turn = (0, 0)
+        """(time, generation) of the latest ghost that spoke."""
+        self._stale: dict[Item, None] = {}
+        """Checkpoints below which something went (they may free more than when they were last looked at) and new ones (others
+        of the same prompt may have come to stand above them)."""
+        self._just_used = False
+        """The latest call was a use: a ghost that speaks now belongs to the same request."""
+
+    def add(self, item: Item) -> None:
+        self._tick(item)
+        self._just_used = False
+        if item.dead:
+            self._dead[item] = None
+            return
+        if item.kind == "kv" and self._idle_kv is not None:
+            self._idle_kv[item] = None
+            return
+        memo = item.memo
+        if memo is None:
+            item.memo = memo = _Memo(item, self._turn(item))
+            self._enter(item, memo)
+            self._stale[item] = None
+        elif item.uses > memo.uses:
+            self._used(item, memo)
+        elif item.superseded != memo.superseded:
+            self.survival.close(memo.stage, self.now, used=False)
+            self._enter(item, memo)
+        self._columns(item).put(item, memo.stage.row, memo.stage.entered, _worth(item))
+
+    def touch(self, item: Item) -> None:
+        self._tick(item)
+        self._just_used = True
+        memo = item.memo
+        if memo is not None and item.uses > memo.uses:
+            self._used(item, memo)
+            columns = self._columns(item)
+            if item in columns:
+                columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
+
+    def discard(self, item: Item) -> None:
+        self._just_used = False
+        above = item.above
+        if above is not None:
+            self._stale[above] = None
+        if item in self._dead:
+            del self._dead[item]
+            return
+        if item.kind == "kv" and self._idle_kv is not None:
+            del self._idle_kv[item]
+            return
+        self._columns(item).remove(item)
+        if item is self._chosen and above is not None and above.superseded:
+            memo = above.memo
+            if isinstance(memo, _Memo):
+                memo.active = max(memo.active, item.memo.active)
+                memo.turn = max(memo.turn, item.memo.turn)
+                memo.demand = item.memo.key
+        self._chosen = None
+
+    def missed(self, item: Item) -> None:
+        memo = item.memo
+        if isinstance(memo, _Memo):
+            now = self.now if self._just_used else self.now + 1
+            self.survival.retract(now)
+            self.survival.close(memo.stage, now, used=True)
+            self._ghost_turn = (now, memo.turn)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        if kind != "checkpoint" and self._dead:
+            return next(iter(self._dead))
+        self.survival.refresh(self.now)
+        self._revalue()
+        self._chosen = None if kind == "kv" else self._least(self._checkpoints)
+        if self._chosen is None and kind != "checkpoint":
+            self._rank_kv()
+            self._chosen = self._least(self._kv)
+        return self._chosen
+
+    def _revalue(self) -> None:
+        """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""
+        for item in self._stale:
+            self._bring_up(item)
+        self._stale.clear()
+        candidates = self._checkpoints.items
+        if candidates:
+            self._bring_up(candidates[self._random.randrange(len(candidates))])
+
+    def _bring_up(self, item: Item) -> None:
+        columns = self._columns(item)
+        place = columns.places.get(item)
+        if place is not None:
+            columns.worths[place] = _worth(item)
+
+    def _rank_kv(self) -> None:
+        """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
+        if self._idle_kv is not None:
+            waiting, self._idle_kv = self._idle_kv, None
+            for item in waiting:
+                self.add(item)
+
+    def _tick(self, item: Item) -> None:
+        if item.last_used > self.now:
+            self.now = item.last_used
+
+    def _columns(self, item: Item) -> Columns:
+        return self._kv if item.kind == "kv" else self._checkpoints
+
+    def _turn(self, item: Item) -> int:
+        """Generation of a new item: its predecessor's, one more if another request made that."""
+        above = item.above
+        turn = 0
+        if above is not None and isinstance(above.memo, _Memo):
+            turn = above.memo.turn + (above.created < item.created)
+        when, ghost_turn = self._ghost_turn
+        if when == item.created:
+            turn = max(turn, ghost_turn + 1)
+        return turn
+
+    def _used(self, item: Item, memo: _Memo) -> None:
+        self.survival.close(memo.stage, item.last_used, used=True)
+        memo.uses = item.uses
+        memo.active = item.last_used
+        self._enter(item, memo)
+
+    def _enter(self, item: Item, memo: _Memo) -> None:
+        memo.superseded = item.superseded
+        if item.superseded or memo.demand is None:
+            memo.key = _class_of(item, memo.turn)
+        else:
+            memo.key = memo.demand
+        superseded, speculative = memo.key[0]
+        prior = SUPERSEDED_PRIOR if superseded else 1.0
+        row = self.survival.row(memo.key, prior * SPECULATIVE_PRIOR if speculative else prior)
+        memo.stage = self.survival.open(row, memo.active)
+
+    def _least(self, columns: Columns) -> Item | None:
+        """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""
+        for _ in range(8):
+            count = len(columns.items)
+            if not count:
+                return None
+            first = 0 if count <= SAMPLE else self._random.randrange(count - SAMPLE)
+            window = slice(first, min(first + SAMPLE, count))
+            ages = np.maximum(self.now - columns.times[window], 0)
+            index = self.survival.index[columns.rows[window], age_bins(ages)]
+            place = first + int(np.argmin(index * columns.worths[window]))
+            item = columns.items[place]
+            worth = _worth(item)
+            if worth <= columns.worths[place] * 1.0001:
+                break
+            columns.worths[place] = worth
+        return item
+
+
+def _class_of(item: Item, turn: int) -> Class:
+    """From coarse to fine: each entry narrows the one before, and where evidence is short the coarser one speaks."""
+    return (
+        (item.superseded, item.label not in COMMON),
+        item.label or item.kind,
+        min(item.uses, 2),
+        min(turn, MAX_TURN),
+        item.position.bit_length(),
+    )
+
+
+def _worth(item: Item) -> float:
+    return item.span / item.size_bytes

@@ -1,0 +1,132 @@
+"""Placement by a dynamic programme over how deep prompts were found to overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hybridcache.policies.placement.rule import PrefillRule
+from hybridcache.policies.protocol import Placed, Prefill
+
+DECAY = 0.99
+"""Of the histogram, per prompt."""
+REPLAN_EVERY = 10
+
+
+def plan(depths: Sequence[int], weights: Sequence[float], count: int) -> tuple[int, ...]:
+    """Up to ``count`` positions among ``depths`` (ascending) that minimise the expected tokens computed again.
+
+    A prompt that overlaps to depth d resumes at the deepest position at or before d and computes the rest of d again. Exact,
+    by a monotone hull of lines: O(len(depths) * count).
+
+    >>> plan([10, 20, 90], [1.0, 1.0, 5.0], 1), plan([10, 20, 90], [1.0, 1.0, 5.0], 2)
+    ((90,), (20, 90))
+    """
+    size = len(depths)
+    weight = [0.0]
+    moment = [0.0]
+    for depth, share in zip(depths, weights, strict=True):
+        weight.append(weight[-1] + share)
+        moment.append(moment[-1] + share * depth)
+    cost = list(moment)
+    choices: list[list[int]] = []
+    for _ in range(min(count, size)):
+        cost, choice = _one_more(depths, weight, moment, cost)
+        choices.append(choice)
+    end = size
+    found: list[int] = []
+    for choice in reversed(choices):
+        start = choice[end]
+        if start < 0:
+            break
+        found.append(depths[start])
+        end = start
+    return tuple(reversed(found))
+
+
+def _one_more(
+    depths: Sequence[int], weight: list[float], moment: list[float], cost: list[float]
+) -> tuple[list[float], list[int]]:
+    """Least cost of the first j depths, for every j, with one checkpoint more at the last chosen depth; and that choice.
+
+    A checkpoint at depth i, the deepest below j, adds ``moment[j] - moment[i] - depths[i] * (weight[j] - weight[i])`` to the
+    cost of the first i: a line in ``weight[j]`` of slope ``-depths[i]``.
+    """
+    hull: list[tuple[float, float, int]] = []
+    first = 0
+    best = [cost[0]]
+    choice = [-1]
+    for j in range(1, len(depths) + 1):
+        i = j - 1
+        line = (-float(depths[i]), cost[i] - moment[i] + depths[i] * weight[i], i)
+        while len(hull) - first >= 2 and _needless(hull[-2], hull[-1], line):
+            hull.pop()
+        hull.append(line)
+        at = weight[j]
+        while len(hull) - first >= 2 and _value(hull[first + 1], at) <= _value(hull[first], at):
+            first += 1
+        with_one = moment[j] + _value(hull[first], at)
+        if with_one < cost[j]:
+            best.append(with_one)
+            choice.append(hull[first][2])
+        else:
+            best.append(cost[j])
+            choice.append(-1)
+    return best, choice
+
+
+def _value(line: tuple[float, float, int], at: float) -> float:
+    return line[0] * at + line[1]
+
+
+def _needless(
+    before: tuple[float, float, int],
+    middle: tuple[float, float, int],
+    after: tuple[float, float, int],
+) -> bool:
+    """Whether ``middle`` is nowhere below both its neighbours on the lower hull; slopes fall."""
+    return (after[1] - before[1]) * (before[0] - middle[0]) <= (middle[1] - before[1]) * (
+        before[0] - after[0]
+    )
+
+
+class Planned(PrefillRule):
+    """``count`` positions where an exact plan over the overlaps seen so far puts them.
+
+    Source: Shirokikh, Nikolenko, "Sparse prefix caching" (2605.05219): a histogram of overlap depths that decays by 0.99 per
+    prompt, replanned every 10. It knows depth only, not which prompt; until something overlapped it asks for the prompt's
+    end. O(depths * count) per replanning, depths on the grid.
+    """
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"planned:N needs N of at least 1, got {count}")
+        self.count = count
+        self._histogram: dict[int, float] = {}
+        self._since_plan = 0
+        self._plan: tuple[int, ...] = ()
+        self._gain = 1.0
+
+    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+        self._observe(min(prefill.branch_len, prefill.prompt_len - 1), prefill.grid)
+        deepest_first = [p for p in reversed(self._plan) if p <= prefill.prompt_len]
+        for position in deepest_first or [prefill.prompt_len]:
+            yield Placed(position, "planned")
+
+    def _observe(self, overlap: int, grid: int) -> None:
+        depth = overlap - overlap % grid
+        self._gain /= DECAY
+        if depth > 0:
+            self._histogram[depth] = self._histogram.get(depth, 0.0) + self._gain
+        self._since_plan += 1
+        if self._since_plan >= REPLAN_EVERY or not self._plan:
+            self._since_plan = 0
+            self._forget()
+            depths = sorted(self._histogram)
+            weights = [self._histogram[depth] for depth in depths]
+            self._plan = plan(depths, weights, self.count)
+
+    def _forget(self) -> None:
+        """Bring the weights back to their scale, and drop what has faded."""
+        scaled = {depth: weight / self._gain for depth, weight in self._histogram.items()}
+        self._histogram = {depth: weight for depth, weight in scaled.items() if weight > 1e-3}
+        self._gain = 1.0

@@ -1,0 +1,112 @@
+"""What a policy is shown of an item is true: its bytes are those that eviction frees, its position and span those of the path."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.policies.protocol import Item, Kind
+from tests.cache.serving import serve, traffic
+
+TOKEN_BYTES, STATE_BYTES = 3, 1000
+
+
+class NextVictim:
+    """A policy that gives up what it is told to."""
+
+    def __init__(self) -> None:
+        self.next: Item | None = None
+
+    def add(self, item: Item) -> None: ...
+    def discard(self, item: Item) -> None: ...
+    def touch(self, item: Item) -> None: ...
+    def missed(self, item: Item) -> None: ...
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        return self.next
+
+
+def cache_of(prefix_cache, seed, num_requests):
+    cache = build_prefix_cache(
+        CacheConfig(
+            prefix_cache=prefix_cache,
+            num_kv_tokens=10_000,
+            num_slots=400,
+            kv_bytes_per_token=TOKEN_BYTES,
+            state_bytes=STATE_BYTES,
+            grid=4,
+        )
+    )
+    rng = random.Random(seed)
+    for tokens in traffic(seed, num_requests):
+        whole = len(tokens) // 4 * 4
+        positions = {whole, rng.randint(0, whole // 4) * 4} - {0} if rng.random() < 0.7 else set()
+        serve(cache, tokens, sorted(positions) if prefix_cache == "hybrid" else ())
+    return cache
+
+
+def used_bytes(cache):
+    return TOKEN_BYTES * cache.cached_tokens + STATE_BYTES * cache.num_checkpoints
+
+
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
+@pytest.mark.parametrize("seed", range(4))
+def test_size_is_what_eviction_frees(prefix_cache, seed):
+    cache = cache_of(prefix_cache, seed, 80)
+    residency, rng = cache._residency, random.Random(seed)
+    residency.policy = policy = NextVictim()
+    receipts = [cache.lock(node) for node in rng.sample(list(cache._tree.nodes()), 5)]
+    while candidates := [item for item in residency.candidates() if not item.node.locks]:
+        policy.next = rng.choice(candidates)
+        expected, before = policy.next.size_bytes, used_bytes(cache)
+        residency.evict_one(None)
+        assert before - used_bytes(cache) == expected
+    for receipt in receipts:
+        cache.unlock(receipt)
+    cache.check(held_tokens=0, held_slots=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_position_span_and_lineage_are_those_of_the_path(seed):
+    cache = cache_of("hybrid", seed, 80)
+    cache.evict(num_slots=20)
+    items = [
+        item
+        for node in cache._tree.nodes()
+        for item in (node.kv, node.checkpoint)
+        if item is not None
+    ]
+    assert {item.kind for item in items} == {"kv", "checkpoint"}
+    for item in items:
+        path, node = [], item.node
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        assert item.position == sum(len(part.tokens) for part in path)
+        above = next((part.checkpoint for part in path[1:] if part.checkpoint), None)
+        assert item.above is above
+        start = item.node.parent.end if item.kind == "kv" else above.position if above else 0
+        assert item.span == item.position - start
+        dead = item.kind == "kv" and not item.node.children and item.node.checkpoint is None
+        assert item.dead == dead
+
+
+def test_uses_and_times_are_counted():
+    cache = cache_of("hybrid", 0, 0)
+    for tokens in traffic(1, 20):
+        serve(cache, tokens, [len(tokens) // 4 * 4] if len(tokens) >= 4 else ())
+    now = cache._residency.now
+    assert now == 20
+    items = list(cache._residency.candidates())
+    assert all(item.created <= item.last_used <= now for item in items)
+    checkpoint = next(item for item in items if item.kind == "checkpoint")
+    tokens, node = [], checkpoint.node
+    while node.parent is not None:
+        tokens = node.tokens.tolist() + tokens
+        node = node.parent
+    uses = checkpoint.uses
+    cache.touch(cache.match(np.array([*tokens, 9], np.int32)))
+    assert checkpoint.uses == uses + 1 and checkpoint.last_used == now + 1

@@ -1,0 +1,314 @@
+"""One lease at a time on a real cache: who holds what after each verb."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.interface import PrefixCache, Tokens
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.lease_log import LeaseLog, replay
+from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.protocol import Placed, Prefill
+
+
+def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):
+    return build_prefix_cache(
+        CacheConfig(prefix_cache=kind, num_kv_tokens=kv_tokens, num_slots=slots, **options)
+    )
+
+
+def tokens(length: int, first: int = 0) -> Tokens:
+    return np.arange(first, first + length, dtype=np.int32)
+
+
+def begin(cache: PrefixCache, prompt: Tokens, words: str = "backoff", **options: object) -> Lease:
+    lease = Lease.begin(cache, parse_placement(words), LeaseRequest(prompt, **options))
+    assert lease is not None
+    return lease
+
+
+def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Extend, export and publish up to ``end``: what the engine does around one prefill chunk."""
+    end = len(prompt) if end is None else end
+    assert lease.extend(end)
+    exports = lease.exports(lease.published_len, end)
+    lease.publish(prompt, end)
+    return exports
+
+
+def check(cache: PrefixCache, *leases: Lease) -> None:
+    cache.check(sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases))
+
+
+def test_a_finished_prompt_is_hit_at_its_checkpoint() -> None:
+    cache, prompt = make_cache(), tokens(200)
+    lease = begin(cache, prompt)
+    assert (lease.cached_len, lease.restore) == (0, None)
+    [(position, slot)] = prefill(lease, prompt)
+    assert position == 192 and slot != lease.state_slot
+    lease.finish(prompt, 200)
+    check(cache)
+    again = begin(cache, prompt)
+    assert again.cached_len == 192
+    assert again.restore == (slot, again.state_slot)
+    assert sum(again.losses) == 8
+    check(cache, again)
+    again.abort()
+    check(cache)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_duplicates_are_swapped_for_the_trees_rows(page_size: int) -> None:
+    cache, prompt = make_cache(page_size=page_size), tokens(200)
+    first, second = begin(cache, prompt), begin(cache, prompt)
+    assert first.extend(200) and second.extend(200)
+    kept = first.kv_indices[:192].copy()
+    assert first.publish(prompt, 200) is None
+    assert second.publish(prompt, 200) == (0, 200 // page_size * page_size)
+    assert second.kv_indices[:192].tolist() == kept.tolist()
+    check(cache, first, second)
+    second.finish(prompt, 200)
+    first.finish(prompt, 200)
+    check(cache)
+
+
+def test_only_what_is_computed_is_published() -> None:
+    cache, prompt = make_cache(), tokens(300)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt, 128)
+    assert lease.published_len == 128
+    assert lease.extend(300)
+    assert lease.exports(128, 300) == ((256, 1),)
+    lease.abort()
+    check(cache)
+    assert cache.match(prompt).kv_len == 128
+    assert cache.free_slots == 8
+
+
+@pytest.mark.parametrize("end", ["finish", "preempt"])
+def test_a_checkpoint_that_was_not_computed_is_not_published(end: str) -> None:
+    cache, prompt = make_cache(), tokens(300)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt, 100)
+    assert lease.extend(300) and lease.exports(100, 300) == ((256, 1),)
+    getattr(lease, end)(prompt, 100)
+    check(cache)
+    assert (cache.num_checkpoints, cache.match(prompt).kv_len) == (0, 100)
+
+
+def test_a_lease_resumes_on_a_copy_and_never_holds_the_checkpoint() -> None:
+    cache, prompt = make_cache(slots=3), tokens(200)
+    first = begin(cache, prompt)
+    [(_, checkpoint)] = prefill(first, prompt)
+    first.finish(prompt, 200)
+    one, other = begin(cache, prompt), begin(cache, prompt)
+    assert one.restore == (checkpoint, one.state_slot)
+    assert other.restore == (checkpoint, other.state_slot)
+    assert len({checkpoint, one.state_slot, other.state_slot}) == 3
+    check(cache, one, other)
+    assert Lease.begin(cache, parse_placement("none"), LeaseRequest(prompt)) is None
+    one.abort()
+    other.abort()
+    check(cache)
+
+
+def test_where_the_checkpoint_is_the_only_slot_the_request_starts_without_it() -> None:
+    cache, prompt = make_cache(slots=2), tokens(200)
+    first = begin(cache, prompt)
+    prefill(first, prompt)
+    first.finish(prompt, 200)
+    other = begin(cache, tokens(10, first=500), "none")
+    lease = begin(cache, prompt)
+    assert (lease.cached_len, lease.losses.refused, sum(lease.losses)) == (0, 192, 200)
+    assert lease.extend(64)
+    assert cache.stats.total.refused == 192
+    check(cache, other, lease)
+
+
+def test_a_position_without_a_slot_is_skipped() -> None:
+    cache, prompt = make_cache(slots=2), tokens(300)
+    lease = begin(cache, prompt, "every:64")
+    assert lease.extend(300)
+    assert lease.planned == (64, 128, 192, 256)
+    assert lease.exports(0, 300) == ((256, 1),)  # the deepest is most wanted
+    lease.finish(prompt, 300)
+    check(cache)
+
+
+def test_the_own_slot_is_donated_where_the_state_sits_on_a_wanted_position() -> None:
+    cache, prompt = make_cache(slots=1), tokens(128)
+    lease = begin(cache, prompt, "prompt")
+    own = lease.state_slot
+    assert lease.extend(128)
+    assert lease.exports(0, 128) == ()
+    lease.publish(prompt, 128)
+    lease.finish(prompt, 128)
+    check(cache)
+    assert cache.match(np.append(prompt, 1).astype(np.int32)).checkpoint == own
+
+
+@pytest.mark.parametrize("computed_len, cached_len", [(128, 128), (150, 0)])
+def test_preemption_donates_on_any_grid_position(computed_len: int, cached_len: int) -> None:
+    cache, prompt = make_cache(), tokens(300)
+    lease = begin(cache, prompt, "none")
+    prefill(lease, prompt, computed_len)
+    lease.preempt(prompt, computed_len)
+    check(cache)
+    match = cache.match(prompt)
+    assert (match.cached_len, match.kv_len) == (cached_len, computed_len)
+
+
+def decode(lease: Lease, history: Tokens, start: int) -> list[tuple[int, int]]:
+    exports: list[tuple[int, int]] = []
+    for position in range(start, len(history)):
+        assert lease.extend(position + 1)
+        exports += lease.exports(position, position + 1)
+    return exports
+
+
+def test_in_decode_one_checkpoint_rolls() -> None:
+    cache, history = make_cache(), tokens(340)
+    prompt = history[:100]
+    lease = begin(cache, prompt, "end")
+    prefill(lease, prompt)
+    exports = decode(lease, history, 100)
+    assert [position for position, _ in exports] == [128, 192, 256, 320]
+    assert len({slot for _, slot in exports}) == 1
+    check(cache, lease)
+    lease.finish(history, 340)
+    check(cache)
+    assert cache.match(history).cached_len == 320
+    assert cache.num_checkpoints == 1
+
+
+def test_in_exact_mode_nothing_past_the_prompt_is_published() -> None:
+    cache, history = make_cache(), tokens(340)
+    prompt = history[:100]
+    lease = begin(cache, prompt, "end,backoff", exact=True)
+    prefill(lease, prompt)
+    assert decode(lease, history, 100) == []
+    lease.finish(history, 340)
+    check(cache)
+    assert cache.match(history).kv_len == 100
+
+
+def test_without_reuse_nothing_is_read_and_nothing_counted() -> None:
+    cache, prompt = make_cache(), tokens(200)
+    first = begin(cache, prompt)
+    prefill(first, prompt)
+    first.finish(prompt, 200)
+    requests = cache.stats.total.requests
+    lease = begin(cache, prompt, reuse=False)
+    assert (lease.cached_len, lease.losses.refused, sum(lease.losses)) == (0, 192, 200)
+    prefill(lease, prompt)
+    assert cache.stats.total.requests == requests
+    check(cache, lease)
+
+
+def test_a_lease_that_gets_no_kv_is_counted_when_it_gets_some() -> None:
+    cache = make_cache(kv_tokens=128)
+    hog = begin(cache, tokens(100, first=900))
+    assert hog.extend(100)
+    prompt = tokens(60)
+    for _ in range(3):
+        lease = begin(cache, prompt)
+        assert not lease.extend(60)
+        lease.abort()
+    hog.abort()
+    lease = begin(cache, prompt)
+    assert lease.extend(60)
+    assert cache.stats.total.requests == 2
+    check(cache, lease)
+
+
+class Counting:
+    """A placement that learns: it must be asked once for each request that is computed."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def positions(self, prefill: Prefill) -> list[Placed]:
+        self.asked += 1
+        return []
+
+    def decode_interval(self) -> None:
+        return None
+
+
+def test_a_placement_is_asked_once_however_often_a_request_was_refused() -> None:
+    cache, placement = make_cache(kv_tokens=128), Counting()
+    hog = begin(cache, tokens(100, first=900))
+    assert hog.extend(100)
+    for _ in range(3):
+        lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
+        assert not lease.extend(60)
+        lease.abort()
+    hog.abort()
+    lease = Lease.begin(cache, placement, LeaseRequest(tokens(60)))
+    assert lease.extend(30) and lease.extend(60)
+    assert placement.asked == 1
+
+
+def test_attention_only_takes_no_slot() -> None:
+    cache, prompt = make_cache("radix", slots=0), tokens(200)
+    first = begin(cache, prompt, "every:64,end", stateful=False)
+    prefill(first, prompt)
+    assert (first.state_slot, first.planned) == (None, ())
+    decode(first, tokens(300), 200)
+    first.finish(tokens(300), 300)
+    lease = begin(cache, tokens(290), stateful=False)
+    assert (lease.cached_len, lease.restore) == (256, None)
+    check(cache, lease)
+
+
+def test_with_a_null_cache_everything_is_freed() -> None:
+    cache, prompt = make_cache("none"), tokens(200)
+    lease = begin(cache, prompt, "every:64")
+    prefill(lease, prompt)
+    assert lease.published_len == 0
+    check(cache, lease)
+    lease.finish(prompt, 200)
+    check(cache)
+    assert (cache.free_tokens, cache.free_slots) == (1024, 8)
+
+
+def test_a_position_another_request_wants_is_saved_too() -> None:
+    cache, prompt = make_cache(), tokens(300)
+    lease = begin(cache, prompt, "none")
+    assert lease.extend(300)
+    lease.want(130, "branch")
+    lease.want(128, "branch")
+    lease.want(400, "branch")
+    assert lease.planned == (128,)
+    assert [position for position, _ in prefill(lease, prompt)] == [128]
+
+
+def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
+    placement = parse_placement("branch,backoff,end")
+
+    def serve(log: LeaseLog, cache: PrefixCache) -> None:
+        rng = np.random.default_rng(7)
+        for _ in range(60):
+            prompt = tokens(int(rng.integers(1, 400)), first=1000 * int(rng.integers(3)))
+            request = LeaseRequest(prompt)
+            lease = Lease.begin(cache, placement, request)
+            log.begin(lease, request)
+            end = len(prompt)
+            extended = lease.extend(end)
+            log.record("extend", lease, (end,), extended)
+            exports = lease.exports(lease.cached_len, end)
+            log.record("exports", lease, (lease.cached_len, end), exports)
+            lease.publish(prompt, end)
+            log.record("publish", lease, (prompt, end))
+            lease.finish(prompt, end)
+            log.record("finish", lease, (prompt, end))
+
+    log, cache = LeaseLog(), make_cache(slots=5)
+    serve(log, cache)
+    fresh = make_cache(slots=5)
+    assert replay(fresh, placement, log).events == log.events
+    assert fresh.stats.as_dict() == cache.stats.as_dict()
+    smaller = replay(make_cache(kv_tokens=512, slots=5), placement, log)
+    assert smaller.events[-1] != log.events[len(smaller.events) - 1]

@@ -1,0 +1,155 @@
+"""Every prompt token is a hit or a loss with one cause, and the counters say how many of each."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.interface import Losses
+from hybridcache.stats import MAX_NAMESPACES
+from tests.cache.serving import (
+    hybrid,
+    ids,
+    publish,
+    serve,
+    traffic,
+)
+
+
+def test_tokens_nobody_brought_before():
+    assert hybrid().match(ids("hello")).losses == Losses(5, 0, 0, 0, 0)
+
+
+def test_tokens_whose_kv_was_evicted():
+    cache = hybrid()
+    serve(cache, ids("hello"), [5])
+    cache.evict(num_tokens=5)
+    assert cache.match(ids("hello!!")).losses == Losses(2, 5, 0, 0, 0)
+
+
+def test_tokens_whose_checkpoint_was_evicted():
+    cache = hybrid()
+    serve(cache, ids("abcd"), [2, 4])
+    serve(cache, ids("abcd", "ef"), [6])
+    cache.evict(num_slots=2)
+    match = cache.match(ids("abcdX"))
+    assert match.losses == Losses(1, 0, 4, 0, 0)
+    assert match.missed.position == 4
+
+
+def test_tokens_past_the_last_evicted_checkpoint_were_never_checkpointed():
+    cache = hybrid()
+    serve(cache, ids("abcd"), [2])
+    serve(cache, ids("abcd", "ef"), [6])
+    cache.evict(num_slots=1)
+    assert cache.match(ids("abcdX")).losses == Losses(1, 0, 2, 2, 0)
+
+
+def test_tokens_that_no_checkpoint_was_saved_at():
+    cache = hybrid()
+    serve(cache, ids("abcd"), [2])
+    assert cache.match(ids("abcdX")).losses == Losses(1, 0, 0, 2, 0)
+
+
+def test_tokens_between_the_grid_and_the_end():
+    cache = hybrid(grid=4)
+    serve(cache, ids("abcdefghij"), [4, 8])
+    match = cache.match(ids("abcdefghij"))
+    assert match.cached_len == 8 and match.losses == Losses(0, 0, 0, 0, 2)
+
+
+def test_the_last_token_is_below_the_grid():
+    cache = hybrid()
+    serve(cache, ids("abcd"), [3, 4])
+    match = cache.match(ids("abcd"))
+    assert match.cached_len == 3 and match.losses == Losses(0, 0, 0, 0, 1)
+
+
+def test_a_prompt_shorter_than_the_grid_is_below_it():
+    cache = hybrid(grid=64)
+    serve(cache, ids("hello"))
+    assert cache.match(ids("hello")).losses == Losses(0, 0, 0, 0, 5)
+
+
+def test_tokens_that_memory_was_refused_for_are_what_the_caller_says():
+    cache = hybrid()
+    serve(cache, ids("hello"), [5])
+    match = cache.match(ids("hello!"))
+    refused = match._replace(
+        cached_len=0, checkpoint=None, node=None, losses=match.losses._replace(refused=5)
+    )
+    cache.touch(refused)
+    assert cache.stats.total.refused == 5
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("grid", [1, 16])
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
+def test_hits_and_losses_always_sum_to_the_prompt(prefix_cache, page_size, grid):
+    cache = build_prefix_cache(
+        CacheConfig(
+            prefix_cache=prefix_cache,
+            num_kv_tokens=960,
+            num_slots=6,
+            page_size=page_size,
+            grid=grid,
+            ghost_bytes=10_000,
+        )
+    )
+    step = max(page_size, grid)
+    num_tokens = 0
+    for number, tokens in enumerate(traffic(3, 150)):
+        n = len(tokens)
+        num_tokens += n
+        serve(cache, tokens, sorted({n // step * step, n // 2 // step * step} - {0}), number % 2)
+    total = cache.stats.total
+    losses = (
+        total.never_seen
+        + total.kv_evicted
+        + total.checkpoint_evicted
+        + total.never_checkpointed
+        + total.below_grid
+        + total.refused
+    )
+    assert total.prompt_tokens == num_tokens == total.cached_tokens + losses
+    assert total.requests == 150 == sum(u.requests for u in cache.stats.by_namespace.values())
+
+
+def test_namespaces_are_counted_apart():
+    cache = hybrid()
+    serve(cache, ids("hello"), [4], namespace="a")
+    serve(cache, ids("hello"), [4], namespace="a")
+    serve(cache, ids("hello"), [4], namespace="b")
+    a, b = cache.stats.by_namespace["a"], cache.stats.by_namespace["b"]
+    assert (a.requests, a.hits, a.cached_tokens, a.token_hit_rate) == (2, 1, 4, 0.4)
+    assert (b.requests, b.hits, b.request_hit_rate) == (1, 0, 0.0)
+    assert cache.stats.token_hit_rate == 4 / 15
+
+
+def test_namespaces_without_end_are_folded_together():
+    cache = hybrid(num_kv_tokens=10)
+    for number in range(MAX_NAMESPACES + 100):
+        cache.touch(cache.match(ids("hello"), number))
+    assert len(cache.stats.by_namespace) == MAX_NAMESPACES
+    assert cache.stats.total.requests == MAX_NAMESPACES + 100
+    assert cache.stats.folded.requests == 100
+
+
+def test_a_namespace_in_use_is_counted_apart_whoever_else_comes():
+    cache = hybrid(num_kv_tokens=10)
+    for number in range(2 * MAX_NAMESPACES):
+        cache.touch(cache.match(ids("hello"), "hot"))
+        cache.touch(cache.match(ids("hello"), number))
+    assert cache.stats.by_namespace["hot"].requests == 2 * MAX_NAMESPACES
+    assert cache.stats.total.requests == 4 * MAX_NAMESPACES
+
+
+def test_the_counters_of_what_came_and_went_agree_with_the_pools():
+    cache = hybrid(num_kv_tokens=300, num_slots=4)
+    for tokens in traffic(5, 60):
+        serve(cache, tokens, [len(tokens)])
+    stats = cache.stats
+    assert stats.inserted_tokens - stats.evicted_tokens == cache.cached_tokens
+    assert stats.inserted_slots - stats.evicted_slots == cache.num_checkpoints
+    assert stats.as_dict()["evictions"] == stats.evictions > 0
+    publish(cache, ids("x"))

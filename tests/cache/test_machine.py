@@ -1,0 +1,173 @@
+"""State machines: the hybrid cache does what its plain twin does, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hybridcache.build import CacheConfig
+from hybridcache.policies.eviction_words import EVICTION
+from tests.cache.twins import Twins
+
+NAMESPACES = st.sampled_from([None, "tenant", 7, ("model", "adapter")])
+TOP_ID = 2**31 - 1
+
+
+@st.composite
+def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
+    """Small caches of every shape: pools of a few pages and slots, so that something must go all the time."""
+    page_size = draw(st.sampled_from([1, 16, 64, 256]))
+    grid = draw(st.sampled_from([1, 16, 64, 256]))
+    unit = max(page_size, grid)
+    if draw(st.booleans()):
+        state_bytes = draw(st.sampled_from([1, 8, 64])) * unit
+        pools = {
+            "total_bytes": unit * 2 * draw(st.integers(4, 24)) + 4 * state_bytes,
+            "kv_bytes_per_token": 2,
+            "state_bytes": state_bytes,
+        }
+    else:
+        pools = {
+            "num_kv_tokens": unit * draw(st.integers(4, 24)),
+            "num_slots": draw(st.integers(1, 6)),
+        }
+    return CacheConfig(
+        page_size=page_size,
+        grid=grid,
+        eviction=draw(st.sampled_from(words)),
+        dead_first=draw(st.booleans()),
+        demote_superseded=draw(st.booleans()),
+        ghost_bytes=draw(st.sampled_from([0, 2000, 1 << 20])),
+        **pools,
+    )
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """One rule a verb of a request's life, in any order, and what else may happen between."""
+
+    words: tuple[str, ...] = ("lru",)
+
+    @initialize(data=st.data())
+    def make(self, data: st.DataObject) -> None:
+        self.twins = Twins(data.draw(configs(self.words)))
+        config = self.twins.config
+        self.unit = max(config.page_size, config.grid)
+        self.seen: list[np.ndarray] = [np.empty(0, np.int32)]
+
+    def draw_prompt(self, data: st.DataObject) -> np.ndarray:
+        """Something seen before, cut anywhere, and something after it: blocks of one id, so that prompts share much."""
+        before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
+        kept = before[: data.draw(st.integers(0, len(before)))]
+        blocks = data.draw(st.lists(st.sampled_from([0, 1, TOP_ID]), max_size=4))
+        size = data.draw(st.sampled_from([1, 3, self.unit, self.unit + 1]))
+        after = np.repeat(np.array(blocks, np.int32), size)
+        prompt = np.concatenate([kept, after])
+        assume(0 < len(prompt) <= 12 * self.unit)
+        self.seen.append(prompt)
+        return prompt
+
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def begin(self, data: st.DataObject, namespace: object) -> None:
+        if len(self.twins.requests) < 4:
+            self.twins.begin(self.draw_prompt(data), namespace)
+
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def serve_whole(self, data: st.DataObject, namespace: object) -> None:
+        request = self.twins.begin(self.draw_prompt(data), namespace)
+        if request is not None:
+            n = len(request.tokens)
+            grid = self.twins.cache._step
+            wanted = {n // grid * grid, (n - 1) // grid * grid, request.match.branch_len}
+            self.twins.publish(request, n, sorted(wanted - {0}), data.draw(st.booleans()))
+            self.twins.end(request)
+
+    @precondition(lambda self: self.twins.requests)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.twins.requests))
+        length = data.draw(st.integers(request.published_len, len(request.tokens)))
+        step = self.twins.cache._step
+        on_grid = st.integers(0, length // step).map(lambda k: k * step)
+        positions = data.draw(
+            st.lists(on_grid | st.integers(0, length + 1), max_size=3, unique=True)
+        )
+        self.twins.publish(request, length, positions, data.draw(st.booleans()))
+
+    @precondition(lambda self: self.twins.requests)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.twins.end(data.draw(st.sampled_from(self.twins.requests)))
+
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def look(self, data: st.DataObject, namespace: object) -> None:
+        self.twins.match(self.draw_prompt(data), namespace)
+
+    @rule(tokens=st.integers(0, 200), slots=st.integers(0, 3))
+    def evict(self, tokens: int, slots: int) -> None:
+        self.twins.evict(tokens, slots)
+
+    @rule(pages=st.integers(1, 8))
+    def hold_rows(self, pages: int) -> None:
+        rows = self.twins.allocate_kv(pages * self.twins.config.page_size)
+        if rows is not None:
+            self.twins.held_rows.append(rows)
+
+    @precondition(lambda self: self.twins.held_rows)
+    @rule()
+    def free_rows(self) -> None:
+        self.twins.free_kv(self.twins.held_rows.pop())
+
+    @rule()
+    def hold_slot(self) -> None:
+        self.twins.allocate_slot()
+
+    @precondition(lambda self: self.twins.held_slots)
+    @rule()
+    def free_slot(self) -> None:
+        self.twins.free_slot(self.twins.held_slots[-1])
+
+    @rule()
+    def reset(self) -> None:
+        self.twins.reset()
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "twins"):
+            self.twins.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "twins"):
+            for request in list(self.twins.requests):
+                self.twins.end(request)
+            for rows in self.twins.held_rows:
+                self.twins.free_kv(rows)
+            self.twins.held_rows = []
+            self.twins.reset()
+            self.twins.check()
+            assert self.twins.cache.num_nodes == 0
+
+
+def at_least(num_examples: int) -> settings:
+    """The profile's settings, with no fewer examples than that."""
+    return settings(max_examples=max(num_examples, settings().max_examples))
+
+
+def test_lru_does_what_the_plain_twin_does():
+    run_state_machine_as_test(CacheMachine, settings=at_least(120))
+
+
+class EveryPolicyMachine(CacheMachine):
+    words = tuple(EVICTION)
+
+
+def test_every_policy_chooses_only_what_may_go():
+    run_state_machine_as_test(EveryPolicyMachine, settings=at_least(60))

@@ -1,0 +1,254 @@
+"""What operations cost, counted in steps from node to node, not in time: it must not grow with what others brought."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from hybridcache.hybrid import HybridRadixCache
+from hybridcache.radix.node import RadixNode
+from tests.cache.serving import hybrid, ids, publish
+
+STEP = 16
+
+
+class Steps:
+    """Reads of ``RadixNode.parent`` and ``children`` so far: a walk up or down makes one at each node at least."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+    counter = Steps()
+    for name in ("parent", "children"):
+        slot = getattr(RadixNode, name)
+
+        def read(node: RadixNode, slot=slot) -> object:
+            counter.count += 1
+            return slot.__get__(node)
+
+        monkeypatch.setattr(RadixNode, name, property(read, slot.__set__))
+    return counter
+
+
+def chain(num_states: int, **options: object) -> HybridRadixCache:
+    """One path of ``num_states`` nodes, a checkpoint at the end of each; its end stays locked."""
+    cache = hybrid(num_states * STEP + 100, num_states + 4, **options)
+    prompt = ids(range(num_states * STEP))
+    rows = cache.allocate_kv(len(prompt))
+    assert rows is not None
+    node, receipt = None, cache.lock(None)
+    for end in range(STEP, len(prompt) + 1, STEP):
+        slot = cache.allocate_slot()
+        assert slot is not None
+        node = cache.insert(
+            prompt[:end], rows[:end], [(end, slot)], None, end - STEP, (), node
+        ).node
+        cache.unlock(receipt)
+        receipt = cache.lock(node)
+    return cache
+
+
+def fork_churn(cache: HybridRadixCache) -> None:
+    """Short prompts that leave the chain at its first checkpoint, each evicted before the next one comes."""
+    publish(cache, ids(range(STEP)), [STEP])
+    for index in range(20):
+        publish(cache, ids(range(STEP), [10**6 + index]), [STEP + 1])
+        cache.evict(num_tokens=1)
+
+
+def state_churn(cache: HybridRadixCache) -> None:
+    """The beginning of the chain asked for again and again, its state saved and evicted each time."""
+    for _ in range(20):
+        publish(cache, ids(range(2 * STEP)), [2 * STEP])
+        cache.evict(num_slots=1)
+
+
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "coverage", "regret"])
+def test_evicting_a_checkpoint_costs_the_same_at_any_depth(steps: Steps, eviction: str) -> None:
+    per_item = []
+    for num_states in (100, 800):
+        cache = chain(num_states, eviction=eviction)
+        steps.count = 0
+        assert cache.evict(num_slots=num_states - 1).num_slots == num_states - 1
+        per_item.append(steps.count / num_states)
+        cache.check()
+    assert per_item[1] <= 1.2 * per_item[0]
+
+
+@pytest.mark.parametrize("churn", [fork_churn, state_churn])
+def test_a_short_request_costs_the_same_above_any_chain_of_tombstones(steps: Steps, churn) -> None:
+    counts = []
+    for num_states in (100, 800):
+        cache = chain(num_states)
+        cache.evict(num_slots=num_states - 1)
+        steps.count = 0
+        churn(cache)
+        counts.append(steps.count)
+        cache.check()
+    assert counts[1] <= 1.2 * counts[0]
+
+
+def crowded(num_live: int, num_nodes: int) -> HybridRadixCache:
+    """``num_live`` locked paths of ``num_nodes`` nodes below one shared head of as many, and free rows for no more."""
+    length = num_nodes * STEP
+    cache = hybrid(length * (num_live + 1) + 40, 4)
+    publish(cache, ids(range(length)), [length])
+    for index in range(num_live):
+        base = 10**6 * (index + 1)
+        prompt = np.concatenate([ids(range(length)), ids(range(base, base + length))])
+        match = cache.match(prompt)
+        receipt = cache.lock(match.node)
+        new = cache.allocate_kv(length)
+        assert new is not None
+        rows = np.concatenate([cache.gather(match.node), new])
+        node = match.node
+        for end in range(length + STEP, 2 * length + 1, STEP):
+            node = cache.insert(prompt[:end], rows[:end], owned_from=end - STEP, after=node).node
+            cache.unlock(receipt)
+            receipt = cache.lock(node)
+    return cache
+
+
+def test_an_allocation_beside_locks_follows_only_what_changed(steps: Steps) -> None:
+    counts = []
+    for num_live, num_nodes in ((2, 20), (2, 160), (16, 20)):
+        cache = crowded(num_live, num_nodes)
+        assert cache.allocate_kv(10**6) is None
+        steps.count = 0
+        for index in range(20):
+            publish(cache, ids(range(10**8 + 10 * index, 10**8 + 10 * index + 10)))
+        counts.append(steps.count)
+        cache.check()
+    assert cache.stats.evicted_tokens >= 160
+    assert max(counts) <= 1.2 * counts[0]
+
+
+def test_locks_that_come_and_go_between_allocations_leave_nothing_to_follow(steps: Steps) -> None:
+    cache = crowded(2, 100)
+    assert cache.allocate_kv(10**6) is None
+    match = cache.match(ids(range(100 * STEP), [7]))
+    steps.count = 0
+    for _ in range(50):
+        cache.unlock(cache.lock(match.node))
+    assert cache.allocate_kv(10**6) is None
+    assert steps.count <= 2
+
+
+POOLS = {
+    "static": ({"num_kv_tokens": 100, "num_slots": 10}, 20, 60),
+    "shared": (
+        {"num_kv_tokens": None, "num_slots": None, "total_bytes": 120}
+        | {"kv_bytes_per_token": 1, "state_bytes": 10},
+        20,
+        70,
+    ),
+}
+"""A pool's size, what is left beside 80 locked tokens with two states, and beside 40 with one."""
+
+
+@pytest.mark.parametrize("pools", POOLS)
+def test_what_locks_leave_is_exact_after_splits_and_evictions(pools: str) -> None:
+    budget, free_before, free_at_last = POOLS[pools]
+    cache = hybrid(**budget)
+    tail = publish(cache, ids(range(60)), [60])
+    fork = publish(cache, ids(range(20), range(100, 120)), [40])
+    first, second = cache.lock(tail.node), cache.lock(fork.node)
+    assert cache.allocate_kv(free_before + 1) is None
+    publish(cache, ids(range(10), range(200, 205)))
+    cache.unlock(first)
+    assert cache.evict(num_tokens=100).num_tokens == 5 + 40
+    cache.check()
+    assert cache.allocate_kv(free_at_last + 1) is None
+    rows = cache.allocate_kv(free_at_last)
+    assert rows is not None
+    cache.unlock(second)
+    cache.check(held_tokens=free_at_last, held_slots=0)
+    cache.free_kv(rows)
+    assert cache.allocate_kv(100) is not None
+    cache.check()
+
+
+def test_what_changes_under_a_lock_after_it_was_counted() -> None:
+    budget, _, _ = POOLS["shared"]
+    cache = hybrid(**budget)
+    receipt = cache.lock(publish(cache, ids(range(40))).node)
+    assert cache.allocate_kv(81) is None
+    publish(cache, ids(range(40)), [40])
+    cache.check()
+    assert cache.allocate_kv(71) is None
+    cache.unlock(receipt)
+    assert cache.allocate_kv(121) is None
+    cache.check()
+    assert cache.allocate_kv(120) is not None
+    cache.check()
+
+
+def num_alive() -> int:
+    return sum(type(thing) is RadixNode for thing in gc.get_objects())
+
+
+def test_what_was_gathered_is_forgotten_with_its_node() -> None:
+    cache = hybrid(20_000, 2000, ghost_bytes=0)
+    resident = cache.lock(publish(cache, ids(range(10_000)), [10_000]).node)
+    gc.collect()
+    alive_before = num_alive()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for index in range(5000):
+        result = publish(cache, ids(range(20_000 + 10 * index, 20_010 + 10 * index)), [10])
+        assert len(cache.gather(result.node)) == 10
+        if index % 100 == 99:
+            cache.evict(num_tokens=10_000)
+    del result
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    alive = num_alive() - alive_before
+    tracemalloc.stop()
+    assert cache.num_nodes == 1
+    assert taken < 4 * cache.cached_tokens + 300 * 1024, f"{taken} bytes beside one path"
+    assert alive < 400, f"{alive} more nodes alive, none in the tree"
+    cache.check()
+    cache.unlock(resident)
+
+
+def test_what_was_gathered_is_weighed_with_its_heads() -> None:
+    cache = hybrid(8000, 1000)
+    for index in range(800):
+        result = publish(cache, ids(range(10 * index, 10 * index + 10)), [10])
+        cache.gather(result.node)
+        cache.check()
+    gathered = cache._residency.gathered
+    assert 0 < len(gathered) <= cache.cached_tokens // 64
+
+
+@pytest.mark.parametrize("eviction", ["lru", "coverage", "lfu"])
+def test_tokens_and_rows_go_though_a_queue_still_lists_their_node(eviction: str) -> None:
+    cache = hybrid(400_000, 200, ghost_bytes=0, eviction=eviction)
+    gc.collect()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for index in range(200):
+        publish(cache, ids(range(2000 * index, 2000 * index + 2000)), [2000])
+    cache.evict(num_slots=200)
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert cache.num_nodes == 0
+    assert taken < 200 * 2048, f"{taken} bytes in an empty cache"
+
+
+def test_nothing_gathered_outlives_a_reset() -> None:
+    cache = hybrid(1000)
+    receipt = cache.lock(publish(cache, ids(range(500)), [500]).node)
+    cache.gather(receipt.node)
+    cache.reset()
+    assert len(cache._residency.gathered) == 0
+    cache.check()
+    assert len(cache.gather(receipt.node)) == 500

@@ -1,0 +1,203 @@
+"""What a caller gets wrong is refused in one sentence, and the cache is as it was before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.export.events import EventStream, Mirror, segments_of
+from hybridcache.listener import Listener
+from tests.cache.serving import hybrid, ids, publish
+from tests.cache.twins import VictimLog
+
+NO_IDS = (
+    [1, 2, 3, 4],
+    np.arange(4, dtype=np.int64),
+    np.arange(4, dtype=np.float32),
+    np.zeros((4, 2), np.int32),
+    np.int32(4),
+    np.arange(4, dtype=">i4"),
+)
+
+
+def attention_only(**options):
+    return build_prefix_cache(
+        CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=1, **options)
+    )
+
+
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
+@pytest.mark.parametrize("bad", NO_IDS, ids=str)
+def test_ids_and_rows_that_are_not_int32_are_refused_by_every_cache(prefix_cache, bad):
+    cache = build_prefix_cache(CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, grid=1))
+    publish(cache, ids([1, 0, 2, 0]))
+    before = cache.render()
+    rows = cache.allocate_kv(4)
+    with pytest.raises(ValueError, match=r"tokens must be a numpy array int32\[n\]"):
+        cache.match(bad)
+    with pytest.raises(ValueError, match=r"tokens must be a numpy array int32\[n\]"):
+        cache.insert(bad, rows)
+    with pytest.raises(ValueError, match=r"KV indices must be a numpy array int32\[n\]"):
+        cache.insert(ids("abcd"), bad)
+    assert cache.render() == before
+    cache.check(held_tokens=4, held_slots=0)
+
+
+def test_ids_of_a_type_that_only_looks_different_are_taken():
+    cache = hybrid()
+    publish(cache, ids("abcd"), [4])
+    prompt = ids("a-b-c-d-e-")[::2].view(np.dtype("=i4").newbyteorder("="))
+    assert cache.match(prompt).cached_len == 4
+
+
+def test_negative_ids_are_ids_like_others():
+    cache = hybrid()
+    publish(cache, ids([-1, -2, -3, -4]), [4])
+    publish(cache, ids([-1, -2, -7]), [3])
+    assert cache.match(ids([-1, -2, -3, -4, 5])).cached_len == 4
+    assert cache.match(ids([-1, -2, -7, 5])).cached_len == 3
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_namespace_that_does_not_equal_itself_is_refused():
+    cache = hybrid()
+    rows = cache.allocate_kv(2)
+    with pytest.raises(ValueError, match="does not equal itself"):
+        cache.insert(ids("ab"), rows, namespace=float("nan"))
+    assert not cache._tree.roots
+    cache.check(held_tokens=2, held_slots=0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "slots", "labels", "sentence"),
+    [
+        ((2, 4), (0, 1), ["end"], "1 labels for 2 checkpoints"),
+        ((2,), (0,), ["end", "branch"], "2 labels for 1 checkpoints"),
+        ((), (), ["end"], "1 labels for 0 checkpoints"),
+        ((2.0,), (0,), (), "two ints"),
+        (("2",), (0,), (), "two ints"),
+        ((2,), (None,), (), "two ints"),
+        ((2,), (10,), (), "the slot below 10"),
+        ((2,), (-1,), (), "the slot below 10"),
+        ((2, 4), (0, 0), (), "share a slot"),
+    ],
+)
+def test_malformed_checkpoints_are_refused_before_anything_changes(
+    positions, slots, labels, sentence
+):
+    cache = hybrid()
+    publish(cache, ids("abX"))
+    before = cache.render()
+    rows = cache.allocate_kv(5)
+    cache.allocate_slot(), cache.allocate_slot()
+    with pytest.raises(ValueError, match=sentence):
+        cache.insert(ids("abcde"), rows, list(zip(positions, slots, strict=True)), labels=labels)
+    assert cache.render() == before
+    cache.check(held_tokens=5, held_slots=2)
+    cache.reset()
+    assert cache.cached_tokens == 0
+
+
+def test_an_attention_only_cache_looks_at_checkpoints_before_it_inserts():
+    cache = attention_only()
+    with pytest.raises(TypeError):
+        cache.insert(ids("abc"), cache.allocate_kv(3), [3])
+    assert cache.num_nodes == 0
+
+
+# -- who owns what ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("owned_from", [-2, 6])
+def test_an_owned_part_that_is_no_part_of_the_prompt_is_refused(owned_from):
+    cache = hybrid()
+    publish(cache, ids("abcdefgh"), [8])
+    rows = cache.allocate_kv(5)
+    with pytest.raises(ValueError, match="must lie in 0"):
+        cache.insert(ids("abcde"), rows, owned_from=owned_from)
+    cache.check(held_tokens=5, held_slots=0)
+
+
+@pytest.mark.parametrize("make", [hybrid, attention_only])
+def test_what_was_evicted_can_neither_be_locked_nor_continued(make):
+    cache = make()
+    publish(cache, ids("abcde"), [5] if make is hybrid else [])
+    match = cache.match(ids("abcdef"))
+    cache.evict(num_tokens=100)
+    with pytest.raises(ValueError, match="match again"):
+        cache.lock(match.node)
+    rows = cache.allocate_kv(6)
+    with pytest.raises(ValueError, match="not locked"):
+        cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
+    cache.check(held_tokens=6, held_slots=0)
+
+
+def test_a_walk_begins_at_no_node_that_is_not_locked():
+    cache = hybrid()
+    publish(cache, ids("abcde"), [5])
+    match = cache.match(ids("abcdef"))
+    rows = np.concatenate([cache.gather(match.node), cache.allocate_kv(1)])
+    with pytest.raises(ValueError, match="not locked"):
+        cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
+    receipt = cache.lock(match.node)
+    assert cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node).inserted_len == 6
+    cache.unlock(receipt)
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_receipt_of_another_cache_is_refused_and_stays_good():
+    cache, other = hybrid(), hybrid()
+    for each in (cache, other):
+        publish(each, ids("abcde"), [5])
+    receipt = cache.lock(cache.match(ids("abcdef")).node)
+    with pytest.raises(ValueError, match="another cache"):
+        other.unlock(receipt)
+    assert cache.evict(num_tokens=5).num_tokens == 0
+    cache.unlock(receipt)
+    assert cache.evict(num_tokens=5).num_tokens == 5
+    cache.check(held_tokens=0, held_slots=0)
+    other.check(held_tokens=0, held_slots=0)
+
+
+# -- listeners ----------------------------------------------------------------------------------------------------------
+
+
+CHANGES = [name for name in vars(Listener) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_listener_that_raises_is_told_no_more_and_breaks_nothing(change, caplog):
+    class Broken(VictimLog):
+        def __getattribute__(self, name):
+            if name == change:
+                raise OSError("the socket is closed")
+            return super().__getattribute__(name)
+
+    cache, mirror, broken = hybrid(), Mirror(page_size=1), Broken()
+    cache.subscribe(broken)
+    cache.subscribe(EventStream(mirror.apply))
+    for tokens in (ids("abcde"), ids("aX"), ids("abcdeZ")):
+        publish(cache, tokens, [2, len(tokens)])
+        cache.check(held_tokens=0, held_slots=0)
+    cache.evict(num_tokens=2, num_slots=1)
+    cache.check(held_tokens=0, held_slots=0)
+    assert mirror.segments() == segments_of(cache._tree.nodes())
+    cache.reset()
+    assert cache.cached_tokens == cache.num_checkpoints == 0
+    cache.check(held_tokens=0, held_slots=0)
+    assert [record.exc_info[1].args for record in caplog.records] == [("the socket is closed",)]
+    with pytest.raises(ValueError, match="not subscribed"):
+        cache.unsubscribe(broken)
+
+
+def test_a_listener_that_raises_while_it_is_introduced_is_not_subscribed():
+    def closed(_):
+        raise OSError("the socket is closed")
+
+    cache = hybrid()
+    publish(cache, ids("abc"), [3])
+    with pytest.raises(OSError, match="closed"):
+        cache.subscribe(EventStream(closed))
+    publish(cache, ids("abX"), [3])
+    cache.check(held_tokens=0, held_slots=0)

@@ -1,0 +1,473 @@
+"""What the hybrid cache does, one behaviour a test, in plain words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from tests.cache.serving import (
+    hybrid,
+    ids,
+    publish,
+    serve,
+)
+
+# -- insert and match ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_resumes_from_the_checkpoint_of_an_earlier_one():
+    cache = hybrid()
+    result = publish(cache, ids("hello"), [5])
+    match = cache.match(ids("hello", " world"))
+    assert (match.cached_len, match.kv_len, match.branch_len) == (5, 5, 5)
+    assert match.checkpoint is not None
+    assert cache.gather(match.node).tolist() == cache.gather(result.node).tolist()
+
+
+def test_an_empty_cache_has_nothing():
+    match = hybrid().match(ids("hello"))
+    assert match.cached_len == 0 and match.checkpoint is None
+    assert match.losses.never_seen == 5
+    assert len(hybrid().gather(match.node)) == 0
+
+
+def test_an_empty_prompt_is_no_special_case():
+    cache = hybrid()
+    serve(cache, ids("hello"), [5])
+    match = cache.match(ids())
+    assert match.cached_len == 0 and sum(match.losses) == 0
+    assert publish(cache, ids()).inserted_len == 0
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_kv_without_a_checkpoint_gives_nothing_to_resume_from():
+    cache = hybrid()
+    publish(cache, ids("hello"))
+    match = cache.match(ids("hello", "!"))
+    assert (match.cached_len, match.kv_len) == (0, 5)
+    assert match.losses.never_checkpointed == 5
+
+
+def test_at_least_one_token_is_left_to_compute():
+    cache = hybrid()
+    publish(cache, ids("hello"), [4, 5])
+    assert cache.match(ids("hello")).cached_len == 4
+    assert cache.match(ids("hello!")).cached_len == 5
+
+
+def test_a_match_changes_nothing():
+    cache = hybrid()
+    publish(cache, ids("hello world"), [5, 11])
+    before = cache.render()
+    for prompt in ("hello", "help", "hello world", "hello w", "bye"):
+        cache.match(ids(prompt))
+    assert cache.render() == before
+    assert cache.stats.total.requests == 0
+
+
+def test_the_deepest_of_several_checkpoints_is_used():
+    cache = hybrid()
+    publish(cache, ids("abcdefgh"), [2, 4, 8])
+    assert cache.match(ids("abcdefgh")).cached_len == 4
+    assert cache.match(ids("abcdefghi")).cached_len == 8
+    assert cache.match(ids("abcd")).cached_len == 2
+    assert cache.match(ids("abX")).cached_len == 2
+
+
+def test_token_ids_up_to_the_largest_are_told_apart():
+    cache = hybrid()
+    top = 2**31 - 1
+    publish(cache, ids([top, 0, top]), [3])
+    assert cache.match(ids([top, 0, top, 1])).cached_len == 3
+    assert cache.match(ids([top, 0, top - 1, 1])).kv_len == 2
+    assert cache.match(ids([0, 0])).kv_len == 0
+
+
+def test_ids_of_another_type_are_refused_before_anything_changes():
+    cache = hybrid()
+    with pytest.raises(ValueError, match="int32"):
+        cache.insert(np.arange(4, dtype=np.int64), np.arange(4, dtype=np.int32))
+    with pytest.raises(ValueError, match="3 KV indices for 4 tokens"):
+        cache.insert(ids("abcd"), np.arange(3, dtype=np.int32))
+    assert cache.num_nodes == 0
+
+
+# -- splits and forks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_inside_an_edge_splits_it_and_keeps_both_sides():
+    cache = hybrid()
+    serve(cache, ids("system", "one"), [9])
+    serve(cache, ids("system", "two"), [9])
+    assert cache.num_nodes == 3
+    assert cache.match(ids("system", "one", "!")).cached_len == 9
+    assert cache.match(ids("system", "two", "!")).cached_len == 9
+    assert cache.match(ids("system", "xxx")).kv_len == 6
+
+
+def test_a_split_leaves_checkpoint_and_lock_with_the_lower_node():
+    cache = hybrid()
+    serve(cache, ids("abcdef"), [6])
+    match = cache.match(ids("abcdefg"))
+    receipt = cache.lock(match.node)
+    publish(cache, ids("abcX"))
+    assert match.node.end == 6 and match.node.locks == 1
+    assert match.node.checkpoint.slot == match.checkpoint
+    assert cache.gather(match.node).tolist() == cache.gather(match.node).tolist()
+    assert cache.match(ids("abcdefg")).cached_len == 6
+    cache.unlock(receipt)
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_split_copies_no_tokens():
+    cache = hybrid()
+    publish(cache, ids("abcdef"))
+    (node,) = cache._tree.nodes()
+    whole = node.edge
+    publish(cache, ids("abcX"))
+    upper = node.parent
+    assert upper.edge.obj is whole and node.edge.obj is whole
+    assert np.shares_memory(upper.kv.indices, node.kv.indices.base)
+
+
+def test_a_fork_at_a_checkpoint_splits_nothing():
+    cache = hybrid()
+    serve(cache, ids("system"), [6])
+    match = serve(cache, ids("system", "one"), [9])
+    assert match.cached_len == 6
+    serve(cache, ids("system", "two"), [9])
+    assert cache.num_nodes == 3
+
+
+def test_many_branches_keep_apart():
+    cache = hybrid(num_slots=30)
+    for branch in range(10):
+        serve(cache, ids("root", [branch], "leaf"), [4, 9])
+    for branch in range(10):
+        assert cache.match(ids("root", [branch], "leaf", "!")).cached_len == 9
+    assert cache.match(ids("root", [77])).cached_len == 4
+
+
+def test_a_checkpoint_inside_an_edge_splits_it():
+    cache = hybrid()
+    publish(cache, ids("abcdef"))
+    result = publish(cache, ids("abcdef"), [3])
+    assert result.rejected_slots == ()
+    assert cache.match(ids("abcdef")).cached_len == 3
+
+
+def test_a_prompt_that_ends_inside_an_edge_gets_a_node_of_its_own():
+    cache = hybrid()
+    publish(cache, ids("abcdef"), [6])
+    result = publish(cache, ids("abc"))
+    assert result.inserted_len == 3
+    assert len(cache.gather(result.node)) == 3
+
+
+# -- what insert hands back ---------------------------------------------------------------------------------------------
+
+
+def test_duplicates_are_handed_back_and_the_trees_rows_stay():
+    cache = hybrid()
+    first = publish(cache, ids("hello"))
+    rows = cache.allocate_kv(7)
+    result = cache.insert(ids("hello", "!!"), rows)
+    assert result.duplicates.tolist() == rows[:5].tolist()
+    assert cache.gather(result.node)[:5].tolist() == cache.gather(first.node).tolist()
+    assert cache.gather(result.node)[5:].tolist() == rows[5:].tolist()
+    cache.free_kv(result.duplicates)
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_what_the_caller_does_with_its_array_later_is_nothing_to_the_cache():
+    cache = hybrid()
+    rows, tokens = cache.allocate_kv(5), ids("hello")
+    given = rows.copy()
+    result = cache.insert(tokens, given)
+    given[:], tokens[:] = 99, 99
+    assert cache.gather(result.node).tolist() == rows.tolist()
+    assert cache.match(ids("hello!")).kv_len == 5
+
+
+def test_rows_that_were_the_trees_already_are_no_duplicates():
+    cache = hybrid()
+    publish(cache, ids("hello"), [5])
+    match = cache.match(ids("hello", "!!"))
+    receipt = cache.lock(match.node)
+    rows = np.concatenate([cache.gather(match.node), cache.allocate_kv(2)])
+    result = cache.insert(ids("hello", "!!"), rows, owned_from=match.cached_len)
+    assert len(result.duplicates) == 0
+    cache.unlock(receipt)
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_walk_can_begin_at_the_locked_node():
+    cache = hybrid()
+    publish(cache, ids("hello"), [5])
+    match = cache.match(ids("hello", "!!"))
+    cache.lock(match.node)
+    publish(cache, ids("heX"))
+    rows = np.concatenate([cache.gather(match.node), cache.allocate_kv(2)])
+    result = cache.insert(ids("hello", "!!"), rows, owned_from=5, after=match.node)
+    assert cache.gather(result.node).tolist() == rows.tolist()
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_rows_said_to_be_the_trees_that_are_not_there_are_refused():
+    cache = hybrid()
+    with pytest.raises(ValueError, match="keep a lock"):
+        cache.insert(ids("hello"), cache.allocate_kv(5), owned_from=3)
+    assert cache.num_nodes == 0 and not cache._tree.roots
+
+
+def test_a_second_state_for_the_same_prefix_is_handed_back():
+    cache = hybrid()
+    publish(cache, ids("hello"), [5])
+    kept = cache.match(ids("hello!")).checkpoint
+    slot = cache.allocate_slot()
+    result = cache.insert(ids("hello"), cache.allocate_kv(5), [(5, slot)])
+    assert result.rejected_slots == (slot,)
+    assert cache.match(ids("hello!")).checkpoint == kept
+
+
+def test_states_off_the_grid_or_past_the_end_are_handed_back():
+    cache = hybrid(grid=4)
+    slots = [cache.allocate_slot() for _ in range(5)]
+    offered = list(zip((0, 3, 4, 8, 12), slots, strict=True))
+    result = cache.insert(ids("abcdefghi"), cache.allocate_kv(9), offered)
+    assert sorted(result.rejected_slots) == sorted([slots[0], slots[1], slots[4]])
+    assert cache.match(ids("abcdefghij")).cached_len == 8
+
+
+# -- pages and grids ----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_past_the_last_whole_page_stay_the_callers():
+    cache = hybrid(num_kv_tokens=64, page_size=4)
+    rows = cache.allocate_kv(6)
+    assert len(rows) == 8
+    result = cache.insert(ids("abcdef"), rows[:6])
+    assert result.inserted_len == 4
+    cache.check(held_tokens=4)
+    cache.free_kv(rows[4:])
+    cache.check(held_tokens=0)
+
+
+def test_prompts_part_at_page_boundaries():
+    cache = hybrid(num_kv_tokens=64, page_size=4, grid=4)
+    publish(cache, ids("aaaabbbbcccc"), [12])
+    assert cache.match(ids("aaaabbXbcccc")).kv_len == 4
+    publish(cache, ids("aaaabbXbcccc"), [12])
+    assert cache.match(ids("aaaabbbbcccc!")).cached_len == 12
+    assert cache.match(ids("aaaabbXbcccc!")).cached_len == 12
+    assert cache.match(ids("aaaabb")).kv_len == 4
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("grid", [1, 16, 64, 256])
+def test_checkpoints_stand_at_multiples_of_grid_and_page(page_size, grid):
+    step = max(page_size, grid)
+    cache = hybrid(num_kv_tokens=8 * 256, page_size=page_size, grid=grid)
+    prompt = ids(range(2 * step + 1))
+    result = publish(cache, prompt, [step, step // 2, 2 * step])
+    assert len(result.rejected_slots) == 1
+    assert cache.match(prompt).cached_len == 2 * step
+    assert cache.match(prompt[: 2 * step]).cached_len == step
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_grid_and_page_that_do_not_divide_each_other_meet_at_their_common_multiple():
+    cache = hybrid(num_kv_tokens=90, page_size=3, grid=2)
+    result = publish(cache, ids("abcdefghi"), [3, 6])
+    assert len(result.rejected_slots) == 1
+    assert cache.match(ids("abcdefghi")).cached_len == 6
+
+
+# -- namespaces ---------------------------------------------------------------------------------------------------------
+
+
+def test_namespaces_share_nothing():
+    cache = hybrid()
+    publish(cache, ids("hello"), [5], namespace="a")
+    assert cache.match(ids("hello!"), "a").cached_len == 5
+    for other in (None, "b", ("a",), 0):
+        assert cache.match(ids("hello!"), other).losses.never_seen == 6
+
+
+def test_a_namespace_leaves_no_trace_when_its_last_token_is_gone():
+    cache = hybrid(ghost_bytes=0)
+    for number in range(50):
+        publish(cache, ids("hello"), [5], namespace=("salt", number))
+    cache.reset()
+    assert not cache._tree.roots and cache.num_nodes == 0
+
+
+# -- locks --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_locked_stays_and_so_does_all_above_it():
+    cache = hybrid()
+    publish(cache, ids("ab"), [2])
+    publish(cache, ids("abcd"), [4])
+    publish(cache, ids("abcdef"), [6])
+    receipt = cache.lock(cache.match(ids("abcdX")).node)
+    cache.evict(num_tokens=100, num_slots=100)
+    match = cache.match(ids("abcdX"))
+    assert match.cached_len == 4 and match.checkpoint is not None
+    assert cache.match(ids("abcdef!")).kv_len == 4
+    cache.unlock(receipt)
+    cache.evict(num_tokens=100)
+    assert cache.match(ids("abcdX")).kv_len == 0
+
+
+def test_a_lock_is_counted_and_each_receipt_opens_once():
+    cache = hybrid()
+    publish(cache, ids("hello"), [5])
+    node = cache.match(ids("hello!")).node
+    first, second = cache.lock(node), cache.lock(node)
+    cache.unlock(first)
+    cache.unlock(first)
+    assert cache.evict(num_tokens=5).num_tokens == 0
+    cache.unlock(second)
+    assert cache.evict(num_tokens=5).num_tokens == 5
+
+
+def test_locked_branches_are_passed_over_for_others():
+    cache = hybrid()
+    publish(cache, ids("sys", "a"), [4])
+    publish(cache, ids("sys", "b"), [4])
+    receipt = cache.lock(cache.match(ids("sys", "a", "!")).node)
+    assert cache.evict(num_tokens=1).num_tokens == 1
+    assert cache.match(ids("sys", "b", "!")).kv_len == 3
+    assert cache.match(ids("sys", "a", "!")).cached_len == 4
+    cache.unlock(receipt)
+
+
+def test_nothing_cached_can_be_locked_too():
+    cache = hybrid()
+    match = cache.match(ids("hello"))
+    cache.unlock(cache.lock(match.node))
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_many_misses_leave_no_count_behind():
+    cache = hybrid()
+    publish(cache, ids("hello"), [5])
+    for _ in range(50):
+        cache.unlock(cache.lock(cache.match(ids("other")).node))
+    cache.check()
+    assert all(root.locks == 0 for root in cache._tree.roots.values())
+
+
+# -- long prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_of_2000_nodes_and_100000_tokens():
+    cache = hybrid(num_kv_tokens=110_000, num_slots=2001)
+    tokens = ids(range(100_000))
+    node, receipt = None, None
+    rows = cache.allocate_kv(100_000)
+    for end in range(50, 100_001, 50):
+        slot = cache.allocate_slot()
+        result = cache.insert(
+            tokens[:end], rows[:end], [(end, slot)], owned_from=end - 50, after=node
+        )
+        fresh = cache.lock(result.node)
+        if receipt is not None:
+            cache.unlock(receipt)
+        node, receipt = result.node, fresh
+    assert cache.num_nodes == 2000
+    match = cache.match(ids(range(100_000), [7]))
+    assert match.cached_len == 100_000
+    assert cache.gather(match.node).tolist() == rows.tolist()
+    cache.unlock(receipt)
+    cache.check(held_tokens=0, held_slots=0)
+    publish(cache, ids(range(51_000), [7]), [51_001])
+    cache.evict(num_slots=1500)
+    cache.check(held_tokens=0, held_slots=0)
+    cache.reset()
+    assert cache.num_nodes == 0
+
+
+def test_a_prompt_of_70000_tokens_in_pages_of_64():
+    cache = hybrid(num_kv_tokens=64 * 1200, page_size=64, grid=64)
+    publish(cache, ids(range(70_000)), [64 * 1093])
+    assert cache.match(ids(range(70_000))).cached_len == 64 * 1093
+
+
+# -- other caches behind the same verbs ---------------------------------------------------------------------------------
+
+
+def test_an_attention_only_cache_resumes_anywhere_on_grid_and_page():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
+    result = publish(cache, ids("abcdefghij"))
+    for prompt, cached in (("abcdefghijk", 8), ("abcdefgh", 4), ("abcdefX", 4), ("abX", 0)):
+        match = cache.match(ids(prompt))
+        assert match.cached_len == cached
+        expected = cache.gather(result.node)[:cached].tolist()
+        assert cache.gather(match.node).tolist() == expected
+        assert sum(match.losses) + cached == len(prompt)
+
+
+def test_an_attention_only_cache_takes_no_states():
+    cache = build_prefix_cache(
+        CacheConfig(prefix_cache="radix", num_kv_tokens=100, num_slots=1, grid=1)
+    )
+    assert len(publish(cache, ids("abc"), [3]).rejected_slots) == 1
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_an_attention_only_lock_holds_what_is_used_inside_an_edge_and_no_more():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=1))
+    publish(cache, ids("abcdef"))
+    match = cache.match(ids("abcX"))
+    receipt = cache.lock(match.node)
+    rows = cache.gather(match.node)
+    assert cache.evict(num_tokens=6).num_tokens == 3
+    new = cache.allocate_kv(1)
+    result = cache.insert(ids("abcX"), np.concatenate([rows, new]), owned_from=3, after=match.node)
+    assert cache.gather(result.node).tolist() == [*rows.tolist(), *new.tolist()]
+    cache.unlock(receipt)
+    cache.check(held_tokens=0)
+
+
+def test_no_cache_keeps_nothing():
+    cache = build_prefix_cache(
+        CacheConfig(prefix_cache="none", num_kv_tokens=100, num_slots=2, grid=1)
+    )
+    result = publish(cache, ids("hello"), [5])
+    assert result.inserted_len == 0 and len(result.rejected_slots) == 1
+    assert cache.match(ids("hello!")).losses.never_seen == 6
+    cache.check(held_tokens=0, held_slots=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prefix_cache": "magic", "num_kv_tokens": 8}, "known: hybrid, radix, none"),
+        ({"eviction": "magic", "num_kv_tokens": 8}, "unknown eviction"),
+        (
+            {"eviction": "json:JSONDecoder", "num_kv_tokens": 8},
+            "it is no EvictionPolicy, .* no add,",
+        ),
+        ({"num_kv_tokens": 0}, "less than one page"),
+        ({"num_kv_tokens": 8, "total_bytes": 8}, "not both"),
+        ({"num_kv_tokens": 8, "grid": 0}, "at least 1"),
+        ({"num_kv_tokens": 8, "ghost_bytes": -1}, "ghost_bytes"),
+        ({"total_bytes": 8, "state_bytes": 0}, "at least 1"),
+    ],
+)
+def test_a_config_that_makes_no_sense_says_why(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CacheConfig(**options)
+
+
+def test_a_budget_for_more_rows_than_can_be_numbered_is_refused():
+    with pytest.raises(ValueError, match="int32"):
+        build_prefix_cache(CacheConfig(total_bytes=1 << 60))
+
+
+def test_a_cache_without_states_makes_no_slots():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", total_bytes=4096))
+    assert cache.allocate_slot() is None and len(cache.allocate_kv(4096)) == 4096

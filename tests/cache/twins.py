@@ -1,0 +1,263 @@
+"""A clever cache and its plain twin, driven together: every verb is done on both and must give the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
+from hybridcache.hybrid import HybridRadixCache
+from hybridcache.interface import PrefixMatch, Tokens
+from hybridcache.plain import PlainCache, Victim
+from hybridcache.policies.eviction_words import make_eviction
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
+from hybridcache.radix.node import RadixNode
+
+
+class CandidateLedger:
+    """An eviction policy that passes everything on and keeps book: nothing is added or discarded twice."""
+
+    def __init__(self, inner: EvictionPolicy) -> None:
+        self.inner = inner
+        self.held: set[Any] = set()
+        self.told: list[Item] = []
+        """What was missed, as it was told."""
+
+    def add(self, item: Item) -> None:
+        assert item not in self.held, f"{item} added twice"
+        self.held.add(item)
+        self.inner.add(item)
+
+    def discard(self, item: Item) -> None:
+        assert item in self.held, f"{item} discarded but never added"
+        self.held.remove(item)
+        self.inner.discard(item)
+
+    def touch(self, item: Item) -> None:
+        assert item in self.held, f"{item} touched but no candidate"
+        self.inner.touch(item)
+
+    def missed(self, item: Item) -> None:
+        self.told.append(item)
+        self.inner.missed(item)
+
+    def candidates(self) -> Iterable[Item] | None:
+        return candidates_of(self.inner)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        item = self.inner.victim(kind)
+        assert item is None or item in self.held, f"{item} is no candidate"
+        return item
+
+
+class VictimLog:
+    """A listener that remembers what was chosen to go."""
+
+    def __init__(self) -> None:
+        self.chosen_items: list[Victim] = []
+
+    def kv_stored(self, node: RadixNode) -> None: ...
+    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None: ...
+    def kv_removed(self, node: RadixNode) -> None: ...
+    def checkpoint_stored(self, node: RadixNode) -> None: ...
+    def checkpoint_removed(self, node: RadixNode) -> None: ...
+
+    def chosen(self, item: Any) -> None:
+        self.chosen_items.append((item.kind, *prefix_of(item.node)))
+
+
+def prefix_of(node: RadixNode) -> tuple[Hashable, tuple[int, ...]]:
+    """(namespace, the tokens from the root to ``node``'s end)."""
+    ids: list[int] = []
+    while node.parent is not None:
+        ids = node.tokens.tolist() + ids
+        node = node.parent
+    return node.key, tuple(ids)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in flight on both caches, and what it holds."""
+
+    tokens: Tokens
+    namespace: Hashable
+    match: PrefixMatch
+    receipt: Any
+    node: Any
+    piece: Any
+    rows: np.ndarray
+    published_len: int
+
+
+class Twins:
+    """Both caches. Each verb asserts that they agree."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.cache = build_prefix_cache(config)
+        assert isinstance(self.cache, HybridRadixCache)
+        residency = self.cache._residency
+        self.ledger = CandidateLedger(build_policy(config))
+        residency.policy = self.ledger
+        self.log = VictimLog()
+        self.cache.subscribe(self.log)
+        other = build_prefix_cache(config)
+        assert isinstance(other, HybridRadixCache)
+        ranks_itself = getattr(make_eviction(config.eviction)(), "ranks_structure", False)
+        self.plain = PlainCache(
+            other._pages,
+            other._slots,
+            grid=config.grid,
+            ghost_bytes=config.ghost_bytes,
+            dead_first=config.dead_first and not ranks_itself,
+            demote_superseded=config.demote_superseded and not ranks_itself,
+        )
+        self.held_slots: list[int] = []
+        self.held_rows: list[np.ndarray] = []
+        self.requests: list[Request] = []
+
+    def _follow(self) -> None:
+        """Give the twin what the clever one has just chosen, unless its order is LRU's, which it finds itself."""
+        if self.config.eviction != "lru":
+            done = len(self.plain.chosen)
+            self.plain.script = self.log.chosen_items[done:]
+
+    def _agree_on_victims(self) -> None:
+        assert self.log.chosen_items == self.plain.chosen
+
+    def match(self, tokens: Tokens, namespace: Hashable) -> PrefixMatch:
+        found = self.cache.match(tokens, namespace)
+        plain = self.plain.match(tokens, namespace)
+        assert found.cached_len == plain.cached_len
+        assert found.kv_len == plain.kv_len
+        assert found.branch_len == plain.branch_len
+        assert found.checkpoint == plain.slot
+        assert found.losses == plain.losses
+        assert sum(found.losses) + found.cached_len == len(tokens)
+        assert (found.missed.position if found.missed else 0) == plain.missed_len
+        rows = self.cache.gather(found.node).tolist()
+        assert rows == self.plain.gather(tokens, plain.cached_len, namespace)
+        return found
+
+    def allocate_kv(self, num_tokens: int) -> np.ndarray | None:
+        rows = self.cache.allocate_kv(num_tokens)
+        self._follow()
+        plain = self.plain.allocate_kv(num_tokens)
+        self._agree_on_victims()
+        assert (rows is None) == (plain is None)
+        assert rows is None or plain is None or rows.tolist() == plain.tolist()
+        return rows
+
+    def allocate_slot(self) -> int | None:
+        slot = self.cache.allocate_slot()
+        self._follow()
+        assert slot == self.plain.allocate_slot()
+        self._agree_on_victims()
+        if slot is not None:
+            self.held_slots.append(slot)
+        return slot
+
+    def free_slot(self, slot: int) -> None:
+        self.held_slots.remove(slot)
+        self.cache.free_slot(slot)
+        self.plain.slots.free(slot)
+
+    def free_kv(self, rows: np.ndarray) -> None:
+        self.cache.free_kv(rows)
+        self.plain.pages.free(rows)
+
+    def evict(self, num_tokens: int, num_slots: int) -> None:
+        eviction = self.cache.evict(num_tokens, num_slots)
+        self._follow()
+        assert tuple(eviction) == self.plain.evict(num_tokens, num_slots)
+        self._agree_on_victims()
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self._follow()
+        self.plain.reset()
+        self._agree_on_victims()
+
+    def begin(self, tokens: Tokens, namespace: Hashable) -> Request | None:
+        """Match, lock, touch, and hold rows for the rest; None: refused, nothing held."""
+        match = self.match(tokens, namespace)
+        receipt = self.cache.lock(match.node)
+        piece = None
+        if match.cached_len:
+            piece = self.plain.piece_at(tokens, match.cached_len, namespace)
+            piece.locks += 1
+        self.ledger.told.clear()
+        self.cache.touch(match)
+        assert self.ledger.told == ([] if match.missed is None else [match.missed])
+        self.plain.touch(tokens, match.cached_len, namespace)
+        new = self.allocate_kv(len(tokens) - match.cached_len)
+        if new is None:
+            self._unlock(receipt, piece)
+            return None
+        rows = np.concatenate([self.cache.gather(match.node), new])
+        request = Request(
+            tokens, namespace, match, receipt, match.node, piece, rows, match.cached_len
+        )
+        self.requests.append(request)
+        return request
+
+    def _unlock(self, receipt: Any, piece: Any) -> None:
+        self.cache.unlock(receipt)
+        self.cache.unlock(receipt)
+        if piece is not None:
+            piece.locks -= 1
+
+    def publish(self, request: Request, length: int, positions: list[int], from_node: bool) -> None:
+        """Insert the first ``length`` tokens with checkpoints at ``positions``, and move the lock there."""
+        length = max(length, request.published_len)
+        saved = [(position, self.allocate_slot()) for position in positions]
+        offered = [(position, slot) for position, slot in saved if slot is not None]
+        tokens, namespace = request.tokens[:length], request.namespace
+        result = self.cache.insert(
+            tokens,
+            request.rows[:length],
+            offered,
+            namespace,
+            request.published_len,
+            after=request.node if from_node else None,
+        )
+        duplicates, rejected = self.plain.insert(
+            tokens, request.rows[:length], offered, namespace, request.published_len
+        )
+        assert result.inserted_len == length - length % self.config.page_size
+        assert result.duplicates.tolist() == duplicates
+        assert set(result.rejected_slots) == rejected
+        for _, slot in offered:
+            if slot in rejected:
+                self.free_slot(slot)
+            else:
+                self.held_slots.remove(slot)
+        receipt = self.cache.lock(result.node)
+        piece = None
+        if result.inserted_len:
+            piece = self.plain.piece_at(tokens, result.inserted_len, namespace)
+            piece.locks += 1
+        self._unlock(request.receipt, request.piece)
+        request.receipt, request.piece, request.node = receipt, piece, result.node
+        self.free_kv(result.duplicates)
+        rows = self.cache.gather(result.node)
+        assert rows.tolist() == self.plain.gather(tokens, result.inserted_len, namespace)
+        request.rows[: len(rows)] = rows
+        request.published_len = result.inserted_len
+
+    def end(self, request: Request) -> None:
+        """Give everything back that was not published."""
+        self.requests.remove(request)
+        self._unlock(request.receipt, request.piece)
+        self.free_kv(request.rows[request.published_len :])
+
+    def check(self) -> None:
+        """Invariants of the clever one, conservation, and the policy's book."""
+        held = sum(len(request.rows) - request.published_len for request in self.requests)
+        held += sum(map(len, self.held_rows))
+        self.cache.check(held_tokens=held, held_slots=len(self.held_slots))
+        residency = self.cache._residency
+        assert self.ledger.held == set(residency.candidates())

@@ -1,0 +1,294 @@
+"""Events: a subscriber that hears everything knows everything."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.export.blocks import BlockEvents
+from hybridcache.export.events import (
+    Batches,
+    CheckpointRemoved,
+    CheckpointStored,
+    EventsLost,
+    EventStream,
+    KVRemoved,
+    KVSplit,
+    KVStored,
+    Mirror,
+    decode,
+    encode,
+    segments_of,
+)
+from hybridcache.export.namespaces import write_namespace
+from tests.cache.serving import (
+    hybrid,
+    ids,
+    serve,
+    traffic,
+)
+from tests.export.event_truth import BlockFollower, blocks_of
+
+
+def play(cache, num_requests, seed=0, step=1):
+    for number, tokens in enumerate(traffic(seed, num_requests)):
+        n = len(tokens)
+        positions = {n // step * step, n // 2 // step * step} - {0}
+        serve(cache, tokens, sorted(positions), namespace=(None, "tenant", ("a", 1))[number % 3])
+        if number % 50 == 49:
+            cache.evict(num_tokens=100, num_slots=2)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("form", ["json", "msgpack"])
+def test_a_mirror_equals_the_tree_and_answers_like_it(page_size, form):
+    if form == "msgpack":
+        pytest.importorskip("msgpack")
+    cache = hybrid(num_kv_tokens=960, page_size=page_size)
+    mirror = Mirror(page_size)
+    sent, batches = [], Batches(form)
+    cache.subscribe(EventStream(sent.append))
+    cache.subscribe(EventStream(batches))
+    for seed in range(4):
+        play(cache, 60, seed, page_size)
+        assert len(batches) == len(sent) > 0
+        sequence, events = decode(batches.take(), form)
+        assert sequence == seed and events == sent
+        mirror.apply_batch(sequence, events)
+        sent.clear()
+        assert mirror.segments() == segments_of(cache._tree.nodes())
+        for tokens in traffic(seed, 60):
+            for namespace in (None, "tenant", ("a", 1)):
+                match = cache.match(tokens, namespace)
+                assert mirror.match(tokens, namespace) == (match.cached_len, match.kv_len)
+    cache.reset()
+    for event in sent:
+        mirror.apply(event)
+    assert mirror.segments() == set()
+
+
+def test_a_late_subscriber_is_told_of_what_is_there():
+    cache = hybrid()
+    play(cache, 30)
+    mirror = Mirror(page_size=1)
+    cache.subscribe(EventStream(mirror.apply))
+    assert mirror.segments() == segments_of(cache._tree.nodes())
+    play(cache, 30, seed=1)
+    assert mirror.segments() == segments_of(cache._tree.nodes())
+
+
+def test_a_lost_event_is_noticed():
+    cache, sent = hybrid(), []
+    cache.subscribe(EventStream(sent.append))
+    serve(cache, ids("shared", "one"), [9])
+    serve(cache, ids("shared", "two"), [9])
+    cache.reset()
+    for missing in range(len(sent) - 1):
+        mirror = Mirror(page_size=1)
+        for event in sent[:missing]:
+            mirror.apply(event)
+        with pytest.raises(EventsLost, match=r"was lost before \w+ of segment"):
+            for event in sent[missing + 1 :]:
+                mirror.apply(event)
+
+
+def test_a_mirror_refuses_what_can_not_follow():
+    stored = KVStored(0, None, None, 0, (1, 2, 3))
+    known = [stored, CheckpointStored(0, 3, ""), KVStored(1, 0, None, 3, (4,))]
+    impossible = [
+        stored,
+        KVStored(2, None, None, 0, (1, 9)),
+        KVStored(2, 0, None, 4, (5,)),
+        KVStored(2, 7, None, 3, (5,)),
+        KVSplit(0, 2, 3),
+        KVSplit(0, 1, 2),
+        KVSplit(7, 2, 2),
+        KVRemoved(0),
+        KVRemoved(7),
+        CheckpointStored(0, 3, ""),
+        CheckpointStored(1, 3, ""),
+        CheckpointRemoved(1, 4),
+        CheckpointRemoved(0, 2),
+    ]
+    for event in impossible:
+        mirror = Mirror(page_size=1)
+        for earlier in known:
+            mirror.apply(earlier)
+        before = mirror.segments()
+        with pytest.raises(EventsLost):
+            mirror.apply(event)
+        assert mirror.segments() == before
+
+
+def test_a_checkpoint_whose_end_was_not_told_is_noticed_when_its_kv_goes():
+    cache, sent = hybrid(), []
+    cache.subscribe(EventStream(sent.append))
+    serve(cache, ids("abcd"), [2, 4])
+    cache.reset()
+    mirror = Mirror(page_size=1)
+    with pytest.raises(EventsLost, match="KVRemoved"):
+        for event in sent:
+            if not isinstance(event, CheckpointRemoved):
+                mirror.apply(event)
+
+
+def test_a_batch_lost_on_the_way_is_noticed_by_the_next_one():
+    cache, batches, mirror = hybrid(), Batches(), Mirror(page_size=1)
+    cache.subscribe(EventStream(batches))
+    mirror.apply_batch(*decode(batches.take()))
+    serve(cache, ids("one"), [3])
+    batches.take()
+    serve(cache, ids("two"), [3])
+    late = decode(batches.take())
+    for _ in range(2):
+        with pytest.raises(EventsLost, match="batch 2 of events came where 1 was due"):
+            mirror.apply_batch(*late)
+    anew, follower = Batches(), Mirror(page_size=1)
+    cache.subscribe(EventStream(anew))
+    follower.apply_batch(*decode(anew.take()))
+    assert follower.segments() == segments_of(cache._tree.nodes())
+
+
+def test_every_subscriber_is_told_until_it_leaves():
+    cache, mirrors = hybrid(), [Mirror(page_size=1) for _ in range(3)]
+    streams = [EventStream(mirror.apply) for mirror in mirrors]
+    for number, stream in enumerate(streams):
+        cache.subscribe(stream)
+        play(cache, 20, number)
+        with pytest.raises(ValueError, match="subscribed already"):
+            cache.subscribe(stream)
+    truth = segments_of(cache._tree.nodes())
+    assert all(mirror.segments() == truth for mirror in mirrors)
+    for stream, mirror in zip(streams, mirrors, strict=True):
+        before = mirror.segments()
+        cache.unsubscribe(stream)
+        play(cache, 20, 7)
+        assert mirror.segments() == before
+        with pytest.raises(ValueError, match="not subscribed"):
+            cache.unsubscribe(stream)
+    assert cache._residency.listener is None
+
+
+@pytest.mark.parametrize("kind", ["none", "radix", "hybrid"])
+def test_every_cache_can_be_subscribed_to(kind):
+    cache = build_prefix_cache(CacheConfig(prefix_cache=kind, num_kv_tokens=100, num_slots=2))
+    mirror = Mirror(page_size=1)
+    stream = EventStream(mirror.apply)
+    cache.subscribe(stream)
+    serve(cache, ids("hello"))
+    held = 0 if kind == "none" else 5
+    assert mirror.match(ids("hello")).kv_len == cache.match(ids("hello")).kv_len == held
+    cache.unsubscribe(stream)
+
+
+def test_a_segment_is_told_without_a_walk_to_the_root():
+    cache, mirror = hybrid(num_kv_tokens=4000), Mirror(page_size=1)
+    cache.subscribe(EventStream(mirror.apply))
+    tokens, rows = ids(range(1000)), cache.allocate_kv(1000)
+    node = cache.insert(tokens[:998], rows[:998], namespace="tenant").node
+    root = node.parent
+    node = cache.insert(
+        tokens[:999], rows[:999], (), "tenant", 998, after=cache.lock(node).node
+    ).node
+    root.key = "nobody looks here"
+    cache.insert(tokens, rows, (), "tenant", 999, after=cache.lock(node).node)
+    root.key = "tenant"
+    assert mirror.match(tokens, "tenant").kv_len == 1000
+
+
+def test_namespaces_that_look_alike_stay_apart_and_equal_ones_together():
+    cache, batches = hybrid(num_slots=20), Batches()
+    cache.subscribe(EventStream(batches))
+    tenants = [
+        ("a", 1),
+        "('a', 1)",
+        ("tuple", "a", 1),
+        ("repr", "b'salt'"),
+        b"salt",
+        "b'salt'",
+        1,
+        "1",
+        1.5,
+        "1.5",
+        2**70,
+        hex(2**70),
+        "\ud800",
+        repr("\ud800"),
+        frozenset("ab"),
+        None,
+        "None",
+    ]
+    for number, tenant in enumerate(tenants):
+        serve(cache, ids("shared", range(number)), [6], tenant)
+    mirror = Mirror(page_size=1)
+    mirror.apply_batch(*decode(batches.take()))
+    for number, tenant in enumerate(tenants):
+        assert mirror.match(ids("shared", range(number)), tenant).kv_len == 6 + number
+        assert mirror.match(ids("shared", range(40)), tenant).kv_len == 6 + number
+    for same, other in [(1, 1.0), (1, True), (("a", 1), ("a", True)), (2**70, float(2**70))]:
+        assert same == other and write_namespace(same) == write_namespace(other)
+        prompt = ids("shared", range(40))
+        assert mirror.match(prompt, other) == mirror.match(prompt, same)
+        assert cache.match(prompt, other).kv_len == mirror.match(prompt, same).kv_len
+    cache.reset()
+    mirror.apply_batch(*decode(batches.take()))
+    assert mirror.segments() == set()
+
+
+@pytest.mark.parametrize("namespace", ["x" * 10_000, "\ud800", 2**70, -(2**63), ("a", (1, None))])
+def test_both_encodings_carry_the_same_namespaces(namespace):
+    pytest.importorskip("msgpack")
+    cache, sent = hybrid(), []
+    cache.subscribe(EventStream(sent.append))
+    serve(cache, ids([1, 2, 2**31 - 1]), [3], namespace)
+    for form in ("json", "msgpack"):
+        assert decode(encode(0, sent, form), form) == (0, sent)
+
+
+@pytest.mark.parametrize("event", [CheckpointStored(0, 1, "\ud800"), KVRemoved(2**70)])
+def test_both_encodings_refuse_what_one_can_not_carry(event):
+    pytest.importorskip("msgpack")
+    for form in ("json", "msgpack"):
+        with pytest.raises(ValueError, match="no wire carries"):
+            encode(0, [event], form)
+
+
+@pytest.mark.parametrize(
+    "batch", [b"", b"[1]", b'[0,[["Unknown",1]]]', b'[0,[["KVRemoved"]]]', b"\xff"]
+)
+def test_what_is_no_batch_is_refused(batch):
+    pytest.importorskip("msgpack")
+    for form in ("json", "msgpack"):
+        with pytest.raises(ValueError, match="no batch of events"):
+            decode(batch, form)
+
+
+def test_unknown_forms_are_refused():
+    with pytest.raises(ValueError, match="json or msgpack"):
+        encode(0, [], "xml")
+    with pytest.raises(ValueError, match="json or msgpack"):
+        decode(b"", "xml")
+    with pytest.raises(ValueError, match="json or msgpack"):
+        Batches("xml")
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_blocks_are_exactly_the_resident_prefixes_at_multiples_of_the_block(block_size):
+    cache, follower = hybrid(), BlockFollower()
+    cache.subscribe(EventStream(BlockEvents(block_size, follower)))
+    play(cache, 150)
+    assert (follower.blocks, follower.states) == blocks_of(cache, block_size)
+    assert follower.blocks and follower.states
+
+
+def test_a_block_in_which_two_prompts_part_only_later_is_told_once_and_goes_with_the_last():
+    cache, follower = hybrid(page_size=64), BlockFollower()
+    cache.subscribe(EventStream(BlockEvents(16, follower)))
+    shared = range(100)
+    for word in ("one", "two"):
+        serve(cache, ids(shared, word * 40), [64, 128, 192])
+    assert (follower.blocks, follower.states) == blocks_of(cache, 16)
+    assert len(follower.blocks) == 12 + 6, "two whole chains of 12, of which 6 blocks are the same"
+    while cache.evict(num_tokens=1).num_tokens:
+        assert (follower.blocks, follower.states) == blocks_of(cache, 16)
+    assert not follower.blocks and not follower.states

@@ -1,0 +1,175 @@
+"""State machine: whoever follows a cache by its events, or loads its snapshots, knows at every moment what it holds."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hybridcache.export.blocks import BlockEvents
+from hybridcache.export.events import (
+    Batches,
+    EventStream,
+    Mirror,
+    decode,
+    segments_of,
+)
+from hybridcache.export.snapshot import load_snapshot, save_snapshot
+from tests.cache.serving import hybrid
+from tests.export.event_truth import BlockFollower, blocks_of
+
+KNOWN = st.integers(0, 1000)
+KEPT = st.integers(0, 20)
+SPACES = st.sampled_from((None, ("a", 1), "('a', 1)", 2**70, "\ud800"))
+MORE = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+
+
+class EventsMachine(RuleBasedStateMachine):
+    """One cache, its subscribers, and copies of it that come and go."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 3]),
+        grid=st.sampled_from([1, 6]),
+        num_slots=st.integers(2, 8),
+        form=st.sampled_from(["json", "msgpack"]),
+        ghost_bytes=st.sampled_from([0, 3_000]),
+    )
+    def make(self, page_size, grid, num_slots, form, ghost_bytes):
+        self.options = {
+            "num_kv_tokens": 96,
+            "num_slots": num_slots,
+            "page_size": page_size,
+            "grid": grid,
+            "ghost_bytes": ghost_bytes,
+        }
+        self.step = max(page_size, grid)
+        self.form = form
+        self.folder = Path(tempfile.mkdtemp())
+        self.cache = hybrid(**self.options)
+        self.receipts = []
+        self.prompts = {}
+        self.watch()
+
+    def watch(self):
+        """Subscribe everybody anew: what the cache holds comes first."""
+        self.mirror, self.remote = (Mirror(self.options["page_size"]) for _ in range(2))
+        self.batches, self.blocks = Batches(self.form), BlockFollower()
+        sinks = (self.mirror.apply, self.batches, BlockEvents(4, self.blocks))
+        self.streams = [EventStream(sink) for sink in sinks]
+        for stream in self.streams:
+            self.cache.subscribe(stream)
+
+    @rule(begun=st.lists(st.tuples(KNOWN, KEPT, MORE), min_size=1, max_size=6), namespace=SPACES)
+    def requests(self, begun, namespace):
+        """Prompts that begin as earlier ones of their namespace did, and go on by themselves."""
+        earlier = self.prompts.setdefault(namespace, [np.empty(0, np.int32)])
+        for known, kept, more in begun:
+            tokens = np.concatenate(
+                [earlier[known % len(earlier)][:kept], np.array(more, np.int32)]
+            )
+            earlier.append(tokens)
+            self.serve(tokens, namespace)
+            assert self.mirror.segments() == segments_of(self.cache._tree.nodes())
+
+    def serve(self, tokens, namespace):
+        match = self.cache.match(tokens, namespace)
+        assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_len)
+        receipt = self.cache.lock(match.node)
+        self.cache.touch(match)
+        positions = {
+            len(tokens) // self.step * self.step,
+            match.branch_len // self.step * self.step,
+        }
+        new = self.cache.allocate_kv(len(tokens) - match.cached_len)
+        if new is not None:
+            rows = np.concatenate([self.cache.gather(match.node), new])
+            saved = [(at, self.cache.allocate_slot()) for at in sorted(positions - {0})]
+            saved = [(at, slot) for at, slot in saved if slot is not None]
+            result = self.cache.insert(
+                tokens, rows[: len(tokens)], saved, namespace, match.cached_len
+            )
+            self.cache.free_kv(result.duplicates)
+            self.cache.free_kv(rows[max(result.inserted_len, match.cached_len) :])
+            for slot in result.rejected_slots:
+                self.cache.free_slot(slot)
+        self.cache.unlock(receipt)
+
+    @rule(known=KNOWN, namespace=SPACES)
+    def lock(self, known, namespace):
+        earlier = self.prompts.get(namespace, [np.empty(0, np.int32)])
+        match = self.cache.match(earlier[known % len(earlier)], namespace)
+        self.receipts.append(self.cache.lock(match.node))
+
+    @precondition(lambda self: self.receipts)
+    @rule(data=st.data())
+    def unlock(self, data):
+        index = data.draw(st.integers(0, len(self.receipts) - 1))
+        self.cache.unlock(self.receipts.pop(index))
+
+    @rule(num_tokens=st.integers(0, 60), num_slots=st.integers(0, 3))
+    def evict(self, num_tokens, num_slots):
+        self.cache.evict(num_tokens, num_slots)
+
+    @rule()
+    def reset(self):
+        self.cache.reset()
+
+    @rule()
+    def deliver(self):
+        """The wire brings what has gathered."""
+        self.remote.apply_batch(*decode(self.batches.take(), self.form))
+        assert self.remote.segments() == segments_of(self.cache._tree.nodes())
+
+    @rule()
+    def leave_and_come_again(self):
+        for stream in self.streams:
+            self.cache.unsubscribe(stream)
+        self.watch()
+
+    @rule(moves=st.booleans())
+    def copy(self, moves):
+        """Save, load into a cache that is watched, and perhaps go on with the copy."""
+        path = self.folder / "saved"
+        save_snapshot(self.cache, path)
+        loaded, mirror, blocks = (
+            hybrid(**self.options),
+            Mirror(self.options["page_size"]),
+            BlockFollower(),
+        )
+        loaded.subscribe(EventStream(mirror.apply))
+        loaded.subscribe(EventStream(BlockEvents(4, blocks)))
+        load_snapshot(loaded, path)
+        loaded.check(held_tokens=0, held_slots=0)
+        assert mirror.segments() == self.mirror.segments()
+        assert (blocks.blocks, blocks.states) == (self.blocks.blocks, self.blocks.states)
+        while moves and self.receipts:
+            self.cache.unlock(self.receipts.pop())
+        if not self.receipts:
+            assert loaded.render() == self.cache.render()
+        save_snapshot(loaded, self.folder / "again")
+        with np.load(path) as first, np.load(self.folder / "again") as second:
+            assert all((first[name] == second[name]).all() for name in first.files)
+        if moves:
+            self.cache = loaded
+            self.watch()
+
+    @invariant()
+    def everybody_knows(self):
+        if hasattr(self, "cache"):
+            self.cache.check(held_tokens=0, held_slots=0)
+            assert self.mirror.segments() == segments_of(self.cache._tree.nodes())
+            assert (self.blocks.blocks, self.blocks.states) == blocks_of(self.cache, 4)
+            stats = self.cache.stats
+            assert stats.inserted_tokens - stats.evicted_tokens == self.cache.cached_tokens
+            assert stats.inserted_slots - stats.evicted_slots == self.cache.num_checkpoints
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
+
+
+TestEvents = EventsMachine.TestCase

@@ -1,0 +1,25 @@
+"""Prompts that the rebuilt peers are shown, and the model they are sized for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybridcache.interface import Tokens
+from hybridcache.lab.baselines import Baseline, BaselineConfig, replay
+
+GIB = 1 << 30
+QWEN3_NEXT = BaselineConfig(
+    budget_bytes=40 * GIB, kv_bytes_per_token=24_576, state_bytes=36 * (49_152 + 2_097_152)
+)
+
+
+def text(seed: int, length: int) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 150_000, length, dtype=np.int32)
+
+
+def sightings(peer: Baseline, prefix: Tokens, count: int = 6) -> list[int]:
+    """Tokens reused by prompts of one shared prefix and 700 tokens of their own each."""
+    return [
+        replay(peer, np.concatenate((prefix, text(100 + n, 700))), text(200 + n, 8))
+        for n in range(count)
+    ]

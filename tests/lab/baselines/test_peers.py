@@ -1,0 +1,180 @@
+"""The rebuilt peers: what each is known for on prompts small enough to count by hand, and books that balance."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcache.interface import Tokens
+from hybridcache.lab.baselines import (
+    BASELINES,
+    BaselineConfig,
+    build_baseline,
+    replay,
+)
+from hybridcache.lab.baselines.lightllm import LightllmCache
+from hybridcache.lab.baselines.prefix_tree import new_root
+from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.generators import conversations
+from tests.lab.baselines.prompts import QWEN3_NEXT, sightings, text
+
+SMALL = BaselineConfig(
+    budget_bytes=40_000, kv_bytes_per_token=12, state_bytes=640, num_full_layers=1,
+    num_linear_layers=3, grid=8,
+)  # fmt: skip
+
+
+# -- LightLLM -------------------------------------------------------------------------------------------------------------
+
+
+def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
+    peer = LightllmCache(QWEN3_NEXT)
+    assert sightings(peer, text(0, 1500)) == [0] * 6
+    prompt = text(1, 1600)
+    assert [replay(peer, prompt, text(2, 50)) for _ in range(2)] == [0, 1536]
+    assert replay(peer, prompt[:1536], text(2, 50)) == 0, "the last token is left out of the hash"
+
+
+def test_lightllm_big_pages_share_on_the_second_sighting() -> None:
+    assert sightings(LightllmCache(QWEN3_NEXT, big_page=1024), text(0, 1500)) == [0] + [1024] * 5
+
+
+def test_lightllm_never_reuses_an_answer() -> None:
+    peer = LightllmCache(QWEN3_NEXT, page=64)
+    prompt, answer = text(0, 640), text(1, 640)
+    replay(peer, prompt, answer)
+    assert replay(peer, np.concatenate((prompt, answer, text(2, 10))), text(3, 1)) == 576
+
+
+def test_lightllm_pays_for_its_states_where_they_are_counted() -> None:
+    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state takes 1,000 rows of it."""
+    config = BaselineConfig(budget_bytes=16_500, kv_bytes_per_token=10, state_bytes=10_000)
+    first, second = (text(seed, 600) for seed in (0, 1))
+    hits = {}
+    for counted in (False, True):
+        peer = LightllmCache(config, counted=counted)
+        for prompt in (first, second):
+            assert replay(peer, prompt, text(9, 1)) == 0
+            peer.check()
+        hits[counted] = [replay(peer, prompt, text(9, 1)) for prompt in (second, first)]
+        peer.check()
+    assert hits == {False: [512, 512], True: [512, 0]}
+
+
+# -- SGLang ---------------------------------------------------------------------------------------------------------------
+
+
+def sglang(**settings: object) -> SglangCache:
+    return SglangCache(QWEN3_NEXT, **settings)  # type: ignore[arg-type]
+
+
+def test_sglang_pays_on_the_third_sighting_on_the_grid() -> None:
+    assert sightings(sglang(), text(0, 1500), 4) == [0, 0, 1472, 1472]
+
+
+def test_sglang_branching_kit() -> None:
+    """A prefix of 257 tokens and a suffix each: its own test of branches sees 0, 0, 256 cached tokens."""
+    assert sightings(sglang(), text(0, 257), 3) == [0, 0, 256]
+
+
+def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
+    """Published: of 2,000 first turns 1,986 find the KV of their system prompt in the tree, and none a state."""
+    peer = sglang(placement="end")
+    root = peer.roots.setdefault(None, new_root())
+    opened: set[object] = set()
+    matched = 0
+    for request in conversations(live=8, num_conversations=60):
+        if request.session not in opened:
+            opened.add(request.session)
+            node, kv_len = peer.match(root, request.tokens[:-1])
+            assert node.depth == 0
+            matched += kv_len >= 500
+        replay(peer, request.tokens, request.output)
+    assert (len(opened), matched) == (60, 60 - 16)
+
+
+def test_sglang_forgets_short_prompts_and_short_answers() -> None:
+    peer = sglang()
+    assert [replay(peer, text(0, 60), text(1, 20)) for _ in range(3)] == [0, 0, 0]
+    prompt, answer = text(2, 640), text(3, 100)
+    replay(peer, prompt, answer)
+    following = np.concatenate((prompt, answer, text(4, 100)))
+    assert replay(peer, following, text(5, 1)) == 640, "no decode boundary was crossed"
+    peer = sglang()
+    answer = text(6, 300)
+    replay(peer, prompt, answer)
+    following = np.concatenate((prompt, answer, text(7, 100)))
+    assert replay(peer, following, text(8, 1)) == 768, "one at a multiple of 256 was"
+
+
+def test_sglang_evicting_a_leaf_state_takes_its_kv() -> None:
+    peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=2)
+    first, second = text(0, 500), text(1, 500)
+    replay(peer, first, text(2, 10))
+    replay(peer, second, text(3, 10))
+    assert (peer.free_tokens, peer.free_slots) == (100_000 - 1020, 0)
+    replay(peer, text(4, 500), text(5, 10))
+    assert peer.free_tokens == 100_000 - 1020, "the oldest leaf went with its state"
+    peer.check()
+
+
+def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
+    peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=9, max_states_per_path=2)
+    history = text(0, 100)
+    for turn in range(4):
+        replay(peer, history, text(10 + turn, 20))
+        history = np.concatenate((history, text(10 + turn, 20), text(20 + turn, 80)))
+    assert len(peer.states) == 2
+    peer.check()
+
+
+def test_sglang_refuses_rather_than_overbooks() -> None:
+    peer = sglang(placement="end", num_kv_tokens=1000, num_slots=2)
+    first = peer.begin(text(0, 600))
+    assert first is not None
+    assert peer.begin(text(1, 600)) is None
+    peer.check()
+    first.finish(text(2, 10))
+    assert peer.begin(text(1, 600)) is not None
+
+
+# -- all ------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_peer_is_named() -> None:
+    with pytest.raises(ValueError, match="vllm"):
+        build_baseline("vlmm", QWEN3_NEXT)
+
+
+@pytest.mark.parametrize("word", sorted(BASELINES))
+@settings(max_examples=15)
+@given(seed=st.integers(0, 10_000), concurrent=st.integers(1, 3))
+def test_books_balance_and_hits_are_prefixes_seen_before(
+    word: str, seed: int, concurrent: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    peer = build_baseline(word, SMALL)
+    stems = [rng.integers(0, 50, 300, dtype=np.int32) for _ in range(3)]
+    seen: list[Tokens] = []
+    running = []
+    for _ in range(25):
+        stem = stems[int(rng.integers(3))][: int(rng.integers(1, 300))]
+        prompt = np.concatenate((stem, rng.integers(0, 50, int(rng.integers(1, 200)), np.int32)))
+        session = peer.begin(prompt)
+        if session is not None:
+            hit = session.cached_len
+            assert 0 <= hit < len(prompt)
+            assert hit == 0 or any(np.array_equal(prompt[:hit], other[:hit]) for other in seen)
+            answer = rng.integers(0, 50, int(rng.integers(0, 60)), dtype=np.int32)
+            seen.append(np.concatenate((prompt, answer)))
+            running.append(partial(session.finish, answer))
+        while len(running) >= concurrent:
+            running.pop(0)()
+            peer.check()
+    for finish in running:
+        finish()
+    peer.check()

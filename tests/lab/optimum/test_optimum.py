@@ -1,0 +1,136 @@
+"""The optimum against brute force on tiny traces, its plans against their verifier, its bounds against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.optimum import Budget, optimum
+from hybridcache.lab.optimum.greedy import clairvoyant_greedy
+from hybridcache.lab.optimum.program import Program
+from hybridcache.lab.optimum.trie import build_trie
+from hybridcache.lab.trace import Trace, TraceRequest
+from tests.lab.optimum.reference import brute_force
+
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+def trace_of(pairs: Sequence[Pair], unit: int = 1) -> Trace:
+    requests = [
+        TraceRequest(
+            float(number), number, None, np.array(prompt, np.int32), np.array(output, np.int32)
+        )
+        for number, (prompt, output) in enumerate(pairs)
+    ]
+    return Trace("test", unit, lambda: requests)
+
+
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=3)
+pairs = st.lists(st.tuples(tokens, st.lists(st.integers(0, 1), max_size=1)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60)
+@given(
+    pairs=pairs, capacity=st.integers(1, 9), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
+)
+def test_the_milp_equals_brute_force(
+    pairs: list[Pair], capacity: int, state: int, grid: int
+) -> None:
+    budget = Budget(capacity, 1, state)
+    trie = build_trie(trace_of(pairs), grid=grid, placement="every")
+    solution = Program(trie, budget).solve(integral=True, relative_gap=0.0)
+    assert solution.plan is not None
+    solution.plan.verify(trie, budget)
+    assert round(solution.saved) == solution.plan.cached_lens(trie).sum()
+    assert round(solution.saved) == brute_force(pairs, budget, grid)
+
+
+@settings(max_examples=100)
+@given(
+    pairs=pairs, capacity=st.integers(1, 12), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
+)
+def test_every_way_is_ordered_greedy_milp_lp_and_every_plan_is_real(
+    pairs: list[Pair], capacity: int, state: int, grid: int
+) -> None:
+    budget = Budget(capacity, 1, state)
+    trie = build_trie(trace_of(pairs), grid=grid)
+    greedy = clairvoyant_greedy(trie, budget)
+    greedy.verify(trie, budget)
+    program = Program(trie, budget)
+    milp = program.solve(integral=True, relative_gap=0.0, start=greedy)
+    lp = program.solve(integral=False)
+    assert greedy.cached_lens(trie).sum() <= round(milp.saved) <= lp.bound + 1e-6
+    finer = build_trie(trace_of(pairs), grid=grid, placement="every")
+    assert round(milp.saved) <= round(Program(finer, budget).solve(integral=True).bound + 0.5)
+
+
+def test_a_worked_example_one_checkpoint_or_the_other() -> None:
+    """Two prompts of 4 and 3 tokens alternate and each comes twice; there is room for one's KV and state only."""
+    long, short = [1, 2, 3, 4, 9], [5, 6, 7, 9]
+    pairs = [(long, []), (short, []), (long, []), (short, [])]
+    budget_of_one = Budget(capacity_bytes=6, kv_bytes_per_token=1, state_bytes=2)
+    trie = build_trie(trace_of(pairs))
+    best = Program(trie, budget_of_one).solve(integral=True)
+    assert best.plan is not None
+    assert best.plan.cached_lens(trie).tolist() == [0, 0, 4, 0]
+    both = Program(trie, Budget(6 + 5, 1, 2)).solve(integral=True)
+    assert both.plan is not None
+    assert both.plan.cached_lens(trie).tolist() == [0, 0, 4, 3]
+
+
+def test_unlimited_memory_reaches_the_infinite_cache() -> None:
+    trace = GENERATORS["chat"]().head(80)
+    best = optimum(trace, capacity_bytes=1 << 50, kv_bytes_per_token=24576, state_bytes=77_266_944)
+    infinite = InfiniteCache()
+    reused = sum(infinite.ideal_tokens(request, trace.unit) for request in trace)
+    assert best.gap == pytest.approx(0, abs=1e-9)
+    assert int(best.cached_tokens.sum()) == reused
+
+
+def test_more_bytes_never_save_less_and_the_price_is_zero_when_all_fits() -> None:
+    trace = GENERATORS["few-shot"]().head(60)
+    found = [
+        optimum(
+            trace,
+            capacity_bytes=mib << 20,
+            kv_bytes_per_token=24576,
+            state_bytes=77_266_944,
+            method="lp",
+        )
+        for mib in (256, 512, 768, 65536)
+    ]
+    bounds = [best.bound or 0.0 for best in found]
+    assert bounds == sorted(bounds)
+    assert found[-1].prices is not None and found[-1].prices.max() == 0
+    assert found[0].prices is not None and found[0].prices.max() > 0
+
+
+def test_units_scale_bytes_and_tokens() -> None:
+    pairs = [([1, 2, 3], [4]), ([1, 2, 3, 4, 5], [])]
+    plain = optimum(
+        trace_of(pairs), capacity_bytes=1000, kv_bytes_per_token=64, state_bytes=64, method="milp"
+    )
+    units = optimum(
+        trace_of(pairs, unit=64), capacity_bytes=1000, kv_bytes_per_token=1, state_bytes=64
+    )
+    assert (units.cached_tokens == plain.cached_tokens * 64).all()
+    assert units.reached == plain.reached == 4 / 8
+
+
+def test_bad_settings_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match="positive capacity"):
+        optimum(trace_of([([1], [])]), capacity_bytes=0, kv_bytes_per_token=1, state_bytes=1)
+    with pytest.raises(ValueError, match="grid"):
+        optimum(
+            trace_of([([1], [])], 512),
+            capacity_bytes=1,
+            kv_bytes_per_token=1,
+            state_bytes=1,
+            grid=3,
+        )

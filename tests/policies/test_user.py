@@ -1,0 +1,271 @@
+"""A stranger's policies: those of the README run everywhere, and what is wrong with one is one sentence."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hybridcache.lab.cli import main
+from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.policies.eviction.scored import ScorePolicy
+from hybridcache.policies.eviction_words import make_eviction
+from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.protocol import (
+    EvictionPolicy,
+    Placed,
+    PlacementPolicy,
+    PolicyError,
+    Prefill,
+)
+from hybridcache.policies.user import MOST_OUTSIDE
+from tests.policies.items import FakeItem, offer
+
+MODULE = """
+from hybridcache.policies.protocol import EvictionPolicy, Placed
+from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
+
+
+class CheapestFirst(ScorePolicy):
+    def score(self, item):
+        return item.span / item.size_bytes
+
+
+class Alone(CheapestFirst):
+    ranks_structure = True
+
+
+class Dice(ScorePolicy):
+    def score(self, item):
+        import random
+
+        return random.random()
+
+
+class NoScore(ScorePolicy):
+    pass
+
+
+class Raises(ScorePolicy):
+    def score(self, item):
+        return 1 / item.nothing
+
+
+class NaN(ScorePolicy):
+    def score(self, item):
+        return (1.0, float("nan"))
+
+
+class Nothing(SampledPolicy):
+    def score(self, item):
+        pass
+
+
+class Arguments(CheapestFirst):
+    def __init__(self, weight):
+        super().__init__()
+
+
+class NoSuper(CheapestFirst):
+    def __init__(self):
+        self.weight = 1
+
+
+class Inherits(EvictionPolicy):
+    def add(self, item): ...
+    def discard(self, item): ...
+    def touch(self, item): ...
+    def missed(self, item): ...
+
+
+class Foreign(Inherits):
+    def add(self, item):
+        self.item = item
+
+    def victim(self, kind):
+        return self.item
+
+
+class Thirds:
+    def positions(self, prefill):
+        for part in (3, 2, 1):
+            yield Placed(prefill.prompt_len * part // 3, "third")
+
+    def decode_interval(self):
+        return None
+
+
+class Bare(Thirds):
+    def positions(self, prefill):
+        return [prefill.prompt_len]
+
+
+class Half(Thirds):
+    def positions(self, prefill):
+        yield Placed(prefill.prompt_len / 2, "half")
+
+
+class Lost(Thirds):
+    def positions(self, prefill):
+        raise RuntimeError("no idea")
+
+
+class Often(Thirds):
+    def decode_interval(self):
+        return "often"
+"""
+
+
+@pytest.fixture(autouse=True)
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "strangers.py").write_text(MODULE)
+    (tmp_path / "torn.py").write_text("class X(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ("strangers", "torn"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("word", ["strangers:CheapestFirst", "strangers:Alone", "strangers:Dice"])
+def test_a_policy_runs_wherever_a_word_does(word: str) -> None:
+    result = simulate("short?head=60", gib=1, policy=["lru", word], bound=False)
+    assert [run.label for run in result.runs] == ["lru", word]
+    assert getattr(make_eviction(word)(), "ranks_structure", False) is word.endswith("Alone")
+
+
+def test_a_placement_runs_wherever_a_word_does() -> None:
+    words = "strangers:Thirds,boundary,cap:3"
+    result = simulate("short?head=60", gib=1, checkpoints=words, bound=False)
+    assert result.runs[0].checkpoints_made
+    with pytest.raises(ValueError, match="has no class 'thirds'"):
+        parse_placement("strangers:thirds")
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("NoScore", "it is no EvictionPolicy, it has no score"),
+        ("Inherits", "it is no EvictionPolicy, it has no victim"),
+        (
+            "Raises",
+            "add raised AttributeError: .* has no attribute 'nothing' .strangers.py, line 28",
+        ),
+        ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number, or a tuple"),
+        ("Nothing", "Nothing.score returned None for a checkpoint item"),
+        ("Arguments", r"Arguments\(\) can not be made .*'weight'.*give them defaults"),
+        ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
+        ("Foreign", "victim.* gave .* which is no candidate of that kind"),
+        ("Missing", "strangers has no class 'Missing'"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_is_one_sentence(
+    word: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        simulate("short?head=60", gib=0.5, policy=f"strangers:{word}", bound=False)
+    command = ["simulate", "--trace", "short?head=60", "--gib", "0.5", "--no-bound"]
+    assert main([*command, "--policy", f"strangers:{word}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hybridcache: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("Bare", r"positions gave \d+; give Placed\(position, label\)"),
+        ("Half", r"positions gave Placed\(position=\d+.\d+, label='half'\); give Placed"),
+        ("Lost", "positions raised RuntimeError: no idea .strangers.py, line"),
+        ("Often", "decode_interval gave 'often'; give tokens between checkpoints, or None"),
+    ],
+)
+def test_what_is_wrong_with_a_placement_is_one_sentence(word: str, sentence: str) -> None:
+    with pytest.raises(PolicyError, match=sentence):
+        simulate("short?head=60", gib=1, checkpoints=f"strangers:{word}", bound=False)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("torn:X", "no module 'torn' can be imported .invalid syntax"),
+        ("nowhere:X", "no module 'nowhere' can be imported"),
+        ("strangers.py:NaN", "leave out .py"),
+        ("strangers:MODULE", "strangers has no class 'MODULE'"),
+    ],
+)
+def test_a_module_that_can_not_be_read_is_one_sentence(word: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_eviction(word)
+
+
+def test_a_guard_passes_everything_on() -> None:
+    policy: EvictionPolicy = make_eviction("strangers:CheapestFirst")()
+    cheap, dear = FakeItem("cheap", span=1), FakeItem("dear", span=9)
+    policy.missed(cheap)
+    assert offer(policy, dear, cheap) == ["cheap", "dear"]
+    assert policy.victim(None) is None
+
+
+class Deepest(ScorePolicy):
+    def score(self, item: object) -> float:
+        return -float(item.position)  # type: ignore[attr-defined]
+
+
+class Within(PlacementPolicy):
+    offset = 0
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        yield Placed(self.offset + prefill.prompt_len, "mine")
+
+    def decode_interval(self) -> None:
+        return None
+
+
+class Beyond(Within):
+    offset = 64
+
+
+def test_a_class_itself_is_as_good_as_its_word(tmp_path: Path) -> None:
+    runs = simulate("short?head=60", gib=0.3, policy=[Deepest], checkpoints=Within).runs
+    words = simulate(
+        "short?head=60",
+        gib=0.3,
+        policy=f"{__name__}:Deepest",
+        checkpoints=f"{__name__}:Within",
+        resume_from=tmp_path / "runs.jsonl",
+    ).runs
+    assert runs[0].label == f"{__name__}:Deepest @ {__name__}:Within" == words[0].label
+    assert runs[0].cached_tokens == words[0].cached_tokens > 0
+
+    class Local(Deepest):
+        pass
+
+    for none in (Local, Deepest()):
+        with pytest.raises(ValueError, match=r"define it at the top|the class itself"):
+            simulate("short?head=9", gib=1, policy=[none])  # type: ignore[list-item]
+
+
+def test_a_class_without_a_file_runs_but_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook's are: their module is there, its text is not."""
+    cell = ModuleType("cell")
+    exec(MODULE, cell.__dict__)
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    own = cell.__dict__["CheapestFirst"]
+    assert simulate("short?head=9", gib=1, policy=own).runs[0].label == "cell:CheapestFirst"
+    with pytest.raises(ValueError, match="its source can not be read"):
+        simulate("short?head=9", gib=1, policy=own, resume_from=tmp_path / "runs.jsonl")
+
+
+def test_a_placement_that_never_lies_in_a_prompt_is_warned_of_once() -> None:
+    with pytest.warns(UserWarning, match="none of its first 50 positions lay within") as told:
+        simulate("short", gib=1, checkpoints=Beyond, bound=False)
+    assert len(told) == 1 and MOST_OUTSIDE == 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate("short", gib=1, checkpoints=Within, bound=False)
