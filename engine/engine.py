@@ -12,13 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from engine.build import cache_config, load
 from engine.config import BUILTIN_NAME, EngineConfig
-from engine.interfaces import (
-    Chooser,
-    Runner,
-    cache_config,
-    load,
-)
+from engine.interfaces import Chooser, Runner
 from engine.requests.intake import Intake, Prompt
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams

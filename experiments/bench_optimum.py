@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, WORKLOADS
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.geometry.model import ModelGeometry
+from hybridcache import ModelGeometry, Trace, optimum
 from hybridcache.lab.generators import sharegpt_like
-from hybridcache.lab.optimum import Method, optimum
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.optimum import Method
 
 Case = tuple[Trace, ModelGeometry, float, Method]
 

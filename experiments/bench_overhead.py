@@ -27,7 +27,7 @@ from engine.schedule.batch import Batch
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.geometry.model import ModelGeometry
+from hybridcache import ModelGeometry
 
 PROMPT_LEN = 1_000
 SAMPLINGS = {

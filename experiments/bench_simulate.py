@@ -29,20 +29,26 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.build import build_prefix_cache
-from hybridcache.geometry.model import ModelGeometry, Roofline
-from hybridcache.interface import PrefixCache
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.target import (
-    GIB,
+from hybridcache import (
+    EVICTION,
+    GENERATORS,
     LeaseTarget,
+    ModelGeometry,
+    Placed,
+    PlacementPolicy,
+    Prefill,
+    PrefixCache,
+    Roofline,
     RunConfig,
+    Serving,
+    Tokens,
+    Trace,
+    TraceRequest,
+    build_prefix_cache,
     build_target,
+    serve,
 )
-from hybridcache.lab.trace import Ids, Trace, TraceRequest
-from hybridcache.policies.eviction_words import EVICTION
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
+from hybridcache.units import GIB
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 SERVING = Serving(Roofline.fitting(GEOMETRY))
@@ -82,8 +88,8 @@ def requests_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
 class Work(NamedTuple):
     """One request with everything decided that a lease decides."""
 
-    prompt: Ids
-    everything: Ids
+    prompt: Tokens
+    everything: Tokens
     """Prompt and answer, the last token excluded: it is never computed."""
     saved: tuple[Placed, ...]
     """Checkpoints of the prefill, the most wanted first."""

@@ -13,8 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.text.tokenizer import Tokenizer
-from hybridcache.lab.arrivals import Pauses, Poisson, interleave
-from hybridcache.lab.trace import TraceRequest
+from hybridcache import Pauses, Poisson, TraceRequest, interleave
 from hybridcache.lab.traces.sharegpt import Conversation
 from hybridcache.lab.traces.text import ChatText
 

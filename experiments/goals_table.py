@@ -24,20 +24,21 @@ from tqdm import tqdm
 from experiments.hindsight import Hindsights
 from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, keep
 from experiments.provenance import RESULTS, ROOT, read_json_lines
-from hybridcache.geometry.model import ModelGeometry, Roofline
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.simulation.result import budget_bytes
-from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.sweep import Job, run_sweep
-from hybridcache.lab.simulation.target import (
-    DEFAULT_CHECKPOINTS,
-    GIB,
+from hybridcache import (
+    BASELINES,
+    InfiniteCache,
+    Job,
+    ModelGeometry,
+    Roofline,
     RunConfig,
-    check_words,
+    Serving,
+    Trace,
+    open_trace,
+    run_sweep,
 )
-from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces import open_trace
+from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, check_words
+from hybridcache.units import GIB
 
 OURS = "regret"
 """Eviction and placement."""
@@ -280,7 +281,7 @@ def bound(trace: Trace, grid: int) -> float:
 
 def optimum_rate(goal: Goal, trace: Trace, folder: Path | None) -> float:
     """Token hit rate of the best offline plan found (MILP, gap within half a percent for some hundred requests); kept in ``folder``."""
-    from hybridcache.lab.optimum import optimum
+    from hybridcache import optimum
 
     assert goal.gib is not None
     kept = None if folder is None else folder / "optimum.json"

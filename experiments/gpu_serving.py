@@ -32,7 +32,6 @@ from engine.engine import Engine, StepReport
 from engine.requests.sampling_params import SamplingParams
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.memory import GIB
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from engine.text.outputs import RequestOutput
@@ -42,6 +41,7 @@ from experiments.exact_price import Talk
 from experiments.gpu_models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.provenance import code_hash, read_json_lines, write_json_lines
 from experiments.serving_load import Client, EngineClient, Load, Targets
+from hybridcache.units import GIB
 
 MAX_RUNNING = 64
 SERVED_RUNNING = 256

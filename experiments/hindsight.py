@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import provenance
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.optimum import Method, optimum
+from hybridcache import ModelGeometry, Trace, optimum
+from hybridcache.lab.optimum import Method
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.result import budget_bytes
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.simulation.sizes import budget_bytes
 
 LP_REQUESTS = 700
 """Longest trace for which the bound is worked out too."""

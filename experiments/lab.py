@@ -15,13 +15,17 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.hindsight import Hindsights
 from experiments.provenance import ROOT, write_json_lines
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.simulation.result import RunResult, sizes
-from hybridcache.lab.simulation.simulate import SimulationResult, simulate
-from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces import open_trace
-from hybridcache.policies.eviction_words import make_eviction
-from hybridcache.policies.placement.rules import parse_placement
+from hybridcache import (
+    ModelGeometry,
+    RunResult,
+    SimulationResult,
+    Trace,
+    make_eviction,
+    open_trace,
+    parse_placement,
+    simulate,
+    sizes,
+)
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")

@@ -25,16 +25,13 @@ from tqdm import tqdm
 
 from experiments.lab import keep
 from experiments.provenance import RESULTS, ROOT
-from hybridcache.lab.baselines import Baseline, BaselineConfig
+from hybridcache import GENERATORS, Baseline, BaselineConfig, Trace, TraceRequest, open_trace
 from hybridcache.lab.baselines.lightllm import LightllmCache
 from hybridcache.lab.baselines.marconi import MarconiCache
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.vllm import VllmCache
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.lab.traces import open_trace
+from hybridcache.units import GIB
 
-GIB = 1 << 30
 KV_BYTES = 24_576
 FP32_STATE = 36 * (49_152 + 2_097_152)
 BF16_STATE = 36 * (49_152 + 1_048_576)

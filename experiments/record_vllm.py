@@ -17,8 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.trace import TraceRequest
+from hybridcache import GENERATORS, TraceRequest
 
 RECORD = Path(__file__).parents[1] / "tests" / "lab" / "baselines" / "vllm_hits.json"
 GIB = 1 << 30

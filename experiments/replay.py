@@ -11,13 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.interface import Losses
-from hybridcache.lab.simulation.target import RunConfig, build_target
-from hybridcache.lab.trace import TraceRequest
+from hybridcache import Losses, ModelGeometry, RunConfig, TraceRequest, build_target
+from hybridcache.units import GIB
 
 CAUSES = Losses._fields
-GIB = 2**30
 DEFAULT_CHECKPOINTS = ",".join(EngineConfig().checkpoints)
 
 

@@ -27,7 +27,6 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.command.flags import HelpFormatter, Parser
-from engine.command.units import format_seconds
 from engine.config import EngineConfig
 from engine.text.tokenizer import load_tokenizer
 from experiments.conversations import (
@@ -39,13 +38,10 @@ from experiments.conversations import (
 from experiments.provenance import RESULTS, provenance, write_json_lines
 from experiments.replay import DEFAULT_CHECKPOINTS, Result, Setting, replay, replay_dry
 from experiments.sharegpt_figures import CAUSES, describe, draw
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.optimum import optimum
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache import ModelGeometry, Trace, TraceRequest, make_eviction, optimum, parse_placement
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
-from hybridcache.policies.eviction_words import make_eviction
-from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.units import format_seconds
 
 GRID = 64
 """Positions of checkpoints, tokens: for the best plan with hindsight."""

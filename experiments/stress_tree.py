@@ -22,9 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.interface import Tokens
-from hybridcache.policies.eviction_words import EVICTION
+from hybridcache import EVICTION, CacheConfig, Tokens, build_prefix_cache
 
 EVERY_STEP_SHARE = 200
 """One operation in so many is done in the run that checks after each."""

@@ -21,6 +21,7 @@ from experiments.lab import (
     sweep,
     workloads,
 )
+from hybridcache import EVICTION, SimulationResult
 from hybridcache.lab.figures import (
     COLOURS,
     PLAN,
@@ -28,8 +29,6 @@ from hybridcache.lab.figures import (
     save,
     size_axis,
 )
-from hybridcache.lab.simulation.simulate import SimulationResult
-from hybridcache.policies.eviction_words import EVICTION
 
 OURS = "regret @ regret"
 """Eviction and placement both by regret; all other policies with the default placement."""

@@ -22,14 +22,10 @@ import numpy.typing as npt
 
 from experiments.hindsight import Hindsights
 from experiments.lab import GB, QWEN3_NEXT, WORKLOADS, figure_path, keep
-from hybridcache.geometry.model import Roofline
+from hybridcache import Job, Roofline, RunConfig, Serving, Trace, run_sweep
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.result import budget_bytes
-from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.sweep import Job, run_sweep
-from hybridcache.lab.simulation.target import RunConfig
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.simulation.sizes import budget_bytes
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

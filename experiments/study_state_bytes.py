@@ -11,14 +11,13 @@ import argparse
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
+from hybridcache import METRICS, SimulationResult
 from hybridcache.lab.figures import (
     COLOURS,
     panels,
     save,
     size_axis,
 )
-from hybridcache.lab.report import METRICS
-from hybridcache.lab.simulation.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 POLICIES = ("lru", "regret")

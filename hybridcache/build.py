@@ -14,8 +14,8 @@ from hybridcache.kv_only import RadixCache
 from hybridcache.null import NullCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
-from hybridcache.policies.eviction_words import make_eviction
 from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.policies.words import make_eviction
 from hybridcache.radix.node import ItemBytes
 
 

@@ -12,14 +12,19 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.core.check import check_cache
 from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
 from hybridcache.core.residency import Residency
-from hybridcache.interface import Eviction, Indices, InsertResult, Losses, PrefixMatch, Tokens
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.radix.key import INT32, require_int32
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.svg import render_svg
 from hybridcache.radix.text import render_graphviz, render_text
+from hybridcache.results import (
+    Eviction,
+    InsertResult,
+    Losses,
+    PrefixMatch,
+)
 from hybridcache.stats import CacheStats
+from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 NO_INDICES: Indices = np.empty(0, np.int32)
 NO_INDICES.setflags(write=False)

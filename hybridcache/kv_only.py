@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
-from hybridcache.interface import Indices, InsertResult, Losses, PrefixMatch, Tokens
-from hybridcache.radix.key import INT32, require_int32
 from hybridcache.radix.node import RadixNode
+from hybridcache.results import InsertResult, Losses, PrefixMatch
+from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 
 class PathPart(NamedTuple):

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.interface import Indices, Losses, PrefixCache, PrefixMatch, Tokens
+from hybridcache.interface import PrefixCache
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
+from hybridcache.results import Losses, PrefixMatch
+from hybridcache.tokens import Indices, Tokens
 
 # Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of it but computed_len):
 #

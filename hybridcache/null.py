@@ -7,18 +7,16 @@ from typing import Any
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.interface import (
+from hybridcache.interface import PrefixCache
+from hybridcache.listener import Listener
+from hybridcache.results import (
     Eviction,
-    Indices,
     InsertResult,
     Losses,
-    PrefixCache,
     PrefixMatch,
-    Tokens,
 )
-from hybridcache.listener import Listener
-from hybridcache.radix.key import require_int32
 from hybridcache.stats import CacheStats
+from hybridcache.tokens import Indices, Tokens, require_int32
 
 
 class NullCache(PrefixCache):

@@ -15,10 +15,11 @@ import numpy as np
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.interface import Indices, Losses, Tokens
 from hybridcache.policies.protocol import Kind
 from hybridcache.radix.ghosts import GHOST_NODE_BYTES
 from hybridcache.radix.key import TOKEN_BYTES
+from hybridcache.results import Losses
+from hybridcache.tokens import Indices, Tokens
 
 Ids = tuple[int, ...]
 Victim = tuple[Kind, Hashable, Ids]

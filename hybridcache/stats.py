@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hybridcache.interface import PrefixMatch
+    from hybridcache.results import PrefixMatch
 
 MAX_NAMESPACES = 1024
 """Namespaces counted apart; beyond that, those that did not come again are folded into ``CacheStats.folded``."""

@@ -10,17 +10,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.command.environment import check_no_foreign_kernels
 from engine.command.flags import (
     HelpFormatter,
     Parser,
     add_flags,
     read_config,
 )
-from engine.command.units import counted, format_seconds
 from engine.config import EngineConfig
+from engine.environment import check_no_foreign_kernels
 from engine.requests.sampling_params import SamplingParams
 from engine.server.config import ServerConfig
+from hybridcache.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from engine.text.outputs import RequestOutput

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine.command.units import GIB, format_bytes, format_count
 from engine.config import BUILTIN_NAME
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.units import GIB, format_bytes, format_count
 
 INTERVALS = (512, 1024, 2048, 4096, 8192, 16384)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from engine.command.units import counted, format_bytes, format_count
 from engine.engine import Engine
+from hybridcache.units import counted, format_bytes, format_count
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.command.units import counted
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.text.outputs import TextStream
-from hybridcache.interface import Tokens
+from hybridcache.tokens import Tokens
+from hybridcache.units import counted
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

@@ -16,7 +16,8 @@ from engine.text.outputs import (
     TextStream,
     Timings,
 )
-from hybridcache.interface import Losses, Tokens
+from hybridcache.results import Losses
+from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.schedule.sharing import Following

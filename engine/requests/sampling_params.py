@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from hybridcache.interface import Tokens
+from hybridcache.tokens import Tokens
 
 MAX_STOPS = 64
 """Stop strings, or stop token ids, that one request may bring."""

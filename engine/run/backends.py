@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Literal, cast
 
+from engine.environment import check_no_foreign_kernels
 from engine.run.device import Device
 from engine.run.model_config import ModelError
 
@@ -39,7 +39,7 @@ class Kernels:
     def choose(cls, device: Device, overrides: str = "") -> Kernels:
         """``fused`` wherever the device runs Triton and it is installed, else ``reference``; ``overrides`` as in
         ``attention=reference,gdn=fused``. Raises ModelError."""
-        reject_foreign_kernels()
+        check_no_foreign_kernels()
         usable = device.traits.has_triton and importlib.util.find_spec("triton") is not None
         words: dict[str, Backend] = {
             field.name: "fused" if usable else "reference" for field in fields(cls)
@@ -63,18 +63,6 @@ def parse_overrides(text: str, known: Mapping[str, str]) -> dict[str, Backend]:
             raise ModelError(f"kernel {name} has no backend {word!r}; reference or fused.")
         chosen[name] = cast(Backend, word)
     return chosen
-
-
-def reject_foreign_kernels() -> None:
-    """Raise ModelError where the ``kernels`` distribution of Hugging Face would be mixed up with ours."""
-    try:
-        importlib.metadata.distribution("kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    raise ModelError(
-        "the distribution 'kernels' is installed and would shadow this project's kernels package; "
-        "run pip uninstall kernels."
-    )
 
 
 def _load(name: str, word: Backend) -> ModuleType:

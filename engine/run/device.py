@@ -11,8 +11,8 @@ from typing import cast
 
 import torch
 
-from engine.command.units import counted
 from engine.run.model_config import ModelError
+from hybridcache.units import counted
 
 
 @dataclass(frozen=True, slots=True)

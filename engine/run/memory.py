@@ -15,9 +15,9 @@ import torch
 
 from engine.run.device import Device
 from engine.run.model_config import ModelConfig, ModelError
+from hybridcache.units import GIB
 from kernels.upload import upload
 
-GIB = 2**30
 CPU_SHARE = 0.25
 CPU_MOST_BYTES = 4 * GIB
 ACCELERATOR_SHARE = 0.9

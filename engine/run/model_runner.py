@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.command.units import counted
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import Device
@@ -18,7 +17,6 @@ from engine.run.layers.parameters import Placement
 from engine.run.layers.rotary import RotaryTable
 from engine.run.layers.step import DecodePart, PrefillPart, Step
 from engine.run.memory import (
-    GIB,
     KVPool,
     MemoryPlan,
     RequestTable,
@@ -32,6 +30,7 @@ from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.run.weights import Checkpoint, Dummy
 from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.units import GIB, counted
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
 from kernels.upload import upload

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.command.units import counted, format_bytes, format_seconds
 from engine.schedule.batch import Batch, Segment
+from hybridcache.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from engine.schedule.cache_manager import CacheManager
-from hybridcache.interface import Tokens
+from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.requests.request import Request

@@ -15,7 +15,7 @@ from engine.server.errors import APIError, of_failure
 from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
 from engine.text.tokenizer import Tokenizer
-from hybridcache.interface import Losses
+from hybridcache.results import Losses
 
 LONG_TEXT = 16_384
 """Characters above which text is encoded off the event loop."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.interface import Losses
+from hybridcache.results import Losses
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import StreamDecoder

@@ -6,7 +6,7 @@ import numpy as np
 
 from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
-from hybridcache.interface import Indices
+from hybridcache.tokens import Indices
 
 _MOST_ROWS = 1 << 31
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.core.residency import Residency
-from hybridcache.interface import Indices
 from hybridcache.policies.protocol import candidates_of
 from hybridcache.radix.check import check_tree
-from hybridcache.radix.family import members
-from hybridcache.radix.node import Checkpoint, RadixNode
+from hybridcache.radix.node import Checkpoint, RadixNode, members
+from hybridcache.tokens import Indices
 
 
 def check_cache(residency: Residency, step: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from hybridcache.interface import Indices
 from hybridcache.radix.node import Segment
+from hybridcache.tokens import Indices
 
 ENTRY_ROWS = 64
 """What an answer takes beside its rows, in rows of 4 bytes (measured: the array's head and the entry of the dictionary)."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hybridcache.radix.family import members
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.node import RadixNode, members
 
 NEW, COUNTED, WITH_CHECKPOINT = range(3)
 """How a locked node stands in the counts: not yet (false), its path, its path and its checkpoint."""

@@ -25,7 +25,6 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.core.gathers import RecentGathers
 from hybridcache.core.locks import NEW, LockedPaths
-from hybridcache.interface import Indices
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.compact import compact_rows
@@ -34,6 +33,7 @@ from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.tree import RadixTree
 from hybridcache.stats import CacheStats
+from hybridcache.tokens import Indices
 
 NO_ROWS: Indices = np.empty(0, np.int32)
 

@@ -10,18 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridcache.geometry.model import (
-    DTYPE_BYTES,
-    MeasuredTimes,
-    ModelGeometry,
-    Roofline,
-)
+from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
+from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.result import RunResult, budget_bytes, sizes
+from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, GIB, RunConfig
+from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
 from hybridcache.lab.trace import Trace
+from hybridcache.units import GIB
 
 DEFAULT_POLICIES = ("regret", "lru")
 PLACEMENTS = (

@@ -118,8 +118,8 @@ def _trace_convert(options: argparse.Namespace) -> int:
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from hybridcache.lab.baselines import BASELINES
     from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
-    from hybridcache.policies.eviction_words import eviction_words
     from hybridcache.policies.placement.rules import placement_words
+    from hybridcache.policies.words import eviction_words
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
     add = parser.add_argument
@@ -273,7 +273,7 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
     from hybridcache.lab.optimum import optimum
     from hybridcache.lab.report import optimum_table
-    from hybridcache.lab.simulation.result import budget_bytes, sizes
+    from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 
     _check_figure(options.figure)
     geometry = ModelGeometry.load(options.model)

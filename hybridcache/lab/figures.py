@@ -17,6 +17,7 @@ from hybridcache.lab.report import (
     size_label,
 )
 from hybridcache.lab.simulation.result import RunResult
+from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum
@@ -273,17 +274,17 @@ def optimum_figure(found: Sequence[Optimum], path: Path) -> None:
     LP told it."""
     priced = [best for best in found if best.prices is not None]
     figure, axes = panels(1 + bool(priced), columns=2)
-    sizes = [best.capacity_bytes / 2**30 for best in found]
+    sizes = [best.capacity_bytes / GIB for best in found]
     axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
     if priced:
         bounds = [100 * (best.bound or 0) for best in priced]
-        priced_sizes = [best.capacity_bytes / 2**30 for best in priced]
+        priced_sizes = [best.capacity_bytes / GIB for best in priced]
         axes[0].plot(priced_sizes, bounds, "k-", linewidth=0.6, label="no plan passes")
         step = -(-len(priced) // len(COLOURS))
         for colour, best in zip(COLOURS, priced[::step], strict=False):
             assert best.prices is not None
-            label = f"{best.capacity_bytes / 2**30:.3g} GiB"
-            prices = 2**30 * best.prices
+            label = f"{best.capacity_bytes / GIB:.3g} GiB"
+            prices = GIB * best.prices
             axes[1].step(range(len(prices)), prices, color=colour, linewidth=1.0, label=label)
         axes[1].set_xlabel("request")
         axes[1].set_ylabel("tokens that one more GiB would save")

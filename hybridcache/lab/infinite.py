@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridcache.lab.trace import Ids, TraceRequest
+from hybridcache.lab.trace import TraceRequest
+from hybridcache.tokens import Tokens, common_prefix_len
 
 
 class Seen(NamedTuple):
@@ -25,7 +26,7 @@ class Seen(NamedTuple):
 class _Node:
     __slots__ = ("children", "ids", "last_visit")
 
-    def __init__(self, ids: Ids, last_visit: int) -> None:
+    def __init__(self, ids: Tokens, last_visit: int) -> None:
         self.ids = ids
         self.last_visit = last_visit
         self.children: dict[int, _Node] = {}
@@ -43,7 +44,7 @@ class InfiniteCache:
         self._roots: dict[Hashable, _Node] = {}
         self.num_visits = 0
         self.num_ids = 0
-        """Ids remembered, those that sequences share counted once."""
+        """Tokens remembered, those that sequences share counted once."""
 
     def serve(self, request: TraceRequest) -> Seen:
         """How much of the prompt was seen before (perhaps all of it); remembers prompt and answer. O(len)."""
@@ -56,12 +57,12 @@ class InfiniteCache:
         """Prompt tokens that could be skipped: those seen, but all but the last at most; remembers prompt and answer."""
         return min(self.serve(request).length * unit, request.num_tokens(unit) - 1)
 
-    def visit(self, ids: Ids, namespace: Hashable = None) -> Seen:
+    def visit(self, ids: Tokens, namespace: Hashable = None) -> Seen:
         """How much of ``ids`` was seen before; remembers the rest. O(len(ids))."""
         self.num_visits += 1
         return self._walk(ids, namespace)
 
-    def _walk(self, ids: Ids, namespace: Hashable) -> Seen:
+    def _walk(self, ids: Tokens, namespace: Hashable) -> Seen:
         now = self.num_visits
         node = self._roots.get(namespace)
         if node is None:
@@ -74,17 +75,13 @@ class InfiniteCache:
                 node.children[int(ids[depth])] = _Node(ids[depth:].copy(), now)
                 self.num_ids += len(ids) - depth
                 break
-            length = min(len(child.ids), len(ids) - depth)
-            differs = child.ids[:length] != ids[depth : depth + length]
-            common = int(differs.argmax()) if differs.any() else length
+            common = common_prefix_len(child.ids, ids[depth:])
             last_visit = child.last_visit
             if common < len(child.ids):
                 self._split(child, common)
             child.last_visit = now
             depth += common
             node = child
-            if common < length:
-                continue
         return Seen(depth, last_visit)
 
     @staticmethod

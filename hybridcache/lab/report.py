@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.trace_stats import Spread, TraceStats
+from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum
@@ -34,7 +35,7 @@ def _percent(value: float | None) -> float | None:
 
 
 def _gib(num_bytes: int | None) -> float | None:
-    return None if num_bytes is None else num_bytes / 2**30
+    return None if num_bytes is None else num_bytes / GIB
 
 
 METRICS: dict[str, Metric] = {
@@ -280,13 +281,13 @@ def optimum_table(found: Sequence[Optimum]) -> str:
     """A row a size: the plan's hit rate, the proven bound, what lies between, and what more memory is worth."""
     rows = [
         [
-            f"{best.capacity_bytes / 2**30:.3g}",
+            f"{best.capacity_bytes / GIB:.3g}",
             f"{100 * best.reached:.2f}",
             best.plan_by,
             "-" if best.bound is None else f"{100 * best.bound:.2f}",
             "-" if best.gap is None else f"{100 * best.gap:.2f}",
             "-" if best.gib_worth is None else f"{100 * best.gib_worth:.3g}",
-            "-" if best.prices is None else f"{2**30 * best.prices.max(initial=0):,.0f}",
+            "-" if best.prices is None else f"{GIB * best.prices.max(initial=0):,.0f}",
             f"{best.num_variables:,}",
             f"{best.wall_s:.1f}",
         ]

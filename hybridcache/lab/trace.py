@@ -12,9 +12,8 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Ids = npt.NDArray[np.int32]
+from hybridcache.tokens import Tokens
 
 
 class TraceRequest(NamedTuple):
@@ -25,9 +24,9 @@ class TraceRequest(NamedTuple):
     """What belongs together: a conversation, an agent's run. Requests of one session never overlap in time."""
     namespace: Hashable
     """Requests in different namespaces never share (model, adapter, tenant)."""
-    tokens: Ids
+    tokens: Tokens
     """The prompt, int32[n]."""
-    output: Ids
+    output: Tokens
     """The answer, int32[m]; ids that no prompt repeats where the source does not tell them."""
     boundaries: tuple[int, ...] = ()
     """Positions (in ids) known to survive into later prompts, ascending: end of the system segment, last stable boundary."""
@@ -94,7 +93,7 @@ class BadRecords:
 
 
 class FreshIds:
-    """Ids no prompt has: answers whose tokens a trace does not tell. Counts down from 2**31 - 1.
+    """Tokens no prompt has: answers whose tokens a trace does not tell. Counts down from 2**31 - 1.
 
     A trace's own ids must stay below ``FreshIds.FLOOR``.
     """
@@ -104,7 +103,7 @@ class FreshIds:
     def __init__(self) -> None:
         self._next = (1 << 31) - 1
 
-    def take(self, num_ids: int) -> Ids:
+    def take(self, num_ids: int) -> Tokens:
         """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when all are taken."""
         if num_ids < 0:
             raise ValueError(f"an answer can not have {num_ids} ids")
@@ -115,5 +114,5 @@ class FreshIds:
 
 
 def units(num_tokens: int, unit: int) -> int:
-    """Ids that ``num_tokens`` tokens take: whole ones and a last partial one."""
+    """Tokens that ``num_tokens`` tokens take: whole ones and a last partial one."""
     return -(-num_tokens // unit)

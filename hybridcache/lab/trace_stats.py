@@ -107,7 +107,7 @@ class _Gathered:
         self.prompts: list[float] = []
         self.outputs: list[float] = []
         self.ideal: list[int] = []
-        # Ids the cache held right after each visit, to tell how much came between two.
+        # Tokens the cache held right after each visit, to tell how much came between two.
         self.held_after: list[int] = []
         self.reuse: tuple[list[float], list[float], list[float]] = ([], [], [])
 

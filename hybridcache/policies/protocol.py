@@ -162,3 +162,11 @@ class PlacementPolicy(Protocol):
     def decode_interval(self) -> int | None:
         """Tokens between checkpoints while decoding; the last one is kept at the end. None: no checkpoint in decode."""
         ...
+
+
+class PrefillRule(PlacementPolicy):
+    """A rule that saves nothing in decode."""
+
+    def decode_interval(self) -> int | None:
+        """None, whatever the prompt."""
+        return None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from hybridcache.radix.family import members, only_child
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.key import TOKEN_BYTES, child_key
-from hybridcache.radix.node import Checkpoint, RadixNode
+from hybridcache.radix.node import Checkpoint, RadixNode, members, only_child
 from hybridcache.radix.tree import RadixTree
 
 

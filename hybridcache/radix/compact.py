@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.interface import Indices
 from hybridcache.radix.node import RadixNode
+from hybridcache.tokens import Indices
 
 
 def compact_rows(node: RadixNode, gone: Indices) -> None:

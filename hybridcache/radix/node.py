@@ -7,12 +7,16 @@ its tokens are remembered, nothing can be read from it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Hashable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from hybridcache.interface import Indices, Tokens
-from hybridcache.radix.family import Family
 from hybridcache.radix.key import Edge, edge_tokens
+from hybridcache.tokens import Indices, Tokens
+
+Family: TypeAlias = "RadixNode | dict[Hashable, RadixNode] | None"
+"""The children of a node: None, the one child itself, or a dict of two and more by their keys. Most
+nodes have one child or none, since a conversation is a chain: a dict for each would take 64 to 224
+bytes and two cold cache lines at every step of a walk."""
 
 
 class ItemBytes(NamedTuple):
@@ -218,3 +222,36 @@ def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
         if kept or not item_bytes.state:
             break
     return num_tokens * item_bytes.kv_token
+
+
+def with_child(family: Family, child: RadixNode) -> Family:
+    """``family`` and ``child``, which has a key of its own. O(1)."""
+    if family is None:
+        return child
+    if isinstance(family, dict):
+        family[child.key] = child
+        return family
+    return {family.key: family, child.key: child}
+
+
+def without_child(family: Family, child: RadixNode) -> Family:
+    """``family`` less ``child``, which is in it. O(1)."""
+    if not isinstance(family, dict):
+        return None
+    del family[child.key]
+    if len(family) > 1:
+        return family
+    (only,) = family.values()
+    return only
+
+
+def only_child(family: Family) -> RadixNode | None:
+    """The one child; None if there is none, or more than one. O(1)."""
+    return None if isinstance(family, dict) else family
+
+
+def members(family: Family) -> Collection[RadixNode]:
+    """All of them, in the order in which they came. O(1)."""
+    if isinstance(family, dict):
+        return family.values()
+    return () if family is None else (family,)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import NamedTuple
 
-from hybridcache.radix.family import members
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.node import RadixNode, members
 from hybridcache.radix.tree import RadixTree
 
 MAX_LETTERS = 80

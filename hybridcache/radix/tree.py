@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-from hybridcache.interface import Tokens
-from hybridcache.radix.family import members, with_child, without_child
-from hybridcache.radix.key import TOKEN_BYTES, child_key, common_prefix_len, first_page
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.key import TOKEN_BYTES, child_key, edge_tokens, first_page
+from hybridcache.radix.node import RadixNode, members, with_child, without_child
+from hybridcache.tokens import Tokens, common_prefix_len
 
 Walk = tuple[RadixNode, RadixNode | None, int]
 """How far a prompt follows the resident part of the tree:
@@ -71,7 +70,7 @@ class RadixTree:
             if not starts_with(child.edge, at * TOKEN_BYTES):
                 if end >= stop or child.key != first_page(tokens, at, page_size):
                     break
-                shared = common_prefix_len(child.edge, tokens[at:], page_size)
+                shared = common_prefix_len(edge_tokens(child.edge), tokens[at:], page_size)
                 return node, child, end + shared
             node = child
             end = node.end

@@ -8,7 +8,9 @@ import numpy as np
 
 from hybridcache import CacheConfig, PrefixMatch, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import InsertResult, PrefixCache, Tokens
+from hybridcache.interface import PrefixCache
+from hybridcache.results import InsertResult
+from hybridcache.tokens import Tokens
 
 
 def ids(*parts: str | range | Sequence[int]) -> Tokens:

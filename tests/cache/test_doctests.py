@@ -20,7 +20,7 @@ MODULES = (
     "kv_only",
     "null",
     "policies.placement.rules",
-    "radix.key",
+    "tokens",
     "stats",
 )
 

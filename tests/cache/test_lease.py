@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache, Tokens
+from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog, replay
 from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.tokens import Tokens
 
 
 def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.interface import Losses
+from hybridcache.results import Losses
 from hybridcache.stats import MAX_NAMESPACES
 from tests.cache.serving import (
     hybrid,

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from hybridcache.build import CacheConfig
-from hybridcache.policies.eviction_words import EVICTION
+from hybridcache.policies.words import EVICTION
 from tests.cache.twins import Twins
 
 NAMESPACES = st.sampled_from([None, "tenant", 7, ("model", "adapter")])

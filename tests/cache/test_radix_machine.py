@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.export.events import EventStream, Mirror
+from hybridcache.export.events import EventStream
+from hybridcache.export.mirror import Mirror
 
 
 class RadixMachine(RuleBasedStateMachine):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.export.events import EventStream, Mirror, segments_of
+from hybridcache.export.events import EventStream
+from hybridcache.export.mirror import Mirror, segments_of
 from hybridcache.listener import Listener
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.twins import VictimLog

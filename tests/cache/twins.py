@@ -10,11 +10,12 @@ import numpy as np
 
 from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import PrefixMatch, Tokens
 from hybridcache.plain import PlainCache, Victim
-from hybridcache.policies.eviction_words import make_eviction
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
+from hybridcache.policies.words import make_eviction
 from hybridcache.radix.node import RadixNode
+from hybridcache.results import PrefixMatch
+from hybridcache.tokens import Tokens
 
 
 class CandidateLedger:

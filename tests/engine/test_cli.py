@@ -23,8 +23,8 @@ from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import Parser, add_flags, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
-from engine.command.units import GIB
 from engine.server.config import ServerConfig
+from hybridcache.units import GIB
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")

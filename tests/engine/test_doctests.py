@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from engine.command import flags, inspect, units
+from engine.command import flags, inspect
 from engine.text import templates, tokenizer
+from hybridcache import units
 
 
 @pytest.mark.parametrize("module", [flags, inspect, templates, tokenizer, units])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.run.memory import GIB
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
+from hybridcache.units import GIB
 
 HYBRID = {
     "model_type": "qwen3_next",

@@ -10,16 +10,14 @@ from hybridcache.export.events import (
     Batches,
     CheckpointRemoved,
     CheckpointStored,
-    EventsLost,
     EventStream,
     KVRemoved,
     KVSplit,
     KVStored,
-    Mirror,
     decode,
     encode,
-    segments_of,
 )
+from hybridcache.export.mirror import EventsLost, Mirror, segments_of
 from hybridcache.export.namespaces import write_namespace
 from tests.cache.serving import (
     hybrid,

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybridcache.export.blocks import BlockEvents
-from hybridcache.export.events import (
-    Batches,
-    EventStream,
-    Mirror,
-    decode,
-    segments_of,
-)
+from hybridcache.export.events import Batches, EventStream, decode
+from hybridcache.export.mirror import Mirror, segments_of
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from tests.cache.serving import hybrid
 from tests.export.event_truth import BlockFollower, blocks_of

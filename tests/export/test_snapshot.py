@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.export.events import EventStream, Mirror, segments_of
+from hybridcache.export.events import EventStream
+from hybridcache.export.mirror import Mirror, segments_of
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from tests.cache.serving import (
     hybrid,

@@ -24,8 +24,8 @@ from hybridcache.lab.optimum import optimum
 from hybridcache.lab.report import METRICS, optimum_table
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace
-from hybridcache.policies.eviction_words import EVICTION
 from hybridcache.policies.placement.rules import PLACEMENT
+from hybridcache.policies.words import EVICTION
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -135,9 +135,7 @@ def test_bad_records_are_counted_wherever_they_are_skipped(
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    command = (
-        f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2 | true"
-    )
+    command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2 | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

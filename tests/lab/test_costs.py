@@ -7,13 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from hybridcache.geometry.model import (
-    MeasuredTimes,
-    ModelGeometry,
-    Roofline,
-    prefill_seconds,
-)
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.shapes import presets
+from hybridcache.geometry.times import MeasuredTimes, Roofline, prefill_seconds
 
 QWEN3_NEXT = {
     "model_type": "qwen3_next",

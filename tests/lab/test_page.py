@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import hybridcache.lab
-from hybridcache.geometry.model import MeasuredTimes
+from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS, open_trace
-from hybridcache.policies.eviction_words import EVICTION
 from hybridcache.policies.placement.rules import COUNTED_PLACEMENT, NUMBERED_PLACEMENT, PLACEMENT
+from hybridcache.policies.words import EVICTION
 
 PAGE = (Path(hybridcache.lab.__file__).parent / "README.md").read_text(encoding="utf-8")
 

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.geometry.model import ModelGeometry, Roofline
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.simulation.result import RunResult, sizes, summarise
+from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import (
     EngineSteps,
@@ -28,7 +30,7 @@ from hybridcache.lab.simulation.target import (
 )
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.eviction_words import EVICTION
+from hybridcache.policies.words import EVICTION
 
 SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")

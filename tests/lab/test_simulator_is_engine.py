@@ -14,13 +14,13 @@ from engine.requests.sampling_params import SamplingParams
 from engine.run.oracle import OracleRunner, OracleSampler
 from hybridcache.build import build_prefix_cache
 from hybridcache.core.residency import Residency
-from hybridcache.geometry.model import Roofline
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.eviction_words import EVICTION
 from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.words import EVICTION
 
 POLICIES = sorted(EVICTION)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"

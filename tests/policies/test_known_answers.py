@@ -24,8 +24,8 @@ from hybridcache.policies.eviction.tail_lru import TailLRU
 from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
-from hybridcache.policies.eviction_words import EVICTION, LRU, make_eviction
 from hybridcache.policies.protocol import Item
+from hybridcache.policies.words import EVICTION, LRU, make_eviction
 from tests.policies.items import FakeItem, Shelf, offer
 
 

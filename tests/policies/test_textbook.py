@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.policies.eviction_words import EVICTION
+from hybridcache.policies.words import EVICTION
 from tests.policies import textbook
 from tests.policies.items import FakeItem, Shelf
 

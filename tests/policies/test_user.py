@@ -13,7 +13,6 @@ import pytest
 from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.policies.eviction.scored import ScorePolicy
-from hybridcache.policies.eviction_words import make_eviction
 from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import (
     EvictionPolicy,
@@ -23,6 +22,7 @@ from hybridcache.policies.protocol import (
     Prefill,
 )
 from hybridcache.policies.user import MOST_OUTSIDE
+from hybridcache.policies.words import make_eviction
 from tests.policies.items import FakeItem, offer
 
 MODULE = """

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from sortedcontainers import SortedDict
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.tokens import Tokens
 
 
 class _Page:

@@ -40,7 +40,6 @@ from typing import Literal
 
 import numpy as np
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines.prefix_tree import (
     PrefixNode,
     grow,
@@ -51,6 +50,7 @@ from hybridcache.lab.baselines.prefix_tree import (
     walk,
 )
 from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.tokens import Tokens
 
 Reading = Literal["paper", "artifact", "repaired"]
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))

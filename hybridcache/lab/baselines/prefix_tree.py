@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hybridcache.interface import Tokens
+from hybridcache.tokens import Tokens, common_prefix_len
 
 
 class PrefixNode:
@@ -54,7 +54,7 @@ def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
         if child is None:
             break
         node = child
-        common = _common(child.tokens, tokens[matched:])
+        common = common_prefix_len(child.tokens, tokens[matched:])
         matched += common
         if common < len(child.tokens):
             break
@@ -114,10 +114,3 @@ def nodes(root: PrefixNode) -> Iterator[PrefixNode]:
         node = stack.pop()
         yield node
         stack.extend(reversed(node.children.values()))
-
-
-def _common(left: Tokens, right: Tokens) -> int:
-    length = min(len(left), len(right))
-    differ = left[:length] != right[:length]
-    first = int(differ.argmax()) if length else 0
-    return first if length and differ[first] else length

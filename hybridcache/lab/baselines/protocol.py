@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
-from hybridcache.interface import Tokens
+from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)

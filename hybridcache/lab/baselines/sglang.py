@@ -26,7 +26,6 @@ from typing import Literal
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines.prefix_tree import (
     PrefixNode,
     grow,
@@ -37,6 +36,7 @@ from hybridcache.lab.baselines.prefix_tree import (
     walk,
 )
 from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.tokens import Tokens
 
 STATE_TO_KV_RATIO = 0.9
 DECODE_INTERVAL = 256

@@ -32,9 +32,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines.blocks import BlockPool
 from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.tokens import Tokens
 
 KERNEL_BLOCK = 16
 """The attention kernel's page, tokens: inflated block sizes are multiples of it."""
@@ -92,9 +92,9 @@ class VllmCache:
         self.config = config
         self.block_tokens = inflated_block_size(config, match_unit or 1)
         self.block_size = self.block_tokens // config.unit
-        """Ids of the trace in a block."""
+        """Tokens of the trace in a block."""
         self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
-        """Ids of the trace in a match unit; divides the block."""
+        """Tokens of the trace in a match unit; divides the block."""
         if retention is not None and (retention < 0 or retention % self.block_tokens):
             raise ValueError(
                 f"retention {retention} is not a multiple of the block, {self.block_tokens} tokens"

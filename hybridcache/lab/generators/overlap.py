@@ -12,13 +12,14 @@ from functools import partial
 
 import numpy as np
 
-from hybridcache.lab.trace import Ids, Trace, TraceRequest
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000
 _ANSWER = 32
 
 
-def _text(rng: np.random.Generator, num_tokens: int) -> Ids:
+def _text(rng: np.random.Generator, num_tokens: int) -> Tokens:
     return rng.integers(0, _VOCAB, num_tokens, dtype=np.int32)
 
 

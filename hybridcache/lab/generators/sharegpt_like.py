@@ -12,11 +12,12 @@ from functools import partial
 import numpy as np
 
 from hybridcache.lab.arrivals import Fixed, interleave
-from hybridcache.lab.trace import Ids, Trace, TraceRequest
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000
 _TOKENS_PER_S_TYPED = 90 / 60 * 1.3  # 90 words a minute, 1.3 tokens a word
-_NOTHING: Ids = np.zeros(0, np.int32)
+_NOTHING: Tokens = np.zeros(0, np.int32)
 
 
 def sharegpt_like(
@@ -50,7 +51,7 @@ def _source(
     return interleave(drawn, Fixed(sessions_per_s))
 
 
-def _session(seed: int, number: int, user: int, answer: int, opening: Ids) -> list[TraceRequest]:
+def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) -> list[TraceRequest]:
     rng = np.random.default_rng((seed, number))
     turns = 10 + int(rng.geometric(1 / 6)) - 1
     requests = []

@@ -11,7 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from hybridcache.lab.trace import Ids, Trace, TraceRequest
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000
 
@@ -22,7 +23,7 @@ class _Writer:
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
 
-    def text(self, num_tokens: int) -> Ids:
+    def text(self, num_tokens: int) -> Tokens:
         return self.rng.integers(0, _VOCAB, num_tokens, dtype=np.int32)
 
     def spread(self, mean: int) -> int:
@@ -33,7 +34,7 @@ class _Writer:
         return int(self.rng.integers(low, high + 1))
 
 
-_Drawn = Iterator[tuple[int, Ids, Ids, int]]
+_Drawn = Iterator[tuple[int, Tokens, Tokens, int]]
 """(session, prompt, answer, end of the part that others share: 0 where there is none)."""
 
 
@@ -162,7 +163,7 @@ def _conversations(live: int, num_conversations: int, turns: int, seed: int) -> 
     systems = [writer.text(500) for _ in range(16)]
     opened = min(live, num_conversations)
 
-    def begin(number: int) -> tuple[int, int, Ids]:
+    def begin(number: int) -> tuple[int, int, Tokens]:
         """An open conversation: (number, turns left, history)."""
         return number, turns, systems[int(writer.rng.integers(16))]
 

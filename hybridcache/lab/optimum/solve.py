@@ -15,6 +15,7 @@ from hybridcache.lab.optimum.plan import Budget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
 from hybridcache.lab.optimum.trie import Placement, build_trie
 from hybridcache.lab.trace import Trace
+from hybridcache.units import GIB
 
 Method = Literal["milp", "lp", "greedy"]
 WINDOW = 100
@@ -52,7 +53,7 @@ class Optimum:
         holds for a little more memory."""
         if self.prices is None:
             return None
-        return float(self.prices.sum()) * 2**30 / self.prompt_tokens
+        return float(self.prices.sum()) * GIB / self.prompt_tokens
 
     @property
     def gap(self) -> float | None:
@@ -79,7 +80,7 @@ class Optimum:
             "wall_s": self.wall_s,
         }
         if with_prices and self.prices is not None:
-            prices = (2**30 * self.prices).round(3).tolist()
+            prices = (GIB * self.prices).round(3).tolist()
             record["prices_tokens_per_gib"] = prices
         return record
 

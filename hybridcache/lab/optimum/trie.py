@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from hybridcache.interface import Tokens
+from hybridcache.tokens import Tokens, common_prefix_len
 
 Placement = Literal["shared", "every"]
 
@@ -106,8 +106,7 @@ def _insert(root: _Edge, tokens: Tokens) -> _Edge:
             node.children[int(tokens[at])] = leaf
             return leaf
         end = min(child.depth, len(tokens))
-        differs = np.flatnonzero(child.tokens[at:end] != tokens[at:end])
-        at = at + int(differs[0]) if len(differs) else end
+        at += common_prefix_len(child.tokens[at:end], tokens[at:end])
         if at < child.depth:
             child = child.split(at)
         node = child

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from array import array
 
-from hybridcache.interface import Losses
 from hybridcache.lab.simulation.target import Served
 from hybridcache.lab.trace import TraceRequest
+from hybridcache.results import Losses
 
 
 class RequestLog:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from hybridcache.geometry.model import PrefillTimes, prefill_seconds
+from hybridcache.geometry.times import PrefillTimes, prefill_seconds
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest

@@ -16,26 +16,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hybridcache.geometry.model import (
-    MeasuredTimes,
-    ModelGeometry,
-    PrefillTimes,
-    Roofline,
-)
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.simulation.result import RunResult, budget_bytes, sizes
+from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
-from hybridcache.lab.simulation.target import (
-    DEFAULT_CHECKPOINTS,
-    GIB,
-    RunConfig,
-    check_words,
-)
+from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import word_of
+from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum

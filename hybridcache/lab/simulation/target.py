@@ -9,7 +9,7 @@ import numpy as np
 
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.interface import Losses, PrefixCache
+from hybridcache.interface import PrefixCache
 from hybridcache.lab.baselines import (
     BASELINES,
     BaselineConfig,
@@ -18,11 +18,12 @@ from hybridcache.lab.baselines import (
 )
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction_words import make_eviction
 from hybridcache.policies.placement.rules import NUMBERED_PLACEMENT, parse_placement
 from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.policies.words import make_eviction
+from hybridcache.results import Losses
+from hybridcache.units import GIB
 
-GIB = 1 << 30
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
 
 
@@ -203,7 +204,7 @@ class LeaseTarget:
         self.steps = steps
         self.num_exports = 0
         self.uncomputed = 1 if unit == 1 else 0
-        """Ids at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
+        """Tokens at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
         the last one."""
         self._stateful = stateful
 

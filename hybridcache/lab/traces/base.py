@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from hybridcache.lab.trace import BadRecords, Ids, TraceRequest
+from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.tokens import Tokens
 
 Record = Mapping[str, Any]
 LONGEST = 1 << 24
@@ -183,7 +184,7 @@ def objects(record: Record, name: str) -> list[Record]:
     return value
 
 
-def read_ids(values: Any) -> Ids:
+def read_ids(values: Any) -> Tokens:
     """int32[n] of a JSON list of ids. ValueError unless it is a flat list of whole numbers in [0, 2**31). O(n)."""
     if not isinstance(values, list):
         raise ValueError(f"a list of ids was expected, not {type(values).__name__}")

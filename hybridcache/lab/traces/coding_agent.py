@@ -18,7 +18,6 @@ from hybridcache.lab.arrivals import Fixed, Starts, interleave
 from hybridcache.lab.trace import (
     BadRecords,
     FreshIds,
-    Ids,
     TraceRequest,
     units,
 )
@@ -33,6 +32,7 @@ from hybridcache.lab.traces.base import (
     seconds,
     whole,
 )
+from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ class CodingAgentReader(Reader):
 
 
 class _Ids:
-    """Ids of the whole trace: shared heads, sessions' own blocks, unknown answers."""
+    """Tokens of the whole trace: shared heads, sessions' own blocks, unknown answers."""
 
     def __init__(self) -> None:
         self.fresh = FreshIds()
         self._next = 0
-        self._heads: dict[Hashable, Ids] = {}
+        self._heads: dict[Hashable, Tokens] = {}
 
     def reserve(self, num_ids: int) -> int:
         """The first of ``num_ids`` new ids."""
@@ -82,8 +82,8 @@ class _Ids:
         self._next += num_ids
         return first
 
-    def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Ids:
-        """Ids of a shared head: the tools' part agrees wherever its length does, the rest wherever both lengths do."""
+    def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Tokens:
+        """Tokens of a shared head: the tools' part agrees wherever its length does, the rest wherever both lengths do."""
         parts = []
         for kind, num_blocks in (((key,), tool_blocks), ((key, tool_blocks), system_blocks)):
             name = (*kind, num_blocks)
@@ -129,12 +129,12 @@ class _Session:
             tokens[:shared] = head[:shared]
             yield self._request(request, when, name, tokens, shared)
 
-    def _tokens(self, request: Record) -> Ids:
+    def _tokens(self, request: Record) -> Tokens:
         parts = [np.arange(first, last + 1, dtype=np.int32) for first, last in _spans(request)]
         return np.concatenate(parts) + np.int32(self._offset) if parts else np.zeros(0, np.int32)
 
     def _request(
-        self, request: Record, when: float, name: str, tokens: Ids, shared: int
+        self, request: Record, when: float, name: str, tokens: Tokens, shared: int
     ) -> TraceRequest:
         length = whole(request, "in")
         blocks = len(tokens)
@@ -177,7 +177,7 @@ def _spans(request: Record) -> list[tuple[int, int]]:
     return spans
 
 
-def _agreeing(tokens: Ids, head: list[int]) -> int:
+def _agreeing(tokens: Tokens, head: list[int]) -> int:
     """How many leading ids of ``tokens`` are ``head``'s."""
     length = min(len(tokens), len(head))
     differs = tokens[:length] != np.asarray(head[:length], np.int32)

@@ -29,7 +29,6 @@ from hybridcache.lab.trace import (
     BadRecordError,
     BadRecords,
     FreshIds,
-    Ids,
     Trace,
     TraceRequest,
     units,
@@ -45,6 +44,7 @@ from hybridcache.lab.traces.base import (
     seconds,
     whole,
 )
+from hybridcache.tokens import Tokens, common_prefix_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class _Parser:
         self._fresh = FreshIds()
         self._number = -1
         self._clock = Clock()
-        self._last: dict[Hashable, Ids] = {}
+        self._last: dict[Hashable, Tokens] = {}
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:
         """The line's request; none for the format's own line. ValueError or KeyError: it can not be read, and left no trace."""
@@ -122,7 +122,7 @@ class _Parser:
             survives,
         )
 
-    def _tokens(self, record: Record, session: Hashable) -> Ids:
+    def _tokens(self, record: Record, session: Hashable) -> Tokens:
         if "tokens" in record:
             tokens = read_ids(record["tokens"])
         else:
@@ -138,7 +138,7 @@ class _Parser:
             raise ValueError("the prompt is empty")
         return tokens
 
-    def _output(self, record: Record) -> Ids:
+    def _output(self, record: Record) -> Tokens:
         if "output" in record:
             return read_ids(record["output"])
         length = whole(record, "output_length") if "output_length" in record else 0
@@ -148,12 +148,12 @@ class _Parser:
 def write(trace: Trace, file: TextIO) -> int:
     """Write ``trace`` in this format, prompts as ``prefix`` of their session where they repeat it; returns its requests."""
     file.write(json.dumps({"format": "hybridcache", "version": 1, "unit": trace.unit}) + "\n")
-    last: dict[Hashable, Ids] = {}
+    last: dict[Hashable, Tokens] = {}
     num_requests = 0
     for request in trace:
         num_requests += 1
         before = last.get(request.session)
-        kept = 0 if before is None else _common(before, request.tokens)
+        kept = 0 if before is None else common_prefix_len(before, request.tokens)
         record: dict[str, Any] = {"timestamp": round(request.timestamp_s, 6)}
         record["session"] = _plain(request.session)
         if request.namespace is not None:
@@ -176,9 +176,3 @@ def write(trace: Trace, file: TextIO) -> int:
 
 def _plain(value: Hashable) -> str | int:
     return value if isinstance(value, int | str) else str(value)
-
-
-def _common(one: Ids, other: Ids) -> int:
-    length = min(len(one), len(other))
-    differs = one[:length] != other[:length]
-    return int(differs.argmax()) if differs.any() else length

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.lab.trace import Ids, TraceRequest
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import open_bytes
+from hybridcache.tokens import Tokens, common_prefix_len
 
 Message = Mapping[str, Any]
 
@@ -44,8 +45,8 @@ _PROBE = "\ue000"
 class Turn(NamedTuple):
     """One prompt of a chat and its answer, as ids."""
 
-    prompt: Ids
-    answer: Ids
+    prompt: Tokens
+    answer: Tokens
     boundaries: tuple[int, ...]
     """Ends of the leading system message and of what later turns keep of the prompt, ascending."""
 
@@ -106,8 +107,8 @@ class ChatText:
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"the chat template refuses: {error}") from error
 
-    def encode(self, text: str) -> Ids:
-        """Ids of a rendered text: int32[n]."""
+    def encode(self, text: str) -> Tokens:
+        """Tokens of a rendered text: int32[n]."""
         parts, start = [], 0
         for wall in self._walls.finditer(text) if self._walls else ():
             if wall.start() > start:
@@ -134,12 +135,10 @@ class ChatText:
             found.add(self._system_end(messages[0]))
         return Turn(prompt, reply, tuple(sorted(found - {0})))
 
-    def _kept(self, prompt: Ids, following: Sequence[Message]) -> int:
-        """Ids of ``prompt`` that the prompt of ``following`` begins with."""
+    def _kept(self, prompt: Tokens, following: Sequence[Message]) -> int:
+        """Tokens of ``prompt`` that the prompt of ``following`` begins with."""
         later = self.encode(self.render(following, to_answer=False))
-        length = min(len(prompt), len(later))
-        differs = prompt[:length] != later[:length]
-        return int(differs.argmax()) if differs.any() else length
+        return common_prefix_len(prompt, later)
 
     def _system_end(self, system: Message) -> int:
         with_user = [system, {"role": "user", "content": _PROBE}]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isqrt
 
-from hybridcache.policies.placement.rule import PrefillRule
-from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
 
 
 class Aligned(PrefillRule):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hybridcache.policies.placement.rule import PrefillRule
-from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
 
 DECAY = 0.99
 """Of the histogram, per prompt."""

@@ -22,8 +22,7 @@ from hybridcache.policies.placement.by_length import (
 )
 from hybridcache.policies.placement.learned import Learnt
 from hybridcache.policies.placement.planned import Planned
-from hybridcache.policies.placement.rule import PrefillRule
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill, PrefillRule
 from hybridcache.policies.user import load_placement
 
 

@@ -15,7 +15,6 @@ from engine.run.backends import Kernels
 from engine.run.device import TRAITS, Device
 from engine.run.memory import (
     ACCELERATOR_SHARE,
-    GIB,
     KVPool,
     MemoryPlan,
     RequestTable,
@@ -27,6 +26,7 @@ from engine.run.memory import (
 from engine.run.model_config import ModelConfig, ModelError
 from engine.run.models.builtin import BUILTIN_CONFIG
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.units import GIB
 
 MODEL = ModelConfig.from_dict(BUILTIN_CONFIG)
 ATTENTION_ONLY = ModelConfig.from_dict({**BUILTIN_CONFIG, "model_type": "qwen3"})

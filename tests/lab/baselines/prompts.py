@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines import Baseline, BaselineConfig, replay
+from hybridcache.tokens import Tokens
 
 GIB = 1 << 30
 QWEN3_NEXT = BaselineConfig(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines import BaselineConfig, build_baseline, replay
 from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
 from hybridcache.lab.baselines.prefix_tree import nodes
 from hybridcache.lab.generators import few_shot, short
+from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import QWEN3_NEXT, sightings, text
 
 READINGS: tuple[Reading, ...] = ("paper", "artifact", "repaired")

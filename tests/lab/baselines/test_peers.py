@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.interface import Tokens
 from hybridcache.lab.baselines import (
     BASELINES,
     BaselineConfig,
@@ -20,6 +19,7 @@ from hybridcache.lab.baselines.lightllm import LightllmCache
 from hybridcache.lab.baselines.prefix_tree import new_root
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.generators import conversations
+from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import QWEN3_NEXT, sightings, text
 
 SMALL = BaselineConfig(

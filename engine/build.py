@@ -1,0 +1,44 @@
+"""How an engine's settings find the parts it is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.config import ConfigError, EngineConfig
+from engine.interfaces import Chooser, Runner
+from hybridcache.build import CacheConfig
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+
+def load(config: EngineConfig) -> tuple[Runner, Chooser, Tokenizer]:
+    """Model, sampler and tokenizer that ``config`` names. Imports torch."""
+    from engine.run.model_runner import ModelRunner
+    from engine.run.sampler import Sampler
+    from engine.text.tokenizer import load_tokenizer
+
+    runner = ModelRunner(config)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    return runner, Sampler(runner.vocab_size), tokenizer
+
+
+def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
+    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does not suit it."""
+    stateful = runner.num_slots > 0
+    kind = config.prefix_cache
+    if stateful and kind == "radix":
+        raise ConfigError(
+            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that need their state too: "
+            "use hybrid, or none."
+        )
+    return CacheConfig(
+        prefix_cache="radix" if kind == "hybrid" and not stateful else kind,
+        num_kv_tokens=runner.num_kv_tokens,
+        num_slots=runner.num_slots,
+        page_size=config.page_size,
+        grid=config.grid,
+        eviction=config.eviction,
+        kv_bytes_per_token=runner.geometry.kv_bytes_per_token,
+        state_bytes=max(runner.geometry.state_bytes, 1),
+    )

@@ -1,0 +1,180 @@
+"""What one cache holds, known from its events alone: for routers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hybridcache.export.events import (
+    CheckpointRemoved,
+    CheckpointStored,
+    Event,
+    EventStream,
+    KVRemoved,
+    KVSplit,
+    KVStored,
+)
+from hybridcache.export.namespaces import Namespace, write_namespace
+from hybridcache.radix.node import RadixNode
+from hybridcache.tokens import common_prefix_len
+
+
+class EventsLost(ValueError):
+    """A mirror was given an event that can not follow those it knows."""
+
+
+class MirrorMatch(NamedTuple):
+    """What the mirrored cache would answer for a prompt."""
+
+    cached_len: int
+    kv_len: int
+
+
+class _Piece:
+    """One mirrored segment."""
+
+    __slots__ = ("checkpoint", "children", "key", "namespace", "parent", "start", "tokens")
+
+    def __init__(self, stored: KVStored, key: tuple[int, ...]) -> None:
+        self.namespace, self.parent = stored.namespace, stored.parent
+        self.start, self.tokens = stored.start, stored.tokens
+        self.key = key
+        self.checkpoint = False
+        self.children: dict[tuple[int, ...], int] = {}
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Mirror:
+    """What one cache holds, known from its events alone.
+
+    A gap in the numbers of batches is refused, and so is an event that contradicts what is known: then the mirror is stale,
+    and a new one must follow a new subscription, which begins with all that is cached.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self._pieces: dict[int, _Piece] = {}
+        self._roots: dict[Namespace, dict[tuple[int, ...], int]] = {}
+        self._next_sequence = 0
+
+    def apply_batch(self, sequence: int, events: Iterable[Event]) -> None:
+        """Follow what ``decode`` gave. O(tokens). EventsLost: it is not the batch after the last one."""
+        if sequence != self._next_sequence:
+            raise EventsLost(
+                f"batch {sequence} of events came where {self._next_sequence} was due: "
+                "follow a new subscription with an empty mirror"
+            )
+        for event in events:
+            self.apply(event)
+        self._next_sequence = sequence + 1
+
+    def apply(self, event: Event) -> None:
+        """Follow one event. O(tokens of the segment). EventsLost: it can not come after those before it."""
+        if not self._follows(event):
+            raise EventsLost(
+                f"an event was lost before {type(event).__name__} of segment {event.id}: "
+                "follow a new subscription with an empty mirror"
+            )
+        match event:
+            case KVStored():
+                piece = _Piece(event, event.tokens[: self.page_size])
+                self._pieces[event.id] = piece
+                self._siblings(piece)[piece.key] = event.id
+            case KVSplit():
+                self._split(event)
+            case KVRemoved():
+                piece = self._pieces.pop(event.id)
+                del self._siblings(piece)[piece.key]
+                if piece.parent is None and not self._roots[piece.namespace]:
+                    del self._roots[piece.namespace]
+            case CheckpointStored() | CheckpointRemoved():
+                self._pieces[event.id].checkpoint = isinstance(event, CheckpointStored)
+
+    def _follows(self, event: Event) -> bool:
+        """Whether ``event`` is possible after what is known. O(page)."""
+        if isinstance(event, KVStored):
+            return event.id not in self._pieces and self._fits(event)
+        piece = self._pieces.get(event.id)
+        if piece is None:
+            return False
+        match event:
+            case KVSplit():
+                return event.upper not in self._pieces and piece.start < event.position < piece.end
+            case KVRemoved():
+                return not piece.children and not piece.checkpoint
+            case CheckpointStored():
+                return event.position == piece.end and not piece.checkpoint
+            case CheckpointRemoved():
+                return event.position == piece.end and piece.checkpoint
+
+    def _fits(self, event: KVStored) -> bool:
+        """Whether its place is known and free."""
+        if event.parent is None:
+            end, siblings = 0, self._roots.get(event.namespace, {})
+        else:
+            parent = self._pieces.get(event.parent)
+            if parent is None:
+                return False
+            end, siblings = parent.end, parent.children
+        return event.start == end and event.tokens[: self.page_size] not in siblings
+
+    def _siblings(self, piece: _Piece) -> dict[tuple[int, ...], int]:
+        if piece.parent is None:
+            return self._roots.setdefault(piece.namespace, {})
+        return self._pieces[piece.parent].children
+
+    def _split(self, event: KVSplit) -> None:
+        lower = self._pieces[event.id]
+        cut = event.position - lower.start
+        head, tail = lower.tokens[:cut], lower.tokens[cut:]
+        stored = KVStored(event.upper, lower.parent, lower.namespace, lower.start, head)
+        upper = self._pieces[event.upper] = _Piece(stored, lower.key)
+        self._siblings(upper)[upper.key] = event.upper
+        lower.parent, lower.start, lower.tokens = event.upper, event.position, tail
+        lower.key = tail[: self.page_size]
+        upper.children[lower.key] = event.id
+
+    def match(self, tokens: Sequence[int], namespace: Hashable = None) -> MirrorMatch:
+        """How much of ``tokens`` the cache has. O(len(tokens))."""
+        ids = tuple(int(token) for token in tokens)
+        children = self._roots.get(write_namespace(namespace), {})
+        end = cached_len = 0
+        while (found := children.get(ids[end : end + self.page_size])) is not None:
+            piece = self._pieces[found]
+            theirs = ids[end : end + len(piece.tokens)]
+            if theirs != piece.tokens:
+                end += common_prefix_len(np.array(theirs), np.array(piece.tokens), self.page_size)
+                break
+            end += len(piece.tokens)
+            if piece.checkpoint and end < len(ids):
+                cached_len = end
+            children = piece.children
+        return MirrorMatch(cached_len, end)
+
+    def segments(self) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
+        """(id, parent, namespace, start, tokens, checkpoint?) of all it knows: what ``segments_of`` says of a cache."""
+        return {
+            (id_, p.parent, p.namespace, p.start, p.tokens, p.checkpoint)
+            for id_, p in self._pieces.items()
+        }
+
+
+def segments_of(
+    nodes: Iterable[RadixNode],
+) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
+    """What a mirror must know of resident ``nodes``, parents before children, read from the tree itself. O(tokens)."""
+    found: list[Event] = []
+    stream = EventStream(found.append)
+    segments = set()
+    for node in nodes:
+        if node.kv is not None:
+            stream.kv_stored(node)
+            stored = found.pop()
+            assert isinstance(stored, KVStored)
+            segments.add((*stored, node.checkpoint is not None))
+    return segments

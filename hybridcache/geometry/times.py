@@ -1,0 +1,146 @@
+"""Seconds of a prefill: from first principles, or from a measured table."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.geometry.model import ModelGeometry
+
+Lengths = npt.NDArray[np.int64]
+
+
+class PrefillTimes(Protocol):
+    """Seconds of one prefill, by whatever model of the machine."""
+
+    def seconds(self, start: int, end: int) -> float:
+        """To compute tokens [start, end) after ``start`` reused ones; 0.0 when there are none."""
+        ...
+
+
+def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iterator[float]:
+    """``times.seconds`` of many prefills, int64[n] each. O(n), in pieces, so that a million take no memory to speak of."""
+    for first in range(0, len(starts), 1 << 14):
+        piece = slice(first, first + (1 << 14))
+        if isinstance(times, Roofline):
+            yield from times.seconds_each(starts[piece], ends[piece]).tolist()
+        else:
+            yield from map(times.seconds, starts[piece].tolist(), ends[piece].tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a constant.
+
+    The defaults are one H100 SXM's data sheet (989 TFLOP/s dense bf16, 3.35 TB/s) at half its arithmetic peak; ``devices`` of them
+    share the work evenly.
+    """
+
+    geometry: ModelGeometry
+    devices: int = 1
+    flops_per_s: float = 989e12 * 0.5
+    bytes_per_s: float = 3.35e12
+    overhead_s: float = 0.005
+    """Of a prefill of any length: launches, sampling, the trip through the scheduler."""
+    weight_bytes_per_param: int = 2
+
+    def describe(self) -> str:
+        """What machine is assumed, in a line."""
+        tera, tera_bytes = self.flops_per_s / 1e12, self.bytes_per_s / 1e12
+        numbers = f"{tera:.4g} TFLOP/s and {tera_bytes:.3g} TB/s each, {1e3 * self.overhead_s:.3g} ms a prefill"
+        is_default = (self.flops_per_s, self.bytes_per_s) == (989e12 * 0.5, 3.35e12)
+        machine = f"{self.devices} x H100 SXM" if is_default else f"{self.devices} devices"
+        return f"a roofline of {machine}: {numbers}"
+
+    @classmethod
+    def fitting(cls, geometry: ModelGeometry, device_bytes: float = 60e9) -> Roofline:
+        """On the fewest devices (a power of two) whose ``device_bytes`` for weights hold the model in bf16."""
+        devices = 1
+        while devices * device_bytes < 2 * geometry.total_params:
+            devices *= 2
+        return cls(geometry, devices)
+
+    def seconds(self, start: int, end: int) -> float:
+        if end <= start:
+            return 0.0
+        geometry = self.geometry
+        # Each token wakes its own experts: a short prefill reads few of them, a long one all.
+        params = min(geometry.total_params, geometry.active_params * (end - start))
+        moved = params * self.weight_bytes_per_param + end * geometry.kv_bytes_per_token
+        arithmetic = geometry.flops(start, end) / self.flops_per_s
+        return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
+
+    def seconds_each(self, starts: Lengths, ends: Lengths) -> npt.NDArray[np.float64]:
+        """``seconds`` of many prefills, int64[n] each: the very same numbers. O(n)."""
+        geometry = self.geometry
+        if geometry.flops(0, int(ends.max(initial=0))) >= 1 << 63:
+            return np.array([*map(self.seconds, starts.tolist(), ends.tolist())], np.float64)
+        params = np.minimum(geometry.total_params, geometry.active_params * (ends - starts))
+        moved = params * self.weight_bytes_per_param + ends * geometry.kv_bytes_per_token
+        num_pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
+        per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
+        flops = (ends - starts) * per_token + num_pairs * geometry.attention_flops_per_pair
+        slower = np.maximum(flops / self.flops_per_s, moved / self.bytes_per_s)
+        return np.where(ends > starts, self.overhead_s + slower / self.devices, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredTimes:
+    """Prefill times from a table t(start, length), bilinear between the rows, linear beyond the last."""
+
+    starts: tuple[int, ...]
+    """Reused tokens, ascending."""
+    lengths: tuple[int, ...]
+    """Computed tokens, ascending."""
+    table_s: tuple[tuple[float, ...], ...]
+    """``table_s[i][j]``: seconds for ``lengths[j]`` tokens after ``starts[i]``."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> MeasuredTimes:
+        """From JSON: {"starts": [...], "lengths": [...], "table_s": [[...], ...]}. ValueError, with the path, for anything else."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            times = cls(
+                tuple(record["starts"]),
+                tuple(record["lengths"]),
+                tuple(tuple(row) for row in record["table_s"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no table of prefill times ({error})") from error
+        num_rows, widths = len(times.table_s), {len(row) for row in times.table_s}
+        if not num_rows or num_rows != len(times.starts) or widths != {len(times.lengths)}:
+            raise ValueError(
+                f"{path}: table_s needs a row for each start, a number for each length"
+            )
+        return times
+
+    def seconds(self, start: int, end: int) -> float:
+        if end <= start:
+            return 0.0
+        row, row_part = _locate(self.starts, start)
+        column, column_part = _locate(self.lengths, end - start)
+
+        def along(line: Sequence[float]) -> float:
+            if len(line) == 1:
+                return line[0]
+            return line[column] + column_part * (line[column + 1] - line[column])
+
+        low = along(self.table_s[row])
+        if len(self.starts) == 1:
+            return max(low, 0.0)
+        return max(low + row_part * (along(self.table_s[row + 1]) - low), 0.0)
+
+
+def _locate(knots: Sequence[int], value: int) -> tuple[int, float]:
+    """Index of the interval of ``knots`` to interpolate in, and how far along it ``value`` lies (may be past its ends)."""
+    if len(knots) == 1:
+        return 0, 0.0
+    index = min(max(bisect_right(knots, value) - 1, 0), len(knots) - 2)
+    return index, (value - knots[index]) / (knots[index + 1] - knots[index])

@@ -1,0 +1,44 @@
+"""Sizes of a cache as people write them: GiB in words, bytes in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybridcache.units import GIB
+
+
+def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
+    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or numbers.
+
+    ValueError unless there is one at least and all are positive and finite.
+
+    >>> sizes("2:200:3")
+    (2.0, 20.0, 200.0)
+    """
+    try:
+        found = _points(spec)
+    except ValueError:
+        found = ()
+    if not found or not all(0 < gib < float("inf") for gib in found):
+        raise ValueError(
+            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points (low first), as a,b,c or as numbers"
+        )
+    return found
+
+
+def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(spec, str) and ":" in spec:
+        low, high, count = spec.split(":")
+        if float(low) > float(high):
+            raise ValueError("the sizes go up")
+        points = np.geomspace(float(low), float(high), int(count))
+        return tuple(float(f"{point:.6g}") for point in points)
+    if isinstance(spec, str):
+        return tuple(float(part) for part in spec.split(","))
+    return (float(spec),) if isinstance(spec, int | float) else tuple(map(float, spec))
+
+
+def budget_bytes(gib: float) -> int:
+    return int(gib * GIB)
