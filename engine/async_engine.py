@@ -94,7 +94,7 @@ class AsyncEngine:
         self._is_open = True
         self._must_stop = False
         self._is_closed = False
-        self._has_failed = self._is_limping = False
+        self._has_failed = self._last_step_failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -234,7 +234,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._run_commands():
                 self._step()
             for request_id in tuple(self._streams):
                 self._engine.abort(request_id)
@@ -249,15 +249,15 @@ class AsyncEngine:
         try:
             outputs = self._engine.step()
         except Exception:
-            if self._is_limping:
+            if self._last_step_failed:
                 raise
-            self._is_limping = True
+            self._last_step_failed = True
             logger.exception(
                 "A step failed, and the requests that ran with it; the engine goes on."
             )
             self._give_up(self._engine.interrupted)
         else:
-            self._is_limping = False
+            self._last_step_failed = False
             self._hand_out(outputs)
 
     def _give_up(self, request_ids: Sequence[str]) -> None:
@@ -267,7 +267,7 @@ class AsyncEngine:
             if stream is not None:
                 _post(stream.loop, [(stream, StepFailed("the step that computed it broke off"))])
 
-    def _obey(self) -> bool:
+    def _run_commands(self) -> bool:
         """Do all orders, and wait for one where there is nothing to compute. False: the thread ends."""
         engine = self._engine
         while True:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import Chooser, Runner
+from engine.interfaces import Runner, TokenSampler
 from hybridcache.build import CacheConfig
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 
-def load(config: EngineConfig) -> tuple[Runner, Chooser, Tokenizer]:
+def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
     """Model, sampler and tokenizer that ``config`` names. Imports torch."""
     from engine.run.model_runner import ModelRunner
     from engine.run.sampler import Sampler

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from engine.build import cache_config, load
 from engine.config import BUILTIN_NAME, EngineConfig
-from engine.interfaces import Chooser, Runner
+from engine.interfaces import Runner, TokenSampler
 from engine.requests.intake import Intake, Prompt
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
-from engine.run.launch import NOTHING, Launched, launch
+from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.cache_manager import CacheManager
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import QueueFull, Scheduler, Step
+from engine.schedule.scheduler import Plan, QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
 from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
@@ -63,7 +63,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         runner: Runner | None = None,
-        sampler: Chooser | None = None,
+        sampler: TokenSampler | None = None,
         tokenizer: Tokenizer | None = None,
         observer: Observer | None = None,
         log: LeaseLog | None = None,
@@ -102,7 +102,7 @@ class Engine:
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
-        self._in_flight: Launched | None = None
+        self._in_flight: InFlight | None = None
         self.interrupted: tuple[str, ...] = ()
         """Requests that ran when a step last broke off."""
         self._requests: dict[str, Request] = {}
@@ -231,10 +231,10 @@ class Engine:
         waits for the host: outputs then come one call later. A step that raises is lost, its requests are not.
         """
         with self._recovering():
-            step = self._schedule()
-            logits = self._forward(step)
-            launched = self._sample(step, logits)
-            return self._commit(self._due(launched))
+            plan = self._schedule()
+            logits = self._forward(plan)
+            in_flight = self._sample(plan, logits)
+            return self._commit(self._due(in_flight))
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
@@ -246,40 +246,40 @@ class Engine:
             self.interrupted = tuple(r.request_id for r in self._scheduler.recover())
             raise
 
-    def _schedule(self) -> Step:
+    def _schedule(self) -> Plan:
         self._laps = [self._clock()]
-        step = self._scheduler.schedule()
+        plan = self._scheduler.schedule()
         self._laps.append(self._clock())
-        return step
+        return plan
 
-    def _forward(self, step: Step) -> Any:
+    def _forward(self, plan: Plan) -> Any:
         before = self._in_flight.drawn if self._in_flight is not None else None
         logits = None
-        if step.batch.late_tokens and before is not None:
-            logits = self.runner.forward(step.batch, before.tokens)
-        elif step.works:
-            logits = self.runner.forward(step.batch)
+        if plan.batch.late_tokens and before is not None:
+            logits = self.runner.forward(plan.batch, before.tokens)
+        elif plan.tasks:
+            logits = self.runner.forward(plan.batch)
         self._laps.append(self._clock())
         return logits
 
-    def _sample(self, step: Step, logits: Any) -> Launched:
-        launched = launch(step, logits, self._sampler)
+    def _sample(self, plan: Plan, logits: Any) -> InFlight:
+        in_flight = sample_step(plan, logits, self._sampler)
         self._laps.append(self._clock())
-        return launched
+        return in_flight
 
-    def _due(self, launched: Launched) -> Launched:
+    def _due(self, in_flight: InFlight) -> InFlight:
         """The step to commit now: this one, or the one before it, which the device has had time for."""
         if not self._overlaps:
-            return launched
-        due, self._in_flight = self._in_flight, launched if launched.step.works else None
-        return due or NOTHING
+            return in_flight
+        due, self._in_flight = self._in_flight, in_flight if in_flight.plan.tasks else None
+        return due or NO_STEP
 
-    def _commit(self, launched: Launched) -> list[RequestOutput]:
-        step, drawn, scores = launched
+    def _commit(self, in_flight: InFlight) -> list[RequestOutput]:
+        plan, drawn, scores = in_flight
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
         self._laps.append(self._clock())
-        progressed = self._scheduler.commit(step, tokens, scored)
+        progressed = self._scheduler.commit(plan, tokens, scored)
         outputs = [request.report() for request in progressed]
         for output in outputs:
             if output.is_finished:
@@ -287,10 +287,10 @@ class Engine:
         self._deliver(outputs)
         if self.config.check and not self.has_work():
             self.check()
-        self._tell_observer(step)
+        self._tell_observer(plan)
         return outputs
 
-    def _tell_observer(self, step: Step) -> None:
+    def _tell_observer(self, plan: Plan) -> None:
         if self._observer is None:
             return
         started, scheduled, computed, launched, waited = self._laps
@@ -301,8 +301,8 @@ class Engine:
                 sample_s=launched - computed,
                 wait_s=waited - launched,
                 commit_s=self._clock() - waited,
-                num_prefill_tokens=step.num_prefill_tokens,
-                num_decode_tokens=step.num_decode_tokens,
+                num_prefill_tokens=plan.num_prefill_tokens,
+                num_decode_tokens=plan.num_decode_tokens,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
             )

@@ -1,17 +1,14 @@
-"""What an engine is put together from: the parts it asks for, and how its settings find them."""
+"""What may stand behind an engine: a runner of the model, a sampler of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
-
-if TYPE_CHECKING:
-    pass
 
 
 class Runner(Protocol):
@@ -46,7 +43,7 @@ class Runner(Protocol):
         ...
 
 
-class Drawn(Protocol):
+class PendingTokens(Protocol):
     """Tokens on their way from the device."""
 
     tokens: Any
@@ -57,13 +54,15 @@ class Drawn(Protocol):
         ...
 
 
-class Chooser(Protocol):
+class TokenSampler(Protocol):
     """What the engine asks of a sampler."""
 
-    def launch(self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]) -> Drawn:
+    def launch(
+        self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> PendingTokens:
         """Begin to draw a token for each request, from its row of ``logits``; what else the device has to do may go on."""
         ...
 
-    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> Drawn:
+    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
         """Begin to find the log-probabilities of given tokens, one per row."""
         ...

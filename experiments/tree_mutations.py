@@ -19,7 +19,8 @@ ROOM, GATHERED = "hybridcache/core/make_room.py", "hybridcache/core/gathers.py"
 LOCKED = "hybridcache/core/locks.py"
 LISTENER, STATS = "hybridcache/listener.py", "hybridcache/stats.py"
 TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "ghosts"))
-FAMILY = "hybridcache/radix/family.py"
+FAMILY = "hybridcache/radix/node.py"
+TOKENS = "hybridcache/tokens.py"
 KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
 PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
 LRU, TIERS = "hybridcache/policies/eviction/lru.py", "hybridcache/policies/eviction/tiers.py"
@@ -250,7 +251,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a partial edge is not floored to pages",
-        KEY,
+        TOKENS,
         "    return shared - shared % page_size\n",
         "    return shared\n",
     ),

@@ -3,7 +3,7 @@
 The engine's cache manager and the simulator drive this same class, so a policy that was studied is the policy that is
 served. The tensors' side (copying a state, writing KV, filling a request table) is the caller's.
 
-Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work ``extend`` (KV for it), ``exports``
+Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work ``extend`` (KV for it), ``take_checkpoint_slots``
 (checkpoint slots for planned positions in it), the computation, ``publish`` (what was computed goes to the tree), and in
 the end exactly one of ``finish``, ``preempt`` and ``abort``, after which nothing is held.
 """
@@ -41,7 +41,7 @@ from hybridcache.tokens import Indices, Tokens
 #
 # Slots. `state_slot` is ours from begin to the end: free -> held -> free, or, donated, -> cached. It is written in every
 # step; a checkpoint never is, so a lease that resumes starts on a copy (`restore`). A slot for a planned checkpoint is
-# held from `exports` until the `publish` that covers its position: then cached, or free if the tree would not have it.
+# held from `take_checkpoint_slots` until the `publish` that covers its position: then cached, or free if the tree would not have it.
 # In decode one such slot rolls: written again at each crossing, published only at the end.
 
 
@@ -238,15 +238,15 @@ class Lease:
     def held_slots(self) -> int:
         return (self.state_slot is not None) + len(self._pending) + (self._rolling is not None)
 
-    def want(self, position: int, label: str) -> None:
+    def plan_checkpoint(self, position: int, label: str) -> None:
         """Plan a checkpoint at ``position``, floored to the grid; one that is planned or out of reach already changes
         nothing. Beside the placement's own: another request is known to leave this one's path there."""
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len:
             self._plan.setdefault(position, label)
 
-    def saves(self, position: int) -> bool:
-        """Whether a checkpoint at ``position`` was handed out by ``exports`` and waits for its ``publish``."""
+    def is_saving_at(self, position: int) -> bool:
+        """Whether a checkpoint at ``position`` was handed out by ``take_checkpoint_slots`` and waits for its ``publish``."""
         return any(saved == position for saved, _ in self._pending)
 
     def extend(self, to_len: int) -> bool:
@@ -275,7 +275,7 @@ class Lease:
             self._count()
         return True
 
-    def exports(self, start: int, end: int) -> tuple[Saved, ...]:
+    def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]:
         """(position, slot) of the checkpoints that computing [start, end) has to save, positions in (start, end]: planned
         ones in a prefill, the rolling one in decode. A position no slot can be had for is skipped.
 

@@ -12,6 +12,8 @@ Indices = npt.NDArray[np.int32]
 """KV indices: contiguous int32, one per token."""
 
 INT32 = np.dtype(np.int32)
+_BLOCK = 4096
+"""Tokens that are compared at once: prompts that part early are not read to their ends."""
 
 
 def require_int32(array: object, what: str) -> None:
@@ -26,14 +28,18 @@ def require_int32(array: object, what: str) -> None:
 
 
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:
-    """Tokens that both share from their starts, whole pages only. O(the shorter of the two).
+    """Tokens that both share from their starts, whole pages only. O(what they share).
 
     >>> prompt = np.array([5, 6, 7, 8], dtype=np.int32)
     >>> common_prefix_len(prompt[:3], prompt), common_prefix_len(prompt[:3], prompt, page_size=2)
     (3, 2)
     """
-    shorter = min(len(left), len(right))
-    differs = left[:shorter] != right[:shorter]
-    first = int(differs.argmax()) if shorter else 0
-    shared = first if shorter and differs[first] else shorter
+    shared = shorter = min(len(left), len(right))
+    for start in range(0, shorter, _BLOCK):
+        end = min(start + _BLOCK, shorter)
+        differs = left[start:end] != right[start:end]
+        first = int(differs.argmax())
+        if differs[first]:
+            shared = start + first
+            break
     return shared - shared % page_size

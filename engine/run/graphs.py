@@ -22,8 +22,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from engine.run.layers.inputs import DecodePart, LayerInputs
 from engine.run.layers.rotary import RotaryTable
-from engine.run.layers.step import DecodePart, Step
 from engine.run.memory import KVPool, RequestTable, StatePool
 from engine.run.models.decoder import Decoder
 from engine.schedule.batch import Segment
@@ -146,7 +146,7 @@ class DecodeGraphs:
                 row_table=rows.int(),
                 kv_len_table=kv_lens.int(),
             )
-            step = Step(
+            step = LayerInputs(
                 num_tokens=size,
                 num_decode=size,
                 num_rows=size,
@@ -206,7 +206,7 @@ class PrefillGraphs:
                 shape = (len(hidden), *layer.mixer.mixed_shape)
                 self._mixed[layer.is_full] = hidden.new_zeros(shape)
 
-    def run(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor | None:
+    def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
         """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket holds."""
         size = bucket_for(step.num_tokens, self._sizes)
         if size is None:

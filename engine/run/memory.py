@@ -19,11 +19,11 @@ from hybridcache.units import GIB
 from kernels.upload import upload
 
 CPU_SHARE = 0.25
-CPU_MOST_BYTES = 4 * GIB
+CPU_MAX_BYTES = 4 * GIB
 ACCELERATOR_SHARE = 0.9
 """Of what is free beside weights, graphs and the largest step; the rest is for sampling and for gaps."""
-FEWEST_KV_TOKENS = 256
-FEWEST_SLOTS = 2
+MIN_KV_TOKENS = 256
+MIN_SLOTS = 2
 """One for a running request, one for a checkpoint."""
 
 
@@ -66,23 +66,23 @@ class MemoryPlan:
             kv_bytes=kv_bytes,
             state_bytes=state_bytes,
         )
-        if plan.num_kv_tokens < FEWEST_KV_TOKENS:
+        if plan.num_kv_tokens < MIN_KV_TOKENS:
             raise ModelError(
                 f"{_gib(kv_bytes)} for KV hold {plan.num_kv_tokens} tokens of this model; "
-                f"at least {FEWEST_KV_TOKENS} tokens, {_gib(FEWEST_KV_TOKENS * row_bytes)}, are needed."
+                f"at least {MIN_KV_TOKENS} tokens, {_gib(MIN_KV_TOKENS * row_bytes)}, are needed."
             )
-        if slot_bytes and plan.num_slots < FEWEST_SLOTS:
+        if slot_bytes and plan.num_slots < MIN_SLOTS:
             raise ModelError(
                 f"{_gib(state_bytes)} for states hold {plan.num_slots} of this model's; "
-                f"at least {FEWEST_SLOTS}, {_gib(FEWEST_SLOTS * slot_bytes)}, are needed."
+                f"at least {MIN_SLOTS}, {_gib(MIN_SLOTS * slot_bytes)}, are needed."
             )
         return plan
 
     @classmethod
     def smallest(cls, model: ModelConfig) -> MemoryPlan:
         """Enough to rehearse steps with."""
-        slots = FEWEST_SLOTS if model.linear is not None else 0
-        return cls(FEWEST_KV_TOKENS, slots, kv_bytes=0, state_bytes=0)
+        slots = MIN_SLOTS if model.linear is not None else 0
+        return cls(MIN_KV_TOKENS, slots, kv_bytes=0, state_bytes=0)
 
 
 def kv_row_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
@@ -105,7 +105,7 @@ def state_slot_bytes(
 def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
     """For KV and states together where nothing was asked for."""
     if device.is_cpu:
-        return min(int(device.free_bytes() * CPU_SHARE), CPU_MOST_BYTES)
+        return min(int(device.free_bytes() * CPU_SHARE), CPU_MAX_BYTES)
     return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 

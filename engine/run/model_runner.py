@@ -13,9 +13,9 @@ from engine.config import BUILTIN_NAME, EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
-from engine.run.layers.parameters import Placement
+from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart
+from engine.run.layers.parameters import WeightSpec
 from engine.run.layers.rotary import RotaryTable
-from engine.run.layers.step import DecodePart, PrefillPart, Step
 from engine.run.memory import (
     KVPool,
     MemoryPlan,
@@ -27,7 +27,7 @@ from engine.run.models import MODELS
 from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.run.models.decoder import Decoder
 from engine.run.warm_up import WarmUp, measure, warm_up
-from engine.run.weights import Checkpoint, Dummy
+from engine.run.weights import Dummy, WeightFiles
 from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB, counted
@@ -56,12 +56,12 @@ class ModelRunner:
         self.name = Path(config.model).name if config.model else BUILTIN_NAME
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
-        self.most_step_tokens, self.most_running = config.most_step_tokens, config.max_running
+        self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.model, self.weights_note = load_model(
             Path(config.model) if config.model else None,
             self.config,
             self.kernels,
-            Placement(self.device.torch_device, self.dtype, config.quantization),
+            WeightSpec(self.device.torch_device, self.dtype, config.quantization),
             load_format=config.load_format,
             num_workers=config.load_workers,
             seed=config.seed,
@@ -117,7 +117,7 @@ class ModelRunner:
                 self.config, plan.num_slots, self.dtype, self.device, self.state_dtype
             )
         self.table = RequestTable(
-            self.most_running, max_model_len, self.kv.padding_row, self.device
+            self.max_running_rows, max_model_len, self.kv.padding_row, self.device
         )
         self._rotary = RotaryTable(self.config, max_model_len, self.device.torch_device, self.dtype)
         self.use_graphs(graphs)
@@ -163,7 +163,7 @@ class ModelRunner:
             self.table,
             self._rotary,
             record,
-            max_running=self.most_running,
+            max_running=self.max_running_rows,
             max_model_len=self.max_model_len,
         )
         prefills = None
@@ -224,7 +224,7 @@ class ModelRunner:
             hidden = self.model.forward(token_ids, step, self.kv, self.states)
         return self.model.head(hidden[self._int64(rows)])
 
-    def _step(self, batch: Batch) -> tuple[torch.Tensor, Step]:
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Token ids ``[num_rows]`` and everything the layers read."""
         segments = batch.segments
         num_tokens = batch.num_tokens
@@ -242,7 +242,7 @@ class ModelRunner:
             kv_indices[span] = self.table.host[segment.row, segment.start : segment.end]
             offset = span.stop
         cos, sin = self._rotary(self._int64(positions))
-        step = Step(
+        step = LayerInputs(
             num_tokens=num_tokens,
             num_decode=len(decodes),
             num_rows=num_rows,
@@ -324,7 +324,7 @@ def load_model(
     model_dir: Path | None,
     config: ModelConfig,
     kernels: Kernels,
-    place: Placement,
+    place: WeightSpec,
     *,
     load_format: str,
     num_workers: int,
@@ -332,24 +332,24 @@ def load_model(
 ) -> tuple[Decoder, str]:
     """A model with its weights, and a line on where they came from. Without a directory the weights are seeded.
 
-    Raises WeightsError before any tensor is read if the checkpoint does not fit the config.
+    Raises WeightsError before any tensor is read if the weight files do not fit the config.
     """
     family = MODELS[config.architecture]
     if model_dir is None or load_format == "dummy":
         dummy = Dummy(seed)
         model = family(config, kernels, place, dummy.fill)
         return model, f"seeded weights (seed {seed}), untrained"
-    checkpoint = Checkpoint(model_dir, num_workers)
-    is_stacked = checkpoint.has_stacked_experts
-    outline = Placement(torch.device("meta"), place.dtype)
+    weight_files = WeightFiles(model_dir, num_workers)
+    is_stacked = weight_files.has_stacked_experts
+    outline = WeightSpec(torch.device("meta"), place.dtype)
     plan = family(config, kernels, outline, stacked_experts=is_stacked)
-    checkpoint.check(plan.parameters(), tied=config.tie_embeddings)
-    model = family(config, kernels, place, checkpoint.fill, stacked_experts=is_stacked)
-    return model, checkpoint.close()
+    weight_files.check(plan.parameters(), tied=config.tie_embeddings)
+    model = family(config, kernels, place, weight_files.fill, stacked_experts=is_stacked)
+    return model, weight_files.close()
 
 
 def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:
-    """``auto`` is the checkpoint's own where the device computes in it. Raises ModelError."""
+    """``auto`` is the weight files' own where the device computes in it. Raises ModelError."""
     name = config.dtype if word == "auto" else word
     if name not in DTYPES:
         if word == "auto":

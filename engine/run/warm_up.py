@@ -131,7 +131,7 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
         yield Batch(tuple(prefill(piece) for piece in pieces))
     for kv_len in sorted({min(kv_len, longest) for kv_len in KV_LENS}):
         for count in (4, 3, 2, 1):
-            if count <= runner.most_running:
+            if count <= runner.max_running_rows:
                 copies = ((slot, slot),) * count if slot is not None else ()
                 yield Batch((*[decode(kv_len)] * count, prefill(1)), restores=copies)
                 yield Batch((decode(kv_len),) * count)

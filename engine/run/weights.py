@@ -1,4 +1,4 @@
-"""Weights into layers: from safetensors, every tensor accounted for, or seeded for tries without a checkpoint."""
+"""Weights into layers: from safetensors, every tensor accounted for, or seeded for tries without files."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from engine.run.layers.parameters import Layer, Parameter
 from engine.run.model_config import ModelError
 
 SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
-"""Parts of a checkpoint that are known and not served: multi-token prediction heads, the visual tower."""
+"""Parts of a model's files that are known and not served: multi-token prediction heads, the visual tower."""
 MOST_NAMED = 8
 """Tensors of each kind that an error names; the rest are counted."""
 DUMMY_STD = 0.02
 
 
 class WeightsError(ModelError):
-    """A checkpoint that does not fit the model, or can not be read: one message that names what is wrong."""
+    """Weight files that do not fit the model, or can not be read: one message that names what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint, unread."""
+    """One tensor of a weight file, unread."""
 
     name: str
     """As the file has it."""
@@ -38,7 +38,7 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-class Checkpoint:
+class WeightFiles:
     """The safetensors files of one model directory. Reading headers only, until ``fill``."""
 
     def __init__(self, model_dir: Path, num_workers: int) -> None:
@@ -114,7 +114,7 @@ class Checkpoint:
 
 
 def find_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, single or sharded. Raises WeightsError."""
+    """The safetensors files of a model, single or sharded. Raises WeightsError."""
     index = model_dir / "model.safetensors.index.json"
     if not index.is_file():
         files = sorted(model_dir.glob("*.safetensors"))
@@ -150,7 +150,7 @@ def read_header(path: Path) -> list[Tensor]:
 
 
 def model_name(name: str) -> str:
-    """A tensor's name without the wrapping that multimodal checkpoints put around their text part."""
+    """A tensor's name without the wrapping that multimodal models put around their text part."""
     for wrapping in ("model.language_model.", "language_model.model."):
         if name.startswith(wrapping):
             return "model." + name.removeprefix(wrapping)

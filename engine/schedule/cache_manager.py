@@ -43,7 +43,7 @@ class CacheManager:
         self._stateful = stateful
         self._exact = exact
         self._log = log
-        self.step = lcm(cache.grid, cache.page_size)
+        self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints sit on multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._leases: dict[int, Lease] = {}
@@ -102,11 +102,11 @@ class CacheManager:
         self._record("extend", lease, (to_len,), extended)
         return extended
 
-    def exports(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
+    def take_checkpoint_slots(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
         """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``."""
         lease, _ = request.claims
-        exports = lease.exports(request.scheduled_len, end)
-        self._record("exports", lease, (request.scheduled_len, end), exports)
+        exports = lease.take_checkpoint_slots(request.scheduled_len, end)
+        self._record("take_checkpoint_slots", lease, (request.scheduled_len, end), exports)
         return exports
 
     def cached_len(self, request: Request) -> int:
@@ -118,13 +118,15 @@ class CacheManager:
         lease, _ = request.claims
         if position > request.scheduled_len:
             return True
-        return position > request.computed_len and (not self._stateful or lease.saves(position))
+        return position > request.computed_len and (
+            not self._stateful or lease.is_saving_at(position)
+        )
 
-    def want(self, request: Request, position: int) -> None:
+    def plan_checkpoint(self, request: Request, position: int) -> None:
         """Save a checkpoint at ``position`` too: another request is going to leave this one's path there."""
         lease, _ = request.claims
-        lease.want(position, "branch")
-        self._record("want", lease, (position, "branch"))
+        lease.plan_checkpoint(position, "branch")
+        self._record("plan_checkpoint", lease, (position, "branch"))
 
     def publish(self, request: Request) -> None:
         """Hand what ``request`` has computed to the tree."""
@@ -139,9 +141,9 @@ class CacheManager:
         """End a lease whose request is done: all it computed is published. Where a step that was made before this was known
         still moves its state on, the state is not donated."""
         lease, _ = request.claims
-        is_still = request.scheduled_len == request.computed_len
-        lease.finish(request.tokens, request.computed_len, donate=is_still)
-        self._record("finish", lease, (request.tokens, request.computed_len, is_still))
+        is_state_final = request.scheduled_len == request.computed_len
+        lease.finish(request.tokens, request.computed_len, donate=is_state_final)
+        self._record("finish", lease, (request.tokens, request.computed_len, is_state_final))
         self._release(request)
 
     def preempt(self, request: Request) -> None:
@@ -193,7 +195,7 @@ class CacheManager:
             kv_len=branch_len,
             branch_len=branch_len,
             boundaries=request.boundaries,
-            grid=self.step,
+            grid=self.checkpoint_grid,
         )
         return (position for position, _ in self._make_placement().positions(prefill))
 

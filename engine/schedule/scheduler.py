@@ -37,7 +37,7 @@ class QueueFull(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Task:
     """One request's part of a step."""
 
     request: Request
@@ -54,15 +54,15 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Plan:
     """A batch, and what each of its segments is for; in the same order."""
 
     batch: Batch
-    works: tuple[Work, ...]
+    tasks: tuple[Task, ...]
 
     @property
     def num_decode_tokens(self) -> int:
-        return sum(work.is_decode for work in self.works)
+        return sum(task.is_decode for task in self.tasks)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -132,17 +132,17 @@ class Scheduler:
         self._must_wait = self._is_full = False
         return interrupted
 
-    def schedule(self) -> Step:
-        """Choose the next step's work and claim the memory for it.
+    def schedule(self) -> Plan:
+        """Choose the next step's tasks and claim the memory for it.
 
         Steps may be made before the one before them is committed (one at most). Then requests go on from ``scheduled_len``,
         with tokens that the host does not know; but nobody is preempted, and where memory is short or a sampling rule must
         see every token, the step is empty: commit first.
         """
         if self._num_in_flight and (self._must_wait or self._needs_history()):
-            return Step(Batch(()), ())
+            return Plan(Batch(()), ())
         self._must_wait = False
-        works: list[Work] = []
+        tasks: list[Task] = []
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
         budget = max(self._token_budget - num_decodes, TILE)
         for request in tuple(self._running):
@@ -150,21 +150,21 @@ class Scheduler:
                 continue
             end = self._end(request, budget)
             if end > request.scheduled_len and self._claim(request, end):
-                works.append(_work(request, end))
-                budget -= 0 if works[-1].is_decode else end - request.scheduled_len
-        self._admit(works, budget)
-        works.sort(key=lambda work: not work.is_decode)
+                tasks.append(_task(request, end))
+                budget -= 0 if tasks[-1].is_decode else end - request.scheduled_len
+        self._admit(tasks, budget)
+        tasks.sort(key=lambda task: not task.is_decode)
         late_tokens = tuple(
-            (index, work.request.drawn_row)
-            for index, work in enumerate(works)
-            if work.end > work.request.num_tokens
+            (index, task.request.drawn_row)
+            for index, task in enumerate(tasks)
+            if task.end > task.request.num_tokens
         )
-        segments = tuple(self._segment(work) for work in works)
-        for row, request in enumerate(work.request for work in works if work.samples):
+        segments = tuple(self._segment(task) for task in tasks)
+        for row, request in enumerate(task.request for task in tasks if task.samples):
             request.drawn_row = row
         restores, row_writes = self._manager.take_copies()
-        self._num_in_flight += bool(works)
-        return Step(Batch(segments, restores, row_writes, late_tokens), tuple(works))
+        self._num_in_flight += bool(tasks)
+        return Plan(Batch(segments, restores, row_writes, late_tokens), tuple(tasks))
 
     def _needs_history(self) -> bool:
         return any(request.params.needs_history for request in self._running)
@@ -195,7 +195,7 @@ class Scheduler:
         insort(self._waiting, request, key=_age)
         self._is_full = True
 
-    def _admit(self, works: list[Work], budget: int) -> None:
+    def _admit(self, tasks: list[Task], budget: int) -> None:
         """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them.
 
         Followers are looked for even where nobody can be let in, so that their leader saves its state in time.
@@ -210,8 +210,8 @@ class Scheduler:
             if not self._start(request, budget):
                 self._is_full = True
                 continue
-            works.append(_work(request, self._end(request, budget)))
-            budget -= works[-1].end - request.scheduled_len
+            tasks.append(_task(request, self._end(request, budget)))
+            budget -= tasks[-1].end - request.scheduled_len
 
     def _start(self, request: Request, budget: int) -> bool:
         """Move ``request`` from waiting to running. False: no memory for its first chunk; it waits on."""
@@ -228,48 +228,48 @@ class Scheduler:
             request.scheduled_s = self._clock()
         return True
 
-    def _segment(self, work: Work) -> Segment:
-        """What the runner must know of ``work``; from here on it counts as scheduled."""
-        request = work.request
+    def _segment(self, task: Task) -> Segment:
+        """What the runner must know of ``task``; from here on it counts as scheduled."""
+        request = task.request
         lease, row = request.claims
-        exports = self._manager.exports(request, work.end)
-        request.scheduled_len = work.end
-        request.num_drawn += work.samples
+        exports = self._manager.take_checkpoint_slots(request, task.end)
+        request.scheduled_len = task.end
+        request.num_drawn += task.samples
         return Segment(
             row=row,
             slot=lease.state_slot,
             token_ids=UNKNOWN
-            if work.end > request.num_tokens
-            else request.tokens[work.start : work.end],
-            start=work.start,
-            is_decode=work.is_decode,
+            if task.end > request.num_tokens
+            else request.tokens[task.start : task.end],
+            start=task.start,
+            is_decode=task.is_decode,
             exports=exports,
-            logits="all" if work.scores else "last" if work.samples else "none",
+            logits="all" if task.scores else "last" if task.samples else "none",
         )
 
     def commit(
         self,
-        step: Step,
+        plan: Plan,
         sampled: Sequence[SampledToken],
         scored: Sequence[Sequence[SampledToken]] = (),
     ) -> list[Request]:
         """Take a computed step in: publish, append tokens, end what is finished.
 
-        ``sampled`` has one token for each work that samples, ``scored`` the log-probabilities for each that scores, both in
+        ``sampled`` has one token for each task that samples, ``scored`` the log-probabilities for each that scores, both in
         the step's order. Returns the requests that have something to report.
         """
-        self._num_in_flight -= bool(step.works)
+        self._num_in_flight -= bool(plan.tasks)
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
         progressed: list[Request] = []
-        for work in step.works:
-            token = next(tokens) if work.samples else None
-            request = work.request
-            if work.scores:
+        for task in plan.tasks:
+            token = next(tokens) if task.samples else None
+            request = task.request
+            if task.scores:
                 request.scores.extend(next(scores))
-            if request.lease is not work.lease:
+            if request.lease is not task.lease:
                 continue
-            request.computed_len = work.end
-            if not work.is_decode:
+            request.computed_len = task.end
+            if not task.is_decode:
                 self._manager.publish(request)
             if token is not None:
                 request.accept(token, now_s)
@@ -288,9 +288,9 @@ def _age(request: Request) -> int:
     return request.arrival
 
 
-def _work(request: Request, end: int) -> Work:
+def _task(request: Request, end: int) -> Task:
     is_decode = request.scheduled_len >= request.prefill_len
-    return Work(
+    return Task(
         request=request,
         lease=request.lease,
         start=request.scheduled_len,

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from engine.schedule.cache_manager import CacheManager
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import common_prefix_len
 
 if TYPE_CHECKING:
     from engine.requests.request import Request
@@ -69,7 +67,7 @@ class Sharing:
             if leader.is_ahead:
                 ahead = [p for p in points if self._manager.can_save(leader.request, p)]
                 if ahead and ahead[-1] > leader.request.scheduled_len:
-                    self._manager.want(leader.request, ahead[-1])
+                    self._manager.plan_checkpoint(leader.request, ahead[-1])
                 goal = max([goal, *ahead])
         return goal
 
@@ -85,12 +83,12 @@ class Sharing:
         request.num_leaders_seen = self._num_let_in
 
     def _resume_points(self, request: Request, leader: Request) -> tuple[int, ...]:
-        step = self._manager.step
-        shared = common_len(request.tokens, leader.tokens[: leader.prefill_len])
-        usable = min(shared, request.num_tokens - 1) // step * step
+        grid = self._manager.checkpoint_grid
+        shared = common_prefix_len(request.tokens, leader.tokens[: leader.prefill_len])
+        usable = min(shared, request.num_tokens - 1) // grid * grid
         if usable <= leader.computed_len:
             return ()
-        floored = {p // step * step for p in self._manager.checkpoint_positions(request, shared)}
+        floored = {p // grid * grid for p in self._manager.checkpoint_positions(request, shared)}
         return tuple(sorted(p for p in floored if 0 < p <= usable))
 
 
@@ -102,14 +100,3 @@ def _goes_on_as(leader: Request, request: Request) -> bool:
         and leader.namespace == request.namespace
         and bool(leader.tokens[at] == request.tokens[at])
     )
-
-
-def common_len(one: Tokens, other: Tokens) -> int:
-    """Leading tokens that both have. O(their common length, in blocks)."""
-    limit = min(len(one), len(other))
-    for start in range(0, limit, 1024):
-        end = min(start + 1024, limit)
-        differs = one[start:end] != other[start:end]
-        if differs.any():
-            return start + int(np.argmax(differs))
-    return limit

@@ -21,7 +21,7 @@ from engine.server.chat import chat, render
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
-from engine.server.front import Front
+from engine.server.front import ServingContext
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -38,7 +38,7 @@ FAREWELL_S = 5
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """The application that serves ``engine``, which starts and stops with it."""
-    front = Front(engine, config.served_model_name or engine.model_name)
+    front = ServingContext(engine, config.served_model_name or engine.model_name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +60,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _add_generation(app: FastAPI, front: Front) -> None:
+def _add_generation(app: FastAPI, front: ServingContext) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await complete(front, request, body)
@@ -88,7 +88,7 @@ def _add_generation(app: FastAPI, front: Front) -> None:
         return card()
 
 
-def _add_tokens(app: FastAPI, front: Front) -> None:
+def _add_tokens(app: FastAPI, front: ServingContext) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         front.check_model(body.model)
@@ -118,7 +118,7 @@ def _add_tokens(app: FastAPI, front: Front) -> None:
         return {"prompt": front.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
-def _add_watching(app: FastAPI, front: Front) -> None:
+def _add_watching(app: FastAPI, front: ServingContext) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not front.engine.is_alive:

@@ -14,14 +14,21 @@ from engine import RequestOutput
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
-from engine.server.front import LONG_TEXT, Ask, Front, namespace_of, new_id, usage
+from engine.server.front import (
+    LONG_TEXT,
+    ServerRequest,
+    ServingContext,
+    namespace_of,
+    new_id,
+    usage,
+)
 from engine.server.schemas import ChatMessage, ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatPrompt, TemplateError, render_chat
 
 
-async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
+async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
     front.check_model(body.model)
     front.check_number(body.n)
@@ -34,7 +41,7 @@ async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    ask = Ask(
+    ask = ServerRequest(
         prompt.token_ids,
         body.samplings(limit, num_top),
         namespace_of(body.cache_salt),
@@ -50,7 +57,7 @@ async def chat(front: Front, request: Request, body: ChatRequest) -> Response:
 
 
 async def render(
-    front: Front,
+    front: ServingContext,
     messages: Sequence[ChatMessage],
     tools: Sequence[dict[str, Any]] | None,
     add_generation_prompt: bool,
@@ -79,7 +86,7 @@ async def render(
 class _Answer:
     """One chat's answer, whole or in events."""
 
-    def __init__(self, front: Front, body: ChatRequest) -> None:
+    def __init__(self, front: ServingContext, body: ChatRequest) -> None:
         self._front = front
         self._body = body
         self._head = {

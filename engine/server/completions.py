@@ -13,13 +13,13 @@ from engine import RequestOutput
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import of_failure
-from engine.server.front import Ask, Front, namespace_of, new_id, usage
+from engine.server.front import ServerRequest, ServingContext, namespace_of, new_id, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
 
 
-async def complete(front: Front, request: Request, body: CompletionRequest) -> Response:
+async def complete(front: ServingContext, request: Request, body: CompletionRequest) -> Response:
     """Answer one completion request."""
     front.check_model(body.model)
     prompts = body.prompts
@@ -33,9 +33,9 @@ async def complete(front: Front, request: Request, body: CompletionRequest) -> R
     return JSONResponse(answer.whole(outputs))
 
 
-def _ask(body: CompletionRequest, prompt: list[int]) -> Ask:
+def _ask(body: CompletionRequest, prompt: list[int]) -> ServerRequest:
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    return Ask(
+    return ServerRequest(
         prompt,
         body.samplings(body.max_tokens, body.logprobs),
         namespace=namespace_of(body.cache_salt),
@@ -46,7 +46,7 @@ def _ask(body: CompletionRequest, prompt: list[int]) -> Ask:
 class _Answer:
     """One completion's answer, whole or in events."""
 
-    def __init__(self, front: Front, body: CompletionRequest) -> None:
+    def __init__(self, front: ServingContext, body: CompletionRequest) -> None:
         self._front = front
         self._body = body
         self._head = {
@@ -87,7 +87,7 @@ class _Answer:
 class _Choice:
     """Writes one choice, whole or piece by piece."""
 
-    def __init__(self, front: Front, body: CompletionRequest, index: int) -> None:
+    def __init__(self, front: ServingContext, body: CompletionRequest, index: int) -> None:
         self._tokenizer = front.tokenizer
         self._index = index
         self._echo = body.echo

@@ -22,7 +22,7 @@ LONG_TEXT = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ServerRequest:
     """One prompt and how each of its choices is sampled."""
 
     prompt: Sequence[int]
@@ -33,7 +33,7 @@ class Ask:
     prompt_logprobs: int | None = None
 
 
-class Front:
+class ServingContext:
     """One engine behind one model name."""
 
     def __init__(self, engine: AsyncEngine, model_name: str) -> None:
@@ -82,7 +82,7 @@ class Front:
         is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > LONG_TEXT
         return await asyncio.to_thread(work) if is_long else work()
 
-    def submit(self, asks: Sequence[Ask]) -> list[RequestStream]:
+    def submit(self, asks: Sequence[ServerRequest]) -> list[RequestStream]:
         """A stream for each choice of each ask, in order; all of them or none.
 
         APIError 429: the queue is full; 503: the engine stops; 400: the engine refuses the request.

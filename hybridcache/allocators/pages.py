@@ -8,7 +8,7 @@ from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
 from hybridcache.tokens import Indices
 
-_MOST_ROWS = 1 << 31
+MAX_ROWS = 1 << 31
 
 
 class PageAllocator(BaseAllocator):
@@ -41,9 +41,9 @@ class PageAllocator(BaseAllocator):
         if num_tokens % page_size:
             raise ValueError(f"{num_tokens} KV rows are not whole pages of {page_size}")
         self.page_size = page_size
-        if num_tokens > _MOST_ROWS:
+        if num_tokens > MAX_ROWS:
             raise ValueError(
-                f"{num_tokens} KV rows are more than the {_MOST_ROWS} that int32 can number"
+                f"{num_tokens} KV rows are more than the {MAX_ROWS} that int32 can number"
             )
         num_pages = num_tokens // page_size
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)

@@ -11,7 +11,7 @@ ENTRY_ROWS = 64
 """What an answer takes beside its rows, in rows of 4 bytes (measured: the array's head and the entry of the dictionary)."""
 
 
-class RecentGathers:
+class GatherCache:
     """The latest answers of ``gather``, by the segment they end with.
 
     An answer stays true for as long as its segment is resident, whatever is split above or below, because rows never move; it

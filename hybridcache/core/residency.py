@@ -23,7 +23,7 @@ import numpy as np
 
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.core.gathers import RecentGathers
+from hybridcache.core.gathers import GatherCache
 from hybridcache.core.locks import NEW, LockedPaths
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
@@ -52,7 +52,7 @@ class Residency:
     ) -> None:
         self.tree = RadixTree(pages.page_size)
         self.ghosts = GhostList(self.tree, ghost_bytes)
-        self.gathered = RecentGathers()
+        self.gathered = GatherCache()
         self.pages = pages
         self.slots = slots
         self.policy = policy

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 Namespace: TypeAlias = "str | int | tuple[Namespace, ...] | None"
 """As it is, or ``("tuple", ...)``, ``("frozenset", ...)``, ``("int", hex)``, ``("repr", text)``."""
 
-_LEAST, _MOST = -(1 << 63), (1 << 63) - 1
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 def write_namespace(namespace: Hashable) -> Namespace:
@@ -38,7 +38,7 @@ def write_namespace(namespace: Hashable) -> Namespace:
     whole = _whole(namespace)
     if whole is None:
         return ("repr", repr(namespace))
-    return whole if _LEAST <= whole <= _MOST else ("int", hex(whole))
+    return whole if INT64_MIN <= whole <= INT64_MAX else ("int", hex(whole))
 
 
 def read_namespace(written: Any) -> Namespace:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hybridcache.lab.simulation.result import RunResult
-from hybridcache.lab.trace_stats import Spread, TraceStats
+from hybridcache.lab.trace_stats import Summary, TraceStats
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
 def stats_table(stats: TraceStats) -> str:
     """What a trace is like, in some thirty lines."""
 
-    def spread(name: str, values: Spread, form: str = "{:,.0f}") -> list[str]:
+    def spread(name: str, values: Summary, form: str = "{:,.0f}") -> list[str]:
         cells = [values.mean, *values.percentiles.values(), values.largest]
         return [name, *(form.format(cell) for cell in cells)]
 

@@ -16,7 +16,7 @@ _PAGES = (16, 64, 512)
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Summary:
     """Mean, percentiles and largest of some quantity."""
 
     mean: float
@@ -24,7 +24,7 @@ class Spread:
     largest: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
+    def of(cls, values: list[float]) -> Summary:
         """Of ``values``; all 0 where there are none. O(n log n)."""
         if not values:
             return cls(0.0, dict.fromkeys(_PERCENTILES, 0.0), 0.0)
@@ -56,8 +56,8 @@ class TraceStats:
     num_namespaces: int
     num_bad: int
     duration_s: float
-    prompt: Spread
-    output: Spread
+    prompt: Summary
+    output: Summary
     prompt_tokens: int
     ideal_tokens: int
     """Prompt tokens an infinite cache of prompts and answers would skip; of each prompt all but the last at most."""
@@ -67,11 +67,11 @@ class TraceStats:
     """Requests that could skip anything at all."""
     distinct_tokens: int
     """Tokens of all prompts and answers, shared ones once: what an infinite cache holds."""
-    reuse_requests: Spread
+    reuse_requests: Summary
     """Requests since the deepest shared prefix was last used, of requests that share one."""
-    reuse_s: Spread
+    reuse_s: Summary
     """Seconds since."""
-    reuse_new_tokens: Spread
+    reuse_new_tokens: Summary
     """New tokens that entered in between: about the cache size (in tokens of KV) at which LRU starts to hit."""
     sharing: tuple[DepthBin, ...]
 
@@ -139,8 +139,8 @@ class _Gathered:
             num_namespaces=len(self.namespaces),
             num_bad=trace.bad.count,
             duration_s=self.times[-1] - self.times[0] if self.times else 0.0,
-            prompt=Spread.of(self.prompts),
-            output=Spread.of(self.outputs),
+            prompt=Summary.of(self.prompts),
+            output=Summary.of(self.outputs),
             prompt_tokens=int(sum(self.prompts)),
             ideal_tokens=sum(self.ideal),
             ideal_by_page={
@@ -150,9 +150,9 @@ class _Gathered:
             },
             ideal_requests=sum(map(bool, self.ideal)),
             distinct_tokens=self.cache.num_ids * self.unit,
-            reuse_requests=Spread.of(self.reuse[0]),
-            reuse_s=Spread.of(self.reuse[1]),
-            reuse_new_tokens=Spread.of(self.reuse[2]),
+            reuse_requests=Summary.of(self.reuse[0]),
+            reuse_s=Summary.of(self.reuse[1]),
+            reuse_new_tokens=Summary.of(self.reuse[2]),
             sharing=self._sharing(),
         )
 

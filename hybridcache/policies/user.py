@@ -24,7 +24,7 @@ from hybridcache.policies.protocol import (
     Prefill,
 )
 
-MOST_OUTSIDE = 50
+MAX_OUTSIDE = 50
 """Positions outside of every prompt after which a placement is warned of."""
 
 
@@ -116,16 +116,16 @@ class OwnPlacement(PlacementPolicy):
             _blame(self._word, self._policy, "positions", error)
 
     def _watch(self, position: int, prefill: Prefill) -> None:
-        """Warn once where the first ``MOST_OUTSIDE`` positions all lie where nothing can be saved."""
+        """Warn once where the first ``MAX_OUTSIDE`` positions all lie where nothing can be saved."""
         assert self._num_outside is not None
         if prefill.cached_len < position - position % prefill.grid <= prefill.prompt_len:
             self._num_outside = None
             return
         self._num_outside += 1
-        if self._num_outside == MOST_OUTSIDE:
+        if self._num_outside == MAX_OUTSIDE:
             self._num_outside = None
             warnings.warn(
-                f"{self._word!r}: none of its first {MOST_OUTSIDE} positions lay within what a prefill computes; give "
+                f"{self._word!r}: none of its first {MAX_OUTSIDE} positions lay within what a prefill computes; give "
                 f"cached_len < position <= prompt_len, tokens from the prompt's start, of at least {prefill.grid} (the grid)",
                 stacklevel=2,
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.core.gathers import RecentGathers
+from hybridcache.core.gathers import GatherCache
 
 ROWS = np.arange(10_000, dtype=np.int32)
 TWO = 25_000
@@ -18,12 +18,12 @@ def segment() -> Any:
     return object()
 
 
-def kept(gathers: RecentGathers, *known: Any) -> list[bool]:
+def kept(gathers: GatherCache, *known: Any) -> list[bool]:
     return [gathers.get(one) is not None for one in known]
 
 
 def test_the_oldest_answers_go_until_the_rest_fits() -> None:
-    gathers, known = RecentGathers(), []
+    gathers, known = GatherCache(), []
     for _ in range(6):
         known.append(segment())
         gathers.keep(known[-1], ROWS, None, TWO)
@@ -31,14 +31,14 @@ def test_the_oldest_answers_go_until_the_rest_fits() -> None:
 
 
 def test_the_newest_answer_stays_however_long_it_is() -> None:
-    gathers, known = RecentGathers(), [segment() for _ in range(2)]
+    gathers, known = GatherCache(), [segment() for _ in range(2)]
     for one in known:
         gathers.keep(one, ROWS, None, 100)
     assert kept(gathers, *known) == [False, True]
 
 
 def test_an_answer_that_was_extended_goes_before_an_older_one() -> None:
-    gathers = RecentGathers()
+    gathers = GatherCache()
     older, begun, goes_on = known = [segment() for _ in range(3)]
     gathers.keep(older, ROWS, None, TWO)
     gathers.keep(begun, ROWS, None, TWO)

@@ -34,7 +34,7 @@ def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple
     """Extend, export and publish up to ``end``: what the engine does around one prefill chunk."""
     end = len(prompt) if end is None else end
     assert lease.extend(end)
-    exports = lease.exports(lease.published_len, end)
+    exports = lease.take_checkpoint_slots(lease.published_len, end)
     lease.publish(prompt, end)
     return exports
 
@@ -81,7 +81,7 @@ def test_only_what_is_computed_is_published() -> None:
     prefill(lease, prompt, 128)
     assert lease.published_len == 128
     assert lease.extend(300)
-    assert lease.exports(128, 300) == ((256, 1),)
+    assert lease.take_checkpoint_slots(128, 300) == ((256, 1),)
     lease.abort()
     check(cache)
     assert cache.match(prompt).kv_len == 128
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_was_not_computed_is_not_published(end: str) -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt)
     prefill(lease, prompt, 100)
-    assert lease.extend(300) and lease.exports(100, 300) == ((256, 1),)
+    assert lease.extend(300) and lease.take_checkpoint_slots(100, 300) == ((256, 1),)
     getattr(lease, end)(prompt, 100)
     check(cache)
     assert (cache.num_checkpoints, cache.match(prompt).kv_len) == (0, 100)
@@ -133,7 +133,7 @@ def test_a_position_without_a_slot_is_skipped() -> None:
     lease = begin(cache, prompt, "every:64")
     assert lease.extend(300)
     assert lease.planned == (64, 128, 192, 256)
-    assert lease.exports(0, 300) == ((256, 1),)  # the deepest is most wanted
+    assert lease.take_checkpoint_slots(0, 300) == ((256, 1),)  # the deepest is most wanted
     lease.finish(prompt, 300)
     check(cache)
 
@@ -143,7 +143,7 @@ def test_the_own_slot_is_donated_where_the_state_sits_on_a_wanted_position() -> 
     lease = begin(cache, prompt, "prompt")
     own = lease.state_slot
     assert lease.extend(128)
-    assert lease.exports(0, 128) == ()
+    assert lease.take_checkpoint_slots(0, 128) == ()
     lease.publish(prompt, 128)
     lease.finish(prompt, 128)
     check(cache)
@@ -165,7 +165,7 @@ def decode(lease: Lease, history: Tokens, start: int) -> list[tuple[int, int]]:
     exports: list[tuple[int, int]] = []
     for position in range(start, len(history)):
         assert lease.extend(position + 1)
-        exports += lease.exports(position, position + 1)
+        exports += lease.take_checkpoint_slots(position, position + 1)
     return exports
 
 
@@ -279,9 +279,9 @@ def test_a_position_another_request_wants_is_saved_too() -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt, "none")
     assert lease.extend(300)
-    lease.want(130, "branch")
-    lease.want(128, "branch")
-    lease.want(400, "branch")
+    lease.plan_checkpoint(130, "branch")
+    lease.plan_checkpoint(128, "branch")
+    lease.plan_checkpoint(400, "branch")
     assert lease.planned == (128,)
     assert [position for position, _ in prefill(lease, prompt)] == [128]
 
@@ -299,8 +299,8 @@ def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
             end = len(prompt)
             extended = lease.extend(end)
             log.record("extend", lease, (end,), extended)
-            exports = lease.exports(lease.cached_len, end)
-            log.record("exports", lease, (lease.cached_len, end), exports)
+            exports = lease.take_checkpoint_slots(lease.cached_len, end)
+            log.record("take_checkpoint_slots", lease, (lease.cached_len, end), exports)
             lease.publish(prompt, end)
             log.record("publish", lease, (prompt, end))
             lease.finish(prompt, end)

@@ -37,10 +37,10 @@ class Server:
         assert lease.extend(len(everything))
         for start in range(lease.cached_len, len(prompt), piece or len(prompt)):
             end = min(start + (piece or len(prompt)), len(prompt))
-            lease.exports(start, end)
+            lease.take_checkpoint_slots(start, end)
             lease.publish(everything, end)
         for position in range(len(prompt), len(everything)):
-            lease.exports(position, position + 1)
+            lease.take_checkpoint_slots(position, position + 1)
         lease.finish(everything, len(everything))
         self.cache.check(held_tokens=0, held_slots=0)
         return lease.cached_len

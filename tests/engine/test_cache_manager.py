@@ -31,7 +31,7 @@ def make_request(arrival: int, length: int = 100) -> Request:
 def prefill(manager: CacheManager, request: Request) -> None:
     assert manager.begin(request)
     assert manager.extend(request, request.prompt_len)
-    manager.exports(request, request.prompt_len)
+    manager.take_checkpoint_slots(request, request.prompt_len)
     manager.take_copies()
     request.computed_len = request.prompt_len
     manager.publish(request)

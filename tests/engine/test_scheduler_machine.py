@@ -139,7 +139,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.outputs[output.request_id] = output
         self.engine.check()
         if self.engine.config.overlap == "off":
-            assert self.engine.runner.num_tokens_computed > computed, "a step without work"
+            assert self.engine.runner.num_tokens_computed > computed, "a step without task"
 
     @precondition(lambda self: self.expected)
     @rule(which=st.integers(0, 1000))

@@ -18,7 +18,7 @@ from hybridcache.policies.eviction.survival import (
     age_bins,
     index_of,
 )
-from hybridcache.policies.placement.learned import Learnt
+from hybridcache.policies.placement.learned import Learned
 from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import Prefill
 from tests.policies.items import FakeItem, offer
@@ -40,11 +40,11 @@ def hit_rate(trace: Trace, eviction: str, checkpoints: str, **config: int) -> fl
         assert lease is not None and lease.extend(len(prompt))
         reused += lease.cached_len
         total += len(prompt)
-        lease.exports(lease.cached_len, len(prompt))
+        lease.take_checkpoint_slots(lease.cached_len, len(prompt))
         lease.publish(prompt, len(prompt))
         whole = np.concatenate((prompt, request.output))
         assert lease.extend(len(whole))
-        lease.exports(len(prompt), len(whole))
+        lease.take_checkpoint_slots(len(prompt), len(whole))
         lease.finish(whole, len(whole))
     cache.check(0, 0)
     return reused / total
@@ -187,7 +187,7 @@ def prefill(number: int, **facts: object) -> Prefill:
 
 
 def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
-    placement = Learnt()
+    placement = Learned()
     asked = [{label for _, label in placement.positions(prefill(n))} for n in range(400)]
     assert asked[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
     late = asked[100:]
@@ -195,7 +195,7 @@ def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
 
 
 def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
-    placement = Learnt()
+    placement = Learned()
     won = FakeItem("won", label="back:64", span=900, position=900)
     for number in range(300):
         used = won if number % 3 == 0 else None
@@ -211,7 +211,7 @@ def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
 
 
 def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed() -> None:
-    placement = Learnt()
+    placement = Learned()
     lost = FakeItem("lost", label="back:1", span=900, position=999)
     asked = [
         {label for _, label in placement.positions(prefill(n, missed=lost))} for n in range(400)
@@ -223,7 +223,7 @@ def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed()
 def test_back_offs_do_not_take_an_end_s_earnings() -> None:
     """A prompt goes on from its end, 3 tokens below a back-off that would have served nearly as well: the end is worth what
     the two save together, or both would look idle."""
-    placement = Learnt()
+    placement = Learned()
     old = FakeItem("old", label="decode", position=500)
     guess = FakeItem("guess", label="back:4", position=996, above=old)
     end = FakeItem("end", label="back:1", span=3, position=999, above=guess)
@@ -234,7 +234,7 @@ def test_back_offs_do_not_take_an_end_s_earnings() -> None:
 
 
 def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> None:
-    placement = Learnt()
+    placement = Learned()
     placed = dict(placement.positions(prefill(0, branch_len=300, boundaries=(200, 950))))
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)

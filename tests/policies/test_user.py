@@ -21,7 +21,7 @@ from hybridcache.policies.protocol import (
     PolicyError,
     Prefill,
 )
-from hybridcache.policies.user import MOST_OUTSIDE
+from hybridcache.policies.user import MAX_OUTSIDE
 from hybridcache.policies.words import make_eviction
 from tests.policies.items import FakeItem, offer
 
@@ -265,7 +265,7 @@ def test_a_class_without_a_file_runs_but_is_not_kept(
 def test_a_placement_that_never_lies_in_a_prompt_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match="none of its first 50 positions lay within") as told:
         simulate("short", gib=1, checkpoints=Beyond, bound=False)
-    assert len(told) == 1 and MOST_OUTSIDE == 50
+    assert len(told) == 1 and MAX_OUTSIDE == 50
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         simulate("short", gib=1, checkpoints=Within, bound=False)

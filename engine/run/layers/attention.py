@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from engine.run.backends import Kernels
+from engine.run.layers.inputs import LayerInputs, pad_rows
 from engine.run.layers.linear import Linear
 from engine.run.layers.norm import RMSNorm
-from engine.run.layers.parameters import Parameter, Placement
-from engine.run.layers.step import Step, pad_rows
+from engine.run.layers.parameters import Parameter, WeightSpec
 from engine.run.model_config import ModelConfig
 
 
@@ -22,7 +22,7 @@ class Attention:
         model: ModelConfig,
         layer: int,
         kernels: Kernels,
-        place: Placement,
+        place: WeightSpec,
         *,
         gated: bool,
         centred_norms: bool,
@@ -76,38 +76,38 @@ class Attention:
         return self.projection(hidden)
 
     def mix(
-        self, projected: torch.Tensor, step: Step, pools: tuple[torch.Tensor, torch.Tensor]
+        self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Attend to this step's and all earlier tokens; writes this step's KV. ``[T, HQ * D]``."""
-        kernels, tokens = self._kernels, step.num_tokens
+        kernels, tokens = self._kernels, inputs.num_tokens
         _, query, key, value = projected[:tokens].split(self.sizes, dim=-1)
         query = self.query_norm(query.view(tokens, self.num_heads, self.head_dim))
         key = self.key_norm(key.view(tokens, self.num_kv_heads, self.head_dim))
-        query, key = kernels.rotary.rotate(query, key, step.cos, step.sin)
+        query, key = kernels.rotary.rotate(query, key, inputs.cos, inputs.sin)
         key_pool, value_pool = pools[0][self.layer], pools[1][self.layer]
         value = value.view(tokens, self.num_kv_heads, self.head_dim)
-        kernels.cache_write.write_kv(key, value, key_pool, value_pool, step.kv_indices)
+        kernels.cache_write.write_kv(key, value, key_pool, value_pool, inputs.kv_indices)
         outs = []
-        if step.decode is not None:
+        if inputs.decode is not None:
             outs.append(
                 kernels.attention.decode_attention(
-                    query[: step.num_decode],
+                    query[: inputs.num_decode],
                     key_pool,
                     value_pool,
-                    table=step.table,
-                    sequences=step.decode.sequences,
+                    table=inputs.table,
+                    sequences=inputs.decode.sequences,
                     scale=self.scale,
                 )
             )
-        if step.prefill is not None:
+        if inputs.prefill is not None:
             outs.append(
                 kernels.attention.prefill_attention(
-                    query[step.num_decode :],
+                    query[inputs.num_decode :],
                     key_pool,
                     value_pool,
-                    table=step.table,
-                    sequences=step.prefill.sequences,
-                    packed=step.prefill.packed,
+                    table=inputs.table,
+                    sequences=inputs.prefill.sequences,
+                    packed=inputs.prefill.packed,
                     scale=self.scale,
                 )
             )

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from engine.run.backends import Kernels
+from engine.run.layers.inputs import LayerInputs, pad_rows
 from engine.run.layers.linear import Linear
-from engine.run.layers.parameters import Parameter, Placement
-from engine.run.layers.step import Step, pad_rows
+from engine.run.layers.parameters import Parameter, WeightSpec
 from engine.run.model_config import ModelConfig
 
 Layout = Literal["interleaved", "split"]
@@ -23,7 +23,7 @@ class GatedDeltaNet:
     which the whole state hangs, are another in full precision."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, kernels: Kernels, place: Placement, *, layout: Layout
+        self, model: ModelConfig, layer: int, kernels: Kernels, place: WeightSpec, *, layout: Layout
     ) -> None:
         assert model.linear is not None
         self.layer = layer
@@ -102,19 +102,19 @@ class GatedDeltaNet:
         return torch.cat([projected, self.gates(hidden)], dim=-1)
 
     def mix(
-        self, projected: torch.Tensor, step: Step, pools: tuple[torch.Tensor, torch.Tensor]
+        self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, HV, V]``."""
-        qkv, _, b, a = projected[: step.num_tokens].split(self.sizes, dim=-1)
+        qkv, _, b, a = projected[: inputs.num_tokens].split(self.sizes, dim=-1)
         windows, states = pools[0][self.layer], pools[1][self.layer]
-        outs, decodes = [], step.num_decode
-        if step.decode is not None:
+        outs, decodes = [], inputs.num_decode
+        if inputs.decode is not None:
             outs.append(
-                self._decode(qkv[:decodes], a[:decodes], b[:decodes], step, windows, states)
+                self._decode(qkv[:decodes], a[:decodes], b[:decodes], inputs, windows, states)
             )
-        if step.prefill is not None:
+        if inputs.prefill is not None:
             outs.append(
-                self._prefill(qkv[decodes:], a[decodes:], b[decodes:], step, windows, states)
+                self._prefill(qkv[decodes:], a[decodes:], b[decodes:], inputs, windows, states)
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -123,12 +123,12 @@ class GatedDeltaNet:
         qkv: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        step: Step,
+        inputs: LayerInputs,
         windows: torch.Tensor,
         states: torch.Tensor,
     ) -> torch.Tensor:
-        assert step.decode is not None
-        slots = step.decode.slots
+        assert inputs.decode is not None
+        slots = inputs.decode.slots
         qkv = self._kernels.conv1d.decode_conv1d(
             qkv, self.conv_weight, None, states=windows, slots=slots
         )
@@ -142,11 +142,11 @@ class GatedDeltaNet:
         qkv: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        step: Step,
+        inputs: LayerInputs,
         windows: torch.Tensor,
         states: torch.Tensor,
     ) -> torch.Tensor:
-        part = step.prefill
+        part = inputs.prefill
         assert part is not None
         qkv = self._kernels.conv1d.prefill_conv1d(
             qkv,

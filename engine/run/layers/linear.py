@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from engine.run.backends import Kernels
-from engine.run.layers.parameters import Parameter, Placement
+from engine.run.layers.parameters import Parameter, WeightSpec
 
 
 class Linear:
@@ -18,7 +18,7 @@ class Linear:
         in_features: int,
         out_features: int,
         kernels: Kernels,
-        place: Placement,
+        place: WeightSpec,
         *,
         bias: bool = False,
         full_precision: bool = False,

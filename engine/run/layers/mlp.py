@@ -8,7 +8,7 @@ import torch
 
 from engine.run.backends import Kernels
 from engine.run.layers.linear import Linear
-from engine.run.layers.parameters import Parameter, Placement
+from engine.run.layers.parameters import Parameter, WeightSpec
 from engine.run.model_config import ExpertsShape
 
 
@@ -16,7 +16,7 @@ class MLP:
     """SwiGLU: ``down(silu(gate(x)) * up(x))``; gate and up are one product."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, kernels: Kernels, place: Placement
+        self, hidden_size: int, intermediate_size: int, kernels: Kernels, place: WeightSpec
     ) -> None:
         self.gate_up = Linear(hidden_size, 2 * intermediate_size, kernels, place)
         self.down = Linear(intermediate_size, hidden_size, kernels, place)
@@ -44,7 +44,7 @@ class ExpertsMLP:
         hidden_size: int,
         shape: ExpertsShape,
         kernels: Kernels,
-        place: Placement,
+        place: WeightSpec,
         *,
         stacked_names: bool,
     ) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from engine.run.backends import Kernels
-from engine.run.layers.parameters import Parameter, Placement
+from engine.run.layers.parameters import Parameter, WeightSpec
 
 
 class RMSNorm:
     """``x / rms(x) * weight``; with ``centred`` the weight is stored around zero: ``* (1 + weight)``."""
 
     def __init__(
-        self, size: int, eps: float, kernels: Kernels, place: Placement, *, centred: bool
+        self, size: int, eps: float, kernels: Kernels, place: WeightSpec, *, centred: bool
     ) -> None:
         self.weight = place.empty(size)
         self.eps = eps

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint go: layers declare it, the loader fills it in."""
+"""Where the tensors of the weight files go: layers declare it, the loader fills it in."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tensor of a checkpoint and its destination."""
+    """One tensor of the weight files and its destination."""
 
     target: torch.Tensor
-    """The view to fill; its shape is the checkpoint tensor's."""
+    """The view to fill; its shape is the file's tensor's."""
     role: Role = "matrix"
     rows: torch.Tensor | None = None
-    """Order in which the checkpoint's rows are taken: ``target = tensor[rows]``; None: as they are."""
+    """Order in which the file's rows are taken: ``target = tensor[rows]``; None: as they are."""
 
     @torch.inference_mode()
     def fill(self, tensor: torch.Tensor) -> None:
-        """Copy a checkpoint tensor of the target's shape, in the target's dtype."""
+        """Copy a file's tensor of the target's shape, in the target's dtype."""
         self.target.copy_(tensor if self.rows is None else tensor[self.rows])
 
 
@@ -34,7 +34,7 @@ class Layer(Protocol):
     """Anything with weights."""
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        """Checkpoint names below ``prefix`` and where they go."""
+        """Names in the weight files below ``prefix`` and where they go."""
         ...
 
     def seal(self) -> None:
@@ -43,7 +43,7 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class WeightSpec:
     """Where and in what dtype weights live."""
 
     device: torch.device

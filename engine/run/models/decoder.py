@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from engine.run.backends import Kernels
 from engine.run.layers.attention import Attention
 from engine.run.layers.gated_delta_net import GatedDeltaNet
+from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.linear import Linear
 from engine.run.layers.mlp import MLP, ExpertsMLP
 from engine.run.layers.norm import RMSNorm
-from engine.run.layers.parameters import Layer, Parameter, Placement
-from engine.run.layers.step import Step
+from engine.run.layers.parameters import Layer, Parameter, WeightSpec
 from engine.run.memory import KVPool, StatePool
 from engine.run.model_config import ModelConfig
 
@@ -87,7 +87,7 @@ class Decoder(ABC):
         self,
         config: ModelConfig,
         kernels: Kernels,
-        place: Placement,
+        place: WeightSpec,
         fill: Fill | None = None,
         *,
         stacked_experts: bool = False,
@@ -119,7 +119,11 @@ class Decoder(ABC):
             yield from part.parameters(prefix)
 
     def forward(
-        self, token_ids: torch.Tensor, step: Step, kv: KVPool | None, states: StatePool | None
+        self,
+        token_ids: torch.Tensor,
+        inputs: LayerInputs,
+        kv: KVPool | None,
+        states: StatePool | None,
     ) -> torch.Tensor:
         """Hidden states ``[num_rows, H]`` behind the final norm; moves the pools on."""
         hidden: torch.Tensor = self.embedding(token_ids)
@@ -130,8 +134,8 @@ class Decoder(ABC):
             projected, residual = layer.project(hidden, residual)
             pools = kv_pools if layer.is_full else state_pools
             assert pools is not None
-            mixed = layer.mixer.mix(projected, step, pools)
-            hidden, residual = layer.finish(mixed, projected, residual, step.num_tokens)
+            mixed = layer.mixer.mix(projected, inputs, pools)
+            hidden, residual = layer.finish(mixed, projected, residual, inputs.num_tokens)
         return self.norm.add(hidden, residual)[0]
 
     def rank(self, layer: int) -> int:
@@ -159,7 +163,7 @@ class Decoder(ABC):
 class Embedding:
     """Token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig, place: Placement) -> None:
+    def __init__(self, config: ModelConfig, place: WeightSpec) -> None:
         self.weight = place.empty(config.vocab_size, config.hidden_size)
 
     def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
@@ -176,7 +180,7 @@ class Head:
     """Hidden states to logits; where a model ties its embeddings it has no weights of its own."""
 
     def __init__(
-        self, config: ModelConfig, embedding: Embedding, kernels: Kernels, place: Placement
+        self, config: ModelConfig, embedding: Embedding, kernels: Kernels, place: WeightSpec
     ) -> None:
         self._linear = Linear(
             config.hidden_size, config.vocab_size, kernels, place, full_precision=True

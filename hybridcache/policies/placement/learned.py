@@ -67,7 +67,7 @@ class _Account:
         return pays
 
 
-class Learnt(PlacementPolicy):
+class Learned(PlacementPolicy):
     """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's end, one token and 4, 16,
     64 … grid steps, while they earn more than they displace.
 

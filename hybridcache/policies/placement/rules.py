@@ -20,7 +20,7 @@ from hybridcache.policies.placement.by_length import (
     Sqrt,
     Thinned,
 )
-from hybridcache.policies.placement.learned import Learnt
+from hybridcache.policies.placement.learned import Learned
 from hybridcache.policies.placement.planned import Planned
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill, PrefillRule
 from hybridcache.policies.user import load_placement
@@ -144,7 +144,7 @@ PLACEMENT: dict[str, Callable[[], PlacementPolicy]] = {
     "prompt": Prompt,
     "sqrt": Sqrt,
     "dyadic": Dyadic,
-    "regret": Learnt,
+    "regret": Learned,
 }
 """Words for checkpoint placement."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import ConfigError
 from engine.run.backends import Kernels
 from engine.run.device import TRAITS, Device
 from engine.run.memory import (
@@ -31,11 +32,11 @@ from hybridcache.units import GIB
 MODEL = ModelConfig.from_dict(BUILTIN_CONFIG)
 ATTENTION_ONLY = ModelConfig.from_dict({**BUILTIN_CONFIG, "model_type": "qwen3"})
 CPU = Device.resolve("cpu")
-NOTHING = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
+NO_STEP = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
 
 
 def fit(model, **budget):
-    return MemoryPlan.fit(model, torch.bfloat16, CPU, **{**NOTHING, **budget})
+    return MemoryPlan.fit(model, torch.bfloat16, CPU, **{**NO_STEP, **budget})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,8 +97,8 @@ def test_kernels_are_chosen_by_word():
 
 
 def test_the_distribution_that_would_shadow_ours_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: object())
-    with pytest.raises(ModelError, match="pip uninstall kernels"):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.0")
+    with pytest.raises(ConfigError, match="pip uninstall kernels"):
         Kernels.choose(CPU)
 
 

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.layers.gated_delta_net import GatedDeltaNet
-from engine.run.layers.parameters import Placement
+from engine.run.layers.parameters import WeightSpec
 from engine.run.model_config import ModelConfig, ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.weights import Dummy, WeightsError
@@ -223,7 +223,7 @@ def test_gates_of_8bit_models_keep_full_precision(layout):
     hidden = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
     projected = []
     for quantization in (None, "int8"):
-        place = Placement(torch.device("cpu"), torch.float32, quantization)
+        place = WeightSpec(torch.device("cpu"), torch.float32, quantization)
         mixer = GatedDeltaNet(config, 0, kernels, place, layout=layout)
         Dummy(0).fill("mixer", mixer)
         mixer.seal()

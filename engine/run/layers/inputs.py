@@ -34,7 +34,7 @@ class PrefillPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LayerInputs:
     """T = D + P tokens, decode first. Hidden states have ``num_rows >= T`` rows; those past T are padding."""
 
     num_tokens: int
