@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Packed
+from kernels.strides import row_stride
 from kernels.target import has_roomy_memory, pipeline_stages
 from kernels.tuning import tuned
 
@@ -244,7 +245,7 @@ def prefill_attention(
             sequences.kv_len_table,
             packed.tables,
             table.stride(0),
-            _pool_stride(key_pool, value_pool),
+            row_stride("a KV row", key_pool, value_pool),
             scale * LOG2_E,
             HQ=num_heads,
             G=group,
@@ -298,7 +299,7 @@ def decode_attention(
             sequences.row_table[part],
             kv_lens,
             table.stride(0),
-            _pool_stride(key_pool, value_pool),
+            row_stride("a KV row", key_pool, value_pool),
             scale * LOG2_E,
             HQ=num_heads,
             G=num_heads // num_kv_heads,
@@ -330,10 +331,3 @@ def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
     exact = dtype == torch.float32
     keys = (64 if size <= 128 else 32) // (2 if exact else 1)
     return {"BN": keys, "PRECISION": "ieee" if exact else "tf32"}
-
-
-def _pool_stride(key_pool: torch.Tensor, value_pool: torch.Tensor) -> int:
-    """Elements between two rows of the pools, which share one layout with contiguous rows."""
-    if key_pool.stride() != value_pool.stride() or not key_pool[0].is_contiguous():
-        raise ValueError("key and value pools need one layout, with contiguous rows")
-    return key_pool.stride(0)

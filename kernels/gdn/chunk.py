@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.packed import TILE, Exports, Packed, rows_contiguous
+from kernels.packed import TILE, Exports, Packed
+from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
 
 BT = tl.constexpr(TILE)
@@ -220,7 +221,8 @@ def chunk_gdn(
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H. One dtype;
       a token's heads are contiguous, tokens need not be.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots.
+    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots. A state is
+      contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
@@ -229,6 +231,7 @@ def chunk_gdn(
     source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
+    strides = (*(x.stride(0) for x in (query, key, value)), row_stride("a state", states))
     num_heads, key_dim = key.shape[1:]
     num_value_heads, value_dim = value.shape[1:]
     num_tiles, num_sequences = len(packed.tile_sequences), len(packed.lengths)
@@ -278,7 +281,7 @@ def chunk_gdn(
         resumed,
         packed.tables,
         exports.tables if exports else packed.no_exports,
-        (query.stride(0), key.stride(0), value.stride(0), states.stride(0)),
+        strides,
         H=num_heads,
         HV=num_value_heads,
         K=key_dim,

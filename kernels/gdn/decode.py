@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.gates import compute_gates
-from kernels.packed import rows_contiguous
+from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
 
 BLOCK_V = 32
@@ -180,7 +180,8 @@ def decode_gdn(
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see `kernels.gdn.gates`.
       What belongs to one token is contiguous, tokens need not be.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5`` if None.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous, slots need not be.
+      ``scale``: ``K ** -0.5`` if None.
 
     Returns ``[B, HV, V]`` in value's dtype. Formula and source: `kernels.gdn.reference`.
     """
@@ -195,7 +196,7 @@ def decode_gdn(
             states,
             slots,
             tuple(x.stride(0) for x in tokens),
-            states.stride(0),
+            row_stride("a state", states),
             scale or key.shape[-1] ** -0.5,
             **sizes,
         )
@@ -235,7 +236,7 @@ def verify_gdn(
             slots,
             step_states,
             tuple(x.stride(0) for x in tokens),
-            states.stride(0),
+            row_stride("a state", states),
             query.shape[1],
             scale or key.shape[-1] ** -0.5,
             **sizes,

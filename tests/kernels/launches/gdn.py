@@ -4,6 +4,7 @@ import torch
 
 from kernels.gdn.fused import chunk_gdn, commit_states, decode_gdn, gates, verify_gdn
 from kernels.packed import Exports, Packed
+from tests.kernels.arena import make_arena
 
 H, HV, K, V = 16, 32, 128, 128
 
@@ -15,7 +16,7 @@ def _chunk(state_dtype: torch.dtype = torch.float32) -> None:
         *_tokens(160),
         gate,
         beta,
-        states=torch.empty(4, HV, K, V, dtype=state_dtype),
+        states=_states(state_dtype)[5],
         packed=packed,
         slots=torch.arange(2, dtype=torch.int32),
         resumed=torch.zeros(2, dtype=torch.bool),
@@ -25,8 +26,7 @@ def _chunk(state_dtype: torch.dtype = torch.float32) -> None:
 
 def _decode(state_dtype: torch.dtype = torch.float32) -> None:
     slots = torch.arange(4, dtype=torch.int32)
-    states = torch.empty(4, HV, K, V, dtype=state_dtype)
-    decode_gdn(*_tokens(4), *_gate_inputs(4), states=states, slots=slots)
+    decode_gdn(*_tokens(4), *_gate_inputs(4), states=_states(state_dtype)[5], slots=slots)
 
 
 def _bfloat16_states() -> None:
@@ -36,11 +36,15 @@ def _bfloat16_states() -> None:
 
 def _verify() -> None:
     slots = torch.arange(4, dtype=torch.int32)
-    states, step_states = torch.empty(2, 4, HV, K, V), torch.empty(2, 4, 3, HV, K, V)
+    states, step_states = _states(torch.float32)[5:7], torch.empty(2, 4, 3, HV, K, V)
     inputs = [x[:, None].expand(4, 3, *x.shape[1:]) for x in (*_tokens(4), *_gate_inputs(4)[:2])]
     parameters = _gate_inputs(4)[2:]
     verify_gdn(*inputs, *parameters, states=states[0], slots=slots, step_states=step_states[0])
     commit_states(step_states, states, slots, accepted=slots)
+
+
+def _states(dtype: torch.dtype) -> torch.Tensor:
+    return make_arena(4, torch.bfloat16, dtype, fill=None).recurrent
 
 
 def _tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,9 +3,10 @@
 import torch
 
 from kernels.activation.fused import sigmoid_mul, silu_and_mul
-from kernels.cache_write.fused import write_kv
+from kernels.cache_write.fused import move_rows, write_kv
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate
+from tests.kernels.arena import make_arena
 
 
 def _bfloat16(*shape: int) -> torch.Tensor:
@@ -32,8 +33,10 @@ def _activation() -> None:
 
 
 def _cache_write() -> None:
-    pool, new = _bfloat16(512, 2, 256), _bfloat16(64, 2, 256)
-    write_kv(new, new, pool, pool, torch.zeros(64, dtype=torch.int64))
+    new, arena = _bfloat16(64, 2, 256), make_arena(4, torch.bfloat16, torch.float32, fill=None)
+    write_kv(new, new, arena.keys[5], arena.values[5], torch.zeros(64, dtype=torch.int64))
+    rows = torch.zeros(64, dtype=torch.int32)
+    move_rows(arena.rows, rows, rows)
 
 
 LAUNCHES = {
