@@ -9,11 +9,11 @@ from tests.kernels.arena import make_arena
 H, HV, K, V = 16, 32, 128, 128
 
 
-def _chunk(state_dtype: torch.dtype = torch.float32) -> None:
+def _chunk(state_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.bfloat16) -> None:
     packed = Packed.from_lengths([96, 64])
     gate, beta = gates(*_gate_inputs(160))
     chunk_gdn(
-        *_tokens(160),
+        *_tokens(160, dtype),
         gate,
         beta,
         states=_states(state_dtype)[5],
@@ -47,8 +47,10 @@ def _states(dtype: torch.dtype) -> torch.Tensor:
     return make_arena(4, torch.bfloat16, dtype, fill=None).recurrent
 
 
-def _tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=torch.bfloat16)
+def _tokens(
+    count: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=dtype)
     query, key, value = mixed.split([H * K, H * K, HV * V], dim=1)
     return query.unflatten(1, (H, K)), key.unflatten(1, (H, K)), value.unflatten(1, (HV, V))
 
@@ -63,4 +65,5 @@ LAUNCHES = {
     "decode": _decode,
     "verify": _verify,
     "bfloat16_states": _bfloat16_states,
+    "float32": lambda: _chunk(dtype=torch.float32),
 }
