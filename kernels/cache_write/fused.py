@@ -37,7 +37,7 @@ def write_kv_kernel(
     tl.store(value_pool + p_pool, b_value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_sources", "p_targets"])
 def move_rows_kernel(p_arena, p_sources, p_targets, width, stride_row, BLOCK_BYTES: tl.constexpr):
     """Program (i_row, i_block) moves one block of one row."""
     i_source = tl.load(p_sources + tl.program_id(0)).to(tl.int64)

@@ -109,7 +109,7 @@ def decode_kernel(
     tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def verify_kernel(
     p_q,
     p_k,

@@ -13,7 +13,7 @@ from kernels.tuning import tuned
 BLOCK_BYTES = 16384
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_sources", "p_targets"])
 def copy_kernel(
     p_pools, widths, layer_strides, slot_strides, p_sources, p_targets, BLOCK_BYTES: tl.constexpr
 ):

@@ -15,8 +15,8 @@ def _bfloat16(*shape: int) -> torch.Tensor:
 
 def _norm() -> None:
     x = _bfloat16(64, 2048)
-    rms_norm(x, _bfloat16(2048), 1e-6, offset=1.0)
-    rms_norm(x, _bfloat16(2048), 1e-6, offset=1.0, residual=x)
+    rms_norm(x, _bfloat16(2048), 1e-6)
+    rms_norm(x, _bfloat16(2048), 1e-6, residual=x)
     rms_norm(_bfloat16(64, 18, 256)[:, :16], _bfloat16(256), 1e-6)
     gated_rms_norm(_bfloat16(64, 32, 128), torch.empty(128), _bfloat16(64, 32, 128), 1e-6)
 
