@@ -89,23 +89,8 @@ def decode_kernel(
     p_state += i_head * K * V + o_k[:, None] * V + o_v
     b_state = tl.load(p_state, mask=mask, other=0.0).to(tl.float32)
     b_state = step(
-        b_state,
-        i_token,
-        i_head,
-        o_k,
-        o_v,
-        p_q,
-        p_k,
-        p_v,
-        inputs,
-        p_out,
-        strides,
-        scale,
-        H,
-        HV,
-        K,
-        V,
-    )
+        b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale, H, HV, K, V
+    )  # fmt: skip
     tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=mask)
 
 
@@ -141,23 +126,9 @@ def verify_kernel(
     )
     for i_token in range(i_sequence * num_steps, (i_sequence + 1) * num_steps):
         b_state = step(
-            b_state,
-            i_token,
-            i_head,
-            o_k,
-            o_v,
-            p_q,
-            p_k,
-            p_v,
-            inputs,
-            p_out,
-            strides,
-            scale,
-            H,
-            HV,
-            K,
-            V,
-        )
+            b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
+            H, HV, K, V,
+        )  # fmt: skip
         b_kept = b_state.to(p_step_states.dtype.element_ty)
         tl.store(p_step_states + i_token * HV * K * V + o_state, b_kept, mask=mask)
         b_state = b_kept.to(tl.float32)

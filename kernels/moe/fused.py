@@ -371,7 +371,8 @@ def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
     num_pairs = num_tokens * k
     if num_tokens <= FEW_TOKENS:
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
-    mean = triton.cdiv(num_pairs, num_experts)
+    # By octaves of tokens, so that one step in each compiles all that any needs.
+    mean = triton.cdiv(triton.next_power_of_2(num_tokens) * k, num_experts)
     rows = min(64, max(16, triton.next_power_of_2(mean)))
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)
     num_parts = triton.cdiv(num_pairs, PART)
@@ -382,9 +383,7 @@ def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
     block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
     pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
     sizes = {"E": num_experts, "BP": PART}
-    rank_pairs_kernel[(num_parts,)](
-        experts, ranks, counts, totals, num_pairs, num_warps=8, **sizes
-    )
+    rank_pairs_kernel[(num_parts,)](experts, ranks, counts, totals, num_pairs, num_warps=8, **sizes)
     place_experts_kernel[(num_experts,)](
         counts,
         totals,
