@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.survival import Stage, Survival, age_bins
+from hybridcache.policies.eviction.survival import NUM_BINS, Stage, Survival, age_bins
 from hybridcache.policies.protocol import Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
@@ -97,7 +95,7 @@ class Regret:
         elif item.superseded != memo.superseded:
             self.survival.close(memo.stage, self.now, used=False)
             self._enter(item, memo)
-        self._columns(item).put(item, memo.stage.row, memo.stage.entered, _worth(item))
+        self._columns(item).put(item, memo.stage.row * NUM_BINS, memo.stage.entered, _worth(item))
 
     def touch(self, item: Item) -> None:
         self._tick(item)
@@ -107,7 +105,7 @@ class Regret:
             self._used(item, memo)
             columns = self._columns(item)
             if item in columns:
-                columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
+                columns.put(item, memo.stage.row * NUM_BINS, memo.stage.entered, _worth(item))
 
     def discard(self, item: Item) -> None:
         self._just_used = False
@@ -207,20 +205,25 @@ class Regret:
 
     def _least(self, columns: Columns) -> Item | None:
         """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""
+        count = len(columns.items)
+        if not count:
+            return None
+        first, last, rates = 0, count, None
         for _ in range(8):
-            count = len(columns.items)
-            if not count:
-                return None
-            first = 0 if count <= SAMPLE else self._random.randrange(count - SAMPLE)
-            window = slice(first, min(first + SAMPLE, count))
-            ages = np.maximum(self.now - columns.times[window], 0)
-            index = self.survival.index[columns.rows[window], age_bins(ages)]
-            place = first + int(np.argmin(index * columns.worths[window]))
-            item = columns.items[place]
+            if count > SAMPLE:
+                first = self._random.randrange(count - SAMPLE)
+                last, rates = first + SAMPLE, None
+            worths = columns.worths[first:last]
+            if rates is None:
+                bins = age_bins(self.now - columns.times[first:last], self.now)
+                bins += columns.cells[first:last]
+                rates = self.survival.index.take(bins)
+            place = int((rates * worths).argmin())
+            item = columns.items[first + place]
             worth = _worth(item)
-            if worth <= columns.worths[place] * 1.0001:
+            if worth <= worths.item(place) * 1.0001:
                 break
-            columns.worths[place] = worth
+            worths[place] = worth
         return item
 
 
