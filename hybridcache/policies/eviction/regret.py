@@ -77,48 +77,58 @@ class Regret:
         """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
     def add(self, item: Item) -> None:
-        self._tick(item)
+        if item.last_used > self.now:
+            self.now = item.last_used
         self._just_used = False
-        if item.dead:
-            self._dead[item] = None
-            return
-        if item.kind == "kv" and self._idle_kv is not None:
-            self._idle_kv[item] = None
-            return
+        columns = self._checkpoints
+        if item.kind == "kv":
+            if item.dead:
+                self._dead[item] = None
+                return
+            if self._idle_kv is not None:
+                self._idle_kv[item] = None
+                return
+            columns = self._kv
         memo = item.memo
         if memo is None:
             item.memo = memo = _Memo(item, self._turn(item))
-            self._enter(item, memo)
             self._stale[item] = None
-        elif item.uses > memo.uses:
+            worth = 0.0 if columns is self._checkpoints else _worth(item)
+            columns.put(item, self._enter(item, memo), memo.active, worth)
+            return
+        if item.uses > memo.uses:
             self._used(item, memo)
         elif item.superseded != memo.superseded:
             self.survival.close(memo.stage, self.now, used=False)
             self._enter(item, memo)
-        self._columns(item).put(item, memo.stage.row * NUM_BINS, memo.stage.entered, _worth(item))
+        columns.put(item, memo.stage.row * NUM_BINS, memo.stage.entered, _worth(item))
 
     def touch(self, item: Item) -> None:
-        self._tick(item)
+        if item.last_used > self.now:
+            self.now = item.last_used
         self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
-            self._used(item, memo)
-            columns = self._columns(item)
-            if item in columns:
-                columns.put(item, memo.stage.row * NUM_BINS, memo.stage.entered, _worth(item))
+            cell = self._used(item, memo)
+            columns = self._kv if item.kind == "kv" else self._checkpoints
+            if item in columns.places:
+                columns.put(item, cell, memo.active, _worth(item))
 
     def discard(self, item: Item) -> None:
         self._just_used = False
         above = item.above
         if above is not None:
             self._stale[above] = None
-        if item in self._dead:
-            del self._dead[item]
-            return
-        if item.kind == "kv" and self._idle_kv is not None:
-            del self._idle_kv[item]
-            return
-        self._columns(item).remove(item)
+        if item.kind == "kv":
+            if item in self._dead:
+                del self._dead[item]
+                return
+            if self._idle_kv is not None:
+                del self._idle_kv[item]
+                return
+            self._kv.remove(item)
+        else:
+            self._checkpoints.remove(item)
         if item is self._chosen and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
@@ -148,18 +158,15 @@ class Regret:
 
     def _revalue(self) -> None:
         """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""
-        for item in self._stale:
-            self._bring_up(item)
-        self._stale.clear()
         candidates = self._checkpoints.items
         if candidates:
-            self._bring_up(candidates[self._random.randrange(len(candidates))])
-
-    def _bring_up(self, item: Item) -> None:
-        columns = self._columns(item)
-        place = columns.places.get(item)
-        if place is not None:
-            columns.worths[place] = _worth(item)
+            self._stale[candidates[self._random.randrange(len(candidates))]] = None
+        for item in self._stale:
+            columns = self._kv if item.kind == "kv" else self._checkpoints
+            place = columns.places.get(item)
+            if place is not None:
+                columns.worths[place] = _worth(item)
+        self._stale.clear()
 
     def _rank_kv(self) -> None:
         """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
@@ -167,13 +174,6 @@ class Regret:
             waiting, self._idle_kv = self._idle_kv, None
             for item in waiting:
                 self.add(item)
-
-    def _tick(self, item: Item) -> None:
-        if item.last_used > self.now:
-            self.now = item.last_used
-
-    def _columns(self, item: Item) -> Columns:
-        return self._kv if item.kind == "kv" else self._checkpoints
 
     def _turn(self, item: Item) -> int:
         """Generation of a new item: its predecessor's, one more if another request made that."""
@@ -186,13 +186,14 @@ class Regret:
             turn = max(turn, ghost_turn + 1)
         return turn
 
-    def _used(self, item: Item, memo: _Memo) -> None:
+    def _used(self, item: Item, memo: _Memo) -> int:
         self.survival.close(memo.stage, item.last_used, used=True)
         memo.uses = item.uses
         memo.active = item.last_used
-        self._enter(item, memo)
+        return self._enter(item, memo)
 
-    def _enter(self, item: Item, memo: _Memo) -> None:
+    def _enter(self, item: Item, memo: _Memo) -> int:
+        """Begin a stage in the class that ``item`` has now; returns where its indices begin."""
         memo.superseded = item.superseded
         if item.superseded or memo.demand is None:
             memo.key = _class_of(item, memo.turn)
@@ -202,6 +203,7 @@ class Regret:
         prior = SUPERSEDED_PRIOR if superseded else 1.0
         row = self.survival.row(memo.key, prior * SPECULATIVE_PRIOR if speculative else prior)
         memo.stage = self.survival.open(row, memo.active)
+        return row * NUM_BINS
 
     def _least(self, columns: Columns) -> Item | None:
         """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""

@@ -46,7 +46,8 @@ SHAPE_WEIGHT = 16.0
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
 _ROW_BITS = 24
-"""An open stage is one number: when it was entered, and below that, in so many bits, its row."""
+_ROW_MASK = (1 << _ROW_BITS) - 1
+"""A stage as one number: when it was entered, or its age, above; so many bits of its row below."""
 
 
 def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
@@ -100,10 +101,15 @@ class Survival:
         """Uses per request that keeping gives, by row and age bin; up to the bins that an age can reach before the next
         ``refresh``."""
         self._open: dict[Stage, int] = {}
-        """Entry and row in one number, for ``_at_risk`` reads thousands."""
+        """When each was entered and its row in one number: thousands are read at a time."""
         self._changes = 0
         self._refreshed_at = 0
-        self._latest: tuple[int, tuple[int, int]] | None = None
+        self._ended: list[int] = []
+        """Stages that ended since they were last counted: ages and rows, as those that are open."""
+        self._used: list[int] = []
+        """Those of them that ended in a use."""
+        self._latest: tuple[int, int] | None = None
+        """When the latest of all ended, and its age and row, if that was in a use."""
 
     def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
         """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed of a class without any
@@ -134,23 +140,29 @@ class Survival:
         """The stage ends: by a use (real, or reported by a ghost), or otherwise. Closing it again changes nothing."""
         if self._open.pop(stage, None) is None:
             return
-        age = now - stage.entered
-        place = stage.row, bisect_right(_EDGE_LIST, age) - 1
-        self._latest = (now, place) if used else None
-        self._reached[place] += 1.0
-        self._partial[place] += age - _EDGE_LIST[place[1]] + 0.5
+        ended = now - stage.entered << _ROW_BITS | stage.row
+        self._ended.append(ended)
+        self._latest = None
         if used:
-            self._events[place] += 1.0
+            self._latest = now, ended
+            self._used.append(ended)
             self._changes += 1
 
     def retract(self, now: int) -> None:
         """The use that was closed latest, at ``now``, was none of its own: it stood in for another item."""
-        if self._latest is not None and self._latest[0] == now:
-            self._events[self._latest[1]] -= 1.0
-            self._latest = None
+        if self._latest is None or self._latest[0] != now:
+            return
+        if self._used:
+            self._used.pop()
+        else:
+            _, ended = self._latest
+            place = ended & _ROW_MASK, bisect_right(_EDGE_LIST, ended >> _ROW_BITS) - 1
+            self._events[place] -= 1.0
+        self._latest = None
 
     def num_uses(self, row: int) -> float:
         """Uses counted in the class of ``row`` itself; those long past count for less."""
+        self._count_ended()
         return float(self._events[row].sum())
 
     def refresh(self, now: int) -> bool:
@@ -173,6 +185,7 @@ class Survival:
         """Uses per unit of time at risk, by row and bin: what a class has not seen itself it has from its parent."""
         if self._generations is None:
             self._generations = _sorted_by_parent(self._parents)
+        self._count_ended()
         exposure, events = self._at_risk(now), self._events[: len(self._parents)].copy()
         for rows, _, heirs, first in reversed(self._generations[1:]):
             exposure[heirs] += np.add.reduceat(exposure[rows], first)
@@ -192,17 +205,35 @@ class Survival:
 
     def _at_risk(self, now: int) -> Floats:
         """Time spent in each bin by all stages, ended or not, by row."""
-        count = len(self._parents)
         codes = np.fromiter(self._open.values(), np.int64, len(self._open))
-        ages = now - (codes >> _ROW_BITS)
-        bins = age_bins(ages, now)
-        cells = (codes & ((1 << _ROW_BITS) - 1)) * NUM_BINS + bins
-        spent = ages - EDGES[bins] + 0.5
-        reached = np.bincount(cells, minlength=count * NUM_BINS).reshape(count, NUM_BINS)
-        partial = np.bincount(cells, spent, count * NUM_BINS).reshape(count, NUM_BINS)
-        reached = reached + self._reached[:count]
+        reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
+        reached += self._reached[: len(reached)]
+        partial += self._partial[: len(partial)]
         beyond = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1] - reached
-        return np.asarray(beyond * WIDTHS + (partial + self._partial[:count]))
+        return np.asarray(beyond * WIDTHS + partial)
+
+    def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
+        """Stages by row and age bin, and the time that they spent in it; none is older than ``oldest``."""
+        shape = len(self._parents), NUM_BINS
+        bins = age_bins(ages, oldest)
+        cells = rows * NUM_BINS + bins
+        spent = ages - EDGES[bins] + 0.5
+        reached = np.bincount(cells, minlength=shape[0] * shape[1])
+        partial = np.bincount(cells, spent, shape[0] * shape[1])
+        return reached.reshape(shape) * 1.0, partial.reshape(shape) * 1.0
+
+    def _count_ended(self) -> None:
+        """Add what ended to the tables."""
+        codes = np.array(self._ended + self._used, np.int64)
+        ages, rows, num_ended = codes >> _ROW_BITS, codes & _ROW_MASK, len(self._ended)
+        oldest = int(ages.max(initial=0))
+        reached, partial = self._by_age(ages[:num_ended], rows[:num_ended], oldest)
+        events, _ = self._by_age(ages[num_ended:], rows[num_ended:], oldest)
+        self._reached[: len(reached)] += reached
+        self._partial[: len(reached)] += partial
+        self._events[: len(reached)] += events
+        self._ended.clear()
+        self._used.clear()
 
     def _forget(self) -> None:
         heavy = self._events.sum(axis=1) > MEMORY
@@ -238,17 +269,23 @@ def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
     """max over T of P(use within T) / E[time until then], for every row and the first ``num_bins`` bins to start from."""
-    steps = np.minimum(hazard * WIDTHS, 8.0).T
+    steps = np.minimum(hazard.T.copy() * WIDTHS[:, None], 8.0)
     survive = np.zeros((NUM_BINS + 1, len(hazard)))
     np.cumsum(steps, axis=0, out=survive[1:])
     np.exp(-survive, out=survive)
     spent = np.zeros_like(survive)
     np.cumsum(survive[:-1] * -np.expm1(-steps) * WIDTHS[:, None] / steps, axis=0, out=spent[1:])
     best = np.empty((num_bins, len(hazard)))
+    used, time = np.empty_like(steps), np.empty_like(steps)
+    # Where hardly any survive, the time until then may not grow for rounding.
+    stuck = (spent[1:] <= spent[:-1]).any(axis=1).tolist()
     for start in range(num_bins):
-        time = spent[start + 1 :] - spent[start]
-        time[time <= 0.0] = np.inf
-        np.max((survive[start] - survive[start + 1 :]) / time, axis=0, out=best[start])
+        np.subtract(survive[start], survive[start + 1 :], out=used[start:])
+        np.subtract(spent[start + 1 :], spent[start], out=time[start:])
+        if stuck[start]:
+            time[time <= 0.0] = np.inf
+        np.divide(used[start:], time[start:], out=used[start:])
+        np.max(used[start:], axis=0, out=best[start])
     return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
 
 
