@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.survival import NUM_BINS, Stage, Survival, age_bins
+from hybridcache.policies.eviction.survival import NUM_BINS, Survival, age_bins
 from hybridcache.policies.protocol import Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
@@ -26,7 +26,7 @@ Class = tuple[tuple[bool, bool], str, int, int, int]
 class _Memo:
     """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
 
-    __slots__ = ("active", "demand", "key", "stage", "superseded", "turn", "uses")
+    __slots__ = ("active", "cell", "demand", "entered", "key", "stage", "superseded", "turn", "uses")
 
     def __init__(self, item: Item, turn: int) -> None:
         self.uses = item.uses
@@ -34,7 +34,10 @@ class _Memo:
         self.turn = turn
         self.active = item.last_used
         """Latest use of the item or of a descendant that was evicted."""
-        self.stage: Stage
+        self.stage: int
+        self.cell: int
+        """Where the indices of its class begin."""
+        self.entered: int
         self.key: Class
         """Its class."""
         self.demand: Class | None = None
@@ -93,15 +96,16 @@ class Regret:
         if memo is None:
             item.memo = memo = _Memo(item, self._turn(item))
             self._stale[item] = None
+            self._enter(item, memo)
             worth = 0.0 if columns is self._checkpoints else _worth(item)
-            columns.put(item, self._enter(item, memo), memo.active, worth)
+            columns.put(item, memo.cell, memo.entered, worth)
             return
         if item.uses > memo.uses:
             self._used(item, memo)
         elif item.superseded != memo.superseded:
             self.survival.close(memo.stage, self.now, used=False)
             self._enter(item, memo)
-        columns.put(item, memo.stage.row * NUM_BINS, memo.stage.entered, _worth(item))
+        columns.put(item, memo.cell, memo.entered, _worth(item))
 
     def touch(self, item: Item) -> None:
         if item.last_used > self.now:
@@ -109,10 +113,10 @@ class Regret:
         self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
-            cell = self._used(item, memo)
+            self._used(item, memo)
             columns = self._kv if item.kind == "kv" else self._checkpoints
             if item in columns.places:
-                columns.put(item, cell, memo.active, _worth(item))
+                columns.put(item, memo.cell, memo.entered, _worth(item))
 
     def discard(self, item: Item) -> None:
         self._just_used = False
@@ -186,14 +190,14 @@ class Regret:
             turn = max(turn, ghost_turn + 1)
         return turn
 
-    def _used(self, item: Item, memo: _Memo) -> int:
+    def _used(self, item: Item, memo: _Memo) -> None:
         self.survival.close(memo.stage, item.last_used, used=True)
         memo.uses = item.uses
         memo.active = item.last_used
-        return self._enter(item, memo)
+        self._enter(item, memo)
 
-    def _enter(self, item: Item, memo: _Memo) -> int:
-        """Begin a stage in the class that ``item`` has now; returns where its indices begin."""
+    def _enter(self, item: Item, memo: _Memo) -> None:
+        """Begin a stage in the class that ``item`` has now."""
         memo.superseded = item.superseded
         if item.superseded or memo.demand is None:
             memo.key = _class_of(item, memo.turn)
@@ -202,8 +206,8 @@ class Regret:
         superseded, speculative = memo.key[0]
         prior = SUPERSEDED_PRIOR if superseded else 1.0
         row = self.survival.row(memo.key, prior * SPECULATIVE_PRIOR if speculative else prior)
+        memo.cell, memo.entered = row * NUM_BINS, memo.active
         memo.stage = self.survival.open(row, memo.active)
-        return row * NUM_BINS
 
     def _least(self, columns: Columns) -> Item | None:
         """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""

@@ -57,16 +57,6 @@ def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
     return _BIN_OF.take(ages, mode="clip")
 
 
-class Stage:
-    """One item's time in one class: from ``entered`` until it is used or changes class."""
-
-    __slots__ = ("entered", "row")
-
-    def __init__(self, row: int, entered: int) -> None:
-        self.row = row
-        self.entered = entered
-
-
 class _Generation(NamedTuple):
     """The rows whose keys are equally long."""
 
@@ -100,8 +90,13 @@ class Survival:
         self.index: Floats = np.zeros((64, NUM_BINS))
         """Uses per request that keeping gives, by row and age bin; up to the bins that an age can reach before the next
         ``refresh``."""
-        self._open: dict[Stage, int] = {}
-        """When each was entered and its row in one number: thousands are read at a time."""
+        self._open: Ints = np.full(max_open, -1, np.int64)
+        """When each open stage was entered and its row in one number; -1: unused. Thousands are read at a time."""
+        self._codes = memoryview(self._open)  # numbers go in and out of it faster
+        self._unused = list(range(max_open))
+        self._places: dict[int, int] = {}
+        """Where in ``_open`` a stage lies; the oldest first."""
+        self._num_opened = 0
         self._changes = 0
         self._refreshed_at = 0
         self._ended: list[int] = []
@@ -128,19 +123,25 @@ class Survival:
         self.index[row] = prior / _PRIOR_AGES if parent is None else self.index[parent]
         return row
 
-    def open(self, row: int, now: int) -> Stage:
-        """An item enters a class."""
-        stage = Stage(row, now)
-        self._open[stage] = now << _ROW_BITS | row
-        if len(self._open) > self._max_open:
-            self.close(next(iter(self._open)), now, used=False)
+    def open(self, row: int, now: int) -> int:
+        """An item enters a class; returns the number of the stage that begins."""
+        stage = self._num_opened
+        self._num_opened = stage + 1
+        if not self._unused:
+            self.close(next(iter(self._places)), now, used=False)
+        place = self._places[stage] = self._unused.pop()
+        self._codes[place] = now << _ROW_BITS | row
         return stage
 
-    def close(self, stage: Stage, now: int, used: bool) -> None:
+    def close(self, stage: int, now: int, used: bool) -> None:
         """The stage ends: by a use (real, or reported by a ghost), or otherwise. Closing it again changes nothing."""
-        if self._open.pop(stage, None) is None:
+        place = self._places.pop(stage, None)
+        if place is None:
             return
-        ended = now - stage.entered << _ROW_BITS | stage.row
+        code = self._codes[place]
+        self._codes[place] = -1
+        self._unused.append(place)
+        ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
         self._latest = None
         if used:
@@ -170,7 +171,7 @@ class Survival:
         waited = now - self._refreshed_at
         if waited < 8 or (not self._changes and waited < 64):
             return False
-        if waited < max(min(now // 16, 64), len(self._open) // 32):
+        if waited < max(min(now // 16, 64), len(self._places) // 32):
             return False
         self._refreshed_at = now
         self._changes = 0
@@ -205,7 +206,7 @@ class Survival:
 
     def _at_risk(self, now: int) -> Floats:
         """Time spent in each bin by all stages, ended or not, by row."""
-        codes = np.fromiter(self._open.values(), np.int64, len(self._open))
+        codes = self._open[self._open >= 0]
         reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
         reached += self._reached[: len(reached)]
         partial += self._partial[: len(partial)]
