@@ -55,7 +55,7 @@ def hit_rate(trace: Trace, eviction: str, checkpoints: str, **config: int) -> fl
 
 def test_bins_partition_the_ages() -> None:
     ages = np.array([0, 1, 2, 3, 4, 5, 40, 20_000, 10**9])
-    bins = age_bins(ages)
+    bins = age_bins(ages, 10**9)
     assert (EDGES[bins] <= ages).all()
     assert (ages[:-1] < (EDGES + WIDTHS)[bins[:-1]]).all()
     assert bins[-1] == NUM_BINS - 1
@@ -71,7 +71,7 @@ def test_index_of_a_falling_hazard_is_the_hazard_now_and_of_a_loop_grows_with_ag
     index = index_of(falling)[0]
     assert (np.diff(index) < 0).all() and index[0] == pytest.approx(1 / 16, rel=0.05)
     loop = np.full((1, NUM_BINS), 1e-6)
-    due = int(age_bins(np.array([40]))[0])
+    due = int(age_bins(np.array([40]), 40)[0])
     loop[0, due] = 1.0
     index = index_of(loop)[0]
     assert (np.diff(index[: due + 1]) > 0).all()
@@ -89,7 +89,7 @@ def test_ghosts_count_as_much_as_uses() -> None:
     # half of all stages end in a use after ten requests: a hazard of about 0.5 / 10 up to there
     index = survival.index[row]
     assert index[0] == pytest.approx(0.05, rel=0.2)
-    assert index[int(age_bins(np.array([10]))[0])] > 2 * index[0]
+    assert index[int(age_bins(np.array([10]), 10)[0])] > 2 * index[0]
 
 
 def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:

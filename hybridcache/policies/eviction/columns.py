@@ -14,8 +14,8 @@ class Columns:
     def __init__(self) -> None:
         self.items: list[Item] = []
         self.places: dict[Item, int] = {}
-        self.rows: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        """A class number."""
+        self.cells: npt.NDArray[np.int64] = np.zeros(64, np.int64)
+        """Where the class begins in a table of all classes."""
         self.times: npt.NDArray[np.int64] = np.zeros(64, np.int64)
         """A logical time: of the last use, or of the entry into the class."""
         self.worths: npt.NDArray[np.float64] = np.zeros(64)
@@ -27,16 +27,16 @@ class Columns:
     def __contains__(self, item: Item) -> bool:
         return item in self.places
 
-    def put(self, item: Item, row: int, time: int, worth: float) -> None:
+    def put(self, item: Item, cell: int, time: int, worth: float) -> None:
         """Add ``item``, or change its numbers. Amortised O(1)."""
         place = self.places.get(item)
         if place is None:
             place = self.places[item] = len(self.items)
             self.items.append(item)
-            if place == len(self.rows):
-                self.rows, self.times = _doubled(self.rows), _doubled(self.times)
+            if place == len(self.cells):
+                self.cells, self.times = _doubled(self.cells), _doubled(self.times)
                 self.worths = np.concatenate((self.worths, np.zeros_like(self.worths)))
-        self.rows[place], self.times[place], self.worths[place] = row, time, worth
+        self.cells[place], self.times[place], self.worths[place] = cell, time, worth
 
     def remove(self, item: Item) -> None:
         """Take ``item`` out; the last takes its place. KeyError where it is not in. O(1)."""
@@ -45,7 +45,7 @@ class Columns:
             end = len(self.items)
             self.items[place] = last
             self.places[last] = place
-            for column in (self.rows, self.times, self.worths):
+            for column in (self.cells, self.times, self.worths):
                 column[place] = column[end]
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.survival import Stage, Survival, age_bins
+from hybridcache.policies.eviction.survival import NUM_BINS, Survival, age_bins
 from hybridcache.policies.protocol import Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
@@ -28,7 +26,7 @@ Class = tuple[tuple[bool, bool], str, int, int, int]
 class _Memo:
     """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
 
-    __slots__ = ("active", "demand", "key", "stage", "superseded", "turn", "uses")
+    __slots__ = ("active", "cell", "demand", "entered", "key", "stage", "superseded", "turn", "uses")
 
     def __init__(self, item: Item, turn: int) -> None:
         self.uses = item.uses
@@ -36,7 +34,10 @@ class _Memo:
         self.turn = turn
         self.active = item.last_used
         """Latest use of the item or of a descendant that was evicted."""
-        self.stage: Stage
+        self.stage: int
+        self.cell: int
+        """Where the indices of its class begin."""
+        self.entered: int
         self.key: Class
         """Its class."""
         self.demand: Class | None = None
@@ -79,48 +80,59 @@ class Regret:
         """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
     def add(self, item: Item) -> None:
-        self._tick(item)
+        if item.last_used > self.now:
+            self.now = item.last_used
         self._just_used = False
-        if item.dead:
-            self._dead[item] = None
-            return
-        if item.kind == "kv" and self._idle_kv is not None:
-            self._idle_kv[item] = None
-            return
+        columns = self._checkpoints
+        if item.kind == "kv":
+            if item.dead:
+                self._dead[item] = None
+                return
+            if self._idle_kv is not None:
+                self._idle_kv[item] = None
+                return
+            columns = self._kv
         memo = item.memo
         if memo is None:
             item.memo = memo = _Memo(item, self._turn(item))
-            self._enter(item, memo)
             self._stale[item] = None
-        elif item.uses > memo.uses:
+            self._enter(item, memo)
+            worth = 0.0 if columns is self._checkpoints else _worth(item)
+            columns.put(item, memo.cell, memo.entered, worth)
+            return
+        if item.uses > memo.uses:
             self._used(item, memo)
         elif item.superseded != memo.superseded:
             self.survival.close(memo.stage, self.now, used=False)
             self._enter(item, memo)
-        self._columns(item).put(item, memo.stage.row, memo.stage.entered, _worth(item))
+        columns.put(item, memo.cell, memo.entered, _worth(item))
 
     def touch(self, item: Item) -> None:
-        self._tick(item)
+        if item.last_used > self.now:
+            self.now = item.last_used
         self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
             self._used(item, memo)
-            columns = self._columns(item)
-            if item in columns:
-                columns.put(item, memo.stage.row, memo.stage.entered, _worth(item))
+            columns = self._kv if item.kind == "kv" else self._checkpoints
+            if item in columns.places:
+                columns.put(item, memo.cell, memo.entered, _worth(item))
 
     def discard(self, item: Item) -> None:
         self._just_used = False
         above = item.above
         if above is not None:
             self._stale[above] = None
-        if item in self._dead:
-            del self._dead[item]
-            return
-        if item.kind == "kv" and self._idle_kv is not None:
-            del self._idle_kv[item]
-            return
-        self._columns(item).remove(item)
+        if item.kind == "kv":
+            if item in self._dead:
+                del self._dead[item]
+                return
+            if self._idle_kv is not None:
+                del self._idle_kv[item]
+                return
+            self._kv.remove(item)
+        else:
+            self._checkpoints.remove(item)
         if item is self._chosen and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
@@ -150,18 +162,15 @@ class Regret:
 
     def _revalue(self) -> None:
         """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""
-        for item in self._stale:
-            self._bring_up(item)
-        self._stale.clear()
         candidates = self._checkpoints.items
         if candidates:
-            self._bring_up(candidates[self._random.randrange(len(candidates))])
-
-    def _bring_up(self, item: Item) -> None:
-        columns = self._columns(item)
-        place = columns.places.get(item)
-        if place is not None:
-            columns.worths[place] = _worth(item)
+            self._stale[candidates[self._random.randrange(len(candidates))]] = None
+        for item in self._stale:
+            columns = self._kv if item.kind == "kv" else self._checkpoints
+            place = columns.places.get(item)
+            if place is not None:
+                columns.worths[place] = _worth(item)
+        self._stale.clear()
 
     def _rank_kv(self) -> None:
         """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
@@ -169,13 +178,6 @@ class Regret:
             waiting, self._idle_kv = self._idle_kv, None
             for item in waiting:
                 self.add(item)
-
-    def _tick(self, item: Item) -> None:
-        if item.last_used > self.now:
-            self.now = item.last_used
-
-    def _columns(self, item: Item) -> Columns:
-        return self._kv if item.kind == "kv" else self._checkpoints
 
     def _turn(self, item: Item) -> int:
         """Generation of a new item: its predecessor's, one more if another request made that."""
@@ -195,6 +197,7 @@ class Regret:
         self._enter(item, memo)
 
     def _enter(self, item: Item, memo: _Memo) -> None:
+        """Begin a stage in the class that ``item`` has now."""
         memo.superseded = item.superseded
         if item.superseded or memo.demand is None:
             memo.key = _class_of(item, memo.turn)
@@ -203,24 +206,30 @@ class Regret:
         superseded, speculative = memo.key[0]
         prior = SUPERSEDED_PRIOR if superseded else 1.0
         row = self.survival.row(memo.key, prior * SPECULATIVE_PRIOR if speculative else prior)
+        memo.cell, memo.entered = row * NUM_BINS, memo.active
         memo.stage = self.survival.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:
         """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""
+        count = len(columns.items)
+        if not count:
+            return None
+        first, last, rates = 0, count, None
         for _ in range(8):
-            count = len(columns.items)
-            if not count:
-                return None
-            first = 0 if count <= SAMPLE else self._random.randrange(count - SAMPLE)
-            window = slice(first, min(first + SAMPLE, count))
-            ages = np.maximum(self.now - columns.times[window], 0)
-            index = self.survival.index[columns.rows[window], age_bins(ages)]
-            place = first + int(np.argmin(index * columns.worths[window]))
-            item = columns.items[place]
+            if count > SAMPLE:
+                first = self._random.randrange(count - SAMPLE)
+                last, rates = first + SAMPLE, None
+            worths = columns.worths[first:last]
+            if rates is None:
+                bins = age_bins(self.now - columns.times[first:last], self.now)
+                bins += columns.cells[first:last]
+                rates = self.survival.index.take(bins)
+            place = int((rates * worths).argmin())
+            item = columns.items[first + place]
             worth = _worth(item)
-            if worth <= columns.worths[place] * 1.0001:
+            if worth <= worths.item(place) * 1.0001:
                 break
-            columns.worths[place] = worth
+            worths[place] = worth
         return item
 
 

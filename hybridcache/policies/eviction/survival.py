@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
-def _bin_edges() -> npt.NDArray[np.int64]:
+def _bin_edges() -> Ints:
     edges = {0, 1, 2, 3}
     edges.update(round(2 ** (half / 2)) for half in range(4, 45))
     return np.array(sorted(edges), dtype=np.int64)
@@ -33,7 +35,8 @@ EDGES = _bin_edges()
 NUM_BINS = len(EDGES)
 _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
-_SMALL = 1 << 14
+_PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
+_SMALL = 1 << 16
 _BIN_OF: npt.NDArray[np.intp] = np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1
 DOUBT = 2.0
 """Standard deviations by which a class's uses must differ from what its parent's hazard foretells before its level departs
@@ -42,23 +45,29 @@ SHAPE_WEIGHT = 16.0
 """Uses that an age bin needs before it is as much its own as what the class's level and the parent's shape give."""
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
+_ROW_BITS = 24
+_ROW_MASK = (1 << _ROW_BITS) - 1
+"""A stage as one number: when it was entered, or its age, above; so many bits of its row below."""
 
 
-def age_bins(ages: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """Bin of every age. O(n)."""
-    if len(ages) and ages.max() >= _SMALL:
-        return np.searchsorted(EDGES, ages, side="right") - 1
-    return _BIN_OF[ages]
+def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
+    """Bin of every age, none above ``oldest``; below 0 counts as 0. O(n)."""
+    if oldest >= _SMALL:
+        return np.searchsorted(EDGES, np.maximum(ages, 0), side="right") - 1
+    return _BIN_OF.take(ages, mode="clip")
 
 
-class Stage:
-    """One item's time in one class: from ``entered`` until it is used or changes class."""
+class _Generation(NamedTuple):
+    """The rows whose keys are equally long."""
 
-    __slots__ = ("entered", "row")
-
-    def __init__(self, row: int, entered: int) -> None:
-        self.row = row
-        self.entered = entered
+    rows: Ints
+    """Those of one parent stand together."""
+    parents: Ints
+    """Of each; none where the keys are of length one."""
+    heirs: Ints
+    """The parents, each once."""
+    first: Ints
+    """Where the rows of each begin."""
 
 
 class Survival:
@@ -72,16 +81,30 @@ class Survival:
         self._rows: dict[tuple[Hashable, ...], int] = {}
         self._parents: list[int | None] = []
         self._priors: list[float] = []
-        self._events: Floats = np.zeros((0, NUM_BINS))
-        self._reached: Floats = np.zeros((0, NUM_BINS))
+        self._generations: list[_Generation] | None = None
+        """All rows, those without a parent first; None: a row came since they were sorted."""
+        self._events: Floats = np.zeros((64, NUM_BINS))
+        self._reached: Floats = np.zeros((64, NUM_BINS))
         """Stages that ended in each bin, and below the time they spent in it."""
-        self._partial: Floats = np.zeros((0, NUM_BINS))
-        self.index: Floats = np.zeros((0, NUM_BINS))
-        """Uses per request that keeping gives, by row and age bin."""
-        self._open: dict[Stage, None] = {}
+        self._partial: Floats = np.zeros((64, NUM_BINS))
+        self.index: Floats = np.zeros((64, NUM_BINS))
+        """Uses per request that keeping gives, by row and age bin; up to the bins that an age can reach before the next
+        ``refresh``."""
+        self._open: Ints = np.full(max_open, -1, np.int64)
+        """When each open stage was entered and its row in one number; -1: unused. Thousands are read at a time."""
+        self._codes = memoryview(self._open)  # numbers go in and out of it faster
+        self._unused = list(range(max_open))
+        self._places: dict[int, int] = {}
+        """Where in ``_open`` a stage lies; the oldest first."""
+        self._num_opened = 0
         self._changes = 0
         self._refreshed_at = 0
-        self._latest: tuple[int, tuple[int, int]] | None = None
+        self._ended: list[int] = []
+        """Stages that ended since they were last counted: ages and rows, as those that are open."""
+        self._used: list[int] = []
+        """Those of them that ended in a use."""
+        self._latest: tuple[int, int] | None = None
+        """When the latest of all ended, and its age and row, if that was in a use."""
 
     def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
         """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed of a class without any
@@ -93,87 +116,125 @@ class Survival:
         row = self._rows[key] = len(self._parents)
         self._parents.append(parent)
         self._priors.append(prior)
-        empty = np.zeros((1, NUM_BINS))
-        self._events = np.vstack((self._events, empty))
-        self._reached = np.vstack((self._reached, empty))
-        self._partial = np.vstack((self._partial, empty))
-        start = self._prior(row) if parent is None else self.index[parent]
-        self.index = np.vstack((self.index, start[None, :]))
+        self._generations = None
+        if row == len(self.index):
+            self._events, self._reached = _doubled(self._events), _doubled(self._reached)
+            self._partial, self.index = _doubled(self._partial), _doubled(self.index)
+        self.index[row] = prior / _PRIOR_AGES if parent is None else self.index[parent]
         return row
 
-    def open(self, row: int, now: int) -> Stage:
-        """An item enters a class."""
-        stage = Stage(row, now)
-        self._open[stage] = None
-        if len(self._open) > self._max_open:
-            self.close(next(iter(self._open)), now, used=False)
+    def open(self, row: int, now: int) -> int:
+        """An item enters a class; returns the number of the stage that begins."""
+        stage = self._num_opened
+        self._num_opened = stage + 1
+        if not self._unused:
+            self.close(next(iter(self._places)), now, used=False)
+        place = self._places[stage] = self._unused.pop()
+        self._codes[place] = now << _ROW_BITS | row
         return stage
 
-    def close(self, stage: Stage, now: int, used: bool) -> None:
+    def close(self, stage: int, now: int, used: bool) -> None:
         """The stage ends: by a use (real, or reported by a ghost), or otherwise. Closing it again changes nothing."""
-        if stage not in self._open:
+        place = self._places.pop(stage, None)
+        if place is None:
             return
-        del self._open[stage]
-        age = now - stage.entered
-        place = stage.row, bisect_right(_EDGE_LIST, age) - 1
-        self._latest = (now, place) if used else None
-        self._reached[place] += 1.0
-        self._partial[place] += age - _EDGE_LIST[place[1]] + 0.5
+        code = self._codes[place]
+        self._codes[place] = -1
+        self._unused.append(place)
+        ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
+        self._ended.append(ended)
+        self._latest = None
         if used:
-            self._events[place] += 1.0
+            self._latest = now, ended
+            self._used.append(ended)
             self._changes += 1
 
     def retract(self, now: int) -> None:
         """The use that was closed latest, at ``now``, was none of its own: it stood in for another item."""
-        if self._latest is not None and self._latest[0] == now:
-            self._events[self._latest[1]] -= 1.0
-            self._latest = None
+        if self._latest is None or self._latest[0] != now:
+            return
+        if self._used:
+            self._used.pop()
+        else:
+            _, ended = self._latest
+            place = ended & _ROW_MASK, bisect_right(_EDGE_LIST, ended >> _ROW_BITS) - 1
+            self._events[place] -= 1.0
+        self._latest = None
 
     def num_uses(self, row: int) -> float:
         """Uses counted in the class of ``row`` itself; those long past count for less."""
+        self._count_ended()
         return float(self._events[row].sum())
 
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has happened since the last time; says whether it did."""
         waited = now - self._refreshed_at
-        due = max(8, min(now // 16, 64), len(self._open) // 32)
-        if waited < due or (not self._changes and waited < 64):
+        if waited < 8 or (not self._changes and waited < 64):
+            return False
+        if waited < max(min(now // 16, 64), len(self._places) // 32):
             return False
         self._refreshed_at = now
         self._changes = 0
-        exposure, events = self._at_risk(now), self._events.copy()
-        for row in range(len(self._parents) - 1, -1, -1):
-            parent = self._parents[row]
-            if parent is not None:
-                exposure[parent] += exposure[row]
-                events[parent] += events[row]
-        hazard = np.empty_like(exposure)
-        for row, parent in enumerate(self._parents):
-            if parent is None:
-                shape, weight, doubt = self._prior(row), 1.0, 0.0
-            else:
-                shape, weight, doubt = hazard[parent], SHAPE_WEIGHT, DOUBT
-            level = _level(float(events[row].sum()), float(exposure[row] @ shape), doubt)
-            inherited = level * shape
-            hazard[row] = (events[row] + weight) / (exposure[row] + weight / inherited)
-        self.index = index_of(hazard)
+        hazard = self._hazards(now)
+        latest = now + max(64, self._max_open // 32)
+        num_bins = bisect_right(_EDGE_LIST, latest)
+        self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
         self._forget()
         return True
 
-    def _prior(self, row: int) -> Floats:
-        return self._priors[row] / (EDGES + WIDTHS / 2 + 16.0)
+    def _hazards(self, now: int) -> Floats:
+        """Uses per unit of time at risk, by row and bin: what a class has not seen itself it has from its parent."""
+        if self._generations is None:
+            self._generations = _sorted_by_parent(self._parents)
+        self._count_ended()
+        exposure, events = self._at_risk(now), self._events[: len(self._parents)].copy()
+        for rows, _, heirs, first in reversed(self._generations[1:]):
+            exposure[heirs] += np.add.reduceat(exposure[rows], first)
+            events[heirs] += np.add.reduceat(events[rows], first)
+        hazard = np.empty_like(exposure)
+        for depth, (rows, parents, _, _) in enumerate(self._generations):
+            if depth == 0:
+                priors = np.array(self._priors)[rows]
+                shape, weight, doubt = priors[:, None] / _PRIOR_AGES, 1.0, 0.0
+            else:
+                shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
+            exposed, used = exposure[rows], events[rows]
+            foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0]
+            inherited = _level(used.sum(axis=1, keepdims=True), foretold, doubt) * shape
+            hazard[rows] = (used + weight) / (exposed + weight / inherited)
+        return hazard
 
     def _at_risk(self, now: int) -> Floats:
         """Time spent in each bin by all stages, ended or not, by row."""
-        count = len(self._open)
-        rows = np.fromiter((stage.row for stage in self._open), np.int64, count)
-        ages = now - np.fromiter((stage.entered for stage in self._open), np.int64, count)
-        bins = age_bins(ages)
-        reached, partial = self._reached.copy(), self._partial.copy()
-        np.add.at(reached, (rows, bins), 1.0)
-        np.add.at(partial, (rows, bins), ages - EDGES[bins] + 0.5)
+        codes = self._open[self._open >= 0]
+        reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
+        reached += self._reached[: len(reached)]
+        partial += self._partial[: len(partial)]
         beyond = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1] - reached
         return np.asarray(beyond * WIDTHS + partial)
+
+    def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
+        """Stages by row and age bin, and the time that they spent in it; none is older than ``oldest``."""
+        shape = len(self._parents), NUM_BINS
+        bins = age_bins(ages, oldest)
+        cells = rows * NUM_BINS + bins
+        spent = ages - EDGES[bins] + 0.5
+        reached = np.bincount(cells, minlength=shape[0] * shape[1])
+        partial = np.bincount(cells, spent, shape[0] * shape[1])
+        return reached.reshape(shape) * 1.0, partial.reshape(shape) * 1.0
+
+    def _count_ended(self) -> None:
+        """Add what ended to the tables."""
+        codes = np.array(self._ended + self._used, np.int64)
+        ages, rows, num_ended = codes >> _ROW_BITS, codes & _ROW_MASK, len(self._ended)
+        oldest = int(ages.max(initial=0))
+        reached, partial = self._by_age(ages[:num_ended], rows[:num_ended], oldest)
+        events, _ = self._by_age(ages[num_ended:], rows[num_ended:], oldest)
+        self._reached[: len(reached)] += reached
+        self._partial[: len(reached)] += partial
+        self._events[: len(reached)] += events
+        self._ended.clear()
+        self._used.clear()
 
     def _forget(self) -> None:
         heavy = self._events.sum(axis=1) > MEMORY
@@ -182,32 +243,52 @@ class Survival:
         self._partial[heavy] *= 0.5
 
 
-def _level(uses: float, foretold: float, doubt: float) -> float:
+def _sorted_by_parent(parents: list[int | None]) -> list[_Generation]:
+    """All rows, the shortest keys first. O(rows log rows)."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent is None else depths[parent] + 1)
+    found = []
+    for depth in range(max(depths, default=-1) + 1):
+        above = [-1 if parent is None else parent for parent in parents]
+        rows = [row for row, its_depth in enumerate(depths) if its_depth == depth]
+        rows.sort(key=above.__getitem__)
+        its_parents = np.array([above[row] for row in rows], np.int64)
+        heirs, first = np.unique(its_parents, return_index=True)
+        found.append(_Generation(np.array(rows, np.int64), its_parents, heirs, first))
+    return found
+
+
+def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
     """Uses per use foretold, where the difference exceeds doubt; one use is believed of either beforehand."""
     difference = uses - foretold
-    clear = max(0.0, abs(difference) - doubt * max(uses, foretold, 1.0) ** 0.5)
-    believed = foretold + (clear if difference > 0 else -clear)
-    return float(max((believed + 1.0) / (foretold + 1.0), 1e-3))
+    spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
+    clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
+    believed = foretold + np.copysign(clear, difference)
+    return np.asarray(np.maximum((believed + 1.0) / (foretold + 1.0), 1e-3))
 
 
-def index_of(hazard: Floats) -> Floats:
-    """max over T of P(use within T) / E[time until then], for every row and every bin to start from."""
-    steps = np.minimum(hazard * WIDTHS, 8.0)
-    total = np.concatenate((np.zeros((len(hazard), 1)), np.cumsum(steps, axis=1)), axis=1)
-    survive = np.exp(-total)
-    spent = np.concatenate(
-        (
-            np.zeros((len(hazard), 1)),
-            np.cumsum(survive[:, :-1] * -np.expm1(-steps) * WIDTHS / steps, axis=1),
-        ),
-        axis=1,
-    )
-    best = np.zeros_like(hazard)
-    for start in range(NUM_BINS):
-        used = survive[:, start, None] - survive[:, start + 1 :]
-        time = spent[:, start + 1 :] - spent[:, start, None]
-        rate = np.divide(used, time, out=np.zeros_like(used), where=time > 0)
-        best[:, start] = rate.max(axis=1)
-    tiny = survive[:, :-1] < 1e-280
-    best[tiny] = hazard[tiny]
-    return best
+def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
+    """max over T of P(use within T) / E[time until then], for every row and the first ``num_bins`` bins to start from."""
+    steps = np.minimum(hazard.T.copy() * WIDTHS[:, None], 8.0)
+    survive = np.zeros((NUM_BINS + 1, len(hazard)))
+    np.cumsum(steps, axis=0, out=survive[1:])
+    np.exp(-survive, out=survive)
+    spent = np.zeros_like(survive)
+    np.cumsum(survive[:-1] * -np.expm1(-steps) * WIDTHS[:, None] / steps, axis=0, out=spent[1:])
+    best = np.empty((num_bins, len(hazard)))
+    used, time = np.empty_like(steps), np.empty_like(steps)
+    # Where hardly any survive, the time until then may not grow for rounding.
+    stuck = (spent[1:] <= spent[:-1]).any(axis=1).tolist()
+    for start in range(num_bins):
+        np.subtract(survive[start], survive[start + 1 :], out=used[start:])
+        np.subtract(spent[start + 1 :], spent[start], out=time[start:])
+        if stuck[start]:
+            time[time <= 0.0] = np.inf
+        np.divide(used[start:], time[start:], out=used[start:])
+        np.max(used[start:], axis=0, out=best[start])
+    return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
+
+
+def _doubled(table: Floats) -> Floats:
+    return np.concatenate((table, np.zeros_like(table)))
