@@ -1,8 +1,9 @@
 """One memory: a KV row and a state slot are two views of the same bytes.
 
-The arena is ``capacity`` *rows* of ``row_bytes``, one token's keys and values of all layers each, numbered from 0. A *slab* is
-``slab_rows`` consecutive rows that begin at a multiple of it: enough for one state. Slot s is slab s, so a slot lies at row
-``s * slab_rows``. What is left at the end, less than a slab, is the *tail*: it holds KV only.
+The arena is ``capacity`` *rows* of ``row_bytes``, one token's keys and values of all layers each,
+numbered from 0. A *slab* is ``slab_rows`` consecutive rows that begin at a multiple of it: enough
+for one state. Slot s is slab s, so a slot lies at row ``s * slab_rows``. What is left at the end,
+less than a slab, is the *tail*: it holds KV only.
 
 Who owns what. At every moment a slab is in one of three uses:
 
@@ -10,34 +11,40 @@ Who owns what. At every moment a slab is in one of three uses:
 - *KV*: its rows are taken and free one page at a time, through ``ArenaAllocator.pages``;
 - *state*: it is one slot, through ``ArenaAllocator.slots``.
 
-A row or slot that is not free is *cached* or *held*, as in every pool (``hybridcache.interface``), and
-``free + cached + held == total`` in rows, in slabs and in bytes.
+A row or slot that is not free is *cached* or *held*, as in every pool (``hybridcache.interface``),
+and ``free + cached + held == total`` in rows, in slabs and in bytes.
 
-Moving. A slot wants a whole slab. Where rows enough are free but no slab is, the KV slab with the fewest living rows is emptied:
-they get the holes of others, and every *holder* is notified (``RowHolder.rows_moved``) before ``slots.allocate`` returns. There is
-always such a slab: with ``slab_rows`` free rows in all, the living rows of any slab fit into the holes of the others. So the
-arena takes and refuses exactly what one number of bytes would, with a state counted as ``slab_rows`` rows. States never move.
+Moving. A slot wants a whole slab. Where rows enough are free but no slab is, the KV slab with the
+fewest living rows is emptied: they get the holes of others, and every *holder* is notified
+(``RowHolder.rows_moved``) before ``slots.allocate`` returns. There is always such a slab: with
+``slab_rows`` free rows in all, the living rows of any slab fit into the holes of the others. So the
+arena takes and refuses exactly what one number of bytes would, with a state counted as
+``slab_rows`` rows. States never move.
 
-Whoever holds rows of an arena must be a holder in ``ArenaAllocator.holders`` from the first row on until the last is given back;
-the cache is one, each lease is one. An emptied slab whose living rows are not all claimed is an error at once.
+Whoever holds rows of an arena must be a holder in ``ArenaAllocator.holders`` from the first row on
+until the last is given back; the cache is one, each lease is one. An emptied slab whose living rows
+are not all claimed is an error at once.
 
-Order, for whoever owns the tensors (a holder that owns no rows, such as ``PendingMoves``). Before the next step reads or writes
-anything it does, in this order:
+Order, for whoever owns the tensors (a holder that owns no rows, such as ``PendingMoves``). Before
+the next step reads or writes anything it does, in this order:
 
-1. the moves, in the order in which they were notified: ``memory[dst] = memory[src]``. Within a move no row is in both; a later
-   move may well read what an earlier one wrote, or write what an earlier one read;
+1. the moves, in the order in which they were notified: ``memory[dst] = memory[src]``. Within a move
+   no row is in both; a later move may well read what an earlier one wrote, or write what an earlier
+   one read;
 2. the state copies of requests that resume (checkpoint slot to own slot);
 3. the step itself: it writes the KV rows and checkpoint slots that it was given.
 
-This fixed order is safe. A slot is handed out after its slab was emptied, so all that is written to slots (2, 3) must follow the
-moves before it (1). A move that comes *later* in the same round writes only to rows, and reads only from rows, of KV slabs. It
-could disturb a state copy only through a slot that was freed in between: the source of a copy is a checkpoint that the request
-locks until it publishes, which is after its first step, and the target is the request's own; if the request ends before that
-step, its copy is dropped. So no slot of a copy that is still to be made is ever KV.
+This fixed order is safe. A slot is handed out after its slab was emptied, so all that is written to
+slots (2, 3) must follow the moves before it (1). A move that comes *later* in the same round writes
+only to rows, and reads only from rows, of KV slabs. It could disturb a state copy only through a
+slot that was freed in between: the source of a copy is a checkpoint that the request locks until it
+publishes, which is after its first step, and the target is the request's own; if the request ends
+before that step, its copy is dropped. So no slot of a copy that is still to be made is ever KV.
 
-A step in flight (overlap) may still read and write old rows: what is in the arena when it ends is what must move, new KV with it.
-So moves are ordered after it on the device's stream, and the next step after them; nothing waits on the host. A move that was
-taken must be made even if the step for which it was taken comes out empty: its indices are in force already.
+A step in flight (overlap) may still read and write old rows: what is in the arena when it ends is
+what must move, new KV with it. So moves are ordered after it on the device's stream, and the next
+step after them; nothing waits on the host. A move that was taken must be made even if the step for
+which it was taken comes out empty: its indices are in force already.
 """
 
 from __future__ import annotations
@@ -53,7 +60,7 @@ from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.interface import Indices
+from hybridcache.tokens import Indices
 
 
 class Move(NamedTuple):
@@ -65,10 +72,12 @@ class Move(NamedTuple):
     dst: Indices
     """Where each is now, in other slabs: int32[n]."""
     new_rows: Indices
-    """By the offset in the slab: the new row, or the old one where nothing lived. int32[``slab_rows``]."""
+    """By the offset in the slab: the new row, or the old one where nothing lived.
+    int32[``slab_rows``]."""
 
     def rename(self, rows: Indices) -> npt.NDArray[np.intp]:
-        """Put new rows for old into ``rows``, int32[k], in place; the positions that changed, ascending. O(k)."""
+        """Put new rows for old into ``rows``, int32[k], in place; the positions that changed,
+        ascending. O(k)."""
         size = len(self.new_rows)
         offsets = rows - np.int32(self.slab * size)
         positions = np.flatnonzero(offsets.view(np.uint32) < size)
@@ -81,7 +90,8 @@ class RowHolder(Protocol):
     """Whoever keeps row numbers of an arena. Hashable, by identity."""
 
     def rows_moved(self, move: Move) -> int:
-        """Rename what is kept of ``move.src``, at once; return how many of these rows are owned here. Must not call the arena."""
+        """Rename what is kept of ``move.src``, at once; return how many of these rows are owned
+        here. Must not call the arena."""
         ...
 
 
@@ -94,8 +104,9 @@ class PendingMoves:
         self._moves: list[Move] = []
 
     def __len__(self) -> int:
-        """Slabs that were emptied since the last ``take``. A scheduler that wants at most one a step stops adding work to
-        the step then; refusing a slot instead would decide otherwise than the simulator does."""
+        """Slabs that were emptied since the last ``take``. A scheduler that wants at most one a
+        step stops adding work to the step then; refusing a slot instead would decide otherwise than
+        the simulator does."""
         return len(self._moves)
 
     def rows_moved(self, move: Move) -> int:
@@ -104,19 +115,22 @@ class PendingMoves:
         return 0
 
     def take(self) -> tuple[Move, ...]:
-        """All since the last time, given out once: the caller makes them, in this order, before anything else."""
+        """All since the last time, given out once: the caller makes them, in this order, before
+        anything else."""
         moves, self._moves = tuple(self._moves), []
         return moves
 
 
 class ArenaAllocator(BaseAllocator):
-    """The arena, and its two seats: ``pages`` for KV rows and ``slots`` for states, with the verbs of ``PageAllocator`` and
-    ``SlotAllocator`` and one ``ByteBudget`` between them. Counts in rows.
+    """The arena, and its two seats: ``pages`` for KV rows and ``slots`` for states, with the verbs
+    of ``PageAllocator`` and ``SlotAllocator`` and one ``ByteBudget`` between them. Counts in rows.
 
-    ``row_bytes``, ``state_bytes``: of one token's KV and of one state; ``state_bytes`` 0: no states, all is tail.
+    ``row_bytes``, ``state_bytes``: of one token's KV and of one state; ``state_bytes`` 0: no
+    states, all is tail.
 
-    KV fills holes before it opens a free slab, the fullest slabs' first (as of the last time that holes were sorted). Holes are
-    sorted only when a slot finds no free slab: rows come and go on one stack otherwise, as in ``PageAllocator``.
+    KV fills holes before it opens a free slab, the fullest slabs' first (as of the last time that
+    holes were sorted). Holes are sorted only when a slot finds no free slab: rows come and go on
+    one stack otherwise, as in ``PageAllocator``.
 
     >>> arena = ArenaAllocator(1000, row_bytes=10, state_bytes=95)
     >>> arena.capacity, arena.slab_rows, arena.num_slabs
@@ -131,7 +145,8 @@ class ArenaAllocator(BaseAllocator):
     ) -> None:
         if row_bytes < 1 or state_bytes < 0 or page_size < 1:
             raise ValueError(
-                f"row_bytes {row_bytes}, state_bytes {state_bytes}, page_size {page_size}: a row has at least a byte, a page a row"
+                f"row_bytes {row_bytes}, state_bytes {state_bytes}, page_size {page_size}: "
+                "a row has at least a byte, a page at least a row"
             )
         capacity = total_bytes // row_bytes
         capacity -= capacity % page_size
@@ -155,7 +170,8 @@ class ArenaAllocator(BaseAllocator):
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
-        # Sorted holes: free pages of KV slabs that are not on the pages' stack. The last line is the tail.
+        # Sorted holes: free pages of KV slabs that are not on the pages' stack. The last line is
+        # the tail.
         self._holes = np.zeros((self.num_slabs + 1, self._slab_pages), np.bool_)
         self._num_holes = np.zeros(self.num_slabs + 1, np.int64)
         tail_pages = capacity // page_size - self.num_slabs * self._slab_pages
@@ -172,19 +188,21 @@ class ArenaAllocator(BaseAllocator):
 
     @property
     def free_slabs(self) -> Sequence[int]:
-        """Slabs that a slot can have without a move, and without sorting holes. O(1); not to be changed."""
+        """Slabs that a slot can have without a move, and without sorting holes. O(1); not to be
+        changed."""
         return self._free_slabs
 
     def find_slab(self) -> None:
-        """Make at least one slab free: one that lost its last row unnoticed, or one that is emptied. To be called while
-        ``slab_rows`` rows are free. O(slabs + rows freed since the last time), and for a move O(rows that move) and what
-        the holders need."""
+        """Make at least one slab free: one that lost its last row unnoticed, or one that is
+        emptied. To be called while ``slab_rows`` rows are free. O(slabs + rows freed since the last
+        time), and for a move O(rows that move) and what the holders need."""
         self.collect_free_slabs()
         if not self._free_slabs:
             self._empty(int(self._num_holes[:-1].argmax()))
 
     def collect_free_slabs(self) -> None:
-        """Notice the KV slabs that have lost their last row: they are free. O(slabs + rows freed since the last time)."""
+        """Notice the KV slabs that have lost their last row: they are free. O(slabs + rows freed
+        since the last time)."""
         self._sort_holes()
         whole = np.flatnonzero(self._num_holes[:-1] == self._slab_pages)
         if len(whole):
@@ -214,7 +232,8 @@ class ArenaAllocator(BaseAllocator):
         claimed = sum([holder.rows_moved(move) for holder in self.holders])
         if claimed != len(src):
             raise RuntimeError(
-                f"{len(src)} rows of slab {slab} moved, but holders claim {claimed}: whoever holds rows must be in holders"
+                f"{len(src)} rows of slab {slab} moved, but holders claim {claimed}: "
+                "whoever holds rows must be in holders"
             )
 
     def _sort_holes(self) -> None:
@@ -227,7 +246,8 @@ class ArenaAllocator(BaseAllocator):
             )
 
     def _draw(self, num_pages: int) -> Indices:
-        """All sorted holes of the fullest slabs that have ``num_pages`` together, or of all: int32[n], the fullest's first."""
+        """All sorted holes of the fullest slabs that have ``num_pages`` together, or of all:
+        int32[n], the fullest's first."""
         order = np.argsort(self._num_holes, kind="stable")
         counts = self._num_holes[order]
         first = int(np.searchsorted(counts, 1))
@@ -239,8 +259,8 @@ class ArenaAllocator(BaseAllocator):
         return (slabs[at] * self._slab_pages + offsets).astype(np.int32)
 
     def fill(self, num_pages: int) -> None:
-        """Bring ``num_pages`` more free pages on the stack, which are there: sorted holes first, then free slabs. O(those +
-        slabs)."""
+        """Bring ``num_pages`` more free pages on the stack, which are there: sorted holes first,
+        then free slabs. O(those + slabs)."""
         if self._num_holes.any():
             pages = self._draw(num_pages)
             self.pages.push(pages[::-1])
@@ -252,7 +272,8 @@ class ArenaAllocator(BaseAllocator):
             num_pages -= self._slab_pages
 
     def open_slabs(self, slabs: Sequence[int]) -> None:
-        """Turn those of ``slabs`` that are free into KV slabs without living rows, and sort all holes. O(slabs + rows)."""
+        """Turn those of ``slabs`` that are free into KV slabs without living rows, and sort all
+        holes. O(slabs + rows)."""
         self._sort_holes()
         opened = set(slabs).intersection(self._free_slabs)
         if opened:
@@ -261,7 +282,8 @@ class ArenaAllocator(BaseAllocator):
             self._num_holes[list(opened)] = self._slab_pages
 
     def take_holes(self, pages: Indices) -> None:
-        """Take sorted holes out: ``pages``, each once. ValueError, and nothing taken: some are none."""
+        """Take sorted holes out: ``pages``, each once. ValueError, and nothing taken: some are
+        none."""
         holes = self._holes.reshape(-1)
         known = np.unique(pages)
         outside = len(known) and not 0 <= known[0] <= known[-1] < len(holes)
@@ -278,7 +300,8 @@ class ArenaAllocator(BaseAllocator):
         return np.concatenate([self.pages.stacked(), holes, whole])
 
     def check(self) -> None:
-        """AssertionError unless every row is free once, or taken; in rows, slabs and bytes. O(pages)."""
+        """AssertionError unless every row is free once, or taken; in rows, slabs and bytes.
+        O(pages)."""
         assert self.budget is not None
         free = self.free_pages()
         num_pages = self.capacity // self.page_size
@@ -301,7 +324,8 @@ class ArenaAllocator(BaseAllocator):
         assert self.pages.num_taken >= 0, "more rows are under states than there are"
 
     def check_taken(self, rows: Indices) -> None:
-        """AssertionError if one of ``rows``, KV in somebody's hands, lies under a state. O(rows)."""
+        """AssertionError if one of ``rows``, KV in somebody's hands, lies under a state.
+        O(rows)."""
         states = self.slots.states
         assert states.isdisjoint(np.unique(rows // self.slab_rows).tolist()), (
             "a taken KV row lies under a state"
@@ -319,7 +343,8 @@ def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
 
 
 class ArenaPages(PageAllocator):
-    """The arena's KV rows. ``capacity`` is all of the arena; what states take of it is neither unused nor free."""
+    """The arena's KV rows. ``capacity`` is all of the arena; what states take of it is neither
+    unused nor free."""
 
     def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
         super().__init__(arena.capacity, arena.page_size, arena.unit_bytes, budget)
@@ -338,7 +363,8 @@ class ArenaPages(PageAllocator):
         return self.budget.free_bytes // self.unit_bytes
 
     def allocate(self, num_tokens: int) -> Indices | None:
-        """As ``PageAllocator.allocate``. O(n), and O(slabs) where holes were sorted since the last time."""
+        """As ``PageAllocator.allocate``. O(n), and O(slabs) where holes were sorted since the last
+        time."""
         missing = -(-num_tokens // self.page_size) - self._height
         if missing > 0 and num_tokens <= self.num_free:
             self.arena.fill(missing)
@@ -398,7 +424,8 @@ class ArenaSlots(SlotAllocator):
         return self.capacity - len(self.states)
 
     def allocate(self) -> int | None:
-        """One slot, or None where fewer rows are free than one takes. O(1), or as ``ArenaAllocator.find_slab``."""
+        """One slot, or None where fewer rows are free than one takes. O(1), or as
+        ``ArenaAllocator.find_slab``."""
         assert self.budget is not None
         if self.budget.free_bytes < self.unit_bytes or not self.capacity:
             return None
@@ -411,7 +438,8 @@ class ArenaSlots(SlotAllocator):
         return slot
 
     def free(self, slot: int) -> None:
-        """Take back ``slot``, in hands until now. O(1). ValueError: it is not; TypeError: no whole number."""
+        """Take back ``slot``, in hands until now. O(1). ValueError: it is not; TypeError: no whole
+        number."""
         if index(slot) not in self.states:
             raise ValueError(f"slot {slot} given back, which is in no hand")
         assert self.budget is not None

@@ -1,4 +1,5 @@
-"""The arena: rows and slots in the same bytes; what moves, and whether everything that was written can still be read."""
+"""The arena: rows and slots in the same bytes; what moves, and whether everything that was written
+can still be read."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ class Hand:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """Rows and slots against a memory of one number a row, which changes once a step as the docstring of the arena says:
-    moves in their order, copies of states, then what the step writes."""
+    """Rows and slots against a memory of one number a row, which changes once a step as the
+    docstring of the arena says: moves in their order, copies of states, then what the step
+    writes."""
 
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
@@ -43,7 +45,8 @@ class ArenaMachine(RuleBasedStateMachine):
         self.states: dict[int, int | None] = {}
         """Tag of each slot; None: not written yet."""
         self.copies: dict[int, int] = {}
-        """Own slot of a request that resumes to the checkpoint that it must copy, which it locks."""
+        """Own slot of a request that resumes to the checkpoint that it must copy, which it
+        locks."""
         self.num_tags = 0
 
     def tag(self):
