@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.allocators.arena import Move
+from hybridcache.allocators.moves import Move
 from hybridcache.interface import PrefixCache
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
 from hybridcache.results import Losses, PrefixMatch

@@ -13,7 +13,7 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.arena import Move
+from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.policies.protocol import Kind

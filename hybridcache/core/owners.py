@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcache.allocators.arena import Move
+from hybridcache.allocators.moves import Move
 from hybridcache.core.gathers import RecentGathers
 from hybridcache.tokens import Indices
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.allocators.arena import ArenaAllocator, Move, PendingMoves, slab_rows
+from hybridcache.allocators.arena import ArenaAllocator, slab_rows
+from hybridcache.allocators.moves import Move, PendingMoves
 
 ROW_BYTES = 3
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import ArenaAllocator, Move
+from hybridcache.allocators.arena import ArenaAllocator
+from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.plain import PlainCache, Victim
