@@ -41,6 +41,9 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.tokens import Indices
 
 
+NO_ROWS: Indices = np.empty(0, np.int32)
+
+
 class ArenaAllocator(BaseAllocator):
     """The arena, and its two seats: ``pages`` for KV rows and ``slots`` for states, with the verbs
     of ``PageAllocator`` and ``SlotAllocator`` and one ``ByteBudget`` between them. Counts in rows.
@@ -137,12 +140,11 @@ class ArenaAllocator(BaseAllocator):
         self._num_holes[slab] = 0
         pages = self._draw(len(living))
         self.pages.push(pages[len(living) :])
-        first = slab * self._slab_pages
-        src = self.pages.rows_of((living + first).astype(np.int32))
+        src = self.pages.rows_of(living.astype(np.int32) + np.int32(slab * self._slab_pages))
         dst = self.pages.rows_of(pages[: len(living)])
         first_row = slab * self.slab_rows
         new_rows = np.arange(first_row, first_row + self.slab_rows, dtype=np.int32)
-        new_rows[src - first_row] = dst
+        new_rows.reshape(-1, self.page_size)[living] = dst.reshape(-1, self.page_size)
         for array in (src, dst, new_rows):
             array.setflags(write=False)
         self._free_slabs.append(slab)
@@ -168,15 +170,16 @@ class ArenaAllocator(BaseAllocator):
     def _draw(self, num_pages: int) -> Indices:
         """All sorted holes of the fullest slabs that have ``num_pages`` together, or of all:
         int32[n], the fullest's first."""
-        order = np.argsort(self._num_holes, kind="stable")
-        counts = self._num_holes[order]
-        first = int(np.searchsorted(counts, 1))
-        end = int(np.searchsorted(counts.cumsum(), num_pages)) + 1
-        slabs = order[first : max(first, end)]
-        at, offsets = self._holes[slabs].nonzero()
-        self._holes[slabs] = False
-        self._num_holes[slabs] = 0
-        return (slabs[at] * self._slab_pages + offsets).astype(np.int32)
+        slabs = np.flatnonzero(self._num_holes)
+        slabs = slabs[self._num_holes[slabs].argsort(kind="stable")]
+        end = int(self._num_holes[slabs].cumsum().searchsorted(num_pages)) + 1
+        drawn = [NO_ROWS]
+        for slab in slabs[:end].tolist():
+            holes = np.flatnonzero(self._holes[slab])
+            drawn.append(holes.astype(np.int32) + np.int32(slab * self._slab_pages))
+        self._holes[slabs[:end]] = False
+        self._num_holes[slabs[:end]] = 0
+        return np.concatenate(drawn)
 
     def fill(self, num_pages: int) -> None:
         """Bring ``num_pages`` more free pages on the stack, which are there: sorted holes first,
@@ -306,6 +309,8 @@ class ArenaPages(PageAllocator):
 
     def rows_of(self, pages: Indices) -> Indices:
         """The rows of ``pages``: int32[n * page_size]."""
+        if self.page_size == 1:
+            return pages
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def push(self, pages: Indices) -> None:
