@@ -44,6 +44,9 @@ from hybridcache.tokens import Indices, Tokens
 # step; a checkpoint never is, so a lease that resumes starts on a copy (`restore`). A slot for a planned checkpoint is
 # held from `take_checkpoint_slots` until the `publish` that covers its position: then cached, or free if the tree would not have it.
 # In decode one such slot rolls: written again at each crossing, published only at the end.
+#
+# Moves. In an arena rows get other places when a slab is emptied (`allocators.moves`): no row changes
+# hands by that, the lease is notified (`rows_moved`), and its caller asks where (`take_moved`).
 
 
 SPARE_ROWS = 512

@@ -40,7 +40,6 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.tokens import Indices
 
-
 NO_ROWS: Indices = np.empty(0, np.int32)
 
 
@@ -86,6 +85,8 @@ class ArenaAllocator(BaseAllocator):
         """Rows of a slab, whole pages."""
         self.num_slabs = capacity // self.slab_rows if state_bytes else 0
         """Whole slabs: how many slots there are."""
+        self.pages = ArenaPages(self, budget)
+        self.slots = ArenaSlots(self, budget)
         self.holders: dict[RowHolder, None] = {}
         """All that are notified of moves, in this order."""
         self.num_moves = 0
@@ -100,8 +101,6 @@ class ArenaAllocator(BaseAllocator):
         tail_pages = capacity // page_size - self.num_slabs * self._slab_pages
         self._holes[-1, :tail_pages] = True
         self._num_holes[-1] = tail_pages
-        self.slots = ArenaSlots(self, budget)
-        self.pages = ArenaPages(self, budget)
 
     @property
     def num_unused(self) -> int:
@@ -345,7 +344,7 @@ class ArenaSlots(SlotAllocator):
 
     @property
     def num_unused(self) -> int:
-        """Slots in no hand, whether free or KV. O(1)."""
+        """Slots that are not taken, whether free or KV. O(1)."""
         return self.capacity - len(self.states)
 
     def allocate(self) -> int | None:
@@ -363,10 +362,10 @@ class ArenaSlots(SlotAllocator):
         return slot
 
     def free(self, slot: int) -> None:
-        """Take back ``slot``, in hands until now. O(1). ValueError: it is not; TypeError: no whole
+        """Take back ``slot``, which is taken. O(1). ValueError: it is not; TypeError: no whole
         number."""
         if index(slot) not in self.states:
-            raise ValueError(f"slot {slot} given back, which is in no hand")
+            raise ValueError(f"slot {slot} given back, which is not taken")
         assert self.budget is not None
         self.states.remove(slot)
         self.budget.give_back(self.unit_bytes)

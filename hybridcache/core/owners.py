@@ -8,10 +8,12 @@ only when a slab is emptied: what comes and goes between two moves costs an entr
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from hybridcache.allocators.moves import Move
-from hybridcache.core.gathers import RecentGathers
+from hybridcache.core.gathers import GatherCache
 from hybridcache.tokens import Indices
 
 _OFFSET_BITS = 32
@@ -22,7 +24,7 @@ class RowOwners:
 
     __slots__ = ("_free_numbers", "_gathered", "_new", "_numbered", "_places")
 
-    def __init__(self, num_rows: int, gathered: RecentGathers) -> None:
+    def __init__(self, num_rows: int, gathered: GatherCache) -> None:
         """``gathered``: answers that name rows too; they are forgotten when rows move."""
         self._gathered = gathered
         # Number of a row's buffer, and its offset there: right for rows that the tree had at the
@@ -65,7 +67,7 @@ class RowOwners:
         numbers = numbers[order]
         starts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
         num_owned = 0
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             if start == end:
                 continue
             number, group = numbers.item(start), order[start:end]

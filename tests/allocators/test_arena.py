@@ -250,7 +250,7 @@ def test_a_bad_call_is_refused_before_anything_changes():
         ArenaAllocator(7, 2, 5, 4)
     arena = ArenaAllocator(20, 1, 10)
     rows, slot = arena.pages.allocate(5), arena.slots.allocate()
-    with pytest.raises(ValueError, match="no hand"):
+    with pytest.raises(ValueError, match="not taken"):
         arena.slots.free(1 - slot)
     with pytest.raises(TypeError):
         arena.slots.free(None)

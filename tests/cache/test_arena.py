@@ -162,9 +162,9 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
             return
         new = one.lease.kv_indices[before : len(one.table)]
         one.table[before : before + len(new)] = new
-        one.exports = one.lease.exports(start, end)
+        one.exports = one.lease.take_checkpoint_slots(start, end)
         positions = [position for position, _ in one.exports]
-        assert positions == [position for position, _ in one.twin.exports(start, end)]
+        assert positions == [position for position, _ in one.twin.take_checkpoint_slots(start, end)]
         one.extended_len = end
 
     @rule()
