@@ -263,7 +263,11 @@ class LeaseTarget:
         return served
 
     def counters(self) -> dict[str, int]:
-        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
+        arena = self.cache.arena
+        moved = {}
+        if arena is not None:
+            moved = {"moved_slabs": arena.num_moves, "moved_tokens": arena.num_moved_rows}
+        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports} | moved
 
 
 class _LeasedRequest:
