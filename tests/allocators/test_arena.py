@@ -3,10 +3,12 @@ can still be read."""
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.moves import Move, PendingMoves
@@ -90,18 +92,43 @@ class ArenaMachine(RuleBasedStateMachine):
             if checkpoint < len(written):
                 self.copies[slot] = written[checkpoint]
 
-    @precondition(lambda self: self.hands)
-    @rule(data=st.data())
-    def free_rows_of_one(self, data):
-        hand = self.hands.pop(data.draw(st.integers(0, len(self.hands) - 1)))
-        del self.arena.holders[hand]
-        self.arena.pages.free(hand.rows)
+    @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 60))
+    def much(self, seed, num_operations):
+        """What a short list of drawn operations seldom does: fill the memory, and go on."""
+        rng = random.Random(seed)
+        for _ in range(num_operations):
+            dice, which = rng.random(), rng.randrange(1000)
+            if dice < 0.35:
+                self.allocate_rows(rng.choice((1, 3, 10, 40)))
+            elif dice < 0.6:
+                self.free_part_of_one(which, rng.randrange(20))
+            elif dice < 0.8:
+                self.allocate_slot(rng.randrange(4))
+            elif dice < 0.95:
+                self.free_slot(which)
+            else:
+                self.step()
+            self.nothing_is_lost()
 
-    @precondition(lambda self: set(self.states) - set(self.copies.values()))
-    @rule(data=st.data())
-    def free_slot(self, data):
+    @rule(which=st.integers(0, 99), num_kept=st.integers(0, 20))
+    def free_part_of_one(self, which, num_kept):
+        if not self.hands:
+            return
+        hand = self.hands[which % len(self.hands)]
+        kept = min(num_kept * self.arena.page_size, len(hand.rows))
+        self.arena.pages.free(hand.rows[kept:])
+        hand.rows = hand.rows[:kept].copy()
+        if kept:
+            return
+        self.hands.remove(hand)
+        del self.arena.holders[hand]
+
+    @rule(which=st.integers(0, 99))
+    def free_slot(self, which):
         unlocked = sorted(set(self.states) - set(self.copies.values()))
-        slot = data.draw(st.sampled_from(unlocked))
+        if not unlocked:
+            return
+        slot = unlocked[which % len(unlocked)]
         del self.states[slot]
         self.copies.pop(slot, None)
         self.arena.slots.free(slot)

@@ -21,8 +21,10 @@ from hybridcache.allocators.moves import PendingMoves
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.words import EVICTION
 from hybridcache.tokens import Tokens
 from tests.cache.test_machine import at_least
+from tests.cache.twins import Twins
 
 GRID = 4
 ROW_BYTES = 2
@@ -255,3 +257,61 @@ class EveryPolicyArenaMachine(ArenaLeaseMachine):
 @pytest.mark.parametrize("machine", [ArenaLeaseMachine, EveryPolicyArenaMachine])
 def test_what_is_read_is_what_was_written(machine):
     run_state_machine_as_test(machine, settings=at_least(60))
+
+
+def arena_twins(rng: random.Random) -> Twins:
+    """A small arena under any shape of cache."""
+    page_size, grid = rng.choice((1, 2, 4)), rng.choice((1, 4))
+    unit = max(page_size, grid)
+    return Twins(
+        CacheConfig(
+            page_size=page_size,
+            grid=grid,
+            total_bytes=ROW_BYTES * unit * rng.randint(20, 50),
+            kv_bytes_per_token=ROW_BYTES,
+            state_bytes=ROW_BYTES * unit * rng.randint(2, 8) - 1,
+            memory="arena",
+            eviction=rng.choice(("lru", "lru", *EVICTION)),
+            dead_first=rng.random() < 0.7,
+            demote_superseded=rng.random() < 0.7,
+            ghost_bytes=rng.choice((0, 2000, 1 << 20)),
+        )
+    )
+
+
+def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
+    """Requests that begin, publish in parts, end; rows and slots that are held; evictions."""
+    unit, step = max(twins.config.page_size, twins.config.grid), twins.cache._step
+    for _ in range(num_operations):
+        dice = rng.random()
+        one = rng.choice(twins.requests) if twins.requests else None
+        if dice < 0.3 and len(twins.requests) < 3:
+            blocks = [rng.randrange(3) for _ in range(rng.randint(1, 5))]
+            twins.begin(np.repeat(np.array(blocks, np.int32), unit), rng.choice((None, "tenant")))
+        elif dice < 0.65 and one is not None:
+            length = rng.randint(one.published_len, len(one.tokens))
+            positions = {rng.randint(0, length // step) * step for _ in range(rng.randint(0, 2))}
+            twins.publish(one, length, sorted(positions), rng.random() < 0.5)
+        elif dice < 0.85 and one is not None:
+            twins.end(one)
+        elif dice < 0.89:
+            rows = twins.allocate_kv(rng.randint(1, 3) * twins.config.page_size)
+            if rows is not None:
+                twins.held_rows.append(rows)
+        elif dice < 0.93 and twins.held_rows:
+            twins.free_kv(twins.held_rows.pop(0))
+        elif dice < 0.96:
+            twins.allocate_slot()
+        elif twins.held_slots:
+            twins.free_slot(twins.held_slots[0])
+        twins.check()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_full_arena_does_what_its_plain_twin_does(seed):
+    rng, num_moves = random.Random(seed), 0
+    for _ in range(3):
+        twins = arena_twins(rng)
+        serve_twins(twins, rng, num_operations=120)
+        num_moves += twins.arena(twins.cache).num_moves
+    assert num_moves > 0, "nothing moved: this test shows nothing"
