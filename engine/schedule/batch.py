@@ -40,7 +40,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, then prefill segments."""
+    """Decode segments first, then prefill segments. One without segments is never computed, so it may hold no copies:
+    AssertionError."""
 
     segments: tuple[Segment, ...]
     restores: tuple[tuple[int, int], ...] = ()
@@ -49,6 +50,10 @@ class Batch:
     """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
     """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step before)."""
+
+    def __post_init__(self) -> None:
+        copies = self.restores or self.row_writes
+        assert self.segments or not copies, "copies in a batch that nobody computes"
 
     @property
     def num_tokens(self) -> int:
