@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,8 @@ class Segment:
     """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start, end]."""
     logits: Literal["last", "all", "none"] = "last"
     """Which positions' logits the caller wants."""
+    namespace: Hashable = None
+    """Whose prefixes it reads. Nothing is computed with it; a runner that proves its reads needs it."""
 
     @property
     def end(self) -> int:
@@ -40,8 +43,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, then prefill segments. One without segments is never computed, so it may hold no copies:
-    AssertionError."""
+    """Decode segments first, then prefill segments. Without segments it is never computed, and may
+    bring no copies: AssertionError."""
 
     segments: tuple[Segment, ...]
     restores: tuple[tuple[int, int], ...] = ()

@@ -256,6 +256,7 @@ class Scheduler:
             is_decode=task.is_decode,
             exports=exports,
             logits="all" if task.scores else "last" if task.samples else "none",
+            namespace=request.namespace,
         )
 
     def commit(

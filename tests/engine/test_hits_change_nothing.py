@@ -127,7 +127,7 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
 
 
 def test_steps_without_memory_change_nothing(make_engine: MakeEngine) -> None:
-    """The second prompt waits for memory with a row that has just become the first's; the third takes its old one."""
+    """The second prompt waits with a row that has just become the first's; the third takes its old."""
     asked = [[7] + [1] * 63, [7] + [2] * 199, [9] + [3] * 79]
     params = [dataclasses.replace(REPORT, max_tokens=n) for n in (2, 1, 6)]
     runs = []
