@@ -107,7 +107,10 @@ class EngineConfig:
         "auto",
         "make the next step while the device computes this one; auto: where it computes by itself",
     )
-    check: bool = _setting(False, "verify every cache invariant whenever the engine is idle")
+    check: bool = _setting(
+        False,
+        "verify the request table after every step, and every cache invariant whenever the engine is idle",
+    )
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """With what is left to the device chosen."""

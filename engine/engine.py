@@ -285,8 +285,10 @@ class Engine:
             if output.is_finished:
                 del self._requests[output.request_id]
         self._deliver(outputs)
-        if self.config.check and not self.has_work():
-            self.check()
+        if self.config.check:
+            self._manager.check_rows(self.runner.table_row)
+            if not self.has_work():
+                self.check()
         self._tell_observer(plan)
         return outputs
 
@@ -427,5 +429,6 @@ class Engine:
         return self.report().as_dict()
 
     def check(self) -> None:
-        """AssertionError unless every invariant of the cache holds and ``free + cached + held == total``. O(cache)."""
-        self._manager.check()
+        """AssertionError unless every invariant of the cache holds, ``free + cached + held ==
+        total``, and the runner reads for each request the KV rows of its lease. O(cache)."""
+        self._manager.check(self.runner.table_row)

@@ -9,6 +9,7 @@ from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.tokens import Indices
 
 
 class Runner(Protocol):
@@ -40,6 +41,11 @@ class Runner(Protocol):
         """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all.
 
         ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
+        ...
+
+    def table_row(self, row: int, end: int) -> Indices:
+        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any: int32,
+        a view."""
         ...
 
 

@@ -30,6 +30,7 @@ from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.run.weights import Dummy, WeightFiles
 from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.tokens import Indices
 from hybridcache.units import GIB, counted
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
@@ -139,6 +140,10 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    def table_row(self, row: int, end: int) -> Indices:
+        """KV indices of the positions of ``row`` below ``end``: a view of the host's table."""
+        return self.table.host[row, :end]
 
     def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).

@@ -11,15 +11,18 @@ from math import lcm
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.requests.request import Request
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
+from hybridcache.tokens import Indices
 
-RowWrite = tuple[int, int, npt.NDArray[np.int32]]
+RowWrite = tuple[int, int, Indices]
+TableRow = Callable[[int, int], Indices]
+"""(row, end) to the KV indices that a runner was given for a row's positions below ``end``, or for
+as many as it was given."""
 DECODE_PIECE = 32
 """Tokens of KV taken at once while decoding, so that most steps allocate nothing."""
 
@@ -46,7 +49,8 @@ class CacheManager:
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints sit on multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
-        self._leases: dict[int, Lease] = {}
+        self._num_rows = num_rows
+        self._requests: dict[int, Request] = {}
         self._restores: dict[int, tuple[int, int]] = {}
         self._row_writes: list[RowWrite] = []
 
@@ -70,7 +74,7 @@ class CacheManager:
         if lease is None:
             return False
         row = self._free_rows.pop()
-        self._leases[row] = lease
+        self._requests[row] = request
         request.lease, request.row = lease, row
         if request.wants_scores:
             request.scores.clear()
@@ -172,7 +176,7 @@ class CacheManager:
         _, row = request.claims
         self._row_writes = [write for write in self._row_writes if write[0] != row]
         self._restores.pop(row, None)
-        del self._leases[row]
+        del self._requests[row]
         self._free_rows.append(row)
         request.lease = request.row = None
 
@@ -201,9 +205,33 @@ class CacheManager:
 
     def held(self) -> tuple[int, int]:
         """(KV rows, slots) that running requests hold."""
-        leases = self._leases.values()
+        leases = [request.claims[0] for request in self._requests.values()]
         return sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases)
 
-    def check(self) -> None:
-        """Recompute every invariant of the cache, and ``free + cached + held == total``; AssertionError if one fails."""
+    def check(self, table_row: TableRow) -> None:
+        """Recompute every invariant of the cache and of the rows, and ``free + cached + held ==
+        total``; AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
+        assert sorted([*self._free_rows, *self._requests]) == list(range(self._num_rows))
+        self.check_rows(table_row)
+
+    def check_rows(self, table_row: TableRow) -> None:
+        """AssertionError unless the runner's request table, with the writes that the next batch
+        brings, lists for every request the rows of its lease. Between two steps only. O(tokens of
+        the running requests)."""
+        assert not self._restores, "a state copy was claimed, and no batch took it"
+        writes: dict[int, list[RowWrite]] = {row: [] for row in self._requests}
+        for write in self._row_writes:
+            writes[write[0]].append(write)
+        for row, request in self._requests.items():
+            expected = request.claims[0].kv_indices[: request.max_len]
+            listed = np.full(len(expected), -1, np.int32)
+            given = table_row(row, len(expected))
+            listed[: len(given)] = given
+            for _, start, indices in writes[row]:
+                listed[start : start + len(indices)] = indices
+            wrong = np.flatnonzero(listed != expected)
+            assert not len(wrong), (
+                f"a row write was lost: at position {wrong[0]} of request {request.request_id} the "
+                f"runner reads KV row {listed[wrong[0]]}, the lease has {expected[wrong[0]]}"
+            )

@@ -69,6 +69,10 @@ class Plan:
         return self.batch.num_tokens - self.num_decode_tokens
 
 
+EMPTY = Plan(Batch(()), ())
+"""Nothing to compute now: the runner is not asked."""
+
+
 class Scheduler:
     """Waiting and running requests, and the rules between them."""
 
@@ -140,7 +144,7 @@ class Scheduler:
         see every token, the step is empty: commit first.
         """
         if self._num_in_flight and (self._must_wait or self._needs_history()):
-            return Plan(Batch(()), ())
+            return EMPTY
         self._must_wait = False
         tasks: list[Task] = []
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
@@ -153,7 +157,15 @@ class Scheduler:
                 tasks.append(_task(request, end))
                 budget -= 0 if tasks[-1].is_decode else end - request.scheduled_len
         self._admit(tasks, budget)
+        if not tasks:
+            # What publish changed in a request's row waits for a batch that the runner is given.
+            return EMPTY
         tasks.sort(key=lambda task: not task.is_decode)
+        self._num_in_flight += 1
+        return Plan(self._batch(tasks), tuple(tasks))
+
+    def _batch(self, tasks: Sequence[Task]) -> Batch:
+        """What the runner must do for ``tasks``, with every copy that is due before it."""
         late_tokens = tuple(
             (index, task.request.drawn_row)
             for index, task in enumerate(tasks)
@@ -163,8 +175,7 @@ class Scheduler:
         for row, request in enumerate(task.request for task in tasks if task.samples):
             request.drawn_row = row
         restores, row_writes = self._manager.take_copies()
-        self._num_in_flight += bool(tasks)
-        return Plan(Batch(segments, restores, row_writes, late_tokens), tuple(tasks))
+        return Batch(segments, restores, row_writes, late_tokens)
 
     def _needs_history(self) -> bool:
         return any(request.params.needs_history for request in self._running)
@@ -245,6 +256,7 @@ class Scheduler:
             is_decode=task.is_decode,
             exports=exports,
             logits="all" if task.scores else "last" if task.samples else "none",
+            namespace=request.namespace,
         )
 
     def commit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
@@ -28,11 +29,26 @@ def make_request(arrival: int, length: int = 100) -> Request:
     )
 
 
-def prefill(manager: CacheManager, request: Request) -> None:
+class Table:
+    """A runner's request table."""
+
+    def __init__(self) -> None:
+        self.rows = np.full((2, 128), -1, np.int32)
+
+    def write(self, manager: CacheManager) -> None:
+        """Do the copies of a batch."""
+        for row, start, indices in manager.take_copies()[1]:
+            self.rows[row, start : start + len(indices)] = indices
+
+    def row(self, row: int, end: int) -> np.ndarray:
+        return self.rows[row, :end]
+
+
+def prefill(manager: CacheManager, request: Request, table: Table | None = None) -> None:
     assert manager.begin(request)
     assert manager.extend(request, request.prompt_len)
     manager.take_checkpoint_slots(request, request.prompt_len)
-    manager.take_copies()
+    (table or Table()).write(manager)
     request.computed_len = request.prompt_len
     manager.publish(request)
 
@@ -52,14 +68,59 @@ def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> No
 
 
 def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
-    manager = make_manager()
+    manager, table = make_manager(), Table()
     first, second = make_request(0), make_request(1)
-    prefill(manager, first)
+    prefill(manager, first, table)
     assert manager.begin(second) and manager.extend(second, 100)
     manager.abort(second)
     assert manager.take_copies() == ((), ())
     assert second.lease is second.row is None
-    manager.check()
+    manager.check(table.row)
+
+
+def two_of_one_prompt(manager: CacheManager, table: Table) -> Request:
+    """Two requests that computed the same side by side; the second, whose rows have just become the
+    first's."""
+    requests = make_request(0), make_request(1)
+    for request in requests:
+        assert manager.begin(request) and manager.extend(request, 100)
+    for request in requests:
+        table.write(manager)
+        request.computed_len = 100
+        manager.publish(request)
+    return requests[1]
+
+
+def test_the_check_knows_every_row_that_the_runner_was_given() -> None:
+    manager, table = make_manager(), Table()
+    request = two_of_one_prompt(manager, table)
+    manager.check(table.row)  # The write is due, and the next batch will bring it.
+    assert manager.extend(request, 110)
+    manager.check(table.row)
+    table.write(manager)
+    manager.check(table.row)
+    table.rows[request.row, 109] += 1
+    with pytest.raises(AssertionError, match="at position 109 of request 1 the runner reads"):
+        manager.check(table.row)
+
+
+def test_a_row_write_that_nobody_made_is_noticed() -> None:
+    manager, table = make_manager(), Table()
+    two_of_one_prompt(manager, table)
+    manager.take_copies()
+    with pytest.raises(AssertionError, match="a row write was lost: at position 0 of request 1"):
+        manager.check(table.row)
+
+
+def test_a_state_copy_that_nobody_made_is_noticed() -> None:
+    manager, table = make_manager(), Table()
+    first, second = make_request(0), make_request(1)
+    prefill(manager, first, table)
+    assert manager.begin(second) and manager.extend(second, 100)
+    with pytest.raises(AssertionError, match="a state copy was claimed"):
+        manager.check(table.row)
+    table.write(manager)
+    manager.check(table.row)
 
 
 def test_rows_are_as_many_as_were_given() -> None:

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -95,7 +96,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.sampled_from(["off", "on"]),
     )
     def start(self, kv_pages: int, **settings: object) -> None:
-        self.engine = make_engine(kv_tokens=64 * kv_pages, **settings)
+        self.serve(make_engine(kv_tokens=64 * kv_pages, **settings))
+
+    def serve(self, engine: Engine) -> None:
+        self.engine = engine
         self.expected: dict[str, tuple[list[int], list[float], str]] = {}
         self.outputs: dict[str, RequestOutput] = {}
         self.histories: list[list[int]] = []
@@ -106,10 +110,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.expected[request_id] = answer(prompt, params, self.engine.config.exact)
         self.histories.append(prompt + self.expected[request_id][0])
 
-    @rule(prompt=prompts, params=sampling, boundary=st.integers(0, 400), copies=st.integers(1, 4))
-    def arrive(self, prompt: list[int], params: SamplingParams, boundary: int, copies: int) -> None:
+    @rule(
+        prompt=prompts,
+        params=sampling,
+        boundary=st.integers(0, 400),
+        copies=st.integers(1, 4),
+        namespace=st.sampled_from([None, None, "salt"]),
+    )
+    def arrive(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        boundary: int,
+        copies: int,
+        namespace: str | None,
+    ) -> None:
         for _ in range(copies):
-            self.submit(prompt, params, boundaries=(boundary,))
+            self.submit(prompt, params, boundaries=(boundary,), namespace=namespace)
 
     @precondition(lambda self: self.histories)
     @rule(
@@ -128,7 +145,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 40))
     def run(self, steps: int) -> None:
-        for _ in range(steps):
+        self.steps(steps)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
             if self.engine.has_work():
                 self.one_step()
 
@@ -180,6 +200,53 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.engine.report().kv.held == self.engine.report().slots.held == 0
 
 
+class TightMachine(SchedulerMachine):
+    """Overlap, and pools that hold one request and a bit of the next: prompts share less than a
+    checkpoint, so a publish changes rows, and many steps come out empty."""
+
+    @initialize(
+        prefix_cache=st.sampled_from(["hybrid", "radix"]),
+        kv_tokens=st.sampled_from([192, 256, 288, 320, 384]),
+        slots=st.integers(2, 6),
+        max_running=st.integers(2, 3),
+        token_budget=st.sampled_from([64, 128]),
+        page_size=st.sampled_from([1, 1, 16]),
+        checkpoints=st.sampled_from(PLACEMENTS),
+        exact=st.booleans(),
+    )
+    def start(self, **settings: object) -> None:
+        self.serve(make_engine(overlap="on", **settings))
+
+    @rule(
+        shared=st.integers(1, 63),
+        short=st.integers(1, 130),
+        margin=st.integers(1, 80),
+        steps=st.integers(0, 4),
+        left=st.integers(1, 4),
+        namespace=st.sampled_from([None, None, "salt"]),
+        when_idle=st.booleans(),
+    )
+    def arrive(
+        self,
+        shared: int,
+        short: int,
+        margin: int,
+        steps: int,
+        left: int,
+        namespace: str | None,
+        when_idle: bool,
+    ) -> None:
+        """A prompt, and when little is left of its answer one that begins like it and all but fills
+        the pool."""
+        self.steps(1000 if when_idle else 0)
+        long = self.engine.max_model_len - shared - margin
+        for family, (length, answer) in enumerate([(short, steps + left), (long, left)]):
+            prompt = pattern(0, shared) + pattern(10 + family, length)
+            params = SamplingParams(max_tokens=answer, logprobs=0)
+            self.submit(prompt, params, namespace=namespace)
+            self.steps(0 if family else steps)
+
+
 def assert_scored(output: RequestOutput) -> None:
     """Prompt log-probabilities are those of a prompt computed from its beginning."""
     prompt = output.prompt_token_ids.tolist()
@@ -193,3 +260,9 @@ def assert_scored(output: RequestOutput) -> None:
 
 
 TestSchedulerMachine = pytest.mark.timeout(600)(SchedulerMachine.TestCase)
+TestTightMachine = pytest.mark.timeout(600)(TightMachine.TestCase)
+TestTightMachine.settings = settings(
+    max_examples=3 * settings.default.max_examples,
+    stateful_step_count=settings.default.stateful_step_count // 2,
+)
+"""Many short runs: what it looks for is a coincidence of one arrival, not a long history."""
