@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
+from engine.schedule.memory import MemorySizes
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices
@@ -16,12 +17,7 @@ class Runner(Protocol):
     """What the engine asks of a model runner."""
 
     @property
-    def num_kv_tokens(self) -> int: ...
-
-    @property
-    def num_slots(self) -> int:
-        """0: an attention-only model."""
-        ...
+    def memory(self) -> MemorySizes: ...
 
     @property
     def max_model_len(self) -> int: ...

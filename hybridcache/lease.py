@@ -299,30 +299,53 @@ class Lease:
         """
         if start >= self.prompt_len:
             return self._roll(start, end)
-        plan = self._plan
-        if not plan:
+        if not self._plan and not self._pending:
             return ()
-        saved: list[Saved] = []
+        self._save(start, end, len(self._plan))
+        return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
+
+    def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
+        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its order, and keep them for it;
+        returns how many it would still ask for. For a caller that wants few slabs of an arena emptied at a time."""
+        if start >= self.prompt_len:
+            rolls = self._rolling is None and bool(self._crossing(start, end))
+            if rolls and max_slots:
+                self._roll(start, end)
+                return 0
+            return int(rolls)
+        if not self._save(start, end, max_slots):
+            return 0
+        return sum(start < position <= end for position in self._plan)
+
+    def _save(self, start: int, end: int, max_slots: int) -> bool:
+        """Take slots for planned positions in (start, end]. False: none can be had for the next."""
+        plan, num_taken = self._plan, 0
         for position, label in tuple(plan.items()):
-            if start < position <= end:
+            if start < position <= end and num_taken < max_slots:
                 slot = self._cache.allocate_slot()
                 if slot is None:
-                    break
+                    return False
                 del plan[position]
-                saved.append((position, slot))
                 self._pending[position, slot] = label
-        saved.sort()
-        return tuple(saved)
+                num_taken += 1
+        return True
 
     def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
-        interval = self._decode_interval
-        if interval is None or end // interval * interval <= start:
+        position = self._crossing(start, end)
+        if position is None:
             return ()
         slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
         if slot is None:
             return ()
-        self._rolling = end // interval * interval, slot
+        self._rolling = position, slot
         return (self._rolling,)
+
+    def _crossing(self, start: int, end: int) -> int | None:
+        """The last position in (start, end] at which decoding saves a state; None: there is none."""
+        interval = self._decode_interval
+        if interval is None or end // interval * interval <= start:
+            return None
+        return end // interval * interval
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Hand what is computed to the tree, with the checkpoints that are done, and move the lock to its end.

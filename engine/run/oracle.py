@@ -6,6 +6,9 @@ token is a function of the fingerprint, so greedy answers must not depend on who
 is cut. With ``exact`` a fingerprint also tells which tokens a decode step computed, as bits would.
 Rows and states also know the namespace that made them, and are read in no other.
 
+In an arena rows and slots are the same bytes: what is written to a slot is gone from the rows under it, and the other way
+round.
+
 For tests, and for studies that want the engine's schedule without the cost of a model.
 """
 
@@ -19,7 +22,10 @@ import numpy.typing as npt
 
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch, Segment
+from engine.schedule.memory import MemorySizes
 from engine.text.outputs import SampledToken
+from hybridcache.allocators.arena import slab_rows
+from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices
 
@@ -47,28 +53,30 @@ class OracleRunner:
     def __init__(
         self,
         num_kv_tokens: int,
-        num_slots: int,
+        num_slots: int | None,
         *,
         max_model_len: int = 1 << 20,
         vocab_size: int = 320,
         exact: bool = False,
-        geometry: str = "qwen3-next",
+        geometry: str | ModelGeometry = "qwen3-next",
+        page_size: int = 1,
     ) -> None:
-        """``geometry`` names the preset whose sizes the memory is said to have."""
-        self.num_kv_tokens = num_kv_tokens
-        self.num_slots = num_slots
-        """0: an attention-only model."""
+        """Two pools; ``num_slots`` 0: an attention-only model. None: an arena of ``num_kv_tokens`` rows. ``geometry``, or the
+        preset of that name, has the sizes that the memory is said to have."""
+        if isinstance(geometry, str):
+            geometry = ModelGeometry.preset(geometry)
+        self.geometry = geometry
+        self.memory = _sizes(num_kv_tokens, num_slots, geometry, page_size)
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self.geometry = ModelGeometry.preset(geometry)
         self._exact = exact
         self._fingerprints: Fingerprints = np.zeros(num_kv_tokens, np.int64)
         self._tokens = np.zeros((num_kv_tokens, 2), np.int64)
         """(token, computed by a decode step)."""
         self._writers: npt.NDArray[np.int32] = np.full(num_kv_tokens, -1, np.int32)
-        """Whose each row is: an index of ``_namespaces``; -1: it was never written."""
+        """Whose each row is: an index of ``_namespaces``; -1: nobody wrote it, or a state lies over it."""
         self._namespaces: list[Hashable] = []
-        self._states: list[State | None] = [None] * num_slots
+        self._states: list[State | None] = [None] * self.memory.num_slots
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
         self.is_asynchronous = False
@@ -76,10 +84,12 @@ class OracleRunner:
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
-        for source, target in batch.restores:
-            self._states[target] = self._states[source]
+        for move in batch.moves:
+            self._move(move)
         for row, start, indices in batch.row_writes:
             self._write_row(row, start, indices)
+        for source, target in batch.restores:
+            self._write_state(target, self._states[source])
         self._prove_disjoint(batch)
         late = {index: drawn[row] for index, row in batch.late_tokens}
         logits = [
@@ -93,6 +103,29 @@ class OracleRunner:
     def table_row(self, row: int, end: int) -> Indices:
         """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any."""
         return self._table.get(row, np.empty(0, np.int32))[:end]
+
+    def _move(self, move: Move) -> None:
+        assert not set(move.src.tolist()) & set(move.dst.tolist()), "a row moves into its own slab"
+        for what in (self._fingerprints, self._tokens, self._writers):
+            what[move.dst] = what[move.src]
+        self._forget_states(move.dst)
+
+    def _forget_states(self, rows: Indices) -> None:
+        """``rows`` were written: what was a state over them is none."""
+        for slot in self._slots_over(rows):
+            self._states[slot] = None
+
+    def _write_state(self, slot: int, state: State | None) -> None:
+        self._states[slot] = state
+        size = self.memory.slab_rows
+        self._writers[slot * size : (slot + 1) * size] = -1
+
+    def _slots_over(self, rows: Indices) -> set[int]:
+        """The slots that share bytes with ``rows``."""
+        if not self.memory.slab_rows:
+            return set()
+        slots = np.unique(rows // self.memory.slab_rows).tolist()
+        return {slot for slot in slots if slot < self.memory.num_slots}
 
     def _write_row(self, row: int, start: int, indices: npt.NDArray[np.int32]) -> None:
         table = self._table.get(row, np.empty(0, np.int32))
@@ -119,6 +152,9 @@ class OracleRunner:
         slots = [segment.slot for segment in batch.segments if segment.slot is not None]
         slots += [slot for segment in batch.segments for _, slot in segment.exports]
         assert len(set(slots)) == len(slots), "two states in one slot"
+        for segment in batch.segments:
+            under = self._slots_over(self._table[segment.row][: segment.end])
+            assert not under & set(slots), "a KV row lies under a state"
 
     def _compute(self, segment: Segment, token_ids: list[int]) -> list[int]:
         start, end = segment.start, segment.end
@@ -136,13 +172,14 @@ class OracleRunner:
         self._tokens[rows, 0] = token_ids
         self._tokens[rows, 1] = by_decode
         self._writers[rows] = self._writer(segment.namespace)
+        self._forget_states(rows)
         self._proved[segment.row] = np.concatenate([proved, new])
         for position, slot in segment.exports:
             assert start < position <= end, "a checkpoint outside of its segment"
             saved = int(new[position - start - 1])
-            self._states[slot] = State(position, saved, segment.namespace)
+            self._write_state(slot, State(position, saved, segment.namespace))
         if segment.slot is not None:
-            self._states[segment.slot] = State(end, before, segment.namespace)
+            self._write_state(segment.slot, State(end, before, segment.namespace))
         rows_wanted = {"none": new[:0], "last": new[-1:], "all": new}[segment.logits]
         return [int(one) for one in rows_wanted]
 
@@ -190,6 +227,17 @@ class OracleRunner:
             raise AssertionError(
                 f"namespace {segment.namespace!r} reads at position {position} a KV row of {owner}"
             )
+
+
+def _sizes(
+    num_kv_tokens: int, num_slots: int | None, geometry: ModelGeometry, page_size: int
+) -> MemorySizes:
+    row, state = geometry.kv_bytes_per_token, geometry.state_bytes
+    if num_slots is not None:
+        state *= num_slots > 0
+        return MemorySizes("pools", num_kv_tokens, num_slots, row, state, page_size)
+    num_slots = num_kv_tokens // slab_rows(state, row, page_size) if state else 0
+    return MemorySizes("arena", num_kv_tokens, num_slots, row, state, page_size)
 
 
 class OracleDrawn:

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.allocators.moves import Move
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -43,8 +45,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, then prefill segments. Without segments it is never computed, and may
-    bring no copies: AssertionError."""
+    """Decode segments first, then prefill segments. Without segments it is made for its moves; with
+    neither it is never computed, and may bring no copies: AssertionError.
+
+    Before the forward pass, in this order: moves, row writes, restores."""
 
     segments: tuple[Segment, ...]
     restores: tuple[tuple[int, int], ...] = ()
@@ -53,10 +57,12 @@ class Batch:
     """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
     """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step before)."""
+    moves: tuple[Move, ...] = ()
+    """Rows of an arena to move, one move after the other: ``hybridcache.allocators.moves``."""
 
     def __post_init__(self) -> None:
         copies = self.restores or self.row_writes
-        assert self.segments or not copies, "copies in a batch that nobody computes"
+        assert self.segments or self.moves or not copies, "copies in a batch that nobody computes"
 
     @property
     def num_tokens(self) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.requests.request import Request
+from hybridcache.allocators.moves import Move, PendingMoves
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog
@@ -25,6 +26,16 @@ TableRow = Callable[[int, int], Indices]
 as many as it was given."""
 DECODE_PIECE = 32
 """Tokens of KV taken at once while decoding, so that most steps allocate nothing."""
+MAX_MOVES = 1
+"""Slabs of an arena emptied a step: what a step waits for them stays below what it takes itself."""
+
+
+class Copies(NamedTuple):
+    """What the next batch has to copy before it computes, in this order."""
+
+    moves: tuple[Move, ...]
+    row_writes: tuple[RowWrite, ...]
+    restores: tuple[tuple[int, int], ...]
 
 
 class CacheManager:
@@ -53,6 +64,10 @@ class CacheManager:
         self._requests: dict[int, Request] = {}
         self._restores: dict[int, tuple[int, int]] = {}
         self._row_writes: list[RowWrite] = []
+        self._moves = PendingMoves()
+        self._has_given_moves = False
+        if cache.arena is not None:
+            cache.arena.holders[self._moves] = None
 
     def begin(self, request: Request) -> bool:
         """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no memory; nothing changed."""
@@ -106,12 +121,37 @@ class CacheManager:
         self._record("extend", lease, (to_len,), extended)
         return extended
 
-    def take_checkpoint_slots(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
-        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``."""
+    def take_checkpoint_slots(
+        self, request: Request, end: int
+    ) -> tuple[tuple[int, int], ...] | None:
+        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``. None: more slabs
+        would have to be emptied than a step may wait for; ask again for the next, what was taken is kept."""
         lease, _ = request.claims
-        exports = lease.take_checkpoint_slots(request.scheduled_len, end)
-        self._record("take_checkpoint_slots", lease, (request.scheduled_len, end), exports)
+        span = request.scheduled_len, end
+        num_wanted = lease.reserve_checkpoint_slots(*span, 0) if self.cache.arena else 0
+        while num_wanted > (num_slots := self._num_slots_at_hand(num_wanted)):
+            if not num_slots:
+                return None
+            num_wanted = lease.reserve_checkpoint_slots(*span, num_slots)
+            self._record("reserve_checkpoint_slots", lease, (*span, num_slots), num_wanted)
+        exports = lease.take_checkpoint_slots(*span)
+        self._record("take_checkpoint_slots", lease, span, exports)
         return exports
+
+    @property
+    def must_wait_for_slab(self) -> bool:
+        """No request may begin before the next step: its slot could take one more slab to be emptied than a step may."""
+        return self._num_slots_at_hand(1) == 0
+
+    def _num_slots_at_hand(self, num_wanted: int) -> int:
+        """How many of ``num_wanted`` slots can be taken without emptying more slabs than ``MAX_MOVES`` for the next batch."""
+        arena = self.cache.arena
+        if arena is None:
+            return num_wanted
+        num_moves = MAX_MOVES - len(self._moves)
+        if len(arena.free_slabs) + num_moves < num_wanted:
+            arena.collect_free_slabs()
+        return min(len(arena.free_slabs) + num_moves, num_wanted)
 
     def cached_len(self, request: Request) -> int:
         """What waiting ``request`` could resume from now. O(its length)."""
@@ -180,11 +220,31 @@ class CacheManager:
         self._free_rows.append(row)
         request.lease = request.row = None
 
-    def take_copies(self) -> tuple[tuple[tuple[int, int], ...], tuple[RowWrite, ...]]:
-        """(state copies, request table writes) that the next batch must make before it computes; given out once."""
+    @property
+    def has_moves(self) -> bool:
+        """Rows moved, and no batch took that yet."""
+        return len(self._moves) > 0
+
+    def take_copies(self) -> Copies:
+        """What the next batch must copy before it computes; given out once."""
+        moves = self._moves.take()
+        if moves:
+            for row, request in self._requests.items():
+                lease, _ = request.claims
+                moved = lease.take_moved()
+                if moved is not None:
+                    start, end = moved[0], min(moved[1], request.max_len)
+                    self._row_writes.append((row, start, lease.kv_indices[start:end]))
+        self._has_given_moves = bool(moves)
         restores, self._restores = tuple(self._restores.values()), {}
         row_writes, self._row_writes = tuple(self._row_writes), []
-        return restores, row_writes
+        return Copies(moves, row_writes, restores)
+
+    def lost_moves(self) -> bool:
+        """A step broke off: whether nobody knows if the moves of the last batch were made, so that no cached row can be
+        trusted. Those that no batch took are in the next."""
+        lost, self._has_given_moves = self._has_given_moves, False
+        return lost
 
     def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
         """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens, but no checkpoint.

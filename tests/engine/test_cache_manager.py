@@ -58,13 +58,13 @@ def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> No
     first, second = make_request(0), make_request(1)
     prefill(manager, first)
     assert manager.begin(second) and manager.extend(second, 100)
-    restores, writes = manager.take_copies()
-    assert restores == (second.lease.restore,)
-    assert [(row, start, len(indices)) for row, start, indices in writes] == [
+    copies = manager.take_copies()
+    assert copies.restores == (second.lease.restore,)
+    assert [(row, start, len(indices)) for row, start, indices in copies.row_writes] == [
         (second.row, 0, 64),
         (second.row, 64, 36),
     ]
-    assert manager.take_copies() == ((), ())
+    assert manager.take_copies() == ((), (), ())
 
 
 def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
@@ -73,7 +73,7 @@ def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
     prefill(manager, first, table)
     assert manager.begin(second) and manager.extend(second, 100)
     manager.abort(second)
-    assert manager.take_copies() == ((), ())
+    assert manager.take_copies() == ((), (), ())
     assert second.lease is second.row is None
     manager.check(table.row)
 
@@ -136,5 +136,5 @@ def test_no_row_is_written_past_the_longest_the_request_can_get() -> None:
     request = make_request(0)
     assert manager.begin(request) and manager.extend(request, 100)
     assert len(request.lease.kv_indices) == 128
-    _, [(_, start, indices)] = manager.take_copies()
+    [(_, start, indices)] = manager.take_copies().row_writes
     assert start + len(indices) == request.max_len == 116

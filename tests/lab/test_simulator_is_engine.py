@@ -68,8 +68,8 @@ def engine_of(policy: str, runner: Any, sampler: Any, **settings: Any) -> tuple[
 def run_config(policy: str, engine: Engine) -> RunConfig:
     return RunConfig(
         engine.runner.geometry,
-        num_kv_tokens=engine.runner.num_kv_tokens,
-        num_slots=engine.runner.num_slots,
+        num_kv_tokens=engine.runner.memory.num_kv_tokens,
+        num_slots=engine.runner.memory.num_slots,
         policy=policy,
         checkpoints=CHECKPOINTS,
         steps=EngineSteps(token_budget=256),
