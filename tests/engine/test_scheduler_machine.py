@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.run.oracle import OracleRunner, OracleSampler, fingerprint
+from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
+from engine.schedule.batch import Batch
+from hybridcache.geometry.model import ModelGeometry
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)
@@ -24,15 +28,51 @@ PLACEMENTS = (
 )
 
 
+class MachineRunner(OracleRunner):
+    """Counts what it moves, and breaks off steps where it is asked to, before or after the moves."""
+
+    num_moves = 0
+    breaks_off: str | None = None
+
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
+        assert len(batch.moves) <= 1, "a step that waits for two slabs"
+        assert batch.segments or batch.moves, "a step without task"
+        self.num_moves += len(batch.moves)
+        word, self.breaks_off = self.breaks_off, None
+        if word == "before":
+            raise KeyboardInterrupt
+        if word == "moved":
+            super().forward(Batch((), moves=batch.moves))
+            raise KeyboardInterrupt
+        logits = super().forward(batch, drawn)
+        if word == "after":
+            raise KeyboardInterrupt
+        return logits
+
+
 def make_engine(
-    prefix_cache: str = "hybrid", kv_tokens: int = 1024, slots: int = 6, **settings: object
+    prefix_cache: str = "hybrid",
+    kv_tokens: int = 1024,
+    slots: int = 6,
+    slab_rows: int | None = None,
+    **settings: object,
 ) -> Engine:
+    """Two pools, or, with ``slab_rows``, one arena of as many rows."""
     config = EngineConfig(prefix_cache=prefix_cache, **settings)
-    runner = OracleRunner(
+    geometry = ModelGeometry.preset("qwen3-next")
+    num_slots: int | None = 0 if prefix_cache == "radix" else slots
+    if slab_rows is not None and num_slots:
+        state = {"recurrent_elements": 0, "conv_bytes": 10 * slab_rows - 3}
+        geometry = dataclasses.replace(geometry, kv_bytes_per_token=10, **state)
+        slab_rows = -(-slab_rows // config.page_size) * config.page_size
+        kv_tokens, num_slots = kv_tokens + max(slots, 3) * slab_rows, None
+    runner = MachineRunner(
         kv_tokens,
-        0 if prefix_cache == "radix" else slots,
+        num_slots,
         vocab_size=VOCABULARY,
         exact=config.exact,
+        geometry=geometry,
+        page_size=config.page_size,
     )
     return Engine(config, runner=runner, sampler=SAMPLER)
 
@@ -94,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(["lru", "regret", "gdsf", "s3-fifo"]),
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
+        slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),
     )
     def start(self, kv_pages: int, **settings: object) -> None:
         self.serve(make_engine(kv_tokens=64 * kv_pages, **settings))
@@ -153,13 +194,26 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.one_step()
 
     def one_step(self) -> None:
-        computed = self.engine.runner.num_tokens_computed
+        runner = self.engine.runner
+        before = runner.num_tokens_computed, runner.num_moves
         outputs = self.engine.step()
         for output in outputs:
             self.outputs[output.request_id] = output
         self.engine.check()
         if self.engine.config.overlap == "off":
-            assert self.engine.runner.num_tokens_computed > computed, "a step without task"
+            after = runner.num_tokens_computed, runner.num_moves
+            assert after > before, "a step without task"
+
+    @rule(word=st.sampled_from(["before", "moved", "after"]))
+    def break_off(self, word: str) -> None:
+        runner = self.engine.runner
+        runner.breaks_off = word
+        try:
+            while self.engine.has_work() and runner.breaks_off:
+                self.one_step()
+        except KeyboardInterrupt:
+            self.engine.check()
+        runner.breaks_off = None
 
     @precondition(lambda self: self.expected)
     @rule(which=st.integers(0, 1000))
