@@ -130,6 +130,7 @@ class OracleRunner:
     def _write_row(self, row: int, start: int, indices: npt.NDArray[np.int32]) -> None:
         table = self._table.get(row, np.empty(0, np.int32))
         end = start + len(indices)
+        assert end <= self.max_model_len, "a row write past the end of the table"
         if end > len(table):
             table = np.concatenate([table, np.full(end - len(table), -1, np.int32)])
         table[start:end] = indices

@@ -51,7 +51,10 @@ class MovingRunner(OracleRunner):
 def make_engine(num_rows: int = 700, **settings: Any) -> Engine:
     page_size = settings.get("page_size", 1)
     config = EngineConfig(**{"max_running": 4, "token_budget": 128, "check": True} | settings)
-    runner = MovingRunner(num_rows, page_size=page_size, exact=config.exact)
+    longest = max(
+        len(prompt) + params.max_tokens for prompt, params in zip(prompts(), SAMPLING, strict=True)
+    )
+    runner = MovingRunner(num_rows, page_size=page_size, exact=config.exact, max_model_len=longest)
     return Engine(config, runner=runner, sampler=OracleSampler())
 
 
@@ -67,7 +70,7 @@ def prompts(count: int = 24) -> list[list[int]]:
     return made
 
 
-SAMPLING = [SamplingParams(max_tokens=n, temperature=0) for n in (3, 40, 70, 9) * 6]
+SAMPLING = [SamplingParams(max_tokens=n, temperature=0) for n in (3, 60, 70, 9) * 6]
 
 
 def serve(engine: Engine) -> list[list[int]]:

@@ -8,7 +8,9 @@ import pytest
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.schedule.cache_manager import CacheManager
+from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.interface import PrefixCache
 from hybridcache.policies.placement.rules import parse_placement
 
 
@@ -138,3 +140,49 @@ def test_no_row_is_written_past_the_longest_the_request_can_get() -> None:
     assert len(request.lease.kv_indices) == 128
     [(_, start, indices)] = manager.take_copies().row_writes
     assert start + len(indices) == request.max_len == 116
+
+
+class Filler:
+    """Rows of an arena that somebody else has."""
+
+    def __init__(self, cache: PrefixCache, num_rows: int) -> None:
+        self.rows = cache.allocate_kv(num_rows)
+        cache.arena.holders[self] = None
+
+    def rows_moved(self, move: Move) -> int:
+        return len(move.rename(self.rows))
+
+
+def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_get() -> None:
+    config = CacheConfig(
+        memory="arena", total_bytes=192, kv_bytes_per_token=1, state_bytes=64, page_size=8
+    )
+    cache = build_prefix_cache(config)
+    manager = CacheManager(cache, lambda: parse_placement("none"), num_rows=2, stateful=True)
+    request = make_request(0, length=10)
+    request.max_len = 20
+    assert manager.begin(request) and manager.extend(request, 20)
+    [(_, _, before)] = manager.take_copies().row_writes
+    before = before.copy()
+    gone, others = Filler(cache, 40), Filler(cache, 64)
+    del cache.arena.holders[gone]
+    cache.free_kv(gone.rows)
+    cache.free_kv(others.rows[40:])
+    others.rows = others.rows[:40].copy()
+    assert len(request.lease.kv_indices) == 24
+    slot = cache.allocate_slot()
+    assert manager.has_moves and manager.must_wait_for_slab
+    copies = manager.take_copies()
+    [move] = copies.moves
+    moved = dict(zip(move.src.tolist(), move.dst.tolist(), strict=True))
+    assert len(moved) == 24
+    [(row, start, indices)] = copies.row_writes
+    assert (row, start, indices.tolist()) == (
+        request.row,
+        0,
+        [moved[old] for old in before.tolist()],
+    )
+    assert manager.take_copies() == ((), (), ())
+    assert not manager.has_moves and not manager.must_wait_for_slab
+    assert manager.lost_moves() is False
+    cache.free_slot(slot)
