@@ -148,10 +148,7 @@ class CacheManager:
         arena = self.cache.arena
         if arena is None:
             return num_wanted
-        num_moves = MAX_MOVES - len(self._moves)
-        if len(arena.free_slabs) + num_moves < num_wanted:
-            arena.collect_free_slabs()
-        return min(len(arena.free_slabs) + num_moves, num_wanted)
+        return min(len(arena.free_slabs) + MAX_MOVES - len(self._moves), num_wanted)
 
     def cached_len(self, request: Request) -> int:
         """What waiting ``request`` could resume from now. O(its length)."""

@@ -255,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class TightMachine(SchedulerMachine):
-    """Overlap, and pools that hold one request and a bit of the next: prompts share less than a
+    """Overlap, and memory that holds one request and a bit of the next: prompts share less than a
     checkpoint, so a publish changes rows, and many steps come out empty."""
 
     @initialize(
@@ -267,6 +267,7 @@ class TightMachine(SchedulerMachine):
         page_size=st.sampled_from([1, 1, 16]),
         checkpoints=st.sampled_from(PLACEMENTS),
         exact=st.booleans(),
+        slab_rows=st.sampled_from([None, None, 16, 50]),
     )
     def start(self, **settings: object) -> None:
         self.serve(make_engine(overlap="on", **settings))
