@@ -78,6 +78,7 @@ class HybridRadixCache:
         self.grid = grid
         self.stats = CacheStats()
         self._step = lcm(grid, pages.page_size)
+        self.arena = pages.arena
         self._pages = pages
         self._slots = slots
         self._num_slots = slots.capacity

@@ -105,6 +105,10 @@ def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
         if order >= 0:
             residency.ghosts.add(node)
     residency.ghosts.trim()
+    if residency.owners is not None:
+        for node in nodes:
+            if node.kv is not None:
+                residency.owners.add(node.kv.indices)
     residency.mark_superseded()
     for item in sorted(residency.candidates(), key=lambda item: (item.last_used, item.serial)):
         residency.policy.add(item)
