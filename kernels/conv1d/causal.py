@@ -139,6 +139,8 @@ def decode_kernel(
     p_target = p_window
     if p_step_states is not None:
         p_target = p_step_states + i_token * C * (W - 1)
+    else:
+        tl.debug_barrier()  # all threads have read the old window
     save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
 
 
