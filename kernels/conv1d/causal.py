@@ -159,8 +159,8 @@ def prefill_conv1d(
 
     - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C, W]``. ``bias``: ``[C]``
       or None.
-    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots. A window is
-      contiguous, slots need not be.
+    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the
+      exports' slots. A window is contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
 
