@@ -168,23 +168,57 @@ def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message
 
 
 def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:
-    """(mark, ``value`` with every control token in its texts cut in two by the mark): none of them can become a token.
+    """(mark, ``value`` with marks in its texts, so that none can become a control token, alone or with what stands beside it).
 
     The mark is a character that ``value`` has not; None where there is nothing to mark. O(size of ``value``). TemplateError:
     it is nested too deep.
     """
-    tokens = "|".join(map(re.escape, control_tokens))
-    # Only the first character is taken, so that those are found too that begin inside another.
-    begins = re.compile(f"(?={tokens}).", re.DOTALL)
+    if not control_tokens:
+        return None, value
+    cuts = _Cuts(control_tokens)
     try:
-        texts = list(_texts(value)) if tokens else []
-        if not any(map(begins.search, texts)):
+        texts = list(_texts(value))
+        if not any(map(cuts.are_needed, texts)):
             return None, value
         used = set().union(*texts)
         mark = next(chr(code) for code in MARKS if chr(code) not in used)
-        return mark, _each_text(value, lambda text: begins.sub(lambda found: found[0] + mark, text))
+        return mark, _each_text(value, lambda text: cuts.marked(text, mark))
     except RecursionError as error:
         raise TemplateError("something in it is nested too deep.") from error
+
+
+class _Cuts:
+    """Where a text must be cut, whatever a template writes before and after it.
+
+    A control token that has a character of the text either lies in it; or begins in it, so that the text ends as the token
+    begins; or begins before it, so that the text begins as the token ends, or is the middle of one.
+    """
+
+    def __init__(self, control_tokens: Sequence[str]) -> None:
+        tokens = [token for token in control_tokens if len(token) > 1]
+        listed = "|".join(map(re.escape, tokens)) or "(?!)"
+        # Only the first character is taken, so that those are found too that begin inside another.
+        self._begins = re.compile(f"(?={listed}).", re.DOTALL)
+        self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
+        self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
+        self._tokens = tokens
+
+    def are_needed(self, text: str) -> bool:
+        return (
+            bool(self._begins.search(text)) or self._joins_before(text) or self._joins_after(text)
+        )
+
+    def marked(self, text: str, mark: str) -> str:
+        within = self._begins.sub(lambda found: found[0] + mark, text)
+        before = mark if self._joins_before(text) else ""
+        return before + within + (mark if self._joins_after(text) else "")
+
+    def _joins_before(self, text: str) -> bool:
+        is_middle = text != "" and any(text in token for token in self._tokens)
+        return is_middle or text.startswith(self._tails)
+
+    def _joins_after(self, text: str) -> bool:
+        return text.endswith(self._heads)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -192,7 +226,8 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for name, entry in value.items():
-            yield from _texts(name)
+            if not _is_plain(name):
+                yield name
             yield from _texts(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
@@ -205,11 +240,17 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {
-            _each_text(name, change): _each_text(entry, change) for name, entry in value.items()
+            name if _is_plain(name) else change(name): _each_text(entry, change)
+            for name, entry in value.items()
         }
     if isinstance(value, list | tuple):
         return [_each_text(entry, change) for entry in value]
     return value
+
+
+def _is_plain(name: Any) -> bool:
+    """A name that templates may ask for, such as ``text``, stays as it is: it is a word."""
+    return not isinstance(name, str) or name.isidentifier()
 
 
 def common_token_prefix(

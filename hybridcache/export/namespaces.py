@@ -73,7 +73,7 @@ def _write_number(number: Any) -> Namespace:
         return ("repr", repr(float(number)) if _is_float(number) else repr(number))
     if exact.denominator == 1:
         whole = int(exact)
-        return whole if _LEAST <= whole <= _MOST else ("int", hex(whole))
+        return whole if INT64_MIN <= whole <= INT64_MAX else ("int", hex(whole))
     near = _nearest(exact)
     return ("repr", repr(near)) if exact == near else ("fraction", str(exact))
 

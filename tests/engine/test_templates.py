@@ -153,7 +153,25 @@ def test_a_control_token_inside_another_is_found_too(inner: str) -> None:
     assert (prompt.token_ids.count(257), prompt.token_ids.count(258)) == (2, 1)
     mark, marked = mark_control_tokens(("<a>", "a>b"), ["<a>b", {"<a>": 1}])
     assert mark is not None
-    assert marked == [f"<{mark}a{mark}>b", {f"<{mark}a>": 1}]
+    texts = [marked[0], *marked[1]]
+    assert [text.replace(mark, "") for text in texts] == ["<a>b", "<a>"]
+    parts = [part for text in texts for part in text.split(mark)]
+    assert not any(token in part for part in parts for token in ("<a>", "a>b"))
+
+
+def test_only_what_could_be_part_of_a_control_token_is_cut() -> None:
+    tokens = ("<|im_end|>",)
+    plain = ["a < b", "x>", "im_end", {"text": "ends", "end": ["Hello", ""]}, 5, None]
+    assert mark_control_tokens(tokens, ["a < b", "x>", {"end": ["Hello", ""]}, 5, None])[0] is None
+    mark, marked = mark_control_tokens(tokens, [*plain, "if a <", "> b", "|"])
+    assert marked == [
+        *plain[:2],
+        f"{mark}im_end",
+        *plain[3:],
+        f"if a <{mark}",
+        f"{mark}> b",
+        f"{mark}|",
+    ]
 
 
 def test_a_tool_loop_has_both_of_its_futures() -> None:
