@@ -20,8 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "The ShareGPT conversations can not be had here: the demo will use made-up ones."
 	@touch $@
 
-demo: install  ## real conversations through the engine, with and without the cache: a table and a figure
-	$(BIN)/python -m experiments.run_sharegpt --or-synthetic --name demo --out out
+demo: install  ## conversations through the engine, with and without the cache: a table and a figure
+	$(BIN)/python -m experiments.run_sharegpt --name demo --out out
 
 serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 	$(BIN)/engine serve
