@@ -29,7 +29,7 @@ from hybridcache.core.owners import RowOwners
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.compact import compact_rows
-from hybridcache.radix.forks import last_above, last_at, link
+from hybridcache.radix.forks import Link, is_last_above, last_above, last_at, link
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.tree import RadixTree
@@ -140,8 +140,14 @@ class Residency:
         self.tree.revive(ghost)
         self.store_rows(ghost, rows)
 
-    def store_checkpoint(self, node: RadixNode, slot: int, label: str, offered: bool) -> None:
-        """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it is a leaf."""
+    def store_checkpoint(
+        self, node: RadixNode, slot: int, label: str, offered: bool, before: Link | None = None
+    ) -> Link:
+        """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it is a leaf.
+
+        Returns what it follows in its run, for the next checkpoint above it to be given as ``before``: else each of many that
+        come together would look for it past all the others' places. O(1) with it, else O(nodes up to it).
+        """
         serial = self.num_items
         self.num_items = serial + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
@@ -150,7 +156,8 @@ class Residency:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        before = last_above(node)
+        if before is None or not is_last_above(before, node):
+            before = last_above(node)
         below = before.deeper
         if below is not None:
             checkpoint.superseded = True
@@ -168,6 +175,7 @@ class Residency:
             self.policy.add(revives)
         if self.listener is not None:
             self.listener.checkpoint_stored(node)
+        return before
 
     # -- what goes ----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,17 @@ Class = tuple[tuple[bool, bool], str, int, int, int]
 class _Memo:
     """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
 
-    __slots__ = ("active", "cell", "demand", "entered", "key", "stage", "superseded", "turn", "uses")
+    __slots__ = (
+        "active",
+        "cell",
+        "demand",
+        "entered",
+        "key",
+        "stage",
+        "superseded",
+        "turn",
+        "uses",
+    )
 
     def __init__(self, item: Item, turn: int) -> None:
         self.uses = item.uses
