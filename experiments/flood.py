@@ -8,7 +8,7 @@ accounted for. Loopback only.
 
 The server makes steps ahead, and proves after each that every request reads its own KV rows
 (``--check``): a step that fails is an answer of 500. Equal prompts must get equal answers. With
-``--tight`` the pool holds two prompts: requests are preempted, and steps come out empty.
+``--tight`` the pool holds one long prompt: requests are preempted, and steps come out empty.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
 
-TIGHT_TOKENS, TIGHT_SLOTS = 512, 6
+TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
 Answers = dict[int, set[str]]
 """What each prompt was answered with."""
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.flood", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--max-queue", type=int, default=1024, help="default: %(default)s")
-    parser.add_argument("--tight", action="store_true", help="a pool for two prompts")
+    parser.add_argument("--tight", action="store_true", help="a pool for one long prompt")
     options = parser.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < options.requests + 100:
@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sizes(tight: bool) -> list[str]:
-    """Flags for the server's memory: ``--tight`` for two of the longest prompts, one running state
-    more than requests, and short chunks."""
+    """Flags for the server's memory: where it is tight, KV for the longest prompt, and chunks so
+    short that a prompt is let in before it is known to find no memory for its end."""
     if not tight:
         return ["--cache-gib", "0.1", "--max-model-len", "2048"]
     sizes = ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, kv_dtype="float32")
@@ -97,7 +97,7 @@ def _sizes(tight: bool) -> list[str]:
     state_gib = TIGHT_SLOTS * sizes.state_bytes / GIB
     return [
         *("--kv-gib", f"{kv_gib:.9f}", "--state-gib", f"{state_gib:.9f}"),
-        *("--token-budget", "128", "--max-running", "3"),
+        *("--token-budget", "64", "--max-running", "3"),
     ]
 
 

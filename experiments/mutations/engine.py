@@ -207,7 +207,7 @@ BREAKAGES = (
         "who was aborted takes a token from the step",
         SCHEDULER,
         "            if request.lease is not task.lease:\n                continue\n",
-        "            if request.lease is None:\n                continue\n",
+        "",
         STEPS,
     ),
     Mutation(
