@@ -112,6 +112,9 @@ def test_penalties():
     assert drawn(logits, request(temperature=0, presence_penalty=1.0, output=seen)) == [2]
     assert drawn(logits, request(temperature=0, frequency_penalty=0.15, output=seen[:2])) == [1]
     assert drawn(logits, request(temperature=0, presence_penalty=1.0, prompt=seen)) == [0]
+    other = np.array([9], dtype=np.int32)
+    answered = request(temperature=0, presence_penalty=1.0, prompt=seen, output=other)
+    assert drawn(logits, answered) == [0]
     assert logits[0, 0] == 4.0  # the caller's logits stay as they were
 
 
