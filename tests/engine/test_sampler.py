@@ -110,7 +110,7 @@ def test_penalties():
     seen = np.array([0, 0, 1], dtype=np.int32)
     assert drawn(logits, request(temperature=0, repetition_penalty=2.0, prompt=seen)) == [2]
     assert drawn(logits, request(temperature=0, presence_penalty=1.0, output=seen)) == [2]
-    assert drawn(logits, request(temperature=0, frequency_penalty=0.15, output=seen[:2])) == [1]
+    assert drawn(logits, request(temperature=0, frequency_penalty=0.06, output=seen[:2])) == [1]
     assert drawn(logits, request(temperature=0, presence_penalty=1.0, prompt=seen)) == [0]
     other = np.array([9], dtype=np.int32)
     answered = request(temperature=0, presence_penalty=1.0, prompt=seen, output=other)
