@@ -19,6 +19,7 @@ MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
 MEMORY = (MANAGER_TESTS, *STEPS)
+ARENA = ("tests/engine/test_arena.py", *MACHINES)
 DRAWS = (SAMPLER_TESTS,)
 THREAD = (ASYNC_TESTS,)
 
@@ -27,14 +28,14 @@ BREAKAGES = (
     Mutation(
         "an empty step takes the row writes with it",
         SCHEDULER,
-        "            return EMPTY\n        tasks.sort",
-        "            self._manager.take_copies()\n            return EMPTY\n        tasks.sort",
+        "            return EMPTY\n        self._num_in_flight",
+        "            self._manager.take_copies()\n            return EMPTY\n        self._num_in_flight",
         (SHORT_MEMORY,),
     ),
     Mutation(
         "an empty step brings copies",
         SCHEDULER,
-        "        if not tasks:\n",
+        "        if not ready and not self._manager.has_moves:\n",
         "        if False:\n",
         (SHORT_MEMORY,),
     ),
@@ -48,8 +49,8 @@ BREAKAGES = (
     Mutation(
         "a drawn token's row counts those who draw none",
         SCHEDULER,
-        "for row, request in enumerate(task.request for task in tasks if task.samples):",
-        "for row, request in enumerate(task.request for task in tasks):",
+        "for row, request in enumerate(task.request for task, _ in ready if task.samples):",
+        "for row, request in enumerate(task.request for task, _ in ready):",
         STEPS,
     ),
     Mutation(
@@ -258,12 +259,10 @@ BREAKAGES = (
         STEPS,
     ),
     Mutation(
-        "checkpoints are looked for past the step",
+        "checkpoints are looked for before the step",
         SCHEDULER,
-        "        exports = self._manager.take_checkpoint_slots(request, task.end)\n"
-        "        request.scheduled_len = task.end\n",
-        "        request.scheduled_len = task.end\n"
-        "        exports = self._manager.take_checkpoint_slots(request, task.end)\n",
+        "self._manager.take_checkpoint_slots(task.request, task.end)",
+        "self._manager.take_checkpoint_slots(task.request, task.start)",
         STEPS,
     ),
     Mutation(
@@ -392,6 +391,20 @@ BREAKAGES = (
         "self.cache.match(request.tokens, request.namespace).cached_len",
         "self.cache.match(request.tokens).cached_len",
         MEMORY,
+    ),
+    Mutation(
+        "rows that moved are not listed anew",
+        MANAGER,
+        "                    self._row_writes.append((row, start, lease.kv_indices[start:end]))\n",
+        "                    pass\n",
+        ARENA,
+    ),
+    Mutation(
+        "moves without anything to compute are not made",
+        ENGINE_LOOP,
+        "        elif plan.tasks or plan.batch.moves:\n",
+        "        elif plan.tasks:\n",
+        ARENA,
     ),
     # -- sharing
     Mutation(
@@ -678,7 +691,7 @@ BREAKAGES = (
 
 ENGINE = Mutations(
     breakages=BREAKAGES,
-    tests=(*MEMORY, *DRAWS, *THREAD),
+    tests=(*MEMORY, ARENA[0], *DRAWS, *THREAD),
     machines=MACHINES,
     copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),
 )
