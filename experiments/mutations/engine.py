@@ -386,13 +386,6 @@ BREAKAGES = (
         MEMORY,
     ),
     Mutation(
-        "a waiting request is matched in everybody's prefixes",
-        MANAGER,
-        "self.cache.match(request.tokens, request.namespace).cached_len",
-        "self.cache.match(request.tokens).cached_len",
-        MEMORY,
-    ),
-    Mutation(
         "rows that moved are not listed anew",
         MANAGER,
         "                    self._row_writes.append((row, start, lease.kv_indices[start:end]))\n",

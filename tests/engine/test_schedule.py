@@ -274,3 +274,18 @@ def test_a_scored_prompt_is_answered_as_any_other() -> None:
     [scored] = make_engine().generate([ids(200)], answer(9), prompt_logprobs=0)
     [plain] = make_engine().generate([ids(200)], answer(9))
     assert scored.token_ids == plain.token_ids
+
+
+def test_who_leaves_takes_its_token_along() -> None:
+    """Its task stands before another's in the step that is in flight."""
+    engine = make_engine(overlap="on")
+    leaves = engine.submit(ids(10), answer(50))
+    stays = engine.submit(ids(20, first=90), answer(20))
+    for _ in range(4):
+        engine.step()
+    engine.abort(leaves)
+    tokens: list[int] = []
+    while engine.has_work():
+        tokens += [t for o in engine.step() if o.request_id == stays for t in o.new_token_ids]
+    [alone] = make_engine().generate([ids(20, first=90)], answer(20))
+    assert tokens == alone.token_ids[-len(tokens) :]
