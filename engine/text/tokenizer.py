@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
     """What the engine and the server need of a tokenizer."""
 
     vocab_size: int
-    """Ids the model may be given are below it."""
+    """One more than the highest id that there is: a model's own table may be longer."""
     eos_token_ids: frozenset[int]
     """Ids that end an answer."""
     special_tokens: tuple[str, ...]
@@ -162,7 +162,7 @@ class HFTokenizer:
         self._backend = _load_backend(model_dir)
         settings = _read_json(model_dir / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
-        self.vocab_size = max(self._backend.get_vocab_size(with_added_tokens=True), *added, 0) + 1
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.special_tokens = tuple(
             token.content
             for token in added.values()
@@ -250,7 +250,12 @@ class HFTokenizer:
         if not self._is_byte_level:
             return str(self._backend.decode([token_id], False)).encode()
         token = self._backend.id_to_token(token_id)
-        return bytes(_BYTE_OF[letter] for letter in token) if token is not None else b""
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF[letter] for letter in token)
+        except KeyError:  # Not of the byte alphabet: it stands for itself, as in HF's decoder.
+            return token.encode()
 
     def stream_decoder(self) -> StreamDecoder:
         if self._is_byte_level:

@@ -143,6 +143,25 @@ def test_random_ids_of_a_directory_decode_alike(model_dir: Path) -> None:
             assert tokenizer.decode(token_ids) == tokenizer._backend.decode(token_ids)
 
 
+def test_the_vocabulary_ends_with_its_highest_id(model_dir: Path) -> None:
+    tokenizer = HFTokenizer(model_dir)
+    highest = max(tokenizer._backend.get_vocab().values())
+    assert tokenizer.vocab_size == highest + 1
+    assert tokenizer.token_bytes(highest) and not tokenizer.token_bytes(highest + 1)
+
+
+def test_a_token_outside_the_byte_alphabet_stands_for_itself(tmp_path: Path) -> None:
+    """Vocabularies are padded with such ("<pad 0>"): one drawn by a model must cost nobody an answer."""
+    described = json.loads(_train("byte-level").to_str())
+    described["model"]["vocab"]["<pad 0>"] = pad = 1 + max(described["model"]["vocab"].values())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = HFTokenizer(tmp_path)
+    token_ids = [*tokenizer.encode("naïve"), pad, *tokenizer.encode("x")]
+    whole = tokenizer._backend.decode(token_ids)
+    assert "".join(_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids) == whole
+    assert "<pad 0>" in whole
+
+
 @given(st.lists(st.one_of(st.sampled_from([EOS, "<|im_start|>", " ", "\n"]), st.text(max_size=8))))
 def test_remembered_pieces_are_what_encoding_the_whole_gives(
     model_dir: Path, parts: list[str]
