@@ -260,6 +260,7 @@ class AsyncEngine:
             logger.exception(
                 "A step failed, and the requests that ran with it; the engine goes on."
             )
+            self._hand_out(self._engine.take_outputs())
             self._give_up(self._engine.interrupted)
         else:
             self._last_step_failed = False
@@ -279,10 +280,10 @@ class AsyncEngine:
             with self._wake:
                 if not self._orders and not engine.has_work() and self._is_open:
                     self._wake.wait()
-                orders, self._orders = self._orders, deque()
+                num_orders = len(self._orders)
                 is_open, must_stop = self._is_open, self._must_stop
-            for order in orders:
-                order()
+            for _ in range(num_orders):
+                self._orders.popleft()()  # If it raises, those after it are left to _close.
             if must_stop:
                 return False
             if engine.has_work():
@@ -294,11 +295,12 @@ class AsyncEngine:
 
     def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
         """Give ``outputs`` to their event loops: one call for each loop."""
-        mail: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+        mail: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                mail.setdefault(stream.loop, []).append((stream, output))
+                ending = output if output.error is None else StepFailed(output.error)
+                mail.setdefault(stream.loop, []).append((stream, ending))
             if output.is_finished:
                 self._streams.pop(output.request_id, None)
         for loop, letters in mail.items():
@@ -310,7 +312,10 @@ class AsyncEngine:
             self._is_open, self._is_closed = False, True
             orders, self._orders = self._orders, deque()
         for order in orders:
-            order()
+            try:
+                order()
+            except Exception:
+                logger.exception("An order failed that was left when the engine ended.")
         for stream in self._streams.values():
             ended = EngineStopped(FAILED if self._has_failed else STOPPED)
             _post(stream.loop, [(stream, ended)])

@@ -220,7 +220,11 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether ``step`` has something to compute or to hand out."""
-        return self._scheduler.has_work() or self._in_flight is not None
+        return (
+            self._scheduler.has_work()
+            or self._in_flight is not None
+            or self._scheduler.has_progressed
+        )
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -228,7 +232,9 @@ class Engine:
         """Compute one batch; returns what is new, per request.
 
         Where the device works by itself, a step is committed only after the next one was handed to it, so that it never
-        waits for the host: outputs then come one call later. A step that raises is lost, its requests are not.
+        waits for the host: outputs then come one call later. A step that raises is lost, its
+        requests are not; what it had committed by then comes with the next call, or from
+        ``take_outputs``.
         """
         with self._recovering():
             plan = self._schedule()
@@ -281,17 +287,22 @@ class Engine:
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
         self._laps.append(self._clock())
-        progressed = self._scheduler.commit(plan, tokens, scored)
-        outputs = [request.report() for request in progressed]
-        for output in outputs:
-            if output.is_finished:
-                del self._requests[output.request_id]
-        self._deliver(outputs)
+        self._scheduler.commit(plan, tokens, scored)
+        outputs = self.take_outputs()
         if self.config.check:
             self._manager.check_rows(self.runner.table_row)
             if not self.has_work():
                 self.check()
         self._tell_observer(plan)
+        return outputs
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """What is committed and was not returned by a step, because it broke off."""
+        outputs = [request.report() for request in self._scheduler.take_progressed()]
+        for output in outputs:
+            if output.is_finished:
+                self._requests.pop(output.request_id, None)
+        self._deliver(outputs)
         return outputs
 
     def _tell_observer(self, plan: Plan) -> None:

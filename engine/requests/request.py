@@ -43,6 +43,7 @@ class Request:
         "computed_len",
         "drawn_row",
         "end_token_ids",
+        "error",
         "finish_reason",
         "finished_s",
         "first_token_s",
@@ -125,6 +126,7 @@ class Request:
         self.cached_len = 0
         self.losses: Losses | None = None
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
         self.num_preemptions = 0
         self.arrival_s = arrival_s
         self.scheduled_s: float | None = None
@@ -197,6 +199,11 @@ class Request:
         self._new_text += text
         return stopped
 
+    def fail(self, error: Exception, now_s: float) -> None:
+        """End, for a fault that is this request's alone."""
+        self.error = f"{type(error).__name__}: {error}"
+        self.finish("error", now_s, flush=False)
+
     def finish(self, reason: FinishReason, now_s: float, flush: bool = True) -> None:
         if flush and self.text_stream is not None:
             text, stopped = self.text_stream.flush()
@@ -223,6 +230,7 @@ class Request:
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
+            error=self.error,
             timings=self._timings(),
             num_preemptions=self.num_preemptions,
             all_logprobs=self.logprobs,

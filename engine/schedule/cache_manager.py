@@ -93,8 +93,6 @@ class CacheManager:
         request.lease, request.row = lease, row
         if request.wants_scores:
             request.scores.clear()
-        if request.scheduled_s is None:
-            request.cached_len, request.losses = lease.cached_len, lease.losses
         request.computed_len = request.scheduled_len = lease.cached_len
         request.prefill_len, request.num_drawn = prefill_len, 0
         if lease.restore is not None:

@@ -12,8 +12,10 @@ Of an arena one slab is emptied a step: a request whose states need another sits
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,6 +29,7 @@ from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
 
 Exports = tuple[tuple[int, int], ...]
+logger = logging.getLogger(__name__)
 UNKNOWN = np.zeros(1, np.int32)
 """Stands for a token that is drawn but not known to the host."""
 
@@ -98,6 +101,7 @@ class Scheduler:
         self._is_full = False
         self._num_in_flight = 0
         self._must_wait = False
+        self._progressed: list[Request] = []
 
     @property
     def num_waiting(self) -> int:
@@ -110,12 +114,19 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def has_progressed(self) -> bool:
+        """Whether ``take_progressed`` has any."""
+        return bool(self._progressed)
+
     def add(self, request: Request) -> None:
         """Let ``request`` wait for its turn."""
         insort(self._waiting, request, key=_age)
 
     def abort(self, request: Request) -> None:
         """End ``request`` at once, wherever it is; its rows, pages and slots are free when this returns."""
+        if request in self._progressed:
+            self._progressed.remove(request)
         if request.finish_reason is not None:
             return
         if request.lease is not None:
@@ -124,19 +135,28 @@ class Scheduler:
             self._is_full = False
         else:
             self._waiting.remove(request)
-        request.finish("abort", self._clock())
+        with self._failing_alone(request):
+            request.finish("abort", self._clock())
 
     def recover(self) -> tuple[Request, ...]:
-        """A step broke off: nobody knows what the running requests' states hold. All begin again from what is published.
-        Returns them."""
-        interrupted = tuple(self._running)
-        for request in interrupted:
+        """A step broke off: nobody knows what the running requests' states hold. All begin again
+        from what is published. Returns them, without those that had their last token already."""
+        interrupted = []
+        for request in tuple(self._running):
             self._manager.abort(request)
             self._running.remove(request)
-            insort(self._waiting, request, key=_age)
+            if request.finish_reason is None:
+                insort(self._waiting, request, key=_age)
+                interrupted.append(request)
         self._num_in_flight = 0
         self._must_wait = self._is_full = False
-        return interrupted
+        return tuple(interrupted)
+
+    def take_progressed(self) -> list[Request]:
+        """The requests that have something to report since the last call: after a commit that broke
+        off, those that it had come to."""
+        progressed, self._progressed = self._progressed, []
+        return progressed
 
     def schedule(self) -> Plan:
         """Choose the next step's tasks and claim the memory for it.
@@ -245,7 +265,9 @@ class Scheduler:
         if self._sharing is not None:
             self._sharing.let_in(request)
         if request.scheduled_s is None:
+            lease, _ = request.claims
             request.scheduled_s = self._clock()
+            request.cached_len, request.losses = lease.cached_len, lease.losses
         return True
 
     def _segment(self, task: Task, exports: Exports) -> Segment:
@@ -272,15 +294,15 @@ class Scheduler:
         plan: Plan,
         sampled: Sequence[SampledToken],
         scored: Sequence[Sequence[SampledToken]] = (),
-    ) -> list[Request]:
+    ) -> None:
         """Take a computed step in: publish, append tokens, end what is finished.
 
-        ``sampled`` has one token for each task that samples, ``scored`` the log-probabilities for each that scores, both in
-        the step's order. Returns the requests that have something to report.
+        ``sampled`` has one token for each task that samples, ``scored`` the log-probabilities for
+        each that scores, both in the step's order. A request whose token can not be taken ends
+        alone, with its ``error``.
         """
         self._num_in_flight -= bool(plan.tasks)
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
-        progressed: list[Request] = []
         for task in plan.tasks:
             token = next(tokens) if task.samples else None
             request = task.request
@@ -291,17 +313,28 @@ class Scheduler:
             request.computed_len = task.end
             if not task.is_decode:
                 self._manager.publish(request)
-            if token is not None:
-                request.accept(token, now_s)
-                progressed.append(request)
-            elif request.computed_len >= request.max_len:
-                request.finish("length", now_s)
-                progressed.append(request)
+            is_scored_through = request.computed_len >= request.max_len
+            if token is None and not is_scored_through:
+                continue
+            self._progressed.append(request)
+            with self._failing_alone(request):
+                if token is not None:
+                    request.accept(token, now_s)
+                else:
+                    request.finish("length", now_s)
             if request.finish_reason is not None:
                 self._manager.finish(request)
                 self._running.remove(request)
                 self._is_full = False
-        return progressed
+
+    @contextmanager
+    def _failing_alone(self, request: Request) -> Iterator[None]:
+        """What is raised in here (by the decoder of its text, say) ends ``request`` and nobody else."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("Request %s failed; the others go on.", request.request_id)
+            request.fail(error, self._clock())
 
     def check(self) -> None:
         """AssertionError unless those who run, and they alone, have a lease, and both lists are in

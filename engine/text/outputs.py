@@ -14,7 +14,7 @@ from hybridcache.results import Losses
 if TYPE_CHECKING:
     from engine.text.tokenizer import StreamDecoder
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SampledToken(NamedTuple):
@@ -63,6 +63,8 @@ class RequestOutput:
     losses: Losses | None
     """Why the others were; sums with ``cached_len`` to the prompt. None: refused or ended before it was scheduled."""
     finish_reason: FinishReason | None
+    error: str | None
+    """Why it ended with ``finish_reason`` "error", in a few words; else None."""
     timings: Timings
     num_preemptions: int
     all_logprobs: Sequence[SampledToken]

@@ -1,0 +1,219 @@
+"""Faults that are one request's own, or one step's: nobody else's answer is lost, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+
+from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.async_engine import EngineStopped, RequestStream, StepFailed
+from engine.requests.request import Request
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.text.tokenizer import ByteTokenizer, StreamDecoder
+
+ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+class BrokenDecoder:
+    """Text of no token, or no last text."""
+
+    def __init__(self, fails_on: str) -> None:
+        self._fails_on = fails_on
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        if self._fails_on == "push":
+            raise KeyError("Ā")
+        return "x"
+
+    def flush(self) -> str:
+        raise KeyError("Ā")
+
+
+class SometimesBroken(ByteTokenizer):
+    """The decoder of every answer but those whose number is in ``broken`` works."""
+
+    def __init__(self, broken: dict[int, str]) -> None:
+        super().__init__()
+        self._broken = broken
+        self._num_decoders = 0
+
+    def stream_decoder(self) -> StreamDecoder:
+        self._num_decoders += 1
+        fails_on = self._broken.get(self._num_decoders - 1)
+        return BrokenDecoder(fails_on) if fails_on else super().stream_decoder()
+
+
+def make_engine(
+    broken: dict[int, str] | None = None, kv_tokens: int = 4096, **settings: object
+) -> Engine:
+    return Engine(
+        EngineConfig(check=True, **settings),
+        runner=OracleRunner(kv_tokens, 16),
+        sampler=OracleSampler(),
+        tokenizer=SometimesBroken(broken or {}),
+    )
+
+
+def ids(length: int, first: int) -> list[int]:
+    return [(first + i) % 320 for i in range(length)]
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("fails_on", ["push", "flush"])
+def test_a_request_whose_text_can_not_be_made_fails_alone(fails_on: str, overlap: str) -> None:
+    prompts = [ids(70 + i, 40 * i) for i in range(4)]
+    expected = make_engine().generate(prompts, ANSWER)
+    engine = make_engine({2: fails_on}, overlap=overlap)
+    outputs = engine.generate(prompts, ANSWER)
+    for i, (output, alone) in enumerate(zip(outputs, expected, strict=True)):
+        if i == 2:
+            assert output.finish_reason == "error" and output.error == "KeyError: 'Ā'"
+        else:
+            assert (output.token_ids, output.text) == (alone.token_ids, alone.text)
+            assert output.finish_reason == "length" and output.error is None
+    assert not engine.has_work()
+    engine.check()
+
+
+def test_a_request_can_be_aborted_whose_last_text_can_not_be_made() -> None:
+    engine = make_engine({0: "flush"})
+    request_id = engine.submit(ids(5, 0), ANSWER)
+    engine.step()
+    output = engine.abort(request_id)
+    assert output is not None and output.is_finished
+    assert not engine.has_work()
+    engine.check()
+
+
+def break_acceptance_of(engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing the prefill of ``prompt`` breaks the commit off, once."""
+    publish, left = engine._manager.publish, [1]
+
+    def failing(request: Request) -> None:
+        if request.prompt_len == len(prompt) and left:
+            left.pop()
+            raise MemoryError("no room to publish")
+        publish(request)
+
+    monkeypatch.setattr(engine._manager, "publish", failing)
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_what_a_commit_finished_before_it_broke_off_is_returned(
+    overlap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    engine = make_engine(overlap=overlap)
+    break_acceptance_of(engine, ids(9, 50), monkeypatch)
+    submitted = [engine.submit(ids(length, 50), one) for length in (8, 9, 10)]
+    outputs: list[RequestOutput] = []
+    with pytest.raises(MemoryError):
+        while engine.has_work():
+            outputs += engine.step()
+    assert engine.interrupted == tuple(submitted[1:])
+    while engine.has_work():
+        outputs += engine.step()
+        engine.check()
+    assert sorted(output.request_id for output in outputs) == submitted
+    assert {output.finish_reason for output in outputs} == {"length"}
+
+
+def test_a_request_aborted_after_its_commit_broke_off_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine()
+    break_acceptance_of(engine, ids(9, 50), monkeypatch)
+    first, second = (engine.submit(ids(length, 50), ANSWER) for length in (8, 9))
+    with pytest.raises(MemoryError):
+        engine.step()
+    output = engine.abort(first)
+    assert output is not None and len(output.new_token_ids) == 1
+    assert engine.take_outputs() == []
+    engine.abort(second)
+    assert not engine.has_work()
+
+
+async def read(stream: RequestStream) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+def test_no_client_waits_for_ever_because_the_commit_of_another_broke_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine()
+    break_acceptance_of(engine, ids(9, 50), monkeypatch)
+
+    async def main() -> None:
+        server = AsyncEngine(engine)
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        finished, failed = (server.submit(ids(length, 50), one) for length in (8, 9))
+        server.start()
+        try:
+            outputs = await asyncio.wait_for(read(finished), 10)
+            assert outputs[-1].finish_reason == "length"
+            with pytest.raises(StepFailed, match="broke off"):
+                await asyncio.wait_for(read(failed), 10)
+            again = await asyncio.wait_for(read(server.submit(ids(9, 50), one)), 10)
+            assert again[-1].finish_reason == "length"
+        finally:
+            await asyncio.to_thread(server.stop)
+
+    asyncio.run(main())
+
+
+def test_a_client_is_told_that_its_own_request_failed() -> None:
+    engine = make_engine({1: "push"})
+
+    async def main() -> None:
+        server = AsyncEngine(engine)
+        streams = [server.submit(ids(8, 50 * i), ANSWER) for i in range(3)]
+        server.start()
+        try:
+            read_all = asyncio.gather(*map(read, streams), return_exceptions=True)
+            first, failed, last = await asyncio.wait_for(read_all, 10)
+        finally:
+            await asyncio.to_thread(server.stop)
+        assert first[-1].finish_reason == last[-1].finish_reason == "length"
+        assert isinstance(failed, StepFailed) and str(failed) == "KeyError: 'Ā'"
+
+    asyncio.run(main())
+
+
+def test_an_order_that_raises_leaves_no_stream_and_no_question_hanging() -> None:
+    """The first ends the engine, the second is left for its close; those behind them are told."""
+    engine = make_engine()
+
+    async def main() -> None:
+        server = AsyncEngine(engine)
+        ran = server.submit(ids(8, 0), ANSWER)
+
+        def fail() -> None:
+            raise RuntimeError("no such order")
+
+        with server._wake:
+            server._order(fail)
+            server._order(fail)
+        behind = server.submit(ids(8, 50), ANSWER)
+        asked = asyncio.ensure_future(server.call(lambda engine: engine.num_waiting))
+        await asyncio.sleep(0)
+        server.start()
+        for stream in (ran, behind):
+            with pytest.raises(EngineStopped):
+                await asyncio.wait_for(read(stream), 10)
+        assert await asyncio.wait_for(asked, 10) == 2
+        await asyncio.to_thread(server.stop)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_was_never_scheduled_has_no_losses() -> None:
+    engine = make_engine(kv_tokens=512)
+    engine.submit(ids(440, 0), ANSWER)
+    engine.step()
+    waiting = engine.submit(ids(200, 100), ANSWER)
+    engine.step()
+    output = engine.abort(waiting)
+    assert output is not None and output.timings.queue_s is None
+    assert output.losses is None and output.cached_len == 0
