@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.requests.sampling_params import SamplingInput, SamplingParams
+from engine.requests.token_counts import TokenCounts
 from engine.text.outputs import (
     FinishReason,
     RequestOutput,
@@ -33,6 +34,7 @@ class Request:
 
     __slots__ = (
         "_buffer",
+        "_counts",
         "_new_text",
         "_reported",
         "answer_survives",
@@ -134,6 +136,7 @@ class Request:
         self.finished_s: float | None = None
         self._reported = self.prompt_len
         self._new_text = ""
+        self._counts: TokenCounts | None = None
 
     @property
     def tokens(self) -> Tokens:
@@ -166,12 +169,24 @@ class Request:
         """Prompt log-probabilities are asked for and not complete: every prompt position must be computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
+    @property
+    def must_see_its_token(self) -> bool:
+        """A sampling rule looks at every token, and one is drawn that the host does not know yet."""
+        return self.num_drawn > 0 and self.params.needs_history
+
     def sampling_input(self) -> SamplingInput:
         """What the sampler must know to draw the token that was scheduled last."""
         draw = self.known_len - 1 - self.prompt_len
-        return SamplingInput(
-            self.params, self.seed, self._buffer[: self.prompt_len], self.output, draw
-        )
+        return SamplingInput(self.params, self.seed, self._count(), draw)
+
+    def _count(self) -> TokenCounts | None:
+        if not self.params.needs_history:
+            return None
+        if self._counts is None:
+            repeats = self.params.repetition_penalty != 1
+            self._counts = TokenCounts(self._buffer[: self.prompt_len if repeats else 0])
+        self._counts.count(self.output)
+        return self._counts
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Take the next token; sets ``finish_reason`` where it is the last."""

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from hybridcache.tokens import Tokens
+from engine.requests.token_counts import TokenCounts
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it divide logits out of float32's range: they mean the most likely token."""
 MAX_STOPS = 64
 """Stop strings, or stop token ids, that one request may bring."""
 
@@ -18,13 +20,14 @@ class SamplingParams:
     """Sampling and stopping rules of one request. A bad value is a ValueError of one sentence."""
 
     temperature: float = 1.0
-    """0: always the most likely token."""
+    """0, or next to it: always the most likely token."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities sum to this."""
+    """Keep the most likely tokens whose probabilities sum to this, of what top_k keeps."""
     top_k: int | None = None
     """Keep this many of the most likely tokens; None: all."""
     min_p: float = 0.0
-    """Keep tokens at least this likely, relative to the most likely one."""
+    """Keep tokens at least this likely, relative to the most likely one. Like transformers, and
+    unlike vLLM, after top_p: what it drops counts towards top_p's sum."""
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as the context holds; 0: only with prompt logprobs."""
     stop: tuple[str, ...] = ()
@@ -63,6 +66,11 @@ class SamplingParams:
             raise ValueError("stop_token_ids must hold token ids of 0 or more.")
 
     @property
+    def is_greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
     def needs_history(self) -> bool:
         """A penalty looks at every token before."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
@@ -87,9 +95,8 @@ class SamplingInput:
     params: SamplingParams
     seed: int
     """The request's own where it brought one."""
-    prompt: Tokens
-    output: Tokens
-    """What was generated so far, as far as the host knows; complete where ``params.needs_history``."""
+    counts: TokenCounts | None
+    """Of all tokens before, where ``params.needs_history``; else None."""
     draw: int
     """Number of the draw: how many tokens were generated before."""
 

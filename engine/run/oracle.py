@@ -264,6 +264,9 @@ class OracleSampler:
         self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> OracleDrawn:
         assert len(rows) == len(requests)
+        for request in requests:
+            num_seen = request.draw if request.counts is None else request.counts.num_counted
+            assert num_seen == request.draw, "a sampling rule that did not see every token"
         return OracleDrawn([self.choose(int(logits[row])) for row in rows])
 
     def choose(self, logits: int) -> SampledToken:

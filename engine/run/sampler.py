@@ -18,6 +18,8 @@ from kernels.upload import upload
 MASK = 2**64 - 1
 SCORED_ROWS = 1024
 """At most, at once."""
+TOP_WIDTHS = (64, 1024)
+"""Columns kept for a top_k: the first that it fits in. Few, so that few groups are drawn from."""
 
 
 class Drawn:
@@ -92,20 +94,24 @@ class Sampler:
         return Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-        if all(_is_greedy(request.params) for request in requests):
-            return logits.argmax(dim=-1)
+        scores = _penalised(logits, requests)
+        if all(request.params.is_greedy for request in requests):
+            return scores.argmax(dim=-1)
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
-        # What is sorted and what is not draws from differently ordered sums: batch mates must not decide which.
-        for rows, draw in (
-            ([r for r, q in enumerate(requests) if q.params.temperature == 0], None),
-            ([r for r, q in enumerate(requests) if _is_plain(q.params)], _draw),
-            ([r for r, q in enumerate(requests) if _is_filtered(q.params)], _draw_filtered),
-        ):
-            if rows:
-                chosen = [requests[row] for row in rows]
-                scores = _penalised(_pick(logits, rows), chosen)
-                found = scores.argmax(dim=-1) if draw is None else draw(scores, chosen)
-                tokens[_index(rows, logits.device)] = found
+        # Sums over other columns, or in another order, differ in their last bits: a request's own
+        # parameters decide which it is drawn from, never its batch mates'.
+        groups: dict[int | None, list[int]] = {}
+        for row, request in enumerate(requests):
+            groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
+        for width, rows in groups.items():
+            chosen, picked = [requests[row] for row in rows], _pick(scores, rows).float()
+            if width == 0:
+                found = picked.argmax(dim=-1)
+            elif width is None:
+                found = _draw(picked, chosen)
+            else:
+                found = _draw_filtered(picked, chosen, width)
+            tokens[_index(rows, logits.device)] = found
         return tokens
 
 
@@ -117,37 +123,37 @@ def uniform(seed: int, draw: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / 2**53
 
 
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0 and not params.needs_history
-
-
-def _is_filtered(params: SamplingParams) -> bool:
-    return params.temperature != 0 and (params.top_k is not None or params.top_p < 1)
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    return params.temperature != 0 and not _is_filtered(params)
+def _width(params: SamplingParams, vocab_size: int) -> int | None:
+    """How many of the most likely tokens a draw is made from; 0: no draw; None: all, unsorted."""
+    if params.is_greedy:
+        return 0
+    if params.top_k is not None:
+        return next(
+            (width for width in TOP_WIDTHS if params.top_k <= width < vocab_size), vocab_size
+        )
+    return vocab_size if params.top_p < 1 else None
 
 
 def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """float32 logits after the penalties of each row."""
-    scores = logits.float()
-    if scores is logits:
-        scores = logits.clone()
-    for row, request in zip(scores, requests, strict=True):
-        params = request.params
-        if params.repetition_penalty != 1:
-            seen = np.unique(np.concatenate([request.prompt, request.output]))
-            index = upload(seen, torch.int64, row.device)
-            found = row[index]
-            row[index] = torch.where(
-                found > 0, found / params.repetition_penalty, found * params.repetition_penalty
+    """Logits after the penalties of each row: float32 where any has some. O(1) uploads."""
+    index, factors, taken = [], [], []
+    for row, request in enumerate(requests):
+        if request.counts is not None:
+            params, numbers = request.params, request.counts.numbers
+            index.append(request.counts.ids + row * logits.shape[-1])
+            factors.append(np.full(len(numbers), params.repetition_penalty))
+            taken.append(
+                params.presence_penalty * (numbers > 0) + params.frequency_penalty * numbers
             )
-        if (params.presence_penalty or params.frequency_penalty) and len(request.output):
-            ids, counts = np.unique(np.asarray(request.output), return_counts=True)
-            penalty = params.presence_penalty + params.frequency_penalty * counts
-            index = upload(ids, torch.int64, row.device)
-            row[index] -= upload(penalty, torch.float32, row.device)
+    if not index:
+        return logits
+    scores = logits.to(torch.float32, copy=True)
+    places = upload(np.concatenate(index), torch.int64, logits.device)
+    numbers = np.stack([np.concatenate(factors), np.concatenate(taken)])
+    factor, less = upload(numbers, torch.float32, logits.device)
+    flat = scores.view(-1)
+    found = flat[places]
+    flat[places] = torch.where(found > 0, found / factor, found * factor) - less
     return scores
 
 
@@ -159,20 +165,46 @@ def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tens
     return _look_up(probabilities.masked_fill_(probabilities < floor, 0.0), requests)
 
 
-def _draw_filtered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """From the tokens that top_k, top_p and min_p leave, in falling order of probability."""
-    tempered, ids = _tempered(scores, requests).sort(dim=-1, descending=True, stable=True)
-    probabilities = tempered.softmax(dim=-1)
+def _draw_filtered(
+    scores: torch.Tensor, requests: Sequence[SamplingInput], width: int
+) -> torch.Tensor:
+    """From the tokens that ``_filter`` leaves, the most likely first."""
+    ids, probabilities = _filter(scores, requests, width)
+    return ids.gather(1, _look_up(probabilities, requests)[:, None])[:, 0]
+
+
+def _filter(
+    scores: torch.Tensor, requests: Sequence[SamplingInput], width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, probabilities) ``[rows, width]``, falling: 0 for what is out by top_k, then by top_p of
+    what top_k left, then by min_p. ``width``: no row's top_k is greater."""
+    ids = _most_likely(scores, width)
+    tempered = _tempered(scores.gather(1, ids), requests)
     params = [request.params for request in requests]
-    width = scores.shape[-1]
     ranks = torch.arange(width, device=scores.device)
-    most = _column([float(p.top_k or width) for p in params], scores)
+    beyond = ranks >= _column([float(p.top_k or width) for p in params], scores)
+    probabilities = tempered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
-    out = (ranks >= most) | (before >= _column([p.top_p for p in params], before))
+    # The sum before the last may be rounded up to 1: a top_p of 1 keeps it.
+    out = before >= _column([p.top_p if p.top_p < 1 else 2.0 for p in params], before)
     out |= probabilities < probabilities[:, :1] * _column([p.min_p for p in params], scores)
     out[:, 0] = False
-    chosen = _look_up(probabilities.masked_fill_(out, 0.0), requests)
-    return ids.gather(1, chosen[:, None])[:, 0]
+    return ids, probabilities.masked_fill_(out, 0.0)
+
+
+def _most_likely(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Ids of the ``width`` highest of each row, falling; among equals the lower id first: int64.
+
+    topk alone takes equals as it finds them. So it is given numbers of which no two are equal: the
+    float's bits, ordered as integers are, above the id counted from the end.
+    """
+    num_ids = scores.shape[-1]
+    if width == num_ids:
+        return scores.sort(dim=-1, descending=True, stable=True).indices
+    bits = (scores + 0.0).view(torch.int32)  # The sum makes of -0.0 the 0.0 that it equals.
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys.mul_(2**32).add_(torch.arange(num_ids - 1, -1, -1, device=scores.device))
+    return num_ids - 1 - keys.topk(width, dim=-1).values % 2**32
 
 
 def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:

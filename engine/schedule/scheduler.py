@@ -162,17 +162,18 @@ class Scheduler:
         """Choose the next step's tasks and claim the memory for it.
 
         Steps may be made before the one before them is committed (one at most). Then requests go on from ``scheduled_len``,
-        with tokens that the host does not know; but nobody is preempted, and where memory is short or a sampling rule must
-        see every token, the step is empty: commit first.
+        with tokens that the host does not know; but nobody is preempted, and where memory is short
+        the step is empty: commit first. A request whose sampling rule must see every token sits the
+        step out.
         """
-        if self._num_in_flight and (self._must_wait or self._needs_history()):
+        if self._num_in_flight and self._must_wait:
             return EMPTY
         self._must_wait = False
         tasks: list[Task] = []
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
         budget = max(self._token_budget - num_decodes, TILE)
         for request in tuple(self._running):
-            if request.lease is None:
+            if request.lease is None or request.must_see_its_token:
                 continue
             end = self._end(request, budget)
             if end > request.scheduled_len and self._claim(request, end):
@@ -203,9 +204,6 @@ class Scheduler:
             request.drawn_row = row
         moves, row_writes, restores = self._manager.take_copies()
         return Batch(segments, restores, row_writes, late_tokens, moves)
-
-    def _needs_history(self) -> bool:
-        return any(request.params.needs_history for request in self._running)
 
     def _end(self, request: Request, budget: int) -> int:
         """How far ``request`` may compute in this step."""

@@ -258,6 +258,21 @@ def test_rules_that_look_back_are_not_overlapped() -> None:
     assert len(output.token_ids) == 20 and not any(late)
 
 
+def test_a_rule_that_looks_back_stops_the_overlap_of_nobody_else() -> None:
+    engine = make_engine(overlap="on")
+    late: list[int] = []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
+        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+    )
+    prompts = [ids(30, first=40 * i) for i in range(4)]
+    alone = [make_engine().generate([p], SamplingParams(max_tokens=20))[0] for p in prompts]
+    rules = [SamplingParams(max_tokens=20, frequency_penalty=0.5 * (i == 2)) for i in range(4)]
+    outputs = engine.generate(prompts, rules)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
+    assert late[:20] == [0] + [3] * 19
+
+
 def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
     engine = make_engine(max_running=2, token_budget=64)
     prefilling = engine.submit(ids(300), GREEDY)

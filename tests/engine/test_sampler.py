@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from engine.requests.sampling_params import SamplingInput, SamplingParams
+from engine.requests.token_counts import TokenCounts
 from engine.run import sampler
 from engine.run.sampler import Sampler, uniform
+from kernels.upload import upload
 
 VOCAB = 67
 NONE = np.empty(0, dtype=np.int32)
 
 
 def request(seed=0, prompt=NONE, output=NONE, **params):
-    return SamplingInput(SamplingParams(**params), seed, prompt, output, draw=len(output))
+    sampling, counts = SamplingParams(**params), None
+    if sampling.needs_history:
+        counts = TokenCounts(prompt if sampling.repetition_penalty != 1 else NONE)
+        counts.count(output)
+    return SamplingInput(sampling, seed, counts, draw=len(output))
 
 
 def drawn(logits, *requests):
@@ -72,7 +81,7 @@ MIXES = st.lists(
         {
             "seed": st.integers(-(2**63), 2**63 - 1),
             "temperature": st.sampled_from([0.0, 0.5, 1.0]),
-            "top_k": st.sampled_from([None, 5]),
+            "top_k": st.sampled_from([None, 5, 66]),
             "top_p": st.sampled_from([1.0, 0.8]),
             "min_p": st.sampled_from([0.0, 0.05]),
             "repetition_penalty": st.sampled_from([1.0, 1.3]),
@@ -170,6 +179,103 @@ def test_many_rows_are_scored_in_parts(monkeypatch):
     monkeypatch.setattr(sampler, "SCORED_ROWS", 3)
     for part, expected in zip(sampler._score(logits, tokens, 3), whole, strict=True):
         assert torch.equal(part, expected)
+
+
+def test_top_p_counts_what_top_k_left():
+    """64 tokens, k 20, p 0.8: of all of them 0.8 would take 25, of the 20 it takes 14."""
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, :64] = torch.linspace(4, 0, 64)
+    assert set(draws(logits, 3000, top_k=20, top_p=0.8)) == set(range(14))
+
+
+def warped(logits, params):
+    """Probabilities after transformers' own warpers, in the order that it applies them in."""
+    config = GenerationConfig(do_sample=True, **{"top_k": 0} | params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warpers = _Model()._get_logits_processor(config)
+    return warpers(None, logits.clone()).softmax(-1)
+
+
+class _Model(GenerationMixin):
+    config = PretrainedConfig(vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("width", [1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_filters_are_those_of_transformers(temperature, width):
+    """Every mix of top_k, top_p and min_p keeps the same tokens and gives them the same chances."""
+    rows = 40
+    logits = random_logits(rows, seed=int(width)) * width
+    for top_k in (None, 1, 5, 20, 66, 500):
+        for top_p in (1.0, 0.95, 0.8, 0.1):
+            for min_p in (0.0, 0.05, 0.5):
+                asked = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+                asked |= {"top_k": top_k} if top_k is not None else {}
+                requests = [request(seed, **asked) for seed in range(rows)]
+                expected = warped(logits, asked)
+                size = sampler._width(requests[0].params, VOCAB)
+                if size is not None:
+                    ours = torch.zeros(rows, VOCAB)
+                    ours.scatter_(1, *sampler._filter(logits, requests, size))
+                    assert torch.equal(ours > 0, expected > 0), asked
+                    ours /= ours.sum(-1, keepdim=True)
+                    assert torch.allclose(ours, expected, atol=1e-6)
+                assert_drawn_from(logits, requests, expected, by_id=size is None)
+
+
+def assert_drawn_from(logits, requests, chances, by_id):
+    """Each token is where its number falls in the running sum of ``chances``."""
+    order = torch.arange(VOCAB).expand_as(logits)
+    if not by_id:
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+    sums = chances.double().gather(1, order).cumsum(-1)
+    for row, token in enumerate(drawn(logits, *requests)):
+        place = order[row].tolist().index(token)
+        number = uniform(requests[row].seed, 0)
+        assert chances[row, token] > 0
+        assert (sums[row, place - 1] if place else 0) - 1e-6 <= number <= sums[row, place] + 1e-6
+
+
+@given(
+    st.lists(st.sampled_from([-torch.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 3.0, 1e38]), min_size=2),
+    st.data(),
+)
+def test_the_most_likely_are_those_of_a_stable_sort(values, data):
+    """Also among equals, which topk takes in an order of its own."""
+    scores = torch.tensor([values, values[::-1]])
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    width = data.draw(st.integers(1, len(values)))
+    assert torch.equal(sampler._most_likely(scores, width), order[:, :width])
+
+
+def test_equals_are_drawn_alike_whatever_the_batch_mates_ask_for():
+    logits = torch.zeros(300, 2048)
+    alone = [request(seed, top_k=50) for seed in range(100)]
+    mates = [request(seed, top_k=1 + 10 * seed) for seed in range(200)]
+    together = Sampler(2048).sample(logits, alone + mates)[:100]
+    assert together == Sampler(2048).sample(logits[:100], alone)
+    assert {token.token_id for token in together} <= set(range(50))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40, 9e-6])
+def test_a_temperature_next_to_zero_is_greedy(temperature):
+    logits = random_logits(3)
+    rows = [request(seed, temperature=temperature) for seed in range(3)]
+    assert drawn(logits, *rows) == logits.argmax(-1).tolist()
+    assert torch.isfinite(sampler._tempered(logits, [request(temperature=1e-5)] * 3)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_penalties_take_few_uploads_however_many_rows_there_are(rows, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(
+        sampler, "upload", lambda *args: uploads.append(args) or upload(*args), raising=True
+    )
+    seen = np.array([3, 3, 5], dtype=np.int32)
+    params = {"temperature": 0, "repetition_penalty": 1.2, "frequency_penalty": 0.5}
+    drawn(random_logits(rows), *[request(prompt=seen, output=seen, **params)] * rows)
+    assert len(uploads) == 2
 
 
 def test_uniform_is_uniform():

@@ -111,11 +111,15 @@ prompts = st.builds(
     st.integers(0, 2),
 )
 sampling = st.builds(
-    lambda max_tokens, stop: SamplingParams(
-        max_tokens=max_tokens, stop_token_ids=tuple(stop), logprobs=0
+    lambda max_tokens, stop, penalty: SamplingParams(
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stop),
+        logprobs=0,
+        frequency_penalty=penalty,  # the oracle only checks that each token before was counted
     ),
     st.integers(1, 90),
     st.sets(st.integers(0, VOCABULARY - 1), max_size=10),
+    st.sampled_from([0.0, 0.0, 0.5]),
 )
 
 
