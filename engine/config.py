@@ -9,6 +9,10 @@ from typing import Any, Literal, TypeVar
 TILE = 64
 """Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of it."""
 
+MAX_SCORED = 1024
+"""Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
+gigabytes would be kept from the pools."""
+
 CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
 """Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024 tokens or 8,192, so on a device
 that computes quickly more of them share the reading; on a CPU a longer step only keeps decoding requests waiting."""

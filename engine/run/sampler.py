@@ -16,8 +16,6 @@ from engine.text.outputs import SampledToken
 from kernels.upload import upload
 
 MASK = 2**64 - 1
-SCORED_ROWS = 1024
-"""At most, at once."""
 TOP_WIDTHS = (64, 1024)
 """Columns kept for a top_k: the first that it fits in. Few, so that few groups are drawn from."""
 
@@ -234,13 +232,8 @@ def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 def _score(
     logits: torch.Tensor, tokens: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``, and the latter's ids; so many
-    rows at once that their float32 scores need no memory to speak of beside a step's."""
-    if len(logits) > SCORED_ROWS:
-        pairs = zip(logits.split(SCORED_ROWS), tokens.split(SCORED_ROWS), strict=True)
-        parts = zip(*(_score(*pair, num_top) for pair in pairs), strict=True)
-        own, top, ids = map(torch.cat, parts)
-        return own, top, ids
+    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``, and
+    the latter's ids."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)

@@ -11,19 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from engine.config import MAX_SCORED, TILE
 from engine.schedule.batch import Batch, Segment
 from hybridcache.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner
-
-TILE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +110,24 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     slot = runner.states.padding_slot if runner.states is not None else None
     longest = runner.max_model_len
 
-    def prefill(length: int) -> Segment:
+    def prefill(length: int, logits: Literal["all", "last"]) -> Segment:
         last = length // TILE * TILE
         exports = ((last, slot),) if last and slot is not None else ()
-        return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, "all")
+        return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, logits)
+
+    def prefills(length: int, logits: Literal["all", "last"]) -> Iterator[Segment]:
+        for start in range(0, length, longest):
+            yield prefill(min(longest, length - start), logits)
 
     def decode() -> Segment:
         exports = () if slot is None else ((longest, slot),)
         return Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
 
     for length in lengths(runner.most_step_tokens):
-        whole, rest = divmod(length, longest)
-        pieces = [longest] * whole + [rest] * (rest > 0)
-        yield Batch(tuple(prefill(piece) for piece in pieces))
+        num_scored = min(length, MAX_SCORED)
+        yield Batch((*prefills(num_scored, "all"), *prefills(length - num_scored, "last")))
     for count in (4, 3, 2, 1):
         if count <= runner.max_running_rows:
             copies = ((slot, slot),) * count if slot is not None else ()
-            yield Batch((*[decode()] * count, prefill(1)), restores=copies)
+            yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
             yield Batch((decode(),) * count)

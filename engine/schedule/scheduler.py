@@ -1,8 +1,13 @@
 """Who computes what in the next step. Integers only: no torch here.
 
-Every step serves the running requests from the oldest to the youngest: one token for each that decodes, and from what these
-leave of the token budget (64 at least) a chunk for each that prefills; then it admits waiting ones. Chunks end on the absolute tile grid or at the
-end of the prompt, so that a prompt is computed in the very same tiles however it is cut.
+Every step serves the running requests from the oldest to the youngest: one token for each that
+decodes, and from what these leave of the token budget (64 at least) a chunk for each that prefills;
+then it admits waiting ones. Chunks end on the absolute tile grid or at the end of the prompt, so
+that a prompt is computed in the very same tiles however it is cut.
+
+The last quarter of that budget is for prefills that fit in it whole, so that a short one does not
+wait for a long one before it; what they leave of it goes to the others in the same step. A short
+one is let in before an older long one only where a place to run is left for each that it passes.
 
 Memory. A request that finds none preempts the youngest running request that is younger than itself; one with nobody younger
 sits the step out. The oldest can always go on, because no request is let in that would not fit alone, so every request
@@ -14,14 +19,13 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
-from engine.config import TILE
+from engine.config import MAX_SCORED, TILE
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.cache_manager import CacheManager
@@ -30,6 +34,8 @@ from engine.text.outputs import SampledToken
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
+SHORT_SHARE = 4
+"""One part in so many of a step's prefill tokens is for those that fit in it whole."""
 UNKNOWN = np.zeros(1, np.int32)
 """Stands for a token that is drawn but not known to the host."""
 
@@ -76,6 +82,31 @@ class Plan:
 
 EMPTY = Plan(Batch(()), ())
 """Nothing to compute now: the runner is not asked."""
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What prefills may still take of one step."""
+
+    tokens: int
+    num_for_short: int
+    """The last so many of them are for prefills that fit in whole."""
+    scored: int = MAX_SCORED
+
+    def room(self, scores: bool) -> int:
+        """How many tokens any prefill may compute, be it short or long."""
+        tokens = max(0, self.tokens - self.num_for_short)
+        return min(tokens, self.scored) if scores else tokens
+
+    def most(self, rest: int, scores: bool) -> int:
+        """How many of its ``rest`` tokens a prefill may compute."""
+        short = min(self.num_for_short, self.tokens)
+        is_short = rest <= (min(short, self.scored) if scores else short)
+        return rest if is_short else min(rest, self.room(scores))
+
+    def spend(self, num_tokens: int, scores: bool) -> None:
+        self.tokens -= num_tokens
+        self.scored -= num_tokens * scores
 
 
 class Scheduler:
@@ -169,17 +200,20 @@ class Scheduler:
         if self._num_in_flight and self._must_wait:
             return EMPTY
         self._must_wait = False
-        tasks: list[Task] = []
-        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
-        budget = max(self._token_budget - num_decodes, TILE)
+        budget = self._budget()
+        ends: dict[Request, int] = {}
         for request in tuple(self._running):
             if request.lease is None or request.must_see_its_token:
                 continue
-            end = self._end(request, budget)
+            end = self._end(request, request.scheduled_len, budget)
             if end > request.scheduled_len and self._claim(request, end):
-                tasks.append(_task(request, end))
-                budget -= 0 if tasks[-1].is_decode else end - request.scheduled_len
-        self._admit(tasks, budget)
+                self._plan(ends, request, end, budget)
+        passed = self._admit(self._candidates(), ends, budget)
+        if budget.num_for_short and budget.tokens:
+            budget.num_for_short = 0
+            self._grow(ends, budget)
+            self._admit(passed, ends, budget)
+        tasks = [_task(request, end) for request, end in ends.items()]
         tasks.sort(key=lambda task: not task.is_decode)
         ready = [
             (task, exports)
@@ -205,12 +239,34 @@ class Scheduler:
         moves, row_writes, restores = self._manager.take_copies()
         return Batch(segments, restores, row_writes, late_tokens, moves)
 
-    def _end(self, request: Request, budget: int) -> int:
-        """How far ``request`` may compute in this step."""
+    def _budget(self) -> _Budget:
+        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
+        tokens = max(self._token_budget - num_decodes, TILE)
+        is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
+        return _Budget(tokens, 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE))
+
+    def _end(self, request: Request, start: int, budget: _Budget) -> int:
+        """How far ``request``, which has its tokens up to ``start``, may compute in this step."""
         if request.scheduled_len >= request.prefill_len:
             return min(request.scheduled_len + 1, request.max_len - 1)
-        end = request.scheduled_len + budget
-        return request.prefill_len if end >= request.prefill_len else end // TILE * TILE
+        end = start + budget.most(request.prefill_len - start, request.wants_scores)
+        return end if end == request.prefill_len else max(start, end // TILE * TILE)
+
+    def _plan(self, ends: dict[Request, int], request: Request, end: int, budget: _Budget) -> None:
+        """``request``, whose memory is claimed, computes up to ``end``."""
+        if request.scheduled_len < request.prefill_len:
+            start = ends.get(request, request.scheduled_len)
+            budget.spend(end - start, request.wants_scores)
+        ends[request] = end
+
+    def _grow(self, ends: dict[Request, int], budget: _Budget) -> None:
+        """Give running prefills, the oldest first, what is left, where there is memory for it."""
+        for request in self._running:
+            start = ends.get(request, request.scheduled_len)
+            if start < request.prefill_len:
+                end = self._end(request, start, budget)
+                if end > start and self._manager.extend(request, end):
+                    self._plan(ends, request, end, budget)
 
     def _claim(self, request: Request, end: int) -> bool:
         """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step out."""
@@ -231,32 +287,63 @@ class Scheduler:
         insort(self._waiting, request, key=_age)
         self._is_full = True
 
-    def _admit(self, tasks: list[Task], budget: int) -> None:
+    def _candidates(self) -> Iterator[Request]:
+        """The oldest that wait, as many as could run twice over beside those that follow a prefill
+        ahead of them; of all together no more than a step has time to look at."""
+        num_unled = 0
+        for request in self._waiting[: 8 * self._max_running]:
+            yield request
+            num_unled += not request.followings
+            if num_unled == 2 * self._max_running:
+                return
+
+    def _admit(
+        self, candidates: Iterable[Request], ends: dict[Request, int], budget: _Budget
+    ) -> list[Request]:
         """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them.
+        Returns those passed over for want of budget.
 
         Followers are looked for even where nobody can be let in, so that their leader saves its state in time.
         """
         self._is_full &= bool(self._running)
-        for request in tuple(islice(self._waiting, 2 * self._max_running)):
+        passed: list[Request] = []
+        for request in candidates:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
-            if self._is_full or budget < TILE or len(self._running) >= self._max_running:
+            num_taken = len(self._running) + len(passed)
+            if self._is_full or budget.tokens <= 0 or num_taken >= self._max_running:
                 continue
             if self._manager.must_wait_for_slab:
                 continue
             if goal and self._manager.cached_len(request) < goal:
                 continue
-            if not self._start(request, budget):
-                self._is_full = True
-                continue
-            tasks.append(_task(request, self._end(request, budget)))
-            budget -= tasks[-1].end - request.scheduled_len
+            if not self._fits(request, budget):
+                passed.append(request)
+            elif self._start(request, budget):
+                end = self._end(request, request.scheduled_len, budget)
+                self._plan(ends, request, end, budget)
+        return passed
 
-    def _start(self, request: Request, budget: int) -> bool:
-        """Move ``request`` from waiting to running. False: no memory for its first chunk; it waits on."""
+    def _fits(self, request: Request, budget: _Budget) -> bool:
+        """Whether waiting ``request`` could compute something. O(its length) where only a short one
+        could."""
+        if budget.room(request.wants_scores) >= TILE:
+            return True
+        rest = request.num_tokens
+        if rest > budget.tokens and not request.wants_scores:
+            rest -= self._manager.cached_len(request)
+        return budget.most(rest, request.wants_scores) == rest
+
+    def _start(self, request: Request, budget: _Budget) -> bool:
+        """Move ``request`` from waiting to running. False: it waits on, for memory for its first
+        chunk, or because less than it found could be resumed from and the rest fits no more."""
         if not self._manager.begin(request):
+            self._is_full = True
             return False
-        if not self._manager.extend(request, self._end(request, budget)):
+        end = self._end(request, request.scheduled_len, budget)
+        fits = end > request.scheduled_len
+        if not fits or not self._manager.extend(request, end):
             self._manager.abort(request)
+            self._is_full = fits
             return False
         self._waiting.remove(request)
         insort(self._running, request, key=_age)

@@ -172,15 +172,6 @@ def test_logprobs_are_the_models_own():
     assert given[1].logprob == pytest.approx(float(expected[1, 9]), abs=1e-6)
 
 
-def test_many_rows_are_scored_in_parts(monkeypatch):
-    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
-    tokens = torch.arange(7)
-    whole = sampler._score(logits, tokens, 3)
-    monkeypatch.setattr(sampler, "SCORED_ROWS", 3)
-    for part, expected in zip(sampler._score(logits, tokens, 3), whole, strict=True):
-        assert torch.equal(part, expected)
-
-
 def test_top_p_counts_what_top_k_left():
     """64 tokens, k 20, p 0.8: of all of them 0.8 would take 25, of the 20 it takes 14."""
     logits = torch.full((1, VOCAB), -torch.inf)

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from engine.config import EngineConfig
+from engine.config import MAX_SCORED, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
 from engine.run.graphs import DecodeGraphs
@@ -20,7 +20,7 @@ from engine.run.memory import ACCELERATOR_SHARE
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Drawn, Sampler
-from engine.run.warm_up import lengths
+from engine.run.warm_up import lengths, rehearsals
 from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
 
@@ -159,6 +159,19 @@ def test_one_length_of_every_octave_is_rehearsed() -> None:
     assert lengths(1) == [1]
     assert lengths(64) == [64, 32, 16, 8, 4, 2, 1]
     assert lengths(100) == [100, 64, 32, 16, 8, 4, 2, 1]
+
+
+def test_the_largest_step_has_logits_of_no_more_than_may_be_scored(monkeypatch, tmp_path) -> None:
+    """With those of all its tokens, 2.5 GB of a vocabulary of 151,936 would be kept from the pools."""
+    with stubbed(monkeypatch):
+        engine = make_engine(
+            tmp_path, token_budget=8192, warm_up=False, kv_gib=0.02, state_gib=0.02
+        )
+        batches = list(rehearsals(engine.runner))
+        assert max(batch.num_tokens for batch in batches) == 8192
+        rows = [sum(segment.num_logits for segment in batch.segments) for batch in batches]
+        scored = MAX_SCORED + -(-8192 // engine.runner.max_model_len)
+        assert max(rows) <= scored < 1200
 
 
 def test_every_thread_that_computes_makes_the_device_current(monkeypatch, tmp_path) -> None:

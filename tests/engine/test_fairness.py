@@ -1,0 +1,126 @@
+"""What a step's tokens are given to: short prompts do not wait for long ones, and nobody pays for it in steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.config import MAX_SCORED, TILE
+from engine.run.oracle import OracleRunner, OracleSampler
+
+
+class Load:
+    """Requests that arrive at once; in which step each had its first and its last token."""
+
+    def __init__(self, token_budget: int, max_running: int = 16) -> None:
+        config = EngineConfig(token_budget=token_budget, max_running=max_running, check=True)
+        runner = OracleRunner(60_000, 64)
+        self.engine = Engine(config, runner=runner, sampler=OracleSampler())
+        self.first: dict[str, int] = {}
+        self.outputs: dict[str, RequestOutput] = {}
+        self.num_steps = 0
+        self.prefilled: list[int] = []
+        """Prompt tokens of each step."""
+        forward = runner.forward
+
+        def noting(batch, drawn=()):
+            assert batch.num_tokens <= config.most_step_tokens
+            self.prefilled.append(sum(len(s.token_ids) for s in batch.segments if not s.is_decode))
+            assert sum(s.num_logits for s in batch.segments if s.logits == "all") <= MAX_SCORED
+            return forward(batch, drawn)
+
+        runner.forward = noting
+
+    def add(self, name: str, prompt: list[int], max_tokens: int = 4, **options: object) -> None:
+        rule = SamplingParams(max_tokens=max_tokens)
+        self.engine.submit(prompt, rule, request_id=name, **options)
+
+    def run(self) -> None:
+        while self.engine.has_work():
+            self.num_steps += 1
+            for output in self.engine.step():
+                self.first.setdefault(output.request_id, self.num_steps)
+                self.outputs[output.request_id] = output
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 320, count).tolist()
+
+
+def test_a_short_prompt_behind_forty_followers_of_a_long_one_waits_for_none_of_them() -> None:
+    load, long = Load(token_budget=1024), tokens(20_000, 0)
+    load.add("leader", long)
+    for i in range(40):
+        load.add(f"follower-{i}", [*long[:-10], *[i] * 10])
+    load.add("short", [1, 2, 3], max_tokens=1)
+    load.run()
+    assert load.first["short"] == 1
+    assert load.first["leader"] == 20  # as if it were alone, but for three tokens
+    assert all(o.cached_len >= 19_968 for n, o in load.outputs.items() if n[:3] == "fol")
+
+
+def test_what_short_prompts_leave_goes_to_the_long_ones_in_the_same_step() -> None:
+    load = Load(token_budget=1024)
+    for i in range(3):
+        load.add(f"long-{i}", tokens(4096, i), max_tokens=1)
+    load.run()
+    assert load.prefilled == [1024] * 12
+    assert [load.first[f"long-{i}"] for i in range(3)] == [4, 8, 12]  # one after the other
+
+
+def test_short_prompts_take_no_more_than_their_share_of_a_step() -> None:
+    load = Load(token_budget=1024)
+    load.add("long", tokens(8192, 0), max_tokens=1)
+    for i in range(60):
+        load.add(f"short-{i}", tokens(128, 1 + i), max_tokens=1)
+    load.run()
+    assert load.first["long"] == 11  # at least three quarters of each step
+    assert sum(load.first[f"short-{i}"] <= 10 for i in range(60)) == 20  # two in each of its steps
+
+
+def test_a_short_prompt_passes_a_long_one_only_where_both_have_a_place_to_run() -> None:
+    """Else the long one would wait for the whole of the short one's answer."""
+    firsts = {}
+    for max_running in (2, 3):
+        load = Load(token_budget=256, max_running=max_running)
+        load.add("first", tokens(1024, 0), max_tokens=300)
+        load.add("second", tokens(1024, 1), max_tokens=1)
+        load.add("short", tokens(3, 2), max_tokens=300)
+        load.run()
+        firsts[max_running] = [load.first[name] for name in ("first", "second", "short")]
+    assert firsts[2] == [4, 10, 11] and firsts[3] == [6, 11, 1]
+
+
+def test_prompts_whose_every_position_is_scored_are_scored_in_parts() -> None:
+    load = Load(token_budget=4096)
+    for i in range(3):
+        load.add(f"scored-{i}", tokens(2500, i), max_tokens=1, prompt_logprobs=0)
+    load.add("plain", tokens(6000, 9), max_tokens=1)
+    load.run()
+    assert all(len(load.outputs[f"scored-{i}"].prompt_logprobs) == 2500 for i in range(3))
+    assert load.first["plain"] == 2  # the rest of a step is for the others
+    assert load.prefilled[0] == 4096
+
+
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 200), st.integers(1, 3000)), min_size=1, max_size=12),
+    token_budget=st.sampled_from([64, 100, 128, 256, 1000]),
+)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.timeout(300)
+def test_no_step_is_left_emptier_than_one_without_the_rule(
+    sizes: list[int], token_budget: int
+) -> None:
+    """As long as anybody waits, less than a tile of each step is unused."""
+    load = Load(token_budget)
+    for i, size in enumerate(sizes):
+        load.add(f"{i}", tokens(size, i), max_tokens=1)
+    load.run()
+    assert sum(load.prefilled) == sum(sizes)
+    left = sum(sizes)
+    for prefilled in load.prefilled:
+        left -= prefilled
+        assert prefilled > token_budget - TILE or not left, (load.prefilled, sizes)
