@@ -25,17 +25,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.config import MAX_SCORED, TILE
+from engine.config import TILE
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
+from engine.schedule.budget import Budget
 from engine.schedule.cache_manager import CacheManager
 from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
-SHORT_SHARE = 4
-"""One part in so many of a step's prefill tokens is for those that fit in it whole."""
 UNKNOWN = np.zeros(1, np.int32)
 """Stands for a token that is drawn but not known to the host."""
 
@@ -82,31 +81,6 @@ class Plan:
 
 EMPTY = Plan(Batch(()), ())
 """Nothing to compute now: the runner is not asked."""
-
-
-@dataclass(slots=True)
-class _Budget:
-    """What prefills may still take of one step."""
-
-    tokens: int
-    num_for_short: int
-    """The last so many of them are for prefills that fit in whole."""
-    scored: int = MAX_SCORED
-
-    def room(self, scores: bool) -> int:
-        """How many tokens any prefill may compute, be it short or long."""
-        tokens = max(0, self.tokens - self.num_for_short)
-        return min(tokens, self.scored) if scores else tokens
-
-    def most(self, rest: int, scores: bool) -> int:
-        """How many of its ``rest`` tokens a prefill may compute."""
-        short = min(self.num_for_short, self.tokens)
-        is_short = rest <= (min(short, self.scored) if scores else short)
-        return rest if is_short else min(rest, self.room(scores))
-
-    def spend(self, num_tokens: int, scores: bool) -> None:
-        self.tokens -= num_tokens
-        self.scored -= num_tokens * scores
 
 
 class Scheduler:
@@ -239,27 +213,27 @@ class Scheduler:
         moves, row_writes, restores = self._manager.take_copies()
         return Batch(segments, restores, row_writes, late_tokens, moves)
 
-    def _budget(self) -> _Budget:
+    def _budget(self) -> Budget:
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
-        return _Budget(tokens, 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE))
+        return Budget.of(tokens, is_shared=not is_alone)
 
-    def _end(self, request: Request, start: int, budget: _Budget) -> int:
+    def _end(self, request: Request, start: int, budget: Budget) -> int:
         """How far ``request``, which has its tokens up to ``start``, may compute in this step."""
         if request.scheduled_len >= request.prefill_len:
             return min(request.scheduled_len + 1, request.max_len - 1)
         end = start + budget.most(request.prefill_len - start, request.wants_scores)
         return end if end == request.prefill_len else max(start, end // TILE * TILE)
 
-    def _plan(self, ends: dict[Request, int], request: Request, end: int, budget: _Budget) -> None:
+    def _plan(self, ends: dict[Request, int], request: Request, end: int, budget: Budget) -> None:
         """``request``, whose memory is claimed, computes up to ``end``."""
         if request.scheduled_len < request.prefill_len:
             start = ends.get(request, request.scheduled_len)
             budget.spend(end - start, request.wants_scores)
         ends[request] = end
 
-    def _grow(self, ends: dict[Request, int], budget: _Budget) -> None:
+    def _grow(self, ends: dict[Request, int], budget: Budget) -> None:
         """Give running prefills, the oldest first, what is left, where there is memory for it."""
         for request in self._running:
             start = ends.get(request, request.scheduled_len)
@@ -298,7 +272,7 @@ class Scheduler:
                 return
 
     def _admit(
-        self, candidates: Iterable[Request], ends: dict[Request, int], budget: _Budget
+        self, candidates: Iterable[Request], ends: dict[Request, int], budget: Budget
     ) -> list[Request]:
         """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them.
         Returns those passed over for want of budget.
@@ -323,7 +297,7 @@ class Scheduler:
                 self._plan(ends, request, end, budget)
         return passed
 
-    def _fits(self, request: Request, budget: _Budget) -> bool:
+    def _fits(self, request: Request, budget: Budget) -> bool:
         """Whether waiting ``request`` could compute something. O(its length) where only a short one
         could."""
         if budget.room(request.wants_scores) >= TILE:
@@ -333,7 +307,7 @@ class Scheduler:
             rest -= self._manager.cached_len(request)
         return budget.most(rest, request.wants_scores) == rest
 
-    def _start(self, request: Request, budget: _Budget) -> bool:
+    def _start(self, request: Request, budget: Budget) -> bool:
         """Move ``request`` from waiting to running. False: it waits on, for memory for its first
         chunk, or because less than it found could be resumed from and the rest fits no more."""
         if not self._manager.begin(request):

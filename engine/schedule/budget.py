@@ -1,0 +1,41 @@
+"""What the prefills of one step may take of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import MAX_SCORED, TILE
+
+SHORT_SHARE = 4
+"""One part in so many of a step's prefill tokens is for those that fit in it whole."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """What prefills may still take of one step."""
+
+    tokens: int
+    num_for_short: int
+    """The last so many of them are for prefills that fit in whole."""
+    scored: int = MAX_SCORED
+    """Of their positions, those whose logits may be wanted."""
+
+    @classmethod
+    def of(cls, tokens: int, *, is_shared: bool) -> Budget:
+        """Of a step with ``tokens`` for prefills, one tile at least; not shared: there is but one."""
+        return cls(tokens, min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0)
+
+    def room(self, scores: bool) -> int:
+        """How many tokens any prefill may compute, be it short or long."""
+        tokens = max(0, self.tokens - self.num_for_short)
+        return min(tokens, self.scored) if scores else tokens
+
+    def most(self, rest: int, scores: bool) -> int:
+        """How many of its ``rest`` tokens a prefill may compute."""
+        short = min(self.num_for_short, self.tokens)
+        is_short = rest <= (min(short, self.scored) if scores else short)
+        return rest if is_short else min(rest, self.room(scores))
+
+    def spend(self, num_tokens: int, scores: bool) -> None:
+        self.tokens -= num_tokens
+        self.scored -= num_tokens * scores
