@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,17 +36,20 @@ class Tensor:
     name: str
     """As the file has it."""
     path: Path
+    file: Any
+    """The open file: a header lists tens of thousands of tensors, and is read once."""
     shape: tuple[int, ...]
 
 
 class WeightFiles:
-    """The safetensors files of one model directory. Reading headers only, until ``fill``."""
+    """The safetensors files of one model directory, open until ``close``. Reads headers only, until
+    ``fill``."""
 
     def __init__(self, model_dir: Path, num_workers: int) -> None:
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="weights")
         self._started = time.monotonic()
         self._num_bytes = 0
-        headers = self._pool.map(read_header, find_files(model_dir))
+        headers = self._pool.map(open_file, find_files(model_dir))
         self.tensors: dict[str, Tensor] = {}
         self.skipped: list[str] = []
         for tensor in (tensor for header in headers for tensor in header):
@@ -94,16 +98,16 @@ class WeightFiles:
         name, parameter = item
         source = self.tensors[name]
         try:
-            with safe_open(source.path, framework="pt") as file:
-                tensor = file.get_tensor(source.name)
+            tensor = source.file.get_tensor(source.name)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{source.path.name} can not be read: {error}.") from None
         parameter.fill(tensor)
         return tensor.nbytes
 
     def close(self) -> str:
-        """End the workers; a line on what was read."""
+        """End the workers and close the files; a line on what was read."""
         self._pool.shutdown()
+        self.tensors.clear()
         seconds = time.monotonic() - self._started
         line = f"{self._num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
         if self.skipped:
@@ -135,14 +139,14 @@ def find_files(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in names]
 
 
-def read_header(path: Path) -> list[Tensor]:
-    """Names and shapes in one file. Raises WeightsError for a truncated or corrupted one."""
+def open_file(path: Path) -> list[Tensor]:
+    """The tensors of one file. Raises WeightsError for a truncated or corrupted one."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return [
-                Tensor(name, path, tuple(file.get_slice(name).get_shape()))
-                for name in file.keys()  # noqa: SIM118 (not a dict)
-            ]
+        file = safe_open(path, framework="pt")
+        return [
+            Tensor(name, path, file, tuple(file.get_slice(name).get_shape()))
+            for name in file.keys()  # noqa: SIM118 (not a dict)
+        ]
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path.name} is truncated or corrupted ({error}); fetch it again."

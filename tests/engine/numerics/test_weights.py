@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
+from engine.run import weights
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.layers.gated_delta_net import GatedDeltaNet
@@ -59,6 +63,30 @@ def test_sharded(checkpoint, drivers, random_tokens):
     (path / "model-1.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing: model-1\.safetensors"):
         load(path)
+
+
+def test_each_file_is_opened_once_and_closed(checkpoint, monkeypatch):
+    path, tensors = checkpoint("qwen3_next")
+    names = sorted(tensors)
+    for i in range(2):
+        save_file({name: tensors[name] for name in names[i::2]}, path / f"model-{i}.safetensors")
+    (path / "model.safetensors").unlink()
+    opened, living = [], weakref.WeakSet()
+
+    class File:
+        def __init__(self, file_path, framework):
+            opened.append(file_path.name)
+            living.add(self)
+            self._file = safe_open(file_path, framework=framework)
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+    monkeypatch.setattr(weights, "safe_open", File)
+    runner = load(path)
+    assert sorted(opened) == ["model-0.safetensors", "model-1.safetensors"]
+    gc.collect()
+    assert runner.weights_note and not living
 
 
 @pytest.mark.parametrize("stacked", [True, False])
