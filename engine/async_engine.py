@@ -106,6 +106,10 @@ class AsyncEngine:
         return self._engine.tokenizer
 
     @property
+    def sampling_defaults(self) -> dict[str, float]:
+        return self._engine.sampling_defaults
+
+    @property
     def model_name(self) -> str:
         return self._engine.model_name
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Runner, TokenSampler
+from engine.requests.sampling_defaults import read_sampling_defaults
 from hybridcache.build import CacheConfig
 
 if TYPE_CHECKING:
@@ -16,11 +18,25 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
     """Model, sampler and tokenizer that ``config`` names. Imports torch."""
     from engine.run.model_runner import ModelRunner
     from engine.run.sampler import Sampler
-    from engine.text.tokenizer import load_tokenizer
 
     runner = ModelRunner(config)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    return runner, Sampler(runner.vocab_size), tokenizer
+    return runner, Sampler(runner.vocab_size), _tokenizer(config, runner.vocab_size)
+
+
+def _tokenizer(config: EngineConfig, vocab_size: int) -> Tokenizer:
+    from engine.text.token_ids import IdTokenizer
+    from engine.text.tokenizer import has_tokenizer, load_tokenizer, named_eos
+
+    if config.tokenizer is None and config.model and not has_tokenizer(Path(config.model)):
+        return IdTokenizer(vocab_size, named_eos(Path(config.model)))
+    return load_tokenizer(config.tokenizer or config.model)
+
+
+def sampling_defaults(config: EngineConfig) -> dict[str, float]:
+    """What requests that say nothing are sampled with, where the model has an opinion."""
+    if config.model is None or config.sampling_defaults == "none":
+        return {}
+    return read_sampling_defaults(Path(config.model))
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:

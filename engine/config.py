@@ -68,6 +68,10 @@ class EngineConfig:
         True,
         "compile kernels and capture graphs at the start; without it on first use, while a request waits",
     )
+    sampling_defaults: Literal["model", "none"] = _setting(
+        "model",
+        "what a request that says nothing is sampled with; model: as its generation_config.json says",
+    )
     seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
 
     prefix_cache: Literal["hybrid", "radix", "none"] = _setting(
@@ -165,6 +169,7 @@ class EngineConfig:
 
 _WORDS: dict[str, tuple[str | None, ...]] = {
     "load_format": ("auto", "dummy"),
+    "sampling_defaults": ("model", "none"),
     "state_dtype": ("float32", "bfloat16"),
     "quantization": (None, "int8", "fp8"),
     "graphs": ("auto", "off", "decode", "all"),

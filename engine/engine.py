@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.build import cache_config, load
+from engine.build import cache_config, load, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.intake import Intake, Prompt
@@ -84,6 +84,8 @@ class Engine:
         assert config.token_budget is not None
         self.runner = runner
         self.tokenizer = tokenizer
+        self.sampling_defaults = sampling_defaults(config)
+        """Fields of ``SamplingParams`` that the model recommends, for whoever says nothing."""
         self._sampler = sampler
         self._observer = observer
         self._log = log
@@ -186,7 +188,7 @@ class Engine:
         """The first half of ``submit``: check a prompt and make its request. Safe to call from any thread."""
         return self._intake.prepare(
             prompt,
-            sampling or SamplingParams(),
+            sampling or SamplingParams(**self.sampling_defaults),  # type: ignore[arg-type]
             request_id=request_id,
             namespace=namespace,
             boundaries=boundaries,

@@ -88,7 +88,7 @@ def _parser() -> Parser:
         "--chat", action="store_true", help="take each prompt for a user's message"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    add_flags(generate, SamplingParams, "sampling", skip=("seed", "stop"))
+    add_flags(generate, SamplingParams, "sampling", skip=("seed", "stop"), only_given=True)
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
@@ -153,14 +153,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     engine_config = read_config(EngineConfig, arguments)
-    sampling = read_config(
-        SamplingParams, arguments, seed=arguments.sampling_seed, stop=tuple(arguments.stop)
-    )
+    asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
+    read_config(SamplingParams, arguments, **asked)  # Before anything slow: it may refuse.
     texts = arguments.prompt or [sys.stdin.read()]
     from engine.engine import Engine
     from engine.text.templates import render_chat
 
     engine = Engine(engine_config)
+    sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
     assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
     for text in texts:
         prompt: str | list[int] = text

@@ -34,9 +34,15 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, config: type, title: str, skip: Iterable[str] = ()
+    parser: argparse.ArgumentParser,
+    config: type,
+    title: str,
+    skip: Iterable[str] = (),
+    *,
+    only_given: bool = False,
 ) -> None:
-    """One flag for each field of the dataclass ``config`` that ``skip`` does not name, in a group of their own."""
+    """One flag for each field of the dataclass ``config`` that ``skip`` does not name, in a group
+    of their own. ``only_given``: one that is not given leaves nothing in what is parsed."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
     skipped = frozenset(skip)
@@ -46,20 +52,26 @@ def add_flags(
             group.add_argument(
                 "--" + field.name.replace("_", "-"),
                 dest=field.name,
-                default=field.default,
+                default=argparse.SUPPRESS if only_given else field.default,
                 help=_help(field, documented),
                 **_kind(hints[field.name], field.default),
             )
 
 
-def read_config(config: type[Config], arguments: argparse.Namespace, **fixed: Any) -> Config:
-    """The config that the parsed ``arguments`` ask for; ValueError: the config refuses a value."""
+def read_config(
+    config: type[Config],
+    arguments: argparse.Namespace,
+    defaults: Mapping[str, Any] | None = None,
+    **fixed: Any,
+) -> Config:
+    """The config that the parsed ``arguments`` ask for, with ``defaults`` where they leave a field
+    out; ValueError: the config refuses a value."""
     values = {
         field.name: getattr(arguments, field.name)
         for field in dataclasses.fields(config)  # type: ignore[arg-type]
         if hasattr(arguments, field.name)
     }
-    return config(**(values | fixed))
+    return config(**(dict(defaults or {}) | values | fixed))
 
 
 def _help(field: dataclasses.Field[Any], documented: Mapping[str, str]) -> str:

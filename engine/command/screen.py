@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from engine.engine import Engine
 from engine.schedule.memory import MemorySizes
 from engine.schedule.report import CacheReport
+from engine.text.token_ids import IdTokenizer
 from hybridcache.units import counted, format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def start_screen(engine: Engine, address: str) -> str:
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
         ("kernels", _kernel_words(runner.kernels.words())),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
+        *_said_of_text(engine),
         ("context", counted(engine.max_model_len, "token")),
         ("memory", _memory_words(runner.memory, report)),
         (
@@ -65,6 +67,17 @@ def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
     )
     total = format_bytes(memory.total_bytes)
     return f"{where[memory.memory]}, {total}: {free} free, {cached} cached, {held} held"
+
+
+def _said_of_text(engine: Engine) -> list[tuple[str, str]]:
+    """What is not as everybody expects it."""
+    rows = []
+    if isinstance(engine.tokenizer, IdTokenizer):
+        rows.append(("tokenizer", "none there: prompts and answers are token ids, as numbers"))
+    if engine.sampling_defaults:
+        words = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
+        rows.append(("sampling", f"{words}, where a request says nothing (generation_config.json)"))
+    return rows
 
 
 def _cache_words(engine: Engine) -> str:

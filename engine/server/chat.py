@@ -36,7 +36,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     ask = ServerRequest(
         prompt.token_ids,
-        body.samplings(limit, num_top),
+        body.samplings(limit, num_top, front.engine.sampling_defaults),
         front.namespace_of(body.cache_salt),
         prompt.boundaries,
         prompt.answer_survives,

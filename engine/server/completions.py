@@ -25,7 +25,7 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     front.check_number(len(prompts) * body.n)
     namespace = front.namespace_of(body.cache_salt)
     token_ids = await front.encode(prompts, body.add_special_tokens, namespace)
-    streams = await front.submit([_ask(body, prompt, namespace) for prompt in token_ids])
+    streams = await front.submit([_ask(front, body, prompt, namespace) for prompt in token_ids])
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))
@@ -33,11 +33,13 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     return await front.answer(outputs, lambda: answer.whole(outputs), echoes=body.echo)
 
 
-def _ask(body: CompletionRequest, prompt: list[int], namespace: str | None) -> ServerRequest:
+def _ask(
+    front: ServingContext, body: CompletionRequest, prompt: list[int], namespace: str | None
+) -> ServerRequest:
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     return ServerRequest(
         prompt,
-        body.samplings(body.max_tokens, body.logprobs),
+        body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults),
         namespace=namespace,
         prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
     )

@@ -79,7 +79,8 @@ class ServingContext:
         add_special_tokens: bool,
         namespace: str | None = None,
     ) -> list[list[int]]:
-        """Ids of each prompt; those that are long together are encoded in a thread."""
+        """Ids of each prompt; those that are long together are encoded in a thread. APIError 400: a
+        text that this model's tokenizer does not take."""
 
         def work() -> list[list[int]]:
             return [
@@ -89,7 +90,10 @@ class ServingContext:
                 for prompt in prompts
             ]
 
-        return await self.workers.run(sum(map(len, prompts)), work)
+        try:
+            return await self.workers.run(sum(map(len, prompts)), work)
+        except ValueError as error:
+            raise APIError(400, str(error)) from error
 
     def namespace_of(self, salt: str | None) -> str | None:
         """The namespace of requests with one ``cache_salt``: a hash of it, since namespaces are shown and a salt is a secret,

@@ -7,6 +7,7 @@ accepted and ignored.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -116,9 +117,13 @@ class Sampling(Strict):
             if value is not None and name not in IGNORED and name not in NEUTRAL
         }
 
-    def samplings(self, max_tokens: int | None, logprobs: int | None) -> list[SamplingParams]:
-        """How each of the ``n`` choices is sampled. APIError 400: a value out of range."""
-        given = {name: value for name in self.GIVEN if (value := getattr(self, name)) is not None}
+    def samplings(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> list[SamplingParams]:
+        """How each of the ``n`` choices is sampled; by ``defaults`` where the body says nothing.
+        APIError 400: a value out of range."""
+        given = dict(defaults)
+        given |= {name: value for name in self.GIVEN if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
             return [

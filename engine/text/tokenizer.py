@@ -183,17 +183,10 @@ class HFTokenizer:
         self._pieces = PieceMemory(REMEMBERED_BYTES)
 
     def _find_eos(self, model_dir: Path, settings: dict[str, Any]) -> frozenset[int]:
-        """What generation_config.json says, or else config.json, and the tokenizer's own end token with either."""
-        config = _read_json(model_dir / "config.json")
-        candidates = (
-            _read_json(model_dir / "generation_config.json").get("eos_token_id"),
-            config.get("eos_token_id"),
-            config.get("text_config", {}).get("eos_token_id"),
-        )
-        named: int | list[int] = next((ids for ids in candidates if ids is not None), [])
-        found = {named} if isinstance(named, int) else set(named)
+        """What the model names, and the tokenizer's own end token."""
+        found = named_eos(model_dir)
         own = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
-        return frozenset(found if own is None else found | {own})
+        return found if own is None else found | {own}
 
     def encode(
         self,
@@ -362,6 +355,27 @@ def load_tokenizer(model_dir: str | Path | None) -> Tokenizer:
     return ByteTokenizer() if model_dir is None else HFTokenizer(Path(model_dir))
 
 
+def named_eos(model_dir: Path) -> frozenset[int]:
+    """The end tokens that generation_config.json names, or else config.json."""
+    config = _read_json(model_dir / "config.json")
+    candidates = (
+        _read_json(model_dir / "generation_config.json").get("eos_token_id"),
+        config.get("eos_token_id"),
+        config.get("text_config", {}).get("eos_token_id"),
+    )
+    named: int | list[int] = next((ids for ids in candidates if ids is not None), [])
+    return frozenset({named} if isinstance(named, int) else named)
+
+
+def has_tokenizer(model_dir: Path) -> bool:
+    """Whether there is a tokenizer.json, or something that one can be made of."""
+    return any(
+        found
+        for form in ("tokenizer.json", "tokenizer.model", "vocab*")
+        for found in model_dir.glob(form)
+    )
+
+
 def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
@@ -371,7 +385,7 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises nothing narrower.
             raise ValueError(f"{path} is no tokenizer ({error}): download it again.") from None
-    if not any(model_dir.glob("tokenizer.model")) and not any(model_dir.glob("vocab*")):
+    if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
         )

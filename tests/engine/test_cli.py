@@ -142,11 +142,11 @@ def test_broken_model_directories(
     assert sentence in error and error.count("\n") == 1, error
 
 
-def test_a_model_without_a_tokenizer_is_told(
+def test_a_directory_named_for_its_tokenizer_must_have_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    flags = ("--load-format", "dummy", "--cache-gib", "0.05")
+    flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--tokenizer", str(tmp_path))
     assert run("serve", "--port", "0", "--model", str(tmp_path), *flags) == 2
     assert "put the model's tokenizer.json there" in capsys.readouterr().err
 

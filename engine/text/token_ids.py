@@ -1,0 +1,50 @@
+"""What serves as a tokenizer where a model's directory has none: text is token ids, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+from engine.text.templates import ChatTemplate
+from engine.text.tokenizer import ByteStreamDecoder, StreamDecoder
+
+
+class IdTokenizer:
+    """Each id is written in decimal, after a space.
+
+    >>> tokenizer = IdTokenizer(320, frozenset({2}))
+    >>> tokenizer.encode("17 4"), tokenizer.decode([17, 4])
+    ([17, 4], ' 17 4')
+    """
+
+    special_tokens: tuple[str, ...] = ()
+    control_tokens: tuple[str, ...] = ()
+    chat_template: ChatTemplate | None = None
+
+    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        mark: str | None = None,
+        namespace: Hashable = None,
+    ) -> list[int]:
+        """ValueError: the text is not numbers."""
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise ValueError(
+                "this model has no tokenizer: give the prompt as token ids, or as text of their numbers."
+            ) from None
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return "".join(f" {token_id}" for token_id in token_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
+    def stream_decoder(self) -> StreamDecoder:
+        return ByteStreamDecoder(self.token_bytes, frozenset())

@@ -1,0 +1,141 @@
+"""A directory with nothing but a config: token ids are served; and what generation_config.json says of sampling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.command.cli import main
+from engine.command.screen import start_screen
+from engine.text.token_ids import IdTokenizer
+from experiments.gpu_models import TINY, write_geometry
+
+from .conftest import Live, serving
+
+IDS = [5, 17, 250]
+RECOMMENDED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}
+
+
+def make_engine(directory: Path, **settings: object) -> Engine:
+    config = {"load_format": "dummy", "device": "cpu", "cache_gib": 0.02} | settings
+    return Engine(EngineConfig(model=str(directory), **config))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write_geometry(tmp_path_factory.mktemp("bare"), TINY | {"eos_token_id": 299}))
+
+
+@pytest.fixture(scope="module")
+def live(directory: Path) -> Iterator[Live]:
+    with serving(make_engine(directory)) as server:
+        yield server
+
+
+def test_token_ids_are_served_and_the_start_says_so(live: Live) -> None:
+    engine = live.engine
+    assert isinstance(engine.tokenizer, IdTokenizer)
+    assert engine.tokenizer.eos_token_ids == {299} and engine.tokenizer.vocab_size == 300
+    assert "tokenizer    none there: prompts and answers are token ids" in start_screen(engine, "")
+    greedy = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    by_id, by_text = (
+        live.post("/v1/completions", {"prompt": prompt, "echo": True, **greedy}).json()
+        for prompt in (IDS, "5 17 250")
+    )
+    numbers = by_id["choices"][0]["text"]
+    assert numbers.startswith(" 5 17 250 ") and len(numbers.split()) == 7
+    assert by_text["choices"][0]["text"] == numbers
+    assert engine.tokenizer.encode(numbers)[:3] == IDS
+    events = live.post(
+        "/v1/completions", {"prompt": IDS, "echo": True, "stream": True, **greedy}
+    ).text.split("data: ")[1:-1]
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == numbers
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("completions", {"prompt": "Once upon"}, "this model has no tokenizer: give the prompt"),
+        ("completions", {"prompt": "5 300"}, "token ids must be from 0 to 299"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "5"}]}, "no chat template"),
+    ],
+)
+def test_what_needs_a_tokenizer_is_refused_in_one_sentence(
+    live: Live, path: str, body: dict[str, object], sentence: str
+) -> None:
+    answer = live.post(f"/v1/{path}", body)
+    assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
+
+
+def test_a_tokenizer_that_is_asked_for_by_name_must_be_there(directory: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"put the model's tokenizer\.json there"):
+        make_engine(directory, tokenizer=str(directory))
+
+
+@pytest.fixture
+def opinionated(tmp_path: Path) -> Path:
+    path = Path(write_geometry(tmp_path, TINY))
+    (path / "generation_config.json").write_text(json.dumps(RECOMMENDED | {"eos_token_id": [7]}))
+    return path
+
+
+def test_the_models_sampling_is_used_where_a_request_says_nothing(opinionated: Path) -> None:
+    engine = make_engine(opinionated)
+    assert engine.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    screen = start_screen(engine, "")
+    assert "sampling     temperature 0.6, top_p 0.95, top_k 20, where a request says" in screen
+    taken: list[SamplingParams] = []
+    prepare = engine.prepare
+    engine.prepare = lambda prompt, sampling, **rest: (  # type: ignore[method-assign]
+        taken.append(sampling) or prepare(prompt, sampling, **rest)
+    )
+    with serving(engine) as live:
+        for body in ({}, {"temperature": 0, "top_k": 5}, {"top_p": 1, "temperature": None}):
+            answer = live.post("/v1/completions", {"prompt": IDS, "max_tokens": 1, **body})
+            assert answer.status_code == 200
+    assert [(p.temperature, p.top_k, p.top_p) for p in taken] == [
+        (0.6, 20, 0.95),
+        (0, 5, 0.95),
+        (0.6, 20, 1),
+    ]
+    request = make_engine(opinionated).prepare(IDS)
+    assert (request.params.temperature, request.params.top_k) == (0.6, 20)
+
+
+def test_the_models_sampling_can_be_left_alone(opinionated: Path) -> None:
+    engine = make_engine(opinionated, sampling_defaults="none")
+    assert engine.sampling_defaults == {} and "where a request" not in start_screen(engine, "")
+    assert engine.prepare(IDS).params == SamplingParams()
+    assert engine.tokenizer.eos_token_ids == {7}
+
+
+def test_the_command_line_takes_them_where_no_flag_is_given(
+    opinionated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[SamplingParams] = []
+    stream = Engine.stream
+    monkeypatch.setattr(
+        Engine,
+        "stream",
+        lambda self, prompt, sampling, **rest: (
+            taken.append(sampling) or stream(self, prompt, sampling, **rest)
+        ),
+    )
+    common = ["--model", str(opinionated), "--load-format", "dummy", "--device", "cpu"]
+    for flags in ([], ["--temperature", "1", "--max-tokens", "2"]):
+        assert main(["generate", "5 17", "--cache-gib", "0.02", *common, *flags]) == 0
+    assert [(p.temperature, p.top_k, p.max_tokens) for p in taken] == [(0.6, 20, 16), (1, 20, 2)]
+    assert capsys.readouterr().out.split()
+
+
+def test_a_recommendation_that_can_not_be_served_is_named(opinionated: Path) -> None:
+    (opinionated / "generation_config.json").write_text('{"top_p": 7, "top_k": 0}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be .*defaults none"):
+        make_engine(opinionated)
+    assert make_engine(opinionated, sampling_defaults="none").sampling_defaults == {}
+    (opinionated / "generation_config.json").write_text('{"top_k": 0, "min_p": null}')
+    assert make_engine(opinionated).sampling_defaults == {}
