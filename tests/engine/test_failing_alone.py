@@ -87,9 +87,11 @@ def test_a_request_can_be_aborted_whose_last_text_can_not_be_made() -> None:
     engine.check()
 
 
-def break_acceptance_of(engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publishing the prefill of ``prompt`` breaks the commit off, once."""
-    publish, left = engine._manager.publish, [1]
+def break_publishing_of(
+    engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, times: int = 1
+) -> None:
+    """Publishing the prefill of ``prompt`` breaks the commit off, so many ``times``."""
+    publish, left = engine._manager.publish, [1] * times
 
     def failing(request: Request) -> None:
         if request.prompt_len == len(prompt) and left:
@@ -106,7 +108,7 @@ def test_what_a_commit_finished_before_it_broke_off_is_returned(
 ) -> None:
     one = SamplingParams(max_tokens=1, ignore_eos=True)
     engine = make_engine(overlap=overlap)
-    break_acceptance_of(engine, ids(9, 50), monkeypatch)
+    break_publishing_of(engine, ids(9, 50), monkeypatch)
     submitted = [engine.submit(ids(length, 50), one) for length in (8, 9, 10)]
     outputs: list[RequestOutput] = []
     with pytest.raises(MemoryError):
@@ -124,7 +126,7 @@ def test_a_request_aborted_after_its_commit_broke_off_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine()
-    break_acceptance_of(engine, ids(9, 50), monkeypatch)
+    break_publishing_of(engine, ids(9, 50), monkeypatch)
     first, second = (engine.submit(ids(length, 50), ANSWER) for length in (8, 9))
     with pytest.raises(MemoryError):
         engine.step()
@@ -135,6 +137,25 @@ def test_a_request_aborted_after_its_commit_broke_off_is_reported_once(
     assert not engine.has_work()
 
 
+def test_a_request_that_could_not_be_let_go_of_has_its_last_output_and_does_not_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine()
+
+    def failing(request: Request) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no room to publish")
+
+    monkeypatch.setattr(engine._manager, "finish", failing)
+    engine.submit(ids(8, 50), SamplingParams(max_tokens=1, ignore_eos=True))
+    with pytest.raises(MemoryError):
+        engine.step()
+    assert engine.interrupted == () and engine.has_work()
+    [output] = engine.step()
+    assert output.finish_reason == "length" and not engine.has_work()
+    engine.check()
+
+
 async def read(stream: RequestStream) -> list[RequestOutput]:
     return [output async for output in stream]
 
@@ -143,7 +164,7 @@ def test_no_client_waits_for_ever_because_the_commit_of_another_broke_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine()
-    break_acceptance_of(engine, ids(9, 50), monkeypatch)
+    break_publishing_of(engine, ids(9, 50), monkeypatch)
 
     async def main() -> None:
         server = AsyncEngine(engine)
@@ -159,6 +180,26 @@ def test_no_client_waits_for_ever_because_the_commit_of_another_broke_off(
             assert again[-1].finish_reason == "length"
         finally:
             await asyncio.to_thread(server.stop)
+
+    asyncio.run(main())
+
+
+def test_a_finished_answer_is_handed_out_even_where_the_next_step_ends_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(max_running=2)
+    break_publishing_of(engine, ids(9, 50), monkeypatch, times=2)
+
+    async def main() -> None:
+        server = AsyncEngine(engine)
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        streams = [server.submit(ids(length, 50), one) for length in (8, 9, 9)]
+        server.start()
+        read_all = asyncio.gather(*map(read, streams), return_exceptions=True)
+        finished, failed, ended = await asyncio.wait_for(read_all, 10)
+        assert finished[-1].finish_reason == "length"
+        assert isinstance(failed, StepFailed) and isinstance(ended, EngineStopped)
+        await asyncio.to_thread(server.stop)
 
     asyncio.run(main())
 
