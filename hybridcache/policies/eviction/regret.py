@@ -26,7 +26,17 @@ Class = tuple[tuple[bool, bool], str, int, int, int]
 class _Memo:
     """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
 
-    __slots__ = ("active", "cell", "demand", "entered", "key", "stage", "superseded", "turn", "uses")
+    __slots__ = (
+        "active",
+        "cell",
+        "demand",
+        "entered",
+        "key",
+        "stage",
+        "superseded",
+        "turn",
+        "uses",
+    )
 
     def __init__(self, item: Item, turn: int) -> None:
         self.uses = item.uses
@@ -120,15 +130,15 @@ class Regret:
 
     def discard(self, item: Item) -> None:
         self._just_used = False
+        if item.kind == "kv" and self._idle_kv is not None and item in self._idle_kv:
+            del self._idle_kv[item]
+            return
         above = item.above
         if above is not None:
             self._stale[above] = None
         if item.kind == "kv":
             if item in self._dead:
                 del self._dead[item]
-                return
-            if self._idle_kv is not None:
-                del self._idle_kv[item]
                 return
             self._kv.remove(item)
         else:
