@@ -92,7 +92,7 @@ class Survival:
         ``refresh``."""
         self._open: Ints = np.full(max_open, -1, np.int64)
         """When each open stage was entered and its row in one number; -1: unused. Thousands are read at a time."""
-        self._codes = memoryview(self._open)  # numbers go in and out of it faster
+        self._codes = self._open.data  # numbers go in and out of it faster
         self._unused = list(range(max_open))
         self._places: dict[int, int] = {}
         """Where in ``_open`` a stage lies; the oldest first."""
