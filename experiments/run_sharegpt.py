@@ -26,6 +26,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+if not __package__:  # run by its path: the project's root is where its modules are
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from engine.command.flags import HelpFormatter, Parser
 from engine.config import EngineConfig
 from engine.text.tokenizer import load_tokenizer

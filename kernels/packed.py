@@ -122,10 +122,5 @@ def running_sum(counts: Sequence[int]) -> list[int]:
     return sums
 
 
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x itself if what belongs to one row (a token) is contiguous, whatever the stride between rows; else a copy."""
-    return x if x[:1].is_contiguous() else x.contiguous()
-
-
 def _int32(values: Sequence[int], device: torch.device | str) -> torch.Tensor:
     return upload(values, torch.int32, device)

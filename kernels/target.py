@@ -26,6 +26,24 @@ def has_roomy_memory() -> bool:
     )
 
 
+def max_recurrence_warps() -> int:
+    """Warps that a program may have whose loop carries the accumulator of a product.
+
+    4, and 2 on NVIDIA's Blackwell, where Triton up to 3.8 compiles such a loop into a race with 4
+    (flash-linear-attention, issue 945: other numbers at every run). That project keeps 8 from
+    Hopper too, where it met wrong products of 64 rows.
+    """
+    if knobs.runtime.interpret:
+        return 4
+    return 2 if _is_blackwell(driver.active.get_current_device()) else 4
+
+
+@cache
+def _is_blackwell(device: int) -> bool:
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 100
+
+
 @cache
 def _shared_bytes(device: int) -> int:
     return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])

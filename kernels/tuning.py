@@ -46,9 +46,11 @@ def grid(**choices: tuple[int, ...]) -> tuple[Config, ...]:
 
 
 TUNABLES: Mapping[str, Tunable] = {
-    "gdn.solve_kernel": Tunable(("dtype", "K"), grid(num_warps=(4, 8), num_stages=(1, 2, 3))),
+    "gdn.solve_kernel": Tunable(
+        ("dtype", "K"), grid(HEADS=(1, 2), num_warps=(2, 4), num_stages=(1, 2, 3))
+    ),
     "gdn.scan_kernel": Tunable(
-        ("dtype", "K", "V"), grid(BV=(16, 32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
+        ("dtype", "K", "V"), grid(BV=(16, 32, 64), num_warps=(2, 4), num_stages=(1, 2, 3))
     ),
     "gdn.decode_kernel": Tunable(
         ("state_dtype", "K", "V"), grid(BV=(8, 16, 32, 64), num_warps=(1, 2, 4))

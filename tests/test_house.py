@@ -59,6 +59,7 @@ def test_imports_between_rooms_point_one_way(room: str) -> None:
 
 MAY_IMPORT = {
     "hybridcache/tokens.py": "",
+    "hybridcache/extras.py": "",
     "hybridcache/units.py": "",
     "hybridcache/results.py": "tokens",
     "hybridcache/radix": "tokens",
@@ -77,7 +78,7 @@ MAY_IMPORT = {
     "hybridcache/lease_log.py": "interface lease policies",
     "hybridcache/geometry": "units",
     "hybridcache/export": "hybrid listener policies radix tokens",
-    "hybridcache/lab": "build geometry interface lease policies results tokens units",
+    "hybridcache/lab": "build extras geometry interface lease policies results tokens units",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
@@ -125,6 +126,24 @@ def test_hybridcache_never_imports_torch() -> None:
     code = "import sys, hybridcache; print([m for m in ('torch', 'matplotlib', 'scipy', 'triton') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_cache_and_the_core_of_the_laboratory_need_three_packages() -> None:
+    """``pip install hybridcache`` without extras: a simulation and its table run on these alone."""
+    code = """
+import importlib.abc, sys
+allowed = {"numpy", "sortedcontainers", "tqdm", "hybridcache"}
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        top = name.split(".")[0]
+        if top not in allowed and top not in sys.stdlib_module_names and top[0] != "_":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+import hybridcache
+print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count("lru"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr
 
 
 def test_the_engine_imports_no_triton_by_itself() -> None:

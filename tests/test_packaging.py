@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridcache.extras import EXTRAS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -22,7 +24,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def _requirements() -> list[str]:
     extras = PROJECT["optional-dependencies"].values()
-    return [*PROJECT["dependencies"], *(name for extra in extras for name in extra)]
+    named = [*PROJECT["dependencies"], *(name for extra in extras for name in extra)]
+    return [name for name in named if not name.startswith("hybridcache[")]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,15 @@ def _names(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
+def test_an_extra_brings_what_it_is_said_to_bring() -> None:
+    of_distribution = metadata.packages_distributions()
+    for extra, packages in EXTRAS.items():
+        brought = " ".join(PROJECT["optional-dependencies"][extra]).replace("-", "_")
+        for package in packages:
+            names = [n.replace("-", "_").lower() for n in of_distribution.get(package, [package])]
+            assert any(name in brought for name in names), f"{package} is not in {extra}"
 
 
 def test_what_is_imported_is_declared() -> None:

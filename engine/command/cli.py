@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.requests.sampling_params import SamplingParams
 from engine.server.config import ServerConfig
+from hybridcache.extras import how_to_install
 from hybridcache.units import counted, format_seconds
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (ValueError, FileNotFoundError) as error:
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"engine {parsed.verb}: {how_to_install(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as of `| head -1`: whoever reads has all that is wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit

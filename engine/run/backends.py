@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Literal, cast
+from typing import Literal
 
 from engine.environment import check_no_foreign_kernels
 from engine.run.device import Device
@@ -61,7 +61,7 @@ def parse_overrides(text: str, known: Mapping[str, str]) -> dict[str, Backend]:
             raise ModelError(f"there is no kernel {name!r}; there are {', '.join(known)}.")
         if word not in BACKENDS:
             raise ModelError(f"kernel {name} has no backend {word!r}; reference or fused.")
-        chosen[name] = cast(Backend, word)
+        chosen[name] = word
     return chosen
 
 

@@ -70,7 +70,7 @@ class Device:
     @property
     def module(self) -> ModuleType:
         """``torch.cpu``, ``torch.cuda`` ...: streams, graphs, memory figures."""
-        return torch.get_device_module(self.torch_device)
+        return cast(ModuleType, torch.get_device_module(self.torch_device))
 
     def make_current(self) -> None:
         """For the thread that calls: what is launched, pinned or recorded without naming a device means this one."""

@@ -217,7 +217,7 @@ def _layer_types(
     if architecture == "qwen3":
         if text.get("use_sliding_window"):
             raise ModelError("sliding-window attention is not supported.")
-        return ("full_attention",) * num_layers
+        return tuple("full_attention" for _ in range(num_layers))
     named = text.get("layer_types")
     if named is None:
         every = int(text.get("full_attention_interval") or 4)

@@ -206,8 +206,9 @@ def _score(
     rows at once that their float32 scores need no memory to speak of beside a step's."""
     if len(logits) > SCORED_ROWS:
         pairs = zip(logits.split(SCORED_ROWS), tokens.split(SCORED_ROWS), strict=True)
-        own, top, ids = zip(*(_score(*pair, num_top) for pair in pairs), strict=True)
-        return torch.cat(own), torch.cat(top), torch.cat(ids)
+        parts = zip(*(_score(*pair, num_top) for pair in pairs), strict=True)
+        own, top, ids = map(torch.cat, parts)
+        return own, top, ids
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)

@@ -1,8 +1,8 @@
 """What costs on first use, done before the first request: Triton compiles, graphs are captured.
 
-Triton compiles a kernel anew for a number that is 1, a number that 16 divides, and any other. The rehearsed steps have some
-of each in every octave of lengths, so that a served step finds its kernels whatever its lengths are. All steps are computed
-on padding: they read and write nobody's memory.
+A kernel is launched in other shapes for few tokens than for many, and what it chooses by changes at powers of two: one
+rehearsed step in every octave of lengths, and a served step finds its kernels whatever its length is. All steps are
+computed on padding: they read and write no request's memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from hybridcache.units import counted, format_bytes, format_seconds
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner
 
-KV_LENS = (256, 1024, 4096)
-"""Of rehearsed decodes: their keys are cut into one part, some, and a number that 16 divides."""
 TILE = 64
 
 
@@ -103,11 +101,8 @@ def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], list[Callab
 
 
 def lengths(most: int) -> list[int]:
-    """From ``most`` down to 1, twice an octave: a number that 16 divides (from 16 on) and one that it does not, even where rows
-    are padded to a multiple of 4."""
-    tops = [most, *(part * 2**power for power in range(most.bit_length()) for part in (2, 3))]
-    found = {n for top in tops for n in (top, top // 16 * 16, top - 5) if 0 < n <= most}
-    return sorted(found | {1}, reverse=True)
+    """From ``most`` down to 1: it and the powers of two below."""
+    return [most, *(2**power for power in reversed(range((most - 1).bit_length())))]
 
 
 def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
@@ -121,17 +116,16 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
         exports = ((last, slot),) if last and slot is not None else ()
         return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, "all")
 
-    def decode(kv_len: int) -> Segment:
-        exports = () if slot is None else ((kv_len, slot),)
-        return Segment(row, slot, np.zeros(1, np.int32), kv_len - 1, True, exports)
+    def decode() -> Segment:
+        exports = () if slot is None else ((longest, slot),)
+        return Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
 
     for length in lengths(runner.most_step_tokens):
         whole, rest = divmod(length, longest)
         pieces = [longest] * whole + [rest] * (rest > 0)
         yield Batch(tuple(prefill(piece) for piece in pieces))
-    for kv_len in sorted({min(kv_len, longest) for kv_len in KV_LENS}):
-        for count in (4, 3, 2, 1):
-            if count <= runner.max_running_rows:
-                copies = ((slot, slot),) * count if slot is not None else ()
-                yield Batch((*[decode(kv_len)] * count, prefill(1)), restores=copies)
-                yield Batch((decode(kv_len),) * count)
+    for count in (4, 3, 2, 1):
+        if count <= runner.max_running_rows:
+            copies = ((slot, slot),) * count if slot is not None else ()
+            yield Batch((*[decode()] * count, prefill(1)), restores=copies)
+            yield Batch((decode(),) * count)

@@ -37,8 +37,8 @@ def _norm(name: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
     narrow = (weight + 1).to(x.dtype)
     return Case(
         name=name,
-        run=partial(fused.rms_norm, x, weight, EPS, offset=1.0),
-        expected=partial(reference.rms_norm, x.float(), weight, EPS, offset=1.0),
+        run=partial(fused.rms_norm, x, weight, EPS),
+        expected=partial(reference.rms_norm, x.float(), weight, EPS),
         num_bytes=2 * x.nbytes + weight.nbytes,
         rivals={"torch": partial(F.rms_norm, x, weight.shape, narrow, EPS)}
         | kernel_rivals.rms_norm(x, narrow, EPS),

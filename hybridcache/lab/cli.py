@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybridcache.extras import how_to_install
+
 if TYPE_CHECKING:
     from hybridcache.lab.simulation.simulate import SimulationResult
     from hybridcache.lab.trace import Trace
@@ -46,6 +48,8 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"this host has too little memory for it ({error})"
+    if isinstance(error, ModuleNotFoundError):
+        return how_to_install(error)
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 

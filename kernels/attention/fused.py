@@ -2,9 +2,9 @@
 cut at an absolute position, so that a row's arithmetic depends on its own position and keys alone.
 
 A prefill program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV head, and walks the keys
-from position 0 in tiles of BN. A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins the splits in
-order. Key tiles past a query's position leave its running maximum, sum and output as they are, bit for bit: it makes no
-difference whether a tile was walked over masked or not at all.
+from position 0 in tiles of BN. A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins
+the splits, 32 side by side, then the next 32. Key tiles past a query's position leave its running maximum, sum and
+output as they are, bit for bit: it makes no difference whether a tile was walked over masked or not at all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Packed
+from kernels.strides import row_stride
 from kernels.target import has_roomy_memory, pipeline_stages
 from kernels.tuning import tuned
 
@@ -28,6 +29,10 @@ SPLIT = 256
 WORKSPACE_BYTES = 2**26
 """Most of what the partial outputs take: more sequences than fit are decoded one group after the other. 64 sequences of 128k
 tokens and 16 heads of 256 would want half a GiB."""
+
+COMBINED = 32
+"""Splits that are joined at once: 128k tokens are 16 turns of a loop, not 512."""
+COMBINE_STAGES = tl.constexpr(2)
 
 LOG2_E = 1.4426950408889634
 PACKED_TILE = tl.constexpr(TILE)
@@ -174,7 +179,7 @@ def decode_attention_kernel(
         tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def combine_splits_kernel(
     partial_out,
     partial_lse,
@@ -184,8 +189,12 @@ def combine_splits_kernel(
     HQ: tl.constexpr,
     D: tl.constexpr,
     BS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``, split after split."""
+    """``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``: SPLITS of them side by side, then the next.
+
+    Where a sequence ends decides how many are added, never in which order: those past its end weigh 0.
+    """
     BD: tl.constexpr = triton.next_power_of_2(D)
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     i_bh = i_b.to(tl.int64) * HQ + i_h
@@ -193,14 +202,19 @@ def combine_splits_kernel(
     b_m = float("-inf")
     b_l = 0.0
     b_o = tl.zeros([BD], tl.float32)
-    for i_s in range(0, tl.cdiv(tl.load(kv_lens + i_b), BS)):
-        p_part = i_bh * num_splits + i_s
-        b_lse = tl.load(partial_lse + p_part)
-        b_part = tl.load(partial_out + p_part * D + o_d, mask=o_d < D, other=0.0)  # [BD]
-        b_m_new = tl.maximum(b_m, b_lse)
+    used = tl.cdiv(tl.load(kv_lens + i_b), BS)
+    for first in tl.range(0, used, SPLITS, num_stages=COMBINE_STAGES):
+        o_s = first + tl.arange(0, SPLITS)
+        m_s = o_s < used
+        p_part = i_bh * num_splits + o_s
+        b_lse = tl.load(partial_lse + p_part, mask=m_s, other=float("-inf"))  # [SPLITS]
+        p_out = p_part[:, None] * D + o_d[None, :]
+        mask = m_s[:, None] & (o_d < D)[None, :]
+        b_part = tl.load(partial_out + p_out, mask=mask, other=0.0)  # [SPLITS, BD]
+        b_m_new = tl.maximum(b_m, tl.max(b_lse, axis=0))
         b_decay, b_weight = tl.exp2(b_m - b_m_new), tl.exp2(b_lse - b_m_new)
-        b_l = b_l * b_decay + b_weight
-        b_o = b_o * b_decay + b_part * b_weight
+        b_l = b_l * b_decay + tl.sum(b_weight, axis=0)
+        b_o = b_o * b_decay + tl.sum(b_part * b_weight[:, None], axis=0)
         b_m = b_m_new
     tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
 
@@ -244,7 +258,7 @@ def prefill_attention(
             sequences.kv_len_table,
             packed.tables,
             table.stride(0),
-            _pool_stride(key_pool, value_pool),
+            row_stride("a KV row", key_pool, value_pool),
             scale * LOG2_E,
             HQ=num_heads,
             G=group,
@@ -298,7 +312,7 @@ def decode_attention(
             sequences.row_table[part],
             kv_lens,
             table.stride(0),
-            _pool_stride(key_pool, value_pool),
+            row_stride("a KV row", key_pool, value_pool),
             scale * LOG2_E,
             HQ=num_heads,
             G=num_heads // num_kv_heads,
@@ -316,6 +330,8 @@ def decode_attention(
             HQ=num_heads,
             D=size,
             BS=SPLIT,
+            SPLITS=COMBINED,
+            num_warps=4,
         )
     return out
 
@@ -330,10 +346,3 @@ def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
     exact = dtype == torch.float32
     keys = (64 if size <= 128 else 32) // (2 if exact else 1)
     return {"BN": keys, "PRECISION": "ieee" if exact else "tf32"}
-
-
-def _pool_stride(key_pool: torch.Tensor, value_pool: torch.Tensor) -> int:
-    """Elements between two rows of the pools, which share one layout with contiguous rows."""
-    if key_pool.stride() != value_pool.stride() or not key_pool[0].is_contiguous():
-        raise ValueError("key and value pools need one layout, with contiguous rows")
-    return key_pool.stride(0)

@@ -1,10 +1,13 @@
-"""Writing new keys and values into the KV pool in Triton: both in one launch, a token per program."""
+"""Writing KV rows into the pool, and moving them in it, in Triton: one launch each, a program works for one row."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from kernels.state_copy.copy import BLOCK_BYTES, copy_block
+from kernels.strides import row_stride
 
 
 @triton.jit
@@ -34,6 +37,15 @@ def write_kv_kernel(
     tl.store(value_pool + p_pool, b_value, mask=mask)
 
 
+@triton.jit(do_not_specialize_on_alignment=["p_sources", "p_targets"])
+def move_rows_kernel(p_arena, p_sources, p_targets, width, stride_row, BLOCK_BYTES: tl.constexpr):
+    """Program (i_row, i_block) moves one block of one row."""
+    i_source = tl.load(p_sources + tl.program_id(0)).to(tl.int64)
+    i_target = tl.load(p_targets + tl.program_id(0)).to(tl.int64)
+    p_source, p_target = p_arena + i_source * stride_row, p_arena + i_target * stride_row
+    copy_block(p_source, p_target, width, tl.program_id(1), BLOCK_BYTES)
+
+
 def write_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -43,7 +55,8 @@ def write_kv(
 ) -> None:
     """``pool[indices[t]] = new[t]`` for both; see ``reference.write_kv``.
 
-    New ``[T, HKV, D]`` may be strided views with a unit last stride; each pool row ``[HKV, D]`` is contiguous.
+    New ``[T, HKV, D]`` may be strided views with a unit last stride. A row ``[HKV, D]`` of a pool is
+    contiguous, rows need not be; both pools have one layout.
     """
     tokens, heads, size = key.shape
     if tokens == 0:
@@ -58,8 +71,22 @@ def write_kv(
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        key_pool.stride(0),
+        row_stride("a KV row", key_pool, value_pool),
         D=size,
         N=heads * size,
         BN=triton.next_power_of_2(heads * size),
     )
+
+
+def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """``arena[targets[n]] = arena[sources[n]]`` for every n; see ``reference.move_rows``.
+
+    A row of ``arena`` ``[N, E]`` is contiguous, rows need not be. One launch, bound by bandwidth.
+    """
+    stride, width = row_stride("a row", arena), arena.shape[1]
+    num_bytes = width * arena.element_size()
+    block = min(BLOCK_BYTES, triton.next_power_of_2(num_bytes))
+    if len(sources):
+        move_rows_kernel[(len(sources), triton.cdiv(num_bytes, block))](
+            arena, sources, targets, width, stride, BLOCK_BYTES=block, num_warps=4
+        )

@@ -1,8 +1,21 @@
-"""Writing new keys and values into the KV pool, in plain PyTorch."""
+"""Writing KV rows into the pool, and moving them in it, in plain PyTorch."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+WORDS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
+"""By bytes: torch writes rows by index element by element, so the fewer and wider the better."""
+MOVED_BYTES = 2**18
+"""Of rows that are read before they are written: what stays in the processor's cache meanwhile."""
 
 
 def write_kv(
@@ -12,7 +25,28 @@ def write_kv(
     value_pool: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """``pool[indices[t]] = new[t]`` for both: new ``[T, HKV, D]``, pools ``[N, HKV, D]``, indices integer ``[T]``, distinct."""
+    """``pool[indices[t]] = new[t]`` for both.
+
+    New ``[T, HKV, D]``, pools ``[N, HKV, D]`` of any strides, indices integer ``[T]``, distinct.
+    """
     indices = indices.long()
     key_pool.index_copy_(0, indices, key)
     value_pool.index_copy_(0, indices, value)
+
+
+def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """``arena[targets[n]] = arena[sources[n]]`` for every n: rows that make room for a slot.
+
+    - ``arena``: ``[N, E]``, any dtype; a row is all that one token has, in all layers. It is
+      contiguous, and begins at a multiple of the largest power of 2 up to 16 that divides its bytes.
+    - ``sources``, ``targets``: int32[n]. Targets are distinct and none of them is a source, so
+      order does not matter.
+
+    Moves ``2 * n`` rows.
+    """
+    row_bytes = arena.shape[1] * arena.element_size()
+    words = arena.view(WORDS[math.gcd(row_bytes, 16)])
+    num_rows = max(MOVED_BYTES // row_bytes, 1)
+    parts = sources.split(num_rows), targets.long().split(num_rows)
+    for source, target in zip(*parts, strict=True):
+        words.index_copy_(0, target, words.index_select(0, source))

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from kernels.conv1d.reference import check_window
-from kernels.packed import TILE, Exports, Packed, rows_contiguous
+from kernels.packed import TILE, Exports, Packed
+from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
 
 BT = tl.constexpr(TILE)
@@ -156,7 +157,8 @@ def prefill_conv1d(
 
     - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C, W]``. ``bias``: ``[C]``
       or None.
-    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots.
+    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots. A window is
+      contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
 
@@ -182,7 +184,7 @@ def prefill_conv1d(
         packed.tables,
         exports.tables if exports else packed.no_exports,
         x.stride(0),
-        states.stride(0),
+        row_stride("a window", states),
         C=num_channels,
         W=width,
         **config,
@@ -251,7 +253,7 @@ def _decode(
             step_states,
             num_steps,
             x.stride(0),
-            states.stride(0),
+            row_stride("a window", states),
             C=num_channels,
             W=width,
             **config,

@@ -20,11 +20,15 @@ its tile and head alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.packed import TILE, Exports, Packed, rows_contiguous
+from kernels.packed import TILE, Exports, Packed
+from kernels.strides import row_stride, rows_contiguous
+from kernels.target import max_recurrence_warps
 from kernels.tuning import tuned
 
 BT = tl.constexpr(TILE)
@@ -46,13 +50,16 @@ def solve_kernel(
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
+    HEADS: tl.constexpr,
     BK: tl.constexpr,
     SOLVE_TYPE: tl.constexpr,
 ):
-    """Program (i_tile, i_head): T and P into ``p_matrices`` ``[N, HV, 2, BT, BT]``, and into ``p_vectors``
-    ``[N, HV, 4, BT]`` what scales the rows of K S, of Q S, of N, and the state.
+    """Program (i_tile, i_part): for HEADS value heads of one key head T and P into ``p_matrices``
+    ``[N, HV, 2, BT, BT]``, and into ``p_vectors`` ``[N, HV, 4, BT]`` what scales the rows of K S, of Q S,
+    of N, and the state. Q K^T and K K^T are theirs in common.
     """
-    i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    i_key = i_first // (HV // H)
     i_sequence = tl.load(packed.tile_sequences + i_tile)
     first = tl.load(packed.cu_seqlens + i_sequence)
     first += (i_tile - tl.load(packed.cu_tiles + i_sequence)) * BT
@@ -60,8 +67,8 @@ def solve_kernel(
     o_token = (first + o_t).to(tl.int64)
     m_token = o_token < tl.load(packed.cu_seqlens + i_sequence + 1)
 
-    p_q += i_head // (HV // H) * K + o_token[:, None] * stride_q
-    p_k += i_head // (HV // H) * K + o_token[:, None] * stride_k
+    p_q += i_key * K + o_token[:, None] * stride_q
+    p_k += i_key * K + o_token[:, None] * stride_k
     b_qk = tl.zeros([BT, BT], dtype=tl.float32)
     b_kk = tl.zeros([BT, BT], dtype=tl.float32)
     b_qq = tl.zeros([BT], dtype=tl.float32)
@@ -78,24 +85,35 @@ def solve_kernel(
     b_q_norm = tl.rsqrt(b_qq + 1e-6) * scale  # [BT]
     b_k_norm = tl.rsqrt(b_diagonal + 1e-6)
 
-    o_gate = o_token * HV + i_head
-    b_gate = tl.cumsum(tl.load(p_gate + o_gate, mask=m_token, other=0.0).to(tl.float32), axis=0)
-    b_beta = tl.load(p_beta + o_gate, mask=m_token, other=0.0).to(tl.float32)
-    b_last = tl.sum(tl.where(o_t == BT - 1, b_gate, 0.0), axis=0)
-    i_matrix = (i_tile * HV + i_head) * 2
-    p_vector = p_vectors + i_matrix * 2 * BT + o_t
-    tl.store(p_vector, tl.exp(b_gate) * b_k_norm)
-    tl.store(p_vector + BT, tl.exp(b_gate) * b_q_norm)
-    tl.store(p_vector + 2 * BT, tl.exp(b_last - b_gate) * b_k_norm)
-    tl.store(p_vector + 3 * BT, tl.exp(b_last) + tl.zeros([BT], dtype=tl.float32))
+    # In two loops, so that Q K^T holds no registers while systems are solved.
+    for i_head in tl.range(i_first, i_first + HEADS, num_stages=1):
+        b_gate = tl.load(p_gate + o_token * HV + i_head, mask=m_token, other=0.0).to(tl.float32)
+        b_gate = tl.cumsum(b_gate, axis=0)
+        b_last = tl.sum(tl.where(o_t == BT - 1, b_gate, 0.0), axis=0)
+        i_matrix = (i_tile * HV + i_head) * 2
+        p_vector = p_vectors + i_matrix * 2 * BT + o_t
+        tl.store(p_vector, tl.exp(b_gate) * b_k_norm)
+        tl.store(p_vector + BT, tl.exp(b_gate) * b_q_norm)
+        tl.store(p_vector + 2 * BT, tl.exp(b_last - b_gate) * b_k_norm)
+        tl.store(p_vector + 3 * BT, tl.exp(b_last) + tl.zeros([BT], dtype=tl.float32))
+        b_attention = b_qk * pairwise_decay(b_gate) * b_k_norm * b_q_norm[:, None]
+        p_matrix = p_matrices + (i_matrix + 1) * BT * BT + o_t[:, None] * BT + o_t
+        tl.store(p_matrix, b_attention.to(p_matrices.dtype.element_ty))
+    for i_head in tl.range(i_first, i_first + HEADS, num_stages=1):
+        b_gate = tl.load(p_gate + o_token * HV + i_head, mask=m_token, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta + o_token * HV + i_head, mask=m_token, other=0.0).to(tl.float32)
+        b_system = b_kk * pairwise_decay(tl.cumsum(b_gate, axis=0)) * b_k_norm
+        b_inverse = invert_unit_lower(b_system * (b_beta * b_k_norm)[:, None], SOLVE_TYPE)
+        p_matrix = p_matrices + (i_tile * HV + i_head) * 2 * BT * BT + o_t[:, None] * BT + o_t
+        tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
 
-    past = o_t[:, None] >= o_t[None, :]
-    b_decay = tl.exp(tl.where(past, b_gate[:, None] - b_gate[None, :], float("-inf"))) * b_k_norm
-    p_matrix = p_matrices + i_matrix * BT * BT + o_t[:, None] * BT + o_t
-    b_attention = b_qk * b_decay * b_q_norm[:, None]
-    tl.store(p_matrix + BT * BT, b_attention.to(p_matrices.dtype.element_ty))
-    b_inverse = invert_unit_lower(b_kk * b_decay * (b_beta * b_k_norm)[:, None], SOLVE_TYPE)
-    tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
+
+@triton.jit
+def pairwise_decay(b_gate):
+    """D ``[BT, BT]`` from the running sum of the gate."""
+    o_t = tl.arange(0, BT)
+    b_between = b_gate[:, None] - b_gate[None, :]
+    return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_between, float("-inf")))
 
 
 @triton.jit
@@ -111,9 +129,10 @@ def invert_unit_lower(b_a, SOLVE_TYPE: tl.constexpr):
     o_i, o_j = o_t[:, None], o_t[None, :]
     b_d = tl.where(o_i == o_j, 1.0, 0.0)
     b_d -= tl.where((o_i // 2 == o_j // 2) & (o_i > o_j), b_a, 0.0)
+    b_factor = b_a.to(SOLVE_TYPE)
     for log_s in tl.static_range(1, LOG_BT):
         between = (o_i >> (log_s + 1) == o_j >> (log_s + 1)) & (o_i >> log_s > o_j >> log_s)
-        b_n = tl.where(between, b_a, 0.0).to(SOLVE_TYPE)
+        b_n = tl.where(between, b_factor, 0.0)
         b_dn = tl.dot(b_d.to(SOLVE_TYPE), b_n, input_precision="ieee")
         b_d -= tl.dot(b_dn.to(SOLVE_TYPE), b_d.to(SOLVE_TYPE), input_precision="ieee")
     return b_d
@@ -220,7 +239,8 @@ def chunk_gdn(
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H. One dtype;
       a token's heads are contiguous, tokens need not be.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots.
+    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots. A state is
+      contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
@@ -229,6 +249,7 @@ def chunk_gdn(
     source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
+    strides = (*(x.stride(0) for x in (query, key, value)), row_stride("a state", states))
     num_heads, key_dim = key.shape[1:]
     num_value_heads, value_dim = value.shape[1:]
     num_tiles, num_sequences = len(packed.tile_sequences), len(packed.lengths)
@@ -239,16 +260,15 @@ def chunk_gdn(
     vectors = gate.new_empty(num_tiles, num_value_heads, 4, TILE, dtype=torch.float32)
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
-    block_v = max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim)))
-    solving = {"num_warps": 8 if exact else 4, "num_stages": 2}
-    solving |= tuned("gdn.solve_kernel", value.dtype, key_dim)
-    scanning = {
-        "BV": block_v,
-        "num_warps": 8 if exact or block_k > 128 else 4,
-        "num_stages": 1 if exact else 2,
+    solving = {
+        "HEADS": 1 if exact else num_value_heads // num_heads,
+        "num_warps": 8 if exact else 4,
+        "num_stages": 2,
     }
-    scanning |= tuned("gdn.scan_kernel", value.dtype, key_dim, value_dim)
-    solve_kernel[num_tiles, num_value_heads](
+    solving |= tuned("gdn.solve_kernel", value.dtype, key_dim)
+    solving["HEADS"] = math.gcd(solving["HEADS"], num_value_heads // num_heads)
+    scanning = scan_config(value.dtype, key_dim, value_dim)
+    solve_kernel[num_tiles, num_value_heads // solving["HEADS"]](
         query,
         key,
         gate.contiguous(),
@@ -278,7 +298,7 @@ def chunk_gdn(
         resumed,
         packed.tables,
         exports.tables if exports else packed.no_exports,
-        (query.stride(0), key.stride(0), value.stride(0), states.stride(0)),
+        strides,
         H=num_heads,
         HV=num_value_heads,
         K=key_dim,
@@ -287,3 +307,15 @@ def chunk_gdn(
         **scanning,
     )
     return out
+
+
+def scan_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, int]:
+    """How V is cut, and how the scan is launched: by the layer's shape and the device alone."""
+    exact = dtype == torch.float32
+    config = {
+        "BV": max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim))),
+        "num_warps": 4,
+        "num_stages": 1 if exact else 2,
+    }
+    config |= tuned("gdn.scan_kernel", dtype, key_dim, value_dim)
+    return config | {"num_warps": min(config["num_warps"], max_recurrence_warps())}

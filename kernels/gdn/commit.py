@@ -9,7 +9,7 @@ import triton.language as tl
 from kernels.state_copy.copy import BLOCK_BYTES, copy_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def commit_kernel(
     p_step_states,
     p_states,

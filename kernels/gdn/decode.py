@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.gates import compute_gates
-from kernels.packed import rows_contiguous
+from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
 
 BLOCK_V = 32
@@ -89,27 +89,12 @@ def decode_kernel(
     p_state += i_head * K * V + o_k[:, None] * V + o_v
     b_state = tl.load(p_state, mask=mask, other=0.0).to(tl.float32)
     b_state = step(
-        b_state,
-        i_token,
-        i_head,
-        o_k,
-        o_v,
-        p_q,
-        p_k,
-        p_v,
-        inputs,
-        p_out,
-        strides,
-        scale,
-        H,
-        HV,
-        K,
-        V,
-    )
+        b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale, H, HV, K, V
+    )  # fmt: skip
     tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def verify_kernel(
     p_q,
     p_k,
@@ -141,23 +126,9 @@ def verify_kernel(
     )
     for i_token in range(i_sequence * num_steps, (i_sequence + 1) * num_steps):
         b_state = step(
-            b_state,
-            i_token,
-            i_head,
-            o_k,
-            o_v,
-            p_q,
-            p_k,
-            p_v,
-            inputs,
-            p_out,
-            strides,
-            scale,
-            H,
-            HV,
-            K,
-            V,
-        )
+            b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
+            H, HV, K, V,
+        )  # fmt: skip
         b_kept = b_state.to(p_step_states.dtype.element_ty)
         tl.store(p_step_states + i_token * HV * K * V + o_state, b_kept, mask=mask)
         b_state = b_kept.to(tl.float32)
@@ -180,7 +151,8 @@ def decode_gdn(
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see `kernels.gdn.gates`.
       What belongs to one token is contiguous, tokens need not be.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5`` if None.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous, slots need not be.
+      ``scale``: ``K ** -0.5`` if None.
 
     Returns ``[B, HV, V]`` in value's dtype. Formula and source: `kernels.gdn.reference`.
     """
@@ -195,7 +167,7 @@ def decode_gdn(
             states,
             slots,
             tuple(x.stride(0) for x in tokens),
-            states.stride(0),
+            row_stride("a state", states),
             scale or key.shape[-1] ** -0.5,
             **sizes,
         )
@@ -235,7 +207,7 @@ def verify_gdn(
             slots,
             step_states,
             tuple(x.stride(0) for x in tokens),
-            states.stride(0),
+            row_stride("a state", states),
             query.shape[1],
             scale or key.shape[-1] ** -0.5,
             **sizes,

@@ -21,7 +21,7 @@ def compute_gates(b_a, b_b, b_A_log, b_dt_bias):
     return b_gate, 1.0 / (1.0 + tl.exp(-b_b.to(tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def gates_kernel(
     p_a,
     p_b,
@@ -29,15 +29,15 @@ def gates_kernel(
     p_dt_bias,
     p_gate,
     p_beta,
-    count,
+    num_tokens,
     stride_a,
     stride_b,
     HV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program computes BLOCK of the ``count = T * HV`` gates, token after token."""
+    """A program computes BLOCK of the ``T * HV`` gates, token after token."""
     o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_gate < count
+    mask = o_gate < num_tokens * HV
     o_token, o_head = o_gate // HV, o_gate % HV
     b_gate, b_beta = compute_gates(
         tl.load(p_a + o_token * stride_a + o_head, mask=mask),
@@ -68,7 +68,7 @@ def gates(
         dt_bias,
         gate,
         beta,
-        a.numel(),
+        a.shape[0],
         a.stride(0),
         b.stride(0),
         HV=a.shape[1],

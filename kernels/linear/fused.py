@@ -56,7 +56,7 @@ def store_tile(b_y, scale, bias, y, o_m, o_t, M, mask):
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x,
     w,
@@ -94,7 +94,7 @@ def linear_kernel(
         store_tile(b_total, scale, bias, y, o_m, o_t, M, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def add_spans_kernel(
     partial_y,
     scale,

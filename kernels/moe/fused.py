@@ -25,6 +25,9 @@ from kernels.tuning import tuned
 FEW_TOKENS = 16
 """Up to here a block is one row: experts are rarely shared, and sorting would cost more than reading some twice."""
 
+PART = 128
+"""Pairs that a program ranks, by comparing each with each."""
+
 
 class Blocks(NamedTuple):
     """Rows of work in blocks of BT, each with one expert."""
@@ -77,52 +80,67 @@ def route_kernel(
     tl.store(experts + i_t * K + o_k, b_experts, mask=o_k < K)
 
 
-@triton.jit
-def count_pairs_kernel(experts, counts, num_pairs, BP: tl.constexpr):
-    """Program e counts the pairs of expert e."""
-    i_e = tl.program_id(0)
-    b_count = tl.zeros([BP], tl.int32)
-    for start in range(0, num_pairs, BP):
-        o_p = start + tl.arange(0, BP)
-        b_count += (tl.load(experts + o_p, mask=o_p < num_pairs, other=-1) == i_e).to(tl.int32)
-    tl.store(counts + i_e, tl.sum(b_count, axis=0))
+@triton.jit(do_not_specialize=["num_pairs"])
+def rank_pairs_kernel(experts, ranks, counts, totals, num_pairs, E: tl.constexpr, BP: tl.constexpr):
+    """Program i ranks BP pairs among those of their expert in it, and counts each expert's pairs."""
+    o_p = tl.arange(0, BP)
+    o_pair = tl.program_id(0) * BP + o_p
+    mask = o_pair < num_pairs
+    b_e = tl.load(experts + o_pair, mask=mask, other=-1)  # [BP]
+    b_same = b_e[:, None] == b_e[None, :]
+    b_rank = tl.sum((b_same & (o_p[:, None] > o_p[None, :])).to(tl.int32), axis=1)
+    b_count = tl.sum(b_same.to(tl.int32), axis=1)
+    tl.store(ranks + o_pair, b_rank, mask=mask)
+    is_last = mask & (b_rank == b_count - 1)
+    tl.store(counts + tl.program_id(0) * E + b_e, b_count, mask=is_last)
+    tl.atomic_add(totals + b_e, b_count, mask=is_last, sem="relaxed")
 
 
-@triton.jit
-def sort_pairs_kernel(
-    experts,
+@triton.jit(do_not_specialize=["num_pairs", "num_parts"])
+def place_experts_kernel(
     counts,
+    totals,
     pairs,
     block_experts,
     block_count,
     num_pairs,
+    num_parts,
     E: tl.constexpr,
     BE: tl.constexpr,
     BT: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Program e writes the pairs of expert e, in order, into its blocks, and pads the last."""
+    """Program e turns the counts of expert e, part by part, into the rows where its pairs begin; it names its
+    blocks, and pads the last."""
     i_e = tl.program_id(0)
-    o_e = tl.arange(0, BE)
-    b_blocks = (tl.load(counts + o_e, mask=o_e < E, other=0) + BT - 1) // BT  # [BE]
+    o_e, o_p, o_t = tl.arange(0, BE), tl.arange(0, BP), tl.arange(0, BT)
+    b_total = tl.load(totals + o_e, mask=o_e < E, other=0)
+    b_blocks = (b_total + BT - 1) // BT  # [BE]
     first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
     num_blocks = tl.sum(tl.where(o_e == i_e, b_blocks, 0), axis=0)
+    row = first * BT
+    for start in range(0, num_parts, BP):
+        o_part = start + o_p
+        p_count = counts + o_part * E + i_e
+        b_count = tl.load(p_count, mask=o_part < num_parts, other=0)
+        tl.store(p_count, row + tl.cumsum(b_count, axis=0) - b_count, mask=o_part < num_parts)
+        row += tl.sum(b_count, axis=0)
+    for i_block in range(first, first + num_blocks):
+        tl.store(block_experts + i_block, i_e)
+        o_row = i_block * BT + o_t
+        tl.store(pairs + o_row, tl.zeros([BT], tl.int32) + num_pairs, mask=o_row >= row)
     if i_e == E - 1:
         tl.store(block_count, first + num_blocks)
-    done = 0
-    for start in range(0, num_pairs, BP):
-        o_p = start + tl.arange(0, BP)
-        b_mine = tl.load(experts + o_p, mask=o_p < num_pairs, other=-1) == i_e
-        b_rank = done + tl.cumsum(b_mine.to(tl.int32), axis=0) - 1
-        tl.store(pairs + first * BT + b_rank, o_p, mask=b_mine)
-        done += tl.sum(b_mine.to(tl.int32), axis=0)
-    o_t = tl.arange(0, BT)
-    for i_block in range(num_blocks):
-        tl.store(block_experts + first + i_block, i_e)
-        o_row = i_block * BT + o_t
-        tl.store(
-            pairs + first * BT + o_row, tl.zeros([BT], tl.int32) + num_pairs, mask=o_row >= done
-        )
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def place_pairs_kernel(experts, ranks, rows, pairs, num_pairs, E: tl.constexpr, BP: tl.constexpr):
+    """Program i writes its BP pairs to their rows."""
+    o_pair = tl.program_id(0) * BP + tl.arange(0, BP)
+    mask = o_pair < num_pairs
+    b_e = tl.load(experts + o_pair, mask=mask, other=0)
+    b_row = tl.load(rows + tl.program_id(0) * E + b_e, mask=mask, other=0)
+    tl.store(pairs + b_row + tl.load(ranks + o_pair, mask=mask, other=0), o_pair, mask=mask)
 
 
 @triton.jit
@@ -135,7 +153,7 @@ def block_rows(pairs, i_block, num_pairs, BT: tl.constexpr):
         return tl.load(pairs + i_block * BT + o_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def gate_up_kernel(
     x,
     w,
@@ -189,7 +207,7 @@ def gate_up_kernel(
     tl.store(p_inner, b_inner.to(inner.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def down_kernel(
     inner,
     w,
@@ -345,29 +363,38 @@ def _experts(
 
 
 def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
-    """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value comes to the host."""
+    """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value comes to the host.
+
+    A counting sort: each pair is read twice, and compared with the others of its part.
+    """
     num_tokens, k = experts.shape
     num_pairs = num_tokens * k
     if num_tokens <= FEW_TOKENS:
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
-    mean = triton.cdiv(num_pairs, num_experts)
+    # By octaves of tokens, so that one step in each compiles all that any needs.
+    mean = triton.cdiv(triton.next_power_of_2(num_tokens) * k, num_experts)
     rows = min(64, max(16, triton.next_power_of_2(mean)))
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)
-    counts = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
+    num_parts = triton.cdiv(num_pairs, PART)
+    tables = torch.zeros(num_parts + 1, num_experts, dtype=torch.int32, device=experts.device)
+    counts, totals = tables[1:], tables[0]
+    ranks = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
     count = torch.empty(1, dtype=torch.int32, device=experts.device)
     block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
     pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
-    count_pairs_kernel[(num_experts,)](experts, counts, num_pairs, BP=1024)
-    sort_pairs_kernel[(num_experts,)](
-        experts,
+    sizes = {"E": num_experts, "BP": PART}
+    rank_pairs_kernel[(num_parts,)](experts, ranks, counts, totals, num_pairs, num_warps=8, **sizes)
+    place_experts_kernel[(num_experts,)](
         counts,
+        totals,
         pairs,
         block_experts,
         count,
         num_pairs,
-        E=num_experts,
+        num_parts,
         BE=triton.next_power_of_2(num_experts),
         BT=rows,
-        BP=1024,
+        **sizes,
     )
+    place_pairs_kernel[(num_parts,)](experts, ranks, counts, pairs, num_pairs, **sizes)
     return Blocks(pairs, block_experts, count, num_blocks, rows)

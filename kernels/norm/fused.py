@@ -17,7 +17,7 @@ ELEMENTS = 2048
 """About how many elements a program holds: short rows (query and key heads) share one."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x,
     residual,
@@ -32,7 +32,6 @@ def rms_norm_kernel(
     gate_stride_t,
     gate_stride_h,
     eps,
-    offset,
     N: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -51,7 +50,7 @@ def rms_norm_kernel(
         tl.store(total + p_out, b_sum, mask=mask)
         b_x = b_sum.to(tl.float32)
     b_rstd = tl.math.rsqrt(tl.sum(b_x * b_x, axis=1) / N + eps)
-    b_w = tl.load(weight + o_n, mask=o_n < N, other=0.0).to(tl.float32) + offset
+    b_w = tl.load(weight + o_n, mask=o_n < N, other=0.0).to(tl.float32)
     b_y = b_x * b_rstd[:, None] * b_w[None, :]
     if gate is not None:
         p_gate = (o_t * gate_stride_t + o_h * gate_stride_h)[:, None] + o_n[None, :]
@@ -62,26 +61,16 @@ def rms_norm_kernel(
 
 @overload
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, residual: None = None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: None = None
 ) -> torch.Tensor: ...
 @overload
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    residual: torch.Tensor,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + eps) * (offset + weight)``; see ``reference.rms_norm``.
+    """``x / sqrt(mean(x^2) + eps) * weight``; see ``reference.rms_norm``.
 
     ``x [..., N]`` may be a strided view with one unit-stride last dimension, such as heads cut from a wider projection.
     """
@@ -89,7 +78,7 @@ def rms_norm(
     total = torch.empty_like(y) if residual is not None else None
     if residual is not None:
         residual = residual.contiguous()
-    _launch(x, residual, None, weight, y, total, eps, offset)
+    _launch(x, residual, None, weight, y, total, eps)
     return y if total is None else (y, total)
 
 
@@ -98,7 +87,7 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """``rms_norm(x) * silu(gate)``; see ``reference.gated_rms_norm``. Both may be strided views."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, gate, weight, y, None, eps, 0.0)
+    _launch(x, None, gate, weight, y, None, eps)
     return y
 
 
@@ -110,7 +99,6 @@ def _launch(
     y: torch.Tensor,
     total: torch.Tensor | None,
     eps: float,
-    offset: float,
 ) -> None:
     x = as_heads(x)
     gate = as_heads(gate) if gate is not None else None
@@ -133,7 +121,6 @@ def _launch(
         gate.stride(0) if gate is not None else 0,
         gate.stride(1) if gate is not None else 0,
         eps,
-        offset,
         N=size,
         BN=block,
         BR=rows,

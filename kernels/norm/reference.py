@@ -11,34 +11,23 @@ from kernels.activation.reference import silu
 
 @overload
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, residual: None = None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: None = None
 ) -> torch.Tensor: ...
 @overload
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    residual: torch.Tensor,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + eps) * (offset + weight)`` over the last dimension of ``x [..., N]``, ``weight [N]``.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x [..., N]``, ``weight [N]``.
 
-    ``offset`` 1 is Gemma's way of storing weights around zero. With a ``residual`` (like x) the norm is that of their sum,
-    rounded to x's dtype; returns ``(norm, sum)``.
+    With a ``residual`` (like x) the norm is that of their sum, rounded to x's dtype; returns
+    ``(norm, sum)``.
     """
     if residual is not None:
         x = x + residual
-    scale = weight.float() + offset if offset else weight.float()
-    normed = _normed(x.float(), scale, eps).to(x.dtype)
+    normed = _normed(x.float(), weight.float(), eps).to(x.dtype)
     return normed if residual is None else (normed, x)
 
 

@@ -12,7 +12,8 @@ def copy_states(
 ) -> None:
     """``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool, for every n: copy-on-write, donate and restore.
 
-    - ``pools``: each ``[L, S, ...]``, any dtype: layers, then slots.
+    - ``pools``: each ``[L, S, ...]``, any dtype and strides. Whole slabs of an arena are one pool
+      ``[1, S, bytes]``.
     - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so order does not matter.
 
     Moves ``2 * N`` states of each pool.

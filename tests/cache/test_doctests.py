@@ -16,6 +16,7 @@ MODULES = (
     "allocators.slots",
     "build",
     "export.events",
+    "extras",
     "hybrid",
     "kv_only",
     "null",

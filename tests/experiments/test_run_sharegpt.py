@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,11 @@ def test_wrong_input_is_one_sentence(
     assert run_sharegpt.main([*arguments, "--conversations", "2", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("run_sharegpt: ") and sentence in error
+
+
+def test_it_runs_by_its_path_from_anywhere(tmp_path: Path) -> None:
+    script = Path(run_sharegpt.__file__)
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0 and "--data" in done.stdout, done.stderr

@@ -198,6 +198,29 @@ def test_host_lengths_only_bound_a_decode(device) -> None:
     assert torch.equal(bounded, exact)
 
 
+def test_many_splits_are_joined_in_one_order(device, monkeypatch, assert_close) -> None:
+    """Whatever the longest sequence of a step may be, and whoever is in it."""
+    monkeypatch.setattr(fused, "SPLIT", 32)
+    monkeypatch.setattr(fused, "COMBINED", 4)
+    cache = Cache.filled([500, 20, 128, 129], 4, 2, 32, torch.float32, device)
+    ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
+    together = cache.decode(fused, ends)
+    assert_close(together, torch.stack([cache.formula(b)[-1] for b, _ in ends]))
+    for i, end in enumerate(ends):
+        assert torch.equal(cache.decode(fused, [end])[0], together[i])
+    bounds = Sequences.of(cache.rows, [1000] * 4, device)
+    bounds.kv_len_table.copy_(torch.tensor([end for _, end in ends]))
+    bounded = fused.decode_attention(
+        torch.stack([cache.queries[b][end - 1] for b, end in ends]),
+        cache.keys,
+        cache.values,
+        table=cache.table,
+        sequences=bounds,
+        scale=cache.scale,
+    )
+    assert torch.equal(bounded, together)
+
+
 def test_pools_of_two_layouts_are_refused(device) -> None:
     cache = Cache.filled([5], 2, 1, 32, torch.float32, device)
     cache.values = torch.empty(len(cache.keys), 2, 32, device=device)[:, :1]

@@ -203,3 +203,40 @@ def test_a_window_that_would_round_its_inputs_is_refused(conv1d, device) -> None
     states = torch.zeros(3, 8, 3, dtype=torch.bfloat16, device=device)
     with pytest.raises(ValueError, match="round"):
         conv1d.decode_conv1d(x, weight, None, states=states, slots=int32([0, 1], device))
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_a_window_is_overwritten_behind_a_barrier(kind, device, monkeypatch) -> None:
+    """Threads may read it for the output and write it in other shares: all must have read before any writes."""
+    if device != "cpu":
+        pytest.skip("listens to the interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    states = torch.zeros(2, 8, 3)
+    window = range(states[1].data_ptr(), states[1].data_ptr() + states[1].nbytes)
+    events = []
+
+    def listen(name: str, note) -> None:
+        inner = getattr(InterpreterBuilder, name)
+
+        def heard(builder, *args):
+            events.extend(note(*args))
+            return inner(builder, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, heard)
+
+    def touched(word: str, pointers, mask) -> list[str]:
+        return [word] if any(int(p) in window for p in pointers.data[mask.data]) else []
+
+    listen("create_masked_load", lambda p, mask, *rest: touched("read", p, mask))
+    listen("create_masked_store", lambda p, value, mask, *rest: touched("write", p, mask))
+    listen("create_barrier", lambda: ["barrier"])
+    x, weight, slots = torch.ones(1, 8), torch.ones(8, 4), int32([1], device)
+    if kind == "decode":
+        fused.decode_conv1d(x, weight, None, states=states, slots=slots)
+    else:
+        where = {"packed": Packed.from_lengths([1]), "resumed": torch.tensor([True])}
+        fused.prefill_conv1d(x, weight, None, states=states, slots=slots, exports=None, **where)
+    read_for_output = events.index("barrier")
+    assert events[:read_for_output].count("read") >= 3
+    assert "write" not in events[:read_for_output] and "write" in events

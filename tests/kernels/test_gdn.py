@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import tuning
 from kernels.gdn import reference
 from kernels.packed import Exports, Packed
 
@@ -201,15 +202,18 @@ def test_kernel_equals_reference(
 
 
 @IMPLEMENTATIONS
+@DTYPES
 @pytest.mark.parametrize("decay", [0.0, -30.0], ids=["remembers-all", "forgets-at-once"])
-def test_hardest_tiles(gdn, decay, device) -> None:
-    """The same key over and over with beta 1, whose system is worst conditioned, at both ends of the gate."""
+@pytest.mark.parametrize("noise", [0.0, 0.14], ids=["same", "alike"])
+def test_hardest_tiles(gdn, dtype, decay, noise, device) -> None:
+    """The same key over and over, or keys of cosine 0.99, with beta 1, whose system is worst
+    conditioned, at both ends of the gate; in 16 bits, too, where systems are solved in float16."""
     torch.manual_seed(2)
-    inputs = draw_inputs(130, 1, 1, 16, 16, torch.float32, device)
-    key = inputs.key[:1].expand(130, 1, 16)
+    inputs = draw_inputs(130, 1, 1, 16, 16, dtype, device)
+    key = inputs.key[:1].float() + noise * torch.randn(130, 1, 16, device=device)
     inputs = Inputs(
         inputs.query,
-        key,
+        key.to(dtype),
         inputs.value,
         torch.full_like(inputs.gate, decay),
         torch.ones_like(inputs.beta),
@@ -217,8 +221,24 @@ def test_hardest_tiles(gdn, decay, device) -> None:
     initial = torch.randn(1, 1, 16, 16, device=device)
     out, states = run(gdn, inputs, [130], initial, [4], [])
     expected, path = recurrence(inputs, initial[0])
-    close(out, expected, 1e-4)
-    close(states[4], path[-1], 1e-4)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    close(out, expected, tolerance)
+    close(states[4], path[-1], tolerance)
+
+
+@DTYPES
+def test_value_heads_of_a_key_share_a_program_or_not(dtype, device) -> None:
+    """Which share one says the table of what is fast, if it divides them: the bits do not."""
+    torch.manual_seed(9)
+    inputs = draw_inputs(70, 2, 6, 16, 16, dtype, device)
+    initial = torch.randn(1, 6, 16, 16, device=device)
+    results = []
+    for heads in (1, 2, 3):
+        with tuning.using({("gdn.solve_kernel", (dtype, 16)): {"HEADS": heads}}):
+            results.append(run(fused, inputs, [70], initial, [4], []))
+    for out, states in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(states[4], results[0][1][4])
 
 
 @IMPLEMENTATIONS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,14 +126,17 @@ def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:
     num_tokens=st.integers(17, 60),
     k=st.integers(1, 3),
     num_experts=st.sampled_from([3, 5, 16]),
+    part=st.sampled_from([4, 8, 128]),
     seed=st.integers(0, 99),
 )
-def test_blocks_hold_every_pair_once(num_tokens, k, num_experts, seed, device) -> None:
-    """Sorted by expert, in the order of the tokens, padded to whole blocks; what is past the count is never read."""
+def test_blocks_hold_every_pair_once(num_tokens, k, num_experts, part, seed, device) -> None:
+    """Sorted by expert, in the order of the tokens, padded to whole blocks, however many parts they
+    are counted in; what is past the count is never read."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     experts = scores.topk(k, dim=-1).indices.int().to(device)
-    blocks = fused.make_blocks(experts, num_experts)
+    with patch.object(fused, "PART", part):
+        blocks = fused.make_blocks(experts, num_experts)
     count = int(blocks.count)
     assert count <= blocks.num_blocks
     pairs = blocks.pairs[: count * blocks.rows].view(count, blocks.rows).tolist()

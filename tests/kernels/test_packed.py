@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.packed import Exports, Packed, rows_contiguous
+from kernels.packed import Exports, Packed
+from kernels.strides import rows_contiguous
 
 
 def test_tiles_start_anew_in_every_sequence() -> None:

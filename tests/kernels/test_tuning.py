@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import textwrap
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from kernels import tuning
 from kernels.packed import Packed
 
 pytest.importorskip("triton")
+from kernels import target
+from kernels.gdn.chunk import scan_config
 
-OF_OUTPUTS = {"BM", "BT", "BV", "BC", "BLOCK_BYTES"}
+OF_OUTPUTS = {"HEADS", "BM", "BT", "BV", "BC", "BLOCK_BYTES"}
 """Tile sizes along dimensions of the output, along which nothing is summed."""
 OF_LAUNCHES = {"num_warps", "num_stages"}
 OF_LAYERS = {"dtype", "weight_dtype", "state_dtype", "K", "V", "D", "G", "C", "W", "M", "N"}
@@ -158,3 +161,25 @@ def test_tables_are_kept_by_device(tmp_path) -> None:
     assert tuning.read(path, "one") == first | second
     assert tuning.read(path, "two") == first
     assert tuning.read(path, "three") == {}
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "expected"),
+    [("cuda", 80, 4), ("cuda", 90, 4), ("cuda", 100, 2), ("cuda", 120, 2), ("hip", "gfx942", 4)],
+)
+def test_a_recurrence_has_few_warps(backend, arch, expected, monkeypatch) -> None:
+    """Whatever was tuned: more would race, and the results of a race can be right while one tunes."""
+    active = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch),
+    )
+    monkeypatch.setattr(target, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(target, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    target._is_blackwell.cache_clear()
+    key = (torch.bfloat16, 128, 128)
+    for asked in (2, 4, 8):
+        with tuning.using({("gdn.scan_kernel", key): {"num_warps": asked}}):
+            assert scan_config(*key)["num_warps"] == min(asked, expected)
+    for shape in (key, (torch.float32, 128, 128), (torch.bfloat16, 256, 64)):
+        assert scan_config(*shape)["num_warps"] <= expected
+    target._is_blackwell.cache_clear()

@@ -95,10 +95,15 @@ class Launches:
         bound = inspect.signature(executor.fn).bind(
             *args, **{k: v for k, v in kwargs.items() if k in executor.arg_names}
         )
+        options = executor.fn.__globals__[executor.fn.__name__].kwargs
+        any_value = options.get("do_not_specialize") or ()
+        any_address = options.get("do_not_specialize_on_alignment") or ()
         key = tuple(
             (name, value)
             if name in executor.constexprs
-            else native_specialize_impl(BaseBackend, value, False, True, True)
+            else native_specialize_impl(
+                BaseBackend, value, False, name not in any_value, name not in any_address
+            )
             for name, value in bound.arguments.items()
         )
         self.num_launches += 1

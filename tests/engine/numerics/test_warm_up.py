@@ -155,14 +155,10 @@ def test_a_device_has_longer_steps_than_a_cpu(monkeypatch, tmp_path) -> None:
     assert on_cpu.config.token_budget == on_cpu.runner.most_step_tokens == 1024
 
 
-@pytest.mark.parametrize("most", [1, 5, 64, 100, 1001, 1024, 8192])
-def test_rehearsed_lengths_have_every_kind_in_every_octave(most) -> None:
-    found = lengths(most)
-    assert found[0] == most and found[-1] == 1 and found == sorted(set(found), reverse=True)
-    for low in (2**power for power in range(4, most.bit_length() - 1)):
-        octave = [n for n in found if low < n <= 2 * low]
-        assert any(n % 16 == 0 for n in octave)
-        assert any(n % 16 and -(-n // 4) * 4 % 16 for n in octave)
+def test_one_length_of_every_octave_is_rehearsed() -> None:
+    assert lengths(1) == [1]
+    assert lengths(64) == [64, 32, 16, 8, 4, 2, 1]
+    assert lengths(100) == [100, 64, 32, 16, 8, 4, 2, 1]
 
 
 def test_every_thread_that_computes_makes_the_device_current(monkeypatch, tmp_path) -> None:

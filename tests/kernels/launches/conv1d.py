@@ -4,6 +4,7 @@ import torch
 
 from kernels.conv1d.fused import decode_conv1d, prefill_conv1d, verify_conv1d
 from kernels.packed import Exports, Packed
+from tests.kernels.arena import make_arena
 
 C, W = 8192, 4
 
@@ -43,7 +44,7 @@ def _weight() -> torch.Tensor:
 
 
 def _windows() -> torch.Tensor:
-    return torch.empty(4, C, W - 1, dtype=torch.bfloat16)
+    return make_arena(4, torch.bfloat16, torch.float32, fill=None).conv[5]
 
 
 LAUNCHES = {"prefill": _prefill, "decode": _decode, "verify": _verify}

@@ -4,18 +4,19 @@ import torch
 
 from kernels.gdn.fused import chunk_gdn, commit_states, decode_gdn, gates, verify_gdn
 from kernels.packed import Exports, Packed
+from tests.kernels.arena import make_arena
 
 H, HV, K, V = 16, 32, 128, 128
 
 
-def _chunk(state_dtype: torch.dtype = torch.float32) -> None:
+def _chunk(state_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.bfloat16) -> None:
     packed = Packed.from_lengths([96, 64])
     gate, beta = gates(*_gate_inputs(160))
     chunk_gdn(
-        *_tokens(160),
+        *_tokens(160, dtype),
         gate,
         beta,
-        states=torch.empty(4, HV, K, V, dtype=state_dtype),
+        states=_states(state_dtype)[5],
         packed=packed,
         slots=torch.arange(2, dtype=torch.int32),
         resumed=torch.zeros(2, dtype=torch.bool),
@@ -25,8 +26,7 @@ def _chunk(state_dtype: torch.dtype = torch.float32) -> None:
 
 def _decode(state_dtype: torch.dtype = torch.float32) -> None:
     slots = torch.arange(4, dtype=torch.int32)
-    states = torch.empty(4, HV, K, V, dtype=state_dtype)
-    decode_gdn(*_tokens(4), *_gate_inputs(4), states=states, slots=slots)
+    decode_gdn(*_tokens(4), *_gate_inputs(4), states=_states(state_dtype)[5], slots=slots)
 
 
 def _bfloat16_states() -> None:
@@ -36,15 +36,21 @@ def _bfloat16_states() -> None:
 
 def _verify() -> None:
     slots = torch.arange(4, dtype=torch.int32)
-    states, step_states = torch.empty(2, 4, HV, K, V), torch.empty(2, 4, 3, HV, K, V)
+    states, step_states = _states(torch.float32)[5:7], torch.empty(2, 4, 3, HV, K, V)
     inputs = [x[:, None].expand(4, 3, *x.shape[1:]) for x in (*_tokens(4), *_gate_inputs(4)[:2])]
     parameters = _gate_inputs(4)[2:]
     verify_gdn(*inputs, *parameters, states=states[0], slots=slots, step_states=step_states[0])
     commit_states(step_states, states, slots, accepted=slots)
 
 
-def _tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=torch.bfloat16)
+def _states(dtype: torch.dtype) -> torch.Tensor:
+    return make_arena(4, torch.bfloat16, dtype, fill=None).recurrent
+
+
+def _tokens(
+    count: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=dtype)
     query, key, value = mixed.split([H * K, H * K, HV * V], dim=1)
     return query.unflatten(1, (H, K)), key.unflatten(1, (H, K)), value.unflatten(1, (HV, V))
 
@@ -59,4 +65,5 @@ LAUNCHES = {
     "decode": _decode,
     "verify": _verify,
     "bfloat16_states": _bfloat16_states,
+    "float32": lambda: _chunk(dtype=torch.float32),
 }

@@ -3,9 +3,10 @@
 import torch
 
 from kernels.activation.fused import sigmoid_mul, silu_and_mul
-from kernels.cache_write.fused import write_kv
+from kernels.cache_write.fused import move_rows, write_kv
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate
+from tests.kernels.arena import make_arena
 
 
 def _bfloat16(*shape: int) -> torch.Tensor:
@@ -14,8 +15,8 @@ def _bfloat16(*shape: int) -> torch.Tensor:
 
 def _norm() -> None:
     x = _bfloat16(64, 2048)
-    rms_norm(x, _bfloat16(2048), 1e-6, offset=1.0)
-    rms_norm(x, _bfloat16(2048), 1e-6, offset=1.0, residual=x)
+    rms_norm(x, _bfloat16(2048), 1e-6)
+    rms_norm(x, _bfloat16(2048), 1e-6, residual=x)
     rms_norm(_bfloat16(64, 18, 256)[:, :16], _bfloat16(256), 1e-6)
     gated_rms_norm(_bfloat16(64, 32, 128), torch.empty(128), _bfloat16(64, 32, 128), 1e-6)
 
@@ -32,8 +33,10 @@ def _activation() -> None:
 
 
 def _cache_write() -> None:
-    pool, new = _bfloat16(512, 2, 256), _bfloat16(64, 2, 256)
-    write_kv(new, new, pool, pool, torch.zeros(64, dtype=torch.int64))
+    new, arena = _bfloat16(64, 2, 256), make_arena(4, torch.bfloat16, torch.float32, fill=None)
+    write_kv(new, new, arena.keys[5], arena.values[5], torch.zeros(64, dtype=torch.int64))
+    rows = torch.zeros(64, dtype=torch.int32)
+    move_rows(arena.rows, rows, rows)
 
 
 LAUNCHES = {

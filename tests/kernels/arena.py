@@ -1,0 +1,88 @@
+"""One memory as an engine has it: rows of every attention layer, and slabs of rows that serve as slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Sizes(NamedTuple):
+    """Of a hybrid model."""
+
+    kv: tuple[int, int, int]
+    """L, HKV, D."""
+    conv: tuple[int, int, int]
+    """L, C, W - 1."""
+    recurrent: tuple[int, int, int, int]
+    """L, HV, K, V."""
+
+
+QWEN3_NEXT = Sizes(kv=(12, 2, 256), conv=(36, 8192, 3), recurrent=(36, 32, 128, 128))
+
+
+class Arena(NamedTuple):
+    """The bytes, and the views that kernels are given."""
+
+    rows: torch.Tensor
+    """uint8 ``[N, row bytes]``."""
+    slabs: torch.Tensor
+    """uint8 ``[1, S, slab bytes]``."""
+    keys: torch.Tensor
+    """``[L, N, HKV, D]``."""
+    values: torch.Tensor
+    conv: torch.Tensor
+    """``[L, S, C, W - 1]``."""
+    recurrent: torch.Tensor
+    """``[L, S, HV, K, V]``."""
+
+    @property
+    def slab_rows(self) -> int:
+        return self.rows.shape[0] // self.slabs.shape[1]
+
+
+def make_arena(
+    num_slabs: int,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: str = "cpu",
+    sizes: Sizes = QWEN3_NEXT,
+    fill: int | None = 255,
+) -> Arena:
+    """Filled with bytes that are NaN in every dtype; with ``fill`` None untouched, so that it may be
+    larger than the machine's memory."""
+    layers, heads, size = sizes.kv
+    row_bytes = 2 * math.prod(sizes.kv) * dtype.itemsize
+    conv_bytes = -(-math.prod(sizes.conv) * dtype.itemsize // 16) * 16
+    state_bytes = conv_bytes + math.prod(sizes.recurrent) * state_dtype.itemsize
+    slab_rows = -(-state_bytes // row_bytes)
+    num_rows, slab_bytes = num_slabs * slab_rows, slab_rows * row_bytes
+    if fill is None and device == "cpu":
+        flat = torch.from_numpy(np.zeros(num_rows * row_bytes, np.uint8))
+    else:
+        flat = torch.full((num_rows * row_bytes,), fill or 0, dtype=torch.uint8, device=device)
+    row, side = row_bytes // dtype.itemsize, heads * size
+    kv_shape, kv_strides = (layers, num_rows, heads, size), (2 * side, row, size, 1)
+    return Arena(
+        rows=flat.view(num_rows, row_bytes),
+        slabs=flat.view(1, num_slabs, slab_bytes),
+        keys=flat.view(dtype).as_strided(kv_shape, kv_strides),
+        values=flat.view(dtype).as_strided(kv_shape, kv_strides, side),
+        conv=_states(flat.view(dtype), num_slabs, slab_bytes, 0, sizes.conv),
+        recurrent=_states(
+            flat.view(state_dtype), num_slabs, slab_bytes, conv_bytes, sizes.recurrent
+        ),
+    )
+
+
+def _states(
+    flat: torch.Tensor, num_slabs: int, slab_bytes: int, first_byte: int, shape: Sequence[int]
+) -> torch.Tensor:
+    """``[L, S, ...]``: of every slab what begins at ``first_byte``, layer after layer."""
+    layers, *state = shape
+    inner = [math.prod(state[i + 1 :]) for i in range(len(state))]
+    slab, first = slab_bytes // flat.itemsize, first_byte // flat.itemsize
+    return flat.as_strided((layers, num_slabs, *state), (math.prod(state), slab, *inner), first)

@@ -1,0 +1,277 @@
+"""Kernels and references on views of one memory: the bits of pools of their own, and no byte beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels.attention.reference
+import kernels.cache_write.reference
+import kernels.conv1d.reference
+import kernels.gdn.reference
+import kernels.state_copy.reference
+from kernels.attention.sequences import Sequences
+from kernels.packed import Exports, Packed
+from tests.kernels.arena import Arena, Sizes, make_arena
+
+pytest.importorskip("triton")
+import kernels.attention.fused
+import kernels.cache_write.fused
+import kernels.conv1d.fused
+import kernels.gdn.fused
+import kernels.state_copy.fused
+
+SIZES = Sizes(kv=(3, 2, 32), conv=(2, 24, 3), recurrent=(2, 2, 16, 16))
+NAMES = ("attention", "cache_write", "conv1d", "gdn", "state_copy")
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    [
+        SimpleNamespace(**{name: vars(getattr(kernels, name))[word] for name in NAMES})
+        for word in ("reference", "fused")
+    ],
+    ids=["reference", "fused"],
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+STATE_DTYPES = pytest.mark.parametrize(
+    "state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"]
+)
+FAR = 2**31
+"""Elements past which an offset does not fit into 32 bits."""
+
+
+def int32(values: Sequence[int], device: str) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def same_on_both(
+    arena: Arena, views: Sequence[torch.Tensor], action: Callable[..., torch.Tensor]
+) -> None:
+    """Apply ``action`` to views of the arena and to copies of them, tensors of their own."""
+    before = arena.rows.clone()
+    pools = [view.clone(memory_format=torch.contiguous_format) for view in views]
+    expected = action(*pools)
+    got = action(*views)
+    assert got.isfinite().all() and torch.equal(got, expected)
+    after = arena.rows.clone()
+    arena.rows.copy_(before)
+    for view, pool in zip(views, pools, strict=True):
+        view.copy_(pool)
+    assert torch.equal(arena.rows, after)
+
+
+def decode_and_prefill(backend, keys, values, rows, device) -> torch.Tensor:
+    """Writes the KV of two sequences and attends to it, all layers."""
+    torch.manual_seed(0)
+    lengths = [len(own) for own in rows]
+    table = torch.zeros(2, max(lengths), dtype=torch.int32, device=device)
+    for i, own in enumerate(rows):
+        table[i, : len(own)] = int32(own, device)
+    where = {
+        "table": table,
+        "sequences": Sequences.of([0, 1], lengths, device),
+        "scale": keys.shape[-1] ** -0.5,
+    }
+    packed, indices = Packed.from_lengths(lengths, device), int32([*chain(*rows)], device)
+    outs = []
+    for key_pool, value_pool in zip(keys, values, strict=True):
+        shape = (sum(lengths), *key_pool.shape[1:])
+        key, value = torch.randn(2, *shape, device=device).to(keys.dtype)
+        query = torch.randn(shape[0], 2 * shape[1], shape[2], device=device).to(keys.dtype)
+        backend.cache_write.write_kv(key, value, key_pool, value_pool, indices)
+        prefill, decode = backend.attention.prefill_attention, backend.attention.decode_attention
+        outs.append(prefill(query, key_pool, value_pool, packed=packed, **where))
+        last = packed.cu_seqlens[1:].long() - 1
+        outs.append(decode(query[last], key_pool, value_pool, **where))
+    return torch.cat(outs)
+
+
+@BACKENDS
+@DTYPES
+def test_rows(backend, dtype, device) -> None:
+    arena = make_arena(30, dtype, torch.float32, device, SIZES)
+    order = torch.randperm(len(arena.rows)).tolist()
+    rows = [order[:70], list(range(80, 90))]
+    rows[0] = [row for row in rows[0] if row not in rows[1]]
+    same_on_both(
+        arena,
+        (arena.keys, arena.values),
+        lambda keys, values: decode_and_prefill(backend, keys, values, rows, device),
+    )
+
+
+def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
+    """Two prompts, one of them resumed, with an exported state; then decoding, verifying, a commit,
+    a copy. The slots are those of the prompts, of the exported state and of its copy."""
+    torch.manual_seed(1)
+    (_, _, channels, reach), (layers, _, value_heads, key_dim, value_dim) = (
+        conv.shape,
+        recurrent.shape,
+    )
+    first, second, exported, free = slots
+    packed = Packed.from_lengths([70, 3], device)
+    own = int32([first, second], device)
+    where: dict[str, Any] = {
+        "packed": packed,
+        "slots": own,
+        "resumed": torch.tensor([True, False], device=device),
+        "exports": Exports.plan(packed, [(0, 64, exported)]),
+    }
+    outs = []
+    for pool in (conv, recurrent):
+        pool[:, first] = torch.randn(pool[:, first].shape, device=device).to(pool.dtype)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    step_windows = conv.new_empty(layers, 2, 3, channels, reach)
+    step_states = recurrent.new_empty(layers, 2, 3, value_heads, key_dim, value_dim)
+    for layer in range(layers):
+        windows, states = conv[layer], recurrent[layer]
+        taps, x = draw(channels, reach + 1), draw(73, channels)
+        outs.append(backend.conv1d.prefill_conv1d(x, taps, None, states=windows, **where))
+        outs.append(backend.conv1d.decode_conv1d(x[:2], taps, None, states=windows, slots=own))
+        outs.append(
+            backend.conv1d.verify_conv1d(
+                x[:6].unflatten(0, (2, 3)),
+                taps,
+                None,
+                states=windows,
+                slots=own,
+                step_states=step_windows[layer],
+            )
+        )
+        query, key = draw(2, 73, 1, key_dim)
+        value, gate = draw(73, value_heads, value_dim), -torch.rand(73, value_heads, device=device)
+        parameters = torch.randn(2, value_heads, device=device)
+        outs.append(
+            backend.gdn.chunk_gdn(query, key, value, gate, gate.exp(), states=states, **where)
+        )
+        tokens = (query, key, value, gate.to(dtype), gate.to(dtype))
+        outs.append(
+            backend.gdn.decode_gdn(*(x[:2] for x in tokens), *parameters, states=states, slots=own)
+        )
+        outs.append(
+            backend.gdn.verify_gdn(
+                *(x[:6].unflatten(0, (2, 3)) for x in tokens),
+                *parameters,
+                states=states,
+                slots=own,
+                step_states=step_states[layer],
+            )
+        )
+    accepted = int32([2, 0], device)
+    backend.gdn.commit_states(step_windows, conv, own, accepted)
+    backend.gdn.commit_states(step_states, recurrent, own, accepted)
+    backend.state_copy.copy_states(
+        [conv, recurrent], int32([exported], device), int32([free], device)
+    )
+    return torch.cat([out.flatten() for out in outs])
+
+
+@BACKENDS
+@DTYPES
+@STATE_DTYPES
+def test_slots(backend, dtype, state_dtype, device) -> None:
+    arena = make_arena(6, dtype, state_dtype, device, SIZES)
+    same_on_both(
+        arena,
+        (arena.conv, arena.recurrent),
+        lambda conv, recurrent: run_layers(backend, conv, recurrent, (4, 0, 3, 5), device, dtype),
+    )
+
+
+@BACKENDS
+@settings(max_examples=10)
+@given(
+    order=st.permutations(range(30)),
+    num_moved=st.integers(0, 15),
+    width=st.sampled_from([1, 12, 96, 5000]),
+    dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
+)
+def test_rows_move_whole(backend, order, num_moved, width, dtype, device) -> None:
+    """Sources stay as they are, as does what lies between two rows."""
+    bytes_ = torch.randint(256, (30, 2 * width, dtype.itemsize), dtype=torch.uint8, device=device)
+    arena = bytes_.flatten(1).view(dtype)
+    expected = arena.clone()
+    sources, targets = order[:num_moved], order[num_moved : 2 * num_moved]
+    expected[targets, :width] = expected[sources, :width]
+    backend.cache_write.move_rows(arena[:, :width], int32(sources, device), int32(targets, device))
+    assert torch.equal(arena.view(torch.uint8), expected.view(torch.uint8))
+
+
+@BACKENDS
+def test_a_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
+    """Its rows move out, in parts; then a state takes its place: all layers, both kinds, one copy."""
+    monkeypatch.setattr(kernels.cache_write.reference, "MOVED_BYTES", 1000)
+    arena = make_arena(4, torch.bfloat16, torch.float32, device, SIZES)
+    arena.rows.random_(0, 255)
+    before, count = arena.rows.clone(), arena.slab_rows
+    sources = torch.arange(count, 2 * count, dtype=torch.int32, device=device)
+    targets = (torch.randperm(count) + 2 * count).int().to(device)
+    backend.cache_write.move_rows(arena.rows, sources, targets)
+    backend.state_copy.copy_states([arena.slabs], int32([0], device), int32([1], device))
+    assert torch.equal(arena.rows[targets.long()], before[sources.long()])
+    assert torch.equal(arena.rows[sources.long()], before[:count])
+    assert torch.equal(arena.rows[:count], before[:count])
+    assert torch.equal(arena.rows[3 * count :], before[3 * count :])
+
+
+@BACKENDS
+def test_offsets_past_32_bits(backend, device) -> None:
+    """The last slabs of an arena of more than 2**31 elements, whose other pages are never touched."""
+    sizes = SIZES._replace(recurrent=(2, 4, 64, 64))
+    slab_bytes = make_arena(1, torch.bfloat16, torch.bfloat16, "cpu", sizes).rows.numel()
+    num_slabs = 2 * FAR // slab_bytes + 7
+    far = make_arena(num_slabs, torch.bfloat16, torch.bfloat16, device, sizes, fill=None)
+    near = make_arena(6, torch.bfloat16, torch.bfloat16, device, sizes, fill=0)
+    last = num_slabs - 6
+    assert last * far.conv.stride(1) >= FAR
+    results = []
+    for arena, first in ((far, last), (near, 0)):
+        count = arena.slab_rows
+        row = first * count
+        rows = [list(range(row, row + 70)), list(range(row + 80, row + 70, -1))]
+        attended = decode_and_prefill(backend, arena.keys, arena.values, rows, device)
+        slots = range(first + 2, first + 6)
+        scanned = run_layers(backend, arena.conv, arena.recurrent, slots, device, torch.bfloat16)
+        sources = torch.arange(row, row + 70, dtype=torch.int32, device=device)
+        backend.cache_write.move_rows(arena.rows, sources, sources + count)
+        copied = int32([first + 3], device), int32([first + 4], device)
+        backend.state_copy.copy_states([arena.slabs], *copied)
+        results.append((attended, scanned, arena.rows[row:].clone()))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
+    """By the kernels; the references take any strides."""
+    pool = torch.zeros(6, 4, 8, device=device).mT
+    wide = torch.zeros(6, 8, 9, device=device)[..., :4]
+    states = torch.zeros(3, 2, 16, 32, device=device)[..., ::2]
+    new, index = torch.zeros(1, 8, 4, device=device), int32([0], device)
+    token, value = torch.zeros(2, 1, 2, 16, device=device)
+    gates = torch.zeros(4, 1, 2, device=device)
+    x, taps = torch.zeros(1, 8, device=device), torch.zeros(8, 5, device=device)
+    where = {"packed": Packed.from_lengths([1], device), "slots": index, "exports": None}
+    where["resumed"] = index > 0
+    write, move = kernels.cache_write.fused.write_kv, kernels.cache_write.fused.move_rows
+    conv1d, gdn = kernels.conv1d.fused, kernels.gdn.fused
+    calls = [
+        lambda: write(new, new, pool, pool, index),
+        lambda: write(new, new, torch.zeros(6, 8, 4, device=device), wide, index),
+        lambda: move(pool[0], index, index),
+        lambda: conv1d.prefill_conv1d(x, taps, None, states=pool, **where),
+        lambda: conv1d.decode_conv1d(x, taps, None, states=pool, slots=index),
+        lambda: gdn.chunk_gdn(token, token, value, *gates[:2], states=states, **where),
+        lambda: gdn.decode_gdn(token, token, value, *gates, states=states, slots=index),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="must be contiguous"):
+            call()
