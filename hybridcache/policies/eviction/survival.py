@@ -286,7 +286,7 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
         if stuck[start]:
             time[time <= 0.0] = np.inf
         np.divide(used[start:], time[start:], out=used[start:])
-        np.max(used[start:], axis=0, out=best[start])
+        np.maximum.reduce(used[start:], axis=0, out=best[start])
     return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
 
 
