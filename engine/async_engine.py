@@ -184,6 +184,9 @@ class AsyncEngine:
                 answer.set_result(function(self._engine))
             except Exception as error:
                 answer.set_exception(error)
+            except BaseException as error:
+                # SystemExit, say: it would end this thread, and then the caller's event loop.
+                answer.set_exception(RuntimeError(f"a call to the engine raised {error!r}"))
 
         with self._wake:
             if self._is_closed:
@@ -212,8 +215,10 @@ class AsyncEngine:
         self._join()
 
     def _join(self) -> None:
-        if self._thread.ident is not None:  # else it never started
+        if self._thread.ident is not None:
             self._thread.join()
+        else:  # It never started, so nobody else tells those who wait.
+            self._close()
 
     def _abort(self, request_id: str) -> None:
         def leave() -> None:
@@ -238,7 +243,7 @@ class AsyncEngine:
                 self._step()
             for request_id in tuple(self._streams):
                 self._engine.abort(request_id)
-        except Exception:
+        except BaseException:
             self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:

@@ -25,20 +25,21 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
     """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does not suit it."""
-    stateful = runner.num_slots > 0
-    kind = config.prefix_cache
-    if stateful and kind == "radix":
+    memory, kind = runner.memory, config.prefix_cache
+    if memory.is_stateful and kind == "radix":
         raise ConfigError(
             "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that need their state too: "
             "use hybrid, or none."
         )
     return CacheConfig(
-        prefix_cache="radix" if kind == "hybrid" and not stateful else kind,
-        num_kv_tokens=runner.num_kv_tokens,
-        num_slots=runner.num_slots,
+        prefix_cache="radix" if kind == "hybrid" and not memory.is_stateful else kind,
+        memory="arena" if memory.slab_rows else "budget",
+        total_bytes=memory.total_bytes if memory.slab_rows else None,
+        num_kv_tokens=0 if memory.slab_rows else memory.num_kv_tokens,
+        num_slots=0 if memory.slab_rows else memory.num_slots,
         page_size=config.page_size,
         grid=config.grid,
         eviction=config.eviction,
-        kv_bytes_per_token=runner.geometry.kv_bytes_per_token,
-        state_bytes=max(runner.geometry.state_bytes, 1),
+        kv_bytes_per_token=memory.row_bytes,
+        state_bytes=max(memory.state_bytes, 1),
     )

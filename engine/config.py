@@ -83,14 +83,17 @@ class EngineConfig:
         False, "reuse only what a prefill computed: a hit then never changes a bit of the logits"
     )
 
-    kv_gib: float | None = _setting(None, "memory for KV, GiB")
-    state_gib: float | None = _setting(
-        None, "memory for states, those of running requests and checkpoints alike, GiB"
-    )
     cache_gib: float | None = _setting(
         None,
-        "memory for both, GiB, half each (attention-only models: all for KV); none of the three: a quarter of the free "
-        "memory, at most 4 GiB, on a CPU, and elsewhere 90 % of what weights, graphs and the largest step leave",
+        "memory for KV and states together, GiB: one arena; none: a quarter of the free memory, at most 4 GiB, on a CPU, and "
+        "elsewhere 90 % of what weights, graphs and the largest step leave",
+    )
+    kv_gib: float | None = _setting(
+        None, "memory for KV alone, GiB: two fixed pools instead of the arena, as a control"
+    )
+    state_gib: float | None = _setting(
+        None,
+        "memory for states alone, those of running requests and checkpoints alike, GiB: two fixed pools, as with --kv-gib",
     )
     max_model_len: int | None = _setting(
         None, "most tokens of prompt and answer; none: the model's own"
@@ -107,7 +110,10 @@ class EngineConfig:
         "auto",
         "make the next step while the device computes this one; auto: where it computes by itself",
     )
-    check: bool = _setting(False, "verify every cache invariant whenever the engine is idle")
+    check: bool = _setting(
+        False,
+        "verify the request table after every step, and every cache invariant whenever the engine is idle",
+    )
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """With what is left to the device chosen."""

@@ -121,7 +121,7 @@ class Engine:
             self._cache,
             lambda: parse_placement(words),
             num_rows=config.max_running,
-            stateful=runner.num_slots > 0,
+            stateful=runner.memory.is_stateful,
             exact=config.exact,
             log=self._log,
         )
@@ -133,8 +133,8 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its answer together: what the model takes and the KV pool holds."""
-        return min(self.runner.max_model_len, self.runner.num_kv_tokens)
+        """Most tokens of a prompt and its answer together: what the model takes and the memory holds."""
+        return min(self.runner.max_model_len, self.runner.memory.max_request_len)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -244,6 +244,8 @@ class Engine:
         except BaseException:
             self._in_flight = None
             self.interrupted = tuple(r.request_id for r in self._scheduler.recover())
+            if self._manager.lost_moves():
+                self.reset_prefix_cache()
             raise
 
     def _schedule(self) -> Plan:
@@ -257,7 +259,7 @@ class Engine:
         logits = None
         if plan.batch.late_tokens and before is not None:
             logits = self.runner.forward(plan.batch, before.tokens)
-        elif plan.tasks:
+        elif plan.tasks or plan.batch.moves:
             logits = self.runner.forward(plan.batch)
         self._laps.append(self._clock())
         return logits
@@ -285,8 +287,10 @@ class Engine:
             if output.is_finished:
                 del self._requests[output.request_id]
         self._deliver(outputs)
-        if self.config.check and not self.has_work():
-            self.check()
+        if self.config.check:
+            self._manager.check_rows(self.runner.table_row)
+            if not self.has_work():
+                self.check()
         self._tell_observer(plan)
         return outputs
 
@@ -412,8 +416,7 @@ class Engine:
             self.config,
             self._cache_kind,
             self._manager,
-            num_kv_tokens=self.runner.num_kv_tokens,
-            num_slots=self.runner.num_slots,
+            self.runner.memory,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
         )
@@ -427,5 +430,6 @@ class Engine:
         return self.report().as_dict()
 
     def check(self) -> None:
-        """AssertionError unless every invariant of the cache holds and ``free + cached + held == total``. O(cache)."""
-        self._manager.check()
+        """AssertionError unless every invariant of the cache holds, ``free + cached + held ==
+        total``, and the runner reads for each request the KV rows of its lease. O(cache)."""
+        self._manager.check(self.runner.table_row)

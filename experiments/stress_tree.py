@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import EVICTION, CacheConfig, Tokens, build_prefix_cache
+from hybridcache.allocators.moves import Move
+from hybridcache.build import MEMORIES
 
 EVERY_STEP_SHARE = 200
 """One operation in so many is done in the run that checks after each."""
@@ -40,12 +42,13 @@ def configs(rng: random.Random) -> Iterator[CacheConfig]:
             "num_kv_tokens": unit * rng.randint(8, 60),
             "num_slots": rng.randint(1, 20),
         }
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
             state_bytes = unit * rng.randint(1, 8)
             pools = {
                 "total_bytes": 2 * unit * rng.randint(8, 60) + 4 * state_bytes,
                 "kv_bytes_per_token": 2,
                 "state_bytes": state_bytes,
+                "memory": rng.choice(MEMORIES),
             }
         yield CacheConfig(
             prefix_cache="radix" if number % 8 == 7 else "hybrid",
@@ -77,6 +80,8 @@ class Stress:
     def __init__(self, config: CacheConfig, rng: random.Random) -> None:
         self.config, self.rng = config, rng
         self.cache: Any = build_prefix_cache(config)
+        if self.cache.arena is not None:
+            self.cache.arena.holders[self] = None
         self.unit = max(config.page_size, config.grid)
         self.running: list[Running] = []
         self.rows: list[Any] = []
@@ -85,6 +90,14 @@ class Stress:
         self.operations = 0
         self.hits = 0
         self.refusals = 0
+
+    def rows_moved(self, move: Move) -> int:
+        """What is held in an arena moves with its slab."""
+        held = sum(len(move.rename(rows)) for rows in self.rows)
+        for request in self.running:
+            positions = move.rename(request.rows)
+            held += int((positions >= request.published_len).sum())
+        return held
 
     def prompt(self) -> Tokens:
         """A beginning of something seen, cut anywhere, and a few blocks after it."""
@@ -208,7 +221,8 @@ class Stress:
 def stress(seed: int, num_operations: int, check_every: int) -> dict[str, int]:
     """Run that many operations; counts of what happened. AssertionError if anything is wrong."""
     rng = random.Random(seed)
-    counts = {"operations": 0, "checks": 0, "caches": 0, "hits": 0, "refusals": 0, "evictions": 0}
+    words = ("operations", "checks", "caches", "hits", "refusals", "evictions", "moves")
+    counts = dict.fromkeys(words, 0)
     with tqdm(total=num_operations, unit="op", unit_scale=True) as bar:
         for config in configs(rng):
             run = Stress(config, rng)
@@ -229,6 +243,8 @@ def stress(seed: int, num_operations: int, check_every: int) -> dict[str, int]:
             counts["hits"] += run.hits
             counts["refusals"] += run.refusals
             counts["evictions"] += run.cache.stats.evictions
+            if run.cache.arena is not None:
+                counts["moves"] += run.cache.arena.num_moves
             if counts["operations"] >= num_operations:
                 return counts
     raise AssertionError("configs never end")
@@ -254,7 +270,7 @@ def main() -> None:
     print(
         f"stress: seed {options.seed}: {large['operations']:,} operations on {large['caches']} caches in "
         f"{large['seconds']} s, {large['checks']:,} full checks, {large['evictions']:,} evictions, "
-        f"{large['refusals']:,} refusals; {small['operations']:,} more with a check after every step: all held"
+        f"{large['refusals']:,} refusals, {large['moves']:,} slabs moved; {small['operations']:,} more with a check after every step: all held"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.budget import ByteBudget
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
@@ -21,7 +22,7 @@ from hybridcache.radix.node import ItemBytes
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a prefix cache is made from. Either pool sizes, or one byte budget that both pools share."""
+    """What a prefix cache is made from. Either pool sizes, or one number of bytes for KV and states (``memory``)."""
 
     prefix_cache: str = field(
         default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
@@ -31,6 +32,13 @@ class CacheConfig:
     total_bytes: int | None = field(
         default=None,
         metadata={"help": "one budget for KV and states, bytes; instead of the two pool sizes"},
+    )
+    memory: str = field(
+        default="budget",
+        metadata={
+            "help": "how total_bytes are shared: arena (rows and slots are views of the same bytes; "
+            "rows may move) or budget (only bytes are counted)"
+        },
     )
     kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})
     state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
@@ -52,6 +60,9 @@ class CacheConfig:
         if self.prefix_cache not in PREFIX_CACHES:
             known = ", ".join(PREFIX_CACHES)
             raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")
+        if self.memory not in MEMORIES:
+            known = ", ".join(MEMORIES)
+            raise ValueError(f"unknown memory {self.memory!r}; known: {known}")
         if self.page_size < 1 or self.grid < 1:
             raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
         if self.ghost_bytes < 0:
@@ -61,6 +72,8 @@ class CacheConfig:
         if self.total_bytes is not None:
             if self.num_kv_tokens or self.num_slots:
                 raise ValueError("give total_bytes, or num_kv_tokens and num_slots, not both")
+        elif self.memory == "arena":
+            raise ValueError("an arena is made of total_bytes: give those, not pool sizes")
         elif self.num_kv_tokens < self.page_size:
             raise ValueError(f"num_kv_tokens {self.num_kv_tokens} is less than one page")
         make_eviction(self.eviction)
@@ -73,18 +86,27 @@ def build_prefix_cache(config: CacheConfig) -> PrefixCache:
     >>> len(cache.allocate_kv(10))
     10
     """
-    budget = None
-    num_tokens, num_slots = config.num_kv_tokens, config.num_slots
-    if config.total_bytes is not None:
-        budget = ByteBudget(config.total_bytes)
-        num_tokens = config.total_bytes // config.kv_bytes_per_token
-        num_slots = (
-            0 if config.prefix_cache == "radix" else config.total_bytes // config.state_bytes
-        )
+    total_bytes, row_bytes = config.total_bytes, config.kv_bytes_per_token
+    if total_bytes is None:
+        pages, slots = _pools(config, config.num_kv_tokens, config.num_slots, None)
+    else:
+        state_bytes = 0 if config.prefix_cache == "radix" else config.state_bytes
+        if config.memory == "arena":
+            arena = ArenaAllocator(total_bytes, row_bytes, state_bytes, config.page_size)
+            pages, slots = arena.pages, arena.slots
+        else:
+            num_slots = total_bytes // state_bytes if state_bytes else 0
+            budget = ByteBudget(total_bytes)
+            pages, slots = _pools(config, total_bytes // row_bytes, num_slots, budget)
+    return PREFIX_CACHES[config.prefix_cache](config, pages, slots)
+
+
+def _pools(
+    config: CacheConfig, num_tokens: int, num_slots: int, budget: ByteBudget | None
+) -> tuple[PageAllocator, SlotAllocator]:
     num_tokens -= num_tokens % config.page_size
     pages = PageAllocator(num_tokens, config.page_size, config.kv_bytes_per_token, budget)
-    slots = SlotAllocator(num_slots, config.state_bytes, budget)
-    return PREFIX_CACHES[config.prefix_cache](config, pages, slots)
+    return pages, SlotAllocator(num_slots, config.state_bytes, budget)
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:
@@ -126,6 +148,9 @@ def _build_radix(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator
 def _build_null(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
     return NullCache(pages, slots, grid=config.grid)
 
+
+MEMORIES = ("arena", "budget")
+"""Words for ``CacheConfig.memory``."""
 
 PREFIX_CACHES: dict[str, Callable[[CacheConfig, PageAllocator, SlotAllocator], PrefixCache]] = {
     "hybrid": _build_hybrid,

@@ -14,6 +14,7 @@ from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
 from hybridcache.core.residency import Residency
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.radix.forks import Link
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.svg import render_svg
 from hybridcache.radix.text import render_graphviz, render_text
@@ -78,6 +79,7 @@ class HybridRadixCache:
         self.grid = grid
         self.stats = CacheStats()
         self._step = lcm(grid, pages.page_size)
+        self.arena = pages.arena
         self._pages = pages
         self._slots = slots
         self._num_slots = slots.capacity
@@ -358,6 +360,7 @@ class HybridRadixCache:
         residency = self._residency
         rejected: list[int] = []
         node, end = leaf, leaf.end
+        before: Link | None = None
         order: Sequence[int] = (0,)
         if len(checkpoints) > 1:
             order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
@@ -374,7 +377,8 @@ class HybridRadixCache:
                 rejected.append(slot)
                 continue
             label = labels[index] if labels else ""
-            residency.store_checkpoint(node, slot, label, position <= offered_to)
+            offered = position <= offered_to
+            before = residency.store_checkpoint(node, slot, label, offered, before)
         return tuple(rejected)
 
     # -- memory -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hybridcache.results import Eviction, InsertResult, PrefixMatch
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
+    from hybridcache.allocators.arena import ArenaAllocator
     from hybridcache.listener import Listener
     from hybridcache.stats import CacheStats
 
@@ -35,6 +36,8 @@ class PrefixCache(Protocol):
     page_size: int
     grid: int
     stats: CacheStats
+    arena: ArenaAllocator | None
+    """Where rows and slots are of one memory: what tells holders of moves. None: rows never move."""
 
     @property
     def free_tokens(self) -> int:

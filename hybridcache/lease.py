@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybridcache.allocators.moves import Move
 from hybridcache.interface import PrefixCache
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
 from hybridcache.results import Losses, PrefixMatch
@@ -43,6 +44,9 @@ from hybridcache.tokens import Indices, Tokens
 # step; a checkpoint never is, so a lease that resumes starts on a copy (`restore`). A slot for a planned checkpoint is
 # held from `take_checkpoint_slots` until the `publish` that covers its position: then cached, or free if the tree would not have it.
 # In decode one such slot rolls: written again at each crossing, published only at the end.
+#
+# Moves. In an arena rows get other places when a slab is emptied (`allocators.moves`): no row changes
+# hands by that, the lease is notified (`rows_moved`), and its caller asks where (`take_moved`).
 
 
 SPARE_ROWS = 512
@@ -79,6 +83,7 @@ class Lease:
         "_cache",
         "_decode_interval",
         "_is_counted",
+        "_moved",
         "_node",
         "_num_rows",
         "_pending",
@@ -89,7 +94,8 @@ class Lease:
         "_rolling",
         "_rows",
         "_step",
-        "_unread_len",
+        "_unread_end",
+        "_unread_start",
         "match",
         "prompt_len",
         "published_len",
@@ -117,8 +123,10 @@ class Lease:
         """Tokens that are prefilled: those of the request."""
         self.state_slot = state_slot
         """The request's own slot; None for attention-only models."""
-        # Rows below _unread_len are the tree's and stand in it alone: a caller that moves no tensors never asks for them.
-        self._unread_len = self._num_rows = match.cached_len
+        # Rows in [_unread_start, _unread_end) are the tree's and stand in it alone: a caller that moves no tensors never asks
+        # for them. All others are here, up to date.
+        self._unread_start = 0
+        self._unread_end = self._num_rows = match.cached_len
         self.published_len = match.cached_len
         """Tokens whose rows are the tree's, under this lease's lock."""
         self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
@@ -128,6 +136,9 @@ class Lease:
         self._pending: dict[Saved, str] = {}
         self._rolling: Saved | None = None
         self._decode_interval: int | None = None
+        self._moved: tuple[int, int] | None = None
+        if cache.arena is not None:
+            cache.arena.holders[self] = None
 
     @classmethod
     def begin(
@@ -214,9 +225,10 @@ class Lease:
     def kv_indices(self) -> Indices:
         """KV row of every position so far, the tree's and those held: int32[``extended_len``], a view. O(``published_len``)
         when the tree's have not been read since they became so, else O(1)."""
-        if self._unread_len:
-            self._rows[: self._unread_len] = self._cache.gather(self._node)[: self._unread_len]
-            self._unread_len = 0
+        start, end = self._unread_start, self._unread_end
+        if start < end:
+            self._rows[start:end] = self._cache.gather(self._node)[start:end]
+            self._unread_start = end
         return self._rows[: self._num_rows]
 
     @property
@@ -266,8 +278,11 @@ class Lease:
         end = self._num_rows + num_tokens
         if end > len(self._rows):
             rows = np.empty(max(end, 2 * len(self._rows)), np.int32)
-            held = slice(self._unread_len, self._num_rows)
-            rows[held] = self._rows[held]
+            for known in (
+                slice(0, self._unread_start),
+                slice(self._unread_end, self._num_rows),
+            ):
+                rows[known] = self._rows[known]
             self._rows = rows
         self._rows[self._num_rows : end] = new
         self._num_rows = end
@@ -284,30 +299,53 @@ class Lease:
         """
         if start >= self.prompt_len:
             return self._roll(start, end)
-        plan = self._plan
-        if not plan:
+        if not self._plan and not self._pending:
             return ()
-        saved: list[Saved] = []
+        self._save(start, end, len(self._plan))
+        return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
+
+    def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
+        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its order, and keep them for it;
+        returns how many it would still ask for. For a caller that wants few slabs of an arena emptied at a time."""
+        if start >= self.prompt_len:
+            rolls = self._rolling is None and bool(self._crossing(start, end))
+            if rolls and max_slots:
+                self._roll(start, end)
+                return 0
+            return int(rolls)
+        if not self._save(start, end, max_slots):
+            return 0
+        return sum(start < position <= end for position in self._plan)
+
+    def _save(self, start: int, end: int, max_slots: int) -> bool:
+        """Take slots for planned positions in (start, end]. False: none can be had for the next."""
+        plan, num_taken = self._plan, 0
         for position, label in tuple(plan.items()):
-            if start < position <= end:
+            if start < position <= end and num_taken < max_slots:
                 slot = self._cache.allocate_slot()
                 if slot is None:
-                    break
+                    return False
                 del plan[position]
-                saved.append((position, slot))
                 self._pending[position, slot] = label
-        saved.sort()
-        return tuple(saved)
+                num_taken += 1
+        return True
 
     def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
-        interval = self._decode_interval
-        if interval is None or end // interval * interval <= start:
+        position = self._crossing(start, end)
+        if position is None:
             return ()
         slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
         if slot is None:
             return ()
-        self._rolling = end // interval * interval, slot
+        self._rolling = position, slot
         return (self._rolling,)
+
+    def _crossing(self, start: int, end: int) -> int | None:
+        """The last position in (start, end] at which decoding saves a state; None: there is none."""
+        interval = self._decode_interval
+        if interval is None or end // interval * interval <= start:
+            return None
+        return end // interval * interval
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Hand what is computed to the tree, with the checkpoints that are done, and move the lock to its end.
@@ -331,8 +369,32 @@ class Lease:
         self._node, self._receipt = node, receipt
         if not num_duplicates:
             return None
-        self._unread_len = first + num_duplicates
+        if self._unread_start == self._unread_end:
+            self._unread_start = first
+        self._unread_end = first + num_duplicates
         return first, first + num_duplicates
+
+    def rows_moved(self, move: Move) -> int:
+        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how many are held.
+        O(``extended_len``), a nanosecond each."""
+        first_known = self._unread_end
+        moved = move.rename(self._rows[first_known : self._num_rows]) + first_known
+        num_held = len(moved) - int(np.searchsorted(moved, self.published_len))
+        if self._unread_start:
+            moved = np.concatenate((move.rename(self._rows[: self._unread_start]), moved))
+        if len(moved):
+            start, end = int(moved[0]), int(moved[-1]) + 1
+            if self._moved is not None:
+                start, end = min(start, self._moved[0]), max(end, self._moved[1])
+            self._moved = start, end
+        return num_held
+
+    def take_moved(self) -> tuple[int, int] | None:
+        """(start, end) of the positions whose row in ``kv_indices`` changed since the last time because slabs were emptied;
+        None: no row changed. Given out once. What the caller copied from ``kv_indices`` before is out of date there: it
+        reads these positions again, and writes them after all that it copied."""
+        moved, self._moved = self._moved, None
+        return moved
 
     def _publishable(self, computed_len: int) -> int:
         return min(computed_len, self.prompt_len) if self._request.exact else computed_len
@@ -409,8 +471,10 @@ class Lease:
     def _close(self, first_held: int) -> None:
         if first_held < self._num_rows:
             self._cache.free_kv(self._rows[first_held : self._num_rows])
+        if self._cache.arena is not None:
+            del self._cache.arena.holders[self]
         self._cache.unlock(self._receipt)
-        self._node = self._receipt = None
+        self._node = self._receipt = self._moved = None
         self._pending, self._rolling, self.state_slot = {}, None, None
         self._plan = {}
-        self._num_rows = self._unread_len = self.published_len = 0
+        self._num_rows = self._unread_start = self._unread_end = self.published_len = 0

@@ -17,12 +17,14 @@ class LeaseEvent(NamedTuple):
     """One verb of one lease, or of the cache itself."""
 
     verb: str
-    """begin, extend, take_checkpoint_slots, plan_checkpoint, publish, finish, preempt, abort: the lease's; reset: the cache's."""
+    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, plan_checkpoint, publish, finish, preempt, abort: the
+    lease's; reset: the cache's."""
     lease: int | None
     """Number of the lease, counted from 0; None: ``begin`` was refused, or the verb is the cache's."""
     arguments: tuple[Any, ...]
     result: Any
-    """What it gave: begin (cached_len or None), extend (bool), take_checkpoint_slots ((position, slot), ...); else None."""
+    """What it gave: begin (cached_len or None), extend (bool), reserve_checkpoint_slots (how many are still
+    wanted), take_checkpoint_slots ((position, slot), ...); else None."""
 
 
 class LeaseLog:

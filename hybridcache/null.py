@@ -35,6 +35,7 @@ class NullCache(PrefixCache):
         self.page_size = pages.page_size
         self.grid = grid
         self.stats = CacheStats()
+        self.arena = pages.arena
         self._pages = pages
         self._slots = slots
 

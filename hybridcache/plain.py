@@ -13,6 +13,7 @@ from math import lcm
 
 import numpy as np
 
+from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.policies.protocol import Kind
@@ -89,6 +90,8 @@ class PlainCache:
         self.ghost_bytes = ghost_bytes
         self.dead_first, self.demote_superseded = dead_first, demote_superseded
         self.pieces: list[Piece] = []
+        if pages.arena is not None:
+            pages.arena.holders[self] = None
         self.ghosts: list[Piece] = []
         """Oldest first."""
         self.now = 0
@@ -97,6 +100,18 @@ class PlainCache:
         """Everything that was evicted, in order."""
         self.script: list[Victim] | None = None
         """What to evict instead of LRU's choice: another policy's, each checked to be one that may go."""
+
+    def rows_moved(self, move: Move) -> int:
+        """A slab of the arena was emptied: look at every row of every piece."""
+        num_moved = 0
+        new_rows = dict(zip(move.src.tolist(), move.dst.tolist(), strict=True))
+        for piece in self.pieces:
+            for place, row in enumerate(piece.rows or ()):
+                if row in new_rows:
+                    assert piece.rows is not None
+                    piece.rows[place] = new_rows[row]
+                    num_moved += 1
+        return num_moved
 
     # -- questions ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.config import BUILTIN_NAME
+from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB, format_bytes, format_count
 
@@ -51,13 +52,15 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
 
 
 def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
-    """What ``budget_bytes`` hold, for KV alone and for each interval of ``INTERVALS``."""
+    """What ``budget_bytes`` hold as one arena, for KV alone and for each interval of ``INTERVALS``."""
     rows = [Holding(None, budget_bytes // geometry.kv_bytes_per_token, 0, 0.0)]
     if geometry.state_bytes:
+        row_bytes = geometry.kv_bytes_per_token
+        slot_bytes = slab_rows(geometry.state_bytes, row_bytes) * row_bytes
         for interval in INTERVALS:
-            unit = interval * geometry.kv_bytes_per_token + geometry.state_bytes
+            unit = interval * row_bytes + slot_bytes
             count = budget_bytes // unit
-            rows.append(Holding(interval, count * interval, count, geometry.state_bytes / unit))
+            rows.append(Holding(interval, count * interval, count, slot_bytes / unit))
     return tuple(rows)
 
 
@@ -99,7 +102,11 @@ def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> str:
             "  checkpoint   none needed: no linear layers, any prefix of the KV can be resumed"
         )
     for gib in budgets_gib:
-        lines += ["", f"  {gib:g} GiB hold", *_table(holdings(geometry, int(gib * GIB)))]
+        lines += [
+            "",
+            f"  {gib:g} GiB, one arena, hold",
+            *_table(holdings(geometry, int(gib * GIB))),
+        ]
     return "\n".join(lines)
 
 

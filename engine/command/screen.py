@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from engine.engine import Engine
+from engine.schedule.memory import MemorySizes
+from engine.schedule.report import CacheReport
 from hybridcache.units import counted, format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -12,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def start_screen(engine: Engine, address: str) -> str:
-    """Model, pools and their bytes, cache, kernels, and where to knock."""
+    """Model, memory and its bytes, cache, kernels, and where to knock."""
     config, report = engine.config, engine.report()
     runner = cast("ModelRunner", engine.runner)
-    geometry, memory = runner.geometry, runner.memory
+    geometry = runner.geometry
     rows = [
         (
             "model",
@@ -27,19 +29,18 @@ def start_screen(engine: Engine, address: str) -> str:
         ("kernels", _kernel_words(runner.kernels.words())),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
         ("context", counted(engine.max_model_len, "token")),
+        ("memory", _memory_words(runner.memory, report)),
         (
-            "KV pool",
-            f"{report.kv.total:,} tokens, {format_bytes(memory.kv_bytes)} "
-            f"({format_bytes(geometry.kv_bytes_per_token)} a token)",
+            "KV",
+            f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} each",
         ),
     ]
     if report.slots.total:
         rows.append(
             (
-                "state pool",
-                f"{report.slots.total:,} slots, {format_bytes(memory.state_bytes)} "
-                f"({format_bytes(geometry.state_bytes)} each, as much as the KV of "
-                f"{geometry.state_tokens:,.0f} tokens)",
+                "states",
+                f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as much as the KV of "
+                f"{geometry.state_tokens:,.0f} tokens",
             )
         )
     rows += [
@@ -52,6 +53,18 @@ def start_screen(engine: Engine, address: str) -> str:
         ("address", address),
     ]
     return "\n".join(f"  {name:<13}{words}" for name, words in rows)
+
+
+def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
+    where = {
+        "arena": "one arena for KV and states" if memory.slab_rows else "one arena",
+        "pools": "two pools" if memory.is_stateful else "one pool",
+    }
+    free, cached, held = map(
+        format_bytes, (report.bytes.free, report.bytes.cached, report.bytes.held)
+    )
+    total = format_bytes(memory.total_bytes)
+    return f"{where[memory.memory]}, {total}: {free} free, {cached} cached, {held} held"
 
 
 def _cache_words(engine: Engine) -> str:

@@ -81,6 +81,8 @@ class Intake:
             if self._tokenizer is None:
                 raise ValueError("there is no tokenizer here: give the prompt as token ids.")
             prompt = self._tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and len(prompt) > self._max_model_len:
+            raise ValueError(self._too_long(len(prompt), None))
         try:
             tokens = np.asarray(prompt)
         except ValueError:
@@ -91,7 +93,7 @@ class Intake:
             raise ValueError("the prompt is empty: give at least one token.")
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise ValueError(f"token ids must be from 0 to {self._vocab_size - 1}.")
-        return tokens.astype(np.int32)
+        return tokens.astype(np.int32, copy=False)
 
     def _max_len(
         self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
@@ -104,12 +106,15 @@ class Intake:
         else:
             max_len = prompt_len + sampling.max_tokens
         if max_len > limit:
-            wanted = f"{max_len - prompt_len} more" if sampling.max_tokens else "an answer"
-            raise ValueError(
-                f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the {limit} tokens that a request may have here: "
-                "shorten the prompt or lower max_tokens."
-            )
+            raise ValueError(self._too_long(prompt_len, sampling.max_tokens))
         return max_len
+
+    def _too_long(self, prompt_len: int, max_tokens: int | None) -> str:
+        wanted = f"{max_tokens} more" if max_tokens else "an answer"
+        return (
+            f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the {self._max_model_len} tokens that a "
+            "request may have here: shorten the prompt or lower max_tokens."
+        )
 
     def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         own = frozenset(sampling.stop_token_ids)

@@ -15,6 +15,8 @@ import torch
 
 from engine.run.device import Device
 from engine.run.model_config import ModelConfig, ModelError
+from engine.schedule.memory import SLOTS_OF_ONE, MemorySizes
+from hybridcache.allocators.arena import slab_rows
 from hybridcache.units import GIB
 from kernels.upload import upload
 
@@ -24,17 +26,15 @@ ACCELERATOR_SHARE = 0.9
 """Of what is free beside weights, graphs and the largest step; the rest is for sampling and for gaps."""
 MIN_KV_TOKENS = 256
 MIN_SLOTS = 2
-"""One for a running request, one for a checkpoint."""
+"""Of a pool: one for a running request, one for a checkpoint."""
+ALIGNMENT = 16
+"""Bytes. Rows, and what lies in a slot, begin at multiples of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How many KV rows and state slots fit. One row or slot more is allocated than counted: padding writes there."""
+class MemoryPlan(MemorySizes):
+    """``MemorySizes`` that fit. Beside them a row and a slot are allocated that padding writes to."""
 
-    num_kv_tokens: int
-    num_slots: int
-    kv_bytes: int
-    state_bytes: int
+    __slots__ = ()
 
     @classmethod
     def fit(
@@ -50,44 +50,65 @@ class MemoryPlan:
         state_dtype: torch.dtype = torch.float32,
         reserved_bytes: int = 0,
     ) -> MemoryPlan:
-        """The rule: KV and states get what is asked for each; one budget for both is halved, and an attention-only model's
-        goes to KV whole. With no budget given it is a quarter of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 %
-        of what is free without the ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
-        row_bytes = kv_row_bytes(model, dtype)
-        slot_bytes = state_slot_bytes(model, dtype, state_dtype)
-        if cache_bytes is None and (kv_bytes is None or (state_bytes is None and slot_bytes)):
-            cache_bytes = default_cache_bytes(device, reserved_bytes)
-        half = (cache_bytes or 0) // 2 if slot_bytes else cache_bytes or 0
-        kv_bytes = half if kv_bytes is None else kv_bytes
-        state_bytes = (half if state_bytes is None else state_bytes) if slot_bytes else 0
-        plan = cls(
-            num_kv_tokens=kv_bytes // row_bytes // page_size * page_size,
-            num_slots=state_bytes // slot_bytes if slot_bytes else 0,
-            kv_bytes=kv_bytes,
-            state_bytes=state_bytes,
-        )
-        if plan.num_kv_tokens < MIN_KV_TOKENS:
-            raise ModelError(
-                f"{_gib(kv_bytes)} for KV hold {plan.num_kv_tokens} tokens of this model; "
-                f"at least {MIN_KV_TOKENS} tokens, {_gib(MIN_KV_TOKENS * row_bytes)}, are needed."
-            )
-        if slot_bytes and plan.num_slots < MIN_SLOTS:
-            raise ModelError(
-                f"{_gib(state_bytes)} for states hold {plan.num_slots} of this model's; "
-                f"at least {MIN_SLOTS}, {_gib(MIN_SLOTS * slot_bytes)}, are needed."
-            )
-        return plan
+        """The rule: one arena of ``cache_bytes``, or two pools where bytes are given for one of them; the other then has what is
+        given for it, or half the default. The default is a quarter of the free memory, at most 4 GiB, on a CPU, and elsewhere
+        90 % of what is free without the ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
+        row, state = kv_row_bytes(model, dtype), state_slot_bytes(model, dtype, state_dtype)
+        if kv_bytes is None and state_bytes is None:
+            if cache_bytes is None:
+                cache_bytes = default_cache_bytes(device, reserved_bytes)
+            return cls._arena(cache_bytes, row, state, page_size)
+        if kv_bytes is None or (state_bytes is None and state):
+            other = default_cache_bytes(device, reserved_bytes) // (2 if state else 1)
+            kv_bytes = other if kv_bytes is None else kv_bytes
+            state_bytes = other if state_bytes is None else state_bytes
+        return cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
 
     @classmethod
-    def smallest(cls, model: ModelConfig) -> MemoryPlan:
+    def _arena(cls, num_bytes: int, row: int, state: int, page_size: int) -> MemoryPlan:
+        slab = slab_rows(state, row, page_size) if state else 0
+        num_rows = num_bytes // row // page_size * page_size
+        least = MIN_KV_TOKENS + SLOTS_OF_ONE * slab
+        if num_rows < least:
+            states = f" and {SLOTS_OF_ONE} states" if state else ""
+            raise ModelError(
+                f"{_gib(num_bytes)} hold {num_rows} tokens of this model; at least {MIN_KV_TOKENS} tokens{states}, "
+                f"{_gib(least * row)}, are needed."
+            )
+        return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
+
+    @classmethod
+    def _pools(
+        cls, kv_bytes: int, state_bytes: int, row: int, state: int, page_size: int
+    ) -> MemoryPlan:
+        num_rows = kv_bytes // row // page_size * page_size
+        num_slots = state_bytes // state if state else 0
+        if num_rows < MIN_KV_TOKENS:
+            raise ModelError(
+                f"{_gib(kv_bytes)} for KV hold {num_rows} tokens of this model; "
+                f"at least {MIN_KV_TOKENS} tokens, {_gib(MIN_KV_TOKENS * row)}, are needed."
+            )
+        if state and num_slots < MIN_SLOTS:
+            raise ModelError(
+                f"{_gib(state_bytes)} for states hold {num_slots} of this model's; "
+                f"at least {MIN_SLOTS}, {_gib(MIN_SLOTS * state)}, are needed."
+            )
+        return cls("pools", num_rows, num_slots, row, state, page_size)
+
+    @classmethod
+    def smallest(
+        cls, model: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype
+    ) -> MemoryPlan:
         """Enough to rehearse steps with."""
-        slots = MIN_SLOTS if model.linear is not None else 0
-        return cls(MIN_KV_TOKENS, slots, kv_bytes=0, state_bytes=0)
+        row, state = kv_row_bytes(model, dtype), state_slot_bytes(model, dtype, state_dtype)
+        slab = slab_rows(state, row) if state else 0
+        return cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
 
 
 def kv_row_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
     """Of one token in all full-attention layers."""
-    return 2 * model.num_full_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    side = model.num_kv_heads * model.head_dim
+    return aligned(2 * model.num_full_layers * side * dtype.itemsize)
 
 
 def state_slot_bytes(
@@ -96,10 +117,20 @@ def state_slot_bytes(
     """Of one sequence's conv and recurrent state in all linear layers; 0 for an attention-only model."""
     if model.linear is None:
         return 0
-    shape = model.linear
-    conv = shape.conv_channels * (shape.conv_width - 1) * dtype.itemsize
-    recurrent = shape.num_value_heads * shape.key_dim * shape.value_dim * state_dtype.itemsize
-    return model.num_linear_layers * (conv + recurrent)
+    state = model.num_linear_layers * math.prod(model.linear.state_shape)
+    return conv_bytes(model, dtype) + aligned(state * state_dtype.itemsize)
+
+
+def conv_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Of the conv states among them: where the recurrent ones begin."""
+    assert model.linear is not None
+    windows = model.num_linear_layers * math.prod(model.linear.window_shape)
+    return aligned(windows * dtype.itemsize)
+
+
+def aligned(num_bytes: int) -> int:
+    """Up to the next multiple of what a wide load takes at once."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
@@ -109,42 +140,117 @@ def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
     return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 
+@dataclass(frozen=True, slots=True)
 class KVPool:
     """Keys and values of the full-attention layers: ``[L, N, HKV, D]`` each, a row per KV index."""
 
-    def __init__(
-        self, model: ModelConfig, num_tokens: int, dtype: torch.dtype, device: Device
-    ) -> None:
-        shape = (model.num_full_layers, num_tokens + 1, model.num_kv_heads, model.head_dim)
-        self.key = allocate(shape, dtype, device)
-        self.value = allocate(shape, dtype, device)
-        self.padding_row = num_tokens
+    key: torch.Tensor
+    value: torch.Tensor
+    padding_row: int
 
 
+@dataclass(frozen=True, slots=True)
 class StatePool:
     """Conv states ``[L, S, C, W - 1]`` and recurrent states ``[L, S, HV, K, V]`` of the linear layers, a slot each for running
     requests and checkpoints alike."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        num_slots: int,
-        dtype: torch.dtype,
-        device: Device,
-        state_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        assert model.linear is not None
-        shape, layers = model.linear, model.num_linear_layers
-        slots = num_slots + 1
-        window = (shape.conv_channels, shape.conv_width - 1)
-        state = (shape.num_value_heads, shape.key_dim, shape.value_dim)
-        self.conv = allocate((layers, slots, *window), dtype, device)
-        self.recurrent = allocate((layers, slots, *state), state_dtype, device)
-        self.padding_slot = num_slots
+    conv: torch.Tensor
+    recurrent: torch.Tensor
+    padding_slot: int
+    whole: tuple[torch.Tensor, ...]
+    """The same bytes as few pools ``[L, S, ...]`` to copy whole states in: of an arena, one."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.conv, self.recurrent
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The tensors behind a ``MemoryPlan``. What padding reads and writes shares no byte with a row or slot that is handed out,
+    nor do its row and its slot with each other."""
+
+    kv: KVPool
+    states: StatePool | None
+    """None: an attention-only model."""
+    rows: torch.Tensor | None
+    """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none does."""
+
+    @classmethod
+    def allocate(
+        cls,
+        plan: MemorySizes,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        device: Device,
+    ) -> Memory:
+        """Zeros. Raises ModelError where there is no memory."""
+        make = _allocate_arena if plan.memory == "arena" else _allocate_pools
+        return make(plan, model, dtype, state_dtype, device)
+
+
+def _allocate_pools(
+    plan: MemorySizes,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: Device,
+) -> Memory:
+    shape = (model.num_full_layers, plan.num_kv_tokens + 1, model.num_kv_heads, model.head_dim)
+    key, value = allocate(shape, dtype, device), allocate(shape, dtype, device)
+    kv = KVPool(key, value, plan.num_kv_tokens)
+    if model.linear is None:
+        return Memory(kv, None, None)
+    states = (model.num_linear_layers, plan.num_slots + 1)
+    conv = allocate((*states, *model.linear.window_shape), dtype, device)
+    recurrent = allocate((*states, *model.linear.state_shape), state_dtype, device)
+    return Memory(kv, StatePool(conv, recurrent, plan.num_slots, (conv, recurrent)), None)
+
+
+def _allocate_arena(
+    plan: MemorySizes,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    device: Device,
+) -> Memory:
+    """Rows side by side; behind the last, the first whole slab is padding's, and the row after that."""
+    slab, row_bytes = plan.slab_rows, plan.row_bytes
+    padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
+    padding_row = (padding_slot + 1) * slab if slab else plan.num_kv_tokens
+    rows = allocate((padding_row + 1, row_bytes), torch.uint8, device)
+    side = (model.num_kv_heads, model.head_dim)
+    layer = 2 * math.prod(side) * dtype.itemsize
+    key, value = (
+        _view(rows, dtype, (model.num_full_layers, len(rows), *side), layer, row_bytes, first)
+        for first in (0, layer // 2)
+    )
+    kv = KVPool(key, value, padding_row)
+    if model.linear is None:
+        return Memory(kv, None, rows)
+    states = (model.num_linear_layers, padding_slot + 1)
+    window, state = model.linear.window_shape, model.linear.state_shape
+    widths = math.prod(window) * dtype.itemsize, math.prod(state) * state_dtype.itemsize
+    first = conv_bytes(model, dtype)
+    conv = _view(rows, dtype, (*states, *window), widths[0], plan.slot_bytes)
+    recurrent = _view(rows, state_dtype, (*states, *state), widths[1], plan.slot_bytes, first)
+    whole = _view(rows, torch.uint8, (1, states[1], plan.state_bytes), 0, plan.slot_bytes)
+    return Memory(kv, StatePool(conv, recurrent, padding_slot, (whole,)), rows)
+
+
+def _view(
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    layer_bytes: int,
+    unit_bytes: int,
+    first_byte: int = 0,
+) -> torch.Tensor:
+    """``[L, units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab), layer after layer."""
+    inner = [math.prod(shape[i + 1 :]) for i in range(2, len(shape))]
+    strides = (layer_bytes // dtype.itemsize, unit_bytes // dtype.itemsize, *inner)
+    return rows.flatten().view(dtype).as_strided(shape, strides, first_byte // dtype.itemsize)
 
 
 class RequestTable:

@@ -47,6 +47,16 @@ class LinearAttentionShape:
         """Queries, keys and values of all heads: what the convolution runs over."""
         return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
 
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """Of one layer's conv state."""
+        return self.conv_channels, self.conv_width - 1
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Of one layer's recurrent state."""
+        return self.num_value_heads, self.key_dim, self.value_dim
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertsShape:

@@ -16,12 +16,7 @@ from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
 from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart
 from engine.run.layers.parameters import WeightSpec
 from engine.run.layers.rotary import RotaryTable
-from engine.run.memory import (
-    KVPool,
-    MemoryPlan,
-    RequestTable,
-    StatePool,
-)
+from engine.run.memory import Memory, MemoryPlan, RequestTable
 from engine.run.model_config import ModelConfig, ModelError, read_config
 from engine.run.models import MODELS
 from engine.run.models.builtin import BUILTIN_CONFIG
@@ -29,7 +24,9 @@ from engine.run.models.decoder import Decoder
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.run.weights import Dummy, WeightFiles
 from engine.schedule.batch import Batch, Segment
+from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.tokens import Indices
 from hybridcache.units import GIB, counted
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
@@ -102,34 +99,22 @@ class ModelRunner:
         """Bytes to keep free beside the pools for tables, graphs and the largest step, found out with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
         free_bytes = self.device.unused_bytes()
-        self._allocate(MemoryPlan.smallest(self.config), longest, config.graphs)
+        smallest = MemoryPlan.smallest(self.config, self.dtype, self.state_dtype)
+        self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.kv, self.states, self.table, self._rotary, self.graphs
+        del self.kv, self.states, self._arena_rows, self.table, self._rotary, self.graphs
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
         """The pools, and the tables and graphs that go with them."""
         self.memory, self.max_model_len = plan, max_model_len
-        self.kv = KVPool(self.config, plan.num_kv_tokens, self.dtype, self.device)
-        self.states: StatePool | None = None
-        if self.config.linear is not None:
-            self.states = StatePool(
-                self.config, plan.num_slots, self.dtype, self.device, self.state_dtype
-            )
+        tensors = Memory.allocate(plan, self.config, self.dtype, self.state_dtype, self.device)
+        self.kv, self.states, self._arena_rows = tensors.kv, tensors.states, tensors.rows
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.kv.padding_row, self.device
         )
         self._rotary = RotaryTable(self.config, max_model_len, self.device.torch_device, self.dtype)
         self.use_graphs(graphs)
-
-    @property
-    def num_kv_tokens(self) -> int:
-        return self.memory.num_kv_tokens
-
-    @property
-    def num_slots(self) -> int:
-        """State slots; 0 for an attention-only model."""
-        return self.memory.num_slots
 
     @property
     def is_asynchronous(self) -> bool:
@@ -139,6 +124,10 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    def table_row(self, row: int, end: int) -> Indices:
+        """KV indices of the positions of ``row`` below ``end``: a view of the host's table."""
+        return self.table.host[row, :end]
 
     def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
@@ -185,10 +174,11 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1 for "last", one per token for
-        "all", none for "none". First the batch's restores and row writes; the states it exports are in their slots after.
+        "all", none for "none". First the batch's moves, row writes and restores; the states it exports are in their slots after.
 
         ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's ``late_tokens``."""
         self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        self._move_rows(batch.moves)
         self.table.write(batch.row_writes)
         self._copy_states(batch.restores)
         logits = self._logits(batch, drawn)
@@ -204,6 +194,9 @@ class ModelRunner:
         return logits
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
+        if not batch.segments:
+            return self.kv.key.new_empty(0, self.vocab_size)
+
         def patch(token_ids: torch.Tensor) -> None:
             if batch.late_tokens and drawn is not None:
                 places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
@@ -285,24 +278,34 @@ class ModelRunner:
         slots = [segment.slot for segment in segments if segment.slot is not None]
         return upload(slots, torch.int32, self.device.torch_device)
 
+    def _move_rows(self, moves: Sequence[Move]) -> None:
+        """Move after move, since one may read what another wrote."""
+        for move in moves:
+            assert self._arena_rows is not None, "rows of a pool do not move"
+            pairs = np.stack([move.src, move.dst])
+            sources, targets = upload(pairs, torch.int32, self.device.torch_device)
+            self.kernels.cache_write.move_rows(self._arena_rows, sources, targets)
+
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or self.states is None:
             return
         pairs = np.array(copies, dtype=np.int32).T.copy()
         sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-        self.kernels.state_copy.copy_states(self.states.tensors, sources, targets)
+        self.kernels.state_copy.copy_states(self.states.whole, sources, targets)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)
 
     def _max_model_len(self, plan: MemoryPlan, asked: int | None) -> int:
+        longest = plan.max_request_len
         if asked is None:
-            return min(self.config.max_position, plan.num_kv_tokens)
-        if asked > plan.num_kv_tokens:
-            need = asked * self.geometry.kv_bytes_per_token / GIB
+            return min(self.config.max_position, longest)
+        if asked > longest:
+            need = (asked + plan.num_kv_tokens - longest) * plan.row_bytes / GIB
+            what = "its KV and states" if plan.slab_rows else "KV"
             raise ModelError(
-                f"one request of max_model_len {asked} needs {need:.3g} GiB for KV; "
-                f"there is room for {counted(plan.num_kv_tokens, 'token')}."
+                f"one request of max_model_len {asked} needs {need:.3g} GiB for {what}; "
+                f"there is room for {counted(longest, 'token')}."
             )
         return asked
 

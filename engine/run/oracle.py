@@ -1,24 +1,33 @@
 """A runner without a model: its memory knows which prefix every row and every slot stands for, and every read is proved.
 
-In place of a KV row stands the fingerprint of the prefix that ends there; in place of a state, (position, fingerprint). A
+In place of a KV row stands the fingerprint of the prefix that ends there; in place of a state, that and its length. A
 step that reads anything but the very prefix it claims to continue is an AssertionError that says what it read. The next
 token is a function of the fingerprint, so greedy answers must not depend on who else runs, what is cached, or how a prompt
 is cut. With ``exact`` a fingerprint also tells which tokens a decode step computed, as bits would.
+Rows and states also know the namespace that made them, and are read in no other.
+
+In an arena rows and slots are the same bytes: what is written to a slot is gone from the rows under it, and the other way
+round.
 
 For tests, and for studies that want the engine's schedule without the cost of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch, Segment
+from engine.schedule.memory import MemorySizes
 from engine.text.outputs import SampledToken
+from hybridcache.allocators.arena import slab_rows
+from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.tokens import Indices
 
 Fingerprints = npt.NDArray[np.int64]
 MASK = (1 << 62) - 1
@@ -30,31 +39,44 @@ def fingerprint(before: int, token: int, by_decode: bool = False) -> int:
     return mixed ^ (mixed >> 29)
 
 
+class State(NamedTuple):
+    """What stands in a slot."""
+
+    position: int
+    fingerprint: int
+    namespace: Hashable
+
+
 class OracleRunner:
     """Stands where a ModelRunner would; ``forward`` gives a fingerprint for each row of logits."""
 
     def __init__(
         self,
         num_kv_tokens: int,
-        num_slots: int,
+        num_slots: int | None,
         *,
         max_model_len: int = 1 << 20,
         vocab_size: int = 320,
         exact: bool = False,
-        geometry: str = "qwen3-next",
+        geometry: str | ModelGeometry = "qwen3-next",
+        page_size: int = 1,
     ) -> None:
-        """``geometry`` names the preset whose sizes the memory is said to have."""
-        self.num_kv_tokens = num_kv_tokens
-        self.num_slots = num_slots
-        """0: an attention-only model."""
+        """Two pools; ``num_slots`` 0: an attention-only model. None: an arena of ``num_kv_tokens`` rows. ``geometry``, or the
+        preset of that name, has the sizes that the memory is said to have."""
+        if isinstance(geometry, str):
+            geometry = ModelGeometry.preset(geometry)
+        self.geometry = geometry
+        self.memory = _sizes(num_kv_tokens, num_slots, geometry, page_size)
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self.geometry = ModelGeometry.preset(geometry)
         self._exact = exact
         self._fingerprints: Fingerprints = np.zeros(num_kv_tokens, np.int64)
         self._tokens = np.zeros((num_kv_tokens, 2), np.int64)
         """(token, computed by a decode step)."""
-        self._states: list[tuple[int, int]] = [(-1, 0)] * num_slots
+        self._writers: npt.NDArray[np.int32] = np.full(num_kv_tokens, -1, np.int32)
+        """Whose each row is: an index of ``_namespaces``; -1: nobody wrote it, or a state lies over it."""
+        self._namespaces: list[Hashable] = []
+        self._states: list[State | None] = [None] * self.memory.num_slots
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
         self.is_asynchronous = False
@@ -62,10 +84,12 @@ class OracleRunner:
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
-        for source, target in batch.restores:
-            self._states[target] = self._states[source]
+        for move in batch.moves:
+            self._move(move)
         for row, start, indices in batch.row_writes:
             self._write_row(row, start, indices)
+        for source, target in batch.restores:
+            self._write_state(target, self._states[source])
         self._prove_disjoint(batch)
         late = {index: drawn[row] for index, row in batch.late_tokens}
         logits = [
@@ -76,9 +100,37 @@ class OracleRunner:
         self.num_tokens_computed += batch.num_tokens
         return np.array([one for rows in logits for one in rows], np.int64)
 
+    def table_row(self, row: int, end: int) -> Indices:
+        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any."""
+        return self._table.get(row, np.empty(0, np.int32))[:end]
+
+    def _move(self, move: Move) -> None:
+        assert not set(move.src.tolist()) & set(move.dst.tolist()), "a row moves into its own slab"
+        for what in (self._fingerprints, self._tokens, self._writers):
+            what[move.dst] = what[move.src]
+        self._forget_states(move.dst)
+
+    def _forget_states(self, rows: Indices) -> None:
+        """``rows`` were written: what was a state over them is none."""
+        for slot in self._slots_over(rows):
+            self._states[slot] = None
+
+    def _write_state(self, slot: int, state: State | None) -> None:
+        self._states[slot] = state
+        size = self.memory.slab_rows
+        self._writers[slot * size : (slot + 1) * size] = -1
+
+    def _slots_over(self, rows: Indices) -> set[int]:
+        """The slots that share bytes with ``rows``."""
+        if not self.memory.slab_rows:
+            return set()
+        slots = np.unique(rows // self.memory.slab_rows).tolist()
+        return {slot for slot in slots if slot < self.memory.num_slots}
+
     def _write_row(self, row: int, start: int, indices: npt.NDArray[np.int32]) -> None:
         table = self._table.get(row, np.empty(0, np.int32))
         end = start + len(indices)
+        assert end <= self.max_model_len, "a row write past the end of the table"
         if end > len(table):
             table = np.concatenate([table, np.full(end - len(table), -1, np.int32)])
         table[start:end] = indices
@@ -89,8 +141,10 @@ class OracleRunner:
     def _prove_disjoint(self, batch: Batch) -> None:
         written: set[int] = set()
         for segment in batch.segments:
-            own = set(self._table[segment.row][segment.start : segment.end].tolist())
-            assert len(own) == segment.end - segment.start, "a position without a KV row of its own"
+            rows = self.table_row(segment.row, segment.end)
+            assert len(rows) == segment.end and (rows >= 0).all(), "a position without a KV row"
+            own = set(rows[segment.start :].tolist())
+            assert len(own) == segment.end - segment.start, "two positions in one KV row"
             assert not own & written, "two requests write one KV row"
             written |= own
         for segment in batch.segments:
@@ -99,6 +153,9 @@ class OracleRunner:
         slots = [segment.slot for segment in batch.segments if segment.slot is not None]
         slots += [slot for segment in batch.segments for _, slot in segment.exports]
         assert len(set(slots)) == len(slots), "two states in one slot"
+        for segment in batch.segments:
+            under = self._slots_over(self._table[segment.row][: segment.end])
+            assert not under & set(slots), "a KV row lies under a state"
 
     def _compute(self, segment: Segment, token_ids: list[int]) -> list[int]:
         start, end = segment.start, segment.end
@@ -106,10 +163,7 @@ class OracleRunner:
         proved = self._prove_kv(segment)
         before = int(proved[-1]) if start else 0
         if segment.slot is not None and start:
-            held = self._states[segment.slot]
-            assert held == (start, before), (
-                f"slot {segment.slot} holds the state of {held[0]} tokens or of others, not of the first {start}"
-            )
+            self._prove_state(segment, before)
         by_decode = segment.is_decode and self._exact
         new = np.empty(end - start, np.int64)
         for i, token in enumerate(token_ids):
@@ -118,18 +172,41 @@ class OracleRunner:
         self._fingerprints[rows] = new
         self._tokens[rows, 0] = token_ids
         self._tokens[rows, 1] = by_decode
+        self._writers[rows] = self._writer(segment.namespace)
+        self._forget_states(rows)
         self._proved[segment.row] = np.concatenate([proved, new])
         for position, slot in segment.exports:
             assert start < position <= end, "a checkpoint outside of its segment"
-            self._states[slot] = (position, int(new[position - start - 1]))
+            saved = int(new[position - start - 1])
+            self._write_state(slot, State(position, saved, segment.namespace))
         if segment.slot is not None:
-            self._states[segment.slot] = (end, before)
+            self._write_state(segment.slot, State(end, before, segment.namespace))
         rows_wanted = {"none": new[:0], "last": new[-1:], "all": new}[segment.logits]
         return [int(one) for one in rows_wanted]
+
+    def _writer(self, namespace: Hashable) -> int:
+        if namespace not in self._namespaces:
+            self._namespaces.append(namespace)
+        return self._namespaces.index(namespace)
+
+    def _prove_state(self, segment: Segment, before: int) -> None:
+        """The slot holds the state of the very tokens before ``segment``, made in its namespace."""
+        assert segment.slot is not None
+        held = self._states[segment.slot]
+        assert held is not None, f"slot {segment.slot} was never written, but resumed from"
+        assert held.namespace == segment.namespace, (
+            f"namespace {segment.namespace!r} reads in slot {segment.slot} a state of "
+            f"namespace {held.namespace!r}"
+        )
+        assert held == (segment.start, before, segment.namespace), (
+            f"slot {segment.slot} holds the state of {held.position} tokens or of others, "
+            f"not of the first {segment.start}"
+        )
 
     def _prove_kv(self, segment: Segment) -> Fingerprints:
         """Fingerprints of the tokens before ``segment``, after proving that its rows hold exactly those."""
         rows = self._table[segment.row][: segment.start]
+        self._prove_namespace(segment, rows)
         proved = self._proved.get(segment.row)
         if proved is None:
             proved = np.empty(segment.start, np.int64)
@@ -141,6 +218,27 @@ class OracleRunner:
         )
         assert np.array_equal(self._fingerprints[rows], proved), "a KV row holds another prefix"
         return proved
+
+    def _prove_namespace(self, segment: Segment, rows: Indices) -> None:
+        writers = self._writers[rows]
+        foreign = np.flatnonzero(writers != self._writer(segment.namespace))
+        if len(foreign):
+            position, writer = foreign[0], int(writers[foreign[0]])
+            owner = "nobody" if writer < 0 else f"namespace {self._namespaces[writer]!r}"
+            raise AssertionError(
+                f"namespace {segment.namespace!r} reads at position {position} a KV row of {owner}"
+            )
+
+
+def _sizes(
+    num_kv_tokens: int, num_slots: int | None, geometry: ModelGeometry, page_size: int
+) -> MemorySizes:
+    row, state = geometry.kv_bytes_per_token, geometry.state_bytes
+    if num_slots is not None:
+        state *= num_slots > 0
+        return MemorySizes("pools", num_kv_tokens, num_slots, row, state, page_size)
+    num_slots = num_kv_tokens // slab_rows(state, row, page_size) if state else 0
+    return MemorySizes("arena", num_kv_tokens, num_slots, row, state, page_size)
 
 
 class OracleDrawn:

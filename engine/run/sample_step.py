@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from engine.interfaces import PendingTokens, TokenSampler
 from engine.requests.request import Request
-from engine.schedule.batch import Batch
-from engine.schedule.scheduler import Plan, Task
+from engine.schedule.scheduler import EMPTY, Plan, Task
 
 
 class InFlight(NamedTuple):
@@ -21,7 +20,7 @@ class InFlight(NamedTuple):
     """The prompt's tokens with their log-probabilities, for each task that scores."""
 
 
-NO_STEP = InFlight(Plan(Batch(()), ()), None, ())
+NO_STEP = InFlight(EMPTY, None, ())
 
 
 def sample_step(plan: Plan, logits: Any, sampler: TokenSampler) -> InFlight:

@@ -1,8 +1,8 @@
 """What costs on first use, done before the first request: Triton compiles, graphs are captured.
 
-A kernel is launched in other shapes for few tokens than for many, and what it chooses by changes at powers of two: one
-rehearsed step in every octave of lengths, and a served step finds its kernels whatever its length is. All steps are
-computed on padding: they read and write no request's memory.
+A kernel is launched in other shapes for few tokens than for many, and what it chooses by changes
+at powers of two: one rehearsed step in every octave of lengths, and a served step finds its kernels
+whatever its length is. All steps are computed on padding: they read and write no request's memory.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from hybridcache.allocators.moves import Move
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class Segment:
     """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start, end]."""
     logits: Literal["last", "all", "none"] = "last"
     """Which positions' logits the caller wants."""
+    namespace: Hashable = None
+    """Whose prefixes it reads. Nothing is computed with it; a runner that proves its reads needs it."""
 
     @property
     def end(self) -> int:
@@ -40,7 +45,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, then prefill segments."""
+    """Decode segments first, then prefill segments. Without segments it is made for its moves; with
+    neither it is never computed, and may bring no copies: AssertionError.
+
+    Before the forward pass, in this order: moves, row writes, restores."""
 
     segments: tuple[Segment, ...]
     restores: tuple[tuple[int, int], ...] = ()
@@ -49,6 +57,12 @@ class Batch:
     """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
     """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step before)."""
+    moves: tuple[Move, ...] = ()
+    """Rows of an arena to move, one move after the other: ``hybridcache.allocators.moves``."""
+
+    def __post_init__(self) -> None:
+        copies = self.restores or self.row_writes
+        assert self.segments or self.moves or not copies, "copies in a batch that nobody computes"
 
     @property
     def num_tokens(self) -> int:

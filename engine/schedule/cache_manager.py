@@ -8,20 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.requests.request import Request
+from hybridcache.allocators.moves import Move, PendingMoves
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
+from hybridcache.tokens import Indices
 
-RowWrite = tuple[int, int, npt.NDArray[np.int32]]
+RowWrite = tuple[int, int, Indices]
+TableRow = Callable[[int, int], Indices]
+"""(row, end) to the KV indices that a runner was given for a row's positions below ``end``, or for
+as many as it was given."""
 DECODE_PIECE = 32
 """Tokens of KV taken at once while decoding, so that most steps allocate nothing."""
+MAX_MOVES = 1
+"""Slabs of an arena emptied a step: what a step waits for them stays below what it takes itself."""
+
+
+class Copies(NamedTuple):
+    """What the next batch has to copy before it computes, in this order."""
+
+    moves: tuple[Move, ...]
+    row_writes: tuple[RowWrite, ...]
+    restores: tuple[tuple[int, int], ...]
 
 
 class CacheManager:
@@ -46,9 +60,14 @@ class CacheManager:
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints sit on multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
-        self._leases: dict[int, Lease] = {}
+        self._num_rows = num_rows
+        self._requests: dict[int, Request] = {}
         self._restores: dict[int, tuple[int, int]] = {}
         self._row_writes: list[RowWrite] = []
+        self._moves = PendingMoves()
+        self._has_given_moves = False
+        if cache.arena is not None:
+            cache.arena.holders[self._moves] = None
 
     def begin(self, request: Request) -> bool:
         """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no memory; nothing changed."""
@@ -70,7 +89,7 @@ class CacheManager:
         if lease is None:
             return False
         row = self._free_rows.pop()
-        self._leases[row] = lease
+        self._requests[row] = request
         request.lease, request.row = lease, row
         if request.wants_scores:
             request.scores.clear()
@@ -102,12 +121,34 @@ class CacheManager:
         self._record("extend", lease, (to_len,), extended)
         return extended
 
-    def take_checkpoint_slots(self, request: Request, end: int) -> tuple[tuple[int, int], ...]:
-        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``."""
+    def take_checkpoint_slots(
+        self, request: Request, end: int
+    ) -> tuple[tuple[int, int], ...] | None:
+        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``. None: more slabs
+        would have to be emptied than a step may wait for; ask again for the next, what was taken is kept."""
         lease, _ = request.claims
-        exports = lease.take_checkpoint_slots(request.scheduled_len, end)
-        self._record("take_checkpoint_slots", lease, (request.scheduled_len, end), exports)
+        span = request.scheduled_len, end
+        num_wanted = lease.reserve_checkpoint_slots(*span, 0) if self.cache.arena else 0
+        while num_wanted > (num_slots := self._num_slots_at_hand(num_wanted)):
+            if not num_slots:
+                return None
+            num_wanted = lease.reserve_checkpoint_slots(*span, num_slots)
+            self._record("reserve_checkpoint_slots", lease, (*span, num_slots), num_wanted)
+        exports = lease.take_checkpoint_slots(*span)
+        self._record("take_checkpoint_slots", lease, span, exports)
         return exports
+
+    @property
+    def must_wait_for_slab(self) -> bool:
+        """No request may begin before the next step: its slot could take one more slab to be emptied than a step may."""
+        return self._num_slots_at_hand(1) == 0
+
+    def _num_slots_at_hand(self, num_wanted: int) -> int:
+        """How many of ``num_wanted`` slots can be taken without emptying more slabs than ``MAX_MOVES`` for the next batch."""
+        arena = self.cache.arena
+        if arena is None:
+            return num_wanted
+        return min(len(arena.free_slabs) + MAX_MOVES - len(self._moves), num_wanted)
 
     def cached_len(self, request: Request) -> int:
         """What waiting ``request`` could resume from now. O(its length)."""
@@ -172,15 +213,35 @@ class CacheManager:
         _, row = request.claims
         self._row_writes = [write for write in self._row_writes if write[0] != row]
         self._restores.pop(row, None)
-        del self._leases[row]
+        del self._requests[row]
         self._free_rows.append(row)
         request.lease = request.row = None
 
-    def take_copies(self) -> tuple[tuple[tuple[int, int], ...], tuple[RowWrite, ...]]:
-        """(state copies, request table writes) that the next batch must make before it computes; given out once."""
+    @property
+    def has_moves(self) -> bool:
+        """Rows moved, and no batch took that yet."""
+        return len(self._moves) > 0
+
+    def take_copies(self) -> Copies:
+        """What the next batch must copy before it computes; given out once."""
+        moves = self._moves.take()
+        if moves:
+            for row, request in self._requests.items():
+                lease, _ = request.claims
+                moved = lease.take_moved()
+                if moved is not None:
+                    start, end = moved[0], min(moved[1], request.max_len)
+                    self._row_writes.append((row, start, lease.kv_indices[start:end]))
+        self._has_given_moves = bool(moves)
         restores, self._restores = tuple(self._restores.values()), {}
         row_writes, self._row_writes = tuple(self._row_writes), []
-        return restores, row_writes
+        return Copies(moves, row_writes, restores)
+
+    def lost_moves(self) -> bool:
+        """A step broke off: whether nobody knows if the moves of the last batch were made, so that no cached row can be
+        trusted. Those that no batch took are in the next."""
+        lost, self._has_given_moves = self._has_given_moves, False
+        return lost
 
     def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
         """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens, but no checkpoint.
@@ -201,9 +262,33 @@ class CacheManager:
 
     def held(self) -> tuple[int, int]:
         """(KV rows, slots) that running requests hold."""
-        leases = self._leases.values()
+        leases = [request.claims[0] for request in self._requests.values()]
         return sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases)
 
-    def check(self) -> None:
-        """Recompute every invariant of the cache, and ``free + cached + held == total``; AssertionError if one fails."""
+    def check(self, table_row: TableRow) -> None:
+        """Recompute every invariant of the cache and of the rows, and ``free + cached + held ==
+        total``; AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
+        assert sorted([*self._free_rows, *self._requests]) == list(range(self._num_rows))
+        self.check_rows(table_row)
+
+    def check_rows(self, table_row: TableRow) -> None:
+        """AssertionError unless the runner's request table, with the writes that the next batch
+        brings, lists for every request the rows of its lease. Between two steps only. O(tokens of
+        the running requests)."""
+        assert not self._restores, "a state copy was claimed, and no batch took it"
+        writes: dict[int, list[RowWrite]] = {row: [] for row in self._requests}
+        for write in self._row_writes:
+            writes[write[0]].append(write)
+        for row, request in self._requests.items():
+            expected = request.claims[0].kv_indices[: request.max_len]
+            listed = np.full(len(expected), -1, np.int32)
+            given = table_row(row, len(expected))
+            listed[: len(given)] = given
+            for _, start, indices in writes[row]:
+                listed[start : start + len(indices)] = indices
+            wrong = np.flatnonzero(listed != expected)
+            assert not len(wrong), (
+                f"a row write was lost: at position {wrong[0]} of request {request.request_id} the "
+                f"runner reads KV row {listed[wrong[0]]}, the lease has {expected[wrong[0]]}"
+            )

@@ -8,11 +8,15 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.schedule.cache_manager import CacheManager
+from engine.schedule.memory import MemorySizes
 
 
 @dataclass(frozen=True, slots=True)
 class PoolReport:
-    """Where the units of one pool are: KV rows, or state slots. ``free + cached + held == total``."""
+    """Where the units of one pool are: KV rows, state slots, or bytes. ``free + cached + held == total``.
+
+    In an arena what is free is free for rows and slots alike, so their totals change as it is used; those of the bytes do not.
+    """
 
     total: int
     free: int
@@ -29,6 +33,9 @@ class CacheReport:
     checkpoints: tuple[str, ...]
     grid: int
     page_size: int
+    memory: str
+    """``arena``: KV rows and state slots are the same bytes; ``pools``: each has its own."""
+    bytes: PoolReport
     kv: PoolReport
     slots: PoolReport
     num_running: int
@@ -46,15 +53,16 @@ def cache_report(
     config: EngineConfig,
     kind: str,
     manager: CacheManager,
+    memory: MemorySizes,
     *,
-    num_kv_tokens: int,
-    num_slots: int,
     num_running: int,
     num_waiting: int,
 ) -> CacheReport:
     """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running requests + namespaces)."""
     cache = manager.cache
     held_tokens, held_slots = manager.held()
+    kv = _pool(cache.free_tokens, cache.cached_tokens, held_tokens)
+    slots = _pool(cache.free_slots, cache.num_checkpoints, held_slots)
     total = cache.stats.total
     return CacheReport(
         prefix_cache=kind,
@@ -62,11 +70,27 @@ def cache_report(
         checkpoints=config.checkpoints,
         grid=cache.grid,
         page_size=cache.page_size,
-        kv=PoolReport(num_kv_tokens, cache.free_tokens, cache.cached_tokens, held_tokens),
-        slots=PoolReport(num_slots, cache.free_slots, cache.num_checkpoints, held_slots),
+        memory=memory.memory,
+        bytes=_bytes(memory, kv, slots),
+        kv=kv,
+        slots=slots,
         num_running=num_running,
         num_waiting=num_waiting,
         token_hit_rate=total.token_hit_rate,
         request_hit_rate=total.request_hit_rate,
         usage=cache.stats.as_dict(),
     )
+
+
+def _pool(free: int, cached: int, held: int) -> PoolReport:
+    return PoolReport(free + cached + held, free, cached, held)
+
+
+def _bytes(memory: MemorySizes, kv: PoolReport, slots: PoolReport) -> PoolReport:
+    """Of both together; what is free of an arena counts once."""
+
+    def of(num_rows: int, num_slots: int) -> int:
+        return num_rows * memory.row_bytes + num_slots * memory.slot_bytes
+
+    free = of(kv.free, 0 if memory.slab_rows else slots.free)
+    return _pool(free, of(kv.cached, slots.cached), of(kv.held, slots.held))

@@ -7,6 +7,7 @@ end of the prompt, so that a prompt is computed in the very same tiles however i
 Memory. A request that finds none preempts the youngest running request that is younger than itself; one with nobody younger
 sits the step out. The oldest can always go on, because no request is let in that would not fit alone, so every request
 finishes. After a refusal nobody is admitted until a request has left: what preemption freed is for those who run.
+Of an arena one slab is emptied a step: a request whose states need another sits the step out, and the others go on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.schedule.cache_manager import CacheManager
 from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
 
+Exports = tuple[tuple[int, int], ...]
 UNKNOWN = np.zeros(1, np.int32)
 """Stands for a token that is drawn but not known to the host."""
 
@@ -67,6 +69,10 @@ class Plan:
     @property
     def num_prefill_tokens(self) -> int:
         return self.batch.num_tokens - self.num_decode_tokens
+
+
+EMPTY = Plan(Batch(()), ())
+"""Nothing to compute now: the runner is not asked."""
 
 
 class Scheduler:
@@ -140,7 +146,7 @@ class Scheduler:
         see every token, the step is empty: commit first.
         """
         if self._num_in_flight and (self._must_wait or self._needs_history()):
-            return Plan(Batch(()), ())
+            return EMPTY
         self._must_wait = False
         tasks: list[Task] = []
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
@@ -154,17 +160,29 @@ class Scheduler:
                 budget -= 0 if tasks[-1].is_decode else end - request.scheduled_len
         self._admit(tasks, budget)
         tasks.sort(key=lambda task: not task.is_decode)
+        ready = [
+            (task, exports)
+            for task in tasks
+            if (exports := self._manager.take_checkpoint_slots(task.request, task.end)) is not None
+        ]
+        if not ready and not self._manager.has_moves:
+            # What publish changed in a request's row waits for a batch that the runner is given.
+            return EMPTY
+        self._num_in_flight += bool(ready)
+        return Plan(self._batch(ready), tuple(task for task, _ in ready))
+
+    def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
+        """What the runner must do for the tasks, with every copy that is due before it."""
         late_tokens = tuple(
             (index, task.request.drawn_row)
-            for index, task in enumerate(tasks)
+            for index, (task, _) in enumerate(ready)
             if task.end > task.request.num_tokens
         )
-        segments = tuple(self._segment(task) for task in tasks)
-        for row, request in enumerate(task.request for task in tasks if task.samples):
+        segments = tuple(self._segment(task, exports) for task, exports in ready)
+        for row, request in enumerate(task.request for task, _ in ready if task.samples):
             request.drawn_row = row
-        restores, row_writes = self._manager.take_copies()
-        self._num_in_flight += bool(tasks)
-        return Plan(Batch(segments, restores, row_writes, late_tokens), tuple(tasks))
+        moves, row_writes, restores = self._manager.take_copies()
+        return Batch(segments, restores, row_writes, late_tokens, moves)
 
     def _needs_history(self) -> bool:
         return any(request.params.needs_history for request in self._running)
@@ -205,6 +223,8 @@ class Scheduler:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             if self._is_full or budget < TILE or len(self._running) >= self._max_running:
                 continue
+            if self._manager.must_wait_for_slab:
+                continue
             if goal and self._manager.cached_len(request) < goal:
                 continue
             if not self._start(request, budget):
@@ -228,11 +248,10 @@ class Scheduler:
             request.scheduled_s = self._clock()
         return True
 
-    def _segment(self, task: Task) -> Segment:
+    def _segment(self, task: Task, exports: Exports) -> Segment:
         """What the runner must know of ``task``; from here on it counts as scheduled."""
         request = task.request
         lease, row = request.claims
-        exports = self._manager.take_checkpoint_slots(request, task.end)
         request.scheduled_len = task.end
         request.num_drawn += task.samples
         return Segment(
@@ -245,6 +264,7 @@ class Scheduler:
             is_decode=task.is_decode,
             exports=exports,
             logits="all" if task.scores else "last" if task.samples else "none",
+            namespace=request.namespace,
         )
 
     def commit(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,34 +19,42 @@ from fastapi import FastAPI, Request, Response
 from engine import Engine
 from engine.async_engine import AsyncEngine
 from engine.server import errors
+from engine.server.body import BodyReader, Workers, to_json
 from engine.server.chat import chat, render
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
 from engine.server.front import ServingContext
+from engine.server.operator import Operator
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    described,
 )
 from engine.server.streaming import ClientGone
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
+SWITCH_S = 0.001
+"""How long a thread may keep the interpreter while others wait for it; Python's own 5 ms cost a token up to half a second."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """The application that serves ``engine``, which starts and stops with it."""
-    front = ServingContext(engine, config.served_model_name or engine.model_name)
+    workers = Workers()
+    front = ServingContext(engine, config, workers)
+    reader = BodyReader(config, workers)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         await engine.drain()
+        workers.close()
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan)
     errors.install(app)
@@ -54,20 +64,21 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     async def _gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)
 
-    _add_generation(app, front)
-    _add_tokens(app, front)
+    _add_generation(app, front, reader)
+    _add_tokens(app, front, reader)
     _add_watching(app, front)
+    _add_administration(app, front, Operator.of(config))
     return app
 
 
-def _add_generation(app: FastAPI, front: ServingContext) -> None:
-    @app.post("/v1/completions")
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await complete(front, request, body)
+def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:
+    @app.post("/v1/completions", openapi_extra=described(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await complete(front, request, await reader.read(request, CompletionRequest))
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await chat(front, request, body)
+    @app.post("/v1/chat/completions", openapi_extra=described(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await chat(front, request, await reader.read(request, ChatRequest))
 
     def card() -> dict[str, Any]:
         return {
@@ -88,9 +99,10 @@ def _add_generation(app: FastAPI, front: ServingContext) -> None:
         return card()
 
 
-def _add_tokens(app: FastAPI, front: ServingContext) -> None:
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+def _add_tokens(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:
+    @app.post("/tokenize", openapi_extra=described(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        body = await reader.read(request, TokenizeRequest)
         front.check_model(body.model)
         answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
         if body.messages:
@@ -100,22 +112,30 @@ def _add_tokens(app: FastAPI, front: ServingContext) -> None:
                 body.tools,
                 body.add_generation_prompt,
                 body.chat_template_kwargs,
+                len(await request.body()),
             )
-            return answer | {
-                "count": len(prompt.token_ids),
-                "tokens": prompt.token_ids,
-                "boundaries": prompt.boundaries,
-            }
-        [token_ids] = await front.encode([body.prompt or ""], body.add_special_tokens)
-        return answer | {"count": len(token_ids), "tokens": token_ids}
+            token_ids = prompt.token_ids
+            answer["boundaries"] = list(prompt.boundaries)
+        else:
+            [token_ids] = await front.encode([body.prompt or ""], body.add_special_tokens)
+        answer |= {"count": len(token_ids), "tokens": token_ids}
+        content = await front.workers.run(len(token_ids), lambda: to_json(answer))
+        return Response(content, media_type="application/json")
 
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    @app.post("/detokenize", openapi_extra=described(DetokenizeRequest))
+    async def detokenize(request: Request) -> dict[str, str]:
+        body = await reader.read(request, DetokenizeRequest)
         front.check_model(body.model)
-        if any(not 0 <= token_id < front.tokenizer.vocab_size for token_id in body.tokens):
-            last = front.tokenizer.vocab_size - 1
-            raise APIError(400, f"'tokens' must be ids from 0 to {last}.", param="tokens")
-        return {"prompt": front.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+        def work() -> str:
+            num_ids = front.tokenizer.vocab_size
+            if any(not 0 <= token_id < num_ids for token_id in body.tokens):
+                raise APIError(
+                    400, f"'tokens' must be ids from 0 to {num_ids - 1}.", param="tokens"
+                )
+            return front.tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+        return {"prompt": await front.workers.run(len(body.tokens), work)}
 
 
 def _add_watching(app: FastAPI, front: ServingContext) -> None:
@@ -130,15 +150,22 @@ def _add_watching(app: FastAPI, front: ServingContext) -> None:
         report = await front.engine.call(lambda engine: engine.report())
         return Response(front.metrics.render(report), media_type=front.metrics.content_type)
 
+
+def _add_administration(app: FastAPI, front: ServingContext, operator: Operator) -> None:
+    """What is the operator's: it shows, or ends, what all clients have in the cache."""
+
     @app.get("/v1/cache")
-    async def cache() -> dict[str, Any]:
+    async def cache(request: Request) -> dict[str, Any]:
+        operator.check(request)
+
         def read(engine: Engine) -> dict[str, Any]:
             return engine.cache_report() | {"tree": engine.outline().splitlines()}
 
         return await front.engine.call(read)
 
     @app.post("/reset_prefix_cache")
-    async def reset_prefix_cache() -> dict[str, bool]:
+    async def reset_prefix_cache(request: Request) -> dict[str, bool]:
+        operator.check(request)
         await front.engine.reset_prefix_cache()
         return {"reset": True}
 
@@ -190,4 +217,9 @@ def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) ->
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    # A thread that reads a long body gives the interpreter back soon enough: a step takes it hundreds of times.
+    sys.setswitchinterval(SWITCH_S)
+    # What was made at the start stays: collecting garbage need not look at it again, which takes a quarter of a second.
+    gc.collect()
+    gc.freeze()
     Server(engine, config).run(sockets=[listener])

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from engine import RequestOutput
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
-from engine.server.front import (
-    LONG_TEXT,
-    ServerRequest,
-    ServingContext,
-    namespace_of,
-    new_id,
-    usage,
-)
+from engine.server.front import ServerRequest, ServingContext, new_id, usage
 from engine.server.schemas import ChatMessage, ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
@@ -38,22 +29,24 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
         body.tools,
         body.add_generation_prompt,
         body.chat_template_kwargs,
+        len(await request.body()),
+        front.namespace_of(body.cache_salt),
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     ask = ServerRequest(
         prompt.token_ids,
         body.samplings(limit, num_top),
-        namespace_of(body.cache_salt),
+        front.namespace_of(body.cache_salt),
         prompt.boundaries,
         prompt.answer_survives,
     )
-    streams = front.submit([ask])
+    streams = await front.submit([ask])
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))
     outputs = await unless_gone(request, front.finals(streams))
-    return JSONResponse(answer.whole(outputs))
+    return await front.answer(outputs, lambda: answer.whole(outputs))
 
 
 async def render(
@@ -62,8 +55,10 @@ async def render(
     tools: Sequence[dict[str, Any]] | None,
     add_generation_prompt: bool,
     variables: dict[str, Any] | None,
+    size: int,
+    namespace: str | None = None,
 ) -> ChatPrompt:
-    """The chat as the model reads it; a long one off the event loop. APIError 400: the template refuses it."""
+    """The chat of a body of ``size`` bytes as the model reads it. APIError 400: the template refuses it."""
 
     def work() -> ChatPrompt:
         return render_chat(
@@ -72,11 +67,12 @@ async def render(
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             variables=variables,
+            special_in_content=front.special_in_content,
+            namespace=namespace,
         )
 
-    is_long = sum(len(str(message.content)) for message in messages) > LONG_TEXT
     try:
-        return await asyncio.to_thread(work) if is_long else work()
+        return await front.workers.run(size, work)
     except TemplateError as error:
         raise APIError(400, f"The chat template refuses these messages: {error}") from error
     except ValueError as error:

@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from engine import RequestOutput
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import of_failure
-from engine.server.front import ServerRequest, ServingContext, namespace_of, new_id, usage
+from engine.server.front import ServerRequest, ServingContext, new_id, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
@@ -24,21 +23,22 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     front.check_model(body.model)
     prompts = body.prompts
     front.check_number(len(prompts) * body.n)
-    token_ids = await front.encode(prompts, body.add_special_tokens)
-    streams = front.submit([_ask(body, prompt) for prompt in token_ids])
+    namespace = front.namespace_of(body.cache_salt)
+    token_ids = await front.encode(prompts, body.add_special_tokens, namespace)
+    streams = await front.submit([_ask(body, prompt, namespace) for prompt in token_ids])
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))
     outputs = await unless_gone(request, front.finals(streams))
-    return JSONResponse(answer.whole(outputs))
+    return await front.answer(outputs, lambda: answer.whole(outputs), echoes=body.echo)
 
 
-def _ask(body: CompletionRequest, prompt: list[int]) -> ServerRequest:
+def _ask(body: CompletionRequest, prompt: list[int], namespace: str | None) -> ServerRequest:
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     return ServerRequest(
         prompt,
         body.samplings(body.max_tokens, body.logprobs),
-        namespace=namespace_of(body.cache_salt),
+        namespace=namespace,
         prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
     )
 
@@ -71,10 +71,9 @@ class _Answer:
         last: dict[int, RequestOutput] = {}
         try:
             async for index, output in self._front.outputs(streams):
-                write = choices[index].next if index in last else choices[index].first
+                is_first = index not in last
                 last[index] = output
-                piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-                yield event({**self._head, "choices": [piece]})
+                yield await self._event(choices[index], output, is_first)
         except Exception as error:
             yield event(of_failure(error).body())
             return
@@ -82,6 +81,16 @@ class _Answer:
             outputs = [last[index] for index in range(len(streams))]
             yield event({**self._head, "choices": [], "usage": usage(outputs, self._body.n)})
         yield DONE
+
+    async def _event(self, choice: _Choice, output: RequestOutput, is_first: bool) -> bytes:
+        write = choice.first if is_first else choice.next
+
+        def work() -> bytes:
+            piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
+            return event({**self._head, "choices": [piece]})
+
+        echoed = len(output.prompt_token_ids) if is_first and self._body.echo else 0
+        return await self._front.workers.run(echoed, work)
 
 
 class _Choice:

@@ -5,6 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+MAX_STOPS = 64
+"""As many as the engine takes."""
+COUNTS = (
+    "max_values",
+    "max_names",
+    "max_prompt_ids",
+    "max_detokenize_ids",
+    "max_messages",
+    "max_parts",
+    "max_stops",
+    "max_stop_chars",
+)
+"""The settings that are a number of things."""
+
+
+def flag(name: str) -> str:
+    """The setting ``name`` as it stands on the command line."""
+    return "--" + name.replace("_", "-")
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -16,7 +35,50 @@ class ServerConfig:
         default=None, metadata={"help": "name clients use; default: the model directory's name"}
     )
     max_body_mib: float = field(
-        default=64.0, metadata={"help": "larger request bodies are refused, MiB"}
+        default=4.0, metadata={"help": "larger request bodies are refused, MiB"}
+    )
+    body_timeout_s: float = field(
+        default=60.0, metadata={"help": "seconds that a request body may take to arrive"}
+    )
+    max_values: int = field(
+        default=300_000,
+        metadata={"help": "values that the JSON of one body may hold, by its commas"},
+    )
+    max_names: int = field(
+        default=65_536,
+        metadata={"help": "names, lists and objects of one body, by its colons and brackets"},
+    )
+    max_prompt_ids: int = field(
+        default=300_000, metadata={"help": "token ids that the prompts of one body may hold"}
+    )
+    max_detokenize_ids: int = field(
+        default=262_144, metadata={"help": "token ids that /detokenize takes at once"}
+    )
+    max_messages: int = field(default=4096, metadata={"help": "messages that one chat may have"})
+    max_parts: int = field(
+        default=4096,
+        metadata={"help": "text parts that the messages of one chat may have together"},
+    )
+    max_stops: int = field(
+        default=MAX_STOPS,
+        metadata={"help": "stop strings, and stop token ids, that one request may bring"},
+    )
+    max_stop_chars: int = field(
+        default=1024, metadata={"help": "characters that one stop string may have"}
+    )
+    special_in_content: bool = field(
+        default=False,
+        metadata={
+            "help": "let special tokens that are written in messages become special tokens; without it they are text, "
+            "and nobody can write another's turn"
+        },
+    )
+    admin_key_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "file with the key that /v1/cache and /reset_prefix_cache then ask for (Authorization: Bearer KEY); "
+            "none: they answer this machine only"
+        },
     )
     drain_s: float = field(
         default=30.0,
@@ -32,5 +94,16 @@ class ServerConfig:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
+        if not 0 < self.body_timeout_s < math.inf:
+            raise ValueError(
+                f"--body-timeout-s {self.body_timeout_s:g} must be finite and above 0."
+            )
+        for name in COUNTS:
+            if (count := getattr(self, name)) < 1:
+                raise ValueError(f"{flag(name)} {count} must be 1 or more.")
+        if self.max_stops > MAX_STOPS:
+            raise ValueError(
+                f"--max-stops {self.max_stops} is more than the {MAX_STOPS} the engine takes."
+            )
         if not 0 <= self.drain_s < math.inf:
             raise ValueError(f"--drain-s {self.drain_s:g} must be finite and not negative.")

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.async_engine import EngineStopped, StepFailed
 
+MAX_QUOTED, MAX_MESSAGE = 60, 280
+"""Characters of what a client sent that an answer quotes, and of the whole message."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -29,10 +31,9 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        # What a client sent may be quoted, and a lone surrogate (JSON's "\ud800") has no UTF-8.
-        super().__init__(message.encode("utf-8", "replace").decode())
+        super().__init__(_short(message, MAX_MESSAGE))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _short(param, MAX_QUOTED)
         self.code = code
         self.headers = headers
 
@@ -58,14 +59,9 @@ def install(app: FastAPI) -> None:
     async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
         return of_failure(error).response()
 
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return of_validation(error).response()
-
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = {
-            400: "The body is not valid UTF-8 JSON, or nested too deep, or has too long a number: send one JSON object.",
             404: f"There is no {request.url.path} here: see /docs for what there is.",
             405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
         }.get(error.status_code, str(error.detail))
@@ -76,35 +72,41 @@ def install(app: FastAPI) -> None:
         return APIError(500, "The server failed on this request; its log says why.").response()
 
 
-def of_validation(error: RequestValidationError) -> APIError:
+def of_validation(error: ValidationError) -> APIError:
     """The first thing that is wrong with a body, in one sentence."""
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:] if part not in ("str", "list")) or None
+    first = error.errors(include_url=False)[0]
+    parts = [str(part) for part in first["loc"] if str(part) != "str"]
+    param = ".".join(part for part in parts if not part.startswith("list[")) or None
+    where = "A name in the body" if param is None else quoted(param)
     match first["type"]:
-        case "json_invalid":
-            reason = first.get("ctx", {}).get("error", "cut short")
-            return APIError(400, f"The body is not valid JSON ({reason}): send one JSON object.")
-        case "missing" if param is None:
-            return APIError(400, "The body is empty: send one JSON object.")
         case "missing":
-            return APIError(400, f"'{param}' is missing: add it.", param=param)
+            return APIError(400, f"{where} is missing: add it.", param=param)
         case "extra_forbidden":
-            message = (
-                f"'{param}' is not a parameter of this endpoint: check its spelling or drop it."
-            )
+            message = f"{where} is not a parameter of this endpoint: check its spelling or drop it."
             return APIError(400, message, param=param, code="unknown_parameter")
-        case "model_attributes_type" | "model_type" | "dict_type" if param is None:
-            # Without the header FastAPI does not parse: it keeps foreign web pages from posting to a server on localhost.
-            return APIError(
-                400,
-                "The body must be one JSON object, with the header Content-Type: application/json.",
-            )
         case "value_error":
             return APIError(400, str(first["ctx"]["error"]), param=param)
-    value = json.dumps(first.get("input"), default=str)
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    where = f"'{param}'" if param else "A name in the body"
+    shown = _shown(first.get("input"))
     return APIError(400, f"{where} can not be {shown}: {first['msg']}.", param=param)
+
+
+def quoted(text: str) -> str:
+    """``text``, which a client sent, as a message may quote it."""
+    return f"'{_short(text, MAX_QUOTED)}'"
+
+
+def _shown(value: Any) -> str:
+    """``value`` as JSON, but not what is in it. O(1)."""
+    if isinstance(value, list | dict):
+        return ("[...]" if value else "[]") if isinstance(value, list) else "{...}"
+    shown = json.dumps(value[:MAX_QUOTED] if isinstance(value, str) else value, default=str)
+    return _short(shown, MAX_QUOTED)
+
+
+def _short(text: str, most: int) -> str:
+    """``text``, cut at ``most`` characters, without the lone surrogates (JSON's "\ud800") that have no UTF-8."""
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return cut.encode("utf-8", "replace").decode()
 
 
 def of_failure(error: Exception) -> APIError:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
+import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from fastapi import Response
 
 from engine import RequestOutput, SamplingParams
 from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
-from engine.server.errors import APIError, of_failure
+from engine.server.body import Workers, to_json
+from engine.server.config import ServerConfig
+from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
 from engine.text.tokenizer import Tokenizer
 from hybridcache.results import Losses
-
-LONG_TEXT = 16_384
-"""Characters above which text is encoded off the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,12 @@ class ServerRequest:
 class ServingContext:
     """One engine behind one model name."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, workers: Workers) -> None:
         self.engine = engine
-        self.model_name = model_name
+        self.model_name = config.served_model_name or engine.model_name
+        self.special_in_content = config.special_in_content
+        self.workers = workers
+        self._salt_key = secrets.token_bytes(32)
         self.metrics = Metrics()
         self.created = int(time.time())
 
@@ -52,7 +59,7 @@ class ServingContext:
         if model is not None and model != self.model_name:
             raise APIError(
                 404,
-                f"The model '{model}' is not served here: use '{self.model_name}'.",
+                f"The model {quoted(model)} is not served here: use '{self.model_name}'.",
                 param="model",
                 code="model_not_found",
             )
@@ -67,32 +74,51 @@ class ServingContext:
             )
 
     async def encode(
-        self, prompts: Sequence[str | list[int]], add_special_tokens: bool
+        self,
+        prompts: Sequence[str | list[int]],
+        add_special_tokens: bool,
+        namespace: str | None = None,
     ) -> list[list[int]]:
-        """Ids of each prompt; texts that are long together are encoded off the event loop."""
+        """Ids of each prompt; those that are long together are encoded in a thread."""
 
         def work() -> list[list[int]]:
             return [
-                self.tokenizer.encode(prompt, add_special_tokens)
+                self.tokenizer.encode(prompt, add_special_tokens, namespace=namespace)
                 if isinstance(prompt, str)
                 else prompt
                 for prompt in prompts
             ]
 
-        is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > LONG_TEXT
-        return await asyncio.to_thread(work) if is_long else work()
+        return await self.workers.run(sum(map(len, prompts)), work)
 
-    def submit(self, asks: Sequence[ServerRequest]) -> list[RequestStream]:
+    def namespace_of(self, salt: str | None) -> str | None:
+        """The namespace of requests with one ``cache_salt``: a hash of it, since namespaces are shown and a salt is a secret,
+        with a key that is made at the start, so that nobody can try salts against it."""
+        if salt is None:
+            return None
+        # JSON's "\ud800" is no UTF-8 and still a salt of its own.
+        secret = salt.encode("utf-8", "surrogatepass")
+        return hmac.new(self._salt_key, secret, hashlib.sha256).hexdigest()[:32]
+
+    async def submit(self, asks: Sequence[ServerRequest]) -> list[RequestStream]:
         """A stream for each choice of each ask, in order; all of them or none.
 
         APIError 429: the queue is full; 503: the engine stops; 400: the engine refuses the request.
         """
+        max_len = self.engine.max_model_len
+        size = sum(len(ask.prompt) * len(ask.sampling) for ask in asks)
+        prompts = await self.workers.run(
+            size, lambda: [_as_array(ask.prompt, max_len) for ask in asks]
+        )
         streams: list[RequestStream] = []
         try:
-            for ask in asks:
+            for ask, prompt in zip(asks, prompts, strict=True):
+                # The event loop has a turn between two prompts, each of which may have many choices.
+                if streams:
+                    await asyncio.sleep(0)
                 streams.extend(
                     self.engine.submit(
-                        ask.prompt,
+                        prompt,
                         sampling,
                         namespace=ask.namespace,
                         boundaries=ask.boundaries,
@@ -138,12 +164,29 @@ class ServingContext:
             finals[index] = output
         return [finals[index] for index in range(len(streams))]
 
+    async def answer(
+        self,
+        outputs: Sequence[RequestOutput],
+        whole: Callable[[], dict[str, object]],
+        echoes: bool = False,
+    ) -> Response:
+        """What ``whole`` makes of ``outputs`` as an answer; a long one is written in a thread."""
+        size = sum(len(output.output) * (1 + (output.logprobs is not None)) for output in outputs)
+        if echoes:
+            size += sum(len(output.prompt_token_ids) for output in outputs)
+        content = await self.workers.run(size, lambda: to_json(whole()))
+        return Response(content, media_type="application/json")
 
-def namespace_of(salt: str | None) -> str | None:
-    """The namespace of requests with one ``cache_salt``: its hash, since a salt is a secret and namespaces are shown."""
-    return (
-        None if salt is None else hashlib.sha256(salt.encode("utf-8", "replace")).hexdigest()[:32]
-    )
+
+def _as_array(prompt: Sequence[int], max_len: int) -> Sequence[int] | np.ndarray:
+    """``prompt`` as the engine keeps it, made once for all its choices; as it is where the engine will refuse it."""
+    if len(prompt) > max_len:
+        return prompt
+    try:
+        tokens = np.asarray(prompt, np.int32)
+    except (OverflowError, ValueError):
+        return prompt
+    return tokens
 
 
 def new_id(kind: str) -> str:

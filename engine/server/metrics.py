@@ -90,8 +90,9 @@ class _ReportCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         report = self._report
         for name, help, pool in (
-            ("kv_tokens", "Rows of the KV pool, by who has them.", report.kv),
-            ("state_slots", "Slots of the state pool, by who has them.", report.slots),
+            ("kv_tokens", "KV rows, by who has them.", report.kv),
+            ("state_slots", "State slots, by who has them.", report.slots),
+            ("memory_bytes", f"Bytes of the {report.memory}, by who has them.", report.bytes),
         ):
             gauge = GaugeMetricFamily(f"engine_{name}", help, labels=["owner"])
             for owner in ("free", "cached", "held"):

@@ -7,12 +7,12 @@ accepted and ignored.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from engine import SamplingParams
-from engine.server.errors import APIError
+from engine.server.errors import APIError, quoted
 
 IGNORED = frozenset(
     {
@@ -44,10 +44,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI's that are not served, with the values that ask for nothing."""
 
 
+MAX_NAMES = 64
+"""Names that an object of a fixed form may have: each that it should not have is an error of its own."""
+Entry = TypeVar("Entry")
+Listed = Annotated[list[Entry], Field(fail_fast=True)]
+"""A list of which the first wrong entry is the only error."""
+
+
 class Strict(BaseModel):
     """No unknown names, no guessed types, no infinities."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_names(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_NAMES:
+            raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
+        return body
 
 
 class StreamOptions(Strict):
@@ -67,8 +81,8 @@ class Sampling(Strict):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Listed[str] | None = None
+    stop_token_ids: Listed[int] | None = None
     ignore_eos: bool | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
@@ -177,8 +191,8 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[TextPart] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | Listed[TextPart] | None = None
+    tool_calls: Listed[dict[str, Any]] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -186,27 +200,35 @@ class ChatMessage(BaseModel):
         if isinstance(content, list):
             for part in content:
                 if isinstance(part, dict) and part.get("type", "text") != "text":
-                    raise ValueError(f"This model reads text only: drop the '{part['type']}' part.")
+                    kind = quoted(part["type"])
+                    raise ValueError(f"This model reads text only: drop the {kind} part.")
         return content
 
     def as_template_input(self) -> dict[str, Any]:
         """As chat templates expect it: content as one string, tool arguments as an object."""
-        message = self.model_dump(exclude_none=True)
+        extra = self.model_extra or {}
+        message: dict[str, Any] = {"role": self.role}
+        message |= {name: value for name, value in extra.items() if value is not None}
         content = self.content
         message["content"] = (
             "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
         )
-        for call in message.get("tool_calls", ()):
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                function["arguments"] = _arguments(function["arguments"])
+        if self.tool_calls is not None:
+            message["tool_calls"] = [_call(call) for call in self.tool_calls]
         return message
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+        return call | {"function": function | {"arguments": _arguments(text)}}
+    return call
 
 
 def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("The arguments of a tool call must be a JSON object.") from error
     if not isinstance(arguments, dict):
         raise ValueError("The arguments of a tool call must be a JSON object.")
@@ -216,12 +238,12 @@ def _arguments(text: str) -> dict[str, Any]:
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Listed[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Listed[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     """The template's own switches, such as ``enable_thinking``."""
@@ -238,8 +260,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Listed[ChatMessage] | None = None
+    tools: Listed[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -255,4 +277,10 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Listed[int]
+
+
+def described(kind: type[BaseModel]) -> dict[str, Any]:
+    """What /docs says of a body of this kind."""
+    content = {"application/json": {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -91,43 +91,79 @@ class TextStream:
     What could still become a stop string is held back, so that nothing sent is ever taken back.
     """
 
-    __slots__ = ("_decoder", "_held", "_stop")
+    __slots__ = ("_decoder", "_held", "_stops")
 
     def __init__(self, decoder: StreamDecoder, stop: Sequence[str] = ()) -> None:
         self._decoder = decoder
-        self._stop = tuple(stop)
+        self._stops = tuple(map(_Stop, stop))
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """(the text that became certain, whether a stop string was met). O(held + new text) per stop string."""
-        self._held += self._decoder.push((token_id,))
-        return self._release()
+        """(the text that became certain, whether a stop string was met). O(new text) per stop string, over an answer."""
+        return self._read(self._decoder.push((token_id,)))
 
     def flush(self) -> tuple[str, bool]:
         """(all that was held, whether it met a stop string): there are no more tokens."""
-        self._held += self._decoder.flush()
-        text, stopped = self._release()
+        text, stopped = self._read(self._decoder.flush())
         if not stopped:
             text, self._held = text + self._held, ""
         return text, stopped
 
-    def _release(self) -> tuple[str, bool]:
-        if not self._stop:
-            text, self._held = self._held, ""
-            return text, False
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            text, self._held = self._held[: min(found)], ""
-            return text, True
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text, False
+    def _read(self, new: str) -> tuple[str, bool]:
+        if not self._stops:
+            return new, False
+        starts = [start for stop in self._stops if (start := stop.read(new)) is not None]
+        num_before = len(self._held)
+        text = self._held + new
+        if starts:
+            self._held = ""
+            return text[: num_before + min(starts)], True
+        cut = len(text) - max(stop.matched for stop in self._stops)
+        self._held = text[cut:]
+        return text[:cut], False
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class _Stop:
+    """Looks for one stop string in a text that comes in pieces (Knuth, Morris, Pratt).
+
+    ``borders[i]`` is the length of the longest proper beginning of ``text[: i + 1]`` that is also its end: where to go on
+    when the next character does not fit. It is worked out as far as the text was ever matched.
+    """
+
+    __slots__ = ("borders", "matched", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.borders = [0]
+        self.matched = 0
+        """Length of the longest end of what was read that is a beginning of ``text``, and not all of it."""
+
+    def read(self, new: str) -> int | None:
+        """Where the stop string begins, counted from the beginning of ``new``, once it is complete; below 0: before it.
+        O(len(new)), spread over all calls."""
+        text = self.text
+        at = 0
+        while at < len(new):
+            if not self.matched:
+                at = new.find(text[0], at)
+                if at < 0:
+                    return None
+            while self.matched and new[at] != text[self.matched]:
+                self.matched = self._border(self.matched)
+            if new[at] == text[self.matched]:
+                self.matched += 1
+            at += 1
+            if self.matched == len(text):
+                return at - len(text)
+        return None
+
+    def _border(self, length: int) -> int:
+        """The longest proper beginning of ``text[:length]`` that is also its end."""
+        text, borders = self.text, self.borders
+        while len(borders) < length:
+            border = borders[-1]
+            letter = text[len(borders)]
+            while border and text[border] != letter:
+                border = borders[border - 1]
+            borders.append(border + (text[border] == letter))
+        return borders[length - 1]

@@ -12,7 +12,7 @@ import datetime
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ Message = Mapping[str, Any]
 
 PROBE = "\ue000"
 """Stands for words not yet said. Private use: no template and no tokenizer's merges begin with it."""
+
+
+MARKS = range(0xE001, 0xF900)
+"""Characters that may stand inside a control token that is text. Private use, as the probe."""
 
 
 class TemplateError(ValueError):
@@ -80,6 +84,8 @@ class ChatTemplate:
             )
         except TemplateError:
             raise
+        except RecursionError as error:
+            raise TemplateError("something in it is nested too deep.") from error
         except (jinja2.TemplateError, TypeError, AttributeError, ValueError, KeyError) as error:
             raise TemplateError(str(error)) from error
 
@@ -106,29 +112,42 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any] | None = None,
+    special_in_content: bool = False,
+    namespace: Hashable = None,
 ) -> ChatPrompt:
     """Render and encode a chat. At most four renders, one encoding of the whole and a few of its ends.
 
+    What the chat's own texts (contents, names, arguments, tools) hold of ``tokenizer.control_tokens`` is text, so that nobody
+    can write a turn of somebody else's; with ``special_in_content`` it becomes those tokens. ``namespace`` as in ``encode``.
     TemplateError: the model has no chat template, or it refuses this chat.
     """
     template = tokenizer.chat_template
     if template is None:
         raise TemplateError("This model has no chat template: use /v1/completions.")
+    mark: str | None = None
+    if not special_in_content:
+        mark, (messages, tools, variables) = mark_control_tokens(
+            tokenizer.control_tokens, (messages, tools, variables)
+        )
 
     def render(chat: Sequence[Message]) -> str:
         return template.render(
             chat, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
 
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, mark=mark, namespace=namespace)
+
     text = render(messages)
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    token_ids = encode(text)
     boundaries = set()
     for future in _futures(messages, with_tools=bool(tools)):
         try:
             later = render(future)
         except TemplateError:
             continue  # This future can not happen with this template.
-        boundaries.add(common_token_prefix(tokenizer, text, token_ids, later))
+        special = tokenizer.special_tokens
+        boundaries.add(common_token_prefix(encode, special, text, token_ids, later))
     return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})))
 
 
@@ -148,8 +167,98 @@ def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message
     return futures
 
 
+def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:
+    """(mark, ``value`` with marks in its texts, so that none can become a control token, alone or with what stands beside it).
+
+    The mark is a character that ``value`` has not; None where there is nothing to mark. O(size of ``value``). TemplateError:
+    it is nested too deep.
+    """
+    if not control_tokens:
+        return None, value
+    cuts = _Cuts(control_tokens)
+    try:
+        texts = list(_texts(value))
+        if not any(map(cuts.are_needed, texts)):
+            return None, value
+        used = set().union(*texts)
+        mark = next(chr(code) for code in MARKS if chr(code) not in used)
+        return mark, _each_text(value, lambda text: cuts.marked(text, mark))
+    except RecursionError as error:
+        raise TemplateError("something in it is nested too deep.") from error
+
+
+class _Cuts:
+    """Where a text must be cut, whatever a template writes before and after it.
+
+    A control token that has a character of the text either lies in it; or begins in it, so that the text ends as the token
+    begins; or begins before it, so that the text begins as the token ends, or is the middle of one.
+    """
+
+    def __init__(self, control_tokens: Sequence[str]) -> None:
+        tokens = [token for token in control_tokens if len(token) > 1]
+        listed = "|".join(map(re.escape, tokens)) or "(?!)"
+        # Only the first character is taken, so that those are found too that begin inside another.
+        self._begins = re.compile(f"(?={listed}).", re.DOTALL)
+        self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
+        self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
+        self._tokens = tokens
+
+    def are_needed(self, text: str) -> bool:
+        return (
+            bool(self._begins.search(text)) or self._joins_before(text) or self._joins_after(text)
+        )
+
+    def marked(self, text: str, mark: str) -> str:
+        within = self._begins.sub(lambda found: found[0] + mark, text)
+        before = mark if self._joins_before(text) else ""
+        return before + within + (mark if self._joins_after(text) else "")
+
+    def _joins_before(self, text: str) -> bool:
+        is_middle = text != "" and any(text in token for token in self._tokens)
+        return is_middle or text.startswith(self._tails)
+
+    def _joins_after(self, text: str) -> bool:
+        return text.endswith(self._heads)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            if not _is_plain(name):
+                yield name
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of ``value`` in which ``change`` has been at every text."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            name if _is_plain(name) else change(name): _each_text(entry, change)
+            for name, entry in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_each_text(entry, change) for entry in value]
+    return value
+
+
+def _is_plain(name: Any) -> bool:
+    """A name that templates may ask for, such as ``text``, stays as it is: it is a word."""
+    return not isinstance(name, str) or name.isidentifier()
+
+
 def common_token_prefix(
-    tokenizer: Tokenizer, text: str, token_ids: Sequence[int], later: str
+    encode: Callable[[str], Sequence[int]],
+    special_tokens: Sequence[str],
+    text: str,
+    token_ids: Sequence[int],
+    later: str,
 ) -> int:
     """How many leading ``token_ids`` of ``text`` the encoding of ``later`` starts with.
 
@@ -157,12 +266,12 @@ def common_token_prefix(
     special token splits the text around it. O(len(text)) in comparing, and the shorter side of the split in encoding.
     """
     shared = _common_prefix(text, later)
-    split = _last_special(tokenizer.special_tokens, text, shared)
+    split = _last_special(special_tokens, text, shared)
     if split <= len(text) // 2:
-        start = len(tokenizer.encode(text[:split], add_special_tokens=False))
+        start = len(encode(text[:split]))
     else:
-        start = len(token_ids) - len(tokenizer.encode(text[split:], add_special_tokens=False))
-    ahead = tokenizer.encode(later[split:], add_special_tokens=False)
+        start = len(token_ids) - len(encode(text[split:]))
+    ahead = encode(later[split:])
     matches = itertools.takewhile(
         lambda pair: pair[0] == pair[1],
         zip(itertools.islice(token_ids, start, None), ahead, strict=False),

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import codecs
-import itertools
 import json
 import re
+import sys
+import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
     import tokenizers
 
 BUILTIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-CACHED_PIECES = 8192
-"""Stretches of text between special tokens whose ids are remembered."""
+SLICE = 65_536
+"""Bytes or ids handled at a time, so that other threads have a turn between."""
+REMEMBERED_BYTES = 32 << 20
+"""Of stretches of text between special tokens and of their ids, which are remembered."""
+ENTRY_BYTES = 256
+"""What a remembered stretch takes beside its text and its ids."""
+WORD_JOINER = "\u2060"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -47,10 +53,23 @@ class Tokenizer(Protocol):
     """Ids that end an answer."""
     special_tokens: tuple[str, ...]
     """Strings that always become one token and split the text around them: the text on either side may be encoded alone."""
+    control_tokens: tuple[str, ...]
+    """Special tokens that no text has: what begins and ends a turn. (``<think>`` is a token, and part of the text.)"""
     chat_template: ChatTemplate | None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``; with ``add_special_tokens`` also the ones the model wants around it (a BOS, say). O(len(text))."""
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        mark: str | None = None,
+        namespace: Hashable = None,
+    ) -> list[int]:
+        """Ids of ``text``; with ``add_special_tokens`` also the ones the model wants around it (a BOS, say). O(len(text)).
+
+        ``mark`` is a character that is no part of the text: it only keeps apart what is on either side of it. What is
+        remembered to be quicker the next time is remembered for one ``namespace``: another can not tell from the time.
+        """
         ...
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -92,14 +111,26 @@ class ByteTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, self.special_tokens)) + ")")
         # As in Qwen's vocabulary, the thinking marks are tokens of their own but part of the text.
         self._hidden = frozenset({256, 257, 258})
+        self.control_tokens = self.special_tokens[:3]
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        mark: str | None = None,
+        namespace: Hashable = None,
+    ) -> list[int]:
         token_ids: list[int] = []
         for piece in self._split.split(text):
             special = self._ids.get(piece)
             if special is None:
+                if mark is not None:
+                    piece = piece.replace(mark, "")
                 # A lone surrogate (JSON's "\ud800") has no UTF-8; the strict error would be the user's to see.
-                token_ids.extend(piece.encode("utf-8", "replace"))
+                raw = piece.encode("utf-8", "replace")
+                for start in range(0, len(raw), SLICE):
+                    token_ids.extend(raw[start : start + SLICE])
             else:
                 token_ids.append(special)
         return token_ids
@@ -146,7 +177,10 @@ class HFTokenizer:
         # A special token is a wall: the texts on either side are encoded alone. Not so where a text's first word is special.
         has_walls = self._is_byte_level and not _adds_prefix_space(described["pre_tokenizer"])
         self._walls = _pattern(self.special_tokens) if has_walls else None
-        self._encode_piece = lru_cache(maxsize=CACHED_PIECES)(self._encode_between)
+        self.control_tokens = tuple(
+            token.content for token in added.values() if token.special and len(token.content) > 1
+        )
+        self._pieces = PieceMemory(REMEMBERED_BYTES)
 
     def _find_eos(self, model_dir: Path, settings: dict[str, Any]) -> frozenset[int]:
         """What generation_config.json says, or else config.json, and the tokenizer's own end token with either."""
@@ -161,20 +195,46 @@ class HFTokenizer:
         own = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
         return frozenset(found if own is None else found | {own})
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As the protocol says. A chat's pieces are remembered, so that its next turn costs only what is new."""
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        mark: str | None = None,
+        namespace: Hashable = None,
+    ) -> list[int]:
+        """As the protocol says. A chat's pieces are remembered, so that its next turn costs only what is new.
+
+        Where a text's first word is special, so that nothing can be encoded alone, a ``mark`` becomes a word joiner, which
+        is not seen.
+        """
         clean = text.encode("utf-8", "replace").decode("utf-8")
         if self._walls is None or add_special_tokens:
-            ids: list[int] = self._backend.encode(clean, add_special_tokens=add_special_tokens).ids
-            return ids
-        return list(
-            itertools.chain.from_iterable(
-                self._encode_piece(piece) for piece in self._walls.split(clean) if piece
-            )
-        )
+            if mark is not None:
+                clean = clean.replace(mark, WORD_JOINER)
+            return self._encode_alone(clean, add_special_tokens)
+        token_ids: list[int] = []
+        for piece in self._walls.split(clean):
+            for part in piece.split(mark) if mark is not None else (piece,):
+                if part:
+                    token_ids.extend(self._encode_piece(part, namespace))
+        return token_ids
 
-    def _encode_between(self, piece: str) -> array[int]:
-        return array("i", self._backend.encode(piece, add_special_tokens=False).ids)
+    def _encode_piece(self, piece: str, namespace: Hashable) -> array[int]:
+        known = self._pieces.get(namespace, piece)
+        if known is None:
+            known = array("i", self._encode_alone(piece, add_special_tokens=False))
+            self._pieces.put(namespace, piece, known)
+        return known
+
+    def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int]:
+        """A long text as a batch of one: the library then lets other threads run meanwhile."""
+        if len(text) > SLICE:
+            (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        else:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         if not self._is_byte_level:
@@ -196,6 +256,46 @@ class HFTokenizer:
         if self._is_byte_level:
             return ByteStreamDecoder(self.token_bytes, self._hidden)
         return WindowStreamDecoder(self.decode)
+
+
+class PieceMemory:
+    """Ids of stretches of text, the latest used of each namespace, in ``limit_bytes`` together. Safe from any thread."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._known: OrderedDict[tuple[Hashable, str], array[int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+
+    def get(self, namespace: Hashable, piece: str) -> array[int] | None:
+        with self._lock:
+            known = self._known.get((namespace, piece))
+            if known is not None:
+                self._known.move_to_end((namespace, piece))
+            return known
+
+    def put(self, namespace: Hashable, piece: str, token_ids: array[int]) -> None:
+        """Remember ``token_ids``, and forget what was not used for longest. One that would take a quarter is not kept."""
+        size = _size(piece, token_ids)
+        if size > self._limit_bytes // 4:
+            return
+        with self._lock:
+            if (namespace, piece) in self._known:
+                return
+            self._known[namespace, piece] = token_ids
+            self.num_bytes += size
+            while self.num_bytes > self._limit_bytes:
+                (_, oldest), ids = self._known.popitem(last=False)
+                self.num_bytes -= _size(oldest, ids)
+
+    def check(self) -> None:
+        """AssertionError: the books are wrong. O(pieces)."""
+        sizes = [_size(piece, ids) for (_, piece), ids in self._known.items()]
+        assert sum(sizes) == self.num_bytes <= self._limit_bytes
+
+
+def _size(piece: str, token_ids: array[int]) -> int:
+    return sys.getsizeof(piece) + sys.getsizeof(token_ids) + ENTRY_BYTES
 
 
 class ByteStreamDecoder:

@@ -85,6 +85,10 @@ def _check_rows(residency: Residency, resident: list[RadixNode]) -> None:
     )
     both = np.concatenate([cached, pages.free_rows()])
     assert len(np.unique(both)) == len(both), "a KV row is cached twice, or cached and free"
+    if residency.owners is not None and pages.arena is not None:
+        residency.owners.check(parts)
+        pages.arena.check_taken(cached)
+        assert residency.owners in pages.arena.holders, "the tree is not notified of moves"
     if pages.budget is not None:
         taken = pages.num_taken * pages.unit_bytes
         taken += residency.slots.num_taken * residency.slots.unit_bytes

@@ -84,6 +84,17 @@ EVENTS: dict[str, type[Event]] = {
 """By the name that stands first in the written form."""
 
 FORMS = ("json", "msgpack")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (int,),
+    "upper": (int,),
+    "parent": (int, type(None)),
+    "position": (int,),
+    "start": (int,),
+    "namespace": (str, int, tuple, type(None)),
+    "tokens": (tuple,),
+    "label": (str,),
+}
+"""What each field of an event may be."""
 
 
 class EventStream(Listener):
@@ -164,8 +175,10 @@ def decode(batch: bytes, form: str = "json") -> tuple[int, list[Event]]:
             import msgpack
 
             sequence, records = msgpack.unpackb(batch)
+        if type(sequence) is not int:
+            raise TypeError("its number is no whole number")
         return sequence, [_read(record) for record in records]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(f"this is no batch of events in {form}: {error}") from error
 
 
@@ -173,7 +186,13 @@ def _read(record: Sequence[Any]) -> Event:
     name, *fields = record
     if name == "KVStored":
         fields[2], fields[4] = read_namespace(fields[2]), tuple(fields[4])
-    return EVENTS[name](*fields)
+        if not set(map(type, fields[4])) <= {int}:
+            raise TypeError("a token is no whole number")
+    event = EVENTS[name](*fields)
+    for field, value in event._asdict().items():
+        if type(value) not in _TYPES[field]:
+            raise TypeError(f"{field} of {name} is {value!r:.40}")
+    return event
 
 
 class Batches:

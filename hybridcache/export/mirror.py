@@ -97,6 +97,10 @@ class Mirror:
 
     def _follows(self, event: Event) -> bool:
         """Whether ``event`` is possible after what is known. O(page)."""
+        try:
+            hash(event)
+        except TypeError:
+            return False
         if isinstance(event, KVStored):
             return event.id not in self._pieces and self._fits(event)
         piece = self._pieces.get(event.id)
@@ -104,7 +108,9 @@ class Mirror:
             return False
         match event:
             case KVSplit():
-                return event.upper not in self._pieces and piece.start < event.position < piece.end
+                is_whole = event.position % self.page_size == 0
+                is_inside = piece.start < event.position < piece.end
+                return is_whole and is_inside and event.upper not in self._pieces
             case KVRemoved():
                 return not piece.children and not piece.checkpoint
             case CheckpointStored():
@@ -121,7 +127,10 @@ class Mirror:
             if parent is None:
                 return False
             end, siblings = parent.end, parent.children
-        return event.start == end and event.tokens[: self.page_size] not in siblings
+        num_tokens = len(event.tokens)
+        is_whole = num_tokens > 0 and num_tokens % self.page_size == 0
+        is_free = event.tokens[: self.page_size] not in siblings
+        return is_whole and event.start == end and is_free
 
     def _siblings(self, piece: _Piece) -> dict[tuple[int, ...], int]:
         if piece.parent is None:

@@ -12,11 +12,14 @@ A cache's namespace is any hashable. None, texts and 64-bit whole numbers are wr
 from __future__ import annotations
 
 from collections.abc import Hashable
+from fractions import Fraction
 from numbers import Number
 from typing import Any, TypeAlias
 
+import numpy as np
+
 Namespace: TypeAlias = "str | int | tuple[Namespace, ...] | None"
-"""As it is, or ``("tuple", ...)``, ``("frozenset", ...)``, ``("int", hex)``, ``("repr", text)``."""
+"""As it is, or ``("tuple", ...)``, ``("frozenset", ...)``, ``("int", hex)``, ``("fraction", text)``, ``("repr", text)``."""
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
@@ -35,10 +38,11 @@ def write_namespace(namespace: Hashable) -> Namespace:
         return ("tuple", *map(write_namespace, namespace))
     if isinstance(namespace, frozenset):
         return ("frozenset", *sorted(map(write_namespace, namespace), key=repr))
-    whole = _whole(namespace)
-    if whole is None:
-        return ("repr", repr(namespace))
-    return whole if INT64_MIN <= whole <= INT64_MAX else ("int", hex(whole))
+    if isinstance(namespace, bytes):
+        return ("repr", repr(bytes(namespace)))
+    if isinstance(namespace, Number | np.bool_):
+        return _write_number(namespace)
+    return ("repr", repr(namespace))
 
 
 def read_namespace(written: Any) -> Namespace:
@@ -55,12 +59,35 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _whole(namespace: Any) -> int | None:
-    """The whole number it equals; None if it equals none."""
-    if not isinstance(namespace, Number):
-        return None
+def _write_number(number: Any) -> Namespace:
+    """By its value, whatever its type: 2.5, Decimal("2.5") and Fraction(5, 2) are equal."""
+    if isinstance(number, np.generic):
+        number = number.item()
+    if isinstance(number, complex):
+        if number.imag:
+            return ("repr", repr(complex(number)))
+        number = number.real
     try:
-        whole = int(namespace)  # type: ignore[call-overload]
+        exact = Fraction(number)
+    except (TypeError, ValueError, OverflowError):  # infinite, or no number that a fraction knows
+        return ("repr", repr(float(number)) if _is_float(number) else repr(number))
+    if exact.denominator == 1:
+        whole = int(exact)
+        return whole if INT64_MIN <= whole <= INT64_MAX else ("int", hex(whole))
+    near = _nearest(exact)
+    return ("repr", repr(near)) if exact == near else ("fraction", str(exact))
+
+
+def _is_float(number: Any) -> bool:
+    """Whether a float is equal to it."""
+    try:
+        return bool(float(number) == number)
     except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _nearest(exact: Fraction) -> float | None:
+    try:
+        return float(exact)
+    except OverflowError:
         return None
-    return whole if whole == namespace else None

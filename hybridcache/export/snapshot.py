@@ -5,7 +5,6 @@ The file is a numpy archive of flat arrays, one entry a node, parents before chi
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Hashable
 from pathlib import Path
@@ -17,7 +16,9 @@ from hybridcache.export.snapshot_file import (
     FORM,
     Arrays,
     Header,
+    read_namespace,
     read_snapshot,
+    write_namespace,
 )
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.listener import introduce
@@ -29,13 +30,15 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
     """Write ``cache`` to exactly ``path``. Locks, what requests hold, a policy's memory and the order of what is free are
     not part of it. O(tree).
 
-    ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and tuples of them.
+    ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and tuples of them, a token is below
+    0, or ``cache`` keeps nothing.
     """
+    _check_keeps(cache)
     residency = cache._residency
     ordered = list(residency.tree.nodes())
     place = {node: index for index, node in enumerate(ordered)}
     forgotten = {node: index for index, node in enumerate(residency.ghosts.oldest_first())}
-    namespaces = [_write_namespace(root.key) for root in residency.tree.roots.values()]
+    namespaces = [write_namespace(root.key) for root in residency.tree.roots.values()]
     for index, root in enumerate(residency.tree.roots.values()):
         place[root] = -1 - index
     header = {
@@ -49,11 +52,14 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
         "lost_labels": [_label(node.lost_checkpoint) for node in ordered],
     }
     parts = [node.kv.indices for node in ordered if node.kv is not None]
+    tokens = np.concatenate([np.empty(0, np.int32), *(node.tokens for node in ordered)])
+    if (tokens < 0).any():
+        raise ValueError("a cached prompt has a token below 0, which no snapshot can hold")
     arrays = {
         "header": np.array(json.dumps(header)),
         "parent": np.array([place[_parent(node)] for node in ordered], np.int64),
         "end": np.array([node.end for node in ordered], np.int64),
-        "tokens": np.concatenate([np.empty(0, np.int32), *(node.tokens for node in ordered)]),
+        "tokens": tokens,
         "rows": np.concatenate([np.empty(0, np.int32), *parts]),
         "kv": np.array([_numbers(node.kv) for node in ordered], np.int64).reshape(-1, 4),
         "slot": np.array(
@@ -72,9 +78,11 @@ def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
 
     Rows and slots are taken from its allocators under their old numbers; the policy is told of every candidate, oldest
     first, and so are subscribers; what is loaded counts as inserted; ghosts past the cache's own limit are forgotten.
-    ValueError, and the cache as it was: no snapshot or a damaged one, another geometry, a pool that is too small, or a cache
-    that is not empty. FileNotFoundError: nothing is there.
+    The file may come from anybody: it is read whole, within bounds, and checked before the cache is touched. No item has a
+    ``memo``. ValueError, and the cache as it was: no snapshot or a damaged one, another geometry, a pool that is too small, or a
+    cache that is not empty. FileNotFoundError: nothing is there.
     """
+    _check_keeps(cache)
     header, arrays = read_snapshot(path)
     _check_fits(cache, header, path)
     residency = cache._residency
@@ -105,6 +113,10 @@ def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
         if order >= 0:
             residency.ghosts.add(node)
     residency.ghosts.trim()
+    if residency.owners is not None:
+        for node in nodes:
+            if node.kv is not None:
+                residency.owners.add(node.kv.indices)
     residency.mark_superseded()
     for item in sorted(residency.candidates(), key=lambda item: (item.last_used, item.serial)):
         residency.policy.add(item)
@@ -122,7 +134,7 @@ def _build(
 ) -> list[RadixNode]:
     """Make the nodes, parents first, with their KV and checkpoints. ``clock``: (serials, requests) that the cache has had; no
     serial may come twice, and no time may run back."""
-    roots = [tree.root(ast.literal_eval(text)) for text in header["namespaces"]]
+    roots = [tree.root(read_namespace(text)) for text in header["namespaces"]]
     nodes: list[RadixNode] = []
     token_at = row_at = 0
     siblings: set[tuple[int, Hashable]] = set()
@@ -179,6 +191,11 @@ def _checkpoint(
     return checkpoint
 
 
+def _check_keeps(cache: HybridRadixCache) -> None:
+    if not isinstance(cache, HybridRadixCache):
+        raise ValueError(f"a {type(cache).__name__} has no tree: there is nothing to save or load")
+
+
 def _check_fits(cache: HybridRadixCache, header: Header, path: str | Path) -> None:
     if (header["page_size"], header["grid"]) != (cache.page_size, cache.grid):
         raise ValueError(
@@ -206,14 +223,3 @@ def _table(items: list[Checkpoint | None]) -> Any:
 
 def _label(item: Checkpoint | None) -> str:
     return "" if item is None else item.label
-
-
-def _write_namespace(namespace: Hashable) -> str:
-    text = repr(namespace)
-    try:
-        same = ast.literal_eval(text) == namespace
-    except (ValueError, SyntaxError):
-        same = False
-    if not same:
-        raise ValueError(f"namespace {namespace!r} can not be written to a snapshot")
-    return text

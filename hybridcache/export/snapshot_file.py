@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
-from collections.abc import Iterator
+import math
+import zipfile
+from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 FORM = "hybridcache snapshot 1"
 TABLES = {
@@ -27,79 +31,188 @@ TABLES = {
 Header = dict[str, Any]
 Arrays = dict[str, Any]
 
+MAX_BYTES = 1 << 28
+"""What the arrays of a file may take together once they are unpacked: 20 million tokens, or a million nodes, and more."""
+MAX_HEADER_BYTES = 1 << 25
+MAX_NUMBER = 1 << 31
+"""Positions, rows, slots and tokens are below it."""
+MAX_COUNT = 1 << 60
+"""Serials, times and uses are below it: some sums of two must be 64-bit numbers."""
 
-def read_snapshot(path: str | Path) -> tuple[Header, Arrays]:
-    """(header, arrays) of the snapshot at ``path``; runs no code of it. O(file).
 
-    FileNotFoundError: there is none. ValueError: something else is there, or a snapshot that is damaged.
+def read_snapshot(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[Header, Arrays]:
+    """(header, arrays int64) of the snapshot at ``path``; runs no code of it. O(file), and no more memory than a few times
+    ``max_bytes``, whatever the file unpacks to.
+
+    FileNotFoundError: there is none. ValueError: something else is there, or a snapshot that is damaged or too large.
     """
     with open(path, "rb") as file:
         try:
-            archive = np.load(file, allow_pickle=False)
-            arrays = {name: archive[name] for name in archive.files}
-            header = json.loads(str(arrays.pop("header")))
+            header, arrays = _unpack(file, max_bytes)
+        except _Damage as found:
+            raise ValueError(f"{path} is a damaged snapshot: {found}") from None
         except Exception as error:
             raise ValueError(f"{path} is no cache snapshot, or its end was cut off") from error
     if not isinstance(header, dict) or header.get("form") != FORM:
         raise ValueError(f"{path} is no cache snapshot of this version")
-    missing = [name for name in TABLES if name not in arrays]
-    if missing:
-        raise ValueError(f"{path} is a damaged snapshot: it lacks {', '.join(missing)}")
     try:
         damage = next(_damages(header, arrays), None)
-    except (KeyError, TypeError, ValueError, IndexError, SyntaxError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         damage = str(error) or type(error).__name__
     if damage is not None:
         raise ValueError(f"{path} is a damaged snapshot: {damage}")
     return header, arrays
 
 
+class _Damage(Exception):
+    """What is wrong with a file, before its arrays are there."""
+
+
+def _unpack(file: BinaryIO, max_bytes: int) -> tuple[Any, Arrays]:
+    """The header's JSON and the arrays, each only as large as the archive declares, and that is looked at first."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        sizes = {member.filename.removesuffix(".npy"): member.file_size for member in members}
+        if len(members) > len(TABLES) + 1 or "header" not in sizes:
+            raise ValueError("another archive")
+        missing = [name for name in TABLES if name not in sizes]
+        if missing:
+            raise _Damage(f"it lacks {', '.join(missing)}")
+        if sizes["header"] > MAX_HEADER_BYTES or sum(sizes.values()) > max_bytes:
+            raise _Damage(f"it unpacks to more than {max_bytes:,} bytes, or its header is too long")
+        header = _read_array(archive.read("header.npy"))
+        if header.dtype.kind != "U" or header.ndim:
+            raise ValueError("another archive")
+        arrays = {}
+        for name, dimensions in TABLES.items():
+            array = _read_array(archive.read(f"{name}.npy"))
+            if array.dtype.kind != "i" or array.ndim != dimensions:
+                raise _Damage(f"{name} is no integer array of {dimensions} dimensions")
+            arrays[name] = array.astype(np.int64, copy=False)
+        return json.loads(str(header)), arrays
+
+
+def _read_array(raw: bytes) -> npt.NDArray[Any]:
+    """The array of a .npy file. numpy's own reader would first allocate what its header asks for."""
+    file = io.BytesIO(raw)
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, is_fortran, dtype = read(file)
+    if dtype.hasobject or any(length < 0 for length in shape):
+        raise ValueError("no array of plain numbers or text")
+    if math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
+        raise ValueError("an array is not as long as it says")
+    flat = np.frombuffer(raw, dtype, offset=file.tell())
+    return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def read_namespace(text: str) -> Hashable:
+    """The namespace that ``write_namespace`` wrote. ValueError: it wrote no such text."""
+    try:
+        namespace: Hashable = ast.literal_eval(text)
+        if write_namespace(namespace) == text:
+            hash(namespace)
+            return namespace
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        pass
+    raise ValueError(f"{text[:40]!r} is no namespace")
+
+
+def write_namespace(namespace: Hashable) -> str:
+    """As text that ``read_namespace`` reads. ValueError: it is not made of None, numbers, texts, bytes and tuples of them."""
+    text = repr(namespace)
+    try:
+        same = ast.literal_eval(text) == namespace
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        same = False
+    if not same:
+        raise ValueError(f"namespace {namespace!r} can not be written to a snapshot")
+    return text
+
+
 def _damages(header: Header, arrays: Arrays) -> Iterator[str]:
     """What contradicts what, the most basic first. O(file)."""
-    for name, dimensions in TABLES.items():
-        array = arrays[name]
-        if array.dtype.kind != "i" or array.ndim != dimensions:
-            yield f"{name} is no integer array of {dimensions} dimensions"
     parent, end, kv, slot = (arrays[name] for name in ("parent", "end", "kv", "slot"))
+    checkpoint, lost, ghost = (arrays[name] for name in ("checkpoint", "lost", "ghost"))
     num_nodes = len(parent)
     for name in ("end", "kv", "slot", "checkpoint", "lost", "ghost"):
         if len(arrays[name]) != num_nodes:
             yield f"{name} has {len(arrays[name])} entries for {num_nodes} nodes"
-    for name in ("kv", "checkpoint", "lost"):
-        if arrays[name].shape[1] != 4:
-            yield f"{name} has not four numbers a node"
-    for name in ("labels", "lost_labels"):
-        if len(header[name]) != num_nodes:
-            yield f"{len(header[name])} {name} for {num_nodes} nodes"
-    if len({ast.literal_eval(text) for text in header["namespaces"]}) < len(header["namespaces"]):
-        yield "a namespace stands twice"
-    num_roots, page_size = len(header["namespaces"]), header["page_size"]
+    yield from _wrong_header(header, num_nodes)
+    yield from _wrong_numbers(header, arrays)
+    num_roots, page_size, grid = len(header["namespaces"]), header["page_size"], header["grid"]
     below = parent >= 0
     if (parent >= np.arange(num_nodes)).any() or (parent < -num_roots).any():
         yield "a node comes before its parent"
     if len(np.unique(parent[~below])) != num_roots:
         yield "a namespace holds nothing"
     length = end - np.where(below, end[parent] if num_nodes else 0, 0)
-    resident, stateful = kv[:, 0] >= 0, arrays["checkpoint"][:, 0] >= 0
+    resident, stateful, faded = kv[:, 0] >= 0, checkpoint[:, 0] >= 0, lost[:, 0] >= 0
     if (length <= 0).any() or (length % page_size).any():
         yield "a node is not whole pages long"
     if length.sum() != len(arrays["tokens"]) or length[resident].sum() != len(arrays["rows"]):
         yield "its nodes are not as long as its tokens and rows"
     if (resident & below & ~resident[parent]).any():
         yield "a node has KV, and its parent none"
-    if (stateful & (~resident | (end % header["grid"] != 0))).any():
+    if (stateful & ~resident).any() or ((stateful | faded) & (end % grid != 0)).any():
         yield "a checkpoint stands where none can"
+    if (stateful & faded).any():
+        yield "a checkpoint stands beside its own tombstone"
     if ((slot >= 0) != stateful).any() or len(np.unique(slot[stateful])) != stateful.sum():
         yield "its checkpoints have not a slot each"
     yield from _wrong_rows(arrays["rows"], page_size)
-    ghost = arrays["ghost"]
     if ((ghost >= 0) == resident).any() or len(np.unique(ghost[~resident])) != (~resident).sum():
         yield "its ghosts are not in one order"
     if (~resident & below & (ghost >= ghost[parent]) & ~resident[parent]).any():
         yield "a ghost outlives its parent"
-    serials = np.concatenate([kv[resident, 0], arrays["checkpoint"][stateful, 0]])
-    if len(np.unique(serials)) != len(serials) or (serials >= header["num_items"]).any():
+    serials = np.concatenate([kv[resident, 0], checkpoint[stateful, 0]])
+    if len(np.unique(serials)) != len(serials):
         yield "two items share a serial"
+
+
+def _wrong_header(header: Header, num_nodes: int) -> Iterator[str]:
+    for name, least, most in (
+        ("page_size", 1, MAX_NUMBER),
+        ("grid", 1, MAX_NUMBER),
+        ("now", 0, MAX_COUNT),
+        ("num_items", 0, MAX_COUNT),
+    ):
+        if type(header[name]) is not int or not least <= header[name] < most:
+            yield f"{name} is {str(header[name])[:40]}"
+    for name in ("labels", "lost_labels", "namespaces"):
+        texts = header[name]
+        if not isinstance(texts, list) or not set(map(type, texts)) <= {str}:
+            yield f"{name} are not texts"
+        if name != "namespaces" and len(texts) != num_nodes:
+            yield f"{len(texts)} {name} for {num_nodes} nodes"
+    if len({read_namespace(text) for text in header["namespaces"]}) < len(header["namespaces"]):
+        yield "a namespace stands twice"
+
+
+def _wrong_numbers(header: Header, arrays: Arrays) -> Iterator[str]:
+    for name in ("end", "tokens", "rows"):
+        if _is_outside(arrays[name], 0, MAX_NUMBER):
+            yield f"{name} are not all from 0 to {MAX_NUMBER - 1}"
+    if _is_outside(arrays["slot"], -1, MAX_NUMBER) or _is_outside(arrays["ghost"], -1, MAX_COUNT):
+        yield "a slot or a place in the order of ghosts is no small number"
+    for name in ("kv", "checkpoint", "lost"):
+        if arrays[name].shape[1] != 4:
+            yield f"{name} has not four numbers a node"
+        serial, created, last_used, uses = arrays[name].T
+        if _is_outside(serial, -1, header["num_items"]):
+            yield f"a serial of {name} was never given: two items would share a serial"
+        for times in (created, last_used):
+            if _is_outside(times, 0, header["now"] + 1):
+                yield f"{name} has a time that has not come"
+        if _is_outside(uses, 0, MAX_COUNT):
+            yield f"{name} has a number of uses that can not be"
+
+
+def _is_outside(array: npt.NDArray[Any], least: int, end: int) -> bool:
+    return bool(len(array)) and not least <= int(array.min()) <= int(array.max()) < end
 
 
 def _wrong_rows(rows: Any, page_size: int) -> Iterator[str]:

@@ -121,7 +121,7 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from hybridcache.lab.baselines import BASELINES
-    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, MEMORIES
     from hybridcache.policies.placement.rules import placement_words
     from hybridcache.policies.words import eviction_words
 
@@ -147,6 +147,13 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--metric", default="hit", help=f"what tables and figure show, commas between: {_METRICS}")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add("--bins", action="store_true", help="also by prompt length and by turn of the session")
+    add(
+        "--memory",
+        choices=MEMORIES,
+        default="arena",
+        help="one arena for KV and states, as in the engine; an ideal budget of bytes; or two pools",
+    )
+    add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
     add(
         "--state-dtype",
         help="precision of checkpoints: float32, bfloat16, int8 (default: the model's own)",
@@ -196,6 +203,8 @@ def _simulate(options: argparse.Namespace) -> int:
                 baseline=_split(options.baseline),
                 bound=options.bound,
                 optimum=options.optimum,
+                memory=options.memory,
+                kv_share=options.kv_share,
                 state_dtype=options.state_dtype,
                 page_size=options.page_size,
                 grid=options.grid,

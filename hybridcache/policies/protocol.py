@@ -111,7 +111,8 @@ class EvictionPolicy(Protocol):
 
     def missed(self, item: Item) -> None:
         """A request would have resumed from ``item``, a checkpoint that was evicted, had it been kept. The deepest such
-        ghost of the request's path, once a request; ``item`` is as it was when evicted, ``memo`` included."""
+        ghost of the request's path, once a request; ``item`` is as it was when evicted, ``memo`` included, which is None
+        where a snapshot brought it: no policy of this process has seen it."""
         ...
 
     def victim(self, kind: Kind | None) -> Item | None:

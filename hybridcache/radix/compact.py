@@ -14,14 +14,17 @@ from hybridcache.radix.node import RadixNode
 from hybridcache.tokens import Indices
 
 
-def compact_rows(node: RadixNode, gone: Indices) -> None:
-    """``gone`` were the rows of a child of ``node`` that has just left. O(1), or O(rows that live)."""
+def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
+    """``gone`` were the rows of a child of ``node`` that has just left. What is left of their buffer, perhaps in a new one;
+    None: nothing. O(1), or O(rows that live)."""
     base = gone.base
-    if base is None or node.kv is None or node.kv.indices.base is not base:
-        return
+    if not isinstance(base, np.ndarray) or node.kv is None:
+        return None
+    if node.kv.indices.base is not base:
+        return None
     num_living = (_address(gone) - _address(base)) // gone.itemsize
     if 2 * num_living >= len(base):
-        return
+        return base[:num_living]
     living = base[:num_living].copy()
     above: RadixNode | None = node
     while above is not None and above.kv is not None and above.kv.indices.base is base:
@@ -29,6 +32,7 @@ def compact_rows(node: RadixNode, gone: Indices) -> None:
         above.kv.indices = living[num_living - length : num_living]
         num_living -= length
         above = above.parent
+    return living
 
 
 def compact_edges(node: RadixNode, gone: bytes | memoryview) -> None:

@@ -25,6 +25,18 @@ def last_above(node: RadixNode) -> Link:
     return node
 
 
+def is_last_above(link: Link, node: RadixNode) -> bool:
+    """Whether ``link``, which was the last above some node below ``node`` on its path, is the last above ``node`` too. O(1).
+
+    False where it may be: it lies at ``node`` or below, or a split has put another top above it.
+    """
+    if isinstance(link, Checkpoint):
+        return link.node.end < node.end
+    above = link.parent
+    is_top = above is not None and (above.parent is None or isinstance(above.children, dict))
+    return is_top and link.end <= node.end
+
+
 def last_at(node: RadixNode) -> Link:
     """As ``last_above``, with ``node``'s own checkpoint counted."""
     return node.checkpoint if node.checkpoint is not None else last_above(node)

@@ -1,10 +1,11 @@
 """Causal grouped-query attention over a KV pool in Triton: FlashAttention's online softmax (Dao et al., 2022) with every
 cut at an absolute position, so that a row's arithmetic depends on its own position and keys alone.
 
-A prefill program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV head, and walks the keys
-from position 0 in tiles of BN. A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins
-the splits, 32 side by side, then the next 32. Key tiles past a query's position leave its running maximum, sum and
-output as they are, bit for bit: it makes no difference whether a tile was walked over masked or not at all.
+A prefill program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV
+head, and walks the keys from position 0 in tiles of BN. A decode program takes one sequence, one KV
+head and SPLIT keys; a second kernel joins the splits, 32 side by side, then the next 32. Key tiles
+past a query's position leave its running maximum, sum and output as they are, bit for bit: it makes
+no difference whether a tile was walked over masked or not at all.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def combine_splits_kernel(
 ):
     """``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``: SPLITS of them side by side, then the next.
 
-    Where a sequence ends decides how many are added, never in which order: those past its end weigh 0.
+    Where a sequence ends decides how many are added, never in which order: those past it weigh 0.
     """
     BD: tl.constexpr = triton.next_power_of_2(D)
     i_b, i_h = tl.program_id(0), tl.program_id(1)

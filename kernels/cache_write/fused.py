@@ -1,4 +1,4 @@
-"""Writing KV rows into the pool, and moving them in it, in Triton: one launch each, a program works for one row."""
+"""Writing KV rows into the pool, and moving them in it, in Triton: one launch, a program a row."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def write_kv(
 ) -> None:
     """``pool[indices[t]] = new[t]`` for both; see ``reference.write_kv``.
 
-    New ``[T, HKV, D]`` may be strided views with a unit last stride. A row ``[HKV, D]`` of a pool is
-    contiguous, rows need not be; both pools have one layout.
+    New ``[T, HKV, D]`` may be strided views with a unit last stride. A row ``[HKV, D]`` of a pool
+    is contiguous, rows need not be; both pools have one layout.
     """
     tokens, heads, size = key.shape
     if tokens == 0:

@@ -38,7 +38,7 @@ def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor)
     """``arena[targets[n]] = arena[sources[n]]`` for every n: rows that make room for a slot.
 
     - ``arena``: ``[N, E]``, any dtype; a row is all that one token has, in all layers. It is
-      contiguous, and begins at a multiple of the largest power of 2 up to 16 that divides its bytes.
+      contiguous, and begins at a multiple of the largest power of 2, up to 16, that its bytes are.
     - ``sources``, ``targets``: int32[n]. Targets are distinct and none of them is a source, so
       order does not matter.
 

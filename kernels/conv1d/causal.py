@@ -139,6 +139,8 @@ def decode_kernel(
     p_target = p_window
     if p_step_states is not None:
         p_target = p_step_states + i_token * C * (W - 1)
+    else:
+        tl.debug_barrier()  # all threads have read the old window
     save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
 
 
@@ -157,8 +159,8 @@ def prefill_conv1d(
 
     - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C, W]``. ``bias``: ``[C]``
       or None.
-    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots. A window is
-      contiguous, slots need not be.
+    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the
+      exports' slots. A window is contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
 

@@ -55,8 +55,8 @@ def solve_kernel(
     SOLVE_TYPE: tl.constexpr,
 ):
     """Program (i_tile, i_part): for HEADS value heads of one key head T and P into ``p_matrices``
-    ``[N, HV, 2, BT, BT]``, and into ``p_vectors`` ``[N, HV, 4, BT]`` what scales the rows of K S, of Q S,
-    of N, and the state. Q K^T and K K^T are theirs in common.
+    ``[N, HV, 2, BT, BT]``, and into ``p_vectors`` ``[N, HV, 4, BT]`` what scales the rows of K S,
+    of Q S, of N, and the state. Q K^T and K K^T are theirs in common.
     """
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i_key = i_first // (HV // H)
@@ -239,8 +239,8 @@ def chunk_gdn(
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H. One dtype;
       a token's heads are contiguous, tokens need not be.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports' slots. A state is
-      contiguous, slots need not be.
+    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports'
+      slots. A state is contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.

@@ -89,7 +89,8 @@ def decode_kernel(
     p_state += i_head * K * V + o_k[:, None] * V + o_v
     b_state = tl.load(p_state, mask=mask, other=0.0).to(tl.float32)
     b_state = step(
-        b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale, H, HV, K, V
+        b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
+        H, HV, K, V,
     )  # fmt: skip
     tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=mask)
 
@@ -151,8 +152,8 @@ def decode_gdn(
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see `kernels.gdn.gates`.
       What belongs to one token is contiguous, tokens need not be.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous, slots need not be.
-      ``scale``: ``K ** -0.5`` if None.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous,
+      slots need not be. ``scale``: ``K ** -0.5`` if None.
 
     Returns ``[B, HV, V]`` in value's dtype. Formula and source: `kernels.gdn.reference`.
     """

@@ -67,7 +67,8 @@ def chunk_gdn(
 
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]`` of any strides, one layer's; changed in place at ``slots`` and at the exports' slots.
+    - ``states``: ``[S, HV, K, V]`` of any strides, one layer's; changed in place at ``slots`` and
+      at the exports' slots.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
       leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.

@@ -82,7 +82,7 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def rank_pairs_kernel(experts, ranks, counts, totals, num_pairs, E: tl.constexpr, BP: tl.constexpr):
-    """Program i ranks BP pairs among those of their expert in it, and counts each expert's pairs."""
+    """Program i ranks BP pairs among those of their expert in it, and counts each expert's."""
     o_p = tl.arange(0, BP)
     o_pair = tl.program_id(0) * BP + o_p
     mask = o_pair < num_pairs
@@ -110,8 +110,8 @@ def place_experts_kernel(
     BT: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Program e turns the counts of expert e, part by part, into the rows where its pairs begin; it names its
-    blocks, and pads the last."""
+    """Program e turns the counts of expert e, part by part, into the rows where its pairs begin; it
+    names its blocks, and pads the last."""
     i_e = tl.program_id(0)
     o_e, o_p, o_t = tl.arange(0, BE), tl.arange(0, BP), tl.arange(0, BT)
     b_total = tl.load(totals + o_e, mask=o_e < E, other=0)
@@ -363,9 +363,8 @@ def _experts(
 
 
 def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
-    """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value comes to the host.
-
-    A counting sort: each pair is read twice, and compared with the others of its part.
+    """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value
+    comes to the host. A counting sort: each pair is read twice, and compared with the others of its part.
     """
     num_tokens, k = experts.shape
     num_pairs = num_tokens * k

@@ -20,10 +20,10 @@ def rms_norm(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x [..., N]``, ``weight [N]``.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x [..., N]``.
 
-    With a ``residual`` (like x) the norm is that of their sum, rounded to x's dtype; returns
-    ``(norm, sum)``.
+    ``weight`` is ``[N]``. With a ``residual`` (like x) the norm is that of their sum, rounded to
+    x's dtype; returns ``(norm, sum)``.
     """
     if residual is not None:
         x = x + residual

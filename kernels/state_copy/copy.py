@@ -42,8 +42,8 @@ def copy_states(
 ) -> None:
     """``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool, for every n: copy-on-write, donate and restore.
 
-    - ``pools``: each ``[L, S, ...]``, any dtype, the same L; one state is contiguous, layers and slots
-      need not be. Whole slabs of an arena are one pool ``[1, S, bytes]``.
+    - ``pools``: each ``[L, S, ...]``, any dtype, the same L; one state is contiguous, layers and
+      slots need not be. Whole slabs of an arena are one pool ``[1, S, bytes]``.
     - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so order does not matter.
 
     One launch. Moves ``2 * N`` states of each pool: bound by memory bandwidth, nothing else.

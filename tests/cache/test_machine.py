@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.build import CacheConfig
+from hybridcache.build import MEMORIES, CacheConfig
 from hybridcache.policies.words import EVICTION
 from tests.cache.twins import Twins
 
@@ -34,6 +34,7 @@ def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
             "total_bytes": unit * 2 * draw(st.integers(4, 24)) + 4 * state_bytes,
             "kv_bytes_per_token": 2,
             "state_bytes": state_bytes,
+            "memory": draw(st.sampled_from(MEMORIES)),
         }
     else:
         pools = {

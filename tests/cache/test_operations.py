@@ -55,6 +55,28 @@ def chain(num_states: int, **options: object) -> HybridRadixCache:
     return cache
 
 
+def test_many_checkpoints_at_once_cost_as_many_steps_each_as_few(steps: Steps) -> None:
+    """Whether their nodes grow with them or are split off what is there."""
+
+    def count(num: int, published_before: bool) -> int:
+        cache = hybrid(num * STEP + 100, num + 4)
+        prompt = ids(range(num * STEP))
+        rows = cache.allocate_kv(len(prompt))
+        states = [(end, cache.allocate_slot()) for end in range(STEP, len(prompt) + 1, STEP)]
+        if published_before:
+            cache.insert(prompt, rows)
+        before = steps.count
+        result = cache.insert(prompt, rows, states, owned_from=len(prompt) * published_before)
+        spent = steps.count - before
+        assert not result.rejected_slots
+        cache.check(held_tokens=0, held_slots=0)
+        return spent
+
+    for published_before in (False, True):
+        few, many = count(50, published_before), count(800, published_before)
+        assert many < 1.2 * 16 * few
+
+
 def fork_churn(cache: HybridRadixCache) -> None:
     """Short prompts that leave the chain at its first checkpoint, each evicted before the next one comes."""
     publish(cache, ids(range(STEP)), [STEP])

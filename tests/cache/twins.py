@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.allocators.arena import ArenaAllocator
+from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.plain import PlainCache, Victim
@@ -93,6 +95,32 @@ class Request:
     published_len: int
 
 
+class Hands:
+    """What the caller of both twins holds, in both arenas. The clever one's moves come first: they rename."""
+
+    def __init__(self, twins: Twins) -> None:
+        self.twins = twins
+
+    def rows_moved(self, move: Move) -> int:
+        twins = self.twins
+        twins.moves.append(move)
+        held = sum(len(move.rename(rows)) for rows in twins.held_rows)
+        for request in twins.requests:
+            held += sum(move.rename(request.rows) >= request.published_len)
+        return held
+
+
+class OtherHands(Hands):
+    """The same rows in the plain twin's arena: the same move has renamed them already."""
+
+    def rows_moved(self, move: Move) -> int:
+        twins = self.twins
+        first = twins.moves.pop(0)
+        assert [part.tolist() for part in first[1:]] == [part.tolist() for part in move[1:]]
+        held = [request.rows[request.published_len :] for request in twins.requests]
+        return sum(int(np.isin(rows, move.dst).sum()) for rows in held + twins.held_rows)
+
+
 class Twins:
     """Both caches. Each verb asserts that they agree."""
 
@@ -119,6 +147,16 @@ class Twins:
         self.held_slots: list[int] = []
         self.held_rows: list[np.ndarray] = []
         self.requests: list[Request] = []
+        self.moves: list[Move] = []
+        """Made by the clever one, and not by the plain one yet."""
+        if config.memory == "arena":
+            self.arena(self.cache).holders[Hands(self)] = None
+            self.arena(other).holders[OtherHands(self)] = None
+
+    @staticmethod
+    def arena(cache: HybridRadixCache) -> ArenaAllocator:
+        assert cache.arena is not None
+        return cache.arena
 
     def _follow(self) -> None:
         """Give the twin what the clever one has just chosen, unless its order is LRU's, which it finds itself."""
@@ -260,5 +298,6 @@ class Twins:
         held = sum(len(request.rows) - request.published_len for request in self.requests)
         held += sum(map(len, self.held_rows))
         self.cache.check(held_tokens=held, held_slots=len(self.held_slots))
+        assert not self.moves, "the plain twin did not make a move"
         residency = self.cache._residency
         assert self.ledger.held == set(residency.candidates())

@@ -178,6 +178,37 @@ def test_an_engine_that_never_started_can_be_stopped() -> None:
     assert not engine.is_alive
 
 
+def test_who_came_before_the_start_is_told_of_the_end() -> None:
+    for end in (AsyncEngine.stop, lambda engine: asyncio.run(engine.drain())):
+        engine = AsyncEngine(Engine(runner=OracleRunner(512, 4), sampler=OracleSampler()))
+
+        async def main(engine: AsyncEngine = engine, end: object = end) -> None:
+            stream = engine.submit([1, 2, 3], LONG)
+            await asyncio.to_thread(end, engine)
+            with pytest.raises(EngineStopped, match="before the answer was done"):
+                await asyncio.wait_for(anext(stream), 5)
+            with pytest.raises(EngineStopped):
+                await engine.call(lambda e: e.report())
+
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_a_question_that_wants_to_end_the_process_ends_neither_thread_nor_loop(
+    end: type[BaseException],
+) -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        def leave(_: Engine) -> None:
+            raise end("enough")
+
+        with pytest.raises(RuntimeError, match="enough"):
+            await asyncio.wait_for(engine.call(leave), 5)
+        assert engine.is_alive
+        assert len(await read(engine.submit([4, 5], LONG))) == 200
+
+    serve(scenario)
+
+
 def test_stop_fails_those_who_wait() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], ENDLESS)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.schedule.cache_manager import CacheManager
+from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.interface import PrefixCache
 from hybridcache.policies.placement.rules import parse_placement
 
 
@@ -28,11 +31,26 @@ def make_request(arrival: int, length: int = 100) -> Request:
     )
 
 
-def prefill(manager: CacheManager, request: Request) -> None:
+class Table:
+    """A runner's request table."""
+
+    def __init__(self) -> None:
+        self.rows = np.full((2, 128), -1, np.int32)
+
+    def write(self, manager: CacheManager) -> None:
+        """Do the copies of a batch."""
+        for row, start, indices in manager.take_copies()[1]:
+            self.rows[row, start : start + len(indices)] = indices
+
+    def row(self, row: int, end: int) -> np.ndarray:
+        return self.rows[row, :end]
+
+
+def prefill(manager: CacheManager, request: Request, table: Table | None = None) -> None:
     assert manager.begin(request)
     assert manager.extend(request, request.prompt_len)
     manager.take_checkpoint_slots(request, request.prompt_len)
-    manager.take_copies()
+    (table or Table()).write(manager)
     request.computed_len = request.prompt_len
     manager.publish(request)
 
@@ -42,24 +60,69 @@ def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> No
     first, second = make_request(0), make_request(1)
     prefill(manager, first)
     assert manager.begin(second) and manager.extend(second, 100)
-    restores, writes = manager.take_copies()
-    assert restores == (second.lease.restore,)
-    assert [(row, start, len(indices)) for row, start, indices in writes] == [
+    copies = manager.take_copies()
+    assert copies.restores == (second.lease.restore,)
+    assert [(row, start, len(indices)) for row, start, indices in copies.row_writes] == [
         (second.row, 0, 64),
         (second.row, 64, 36),
     ]
-    assert manager.take_copies() == ((), ())
+    assert manager.take_copies() == ((), (), ())
 
 
 def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
-    manager = make_manager()
+    manager, table = make_manager(), Table()
     first, second = make_request(0), make_request(1)
-    prefill(manager, first)
+    prefill(manager, first, table)
     assert manager.begin(second) and manager.extend(second, 100)
     manager.abort(second)
-    assert manager.take_copies() == ((), ())
+    assert manager.take_copies() == ((), (), ())
     assert second.lease is second.row is None
-    manager.check()
+    manager.check(table.row)
+
+
+def two_of_one_prompt(manager: CacheManager, table: Table) -> Request:
+    """Two requests that computed the same side by side; the second, whose rows have just become the
+    first's."""
+    requests = make_request(0), make_request(1)
+    for request in requests:
+        assert manager.begin(request) and manager.extend(request, 100)
+    for request in requests:
+        table.write(manager)
+        request.computed_len = 100
+        manager.publish(request)
+    return requests[1]
+
+
+def test_the_check_knows_every_row_that_the_runner_was_given() -> None:
+    manager, table = make_manager(), Table()
+    request = two_of_one_prompt(manager, table)
+    manager.check(table.row)  # The write is due, and the next batch will bring it.
+    assert manager.extend(request, 110)
+    manager.check(table.row)
+    table.write(manager)
+    manager.check(table.row)
+    table.rows[request.row, 109] += 1
+    with pytest.raises(AssertionError, match="at position 109 of request 1 the runner reads"):
+        manager.check(table.row)
+
+
+def test_a_row_write_that_nobody_made_is_noticed() -> None:
+    manager, table = make_manager(), Table()
+    two_of_one_prompt(manager, table)
+    manager.take_copies()
+    with pytest.raises(AssertionError, match="a row write was lost: at position 0 of request 1"):
+        manager.check(table.row)
+
+
+def test_a_state_copy_that_nobody_made_is_noticed() -> None:
+    manager, table = make_manager(), Table()
+    first, second = make_request(0), make_request(1)
+    prefill(manager, first, table)
+    assert manager.begin(second) and manager.extend(second, 100)
+    with pytest.raises(AssertionError, match="a state copy was claimed"):
+        manager.check(table.row)
+    table.write(manager)
+    manager.check(table.row)
 
 
 def test_rows_are_as_many_as_were_given() -> None:
@@ -75,5 +138,51 @@ def test_no_row_is_written_past_the_longest_the_request_can_get() -> None:
     request = make_request(0)
     assert manager.begin(request) and manager.extend(request, 100)
     assert len(request.lease.kv_indices) == 128
-    _, [(_, start, indices)] = manager.take_copies()
+    [(_, start, indices)] = manager.take_copies().row_writes
     assert start + len(indices) == request.max_len == 116
+
+
+class Filler:
+    """Rows of an arena that somebody else has."""
+
+    def __init__(self, cache: PrefixCache, num_rows: int) -> None:
+        self.rows = cache.allocate_kv(num_rows)
+        cache.arena.holders[self] = None
+
+    def rows_moved(self, move: Move) -> int:
+        return len(move.rename(self.rows))
+
+
+def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_get() -> None:
+    config = CacheConfig(
+        memory="arena", total_bytes=192, kv_bytes_per_token=1, state_bytes=64, page_size=8
+    )
+    cache = build_prefix_cache(config)
+    manager = CacheManager(cache, lambda: parse_placement("none"), num_rows=2, stateful=True)
+    request = make_request(0, length=10)
+    request.max_len = 20
+    assert manager.begin(request) and manager.extend(request, 20)
+    [(_, _, before)] = manager.take_copies().row_writes
+    before = before.copy()
+    gone, others = Filler(cache, 40), Filler(cache, 64)
+    del cache.arena.holders[gone]
+    cache.free_kv(gone.rows)
+    cache.free_kv(others.rows[40:])
+    others.rows = others.rows[:40].copy()
+    assert len(request.lease.kv_indices) == 24
+    slot = cache.allocate_slot()
+    assert manager.has_moves and manager.must_wait_for_slab
+    copies = manager.take_copies()
+    [move] = copies.moves
+    moved = dict(zip(move.src.tolist(), move.dst.tolist(), strict=True))
+    assert len(moved) == 24
+    [(row, start, indices)] = copies.row_writes
+    assert (row, start, indices.tolist()) == (
+        request.row,
+        0,
+        [moved[old] for old in before.tolist()],
+    )
+    assert manager.take_copies() == ((), (), ())
+    assert not manager.has_moves and not manager.must_wait_for_slab
+    assert manager.lost_moves() is False
+    cache.free_slot(slot)

@@ -24,6 +24,7 @@ from engine.command.cli import main
 from engine.command.flags import Parser, add_flags, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.server.config import ServerConfig
+from hybridcache.allocators.arena import slab_rows
 from hybridcache.units import GIB
 
 ENGINE = (sys.executable, "-m", "engine")
@@ -262,14 +263,13 @@ def test_inspect_reads_directories_files_and_attention_only_models(
 
 def test_holdings_fill_the_budget_and_no_more() -> None:
     geometry = load_geometry("qwen3-next")
+    row_bytes = geometry.kv_bytes_per_token
+    slot_bytes = slab_rows(geometry.state_bytes, row_bytes) * row_bytes
     rows = holdings(geometry, 10 * GIB)
     assert [row.interval for row in rows] == [None, *INTERVALS]
     for row in rows:
-        used = (
-            row.num_tokens * geometry.kv_bytes_per_token
-            + row.num_checkpoints * geometry.state_bytes
-        )
-        unit = (row.interval or 1) * geometry.kv_bytes_per_token + geometry.state_bytes
+        used = row.num_tokens * row_bytes + row.num_checkpoints * slot_bytes
+        unit = (row.interval or 1) * row_bytes + slot_bytes
         assert 10 * GIB - unit < used <= 10 * GIB
 
 
@@ -342,8 +342,8 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     screen, url = _address(server)
     for word in (
         "untrained",
-        "KV pool",
-        "state pool",
+        "one arena for KV and states, 51.2 MiB: 51.2 MiB free, 0 B cached",
+        "tokens at most",
         "hybrid",
         "2,048 tokens",
         "MiB",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
         assert_same(first, expected)
         assert_same(second, expected)
         assert sum(output.cached_len for output in second) > 1000
+
+
+def test_steps_without_memory_change_nothing(make_engine: MakeEngine) -> None:
+    """The second prompt waits with a row that has just become the first's; the third takes its old."""
+    asked = [[7] + [1] * 63, [7] + [2] * 199, [9] + [3] * 79]
+    params = [dataclasses.replace(REPORT, max_tokens=n) for n in (2, 1, 6)]
+    runs = []
+    for settings in ({"prefix_cache": "none", "max_running": 1}, {"overlap": "on", "exact": True}):
+        engine = make_engine(kv_tokens=256, token_budget=128, **settings)
+        runs.append(engine.generate(asked, params) + engine.generate(asked[1:2], params[1]))
+    assert_same(*runs)
 
 
 @formats

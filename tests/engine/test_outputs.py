@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.outputs import TextStream
+from engine.text.outputs import TextStream, _Stop
 from engine.text.tokenizer import ByteTokenizer
 
 letters = st.text("abé", max_size=40)
@@ -33,6 +33,47 @@ def test_the_pieces_make_the_text_up_to_the_first_stop_string(text: str, stop: l
     # The string that is complete first ends the answer; of those complete together, the one that begins first.
     expected = text[: min(ends)[1]] if ends else text
     assert "".join(pieces) == expected
+
+
+def naive_overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+
+@given(st.text("ab", max_size=60), st.lists(st.text("ab", min_size=1, max_size=9), min_size=1))
+def test_exactly_what_may_become_a_stop_string_is_held_back(text: str, stop: list[str]) -> None:
+    pieces, _ = feed(text, tuple(stop))
+    sent = ""
+    for end, piece in enumerate(pieces[:-1], start=1):
+        sent += piece
+        if not any(s in text[:end] for s in stop):
+            assert sent == text[: end - max(naive_overlap(text[:end], s) for s in stop)]
+
+
+def test_looking_for_a_stop_string_is_linear() -> None:
+    """Characters compared, over an answer that matches a long stop string again and again and always fails at its end."""
+    num_compared = 0
+
+    class Letter(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __ne__(self, other: object) -> bool:
+            nonlocal num_compared
+            num_compared += 1
+            return not str.__eq__(self, other)
+
+    class Text(str):
+        __slots__ = ()
+
+        def __getitem__(self, at: object) -> Letter:
+            return Letter(str.__getitem__(self, at))
+
+    stop = _Stop("a" * 500 + "b")
+    for _ in range(20):
+        assert stop.read(Text("a" * 500 + "c")) is None
+    assert num_compared < 3 * 20 * 501
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.run.oracle import OracleRunner, OracleSampler, fingerprint
+from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
+from engine.schedule.batch import Batch
+from hybridcache.geometry.model import ModelGeometry
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)
@@ -23,15 +28,51 @@ PLACEMENTS = (
 )
 
 
+class MachineRunner(OracleRunner):
+    """Counts what it moves, and breaks off steps where it is asked to, before or after the moves."""
+
+    num_moves = 0
+    breaks_off: str | None = None
+
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
+        assert len(batch.moves) <= 1, "a step that waits for two slabs"
+        assert batch.segments or batch.moves, "a step without task"
+        self.num_moves += len(batch.moves)
+        word, self.breaks_off = self.breaks_off, None
+        if word == "before":
+            raise KeyboardInterrupt
+        if word == "moved":
+            super().forward(Batch((), moves=batch.moves))
+            raise KeyboardInterrupt
+        logits = super().forward(batch, drawn)
+        if word == "after":
+            raise KeyboardInterrupt
+        return logits
+
+
 def make_engine(
-    prefix_cache: str = "hybrid", kv_tokens: int = 1024, slots: int = 6, **settings: object
+    prefix_cache: str = "hybrid",
+    kv_tokens: int = 1024,
+    slots: int = 6,
+    slab_rows: int | None = None,
+    **settings: object,
 ) -> Engine:
+    """Two pools, or, with ``slab_rows``, one arena of as many rows."""
     config = EngineConfig(prefix_cache=prefix_cache, **settings)
-    runner = OracleRunner(
+    geometry = ModelGeometry.preset("qwen3-next")
+    num_slots: int | None = 0 if prefix_cache == "radix" else slots
+    if slab_rows is not None and num_slots:
+        state = {"recurrent_elements": 0, "conv_bytes": 10 * slab_rows - 3}
+        geometry = dataclasses.replace(geometry, kv_bytes_per_token=10, **state)
+        slab_rows = -(-slab_rows // config.page_size) * config.page_size
+        kv_tokens, num_slots = kv_tokens + max(slots, 3) * slab_rows, None
+    runner = MachineRunner(
         kv_tokens,
-        0 if prefix_cache == "radix" else slots,
+        num_slots,
         vocab_size=VOCABULARY,
         exact=config.exact,
+        geometry=geometry,
+        page_size=config.page_size,
     )
     return Engine(config, runner=runner, sampler=SAMPLER)
 
@@ -93,9 +134,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(["lru", "regret", "gdsf", "s3-fifo"]),
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
+        slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),
     )
     def start(self, kv_pages: int, **settings: object) -> None:
-        self.engine = make_engine(kv_tokens=64 * kv_pages, **settings)
+        self.serve(make_engine(kv_tokens=64 * kv_pages, **settings))
+
+    def serve(self, engine: Engine) -> None:
+        self.engine = engine
         self.expected: dict[str, tuple[list[int], list[float], str]] = {}
         self.outputs: dict[str, RequestOutput] = {}
         self.histories: list[list[int]] = []
@@ -106,10 +151,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.expected[request_id] = answer(prompt, params, self.engine.config.exact)
         self.histories.append(prompt + self.expected[request_id][0])
 
-    @rule(prompt=prompts, params=sampling, boundary=st.integers(0, 400), copies=st.integers(1, 4))
-    def arrive(self, prompt: list[int], params: SamplingParams, boundary: int, copies: int) -> None:
+    @rule(
+        prompt=prompts,
+        params=sampling,
+        boundary=st.integers(0, 400),
+        copies=st.integers(1, 4),
+        namespace=st.sampled_from([None, None, "salt"]),
+    )
+    def arrive(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        boundary: int,
+        copies: int,
+        namespace: str | None,
+    ) -> None:
         for _ in range(copies):
-            self.submit(prompt, params, boundaries=(boundary,))
+            self.submit(prompt, params, boundaries=(boundary,), namespace=namespace)
 
     @precondition(lambda self: self.histories)
     @rule(
@@ -128,18 +186,34 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 40))
     def run(self, steps: int) -> None:
-        for _ in range(steps):
+        self.steps(steps)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
             if self.engine.has_work():
                 self.one_step()
 
     def one_step(self) -> None:
-        computed = self.engine.runner.num_tokens_computed
+        runner = self.engine.runner
+        before = runner.num_tokens_computed, runner.num_moves
         outputs = self.engine.step()
         for output in outputs:
             self.outputs[output.request_id] = output
         self.engine.check()
         if self.engine.config.overlap == "off":
-            assert self.engine.runner.num_tokens_computed > computed, "a step without task"
+            after = runner.num_tokens_computed, runner.num_moves
+            assert after > before, "a step without task"
+
+    @rule(word=st.sampled_from(["before", "moved", "after"]))
+    def break_off(self, word: str) -> None:
+        runner = self.engine.runner
+        runner.breaks_off = word
+        try:
+            while self.engine.has_work() and runner.breaks_off:
+                self.one_step()
+        except KeyboardInterrupt:
+            self.engine.check()
+        runner.breaks_off = None
 
     @precondition(lambda self: self.expected)
     @rule(which=st.integers(0, 1000))
@@ -180,6 +254,54 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.engine.report().kv.held == self.engine.report().slots.held == 0
 
 
+class TightMachine(SchedulerMachine):
+    """Overlap, and memory that holds one request and a bit of the next: prompts share less than a
+    checkpoint, so a publish changes rows, and many steps come out empty."""
+
+    @initialize(
+        prefix_cache=st.sampled_from(["hybrid", "radix"]),
+        kv_tokens=st.sampled_from([192, 256, 288, 320, 384]),
+        slots=st.integers(2, 6),
+        max_running=st.integers(2, 3),
+        token_budget=st.sampled_from([64, 128]),
+        page_size=st.sampled_from([1, 1, 16]),
+        checkpoints=st.sampled_from(PLACEMENTS),
+        exact=st.booleans(),
+        slab_rows=st.sampled_from([None, None, 16, 50]),
+    )
+    def start(self, **settings: object) -> None:
+        self.serve(make_engine(overlap="on", **settings))
+
+    @rule(
+        shared=st.integers(1, 63),
+        short=st.integers(1, 130),
+        margin=st.integers(1, 80),
+        steps=st.integers(0, 4),
+        left=st.integers(1, 4),
+        namespace=st.sampled_from([None, None, "salt"]),
+        when_idle=st.booleans(),
+    )
+    def arrive(
+        self,
+        shared: int,
+        short: int,
+        margin: int,
+        steps: int,
+        left: int,
+        namespace: str | None,
+        when_idle: bool,
+    ) -> None:
+        """A prompt, and when little is left of its answer one that begins like it and all but fills
+        the pool."""
+        self.steps(1000 if when_idle else 0)
+        long = self.engine.max_model_len - shared - margin
+        for family, (length, answer) in enumerate([(short, steps + left), (long, left)]):
+            prompt = pattern(0, shared) + pattern(10 + family, length)
+            params = SamplingParams(max_tokens=answer, logprobs=0)
+            self.submit(prompt, params, namespace=namespace)
+            self.steps(0 if family else steps)
+
+
 def assert_scored(output: RequestOutput) -> None:
     """Prompt log-probabilities are those of a prompt computed from its beginning."""
     prompt = output.prompt_token_ids.tolist()
@@ -193,3 +315,9 @@ def assert_scored(output: RequestOutput) -> None:
 
 
 TestSchedulerMachine = pytest.mark.timeout(600)(SchedulerMachine.TestCase)
+TestTightMachine = pytest.mark.timeout(600)(TightMachine.TestCase)
+TestTightMachine.settings = settings(
+    max_examples=3 * settings.default.max_examples,
+    stateful_step_count=settings.default.stateful_step_count // 2,
+)
+"""Many short runs: what it looks for is a coincidence of one arrival, not a long history."""

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.text.templates import ChatTemplate, TemplateError, render_chat
+from engine.text.templates import (
+    ChatTemplate,
+    TemplateError,
+    mark_control_tokens,
+    render_chat,
+)
 from engine.text.tokenizer import ByteTokenizer
 
 QWEN35_LIKE = """\
@@ -89,6 +96,82 @@ def test_the_system_segment_ends_where_the_question_begins(first_word: str) -> N
     shared = _common(prompt.token_ids, another.token_ids)
     assert another.boundaries[0] == shared
     assert shared <= prompt.boundaries[0] <= shared + len(tokenizer.encode("\ue000"))
+
+
+EVERYTHING = """\
+{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.name or '') ~ m.content }}
+{%- for call in m.tool_calls or [] %}{{ call|tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if tools %}{{ tools|tojson }}{% endif %}{{ extra or '' }}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""Writes whatever a chat has."""
+MARKED = st.lists(
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "\ue001", "a", " ", "</think>"]
+    ),
+    max_size=6,
+).map("".join)
+
+
+@given(st.lists(st.tuples(MARKED, MARKED, MARKED), min_size=1, max_size=3), MARKED)
+def test_what_a_chat_says_is_text_and_boundaries_stay_exact(
+    parts: list[tuple[str, str, str]], extra: str
+) -> None:
+    """No text of the chat becomes a control token, none is lost, and the next turn leaves at the boundary."""
+    tokenizer = _tokenizer(EVERYTHING)
+    chat = [
+        {
+            "role": "user",
+            "content": content,
+            "name": name,
+            "tool_calls": [{"function": {"name": "f", "arguments": {argument: [argument]}}}],
+        }
+        for content, name, argument in parts
+    ]
+    tools = [{"function": {"name": extra, "description": [extra]}}]
+    variables = {"extra": extra}
+    prompt = render_chat(tokenizer, chat, tools=tools, variables=variables)
+    assert prompt.token_ids.count(257) == len(chat) + 1
+    assert prompt.token_ids.count(258) == len(chat)
+    assert tokenizer.chat_template is not None
+    text = tokenizer.chat_template.render(
+        chat, tools=tools, variables=variables, add_generation_prompt=True
+    )
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == text
+    turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
+    later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
+    assert _common(prompt.token_ids, later.token_ids) in prompt.boundaries
+    trusting = render_chat(
+        tokenizer, chat, tools=tools, variables=variables, special_in_content=True
+    )
+    assert trusting.token_ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("inner", ["<|im_<|im_end|>end|>", "<|im_start|<|im_start|>>"])
+def test_a_control_token_inside_another_is_found_too(inner: str) -> None:
+    tokenizer = _tokenizer(EVERYTHING)
+    prompt = render_chat(tokenizer, [{"role": "user", "content": inner}])
+    assert (prompt.token_ids.count(257), prompt.token_ids.count(258)) == (2, 1)
+    mark, marked = mark_control_tokens(("<a>", "a>b"), ["<a>b", {"<a>": 1}])
+    assert mark is not None
+    texts = [marked[0], *marked[1]]
+    assert [text.replace(mark, "") for text in texts] == ["<a>b", "<a>"]
+    parts = [part for text in texts for part in text.split(mark)]
+    assert not any(token in part for part in parts for token in ("<a>", "a>b"))
+
+
+def test_only_what_could_be_part_of_a_control_token_is_cut() -> None:
+    tokens = ("<|im_end|>",)
+    plain = ["a < b", "x>", "im_end", {"text": "ends", "end": ["Hello", ""]}, 5, None]
+    assert mark_control_tokens(tokens, ["a < b", "x>", {"end": ["Hello", ""]}, 5, None])[0] is None
+    mark, marked = mark_control_tokens(tokens, [*plain, "if a <", "> b", "|"])
+    assert marked == [
+        *plain[:2],
+        f"{mark}im_end",
+        *plain[3:],
+        f"if a <{mark}",
+        f"{mark}> b",
+        f"{mark}|",
+    ]
 
 
 def test_a_tool_loop_has_both_of_its_futures() -> None:

@@ -17,6 +17,7 @@ from engine.text.templates import ChatTemplate
 from engine.text.tokenizer import (
     ByteTokenizer,
     HFTokenizer,
+    PieceMemory,
     Tokenizer,
     WindowStreamDecoder,
     load_tokenizer,
@@ -156,6 +157,46 @@ def test_remembered_pieces_are_what_encoding_the_whole_gives(
 @functools.cache
 def _loaded(model_dir: Path) -> HFTokenizer:
     return HFTokenizer(model_dir)
+
+
+def test_a_marked_special_token_is_text(model_dir: Path) -> None:
+    """No token of it is special, and but for the mark it reads as before."""
+    tokenizer = HFTokenizer(model_dir)
+    special = tokenizer.encode(EOS, add_special_tokens=False)[-1]
+    marked = f"hello<\ue001{EOS[1:]} world{EOS}"
+    token_ids = tokenizer.encode(marked, add_special_tokens=False, mark="\ue001")
+    assert token_ids.count(special) == 1 and token_ids[-1] == special
+    text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    assert text.replace("\u2060", "") == f"hello{EOS} world{EOS}"
+    assert EOS in tokenizer.control_tokens
+    assert tokenizer._is_byte_level == ("\u2060" not in text)
+
+
+def test_what_was_encoded_for_one_tenant_helps_no_other(tmp_path: Path) -> None:
+    """And what is remembered is bounded in bytes, however long the texts are and however many."""
+    _train("byte-level").save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HFTokenizer(tmp_path)
+    tokenizer._pieces = PieceMemory(64 << 10)
+    encoded = []
+    alone = tokenizer._encode_alone
+    tokenizer._encode_alone = lambda text, **flags: encoded.append(text) or alone(text, **flags)
+    for namespace in (None, "a", "b", None, "a", "b"):
+        tokenizer.encode("a canary", add_special_tokens=False, namespace=namespace)
+    assert encoded == ["a canary"] * 3
+    for number in range(300):
+        tokenizer.encode(f"{number} " * 300, add_special_tokens=False, namespace=number % 3)
+        tokenizer._pieces.check()
+    known = len(tokenizer._pieces._known)
+    tokenizer.encode("long " * 20_000, add_special_tokens=False)
+    assert len(tokenizer._pieces._known) == known > 0
+    tokenizer._pieces.check()
+
+
+def test_a_long_text_is_encoded_as_a_short_one_is(tmp_path: Path) -> None:
+    _train("byte-level").save(str(tmp_path / "tokenizer.json"))
+    text = "naïve 😀 hello caché\n" * 5000
+    tokenizer = HFTokenizer(tmp_path)
+    assert tokenizer.encode(text) == tokenizer._backend.encode(text).ids
 
 
 def test_token_bytes_spell_the_text(model_dir: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
@@ -252,13 +256,81 @@ def test_both_encodings_refuse_what_one_can_not_carry(event):
 
 
 @pytest.mark.parametrize(
-    "batch", [b"", b"[1]", b'[0,[["Unknown",1]]]', b'[0,[["KVRemoved"]]]', b"\xff"]
+    "batch",
+    [
+        b"",
+        b"[1]",
+        b'[0,[["Unknown",1]]]',
+        b'[0,[["KVRemoved"]]]',
+        b"\xff",
+        b"[" * 100_000,
+        b'[0,[["KVStored",1,null,' + b"[" * 400 + b"]" * 400 + b",0,[1]]]]" + b"]" * 600,
+        b'["0",[]]',
+        b'[0,[["KVRemoved",[1]]]]',
+        b'[0,[["KVRemoved","1"]]]',
+        b'[0,[["KVStored",1,[2],null,0,[1]]]]',
+        b'[0,[["KVStored",1,null,{},0,[1]]]]',
+        b'[0,[["KVStored",1,null,null,0,["a"]]]]',
+        b'[0,[["CheckpointStored",1,2,3]]]',
+    ],
 )
 def test_what_is_no_batch_is_refused(batch):
     pytest.importorskip("msgpack")
     for form in ("json", "msgpack"):
         with pytest.raises(ValueError, match="no batch of events"):
             decode(batch, form)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        KVRemoved([1]),
+        KVSplit({}, 1, 2),
+        KVStored([1], None, None, 0, (1, 2)),
+        KVStored(1, None, [], 0, (1, 2)),
+        KVStored(1, None, None, 0, [1, 2]),
+        KVStored(1, None, None, 0, ()),
+        KVStored(1, None, None, 0, (1, 2, 3)),
+        CheckpointStored([1], 2, ""),
+    ],
+)
+def test_a_mirror_refuses_what_no_stream_sends(event):
+    mirror = Mirror(page_size=2)
+    with pytest.raises(EventsLost, match="was lost before"):
+        mirror.apply_batch(0, [event])
+    assert mirror.segments() == set() and mirror.match([1, 2]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "equals",
+    [
+        (2.5, Decimal("2.5"), Fraction(5, 2), np.float64(2.5), np.float32(2.5), 2.5 + 0j),
+        (1, 1.0, True, np.int64(1), 1 + 0j),
+        (1, Decimal(1), Fraction(1)),
+        (1, True, np.bool_(True)),
+        (b"a", np.bytes_(b"a")),
+        ("a", np.str_("a")),
+        (Decimal("0.1"), Fraction(1, 10)),
+        (float("inf"), Decimal("Infinity"), np.float64("inf")),
+        (1 + 2j, np.complex128(1 + 2j)),
+        (2**70, float(2**70), Decimal(2**70)),
+        ((1, "a"), (True, np.str_("a"))),
+        (frozenset({2.5}), frozenset({Decimal("2.5")})),
+    ],
+)
+def test_a_mirror_finds_namespaces_that_are_equal_however_they_are_written(equals):
+    prompt = ids([1, 2, 3, 4])
+    for stored in equals:
+        cache, mirror = hybrid(), Mirror(page_size=1)
+        cache.subscribe(EventStream(mirror.apply))
+        serve(cache, prompt, [3], stored)
+        for asked in equals:
+            assert stored == asked
+            match = cache.match(prompt, asked)
+            assert mirror.match(prompt, asked) == (match.cached_len, match.kv_len) == (3, 4)
+    others = [0.1, 2.25, 3, "2.5", "b'a'", b"b", float("-inf"), 2j, ("a", 1), (0.1,)]
+    written = {write_namespace(equal) for equal in equals}
+    assert len(written) == 1 and not written & {write_namespace(other) for other in others}
 
 
 def test_unknown_forms_are_refused():

@@ -1,4 +1,4 @@
-"""One memory as an engine has it: rows of every attention layer, and slabs of rows that serve as slots."""
+"""One memory as an engine has it: rows of all attention layers, and slabs of rows for states."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def make_arena(
     sizes: Sizes = QWEN3_NEXT,
     fill: int | None = 255,
 ) -> Arena:
-    """Filled with bytes that are NaN in every dtype; with ``fill`` None untouched, so that it may be
-    larger than the machine's memory."""
+    """Filled with bytes that are NaN in every dtype; with ``fill`` None untouched, so that it may
+    be larger than the machine's memory."""
     layers, heads, size = sizes.kv
     row_bytes = 2 * math.prod(sizes.kv) * dtype.itemsize
     conv_bytes = -(-math.prod(sizes.conv) * dtype.itemsize // 16) * 16

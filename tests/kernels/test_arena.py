@@ -1,4 +1,4 @@
-"""Kernels and references on views of one memory: the bits of pools of their own, and no byte beside."""
+"""Kernels and references on views of one memory: the bits of other pools, and no byte beside."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_rows_move_whole(backend, order, num_moved, width, dtype, device) -> Non
 
 @BACKENDS
 def test_a_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
-    """Its rows move out, in parts; then a state takes its place: all layers, both kinds, one copy."""
+    """Its rows move out, in parts; then a state takes its place: all layers and kinds, one copy."""
     monkeypatch.setattr(kernels.cache_write.reference, "MOVED_BYTES", 1000)
     arena = make_arena(4, torch.bfloat16, torch.float32, device, SIZES)
     arena.rows.random_(0, 255)
@@ -225,7 +225,7 @@ def test_a_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
 
 @BACKENDS
 def test_offsets_past_32_bits(backend, device) -> None:
-    """The last slabs of an arena of more than 2**31 elements, whose other pages are never touched."""
+    """The last slabs of an arena of more than 2**31 elements; its other pages are never touched."""
     sizes = SIZES._replace(recurrent=(2, 4, 64, 64))
     slab_bytes = make_arena(1, torch.bfloat16, torch.bfloat16, "cpu", sizes).rows.numel()
     num_slabs = 2 * FAR // slab_bytes + 7

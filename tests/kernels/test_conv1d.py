@@ -207,7 +207,7 @@ def test_a_window_that_would_round_its_inputs_is_refused(conv1d, device) -> None
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_a_window_is_overwritten_behind_a_barrier(kind, device, monkeypatch) -> None:
-    """Threads may read it for the output and write it in other shares: all must have read before any writes."""
+    """Threads read it in other shares than they write it: all must have read before any writes."""
     if device != "cpu":
         pytest.skip("listens to the interpreter")
     from triton.runtime.interpreter import InterpreterBuilder

@@ -168,7 +168,7 @@ def test_tables_are_kept_by_device(tmp_path) -> None:
     [("cuda", 80, 4), ("cuda", 90, 4), ("cuda", 100, 2), ("cuda", 120, 2), ("hip", "gfx942", 4)],
 )
 def test_a_recurrence_has_few_warps(backend, arch, expected, monkeypatch) -> None:
-    """Whatever was tuned: more would race, and the results of a race can be right while one tunes."""
+    """Whatever was tuned: more would race, and a race can be won while one tunes."""
     active = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch),

@@ -38,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_trace_stats(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "trace", "stats", SAMPLE)
-    assert code == 0 and "ideal token hit rate 13.69 %" in out and "seen before, %" in out
+    assert code == 0 and "ideal token hit rate 26.57 %" in out and "seen before, %" in out
     _, out, _ = run(capsys, "trace", "stats", SAMPLE, "--json")
     assert json.loads(out)["num_requests"] == 400
 

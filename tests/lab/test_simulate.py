@@ -336,7 +336,10 @@ def test_a_million_requests_need_eighty_megabytes() -> None:
 # -- golden hit counts ----------------------------------------------------------------------------------------------------
 
 GOLDEN_PEERS = ["vllm", "sglang", "lightllm", "marconi"]
-GOLDEN_FILE = Path(__file__).parent / "golden_hits.json"
+GOLDEN_FILES = {
+    "budget": Path(__file__).parent / "golden_hits.json",
+    "arena": Path(__file__).parent / "golden_hits_arena.json",
+}
 GOLDEN_TRACES = {
     "mooncake": (f"{SAMPLES / 'mooncake.jsonl.gz'}?head=250", (20, 60)),
     "coding-agent": (f"{SAMPLES / 'coding_agent.jsonl.gz'}", (4, 12)),
@@ -346,33 +349,40 @@ GOLDEN_TRACES = {
 }
 
 
-def golden_hits(trace: str, policies: list[str], baselines: list[str]) -> dict[str, list[int]]:
-    """Cached tokens of each competitor at each size; regret also with its own placement."""
+def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
+    """Cached tokens of each competitor at each size; regret also with its own placement. Peers manage memory in their own way:
+    they stand beside the ideal budget."""
     spec, gib = GOLDEN_TRACES[trace]
     kept = open_trace(spec).kept()
-    result = simulate(kept, gib=gib, policy=policies, baseline=baselines, bound=False)
-    ours = simulate(kept, gib=gib, policy="regret", checkpoints="regret", bound=False)
+    shared = {"gib": gib, "bound": False, "memory": memory}
+    peers = GOLDEN_PEERS if memory == "budget" else []
+    result = simulate(kept, policy=sorted(EVICTION), baseline=peers, **shared)
+    ours = simulate(kept, policy="regret", checkpoints="regret", **shared)
     return {
-        label: [run.cached_tokens for run in runs]
+        label.removesuffix(" (budget)"): [run.cached_tokens for run in runs]
         for label, runs in result.beside(ours).by_label().items()
     }
 
 
+@pytest.mark.parametrize("memory", list(GOLDEN_FILES))
 @pytest.mark.parametrize("trace", list(GOLDEN_TRACES))
-def test_golden_hit_counts(trace: str) -> None:
+def test_golden_hit_counts(trace: str, memory: str) -> None:
     """Pins policy, trace and size to the token. After a change that is meant, write them anew with
     ``python -m tests.lab.test_simulate``."""
-    golden = json.loads(GOLDEN_FILE.read_text())[trace]
-    assert golden_hits(trace, sorted(EVICTION), GOLDEN_PEERS) == golden
+    golden = json.loads(GOLDEN_FILES[memory].read_text())[trace]
+    assert golden_hits(trace, memory) == golden
 
 
 if __name__ == "__main__":
     # One trace a line, so that a change of one policy reads as such.
-    found = {trace: golden_hits(trace, sorted(EVICTION), GOLDEN_PEERS) for trace in GOLDEN_TRACES}
-    rows = [
-        f" {json.dumps(trace)}: {{\n"
-        + ",\n".join(f"  {json.dumps(label)}: {hits}" for label, hits in by_label.items())
-        + "\n }"
-        for trace, by_label in found.items()
-    ]
-    GOLDEN_FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    for memory, path in GOLDEN_FILES.items():
+        rows = [
+            f" {json.dumps(trace)}: {{\n"
+            + ",\n".join(
+                f"  {json.dumps(label)}: {hits}"
+                for label, hits in golden_hits(trace, memory).items()
+            )
+            + "\n }"
+            for trace in GOLDEN_TRACES
+        ]
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -11,9 +11,11 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
+from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.run.oracle import OracleRunner, OracleSampler
 from hybridcache.build import build_prefix_cache
 from hybridcache.core.residency import Residency
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
@@ -66,10 +68,12 @@ def engine_of(policy: str, runner: Any, sampler: Any, **settings: Any) -> tuple[
 
 
 def run_config(policy: str, engine: Engine) -> RunConfig:
+    memory = engine.runner.memory
+    sizes = {"num_kv_tokens": memory.num_kv_tokens, "num_slots": memory.num_slots}
     return RunConfig(
         engine.runner.geometry,
-        num_kv_tokens=engine.runner.num_kv_tokens,
-        num_slots=engine.runner.num_slots,
+        **({"budget_bytes": memory.total_bytes} if memory.memory == "arena" else sizes),
+        page_size=memory.page_size,
         policy=policy,
         checkpoints=CHECKPOINTS,
         steps=EngineSteps(token_budget=256),
@@ -105,28 +109,46 @@ def same_in_the_simulator(
     assert evictions == by_engine
 
 
-def test_in_turn_with_the_built_in_model(evictions: list[Fact]) -> None:
-    config = EngineConfig(
-        checkpoints=tuple(CHECKPOINTS.split(",")),
-        token_budget=256,
-        kv_gib=1200 * 2048 / 2**30,
-        state_gib=7 * 233472 / 2**30,
-    )
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"kv_gib": 1200 * 2048 / 2**30, "state_gib": 7 * 233472 / 2**30},
+        {"cache_gib": (1200 * 2048 + 7 * 233472) / 2**30},
+    ],
+    ids=["pools", "arena"],
+)
+def test_in_turn_with_the_built_in_model(memory: dict[str, float], evictions: list[Fact]) -> None:
+    config = EngineConfig(checkpoints=tuple(CHECKPOINTS.split(",")), token_budget=256, **memory)
     engine = Engine(config)
     served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
     same_in_the_simulator("lru", engine, served, evictions)
 
 
+def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
+    """Of a small model, whose states weigh as much as the KV of 114 tokens."""
+    geometry = ModelGeometry.from_config(BUILTIN_CONFIG)
+    return OracleRunner(num_rows, None, geometry=geometry, page_size=page_size)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-def test_in_turn_many_requests(policy: str, evictions: list[Fact]) -> None:
-    engine, _ = engine_of(policy, OracleRunner(2000, 9), OracleSampler())
+@pytest.mark.parametrize("memory", ["pools", "arena", "arena, pages of 16"])
+def test_in_turn_many_requests(policy: str, memory: str, evictions: list[Fact]) -> None:
+    page_size = 16 if memory.endswith("16") else 1
+    runner = OracleRunner(2000, 9) if memory == "pools" else arena_runner(3200, page_size)
+    engine, _ = engine_of(policy, runner, OracleSampler(), page_size=page_size)
     served = serve_in_turn(engine, prompts(seed=4, sessions=8, vocab=320))
     same_in_the_simulator(policy, engine, served, evictions)
+    if memory != "pools":
+        assert engine._cache.arena is not None and engine._cache.arena.num_moves > 3
 
 
 @pytest.mark.parametrize("policy", ["lru", "gdsf", "marconi", "regret"])
-def test_concurrent_requests_by_replaying_the_lease_log(policy: str, evictions: list[Fact]) -> None:
-    engine, log = engine_of(policy, OracleRunner(3000, 24), OracleSampler(), max_running=5)
+@pytest.mark.parametrize("memory", ["pools", "arena"])
+def test_concurrent_requests_by_replaying_the_lease_log(
+    policy: str, memory: str, evictions: list[Fact]
+) -> None:
+    runner = OracleRunner(3000, 24) if memory == "pools" else arena_runner(5000)
+    engine, log = engine_of(policy, runner, OracleSampler(), max_running=5)
     histories: dict[int, np.ndarray] = {}
     for turn in range(3):
         for session, said in prompts(seed=turn, sessions=14, vocab=320)[:14]:

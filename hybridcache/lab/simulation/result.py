@@ -71,6 +71,10 @@ class RunResult:
     """By number of earlier requests of the session, bins doubling."""
     control_us: float
     """Microseconds in the cache's own code, mean a request. Not reproducible; all else is."""
+    moved_slabs: int | None = None
+    """Slabs that were emptied for a state; None, here and below, where memory is no arena."""
+    moved_kv_bytes: int | None = None
+    """KV that was copied for that."""
     bound_tokens: int | None = None
     """What an infinite token-granular cache would reuse."""
     optimum_tokens: int | None = None
@@ -121,7 +125,7 @@ class RunResult:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RunResult:
         """The inverse of ``as_record`` after a trip through JSON."""
-        values = {field.name: record[field.name] for field in fields(cls)}
+        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         for name in ("by_length", "by_turn"):
             values[name] = tuple(Bin(**bin_) for bin_ in record[name])
@@ -140,6 +144,7 @@ def summarise(
     ttft = np.asarray(log.ttft_s, dtype=np.float64)
     resumed = int((cached > 0).sum())
     made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
+    moved = counters.get("moved_tokens")
     written, evicted = counters.get("inserted_tokens"), counters.get("evicted_tokens")
     spent = sum(prefill_seconds(serving.times, cached, lengths))
     cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
@@ -168,6 +173,8 @@ def summarise(
         else written * log.unit * geometry.kv_bytes_per_token,
         evicted_kv_tokens=None if evicted is None else evicted * log.unit,
         evicted_checkpoints=counters.get("evicted_slots"),
+        moved_slabs=counters.get("moved_slabs"),
+        moved_kv_bytes=None if moved is None else moved * log.unit * geometry.kv_bytes_per_token,
         by_length=_bins(lengths, lengths, cached, first=256),
         by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,

@@ -124,6 +124,8 @@ def simulate(
     bound: bool = True,
     optimum: OptimumMethod | None = None,
     optimum_limit_s: float = 60.0,
+    memory: str = "arena",
+    kv_share: float | None = None,
     state_dtype: str | None = None,
     page_size: int = 1,
     grid: int = 64,
@@ -139,7 +141,8 @@ def simulate(
     ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words,
     ``module:Class`` or classes. ``checkpoints``: one placement (words with commas, or a class) or a sequence of them. ``times``: a file of measured prefill
     times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
-    ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
+    ``memory``: ``arena``, which KV and states share as in the engine; ``budget``, the ideal, where only bytes count; ``pools``, two, of
+    which KV has ``kv_share``. Peers have their own. ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
     ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces; ``lp`` adds what no plan can
     pass; ``milp`` betters the plan, for some hundred requests), with at most ``optimum_limit_s`` a size. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each with
     one sentence, for what can not be read or done.
@@ -155,7 +158,7 @@ def simulate(
     if isinstance(timing, Roofline):
         said = timing.describe()
     serving = Serving(timing, servers, max_running)
-    common = RunConfig(geometry, page_size=page_size, grid=grid)
+    common = RunConfig(geometry, memory=memory, kv_share=kv_share, page_size=page_size, grid=grid)
     competitors = [
         replace(common, policy=word, checkpoints=placement)
         for word in _words(policy)

@@ -27,6 +27,10 @@ from hybridcache.units import GIB
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
 
 
+MEMORIES = ("arena", "budget", "pools")
+"""Words for ``RunConfig.memory``."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSteps:
     """Take memory in the pieces in which the engine takes it, rather than a prompt or an answer at once.
@@ -49,9 +53,13 @@ class RunConfig:
 
     geometry: ModelGeometry
     budget_bytes: int | None = None
-    """One budget for KV and states; None: two pools, ``num_kv_tokens`` and ``num_slots``."""
+    """For KV and states together, divided as ``memory`` says; None: two pools, ``num_kv_tokens`` and ``num_slots``."""
     num_kv_tokens: int = 0
     num_slots: int = 0
+    memory: str = "arena"
+    """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes alone, the ideal; ``pools``, two,
+    of which KV has ``kv_share``."""
+    kv_share: float | None = None
     policy: str = "lru"
     """Eviction: a word or ``module:Class``."""
     checkpoints: str = DEFAULT_CHECKPOINTS
@@ -68,15 +76,39 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.grid < 1:
             raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+        if self.memory not in MEMORIES:
+            raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
+        if (self.kv_share is not None) != (self.memory == "pools"):
+            raise ValueError(
+                f"memory {self.memory!r} with kv_share {self.kv_share}: a share is of pools"
+            )
+        if self.kv_share is not None and not 0 <= self.kv_share <= 1:
+            raise ValueError(f"kv_share {self.kv_share} must lie in 0..1")
 
     @property
     def label(self) -> str:
         """How tables and figures call it."""
         if self.baseline is not None:
             return f"{self.baseline} (rebuilt)"
-        if self.checkpoints == DEFAULT_CHECKPOINTS:
-            return self.policy
-        return f"{self.policy} @ {self.checkpoints}"
+        name = self.policy
+        if self.checkpoints != DEFAULT_CHECKPOINTS:
+            name = f"{name} @ {self.checkpoints}"
+        if self.budget_bytes is None or self.memory == "arena":
+            return name
+        if self.kv_share is None:
+            return f"{name} ({self.memory})"
+        return f"{name} ({self.memory} {self.kv_share:.0%} KV)"
+
+    @property
+    def pools(self) -> tuple[int, int]:
+        """(KV tokens, slots) of two pools; what is left of a token or slot is lost."""
+        if self.budget_bytes is None:
+            return self.num_kv_tokens, self.num_slots
+        geometry, share = self.geometry, self.kv_share or 0.0
+        num_slots = 0
+        if geometry.num_linear_layers:
+            num_slots = int((1 - share) * self.budget_bytes) // geometry.state_bytes
+        return int(share * self.budget_bytes) // geometry.kv_bytes_per_token, num_slots
 
     def cache_config(self, unit: int) -> CacheConfig:
         """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit. ValueError for a page or a grid
@@ -87,11 +119,14 @@ class RunConfig:
                 raise ValueError(
                     f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part of it"
                 )
+        in_pools = self.budget_bytes is None or self.memory == "pools"
+        num_kv_tokens, num_slots = self.pools if in_pools else (0, 0)
         return CacheConfig(
             prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
-            total_bytes=self.budget_bytes,
-            num_kv_tokens=self.num_kv_tokens // unit,
-            num_slots=self.num_slots,
+            total_bytes=None if in_pools else self.budget_bytes,
+            memory="budget" if in_pools else self.memory,
+            num_kv_tokens=num_kv_tokens // unit,
+            num_slots=num_slots,
             kv_bytes_per_token=geometry.kv_bytes_per_token * unit,
             state_bytes=max(geometry.state_bytes, 1),
             page_size=max(1, self.page_size // unit),
@@ -228,7 +263,11 @@ class LeaseTarget:
         return served
 
     def counters(self) -> dict[str, int]:
-        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
+        arena = self.cache.arena
+        moved = {}
+        if arena is not None:
+            moved = {"moved_slabs": arena.num_moves, "moved_tokens": arena.num_moved_rows}
+        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports} | moved
 
 
 class _LeasedRequest:
@@ -335,6 +374,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "model": geometry.name,
         "state_dtype": geometry.state_dtype,
         "gib": None if config.budget_bytes is None else config.budget_bytes / GIB,
+        "memory": _memory(config),
+        "kv_share": config.kv_share,
         "num_kv_tokens": config.num_kv_tokens or None,
         "num_slots": config.num_slots or None,
         "policy": None if config.baseline else config.policy,
@@ -343,3 +384,10 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "page_size": config.page_size,
         "grid": config.grid,
     }
+
+
+def _memory(config: RunConfig) -> str | None:
+    """How KV and states share memory; None: a peer's own way."""
+    if config.baseline is not None:
+        return None
+    return "pools" if config.budget_bytes is None else config.memory

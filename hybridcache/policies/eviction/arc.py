@@ -51,8 +51,8 @@ class ArcQueues(QueuePolicy):
     def missed(self, item: Item) -> None:
         """A ghost asks for room in the list it came from: as many items' bytes as the other list has ghosts for one of its own."""
         super().missed(item)
-        record: Record = item.memo
-        if record.owner is not self:
+        record: Record | None = item.memo
+        if record is None or record.owner is not self:
             return
         from_recent = record.queue is self.recent
         self._frequent_asked = not from_recent

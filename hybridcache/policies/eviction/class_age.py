@@ -38,7 +38,8 @@ class ClassAge(SampledPolicy):
         self._count(item)
 
     def missed(self, item: Item) -> None:
-        self._reused[item.memo[1]] += 1
+        if item.memo is not None:
+            self._reused[item.memo[1]] += 1
 
     def _count(self, item: Item) -> None:
         """``memo`` holds (uses, class) as last seen."""

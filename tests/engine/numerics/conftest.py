@@ -136,7 +136,7 @@ class Driver:
 
     def reset(self) -> None:
         self.next_row = self.next_slot = self.next_kv = 0
-        self.order = np.arange(self.runner.num_kv_tokens, dtype=np.int32)
+        self.order = np.arange(self.runner.memory.num_kv_tokens, dtype=np.int32)
         if self.scatter_seed is not None:
             np.random.default_rng(self.scatter_seed).shuffle(self.order)
 
@@ -144,12 +144,12 @@ class Driver:
         if self.runner.states is None:
             return None
         self.next_slot += 1
-        assert self.next_slot <= self.runner.num_slots
+        assert self.next_slot <= self.runner.memory.num_slots
         return self.next_slot - 1
 
     def kv(self, count: int) -> npt.NDArray[np.int32]:
         self.next_kv += count
-        assert self.next_kv <= self.runner.num_kv_tokens
+        assert self.next_kv <= self.runner.memory.num_kv_tokens
         return self.order[self.next_kv - count : self.next_kv]
 
     def begin(

@@ -16,10 +16,9 @@ from engine.run.backends import Kernels
 from engine.run.device import TRAITS, Device
 from engine.run.memory import (
     ACCELERATOR_SHARE,
-    KVPool,
+    Memory,
     MemoryPlan,
     RequestTable,
-    StatePool,
     default_cache_bytes,
     kv_row_bytes,
     state_slot_bytes,
@@ -32,41 +31,125 @@ from hybridcache.units import GIB
 MODEL = ModelConfig.from_dict(BUILTIN_CONFIG)
 ATTENTION_ONLY = ModelConfig.from_dict({**BUILTIN_CONFIG, "model_type": "qwen3"})
 CPU = Device.resolve("cpu")
-NO_STEP = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
+NO_BUDGET = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
 
 
 def fit(model, **budget):
-    return MemoryPlan.fit(model, torch.bfloat16, CPU, **{**NO_STEP, **budget})
+    return MemoryPlan.fit(model, torch.bfloat16, CPU, **{**NO_BUDGET, **budget})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pools_are_as_large_as_the_geometry_says(dtype):
-    word = str(dtype).removeprefix("torch.")
-    geometry = ModelGeometry.from_config(BUILTIN_CONFIG, kv_dtype=word, conv_dtype=word)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+STATE_DTYPES = pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+SIXTY_FOUR = pytest.mark.parametrize("page_size", [1, 64])
+
+
+@DTYPES
+@STATE_DTYPES
+def test_rows_and_slots_weigh_what_the_geometry_says(dtype, state_dtype):
+    words = (str(one).removeprefix("torch.") for one in (dtype, dtype, state_dtype))
+    dtypes = dict(zip(("kv_dtype", "conv_dtype", "state_dtype"), words, strict=True))
+    geometry = ModelGeometry.from_config(BUILTIN_CONFIG, **dtypes)
     assert kv_row_bytes(MODEL, dtype) == geometry.kv_bytes_per_token
-    assert state_slot_bytes(MODEL, dtype) == geometry.state_bytes
-    kv = KVPool(MODEL, 300, dtype, CPU)
-    states = StatePool(MODEL, 4, dtype, CPU)
-    padded_kv = sum(tensor.nbytes for tensor in (kv.key, kv.value))
-    assert padded_kv == 301 * geometry.kv_bytes_per_token
-    assert sum(tensor.nbytes for tensor in states.tensors) == 5 * geometry.state_bytes
-    assert kv.padding_row == 300 and states.padding_slot == 4
-    assert all(not tensor.any() for tensor in (kv.key, kv.value, *states.tensors))
+    assert state_slot_bytes(MODEL, dtype, state_dtype) == geometry.state_bytes
 
 
-def test_one_budget_is_halved_and_an_attention_only_model_takes_it_whole():
+@DTYPES
+@STATE_DTYPES
+def test_pools_are_as_large_as_was_asked_and_padding_has_a_row_and_a_slot(dtype, state_dtype):
+    row, state = kv_row_bytes(MODEL, dtype), state_slot_bytes(MODEL, dtype, state_dtype)
+    plan = MemoryPlan("pools", 300, 4, row, state)
+    memory = Memory.allocate(plan, MODEL, dtype, state_dtype, CPU)
+    assert memory.kv.key.nbytes + memory.kv.value.nbytes == 301 * row
+    assert sum(tensor.nbytes for tensor in memory.states.tensors) == 5 * state
+    assert (memory.kv.padding_row, memory.states.padding_slot) == (300, 4)
+    assert memory.rows is None and plan.total_bytes == 300 * row + 4 * state
+    assert not any(one.any() for one in (memory.kv.key, memory.kv.value, *memory.states.tensors))
+
+
+@DTYPES
+@STATE_DTYPES
+@SIXTY_FOUR
+def test_every_byte_of_an_arena_belongs_to_one_row_and_to_one_slot(dtype, state_dtype, page_size):
+    """Written through one view at a time, found in the bytes: rows, slots and what padding has."""
+    budget = {"cache_bytes": 6 * 2**20, "page_size": page_size, "state_dtype": state_dtype}
+    plan = MemoryPlan.fit(MODEL, dtype, CPU, **{**NO_BUDGET, **budget})
+    memory = Memory.allocate(plan, MODEL, dtype, state_dtype, CPU)
+    kv, states, rows, slab = memory.kv, memory.states, memory.rows, plan.slab_rows
+    assert slab % page_size == 0 and plan.num_slots == plan.num_kv_tokens // slab
+    state = state_slot_bytes(MODEL, dtype, state_dtype)
+    for row in (0, 1, slab, plan.num_kv_tokens - 1, kv.padding_row):
+        for views in (kv.key, kv.value):
+            views[:, row] = float("nan")
+        touched = rows.any(dim=1).nonzero().flatten().tolist()
+        assert touched == [row]
+        # A NaN is not zero in every second byte at least; each layer has its own place in the row.
+        written = (rows[row].view(dtype).float().isnan()).sum()
+        assert written * dtype.itemsize == kv_row_bytes(MODEL, dtype)
+        rows.zero_()
+    for slot in (0, 1, plan.num_slots - 1, states.padding_slot):
+        first = slot * slab
+        states.conv[:, slot] = float("nan")
+        num_conv = rows.view(dtype).float().isnan().sum() * dtype.itemsize
+        states.recurrent[:, slot] = float("nan")
+        touched = rows.any(dim=1).nonzero().flatten()
+        assert (first, first + slab) == (touched[0], touched[0] + slab)
+        assert touched[-1] == first + -(-state // plan.row_bytes) - 1
+        num_recurrent = states.recurrent[:, slot].nbytes
+        assert num_conv == states.conv[:, slot].nbytes and num_conv + num_recurrent == state
+        assert len(set(states.conv[:, slot].isnan().flatten().tolist())) == 1
+        assert states.whole[0][0, slot].equal(
+            rows.view(-1, plan.row_bytes)[first:].flatten()[:state]
+        )
+        rows.zero_()
+    assert kv.padding_row >= plan.num_kv_tokens and kv.padding_row // slab > states.padding_slot
+    assert states.padding_slot * slab >= plan.num_kv_tokens
+
+
+def test_an_arena_of_an_attention_only_model_is_rows_only():
+    plan = fit(ATTENTION_ONLY, cache_bytes=GIB // 64)
+    assert (plan.memory, plan.num_slots, plan.slab_rows) == ("arena", 0, 0)
+    memory = Memory.allocate(plan, ATTENTION_ONLY, torch.bfloat16, torch.float32, CPU)
+    assert memory.states is None and memory.kv.padding_row == plan.num_kv_tokens
+    assert memory.rows.shape == (plan.num_kv_tokens + 1, plan.row_bytes)
+
+
+def test_one_budget_is_one_arena():
     plan = fit(MODEL, cache_bytes=GIB)
-    assert plan.kv_bytes == plan.state_bytes == GIB // 2
-    assert plan.num_kv_tokens == GIB // 2 // kv_row_bytes(MODEL, torch.bfloat16)
-    assert plan.num_slots == GIB // 2 // state_slot_bytes(MODEL, torch.bfloat16)
+    row, state = plan.row_bytes, plan.state_bytes
+    assert plan.memory == "arena" and plan.num_kv_tokens == GIB // row
+    assert plan.slab_rows == -(-state // row) and plan.num_slots == GIB // row // plan.slab_rows
+    assert plan.max_request_len == plan.num_kv_tokens - 3 * plan.slab_rows
     whole = fit(ATTENTION_ONLY, cache_bytes=GIB)
-    assert (whole.kv_bytes, whole.state_bytes, whole.num_slots) == (GIB, 0, 0)
+    assert whole.max_request_len == whole.num_kv_tokens == GIB // whole.row_bytes
 
 
-def test_budgets_of_their_own():
+def test_budgets_of_their_own_are_two_pools():
     plan = fit(MODEL, kv_bytes=GIB // 4, state_bytes=GIB // 8)
-    assert (plan.kv_bytes, plan.state_bytes) == (GIB // 4, GIB // 8)
+    row, state = plan.row_bytes, plan.state_bytes
+    assert (plan.memory, plan.slab_rows, plan.slot_bytes) == ("pools", 0, state)
+    assert (plan.num_kv_tokens, plan.num_slots) == (GIB // 4 // row, GIB // 8 // state)
     assert fit(MODEL, kv_bytes=GIB // 4).num_slots > 0
+    assert fit(MODEL, state_bytes=GIB // 4).num_kv_tokens > 0
+    assert fit(ATTENTION_ONLY, kv_bytes=GIB // 4).memory == "pools"
+
+
+@pytest.mark.parametrize(
+    ("config", "budget", "sentence"),
+    [
+        (
+            MODEL,
+            {"cache_bytes": 5 * 10**5},
+            "0.000466 GiB hold 488 tokens .* 256 tokens and 3 states, ",
+        ),
+        (ATTENTION_ONLY, {"cache_bytes": 10**5}, "hold 24 tokens .* 256 tokens, .*, are needed"),
+        (MODEL, {"kv_bytes": 10**5}, "for KV hold .* at least 256 tokens, "),
+        (MODEL, {"kv_bytes": GIB, "state_bytes": 10**5}, "for states hold 0 .* at least 2, "),
+    ],
+)
+def test_too_little_memory_is_refused_in_one_sentence(config, budget, sentence):
+    with pytest.raises(ModelError, match=sentence) as refused:
+        fit(config, **budget)
+    assert str(refused.value).count(". ") == 0 and str(refused.value).endswith("are needed.")
 
 
 def test_rows_are_whole_pages():
@@ -152,12 +235,3 @@ def test_memory_kept_for_graphs_is_no_memory_for_pools(monkeypatch):
 def test_more_layers_than_any_model_has_are_refused_at_once():
     with pytest.raises(ModelError, match="num_hidden_layers can not be 1000000000"):
         ModelConfig.from_dict({**BUILTIN_CONFIG, "num_hidden_layers": 10**9})
-
-
-def test_sixteen_bit_states_are_sized_as_the_geometry_says():
-    geometry = ModelGeometry.from_config(BUILTIN_CONFIG, state_dtype="bfloat16")
-    assert state_slot_bytes(MODEL, torch.bfloat16, torch.bfloat16) == geometry.state_bytes
-    states = StatePool(MODEL, 4, torch.bfloat16, CPU, torch.bfloat16)
-    assert sum(tensor.nbytes for tensor in states.tensors) == 5 * geometry.state_bytes
-    halved = fit(MODEL, state_bytes=GIB, kv_bytes=GIB, state_dtype=torch.bfloat16)
-    assert halved.num_slots == GIB // geometry.state_bytes

@@ -1,4 +1,4 @@
-"""What prefill and decode attention launch at the head sizes that models use, in an arena's rows of twelve layers."""
+"""What attention launches at the head sizes that models use, in an arena's rows of 12 layers."""
 
 import torch
 

@@ -13,7 +13,7 @@ def _chunk(state_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.
     packed = Packed.from_lengths([96, 64])
     gate, beta = gates(*_gate_inputs(160))
     chunk_gdn(
-        *_tokens(160, dtype),
+        *_tokens(160),
         gate,
         beta,
         states=_states(state_dtype)[5],
@@ -47,10 +47,8 @@ def _states(dtype: torch.dtype) -> torch.Tensor:
     return make_arena(4, torch.bfloat16, dtype, fill=None).recurrent
 
 
-def _tokens(
-    count: int, dtype: torch.dtype = torch.bfloat16
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=dtype)
+def _tokens(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mixed = torch.empty(count, 2 * H * K + HV * V, dtype=torch.bfloat16)
     query, key, value = mixed.split([H * K, H * K, HV * V], dim=1)
     return query.unflatten(1, (H, K)), key.unflatten(1, (H, K)), value.unflatten(1, (HV, V))
 
@@ -65,5 +63,4 @@ LAUNCHES = {
     "decode": _decode,
     "verify": _verify,
     "bfloat16_states": _bfloat16_states,
-    "float32": lambda: _chunk(dtype=torch.float32),
 }

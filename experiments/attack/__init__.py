@@ -1,0 +1,1 @@
+"""The attack on the promises: what is tried against cache, engine, server and files, by models and clients of its own."""

@@ -1,0 +1,302 @@
+"""The arena: rows and slots in the same bytes; what moves, and whether everything that was written
+can still be read."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from hybridcache.allocators.arena import ArenaAllocator, slab_rows
+from hybridcache.allocators.moves import Move, PendingMoves
+
+ROW_BYTES = 3
+
+
+class Hand:
+    """Holds rows, and says so."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.tag = None
+
+    def rows_moved(self, move):
+        return len(move.rename(self.rows))
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    """Rows and slots against a memory of one number a row, which changes once a step as the
+    docstring of the arena says: moves in their order, copies of states, then what the step
+    writes."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]),
+        state_bytes=st.integers(1, 60),
+        total_bytes=st.integers(3 * 4, 700),
+    )
+    def make(self, page_size, state_bytes, total_bytes):
+        self.arena = arena = ArenaAllocator(total_bytes, ROW_BYTES, state_bytes, page_size)
+        assert arena.slab_rows == slab_rows(state_bytes, ROW_BYTES, page_size)
+        assert arena.num_slabs == arena.capacity // arena.slab_rows
+        self.memory = np.full(arena.capacity, -1, np.int64)
+        self.moves = PendingMoves()
+        arena.holders[self.moves] = None
+        self.hands: list[Hand] = []
+        self.states: dict[int, int | None] = {}
+        """Tag of each slot; None: not written yet."""
+        self.copies: dict[int, int] = {}
+        """Own slot of a request that resumes to the checkpoint that it must copy, which it
+        locks."""
+        self.num_tags = 0
+
+    def tag(self):
+        self.num_tags += 1
+        return self.num_tags
+
+    @property
+    def free_rows(self):
+        taken = sum(len(hand.rows) for hand in self.hands)
+        return self.arena.capacity - taken - len(self.states) * self.arena.slab_rows
+
+    @rule(num_tokens=st.integers(0, 90))
+    def allocate_rows(self, num_tokens):
+        page_size = self.arena.page_size
+        whole = -(-num_tokens // page_size) * page_size
+        fits = whole <= self.free_rows
+        rows = self.arena.pages.allocate(num_tokens)
+        assert (rows is not None) == fits
+        if rows is not None:
+            assert rows.dtype == np.int32 and len(rows) == whole
+            steps = rows.reshape(-1, page_size) - rows[::page_size, None]
+            assert (steps == np.arange(page_size)).all() and not (
+                rows[::page_size] % page_size
+            ).any()
+            hand = Hand(rows)
+            self.hands.append(hand)
+            self.arena.holders[hand] = None
+
+    @rule(checkpoint=st.integers(0, 9))
+    def allocate_slot(self, checkpoint):
+        fits = self.free_rows >= self.arena.slab_rows
+        before = self.arena.num_moves
+        slot = self.arena.slots.allocate()
+        assert (slot is not None) == fits
+        assert self.arena.num_moves - before <= 1
+        if slot is not None:
+            assert slot not in self.states
+            written = [s for s, tag in self.states.items() if tag is not None]
+            self.states[slot] = None
+            if checkpoint < len(written):
+                self.copies[slot] = written[checkpoint]
+
+    @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 60))
+    def much(self, seed, num_operations):
+        """What a short list of drawn operations seldom does: fill the memory, and go on."""
+        rng = random.Random(seed)
+        for _ in range(num_operations):
+            dice, which = rng.random(), rng.randrange(1000)
+            if dice < 0.35:
+                self.allocate_rows(rng.choice((1, 3, 10, 40)))
+            elif dice < 0.6:
+                self.free_part_of_one(which, rng.randrange(20))
+            elif dice < 0.8:
+                self.allocate_slot(rng.randrange(4))
+            elif dice < 0.95:
+                self.free_slot(which)
+            else:
+                self.step()
+            self.nothing_is_lost()
+
+    @rule(which=st.integers(0, 99), num_kept=st.integers(0, 20))
+    def free_part_of_one(self, which, num_kept):
+        if not self.hands:
+            return
+        hand = self.hands[which % len(self.hands)]
+        kept = min(num_kept * self.arena.page_size, len(hand.rows))
+        self.arena.pages.free(hand.rows[kept:])
+        hand.rows = hand.rows[:kept].copy()
+        if kept:
+            return
+        self.hands.remove(hand)
+        del self.arena.holders[hand]
+
+    @rule(which=st.integers(0, 99))
+    def free_slot(self, which):
+        unlocked = sorted(set(self.states) - set(self.copies.values()))
+        if not unlocked:
+            return
+        slot = unlocked[which % len(unlocked)]
+        del self.states[slot]
+        self.copies.pop(slot, None)
+        self.arena.slots.free(slot)
+
+    @rule()
+    def step(self):
+        """What the tensors do between two rounds."""
+        memory, size = self.memory, self.arena.slab_rows
+        for move in self.moves.take():
+            assert not set(move.src) & set(move.dst)
+            assert len(set(move.dst)) == len(move.dst) == len(move.src)
+            assert set((move.src // size).tolist()) <= {move.slab}
+            memory[move.dst] = memory[move.src]
+        for own, checkpoint in self.copies.items():
+            memory[own * size : (own + 1) * size] = memory[
+                checkpoint * size : (checkpoint + 1) * size
+            ]
+            self.states[own] = self.states[checkpoint]
+        self.copies.clear()
+        for hand in self.hands:
+            if hand.tag is None:
+                hand.tag = self.tag()
+                memory[hand.rows] = hand.tag * 1000 + np.arange(len(hand.rows))
+        for slot, tag in self.states.items():
+            if tag is None:
+                self.states[slot] = self.tag()
+                memory[slot * size : (slot + 1) * size] = self.states[slot]
+        for hand in self.hands:
+            expected = hand.tag * 1000 + np.arange(len(hand.rows))
+            assert (memory[hand.rows] == expected).all(), "a row was moved wrongly, or written over"
+        for slot, tag in self.states.items():
+            assert (memory[slot * size : (slot + 1) * size] == tag).all(), (
+                "a state was written over"
+            )
+
+    @rule()
+    def give_back_and_reserve_the_same(self):
+        arena, slots = self.arena, list(self.states)
+        for hand in self.hands:
+            arena.pages.free(hand.rows)
+        for slot in slots:
+            arena.slots.free(slot)
+        assert arena.num_unused == arena.capacity
+        arena.pages.reserve(np.concatenate([np.empty(0, np.int32), *(h.rows for h in self.hands)]))
+        arena.slots.reserve(slots)
+
+    @invariant()
+    def nothing_is_lost(self):
+        if not hasattr(self, "arena"):
+            return
+        arena = self.arena
+        arena.check()
+        arena.pages.check()
+        arena.slots.check()
+        held = np.concatenate([np.empty(0, np.int32), *(hand.rows for hand in self.hands)])
+        arena.check_taken(held)
+        under = [np.arange(s * arena.slab_rows, (s + 1) * arena.slab_rows) for s in self.states]
+        everything = np.sort(np.concatenate([held, arena.pages.free_rows(), *under]))
+        assert everything.tolist() == list(range(arena.capacity))
+        assert arena.num_unused == arena.pages.num_free == self.free_rows
+        assert arena.pages.num_taken == len(held)
+        assert arena.slots.num_taken == len(self.states)
+        assert arena.slots.num_free == self.free_rows // arena.slab_rows
+        assert set(arena.slots.free_slots()).isdisjoint(self.states)
+
+
+TestArena = ArenaMachine.TestCase
+
+
+def rows_in(arena, num_rows):
+    """A hand with ``num_rows`` rows, registered."""
+    hand = Hand(arena.pages.allocate(num_rows))
+    arena.holders[hand] = None
+    return hand
+
+
+def test_the_emptiest_slab_moves_into_the_fullest():
+    arena = ArenaAllocator(40, 1, 10)
+    slabs = [rows_in(arena, 10) for _ in range(4)]
+    for hand, kept in zip(slabs, (3, 9, 8, 5), strict=True):
+        arena.pages.free(hand.rows[kept:])
+        hand.rows = hand.rows[:kept].copy()
+    emptied, fullest, next_full = (int(hand.rows[0]) // 10 for hand in slabs[:3])
+    moves = PendingMoves()
+    arena.holders[moves] = None
+    assert arena.slots.allocate() == emptied
+    (move,) = moves.take()
+    assert move.slab == emptied and len(move.src) == 3
+    assert (move.dst // 10).tolist() == [fullest, next_full, next_full]
+    assert arena.num_moves == 1 and arena.num_moved_rows == 3
+    assert moves.take() == () and len(moves) == 0
+    arena.check()
+
+
+def test_a_slab_without_living_rows_is_free_without_a_move():
+    arena = ArenaAllocator(30, 1, 10)
+    hands = [rows_in(arena, 10) for _ in range(3)]
+    gone = hands.pop(1)
+    arena.pages.free(gone.rows)
+    assert arena.slots.allocate() == gone.rows[0] // 10
+    assert arena.num_moves == 0
+
+
+def test_rows_in_nobodys_hands_can_not_move():
+    arena = ArenaAllocator(20, 1, 10)
+    rows = arena.pages.allocate(10)
+    others = rows_in(arena, 10)
+    arena.pages.free(rows[:5])
+    arena.pages.free(others.rows[:5])
+    others.rows = others.rows[5:].copy()
+    with pytest.raises(RuntimeError, match="holders claim"):
+        arena.slots.allocate()
+
+
+def test_rows_after_the_last_slab_hold_kv_only():
+    arena = ArenaAllocator(29, 1, 10)
+    assert (arena.num_slabs, arena.capacity) == (2, 29)
+    slots = [arena.slots.allocate(), arena.slots.allocate()]
+    assert sorted(slots) == [0, 1] and arena.slots.allocate() is None
+    assert sorted(arena.pages.allocate(9)) == list(range(20, 29))
+    assert arena.pages.allocate(1) is None
+    arena.check()
+
+
+def test_without_states_all_is_kv():
+    arena = ArenaAllocator(25, 1, 0, page_size=4)
+    assert (arena.capacity, arena.num_slabs) == (24, 0)
+    assert arena.slots.allocate() is None and arena.slots.num_free == 0
+    assert len(arena.pages.allocate(24)) == 24
+    arena.check()
+
+
+def test_rename_leaves_other_rows():
+    new_rows = np.array([4, 11, 6, 12], np.int32)
+    move = Move(1, np.array([5, 7], np.int32), np.array([11, 12], np.int32), new_rows)
+    rows = np.array([7, 3, 8, 5, 0, 4], np.int32)
+    assert move.rename(rows).tolist() == [0, 3, 5]
+    assert rows.tolist() == [12, 3, 8, 11, 0, 4]
+
+
+def test_a_bad_call_is_refused_before_anything_changes():
+    for bad in ((100, 0, 5, 1), (100, 1, -1, 1), (100, 1, 5, 0)):
+        with pytest.raises(ValueError, match="at least a byte"):
+            ArenaAllocator(*bad)
+    with pytest.raises(ValueError, match="hold no page"):
+        ArenaAllocator(7, 2, 5, 4)
+    arena = ArenaAllocator(20, 1, 10)
+    rows, slot = arena.pages.allocate(5), arena.slots.allocate()
+    with pytest.raises(ValueError, match="not taken"):
+        arena.slots.free(1 - slot)
+    with pytest.raises(TypeError):
+        arena.slots.free(None)
+    with pytest.raises(ValueError, match="6 rows given back, 5 are in hands"):
+        arena.pages.free(np.arange(6, dtype=np.int32))
+    for taken in (rows, np.arange(10, dtype=np.int32) + 10 * slot, np.array([25, 26], np.int32)):
+        with pytest.raises(ValueError, match="not free"):
+            arena.pages.reserve(taken[:3])
+    for taken in ([slot], [1 - slot], [2], [-1]):
+        with pytest.raises(ValueError, match="not free"):
+            arena.slots.reserve(taken)
+    assert (arena.pages.num_taken, arena.slots.num_taken, arena.num_unused) == (5, 1, 5)
+    arena.check()
+
+
+def test_a_double_free_is_found_by_check():
+    arena = ArenaAllocator(20, 1, 10)
+    rows = arena.pages.allocate(4)
+    arena.pages.free(rows[:2])
+    arena.pages._stack[arena.pages._height - 1] = arena.pages._stack[arena.pages._height - 2]
+    with pytest.raises(AssertionError, match="twice"):
+        arena.check()

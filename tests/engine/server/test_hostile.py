@@ -1,0 +1,273 @@
+"""What one client sends must not stop the others: limits, one error for a million wrong entries, no quoting of megabytes.
+
+Costs are counted, not timed: how many errors are made, what is sent back, which thread does the work. Times are in
+``python -m experiments.hostile``.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from engine.server.body import LONG, BodyReader, Workers, _num_marks, to_json
+from engine.server.config import ServerConfig
+from engine.server.errors import APIError
+from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
+
+from .conftest import Live
+from .test_bad_input import check_error
+
+CHAT = [{"role": "user", "content": "hi"}]
+SMALL = ServerConfig(
+    max_values=2000,
+    max_names=2000,
+    max_prompt_ids=100,
+    max_detokenize_ids=100,
+    max_messages=10,
+    max_parts=10,
+    max_stops=4,
+    max_stop_chars=16,
+)
+PART = {"type": "text", "text": "x"}
+TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"prompt": [1] * 3000}, "has 2999 commas .* raise --max-values"),
+    ("/v1/completions", {"prompt": [[]] * 2000}, "has 2003 colons .* raise --max-names"),
+    ("/v1/completions", {"prompt": [1] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
+    ("/v1/completions", {"prompt": [[1] * 51] * 2}, "'prompt' has 102 .* raise --max-prompt-ids"),
+    ("/v1/completions", {"prompt": ["x"] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
+    ("/v1/completions", {"prompt": "x", "stop": ["y"] * 5}, "'stop' has 5 .* raise --max-stops"),
+    ("/v1/completions", {"prompt": "x", "stop": "y" * 17}, "'stop' has 17 .* --max-stop-chars"),
+    ("/v1/completions", {"prompt": "x", "stop": ["y" * 17]}, "'stop' has 17 .* --max-stop-chars"),
+    ("/v1/completions", {"prompt": "x", "stop_token_ids": [1] * 5}, "'stop_token_ids' has 5"),
+    ("/v1/chat/completions", {"messages": [1] * 11}, "'messages' has 11 .* raise --max-messages"),
+    ("/tokenize", {"messages": CHAT * 11}, "'messages' has 11 .* raise --max-messages"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [PART] * 6}] * 2},
+        "'messages' has 12 text parts, more than 10: send fewer, or raise --max-parts",
+    ),
+    ("/detokenize", {"tokens": [1] * 101}, "'tokens' has 101 .* raise --max-detokenize-ids"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "message"), TOO_MANY, ids=[m for *_, m in TOO_MANY])
+def test_each_limit_is_one_sentence_that_names_its_flag(
+    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], message: str
+) -> None:
+    live = serve_oracle(SMALL)
+    error = check_error(live.post(path, body), 400, "")
+    first, *rest = message.split(" .* ")
+    assert first in error["message"] and all(part in error["message"] for part in rest)
+    live.check_conserved()
+
+
+def test_what_is_at_the_limit_is_served(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(SMALL)
+    for path, body in (
+        ("/v1/completions", {"prompt": [1] * 100, "stop": ["y" * 16] * 4}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [PART]}] * 10}),
+        ("/detokenize", {"tokens": [65] * 100}),
+    ):
+        assert live.post(path, body).status_code == 200, path
+
+
+WRONG_EVERYWHERE: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (ChatRequest, {"messages": [1] * 4096}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [1] * 4096}]}),
+    (ChatRequest, {"messages": [{"role": "user", "tool_calls": [1] * 10_000}]}),
+    (ChatRequest, {"messages": CHAT, "tools": [1] * 10_000}),
+    (CompletionRequest, {"prompt": "x", "stop": [1] * 64}),
+    (CompletionRequest, {"prompt": "x", "stop_token_ids": ["x"] * 64}),
+    (CompletionRequest, {"prompt": "x"} | {f"name{n}": 1 for n in range(10_000)}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{f"n{n}": 1 for n in range(9999)}]}]}),
+    (DetokenizeRequest, {"tokens": ["x"] * 10_000}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), WRONG_EVERYWHERE)
+def test_ten_thousand_wrong_entries_are_a_few_errors(
+    kind: type[BaseModel], body: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as failure:
+        kind.model_validate(body)
+    assert failure.value.error_count() <= 3
+
+
+def test_refusing_a_million_entries_takes_little_memory() -> None:
+    reader = BodyReader(ServerConfig(), Workers())
+    raw = b'{"messages": [' + b",".join([b"1"] * 1_000_000) + b"]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(APIError, match="raise --max-values"):
+            reader._parse(raw, True, ChatRequest)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(raw)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "x" * 2**20, "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "x", "model": "m" * 2**20}),
+        ("/v1/completions", {"prompt": "x", "n" * 2**20: 1}),
+        ("/v1/completions", {"prompt": "x", "n": "9" * 2**20}),
+        ("/v1/completions", {"prompt": "x", "stream_options": {"s" * 2**20: 1}}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "t" * 2**20}]}]},
+        ),
+    ],
+    ids=["role", "model", "name", "value", "inner name", "part"],
+)
+def test_no_answer_quotes_a_megabyte(live: Live, path: str, body: dict[str, Any]) -> None:
+    answer = live.post(path, body)
+    assert answer.status_code in (400, 404) and len(answer.content) < 1000
+
+
+def test_texts_may_hold_any_number_of_commas(serve_oracle: Callable[..., Live]) -> None:
+    """The count of JSON values does not take what is in a text for one."""
+    live = serve_oracle(SMALL)
+    body = {"prompt": ',:[{\\"' * 2000}
+    assert live.post("/tokenize", body).status_code == 200
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('a,:[{"\\é'), max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=20,
+)
+
+
+def _num_made(value: Any) -> tuple[int, int]:
+    """(commas, colons and opening brackets) of ``value`` as JSON, its texts apart."""
+    if not isinstance(value, dict | list):
+        return 0, 0
+    inner = [_num_made(entry) for entry in (value.values() if isinstance(value, dict) else value)]
+    names = 1 + (len(value) if isinstance(value, dict) else 0)
+    return (
+        max(len(value) - 1, 0) + sum(commas for commas, _ in inner),
+        names + sum(others for _, others in inner),
+    )
+
+
+@given(values, st.booleans())
+def test_values_are_counted_without_parsing(value: Any, ascii_only: bool) -> None:
+    raw = json.dumps(value, ensure_ascii=ascii_only).encode()
+    assert (_num_marks(raw, b",", -1), _num_marks(raw, b":[{", -1)) == _num_made(value)
+
+
+@given(values)
+def test_json_in_pieces_is_json(value: Any) -> None:
+    assert to_json(value).decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    many = [value] * 1025 + [{"a": list(range(3000))}]
+    assert json.loads(to_json(many)) == many
+
+
+class _Names:
+    """A tokenizer that notes in which thread it worked."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.threads: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.threads.add(threading.current_thread().name.split("_")[0])
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x" * 2 * LONG}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * LONG}),
+        ("/tokenize", {"messages": [{"role": "user", "content": ""}] * LONG}),
+        ("/detokenize", {"tokens": [65] * 2 * LONG}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_long_is_not_done_on_the_event_loop(
+    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any]
+) -> None:
+    live = serve_oracle()
+    tokenizer = live.engine.tokenizer = _Names(live.engine.tokenizer)
+    live.post(path, body)
+    tokenizer.threads.discard("engine")
+    # The event loop may ask for a field (the vocabulary's size), so where encoding ran is what counts.
+    assert "server" in tokenizer.threads
+
+
+def test_an_echoed_prompt_is_written_off_the_event_loop(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(num_kv_tokens=16_384)
+    live.engine.runner.max_model_len = 16_384
+    prompt = "echo " * 700
+    for n in (1, 3):
+        body = {"prompt": prompt, "echo": True, "max_tokens": 1, "logprobs": 0, "n": n}
+        answer = live.post("/v1/completions", body).json()
+        assert all(choice["text"].startswith(prompt) for choice in answer["choices"])
+
+
+def _nested(depth: int) -> Any:
+    return json.loads("[" * depth + "]" * depth)
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_deep_tool_arguments_are_the_clients_fault(live: Live, depth: int) -> None:
+    call = {"function": {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}}
+    chat = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 1})
+    assert answer.status_code in (200, 400), answer.text
+
+
+@pytest.mark.parametrize("depth", [200, 600, 900])
+def test_whatever_is_nested_deep_is_served_or_refused(live: Live, depth: int) -> None:
+    deep = _nested(depth)
+    call = {"function": {"name": "f", "arguments": {"a": deep}}}
+    for body in (
+        {"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"messages": CHAT, "tools": [{"type": "function", "function": {"name": deep}}]},
+        {"messages": [{**CHAT[0], "extra": deep}]},
+        {"messages": CHAT, "chat_template_kwargs": {"deep": deep}},
+        {"messages": CHAT, "response_format": {"type": deep}},
+    ):
+        answer = live.post("/v1/chat/completions", body | {"max_tokens": 1})
+        assert answer.status_code in (200, 400), answer.text
+
+
+def test_a_body_that_never_ends_is_given_up(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(ServerConfig(body_timeout_s=0.1))
+    with live.connect() as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b'Content-Length: 100\r\n\r\n{"prompt": '
+        )
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
+    description = httpx.get(live.url + "/openapi.json", timeout=60).json()
+    body = description["paths"]["/v1/completions"]["post"]["requestBody"]
+    assert "prompt" in body["content"]["application/json"]["schema"]["properties"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_messages": 0}, "--max-messages 0 must be 1 or more"),
+        ({"max_stops": 65}, "--max-stops 65 is more than the 64"),
+        ({"body_timeout_s": 0}, "--body-timeout-s 0 must be finite and above 0"),
+    ],
+)
+def test_limits_that_can_not_be_set(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServerConfig(**settings)

@@ -1,0 +1,230 @@
+"""One memory under the whole engine: rows move while requests run, are preempted, aborted and broken off."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler
+from engine.schedule.batch import Batch, Segment
+from hybridcache.allocators.moves import Move
+from hybridcache.geometry.model import ModelGeometry
+
+SLAB = 40
+Act = Callable[["MovingRunner", Batch], None]
+
+
+def geometry(slab_rows: int = SLAB) -> ModelGeometry:
+    """A state weighs nearly as much as the KV of ``slab_rows`` tokens."""
+    preset = ModelGeometry.preset("qwen3-next")
+    return dataclasses.replace(
+        preset, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=10 * slab_rows - 3
+    )
+
+
+class MovingRunner(OracleRunner):
+    """Keeps what it was asked to do; ``act`` may break a step off."""
+
+    def __init__(self, num_rows: int, slab_rows: int = SLAB, **settings: Any) -> None:
+        super().__init__(num_rows, None, geometry=geometry(slab_rows), **settings)
+        self.batches: list[Batch] = []
+        self.act: Act | None = None
+
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
+        self.batches.append(batch)
+        assert len(batch.moves) <= 1, "a step that waits for two slabs"
+        if self.act is not None:
+            self.act(self, batch)
+        return super().forward(batch, drawn)
+
+    @property
+    def num_moves(self) -> int:
+        return sum(len(batch.moves) for batch in self.batches)
+
+
+def make_engine(num_rows: int = 700, **settings: Any) -> Engine:
+    page_size = settings.get("page_size", 1)
+    config = EngineConfig(**{"max_running": 4, "token_budget": 128, "check": True} | settings)
+    longest = max(
+        len(prompt) + params.max_tokens for prompt, params in zip(prompts(), SAMPLING, strict=True)
+    )
+    runner = MovingRunner(num_rows, page_size=page_size, exact=config.exact, max_model_len=longest)
+    return Engine(config, runner=runner, sampler=OracleSampler())
+
+
+def prompts(count: int = 24) -> list[list[int]]:
+    """Forks of three stems, some sent twice."""
+    rng = np.random.default_rng(5)
+    stems = [rng.integers(0, 320, 200).tolist() for _ in range(3)]
+    made = []
+    for i in range(count):
+        cut = int(rng.choice([64, 100, 130, 200]))
+        own = rng.integers(0, 320, int(rng.integers(1, 60))).tolist()
+        made.append(stems[i % 3][:cut] + (own if i % 4 else []))
+    return made
+
+
+SAMPLING = [SamplingParams(max_tokens=n, temperature=0) for n in (3, 60, 70, 9) * 6]
+
+
+def serve(engine: Engine) -> list[list[int]]:
+    """Answers, whatever breaks off on the way."""
+    order = [
+        engine.submit(prompt, params) for prompt, params in zip(prompts(), SAMPLING, strict=True)
+    ]
+    answers: dict[str, list[int]] = {}
+    while engine.has_work():
+        with contextlib.suppress(KeyboardInterrupt):
+            for output in engine.step():
+                answers[output.request_id] = output.token_ids
+        engine.check()
+    return [answers[request_id] for request_id in order]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    config = EngineConfig(prefix_cache="none", max_running=1)
+    return serve(Engine(config, runner=OracleRunner(4000, 4), sampler=OracleSampler()))
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("num_rows", [496, 700, 1100])
+@pytest.mark.parametrize("checkpoints", ["branch,boundary,backoff,end", "every:64,end"])
+def test_moves_change_no_answer(
+    expected: list[list[int]], overlap: str, page_size: int, num_rows: int, checkpoints: str
+) -> None:
+    num_rows -= num_rows % page_size
+    engine = make_engine(
+        num_rows, overlap=overlap, page_size=page_size, checkpoints=tuple(checkpoints.split(","))
+    )
+    assert serve(engine) == expected
+    assert serve(engine) == expected
+    runner = engine.runner
+    assert isinstance(runner, MovingRunner) and runner.num_moves >= 3
+    assert runner.num_moves == engine._cache.arena.num_moves
+    report = engine.report()
+    assert report.memory == "arena" and (num_rows < 1000 or report.usage["cached_tokens"] > 500)
+    assert report.bytes.total == num_rows * 10 == engine.runner.memory.total_bytes
+    assert report.bytes.held == 0 < report.bytes.cached
+
+
+def _before(runner: MovingRunner, batch: Batch) -> None:
+    raise KeyboardInterrupt
+
+
+def _between(runner: MovingRunner, batch: Batch) -> None:
+    OracleRunner.forward(runner, Batch((), moves=batch.moves))
+    raise KeyboardInterrupt
+
+
+def _after(runner: MovingRunner, batch: Batch) -> None:
+    OracleRunner.forward(runner, batch, [0] * 8)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize("broken", [_before, _between, _after])
+def test_a_step_that_breaks_off_loses_no_move(
+    expected: list[list[int]], broken: Act, overlap: str
+) -> None:
+    """Whether its moves were made, or none of it, or all: no later hit reads a row that was not moved."""
+    engine = make_engine(overlap=overlap)
+    runner = engine.runner
+    assert isinstance(runner, MovingRunner)
+    num_broken = 0
+
+    def act(runner: MovingRunner, batch: Batch) -> None:
+        nonlocal num_broken
+        if batch.moves and num_broken < 12 and not batch.late_tokens:
+            num_broken += 1
+            broken(runner, batch)
+
+    runner.act = act
+    assert serve(engine) == serve(engine) == expected
+    assert num_broken >= 3
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_aborts_while_rows_move(expected: list[list[int]], overlap: str) -> None:
+    """Whoever leaves between the move and the batch that makes it takes nothing along."""
+    engine = make_engine(overlap=overlap)
+    manager = engine._manager
+    order = [
+        engine.submit(prompt, params) for prompt, params in zip(prompts(), SAMPLING, strict=True)
+    ]
+    answers: dict[str, list[int]] = {}
+    aborted = set()
+    take = manager.take_checkpoint_slots
+
+    def leave_after_a_move(request: Any, end: int) -> Any:
+        found = take(request, end)
+        if manager.has_moves and len(aborted) < 6 and request.request_id not in aborted:
+            aborted.add(request.request_id)
+        return found
+
+    manager.take_checkpoint_slots = leave_after_a_move  # type: ignore[method-assign]
+    while engine.has_work():
+        for output in engine.step():
+            answers[output.request_id] = output.token_ids
+        for request_id in aborted:
+            engine.abort(request_id)
+        engine.check()
+    assert len(aborted) >= 3
+    for request_id, tokens in zip(order, expected, strict=True):
+        if request_id not in aborted:
+            assert answers[request_id] == tokens
+    manager.take_checkpoint_slots = take  # type: ignore[method-assign]
+    assert serve(engine) == expected
+
+
+def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round() -> None:
+    tokens = np.arange(30, dtype=np.int32)
+
+    def prefill(row: int, slot: int, first: int, **options: Any) -> Batch:
+        rows = np.arange(first, first + 40, dtype=np.int32)
+        return Batch((Segment(row, slot, tokens, 0, False, **options),), (), ((row, 0, rows),))
+
+    def go_on(row: int, slot: int, *writes: Any) -> Batch:
+        return Batch((Segment(row, slot, tokens[:1], 30, True),), (), writes)
+
+    def runner() -> OracleRunner:
+        made = OracleRunner(400, None, geometry=geometry())
+        made.forward(prefill(0, 0, 40))
+        return made
+
+    runner().forward(go_on(0, 0))
+    over_rows = runner()
+    over_rows.forward(prefill(1, 1, 80))
+    with pytest.raises(AssertionError, match="a KV row of nobody"):
+        over_rows.forward(go_on(0, 0))
+    over_state = runner()
+    over_state.forward(prefill(1, 4, 0))
+    with pytest.raises(AssertionError, match="slot 0 was never written"):
+        over_state.forward(go_on(0, 0))
+    with pytest.raises(AssertionError, match="lies under a state"):
+        runner().forward(prefill(1, 5, 200))
+    moved, src = runner(), np.arange(40, 70, dtype=np.int32)
+    move = Move(1, src, src + 100, src)
+    moved.forward(Batch((), moves=(move,)))
+    moved.forward(prefill(1, 1, 80))
+    with pytest.raises(AssertionError, match="a KV row of nobody"):
+        moved.forward(go_on(0, 0))
+    moved.forward(go_on(0, 0, (0, 0, np.arange(140, 180, dtype=np.int32))))
+
+
+def test_the_longest_request_fits_beside_all_that_it_keeps() -> None:
+    """It resumes from a checkpoint, goes on from one at its prompt's end, and rolls one while it decodes."""
+    engine = make_engine(3 * SLAB + 300, token_budget=512)
+    assert engine.max_model_len == 300
+    prompt = [(7 * i) % 320 for i in range(192)]
+    for length in (64, 129, 192):
+        params = SamplingParams(max_tokens=300 - length, ignore_eos=True, temperature=0)
+        [output] = engine.generate([prompt[:length]], params)
+        assert len(output.token_ids) == 300 - length

@@ -1,0 +1,49 @@
+"""Pools that hold one request and a bit of the next: steps come out empty, and no copy may be lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.schedule.batch import Batch, Segment
+
+
+def make_engine(kv_tokens: int, overlap: str) -> Engine:
+    config = EngineConfig(
+        max_running=3, token_budget=128, overlap=overlap, checkpoints=("none",), check=True
+    )
+    return Engine(config, runner=OracleRunner(kv_tokens, 8), sampler=OracleSampler())
+
+
+def combinations() -> Iterator[tuple[int, int, int, int]]:
+    """1,600 of (KV rows, second prompt's length, tokens of the first answer, steps between them)."""
+    for kv_tokens, lengths in ((256, range(64, 256, 12)), (320, range(64, 320, 17))):
+        yield from itertools.product([kv_tokens], lengths, range(1, 11), range(5))
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_two_prompts_with_one_token_in_common_read_their_own_rows(overlap: str) -> None:
+    """The second publishes what the first has: its row changes, and it has no memory to go on."""
+    for kv_tokens, length, answer, between in combinations():
+        engine = make_engine(kv_tokens, overlap)
+        engine.submit([7] + [1] * 63, SamplingParams(max_tokens=answer))
+        for _ in range(between):
+            engine.step()
+        engine.submit([7] + [2] * (length - 1), SamplingParams(max_tokens=1))
+        while engine.has_work():
+            engine.step()
+
+
+def test_copies_in_a_batch_that_nobody_computes_are_refused() -> None:
+    indices = np.arange(3, dtype=np.int32)
+    with pytest.raises(AssertionError, match="nobody computes"):
+        Batch((), row_writes=((0, 0, indices),))
+    with pytest.raises(AssertionError, match="nobody computes"):
+        Batch((), restores=((0, 1),))
+    segment = Segment(0, None, indices, 0, is_decode=False)
+    assert Batch((segment,), row_writes=((0, 0, indices),)).num_tokens == 3

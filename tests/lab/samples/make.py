@@ -1,0 +1,140 @@
+"""Makes the samples beside it: seeded, made up, in the forms of traces that others publish. No line of them is anybody's.
+
+    python -m tests.lab.samples.make
+
+Only the form is taken from elsewhere, and the rough size: lengths, turns and how much of a prompt was seen before are drawn.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+Record = dict[str, Any]
+
+
+def blocks_of_512(seed: int = 1, requests: int = 400) -> Iterator[Record]:
+    """As a chat service would log it: three in four requests begin alone, the others go on from one of the latest fifty."""
+    draw = np.random.default_rng(seed)
+    system, next_id = [0], 1
+    recent: list[list[int]] = []
+    at_ms = 0.0
+    for _ in range(requests):
+        at_ms += float(draw.exponential(350))
+        goes_on = bool(recent) and draw.random() < 0.25
+        before = recent[int(draw.integers(len(recent)))] if goes_on else system
+        new = max(1, int(draw.lognormal(2.0, 1.2)))
+        ids = [*before, *range(next_id, next_id + new)]
+        next_id += new
+        length = (len(ids) - 1) * 512 + int(draw.integers(1, 513))
+        # The last block is cut somewhere, so nobody goes on from it.
+        recent = [*recent, ids[:-1]][-50:] if len(ids) > 2 else recent
+        yield {
+            "timestamp": int(at_ms // 1000 * 1000),
+            "input_length": length,
+            "output_length": int(draw.integers(1, 900)),
+            "hash_ids": ids,
+        }
+
+
+def agent_sessions(seed: int = 2, sessions: int = 12) -> Iterator[Record]:
+    """Sessions of a coding agent: tools and system prompt of three kinds, then a history that grows, shrinks once in a while
+    (it was summed up) and twice has a subagent beside it."""
+    draw = np.random.default_rng(seed)
+    heads = [(9100, 2100), (10_800, 2300), (12_400, 2900)]
+    for number in range(sessions):
+        tools, system = heads[int(draw.integers(3))]
+        requests = list(_requests(draw, tools + system, 6 + int(draw.geometric(0.12))))
+        if number % 6 == 5:
+            inner = list(_requests(draw, 3200, 4, first_id=100_000))
+            helper = {"t": 30.0, "type": "subagent", "agent_id": f"made-up-{number}"}
+            requests.insert(
+                2, {**helper, "tool_tokens": 2400, "system_tokens": 800, "requests": inner}
+            )
+        yield {
+            "id": f"made-up-{number:04}",
+            "models": ["none"],
+            "block_size": 64,
+            "hash_id_scope": "local",
+            "tool_tokens": tools,
+            "system_tokens": system,
+            "requests": requests,
+            "dup": False,
+        }
+
+
+def _requests(
+    draw: np.random.Generator, head: int, count: int, first_id: int = 1
+) -> Iterator[Record]:
+    length, next_id, at_s = head + int(draw.lognormal(9, 1.5)), first_id, 0.0
+    runs: list[list[int]] = []
+    for turn in range(count):
+        if turn and draw.random() < 0.06:  # summed up: the head stays, the rest is new
+            length = head + int(draw.integers(500, 6000))
+            runs = [[first_id, first_id + head // 64 - 1]]
+        held = sum(last - first + 1 for first, last in runs)
+        missing = length // 64 - held
+        if missing > 0:
+            if runs and runs[-1][1] == next_id - 1:
+                runs[-1] = [runs[-1][0], next_id + missing - 1]
+            else:
+                runs = [*runs, [next_id, next_id + missing - 1]]
+            next_id += missing
+        answer = int(draw.lognormal(5.6, 0.8))
+        yield {
+            "t": round(at_s, 1),
+            "type": "n",
+            "model": "none",
+            "in": length,
+            "out": answer,
+            "hash_ids": [list(run) for run in runs],
+        }
+        at_s += float(draw.exponential(20))
+        length += answer + int(draw.lognormal(6, 1.3))
+
+
+def chats_by_length(seed: int = 3, chats: int = 120) -> Iterator[Record]:
+    """Chats without their text: one in ten opens with the same message as one before it."""
+    draw = np.random.default_rng(seed)
+    openings: list[tuple[int, list[int]]] = []
+    next_block = 0
+    for number in range(chats):
+        if openings and draw.random() < 0.1:
+            first, blocks = openings[int(draw.integers(len(openings)))]
+        else:
+            first = _count(draw, 60)
+            blocks = list(range(next_block, next_block + first // 16))
+            next_block += len(blocks)
+            openings.append((first, blocks))
+        turns: list[list[Any]] = [["u", first], ["a", _count(draw, 250)]]
+        for _ in range(int(draw.geometric(0.2)) - 1):
+            turns += [["u", _count(draw, 30)], ["a", _count(draw, 250)]]
+        yield {"id": f"made-up-{number}", "turns": turns, "first_msg_blocks16": blocks}
+
+
+def _count(draw: np.random.Generator, median: int) -> int:
+    return max(1, int(draw.lognormal(np.log(median), 0.9)))
+
+
+SAMPLES = {
+    "mooncake.jsonl.gz": blocks_of_512,
+    "coding_agent.jsonl.gz": agent_sessions,
+    "sharegpt_counts.jsonl.gz": chats_by_length,
+}
+
+
+def packed(records: Iterable[Record]) -> bytes:
+    """Lines of JSON, zipped; the same bytes every time."""
+    lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+    return gzip.compress(lines.encode(), mtime=0)
+
+
+if __name__ == "__main__":
+    for name, make in SAMPLES.items():
+        (FOLDER / name).write_bytes(packed(make()))
