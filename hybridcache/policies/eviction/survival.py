@@ -236,6 +236,17 @@ class Survival:
         self._ended.clear()
         self._used.clear()
 
+    def check(self) -> None:
+        """AssertionError unless every place holds one open stage or is unused, and no count is negative. O(places)."""
+        taken = sorted(self._places.values())
+        assert sorted(taken + self._unused) == list(range(self._max_open)), (
+            "a place is lost, or held twice"
+        )
+        assert taken == np.flatnonzero(self._open >= 0).tolist(), "an unused place has a stage"
+        assert list(self._places) == sorted(self._places), "the oldest stage is not the first"
+        for counts in (self._events, self._reached, self._partial):
+            assert not counts[len(self._parents) :].any(), "something was counted in no class"
+
     def _forget(self) -> None:
         heavy = self._events.sum(axis=1) > MEMORY
         self._events[heavy] *= 0.5
