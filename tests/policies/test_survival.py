@@ -1,4 +1,4 @@
-"""Hazards computed for all classes at once against the same computed class by class, bin by bin, in plain Python."""
+"""Hazards of all classes at once against the same class by class, bin by bin, in plain Python."""
 
 from __future__ import annotations
 
