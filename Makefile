@@ -54,8 +54,8 @@ bench: install  ## the timed figures, one after another, on a machine that does 
 stress: install  ## ten million random operations on the cache, its invariants checked as they go
 	$(BIN)/python -m experiments.stress_tree
 
-mutate: install  ## break the cache in small ways, one at a time, and see that the tests notice
-	$(BIN)/python -m experiments.mutate_tree
+mutate: install  ## break cache and engine in small ways, one at a time, and see that the tests notice
+	$(BIN)/python -m experiments.mutate
 
 rivals:  ## flash-linear-attention's kernels, for the kernel benchmark alone to find
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops

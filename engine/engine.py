@@ -432,4 +432,5 @@ class Engine:
     def check(self) -> None:
         """AssertionError unless every invariant of the cache holds, ``free + cached + held ==
         total``, and the runner reads for each request the KV rows of its lease. O(cache)."""
+        self._scheduler.check()
         self._manager.check(self.runner.table_row)

@@ -1,9 +1,14 @@
 """What happens when ten thousand clients come at once, and some of them leave in the middle?
 
-Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a tenth hang up, and then asks
-the server whether it lives and whether every KV row and state slot is accounted for. Loopback only.
+Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a tenth
+hang up, and then asks the server whether it lives and whether every KV row and state slot is
+accounted for. Loopback only.
 
-    python -m experiments.flood --requests 10000
+    python -m experiments.flood --requests 10000 [--tight]
+
+The server makes steps ahead, and proves after each that every request reads its own KV rows
+(``--check``): a step that fails gives answers of 5xx. Equal prompts must get equal answers. With
+``--tight`` the pool holds one long prompt: requests are preempted, and steps come out empty.
 """
 
 from __future__ import annotations
@@ -23,26 +28,36 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.command.flags import Parser
+from engine.config import BUILTIN_NAME
+from engine.run.models.builtin import BUILTIN_CONFIG
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.units import GIB
+
+TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
+Answers = dict[int, set[str]]
+"""What each prompt was answered with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.flood", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--max-queue", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--tight", action="store_true", help="a pool for one long prompt")
     options = parser.parse_args(arguments)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < options.requests + 100:
         print(f"flood: only {most} files may be open here: lower --requests.", file=sys.stderr)
         return 2
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.1"]
-    command += ["--max-queue", str(options.max_queue), "--max-model-len", "2048"]
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", *_sizes(options.tight)]
+    command += ["--max-queue", str(options.max_queue), "--overlap", "on", "--check", "--exact"]
+    answers: Answers = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)
             started = time.perf_counter()
-            outcomes = asyncio.run(_flood(port, options.requests))
+            outcomes = asyncio.run(_flood(port, options.requests, answers))
             spent_s = time.perf_counter() - started
             report = _settled(port)
         finally:
@@ -53,13 +68,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pool["free"] + pool["cached"] == pool["total"] and not pool["held"]
         for pool in (report["kv"], report["slots"])
     )
-    record = {"requests": options.requests, "seconds": round(spent_s, 1), "conserved": conserved}
+    num_torn = sum(len(texts) > 1 for texts in answers.values())
+    record = {
+        "requests": options.requests,
+        "tight": options.tight,
+        "seconds": round(spent_s, 1),
+        "conserved": conserved,
+        "prompts": len(answers),
+        "prompts_with_two_answers": num_torn,
+    }
     write_json_lines(RESULTS / "flood.jsonl", [{**record, "outcomes": dict(outcomes)}])
     print(
-        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and free + cached + held == total "
-        f"for KV and slots: {conserved}"
+        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and free "
+        f"+ cached + held == total for KV and slots: {conserved}; of {len(answers)} prompts "
+        f"{num_torn} got more than one answer"
     )
-    return 0 if conserved and server.returncode == 0 else 1
+    has_failed = any(outcome.startswith("answered 5") for outcome in outcomes)
+    is_well = conserved and answers and not num_torn and not has_failed
+    return 0 if is_well and server.returncode == 0 else 1
+
+
+def _sizes(tight: bool) -> list[str]:
+    """Flags for the server's memory: where it is tight, KV for the longest prompt, and chunks so
+    short that a prompt is let in before it is known to find no memory for its end."""
+    if not tight:
+        return ["--cache-gib", "0.1", "--max-model-len", "2048"]
+    sizes = ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, kv_dtype="float32")
+    kv_gib = TIGHT_TOKENS * sizes.kv_bytes_per_token / GIB
+    state_gib = TIGHT_SLOTS * sizes.state_bytes / GIB
+    return [
+        *("--kv-gib", f"{kv_gib:.9f}", "--state-gib", f"{state_gib:.9f}"),
+        *("--token-budget", "64", "--max-running", "3"),
+    ]
 
 
 def server_port(server: subprocess.Popen[str]) -> int:
@@ -71,21 +111,28 @@ def server_port(server: subprocess.Popen[str]) -> int:
     raise RuntimeError("the server did not start")
 
 
-async def _flood(port: int, num_requests: int) -> Counter[str]:
+async def _flood(port: int, num_requests: int, answers: Answers) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     with tqdm(total=num_requests, unit=" requests", leave=False) as bar:
 
         async def ask(number: int) -> None:
-            outcomes[await _ask(port, number)] += 1
+            outcomes[await _ask(port, number, answers)] += 1
             bar.update()
 
         await asyncio.gather(*map(ask, range(num_requests)))
     return outcomes
 
 
-async def _ask(port: int, number: int) -> str:
-    """One client: a short prompt from one of fifty families; every tenth leaves after a moment."""
-    body = {"prompt": f"{number % 50} says hello " * 12, "max_tokens": 2, "stream": number % 2 == 0}
+async def _ask(port: int, number: int, answers: Answers) -> str:
+    """One client: one of fifty prompts, which begin alike; every tenth leaves after a moment."""
+    family = number % 50
+    prompt = "hello, says " + f"{family} " * (20 + 2 * family)
+    body = {
+        "prompt": prompt,
+        "max_tokens": 2 + family % 9,
+        "stream": number % 2 == 0,
+        "temperature": 0,
+    }
     payload = json.dumps(body).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -103,8 +150,16 @@ async def _ask(port: int, number: int) -> str:
     except OSError as error:
         return f"connection failed: {error.strerror}"
     status = answer[9:12].decode() or "nothing"
+    if status == "200":
+        answers.setdefault(family, set()).add(_text(answer))
     has_advice = b"retry-after" in answer.lower()
     return f"answered {status}" + (" with Retry-After" if has_advice else "")
+
+
+def _text(answer: bytes) -> str:
+    """What a whole answer, or a stream, says."""
+    found = re.findall(rb'\{"id".*\}', answer)
+    return "".join(json.loads(one)["choices"][0]["text"] for one in found)
 
 
 def _settled(port: int, timeout_s: float = 120) -> dict[str, Any]:

@@ -90,6 +90,8 @@ class OracleRunner:
             self._write_row(row, start, indices)
         for source, target in batch.restores:
             self._write_state(target, self._states[source])
+        kinds = [segment.is_decode for segment in batch.segments]
+        assert kinds == sorted(kinds, reverse=True), "a prefill before a decode"
         self._prove_disjoint(batch)
         late = {index: drawn[row] for index, row in batch.late_tokens}
         logits = [

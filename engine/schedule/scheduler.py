@@ -303,6 +303,16 @@ class Scheduler:
                 self._is_full = False
         return progressed
 
+    def check(self) -> None:
+        """AssertionError unless those who run, and they alone, have a lease, and both lists are in
+        order of age. Between two steps only. O(requests)."""
+        for requests, have_leases in ((self._waiting, False), (self._running, True)):
+            ages = [_age(request) for request in requests]
+            assert ages == sorted(set(ages)), "requests out of order"
+            assert all((request.lease is not None) == have_leases for request in requests)
+        assert len(self._running) <= self._max_running
+        assert self._num_in_flight in (0, 1)
+
 
 def _age(request: Request) -> int:
     return request.arrival

@@ -12,6 +12,7 @@ from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, 
 from engine.async_engine import EngineStopped, StepFailed
 from engine.run.oracle import OracleRunner, OracleSampler
 
+ONE = SamplingParams(max_tokens=1)
 LONG = SamplingParams(max_tokens=200)
 ENDLESS = SamplingParams(max_tokens=4000)
 
@@ -150,6 +151,42 @@ def test_bad_prompts_and_a_full_queue_are_refused_before_anything_is_queued() ->
         assert all(outputs[-1].is_finished for outputs in await asyncio.gather(*map(read, streams)))
 
     serve(scenario, gated=True, max_queue=4, max_running=1)
+
+
+def test_exactly_as_many_may_wait_as_the_queue_holds() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        streams = [engine.submit([0], ONE)]
+        while not engine._engine.report().num_running:  # It runs, and its step waits for a permit.
+            await asyncio.sleep(0.001)
+        streams += [engine.submit([i], ONE) for i in range(3)]
+        with pytest.raises(QueueFull):
+            engine.submit([9], ONE)
+        runner.let()
+        await asyncio.gather(*map(read, streams))
+
+    serve(scenario, gated=True, max_queue=3, max_running=1)
+
+
+def test_who_has_ended_counts_no_more_and_leaves_nothing() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        for i in range(9):
+            assert (await read(engine.submit([i], ONE)))[-1].is_finished
+        assert await engine.call(lambda _: dict(engine._streams)) == {}
+
+    serve(scenario, max_queue=2)
+
+
+@pytest.mark.parametrize("end", ["drain", "stop"])
+def test_an_idle_engine_ends_when_it_is_asked_to(end: str) -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        await read(engine.submit([1], ONE))
+        while engine._engine.has_work():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        await (engine.drain() if end == "drain" else asyncio.to_thread(engine.stop))
+        assert not engine.is_alive
+
+    serve(scenario)
 
 
 def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:

@@ -110,9 +110,43 @@ def test_penalties():
     seen = np.array([0, 0, 1], dtype=np.int32)
     assert drawn(logits, request(temperature=0, repetition_penalty=2.0, prompt=seen)) == [2]
     assert drawn(logits, request(temperature=0, presence_penalty=1.0, output=seen)) == [2]
-    assert drawn(logits, request(temperature=0, frequency_penalty=0.15, output=seen[:2])) == [1]
+    assert drawn(logits, request(temperature=0, frequency_penalty=0.06, output=seen[:2])) == [1]
     assert drawn(logits, request(temperature=0, presence_penalty=1.0, prompt=seen)) == [0]
+    other = np.array([9], dtype=np.int32)
+    answered = request(temperature=0, presence_penalty=1.0, prompt=seen, output=other)
+    assert drawn(logits, answered) == [0]
     assert logits[0, 0] == 4.0  # the caller's logits stay as they were
+
+
+def test_a_repetition_makes_a_token_less_likely_wherever_it_stood():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, :2] = torch.tensor([4.0, 3.9])
+    output = np.array([0], dtype=np.int32)
+    assert drawn(logits, request(temperature=0, repetition_penalty=2.0, output=output)) == [1]
+    negative = torch.full((1, VOCAB), -9.0)
+    negative[0, :2] = torch.tensor([-4.0, -4.1])
+    assert drawn(negative, request(temperature=0, repetition_penalty=2.0, output=output)) == [1]
+
+
+@pytest.mark.parametrize("filters", [{"min_p": 0.5}, {"top_k": 2}])
+def test_a_draw_of_zero_picks_no_token_that_was_left_out(monkeypatch, filters):
+    monkeypatch.setattr(sampler, "uniform", lambda seed, draw: 0.0)
+    logits = torch.full((1, VOCAB), -9.0)
+    logits[0, 5:7] = torch.tensor([3.9, 4.0])
+    assert drawn(logits, request(**filters))[0] in (5, 6)
+
+
+def test_log_probabilities_go_to_the_rows_that_asked_for_them():
+    logits = random_logits(4)
+    wanted = (None, 0, None, 3)
+    sampled = Sampler(VOCAB).sample(logits, [request(temperature=0, logprobs=n) for n in wanted])
+    expected = logits.log_softmax(-1)
+    for row, num_top in enumerate(wanted):
+        one = sampled[row]
+        assert (one.logprob is None) == (num_top is None)
+        assert len(one.top_logprobs) == (num_top or 0)
+        if num_top is not None:
+            assert one.logprob == pytest.approx(float(expected[row, one.token_id]), abs=1e-6)
 
 
 def test_logprobs_are_the_models_own():

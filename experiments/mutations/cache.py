@@ -1,18 +1,8 @@
-"""The small ways in which ``experiments.mutate_tree`` breaks the cache: one edit of one file each."""
+"""Ways to break the cache."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutation(NamedTuple):
-    """One way to break the cache: ``old``, which stands once in ``path``, becomes ``new``."""
-
-    what: str
-    path: str
-    old: str
-    new: str
-
+from experiments.mutations import Mutation, Mutations
 
 RESIDENCY, HYBRID = "hybridcache/core/residency.py", "hybridcache/hybrid.py"
 ROOM, GATHERED = "hybridcache/core/make_room.py", "hybridcache/core/gathers.py"
@@ -25,7 +15,7 @@ KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
 PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
 LRU, TIERS = "hybridcache/policies/eviction/lru.py", "hybridcache/policies/eviction/tiers.py"
 
-MUTATIONS = (
+BREAKAGES = (
     Mutation(
         "a lock is not looked at before evicting",
         RESIDENCY,
@@ -592,4 +582,28 @@ MUTATIONS = (
         "if usage.requests > self._known_requests.pop(oldest, 1):",
         "if False:",
     ),
+)
+
+TESTS = (
+    "tests/cache/test_eviction.py",
+    "tests/cache/test_operations.py",
+    "tests/cache/test_scenarios.py",
+    "tests/cache/test_refusals.py",
+    "tests/cache/test_check.py",
+    "tests/cache/test_gathers.py",
+    "tests/cache/test_losses.py",
+    "tests/allocators",
+    "tests/radix",
+    "tests/export/test_events.py",
+    "tests/export/test_snapshot.py",
+    "tests/cache/test_churn.py",
+    "tests/cache/test_machine.py",
+)
+MACHINES = ("tests/cache/test_machine.py", "tests/cache/test_radix_machine.py")
+
+CACHE = Mutations(
+    breakages=BREAKAGES,
+    tests=TESTS,
+    machines=MACHINES,
+    copied=("hybridcache", "tests", "pyproject.toml"),
 )

@@ -1,0 +1,291 @@
+"""Who computes what in a step: budget, order, memory, and who waits for whom."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.engine import StepReport
+from engine.requests.sampling_params import SamplingInput
+from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
+
+
+def make_engine(kv_tokens: int = 4096, slots: int = 16, **settings: Any) -> Engine:
+    config = EngineConfig(check=True, **settings)
+    return Engine(config, runner=OracleRunner(kv_tokens, slots), sampler=OracleSampler())
+
+
+def ids(length: int, first: int = 0) -> list[int]:
+    return [(first + i) % 320 for i in range(length)]
+
+
+def answer(tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens)
+
+
+def run(engine: Engine) -> dict[str, list[int]]:
+    """For each request, the steps that gave it a token."""
+    steps: dict[str, list[int]] = {}
+    number = 0
+    while engine.has_work():
+        for output in engine.step():
+            steps.setdefault(output.request_id, []).append(number)
+        engine.check()
+        number += 1
+    return steps
+
+
+def events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of leases, as it happens."""
+    seen: list[str] = []
+    for name in ("begin", "preempt", "finish"):
+        verb = getattr(engine._manager, name)
+
+        def spy(request: Any, verb: Any = verb, name: str = name) -> Any:
+            done = verb(request)
+            seen.append(name if done is not False else f"{name} refused")
+            return done
+
+        monkeypatch.setattr(engine._manager, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize("token_budget", [64, 100, 256])
+def test_no_step_computes_more_than_the_budget_or_a_tile_beside_its_decodes(
+    token_budget: int,
+) -> None:
+    reports: list[StepReport] = []
+    engine = Engine(
+        EngineConfig(token_budget=token_budget, max_running=8),
+        runner=OracleRunner(8192, 32),
+        sampler=OracleSampler(),
+        observer=reports.append,
+    )
+    prompts = [ids(40 + 61 * i, first=17 * i) for i in range(12)]
+    engine.generate(prompts, [answer(5 + 9 * (i % 5)) for i in range(12)])
+    assert max(report.num_decode_tokens for report in reports) > 3
+    for report in reports:
+        room = max(token_budget - report.num_decode_tokens, 64)
+        assert report.num_prefill_tokens <= room
+
+
+def test_a_prompt_that_just_fits_the_budget_is_computed_in_one_step() -> None:
+    engine = make_engine(token_budget=100)
+    engine.generate([ids(100)], answer(1))
+    assert engine.runner.num_steps == 1
+
+
+def test_with_overlap_the_oldest_waits_for_memory_no_longer_than_a_step() -> None:
+    """What is in flight is committed, then a younger request is preempted at once, though it has
+    rows for 16 tokens more."""
+    engine = make_engine(kv_tokens=330, overlap="on", checkpoints=("none",))
+    steps = [0]
+    first = engine.submit(ids(100), answer(150))
+    for number in range(1000):
+        if number == 16:
+            engine.submit(ids(90, first=99), answer(150))
+        if any(output.request_id == first for output in engine.step()):
+            steps.append(number)
+        if len(steps) > 150:
+            break
+    assert max(later - one for one, later in itertools.pairwise(steps)) <= 3
+
+
+def test_nobody_is_preempted_while_a_step_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state would be donated while it still moves."""
+    engine = make_engine(kv_tokens=330, overlap="on")
+    preempt, was_in_flight = engine._manager.preempt, []
+    monkeypatch.setattr(
+        engine._manager,
+        "preempt",
+        lambda request: (
+            was_in_flight.append(request.scheduled_len > request.computed_len) or preempt(request)
+        ),
+    )
+    engine.generate([ids(100), ids(90, first=99), ids(80, first=200)], answer(150))
+    assert was_in_flight and not any(was_in_flight)
+
+
+def test_after_a_refusal_steps_are_made_ahead_again() -> None:
+    late: list[int] = []
+    engine = make_engine(kv_tokens=320, overlap="on", checkpoints=("none",))
+    pressed = engine.generate([ids(100), ids(90, first=99)], answer(150))
+    assert any(output.num_preemptions for output in pressed)
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
+        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+    )
+    engine.generate([ids(50, first=200)], answer(20))
+    assert late == [0] + [1] * 19
+
+
+def test_what_preemption_frees_is_for_those_who_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(kv_tokens=330, max_running=2, checkpoints=("none",))
+    seen = events(engine, monkeypatch)
+    engine.submit(ids(100), answer(150))
+    for _ in range(16):
+        engine.step()
+    engine.submit(ids(90, first=99), answer(150))
+    engine.submit(ids(64, first=200), answer(1))
+    run(engine)
+    assert seen[:4] == ["begin", "begin", "preempt", "finish"]
+
+
+@pytest.mark.parametrize("leaves", ["finishes", "is aborted"])
+def test_who_leaves_makes_room_though_others_run_on(leaves: str) -> None:
+    engine = make_engine(kv_tokens=512)
+    stays = engine.submit(ids(64), answer(200))
+    short = engine.submit(ids(64, first=100), answer(5 if leaves == "finishes" else 200))
+    engine.step()
+    large = engine.submit(ids(350, first=200), answer(1))
+    engine.step()
+    assert engine.num_waiting == 1
+    if leaves == "is aborted":
+        engine.abort(short)
+    steps = run(engine)
+    assert steps[large][0] < 10 < steps[stays][-1]
+
+
+@pytest.mark.parametrize("namespace", [None, "salt"])
+def test_a_follower_is_let_in_as_soon_as_what_it_can_resume_from_is_there(
+    namespace: str | None,
+) -> None:
+    """Not a step later: it could not resume at its own last token."""
+    engine = make_engine(token_budget=192)
+    for _ in range(2):
+        engine.submit(ids(640), answer(1), namespace=namespace)
+    assert [engine.step() for _ in range(3)] == [[], [], []]
+    assert [output.cached_len for output in engine.step()] == [0, 576]
+
+
+def test_a_follower_waits_for_the_deepest_state_it_can_resume_from() -> None:
+    engine = make_engine(token_budget=128, checkpoints=("every:64",))
+    outputs = engine.generate([ids(640)] * 2, answer(1))
+    assert [output.cached_len for output in outputs] == [0, 576]
+
+
+@pytest.mark.parametrize("options", [{"prompt_logprobs": 0}, {"namespace": "other"}])
+def test_who_could_read_nothing_of_it_follows_nobody(options: dict[str, Any]) -> None:
+    engine = make_engine(token_budget=1024)
+    engine.submit(ids(640), answer(1))
+    engine.submit(ids(640), answer(1), **options)
+    engine.step()
+    assert engine.report().num_running == 1 and engine.num_waiting == 0
+
+
+def test_who_followed_a_leader_that_was_preempted_waits_for_nobody() -> None:
+    engine = make_engine(kv_tokens=512, token_budget=64, checkpoints=("end",))
+    engine.submit(ids(128, first=50), answer(200))
+    while not engine.step():
+        pass
+    leader = engine.submit(ids(320), answer(1))
+    follower = engine.submit(ids(320), answer(1))
+    steps = run(engine)
+    assert steps[leader] and steps[follower]
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_draws_are_numbered_from_zero_whatever_is_in_flight(overlap: str) -> None:
+    class Recorder(OracleSampler):
+        def launch(
+            self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
+        ) -> OracleDrawn:
+            for request in requests:
+                draws.setdefault(len(request.prompt), []).append(request.draw)
+            return super().launch(logits, requests, rows)
+
+    draws: dict[int, list[int]] = {}
+    engine = Engine(
+        EngineConfig(overlap=overlap, token_budget=64),
+        runner=OracleRunner(2048, 8),
+        sampler=Recorder(),
+    )
+    engine.generate([ids(10), ids(200)], answer(12))
+    assert draws == {10: list(range(12)), 200: list(range(12))}
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_prompts_chunk_that_draws_nothing_shifts_nobodys_token(overlap: str) -> None:
+    """The chunk of a long prompt stands before a short prompt that is let in beside it."""
+    prompts = [ids(300), ids(20, first=50), ids(30, first=90)]
+    alone = [make_engine().generate([prompt], answer(9))[0].token_ids for prompt in prompts]
+    engine = make_engine(token_budget=150, overlap=overlap)
+    outputs: list[RequestOutput] = engine.generate(prompts, answer(9))
+    assert [output.token_ids for output in outputs] == alone
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_scores_of_a_prompt_that_is_preempted_are_given_once(overlap: str) -> None:
+    engine = make_engine(kv_tokens=384, token_budget=64, overlap=overlap)
+    engine.submit(ids(120, first=50), answer(140))
+    engine.step()
+    scored = engine.submit(ids(250), answer(2), prompt_logprobs=0)
+    last: dict[str, RequestOutput] = {}
+    while engine.has_work():
+        last.update((output.request_id, output) for output in engine.step())
+    [cold] = make_engine().generate([ids(250)], answer(2), prompt_logprobs=0)
+    assert last[scored].prompt_logprobs == cold.prompt_logprobs
+
+
+def test_decodes_stand_first_also_where_an_older_prompt_was_let_in_later() -> None:
+    """It followed somebody; the runner asserts the order."""
+    engine = make_engine(token_budget=128)
+    prompts = [ids(320), ids(320) + ids(300, first=77), ids(10, first=200)]
+    outputs = engine.generate(prompts, answer(40))
+    alone = [make_engine().generate([prompt], answer(40))[0].token_ids for prompt in prompts]
+    assert outputs[1].cached_len == 320
+    assert [output.token_ids for output in outputs] == alone
+
+
+def test_a_prompt_that_draws_nothing_has_no_row_among_the_drawn_tokens() -> None:
+    engine = make_engine(overlap="on")
+    engine.submit(ids(50), answer(0), prompt_logprobs=0)
+    other = engine.submit(ids(60, first=90), answer(9))
+    assert run(engine)[other] == list(range(1, 10))
+
+
+def test_a_preempted_request_waits_before_those_that_came_later() -> None:
+    engine = make_engine(kv_tokens=330, max_running=2, checkpoints=("none",))
+    for i in range(4):
+        engine.submit(ids(100, first=80 * i), answer(120))
+    steps = run(engine)  # It checks the order of both lists after every step.
+    ends = [steps[f"request-{i}"][-1] for i in range(4)]
+    assert ends == sorted(ends)
+
+
+def test_the_runner_knows_whose_each_segment_is() -> None:
+    seen: set[tuple[int, object]] = set()
+    engine = make_engine()
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch: (  # type: ignore[method-assign]
+        seen.update((len(s.token_ids), s.namespace) for s in batch.segments) or forward(batch)
+    )
+    for length, namespace in ((50, "one"), (60, "two"), (70, None)):
+        engine.submit(ids(length), answer(1), namespace=namespace)
+    run(engine)
+    assert seen == {(50, "one"), (60, "two"), (70, None)}
+
+
+def test_a_scored_prompt_is_answered_as_any_other() -> None:
+    [scored] = make_engine().generate([ids(200)], answer(9), prompt_logprobs=0)
+    [plain] = make_engine().generate([ids(200)], answer(9))
+    assert scored.token_ids == plain.token_ids
+
+
+def test_who_leaves_takes_its_token_along() -> None:
+    """Its task stands before another's in the step that is in flight."""
+    engine = make_engine(overlap="on")
+    leaves = engine.submit(ids(10), answer(50))
+    stays = engine.submit(ids(20, first=90), answer(20))
+    for _ in range(4):
+        engine.step()
+    engine.abort(leaves)
+    tokens: list[int] = []
+    while engine.has_work():
+        tokens += [t for o in engine.step() if o.request_id == stays for t in o.new_token_ids]
+    [alone] = make_engine().generate([ids(20, first=90)], answer(20))
+    assert tokens == alone.token_ids[-len(tokens) :]
