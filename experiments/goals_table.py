@@ -3,8 +3,9 @@
 Every goal is a token hit rate of an online policy at one size. The goals were set on caches that may stop at any token, so the first
 table has grid 1: beside the goal the bound (an infinite token-granular cache), the best plan with hindsight in the same memory, and LRU
 with the default placement and with the best of a few for this row, chosen with hindsight, so that what placement gains and what
-eviction gains are told apart. The second table has the engine's grid, 64, beside the best of all rebuilt peers in the same memory, with
-float32 and with bfloat16 states for both.
+eviction gains are told apart. The second table has the engine's grid, 64: what the grid itself costs (between the bounds at both
+grids), how much of its bound is reached, and the best of all rebuilt peers in the same memory, with float32 and with bfloat16 states for
+both.
 
     python -m experiments.goals_table --resume out/goals      # writes results/goals_table.jsonl and .md; may be interrupted
     python -m experiments.goals_table --policy lru --checkpoints branch,backoff --peers none       # prints another policy's table
@@ -321,6 +322,25 @@ def reached(rows: list[dict[str, Any]], column: str) -> str:
     return f"{sum(row[column] >= row['wanted'] for row in stated)} of {len(stated)} goals reached"
 
 
+def share_of_bound(row: dict[str, Any]) -> float:
+    """Of what an infinite cache on the engine's grid reaches."""
+    return float(row["ours_grid_64"] / row["bound_grid_64"])
+
+
+def beyond(rows: list[dict[str, Any]]) -> str:
+    """What is reached where no cache on the engine's grid can reach the goal; empty where there is no such row."""
+    out_of_reach = [
+        row for row in rows if row["wanted"] is not None and row["wanted"] > row["bound_grid_64"]
+    ]
+    if not out_of_reach:
+        return ""
+    shares = [100 * share_of_bound(row) for row in out_of_reach]
+    return (
+        f"{len(out_of_reach)} lie above what an infinite cache reaches on this grid: of that, "
+        f"{min(shares):.1f} to {max(shares):.1f} % is reached. "
+    )
+
+
 def verdict(row: dict[str, Any], column: str, bound: str) -> str:
     wanted = row["wanted"]
     if wanted is None:
@@ -358,13 +378,16 @@ def token_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
 def engine_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
     """Grid 64: the same goals, and the peers with states of both sizes."""
     counts = reached(rows, "ours_grid_64")
-    yield f"**Grid {ENGINE_GRID}**, the engine's: {counts} with float32 states. Difference to the best peer in points."
+    yield (
+        f"**Grid {ENGINE_GRID}**, the engine's: {counts} with float32 states. {beyond(rows)}"
+        "Points: what the grid costs any cache, and the difference to the best peer."
+    )
     yield ""
     yield (
-        f"| workload | bound | LRU @ the best placement for the row | {name}, float32 | wanted | | best peer, float32 | | "
-        f"{name}, bfloat16 | best peer, bfloat16 | | LightLLM* | {name}* |"
+        f"| workload | bound | the grid costs | LRU @ the best placement for the row | {name}, float32 | % of the bound | wanted | "
+        f"| best peer, float32 | | {name}, bfloat16 | best peer, bfloat16 | | LightLLM* | {name}* |"
     )
-    yield "|---" * 13 + "|"
+    yield "|---" * 15 + "|"
     for row in rows:
         only_half = row["state_dtype"] == HALF
         full, of_full, against_full = _beside(row["ours_grid_64"], row["peers"])
@@ -373,7 +396,8 @@ def engine_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
             full, of_full, against_full = "", "", ""
         hosted = [rate for word, rate in row["peers"].items() if word in HOSTED]
         yield (
-            f"| {row['goal']} | {row['bound_grid_64']:.3f} | {best_lru(row['lru_grid_64'])} | {full} "
+            f"| {row['goal']} | {row['bound_grid_64']:.3f} | {100 * (row['bound'] - row['bound_grid_64']):.1f} "
+            f"| {best_lru(row['lru_grid_64'])} | {full} | {100 * share_of_bound(row):.1f} "
             f"| {verdict(row, 'ours_grid_64', 'bound_grid_64')} | {of_full} | {against_full} | {half} | {of_half} | {against_half} "
             f"| {f'{max(hosted):.3f}' if hosted else ''} | {row['ours_states_beside']:.3f} |"
         )

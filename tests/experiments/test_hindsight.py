@@ -55,6 +55,16 @@ def test_a_row_of_the_goals_has_bound_and_share_of_the_plan() -> None:
     assert f"| {100 * row['share_of_plan']:.1f} |" in "\n".join(goals_table.table([row]))
 
 
+def test_a_goal_beyond_the_grid_is_told_apart_from_one_that_was_missed() -> None:
+    bounds = {"bound": 0.86, "bound_grid_64": 0.80}
+    beyond = {"wanted": 0.84, "ours_grid_64": 0.79} | bounds
+    missed = {"wanted": 0.78, "ours_grid_64": 0.77} | bounds
+    assert goals_table.beyond([missed]) == ""
+    assert "98.8 to 98.8 % is reached" in goals_table.beyond([missed, beyond])
+    words = [goals_table.verdict(row, "ours_grid_64", "bound_grid_64") for row in (beyond, missed)]
+    assert words == ["0.840 | missed: no cache reaches it on this grid", "0.780 | missed"]
+
+
 def test_a_row_of_the_goals_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

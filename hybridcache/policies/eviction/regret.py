@@ -130,15 +130,15 @@ class Regret:
 
     def discard(self, item: Item) -> None:
         self._just_used = False
+        if item.kind == "kv" and self._idle_kv is not None and item in self._idle_kv:
+            del self._idle_kv[item]
+            return
         above = item.above
         if above is not None:
             self._stale[above] = None
         if item.kind == "kv":
             if item in self._dead:
                 del self._dead[item]
-                return
-            if self._idle_kv is not None:
-                del self._idle_kv[item]
                 return
             self._kv.remove(item)
         else:

@@ -37,7 +37,7 @@ _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
-_BIN_OF: npt.NDArray[np.intp] = np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1
+_BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.int8)
 DOUBT = 2.0
 """Standard deviations by which a class's uses must differ from what its parent's hazard foretells before its level departs
 from it, and then only by what is left."""
@@ -54,7 +54,7 @@ def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
     """Bin of every age, none above ``oldest``; below 0 counts as 0. O(n)."""
     if oldest >= _SMALL:
         return np.searchsorted(EDGES, np.maximum(ages, 0), side="right") - 1
-    return _BIN_OF.take(ages, mode="clip")
+    return _BIN_OF.take(ages, mode="clip").astype(np.intp)
 
 
 class _Generation(NamedTuple):
@@ -92,7 +92,7 @@ class Survival:
         ``refresh``."""
         self._open: Ints = np.full(max_open, -1, np.int64)
         """When each open stage was entered and its row in one number; -1: unused. Thousands are read at a time."""
-        self._codes = memoryview(self._open)  # numbers go in and out of it faster
+        self._codes = self._open.data  # numbers go in and out of it faster
         self._unused = list(range(max_open))
         self._places: dict[int, int] = {}
         """Where in ``_open`` a stage lies; the oldest first."""
@@ -221,7 +221,7 @@ class Survival:
         spent = ages - EDGES[bins] + 0.5
         reached = np.bincount(cells, minlength=shape[0] * shape[1])
         partial = np.bincount(cells, spent, shape[0] * shape[1])
-        return reached.reshape(shape) * 1.0, partial.reshape(shape) * 1.0
+        return reached.reshape(shape).astype(np.float64), partial.reshape(shape).astype(np.float64)
 
     def _count_ended(self) -> None:
         """Add what ended to the tables."""
@@ -235,6 +235,17 @@ class Survival:
         self._events[: len(reached)] += events
         self._ended.clear()
         self._used.clear()
+
+    def check(self) -> None:
+        """AssertionError unless every place holds one open stage or is unused, and no count is negative. O(places)."""
+        taken = sorted(self._places.values())
+        assert sorted(taken + self._unused) == list(range(self._max_open)), (
+            "a place is lost, or held twice"
+        )
+        assert taken == np.flatnonzero(self._open >= 0).tolist(), "an unused place has a stage"
+        assert list(self._places) == sorted(self._places), "the oldest stage is not the first"
+        for counts in (self._events, self._reached, self._partial):
+            assert not counts[len(self._parents) :].any(), "something was counted in no class"
 
     def _forget(self) -> None:
         heavy = self._events.sum(axis=1) > MEMORY
@@ -279,14 +290,14 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
     best = np.empty((num_bins, len(hazard)))
     used, time = np.empty_like(steps), np.empty_like(steps)
     # Where hardly any survive, the time until then may not grow for rounding.
-    stuck = (spent[1:] <= spent[:-1]).any(axis=1).tolist()
+    stuck = np.any(spent[1:] <= spent[:-1], axis=1)
     for start in range(num_bins):
         np.subtract(survive[start], survive[start + 1 :], out=used[start:])
         np.subtract(spent[start + 1 :], spent[start], out=time[start:])
         if stuck[start]:
             time[time <= 0.0] = np.inf
         np.divide(used[start:], time[start:], out=used[start:])
-        np.max(used[start:], axis=0, out=best[start])
+        np.maximum.reduce(used[start:], axis=0, out=best[start])
     return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
 
 
