@@ -61,7 +61,9 @@ class Feed:
         self.runner = runner
         self._rows = iter(range(MAX_RUNNING))
         self._slots = iter(range(runner.memory.num_slots))
-        self._kv = np.random.default_rng(1).permutation(runner.memory.num_kv_tokens).astype(np.int32)
+        self._kv = (
+            np.random.default_rng(1).permutation(runner.memory.num_kv_tokens).astype(np.int32)
+        )
 
     def place(self, tokens: Sequence[int], base: Prompt | None = None, at: int = 0) -> Prompt:
         """A prompt, with the KV rows of the first ``at`` tokens of ``base``."""

@@ -215,7 +215,9 @@ class OffsetOracle:
 
 def test_every_restore_is_of_the_state_of_exactly_that_prefix(make_engine: MakeEngine) -> None:
     engine = make_engine(exact=True, kv_tokens=640, slots=8, token_budget=128, max_running=4)
-    engine.runner = oracle = OffsetOracle(engine.runner, make_engine(slots=2, memory="pools").runner)
+    engine.runner = oracle = OffsetOracle(
+        engine.runner, make_engine(slots=2, memory="pools").runner
+    )
     for _ in range(3):
         engine.generate(prompts(), SamplingParams(max_tokens=24, temperature=0))
     assert oracle.proved >= 10
