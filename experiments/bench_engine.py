@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -50,6 +51,8 @@ GEOMETRY_530M = {
     "tie_word_embeddings": True,
 }
 """Qwen3.5-0.8B's layers with a smaller vocabulary."""
+NUM_SLOTS = 9
+"""The first so many state slots are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +195,15 @@ def prefill(
     exports: tuple[tuple[int, int], ...] = (),
     restores: tuple[tuple[int, int], ...] = (),
 ) -> None:
-    """Compute ``tokens[start:]`` as one request whose KV rows are the first ones."""
-    rows = np.arange(len(tokens), dtype=np.int32)
+    """Compute ``tokens[start:]`` as one request whose KV rows are the first behind the slots."""
+    rows = kv_rows(runner, 0, len(tokens))
     segment = Segment(row, slot, tokens[start:], start, False, exports)
     runner.forward(Batch((segment,), restores, ((row, 0, rows),)))
+
+
+def kv_rows(runner: ModelRunner, start: int, end: int) -> npt.NDArray[np.int32]:
+    """KV indices of as many rows, counted from the first that none of the ``NUM_SLOTS`` lies over."""
+    return np.arange(start, end, dtype=np.int32) + NUM_SLOTS * runner.memory.slab_rows
 
 
 class Decode:
@@ -205,8 +213,7 @@ class Decode:
         self._runner, self._streams, self._length = runner, streams, len(prompt)
         room = len(prompt) + 128
         writes = tuple(
-            (row, 0, np.arange(row * room, (row + 1) * room, dtype=np.int32))
-            for row in range(streams)
+            (row, 0, kv_rows(runner, row * room, (row + 1) * room)) for row in range(streams)
         )
         segments = tuple(Segment(row, row, prompt, 0, False) for row in range(streams))
         runner.forward(Batch(segments, (), writes))

@@ -102,14 +102,14 @@ class ModelRunner:
         smallest = MemoryPlan.smallest(self.config, self.dtype, self.state_dtype)
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.kv, self.states, self._arena_rows, self.table, self._rotary, self.graphs
+        del self.kv, self.states, self.rows, self.table, self._rotary, self.graphs
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
         """The pools, and the tables and graphs that go with them."""
         self.memory, self.max_model_len = plan, max_model_len
         tensors = Memory.allocate(plan, self.config, self.dtype, self.state_dtype, self.device)
-        self.kv, self.states, self._arena_rows = tensors.kv, tensors.states, tensors.rows
+        self.kv, self.states, self.rows = tensors.kv, tensors.states, tensors.rows
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.kv.padding_row, self.device
         )
@@ -281,10 +281,10 @@ class ModelRunner:
     def _move_rows(self, moves: Sequence[Move]) -> None:
         """Move after move, since one may read what another wrote."""
         for move in moves:
-            assert self._arena_rows is not None, "rows of a pool do not move"
+            assert self.rows is not None, "rows of a pool do not move"
             pairs = np.stack([move.src, move.dst])
             sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-            self.kernels.cache_write.move_rows(self._arena_rows, sources, targets)
+            self.kernels.cache_write.move_rows(self.rows, sources, targets)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or self.states is None:

@@ -65,24 +65,28 @@ formats = pytest.mark.parametrize(
 
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
-    """An engine on seeded weights, its pools given in tokens and slots."""
+    """An engine on seeded weights, its memory given in tokens and slots. An arena begins as NaNs, in every format: whatever
+    a row or slot held before, as what, must not matter."""
 
     def make(
         model: dict[str, object] = HYBRID,
         kv_tokens: int = 4096,
         slots: int = 32,
+        memory: str = "arena",
         **settings: object,
     ) -> Engine:
         (tmp_path / "config.json").write_text(json.dumps(model))
         settings = {"model": str(tmp_path), "load_format": "dummy", "device": "cpu"} | settings
         sizes = ModelRunner(EngineConfig(**settings, kv_gib=0.01, state_gib=0.01)).geometry
-        config = EngineConfig(
-            **settings,
-            kv_gib=kv_tokens * sizes.kv_bytes_per_token / GIB,
-            state_gib=slots * max(sizes.state_bytes, 1) / GIB,
-            check=True,
-        )
+        kv_gib = kv_tokens * sizes.kv_bytes_per_token / GIB
+        state_gib = slots * max(sizes.state_bytes, 1) / GIB
+        budget = {"cache_gib": kv_gib + state_gib}
+        if memory == "pools":
+            budget = {"kv_gib": kv_gib, "state_gib": state_gib}
+        config = EngineConfig(**settings, **budget, check=True)
         runner = ModelRunner(config)
+        if runner.rows is not None:
+            runner.rows.fill_(255)
         return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
     return make
@@ -118,6 +122,7 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
         {"token_budget": 64},
         {"max_running": 3, "overlap": "on"},
         {"page_size": 16},
+        {"memory": "pools"},
     ):
         engine = make_engine(model, **numbers, **settings)
         first, second = engine.generate(prompts(), REPORT), engine.generate(prompts(), REPORT)
@@ -156,6 +161,7 @@ def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
     next_turns = engine.generate(turns, REPORT)
     assert_same(next_turns, second)
     assert any(output.num_preemptions for output in again + next_turns)
+    assert engine._cache.arena.num_moved_rows > 10
     assert any(output.cached_len for output in next_turns)
 
 
@@ -209,7 +215,9 @@ class OffsetOracle:
 
 def test_every_restore_is_of_the_state_of_exactly_that_prefix(make_engine: MakeEngine) -> None:
     engine = make_engine(exact=True, kv_tokens=640, slots=8, token_budget=128, max_running=4)
-    engine.runner = oracle = OffsetOracle(engine.runner, make_engine(slots=2).runner)
+    engine.runner = oracle = OffsetOracle(
+        engine.runner, make_engine(slots=2, memory="pools").runner
+    )
     for _ in range(3):
         engine.generate(prompts(), SamplingParams(max_tokens=24, temperature=0))
     assert oracle.proved >= 10

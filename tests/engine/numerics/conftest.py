@@ -120,9 +120,14 @@ class Sequence_:
     computed_len: int = 0
 
 
+NUM_SLOTS = 100
+"""The most that a driver hands out."""
+
+
 @dataclass
 class Driver:
-    """Feeds batches to a runner; hands out rows, slots and scattered KV indices by counting."""
+    """Feeds batches to a runner; hands out rows, slots and scattered KV indices by counting. Of an arena the first slabs are
+    slots, the rest is rows."""
 
     runner: ModelRunner
     scatter_seed: int | None = None
@@ -136,7 +141,8 @@ class Driver:
 
     def reset(self) -> None:
         self.next_row = self.next_slot = self.next_kv = 0
-        self.order = np.arange(self.runner.memory.num_kv_tokens, dtype=np.int32)
+        memory = self.runner.memory
+        self.order = np.arange(NUM_SLOTS * memory.slab_rows, memory.num_kv_tokens, dtype=np.int32)
         if self.scatter_seed is not None:
             np.random.default_rng(self.scatter_seed).shuffle(self.order)
 
@@ -144,12 +150,12 @@ class Driver:
         if self.runner.states is None:
             return None
         self.next_slot += 1
-        assert self.next_slot <= self.runner.memory.num_slots
+        assert self.next_slot <= min(self.runner.memory.num_slots, NUM_SLOTS)
         return self.next_slot - 1
 
     def kv(self, count: int) -> npt.NDArray[np.int32]:
         self.next_kv += count
-        assert self.next_kv <= self.runner.memory.num_kv_tokens
+        assert self.next_kv <= len(self.order)
         return self.order[self.next_kv - count : self.next_kv]
 
     def begin(

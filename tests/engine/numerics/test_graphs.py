@@ -62,7 +62,10 @@ def test_prefill_pieces(model, drivers, random_tokens):
         assert torch.equal(expected, found)
 
 
-def test_decode_graphs(oracles, drivers, random_tokens):
+@pytest.mark.parametrize(
+    "memory", [{"kv_gib": 0.001, "state_gib": 0.002}, {"cache_gib": 0.003}], ids=["pools", "arena"]
+)
+def test_decode_graphs(oracles, drivers, random_tokens, memory):
     path = str(oracles("qwen3_5").path)
     words = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
     config = EngineConfig(
@@ -70,9 +73,8 @@ def test_decode_graphs(oracles, drivers, random_tokens):
         device="cpu",
         dtype="float32",
         kernels=words,
-        kv_gib=0.001,
-        state_gib=0.002,
         max_model_len=96,
+        **memory,
     )
     driver = type(drivers("qwen3_5"))(ModelRunner(config))
     prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
