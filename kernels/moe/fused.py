@@ -364,7 +364,7 @@ def _experts(
 
 def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
     """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value
-    comes to the host. A counting sort: each pair is read twice, and compared with the others of its part.
+    comes to the host. A counting sort: each pair is read twice, and compared with its part's.
     """
     num_tokens, k = experts.shape
     num_pairs = num_tokens * k
