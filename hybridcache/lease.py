@@ -172,6 +172,7 @@ class Lease:
                 checkpoint=match.checkpoint,
                 losses=found.losses._replace(refused=refused),
                 node=match.node,
+                resumed=match.resumed,
             )
         return cls(cache, placement, request, match, receipt, slot)
 

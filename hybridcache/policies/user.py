@@ -59,10 +59,10 @@ class OwnEviction(EvictionPolicy):
         except Exception as error:
             _blame(self._word, self._policy, "add", error)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         self._held.discard(item)
         try:
-            self._policy.discard(item)
+            self._policy.discard(item, evicted)
         except Exception as error:
             _blame(self._word, self._policy, "discard", error)
 

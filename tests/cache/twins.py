@@ -34,10 +34,10 @@ class CandidateLedger:
         self.held.add(item)
         self.inner.add(item)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         assert item in self.held, f"{item} discarded but never added"
         self.held.remove(item)
-        self.inner.discard(item)
+        self.inner.discard(item, evicted)
 
     def touch(self, item: Item) -> None:
         assert item in self.held, f"{item} touched but no candidate"

@@ -284,7 +284,7 @@ class Deepest:
     def add(self, item: object) -> None:
         self.items.append(item)
 
-    def discard(self, item: object) -> None:
+    def discard(self, item: object, evicted: bool) -> None:
         self.items.remove(item)
 
     def touch(self, item: object) -> None: ...

@@ -42,7 +42,7 @@ class LRU:
             if len(queue) > line.limit:
                 line.sweep()
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         item.memo = None
 
     def touch(self, item: Item) -> None:

@@ -35,7 +35,7 @@ class Marconi(EvictionPolicy):
         else:
             self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         """O(1)."""
         if item in self._dead:
             del self._dead[item]

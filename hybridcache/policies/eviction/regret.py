@@ -80,7 +80,6 @@ class Regret:
         self._dead: dict[Item, None] = {}
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
-        self._chosen: Item | None = None
         self._ghost_turn = (0, 0)
         """(time, generation) of the latest ghost that spoke."""
         self._stale: dict[Item, None] = {}
@@ -128,7 +127,7 @@ class Regret:
             if item in columns.places:
                 columns.put(item, memo.cell, memo.entered, _worth(item))
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         self._just_used = False
         above = item.above
         if above is not None:
@@ -143,13 +142,12 @@ class Regret:
             self._kv.remove(item)
         else:
             self._checkpoints.remove(item)
-        if item is self._chosen and above is not None and above.superseded:
+        if evicted and item.kind == "checkpoint" and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
                 memo.turn = max(memo.turn, item.memo.turn)
                 memo.demand = item.memo.key
-        self._chosen = None
 
     def missed(self, item: Item) -> None:
         memo = item.memo
@@ -164,11 +162,11 @@ class Regret:
             return next(iter(self._dead))
         self.survival.refresh(self.now)
         self._revalue()
-        self._chosen = None if kind == "kv" else self._least(self._checkpoints)
-        if self._chosen is None and kind != "checkpoint":
+        chosen = None if kind == "kv" else self._least(self._checkpoints)
+        if chosen is None and kind != "checkpoint":
             self._rank_kv()
-            self._chosen = self._least(self._kv)
-        return self._chosen
+            chosen = self._least(self._kv)
+        return chosen
 
     def _revalue(self) -> None:
         """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""

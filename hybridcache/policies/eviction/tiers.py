@@ -29,9 +29,9 @@ class Tiers(EvictionPolicy):
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
         tier.add(item)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
-        tier.discard(item)
+        tier.discard(item, evicted)
 
     def touch(self, item: Item) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
