@@ -62,7 +62,9 @@ GRIDS = (1, 64)
 
 
 class PerByte(ScorePolicy):
-    """README's example: least tokens lost per byte freed."""
+    """README's example: least tokens lost per byte freed, behind the cache's tiers."""
+
+    orders_tiers = False
 
     def score(self, item: Item) -> float:
         return item.span / item.size_bytes

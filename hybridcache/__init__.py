@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
     from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
-    from hybridcache.policies.placement.rules import parse_placement
     from hybridcache.policies.protocol import (
         EvictionPolicy,
         Item,
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
         Prefill,
         PrefillRule,
     )
-    from hybridcache.policies.words import EVICTION, make_eviction
+    from hybridcache.policies.words import EVICTION, make_eviction, parse_placement
 
 _LAZY = {
     "geometry.model": ("ModelGeometry",),
@@ -101,10 +100,10 @@ _LAZY = {
         "SampledPolicy",
         "ScorePolicy",
     ),
-    "policies.placement.rules": ("parse_placement",),
     "policies.words": (
         "EVICTION",
         "make_eviction",
+        "parse_placement",
     ),
     "policies.protocol": (
         "EvictionPolicy",

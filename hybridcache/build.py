@@ -16,7 +16,7 @@ from hybridcache.null import NullCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
 
 
@@ -44,7 +44,9 @@ class CacheConfig:
     state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
     page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
     grid: int = field(default=64, metadata={"help": "checkpoints sit at multiples of it, tokens"})
-    eviction: str = field(default="lru", metadata={"help": "what goes first: a word"})
+    eviction: EvictionSpec = field(
+        default="lru", metadata={"help": "what goes first: a word, or a policy of your own"}
+    )
     dead_first: bool = field(
         default=True, metadata={"help": "evict KV that nothing can resume from before other KV"}
     )
@@ -110,17 +112,15 @@ def _pools(
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:
-    """The eviction order that ``config`` names, with the structural tiers it asks for: a policy that says
-    ``ranks_structure = True`` orders dead KV and superseded checkpoints itself and stands alone."""
+    """The eviction order that ``config`` names: one instance that sees all items, or, where the policy
+    leaves the order of tiers to the cache and ``config`` wants tiers, one instance a tier."""
     make = make_eviction(config.eviction)
     if make is LRU:
         return LRU(config.dead_first, config.demote_superseded)
     policy = make()
-    if getattr(policy, "ranks_structure", False):
+    if policy.orders_tiers or not (config.dead_first or config.demote_superseded):
         return policy
-    if config.dead_first or config.demote_superseded:
-        return Tiers(make, config.dead_first, config.demote_superseded)
-    return policy
+    return Tiers(policy, make, config.dead_first, config.demote_superseded)
 
 
 def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:

@@ -122,8 +122,7 @@ def _trace_convert(options: argparse.Namespace) -> int:
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from hybridcache.lab.baselines import BASELINES
     from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, MEMORIES
-    from hybridcache.policies.placement.rules import placement_words
-    from hybridcache.policies.words import eviction_words
+    from hybridcache.policies.words import eviction_words, placement_words
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
     add = parser.add_argument
@@ -379,7 +378,9 @@ def _open(spec: str, options: argparse.Namespace) -> Trace:
 
 
 def _split(words: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in words.split(",") if word.strip())
+    from hybridcache.policies.words import split_words
+
+    return tuple(filter(None, split_words(words)))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ class Item(Protocol):
 
 
 class EvictionPolicy(Protocol):
-    """Orders the evictable items of one cache.
+    """Orders the evictable items of one cache. It is made once for a cache and sees all items, unless
+    it says ``orders_tiers = False``.
 
     The cache calls ``add`` when an item becomes a candidate (a checkpoint; KV of a leaf), ``discard`` when it stops being
     one (its node got a child, it was evicted), ``touch`` after a use of a candidate (``last_used`` and ``uses`` already
@@ -101,6 +102,11 @@ class EvictionPolicy(Protocol):
     Each in O(log n) or better. One that has a method ``candidates`` too, all items it holds, is compared with the tree by
     ``check``; it need not.
     """
+
+    orders_tiers: bool = True
+    """A class attribute. True: it sees all items and orders dead KV and superseded checkpoints itself.
+    False: it leaves that to the cache, which makes three of it, for dead KV, superseded checkpoints
+    and the rest, asked in this order (``CacheConfig.dead_first``, ``demote_superseded``)."""
 
     def add(self, item: Item) -> None:
         """``item`` is a candidate from now on."""
@@ -149,6 +155,11 @@ class Prefill(NamedTuple):
     """The checkpoint it resumes from; its ``label`` and ``span`` say which word earned what."""
     missed: Item | None = None
     """The evicted checkpoint it would have resumed from."""
+
+    def floor(self, position: int) -> int | None:
+        """The deepest grid position at or before ``position``; None: nothing can be saved there."""
+        floored = position - position % self.grid
+        return floored if self.cached_len < floored <= self.prompt_len else None
 
 
 class Placed(NamedTuple):

@@ -9,8 +9,8 @@ from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
+from hybridcache.policies.words import parse_placement
 from hybridcache.tokens import Tokens
 
 

@@ -135,7 +135,7 @@ class Twins:
         self.cache.subscribe(self.log)
         other = build_prefix_cache(config)
         assert isinstance(other, HybridRadixCache)
-        ranks_itself = getattr(make_eviction(config.eviction)(), "ranks_structure", False)
+        ranks_itself = make_eviction(config.eviction)().orders_tiers
         self.plain = PlainCache(
             other._pages,
             other._slots,

@@ -21,8 +21,7 @@ from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.placement.rules import parse_placement
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.words import EVICTION, parse_placement
 
 POLICIES = sorted(EVICTION)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"

@@ -349,8 +349,24 @@ def test_a_score_that_grew_meanwhile_is_met_at_the_top() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["nonsense", "ttl:soon", "lru:3", "ttl:0.5", "tail-lru:0.5", "ttl:0"]
+    ("word", "sentence"),
+    [
+        (
+            "nonsense",
+            "unknown eviction policy 'nonsense'; known: lru, .*, ttl:N, .* or module:Class",
+        ),
+        ("fifo:3", "'fifo' takes no number, got 'fifo:3'"),
+        ("lru:", "'lru' takes no number"),
+        ("ttl:", r"'ttl' needs a whole number of at least 1 .requests., got 'ttl:'"),
+        ("ttl:soon", "'ttl' needs a whole number"),
+        ("ttl:1e3", "'ttl' needs a whole number"),
+        ("ttl:0.5", "'ttl' needs a whole number"),
+        ("ttl:0", "'ttl' needs a whole number"),
+        ("tail-lru:0.5", "'tail-lru' needs a whole number"),
+        ("marconi:-1", "'marconi' needs a number of at least 0 .alpha., got 'marconi:-1'"),
+        ("marconi:nan", "'marconi' needs a number of at least 0"),
+    ],
 )
-def test_an_unknown_word_is_one_sentence(word: str) -> None:
-    with pytest.raises((ValueError, ImportError)):
+def test_an_unknown_word_is_one_sentence(word: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         make_eviction(word)

@@ -19,8 +19,8 @@ from hybridcache.policies.eviction.survival import (
     index_of,
 )
 from hybridcache.policies.placement.learned import Learned
-from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.words import parse_placement
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944

@@ -26,8 +26,8 @@ from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.policies.user import word_of
+from hybridcache.policies.user import OwnPolicy, own_policy, word_of
+from hybridcache.policies.words import EvictionSpec, PlacementSpec
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 DEFAULT_GIB = "2:200:15"
 
 Words = str | Sequence[str]
-OwnClass = type[EvictionPolicy] | type[PlacementPolicy]
-Policies = str | OwnClass | Sequence[str | OwnClass]
+Policy = EvictionSpec | PlacementSpec
+Policies = Policy | Sequence[Policy]
 OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
@@ -161,10 +161,13 @@ def simulate(
     common = RunConfig(geometry, memory=memory, kv_share=kv_share, page_size=page_size, grid=grid)
     competitors = [
         replace(common, policy=word, checkpoints=placement)
-        for word in _words(policy)
-        for placement in _words(checkpoints)
+        for word in _policies(policy)
+        for placement in _policies(checkpoints)
     ]
-    competitors += [replace(common, baseline=word) for word in _words(baseline)]
+    competitors += [
+        replace(common, baseline=word)
+        for word in ((baseline,) if isinstance(baseline, str) else baseline)
+    ]
     if not competitors:
         raise ValueError("nothing to simulate: no policy, and no baseline")
     for config in competitors:
@@ -253,6 +256,13 @@ def _best_possible(
     )
 
 
-def _words(words: Policies) -> tuple[str, ...]:
-    several = (words,) if isinstance(words, str | type) else words
-    return tuple(word if isinstance(word, str) else word_of(word) for word in several)
+def _policies(given: Policies) -> tuple[str | OwnPolicy, ...]:
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    return tuple(map(_policy, several))
+
+
+def _policy(one: Policy) -> str | OwnPolicy:
+    """A class by its word where it has one, so that other processes find it."""
+    if isinstance(one, str):
+        return one
+    return (isinstance(one, type) and word_of(one)) or own_policy(one)

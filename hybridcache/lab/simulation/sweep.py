@@ -20,6 +20,7 @@ from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import RunConfig, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.user import source_of
+from hybridcache.policies.words import split_words
 
 _KEEP_BYTES = 256 << 20
 """A trace whose ids fit in this is held in memory between runs."""
@@ -35,15 +36,21 @@ class Job:
     def key(self, trace_identity: bytes) -> str:
         """What tells whether a results file has this run already: all that its figures depend on but this project's own code. A
         policy of the user's own that was edited makes another run, and so does a trace file (see ``identity_of``)."""
-        words = (self.config.policy, *self.config.checkpoints.split(","))
-        own = "".join(map(source_of, words)).encode()
+        policy, checkpoints = self.config.policy, self.config.checkpoints
+        if not isinstance(policy, str) or not isinstance(checkpoints, str):
+            raise ValueError(
+                f"{self.config.label}: a run of it can not be told from another when it is kept: name the policy "
+                "module:Class, or keep no runs"
+            )
+        own = "".join(map(source_of, (policy, *split_words(checkpoints)))).encode()
         text = repr((self.config, self.serving)).encode() + own + trace_identity
         return hashlib.sha256(text).hexdigest()[:16]
 
 
 def identity_of(trace: Trace) -> bytes:
     """What tells one trace from another: its recipe and, where it is read from a file, that file's content. O(bytes of the file)."""
-    identity = repr((trace.name, trace.unit)).encode() + pickle.dumps(trace.source)
+    name = repr((trace.name, trace.unit)).encode()
+    identity = name + _pickled(f"trace {trace.name!r}", trace.source)
     reader: Any = trace.source
     while hasattr(reader, "source"):  # the head of another
         reader = reader.source
@@ -68,6 +75,8 @@ def run_sweep(
     ValueError for less than one process, and for a trace without a request."""
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes > 1:
+        _refuse_what_stays_here(trace, jobs)
     results: dict[int, RunResult] = {}
     keys = [""] * len(jobs)
     known: dict[str, RunResult] = {}
@@ -96,6 +105,23 @@ def run_sweep(
             if progress:
                 progress(len(results), len(jobs))
     return [results[number] for number in range(len(jobs))]
+
+
+def _refuse_what_stays_here(trace: Trace, jobs: Sequence[Job]) -> None:
+    """ValueError for a trace or a policy that can not be sent to another process."""
+    _pickled(f"trace {trace.name!r}", trace)
+    for job in jobs:
+        _pickled(job.config.label, job)
+
+
+def _pickled(name: str, value: object) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{name} can not be sent to another process, nor told from another when runs are kept ({error}): "
+            "define what makes it at the top of a module, or use one process and keep no runs"
+        ) from error
 
 
 def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:

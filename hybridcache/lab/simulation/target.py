@@ -18,9 +18,9 @@ from hybridcache.lab.baselines import (
 )
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.placement.rules import NUMBERED_PLACEMENT, parse_placement
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.user import OwnPolicy
+from hybridcache.policies.words import in_units, make_eviction, parse_placement
 from hybridcache.results import Losses
 from hybridcache.units import GIB
 
@@ -60,10 +60,10 @@ class RunConfig:
     """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes alone, the ideal; ``pools``, two,
     of which KV has ``kv_share``."""
     kv_share: float | None = None
-    policy: str = "lru"
-    """Eviction: a word or ``module:Class``."""
-    checkpoints: str = DEFAULT_CHECKPOINTS
-    """Placement: words with commas between, numbers in tokens, or ``module:Class``."""
+    policy: str | OwnPolicy = "lru"
+    """Eviction: a word, ``module:Class``, or what makes a policy of your own."""
+    checkpoints: str | OwnPolicy = DEFAULT_CHECKPOINTS
+    """Placement: words with commas between, numbers in tokens, or ``module:Class``; or your own."""
     baseline: str | None = None
     """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean nothing."""
     page_size: int = 1
@@ -90,7 +90,7 @@ class RunConfig:
         """How tables and figures call it."""
         if self.baseline is not None:
             return f"{self.baseline} (rebuilt)"
-        name = self.policy
+        name = str(self.policy)
         if self.checkpoints != DEFAULT_CHECKPOINTS:
             name = f"{name} @ {self.checkpoints}"
         if self.budget_bytes is None or self.memory == "arena":
@@ -138,9 +138,8 @@ class RunConfig:
 
     def placement(self, unit: int) -> PlacementPolicy:
         """The placement rules, their numbers in units."""
-        return parse_placement(
-            ",".join(_in_units(word, unit) for word in self.checkpoints.split(","))
-        )
+        words = self.checkpoints
+        return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
 
     def baseline_config(self, unit: int) -> BaselineConfig:
         geometry = self.geometry
@@ -157,13 +156,6 @@ class RunConfig:
             grid=self.grid,
             unit=unit,
         )
-
-
-def _in_units(word: str, unit: int) -> str:
-    name, colon, number = word.strip().partition(":")
-    if not colon or name not in NUMBERED_PLACEMENT or not number.isdecimal():
-        return word
-    return f"{name}:{max(1, int(number) // unit)}"
 
 
 class Served(Protocol):
@@ -378,8 +370,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "kv_share": config.kv_share,
         "num_kv_tokens": config.num_kv_tokens or None,
         "num_slots": config.num_slots or None,
-        "policy": None if config.baseline else config.policy,
-        "checkpoints": None if config.baseline else config.checkpoints,
+        "policy": None if config.baseline else str(config.policy),
+        "checkpoints": None if config.baseline else str(config.checkpoints),
         "baseline": config.baseline,
         "page_size": config.page_size,
         "grid": config.grid,

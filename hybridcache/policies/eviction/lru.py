@@ -19,9 +19,11 @@ class LRU:
     ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is put in its place when it
     comes to the front. ``discard`` only unmarks. Amortised O(log n) each, O(1) in order of use.
 
-    Any class with these five methods is a policy; ``CacheConfig(eviction="module:Class")`` uses one of your own. This one is
+    Any class with these five methods is a policy; ``CacheConfig(eviction=Class)`` uses one of your own. This one is
     the default and called ten times a request, so it keeps the tiers of ``policies.tiers`` itself.
     """
+
+    orders_tiers = False
 
     def __init__(self, dead_first: bool = False, demote_superseded: bool = False) -> None:
         self._kv, self._checkpoints = _Line(), _Line()

@@ -21,8 +21,6 @@ class Marconi(EvictionPolicy):
     replay: they are ``hybridcache.lab.baselines.MarconiCache`` and a study. O(candidates) per victim, in one vector expression.
     """
 
-    ranks_structure = True
-
     def __init__(self, alpha: float = 1.0) -> None:
         self.alpha = alpha
         self._dead: dict[Item, None] = {}

@@ -156,6 +156,8 @@ class BothKinds(EvictionPolicy):
     """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of either, the victim that was
     used longer ago."""
 
+    orders_tiers = False
+
     def __init__(self, kv: QueuePolicy, checkpoint: QueuePolicy) -> None:
         self._policies: dict[Kind, QueuePolicy] = {"kv": kv, "checkpoint": checkpoint}
 

@@ -6,7 +6,7 @@ import random
 
 from hybridcache.policies.eviction.columns import Columns
 from hybridcache.policies.eviction.survival import NUM_BINS, Survival, age_bins
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
 """What a superseded checkpoint is believed to be worth, against one that is not, before anything was seen."""
@@ -54,7 +54,7 @@ class _Memo:
         """The class of the evicted tip it stands in for, while it is the tip itself."""
 
 
-class Regret:
+class Regret(EvictionPolicy):
     """Least (index of class and age) * (tokens lost) / (bytes freed).
 
     *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is ``Survival``'s. *Tokens
@@ -67,9 +67,6 @@ class Regret:
     tree. Candidates: leaf KV without a checkpoint at once; else checkpoints, a leaf's with its tail; leaf KV by itself where
     KV has a pool of its own. Refresh: the consumed checkpoint. O(1) per event, O(1024) per victim.
     """
-
-    ranks_structure = True
-    """Dead KV and superseded checkpoints are ranked here, not by tiers around it."""
 
     def __init__(self, seed: int = 0) -> None:
         self.now = 0

@@ -8,7 +8,8 @@ from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates
 
 
 class Tiers(EvictionPolicy):
-    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
+    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``. ``rest`` is
+    one of them, ``make`` makes the others.
 
     - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth nothing;
     - *superseded*: checkpoints with a deeper one on the same unforked path. Worth less, not nothing: a prompt sent again
@@ -19,9 +20,13 @@ class Tiers(EvictionPolicy):
     """
 
     def __init__(
-        self, make: Callable[[], EvictionPolicy], dead_first: bool, demote_superseded: bool
+        self,
+        rest: EvictionPolicy,
+        make: Callable[[], EvictionPolicy],
+        dead_first: bool,
+        demote_superseded: bool,
     ) -> None:
-        self._rest = make()
+        self._rest = rest
         self._dead = make() if dead_first else self._rest
         self._superseded = make() if demote_superseded else self._rest
 
