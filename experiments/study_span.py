@@ -109,7 +109,7 @@ class Cell:
 def cells(trace: str) -> Iterator[Cell]:
     """All memories and grids that ``trace`` is replayed with."""
     for grid in GRIDS:
-        common = RunConfig(QWEN3_NEXT, grid=grid)
+        common = RunConfig(QWEN3_NEXT, memory="budget", grid=grid)
         if trace.startswith("conversations"):
             tokens, slots = GOAL_POOLS
             yield Cell(trace, "pools", replace(common, num_kv_tokens=tokens, num_slots=slots))

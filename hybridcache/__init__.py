@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.simulation.result import RunResult
     from hybridcache.lab.simulation.serving import Serving, serve
-    from hybridcache.lab.simulation.simulate import SimulationResult, simulate
+    from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, simulate
     from hybridcache.lab.simulation.sizes import sizes
     from hybridcache.lab.simulation.sweep import Job, run_sweep
     from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
@@ -79,6 +79,7 @@ _LAZY = {
     ),
     "lab.simulation.simulate": (
         "SimulationResult",
+        "Sweep",
         "simulate",
     ),
     "lab.simulation.sizes": ("sizes",),
@@ -169,6 +170,7 @@ __all__ = [
     "ScorePolicy",
     "Serving",
     "SimulationResult",
+    "Sweep",
     "Tokens",
     "Trace",
     "TraceRequest",

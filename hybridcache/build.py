@@ -19,6 +19,9 @@ from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
 
+GRID = 64
+"""Positions a checkpoint may take are its multiples, unless told otherwise: the kernels' chunk."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
@@ -43,7 +46,7 @@ class CacheConfig:
     kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})
     state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
     page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
-    grid: int = field(default=64, metadata={"help": "checkpoints sit at multiples of it, tokens"})
+    grid: int = field(default=GRID, metadata={"help": "checkpoints sit at multiples of it, tokens"})
     eviction: EvictionSpec = field(
         default="lru", metadata={"help": "what goes first: a word, or a policy of your own"}
     )

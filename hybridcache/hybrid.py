@@ -495,6 +495,11 @@ class HybridRadixCache:
         return self._slots.num_free
 
     @property
+    def policy(self) -> EvictionPolicy:
+        """What orders its evictions: for looking at."""
+        return self._residency.policy
+
+    @property
     def num_nodes(self) -> int:
         """Nodes, ghosts included. O(1)."""
         return self._tree.num_nodes

@@ -154,6 +154,12 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
     add(
+        "--tiers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="dead KV, then superseded checkpoints go first; without, each policy orders all",
+    )
+    add(
         "--state-dtype",
         help="precision of checkpoints: float32, bfloat16, int8 (default: the model's own)",
     )
@@ -200,6 +206,7 @@ def _simulate(options: argparse.Namespace) -> int:
                 policy=_split(options.policy),
                 checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
                 baseline=_split(options.baseline),
+                tiers=options.tiers,
                 bound=options.bound,
                 optimum=options.optimum,
                 memory=options.memory,

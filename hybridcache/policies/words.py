@@ -1,6 +1,7 @@
 """What goes first and where states are saved: one table of words each, one parser for both.
 
->>> prefill = Prefill(prompt_len=1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
+>>> from hybridcache.policies.protocol import Prefill
+>>> prefill = Prefill(1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
 >>> for placed in parse_placement("branch,boundary,backoff,every:512").plan(prefill):
 ...     print(*placed)
 256 branch

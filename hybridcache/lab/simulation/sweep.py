@@ -83,7 +83,7 @@ def run_sweep(
     if resume_from:
         identity = identity_of(trace)
         keys = [job.key(identity) for job in jobs]
-        known = dict(_read_results(resume_from))
+        known = dict(_read_results(resume_from, set(keys)))
     for number, key in enumerate(keys):
         if key in known:
             results[number] = known[key]
@@ -99,7 +99,7 @@ def run_sweep(
                 raise ValueError(f"{trace.name}: there is no request in it")
             results[number] = result
             if file is not None:
-                record = {"key": keys[number], "trace": trace.name} | result.as_record()
+                record = {"key": keys[number]} | result.as_record()
                 file.write(json.dumps(record) + "\n")
                 file.flush()
             if progress:
@@ -124,7 +124,7 @@ def _pickled(name: str, value: object) -> bytes:
         ) from error
 
 
-def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:
+def _read_results(path: Path, wanted: set[str]) -> Iterator[tuple[str, RunResult]]:
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -133,7 +133,7 @@ def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # half a line, left by a process that was killed
-            if "key" in record:
+            if record.get("key") in wanted:
                 yield record["key"], RunResult.from_record(record)
 
 
@@ -198,7 +198,7 @@ class _Worker:
     def run(self, job: Job) -> RunResult:
         target = build_target(job.config, self._trace.unit)
         log = serve(target, self._requests(), self._trace.unit, job.serving)
-        return summarise(job.config, job.serving, log, target.counters())
+        return summarise(job.config, job.serving, log, target, self._trace.full_name)
 
     def _requests(self) -> Iterable[TraceRequest]:
         if self._kept is None and not self._too_large:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.build import GRID, CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.interface import PrefixCache
 from hybridcache.lab.baselines import (
@@ -18,11 +18,11 @@ from hybridcache.lab.baselines import (
 )
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.eviction.tiers import in_tiers
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.policies.words import in_units, make_eviction, parse_placement
 from hybridcache.results import Losses
-from hybridcache.units import GIB
 
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
 
@@ -67,7 +67,7 @@ class RunConfig:
     baseline: str | None = None
     """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean nothing."""
     page_size: int = 1
-    grid: int = 64
+    grid: int = GRID
     dead_first: bool = True
     demote_superseded: bool = True
     steps: EngineSteps | None = None
@@ -181,6 +181,9 @@ class Served(Protocol):
 class Target(Protocol):
     """A cache that requests are served with."""
 
+    tiers: bool | None
+    """Whether dead KV and superseded checkpoints go before what the policy orders; None: a peer."""
+
     def begin(self, request: TraceRequest) -> Served | None:
         """Match, and hold memory for the prompt and its checkpoints. None: too little memory is free of running requests;
         nothing is held."""
@@ -234,6 +237,7 @@ class LeaseTarget:
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
         the last one."""
         self._stateful = stateful
+        self.tiers: bool | None = in_tiers(getattr(cache, "policy", None))
 
     def begin(self, request: TraceRequest) -> Served | None:
         asked = LeaseRequest(
@@ -327,6 +331,8 @@ class _LeasedRequest:
 class BaselineTarget:
     """A rebuilt peer."""
 
+    tiers: bool | None = None
+
     def __init__(self, word: str, config: BaselineConfig) -> None:
         self.baseline = build_baseline(word, config)
         self.num_chunks = 0
@@ -356,30 +362,3 @@ class _BaselineRequest:
 
     def finish(self) -> None:
         self._session.finish(self._request.output)
-
-
-def describe(config: RunConfig) -> dict[str, Any]:
-    """What identifies a run in a results file."""
-    geometry = config.geometry
-    return {
-        "label": config.label,
-        "model": geometry.name,
-        "state_dtype": geometry.state_dtype,
-        "gib": None if config.budget_bytes is None else config.budget_bytes / GIB,
-        "memory": _memory(config),
-        "kv_share": config.kv_share,
-        "num_kv_tokens": config.num_kv_tokens or None,
-        "num_slots": config.num_slots or None,
-        "policy": None if config.baseline else str(config.policy),
-        "checkpoints": None if config.baseline else str(config.checkpoints),
-        "baseline": config.baseline,
-        "page_size": config.page_size,
-        "grid": config.grid,
-    }
-
-
-def _memory(config: RunConfig) -> str | None:
-    """How KV and states share memory; None: a peer's own way."""
-    if config.baseline is not None:
-        return None
-    return "pools" if config.budget_bytes is None else config.memory

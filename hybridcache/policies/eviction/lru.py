@@ -30,6 +30,11 @@ class LRU:
         self._dead = _Line() if dead_first else self._kv
         self._superseded = _Line() if demote_superseded else self._checkpoints
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether it keeps dead KV or superseded checkpoints apart."""
+        return self._dead is not self._kv or self._superseded is not self._checkpoints
+
     def add(self, item: Item) -> None:
         item.memo = entry = (item.last_used, item.serial, item)
         if item.kind == "kv":

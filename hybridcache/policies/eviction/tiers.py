@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
 
 
@@ -66,3 +67,8 @@ class Tiers(EvictionPolicy):
         if first is None and kind != "kv" and self._superseded is not self._rest:
             first = self._superseded.victim("checkpoint")
         return first if first is not None else self._rest.victim(kind)
+
+
+def in_tiers(policy: object) -> bool:
+    """Whether dead KV or superseded checkpoints go before what ``policy`` orders by its own rule."""
+    return isinstance(policy, Tiers) or (isinstance(policy, LRU) and policy.has_tiers)
