@@ -26,6 +26,7 @@ from hybridcache import (
     simulate,
     sizes,
 )
+from hybridcache.lab.simulation.sweep import collect_seldom
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
@@ -134,6 +135,7 @@ def arguments(
         "--resume", type=Path, help="folder that keeps runs until the study is done"
     )
     options = parser.parse_args()
+    collect_seldom()
     try:  # a word nobody knows is told before minutes are spent on the others
         for word in getattr(options, "policy", ()):
             make_eviction(word)

@@ -539,7 +539,7 @@ MUTATIONS = (
     Mutation(
         "a walk begins at a node that nobody locked",
         HYBRID,
-        "if not after.locks:",
+        "if after is not None and not after.locks:",
         "if False:",
     ),
     Mutation(

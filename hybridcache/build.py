@@ -31,7 +31,9 @@ class CacheConfig:
         default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
     )
     num_kv_tokens: int = field(default=0, metadata={"help": "KV rows in all, tokens"})
-    num_slots: int = field(default=0, metadata={"help": "state slots in all"})
+    num_slots: int | None = field(
+        default=None, metadata={"help": "state slots in all; a hybrid cache must be given them"}
+    )
     total_bytes: int | None = field(
         default=None,
         metadata={"help": "one budget for KV and states, bytes; instead of the two pool sizes"},
@@ -81,7 +83,23 @@ class CacheConfig:
             raise ValueError("an arena is made of total_bytes: give those, not pool sizes")
         elif self.num_kv_tokens < self.page_size:
             raise ValueError(f"num_kv_tokens {self.num_kv_tokens} is less than one page")
+        elif self.num_slots is None and self.prefix_cache == "hybrid":
+            raise ValueError(
+                "a hybrid cache keeps states: give num_slots (0: none is ever kept), or "
+                "prefix_cache=radix for a model without any"
+            )
         make_eviction(self.eviction)
+        self._refuse_unknown_bytes()
+
+    def _refuse_unknown_bytes(self) -> None:
+        """ValueError where bytes decide and the defaults stand: a state never weighs what a token does."""
+        decide = self.total_bytes is not None or self.eviction not in ("lru", LRU)
+        unknown = self.kv_bytes_per_token == 1 and self.state_bytes == 1
+        if self.prefix_cache == "hybrid" and decide and unknown:
+            raise ValueError(
+                "give kv_bytes_per_token and state_bytes, those of the model (hybridcache.ModelGeometry has them): "
+                "without them a state weighs as little as one token, and what goes first would be chosen by that"
+            )
 
 
 def build_prefix_cache(config: CacheConfig) -> PrefixCache:
@@ -93,7 +111,7 @@ def build_prefix_cache(config: CacheConfig) -> PrefixCache:
     """
     total_bytes, row_bytes = config.total_bytes, config.kv_bytes_per_token
     if total_bytes is None:
-        pages, slots = _pools(config, config.num_kv_tokens, config.num_slots, None)
+        pages, slots = _pools(config, config.num_kv_tokens, config.num_slots or 0, None)
     else:
         state_bytes = 0 if config.prefix_cache == "radix" else config.state_bytes
         if config.memory == "arena":

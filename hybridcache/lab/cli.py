@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:
+        if arguments is None:  # a process of our own, not somebody's call
+            from hybridcache.lab.simulation.sweep import collect_seldom
+
+            collect_seldom()
         code = run(options)
         sys.stdout.flush()
         return code

@@ -245,15 +245,27 @@ def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
     assert run_sweep(short(), jobs, resume_from=path) == both
 
 
+def test_figures_are_given_and_leave_the_backend_alone(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("svg")
+    result = simulate("short?head=40", gib=(0.5, 1))
+    drawn = [result.figure(), result.bins_figure(), result.losses_figure()]
+    assert matplotlib.get_backend() == "svg" and pyplot.get_fignums() == []
+    assert all(figure.get_axes() for figure in drawn)
+    assert result.figure(tmp_path / "f.png") is not None and (tmp_path / "f.png").exists()
+
+
 def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
-    before = gc.get_threshold()
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
     seen = []
     run_sweep(
         short().head(3),
         [Job(RunConfig(GEOMETRY, budget_bytes=1 << 28), SERVING)],
         progress=lambda done, total: seen.append(gc.get_threshold()),
     )
-    assert gc.get_threshold() == before and seen != [before]
+    assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() == frozen
 
 
 def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:

@@ -152,3 +152,8 @@ def test_planned_follows_the_overlaps_and_forgets() -> None:
     for _ in range(60):
         list(rule.positions(prompt._replace(branch_len=700)))
     assert [p for p, _ in rule.positions(prompt)] == [700]
+
+
+def test_a_cap_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="saves nothing: cap limits other words"):
+        parse_placement("cap:2")

@@ -65,7 +65,7 @@ def test_what_a_leafs_kv_loses_is_what_its_checkpoint_loses() -> None:
     serve(cache, ids(range(300), range(5000, 5010)), [310])
     leaf = cache.match(ids(range(401))).node
     assert leaf.start == 300 and leaf.kv.span == leaf.checkpoint.span == 300
-    assert leaf.kv.size_bytes == leaf.checkpoint.size_bytes == 100 + 1
+    assert leaf.kv.size_bytes == leaf.checkpoint.size_bytes == 100 + 2
 
 
 def test_where_there_are_no_states_kv_loses_its_own_tokens() -> None:

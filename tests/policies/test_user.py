@@ -284,13 +284,15 @@ def test_a_policy_is_made_once_for_a_cache_or_once_a_tier(
 ) -> None:
     Weighted.made.clear()
     eviction = f"{__name__}:{policy.__name__}" if is_word else policy
-    build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, eviction=eviction))
+    build_prefix_cache(
+        CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=eviction)
+    )
     assert len(Weighted.made) == number
 
 
 def test_a_policy_of_ones_own_sees_dead_and_superseded_items_too() -> None:
     Weighted.made.clear()
-    config = CacheConfig(num_kv_tokens=1000, num_slots=9, grid=1, eviction=Weighted)
+    config = CacheConfig(num_kv_tokens=1000, num_slots=9, state_bytes=9, grid=1, eviction=Weighted)
     cache = build_prefix_cache(config)
     serve(cache, ids("one"), [2, 3])
     serve(cache, ids("two"))
@@ -311,7 +313,9 @@ def test_a_policy_of_ones_own_sees_dead_and_superseded_items_too() -> None:
 )
 def test_a_policy_takes_parameters(policy: object) -> None:
     given = list(Weighted.made)
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, eviction=policy))
+    cache = build_prefix_cache(
+        CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=policy)
+    )
     made = cache._residency.policy._policy
     assert made.weight == 2.5 and made not in given, "every cache gets one of its own"
     runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs

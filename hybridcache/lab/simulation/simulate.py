@@ -33,6 +33,8 @@ from hybridcache.policies.words import EvictionSpec, PlacementSpec
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hybridcache.lab.optimum import Optimum
 
 DEFAULT_GIB = "2:200:15"
@@ -105,23 +107,23 @@ class SimulationResult:
 
         write_runs(self, Path(path))
 
-    def figure(self, path: str | Path, metric: Words = "hit") -> None:
-        """Metrics over the sizes as PNG or SVG, a panel each."""
+    def figure(self, path: str | Path | None = None, metric: Words = "hit") -> Figure:
+        """Metrics over the sizes, a panel each: matplotlib's figure, written as PNG or SVG where there is a ``path``."""
         from hybridcache.lab.figures import sweep_figure
 
-        sweep_figure([self], Path(path), metric)
+        return sweep_figure([self], Path(path) if path else None, metric)
 
-    def bins_figure(self, path: str | Path, gib: float | None = None) -> None:
+    def bins_figure(self, path: str | Path | None = None, gib: float | None = None) -> Figure:
         """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the middle."""
         from hybridcache.lab.figures import bins_figure
 
-        bins_figure([self], Path(path), gib)
+        return bins_figure([self], Path(path) if path else None, gib)
 
-    def losses_figure(self, path: str | Path) -> None:
+    def losses_figure(self, path: str | Path | None = None) -> Figure:
         """Where the prompt tokens went over the sizes, a panel a competitor."""
         from hybridcache.lab.figures import losses_figure
 
-        losses_figure([self], Path(path))
+        return losses_figure([self], Path(path) if path else None)
 
 
 @dataclass(frozen=True, slots=True)

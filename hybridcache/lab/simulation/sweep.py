@@ -10,7 +10,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,7 @@ def run_sweep(
     todo = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if resume_from:
         _end_last_line(resume_from)
-    with (
-        resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file,
-        _seldom_collected(),
-    ):
+    with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
         for number, result in _run(trace, todo, processes):
             if not result.requests:
                 raise ValueError(f"{trace.name}: there is no request in it")
@@ -172,19 +169,12 @@ def _run(
             raise
 
 
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Let the garbage collector look after 20,000 new objects rather than 700, and not at what is there already: nearly all that a
-    run makes is part of a tree and stays for long, so that looking takes 8 % of a sweep and finds next to nothing."""
-    thresholds, num_frozen = gc.get_threshold(), gc.get_freeze_count()
+def collect_seldom() -> None:
+    """For a process that does nothing but simulate, never for the caller's: let the garbage collector look after 20,000 new objects
+    rather than 700, and not at what is there already. Nearly all that a run makes is part of a tree and stays for long, so that looking
+    takes 8 % of a sweep and finds next to nothing."""
     gc.set_threshold(20_000, 20, 20)
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        if not num_frozen:
-            gc.unfreeze()
 
 
 class _Worker:
@@ -222,11 +212,11 @@ def _start_worker(trace: Trace) -> None:
     global _worker
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    collect_seldom()
     _worker = _Worker(trace)
 
 
 def _run_job(numbered: tuple[int, Job]) -> tuple[int, RunResult]:
     assert _worker is not None
     number, job = numbered
-    with _seldom_collected():
-        return number, _worker.run(job)
+    return number, _worker.run(job)
