@@ -71,7 +71,7 @@ class HybridRadixCache:
         slots: SlotAllocator,
         policy: EvictionPolicy,
         *,
-        grid: int = 64,
+        grid: int,
         item_bytes: ItemBytes,
         ghost_bytes: int = 0,
     ) -> None:

@@ -17,6 +17,7 @@ from hybridcache.lab.report import (
     size_label,
 )
 from hybridcache.lab.simulation.result import RunResult
+from hybridcache.results import Losses
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
@@ -120,15 +121,14 @@ def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
     return min(runs, key=lambda run: abs((run.gib or 0.0) - gib))
 
 
-LOSSES = {
-    "never_seen": ("never seen", "#d9d9d9"),
-    "kv_evicted": ("KV evicted", "#1b6ca8"),
-    "checkpoint_evicted": ("checkpoint evicted", "#c8553d"),
-    "never_checkpointed": ("never checkpointed", "#d99a1c"),
-    "below_grid": ("below the grid", "#8a5a9e"),
-    "refused": ("refused", "#555555"),
-}
-"""Causes of lost tokens: words and colours."""
+LOSSES = dict(
+    zip(
+        Losses._fields,
+        ("#d9d9d9", "#1b6ca8", "#c8553d", "#d99a1c", "#8a5a9e", "#555555"),
+        strict=True,
+    )
+)
+"""Causes of lost tokens and their colours."""
 
 
 def losses_figure(
@@ -158,7 +158,8 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
     """Lost tokens by cause over the sizes of ``runs``, from the top."""
     sizes = [run.gib or 0.0 for run in runs]
     top = [100.0] * len(runs)
-    for cause, (words, colour) in LOSSES.items():
+    for cause, colour in LOSSES.items():
+        words = cause.replace("kv_", "KV ").replace("_", " ")
         lost = [100 * (run.losses or {}).get(cause, 0) / run.prompt_tokens for run in runs]
         floor = [high - part for high, part in zip(top, lost, strict=True)]
         if max(lost) > 0.05:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridcache.lab.simulation.identity import SIZES
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.trace_stats import Summary, TraceStats
+from hybridcache.results import Losses
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
@@ -228,14 +229,13 @@ def size_label(run: RunResult) -> str:
 
 def losses_table(runs: Sequence[RunResult]) -> str:
     """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens. ``LOSSES_NOTE`` says what a cause is."""
-    causes = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed", "below_grid")
     header = ["% of prompt tokens", "GiB", "reused"]
-    header += [cause.replace("_", " ") for cause in (*causes, "refused")]
+    header += [cause.replace("_", " ") for cause in Losses._fields]
     rows = []
     for run in runs:
         if run.losses is None:
             continue
-        parts = [run.cached_tokens, *(run.losses[cause] for cause in (*causes, "refused"))]
+        parts = [run.cached_tokens, *(run.losses[cause] for cause in Losses._fields)]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, size_label(run), *shares])
     return f"{text_table(header, rows)}\n{LOSSES_NOTE}"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridcache.build import GRID
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
 from hybridcache.lab.simulation.result import RunResult
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
     from hybridcache.lab.optimum import Optimum
 
-DEFAULT_GIB = "2:200:15"
-LIMIT_S = 60.0
-"""Seconds for one plan."""
 
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
@@ -130,9 +128,9 @@ class SimulationResult:
 class Sweep:
     """What ``simulate`` runs: competitors, sizes, yardsticks, the machine around them, and how."""
 
-    model: str | ModelGeometry = "qwen3-next"
+    model: str | ModelGeometry = MODEL
     """A preset's name, the path of a config.json, or a geometry."""
-    gib: str | float | Sequence[float] = DEFAULT_GIB
+    gib: str | float | Sequence[float] = GIB_SPEC
     """``low:high:points``, a list, or one number."""
     policy: Policies = "lru"
     """Words, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies."""
