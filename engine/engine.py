@@ -25,7 +25,7 @@ from engine.schedule.scheduler import Plan, QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
 from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
-from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.words import parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

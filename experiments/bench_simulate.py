@@ -48,6 +48,7 @@ from hybridcache import (
     build_target,
     serve,
 )
+from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.units import GIB
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
@@ -256,6 +257,7 @@ def many_requests(count: int) -> None:
 
 
 def main() -> None:
+    collect_seldom()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two policies")
     parser.add_argument("--million", type=int, default=1_000_000, help="requests of the memory run")

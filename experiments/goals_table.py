@@ -38,6 +38,7 @@ from hybridcache import (
     run_sweep,
 )
 from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, check_words
 from hybridcache.units import GIB
 
@@ -423,6 +424,7 @@ def _beside(ours: float, peers: dict[str, float]) -> tuple[str, str, str]:
 
 
 def main() -> None:
+    collect_seldom()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--only", default="", help="rows whose name contains this; nothing is written"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hybridcache import (
     simulate,
     sizes,
 )
+from hybridcache.lab.simulation.sweep import collect_seldom
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
@@ -134,6 +135,7 @@ def arguments(
         "--resume", type=Path, help="folder that keeps runs until the study is done"
     )
     options = parser.parse_args()
+    collect_seldom()
     try:  # a word nobody knows is told before minutes are spent on the others
         for word in getattr(options, "policy", ()):
             make_eviction(word)
@@ -231,7 +233,7 @@ KEPT = (
     "losses",
     "ttft_s",
     "ttft_mean_s",
-    "regret_tokens",
+    "missed_tokens",
     "checkpoints_made",
     "checkpoint_copies",
     "copied_bytes",
@@ -243,8 +245,8 @@ def slim(trace: str, run: RunResult, **more: Any) -> dict[str, Any]:
     """One run as a results file keeps it: rates in six digits, no bins."""
     record = run.as_record()
     kept = {name: rounded(record[name]) for name in KEPT if record[name] is not None}
-    config = {name: value for name, value in run.config.items() if value is not None}
-    return {"trace": trace} | config | more | kept
+    config = {name: value for name, value in asdict(run.config).items() if value is not None}
+    return config | {"trace": trace} | more | kept
 
 
 def rounded(value: Any) -> Any:

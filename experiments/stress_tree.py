@@ -41,6 +41,7 @@ def configs(rng: random.Random) -> Iterator[CacheConfig]:
         pools: dict[str, Any] = {
             "num_kv_tokens": unit * rng.randint(8, 60),
             "num_slots": rng.randint(1, 20),
+            "state_bytes": 2,
         }
         if rng.random() < 0.5:
             state_bytes = unit * rng.randint(1, 8)

@@ -79,7 +79,7 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
         "model": result.geometry.name,
         "requests": first[0].requests,
         "prompt_tokens": first[0].prompt_tokens,
-        "grid": first[0].config["grid"],
+        "grid": first[0].config.grid,
         "gib": rounded([run.gib for run in first]),
     }
     kept = [

@@ -61,7 +61,7 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     for number, result in enumerate(results):
         *stacked, share = axes[num_panels * number : num_panels * (number + 1)]
         for axis, colour, placement in zip(stacked, COLOURS, shown, strict=False):
-            runs = [run for run in result.runs if run.config["checkpoints"] == placement]
+            runs = [run for run in result.runs if run.config.checkpoints == placement]
             stack_losses(axis, runs)
             draw_limits(axis, replace(result, bound_rate=None, plan_bounds={}))
             axis.set_title(f"{title(result, options)}\nLRU: {placement}", fontsize=8)

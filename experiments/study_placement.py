@@ -75,7 +75,7 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     columns = 3
     figure, axes = panels(len(results), width=4.9, height=4.0, columns=columns)
     for place, (axis, result) in enumerate(zip(axes, results, strict=True)):
-        by_label = {runs[0].config["checkpoints"]: runs for runs in result.by_label().values()}
+        by_label = {runs[0].config.checkpoints: runs for runs in result.by_label().values()}
         places = range(len(by_label))
         styles = (
             (-1, {"alpha": 0.35, "height": 0.8, "label": "much memory"}, "much"),

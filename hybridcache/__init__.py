@@ -31,14 +31,13 @@ if TYPE_CHECKING:
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.simulation.result import RunResult
     from hybridcache.lab.simulation.serving import Serving, serve
-    from hybridcache.lab.simulation.simulate import SimulationResult, simulate
+    from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, simulate
     from hybridcache.lab.simulation.sizes import sizes
     from hybridcache.lab.simulation.sweep import Job, run_sweep
     from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
     from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
-    from hybridcache.policies.placement.rules import parse_placement
     from hybridcache.policies.protocol import (
         EvictionPolicy,
         Item,
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
         Prefill,
         PrefillRule,
     )
-    from hybridcache.policies.words import EVICTION, make_eviction
+    from hybridcache.policies.words import EVICTION, make_eviction, parse_placement
 
 _LAZY = {
     "geometry.model": ("ModelGeometry",),
@@ -80,6 +79,7 @@ _LAZY = {
     ),
     "lab.simulation.simulate": (
         "SimulationResult",
+        "Sweep",
         "simulate",
     ),
     "lab.simulation.sizes": ("sizes",),
@@ -101,10 +101,10 @@ _LAZY = {
         "SampledPolicy",
         "ScorePolicy",
     ),
-    "policies.placement.rules": ("parse_placement",),
     "policies.words": (
         "EVICTION",
         "make_eviction",
+        "parse_placement",
     ),
     "policies.protocol": (
         "EvictionPolicy",
@@ -170,6 +170,7 @@ __all__ = [
     "ScorePolicy",
     "Serving",
     "SimulationResult",
+    "Sweep",
     "Tokens",
     "Trace",
     "TraceRequest",

@@ -16,8 +16,11 @@ from hybridcache.null import NullCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
+
+GRID = 64
+"""Positions a checkpoint may take are its multiples, unless told otherwise: the kernels' chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,9 @@ class CacheConfig:
         default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
     )
     num_kv_tokens: int = field(default=0, metadata={"help": "KV rows in all, tokens"})
-    num_slots: int = field(default=0, metadata={"help": "state slots in all"})
+    num_slots: int | None = field(
+        default=None, metadata={"help": "state slots in all; a hybrid cache must be given them"}
+    )
     total_bytes: int | None = field(
         default=None,
         metadata={"help": "one budget for KV and states, bytes; instead of the two pool sizes"},
@@ -43,8 +48,10 @@ class CacheConfig:
     kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})
     state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
     page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
-    grid: int = field(default=64, metadata={"help": "checkpoints sit at multiples of it, tokens"})
-    eviction: str = field(default="lru", metadata={"help": "what goes first: a word"})
+    grid: int = field(default=GRID, metadata={"help": "checkpoints sit at multiples of it, tokens"})
+    eviction: EvictionSpec = field(
+        default="lru", metadata={"help": "what goes first: a word, or a policy of your own"}
+    )
     dead_first: bool = field(
         default=True, metadata={"help": "evict KV that nothing can resume from before other KV"}
     )
@@ -76,7 +83,23 @@ class CacheConfig:
             raise ValueError("an arena is made of total_bytes: give those, not pool sizes")
         elif self.num_kv_tokens < self.page_size:
             raise ValueError(f"num_kv_tokens {self.num_kv_tokens} is less than one page")
+        elif self.num_slots is None and self.prefix_cache == "hybrid":
+            raise ValueError(
+                "a hybrid cache keeps states: give num_slots (0: none is ever kept), or "
+                "prefix_cache=radix for a model without any"
+            )
         make_eviction(self.eviction)
+        self._refuse_unknown_bytes()
+
+    def _refuse_unknown_bytes(self) -> None:
+        """ValueError where bytes decide and the defaults stand: a state never weighs what a token does."""
+        decide = self.total_bytes is not None or self.eviction not in ("lru", LRU)
+        unknown = self.kv_bytes_per_token == 1 and self.state_bytes == 1
+        if self.prefix_cache == "hybrid" and decide and unknown:
+            raise ValueError(
+                "give kv_bytes_per_token and state_bytes, those of the model (hybridcache.ModelGeometry has them): "
+                "without them a state weighs as little as one token, and what goes first would be chosen by that"
+            )
 
 
 def build_prefix_cache(config: CacheConfig) -> PrefixCache:
@@ -88,7 +111,7 @@ def build_prefix_cache(config: CacheConfig) -> PrefixCache:
     """
     total_bytes, row_bytes = config.total_bytes, config.kv_bytes_per_token
     if total_bytes is None:
-        pages, slots = _pools(config, config.num_kv_tokens, config.num_slots, None)
+        pages, slots = _pools(config, config.num_kv_tokens, config.num_slots or 0, None)
     else:
         state_bytes = 0 if config.prefix_cache == "radix" else config.state_bytes
         if config.memory == "arena":
@@ -110,17 +133,15 @@ def _pools(
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:
-    """The eviction order that ``config`` names, with the structural tiers it asks for: a policy that says
-    ``ranks_structure = True`` orders dead KV and superseded checkpoints itself and stands alone."""
+    """The eviction order that ``config`` names: one instance that sees all items, or, where the policy
+    leaves the order of tiers to the cache and ``config`` wants tiers, one instance a tier."""
     make = make_eviction(config.eviction)
     if make is LRU:
         return LRU(config.dead_first, config.demote_superseded)
     policy = make()
-    if getattr(policy, "ranks_structure", False):
+    if policy.orders_tiers or not (config.dead_first or config.demote_superseded):
         return policy
-    if config.dead_first or config.demote_superseded:
-        return Tiers(make, config.dead_first, config.demote_superseded)
-    return policy
+    return Tiers(policy, make, config.dead_first, config.demote_superseded)
 
 
 def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:

@@ -71,7 +71,7 @@ class HybridRadixCache:
         slots: SlotAllocator,
         policy: EvictionPolicy,
         *,
-        grid: int = 64,
+        grid: int,
         item_bytes: ItemBytes,
         ghost_bytes: int = 0,
     ) -> None:
@@ -235,39 +235,11 @@ class HybridRadixCache:
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``; where a checkpoint or
         a fork comes, also a step for each node up to the nearest checkpoint above.
         """
+        self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, after)
         residency, tree = self._residency, self._tree
-        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
-            require_int32(tokens, "tokens")
-        if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
-            require_int32(kv_indices, "KV indices")
-        num_tokens = len(tokens)
-        if len(kv_indices) != num_tokens:
-            raise ValueError(
-                f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
-            )
-        if labels and len(labels) != len(checkpoints):
-            raise ValueError(
-                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
-            )
-        for position, slot in checkpoints:
-            if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):
-                raise ValueError(
-                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the slot below {self._num_slots}"
-                )
-        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
-            raise ValueError("two checkpoints share a slot: each needs one of its own")
-        num_tokens -= num_tokens % self.page_size
-        if not 0 <= owned_from <= num_tokens:
-            raise ValueError(
-                f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
-            )
-        if after is not None:
-            if not after.locks:
-                raise ValueError(
-                    "the node given as ``after`` is not locked: keep its lock until insert is done"
-                )
-            while after is not None and after.end > owned_from:
-                after = after.parent
+        num_tokens = len(tokens) - len(tokens) % self.page_size
+        while after is not None and after.end > owned_from:
+            after = after.parent
         node = after if after is not None else tree.root(namespace)
         inside, kv_len = None, node.end
         if node.children is not None:
@@ -294,6 +266,47 @@ class HybridRadixCache:
             tree.prune_root(namespace)
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
+
+    def _refuse_bad_insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]],
+        owned_from: int,
+        labels: Sequence[str],
+        after: RadixNode | None,
+    ) -> None:
+        """ValueError for what can be told without the tree. O(checkpoints)."""
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
+            require_int32(kv_indices, "KV indices")
+        num_tokens = len(tokens)
+        if len(kv_indices) != num_tokens:
+            raise ValueError(
+                f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
+            )
+        if labels and len(labels) != len(checkpoints):
+            raise ValueError(
+                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
+            )
+        for position, slot in checkpoints:
+            if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):
+                raise ValueError(
+                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the slot "
+                    f"below {self._num_slots}"
+                )
+        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
+            raise ValueError("two checkpoints share a slot: each needs one of its own")
+        num_tokens -= num_tokens % self.page_size
+        if not 0 <= owned_from <= num_tokens:
+            raise ValueError(
+                f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
+            )
+        if after is not None and not after.locks:
+            raise ValueError(
+                "the node given as ``after`` is not locked: keep its lock until insert is done"
+            )
 
     def _append(
         self,
@@ -464,7 +477,7 @@ class HybridRadixCache:
         """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError: another word.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
-        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100))
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
         >>> result = cache.insert(np.arange(3, dtype=np.int32), cache.allocate_kv(3), namespace="tenant")
         >>> print(cache.render())
         namespace 'tenant'
@@ -493,6 +506,11 @@ class HybridRadixCache:
     @property
     def free_slots(self) -> int:
         return self._slots.num_free
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        """What orders its evictions: for looking at."""
+        return self._residency.policy
 
     @property
     def num_nodes(self) -> int:

@@ -172,6 +172,7 @@ class Lease:
                 checkpoint=match.checkpoint,
                 losses=found.losses._replace(refused=refused),
                 node=match.node,
+                resumed=match.resumed,
             )
         return cls(cache, placement, request, match, receipt, slot)
 
@@ -185,10 +186,10 @@ class Lease:
 
     def _make_plan(self, placement: PlacementPolicy) -> None:
         request, match, step = self._request, self.match, self._step
-        cached_len, prompt_len, plan = match.cached_len, self.prompt_len, self._plan
+        plan = self._plan
         prefill = Prefill(
-            prompt_len,
-            cached_len,
+            self.prompt_len,
+            match.cached_len,
             match.kv_len,
             match.branch_len,
             request.boundaries,
@@ -197,9 +198,9 @@ class Lease:
             match.missed,
         )
         for position, label in placement.positions(prefill):
-            position -= position % step
-            if cached_len < position <= prompt_len and position not in plan:
-                plan[position] = label
+            floored = prefill.floor(position)
+            if floored is not None:
+                plan.setdefault(floored, label)
         interval = placement.decode_interval()
         if interval is not None and request.answer_survives and not request.exact:
             self._decode_interval = -(-interval // step) * step

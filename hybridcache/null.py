@@ -31,7 +31,7 @@ class NullCache(PrefixCache):
     cached_tokens = 0
     num_checkpoints = 0
 
-    def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int = 64) -> None:
+    def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int) -> None:
         self.page_size = pages.page_size
         self.grid = grid
         self.stats = CacheStats()

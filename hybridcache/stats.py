@@ -88,7 +88,7 @@ class CacheStats:
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
-    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100))
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
     >>> cache.touch(cache.match(np.arange(10, dtype=np.int32), namespace="tenant"))
     >>> cache.stats.by_namespace["tenant"].never_seen, cache.stats.token_hit_rate
     (10, 0.0)

@@ -529,7 +529,7 @@ BREAKAGES = (
     Mutation(
         "a walk begins at a node that nobody locked",
         HYBRID,
-        "if not after.locks:",
+        "if after is not None and not after.locks:",
         "if False:",
     ),
     Mutation(

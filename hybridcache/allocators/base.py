@@ -17,6 +17,8 @@ class BaseAllocator(ABC):
     def __init__(self, capacity: int, unit_bytes: int = 0, budget: ByteBudget | None = None):
         if capacity < 0:
             raise ValueError(f"capacity must not be negative, got {capacity}")
+        if budget is not None and unit_bytes < 1:
+            raise ValueError(f"a share of a budget needs the bytes of one unit, got {unit_bytes}")
         self.capacity = capacity
         """Units in all."""
         self.unit_bytes = unit_bytes

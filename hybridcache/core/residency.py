@@ -188,7 +188,7 @@ class Residency:
             node: RadixNode = item.node  # type: ignore[attr-defined]
             if not node.locks:
                 break
-            self.policy.discard(item)
+            self.policy.discard(item, evicted=False)
             self.withheld.add(item)  # type: ignore[arg-type]
         self.stats.evictions += 1
         if self.listener is not None:
@@ -207,7 +207,7 @@ class Residency:
         assert checkpoint is not None
         if self.listener is not None:
             self.listener.checkpoint_removed(node)
-        self.policy.discard(checkpoint)
+        self.policy.discard(checkpoint, evicted=True)
         before, below = checkpoint.shallower, checkpoint.deeper
         assert before is not None
         before.deeper = below
@@ -225,7 +225,7 @@ class Residency:
     def _drop_leaf(self, leaf: RadixNode) -> None:
         """Free an unlocked leaf's KV and checkpoint, and the stateless nodes above that nothing can resume from then."""
         assert leaf.kv is not None
-        self.policy.discard(leaf.kv)
+        self.policy.discard(leaf.kv, evicted=True)
         stateful = self.item_bytes.state > 0
         while True:
             if leaf.checkpoint is not None:
@@ -292,7 +292,7 @@ class Residency:
         if checkpoint in self.withheld:
             checkpoint.superseded = superseded
             return
-        self.policy.discard(checkpoint)
+        self.policy.discard(checkpoint, evicted=False)
         checkpoint.superseded = superseded
         self.policy.add(checkpoint)
 
@@ -341,7 +341,7 @@ class Residency:
         if item in self.withheld:
             self.withheld.discard(item)
         else:
-            self.policy.discard(item)
+            self.policy.discard(item, evicted=False)
 
     def mark_superseded(self) -> None:
         """Link the checkpoints of every run, and tell which are superseded, before the policy knows any. O(tree)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +57,11 @@ class Mirror:
     and a new one must follow a new subscription, which begins with all that is cached.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, kv_grid: int | None = None) -> None:
+        """``kv_grid``: of an attention-only cache, which resumes at every multiple of it and of the
+        page; None: a hybrid one, which resumes at checkpoints."""
         self.page_size = page_size
+        self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._pieces: dict[int, _Piece] = {}
         self._roots: dict[Namespace, dict[tuple[int, ...], int]] = {}
         self._next_sequence = 0
@@ -163,6 +167,9 @@ class Mirror:
             if piece.checkpoint and end < len(ids):
                 cached_len = end
             children = piece.children
+        if self._kv_step is not None:
+            reachable = max(min(end, len(ids) - 1), 0)
+            cached_len = reachable - reachable % self._kv_step
         return MirrorMatch(cached_len, end)
 
     def segments(self) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:

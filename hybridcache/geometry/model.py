@@ -106,6 +106,8 @@ class ModelGeometry:
         conv_dtype: str = "bfloat16",
     ) -> ModelGeometry:
         """From a shape (see ``hybridcache.geometry.shapes``). ``state_dtype``: None is the shape's own, float32 where it has none."""
+        state_dtype = state_dtype or shape.get("state_dtype", "float32")
+        _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
         linear = _linear_layers(shape)
         active, total = _params(shape, linear.params)
         return cls(
@@ -115,7 +117,7 @@ class ModelGeometry:
             kv_bytes_per_token=shape["full_attn_layers"] * _kv_row(shape) * DTYPE_BYTES[kv_dtype],
             recurrent_elements=linear.num_layers * linear.state,
             conv_bytes=linear.num_layers * linear.conv * DTYPE_BYTES[conv_dtype],
-            state_dtype=state_dtype or shape.get("state_dtype", "float32"),
+            state_dtype=state_dtype,
             active_params=active,
             total_params=total,
             scan_flops_per_token=6 * linear.num_layers * linear.state,
@@ -140,8 +142,7 @@ class ModelGeometry:
 
     def with_state_dtype(self, state_dtype: str) -> ModelGeometry:
         """The same model with its checkpoints kept in another precision."""
-        if state_dtype not in DTYPE_BYTES:
-            raise ValueError(f"state_dtype {state_dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        _refuse_unknown(state_dtype=state_dtype)
         return replace(self, state_dtype=state_dtype)
 
     def flops(self, start: int, end: int) -> int:
@@ -246,3 +247,9 @@ def _params(shape: Shape, linear_layer_params: int) -> tuple[int, int]:
     always = mixers + ffn_layers * (matrices * hidden * shared + hidden * experts + narrowing)
     active = always + ffn_layers * shape["topk"] * expert
     return active, always + ffn_layers * experts * expert
+
+
+def _refuse_unknown(**dtypes: str) -> None:
+    for name, word in dtypes.items():
+        if word not in DTYPE_BYTES:
+            raise ValueError(f"{name} {word!r} is none of {', '.join(DTYPE_BYTES)}")

@@ -25,6 +25,13 @@ class PrefillTimes(Protocol):
         ...
 
 
+def describe_times(times: PrefillTimes) -> str:
+    """What gives the seconds, in a line: the machine assumed, the file measured, or a class's name."""
+    if isinstance(times, Roofline | MeasuredTimes):
+        return times.describe()
+    return type(times).__qualname__
+
+
 def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iterator[float]:
     """``times.seconds`` of many prefills, int64[n] each. O(n), in pieces, so that a million take no memory to speak of."""
     for first in range(0, len(starts), 1 << 14):
@@ -101,6 +108,12 @@ class MeasuredTimes:
     """Computed tokens, ascending."""
     table_s: tuple[tuple[float, ...], ...]
     """``table_s[i][j]``: seconds for ``lengths[j]`` tokens after ``starts[i]``."""
+    source: str = "a table"
+    """The file it was read from."""
+
+    def describe(self) -> str:
+        """Where they were read, in a line."""
+        return f"measured, {self.source}"
 
     @classmethod
     def load(cls, path: str | Path) -> MeasuredTimes:
@@ -111,6 +124,7 @@ class MeasuredTimes:
                 tuple(record["starts"]),
                 tuple(record["lengths"]),
                 tuple(tuple(row) for row in record["table_s"]),
+                str(path),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no table of prefill times ({error})") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, Roofline
+from hybridcache.lab.defaults import MODEL
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
@@ -130,7 +131,7 @@ def advise(
     trace: Trace,
     *,
     gib: float,
-    model: str | ModelGeometry = "qwen3-next",
+    model: str | ModelGeometry = MODEL,
     policies: Sequence[str] = DEFAULT_POLICIES,
     state_dtypes: Sequence[str] = SERVABLE_PRECISIONS,
     servers: int = 1,
@@ -236,8 +237,8 @@ class _Adviser:
             config.geometry.name,
             gib,
             tuple(self.answers),
-            config.policy,
-            config.checkpoints,
+            str(config.policy),
+            str(config.checkpoints),
             config.geometry.state_dtype,
             kv_share,
             result,

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hybridcache.build import GRID
 from hybridcache.extras import how_to_install
+from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL, RELATIVE_GAP
 
 if TYPE_CHECKING:
     from hybridcache.lab.simulation.simulate import SimulationResult
@@ -24,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:
+        if arguments is None:  # a process of our own, not somebody's call
+            from hybridcache.lab.simulation.sweep import collect_seldom
+
+            collect_seldom()
         code = run(options)
         sys.stdout.flush()
         return code
@@ -65,14 +71,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_METRICS = (
-    "hit, request-hit, bound, optimum, flops, seconds, seconds-saved, ttft-mean, ttft-p5, ttft-p50, ttft-p95, ttft-p99, "
-    "regret, checkpoints, reuse, copied, written, control"
-)
 _TRACE_HELP = (
     "[word:]file[?option=value&...], or a generator: chat, few-shot, agent, branch, resend, short, "
     "conversations, sharegpt-like ..."
 )
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--trace": {"required": True, "help": _TRACE_HELP},
+    "--model": {"default": MODEL, "help": "a preset's name, or the path of a config.json"},
+    "--gib": {"default": GIB_SPEC, "help": "memory: low:high:points (log-spaced), or a,b,c"},
+    "--grid": {
+        "type": int,
+        "default": GRID,
+        "help": "positions of checkpoints are its multiples, tokens",
+    },
+    "--state-dtype": {
+        "help": "precision of checkpoints: float32, bfloat16, int8 (default: the model's own)"
+    },
+    "--servers": {"type": int, "default": 1, "help": "prefills at the same time, for the TTFT"},
+    "--times": {"help": "file of measured prefill times; default: a roofline of H100s"},
+    "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
+    "--skip-bad": {"action": "store_true", "help": "count records that can not be read"},
+}
+"""Options of more than one command."""
+
+
+def _share(parser: argparse.ArgumentParser, *flags: str) -> None:
+    for flag in flags:
+        parser.add_argument(flag, **_SHARED[flag])
 
 
 def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,13 +109,13 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
     )
     stats.add_argument("trace", help=_TRACE_HELP)
-    stats.add_argument("--skip-bad", action="store_true", help="count records that can not be read")
+    _share(stats, "--skip-bad")
     stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     stats.set_defaults(run=_trace_stats)
     convert = verbs.add_parser("convert", help="write any trace as the project's own JSON lines")
     convert.add_argument("trace", help=_TRACE_HELP)
     convert.add_argument("output", type=Path, help="file to write")
-    convert.add_argument("--skip-bad", action="store_true", help="leave out what can not be read")
+    _share(convert, "--skip-bad")
     convert.set_defaults(run=_trace_convert)
 
 
@@ -121,15 +148,15 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from hybridcache.lab.baselines import BASELINES
+    from hybridcache.lab.report import METRICS
     from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, MEMORIES
-    from hybridcache.policies.placement.rules import placement_words
-    from hybridcache.policies.words import eviction_words
+    from hybridcache.policies.words import eviction_words, placement_words
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
     add = parser.add_argument
     add("--trace", required=True, action="append", help=_TRACE_HELP + "; may be repeated")
-    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
-    add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
+    _share(parser, "--model", "--gib", "--state-dtype", "--grid", "--servers", "--times")
+    _share(parser, "--processes", "--skip-bad")
     add(
         "--policy",
         default="lru",
@@ -144,7 +171,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
     add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
     add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
-    add("--metric", default="hit", help=f"what tables and figure show, commas between: {_METRICS}")
+    known = ", ".join(METRICS)
+    add("--metric", default="hit", help=f"what tables and figure show, commas between: {known}")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add("--bins", action="store_true", help="also by prompt length and by turn of the session")
     add(
@@ -155,18 +183,15 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
     add(
-        "--state-dtype",
-        help="precision of checkpoints: float32, bfloat16, int8 (default: the model's own)",
+        "--tiers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="dead KV, then superseded checkpoints go first; without, each policy orders all",
     )
     add("--page-size", type=int, default=1, help="tokens of a KV page")
-    add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
-    add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
     add("--max-running", type=int, help="serve so many requests at once instead of in turn")
-    add("--times", help="file of measured prefill times; default: a roofline of H100s")
-    add("--processes", type=int, default=1, help="runs at the same time; changes no result")
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
     add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
-    add("--skip-bad", action="store_true", help="count records that can not be read")
     parser.set_defaults(run=_simulate)
 
 
@@ -201,6 +226,7 @@ def _simulate(options: argparse.Namespace) -> int:
                 policy=_split(options.policy),
                 checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
                 baseline=_split(options.baseline),
+                tiers=options.tiers,
                 bound=options.bound,
                 optimum=options.optimum,
                 memory=options.memory,
@@ -259,9 +285,7 @@ def _beside(path: Path, word: str) -> Path:
 def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("optimum", help="the best that any policy could have done")
     add = parser.add_argument
-    add("--trace", required=True, help=_TRACE_HELP)
-    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
-    add("--gib", default="2:200:15", help="memory: low:high:points (log-spaced), or a,b,c")
+    _share(parser, "--trace", "--model", "--gib", "--state-dtype", "--grid", "--skip-bad")
     add("--method", choices=("greedy", "lp", "milp"), default="milp", help="greedy for long traces")
     add(
         "--placement",
@@ -269,11 +293,8 @@ def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="shared",
         help="where checkpoints may sit",
     )
-    add("--state-dtype", help="precision of checkpoints (default: the model's own)")
-    add("--grid", type=int, default=64, help="positions of checkpoints are its multiples, tokens")
-    add("--gap", type=float, default=0.005, help="stop when bound and plan are so close")
-    add("--limit", type=float, default=60.0, help="seconds for one size")
-    add("--skip-bad", action="store_true", help="count records that can not be read")
+    add("--gap", type=float, default=RELATIVE_GAP, help="stop when bound and plan are so close")
+    add("--limit", type=float, default=LIMIT_S, help="seconds for one size")
     add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
     add("--figure", type=Path, help="PNG or SVG to draw: plan and bound, and that price")
     parser.set_defaults(run=_optimum)
@@ -327,8 +348,7 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "advise", help="the policy, placement, precision and split to use for a trace and a size"
     )
     add = parser.add_argument
-    add("--trace", required=True, help=_TRACE_HELP)
-    add("--model", default="qwen3-next", help="a preset's name, or the path of a config.json")
+    _share(parser, "--trace", "--model", "--servers", "--times", "--processes", "--skip-bad")
     add("--gib", type=float, required=True, help="memory for KV and checkpoints together")
     add("--policy", help="eviction words to choose among, commas between")
     add(
@@ -336,10 +356,6 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=",".join(SERVABLE_PRECISIONS),
         help="precisions of states to choose among, commas between (default %(default)s: what the engine serves)",
     )
-    add("--servers", type=int, default=1, help="prefills at the same time, for the TTFT")
-    add("--times", help="file of measured prefill times; default: a roofline of H100s")
-    add("--processes", type=int, default=1, help="runs at the same time; changes no result")
-    add("--skip-bad", action="store_true", help="count records that can not be read")
     add("--json", action="store_true", help="JSON lines instead of a table")
     parser.set_defaults(run=_advise)
 
@@ -379,7 +395,9 @@ def _open(spec: str, options: argparse.Namespace) -> Trace:
 
 
 def _split(words: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in words.split(",") if word.strip())
+    from hybridcache.policies.words import split_words
+
+    return tuple(filter(None, split_words(words)))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ from hybridcache.lab.report import (
     size_label,
 )
 from hybridcache.lab.simulation.result import RunResult
+from hybridcache.results import Losses
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hybridcache.lab.optimum import Optimum
     from hybridcache.lab.simulation.simulate import SimulationResult
 
@@ -32,12 +35,12 @@ PLAN = "best plan with hindsight"
 
 def sweep_figure(
     results: Sequence[SimulationResult],
-    path: Path,
+    path: Path | None,
     words: str | Sequence[str] = "hit",
     *,
     emphasised: Sequence[str] = (),
     caption: str = "",
-) -> None:
+) -> Figure:
     """A panel a trace and metric: each of ``words`` over memory size on a log axis, a line a competitor. Beside the token hit rate stands
     its share of the best plan with hindsight, where that was worked out; the plan and the bounds are black lines.
 
@@ -58,7 +61,7 @@ def sweep_figure(
             axis.set_title(title(result), fontsize=9)
             if word == "hit":
                 draw_limits(axis, result)
-    save(figure, axes, path, " ".join(filter(None, [caption, *_notes(results, words)])))
+    return save(figure, axes, path, " ".join(filter(None, [caption, *_notes(results, words)])))
 
 
 def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[str]:
@@ -70,8 +73,11 @@ def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[st
 
 
 def bins_figure(
-    results: Sequence[SimulationResult], path: Path, gib: float | None = None, caption: str = ""
-) -> None:
+    results: Sequence[SimulationResult],
+    path: Path | None,
+    gib: float | None = None,
+    caption: str = "",
+) -> Figure:
     """Two panels a trace, at the size nearest to ``gib`` (None: the middle one): token hit rate by prompt length and by how many
     requests of the session came before."""
     figure, axes = panels(2 * len(results), columns=4 if len(results) > 1 else 2)
@@ -106,7 +112,7 @@ def bins_figure(
             axis.set_ylabel(METRICS["hit"].title)
             size = _nearest(result.runs, gib)
             axis.set_title(f"{title(result)}, {size_label(size)} GiB", fontsize=8.5)
-    save(figure, axes, path, caption)
+    return save(figure, axes, path, caption)
 
 
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
@@ -115,18 +121,19 @@ def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
     return min(runs, key=lambda run: abs((run.gib or 0.0) - gib))
 
 
-LOSSES = {
-    "never_seen": ("never seen", "#d9d9d9"),
-    "kv_evicted": ("KV evicted", "#1b6ca8"),
-    "checkpoint_evicted": ("checkpoint evicted", "#c8553d"),
-    "never_checkpointed": ("never checkpointed", "#d99a1c"),
-    "below_grid": ("below the grid", "#8a5a9e"),
-    "refused": ("refused", "#555555"),
-}
-"""Causes of lost tokens: words and colours."""
+LOSSES = dict(
+    zip(
+        Losses._fields,
+        ("#d9d9d9", "#1b6ca8", "#c8553d", "#d99a1c", "#8a5a9e", "#555555"),
+        strict=True,
+    )
+)
+"""Causes of lost tokens and their colours."""
 
 
-def losses_figure(results: Sequence[SimulationResult], path: Path, caption: str = "") -> None:
+def losses_figure(
+    results: Sequence[SimulationResult], path: Path | None, caption: str = ""
+) -> Figure:
     """A panel a trace and competitor that knows: the causes stacked over the size; what is white was reused."""
     shown = [
         (result, label, runs)
@@ -144,14 +151,15 @@ def losses_figure(results: Sequence[SimulationResult], path: Path, caption: str 
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
         axis.set_title(f"{title(result)}\n{label}", fontsize=8)
-    save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip())
+    return save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip())
 
 
 def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
     """Lost tokens by cause over the sizes of ``runs``, from the top."""
     sizes = [run.gib or 0.0 for run in runs]
     top = [100.0] * len(runs)
-    for cause, (words, colour) in LOSSES.items():
+    for cause, colour in LOSSES.items():
+        words = cause.replace("kv_", "KV ").replace("_", " ")
         lost = [100 * (run.losses or {}).get(cause, 0) / run.prompt_tokens for run in runs]
         floor = [high - part for high, part in zip(top, lost, strict=True)]
         if max(lost) > 0.05:
@@ -213,18 +221,15 @@ def size_axis(axis: Any, label: str = "memory for KV and checkpoints, GiB") -> N
 
 def panels(
     count: int, width: float = 4.6, height: float = 3.5, columns: int = 3
-) -> tuple[Any, list[Any]]:
-    """A figure of ``count`` panels, at most ``columns`` in a row, and their axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+) -> tuple[Figure, list[Any]]:
+    """A figure of ``count`` panels, at most ``columns`` in a row, and their axes. It belongs to no
+    window and no notebook: their backend stays as it is."""
+    from matplotlib.figure import Figure
 
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False
-    )
+    figure = Figure(figsize=(width * columns, height * rows))
+    grid = figure.subplots(rows, columns, squeeze=False)
     axes = [axis for row in grid for axis in row]
     for spare in axes[count:]:
         spare.set_visible(False)
@@ -234,10 +239,9 @@ def panels(
     return figure, axes[:count]
 
 
-def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> None:
-    """Write the figure: one legend below for all panels, the caption under it; the figure grows by both."""
-    from matplotlib import pyplot
-
+def save(figure: Figure, axes: Sequence[Any], path: Path | None, caption: str = "") -> Figure:
+    """Finish the figure, and write it where there is a ``path``: one legend below for all panels, the
+    caption under it; the figure grows by both."""
     entries = {
         label: handle
         for axis in axes
@@ -264,12 +268,13 @@ def save(figure: Any, axes: Sequence[Any], path: Path, caption: str = "") -> Non
             frameon=False,
         )
     figure.text(0.5, 0.08 / height, "\n".join(lines), ha="center", va="bottom", fontsize=8.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    return figure
 
 
-def optimum_figure(found: Sequence[Optimum], path: Path) -> None:
+def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
     """Left the plan's hit rate and the bound over the size; right the price of memory over the trace at some of the sizes, where the
     LP told it."""
     priced = [best for best in found if best.prices is not None]
@@ -298,4 +303,4 @@ def optimum_figure(found: Sequence[Optimum], path: Path) -> None:
         if priced
         else ""
     )
-    save(figure, axes, path, caption)
+    return save(figure, axes, path, caption)

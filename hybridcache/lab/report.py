@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from hybridcache.lab.simulation.identity import SIZES
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.trace_stats import Summary, TraceStats
+from hybridcache.results import Losses
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ METRICS: dict[str, Metric] = {
         # Files of before peers were told apart here have 0 for them; what tells no causes tells no regret either.
         lambda run: (
             None
-            if run.losses is None or run.regret_tokens is None
-            else 100 * run.regret_tokens / run.prompt_tokens
+            if run.losses is None or run.missed_tokens is None
+            else 100 * run.missed_tokens / run.prompt_tokens
         ),
     ),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
@@ -101,9 +103,15 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     can pass, if they were worked out, and the bound."""
     metric = find_metric(word)
     by_label = result.by_label()
-    first = next(iter(by_label.values()), [])
+    by_size: dict[tuple[Any, ...], RunResult] = {}
+    for run in sorted(result.runs, key=lambda run: run.gib or 0.0):
+        by_size.setdefault(_size(run), run)
+    first = list(by_size.values())
     header = [f"{metric.title}, at GiB", *(size_label(run) for run in first)]
-    rows = [[label, *(_marked(run, word) for run in runs)] for label, runs in by_label.items()]
+    rows = []
+    for label, runs in by_label.items():
+        cells = {_size(run): _marked(run, word) for run in runs}
+        rows.append([label, *(cells.get(size, "-") for size in by_size)])
     if word == "hit" and any(run.optimum_tokens for run in first):
         rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
     if word == "hit" and result.plan_bounds:
@@ -117,7 +125,28 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     if first:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
     table = f"{title}\n{text_table(header, rows)}"
-    return "\n".join([table, *notes_on(result, [word])])
+    return "\n".join([table, *notes_on(result, [word]), *tier_notes(result)])
+
+
+def _size(run: RunResult) -> tuple[Any, ...]:
+    """What a column of a table is: how much memory there was."""
+    return tuple(getattr(run.config, name) for name in SIZES)
+
+
+def tier_notes(result: SimulationResult) -> list[str]:
+    """For whom dead KV and superseded checkpoints went first, whatever the policy."""
+    told = {
+        tiers: dict.fromkeys(
+            str(run.config.policy) for run in result.runs if run.config.tiers is tiers
+        )
+        for tiers in (True, False)
+    }
+    notes = []
+    if told[True]:
+        notes.append(f"tiers (dead KV, superseded checkpoints, the rest): {', '.join(told[True])}")
+    if told[False]:
+        notes.append(f"no tiers, the policy orders all: {', '.join(told[False])}")
+    return notes
 
 
 def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
@@ -135,8 +164,8 @@ MARCONI_NOTE = "marconi: as a word it weighs attention as at Qwen3-Next's sizes,
 
 def weighs_as_another(run: RunResult) -> bool:
     """Whether a run's policy takes another model's FLOPs for its own."""
-    word = str(run.config["policy"]).partition(":")[0]
-    return word == "marconi" and not str(run.config["model"]).startswith("Qwen3-Next")
+    word = str(run.config.policy).partition(":")[0]
+    return word == "marconi" and not run.config.model.startswith("Qwen3-Next")
 
 
 def _marked(run: RunResult, word: str) -> str:
@@ -200,14 +229,13 @@ def size_label(run: RunResult) -> str:
 
 def losses_table(runs: Sequence[RunResult]) -> str:
     """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens. ``LOSSES_NOTE`` says what a cause is."""
-    causes = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed", "below_grid")
     header = ["% of prompt tokens", "GiB", "reused"]
-    header += [cause.replace("_", " ") for cause in (*causes, "refused")]
+    header += [cause.replace("_", " ") for cause in Losses._fields]
     rows = []
     for run in runs:
         if run.losses is None:
             continue
-        parts = [run.cached_tokens, *(run.losses[cause] for cause in (*causes, "refused"))]
+        parts = [run.cached_tokens, *(run.losses[cause] for cause in Losses._fields)]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, size_label(run), *shares])
     return f"{text_table(header, rows)}\n{LOSSES_NOTE}"
@@ -316,4 +344,4 @@ def write_runs(result: SimulationResult, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for run in result.runs:
-            file.write(json.dumps({"trace": result.trace} | run.as_record()) + "\n")
+            file.write(json.dumps(run.as_record()) + "\n")

@@ -51,6 +51,14 @@ class Trace:
     """Starts the requests over, in order of their timestamps. Picklable, so that processes can share a trace by recipe."""
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     """What was skipped in the latest iteration."""
+    recipe: str = ""
+    """All that makes it, options and seed included, as ``open_trace`` takes it; empty where it was
+    made otherwise."""
+
+    @property
+    def full_name(self) -> str:
+        """Its recipe, or the name where it has none."""
+        return self.recipe or self.name
 
     def __iter__(self) -> Iterator[TraceRequest]:
         self.bad.count = 0
@@ -58,7 +66,9 @@ class Trace:
 
     def head(self, num_requests: int) -> Trace:
         """Its first requests only."""
-        return replace(self, source=_Head(self.source, num_requests))
+        joint = "&" if "?" in self.full_name else "?"
+        recipe = f"{self.full_name}{joint}head={num_requests}"
+        return replace(self, source=_Head(self.source, num_requests), recipe=recipe)
 
     def kept(self) -> Trace:
         """The same trace with all requests held in memory: for replaying one many times."""

@@ -19,7 +19,8 @@ class Item(Protocol):
     """One evictable thing, as a policy sees it. All but ``memo`` is read-only."""
 
     memo: Any
-    """The policy's own; None at first, kept while the item lives."""
+    """The policy's own; None at first, kept while the item lives. A snapshot does not keep it: after
+    one was loaded, ``missed`` may be called with an item whose ``memo`` is None."""
 
     @property
     def kind(self) -> Kind:
@@ -28,7 +29,9 @@ class Item(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that evicting it now frees."""
+        """Bytes that evicting it now frees. kv: its rows, the state at its end, and the tail above:
+        rows of the path up to the nearest checkpoint, fork or lock, which go with it. checkpoint: its
+        state, and at a leaf the same tail. An attention-only cache: the segment's rows."""
         ...
 
     @property
@@ -38,8 +41,10 @@ class Item(Protocol):
 
     @property
     def span(self) -> int:
-        """Tokens that must be computed again if it goes: kv: the segment's tokens; checkpoint: tokens back to the nearest
-        checkpoint above it."""
+        """Tokens that the next request to resume here must compute again if it goes: back to the
+        nearest checkpoint above, for both kinds, whatever rows stay on the way. Neither it nor
+        ``size_bytes`` depends on where the path was once split. An attention-only cache evicts a
+        segment at a time and can resume anywhere: the segment's tokens."""
         ...
 
     @property
@@ -84,12 +89,13 @@ class Item(Protocol):
 
 
 class EvictionPolicy(Protocol):
-    """Orders the evictable items of one cache.
+    """Orders the evictable items of one cache. It is made once for a cache and sees all items, unless
+    it says ``orders_tiers = False``.
 
     The cache calls ``add`` when an item becomes a candidate (a checkpoint; KV of a leaf), ``discard`` when it stops being
     one (its node got a child, it was evicted), ``touch`` after a use of a candidate (``last_used`` and ``uses`` already
     count it; what was used while it was none shows in them at ``add``), and ``victim`` to choose. A lock discards nothing
-    by itself: a victim that turns out to be locked is discarded then and added again when it is unlocked. An item that
+    by itself: a victim that turns out to be locked is discarded then (``evicted`` False) and added again when it is unlocked. An item that
     changes its tier (``policies.tiers``) moves to another instance of the same policy, its ``memo`` with it. ``victim``
     returns a candidate without removing it: the cache then calls ``discard``.
     ``missed`` is how a ghost speaks: a request came that would have resumed from this evicted checkpoint.
@@ -97,12 +103,18 @@ class EvictionPolicy(Protocol):
     ``check``; it need not.
     """
 
+    orders_tiers: bool = True
+    """A class attribute. True: it sees all items and orders dead KV and superseded checkpoints itself.
+    False: it leaves that to the cache, which makes three of it, for dead KV, superseded checkpoints
+    and the rest, asked in this order (``CacheConfig.dead_first``, ``demote_superseded``)."""
+
     def add(self, item: Item) -> None:
         """``item`` is a candidate from now on."""
         ...
 
-    def discard(self, item: Item) -> None:
-        """``item`` is a candidate no more: it was evicted, locked, or its node got a child."""
+    def discard(self, item: Item, evicted: bool) -> None:
+        """``item`` is a candidate no more. ``evicted``: it leaves the cache, as a victim or with one;
+        else it stays: it is locked, its node got a child, or it changes its tier."""
         ...
 
     def touch(self, item: Item) -> None:
@@ -143,6 +155,11 @@ class Prefill(NamedTuple):
     """The checkpoint it resumes from; its ``label`` and ``span`` say which word earned what."""
     missed: Item | None = None
     """The evicted checkpoint it would have resumed from."""
+
+    def floor(self, position: int) -> int | None:
+        """The deepest grid position at or before ``position``; None: nothing can be saved there."""
+        floored = position - position % self.grid
+        return floored if self.cached_len < floored <= self.prompt_len else None
 
 
 class Placed(NamedTuple):

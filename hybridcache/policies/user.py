@@ -1,17 +1,23 @@
-"""Policies of the user's own, named ``module:Class`` wherever a word stands; what is wrong with one is said in one sentence."""
+"""Policies of the user's own, wherever a word stands; what is wrong with one is said in one sentence.
+
+``module:Class`` or ``module:Class(alpha=2)``, a class, a function that makes one, or one itself.
+"""
 
 from __future__ import annotations
 
+import ast
+import copy
 import importlib
 import inspect
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
@@ -26,106 +32,148 @@ from hybridcache.policies.protocol import (
 
 MAX_OUTSIDE = 50
 """Positions outside of every prompt after which a placement is warned of."""
+OURS = "hybridcache.policies."
+"""Where this project's own policies are: they need no guard."""
+
+Result = TypeVar("Result")
 
 
-def load_eviction(word: str) -> Callable[[], EvictionPolicy]:
-    """Makes the eviction policies that ``module:Class`` names, watched over. ValueError where that is none, or can not be made."""
-    make = partial(OwnEviction, word, _load_class(word, EvictionPolicy))
-    make()
-    return make
+@dataclass(frozen=True, slots=True)
+class OwnPolicy:
+    """A policy of the user's own: how tables call it, and what makes one."""
+
+    label: str
+    make: Callable[[], Any] = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.label
 
 
-def load_placement(word: str) -> PlacementPolicy:
-    """The placement policy that ``module:Class`` names, watched over. ValueError where that is none, or can not be made."""
-    return OwnPlacement(word, _load_class(word, PlacementPolicy))
+def own_policy(given: object) -> OwnPolicy:
+    """What stands for a class, a function that makes a policy, or a policy, of which it makes copies."""
+    if isinstance(given, OwnPolicy):
+        return given
+    if callable(given):
+        return OwnPolicy(_name_of(given), given)
+    facts = [
+        f"{name}={value!r}"
+        for name, value in getattr(given, "__dict__", {}).items()
+        if name[0] != "_" and name != "now" and isinstance(value, int | float | str)
+    ]
+    label = f"{type(given).__name__}({', '.join(facts)})"
+    return OwnPolicy(label, partial(copy.deepcopy, given))
 
 
-class OwnEviction(EvictionPolicy):
-    """Passes every call on, and turns what goes wrong into a PolicyError that names the class, the method and the line.
+def _name_of(make: Callable[..., Any]) -> str:
+    if isinstance(make, partial):
+        arguments = [repr(value) for value in make.args]
+        arguments += [f"{name}={value!r}" for name, value in make.keywords.items()]
+        return f"{_name_of(make.func)}({', '.join(arguments)})"
+    name = getattr(make, "__qualname__", type(make).__name__).rpartition("<locals>.")[2]
+    return f"{make.__module__}:{name}" if isinstance(make, type) else name
 
-    Also where ``victim`` gives what it was never offered. O(1) beside the policy's own work.
-    """
 
-    def __init__(self, word: str, policy_class: type[EvictionPolicy]) -> None:
-        self._word = word
-        self._policy = _made(word, policy_class)
+def eviction_of(given: object) -> Callable[[], EvictionPolicy]:
+    """What makes the eviction policy that ``given`` is or makes, watched over."""
+    own = own_policy(given)
+    if isinstance(own.make, type):
+        _refuse_unfit(own, own.make, EvictionPolicy)
+        if own.make.__module__.startswith(OURS):
+            return own.make
+    return lambda: GuardedEviction(own.label, _made(own, EvictionPolicy))
+
+
+def placement_of(given: object) -> Callable[[], PlacementPolicy]:
+    """What makes the placement policy that ``given`` is or makes, watched over."""
+    own = own_policy(given)
+    return lambda: GuardedPlacement(own.label, _made(own, PlacementPolicy))
+
+
+class _Guarded:
+    """Calls a stranger's methods; what they raise becomes a PolicyError that names policy, method and line."""
+
+    def __init__(self, label: str, policy: Any) -> None:
+        self._label = label
+        self._policy = policy
+
+    def _call(self, method: Callable[..., Result], *arguments: object) -> Result:
+        try:
+            return method(*arguments)
+        except Exception as error:  # whatever a stranger's method raises
+            _blame(self._label, self._policy, method.__name__, error)
+
+
+class GuardedEviction(_Guarded, EvictionPolicy):
+    """Also where ``victim`` gives what it was never offered. O(1) beside the policy's own work."""
+
+    def __init__(self, label: str, policy: Any) -> None:
+        super().__init__(label, policy)
         self._held: set[Item] = set()
-        self.ranks_structure: bool = getattr(self._policy, "ranks_structure", False)
+        self.orders_tiers = bool(getattr(policy, "orders_tiers", True))
 
     def add(self, item: Item) -> None:
         self._held.add(item)
-        try:
-            self._policy.add(item)
-        except Exception as error:
-            _blame(self._word, self._policy, "add", error)
+        self._call(self._policy.add, item)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         self._held.discard(item)
-        try:
-            self._policy.discard(item)
-        except Exception as error:
-            _blame(self._word, self._policy, "discard", error)
+        self._call(self._policy.discard, item, evicted)
 
     def touch(self, item: Item) -> None:
-        try:
-            self._policy.touch(item)
-        except Exception as error:
-            _blame(self._word, self._policy, "touch", error)
+        self._call(self._policy.touch, item)
 
     def missed(self, item: Item) -> None:
-        try:
-            self._policy.missed(item)
-        except Exception as error:
-            _blame(self._word, self._policy, "missed", error)
+        self._call(self._policy.missed, item)
 
     def candidates(self) -> Iterable[Item]:
-        """All it was told of, in no order."""
+        """All it was offered, in no order."""
         return self._held
 
     def victim(self, kind: Kind | None) -> Item | None:
-        try:
-            victim: Item | None = self._policy.victim(kind)
-            known = victim is None or victim in self._held
-        except Exception as error:
-            _blame(self._word, self._policy, "victim", error)
-        if victim is not None and (not known or kind not in (None, victim.kind)):
-            raise PolicyError(
-                f"{self._word!r}: victim({kind!r}) gave {victim!r}, which is no candidate of that kind; "
-                "give an item that was added and not discarded since, or None"
-            )
-        return victim
+        victim, is_fit = self._call(self._victim, kind)
+        if is_fit:
+            return victim
+        raise PolicyError(
+            f"{self._label!r}: victim({kind!r}) gave {victim!r}, which is no candidate of that kind; "
+            "give an item that was added and not discarded since, or None"
+        )
+
+    def _victim(self, kind: Kind | None) -> tuple[Item | None, bool]:
+        """(what it gave, whether that may be given)."""
+        victim = self._policy.victim(kind)
+        is_fit = victim is None or (victim in self._held and kind in (None, victim.kind))
+        return victim, is_fit
 
 
-class OwnPlacement(PlacementPolicy):
-    """Passes every call on; what goes wrong becomes a PolicyError that names the class, the method and the line."""
+class GuardedPlacement(_Guarded, PlacementPolicy):
+    """Also where it gives no ``Placed``, or positions that are of no use."""
 
-    def __init__(self, word: str, policy_class: type[PlacementPolicy]) -> None:
-        self._word = word
-        self._policy = _made(word, policy_class)
+    def __init__(self, label: str, policy: Any) -> None:
+        super().__init__(label, policy)
         self._num_outside: int | None = 0
         """Positions given of which none was of use; None once one was, or it was said."""
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
-        try:
-            for placed in self._policy.positions(prefill):
-                checked = self._checked(placed)
-                if self._num_outside is not None:
-                    self._watch(checked.position, prefill)
-                yield checked
-        except Exception as error:
-            _blame(self._word, self._policy, "positions", error)
+        for placed in self._call(self._positions, prefill):
+            checked = self._checked(placed)
+            if self._num_outside is not None:
+                self._watch(checked.position, prefill)
+            yield checked
+
+    def _positions(self, prefill: Prefill) -> list[Any]:
+        return list(self._policy.positions(prefill))
 
     def _watch(self, position: int, prefill: Prefill) -> None:
         """Warn once where the first ``MAX_OUTSIDE`` positions all lie where nothing can be saved."""
         assert self._num_outside is not None
-        if prefill.cached_len < position - position % prefill.grid <= prefill.prompt_len:
+        if prefill.floor(position) is not None:
             self._num_outside = None
             return
         self._num_outside += 1
         if self._num_outside == MAX_OUTSIDE:
             self._num_outside = None
             warnings.warn(
-                f"{self._word!r}: none of its first {MAX_OUTSIDE} positions lay within what a prefill computes; give "
+                f"{self._label!r}: none of its first {MAX_OUTSIDE} positions lay within what a prefill computes; give "
                 f"cached_len < position <= prompt_len, tokens from the prompt's start, of at least {prefill.grid} (the grid)",
                 stacklevel=2,
             )
@@ -136,31 +184,24 @@ class OwnPlacement(PlacementPolicy):
             if hasattr(position, "__index__") and isinstance(label, str):
                 return Placed(int(position), label)
         raise PolicyError(
-            f"{self._word!r}: positions gave {placed!r}; "
+            f"{self._label!r}: positions gave {placed!r}; "
             "give Placed(position, label) with a whole position and a word for a label"
         )
 
     def decode_interval(self) -> int | None:
-        try:
-            interval: int | None = self._policy.decode_interval()
-        except Exception as error:
-            _blame(self._word, self._policy, "decode_interval", error)
+        interval = self._call(self._policy.decode_interval)
         if interval is None or (type(interval) is int and interval >= 1):
             return interval
         raise PolicyError(
-            f"{self._word!r}: decode_interval gave {interval!r}; give tokens between checkpoints, or None"
+            f"{self._label!r}: decode_interval gave {interval!r}; give tokens between checkpoints, or None"
         )
 
 
-def word_of(own: object) -> str:
-    """``module:Class`` for a class that its module knows by name, also one of a notebook's cell. ValueError for any other object."""
-    if not isinstance(own, type):
-        raise ValueError(f"{own!r} is no policy: give a word, module:Class or the class itself")
+def word_of(own: type[Any]) -> str | None:
+    """``module:Class`` for a class that its module knows by name, also one of a notebook's cell; None for another."""
     module_name, name = own.__module__, own.__qualname__
     if getattr(sys.modules.get(module_name), name, None) is not own:
-        raise ValueError(
-            f"{name} can not be found in {module_name}: define it at the top of a module or of a notebook's cell"
-        )
+        return None
     return f"{module_name}:{name}"
 
 
@@ -179,26 +220,50 @@ def source_of(word: str) -> str:
         ) from error
 
 
-def _load_class(word: str, protocol: type[Any]) -> type[Any]:
-    """The class that ``module:Class`` names, from an installed module or one in the working directory, with the methods of
-    ``protocol``.
+def load(word: str, protocol: type[Any]) -> OwnPolicy:
+    """What ``module:Class`` or ``module:Class(alpha=2)`` names, from an installed module or one in the
+    working directory, with the methods of ``protocol``; arguments are plain Python values.
 
     The working directory joins the end of ``sys.path``: installed commands start without it. ValueError says in one sentence
     what can not be found.
     """
-    module_name, _, class_name = word.partition(":")
-    module = _imported(word, module_name)
-    found = getattr(module, class_name, None)
+    module_name, _, rest = word.partition(":")
+    class_name, arguments, keywords = _arguments(word, rest)
+    found = getattr(_imported(word, module_name), class_name, None)
     if not isinstance(found, type):
         raise ValueError(f"{word!r}: {module_name} has no class {class_name!r}")
-    methods = [name for name in vars(protocol) if name[0] != "_"]
+    _refuse_unfit(OwnPolicy(word, found), found, protocol)
+    make = partial(found, *arguments, **keywords) if arguments or keywords else found
+    return OwnPolicy(word, make)
+
+
+def _arguments(word: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """(name, arguments, those with names) of ``Class`` or ``Class(1, alpha=2)``."""
+    if "(" not in call:
+        return call, [], {}
+    try:
+        tree = ast.parse(call, mode="eval").body
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+            raise ValueError("it is no call")
+        keywords = {str(part.arg): ast.literal_eval(part.value) for part in tree.keywords}
+        return tree.func.id, [ast.literal_eval(part) for part in tree.args], keywords
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{word!r}: write module:Class(alpha=2), with numbers, texts, lists and such ({error})"
+        ) from error
+
+
+def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None:
+    """ValueError for a class, of the policy itself, that lacks methods of ``protocol``."""
+    methods = [name for name, part in vars(protocol).items() if name[0] != "_" and callable(part)]
     missing = [
         name for name in methods if getattr(found, name, None) in (None, getattr(protocol, name))
     ]
     missing += sorted(getattr(found, "__abstractmethods__", frozenset()))
     if missing:
-        raise ValueError(f"{word!r}: it is no {protocol.__name__}, it has no {', '.join(missing)}")
-    return found
+        raise ValueError(
+            f"{own.label!r}: it is no {protocol.__name__}, it has no {', '.join(missing)}"
+        )
 
 
 def _imported(word: str, module_name: str) -> ModuleType:
@@ -214,23 +279,27 @@ def _imported(word: str, module_name: str) -> ModuleType:
         ) from error
 
 
-def _made(word: str, policy_class: type[Any]) -> Any:
+def _made(own: OwnPolicy, protocol: type[Any]) -> Any:
     try:
-        policy = policy_class()
+        policy = own.make()
     except Exception as error:  # whatever a stranger's class raises
-        name = policy_class.__name__
+        hint = ""
+        if isinstance(own.make, type):
+            hint = (
+                "; it is made without arguments: give them defaults, or write module:Class(alpha=2)"
+            )
         raise ValueError(
-            f"{word!r}: {name}() can not be made ({type(error).__name__}: {error}); "
-            "it is made without arguments, so give them defaults"
+            f"{own.label!r}: it can not be made ({type(error).__name__}: {error}){hint}"
         ) from error
+    _refuse_unfit(own, type(policy), protocol)
     if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
         raise ValueError(
-            f"{word!r}: the __init__ of {policy_class.__name__} must call super().__init__()"
+            f"{own.label!r}: the __init__ of {type(policy).__name__} must call super().__init__()"
         )
     return policy
 
 
-def _blame(word: str, policy: object, method: str, error: Exception) -> NoReturn:
+def _blame(label: str, policy: object, method: str, error: Exception) -> NoReturn:
     """Raise a PolicyError that says where a stranger's method failed."""
     if isinstance(error, PolicyError):
         raise error
@@ -240,5 +309,5 @@ def _blame(word: str, policy: object, method: str, error: Exception) -> NoReturn
     ]
     where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
     raise PolicyError(
-        f"{word!r}: {method} raised {type(error).__name__}: {error}{where}"
+        f"{label!r}: {method.lstrip('_')} raised {type(error).__name__}: {error}{where}"
     ) from error

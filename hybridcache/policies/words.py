@@ -1,9 +1,20 @@
-"""What goes first: words in a dict -> small classes in sibling modules. Plain LRU is the default."""
+"""What goes first and where states are saved: one table of words each, one parser for both.
+
+>>> from hybridcache.policies.protocol import Prefill
+>>> prefill = Prefill(1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
+>>> for placed in parse_placement("branch,boundary,backoff,every:512").plan(prefill):
+...     print(*placed)
+256 branch
+512 every
+960 boundary
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import isfinite
+from typing import Any, NamedTuple
 
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
@@ -26,66 +37,207 @@ from hybridcache.policies.eviction.tail_lru import TailLRU
 from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
-from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.user import load_eviction
+from hybridcache.policies.placement.by_length import (
+    Aligned,
+    Balanced,
+    Chunks,
+    Dyadic,
+    Sqrt,
+    Thinned,
+)
+from hybridcache.policies.placement.learned import Learned
+from hybridcache.policies.placement.planned import Planned
+from hybridcache.policies.placement.rules import (
+    Backoff,
+    Boundary,
+    Branch,
+    End,
+    Every,
+    Placement,
+    Prompt,
+)
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.policies.user import OwnPolicy, eviction_of, load, placement_of
 
-EVICTION: dict[str, Callable[[], EvictionPolicy]] = {
-    "lru": LRU,
-    "fifo": FIFO,
-    "lfu": LFU,
-    "slru": SLRU,
-    "2q": TwoQueue,
-    "clock": Clock,
-    "sieve": Sieve,
-    "s3-fifo": S3Fifo,
-    "arc": ARC,
-    "w-tinylfu": WTinyLFU,
-    "lhd": LHD,
-    "gdsf": GDSF,
-    "hyperbolic": Hyperbolic,
-    "random": Random,
-    "hits-per-token": HitsPerToken,
-    "tail-lru": TailLRU,
-    "ttl": TTL,
-    "marconi": Marconi,
-    "coverage": Coverage,
-    "class-age": ClassAge,
-    "regret": Regret,
+EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
+"""A word, ``module:Class``, ``module:Class(alpha=2)``; a class or function that makes one; or one
+itself, of which every cache gets a copy."""
+PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
+
+
+class Word(NamedTuple):
+    """One entry of a table."""
+
+    make: Callable[..., Any]
+    counts: str = ""
+    """What the number counts that may follow it, ``word:number``; empty: it takes none."""
+    example: str = ""
+    """Of the number, where the word does not stand without it."""
+
+
+EVICTION_WORDS: dict[str, Word] = {
+    "lru": Word(LRU),
+    "fifo": Word(FIFO),
+    "lfu": Word(LFU),
+    "slru": Word(SLRU),
+    "2q": Word(TwoQueue),
+    "clock": Word(Clock),
+    "sieve": Word(Sieve),
+    "s3-fifo": Word(S3Fifo),
+    "arc": Word(ARC),
+    "w-tinylfu": Word(WTinyLFU),
+    "lhd": Word(LHD),
+    "gdsf": Word(GDSF),
+    "hyperbolic": Word(Hyperbolic),
+    "random": Word(Random),
+    "hits-per-token": Word(HitsPerToken),
+    "tail-lru": Word(TailLRU, "tokens"),
+    "ttl": Word(TTL, "requests"),
+    "marconi": Word(Marconi, "alpha"),
+    "coverage": Word(Coverage),
+    "class-age": Word(ClassAge),
+    "regret": Word(Regret),
 }
 """Words for ``CacheConfig.eviction``."""
 
-
-def _whole(word: str, number: float) -> int:
-    if number < 1 or number != int(number):
-        raise ValueError(f"{word}:N needs a whole number of at least 1, got {number:g}")
-    return int(number)
-
-
-NUMBERED_EVICTION: dict[str, Callable[[float], EvictionPolicy]] = {
-    "tail-lru": lambda tokens: TailLRU(_whole("tail-lru", tokens)),
-    "ttl": lambda requests: TTL(_whole("ttl", requests)),
-    "marconi": Marconi,
+EVICTION: Mapping[str, Callable[..., EvictionPolicy]] = {
+    name: word.make for name, word in EVICTION_WORDS.items()
 }
-"""Words that also take a number, written ``word:number``: the target in tokens, the life in requests, alpha."""
+"""Their classes."""
+
+PLACEMENT_WORDS: dict[str, Word] = {
+    "end": Word(End),
+    "branch": Word(Branch),
+    "boundary": Word(Boundary),
+    "backoff": Word(Backoff, "checkpoints"),
+    "prompt": Word(Prompt),
+    "sqrt": Word(Sqrt),
+    "dyadic": Word(Dyadic),
+    "regret": Word(Learned),
+    "every": Word(Every, "tokens", "1024"),
+    "aligned": Word(Aligned, "tokens", "1024"),
+    "chunks": Word(Chunks, "tokens", "1024"),
+    "balanced": Word(Balanced, "checkpoints", "4"),
+    "thinned": Word(Thinned, "checkpoints", "4"),
+    "planned": Word(Planned, "checkpoints", "4"),
+}
+"""Words for checkpoint placement, put together with commas."""
+
+_CAP = Word(int, "checkpoints", "2")
+_PLACEMENT_AND_CAP = PLACEMENT_WORDS | {"cap": _CAP}
+
+
+def known_words(table: Mapping[str, Word]) -> list[str]:
+    """The words of ``table``, ``word:N`` for one that also takes a number, or only with one."""
+    plain = [name for name, word in table.items() if not word.example]
+    return [*plain, *(f"{name}:N" for name, word in table.items() if word.counts)]
 
 
 def eviction_words() -> list[str]:
-    """The words there are, those with a number too: what ``make_eviction`` knows beside ``module:Class``."""
-    return [*EVICTION, *(f"{word}:N" for word in NUMBERED_EVICTION)]
+    """What ``make_eviction`` knows beside ``module:Class``."""
+    return known_words(EVICTION_WORDS)
 
 
-def make_eviction(word: str) -> Callable[[], EvictionPolicy]:
-    """The policy class ``word`` names: a word of ``EVICTION``, ``word:number``, or ``module:Class``. ValueError lists the words
-    that exist, or the methods that a class lacks."""
-    name, _, number = word.partition(":")
-    if name in NUMBERED_EVICTION and number.replace(".", "", 1).isdecimal():
-        make = partial(NUMBERED_EVICTION[name], float(number))
-        make()  # a number that can not be is told now
+def placement_words() -> list[str]:
+    """What ``parse_placement`` puts together, beside ``none`` and ``module:Class``."""
+    return known_words(_PLACEMENT_AND_CAP)
+
+
+def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
+    """What makes the policy that ``spec`` is or names; nothing is made yet.
+
+    ValueError lists the words that exist, or the methods that a class lacks.
+    """
+    if not isinstance(spec, str):
+        return eviction_of(spec)
+    found = _maker("eviction policy", EVICTION_WORDS, spec)
+    return eviction_of(load(spec, EvictionPolicy)) if found is None else found
+
+
+def parse_placement(spec: PlacementSpec) -> Placement:
+    """``"branch,boundary,backoff,every:1024"`` -> Placement; ``"none"`` (alone) saves nothing; with
+    ``cap:N`` at most N a prefill. Or a placement of your own, as a class, a function or itself.
+
+    ValueError names a word that does not exist, or whose number is missing, superfluous or wrong.
+    """
+    if not isinstance(spec, str):
+        return Placement((placement_of(spec)(),))
+    if spec.strip() == "none":
+        return Placement(())
+    rules, cap = [], None
+    for word in split_words(spec):
+        make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, word)
+        if make is None:
+            rules.append(placement_of(load(word, PlacementPolicy))())
+        elif word.partition(":")[0] == "cap":
+            cap = make()
+        else:
+            rules.append(make())
+    if cap is not None and not rules:
+        raise ValueError(
+            f"{spec!r} saves nothing: cap limits other words, as in branch,every:512,cap:2"
+        )
+    return Placement(tuple(rules), cap)
+
+
+def split_words(text: str) -> list[str]:
+    """Words with commas between; those within brackets belong to the word. Empty ones are kept.
+
+    >>> split_words("lru, mine:Class(a=1, b=2),ttl:5")
+    ['lru', 'mine:Class(a=1, b=2)', 'ttl:5']
+    """
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and not depth:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words]
+
+
+def in_units(words: str, unit: int) -> str:
+    """Placement ``words`` whose lengths in tokens are made lengths in units of ``unit`` tokens."""
+
+    def convert() -> Iterator[str]:
+        for text in split_words(words):
+            name, _, number = text.partition(":")
+            word = PLACEMENT_WORDS.get(name)
+            is_length = word is not None and word.counts == "tokens" and number.isdecimal()
+            yield f"{name}:{max(1, int(number) // unit)}" if is_length else text
+
+    return ",".join(convert())
+
+
+def _maker(what: str, table: Mapping[str, Word], text: str) -> Callable[[], Any] | None:
+    """What ``text`` makes by ``table``; None: it names no word of it but a ``module:Class``."""
+    name, colon, number = text.partition(":")
+    word = table.get(name)
+    if word is None:
+        if colon:
+            return None
+        raise ValueError(
+            f"unknown {what} {name!r}; known: {', '.join(known_words(table))}, or module:Class"
+        )
+    if not colon and not word.example:
+        make: Callable[[], Any] = word.make
         return make
-    if ":" in word:
-        return load_eviction(word)
+    if not word.counts:
+        raise ValueError(f"{what} {name!r} takes no number, got {text!r}")
+    value = _number(word.counts, number)
+    if value is None:
+        kind = "number of at least 0" if word.counts == "alpha" else "whole number of at least 1"
+        as_in = f", as in {name}:{word.example}" if word.example else ""
+        raise ValueError(f"{what} {name!r} needs a {kind} ({word.counts}){as_in}, got {text!r}")
+    return partial(word.make, value)
+
+
+def _number(counts: str, text: str) -> float | None:
+    """The number that ``text`` writes; None: it is none of its kind."""
+    if counts != "alpha":
+        return int(text) if text.isdecimal() and int(text) >= 1 else None
     try:
-        return EVICTION[word]
-    except KeyError:
-        known = ", ".join(eviction_words())
-        raise ValueError(f"unknown eviction policy {word!r}; known: {known}") from None
+        value = float(text)
+    except ValueError:
+        return None
+    return value if isfinite(value) and value >= 0 else None

@@ -120,7 +120,11 @@ class Segment:
 
     @property
     def span(self) -> int:
-        return len(self.indices)
+        """Tokens back to the nearest checkpoint above; its own where there are no states. O(nodes between)."""
+        if not self.item_bytes.state:
+            return len(self.indices)
+        above = self.above
+        return self.node.end - (0 if above is None else above.node.end)
 
     @property
     def size_bytes(self) -> int:

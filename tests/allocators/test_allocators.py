@@ -193,3 +193,8 @@ def test_a_double_free_is_found_by_check():
     slots.free(1)
     with pytest.raises(AssertionError, match="twice"):
         slots.check()
+
+
+def test_a_share_of_a_budget_needs_the_bytes_of_a_unit() -> None:
+    with pytest.raises(ValueError, match="bytes of one unit, got 0"):
+        PageAllocator(100, budget=ByteBudget(100))

@@ -20,8 +20,7 @@ from hypothesis.stateful import (
 from hybridcache.allocators.moves import PendingMoves
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.placement.rules import parse_placement
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.words import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.test_machine import at_least
 from tests.cache.twins import Twins

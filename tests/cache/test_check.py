@@ -30,7 +30,7 @@ def test_what_the_policy_forgot_and_what_it_should_not_know(eviction, tiers):
     for item_of in (lambda node: node.kv, lambda node: node.checkpoint):
         cache = filled(eviction=eviction, dead_first=tiers, demote_superseded=tiers)
         policy, item = cache._residency.policy, item_of(leaf_of(cache))
-        policy.discard(item)
+        policy.discard(item, evicted=False)
         with pytest.raises(AssertionError, match="does not know of"):
             cache.check()
         policy.add(item)
@@ -64,7 +64,7 @@ def test_what_was_gathered_is_what_stands_on_the_path():
 def test_what_is_withheld_is_locked_and_there():
     cache = filled()
     leaf = leaf_of(cache)
-    cache._residency.policy.discard(leaf.kv)
+    cache._residency.policy.discard(leaf.kv, evicted=False)
     cache._residency.withheld.add(leaf.kv)
     with pytest.raises(AssertionError, match="withheld but not locked"):
         cache.check()

@@ -20,7 +20,7 @@ MODULES = (
     "hybrid",
     "kv_only",
     "null",
-    "policies.placement.rules",
+    "policies.words",
     "tokens",
     "stats",
 )

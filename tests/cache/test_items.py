@@ -21,7 +21,7 @@ class NextVictim:
         self.next: Item | None = None
 
     def add(self, item: Item) -> None: ...
-    def discard(self, item: Item) -> None: ...
+    def discard(self, item: Item, evicted: bool) -> None: ...
     def touch(self, item: Item) -> None: ...
     def missed(self, item: Item) -> None: ...
 
@@ -88,8 +88,7 @@ def test_position_span_and_lineage_are_those_of_the_path(seed):
         assert item.position == sum(len(part.tokens) for part in path)
         above = next((part.checkpoint for part in path[1:] if part.checkpoint), None)
         assert item.above is above
-        start = item.node.parent.end if item.kind == "kv" else above.position if above else 0
-        assert item.span == item.position - start
+        assert item.span == item.position - (above.position if above else 0)
         dead = item.kind == "kv" and not item.node.children and item.node.checkpoint is None
         assert item.dead == dead
 

@@ -9,8 +9,8 @@ from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.placement.rules import parse_placement
-from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
+from hybridcache.policies.words import parse_placement
 from hybridcache.tokens import Tokens
 
 
@@ -313,3 +313,32 @@ def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
     assert fresh.stats.as_dict() == cache.stats.as_dict()
     smaller = replay(make_cache(kv_tokens=512, slots=5), placement, log)
     assert smaller.events[-1] != log.events[len(smaller.events) - 1]
+
+
+class Resumed(PrefillRule):
+    """Saves nothing, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[Prefill] = []
+
+    def positions(self, prefill: Prefill) -> tuple[Placed, ...]:
+        self.told.append(prefill)
+        return ()
+
+
+def test_what_is_not_resumed_from_is_no_checkpoint_that_was() -> None:
+    """``reuse=False``, and a request whose checkpoint's slot was the only one to be had."""
+    cache, prompt = make_cache(slots=2), tokens(200)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt)
+    lease.finish(prompt, 200)
+    unread = begin(cache, prompt, reuse=False)
+    assert unread.match.cached_len == 0 and unread.match.resumed is None
+    rule = Resumed()
+    alone = Lease.begin(cache, rule, LeaseRequest(prompt))
+    assert alone is not None and alone.match.losses.refused == 192
+    assert alone.match.resumed is None
+    assert alone.extend(200) and rule.told[0].resumed is None
+    unread.abort()
+    alone.abort()
+    check(cache)

@@ -40,6 +40,7 @@ def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
         pools = {
             "num_kv_tokens": unit * draw(st.integers(4, 24)),
             "num_slots": draw(st.integers(1, 6)),
+            "state_bytes": 2,
         }
     return CacheConfig(
         page_size=page_size,

@@ -31,7 +31,7 @@ class RadixMachine(RuleBasedStateMachine):
                 ghost_bytes=3_000,
             )
         )
-        self.mirror = Mirror(page_size)
+        self.mirror = Mirror(page_size, kv_grid=self.cache.grid)
         self.cache.subscribe(EventStream(self.mirror.apply))
         self.running = []
         self.known_rows = {}
@@ -47,7 +47,8 @@ class RadixMachine(RuleBasedStateMachine):
     def begin(self, blocks, cut):
         tokens = self.prompt(blocks, cut)
         match = self.cache.match(tokens)
-        _, kv_len = self.mirror.match(tokens.tolist())
+        mirrored, kv_len = self.mirror.match(tokens.tolist())
+        assert mirrored == match.cached_len
         reachable = min(kv_len, len(tokens) - 1)
         assert match.kv_len == kv_len
         assert match.cached_len == reachable - reachable % self.step

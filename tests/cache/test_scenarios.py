@@ -111,10 +111,11 @@ def test_a_split_leaves_checkpoint_and_lock_with_the_lower_node():
     serve(cache, ids("abcdef"), [6])
     match = cache.match(ids("abcdefg"))
     receipt = cache.lock(match.node)
+    before = cache.gather(match.node).tolist()
     publish(cache, ids("abcX"))
     assert match.node.end == 6 and match.node.locks == 1
     assert match.node.checkpoint.slot == match.checkpoint
-    assert cache.gather(match.node).tolist() == cache.gather(match.node).tolist()
+    assert cache.gather(match.node).tolist() == before
     assert cache.match(ids("abcdefg")).cached_len == 6
     cache.unlock(receipt)
     cache.check(held_tokens=0, held_slots=0)
@@ -446,12 +447,18 @@ def test_no_cache_keeps_nothing():
     ("options", "sentence"),
     [
         ({"prefix_cache": "magic", "num_kv_tokens": 8}, "known: hybrid, radix, none"),
-        ({"eviction": "magic", "num_kv_tokens": 8}, "unknown eviction"),
+        ({"eviction": "magic", "num_kv_tokens": 8, "num_slots": 1}, "unknown eviction"),
         (
-            {"eviction": "json:JSONDecoder", "num_kv_tokens": 8},
+            {"eviction": "json:JSONDecoder", "num_kv_tokens": 8, "num_slots": 1},
             "it is no EvictionPolicy, .* no add,",
         ),
         ({"num_kv_tokens": 0}, "less than one page"),
+        ({"num_kv_tokens": 8}, "a hybrid cache keeps states: give num_slots"),
+        ({"total_bytes": 8}, "give kv_bytes_per_token and state_bytes"),
+        (
+            {"num_kv_tokens": 8, "num_slots": 1, "eviction": "gdsf"},
+            "give kv_bytes_per_token and state_bytes",
+        ),
         ({"num_kv_tokens": 8, "total_bytes": 8}, "not both"),
         ({"num_kv_tokens": 8, "grid": 0}, "at least 1"),
         ({"num_kv_tokens": 8, "ghost_bytes": -1}, "ghost_bytes"),
@@ -465,7 +472,7 @@ def test_a_config_that_makes_no_sense_says_why(options, sentence):
 
 def test_a_budget_for_more_rows_than_can_be_numbered_is_refused():
     with pytest.raises(ValueError, match="int32"):
-        build_prefix_cache(CacheConfig(total_bytes=1 << 60))
+        build_prefix_cache(CacheConfig(total_bytes=1 << 60, state_bytes=2))
 
 
 def test_a_cache_without_states_makes_no_slots():

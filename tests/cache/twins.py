@@ -34,10 +34,10 @@ class CandidateLedger:
         self.held.add(item)
         self.inner.add(item)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         assert item in self.held, f"{item} discarded but never added"
         self.held.remove(item)
-        self.inner.discard(item)
+        self.inner.discard(item, evicted)
 
     def touch(self, item: Item) -> None:
         assert item in self.held, f"{item} touched but no candidate"
@@ -135,7 +135,7 @@ class Twins:
         self.cache.subscribe(self.log)
         other = build_prefix_cache(config)
         assert isinstance(other, HybridRadixCache)
-        ranks_itself = getattr(make_eviction(config.eviction)(), "ranks_structure", False)
+        ranks_itself = make_eviction(config.eviction)().orders_tiers
         self.plain = PlainCache(
             other._pages,
             other._slots,

@@ -11,7 +11,7 @@ from engine.schedule.cache_manager import CacheManager
 from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
-from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.words import parse_placement
 
 
 def make_manager(page_size: int = 1) -> CacheManager:

@@ -65,7 +65,7 @@ def run(*arguments: str) -> int:
         ("serve --port 0 --cache-gib -1", "cache_gib must be a positive number of GiB"),
         ("serve --port 0 --cache-gib 1 --kv-gib 1", "not both"),
         ("serve --port 0 --checkpoints branch,wherever", "'wherever'"),
-        ("serve --port 0 --checkpoints every:x", "'every' needs a number"),
+        ("serve --port 0 --checkpoints every:x", "'every' needs a whole number"),
         ("serve --port 0 --eviction oracle", "unknown eviction policy 'oracle'"),
         ("serve --port 0 --model /no/such/model", "/no/such/model"),
         ("serve --port 0 --device banana", "there is no device 'banana'"),

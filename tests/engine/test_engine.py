@@ -26,7 +26,7 @@ from engine.schedule.batch import Batch
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.placement.rules import parse_placement
+from hybridcache.policies.words import parse_placement
 
 GREEDY = SamplingParams(max_tokens=8)
 

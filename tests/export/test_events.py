@@ -26,6 +26,7 @@ from hybridcache.export.namespaces import write_namespace
 from tests.cache.serving import (
     hybrid,
     ids,
+    publish,
     serve,
     traffic,
 )
@@ -362,3 +363,15 @@ def test_a_block_in_which_two_prompts_part_only_later_is_told_once_and_goes_with
     while cache.evict(num_tokens=1).num_tokens:
         assert (follower.blocks, follower.states) == blocks_of(cache, 16)
     assert not follower.blocks and not follower.states
+
+
+def test_a_mirror_of_an_attention_only_cache_answers_where_it_resumes() -> None:
+    """Cold it would look, were only checkpoints places to resume from."""
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
+    mirror = Mirror(page_size=1, kv_grid=4)
+    cache.subscribe(EventStream(mirror.apply))
+    publish(cache, ids(range(30)))
+    for length in (1, 3, 4, 5, 29, 30, 40):
+        prompt = ids(range(length))
+        found = cache.match(prompt)
+        assert mirror.match(prompt.tolist()) == (found.cached_len, found.kv_len)

@@ -199,3 +199,9 @@ def test_a_table_of_times_that_is_none_is_named(tmp_path, text: str, problem: st
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"times\.json: {problem}"):
         MeasuredTimes.load(path)
+
+
+def test_a_precision_that_is_none_is_one_sentence() -> None:
+    for name in ("kv_dtype", "state_dtype", "conv_dtype"):
+        with pytest.raises(ValueError, match=f"{name} 'fp8' is none of float32"):
+            ModelGeometry.preset("qwen3-next", **{name: "fp8"})

@@ -15,8 +15,7 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS, open_trace
-from hybridcache.policies.placement.rules import COUNTED_PLACEMENT, NUMBERED_PLACEMENT, PLACEMENT
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.words import EVICTION_WORDS, PLACEMENT_WORDS
 
 PAGE = (Path(hybridcache.lab.__file__).parent / "README.md").read_text(encoding="utf-8")
 
@@ -36,10 +35,8 @@ def _words() -> set[str]:
 @pytest.mark.parametrize(
     "registry",
     [
-        EVICTION,
-        PLACEMENT,
-        NUMBERED_PLACEMENT,
-        COUNTED_PLACEMENT,
+        EVICTION_WORDS,
+        PLACEMENT_WORDS,
         BASELINES,
         METRICS,
         READERS,

@@ -19,7 +19,7 @@ from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.simulation.simulate import Sweep, simulate
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import (
@@ -28,7 +28,7 @@ from hybridcache.lab.simulation.target import (
     RunConfig,
     build_target,
 )
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.words import EVICTION
 
@@ -96,10 +96,10 @@ def test_a_peer_never_beats_the_bound_and_forgets_nothing_it_holds(baseline: str
         cached <= bound.ideal_tokens(request, 1)
         for cached, request in zip(log.cached_tokens, trace, strict=True)
     )
-    result = summarise(config, SERVING, log, target.counters())
+    result = summarise(config, SERVING, log, target, trace.full_name)
     assert result.losses is None and result.checkpoints_made is None
     record = result.as_record()
-    for name in ("regret_requests", "regret_tokens", "regret_flops", "checkpoint_copies"):
+    for name in ("missed_requests", "missed_tokens", "missed_flops", "checkpoint_copies"):
         assert record[name] is None, "what a peer does not tell is not 0"
 
 
@@ -245,15 +245,27 @@ def test_processes_change_nothing_and_a_sweep_resumes(tmp_path: Path) -> None:
     assert run_sweep(short(), jobs, resume_from=path) == both
 
 
+def test_figures_are_given_and_leave_the_backend_alone(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("svg")
+    result = simulate("short?head=40", gib=(0.5, 1))
+    drawn = [result.figure(), result.bins_figure(), result.losses_figure()]
+    assert matplotlib.get_backend() == "svg" and pyplot.get_fignums() == []
+    assert all(figure.get_axes() for figure in drawn)
+    assert result.figure(tmp_path / "f.png") is not None and (tmp_path / "f.png").exists()
+
+
 def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
-    before = gc.get_threshold()
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
     seen = []
     run_sweep(
         short().head(3),
         [Job(RunConfig(GEOMETRY, budget_bytes=1 << 28), SERVING)],
         progress=lambda done, total: seen.append(gc.get_threshold()),
     )
-    assert gc.get_threshold() == before and seen != [before]
+    assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() == frozen
 
 
 def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
@@ -284,7 +296,7 @@ class Deepest:
     def add(self, item: object) -> None:
         self.items.append(item)
 
-    def discard(self, item: object) -> None:
+    def discard(self, item: object, evicted: bool) -> None:
         self.items.remove(item)
 
     def touch(self, item: object) -> None: ...
@@ -300,7 +312,7 @@ def test_a_models_own_precision_is_kept_unless_another_is_asked_for() -> None:
     halved = ModelGeometry.preset("qwen3-next", state_dtype="bfloat16")
     for asked, found in ((None, "bfloat16"), ("int8", "int8")):
         result = simulate("short?head=5", model=halved, gib=1, state_dtype=asked)
-        assert result.runs[0].config["state_dtype"] == found == result.geometry.state_dtype
+        assert result.runs[0].config.state_dtype == found == result.geometry.state_dtype
 
 
 def test_sizes_in_words() -> None:
@@ -336,6 +348,67 @@ def test_a_million_requests_need_eighty_megabytes() -> None:
 # -- golden hit counts ----------------------------------------------------------------------------------------------------
 
 GOLDEN_PEERS = ["vllm", "sglang", "lightllm", "marconi"]
+
+
+def test_two_caches_never_share_a_row() -> None:
+    coarse = simulate("short?head=40", gib=[1.0], bound=False)
+    fine = simulate("short?head=40", gib=[1.0, 2.0], grid=1, bound=False)
+    both = coarse.beside(fine)
+    assert [*both.by_label()] == ["lru (grid 64)", "lru (grid 1)"]
+    header, _, first, second, *_ = both.table().splitlines()[1:]
+    assert header.split()[-2:] == ["1", "2"]
+    assert first.split()[-1] == "-" and len(second.split()) == 5
+    bare = simulate("short?head=40", gib=1, tiers=False, bound=False)
+    assert [*coarse.beside(bare).by_label()] == ["lru (tiers True)", "lru (tiers False)"]
+    again = coarse.beside(coarse).by_label()
+    assert [len(runs) for runs in again.values()] == [1]
+    with pytest.raises(ValueError, match="different traces"):
+        coarse.beside(simulate("short?head=40&seed=3", gib=[1.0], bound=False))
+    with pytest.raises(ValueError, match="two competitors are called 'lru'"):
+        simulate("short?head=9", gib=1, policy=["lru", "lru"])
+
+
+def test_a_result_says_what_it_is_of(tmp_path: Path) -> None:
+    options = {"gib": 1, "grid": 128, "page_size": 16, "servers": 2, "max_running": 3}
+    result = simulate("short?seed=3&head=20", policy=["sieve", "regret"], **options)
+    result.write_jsonl(tmp_path / "runs.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [RunResult.from_record(record) for record in records] == list(result.runs)
+    config = result.runs[0].config
+    assert config.trace == "short?seed=3&boundaries=true&head=20"
+    assert (config.gib, config.grid, config.page_size, config.memory) == (1.0, 128, 16, "arena")
+    assert (config.servers, config.max_running, config.tpot_s) == (2, 3, 0.02)
+    assert config.times.startswith("a roofline of")
+    assert [run.config.tiers for run in result.runs] == [True, False]
+    assert "tiers (dead KV, superseded checkpoints, the rest): sieve\n" in result.table()
+    assert "no tiers, the policy orders all: regret" in result.table()
+
+
+def test_traces_that_differ_have_different_names_in_full() -> None:
+    specs = ("chat", "chat?seed=3", "chat?head=9", "chat?seed=3&head=9")
+    assert len({open_trace(spec).full_name for spec in specs}) == 4
+    assert {open_trace(spec).name for spec in specs} == {"chat"}
+    for spec in specs:
+        full_name = open_trace(spec).full_name
+        assert open_trace(full_name).full_name == full_name
+
+
+def test_a_trace_that_can_not_be_sent_is_one_sentence(tmp_path: Path) -> None:
+    own = Trace("mine", 1, lambda: iter(open_trace("short?head=9")))
+    assert simulate(own, gib=1, bound=False).runs[0].requests == 9
+    for option in ({"processes": 2}, {"resume_from": tmp_path / "runs.jsonl"}):
+        with pytest.raises(ValueError, match="trace 'mine' can not be sent to another process"):
+            simulate(own, gib=(1, 2), **option)
+
+
+def test_options_are_the_fields_of_a_sweep() -> None:
+    sweep = Sweep(gib=1, policy="fifo", bound=False)
+    one, other = simulate("short?head=9", sweep), simulate("short?head=9", sweep, policy="lru")
+    assert [one.runs[0].label, other.runs[0].label] == ["fifo", "lru"]
+    with pytest.raises(TypeError, match="polcy"):
+        simulate("short?head=9", polcy="lru")
+
+
 GOLDEN_FILES = {
     "budget": Path(__file__).parent / "golden_hits.json",
     "arena": Path(__file__).parent / "golden_hits_arena.json",

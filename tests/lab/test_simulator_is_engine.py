@@ -21,8 +21,8 @@ from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.placement.rules import parse_placement
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.words import EVICTION, parse_placement
+from tests.cache.twins import VictimLog
 
 POLICIES = sorted(EVICTION)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"
@@ -33,15 +33,17 @@ Fact = tuple[str, int, int]
 def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fact]]:
     """Every eviction of every cache, as it happens: (kind, position, serial of the item)."""
     found: list[Fact] = []
-    evict_one = Residency.evict_one
+    make = Residency.__init__
 
-    def recorded(residency: Residency, kind: Any) -> bool:
-        victim = residency.policy.victim(kind)
-        if victim is not None:
-            found.append((victim.kind, victim.position, victim.serial))
-        return evict_one(residency, kind)
+    class Log(VictimLog):
+        def chosen(self, item: Any) -> None:
+            found.append((item.kind, item.position, item.serial))
 
-    monkeypatch.setattr(Residency, "evict_one", recorded)
+    def make_watched(residency: Residency, *arguments: Any, **options: Any) -> None:
+        make(residency, *arguments, **options)
+        residency.listener = Log()
+
+    monkeypatch.setattr(Residency, "__init__", make_watched)
     yield found
 
 

@@ -9,14 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache.policies.placement.planned import Planned, plan
-from hybridcache.policies.placement.rules import (
-    COUNTED_PLACEMENT,
-    NUMBERED_PLACEMENT,
-    PLACEMENT,
-    Backoff,
-    parse_placement,
-)
+from hybridcache.policies.placement.rules import Backoff
 from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.words import PLACEMENT_WORDS, parse_placement, placement_words
 
 
 def where(words: str, **facts: object) -> list[int]:
@@ -77,7 +72,9 @@ def test_a_class_of_the_users_own_needs_both_methods() -> None:
         parse_placement("branch,json:JSONDecoder")
 
 
-@pytest.mark.parametrize("word", ["cap", *NUMBERED_PLACEMENT, *COUNTED_PLACEMENT])
+@pytest.mark.parametrize(
+    "word", [name.partition(":")[0] for name in placement_words() if ":" in name]
+)
 def test_numbers_must_be_positive(word: str) -> None:
     with pytest.raises(ValueError, match=word):
         parse_placement(f"{word}:0")
@@ -90,8 +87,12 @@ def test_every_word_stays_inside_the_prompt_and_on_the_grid(
     cached = data.draw(st.integers(0, length - 1)) // 64 * 64
     branch = data.draw(st.integers(cached, length))
     prefill = Prefill(length, cached, branch, branch, (length // 2,), 64)
-    numbered = [f"{word}:3" for word in (*COUNTED_PLACEMENT, "backoff,cap")]
-    for word in [*PLACEMENT, *numbered, *(f"{word}:70" for word in NUMBERED_PLACEMENT)]:
+    numbers = {"tokens": "70", "checkpoints": "3"}
+    words = [name for name, word in PLACEMENT_WORDS.items() if not word.example]
+    words += [
+        f"{name}:{numbers[word.counts]}" for name, word in PLACEMENT_WORDS.items() if word.counts
+    ]
+    for word in [*words, "backoff,cap:3"]:
         for position, label in parse_placement(word).plan(prefill):
             assert cached < position <= length and position % 64 == 0 and label
 
@@ -151,3 +152,8 @@ def test_planned_follows_the_overlaps_and_forgets() -> None:
     for _ in range(60):
         list(rule.positions(prompt._replace(branch_len=700)))
     assert [p for p, _ in rule.positions(prompt)] == [700]
+
+
+def test_a_cap_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="saves nothing: cap limits other words"):
+        parse_placement("cap:2")

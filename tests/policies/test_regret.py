@@ -19,8 +19,8 @@ from hybridcache.policies.eviction.survival import (
     index_of,
 )
 from hybridcache.policies.placement.learned import Learned
-from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.words import parse_placement
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944
@@ -141,15 +141,15 @@ def test_lineage_passes_to_the_successor_and_back() -> None:
     second = FakeItem("second", label="decode", created=2, last_used=2, above=first, position=150)
     second.span = 1
     policy.add(second)
-    policy.discard(first)
+    policy.discard(first, evicted=False)
     first.superseded = True
     policy.add(first)
     assert (first.memo.turn, second.memo.turn) == (0, 1)
     heir_class = second.memo.key
     first.span = 10_000
     assert policy.victim(None) is second
-    policy.discard(second)
-    policy.discard(first)
+    policy.discard(second, evicted=True)
+    policy.discard(first, evicted=False)
     first.superseded = False
     policy.add(first)
     assert first.memo.key == heir_class, "the tip's demand falls back on what is left of its line"

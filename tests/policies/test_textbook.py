@@ -49,8 +49,16 @@ def test_items_are_conserved_whatever_their_kinds_and_sizes(
     shelves = [Shelf(EVICTION[word](), capacity, make).ask(pages) for _ in range(2)]
     first, second = shelves
     assert first.gone == second.gone, "not deterministic"
-    assert len(first.items) == min(capacity, len(first.items))
+    assert len(first.items) <= capacity
     assert len(first.gone) + len(first.items) + first.hits == len(pages)
+
+
+@pytest.mark.parametrize("word", sorted(EVICTION))
+@given(st.text("abcdefABC", max_size=80), st.integers(1, 6))
+def test_items_are_conserved_while_some_are_locked(word: str, pages: str, capacity: int) -> None:
+    shelf = Shelf(EVICTION[word](), capacity).ask(pages)
+    asked = len(shelf.gone) + len(shelf.items) + shelf.hits + shelf.refused
+    assert asked == len(pages) and len(shelf.items) <= capacity
 
 
 @pytest.mark.parametrize("word", ["lru", "ttl", "tail-lru", "coverage"])

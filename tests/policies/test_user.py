@@ -5,24 +5,31 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 
+from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.policies.eviction.fifo import FIFO
+from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.scored import ScorePolicy
-from hybridcache.policies.placement.rules import parse_placement
 from hybridcache.policies.protocol import (
     EvictionPolicy,
+    Item,
     Placed,
     PlacementPolicy,
     PolicyError,
     Prefill,
+    PrefillRule,
 )
 from hybridcache.policies.user import MAX_OUTSIDE
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.words import EVICTION, make_eviction, parse_placement
+from tests.cache.serving import ids, serve
 from tests.policies.items import FakeItem, offer
 
 MODULE = """
@@ -35,8 +42,8 @@ class CheapestFirst(ScorePolicy):
         return item.span / item.size_bytes
 
 
-class Alone(CheapestFirst):
-    ranks_structure = True
+class InTiers(CheapestFirst):
+    orders_tiers = False
 
 
 class Dice(ScorePolicy):
@@ -77,7 +84,7 @@ class NoSuper(CheapestFirst):
 
 class Inherits(EvictionPolicy):
     def add(self, item): ...
-    def discard(self, item): ...
+    def discard(self, item, evicted): ...
     def touch(self, item): ...
     def missed(self, item): ...
 
@@ -131,11 +138,11 @@ def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("word", ["strangers:CheapestFirst", "strangers:Alone", "strangers:Dice"])
+@pytest.mark.parametrize("word", ["strangers:CheapestFirst", "strangers:InTiers", "strangers:Dice"])
 def test_a_policy_runs_wherever_a_word_does(word: str) -> None:
     result = simulate("short?head=60", gib=1, policy=["lru", word], bound=False)
     assert [run.label for run in result.runs] == ["lru", word]
-    assert getattr(make_eviction(word)(), "ranks_structure", False) is word.endswith("Alone")
+    assert make_eviction(word)().orders_tiers is not word.endswith("InTiers")
 
 
 def test_a_placement_runs_wherever_a_word_does() -> None:
@@ -157,7 +164,7 @@ def test_a_placement_runs_wherever_a_word_does() -> None:
         ),
         ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number, or a tuple"),
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
-        ("Arguments", r"Arguments\(\) can not be made .*'weight'.*give them defaults"),
+        ("Arguments", r"it can not be made .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* gave .* which is no candidate of that kind"),
         ("Missing", "strangers has no class 'Missing'"),
@@ -229,6 +236,16 @@ class Beyond(Within):
     offset = 64
 
 
+class Spaced(PrefillRule):
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+        for position in range(prefill.prompt_len, 0, -1):
+            if position % self.interval == 0:
+                yield Placed(position, "mine")
+
+
 def test_a_class_itself_is_as_good_as_its_word(tmp_path: Path) -> None:
     runs = simulate("short?head=60", gib=0.3, policy=[Deepest], checkpoints=Within).runs
     words = simulate(
@@ -241,12 +258,120 @@ def test_a_class_itself_is_as_good_as_its_word(tmp_path: Path) -> None:
     assert runs[0].label == f"{__name__}:Deepest @ {__name__}:Within" == words[0].label
     assert runs[0].cached_tokens == words[0].cached_tokens > 0
 
+
+class Weighted(ScorePolicy):
+    """Deepest first where ``weight`` is negative."""
+
+    made: ClassVar[list[Weighted]] = []
+
+    def __init__(self, weight: float = -1.0) -> None:
+        super().__init__()
+        self.weight = weight
+        Weighted.made.append(self)
+
+    def score(self, item: Item) -> float:
+        return self.weight * item.position
+
+
+class InTiers(Weighted):
+    orders_tiers = False
+
+
+@pytest.mark.parametrize(("policy", "number"), [(Weighted, 1), (InTiers, 3)])
+@pytest.mark.parametrize("is_word", [True, False])
+def test_a_policy_is_made_once_for_a_cache_or_once_a_tier(
+    policy: type[Weighted], number: int, is_word: bool
+) -> None:
+    Weighted.made.clear()
+    eviction = f"{__name__}:{policy.__name__}" if is_word else policy
+    build_prefix_cache(
+        CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=eviction)
+    )
+    assert len(Weighted.made) == number
+
+
+def test_a_policy_of_ones_own_sees_dead_and_superseded_items_too() -> None:
+    Weighted.made.clear()
+    config = CacheConfig(num_kv_tokens=1000, num_slots=9, state_bytes=9, grid=1, eviction=Weighted)
+    cache = build_prefix_cache(config)
+    serve(cache, ids("one"), [2, 3])
+    serve(cache, ids("two"))
+    [policy] = Weighted.made
+    items = list(policy.candidates())
+    assert any(item.dead for item in items) and any(item.superseded for item in items)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        f"{__name__}:Weighted(2.5)",
+        f"{__name__}:Weighted(weight=2.5)",
+        Weighted(2.5),
+        lambda: Weighted(2.5),
+        partial(Weighted, weight=2.5),
+    ],
+)
+def test_a_policy_takes_parameters(policy: object) -> None:
+    given = list(Weighted.made)
+    cache = build_prefix_cache(
+        CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=policy)
+    )
+    made = cache._residency.policy._policy
+    assert made.weight == 2.5 and made not in given, "every cache gets one of its own"
+    runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs
+    words = simulate(
+        "short?head=60", gib=(0.3, 0.5), policy=f"{__name__}:Weighted(weight=2.5)", bound=False
+    ).runs
+    assert [run.cached_tokens for run in runs[2:]] == [run.cached_tokens for run in words]
+    assert "Weighted" in runs[2].label or "lambda" in runs[2].label
+
+
+def test_two_words_of_the_command_line_with_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{__name__}:Weighted(weight=2),{__name__}:Weighted(weight=-2)"
+    command = ["simulate", "--trace", "short?head=9", "--gib", "1", "--no-bound"]
+    assert main([*command, "--policy", words]) == 0
+    out = capsys.readouterr().out
+    assert f"{__name__}:Weighted(weight=2) " in out and "Weighted(weight=-2)" in out
+
+
+@pytest.mark.parametrize("policy", [FIFO, EVICTION["sieve"], LRU])
+def test_a_class_of_ours_is_as_good_as_its_word(policy: type[EvictionPolicy]) -> None:
+    [word] = [word for word, found in EVICTION.items() if found is policy]
+    mine = simulate("short?head=60", gib=0.3, policy=policy, bound=False).runs[0]
+    theirs = simulate("short?head=60", gib=0.3, policy=word, bound=False).runs[0]
+    assert mine.cached_tokens == theirs.cached_tokens
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("strangers:CheapestFirst(", "write module:Class.alpha=2."),
+        ("strangers:CheapestFirst(open('x'))", "write module:Class.alpha=2."),
+        ("strangers:CheapestFirst(3)", "it can not be made .TypeError"),
+    ],
+)
+def test_what_is_wrong_with_parameters_is_one_sentence(word: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        simulate("short?head=9", gib=1, policy=word, bound=False)
+
+
+def test_a_placement_takes_parameters_too() -> None:
+    for placement in (Spaced(128), lambda: Spaced(128), f"{__name__}:Spaced(128)"):
+        mine = simulate("short?head=60", gib=1, checkpoints=placement, bound=False).runs[0]
+        theirs = simulate("short?head=60", gib=1, checkpoints="every:128", bound=False).runs[0]
+        assert mine.cached_tokens == theirs.cached_tokens > 0
+
+
+def test_a_policy_that_has_no_word_is_not_kept_and_not_sent(tmp_path: Path) -> None:
     class Local(Deepest):
         pass
 
-    for none in (Local, Deepest()):
-        with pytest.raises(ValueError, match=r"define it at the top|the class itself"):
-            simulate("short?head=9", gib=1, policy=[none])  # type: ignore[list-item]
+    assert "Local" in simulate("short?head=9", gib=1, policy=Local, bound=False).runs[0].label
+    kept = tmp_path / "runs.jsonl"
+    with pytest.raises(ValueError, match="name the policy module:Class, or keep no runs"):
+        simulate("short?head=9", gib=1, policy=Local, resume_from=kept)
+    with pytest.raises(ValueError, match="can not be sent to another process"):
+        simulate("short?head=9", gib=(1, 2), policy=Local, processes=2)
 
 
 def test_a_class_without_a_file_runs_but_is_not_kept(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
+from hybridcache.build import GRID
 from hybridcache.tokens import Tokens
 
 
@@ -25,7 +26,7 @@ class BaselineConfig:
     """Bytes of one state (conv + recurrent, all linear layers)."""
     num_full_layers: int = 12
     num_linear_layers: int = 36
-    grid: int = 64
+    grid: int = GRID
     """The linear kernel's chunk, tokens."""
     unit: int = 1
     """Tokens that one id of the trace stands for (1; 64 or 512 for traces of block hashes)."""

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 from hybridcache.lab.optimum.plan import (
     Budget,
     Interval,
@@ -185,8 +186,8 @@ class Program:
         integral: bool,
         start: Plan | None = None,
         window: tuple[int, int] | None = None,
-        relative_gap: float = 0.005,
-        limit_s: float = 60.0,
+        relative_gap: float = RELATIVE_GAP,
+        limit_s: float = LIMIT_S,
     ) -> Solution:
         """Run HiGHS on one thread. ``start`` is a plan to improve on; with ``window`` = (first, last) request only what
         touches those requests may change, the rest stays as in ``start`` (the bound then holds for the window alone).

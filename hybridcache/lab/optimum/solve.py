@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.plan import Budget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
@@ -94,8 +95,8 @@ def optimum(
     grid: int = 1,
     method: Method = "milp",
     placement: Placement = "shared",
-    relative_gap: float = 0.005,
-    limit_s: float = 60.0,
+    relative_gap: float = RELATIVE_GAP,
+    limit_s: float = LIMIT_S,
     on_progress: Callable[[str], None] | None = None,
 ) -> Optimum:
     """The offline optimum over what to keep, when, and where to checkpoint.

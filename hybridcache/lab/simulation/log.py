@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from operator import add
 
 from hybridcache.lab.simulation.target import Served
 from hybridcache.lab.trace import TraceRequest
@@ -25,7 +26,7 @@ class RequestLog:
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
         self._lost_ids = [0] * len(Losses._fields)
-        """By cause, in the order of ``Losses``; the first stays 0."""
+        """By cause, in the order of ``Losses``."""
         self._bypassed_tokens = 0
         self.has_losses = True
         self.has_missed = True
@@ -52,13 +53,7 @@ class RequestLog:
             if losses is None:
                 self.has_losses = False
             else:
-                _, kv_evicted, checkpoint_evicted, never_checkpointed, below_grid, refused = losses
-                lost = self._lost_ids
-                lost[1] += kv_evicted
-                lost[2] += checkpoint_evicted
-                lost[3] += never_checkpointed
-                lost[4] += below_grid
-                lost[5] += refused
+                self._lost_ids = list(map(add, self._lost_ids, losses))
         self.arrival_s.append(request.timestamp_s)
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
@@ -72,7 +67,7 @@ class RequestLog:
     def losses(self) -> list[int]:
         """Tokens lost by cause, in the order of ``Losses``. What no other cause has was never seen: a prompt's last id may stand
         for less than a unit. O(requests)."""
-        lost = [num_ids * self.unit for num_ids in self._lost_ids]
-        lost[5] += self._bypassed_tokens
-        lost[0] = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(lost)
-        return lost
+        lost = Losses(*(num_ids * self.unit for num_ids in self._lost_ids))
+        known = lost._replace(never_seen=0, refused=lost.refused + self._bypassed_tokens)
+        never_seen = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(known)
+        return list(known._replace(never_seen=never_seen))

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from hybridcache.geometry.times import prefill_seconds
+from hybridcache.lab.simulation.identity import RunIdentity, identify
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.target import RunConfig, describe
+from hybridcache.lab.simulation.target import RunConfig, Target
 from hybridcache.results import Losses
 
 PERCENTILES = (5, 50, 95, 99)
@@ -31,8 +32,8 @@ class Bin:
 class RunResult:
     """One cell of a sweep. Tokens are tokens, whatever the trace's unit."""
 
-    config: dict[str, Any]
-    """What was simulated: see ``describe``."""
+    config: RunIdentity
+    """What was simulated."""
     requests: int
     hits: int
     """Requests that reused anything."""
@@ -50,12 +51,12 @@ class RunResult:
     ttft_s: dict[int, float]
     """Percentiles of the time to first token, waiting included."""
     ttft_mean_s: float
-    regret_requests: int | None
+    missed_requests: int | None
     """Requests that an evicted checkpoint would have served deeper; None, here and below, where the target does not say (rebuilt
     peers), which is not 0."""
-    regret_tokens: int | None
+    missed_tokens: int | None
     """Tokens that those checkpoints would have saved."""
-    regret_flops: int | None
+    missed_flops: int | None
     checkpoints_made: int | None
     """Checkpoints that entered the cache."""
     checkpoint_copies: int | None
@@ -82,12 +83,11 @@ class RunResult:
 
     @property
     def label(self) -> str:
-        return str(self.config["label"])
+        return self.config.label
 
     @property
     def gib(self) -> float | None:
-        size: float | None = self.config["gib"]
-        return size
+        return self.config.gib
 
     @property
     def token_hit_rate(self) -> float:
@@ -126,6 +126,7 @@ class RunResult:
     def from_record(cls, record: dict[str, Any]) -> RunResult:
         """The inverse of ``as_record`` after a trip through JSON."""
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        values["config"] = RunIdentity(**record["config"])
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         for name in ("by_length", "by_turn"):
             values[name] = tuple(Bin(**bin_) for bin_ in record[name])
@@ -133,9 +134,14 @@ class RunResult:
 
 
 def summarise(
-    config: RunConfig, serving: Serving, log: RequestLog, counters: dict[str, int]
+    config: RunConfig,
+    serving: Serving,
+    log: RequestLog,
+    target: Target,
+    trace: str,
 ) -> RunResult:
-    """The figures of one run. O(requests)."""
+    """The figures of one run of ``target`` over the trace of the recipe ``trace``. O(requests)."""
+    counters = target.counters()
     geometry = config.geometry
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
     cached = np.frombuffer(log.cached_tokens, np.int64)
@@ -149,7 +155,7 @@ def summarise(
     spent = sum(prefill_seconds(serving.times, cached, lengths))
     cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
     return RunResult(
-        config=describe(config),
+        config=identify(config, serving, trace, target.tiers),
         requests=len(lengths),
         hits=resumed,
         bypassed=log.num_bypassed,
@@ -162,9 +168,9 @@ def summarise(
         seconds_saved=cold - spent,
         ttft_s=_percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        regret_requests=int((missed > 0).sum()) if log.has_missed else None,
-        regret_tokens=int(missed.sum()) if log.has_missed else None,
-        regret_flops=int(_flops(config, cached + missed)) - flops_saved if log.has_missed else None,
+        missed_requests=int((missed > 0).sum()) if log.has_missed else None,
+        missed_tokens=int(missed.sum()) if log.has_missed else None,
+        missed_flops=int(_flops(config, cached + missed)) - flops_saved if log.has_missed else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,

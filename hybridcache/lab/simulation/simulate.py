@@ -14,11 +14,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from hybridcache.build import GRID
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes
@@ -26,18 +29,19 @@ from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.policies.user import word_of
+from hybridcache.policies.user import OwnPolicy, own_policy, word_of
+from hybridcache.policies.words import EvictionSpec, PlacementSpec
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hybridcache.lab.optimum import Optimum
 
-DEFAULT_GIB = "2:200:15"
 
 Words = str | Sequence[str]
-OwnClass = type[EvictionPolicy] | type[PlacementPolicy]
-Policies = str | OwnClass | Sequence[str | OwnClass]
+Policy = EvictionSpec | PlacementSpec
+Policies = Policy | Sequence[Policy]
 OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
@@ -58,7 +62,13 @@ class SimulationResult:
     """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked for."""
 
     def beside(self, other: SimulationResult) -> SimulationResult:
-        """These runs and those of another sweep over the same trace, measured with the same yardsticks."""
+        """These runs and those of another sweep over the same trace, measured with the same yardsticks.
+        Competitors of one label that differ get names that say how. ValueError: another trace."""
+        traces = {run.config.trace for run in (*self.runs, *other.runs)}
+        if len(traces) > 1:
+            raise ValueError(
+                f"runs over different traces have no place in one table: {', '.join(sorted(traces))}"
+            )
         yardsticks = {run.gib: run for run in self.runs}
         added = []
         for run in other.runs:
@@ -69,11 +79,12 @@ class SimulationResult:
         return replace(self, runs=(*self.runs, *added))
 
     def by_label(self) -> dict[str, list[RunResult]]:
-        """Runs of each competitor, by size."""
-        found: dict[str, list[RunResult]] = {}
+        """Runs of each competitor, by size; one that was run twice, as it was run last."""
+        known = names(run.config for run in self.runs)
+        found: dict[str, dict[RunIdentity, RunResult]] = {name: {} for name in known.values()}
         for run in self.runs:
-            found.setdefault(run.label, []).append(run)
-        return found
+            found[known[without_size(run.config)]][run.config] = run
+        return {name: list(runs.values()) for name, runs in found.items()}
 
     def best(self, gib: float) -> RunResult:
         """The run of highest token hit rate at the size nearest to ``gib``."""
@@ -94,122 +105,178 @@ class SimulationResult:
 
         write_runs(self, Path(path))
 
-    def figure(self, path: str | Path, metric: Words = "hit") -> None:
-        """Metrics over the sizes as PNG or SVG, a panel each."""
+    def figure(self, path: str | Path | None = None, metric: Words = "hit") -> Figure:
+        """Metrics over the sizes, a panel each: matplotlib's figure, written as PNG or SVG where there is a ``path``."""
         from hybridcache.lab.figures import sweep_figure
 
-        sweep_figure([self], Path(path), metric)
+        return sweep_figure([self], Path(path) if path else None, metric)
 
-    def bins_figure(self, path: str | Path, gib: float | None = None) -> None:
+    def bins_figure(self, path: str | Path | None = None, gib: float | None = None) -> Figure:
         """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the middle."""
         from hybridcache.lab.figures import bins_figure
 
-        bins_figure([self], Path(path), gib)
+        return bins_figure([self], Path(path) if path else None, gib)
 
-    def losses_figure(self, path: str | Path) -> None:
+    def losses_figure(self, path: str | Path | None = None) -> Figure:
         """Where the prompt tokens went over the sizes, a panel a competitor."""
         from hybridcache.lab.figures import losses_figure
 
-        losses_figure([self], Path(path))
+        return losses_figure([self], Path(path) if path else None)
 
 
-def simulate(
-    trace: str | Trace,
-    *,
-    model: str | ModelGeometry = "qwen3-next",
-    gib: str | float | Sequence[float] = DEFAULT_GIB,
-    policy: Policies = "lru",
-    checkpoints: Policies = DEFAULT_CHECKPOINTS,
-    baseline: Words = (),
-    bound: bool = True,
-    optimum: OptimumMethod | None = None,
-    optimum_limit_s: float = 60.0,
-    memory: str = "arena",
-    kv_share: float | None = None,
-    state_dtype: str | None = None,
-    page_size: int = 1,
-    grid: int = 64,
-    servers: int = 1,
-    max_running: int | None = None,
-    times: str | PrefillTimes | None = None,
-    processes: int = 1,
-    resume_from: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> SimulationResult:
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What ``simulate`` runs: competitors, sizes, yardsticks, the machine around them, and how."""
+
+    model: str | ModelGeometry = MODEL
+    """A preset's name, the path of a config.json, or a geometry."""
+    gib: str | float | Sequence[float] = GIB_SPEC
+    """``low:high:points``, a list, or one number."""
+    policy: Policies = "lru"
+    """Words, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies."""
+    checkpoints: Policies = DEFAULT_CHECKPOINTS
+    """One placement (words with commas, or your own) or a sequence of them."""
+    baseline: Words = ()
+    tiers: bool = True
+    """False: no policy is helped by tiers; each orders dead KV and superseded checkpoints itself."""
+    bound: bool = True
+    """Also what an infinite token-granular cache reuses."""
+    optimum: OptimumMethod | None = None
+    """Also what the best plan with hindsight reuses at each size: ``greedy`` for long traces; ``lp`` adds
+    what no plan can pass; ``milp`` improves the plan, practical up to a few hundred requests."""
+    optimum_limit_s: float = LIMIT_S
+    """At most so long for one size."""
+    memory: str = "arena"
+    """How KV and states share it: ``arena``, as in the engine; ``budget``, the ideal, where only bytes
+    count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
+    kv_share: float | None = None
+    state_dtype: str | None = None
+    """None keeps the model's own."""
+    page_size: int = 1
+    grid: int = GRID
+    servers: int = 1
+    max_running: int | None = None
+    """None replays requests in turn."""
+    times: str | PrefillTimes | None = None
+    """A file of measured prefill times, or a model of your own; None: a roofline of as many H100 as
+    hold the model."""
+    processes: int = 1
+    """Changes no result."""
+    resume_from: str | Path | None = None
+    """JSON lines: runs that it has are read, new ones appended."""
+    progress: Callable[[int, int], None] | None = None
+    """Called with (runs done, all)."""
+
+    def geometry(self) -> ModelGeometry:
+        """The model, with states of the precision asked for."""
+        found = ModelGeometry.load(self.model) if isinstance(self.model, str) else self.model
+        if found.num_linear_layers and self.state_dtype is not None:
+            return found.with_state_dtype(self.state_dtype)
+        return found
+
+    def serving(self, geometry: ModelGeometry) -> Serving:
+        """The machine around the caches."""
+        times = MeasuredTimes.load(self.times) if isinstance(self.times, str) else self.times
+        return Serving(times or Roofline.fitting(geometry), self.servers, self.max_running)
+
+    def competitors(self, geometry: ModelGeometry) -> list[RunConfig]:
+        """One config each, without a size: every policy with every placement, then every peer.
+
+        ValueError for one that can not be, for none, and for two that no table could tell apart."""
+        common = RunConfig(
+            geometry,
+            memory=self.memory,
+            kv_share=self.kv_share,
+            page_size=self.page_size,
+            grid=self.grid,
+            dead_first=self.tiers,
+            demote_superseded=self.tiers,
+        )
+        found = [
+            replace(common, policy=policy, checkpoints=placement)
+            for policy in _policies(self.policy)
+            for placement in _policies(self.checkpoints)
+        ]
+        peers = (self.baseline,) if isinstance(self.baseline, str) else self.baseline
+        found += [replace(common, baseline=word) for word in peers]
+        if not found:
+            raise ValueError("nothing to simulate: no policy, and no baseline")
+        labels = [config.label for config in found]
+        for config in found:
+            check_words(config)
+            if labels.count(config.label) > 1:
+                raise ValueError(
+                    f"two competitors are called {config.label!r}: name each once, and give functions names"
+                )
+        return found
+
+
+def simulate(trace: str | Trace, sweep: Sweep | None = None, **options: Any) -> SimulationResult:
     """Run every policy with every placement, and every baseline, at every size.
 
-    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``gib``: ``low:high:points``, a list, or one number. ``policy``: words,
-    ``module:Class`` or classes. ``checkpoints``: one placement (words with commas, or a class) or a sequence of them. ``times``: a file of measured prefill
-    times, or a model of your own; default: a roofline of as many H100 as hold the model. ``max_running``: None replays requests in turn.
-    ``memory``: ``arena``, which KV and states share as in the engine; ``budget``, the ideal, where only bytes count; ``pools``, two, of
-    which KV has ``kv_share``. Peers have their own. ``state_dtype``: None keeps the model's own. Each cell of the sweep stands for itself, so results do not depend on ``processes``.
-    ``optimum``: also what the best plan with hindsight reuses at each size (``greedy`` for long traces; ``lp`` adds what no plan can
-    pass; ``milp`` betters the plan, for some hundred requests), with at most ``optimum_limit_s`` a size. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each with
-    one sentence, for what can not be read or done.
+    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``options`` are the fields of ``Sweep``, whose
+    other values are those of ``sweep``, or its defaults. Each cell stands for itself, so results do not
+    depend on ``processes``. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each
+    with one sentence, for what can not be read or done; TypeError for an option that does not exist.
     """
+    sweep = replace(sweep or Sweep(), **options)
     opened = open_trace(trace) if isinstance(trace, str) else trace
-    geometry = ModelGeometry.load(model) if isinstance(model, str) else model
-    if geometry.num_linear_layers and state_dtype is not None:
-        geometry = geometry.with_state_dtype(state_dtype)
-    timing = (
-        MeasuredTimes.load(times) if isinstance(times, str) else times or Roofline.fitting(geometry)
-    )
-    said = f"measured, {times}" if isinstance(times, str) else ""
-    if isinstance(timing, Roofline):
-        said = timing.describe()
-    serving = Serving(timing, servers, max_running)
-    common = RunConfig(geometry, memory=memory, kv_share=kv_share, page_size=page_size, grid=grid)
-    competitors = [
-        replace(common, policy=word, checkpoints=placement)
-        for word in _words(policy)
-        for placement in _words(checkpoints)
-    ]
-    competitors += [replace(common, baseline=word) for word in _words(baseline)]
-    if not competitors:
-        raise ValueError("nothing to simulate: no policy, and no baseline")
-    for config in competitors:
-        check_words(config)
+    geometry = sweep.geometry()
+    serving = sweep.serving(geometry)
+    competitors = sweep.competitors(geometry)
+    points = sizes(sweep.gib)
     jobs = [
         Job(replace(config, budget_bytes=budget_bytes(size)), serving)
         for config in competitors
-        for size in sizes(gib)
+        for size in points
     ]
+    kept = Path(sweep.resume_from) if sweep.resume_from else None
     runs = run_sweep(
-        opened,
-        jobs,
-        processes=processes,
-        resume_from=Path(resume_from) if resume_from else None,
-        progress=progress,
+        opened, jobs, processes=sweep.processes, resume_from=kept, progress=sweep.progress
     )
-    bound_rate = None
-    if bound:
-        cache = InfiniteCache()
-        bound_tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
-        bound_rate = bound_tokens / runs[0].prompt_tokens
-        runs = [replace(run, bound_tokens=bound_tokens) for run in runs]
-    bounds: dict[float, float] = {}
-    plans_by: dict[float, str] = {}
-    if optimum is not None:
-        best = {
-            size: _best_possible(
-                opened, geometry, budget_bytes(size), grid, optimum, optimum_limit_s
-            )
-            for size in sizes(gib)
-        }
-        runs = [
-            replace(run, optimum_tokens=int(best[size].cached_tokens.sum()))
-            for run, size in zip(runs, sizes(gib) * len(competitors), strict=True)
-        ]
-        bounds = {
-            budget_bytes(size) / GIB: plan.bound
-            for size, plan in best.items()
-            if plan.bound is not None
-        }
-        plans_by = {budget_bytes(size) / GIB: plan.plan_by for size, plan in best.items()}
-    if resume_from and (bound or optimum):
+    is_known = isinstance(serving.times, Roofline | MeasuredTimes)
+    result = SimulationResult(
+        opened.name,
+        geometry,
+        tuple(runs),
+        None,
+        times=describe_times(serving.times) if is_known else "",
+    )
+    if sweep.bound:
+        result = _beside_the_bound(result, opened)
+    if sweep.optimum is not None:
+        result = _beside_the_optimum(result, opened, sweep, sweep.optimum)
+    if kept and (sweep.bound or sweep.optimum):
         identity = identity_of(opened)
-        _complete(Path(resume_from), [job.key(identity) for job in jobs], runs, bounds)
-    return SimulationResult(opened.name, geometry, tuple(runs), bound_rate, bounds, said, plans_by)
+        _complete(kept, [job.key(identity) for job in jobs], result.runs, result.plan_bounds)
+    return result
+
+
+def _beside_the_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
+    """With what an infinite token-granular cache reuses. O(tokens)."""
+    cache = InfiniteCache()
+    tokens = sum(cache.ideal_tokens(request, trace.unit) for request in trace)
+    runs = tuple(replace(run, bound_tokens=tokens) for run in result.runs)
+    return replace(result, runs=runs, bound_rate=tokens / runs[0].prompt_tokens)
+
+
+def _beside_the_optimum(
+    result: SimulationResult, trace: Trace, sweep: Sweep, method: OptimumMethod
+) -> SimulationResult:
+    """With the best plan at each size."""
+    best = {
+        budget_bytes(size) / GIB: _best_possible(
+            trace, result.geometry, budget_bytes(size), sweep.grid, method, sweep.optimum_limit_s
+        )
+        for size in sizes(sweep.gib)
+    }
+    runs = tuple(
+        replace(run, optimum_tokens=int(best[run.gib or 0.0].cached_tokens.sum()))
+        for run in result.runs
+    )
+    bounds = {gib: plan.bound for gib, plan in best.items() if plan.bound is not None}
+    plans_by = {gib: plan.plan_by for gib, plan in best.items()}
+    return replace(result, runs=runs, plan_bounds=bounds, plans_by=plans_by)
 
 
 def _complete(
@@ -253,6 +320,13 @@ def _best_possible(
     )
 
 
-def _words(words: Policies) -> tuple[str, ...]:
-    several = (words,) if isinstance(words, str | type) else words
-    return tuple(word if isinstance(word, str) else word_of(word) for word in several)
+def _policies(given: Policies) -> tuple[str | OwnPolicy, ...]:
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    return tuple(map(_policy, several))
+
+
+def _policy(one: Policy) -> str | OwnPolicy:
+    """A class by its word where it has one, so that other processes find it."""
+    if isinstance(one, str):
+        return one
+    return (isinstance(one, type) and word_of(one)) or own_policy(one)

@@ -10,7 +10,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import RunConfig, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.user import source_of
+from hybridcache.policies.words import split_words
 
 _KEEP_BYTES = 256 << 20
 """A trace whose ids fit in this is held in memory between runs."""
@@ -35,15 +36,21 @@ class Job:
     def key(self, trace_identity: bytes) -> str:
         """What tells whether a results file has this run already: all that its figures depend on but this project's own code. A
         policy of the user's own that was edited makes another run, and so does a trace file (see ``identity_of``)."""
-        words = (self.config.policy, *self.config.checkpoints.split(","))
-        own = "".join(map(source_of, words)).encode()
+        policy, checkpoints = self.config.policy, self.config.checkpoints
+        if not isinstance(policy, str) or not isinstance(checkpoints, str):
+            raise ValueError(
+                f"{self.config.label}: a run of it can not be told from another when it is kept: name the policy "
+                "module:Class, or keep no runs"
+            )
+        own = "".join(map(source_of, (policy, *split_words(checkpoints)))).encode()
         text = repr((self.config, self.serving)).encode() + own + trace_identity
         return hashlib.sha256(text).hexdigest()[:16]
 
 
 def identity_of(trace: Trace) -> bytes:
     """What tells one trace from another: its recipe and, where it is read from a file, that file's content. O(bytes of the file)."""
-    identity = repr((trace.name, trace.unit)).encode() + pickle.dumps(trace.source)
+    name = repr((trace.name, trace.unit)).encode()
+    identity = name + _pickled(f"trace {trace.name!r}", trace.source)
     reader: Any = trace.source
     while hasattr(reader, "source"):  # the head of another
         reader = reader.source
@@ -68,29 +75,28 @@ def run_sweep(
     ValueError for less than one process, and for a trace without a request."""
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes > 1:
+        _refuse_what_stays_here(trace, jobs)
     results: dict[int, RunResult] = {}
     keys = [""] * len(jobs)
     known: dict[str, RunResult] = {}
     if resume_from:
         identity = identity_of(trace)
         keys = [job.key(identity) for job in jobs]
-        known = dict(_read_results(resume_from))
+        known = dict(_read_results(resume_from, set(keys)))
     for number, key in enumerate(keys):
         if key in known:
             results[number] = known[key]
     todo = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if resume_from:
         _end_last_line(resume_from)
-    with (
-        resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file,
-        _seldom_collected(),
-    ):
+    with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
         for number, result in _run(trace, todo, processes):
             if not result.requests:
                 raise ValueError(f"{trace.name}: there is no request in it")
             results[number] = result
             if file is not None:
-                record = {"key": keys[number], "trace": trace.name} | result.as_record()
+                record = {"key": keys[number]} | result.as_record()
                 file.write(json.dumps(record) + "\n")
                 file.flush()
             if progress:
@@ -98,7 +104,24 @@ def run_sweep(
     return [results[number] for number in range(len(jobs))]
 
 
-def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:
+def _refuse_what_stays_here(trace: Trace, jobs: Sequence[Job]) -> None:
+    """ValueError for a trace or a policy that can not be sent to another process."""
+    _pickled(f"trace {trace.name!r}", trace)
+    for job in jobs:
+        _pickled(job.config.label, job)
+
+
+def _pickled(name: str, value: object) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{name} can not be sent to another process, nor told from another when runs are kept ({error}): "
+            "define what makes it at the top of a module, or use one process and keep no runs"
+        ) from error
+
+
+def _read_results(path: Path, wanted: set[str]) -> Iterator[tuple[str, RunResult]]:
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -107,7 +130,7 @@ def _read_results(path: Path) -> Iterator[tuple[str, RunResult]]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # half a line, left by a process that was killed
-            if "key" in record:
+            if record.get("key") in wanted:
                 yield record["key"], RunResult.from_record(record)
 
 
@@ -146,19 +169,12 @@ def _run(
             raise
 
 
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Let the garbage collector look after 20,000 new objects rather than 700, and not at what is there already: nearly all that a
-    run makes is part of a tree and stays for long, so that looking takes 8 % of a sweep and finds next to nothing."""
-    thresholds, num_frozen = gc.get_threshold(), gc.get_freeze_count()
+def collect_seldom() -> None:
+    """For a process that does nothing but simulate, never for the caller's: let the garbage collector look after 20,000 new objects
+    rather than 700, and not at what is there already. Nearly all that a run makes is part of a tree and stays for long, so that looking
+    takes 8 % of a sweep and finds next to nothing."""
     gc.set_threshold(20_000, 20, 20)
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        if not num_frozen:
-            gc.unfreeze()
 
 
 class _Worker:
@@ -172,7 +188,7 @@ class _Worker:
     def run(self, job: Job) -> RunResult:
         target = build_target(job.config, self._trace.unit)
         log = serve(target, self._requests(), self._trace.unit, job.serving)
-        return summarise(job.config, job.serving, log, target.counters())
+        return summarise(job.config, job.serving, log, target, self._trace.full_name)
 
     def _requests(self) -> Iterable[TraceRequest]:
         if self._kept is None and not self._too_large:
@@ -196,11 +212,11 @@ def _start_worker(trace: Trace) -> None:
     global _worker
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    collect_seldom()
     _worker = _Worker(trace)
 
 
 def _run_job(numbered: tuple[int, Job]) -> tuple[int, RunResult]:
     assert _worker is not None
     number, job = numbered
-    with _seldom_collected():
-        return number, _worker.run(job)
+    return number, _worker.run(job)

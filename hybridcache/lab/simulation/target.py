@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.build import GRID, CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.interface import PrefixCache
 from hybridcache.lab.baselines import (
@@ -18,11 +18,11 @@ from hybridcache.lab.baselines import (
 )
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.placement.rules import NUMBERED_PLACEMENT, parse_placement
+from hybridcache.policies.eviction.tiers import in_tiers
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.user import OwnPolicy
+from hybridcache.policies.words import in_units, make_eviction, parse_placement
 from hybridcache.results import Losses
-from hybridcache.units import GIB
 
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
 
@@ -60,14 +60,14 @@ class RunConfig:
     """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes alone, the ideal; ``pools``, two,
     of which KV has ``kv_share``."""
     kv_share: float | None = None
-    policy: str = "lru"
-    """Eviction: a word or ``module:Class``."""
-    checkpoints: str = DEFAULT_CHECKPOINTS
-    """Placement: words with commas between, numbers in tokens, or ``module:Class``."""
+    policy: str | OwnPolicy = "lru"
+    """Eviction: a word, ``module:Class``, or what makes a policy of your own."""
+    checkpoints: str | OwnPolicy = DEFAULT_CHECKPOINTS
+    """Placement: words with commas between, numbers in tokens, or ``module:Class``; or your own."""
     baseline: str | None = None
     """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean nothing."""
     page_size: int = 1
-    grid: int = 64
+    grid: int = GRID
     dead_first: bool = True
     demote_superseded: bool = True
     steps: EngineSteps | None = None
@@ -90,7 +90,7 @@ class RunConfig:
         """How tables and figures call it."""
         if self.baseline is not None:
             return f"{self.baseline} (rebuilt)"
-        name = self.policy
+        name = str(self.policy)
         if self.checkpoints != DEFAULT_CHECKPOINTS:
             name = f"{name} @ {self.checkpoints}"
         if self.budget_bytes is None or self.memory == "arena":
@@ -138,9 +138,8 @@ class RunConfig:
 
     def placement(self, unit: int) -> PlacementPolicy:
         """The placement rules, their numbers in units."""
-        return parse_placement(
-            ",".join(_in_units(word, unit) for word in self.checkpoints.split(","))
-        )
+        words = self.checkpoints
+        return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
 
     def baseline_config(self, unit: int) -> BaselineConfig:
         geometry = self.geometry
@@ -157,13 +156,6 @@ class RunConfig:
             grid=self.grid,
             unit=unit,
         )
-
-
-def _in_units(word: str, unit: int) -> str:
-    name, colon, number = word.strip().partition(":")
-    if not colon or name not in NUMBERED_PLACEMENT or not number.isdecimal():
-        return word
-    return f"{name}:{max(1, int(number) // unit)}"
 
 
 class Served(Protocol):
@@ -188,6 +180,9 @@ class Served(Protocol):
 
 class Target(Protocol):
     """A cache that requests are served with."""
+
+    tiers: bool | None
+    """Whether dead KV and superseded checkpoints go before what the policy orders; None: a peer."""
 
     def begin(self, request: TraceRequest) -> Served | None:
         """Match, and hold memory for the prompt and its checkpoints. None: too little memory is free of running requests;
@@ -242,6 +237,7 @@ class LeaseTarget:
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
         the last one."""
         self._stateful = stateful
+        self.tiers: bool | None = in_tiers(getattr(cache, "policy", None))
 
     def begin(self, request: TraceRequest) -> Served | None:
         asked = LeaseRequest(
@@ -335,6 +331,8 @@ class _LeasedRequest:
 class BaselineTarget:
     """A rebuilt peer."""
 
+    tiers: bool | None = None
+
     def __init__(self, word: str, config: BaselineConfig) -> None:
         self.baseline = build_baseline(word, config)
         self.num_chunks = 0
@@ -364,30 +362,3 @@ class _BaselineRequest:
 
     def finish(self) -> None:
         self._session.finish(self._request.output)
-
-
-def describe(config: RunConfig) -> dict[str, Any]:
-    """What identifies a run in a results file."""
-    geometry = config.geometry
-    return {
-        "label": config.label,
-        "model": geometry.name,
-        "state_dtype": geometry.state_dtype,
-        "gib": None if config.budget_bytes is None else config.budget_bytes / GIB,
-        "memory": _memory(config),
-        "kv_share": config.kv_share,
-        "num_kv_tokens": config.num_kv_tokens or None,
-        "num_slots": config.num_slots or None,
-        "policy": None if config.baseline else config.policy,
-        "checkpoints": None if config.baseline else config.checkpoints,
-        "baseline": config.baseline,
-        "page_size": config.page_size,
-        "grid": config.grid,
-    }
-
-
-def _memory(config: RunConfig) -> str | None:
-    """How KV and states share memory; None: a peer's own way."""
-    if config.baseline is not None:
-        return None
-    return "pools" if config.budget_bytes is None else config.memory

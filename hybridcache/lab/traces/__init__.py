@@ -2,8 +2,9 @@
 
 A trace is named like a small URL: ``[word:]path[?option=value&...]``, or a generator's word with options.
 
->>> open_trace("chat?seed=3").name
-'chat'
+>>> trace = open_trace("short?seed=3&head=40")
+>>> trace.name, trace.recipe
+('short', 'short?seed=3&boundaries=true&head=40')
 >>> sum(1 for _ in open_trace("branch"))
 160
 """
@@ -13,10 +14,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
@@ -93,7 +94,9 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
         # Nought means "none" where it is the default (seed, systems), and nothing at all elsewhere.
         if values[name] == 0 and parameter.default and parameter.annotation != "bool":
             raise ValueError(f"generator {word}: option {name!r} must be above 0, got {value!r}")
-    return generator(**values)
+    facts = {name: values.get(name, part.default) for name, part in parameters.items()}
+    facts = {name: str(fact).lower() for name, fact in facts.items()}
+    return replace(generator(**values), recipe=f"{word}?{urlencode(facts)}")
 
 
 def _value(kind: str, name: str, value: str) -> Any:
@@ -151,7 +154,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
-    return Trace(path.name.split(".")[0], unit, reader, bad)
+    recipe = f"{rest}?{urlencode(options)}" if options else rest
+    return Trace(path.name.split(".")[0], unit, reader, bad, recipe)
 
 
 def recognise(path: Path) -> str:

@@ -42,10 +42,12 @@ class ArcQueues(QueuePolicy):
         self._chosen = oldest[1] if oldest else None
         return self._chosen
 
-    def gone(self, item: Item, record: Record) -> None:
-        """What was chosen is a ghost now."""
-        if item is self._chosen:
-            self._chosen = None
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+        """What was chosen is a ghost now, unless it was locked."""
+        if item is not self._chosen:
+            return
+        self._chosen = None
+        if evicted:
             self.num_ghosts[record.queue is self.recent] += 1
 
     def missed(self, item: Item) -> None:

@@ -19,6 +19,8 @@ class ClassAge(SampledPolicy):
     at a use. Two kinds, unequal sizes: ``span`` over ``size_bytes`` for both.
     """
 
+    orders_tiers = False
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._entered: defaultdict[Class, int] = defaultdict(lambda: 2)

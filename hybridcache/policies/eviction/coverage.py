@@ -15,6 +15,8 @@ class Coverage(ScorePolicy):
     Coverage that *shrinks* (a checkpoint appears above) is seen when the item is used again.
     """
 
+    orders_tiers = False
+
     def score(self, item: Item) -> tuple[float, ...]:
         if item.kind == "kv":
             return (0.0 if item.dead else item.position / item.size_bytes, item.last_used)

@@ -13,5 +13,7 @@ class FIFO(ScorePolicy):
     Two kinds, unequal sizes: one order over both, sizes ignored.
     """
 
+    orders_tiers = False
+
     def score(self, item: Item) -> float:
         return item.created

@@ -14,6 +14,8 @@ class GDSF(ScorePolicy):
     kinds, unequal sizes: cost is ``span``, size is ``size_bytes`` in MiB; one order over both.
     """
 
+    orders_tiers = False
+
     def __init__(self) -> None:
         super().__init__()
         self.age = 0.0

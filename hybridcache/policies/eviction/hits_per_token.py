@@ -14,5 +14,7 @@ class HitsPerToken(ScorePolicy):
     state weighs what it weighs.
     """
 
+    orders_tiers = False
+
     def score(self, item: Item) -> tuple[float, ...]:
         return (item.uses / item.size_bytes, item.last_used)

@@ -14,6 +14,8 @@ class Hyperbolic(SampledPolicy):
     ``size_bytes``, one order over both.
     """
 
+    orders_tiers = False
+
     def score(self, item: Item) -> float:
         age = self.now - item.created + 1
         return (item.uses + 1) * item.span / (item.size_bytes * age)

@@ -14,6 +14,8 @@ class LFU(ScorePolicy):
     ignored (``gdsf`` is the same with sizes and costs).
     """
 
+    orders_tiers = False
+
     def __init__(self) -> None:
         super().__init__()
         self.age = 0.0

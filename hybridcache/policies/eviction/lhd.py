@@ -25,6 +25,8 @@ class LHD(SampledPolicy):
     age restarts at a use. Two kinds, unequal sizes: kind is a class, density is per byte of ``size_bytes``.
     """
 
+    orders_tiers = False
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         shape = (2 * NUM_CLASSES, NUM_AGES)

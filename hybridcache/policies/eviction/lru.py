@@ -19,14 +19,21 @@ class LRU:
     ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is put in its place when it
     comes to the front. ``discard`` only unmarks. Amortised O(log n) each, O(1) in order of use.
 
-    Any class with these five methods is a policy; ``CacheConfig(eviction="module:Class")`` uses one of your own. This one is
+    Any class with these five methods is a policy; ``CacheConfig(eviction=Class)`` uses one of your own. This one is
     the default and called ten times a request, so it keeps the tiers of ``policies.tiers`` itself.
     """
+
+    orders_tiers = False
 
     def __init__(self, dead_first: bool = False, demote_superseded: bool = False) -> None:
         self._kv, self._checkpoints = _Line(), _Line()
         self._dead = _Line() if dead_first else self._kv
         self._superseded = _Line() if demote_superseded else self._checkpoints
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether it keeps dead KV or superseded checkpoints apart."""
+        return self._dead is not self._kv or self._superseded is not self._checkpoints
 
     def add(self, item: Item) -> None:
         item.memo = entry = (item.last_used, item.serial, item)
@@ -42,7 +49,7 @@ class LRU:
             if len(queue) > line.limit:
                 line.sweep()
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         item.memo = None
 
     def touch(self, item: Item) -> None:

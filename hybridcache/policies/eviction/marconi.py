@@ -21,8 +21,6 @@ class Marconi(EvictionPolicy):
     replay: they are ``hybridcache.lab.baselines.MarconiCache`` and a study. O(candidates) per victim, in one vector expression.
     """
 
-    ranks_structure = True
-
     def __init__(self, alpha: float = 1.0) -> None:
         self.alpha = alpha
         self._dead: dict[Item, None] = {}
@@ -35,7 +33,7 @@ class Marconi(EvictionPolicy):
         else:
             self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         """O(1)."""
         if item in self._dead:
             del self._dead[item]

@@ -99,8 +99,8 @@ class QueuePolicy(ABC):
     def choose(self) -> Item | None:
         """The candidate to lose, still in its queue."""
 
-    def gone(self, item: Item, record: Record) -> None:  # noqa: B027
-        """A candidate left its queue: evicted or locked."""
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:  # noqa: B027
+        """A candidate left its queue; not ``evicted``: it may come back."""
 
     def move(self, item: Item, queue: Queue) -> None:
         """To the young end of ``queue``."""
@@ -129,15 +129,16 @@ class QueuePolicy(ABC):
             record.uses = item.uses
             self.used(item, record)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         """Out of its queue; its record keeps the place. O(log n)."""
         record: Record = item.memo
         record.queue.remove(record.ticket)
-        self.gone(item, record)
+        self.gone(item, record, evicted)
 
     def missed(self, item: Item) -> None:
-        """A ghost hit: remembers what it was, for when it comes back."""
-        self._asked_back[item.position] = (item.memo, self._now)
+        """A ghost hit: remembers what it was, for when it comes back; one without a memo is none."""
+        if item.memo is not None:
+            self._asked_back[item.position] = (item.memo, self._now)
 
     def _returned(self, item: Item) -> Record | None:
         """The record of the ghost that ``item`` is the return of. An item from another tier is no return."""
@@ -155,6 +156,8 @@ class BothKinds(EvictionPolicy):
     """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of either, the victim that was
     used longer ago."""
 
+    orders_tiers = False
+
     def __init__(self, kv: QueuePolicy, checkpoint: QueuePolicy) -> None:
         self._policies: dict[Kind, QueuePolicy] = {"kv": kv, "checkpoint": checkpoint}
 
@@ -164,8 +167,8 @@ class BothKinds(EvictionPolicy):
     def touch(self, item: Item) -> None:
         self._policies[item.kind].touch(item)
 
-    def discard(self, item: Item) -> None:
-        self._policies[item.kind].discard(item)
+    def discard(self, item: Item, evicted: bool) -> None:
+        self._policies[item.kind].discard(item, evicted)
 
     def missed(self, item: Item) -> None:
         self._policies[item.kind].missed(item)

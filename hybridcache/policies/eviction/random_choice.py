@@ -13,6 +13,8 @@ class Random(SampledPolicy):
     leaf KV, any unlocked checkpoint. Refresh: none. Two kinds: one urn (a kind with more candidates loses more).
     """
 
+    orders_tiers = False
+
     sample = 1
 
     def score(self, item: Item) -> float:

@@ -6,7 +6,7 @@ import random
 
 from hybridcache.policies.eviction.columns import Columns
 from hybridcache.policies.eviction.survival import NUM_BINS, Survival, age_bins
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
 """What a superseded checkpoint is believed to be worth, against one that is not, before anything was seen."""
@@ -54,7 +54,7 @@ class _Memo:
         """The class of the evicted tip it stands in for, while it is the tip itself."""
 
 
-class Regret:
+class Regret(EvictionPolicy):
     """Least (index of class and age) * (tokens lost) / (bytes freed).
 
     *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is ``Survival``'s. *Tokens
@@ -68,9 +68,6 @@ class Regret:
     KV has a pool of its own. Refresh: the consumed checkpoint. O(1) per event, O(1024) per victim.
     """
 
-    ranks_structure = True
-    """Dead KV and superseded checkpoints are ranked here, not by tiers around it."""
-
     def __init__(self, seed: int = 0) -> None:
         self.now = 0
         self.survival = Survival()
@@ -80,7 +77,6 @@ class Regret:
         self._dead: dict[Item, None] = {}
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
-        self._chosen: Item | None = None
         self._ghost_turn = (0, 0)
         """(time, generation) of the latest ghost that spoke."""
         self._stale: dict[Item, None] = {}
@@ -128,7 +124,7 @@ class Regret:
             if item in columns.places:
                 columns.put(item, memo.cell, memo.entered, _worth(item))
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         self._just_used = False
         if item.kind == "kv" and self._idle_kv is not None and item in self._idle_kv:
             del self._idle_kv[item]
@@ -143,13 +139,12 @@ class Regret:
             self._kv.remove(item)
         else:
             self._checkpoints.remove(item)
-        if item is self._chosen and above is not None and above.superseded:
+        if evicted and item.kind == "checkpoint" and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
                 memo.turn = max(memo.turn, item.memo.turn)
                 memo.demand = item.memo.key
-        self._chosen = None
 
     def missed(self, item: Item) -> None:
         memo = item.memo
@@ -164,11 +159,11 @@ class Regret:
             return next(iter(self._dead))
         self.survival.refresh(self.now)
         self._revalue()
-        self._chosen = None if kind == "kv" else self._least(self._checkpoints)
-        if self._chosen is None and kind != "checkpoint":
+        chosen = None if kind == "kv" else self._least(self._checkpoints)
+        if chosen is None and kind != "checkpoint":
             self._rank_kv()
-            self._chosen = self._least(self._kv)
-        return self._chosen
+            chosen = self._least(self._kv)
+        return chosen
 
     def _revalue(self) -> None:
         """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""

@@ -49,7 +49,7 @@ class ScorePolicy(EvictionPolicy, ABC):
         """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that age by it."""
 
     def missed(self, item: Item) -> None:
-        """A ghost speaks; most policies do not listen."""
+        """Called when a request would have resumed from an evicted checkpoint. Ignored by default."""
 
     def add(self, item: Item) -> None:
         """Asks its score. O(log n) amortised."""
@@ -61,12 +61,13 @@ class ScorePolicy(EvictionPolicy, ABC):
         self.now = max(self.now, item.last_used)
         self._enter(item)
 
-    def discard(self, item: Item) -> None:
-        """O(1): its entry goes stale. ``evicted`` is told where it was the latest victim."""
+    def discard(self, item: Item, evicted: bool) -> None:
+        """O(1): its entry goes stale. Calls ``evicted`` where the latest victim leaves the cache."""
         entry = self._entries[item.kind].pop(item)
         if self._chosen is entry:
             self._chosen = None
-            self.evicted(item, entry[0])
+            if evicted:
+                self.evicted(item, entry[0])
 
     def candidates(self) -> Iterable[Item]:
         """All it holds, in no order. O(n)."""
@@ -132,7 +133,7 @@ class SampledPolicy(EvictionPolicy, ABC):
         """``item`` was this policy's victim and is gone."""
 
     def missed(self, item: Item) -> None:
-        """A ghost speaks."""
+        """Called when a request would have resumed from an evicted checkpoint. Ignored by default."""
 
     def add(self, item: Item) -> None:
         """Into the bag of its kind. O(1)."""
@@ -145,8 +146,8 @@ class SampledPolicy(EvictionPolicy, ABC):
         """Moves the clock only: scores are asked when a victim is."""
         self.now = max(self.now, item.last_used)
 
-    def discard(self, item: Item) -> None:
-        """Out of its bag; ``evicted`` is told where it was the latest victim. O(1)."""
+    def discard(self, item: Item, evicted: bool) -> None:
+        """Out of its bag; calls ``evicted`` where the latest victim leaves the cache. O(1)."""
         bag = self._bags[item.kind]
         place, last = self._places.pop(item), bag.pop()
         if last is not item:
@@ -154,7 +155,8 @@ class SampledPolicy(EvictionPolicy, ABC):
             self._places[last] = place
         if self._chosen is item:
             self._chosen = None
-            self.evicted(item)
+            if evicted:
+                self.evicted(item)
 
     def candidates(self) -> Iterable[Item]:
         """All it holds, in no order. O(n)."""

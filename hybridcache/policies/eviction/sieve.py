@@ -43,7 +43,7 @@ class SieveQueue(QueuePolicy):
             record.mark = 0
             self.hand = ticket + 1
 
-    def gone(self, item: Item, record: Record) -> None:
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:
         """The hand goes on to the next younger one there is now; behind the youngest it starts over."""
         if item is self._chosen:
             self._chosen = None

@@ -17,6 +17,8 @@ class TailLRU(ScorePolicy):
     what went before below it. In an attention-only cache, where no item stands above another, ``span`` alone.
     """
 
+    orders_tiers = False
+
     def __init__(self, target_tokens: int = 1024) -> None:
         super().__init__()
         self.target_tokens = target_tokens

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
 
 
 class Tiers(EvictionPolicy):
-    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
+    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``. ``rest`` is
+    one of them, ``make`` makes the others.
 
     - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth nothing;
     - *superseded*: checkpoints with a deeper one on the same unforked path. Worth less, not nothing: a prompt sent again
@@ -19,9 +21,13 @@ class Tiers(EvictionPolicy):
     """
 
     def __init__(
-        self, make: Callable[[], EvictionPolicy], dead_first: bool, demote_superseded: bool
+        self,
+        rest: EvictionPolicy,
+        make: Callable[[], EvictionPolicy],
+        dead_first: bool,
+        demote_superseded: bool,
     ) -> None:
-        self._rest = make()
+        self._rest = rest
         self._dead = make() if dead_first else self._rest
         self._superseded = make() if demote_superseded else self._rest
 
@@ -29,9 +35,9 @@ class Tiers(EvictionPolicy):
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
         tier.add(item)
 
-    def discard(self, item: Item) -> None:
+    def discard(self, item: Item, evicted: bool) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
-        tier.discard(item)
+        tier.discard(item, evicted)
 
     def touch(self, item: Item) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
@@ -61,3 +67,8 @@ class Tiers(EvictionPolicy):
         if first is None and kind != "kv" and self._superseded is not self._rest:
             first = self._superseded.victim("checkpoint")
         return first if first is not None else self._rest.victim(kind)
+
+
+def in_tiers(policy: object) -> bool:
+    """Whether dead KV or superseded checkpoints go before what ``policy`` orders by its own rule."""
+    return isinstance(policy, Tiers) or (isinstance(policy, LRU) and policy.has_tiers)

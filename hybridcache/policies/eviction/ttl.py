@@ -19,6 +19,8 @@ class TTL(ScorePolicy):
     nodes. Two kinds: KV and unknown labels live one ``ttl``; sizes ignored.
     """
 
+    orders_tiers = False
+
     def __init__(self, ttl: int = 256, patience: Mapping[str, float] | None = None) -> None:
         super().__init__()
         self.ttl = ttl

@@ -76,12 +76,12 @@ class TinyLfuQueues(QueuePolicy):
             return incumbent
         return self._main_oldest() or (overflow[1] if overflow else None)
 
-    def gone(self, item: Item, record: Record) -> None:
-        """A newcomer that won its duel takes the loser's place."""
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+        """A newcomer that won its duel takes the loser's place, if that is left free."""
         if self._duel is None:
             return
         loser, winner = self._duel
-        if item is loser:
+        if item is loser and evicted:
             self.move(winner, self.probation)
         if item is loser or item is winner:
             self._duel = None

@@ -1,29 +1,10 @@
-"""Where a prefill saves states: words in a dict -> small classes, composed with commas.
-
->>> prefill = Prefill(prompt_len=1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
->>> for placed in parse_placement("branch,boundary,backoff,every:512").plan(prefill):
-...     print(*placed)
-256 branch
-512 every
-960 boundary
-"""
+"""Where a prefill saves states, by what is known of the prompt; and several rules as one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from hybridcache.policies.placement.by_length import (
-    Aligned,
-    Balanced,
-    Chunks,
-    Dyadic,
-    Sqrt,
-    Thinned,
-)
-from hybridcache.policies.placement.learned import Learned
-from hybridcache.policies.placement.planned import Planned
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill, PrefillRule
-from hybridcache.policies.user import load_placement
 
 
 class Branch(PrefillRule):
@@ -111,8 +92,8 @@ class Placement(PlacementPolicy):
     def _capped(self, asked: list[Placed], prefill: Prefill, cap: int) -> Iterator[Placed]:
         taken: set[int] = set()
         for placed in asked:
-            floored = placed.position - placed.position % prefill.grid
-            if prefill.cached_len < floored <= prefill.prompt_len:
+            floored = prefill.floor(placed.position)
+            if floored is not None:
                 taken.add(floored)
             if len(taken) <= cap:
                 yield placed
@@ -130,82 +111,7 @@ class Placement(PlacementPolicy):
         """What a caller makes of ``positions``: on the grid, in (cached_len, prompt_len], each once, ascending."""
         planned: dict[int, Placed] = {}
         for position, label in self.positions(prefill):
-            floored = position - position % prefill.grid
-            if prefill.cached_len < floored <= prefill.prompt_len:
+            floored = prefill.floor(position)
+            if floored is not None:
                 planned.setdefault(floored, Placed(floored, label))
         return tuple(planned[position] for position in sorted(planned))
-
-
-PLACEMENT: dict[str, Callable[[], PlacementPolicy]] = {
-    "end": End,
-    "branch": Branch,
-    "boundary": Boundary,
-    "backoff": Backoff,
-    "prompt": Prompt,
-    "sqrt": Sqrt,
-    "dyadic": Dyadic,
-    "regret": Learned,
-}
-"""Words for checkpoint placement."""
-
-NUMBERED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
-    "every": Every,
-    "aligned": Aligned,
-    "chunks": Chunks,
-}
-"""Words that take a length in tokens, written ``word:number``."""
-
-COUNTED_PLACEMENT: dict[str, Callable[[int], PlacementPolicy]] = {
-    "backoff": Backoff,
-    "balanced": Balanced,
-    "thinned": Thinned,
-    "planned": Planned,
-}
-"""Words that take a number of checkpoints, written ``word:number``; ``backoff`` alone is ``backoff:1``."""
-
-
-def parse_placement(words: str) -> Placement:
-    """``"branch,boundary,backoff,every:1024"`` -> Placement; ``"none"`` (alone) saves nothing; with ``cap:N`` at most N.
-
-    ValueError names a word that does not exist, or whose number is missing, superfluous or wrong.
-    """
-    if words.strip() == "none":
-        return Placement(())
-    rules, cap = [], None
-    for word in (word.strip() for word in words.split(",")):
-        name, _, argument = word.partition(":")
-        if name == "cap":
-            cap = _number(name, argument, "cap:2")
-        else:
-            rules.append(_parse_rule(word))
-    return Placement(tuple(rules), cap)
-
-
-def _number(word: str, argument: str, example: str) -> int:
-    if not argument.isdecimal() or int(argument) < 1:
-        raise ValueError(
-            f"checkpoint placement {word!r} needs a number of at least 1, as in {example}"
-        )
-    return int(argument)
-
-
-def _parse_rule(word: str) -> PlacementPolicy:
-    name, colon, argument = word.partition(":")
-    if name in PLACEMENT and not colon:
-        return PLACEMENT[name]()
-    if name in NUMBERED_PLACEMENT:
-        return NUMBERED_PLACEMENT[name](_number(name, argument, f"{name}:1024"))
-    if name in COUNTED_PLACEMENT:
-        return COUNTED_PLACEMENT[name](_number(name, argument, f"{name}:4"))
-    if name in PLACEMENT:
-        raise ValueError(f"checkpoint placement {name!r} takes no number, got {word!r}")
-    if colon:
-        return load_placement(word)
-    known = ", ".join(placement_words())
-    raise ValueError(f"unknown checkpoint placement {name!r}; known: {known}, or none alone")
-
-
-def placement_words() -> list[str]:
-    """The words that ``parse_placement`` puts together, beside ``none`` and ``module:Class``."""
-    numbered = (*NUMBERED_PLACEMENT, *COUNTED_PLACEMENT, "cap")
-    return [*PLACEMENT, *(f"{word}:N" for word in numbered)]

@@ -1,0 +1,104 @@
+"""What a result is of: every choice that its figures depend on, beside this project's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from hybridcache.geometry.times import describe_times
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """One cell of a sweep, in plain words and numbers: what a results file says of it."""
+
+    trace: str
+    """As ``open_trace`` takes it, options and seed included."""
+    label: str
+    """How tables and figures call it; two of one label may differ in the rest: see ``names``."""
+    model: str
+    state_dtype: str
+    gib: float | None
+    """Of KV and states together; None: two pools."""
+    memory: str | None
+    """How they share it: ``arena``, ``budget`` or ``pools``; None: a peer's own way."""
+    kv_share: float | None
+    """Of two pools made of ``gib``."""
+    num_kv_tokens: int | None
+    num_slots: int | None
+    policy: str | None
+    """None, and so the next: a peer."""
+    checkpoints: str | None
+    tiers: bool | None
+    """Whether the cache puts dead KV and superseded checkpoints before what ``policy`` orders; False
+    where that orders them itself; None: a peer."""
+    baseline: str | None
+    page_size: int
+    grid: int
+    servers: int
+    max_running: int | None
+    tpot_s: float
+    times: str
+    """What gives the prefill times."""
+
+
+SIZES = ("gib", "num_kv_tokens", "num_slots")
+"""Fields that say how much memory there is: the columns of a table."""
+
+
+def identify(config: RunConfig, serving: Serving, trace: str, tiers: bool | None) -> RunIdentity:
+    """``trace``: its recipe. ``tiers``: whether the target has them."""
+    geometry, is_ours = config.geometry, config.baseline is None
+    return RunIdentity(
+        trace=trace,
+        label=config.label,
+        model=geometry.name,
+        state_dtype=geometry.state_dtype,
+        gib=None if config.budget_bytes is None else config.budget_bytes / GIB,
+        memory=_memory(config),
+        kv_share=config.kv_share,
+        num_kv_tokens=config.num_kv_tokens or None,
+        num_slots=config.num_slots or None,
+        policy=str(config.policy) if is_ours else None,
+        checkpoints=str(config.checkpoints) if is_ours else None,
+        tiers=tiers,
+        baseline=config.baseline,
+        page_size=config.page_size,
+        grid=config.grid,
+        servers=serving.servers,
+        max_running=serving.max_running,
+        tpot_s=serving.tpot_s,
+        times=describe_times(serving.times),
+    )
+
+
+def _memory(config: RunConfig) -> str | None:
+    if config.baseline is not None:
+        return None
+    return "pools" if config.budget_bytes is None else config.memory
+
+
+def without_size(identity: RunIdentity) -> RunIdentity:
+    """The same competitor, whatever memory it has."""
+    return replace(identity, gib=None, num_kv_tokens=None, num_slots=None)
+
+
+def names(identities: Iterable[RunIdentity]) -> dict[RunIdentity, str]:
+    """A name for each competitor: its label, and what tells it from others of that label."""
+    competitors = dict.fromkeys(map(without_size, identities))
+    by_label: dict[str, list[RunIdentity]] = {}
+    for competitor in competitors:
+        by_label.setdefault(competitor.label, []).append(competitor)
+    return {each: _name(each, by_label[each.label]) for each in competitors}
+
+
+def _name(identity: RunIdentity, same: Sequence[RunIdentity]) -> str:
+    told = [
+        f"{field.name} {getattr(identity, field.name)}"
+        for field in fields(identity)
+        if len({getattr(other, field.name) for other in same}) > 1
+    ]
+    return f"{identity.label} ({', '.join(told)})" if told else identity.label
