@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.allocators.moves import PendingMoves
+from hybridcache.allocators.moves import Move, PendingMoves
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.export.events import EventStream
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
@@ -331,11 +331,11 @@ def arena_cache(kind: str = "hybrid", num_rows: int = 200, state_rows: int = 24,
     )
 
 
-def serve(cache, tokens: Tokens, words: str = "backoff,end", stateful: bool = True) -> int:
+def serve(cache, tokens: Tokens, stateful: bool = True, held_tokens: int = 0) -> int:
     """One request by its lease, prompt and answer; what it reused."""
     prompt_len = len(tokens) - 4
     request = LeaseRequest(tokens[:prompt_len], stateful=stateful)
-    lease = Lease.begin(cache, parse_placement(words), request)
+    lease = Lease.begin(cache, parse_placement("backoff,end"), request)
     assert lease is not None
     if not lease.extend(prompt_len):
         lease.abort()
@@ -344,7 +344,7 @@ def serve(cache, tokens: Tokens, words: str = "backoff,end", stateful: bool = Tr
     lease.publish(tokens, prompt_len)
     computed_len = len(tokens) - 1 if lease.extend(len(tokens) - 1) else prompt_len
     lease.finish(tokens, computed_len)
-    cache.check(held_tokens=0, held_slots=0)
+    cache.check(held_tokens=held_tokens, held_slots=0)
     return lease.cached_len
 
 
@@ -427,6 +427,48 @@ def test_without_a_cache_leases_still_follow_moves():
     cache.check(held_tokens=15, held_slots=3)
     second.abort()
     cache.check(held_tokens=0, held_slots=3)
+
+
+def test_a_lease_that_has_read_its_rows_follows_them():
+    cache = arena_cache(num_rows=240, state_rows=20)
+    tokens, other = prompts(5, 2)[0][:10], prompts(6, 1)[0][:10]
+    apart = [cache.allocate_kv(11)]
+    serve(cache, tokens, held_tokens=11)
+    apart.append(cache.allocate_kv(11))
+    serve(cache, other, held_tokens=22)
+    for rows in apart:
+        cache.free_kv(rows)
+    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens))
+    assert lease.cached_len > 0 and len(cache.arena.holders) == 2
+    before = lease.kv_indices.copy()
+    slots = []
+    while cache.arena.num_moves == 0:
+        slots.append(cache.allocate_slot())
+        assert slots[-1] is not None, "nothing moved: this test shows nothing"
+    assert lease.kv_indices.tolist() == cache.gather(lease.match.node).tolist() != before.tolist()
+    changed = np.flatnonzero(lease.kv_indices != before)
+    assert lease.take_moved() == (changed[0], changed[-1] + 1)
+    cache.check(held_tokens=0, held_slots=1 + len(slots))
+    lease.abort()
+    assert len(cache.arena.holders) == 1, "a lease that ended is notified no more"
+
+
+def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
+    cache, tokens = arena_cache(num_rows=120, state_rows=15), np.arange(20, dtype=np.int32)
+    request = LeaseRequest(tokens, stateful=False)
+    lease = Lease.begin(cache, parse_placement("none"), request)
+    assert lease.extend(20)
+    lease.publish(tokens, 12)
+    slabs = lease.kv_indices // 15
+    first, second = (int(slab) for slab in (slabs[-1], slabs[0]))
+    assert slabs.tolist() == [second] * 15 + [first] * 5
+    rows, claimed = np.empty(0, np.int32), []
+    for slab in (first, second):  # told to the lease alone: it is not used after this
+        new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
+        claimed.append(lease.rows_moved(Move(slab, rows, rows, new_rows)))
+    assert claimed == [5, 3]
+    assert lease.take_moved() == (0, 20)
+    assert (lease.kv_indices // 15 == slabs + 4).all()
 
 
 def test_words_for_memory():
