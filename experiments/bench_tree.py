@@ -2,7 +2,8 @@
 
 python -m experiments.bench_tree [--runs 5] [--quick]
 
-2,000 conversations x 5 turns x 200-1,000 tokens, 16 system prompts of 500, 64 live; page 1, 400,000 KV tokens, 600 states;
+2,000 conversations x 5 turns x 200-1,000 tokens, 16 system prompts of 500, 64 live; page 1, 400,000 KV tokens, 600 states
+(then the same bytes as a budget, and as an arena of Qwen3-Next's rows and slabs);
 each request matches, gathers, locks, allocates (evicting as needed), inserts with one state at its end, gathers again,
 moves the lock and unlocks. The long one is 20 conversations x 200 turns. Garbage collector on, one thread, one process.
 
@@ -31,10 +32,15 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.tree_figure import draw
 from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
+from hybridcache.allocators.moves import Move
 from hybridcache.lab.generators import conversations
+from hybridcache.tokens import Indices
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
 """Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it back."""
+
+
+ROW_BYTES, SLAB_ROWS = 24_576, 3144
 
 
 class Work(NamedTuple):
@@ -95,12 +101,30 @@ class Workload:
             yield Work(everything[: len(request.tokens)], everything)
 
 
-def new_cache(num_kv_tokens: int, num_slots: int) -> HybridRadixCache:
-    cache = build_prefix_cache(
-        CacheConfig(num_kv_tokens=num_kv_tokens, num_slots=num_slots, grid=1)
-    )
+def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> HybridRadixCache:
+    """Two pools, or the same bytes in one memory: rows and states of Qwen3-Next's sizes."""
+    shares: dict[str, Any] = {"num_kv_tokens": num_kv_tokens, "num_slots": num_slots}
+    if memory != "pools":
+        slab_bytes = SLAB_ROWS * ROW_BYTES
+        shares = {
+            "memory": memory,
+            "total_bytes": num_kv_tokens * ROW_BYTES + num_slots * slab_bytes,
+            "kv_bytes_per_token": ROW_BYTES,
+            "state_bytes": slab_bytes,
+        }
+    cache = build_prefix_cache(CacheConfig(grid=1, **shares))
     assert isinstance(cache, HybridRadixCache)
     return cache
+
+
+class Hand:
+    """The rows of the request that is served: in an arena they may move before they are inserted."""
+
+    rows: Indices | None = None
+
+    def rows_moved(self, move: Move) -> int:
+        assert self.rows is not None
+        return len(move.rename(self.rows))
 
 
 def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
@@ -115,7 +139,9 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
     evicted: list[int] = []
     cpu: list[int] = []
     cached_tokens = prompt_tokens = 0
-    now = perf_counter_ns
+    hand, now = Hand(), perf_counter_ns
+    if cache.arena is not None:
+        cache.arena.holders[hand] = None
     for prompt, everything in work:
         evictions = cache.stats.evictions
         end = len(everything)
@@ -127,7 +153,7 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
         t2 = now()
         receipt = cache.lock(match.node)
         t3 = now()
-        new = cache.allocate_kv(end - match.cached_len)
+        hand.rows = new = cache.allocate_kv(end - match.cached_len)
         slot = cache.allocate_slot()
         t4 = now()
         cache.touch(match)
@@ -161,16 +187,23 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
 
 
 def measure(
-    name: str, work: Iterable[Work], num_kv_tokens: int, num_slots: int, runs: int, bar: Any
+    name: str,
+    work: Iterable[Work],
+    num_kv_tokens: int,
+    num_slots: int,
+    runs: int,
+    bar: Any,
+    memory: str = "pools",
 ) -> dict[str, Any]:
     """Replay ``runs`` times on fresh caches: one record."""
     replays = []
     for _ in range(runs):
         gc.collect()
-        replays.append(replay(work, new_cache(num_kv_tokens, num_slots)))
+        replays.append(replay(work, new_cache(num_kv_tokens, num_slots, memory)))
         bar.update()
     last = replays[-1]
     last.cache.check(held_tokens=0, held_slots=0)
+    moves = 0 if last.cache.arena is None else last.cache.arena.num_moves
     quiet = np.minimum.reduce([run.verbs for run in replays])
     means = sorted(float(run.verbs.sum(1).mean()) / 1e3 for run in replays)
     medians = sorted(float(np.median(run.verbs.sum(1))) / 1e3 for run in replays)
@@ -182,6 +215,8 @@ def measure(
         "mean_prompt_tokens": round(last.prompt_tokens / len(last.verbs)),
         "num_kv_tokens": num_kv_tokens,
         "num_slots": num_slots,
+        "memory": memory,
+        "slabs_moved_per_request": round(moves / len(last.verbs), 4),
         "token_hit_rate": round(last.token_hit_rate, 4),
         "evicted_per_request": round(float(last.evicted.mean()), 2),
         "request_us_mean": round(statistics.median(means), 2),
@@ -386,9 +421,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, a minute")
     options = parser.parse_args()
     runs = 2 if options.quick else options.runs
-    with tqdm(total=9 * runs + 3) as bar:
+    with tqdm(total=11 * runs + 3) as bar:
         short = Workload(64, 200 if options.quick else 2000, 5)
         records = [measure("request", short, 400_000, 600, runs, bar)]
+        records += [
+            measure(f"request, {memory}", short, 400_000, 600, runs, bar, memory)
+            for memory in ("budget", "arena")
+        ]
         long = Workload(64, 20, 200, 400 if options.quick else None)
         records.append(measure("long request, roomy", long, 3_000_000, 6_000, runs, bar))
         records.append(measure("long request, same pools", long, 400_000, 600, runs, bar))

@@ -1,9 +1,9 @@
-"""Would the tests notice? Breaks cache or engine in small ways, one at a time, and runs its tests.
+"""Would the tests notice? Breaks cache, arena or engine in small ways, one at a time, and runs its tests.
 
-python -m experiments.mutate [cache] [engine] [--only WORD] [--timeout 240] [--machines]
+python -m experiments.mutate [cache] [arena] [engine] [--only WORD] [--timeout 240] [--machines]
 
 Each mutation is one edit of one file in a copy of the packages; a mutation that no test catches
-("survived") makes the script fail. Writes results/mutate_cache.jsonl and mutate_engine.jsonl: what
+("survived") makes the script fail. Writes results/mutate_cache.jsonl and so on: what
 was broken, and the first test that said so.
 """
 
@@ -23,11 +23,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from experiments.mutations import Mutation
+from experiments.mutations.arena import ARENA
 from experiments.mutations.cache import CACHE
 from experiments.mutations.engine import ENGINE
 from experiments.provenance import RESULTS, ROOT, write_json_lines
 
-LISTS = {"cache": CACHE, "engine": ENGINE}
+LISTS = {"cache": CACHE, "arena": ARENA, "engine": ENGINE}
 
 
 class Outcome(NamedTuple):

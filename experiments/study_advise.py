@@ -184,7 +184,7 @@ def _try(
         },
         QUESTIONS[1]: intervals(chosen, second.unit),
         QUESTIONS[2]: precisions(periodic),
-        QUESTIONS[3]: splits(precise, gib),
+        QUESTIONS[3]: splits(precise),
     }
     runs = iter(
         run_sweep(

@@ -4,12 +4,19 @@ In the arena a state takes whole rows and lies at a multiple of its own size; th
 nothing else. Policy and placement are the goals' (`regret`). Beside the hit rates: how often a slab was
 emptied for a state, and how much KV was copied for that, as a share of the KV that was written.
 
+In a short trace one state more or less changes everything after it, so a single size says little there.
+A cell that differs by more than half a point is run at 41 sizes within 2 %: the mean difference, and the
+standard deviation of the budget's own hit rate over them, stand beside it.
+
     python -m experiments.study_arena --resume out/arena       # may be interrupted; --goals WORD for some
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +33,10 @@ from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace
 
 MEMORIES = ("arena", "budget")
+NEARBY = tuple(number / 1000 for number in range(-20, 21))
 ALLOWED_POINTS = 0.5
 """What slabs may cost in any cell, points of token hit rate."""
 
@@ -35,32 +44,46 @@ ALLOWED_POINTS = 0.5
 def measure(goal: Goal, folder: Path | None) -> list[dict[str, Any]]:
     """A record for each grid."""
     trace = goal.trace()
+    row_bytes = goal.geometry.kv_bytes_per_token * trace.unit
+    rows = slab_rows(goal.geometry.state_bytes, row_bytes)
+    cells = []
+    for grid in (1, ENGINE_GRID):
+        [(arena, ideal)] = pairs(goal, trace, grid, [0.0], folder)
+        cell = record(goal, grid, trace.unit, rows, arena, ideal)
+        if abs(cell["points"]) > ALLOWED_POINTS:
+            cell |= around(pairs(goal, trace, grid, NEARBY, folder))
+        cells.append(cell)
+    return cells
+
+
+def pairs(
+    goal: Goal, trace: Trace, grid: int, shifts: Sequence[float], folder: Path | None
+) -> list[tuple[RunResult, RunResult]]:
+    """(arena, budget) with the goal's memory made larger by each of ``shifts``, a part of it."""
+    grid = max(grid, trace.unit)
+    common = RunConfig(goal.geometry, policy=OURS, checkpoints=OURS, grid=grid)
     serving = Serving(Roofline.fitting(goal.geometry))
-    grids = (1, ENGINE_GRID)
-    jobs = [
-        Job(
-            RunConfig(
-                goal.geometry,
-                budget_bytes(goal.total_gib),
-                memory=memory,
-                policy=OURS,
-                checkpoints=OURS,
-                grid=max(grid, trace.unit),
-            ),
-            serving,
-        )
-        for grid in grids
-        for memory in MEMORIES
-    ]
+    jobs = []
+    for shift in shifts:
+        size = budget_bytes(goal.total_gib * (1 + shift))
+        jobs += [
+            Job(replace(common, budget_bytes=size, memory=memory), serving) for memory in MEMORIES
+        ]
     path = None if folder is None else folder / f"{goal.name.replace(' ', '-')}.jsonl"
     runs = run_sweep(trace, jobs, resume_from=path)
-    row_bytes = goal.geometry.kv_bytes_per_token * trace.unit
-    return [
-        record(
-            goal, grid, trace.unit, slab_rows(goal.geometry.state_bytes, row_bytes), arena, ideal
-        )
-        for grid, arena, ideal in zip(grids, runs[::2], runs[1::2], strict=True)
-    ]
+    return list(zip(runs[::2], runs[1::2], strict=True))
+
+
+def around(runs: Sequence[tuple[RunResult, RunResult]]) -> dict[str, Any]:
+    """What a cell says at the sizes nearby."""
+    points = [100 * (arena.token_hit_rate - ideal.token_hit_rate) for arena, ideal in runs]
+    own = [100 * ideal.token_hit_rate for _, ideal in runs]
+    return {
+        "sizes_around": len(runs),
+        "points_around": statistics.mean(points),
+        "points_around_error": statistics.stdev(points) / len(points) ** 0.5,
+        "budget_spread_around": statistics.stdev(own),
+    }
 
 
 def record(
@@ -99,6 +122,13 @@ def main() -> None:
         draw(records)
     print(table(records))
     over = [cell for cell in records if abs(cell["points"]) > ALLOWED_POINTS]
+    for cell in over:
+        print(
+            f"{cell['goal']}, grid {cell['grid']}: {cell['points']:+.2f} at its size; "
+            f"{cell['points_around']:+.2f} mean of {cell['sizes_around']} sizes within 2 % "
+            f"(standard error {cell['points_around_error']:.2f}), over which the budget's own "
+            f"hit rate has a standard deviation of {cell['budget_spread_around']:.2f}"
+        )
     print(f"{len(records) - len(over)} of {len(records)} cells within {ALLOWED_POINTS} points")
 
 
@@ -130,6 +160,9 @@ def draw(records: list[dict[str, Any]]) -> None:
         for axis, key, scale in ((axes[0], "points", 1), (axes[1], "kv_moved_per_kv_written", 100)):
             values = [scale * cell[key] for cell in cells]
             axis.barh(places, values, height=0.34, color=COLOURS[number], label=f"grid {grid}")
+        for place, cell in zip(places, cells, strict=True):
+            if "points_around" in cell:
+                axes[0].plot(cell["points_around"], place, "D", color="black", markersize=3)
     for axis, label in (
         (axes[0], "arena less ideal budget, points of token hit rate"),
         (axes[1], "KV moved, % of the KV written"),
@@ -141,7 +174,8 @@ def draw(records: list[dict[str, Any]]) -> None:
         axes[0].axvline(edge, color="#555555", linewidth=0.8, linestyle="--")
     caption = (
         "The price of slabs: hit rate of the arena against a budget that only counts bytes, policy and placement `regret`; and what is "
-        "copied so that a state finds a whole slab. Dashed: half a point."
+        "copied so that a state finds a whole slab. Dashed: half a point. "
+        "Diamond: the mean of 41 sizes within 2 %, where a cell differs by more."
     )
     save(figure, axes, figure_path("study_arena"), caption)
 

@@ -29,6 +29,7 @@ are not all claimed is an error at once. ``allocators.moves`` says in which orde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, pairwise
 from operator import index
 
 import numpy as np
@@ -94,13 +95,11 @@ class ArenaAllocator(BaseAllocator):
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
-        # Sorted holes: free pages of KV slabs that are not on the pages' stack. The last line is
-        # the tail.
-        self._holes = np.zeros((self.num_slabs + 1, self._slab_pages), np.bool_)
+        # Sorted holes, by slab: free pages that are not on the pages' stack. The last is the tail.
+        self._holes: dict[int, list[Indices]] = {}
         self._num_holes = np.zeros(self.num_slabs + 1, np.int64)
-        tail_pages = capacity // page_size - self.num_slabs * self._slab_pages
-        self._holes[-1, :tail_pages] = True
-        self._num_holes[-1] = tail_pages
+        first = self.num_slabs * self._slab_pages
+        self._add_holes(self.num_slabs, np.arange(first, capacity // page_size, dtype=np.int32))
 
     @property
     def num_unused(self) -> int:
@@ -126,20 +125,31 @@ class ArenaAllocator(BaseAllocator):
         """Notice the KV slabs that have lost their last row: they are free. O(slabs + rows freed
         since the last time)."""
         self._sort_holes()
-        whole = np.flatnonzero(self._num_holes[:-1] == self._slab_pages)
-        if len(whole):
-            self._holes[whole] = False
-            self._num_holes[whole] = 0
-            self._free_slabs.extend(whole[::-1].tolist())
+        whole = np.flatnonzero(self._num_holes[:-1] == self._slab_pages).tolist()
+        for slab in reversed(whole):
+            self._take_holes(slab)
+            self._free_slabs.append(slab)
+
+    def _add_holes(self, slab: int, pages: Indices) -> None:
+        if len(pages):
+            self._holes.setdefault(slab, []).append(pages)
+            self._num_holes[slab] += len(pages)
+
+    def _take_holes(self, slab: int) -> list[Indices]:
+        """All sorted holes of ``slab``, which has none then. O(1)."""
+        self._num_holes[slab] = 0
+        return self._holes.pop(slab, [])
 
     def _empty(self, slab: int) -> None:
         """Move the living rows of ``slab`` into holes elsewhere; it is free then."""
-        living = np.flatnonzero(~self._holes[slab])
-        self._holes[slab] = False
-        self._num_holes[slab] = 0
+        first = slab * self._slab_pages
+        is_living = np.ones(self._slab_pages, np.bool_)
+        for holes in self._take_holes(slab):
+            is_living[holes - first] = False
+        living = np.flatnonzero(is_living)
         pages = self._draw(len(living))
         self.pages.push(pages[len(living) :])
-        src = self.pages.rows_of(living.astype(np.int32) + np.int32(slab * self._slab_pages))
+        src = self.pages.rows_of(living.astype(np.int32) + np.int32(first))
         dst = self.pages.rows_of(pages[: len(living)])
         first_row = slab * self.slab_rows
         new_rows = np.arange(first_row, first_row + self.slab_rows, dtype=np.int32)
@@ -160,11 +170,16 @@ class ArenaAllocator(BaseAllocator):
     def _sort_holes(self) -> None:
         """Bring the free pages that lie on the stack under their slabs. O(those + slabs)."""
         pages = self.pages.pop_all()
-        if len(pages):
-            self._holes.reshape(-1)[pages] = True
-            self._num_holes += np.bincount(
-                pages // self._slab_pages, minlength=len(self._num_holes)
-            )
+        if not len(pages):
+            return
+        slabs = pages // self._slab_pages
+        if self.num_slabs < 1 << 16:
+            slabs = slabs.astype(np.uint16)  # sorted in linear time
+        order = slabs.argsort(kind="stable")
+        slabs, pages = slabs[order], pages[order]
+        starts = [0, *(np.flatnonzero(slabs[1:] != slabs[:-1]) + 1).tolist(), len(slabs)]
+        for start, end in pairwise(starts):
+            self._add_holes(slabs.item(start), pages[start:end])
 
     def _draw(self, num_pages: int) -> Indices:
         """All sorted holes of the fullest slabs that have ``num_pages`` together, or of all:
@@ -174,10 +189,7 @@ class ArenaAllocator(BaseAllocator):
         end = int(self._num_holes[slabs].cumsum().searchsorted(num_pages)) + 1
         drawn = [NO_ROWS]
         for slab in slabs[:end].tolist():
-            holes = np.flatnonzero(self._holes[slab])
-            drawn.append(holes.astype(np.int32) + np.int32(slab * self._slab_pages))
-        self._holes[slabs[:end]] = False
-        self._num_holes[slabs[:end]] = 0
+            drawn += self._take_holes(slab)
         return np.concatenate(drawn)
 
     def fill(self, num_pages: int) -> None:
@@ -198,28 +210,27 @@ class ArenaAllocator(BaseAllocator):
         holes. O(slabs + rows)."""
         self._sort_holes()
         opened = set(slabs).intersection(self._free_slabs)
-        if opened:
-            self._free_slabs[:] = [slab for slab in self._free_slabs if slab not in opened]
-            self._holes[list(opened)] = True
-            self._num_holes[list(opened)] = self._slab_pages
+        self._free_slabs[:] = [slab for slab in self._free_slabs if slab not in opened]
+        for slab in opened:
+            first = slab * self._slab_pages
+            self._add_holes(slab, np.arange(first, first + self._slab_pages, dtype=np.int32))
 
     def take_holes(self, pages: Indices) -> None:
         """Take sorted holes out: ``pages``, each once. ValueError, and nothing taken: some are
         none."""
-        holes = self._holes.reshape(-1)
-        known = np.unique(pages)
-        outside = len(known) and not 0 <= known[0] <= known[-1] < len(holes)
-        if len(known) < len(pages) or outside or not holes[pages].all():
+        holes = np.concatenate([NO_ROWS, *chain(*self._holes.values())])
+        wanted = np.isin(holes, pages)
+        if len(np.unique(pages)) < len(pages) or np.count_nonzero(wanted) < len(pages):
             raise ValueError("rows asked for are not free")
-        holes[pages] = False
-        self._num_holes -= np.bincount(pages // self._slab_pages, minlength=len(self._num_holes))
+        self._holes.clear()
+        self._num_holes[:] = 0
+        self.pages.push(holes[~wanted])
 
     def free_pages(self) -> Indices:
         """All pages that are neither KV nor under a state, in no order. O(pages)."""
         first = np.array(self._free_slabs, np.int32)[:, None] * self._slab_pages
         whole = (first + np.arange(self._slab_pages, dtype=np.int32)).reshape(-1)
-        holes = np.flatnonzero(self._holes).astype(np.int32)
-        return np.concatenate([self.pages.stacked(), holes, whole])
+        return np.concatenate([self.pages.stacked(), *chain(*self._holes.values()), whole])
 
     def check(self) -> None:
         """AssertionError unless every row is free once, or taken; in rows, slabs and bytes.
@@ -234,7 +245,10 @@ class ArenaAllocator(BaseAllocator):
         num_free = len(free) * self.page_size
         assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
         assert self.budget.free_bytes == num_free * self.unit_bytes, "bytes free are not rows free"
-        assert (self._num_holes == self._holes.sum(axis=1)).all(), "holes are miscounted"
+        for slab, count in enumerate(self._num_holes.tolist()):
+            holes = np.concatenate([NO_ROWS, *self._holes.get(slab, ())])
+            assert len(holes) == count, f"slab {slab} has {len(holes)} holes, counted {count}"
+            assert (holes // self._slab_pages == slab).all(), f"a hole is not in slab {slab}"
         states = self.slots.states
         assert states.isdisjoint(self._free_slabs), "a slab is free and a state"
         assert len(set(self._free_slabs)) == len(self._free_slabs), "a slab is free twice"

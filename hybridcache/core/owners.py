@@ -65,15 +65,17 @@ class RowOwners:
             numbers = numbers.astype(np.uint16)  # sorted in linear time
         order = numbers.argsort(kind="stable")
         numbers = numbers[order]
+        offsets, src, dst = offsets[order], move.src[order], move.dst[order]
         starts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
         num_owned = 0
         for start, end in pairwise(starts):
             if start == end:
                 continue
-            number, group = numbers.item(start), order[start:end]
+            number = numbers.item(start)
             rows = self._numbered[number] if number < len(self._numbered) else None
             if rows is not None:
-                num_owned += _rename(rows, offsets[group], move.src[group], move.dst[group])
+                group = slice(start, end)
+                num_owned += _rename(rows, offsets[group], src[group], dst[group])
         return num_owned
 
     def _number_new(self) -> None:
@@ -120,7 +122,7 @@ def _rename(rows: Indices, offsets: Indices, src: Indices, dst: Indices) -> int:
     """Put ``dst`` for ``src`` where ``rows`` has it at ``offsets``; how many it has. It lacks those
     that left the tree since they were given their place, and are held by a request now."""
     owned = rows.take(offsets, mode="clip") == src
-    if not owned.all():
+    if np.count_nonzero(owned) < len(owned):
         offsets, dst = offsets[owned], dst[owned]
     rows[offsets] = dst
     return len(dst)

@@ -20,7 +20,6 @@ from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
 from hybridcache.lab.trace import Trace
-from hybridcache.units import GIB
 
 DEFAULT_POLICIES = ("regret", "lru")
 PLACEMENTS = (
@@ -162,9 +161,9 @@ def advise(
     config = adviser.ask("periodic checkpoints", intervals(config, trace.unit), WORTH)
     config = adviser.ask("precision of states", precisions(config, state_dtypes), WORTH)
     result = adviser.chosen_run()
-    split = adviser.ask("KV share of two pools", splits(config, size))
-    kv_share = split.num_kv_tokens * geometry.kv_bytes_per_token / (size * GIB)
-    return adviser.advice(config, size, round(kv_share, 2), result)
+    split = adviser.ask("KV share of two pools", splits(config))
+    assert split.kv_share is not None
+    return adviser.advice(config, size, split.kv_share, result)
 
 
 def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:
@@ -176,18 +175,9 @@ def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:
     }
 
 
-def splits(config: RunConfig, gib: float) -> dict[str, RunConfig]:
-    """``config`` with ``gib`` in two fixed pools."""
-    geometry, total = config.geometry, gib * GIB
-    return {
-        f"{share:.0%}": replace(
-            config,
-            budget_bytes=None,
-            num_kv_tokens=int(share * total) // geometry.kv_bytes_per_token,
-            num_slots=int((1 - share) * total) // geometry.state_bytes,
-        )
-        for share in KV_SHARES
-    }
+def splits(config: RunConfig) -> dict[str, RunConfig]:
+    """``config`` with its memory in two fixed pools."""
+    return {f"{share:.0%}": replace(config, memory="pools", kv_share=share) for share in KV_SHARES}
 
 
 def precisions(config: RunConfig, words: Sequence[str] = PRECISIONS) -> dict[str, RunConfig]:

@@ -261,6 +261,21 @@ def test_without_states_all_is_kv():
     arena.check()
 
 
+def test_moves_are_given_out_once_in_their_order():
+    moves, rows = PendingMoves(), np.empty(0, np.int32)
+    made = [Move(slab, rows, rows, rows) for slab in (3, 1, 2)]
+    for move in made:
+        assert moves.rows_moved(move) == 0
+    assert len(moves) == 3
+    assert [move.slab for move in moves.take()] == [3, 1, 2]
+    assert moves.take() == () and len(moves) == 0
+
+
+def test_a_slab_is_whole_pages_and_has_room_for_a_state():
+    assert [slab_rows(12, 2), slab_rows(13, 2), slab_rows(13, 2, 4)] == [6, 7, 8]
+    assert ArenaAllocator(400, 2, 13, 4).slab_rows == 8
+
+
 def test_rename_leaves_other_rows():
     new_rows = np.array([4, 11, 6, 12], np.int32)
     move = Move(1, np.array([5, 7], np.int32), np.array([11, 12], np.int32), new_rows)

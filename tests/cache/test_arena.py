@@ -17,8 +17,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.allocators.moves import PendingMoves
+from hybridcache.allocators.moves import Move, PendingMoves
 from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.export.events import EventStream
+from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.words import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
@@ -314,3 +316,162 @@ def test_a_full_arena_does_what_its_plain_twin_does(seed):
         serve_twins(twins, rng, num_operations=120)
         num_moves += twins.arena(twins.cache).num_moves
     assert num_moves > 0, "nothing moved: this test shows nothing"
+
+
+def arena_cache(kind: str = "hybrid", num_rows: int = 200, state_rows: int = 24, **options):
+    return build_prefix_cache(
+        CacheConfig(
+            prefix_cache=kind,
+            total_bytes=num_rows,
+            state_bytes=state_rows,
+            memory="arena",
+            **({"grid": GRID} | options),
+        )
+    )
+
+
+def serve(cache, tokens: Tokens, stateful: bool = True, held_tokens: int = 0) -> int:
+    """One request by its lease, prompt and answer; what it reused."""
+    prompt_len = len(tokens) - 4
+    request = LeaseRequest(tokens[:prompt_len], stateful=stateful)
+    lease = Lease.begin(cache, parse_placement("backoff,end"), request)
+    assert lease is not None
+    if not lease.extend(prompt_len):
+        lease.abort()
+        return -1
+    lease.take_checkpoint_slots(lease.cached_len, prompt_len)
+    lease.publish(tokens, prompt_len)
+    computed_len = len(tokens) - 1 if lease.extend(len(tokens) - 1) else prompt_len
+    lease.finish(tokens, computed_len)
+    cache.check(held_tokens=held_tokens, held_slots=0)
+    return lease.cached_len
+
+
+def prompts(seed: int, num_requests: int) -> list[Tokens]:
+    rng = np.random.default_rng(seed)
+    systems = [rng.integers(0, 50, 20, dtype=np.int32) for _ in range(3)]
+    said = [rng.integers(0, 50, 40, dtype=np.int32) for _ in range(4)]
+    return [
+        np.concatenate((systems[rng.integers(3)], said[rng.integers(4)][: rng.integers(8, 40)]))
+        for _ in range(num_requests)
+    ]
+
+
+def test_a_loaded_arena_goes_on_like_the_saved_one(tmp_path):
+    cache, loaded = arena_cache(), arena_cache()
+    for tokens in prompts(1, 60):
+        serve(cache, tokens)
+    save_snapshot(cache, tmp_path / "cache.npz")
+    load_snapshot(loaded, tmp_path / "cache.npz")
+    loaded.check(held_tokens=0, held_slots=0)
+    loaded.arena.num_moves = 0
+    later = prompts(1, 90)[60:]
+    assert [serve(loaded, tokens) for tokens in later] == [serve(cache, tokens) for tokens in later]
+    assert loaded.arena.num_moves > 0
+
+
+def test_a_snapshot_whose_slots_lie_in_its_rows_is_refused(tmp_path):
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=GRID))
+    for tokens in prompts(1, 4):
+        serve(cache, tokens)
+    assert cache.num_checkpoints == 3
+    save_snapshot(cache, tmp_path / "cache.npz")
+    loaded = arena_cache()
+    with pytest.raises(ValueError, match="slots asked for that are not free"):
+        load_snapshot(loaded, tmp_path / "cache.npz")
+    loaded.check(held_tokens=0, held_slots=0)
+    assert loaded.num_nodes == 0 and loaded.free_tokens == 200
+    assert loaded.allocate_slot() is not None
+
+
+def test_events_are_those_of_a_budget():
+    """Rows are no part of events: moves are invisible to who subscribes."""
+    arena = arena_cache()
+    shape = {"total_bytes": arena.arena.capacity, "state_bytes": 24, "grid": GRID}
+    budget = build_prefix_cache(CacheConfig(**shape))
+    told = [[], []]
+    for cache, events in zip((arena, budget), told, strict=True):
+        cache.subscribe(EventStream(events.append))
+        for tokens in prompts(1, 90):
+            serve(cache, tokens)
+    assert told[0] == told[1] and len(told[0]) > 50
+    assert arena.arena.num_moves > 0
+
+
+def test_an_attention_only_cache_has_an_arena_without_slabs():
+    cache = arena_cache("radix", num_rows=120)
+    assert cache.arena.num_slabs == 0 and cache.free_slots == 0 and cache.free_tokens == 120
+    assert [serve(cache, tokens, stateful=False) for tokens in prompts(3, 40)] != [0] * 40
+    assert cache.arena.num_moves == 0
+
+
+def test_without_a_cache_leases_still_follow_moves():
+    cache = arena_cache("none", num_rows=60, state_rows=15)
+    first, second = (
+        Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, stateful=False))
+        for tokens in (prompts(4, 2))
+    )
+    for end in (5, 10, 15):
+        assert first.extend(end) and second.extend(end)
+    held = second.kv_indices.tolist()
+    first.abort()
+    slots = [cache.allocate_slot() for _ in range(3)]
+    assert None not in slots and cache.arena.num_moves == 1
+    start, end = second.take_moved()
+    assert second.take_moved() is None
+    changed = np.flatnonzero(second.kv_indices != held)
+    assert (start, end) == (changed[0], changed[-1] + 1)
+    under = {row // cache.arena.slab_rows for row in second.kv_indices.tolist()}
+    assert under.isdisjoint(slots)
+    cache.check(held_tokens=15, held_slots=3)
+    second.abort()
+    cache.check(held_tokens=0, held_slots=3)
+
+
+def test_a_lease_that_has_read_its_rows_follows_them():
+    cache = arena_cache(num_rows=240, state_rows=20)
+    tokens, other = prompts(5, 2)[0][:10], prompts(6, 1)[0][:10]
+    apart = [cache.allocate_kv(11)]
+    serve(cache, tokens, held_tokens=11)
+    apart.append(cache.allocate_kv(11))
+    serve(cache, other, held_tokens=22)
+    for rows in apart:
+        cache.free_kv(rows)
+    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens))
+    assert lease.cached_len > 0 and len(cache.arena.holders) == 2
+    before = lease.kv_indices.copy()
+    slots = []
+    while cache.arena.num_moves == 0:
+        slots.append(cache.allocate_slot())
+        assert slots[-1] is not None, "nothing moved: this test shows nothing"
+    assert lease.kv_indices.tolist() == cache.gather(lease.match.node).tolist() != before.tolist()
+    changed = np.flatnonzero(lease.kv_indices != before)
+    assert lease.take_moved() == (changed[0], changed[-1] + 1)
+    cache.check(held_tokens=0, held_slots=1 + len(slots))
+    lease.abort()
+    assert len(cache.arena.holders) == 1, "a lease that ended is notified no more"
+
+
+def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
+    cache, tokens = arena_cache(num_rows=120, state_rows=15), np.arange(20, dtype=np.int32)
+    request = LeaseRequest(tokens, stateful=False)
+    lease = Lease.begin(cache, parse_placement("none"), request)
+    assert lease.extend(20)
+    lease.publish(tokens, 12)
+    slabs = lease.kv_indices // 15
+    assert slabs.tolist() == [0] * 5 + [1] * 15
+    rows, claimed = np.empty(0, np.int32), []
+    for slab in (0, 1):  # told to the lease alone: it is not used after this
+        new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
+        claimed.append(lease.rows_moved(Move(slab, rows, rows, new_rows)))
+    assert claimed == [0, 8]
+    assert lease.take_moved() == (0, 20)
+    assert (lease.kv_indices // 15 == slabs + 4).all()
+
+
+def test_words_for_memory():
+    with pytest.raises(ValueError, match="unknown memory 'ram'; known: arena, budget"):
+        CacheConfig(total_bytes=10, memory="ram")
+    with pytest.raises(ValueError, match="an arena is made of total_bytes"):
+        CacheConfig(num_kv_tokens=10, num_slots=1, memory="arena")
+    assert build_prefix_cache(CacheConfig(total_bytes=10)).arena is None

@@ -75,6 +75,21 @@ def test_duplicates_are_swapped_for_the_trees_rows(page_size: int) -> None:
     check(cache)
 
 
+def test_rows_stay_known_when_an_answer_outgrows_its_array() -> None:
+    cache, history = make_cache(kv_tokens=2048), tokens(1000)
+    first = begin(cache, history[:200])
+    prefill(first, history[:200])
+    first.finish(history[:200], 200)
+    lease = begin(cache, history[:200])
+    assert lease.cached_len == 192
+    known = lease.kv_indices.copy()
+    assert lease.extend(1000)
+    assert lease.kv_indices[:192].tolist() == known.tolist()
+    assert len(set(lease.kv_indices.tolist())) == 1000
+    lease.abort()
+    check(cache)
+
+
 def test_only_what_is_computed_is_published() -> None:
     cache, prompt = make_cache(), tokens(300)
     lease = begin(cache, prompt)

@@ -315,6 +315,33 @@ def test_a_models_own_precision_is_kept_unless_another_is_asked_for() -> None:
         assert result.runs[0].config.state_dtype == found == result.geometry.state_dtype
 
 
+def test_every_result_says_how_memory_is_shared() -> None:
+    runs = [
+        simulate("short?head=60", gib=2, bound=False, **words).runs[0]
+        for words in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
+    ]
+    assert [run.config["memory"] for run in runs] == ["arena", "budget", "pools"]
+    assert [run.label for run in runs] == ["lru", "lru (budget)", "lru (pools 50% KV)"]
+    assert [run.gib for run in runs] == [2, 2, 2]
+    assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
+    [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
+    assert peer.config["memory"] is None
+    for words in ({"memory": "pools"}, {"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
+        with pytest.raises(ValueError, match="a share is of pools"):
+            simulate("short?head=60", gib=2, **words)
+    with pytest.raises(ValueError, match="none of arena, budget, pools"):
+        simulate("short?head=60", gib=2, memory="ram")
+
+
+def test_pools_share_out_one_size() -> None:
+    config = RunConfig(SMALL, budget_bytes=100_000, memory="pools", kv_share=0.25)
+    num_kv_tokens, num_slots = config.pools
+    assert num_kv_tokens == 25_000 // SMALL.kv_bytes_per_token
+    assert num_slots == 75_000 // SMALL.state_bytes
+    half = replace(config, kv_share=0.5)
+    assert half.pools == (50_000 // SMALL.kv_bytes_per_token, 50_000 // SMALL.state_bytes)
+
+
 def test_sizes_in_words() -> None:
     assert len(sizes("2:200:15")) == 15 and sizes("2:200:15")[-1] == 200
     assert sizes("6,40") == (6, 40) and sizes(3) == (3.0,) and sizes([1, 2]) == (1.0, 2.0)
