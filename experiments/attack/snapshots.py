@@ -54,6 +54,7 @@ def make_cache(seed: int, *, filled: bool) -> PrefixCache:
             num_slots=draw.choice((2, 6)),
             grid=page_size * draw.choice((1, 2)),
             page_size=page_size,
+            state_bytes=20,
             eviction=draw.choice(words),
             ghost_bytes=draw.choice((0, 3000, 10**6)),
         )

@@ -106,7 +106,9 @@ def test_a_loaded_tombstone_can_be_missed_under_every_policy(tmp_path, eviction)
     """A policy of this process has never seen it: it has no ``memo``."""
 
     def make():
-        config = CacheConfig(num_kv_tokens=100, num_slots=1, grid=4, eviction=eviction)
+        config = CacheConfig(
+            num_kv_tokens=100, num_slots=1, grid=4, state_bytes=2, eviction=eviction
+        )
         return build_prefix_cache(config)
 
     cache, prompt = make(), ids(range(10))
