@@ -1,5 +1,5 @@
-"""Leases on an arena: what a request reads is what was written for its tokens, whatever moved in between; and every decision is
-that of a budget of bytes in which a state weighs its slab."""
+"""Leases on an arena: what a request reads is what was written for its tokens, whatever moved in
+between; and every decision is that of a budget of bytes in which a state weighs its slab."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def content(tokens: Tokens, length: int) -> int:
 
 @dataclass(eq=False)
 class Running:
-    """A request with its lease on the arena, its twin's on the budget, and its row of a request table."""
+    """A request with its lease on the arena, its twin's on the budget, and its row of a request
+    table."""
 
     tokens: Tokens
     prompt_len: int
@@ -58,7 +59,8 @@ class Running:
 
 
 class ArenaLeaseMachine(RuleBasedStateMachine):
-    """Schedule, launch and commit in any order that an engine with overlap could have, over a memory of one number a row."""
+    """Schedule, launch and commit in any order that an engine with overlap could have, over a
+    memory of one number a row."""
 
     eviction = "lru"
 
