@@ -1,6 +1,6 @@
 """Callers that come and go: whole answers, early leavers, aborts, cancelled tasks, calls that raise, resets, steps that fail.
 
-The runner proves every row and state that is read (``engine.run.oracle``); a whole answer must be what the same prompt gives
+The runner is the attack's own and proves every row and state that is read; a whole answer must be what follows from its prompt
 alone. In the end nothing is held and nobody still waits.
 """
 
@@ -14,24 +14,24 @@ from typing import Any
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, SamplingParams
 from engine.async_engine import EngineStopped, StepFailed
-from engine.run.oracle import OracleRunner, OracleSampler
+from experiments.attack.runner import ChainRunner, ChainSampler, answer
 
 WAYS = ("whole", "whole", "leave", "abort", "drop", "cancel", "call", "reset")
 
 
-class Failing(OracleRunner):
-    """An oracle of which a step breaks off now and then."""
+class Failing(ChainRunner):
+    """One of which a step breaks off now and then."""
 
     failure_share = 0.0
     draw = random.Random(0)
 
-    def forward(self, batch: Any, drawn: Any = None) -> Any:
+    def forward(self, batch: Any, drawn: Any = ()) -> Any:
         if self.draw.random() < self.failure_share:
             raise MemoryError("no room for this step")
-        return super().forward(batch, drawn) if drawn is not None else super().forward(batch)
+        return super().forward(batch, drawn)
 
 
-def make_engine(seed: int, alone: bool = False) -> Engine:
+def make_engine(seed: int) -> Engine:
     draw = random.Random(seed)
     settings: dict[str, Any] = {
         "max_running": draw.choice((1, 3, 8)),
@@ -43,12 +43,9 @@ def make_engine(seed: int, alone: bool = False) -> Engine:
     }
     settings["checkpoints"] = tuple(settings["checkpoints"][0].split(","))
     runner = Failing(draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)), max_model_len=400)
-    if alone:
-        settings |= {"max_running": 1, "prefix_cache": "none", "max_queue": 512}
-        runner = Failing(1024, 4, max_model_len=400)
-    elif draw.random() < 0.3:
+    if draw.random() < 0.3:
         runner.failure_share, runner.draw = 0.05, random.Random(seed)
-    return Engine(EngineConfig(**settings), runner=runner, sampler=OracleSampler())
+    return Engine(EngineConfig(**settings), runner=runner, sampler=ChainSampler())
 
 
 def prompt_of(draw: random.Random) -> list[int]:
@@ -57,9 +54,7 @@ def prompt_of(draw: random.Random) -> list[int]:
     )
 
 
-async def caller(
-    engine: AsyncEngine, draw: random.Random, expected: Any, seen: Counter[str]
-) -> None:
+async def caller(engine: AsyncEngine, draw: random.Random, seen: Counter[str]) -> None:
     """One caller with one way of leaving."""
     way = draw.choice(WAYS)
     try:
@@ -68,7 +63,7 @@ async def caller(
         elif way == "reset":
             await engine.reset_prefix_cache()
         else:
-            await ask(engine, way, draw, expected)
+            await ask(engine, way, draw)
     except ZeroDivisionError:
         way = "call that raised"
     except (QueueFull, StepFailed, EngineStopped) as error:
@@ -76,7 +71,7 @@ async def caller(
     seen[way] += 1
 
 
-async def ask(engine: AsyncEngine, way: str, draw: random.Random, expected: Any) -> None:
+async def ask(engine: AsyncEngine, way: str, draw: random.Random) -> None:
     prompt, length = prompt_of(draw), draw.randrange(1, 40)
     stream = engine.submit(
         prompt, SamplingParams(max_tokens=length), namespace=draw.choice((None, "a"))
@@ -98,7 +93,7 @@ async def ask(engine: AsyncEngine, way: str, draw: random.Random, expected: Any)
             if way == "leave":
                 return
     if way == "whole":
-        assert tokens == expected(prompt, length), "an answer that is not its prompt's"
+        assert tokens == answer(prompt, length), "an answer that is not its prompt's"
 
 
 async def _drain(stream: Any) -> None:
@@ -109,20 +104,11 @@ async def _drain(stream: Any) -> None:
 def attack(seed: int, seconds: float) -> dict[str, int]:
     """Engines of random settings, a hundred callers each, until the time is up. AssertionError names the seed."""
     deadline, runs, seen = time.monotonic() + seconds, 0, Counter[str]()
-    answers: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    reference = make_engine(0, alone=True)
-
-    def expected(prompt: list[int], length: int) -> list[int]:
-        key = (tuple(prompt), length)
-        if key not in answers:
-            [output] = reference.generate([prompt], SamplingParams(max_tokens=length))
-            answers[key] = output.token_ids
-        return answers[key]
 
     while time.monotonic() < deadline:
         engine = make_engine(seed + runs)
         try:
-            if asyncio.run(_run(engine, seed + runs, expected, seen)):
+            if asyncio.run(_run(engine, seed + runs, seen)):
                 engine.check()
                 report = engine.report()
                 held = report.kv.held, report.slots.held, report.num_running, report.num_waiting
@@ -135,11 +121,11 @@ def attack(seed: int, seconds: float) -> dict[str, int]:
     return {"engines": runs, **dict(sorted(seen.items()))}
 
 
-async def _run(engine: Engine, seed: int, expected: Any, seen: Counter[str]) -> bool:
+async def _run(engine: Engine, seed: int, seen: Counter[str]) -> bool:
     """Whether the engine lived to the end."""
     serving = AsyncEngine(engine)
     serving.start()
-    callers = (caller(serving, random.Random(seed * 1000 + n), expected, seen) for n in range(100))
+    callers = (caller(serving, random.Random(seed * 1000 + n), seen) for n in range(100))
     try:
         await asyncio.wait_for(asyncio.gather(*callers), 120)
     finally:

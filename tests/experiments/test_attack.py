@@ -7,6 +7,7 @@ import pytest
 from engine.server import errors
 from experiments.attack import __main__ as attack
 from experiments.attack import bodies, cache, churn
+from experiments.attack.runner import ChainRunner
 from hybridcache.hybrid import HybridRadixCache
 
 
@@ -24,16 +25,8 @@ def test_rows_of_another_prefix_are_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_answer_that_is_anothers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = churn.make_engine
-
-    def wrong(seed: int, alone: bool = False) -> object:
-        engine = make(seed, alone)
-        if alone:
-            generate = engine.generate
-            engine.generate = lambda prompts, params: generate([[1, *prompts[0]]], params)
-        return engine
-
-    monkeypatch.setattr(churn, "make_engine", wrong)
+    read = ChainRunner._read
+    monkeypatch.setattr(ChainRunner, "_read", lambda *one: read(*one) ^ (one[1].start > 64))
     with pytest.raises(AssertionError, match="churn, seed"):
         churn.attack(0, 30)
 
