@@ -69,8 +69,8 @@ def _odd(draw: random.Random) -> Any:
             {},
             [1] * draw.choice((3, 5000)),
             ["x"] * draw.choice((3, 5000)),
-            [[]] * draw.choice((3, 5000)),
-            [{"role": "user"}] * draw.choice((3, 5000)),
+            [[] for _ in range(draw.choice((3, 5000)))],
+            [{"role": "user"} for _ in range(draw.choice((3, 5000)))],
             "[" * 2000,
             deep,
         )
