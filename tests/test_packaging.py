@@ -86,7 +86,8 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
 
 
 def test_the_lock_has_every_direct_dependency_with_hashes() -> None:
-    """But torch and triton, whose build, and so hash, is the machine's; and genuine conversations, which nothing needs."""
+    """But torch and triton, whose build, and so hash, is the machine's; and genuine conversations,
+    which nothing needs."""
     text = (ROOT / "requirements.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.M))
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -116,8 +117,10 @@ def test_an_extra_brings_what_it_is_said_to_bring() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    """Top-level imports of the installed packages, lazy ones included, are dependencies of the project or in an extra."""
-    declared = {re.match(r"[\w.-]+", name)[0].replace("-", "_").lower() for name in _requirements()}  # type: ignore[index]
+    """Top-level imports of the installed packages, lazy ones included, are dependencies of the
+    project or in an extra."""
+    names = [re.split(r"[^\w.-]", name)[0] for name in _requirements()]
+    declared = {name.replace("-", "_").lower() for name in names}
     imported = {
         name.split(".")[0]
         for package in PACKAGES

@@ -1,4 +1,5 @@
-"""Does what is promised hold under attack? Four parts, each against a model or client of its own, seeded.
+"""Does what is promised hold under attack? Four parts, each against a model or client of its own,
+seeded.
 
     python -m experiments.attack --minutes 10
     python -m experiments.attack --only files --seed 7

@@ -1,6 +1,8 @@
-"""Bodies that no client should send: each is answered in one sentence, none by 5xx, and the server serves on.
+"""Bodies that no client should send: each is answered in one sentence, none by 5xx, and the server
+serves on.
 
-Good bodies are changed at random: a value by an odd one, a name added, lists made long, nesting made deep, bytes flipped.
+Good bodies are changed at random: a value by an odd one, a name added, lists made long, nesting
+made deep, bytes flipped.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def body(draw: random.Random) -> tuple[str, bytes]:
 
 
 def attack(seed: int, seconds: float) -> dict[str, int]:
-    """Bodies until the time is up. AssertionError: a 5xx, a long answer, or memory that is still held."""
+    """Bodies until the time is up. AssertionError: a 5xx, a long answer, or memory that is still
+    held."""
     engine = Engine(
         EngineConfig(max_queue=64),
         runner=OracleRunner(8192, 16, max_model_len=2048),

@@ -1,7 +1,9 @@
-"""The cache against a model that knows nothing of trees: every row and slot remembers which prefix was written to it.
+"""The cache against a model that knows nothing of trees: every row and slot remembers which prefix
+was written to it.
 
-What a match hands out is read back: each row must hold its token's prefix, the slot the state of exactly the hit. A request
-writes only rows and slots that were given to it. Held memory is counted by the driver itself, and ``check`` is called with it.
+What a match hands out is read back: each row must hold its token's prefix, the slot the state of
+exactly the hit. A request writes only rows and slots that were given to it. Held memory is counted
+by the driver itself, and ``check`` is called with it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def prefixes(tokens: list[int], namespace: Hashable) -> list[int]:
 
 
 class Driver:
-    """Plays requests on one cache; up to four are open at a time, each with a lock and rows of its own."""
+    """Plays requests on one cache; up to four are open at a time, each with a lock and rows of its
+    own."""
 
     def __init__(self, seed: int) -> None:
         draw = self.draw = random.Random(seed)

@@ -1,7 +1,8 @@
-"""Callers that come and go: whole answers, early leavers, aborts, cancelled tasks, calls that raise, resets, steps that fail.
+"""Callers that come and go: whole answers, early leavers, aborts, cancelled tasks, calls that
+raise, resets, steps that fail.
 
-The runner is the attack's own and proves every row and state that is read; a whole answer must be what follows from its prompt
-alone. In the end nothing is held and nobody still waits.
+The runner is the attack's own and proves every row and state that is read; a whole answer must be
+what follows from its prompt alone. In the end nothing is held and nobody still waits.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ async def _drain(stream: Any) -> None:
 
 
 def attack(seed: int, seconds: float) -> dict[str, int]:
-    """Engines of random settings, a hundred callers each, until the time is up. AssertionError names the seed."""
+    """Engines of random settings, a hundred callers each, until the time is up. AssertionError
+    names the seed."""
     deadline, runs, seen = time.monotonic() + seconds, 0, Counter[str]()
 
     while time.monotonic() < deadline:

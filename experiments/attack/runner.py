@@ -1,7 +1,8 @@
-"""A runner of the attack's own: each row holds a link of a chain of tokens, each slot where a chain stood, and reads walk them.
+"""A runner of the attack's own: each row holds a link of a chain of tokens, each slot where a chain
+stood, and reads walk them.
 
-Only the sizes of its memory are ``engine.run.oracle``'s. The next token is a function of the prefix's hash, so that an answer
-can be worked out from its prompt alone, with no engine at all.
+Only the sizes of its memory are ``engine.run.oracle``'s. The next token is a function of the
+prefix's hash, so that an answer can be worked out from its prompt alone, with no engine at all.
 """
 
 from __future__ import annotations

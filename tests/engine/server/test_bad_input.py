@@ -1,4 +1,5 @@
-"""Whatever a client sends: 4xx in OpenAI's shape with one sentence that says what to do, and nothing is lost."""
+"""Whatever a client sends: 4xx in OpenAI's shape with one sentence that says what to do, and
+nothing is lost."""
 
 from __future__ import annotations
 
