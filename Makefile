@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress mutate rivals tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,12 @@ bench: install  ## the timed figures, one after another, on a machine that does 
 
 stress: install  ## ten million random operations on the cache, its invariants checked as they go
 	$(BIN)/python -m experiments.stress_tree
+
+attack: install  ## cache, engine, server and files against models and clients of their own, nine minutes
+	$(BIN)/python -m experiments.attack
+
+hostile: install  ## how long another client waits for a token, whatever body somebody sends
+	$(BIN)/python -m experiments.hostile
 
 mutate: install  ## break cache and engine in small ways, one at a time, and see that the tests notice
 	$(BIN)/python -m experiments.mutate

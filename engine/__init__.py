@@ -1,6 +1,7 @@
 """A compact inference engine around the hybrid prefix cache.
 
-``from engine import Engine, EngineConfig, SamplingParams``; importing this loads no torch, making an ``Engine`` does.
+``from engine import Engine, EngineConfig, SamplingParams``; importing this loads no torch, making
+an ``Engine`` does.
 """
 
 from engine.async_engine import AsyncEngine

@@ -1,10 +1,11 @@
 """An engine in a thread of its own, for callers that live in asyncio.
 
-Callers and the thread share nothing but an inbox of orders, done between two steps, and outputs, which are handed to the
-caller's event loop. A step never waits for a caller; a caller that reads slowly finds its outputs queued up.
+Callers and the thread share nothing but an inbox of orders, done between two steps, and outputs,
+which are handed to the caller's event loop. A step never waits for a caller; a caller that reads
+slowly finds its outputs queued up.
 
-A step that fails (for want of memory, say) takes the requests that ran along with it, and the engine goes on; if the next
-one fails too, the engine ends, and says so to everybody.
+A step that fails (for want of memory, say) takes the requests that ran along with it, and the
+engine goes on; if the next one fails too, the engine ends, and says so to everybody.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ Ending = EngineStopped | StepFailed
 
 
 class RequestStream:
-    """Outputs of one request: ``async for output in stream``. Belongs to the event loop it was made in."""
+    """Outputs of one request: ``async for output in stream``. Belongs to the event loop it was made
+    in."""
 
     def __init__(self, request_id: str, on_abort: Callable[[str], None]) -> None:
         self.request_id = request_id
@@ -61,7 +63,8 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output; the last one has a ``finish_reason``. EngineStopped, StepFailed: there will be none."""
+        """The next output; the last one has a ``finish_reason``. EngineStopped, StepFailed: there
+        will be none."""
         if self._has_ended:
             raise StopAsyncIteration
         output = await self._outputs.get()
@@ -72,7 +75,8 @@ class RequestStream:
         return output
 
     def abort(self) -> None:
-        """End the request; what it held is free before the next step. Does nothing to one that has ended."""
+        """End the request; what it held is free before the next step. Does nothing to one that has
+        ended."""
         if not (self._has_ended or self._was_aborted):
             self._was_aborted = True
             self._on_abort(self.request_id)
@@ -125,8 +129,6 @@ class AsyncEngine:
     def start(self) -> None:
         self._thread.start()
 
-    # -- for callers --------------------------------------------------------------------------------------------------
-
     def submit(
         self,
         prompt: Prompt,
@@ -137,8 +139,8 @@ class AsyncEngine:
         answer_survives: bool = True,
         prompt_logprobs: int | None = None,
     ) -> RequestStream:
-        """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued: ValueError, QueueFull,
-        or EngineStopped where the engine is stopping."""
+        """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued:
+        ValueError, QueueFull, or EngineStopped where the engine is stopping."""
         request = self._engine.prepare(
             prompt,
             sampling,
@@ -178,7 +180,8 @@ class AsyncEngine:
             stream.abort()
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
-        """What ``function`` makes of the engine, called in its thread between two steps. EngineStopped: it has ended."""
+        """What ``function`` makes of the engine, called in its thread between two steps.
+        EngineStopped: it has ended."""
         answer: Future[Result] = Future()
 
         def run() -> None:
@@ -212,7 +215,8 @@ class AsyncEngine:
         await asyncio.to_thread(self._join)
 
     def stop(self) -> None:
-        """Take no more requests and end the thread after its step; requests that are not done fail with EngineStopped."""
+        """Take no more requests and end the thread after its step; requests that are not done fail
+        with EngineStopped."""
         with self._wake:
             self._is_open, self._must_stop = False, True
             self._wake.notify()
@@ -239,8 +243,6 @@ class AsyncEngine:
         self._orders.append(order)
         self._wake.notify()
 
-    # -- the thread ---------------------------------------------------------------------------------------------------
-
     def _run(self) -> None:
         try:
             while self._run_commands():
@@ -254,7 +256,8 @@ class AsyncEngine:
             self._close()
 
     def _step(self) -> None:
-        """One step, or what one that failed leaves to do. Raises where the one before it failed too."""
+        """One step, or what one that failed leaves to do. Raises where the one before it failed
+        too."""
         try:
             outputs = self._engine.step()
         except Exception:
@@ -278,7 +281,8 @@ class AsyncEngine:
                 _post(stream.loop, [(stream, StepFailed("the step that computed it broke off"))])
 
     def _run_commands(self) -> bool:
-        """Do all orders, and wait for one where there is nothing to compute. False: the thread ends."""
+        """Do all orders, and wait for one where there is nothing to compute. False: the thread
+        ends."""
         engine = self._engine
         while True:
             with self._wake:

@@ -40,11 +40,13 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
-    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does not suit it."""
+    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does
+    not suit it."""
     memory, kind = runner.memory, config.prefix_cache
     if memory.is_stateful and kind == "radix":
         raise ConfigError(
-            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that need their state too: "
+            "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that "
+            "need their state too: "
             "use hybrid, or none."
         )
     return CacheConfig(

@@ -1,4 +1,5 @@
-"""What an engine is started with. The command line's flags and their help are derived from these fields."""
+"""What an engine is started with. The command line's flags and their help are derived from these
+fields."""
 
 from __future__ import annotations
 
@@ -7,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 TILE = 64
-"""Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of it."""
+"""Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of
+it."""
 
 MAX_SCORED = 1024
 """Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
 gigabytes would be kept from the pools."""
 
 CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
-"""Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024 tokens or 8,192, so on a device
-that computes quickly more of them share the reading; on a CPU a longer step only keeps decoding requests waiting."""
+"""Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024
+tokens or 8,192, so on a device that computes quickly more of them share the reading; on a CPU a
+longer step only keeps decoding requests waiting."""
 
 BUILTIN_NAME = "builtin"
 """Of the model that comes with the engine."""
@@ -51,7 +54,8 @@ class EngineConfig:
     )
     state_dtype: Literal["float32", "bfloat16"] = _setting(
         "float32",
-        "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens of a prompt, "
+        "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens "
+        "of a prompt, "
         "every token of an answer",
     )
     quantization: Literal["int8", "fp8"] | None = _setting(
@@ -66,11 +70,13 @@ class EngineConfig:
     )
     warm_up: bool = _setting(
         True,
-        "compile kernels and capture graphs at the start; without it on first use, while a request waits",
+        "compile kernels and capture graphs at the start; without it on first use, while a request "
+        "waits",
     )
     sampling_defaults: Literal["model", "none"] = _setting(
         "model",
-        "what a request that says nothing is sampled with; model: as its generation_config.json says",
+        "what a request that says nothing is sampled with; model: as its generation_config.json "
+        "says",
     )
     seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
 
@@ -79,7 +85,8 @@ class EngineConfig:
     )
     checkpoints: tuple[str, ...] = _setting(
         ("branch", "boundary", "backoff", "end"),
-        "where states are saved: words joined by commas (branch, boundary, backoff, end, every:1024, ...)",
+        "where states are saved: words joined by commas (branch, boundary, backoff, end, "
+        "every:1024, ...)",
     )
     eviction: str = _setting(
         "lru",
@@ -93,7 +100,8 @@ class EngineConfig:
 
     cache_gib: float | None = _setting(
         None,
-        "memory for KV and states together, GiB: one arena; none: a quarter of the free memory, at most 4 GiB, on a CPU, and "
+        "memory for KV and states together, GiB: one arena; none: a quarter of the free memory, at "
+        "most 4 GiB, on a CPU, and "
         "elsewhere 90 % of what weights, graphs and the largest step leave",
     )
     kv_gib: float | None = _setting(
@@ -101,7 +109,8 @@ class EngineConfig:
     )
     state_gib: float | None = _setting(
         None,
-        "memory for states alone, those of running requests and checkpoints alike, GiB: two fixed pools, as with --kv-gib",
+        "memory for states alone, those of running requests and checkpoints alike, GiB: two fixed "
+        "pools, as with --kv-gib",
     )
     max_model_len: int | None = _setting(
         None, "most tokens of prompt and answer; none: the model's own"
@@ -110,7 +119,8 @@ class EngineConfig:
     max_running: int = _setting(16, "requests computed at the same time")
     token_budget: int | None = _setting(
         None,
-        "tokens computed per step, decoded ones included; at least 64 are for prompts, however many decode; none: 1024 on "
+        "tokens computed per step, decoded ones included; at least 64 are for prompts, however "
+        "many decode; none: 1024 on "
         "a CPU, 8192 elsewhere",
     )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
@@ -120,7 +130,8 @@ class EngineConfig:
     )
     check: bool = _setting(
         False,
-        "verify the request table after every step, and every cache invariant whenever the engine is idle",
+        "verify the request table after every step, and every cache invariant whenever the engine "
+        "is idle",
     )
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:

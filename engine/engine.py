@@ -1,4 +1,5 @@
-"""The engine: prompts in, tokens out. One thread calls it; ``AsyncEngine`` gives it one of its own."""
+"""The engine: prompts in, tokens out. One thread calls it; ``AsyncEngine`` gives it one of its
+own."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Engine:
 
     >>> from engine import Engine, EngineConfig, SamplingParams
     >>> engine = Engine(EngineConfig())  # doctest: +SKIP
-    >>> [output] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=8))  # doctest: +SKIP
+    >>> params = SamplingParams(max_tokens=8)
+    >>> [output] = engine.generate(["Once upon a time"], params)  # doctest: +SKIP
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class Engine:
         log: LeaseLog | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Load what ``config`` names, or serve with the ``runner``, ``sampler`` and ``tokenizer`` given.
+        """Load what ``config`` names, or serve with the ``runner``, ``sampler`` and ``tokenizer``
+        given.
 
-        ``observer`` is told of every step, ``log`` records every lease. ConfigError: settings that can not work together;
-        what loading refuses is a ValueError of one sentence too.
+        ``observer`` is notified of every step, ``log`` records every lease. ConfigError: settings
+        that can not work together; what loading refuses is a ValueError of one sentence too.
         """
         config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
@@ -135,10 +138,9 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its answer together: what the model takes and the memory holds."""
+        """Most tokens of a prompt and its answer together: what the model takes and the memory
+        holds."""
         return min(self.runner.max_model_len, self.runner.memory.max_request_len)
-
-    # -- requests -----------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -153,10 +155,11 @@ class Engine:
     ) -> str:
         """Queue a prompt; returns the request's id. O(length of the prompt).
 
-        ``boundaries`` are positions known to survive into later prompts; without ``answer_survives`` those are known to leave
-        this one before its end, and no state is saved past it. ``prompt_logprobs`` reports the prompt's own
-        log-probabilities with so many alternatives, for which no cache is read. ValueError: a request that can not be
-        served, in one sentence; QueueFull: as many wait as may.
+        ``boundaries`` are positions known to survive into later prompts; without
+        ``answer_survives`` those are known to leave this one before its end, and no state is saved
+        past it. ``prompt_logprobs`` reports the prompt's own log-probabilities with so many
+        alternatives, for which no cache is read. ValueError: a request that can not be served, in
+        one sentence; QueueFull: as many wait as may.
         """
         if not self.has_room:
             raise QueueFull(self.config.max_queue)
@@ -185,7 +188,8 @@ class Engine:
         answer_survives: bool = True,
         prompt_logprobs: int | None = None,
     ) -> Request:
-        """The first half of ``submit``: check a prompt and make its request. Safe to call from any thread."""
+        """The first half of ``submit``: check a prompt and make its request. Safe to call from any
+        thread."""
         return self._intake.prepare(
             prompt,
             sampling or SamplingParams(**self.sampling_defaults),  # type: ignore[arg-type]
@@ -211,7 +215,8 @@ class Engine:
         return self._scheduler.num_waiting < self.config.max_queue
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request at once; everything it held is free when this returns. None: it had ended already."""
+        """End a request at once; everything it held is free when this returns. None: it had ended
+        already."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
@@ -228,15 +233,13 @@ class Engine:
             or self._scheduler.has_progressed
         )
 
-    # -- the step -----------------------------------------------------------------------------------------------------
-
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns what is new, per request.
 
-        Where the device works by itself, a step is committed only after the next one was handed to it, so that it never
-        waits for the host: outputs then come one call later. A step that raises is lost, its
-        requests are not; what it had committed by then comes with the next call, or from
-        ``take_outputs``.
+        Where the device works by itself, a step is committed only after the next one was handed to
+        it, so that it never waits for the host: outputs then come one call later. A step that
+        raises is lost, its requests are not; what it had committed by then comes with the next
+        call, or from ``take_outputs``.
         """
         with self._recovering():
             plan = self._schedule()
@@ -278,7 +281,8 @@ class Engine:
         return in_flight
 
     def _due(self, in_flight: InFlight) -> InFlight:
-        """The step to commit now: this one, or the one before it, which the device has had time for."""
+        """The step to commit now: this one, or the one before it, which the device has had time
+        for."""
         if not self._overlaps:
             return in_flight
         due, self._in_flight = self._in_flight, in_flight if in_flight.plan.tasks else None
@@ -332,8 +336,6 @@ class Engine:
                 if mailbox is not None:
                     mailbox.append(output)
 
-    # -- whole answers ------------------------------------------------------------------------------------------------
-
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -342,8 +344,9 @@ class Engine:
         show_progress: bool = False,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one each, ``options`` go to
-        ``submit``. ValueError as there, before anything is computed of the prompt it names."""
+        """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one
+        each, ``options`` go to ``submit``. ValueError as there, before anything is computed of the
+        prompt it names."""
         if isinstance(prompts, str):
             raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
@@ -394,7 +397,8 @@ class Engine:
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
     ) -> Iterator[RequestOutput]:
-        """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the request."""
+        """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the
+        request."""
         request_id = self._open(prompt, sampling, options)
         outputs = self._follow(request_id, self._mailboxes[request_id])
         next(outputs)  # A generator that never began would not clean up.
@@ -415,8 +419,6 @@ class Engine:
             del self._mailboxes[request_id]
             self.abort(request_id)
 
-    # -- the cache ----------------------------------------------------------------------------------------------------
-
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request stands on."""
         self._cache.reset()
@@ -435,7 +437,8 @@ class Engine:
         )
 
     def outline(self, max_nodes: int = 40) -> str:
-        """The cache's tree in text, a line a node, without its tokens; empty where nothing is kept."""
+        """The cache's tree in text, a line a node, without its tokens; empty where nothing is
+        kept."""
         return self._cache.render("text", max_nodes)
 
     def cache_report(self) -> dict[str, Any]:

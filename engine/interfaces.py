@@ -34,14 +34,15 @@ class Runner(Protocol):
         ...
 
     def forward(self, batch: Batch, drawn: Any = None) -> Any:
-        """Logits, indexable by row: one for a segment that wants its last, one per token where it wants all.
+        """Logits, indexable by row: one for a segment that wants its last, one per token where it
+        wants all.
 
         ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
         ...
 
     def table_row(self, row: int, end: int) -> Indices:
-        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any: int32,
-        a view."""
+        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any:
+        int32, a view."""
         ...
 
 
@@ -62,7 +63,8 @@ class TokenSampler(Protocol):
     def launch(
         self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> PendingTokens:
-        """Begin to draw a token for each request, from its row of ``logits``; what else the device has to do may go on."""
+        """Begin to draw a token for each request, from its row of ``logits``; what else the device
+        has to do may go on."""
         ...
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:

@@ -1,4 +1,5 @@
-"""Has anything that is installed here a known fault? Asks the advisories of PyPI; where nobody answers it says so and passes.
+"""Has anything that is installed here a known fault? Asks the advisories of PyPI; where nobody
+answers it says so and passes.
 
 python -m experiments.audit
 """
@@ -37,8 +38,8 @@ def main() -> int:
 
 
 def verdict(report: Mapping[str, Any]) -> tuple[int, str]:
-    """(exit code, what to say) of a report of pip-audit's. Half of the packages must have been known to who was asked: an
-    index that is a copy knows none."""
+    """(exit code, what to say) of a report of pip-audit's. Half of the packages must have been
+    known to who was asked: an index that is a copy knows none."""
     packages = report.get("dependencies", [])
     audited = [package for package in packages if "vulns" in package]
     if 2 * len(audited) < max(len(packages), 1):

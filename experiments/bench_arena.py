@@ -3,9 +3,9 @@
     python -m experiments.bench_arena                     # two minutes on a quiet core
     python -m experiments.bench_arena --dtypes float32 --share 0.3
 
-Both memories serve the same weights and take turns, so that a noisy machine is noisy for both. Seconds are the process's own,
-one thread, so that who else runs counts little. Medians and their ratio are reported, with the spread. Writes
-results/bench_arena.jsonl.
+Both memories serve the same weights and take turns, so that a noisy machine is noisy for both.
+Seconds are the process's own, one thread, so that who else runs counts little. Medians and their
+ratio are reported, with the spread. Writes results/bench_arena.jsonl.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ MEMORY: dict[str, dict[str, Any]] = {
 
 
 def beside_pools(dtype: str, turns: Turns) -> Iterator[Result]:
-    """Prefill, decode of one stream and of eight, and the engine with hits: tokens a second of both."""
+    """Prefill, decode of one stream and of eight, and the engine with hits: tokens a second of
+    both."""
     configs = {
         name: EngineConfig(dtype=dtype, device="cpu", max_running=NUM_SLOTS, **memory)
         for name, memory in MEMORY.items()
@@ -75,7 +76,8 @@ def beside_pools(dtype: str, turns: Turns) -> Iterator[Result]:
 
 
 def answer(engine: Engine) -> tuple[int, int, list[list[int]]]:
-    """Two turns of eight conversations from an empty cache: (tokens that hit, tokens in all, answers)."""
+    """Two turns of eight conversations from an empty cache: (tokens that hit, tokens in all,
+    answers)."""
     engine.reset_prefix_cache()
     random = np.random.default_rng(1)
     stem = random.integers(0, 256, 320).tolist()
@@ -121,7 +123,8 @@ def moving(dtype: str, turns: Turns) -> dict[str, Any]:
 
 
 def bandwidth(turns: Turns) -> dict[str, Any]:
-    """A slab of Qwen3-Next's, too large for any cache, beside a plain copy of as many bytes: what the memory allows."""
+    """A slab of Qwen3-Next's, too large for any cache, beside a plain copy of as many bytes: what
+    the memory allows."""
     geometry = ModelGeometry.preset("qwen3-next")
     row_bytes = geometry.kv_bytes_per_token
     slab = slab_rows(geometry.state_bytes, row_bytes)

@@ -1,9 +1,10 @@
 """Our engine beside transformers on the same weights, in one run, and what its own parts cost.
 
-    python -m experiments.bench_engine                      # everything; about 3 minutes on two quiet cores
-    python -m experiments.bench_engine --sizes 7m --share 0.3
+    python -m experiments.bench_engine                      # everything; about 3 minutes on two
+    quiet cores python -m experiments.bench_engine --sizes 7m --share 0.3
 
-Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio are reported, with the spread.
+Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio are
+reported, with the spread.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def prefill(
 
 
 def kv_rows(runner: ModelRunner, start: int, end: int) -> npt.NDArray[np.int32]:
-    """KV indices of as many rows, counted from the first that none of the ``NUM_SLOTS`` lies over."""
+    """KV indices of as many rows, counted from the first that none of the ``NUM_SLOTS`` lies
+    over."""
     return np.arange(start, end, dtype=np.int32) + NUM_SLOTS * runner.memory.slab_rows
 
 
@@ -237,7 +239,8 @@ def checkpoint_cost(dtype: str, turns: Turns) -> Result:
 
 
 def hit_cost(dtype: str, turns: Turns) -> Result:
-    """A prompt of which 90 % hit, against the missing tokens as a prompt of their own: TTFT through the engine."""
+    """A prompt of which 90 % hit, against the missing tokens as a prompt of their own: TTFT through
+    the engine."""
     params = SamplingParams(max_tokens=1, temperature=0)
     random = np.random.default_rng(2)
     config = EngineConfig(
@@ -337,7 +340,8 @@ def is_healthy(port: int) -> bool:
 
 def table(results: list[Result]) -> str:
     lines = [
-        f"{'measure':36} {'size':5} {'dtype':9} {'ours':>10} {'beside':>10} {'unit':9} {'figure':>7} {'IQR':>6} goal"
+        f"{'measure':36} {'size':5} {'dtype':9} {'ours':>10} {'beside':>10} {'unit':9} "
+        f"{'figure':>7} {'IQR':>6} goal"
     ]
     for r in results:
         mark = "" if r.reached else "  MISSED"

@@ -1,23 +1,26 @@
-"""How fast is each kernel beside flash-linear-attention's, PyTorch's and what the machine could do at best?
+"""How fast is each kernel beside flash-linear-attention's, PyTorch's and what the machine could do
+at best?
 
     python -m experiments.bench_kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
     python -m experiments.bench_kernels --tune [--kernels linear] [--dry]
 
-A contender is captured into a device graph, and replays of it are timed: what its launches cost the host is then no part of
-its time. One that can not be captured is timed as it is called, behind work that covers the host's; the record says so, and
-where the host took longer than the cover the row is ``host_bound`` and says nothing of the kernel.
+A contender is captured into a device graph, and replays of it are timed: what its launches cost the
+host is then no part of its time. One that can not be captured is timed as it is called, behind work
+that covers the host's; the record says so, and where the host took longer than the cover the row is
+``host_bound`` and says nothing of the kernel.
 
-Ours, the rivals and the limit (bytes over the measured copy bandwidth, FLOPs over the measured GEMM rate, whichever takes
-longer) are timed in one run, in alternation. A contender that computes something wrong gets no time; where that is ours,
-the run fails. A rival that raises is reported; without a device it fails the run, so that it works when there is one,
-unless it is Triton's interpreter that can not run it. How flash-linear-attention gets here: `experiments.kernel_rivals`.
+Ours, the rivals and the limit (bytes over the measured copy bandwidth, FLOPs over the measured GEMM
+rate, whichever takes longer) are timed in one run, in alternation. A contender that computes
+something wrong gets no time; where that is ours, the run fails. A rival that raises is reported;
+without a device it fails the run, so that it works when there is one, unless it is Triton's
+interpreter that can not run it. How flash-linear-attention gets here: `experiments.kernel_rivals`.
 
-One JSON Lines file per kernel folder goes to DIR (default experiments/results), so that a run can be made in parts. With
---dry, or without a GPU, tiny shapes run in Triton's interpreter, nothing is written unless DIR is given, and every time
-reads "not measured".
+One JSON Lines file per kernel folder goes to DIR (default experiments/results), so that a run can
+be made in parts. With --dry, or without a GPU, tiny shapes run in Triton's interpreter, nothing is
+written unless DIR is given, and every time reads "not measured".
 
---tune tries other launch parameters (`experiments.kernel_tuning`) and writes the fast ones to kernels/tuned.json, where the
-launchers find them; dry, it only sees that each candidate is right.
+--tune tries other launch parameters (`experiments.kernel_tuning`) and writes the fast ones to
+kernels/tuned.json, where the launchers find them; dry, it only sees that each candidate is right.
 """
 
 from __future__ import annotations
@@ -83,7 +86,8 @@ class Clock:
         """How long that takes: so much of the host's work is hidden behind it."""
 
     def prepare(self, run: Callable[[], object]) -> Prepared:
-        """Compiles and tunes what is compiled or tuned on first use, then captures, where the device can and ``run`` lets it."""
+        """Compiles and tunes what is compiled or tuned on first use, then captures, where the
+        device can and ``run`` lets it."""
         for _ in range(2):
             run()
         self._device.synchronize()
@@ -134,7 +138,8 @@ class Clock:
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square error over the root mean square of what is expected; NaN counts as infinite."""
+    """Root mean square error over the root mean square of what is expected; NaN counts as
+    infinite."""
     result, expected = (x.detach().to("cpu", torch.float64) for x in (result, expected))
     ratio = (result - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(
         1e-30
@@ -230,11 +235,13 @@ def cases(folder: str, setup: Setup) -> Iterator[Case]:
 
 
 def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
-    """Measure all cases of these folders; whether ours is right everywhere and, dry, every rival has run."""
+    """Measure all cases of these folders; whether ours is right everywhere and, dry, every rival
+    has run."""
     machine = clock and clock.machine(setup.device)
     if machine:
         print(
-            f"{machine.name}: copies {machine.copy_bytes_s:.3g} B/s, GEMM {machine.gemm_flops_s:.3g} FLOP/s"
+            f"{machine.name}: copies {machine.copy_bytes_s:.3g} B/s, GEMM "
+            f"{machine.gemm_flops_s:.3g} FLOP/s"
         )
     counts = {"right": 0, "wrong": 0, "failed rivals": 0}
     for folder in names:

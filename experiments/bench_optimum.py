@@ -1,7 +1,7 @@
 """How close the offline optimum is bracketed, and how long that takes on one core.
 
-MILP on ShareGPT-like traces of 250 to 600 requests, the relaxation on 1,500, the clairvoyant greedy on the Mooncake
-conversation trace where it is at hand (``data/traces``).
+MILP on ShareGPT-like traces of 250 to 600 requests, the relaxation on 1,500, the clairvoyant greedy
+on the Mooncake conversation trace where it is at hand (``data/traces``).
 
     python -m experiments.bench_optimum
 """
@@ -37,7 +37,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
     records = []
     print(
-        f"{'trace':<14} {'requests':>8} {'GB':>5} {'method':>7} {'reached':>8} {'bound':>7} {'gap':>7} {'s':>6}"
+        f"{'trace':<14} {'requests':>8} {'GB':>5} {'method':>7} {'reached':>8} {'bound':>7} "
+        f"{'gap':>7} {'s':>6}"
     )
     for trace, geometry, gigabytes, method in tqdm(list(cases()), unit="optimum"):
         best = optimum(
@@ -52,7 +53,8 @@ def main() -> None:
         bound = "unknown" if best.bound is None else f"{best.bound:.4f}"
         gap = "" if best.gap is None else f"{best.gap:.2%}"
         tqdm.write(
-            f"{trace.name:<14} {best.num_requests:>8} {gigabytes:>5.0f} {method:>7} {best.reached:>8.4f} "
+            f"{trace.name:<14} {best.num_requests:>8} {gigabytes:>5.0f} {method:>7} "
+            f"{best.reached:>8.4f} "
             f"{bound:>7} {gap:>7} {best.wall_s:>6.1f}"
         )
         write_json_lines(RESULTS / "bench_optimum.jsonl", records)

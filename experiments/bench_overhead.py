@@ -1,9 +1,10 @@
-"""What a step costs beside the forward pass: scheduling, sampling and committing, with 1, 8 and 64 requests decoding; and
-how much of that is hidden where a device computes by itself.
+"""What a step costs beside the forward pass: scheduling, sampling and committing, with 1, 8 and 64
+requests decoding; and how much of that is hidden where a device computes by itself.
 
-A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are the engine's own. For
-what is hidden there is a clock in place of a device: it is busy for so long with every step, and tokens are there when it
-is through. Conversations end and others begin all the time, so that matching, publishing and evicting are in the steps.
+A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are
+the engine's own. For what is hidden there is a clock in place of a device: it is busy for so long
+with every step, and tokens are there when it is through. Conversations end and others begin all the
+time, so that matching, publishing and evicting are in the steps.
 
     python -m experiments.bench_overhead
 """
@@ -104,8 +105,8 @@ class ClockedSampler(Sampler):
 
 
 def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]:
-    """Microseconds of the host's work, the device's and both together in a step, medians; and the part of the host's that the
-    device did not wait for."""
+    """Microseconds of the host's work, the device's and both together in a step, medians; and the
+    part of the host's that the device did not wait for."""
     clock = Clock(step_ms / 1e3)
     hosts: list[float] = []
 
@@ -145,7 +146,8 @@ def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]
 
 
 def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[str, float]:
-    """Median microseconds per stage of steps in which all requests decode, and their 99th percentile together."""
+    """Median microseconds per stage of steps in which all requests decode, and their 99th
+    percentile together."""
     reports: list[StepReport] = []
     engine = Engine(
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
@@ -195,7 +197,8 @@ def main() -> None:
             f"{record['host_us']:.0f} µs of host work, {record['hidden']:.0%} hidden"
         )
     print(
-        f"{'running':>7}  {'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'all':>9}{'p99':>9}  µs"
+        f"{'running':>7}  "
+        f"{'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'all':>9}{'p99':>9}  µs"
     )
     for record in run(arguments.steps):
         records.append(record)

@@ -1,14 +1,15 @@
 """How fast does the server answer under load, with the prefix cache and without?
 
-Starts `engine serve` on a free loopback port, once with the cache and once without, and loads it over HTTP: conversations
-of ShareGPT, each turn with its history, or prompts of random tokens; so many at once, or so many a second. Prints the table
-that engines publish, and writes experiments/results/NAME.jsonl.
+Starts `engine serve` on a free loopback port, once with the cache and once without, and loads it
+over HTTP: conversations of ShareGPT, each turn with its history, or prompts of random tokens; so
+many at once, or so many a second. Prints the table that engines publish, and writes
+experiments/results/NAME.jsonl.
 
-    python -m experiments.bench_serving --concurrency 1 4 16
-    python -m experiments.bench_serving --data random --input 1024 --output 128 --shared 512 --rates 1 2 4 -- --model DIR
+    python -m experiments.bench_serving --concurrency 1 4 16 python -m experiments.bench_serving
+    --data random --input 1024 --output 128 --shared 512 --rates 1 2 4 -- --model DIR
 
-What stands behind -- goes to `engine serve`. With --in-process the engine runs here and nothing goes over HTTP.
-ShareGPT's text is private people's: it is never printed or written.
+What stands behind -- goes to `engine serve`. With --in-process the engine runs here and nothing
+goes over HTTP. ShareGPT's text is private people's: it is never printed or written.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ async def sweep(
     targets: Targets,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Every load on every server, each on an empty cache: a record for each. ValueError: a request failed."""
+    """Every load on every server, each on an empty cache: a record for each. ValueError: a request
+    failed."""
     records = []
     for word, server in servers.items():
         async with server as client:
@@ -183,7 +185,8 @@ def make_jobs(options: argparse.Namespace, config: EngineConfig) -> list[Job]:
 def conversation_jobs(
     model: str | None, count: int, *, cap: int, num_output: int, made_up: bool = False
 ) -> list[Job]:
-    """Conversations of ShareGPT in the tokens of a model directory, or made-up ones where it is not installed."""
+    """Conversations of ShareGPT in the tokens of a model directory, or made-up ones where it is not
+    installed."""
     chat = chat_text(load_tokenizer(model))
     if has_package() and not made_up:
         conversations = iter_conversations()
@@ -201,7 +204,8 @@ def conversation_jobs(
 def random_jobs(
     count: int, num_input: int, num_output: int, shared: int, seed: int = 0
 ) -> list[Job]:
-    """One prompt each: ``shared`` tokens common to all, then its own up to half or one and a half of ``num_input``."""
+    """One prompt each: ``shared`` tokens common to all, then its own up to half or one and a half
+    of ``num_input``."""
     if not 0 <= shared < num_input // 2:
         raise ValueError(
             "--shared must be less than half of --input: each prompt needs tokens of its own."
@@ -216,7 +220,8 @@ def random_jobs(
 def progress(record: dict[str, Any]) -> str:
     """One line for whoever waits."""
     return (
-        f"{record['cache']}, {record['load']}: {record['requests']} requests in {record['seconds']:.0f} s, "
+        f"{record['cache']}, {record['load']}: {record['requests']} requests in "
+        f"{record['seconds']:.0f} s, "
         f"{record['cut']} cut"
     )
 

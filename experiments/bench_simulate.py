@@ -1,14 +1,17 @@
-"""How fast the simulator is, where its time goes, and how much memory a million requests take. One core.
+"""How fast the simulator is, where its time goes, and how much memory a million requests take. One
+core.
 
     python -m experiments.bench_simulate            # every policy, some minutes
     python -m experiments.bench_simulate --quick    # LRU and regret
 
-Chat-like traces at 12 GiB with the default placement: 320 requests of 3,700 tokens, 120 of 500, 320 of 2,200, 320 of 11,000, and 10,000
-of 2,100 with 64 conversations live. The median of the runs is quoted, generating the trace excluded; the garbage collector is left
-as it is, but what an earlier run left is collected before the clock starts.
+Chat-like traces at 12 GiB with the default placement: 320 requests of 3,700 tokens, 120 of 500, 320
+of 2,200, 320 of 11,000, and 10,000 of 2,100 with 64 conversations live. The median of the runs is
+quoted, generating the trace excluded; the garbage collector is left as it is, but what an earlier
+run left is collected before the clock starts.
 
-For LRU also the floor: the same requests, the same slots, checkpoints and evictions in the same order, as a bare loop over the
-tree's verbs with all that leases, placement, serving and records do taken out; and microseconds a request by verb.
+For LRU also the floor: the same requests, the same slots, checkpoints and evictions in the same
+order, as a bare loop over the tree's verbs with all that leases, placement, serving and records do
+taken out; and microseconds a request by verb.
 """
 
 from __future__ import annotations
@@ -81,9 +84,6 @@ def requests_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
     """Requests served per second of processor time, median of ``REPEATS``."""
     seconds = [seconds_served(kept, lease_target(config)) for _ in range(REPEATS)]
     return len(kept) / statistics.median(seconds)
-
-
-# -- the floor: the tree's verbs in a bare loop ----------------------------------------------------------------------------
 
 
 class Work(NamedTuple):
@@ -178,9 +178,6 @@ def floor_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
     return len(kept) / statistics.median(seconds)
 
 
-# -- where the time goes ---------------------------------------------------------------------------------------------------
-
-
 class Timed:
     """A cache with a stopwatch on each verb."""
 
@@ -219,7 +216,8 @@ class Timed:
 
 
 def parts(kept: Sequence[TraceRequest], config: RunConfig) -> dict[str, Any]:
-    """Microseconds a request by verb, calls a request; "around" is all else. The least of ``3 * REPEATS`` runs each."""
+    """Microseconds a request by verb, calls a request; "around" is all else. The least of ``3 *
+    REPEATS`` runs each."""
     target = lease_target(config)
     stopwatch_ns = Timed(target.cache).stopwatch_ns
     whole_ns: list[float] = []
@@ -242,11 +240,9 @@ def parts(kept: Sequence[TraceRequest], config: RunConfig) -> dict[str, Any]:
     }
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------------
-
-
 def many_requests(count: int) -> None:
-    """Serve ``count`` requests of three-turn chats and print (requests/s, peak MiB); run in a process of its own."""
+    """Serve ``count`` requests of three-turn chats and print (requests/s, peak MiB); run in a
+    process of its own."""
     trace: Trace = GENERATORS["conversations"](num_conversations=count // 3, turns=3)
     config = RunConfig(GEOMETRY, budget_bytes=40 * GIB)
     start = process_time()

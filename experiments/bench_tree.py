@@ -1,16 +1,19 @@
-"""What do the tree's operations cost, on the workload that the peers were measured on, and how do they grow?
+"""What do the tree's operations cost, on the workload that the peers were measured on, and how do
+they grow?
 
 python -m experiments.bench_tree [--runs 5] [--quick]
 
-2,000 conversations x 5 turns x 200-1,000 tokens, 16 system prompts of 500, 64 live; page 1, 400,000 KV tokens, 600 states
-(then the same bytes as a budget, and as an arena of Qwen3-Next's rows and slabs);
-each request matches, gathers, locks, allocates (evicting as needed), inserts with one state at its end, gathers again,
-moves the lock and unlocks. The long one is 20 conversations x 200 turns. Garbage collector on, one thread, one process.
+2,000 conversations x 5 turns x 200-1,000 tokens, 16 system prompts of 500, 64 live; page 1, 400,000
+KV tokens, 600 states (then the same bytes as a budget, and as an arena of Qwen3-Next's rows and
+slabs); each request matches, gathers, locks, allocates (evicting as needed), inserts with one state
+at its end, gathers again, moves the lock and unlocks. The long one is 20 conversations x 200 turns.
+Garbage collector on, one thread, one process.
 
-A run's mean is what a user pays on the machine as it is. Three figures say what of it is not the tree's: "quiet" takes, request
-by request, the fastest of all runs, which leaves out what other processes did; "cpu" is the thread's own processor time,
-with the clocks and the caller's concatenation (two microseconds) in it; "gc" is the garbage collector's share, wherever in
-the run it was set off. Writes results/bench_tree.jsonl and figures/bench_tree.png.
+A run's mean is what a user pays on the machine as it is. Three figures say what of it is not the
+tree's: "quiet" takes, request by request, the fastest of all runs, which leaves out what other
+processes did; "cpu" is the thread's own processor time, with the clocks and the caller's
+concatenation (two microseconds) in it; "gc" is the garbage collector's share, wherever in the run
+it was set off. Writes results/bench_tree.jsonl and figures/bench_tree.png.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from hybridcache.lab.generators import conversations
 from hybridcache.tokens import Indices
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
-"""Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it back."""
+"""Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it
+back."""
 
 
 ROW_BYTES, SLAB_ROWS = 24_576, 3144
@@ -87,7 +91,8 @@ class CollectorClock:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The conversations of the module's head, made anew for each replay: a long one would fill the memory."""
+    """The conversations of the module's head, made anew for each replay: a long one would fill the
+    memory."""
 
     live: int
     num_conversations: int
@@ -118,7 +123,8 @@ def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> Hybr
 
 
 class Hand:
-    """The rows of the request that is served: in an arena they may move before they are inserted."""
+    """The rows of the request that is served: in an arena they may move before they are
+    inserted."""
 
     rows: Indices | None = None
 
@@ -265,7 +271,8 @@ def match_alone(runs: int) -> dict[str, Any]:
 
 
 def growth(runs: int, bar: Any, quick: bool) -> list[dict[str, Any]]:
-    """The same requests (two live conversations) with more and more tokens, then more and more nodes, behind them."""
+    """The same requests (two live conversations) with more and more tokens, then more and more
+    nodes, behind them."""
     factor = 10 if quick else 1
     records = []
     for size in (10_000, 100_000, 1_000_000 // factor):
@@ -285,7 +292,8 @@ def growth(runs: int, bar: Any, quick: bool) -> list[dict[str, Any]]:
 
 
 def _evictions(caches: Sequence[HybridRadixCache]) -> dict[str, float]:
-    """Microseconds of evicting one item, the oldest, from a full cache: the quietest of ``caches``."""
+    """Microseconds of evicting one item, the oldest, from a full cache: the quietest of
+    ``caches``."""
     medians, means = [], []
     for cache in caches:
         times = []
@@ -329,7 +337,8 @@ def _grown(
 
 
 def fill(cache: HybridRadixCache, num_nodes: int, tokens_each: int) -> None:
-    """Hang ``num_nodes`` leaves with a checkpoint each under one root; longer ones that are there are cut."""
+    """Hang ``num_nodes`` leaves with a checkpoint each under one root; longer ones that are there
+    are cut."""
     for number in range(num_nodes):
         tokens = np.arange(tokens_each, dtype=np.int32)
         tokens[0] = 1_000_000 + number
@@ -366,7 +375,8 @@ def memory() -> dict[str, Any]:
         return used, cache
 
     def traced_splits() -> float:
-        """Bytes of one node, after each was cut in two and all have a checkpoint. Tokens not counted."""
+        """Bytes of one node, after each was cut in two and all have a checkpoint. Tokens not
+        counted."""
         num_nodes, half = 5_000, 10
         cache = new_cache(2 * half * num_nodes + half, 2 * num_nodes)
         gc.collect()

@@ -1,7 +1,8 @@
-"""Conversations as requests: every turn with its full history, in a model's own template and tokens.
+"""Conversations as requests: every turn with its full history, in a model's own template and
+tokens.
 
-Made up, with the lengths of ShareGPT's; or genuine ones, whose text is private people's: it is read, turned into token ids, and
-never printed or written.
+Made up, with the lengths of ShareGPT's; or genuine ones, whose text is private people's: it is
+read, turned into token ids, and never printed or written.
 """
 
 from __future__ import annotations
@@ -235,7 +236,8 @@ def chat_text(tokenizer: Tokenizer) -> ChatText:
 
 
 def session(conversation: Conversation, chat: ChatText, cap: int) -> list[TraceRequest]:
-    """A conversation's requests: one for each answer that follows a question, until a prompt would pass ``cap`` tokens."""
+    """A conversation's requests: one for each answer that follows a question, until a prompt would
+    pass ``cap`` tokens."""
     messages: list[dict[str, str]] = []
     requests = []
     for role, text in conversation.turns:
@@ -249,8 +251,9 @@ def session(conversation: Conversation, chat: ChatText, cap: int) -> list[TraceR
 
 
 def synthetic_conversations(num_conversations: int, seed: int = 0) -> Iterator[Conversation]:
-    """Made-up conversations whose lengths are ShareGPT's: characters of the first question, of later ones and of answers, and
-    questions of a conversation, each log-normal as measured on its first 2,000 conversations. The words say nothing."""
+    """Made-up conversations whose lengths are ShareGPT's: characters of the first question, of
+    later ones and of answers, and questions of a conversation, each log-normal as measured on its
+    first 2,000 conversations. The words say nothing."""
     draw = np.random.default_rng(seed)
     chances = 1 / np.arange(1, len(WORDS) + 1)
     chances /= chances.sum()
@@ -278,8 +281,8 @@ def load_trace(
     pause_s: float,
     seed: int = 0,
 ) -> list[TraceRequest]:
-    """The requests of the first conversations that have any, interleaved: ``per_s`` conversations begin a second, and each
-    goes on after pauses of ``pause_s`` in the median."""
+    """The requests of the first conversations that have any, interleaved: ``per_s`` conversations
+    begin a second, and each goes on after pauses of ``pause_s`` in the median."""
     sessions = (session(conversation, chat, cap) for conversation in conversations)
     wanted = itertools.islice(filter(None, sessions), num_conversations)
     shown = tqdm(wanted, "reading", num_conversations, unit=" conversations", leave=False)

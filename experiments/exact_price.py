@@ -1,7 +1,9 @@
-"""What does `--exact` cost? Conversations that grow turn by turn, reusing all that was computed, and only what prefills did.
+"""What does `--exact` cost? Conversations that grow turn by turn, reusing all that was computed,
+and only what prefills did.
 
-With `--exact` an answer's states and KV are computed again as part of the next prompt. No kernel runs slower, so the price is
-those tokens: in the hit rate, and in the TTFT of every turn but the first.
+With `--exact` an answer's states and KV are computed again as part of the next prompt. No kernel
+runs slower, so the price is those tokens: in the hit rate, and in the TTFT of every turn but the
+first.
 
     python -m experiments.exact_price [--model DIR] [--device cpu]
 """
@@ -44,7 +46,8 @@ FULL = Talk(num_conversations=4, num_turns=6, num_question=200, num_answer=100, 
 
 
 def price(runner: ModelRunner, config: EngineConfig, talk: Talk) -> Iterator[dict[str, Any]]:
-    """A record for each mode, their runs in alternation: medians over all later turns, and over runs."""
+    """A record for each mode, their runs in alternation: medians over all later turns, and over
+    runs."""
     runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for repeat in range(talk.num_repeats):
         for exact in (False, True) if repeat % 2 else (True, False):

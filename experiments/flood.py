@@ -1,7 +1,7 @@
 """What happens when ten thousand clients come at once, and some of them leave in the middle?
 
-Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a tenth
-hang up, and then asks the server whether it lives and whether every KV row and state slot is
+Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a
+tenth hang up, and then asks the server whether it lives and whether every KV row and state slot is
 accounted for. Loopback only.
 
     python -m experiments.flood --requests 10000 [--tight]
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_json_lines(RESULTS / "flood.jsonl", [{**record, "outcomes": dict(outcomes)}])
     print(
-        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and free "
+        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and "
+        "free "
         f"+ cached + held == total for KV and slots: {conserved}; of {len(answers)} prompts "
         f"{num_torn} got more than one answer"
     )

@@ -1,14 +1,17 @@
-"""Is one policy without a knob good everywhere? `regret` with its own placement against a goal on every workload.
+"""Is one policy without a knob good everywhere? `regret` with its own placement against a goal on
+every workload.
 
-Every goal is a token hit rate of an online policy at one size. The goals were set on caches that may stop at any token, so the first
-table has grid 1: beside the goal the bound (an infinite token-granular cache), the best plan with hindsight in the same memory, and LRU
-with the default placement and with the best of a few for this row, chosen with hindsight, so that what placement gains and what
-eviction gains are told apart. The second table has the engine's grid, 64: what the grid itself costs (between the bounds at both
-grids), how much of its bound is reached, and the best of all rebuilt peers in the same memory, with float32 and with bfloat16 states for
-both.
+Every goal is a token hit rate of an online policy at one size. The goals were set on caches that
+may stop at any token, so the first table has grid 1: beside the goal the bound (an infinite
+token-granular cache), the best plan with hindsight in the same memory, and LRU with the default
+placement and with the best of a few for this row, chosen with hindsight, so that what placement
+gains and what eviction gains are told apart. The second table has the engine's grid, 64: what the
+grid itself costs (between the bounds at both grids), how much of its bound is reached, and the best
+of all rebuilt peers in the same memory, with float32 and with bfloat16 states for both.
 
-    python -m experiments.goals_table --resume out/goals      # writes results/goals_table.jsonl and .md; may be interrupted
-    python -m experiments.goals_table --policy lru --checkpoints branch,backoff --peers none       # prints another policy's table
+    python -m experiments.goals_table --resume out/goals      # writes results/goals_table.jsonl and
+    .md; may be interrupted python -m experiments.goals_table --policy lru --checkpoints
+    branch,backoff --peers none       # prints another policy's table
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ PEERS = tuple(BASELINES)
 TUNED = ("marconi", "marconi-artifact", "marconi-repaired")
 """They replay their beginning 21 times to tune alpha."""
 LONG_PEERS = tuple(word for word in PEERS if word not in (*TUNED, "lightllm-64"))
-"""For long traces: Marconi with alpha at its fixed middle only, and no pages of 64 tokens whose states are not counted (slow)."""
+"""For long traces: Marconi with alpha at its fixed middle only, and no pages of 64 tokens whose
+states are not counted (slow)."""
 HOSTED = tuple(
     word for word in PEERS if word.startswith("lightllm") and not word.endswith("-counted")
 )
@@ -87,7 +91,8 @@ class Goal:
     """The goal as a share of the offline optimum, where it is stated so."""
 
     def config(self, grid: int, state_dtype: str | None = None, **words: str) -> RunConfig:
-        """A run of this cell. Where the two are split, states of another size share the same bytes."""
+        """A run of this cell. Where the two are split, states of another size share the same
+        bytes."""
         geometry = self.geometry.with_state_dtype(state_dtype or self.geometry.state_dtype)
         if self.pools is not None:
             num_kv_tokens, num_slots = self.pools
@@ -99,7 +104,8 @@ class Goal:
         return RunConfig(geometry, budget_bytes(self.gib), grid=grid, **words)
 
     def config_with_states_beside(self, **words: str) -> RunConfig:
-        """KV alone in the budget, and more slots for states beside it than are ever filled: what ``HOSTED`` peers have."""
+        """KV alone in the budget, and more slots for states beside it than are ever filled: what
+        ``HOSTED`` peers have."""
         num_kv_tokens = budget_bytes(self.total_gib) // self.geometry.kv_bytes_per_token
         return RunConfig(
             self.geometry,
@@ -176,7 +182,8 @@ class Ours:
 def measure(
     goal: Goal, peers: Sequence[str], ours: Ours, folder: Path | None = None
 ) -> dict[str, Any]:
-    """One row. ``folder`` keeps every run as it is done, and has those of an earlier call; ``peers``: only these of the goal's."""
+    """One row. ``folder`` keeps every run as it is done, and has those of an earlier call;
+    ``peers``: only these of the goal's."""
     trace = goal.trace()
     words = {"policy": ours.policy, "checkpoints": ours.checkpoints}
     peers = [word for word in goal.peers if word in peers]
@@ -251,7 +258,8 @@ class Rates:
 
 
 def wanted(goal: Goal, row: dict[str, Any]) -> float | None:
-    """The token hit rate to reach: stated, a share of the optimum, or that of the best peer in the same memory."""
+    """The token hit rate to reach: stated, a share of the optimum, or that of the best peer in the
+    same memory."""
     if goal.share_of_optimum is not None:
         return float(goal.share_of_optimum * row["optimum"])
     if goal.goal is not None:
@@ -261,7 +269,8 @@ def wanted(goal: Goal, row: dict[str, Any]) -> float | None:
 
 
 def best_peer(peers: dict[str, float]) -> tuple[float, str] | None:
-    """The best of those that have no memory beside the budget (39.6 GB; with big pages as much as they like)."""
+    """The best of those that have no memory beside the budget (39.6 GB; with big pages as much as
+    they like)."""
     return max(((rate, word) for word, rate in peers.items() if word not in HOSTED), default=None)
 
 
@@ -282,7 +291,8 @@ def bound(trace: Trace, grid: int) -> float:
 
 
 def optimum_rate(goal: Goal, trace: Trace, folder: Path | None) -> float:
-    """Token hit rate of the best offline plan found (MILP, gap within half a percent for some hundred requests); kept in ``folder``."""
+    """Token hit rate of the best offline plan found (MILP, gap within half a percent for some
+    hundred requests); kept in ``folder``."""
     from hybridcache import optimum
 
     assert goal.gib is not None
@@ -312,8 +322,10 @@ def table(rows: list[dict[str, Any]], name: str = OURS) -> Iterator[str]:
     yield from engine_table(rows, name)
     yield ""
     yield (
-        "\\* With states in host memory that the size does not count, as LightLLM has them: 39.6 GB, or one state every 1,024 "
-        f"tokens; {name} with as many as it likes, grid {ENGINE_GRID}. Not compared with: the best peer may be a LightLLM whose "
+        "\\* With states in host memory that the size does not count, as LightLLM has them: 39.6 "
+        "GB, or one state every 1,024 "
+        f"tokens; {name} with as many as it likes, grid {ENGINE_GRID}. Not compared with: the best "
+        "peer may be a LightLLM whose "
         "states are counted."
     )
 
@@ -329,7 +341,8 @@ def share_of_bound(row: dict[str, Any]) -> float:
 
 
 def beyond(rows: list[dict[str, Any]]) -> str:
-    """What is reached where no cache on the engine's grid can reach the goal; empty where there is no such row."""
+    """What is reached where no cache on the engine's grid can reach the goal; empty where there is
+    no such row."""
     out_of_reach = [
         row for row in rows if row["wanted"] is not None and row["wanted"] > row["bound_grid_64"]
     ]
@@ -354,10 +367,12 @@ def verdict(row: dict[str, Any], column: str, bound: str) -> str:
 
 def token_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
     """Grid 1: bounds, plan, LRU, goal."""
-    yield f"**Grid 1**, caches that may stop at any token, as the goals were set: {reached(rows, 'ours')}."
+    reached_1 = reached(rows, "ours")
+    yield f"**Grid 1**, caches that may stop at any token, as the goals were set: {reached_1}."
     yield ""
     yield (
-        "| workload | bound | best plan (no plan passes) | LRU | LRU @ the best placement for the row "
+        "| workload | bound | best plan (no plan passes) | LRU | LRU @ the best placement for the "
+        "row "
         f"| {name} | % of the plan | wanted | |"
     )
     yield "|---" * 9 + "|"
@@ -365,13 +380,17 @@ def token_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
         proven = row["no_plan_passes"]
         plan = f"{row['plan']:.3f}" + (f" ({proven:.3f})" if proven else "")
         yield (
-            f"| {row['goal']} | {row['bound']:.3f} | {plan} | {row['lru'][DEFAULT_CHECKPOINTS]:.3f} | {best_lru(row['lru'])} "
-            f"| {row['ours']:.3f} | {100 * row['share_of_plan']:.1f} | {verdict(row, 'ours', 'bound')} |"
+            f"| {row['goal']} | {row['bound']:.3f} | {plan} | "
+            f"{row['lru'][DEFAULT_CHECKPOINTS]:.3f} | {best_lru(row['lru'])} "
+            f"| {row['ours']:.3f} | {100 * row['share_of_plan']:.1f} | "
+            f"{verdict(row, 'ours', 'bound')} |"
         )
     yield ""
     yield (
-        "The best plan with hindsight is the clairvoyant greedy's, in the same memory; up to 700 requests the LP proves what no plan passes "
-        f"(ShareGPT-like: the MILP's plan). LRU alone places `{DEFAULT_CHECKPOINTS}`; its best placement is chosen with hindsight "
+        "The best plan with hindsight is the clairvoyant greedy's, in the same memory; up to 700 "
+        "requests the LP proves what no plan passes "
+        f"(ShareGPT-like: the MILP's plan). LRU alone places `{DEFAULT_CHECKPOINTS}`; its best "
+        "placement is chosen with hindsight "
         f"among that and {', '.join(f'`{words}`' for words in LRU_PLACEMENTS[1:])}."
     )
 
@@ -385,7 +404,8 @@ def engine_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"| workload | bound | the grid costs | LRU @ the best placement for the row | {name}, float32 | % of the bound | wanted | "
+        f"| workload | bound | the grid costs | LRU @ the best placement for the row | {name}, "
+        "float32 | % of the bound | wanted | "
         f"| best peer, float32 | | {name}, bfloat16 | best peer, bfloat16 | | LightLLM* | {name}* |"
     )
     yield "|---" * 15 + "|"
@@ -397,17 +417,23 @@ def engine_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
             full, of_full, against_full = "", "", ""
         hosted = [rate for word, rate in row["peers"].items() if word in HOSTED]
         yield (
-            f"| {row['goal']} | {row['bound_grid_64']:.3f} | {100 * (row['bound'] - row['bound_grid_64']):.1f} "
+            f"| {row['goal']} | {row['bound_grid_64']:.3f} | "
+            f"{100 * (row['bound'] - row['bound_grid_64']):.1f} "
             f"| {best_lru(row['lru_grid_64'])} | {full} | {100 * share_of_bound(row):.1f} "
-            f"| {verdict(row, 'ours_grid_64', 'bound_grid_64')} | {of_full} | {against_full} | {half} | {of_half} | {against_half} "
+            f"| {verdict(row, 'ours_grid_64', 'bound_grid_64')} | {of_full} | {against_full} | "
+            f"{half} | {of_half} | {against_half} "
             f"| {f'{max(hosted):.3f}' if hosted else ''} | {row['ours_states_beside']:.3f} |"
         )
     yield ""
     yield (
-        f"Peers: the best of {', '.join(word for word in PEERS if word not in HOSTED)}, in the same memory, each on the pages and "
-        f"chunks it has; on long traces (live, Mooncake, coding agent) without {', '.join(TUNED)}, which tune themselves by replay. "
-        "Where KV and states are split for us (live), the peers share out the same bytes as they do. ShareGPT-like has 16-bit states "
-        "only. An id of Mooncake stands for 512 tokens and one of the coding agents for 64, which is their grid in both tables."
+        f"Peers: the best of {', '.join(word for word in PEERS if word not in HOSTED)}, in the "
+        "same memory, each on the pages and "
+        f"chunks it has; on long traces (live, Mooncake, coding agent) without {', '.join(TUNED)}, "
+        "which tune themselves by replay. "
+        "Where KV and states are split for us (live), the peers share out the same bytes as they "
+        "do. ShareGPT-like has 16-bit states "
+        "only. An id of Mooncake stands for 512 tokens and one of the coding agents for 64, which "
+        "is their grid in both tables."
     )
 
 

@@ -1,13 +1,16 @@
 """Everything that only a GPU can tell, in one command: is it right, is it exact, how fast is it?
 
-    python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]      # make gpu
-    python -m experiments.gpu --dry                                                    # make gpu-dry
+    python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]
+    # make gpu python -m experiments.gpu --dry                                                    #
+    make gpu-dry
 
-Parts run one after another, each in a process of its own and in less than eight minutes: the kernels' tests on the device;
-their benchmarks; the engine beside the CPU's and hits beside cold runs; a 2B geometry's speed; a server of it under load;
-the speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights. Each writes JSON lines into experiments/results/gpu/. A part
-that passed with this very code (a hash of its files; no git is needed) is not done again; one that failed or ran out of time
-always is, and then `serve` and `big` go on behind the records they have. --dry runs the same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
+Parts run one after another, each in a process of its own and in less than eight minutes: the
+kernels' tests on the device; their benchmarks; the engine beside the CPU's and hits beside cold
+runs; a 2B geometry's speed; a server of it under load; the speed of Qwen3-Next-80B-A3B's geometry
+with 8-bit weights. Each writes JSON lines into experiments/results/gpu/. A part that passed with
+this very code (a hash of its files; no git is needed) is not done again; one that failed or ran out
+of time always is, and then `serve` and `big` go on behind the records they have. --dry runs the
+same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ LIMITS_S = {
     "http": 210.0,
     "big": 350.0,
 }
-"""Of each part; 25 minutes in all. A part that ran out of time keeps its records and is done again by the next call."""
+"""Of each part; 25 minutes in all. A part that ran out of time keeps its records and is done again
+by the next call."""
 
 
 def module(name: str, *arguments: str) -> list[str]:
@@ -48,8 +52,8 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def kernels(out: Path, dry: bool) -> list[str]:
-    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four processes busy, where
-    pytest-xdist is there to start them."""
+    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four
+    processes busy, where pytest-xdist is there to start them."""
     side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     what = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", *side_by_side]
     skipped = ["--deselect", "tests/kernels/test_aot.py"]
@@ -111,7 +115,8 @@ def run_part(part: str, out: Path, dry: bool) -> Verdict:
 
 
 def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> Verdict:
-    """A command to its end or its limit, with all that it started: what it left would share the device with the next."""
+    """A command to its end or its limit, with all that it started: what it left would share the
+    device with the next."""
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
         try:
             return "failed" if process.wait(limit_s) else "passed"

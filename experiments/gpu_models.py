@@ -59,7 +59,8 @@ SMALL: dict[str, Any] = QWEN3_NEXT_80B | {
     "num_hidden_layers": 4,
     "num_experts": 16,
 }
-"""All that the large one has and its heads, in 4 layers and 16 experts: 0.4 GB that the CPU computes in a second or two."""
+"""All that the large one has and its heads, in 4 layers and 16 experts: 0.4 GB that the CPU
+computes in a second or two."""
 
 SMALL_DENSE: dict[str, Any] = SMALL | {"num_experts": 0}
 """Without routing, in which rounding can flip near-equal experts: what bfloat16 is compared on."""
@@ -95,7 +96,8 @@ def write_geometry(directory: Path, config: dict[str, Any]) -> str:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """One token a byte, and marks around messages: so that a server can be started on a bare geometry."""
+    """One token a byte, and marks around messages: so that a server can be started on a bare
+    geometry."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[])

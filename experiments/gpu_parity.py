@@ -1,11 +1,13 @@
-"""Is the engine on this device right, and exact? Logits beside the CPU's; hits beside cold runs, bit for bit.
+"""Is the engine on this device right, and exact? Logits beside the CPU's; hits beside cold runs,
+bit for bit.
 
     python -m experiments.gpu_parity --out DIR [--dry]
 
-A part of `make gpu`. Fails where logits are far from the CPU's or a hit changes a bit. In float32 they must be the CPU's but
-for the order of sums. In bfloat16 every device rounds elsewhere, so both are held against the CPU in float32: the device
-may be little further from it than the CPU in bfloat16 is. That is measured without experts: rounding decides between
-near-equal ones, and another expert is another answer.
+A part of `make gpu`. Fails where logits are far from the CPU's or a hit changes a bit. In float32
+they must be the CPU's but for the order of sums. In bfloat16 every device rounds elsewhere, so both
+are held against the CPU in float32: the device may be little further from it than the CPU in
+bfloat16 is. That is measured without experts: rounding decides between near-equal ones, and another
+expert is another answer.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Prompt:
 
 
 class Feed:
-    """Drives a runner by hand: rows, slots and scattered KV rows are counted out and never returned."""
+    """Drives a runner by hand: rows, slots and scattered KV rows are counted out and never
+    returned."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -74,7 +77,8 @@ class Feed:
     def forward(
         self, parts: Sequence[tuple[Prompt, int, int]], restores: Sequence[tuple[int, int]] = ()
     ) -> list[torch.Tensor]:
-        """Logits of every token start:end of each prompt, in one batch; states at multiples of 64 go to ``checkpoints``."""
+        """Logits of every token start:end of each prompt, in one batch; states at multiples of 64
+        go to ``checkpoints``."""
         segments = []
         for prompt, start, end in parts:
             exports = [(at, next(self._slots)) for at in range(start + 64, end + 1, 64)]
@@ -123,8 +127,8 @@ def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any
 def compare(
     got: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """How far ``got`` is from ``expected``, both ``[T, vocab]``, and whether that passes; ``rounded`` is the CPU's in the dtype of
-    ``got``, None for float32."""
+    """How far ``got`` is from ``expected``, both ``[T, vocab]``, and whether that passes;
+    ``rounded`` is the CPU's in the dtype of ``got``, None for float32."""
 
     def error(logits: torch.Tensor) -> float:
         return float((logits - expected).square().mean().sqrt() / expected.std())
@@ -145,7 +149,8 @@ def compare(
 def exactness(
     path: str, dry: bool, dtype: str, lengths: Sequence[int], **options: Any
 ) -> dict[str, Any]:
-    """Every prompt computed alone from zero, then all resumed in one batch: the first at its last checkpoint, others anywhere."""
+    """Every prompt computed alone from zero, then all resumed in one batch: the first at its last
+    checkpoint, others anywhere."""
     feed = Feed(make_runner(path, dry, dtype, load_format="dummy", **options))
     draw = np.random.default_rng(2)
     cold, logits, resumed, parts, restores = [], [], [], [], []
@@ -180,7 +185,8 @@ def exactness(
 def same_answers(
     path: str, dry: bool, num_turns: int, num_prompt: int, num_output: int
 ) -> dict[str, Any]:
-    """Greedy answers of conversations through the whole engine, with and without the cache, as many at once as there are."""
+    """Greedy answers of conversations through the whole engine, with and without the cache, as many
+    at once as there are."""
     answers, cached = {}, {}
     for cache in ("hybrid", "none"):
         dtype = "float32" if dry else "bfloat16"
@@ -212,7 +218,8 @@ def same_answers(
 
 
 def checks(dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
-    """Parity on written weights, which are the same on both devices; the rest on weights drawn on the device tried."""
+    """Parity on written weights, which are the same on both devices; the rest on weights drawn on
+    the device tried."""
     geometry = TINY if dry else SMALL
     written = write_checkpoint(directory / "experts", geometry)
     tokens = np.random.default_rng(0).integers(0, 256, 40 if dry else 700).tolist()

@@ -1,11 +1,11 @@
-"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, what a prefix hit spares, what
-`--exact` costs, and a sweep of loads on a server.
+"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, what a
+prefix hit spares, what `--exact` costs, and a sweep of loads on a server.
 
     python -m experiments.gpu_serving --part serve|http|big --out DIR [--dry]
 
-Parts of `make gpu`: dummy weights in the geometry of real models. ``serve`` and ``http`` take one of 2 billion parameters,
-``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each writes DIR/<part>.jsonl; ``serve`` and ``big`` keep what this code has
-measured already.
+Parts of `make gpu`: dummy weights in the geometry of real models. ``serve`` and ``http`` take one
+of 2 billion parameters, ``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each writes
+DIR/<part>.jsonl; ``serve`` and ``big`` keep what this code has measured already.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ MAX_RUNNING = 64
 SERVED_RUNNING = 256
 """Requests at the same time on a server under load: its most clients."""
 SERVED_SHARE = 0.5
-"""Of the free memory that a server's cache gets, with the cache or without: said outright, or what one leaves would size
-the next."""
+"""Of the free memory that a server's cache gets, with the cache or without: said outright, or what
+one leaves would size the next."""
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
@@ -152,9 +152,9 @@ class Bench:
         return done
 
     def decoding(self, streams: int, scale: Scale) -> dict[str, Any]:
-        """Streams that begin together. The decode step is one in which all decode and nothing else happens: what others publish
-        as the time per token of so many streams. TPOT beside it is what a request sees whose first tokens share their steps
-        with the prompts behind it."""
+        """Streams that begin together. The decode step is one in which all decode and nothing else
+        happens: what others publish as the time per token of so many streams. TPOT beside it is
+        what a request sees whose first tokens share their steps with the prompts behind it."""
         prompts = [self.tokens(scale.num_input) for _ in range(streams)]
         self.answer(prompts, 2)
         self.engine.reset_prefix_cache()
@@ -214,8 +214,8 @@ def known_records(file: Path, code: str) -> Records:
 def measure(
     path: str, dry: bool, scale: Scale, known: Records = (), **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """Everything on one load of the weights; the graphs captured at the start are used, or left aside. What is ``known`` is not
-    measured again."""
+    """Everything on one load of the weights; the graphs captured at the start are used, or left
+    aside. What is ``known`` is not measured again."""
 
     def found(**key: Any) -> Records:
         return [record for record in known if key.items() <= record.items()]
@@ -255,8 +255,8 @@ def measure(
 
 
 def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
-    """Conversations with lengths like ShareGPT's, with the cache and without: on a server process where its packages are
-    installed, else on an engine in this one."""
+    """Conversations with lengths like ShareGPT's, with the cache and without: on a server process
+    where its packages are installed, else on an engine in this one."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     scale = replace(scale, max_model_len=scale.max_model_len // 2)  # twice the longest prompt
     device = Device.resolve("cpu" if dry else None)

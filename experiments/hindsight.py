@@ -1,7 +1,9 @@
-"""The best plan with hindsight for each trace and size that a study looks at: worked out once, kept in a results file, shared by all.
+"""The best plan with hindsight for each trace and size that a study looks at: worked out once, kept
+in a results file, shared by all.
 
-The plan is the clairvoyant greedy's. It proves nothing by itself; for traces of up to 700 requests the LP's bound on what any plan could
-reuse can be had too: 0 to 8 % above, 12 to 15 % where next to nothing fits. Both are the same on every machine.
+The plan is the clairvoyant greedy's. It proves nothing by itself; for traces of up to 700 requests
+the LP's bound on what any plan could reuse is possible too: 0 to 8 % above, 12 to 15 % where next
+to nothing fits. Both are the same on every machine.
 
     python -m experiments.hindsight        # what the file holds: how far plan and bound lie apart
 """
@@ -30,7 +32,8 @@ class Hindsight:
 
     trace: str
     content: str
-    """Checksum of all prompts and answers, so that another trace of the same name is not taken for it."""
+    """Checksum of all prompts and answers, so that another trace of the same name is not taken for
+    it."""
     requests: int
     kv_bytes_per_token: int
     state_bytes: int
@@ -67,7 +70,8 @@ class Hindsights:
     def at(
         self, gib: float, geometry: ModelGeometry, grid: int, *, proven: bool = False
     ) -> Hindsight:
-        """The plan for one size, ``proven`` with the bound where the trace is short enough; kept in the file before it is returned."""
+        """The plan for one size, ``proven`` with the bound where the trace is short enough; kept in
+        the file before it is returned."""
         method: Method = "lp" if proven and self._requests <= LP_REQUESTS else "greedy"
         kv_bytes, state_bytes = geometry.kv_bytes_per_token, geometry.state_bytes
         capacity_bytes = budget_bytes(gib)

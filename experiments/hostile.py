@@ -1,8 +1,9 @@
 """How long does another client wait for its next token, whatever body somebody sends?
 
-Starts ``engine serve`` with the built-in model, streams an answer to one client and meanwhile posts bodies that were made to
-be slow, one after another: each as large as the limits let it be, or larger. Printed: the longest time between two tokens of
-the first client while each body was read, refused or answered, and the longest without any. Loopback only.
+Starts ``engine serve`` with the built-in model, streams an answer to one client and meanwhile posts
+bodies that were made to be slow, one after another: each as large as the limits let it be, or
+larger. Printed: the longest time between two tokens of the first client while each body was read,
+refused or answered, and the longest without any. Loopback only.
 
     python -m experiments.hostile
 """
@@ -152,7 +153,8 @@ class Reader(threading.Thread):
         self.join()
 
     def gaps_s(self, start_s: float, end_s: float) -> list[float]:
-        """Times between two pieces, of those that were not over at ``start_s`` and had begun at ``end_s``."""
+        """Times between two pieces, of those that were not over at ``start_s`` and had begun at
+        ``end_s``."""
         return [after - before for before, after in self.gaps if after > start_s and before < end_s]
 
 
@@ -224,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _middle(rounds: Sequence[Outcome]) -> Outcome:
-    """Of several rounds with one body: the median of each figure, since the machine stalls now and then by itself."""
+    """Of several rounds with one body: the median of each figure, since the machine stalls now and
+    then by itself."""
     first = rounds[0]
     figures = {
         name: statistics.median(getattr(outcome, name) for outcome in rounds)

@@ -1,8 +1,10 @@
-"""flash-linear-attention's kernels (fla-core 0.6), called with our tensors: what `experiments.bench_kernels` sets beside ours.
+"""flash-linear-attention's kernels (fla-core 0.6), called with our tensors: what
+`experiments.bench_kernels` sets beside ours.
 
-fla-core needs no environment of its own, but a folder of its own: where transformers finds it, transformers uses it. So
-`make rivals` puts it into ``out/rivals``, as `pip install --no-deps --target` does anywhere, and the benchmark alone looks
-there, with the torch and triton that it runs on. A rival that is not installed is left out; one that fails is reported.
+fla-core needs no environment of its own, but a folder of its own: where transformers finds it,
+transformers uses it. So `make rivals` puts it into ``out/rivals``, as `pip install --no-deps
+--target` does anywhere, and the benchmark alone looks there, with the torch and triton that it runs
+on. A rival that is not installed is left out; one that fails is reported.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def chunk_gdn(
     packed: Packed,
     initial: torch.Tensor,
 ) -> Rivals:
-    """Prompts ``[T, heads, size]``, packed; ``initial`` float32 ``[B, HV, K, V]``. Its last states are new tensors."""
+    """Prompts ``[T, heads, size]``, packed; ``initial`` float32 ``[B, HV, K, V]``. Its last states
+    are new tensors."""
     tokens = [x[None] for x in (query, key, value, gate, beta.to(query.dtype))]
     starts = packed.cu_seqlens.long()
 
@@ -70,7 +73,8 @@ def decode_gdn(
     dt_bias: torch.Tensor,
     initial: torch.Tensor,
 ) -> Rivals:
-    """One token of B sequences, ``[B, heads, size]``, gates computed on the way as in ours. Its states are new tensors."""
+    """One token of B sequences, ``[B, heads, size]``, gates computed on the way as in ours. Its
+    states are new tensors."""
     query, key, value, a, b = (x[:, None] for x in (query, key, value, a, b))
 
     def run() -> torch.Tensor:
@@ -122,7 +126,8 @@ def prefill_conv1d(x: torch.Tensor, weight: torch.Tensor, packed: Packed) -> Riv
 
 
 def decode_conv1d(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> Rivals:
-    """One token of B sequences ``[B, C]``; its windows hold W inputs, ours W - 1. Moves ``states`` on in a copy."""
+    """One token of B sequences ``[B, C]``; its windows hold W inputs, ours W - 1. Moves ``states``
+    on in a copy."""
     cache = F.pad(states, (1, 0))
 
     def run() -> torch.Tensor:

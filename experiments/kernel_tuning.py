@@ -1,8 +1,10 @@
-"""Which launch parameters are fast here? What `python -m experiments.bench_kernels --tune` does with the benchmark's cases.
+"""Which launch parameters are fast here? What `python -m experiments.bench_kernels --tune` does
+with the benchmark's cases.
 
-Every kernel that a case launches is run with each candidate of `kernels.tuning`. One that is wrong, does not fit the device, or
-changes a bit where the choice hangs on the number of tokens is out; the others are timed in alternation. A candidate is taken if
-over all cases with its key it is faster than the launcher's own by more than what repetition moves.
+Every kernel that a case launches is run with each candidate of `kernels.tuning`. One that is wrong,
+does not fit the device, or changes a bit where the choice hangs on the number of tokens is out; the
+others are timed in alternation. A candidate is taken if over all cases with its key it is faster
+than the launcher's own by more than what repetition moves.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Trial:
     kernel: str
     key: tuning.Key
     ratios: dict[int, list[float]] = field(default_factory=dict)
-    """Candidate to its share of the launcher's own time, case by case; candidates that are out are not in it."""
+    """Candidate to its share of the launcher's own time, case by case; candidates that are out are
+    not in it."""
     refused: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -41,7 +44,8 @@ class Trial:
         return tuning.TUNABLES[self.kernel].candidates
 
     def best(self) -> tuple[tuning.Config, float] | None:
-        """The fastest candidate and its share of the launcher's own time; None if that is as good."""
+        """The fastest candidate and its share of the launcher's own time; None if that is as
+        good."""
         means = {i: math.exp(statistics.fmean(map(math.log, r))) for i, r in self.ratios.items()}
         best = min(means, key=means.__getitem__, default=None)
         if best is None or means[best] > 1 - LEAST_GAIN:
@@ -61,7 +65,8 @@ class Trial:
 
 
 def tune(cases: Iterable[Case], error: Error, seconds: Seconds | None) -> list[Trial]:
-    """Try every candidate of every kernel that the cases launch; without ``seconds`` it is only seen which are right."""
+    """Try every candidate of every kernel that the cases launch; without ``seconds`` it is only
+    seen which are right."""
     trials: dict[tuple[str, tuning.Key], Trial] = {}
     for case in cases:
         expected = case.expected()

@@ -1,4 +1,5 @@
-"""What the studies share: traces with the sizes worth looking at, models, and how results are kept and drawn."""
+"""What the studies share: traces with the sizes worth looking at, models, and how results are kept
+and drawn."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Workload:
         return trace if full or self.quick is None else trace.head(self.quick)
 
     def sizes(self, points: int | None = None) -> tuple[float, ...]:
-        """GiB, logarithmically spaced; of fewer points a subset, so that all studies share what was worked out for a size."""
+        """GiB, logarithmically spaced; of fewer points a subset, so that all studies share what was
+        worked out for a size."""
         every = sizes(self.gib)
         if points is None or points >= len(every):
             return every
@@ -116,8 +118,9 @@ def arguments(
     checkpoints: bool = False,
     few: bool = False,
 ) -> argparse.Namespace:
-    """The flags that every study has: which traces, all of them or their beginnings, how many processes; and ``--policy`` or
-    ``--checkpoints`` for more competitors, where it compares those, or ``--few`` for less of them."""
+    """The flags that every study has: which traces, all of them or their beginnings, how many
+    processes; and ``--policy`` or ``--checkpoints`` for more competitors, where it compares those,
+    or ``--few`` for less of them."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(traces), help="words of WORKLOADS")
     parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
@@ -136,7 +139,7 @@ def arguments(
     )
     options = parser.parse_args()
     collect_seldom()
-    try:  # a word nobody knows is told before minutes are spent on the others
+    try:  # an unknown word is reported before minutes are spent on the others
         for word in getattr(options, "policy", ()):
             make_eviction(word)
         for word in getattr(options, "checkpoints", ()):
@@ -159,8 +162,9 @@ def sweep(
     proven: bool = False,
     **settings: Any,
 ) -> SimulationResult:
-    """``simulate`` over the sizes of a workload, each run beside the best plan with hindsight; ``settings`` go to it and win over the
-    workload's. ``plan_grid``: another grid for the plan than for the runs. ``proven``: with the bound on all plans, on short traces."""
+    """``simulate`` over the sizes of a workload, each run beside the best plan with hindsight;
+    ``settings`` go to it and win over the workload's. ``plan_grid``: another grid for the plan than
+    for the runs. ``proven``: with the bound on all plans, on short traces."""
     workload = WORKLOADS[word]
     defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     settings = defaults | {"gib": workload.sizes(options.points)} | settings
@@ -187,7 +191,8 @@ def measured(
     grid: int | None = None,
     proven: bool = False,
 ) -> SimulationResult:
-    """The runs of a workload beside the best plan of their size with hindsight, and beside the infinite cache."""
+    """The runs of a workload beside the best plan of their size with hindsight, and beside the
+    infinite cache."""
     grid = WORKLOADS[word].grid if grid is None else grid
     hindsights = _hindsights(WORKLOADS[word], word, full)
     plans = {

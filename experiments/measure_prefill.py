@@ -1,9 +1,11 @@
-"""Measure prefill times t(reused, computed) in the engine, as the table that `hybridcache simulate --times` reads.
+"""Measure prefill times t(reused, computed) in the engine, as the table that `hybridcache simulate
+--times` reads.
 
     python -m experiments.measure_prefill --output prefill_times.json [--model DIR] [--device cuda]
 
-A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``; then ``length`` tokens more are timed, the median of several. Without
-a model the built-in one is measured, which only shows the shape.
+A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``; then ``length`` tokens more are
+timed, the median of several. Without a model the built-in one is measured, which only shows the
+shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Would the tests notice? Breaks cache, arena or engine in small ways, one at a time, and runs its tests.
+"""Would the tests notice? Breaks cache, arena or engine in small ways, and runs its tests.
 
 python -m experiments.mutate [cache] [arena] [engine] [--only WORD] [--timeout 240] [--machines]
 
@@ -114,7 +114,7 @@ def try_all(name: str, only: str, machines: bool, timeout_s: float) -> list[Outc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lists", nargs="*", metavar="LIST", help="cache, engine; none: both")
+    parser.add_argument("lists", nargs="*", metavar="LIST", help="cache, arena, engine; none: all")
     parser.add_argument("--only", default="", help="only mutations whose description has this")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds a mutation may take")
     parser.add_argument("--machines", action="store_true", help="the state machines alone")

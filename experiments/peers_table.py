@@ -1,14 +1,17 @@
-"""Do the rebuilt peers do what the peers do? Every figure that was measured on a stated workload, cell by cell.
+"""Do the rebuilt peers do what the peers do? Every figure that was measured on a stated workload,
+cell by cell.
 
-`python -m experiments.peers_table` writes results/peers_table.jsonl and .md. The published runs drew their ids and lengths from
-seeds of their own. A cell is *within* when the median of our draws is within 2 points (chunks: 2 %) of the published figure. Where
-our own draws lie further apart than that band, the stated workload does not settle the figure: the published one is then only
-said to be *among our draws* or not, and how many of them are near it is printed.
+`python -m experiments.peers_table` writes results/peers_table.jsonl and .md. The published runs
+drew their ids and lengths from seeds of their own. A cell is *within* when the median of our draws
+is within 2 points (chunks: 2 %) of the published figure. Where our own draws lie further apart than
+that band, the stated workload does not settle the figure: the published one is then only said to be
+*among our draws* or not, and how many of them are near it is printed.
 
-Not here, because the workload is not stated well enough to draw it again: Marconi's own tables on LMSys, ShareGPT and SWE-bench
-sessions (the traces are not public), the artifact's runs on synthetic chats "like" them, and what users and maintainers of SGLang
-and vLLM told of their own traffic. Single prompts with known answers (block sizes, third sightings, what a request pins, the
-branching kit) are tests: tests/baselines.
+Not here, because the workload is not stated well enough to draw it again: Marconi's own tables on
+LMSys, ShareGPT and SWE-bench sessions (the traces are not public), the artifact's runs on synthetic
+chats "like" them, and what users and maintainers of SGLang and vLLM told of their own traffic.
+Single prompts with known answers (block sizes, third sightings, what a request pins, the branching
+kit) are tests: tests/baselines.
 """
 
 from __future__ import annotations
@@ -39,11 +42,14 @@ MARCONI_KV, MARCONI_STATE = 65_536, 24 * 1_116_160
 MOONCAKE = "data/traces/mooncake_conversation_trace.jsonl.gz"
 WITHIN = 0.02
 DRAWS = 21
-"""Draws of a workload whose figures depend on them; an odd number, so that a figure that is all or nothing has a median."""
-NOTE = """vLLM's rebuilt cache reuses in every request what vLLM 0.33's own cache manager reuses (tests/lab/baselines/vllm_hits.json), so
-what is left between the two columns is the draw. Three figures depend on it by more than the band: at 6 GiB and with a match unit
-the blocks that a round stores are about as many as there are, where least-recently-used order turns from all hits to none. A round
-of resend stores 464 to 523 blocks of bfloat16 states; with up to 486 of them everything hits, from 495 on nothing."""
+"""Draws of a workload whose figures depend on them; an odd number, so that a figure that is all or
+nothing has a median."""
+NOTE = """vLLM's rebuilt cache reuses in every request what vLLM 0.33's own cache manager reuses
+(tests/lab/baselines/vllm_hits.json), so what is left between the two columns is the draw. Three
+figures depend on it by more than the band: at 6 GiB and with a match unit the blocks that a round
+stores are about as many as there are, where least-recently-used order turns from all hits to none.
+A round of resend stores 464 to 523 blocks of bfloat16 states; with up to 486 of them everything
+hits, from 495 on nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,8 @@ class Cell:
 
 
 def vllm_cells() -> Iterator[Cell]:
-    """The matrix of vLLM 0.33 at 40 and 6 GiB: blocks of 1,056 (float32 states) or 544 (bfloat16)."""
+    """The matrix of vLLM 0.33 at 40 and 6 GiB: blocks of 1,056 (float32 states) or 544
+    (bfloat16)."""
     variants = (
         ("vLLM, block 1056", FP32_STATE, None, 0),
         ("vLLM, match unit 32", FP32_STATE, 32, 0),
@@ -110,7 +117,8 @@ def vllm_cells() -> Iterator[Cell]:
 
 
 def lightllm_cells() -> Iterator[Cell]:
-    """LightLLM at pages of 512, at big pages of 1,024, and at pages of 64; its states stand in host memory beside the size."""
+    """LightLLM at pages of 512, at big pages of 1,024, and at pages of 64; its states stand in host
+    memory beside the size."""
     published: dict[str, tuple[float, float]] = {
         "chat": (0.750, 0.781),
         "few-shot": (0.000, 0.454),
@@ -186,8 +194,9 @@ def sglang_cell(live: int, placement: str, num_slots: int, cap: int | None, rate
 
 
 def marconi_cells() -> Iterator[Cell]:
-    """Marconi's artifact on the first 1,000 requests of Mooncake's conversation trace, 7B sizes; then its placement (branch points
-    and the last token), leaf by leaf least recently used, on the whole trace at the sizes of both models."""
+    """Marconi's artifact on the first 1,000 requests of Mooncake's conversation trace, 7B sizes;
+    then its placement (branch points and the last token), leaf by leaf least recently used, on the
+    whole trace at the sizes of both models."""
     if not (ROOT / MOONCAKE).exists():
         return
     variants: tuple[tuple[str, dict[str, Any], tuple[float, float]], ...] = (
@@ -217,9 +226,9 @@ def marconi_cells() -> Iterator[Cell]:
 
 @lru_cache(maxsize=DRAWS)
 def drawn(workload: str, seed: int) -> tuple[TraceRequest, ...]:
-    """The workload under a seed. In which order "short" visits its conversations was not published. One after the other is the only
-    one of three (so, in rounds of one order, in rounds of fresh orders) in which vLLM's own cache manager reuses at 6 GiB what
-    was measured there."""
+    """The workload under a seed. In which order "short" visits its conversations was not published.
+    One after the other is the only one of three (so, in rounds of one order, in rounds of fresh
+    orders) in which vLLM's own cache manager reuses at 6 GiB what was measured there."""
     requests = tuple(GENERATORS[workload](seed=seed))
     if workload == "short":
         return tuple(sorted(requests, key=lambda request: request.session))
@@ -256,7 +265,8 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 def verdict(published: float, figures: list[float], band: float) -> str:
-    """ "within" by the median; else "among" our draws where they are further apart than the band is wide; else "apart"."""
+    """ "within" by the median; else "among" our draws where they are further apart than the band is
+    wide; else "apart"."""
     if abs(median(figures) - published) <= band:
         return "within"
     unsettled = max(figures) - min(figures) > 2 * band
@@ -264,7 +274,8 @@ def verdict(published: float, figures: list[float], band: float) -> str:
 
 
 def served(cell: Cell, seed: int) -> float:
-    """The cell's figure on one draw: tokens reused of prompt tokens, or prefill chunks a request."""
+    """The cell's figure on one draw: tokens reused of prompt tokens, or prefill chunks a
+    request."""
     peer = cell.make()
     reused = chunks = total = requests = 0
     for request in cell.trace(seed):
@@ -281,7 +292,8 @@ def served(cell: Cell, seed: int) -> float:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The rows as markdown, and how many are within."""
-    yield "| peer | workload | size | figure | published | rebuilt, median | draws from - to | near | |"
+    head = "peer | workload | size | figure | published | rebuilt, median | draws from - to | near"
+    yield f"| {head} | |"
     yield "|---|---|---|---|---|---|---|---|---|"
     words = {"within": "within", "among": "*among our draws*", "apart": "**apart**"}
     for row in rows:
@@ -289,13 +301,16 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             "" if row["lowest"] == row["highest"] else f"{row['lowest']:.3f} - {row['highest']:.3f}"
         )
         yield (
-            f"| {row['peer']} | {row['workload']} | {row['size']} | {row['figure']} | {row['published']:.3f} "
-            f"| {row['rebuilt']:.3f} | {spread} | {row['near']} of {row['draws']} | {words[row['verdict']]} |"
+            f"| {row['peer']} | {row['workload']} | {row['size']} | {row['figure']} | "
+            f"{row['published']:.3f} "
+            f"| {row['rebuilt']:.3f} | {spread} | {row['near']} of {row['draws']} | "
+            f"{words[row['verdict']]} |"
         )
     verdicts = Counter(row["verdict"] for row in rows)
     yield ""
     yield (
-        f"{verdicts['within']} of {len(rows)} figures within {WITHIN:.0%}; {verdicts['among']} depend on the draw by more than that, the "
+        f"{verdicts['within']} of {len(rows)} figures within {WITHIN:.0%}; {verdicts['among']} "
+        "depend on the draw by more than that, the "
         f"published figure among ours; {verdicts['apart']} apart."
     )
     yield ""

@@ -1,4 +1,5 @@
-"""Where a figure comes from: every results file begins with the command, commit, versions and machine that made it."""
+"""Where a figure comes from: every results file begins with the command, commit, versions and
+machine that made it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "hybridcache")
 
 
 def provenance() -> dict[str, Any]:
-    """The command that runs, the commit it runs on, the versions it uses, the machine and the date."""
+    """The command that runs, the commit it runs on, the versions it uses, the machine and the
+    date."""
     return {
         "command": shlex.join(["python", *_command()]),
         "commit": _commit(),
@@ -36,8 +38,9 @@ def provenance() -> dict[str, Any]:
 def write_json_lines(
     path: Path, records: Iterable[Mapping[str, Any]], settings: Mapping[str, Any] | None = None
 ) -> None:
-    """``records`` to ``path``, one a line, after a first line with the provenance, and with all ``settings`` where they are given: a
-    command alone says nothing of defaults, which may be others tomorrow."""
+    """``records`` to ``path``, one a line, after a first line with the provenance, and with all
+    ``settings`` where they are given: a command alone says nothing of defaults, which may be others
+    tomorrow."""
     first = provenance() | ({} if settings is None else {"settings": settings})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -48,7 +51,8 @@ def write_json_lines(
 def code_hash(
     folders: Iterable[str] = ("engine", "kernels", "experiments", "tests/kernels"),
 ) -> str:
-    """Of all that decides what an experiment on a device computes: the same with git and without it. Not of results."""
+    """Of all that decides what an experiment on a device computes: the same with git and without
+    it. Not of results."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -65,7 +69,8 @@ def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _command() -> list[str]:
-    """Without ``--resume FOLDER``, which says where runs are kept on the way and changes none of them."""
+    """Without ``--resume FOLDER``, which says where runs are kept on the way and changes none of
+    them."""
     arguments = sys.argv[1:]
     if "--resume" in arguments:
         at = arguments.index("--resume")
@@ -78,7 +83,8 @@ def _command() -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit, with a ``+`` where tracked files differ from it, results and figures aside; None outside a clone."""
+    """The commit, with a ``+`` where tracked files differ from it, results and figures aside; None
+    outside a clone."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         code = ("--", ".", ":!experiments/results", ":!experiments/figures")

@@ -1,8 +1,10 @@
-"""Record what vLLM's own cache manager reuses, request by request: what tests hold our rebuilt one to.
+"""Record what vLLM's own cache manager reuses, request by request: what tests hold our rebuilt one
+to.
 
-`python -m experiments.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in an environment of its own that has
-`vllm==0.33.0` and this project; no device is needed, as only the scheduler's side of vLLM runs: its `KVCacheManager` (one
-attention group, three state groups) and its chunk split, one request at a time, copies done as its scheduler does them.
+`python -m experiments.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in an
+environment of its own that has `vllm==0.33.0` and this project; no device is needed, as only the
+scheduler's side of vLLM runs: its `KVCacheManager` (one attention group, three state groups) and
+its chunk split, one request at a time, copies done as its scheduler does them.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ VARIANTS: dict[str, tuple[int, int | None, int | None]] = {
     "block 544": (544, None, 0),
     "block 544, match unit 32": (544, 32, 0),
 }
-"""Name: block, match unit, retention (tokens). Qwen3-Next's block is 1,056 with float32 states, 544 with bfloat16 ones."""
+"""Name: block, match unit, retention (tokens). Qwen3-Next's block is 1,056 with float32 states, 544
+with bfloat16 ones."""
 SIZES_GIB = (3, 6)
 
 

@@ -89,8 +89,9 @@ class Result:
 
 
 def replay_dry(trace: Sequence[TraceRequest], setting: Setting, geometry: ModelGeometry) -> Result:
-    """Through the cache alone: the leases that the engine would take, whole answers decoded, memory split as the engine
-    splits it. Radix stands for an attention-only model with the same KV: what KV alone would give."""
+    """Through the cache alone: the leases that the engine would take, whole answers decoded, memory
+    split as the engine splits it. Radix stands for an attention-only model with the same KV: what
+    KV alone would give."""
     if setting.cache == "none":
         return Result(setting, tuple(_computed_whole(request) for request in trace))
     budget_bytes = setting.cache_gib * GIB
@@ -133,9 +134,10 @@ def replay(
     concurrency: int = 1,
     says_answers: bool = True,
 ) -> Result:
-    """Through the real engine, in the order of arrival: as many at once as ``concurrency`` says, a conversation's turns
-    one after the other. With ``says_answers`` the data's answer is computed after each turn, outside of its time, so
-    that the cache holds what an engine that had generated it would hold."""
+    """Through the real engine, in the order of arrival: as many at once as ``concurrency`` says, a
+    conversation's turns one after the other. With ``says_answers`` the data's answer is computed
+    after each turn, outside of its time, so that the cache holds what an engine that had generated
+    it would hold."""
     engine = Engine(
         replace(
             config,

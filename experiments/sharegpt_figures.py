@@ -45,8 +45,8 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(records: Sequence[Record], source: str, path: Path) -> None:
-    """One picture of ``records``: hit rate over budget (where there are several), time to first token (where it was
-    measured), and where the prompt tokens went."""
+    """One picture of ``records``: hit rate over budget (where there are several), time to first
+    token (where it was measured), and where the prompt tokens went."""
     panels = [draw_tokens] if any(record["cache"] != "none" for record in records) else []
     if any(record["ttft_s"] for record in records):
         panels.insert(0, draw_ttft)
@@ -200,10 +200,13 @@ def describe(provenance: Record) -> str:
     cap = provenance.get("settings", {}).get("cap")
     seen = "" if cap is None else f"prompts of up to {cap:,} tokens; "
     caption = (
-        "What to see: how much memory a cache needs until it reuses all it can, how far it is from a plan that knows the future (the "
-        f"clairvoyant greedy's), and why the other tokens were computed again; {seen}radix: KV alone, as for a model without states."
+        "What to see: how much memory a cache needs until it reuses all it can, how far it is from "
+        "a plan that knows the future (the "
+        f"clairvoyant greedy's), and why the other tokens were computed again; {seen}radix: KV "
+        "alone, as for a model without states."
     )
-    return f"{caption}\n{provenance['command']}\ncommit {provenance['commit']}, {machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
+    where = f"{machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
+    return f"{caption}\n{provenance['command']}\ncommit {provenance['commit']}, {where}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What do 16-bit states cost in a model's logits, and what do they spare? Seeded weights: shows the size of rounding, not of
-answers that go wrong.
+"""What do 16-bit states cost in a model's logits, and what do they spare? Seeded weights: shows the
+size of rounding, not of answers that go wrong.
 
     python -m experiments.state_precision [--model DIR]
 """

@@ -2,11 +2,12 @@
 
 python -m experiments.stress_tree [--operations 10000000] [--seed 0] [--check-every 20000]
 
-Caches of all page sizes, grids, budgets, tiers and policies, one after another; requests begin, publish in parts with
-checkpoints, finish, abort and starve in any order over prompts that share beginnings, while rows and slots are held and freed,
-items evicted, and caches reset. An operation is one call of a cache's verb. ``check()`` with full conservation runs every
-``--check-every`` operations and at each cache's end; a smaller run checks after every single operation. The last line is for
-the CHANGELOG.
+Caches of all page sizes, grids, budgets, tiers and policies, one after another; requests begin,
+publish in parts with checkpoints, finish, abort and starve in any order over prompts that share
+beginnings, while rows and slots are held and freed, items evicted, and caches reset. An operation
+is one call of a cache's verb. ``check()`` with full conservation runs every ``--check-every``
+operations and at each cache's end; a smaller run checks after every single operation. The last line
+is for the CHANGELOG.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ NAMESPACES = (None, "tenant", ("model", 3))
 
 
 def configs(rng: random.Random) -> Iterator[CacheConfig]:
-    """All page sizes and grids, again and again; the rest drawn. Every second one is plain LRU, the default."""
+    """All page sizes and grids, again and again; the rest drawn. Every second one is plain LRU, the
+    default."""
     for number, (page_size, grid) in enumerate(
         itertools.cycle(itertools.product((1, 16, 64, 256), repeat=2))
     ):
@@ -269,9 +271,11 @@ def main() -> None:
     write_json_lines(RESULTS / "stress_tree.jsonl", records)
     small, large = records
     print(
-        f"stress: seed {options.seed}: {large['operations']:,} operations on {large['caches']} caches in "
+        f"stress: seed {options.seed}: {large['operations']:,} operations on {large['caches']} "
+        "caches in "
         f"{large['seconds']} s, {large['checks']:,} full checks, {large['evictions']:,} evictions, "
-        f"{large['refusals']:,} refusals, {large['moves']:,} slabs moved; {small['operations']:,} more with a check after every step: all held"
+        f"{large['refusals']:,} refusals, {large['moves']:,} slabs moved; {small['operations']:,} "
+        "more with a check after every step: all held"
     )
 
 

@@ -1,10 +1,12 @@
-"""Is the advice good? `hybridcache advise` on one half of a trace, every alternative simulated on the half it has not seen.
+"""Is the advice good? `hybridcache advise` on one half of a trace, every alternative simulated on
+the half it has not seen.
 
     python -m experiments.study_advise [--traces chat,agent]
 
-Halves are made in two ways: of every second session (more of the same traffic), and of the later requests (traffic that moved on).
-Both are replayed from an empty cache. What was forecast stands beside what came, the advised configuration beside all others that were
-asked for, the answer to each question beside the best answer there was.
+Halves are made in two ways: of every second session (more of the same traffic), and of the later
+requests (traffic that moved on). Both are replayed from an empty cache. What was forecast stands
+beside what came, the advised configuration beside all others that were asked for, the answer to
+each question beside the best answer there was.
 """
 
 from __future__ import annotations
@@ -48,13 +50,15 @@ TRACES = ("chat", "agent", "resend", "sharegpt-like", "coding-agent")
 SIZES = (0.29, 0.5)
 """Where on a workload's logarithmic axis of sizes: memory short, and less so."""
 POLICIES = ("regret", "lru", "gdsf", "lhd", "s3-fifo")
-"""Evictions tried on the unseen half: the two that are advised between, and three that were not asked."""
+"""Evictions tried on the unseen half: the two that are advised between, and three that were not
+asked."""
 QUESTIONS = ("policy @ checkpoints", "periodic checkpoints", "precision of states", "KV share")
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One trace, half and size: what was advised, and what the unseen half made of it and of everything else."""
+    """One trace, half and size: what was advised, and what the unseen half made of it and of
+    everything else."""
 
     trace: str
     half: str
@@ -229,7 +233,8 @@ def table(trials: Iterable[Trial]) -> str:
 
 
 def draw(records: list[dict[str, Any]]) -> None:
-    """A row a trace and size. Left the hit rates, then what each answer lost against the best, then the times."""
+    """A row a trace and size. Left the hit rates, then what each answer lost against the best, then
+    the times."""
     figure, axes = panels(3, width=5.4, height=0.25 * len(records) + 1.0, columns=3)
     hit, lost, times = axes
     for place, record in enumerate(records):
@@ -272,9 +277,12 @@ def draw(records: list[dict[str, Any]]) -> None:
     times.xaxis.set_minor_locator(NullLocator())
     times.set_xlabel("TTFT that came / TTFT forecast")
     caption = (
-        "Advice from one half of each trace, tried on the other from an empty cache: every second session, or the later requests. Left: what came (full) against what was forecast "
-        "(open), the other policies and placements in the model's own precision (grey) and the best plan with hindsight (clairvoyant greedy, "
-        "states as advised); full dots right of the grey owe it to smaller states. Middle: what each answer gave away. Right: how well the "
+        "Advice from one half of each trace, tried on the other from an empty cache: every second "
+        "session, or the later requests. Left: what came (full) against what was forecast "
+        "(open), the other policies and placements in the model's own precision (grey) and the "
+        "best plan with hindsight (clairvoyant greedy, "
+        "states as advised); full dots right of the grey owe it to smaller states. Middle: what "
+        "each answer gave away. Right: how well the "
         "times were forecast."
     )
     save(figure, axes, figure_path("study_advise"), caption)

@@ -1,14 +1,17 @@
-"""What do slabs cost? The arena beside an ideal budget of bytes, on every cell of the goals table, at both grids.
+"""What do slabs cost? The arena beside an ideal budget of bytes, on every cell of the goals table,
+at both grids.
 
-In the arena a state takes whole rows and lies at a multiple of its own size; the budget counts bytes and
-nothing else. Policy and placement are the goals' (`regret`). Beside the hit rates: how often a slab was
-emptied for a state, and how much KV was copied for that, as a share of the KV that was written.
+In the arena a state takes whole rows and lies at a multiple of its own size; the budget counts
+bytes and nothing else. Policy and placement are the goals' (`regret`). Beside the hit rates: how
+often a slab was emptied for a state, and how much KV was copied for that, as a share of the KV that
+was written.
 
-In a short trace one state more or less changes everything after it, so a single size says little there.
-A cell that differs by more than half a point is run at 41 sizes within 2 %: the mean difference, and the
-standard deviation of the budget's own hit rate over them, stand beside it.
+In a short trace one state more or less changes everything after it, so a single size says little
+there. A cell that differs by more than half a point is run at 41 sizes within 2 %: the mean
+difference, and the standard deviation of the budget's own hit rate over them, stand beside it.
 
-    python -m experiments.study_arena --resume out/arena       # may be interrupted; --goals WORD for some
+    python -m experiments.study_arena --resume out/arena       # may be interrupted; --goals WORD
+    for some
 """
 
 from __future__ import annotations
@@ -173,8 +176,9 @@ def draw(records: list[dict[str, Any]]) -> None:
     for edge in (-ALLOWED_POINTS, ALLOWED_POINTS):
         axes[0].axvline(edge, color="#555555", linewidth=0.8, linestyle="--")
     caption = (
-        "The price of slabs: hit rate of the arena against a budget that only counts bytes, policy and placement `regret`; and what is "
-        "copied so that a state finds a whole slab. Dashed: half a point. "
+        "The price of slabs: hit rate of the arena against a budget that only counts bytes, policy "
+        "and placement `regret`; and what is copied so that a state finds a whole slab. "
+        "Dashed: half a point. "
         "Diamond: the mean of 41 sizes within 2 %, where a cell differs by more."
     )
     save(figure, axes, figure_path("study_arena"), caption)

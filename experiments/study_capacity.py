@@ -1,10 +1,12 @@
-"""Which eviction policy wins at which size, on every trace? Policies, the rebuilt peers, the best plan with hindsight.
+"""Which eviction policy wins at which size, on every trace? Policies, the rebuilt peers, the best
+plan with hindsight.
 
-    python -m experiments.study_capacity [--traces chat,agent] [--few] [--points 8] [--full] [--resume out/capacity]
+    python -m experiments.study_capacity [--traces chat,agent] [--few] [--points 8] [--full]
+    [--resume out/capacity]
 
-Results and figure are written after every trace; with --resume also every single run is kept, and a study that was stopped goes on.
-On the long traces, and with --few on all, five policies stand for all 21, and Marconi's score keeps one weight: tuning it replays the
-trace 21 times.
+Results and figure are written after every trace; with --resume also every single run is kept, and a
+study that was stopped goes on. On the long traces, and with --few on all, five policies stand for
+all 21, and Marconi's score keeps one weight: tuning it replays the trace 21 times.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
 FEW_PEERS = (*PEERS[:-1], "marconi-static")
 FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", "regret")
 CAPTION = (
-    "Left of each pair the token hit rate, right of it the same as a share of the best plan with hindsight: the clairvoyant greedy's; up to "
-    "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is short and tie where it is not; what "
-    "hindsight would still gain is largest at the left. Grey: between the best and the worst of all other policies tried. Marconi "
-    "saves states at any token (on long traces with one fixed weight), all others, the plan too, on the grid; LightLLM's states lie in host "
+    "Left of each pair the token hit rate, right of it the same as a share of the best plan with "
+    "hindsight: the clairvoyant greedy's; up to "
+    "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is "
+    "short and tie where it is not; what "
+    "hindsight would still gain is largest at the left. Grey: between the best and the worst of "
+    "all other policies tried. Marconi "
+    "saves states at any token (on long traces with one fixed weight), all others, the plan too, "
+    "on the grid; LightLLM's states lie in host "
     "memory that the size does not count: both can pass 100 %."
 )
 
@@ -104,8 +110,8 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
 
 
 def draw(kept: list[dict[str, Any]], named: Sequence[str], full: bool) -> None:
-    """Two panels a trace, the hit rate and its share of the optimum: what is ``named`` and the peers as lines, all others as a band, the best
-    plan and the bounds."""
+    """Two panels a trace, the hit rate and its share of the optimum: what is ``named`` and the
+    peers as lines, all others as a band, the best plan and the bounds."""
     words = list(dict.fromkeys(record["trace"] for record in kept))
     figure, axes = panels(2 * len(words), width=4.3, height=2.9, columns=4)
     for number, word in enumerate(words):

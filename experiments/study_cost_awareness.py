@@ -1,8 +1,10 @@
-"""When does cost awareness pay? Hit rate, median and P99 TTFT of policies that weigh what a miss costs, and of some that do not.
+"""When does cost awareness pay? Hit rate, median and P99 TTFT of policies that weigh what a miss
+costs, and of some that do not.
 
     python -m experiments.study_cost_awareness [--points 8]
 
-Requests queue for one server at a load where waiting matters. Papers report that the median and the tail can move opposite.
+Requests queue for one server at a load where waiting matters. Papers report that the median and the
+tail can move opposite.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def main() -> None:
 
 
 def loaded(trace: Trace, times: Roofline) -> Trace:
-    """The same requests in the same order, arriving as a Poisson process that takes ``LOAD`` of one server without a cache."""
+    """The same requests in the same order, arriving as a Poisson process that takes ``LOAD`` of one
+    server without a cache."""
     requests = list(trace)
     cold_s = sum(times.seconds(0, request.num_tokens(trace.unit)) for request in requests)
     arrivals = Poisson(LOAD * len(requests) / cold_s).times(np.random.default_rng(0))
@@ -72,8 +75,8 @@ def loaded(trace: Trace, times: Roofline) -> Trace:
 
 
 def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
-    """Three panels a trace, a bar a policy, at a size where memory is short: the hit rate and its share of the best plan, and the change of
-    the median and of the P99 from LRU's."""
+    """Three panels a trace, a bar a policy, at a size where memory is short: the hit rate and its
+    share of the best plan, and the change of the median and of the P99 from LRU's."""
     figure, axes = panels(3 * len(results), width=4.9, height=3.1, columns=3)
     for number, result in enumerate(results):
         by_label = result.by_label()
@@ -103,8 +106,10 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
             axis.axvline(0, color="black", linewidth=0.6)
             axis.set_xlabel(f"change of the {words} TTFT from LRU's ({1e3 * lru:,.0f} ms), %")
     caption = (
-        "Left of zero is faster than LRU. Blue policies ignore what a miss costs, red ones weigh it. What moves the times is reuse (first "
-        "column, beside it the share of the clairvoyant greedy's plan); median and P99 of one policy can move by very different amounts, and "
+        "Left of zero is faster than LRU. Blue policies ignore what a miss costs, red ones weigh "
+        "it. What moves the times is reuse (first "
+        "column, beside it the share of the clairvoyant greedy's plan); median and P99 of one "
+        "policy can move by very different amounts, and "
         "opposite ways."
     )
     save(figure, axes, figure_path("study_cost_awareness"), caption)

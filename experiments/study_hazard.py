@@ -1,14 +1,19 @@
-"""How good could an online rule be? The best one that knows, in hindsight, how likely every class of prompt is to be continued.
+"""How good could an online rule be? The best one that knows, in hindsight, how likely every class
+of prompt is to be continued.
 
     python -m experiments.study_hazard
 
-Mooncake's conversation trace: 61 % of its prompts are never continued, and the answers are hidden. An online rule sees of a prompt how
-long it is, how many turns came before, how long they took, how long the answer was. Here such a rule is given, for every class of these
-facts, the truth: which part is continued at which age. It keeps each class until the age at which the next byte-step is no longer worth
-its price, the price being the one at which memory is full on average (a Lagrangian relaxation: memory may be over the limit now and
-under it then, requests in service take none, checkpoints stand wherever they are needed). So no rule that sees only these facts, and
-is the same from first to last, does better than *in hindsight*, up to the grid of ages. *Held out*: the ages come from one half of the sessions and count on the other.
-Between them lies what can be learnt: classes as fine as single prompts would reach the clairvoyant plan in hindsight, and nothing held out.
+Mooncake's conversation trace: 61 % of its prompts are never continued, and the answers are hidden.
+An online rule sees of a prompt how long it is, how many turns came before, how long they took, how
+long the answer was. Here such a rule is given, for every class of these facts, the truth: which
+part is continued at which age. It keeps each class until the age at which the next byte-step is no
+longer worth its price, the price being the one at which memory is full on average (a Lagrangian
+relaxation: memory may be over the limit now and under it then, requests in service take none,
+checkpoints stand wherever they are needed). So no rule that sees only these facts, and is the same
+from first to last, does better than *in hindsight*, up to the grid of ages. *Held out*: the ages
+come from one half of the sessions and count on the other. Between them lies what can be learnt:
+classes as fine as single prompts would reach the clairvoyant plan in hindsight, and nothing held
+out.
 """
 
 from __future__ import annotations
@@ -34,14 +39,17 @@ SIZES_GB = (80, 320)
 AGES: Ints = np.unique(np.round(2.0 ** np.arange(-1, 14, 0.25)).astype(np.int64))
 """Ages at which a class may be let go, requests; the first, 0, admits nothing."""
 CAPTION = (
-    "Full: the best rule that sees a prompt's class, with the truth about every class (hindsight). Hollow: the same, learnt on half of the "
-    "sessions and measured on the others. Finer classes promise more and hold less; all of them stay far below the plan that knows the future."
+    "Full: the best rule that sees a prompt's class, with the truth about every class (hindsight). "
+    "Hollow: the same, learnt on half of the "
+    "sessions and measured on the others. Finer classes promise more and hold less; all of them "
+    "stay far below the plan that knows the future."
 )
 
 
 @dataclass(frozen=True)
 class Tips:
-    """One entry a request: the prompt it leaves behind, until a later one goes on from it. Lengths in ids."""
+    """One entry a request: the prompt it leaves behind, until a later one goes on from it. Lengths
+    in ids."""
 
     lengths: Ints
     answers: Ints
@@ -52,7 +60,8 @@ class Tips:
     ages: Ints
     """Requests until it is continued, or until the trace ends."""
     gains: Ints
-    """Tokens that its continuation reuses, beyond the head that all prompts share; 0: never continued."""
+    """Tokens that its continuation reuses, beyond the head that all prompts share; 0: never
+    continued."""
     sizes: Ints
     """Bytes beyond that head, one state included."""
     sessions: Ints
@@ -126,7 +135,8 @@ def _log2(values: Ints) -> Ints:
 
 
 Curves = tuple[Floats, Floats]
-"""Tokens reused, and byte-steps spent, by class and by the age at which the class is let go: float64[classes, ages]."""
+"""Tokens reused, and byte-steps spent, by class and by the age at which the class is let go:
+float64[classes, ages]."""
 
 
 def curves(tips: Tips, classes: Ints, chosen: npt.NDArray[np.bool_]) -> Curves:
@@ -143,8 +153,8 @@ def curves(tips: Tips, classes: Ints, chosen: npt.NDArray[np.bool_]) -> Curves:
 
 
 def best_gain(known: Curves, counted: Curves, byte_steps: float) -> float:
-    """Tokens reused in ``counted`` if every class goes at the age that is best in ``known`` at one price for all, the price at which
-    ``byte_steps`` are spent in ``counted``."""
+    """Tokens reused in ``counted`` if every class goes at the age that is best in ``known`` at one
+    price for all, the price at which ``byte_steps`` are spent in ``counted``."""
 
     def at(price: float) -> tuple[float, float]:
         ages = np.argmax(known[0] - price * known[1], axis=1)
@@ -179,7 +189,8 @@ def hit_rates(tips: Tips, classes: Ints, capacity_bytes: int) -> tuple[float, fl
 
 
 def information_bits(classes: Ints, returns: npt.NDArray[np.bool_]) -> float:
-    """Mutual information of class and return; what as many classes would show by chance (Miller and Madow) is taken off."""
+    """Mutual information of class and return; what as many classes would show by chance (Miller and
+    Madow) is taken off."""
     _, rows = np.unique(classes, return_inverse=True)
     counts = np.zeros((int(rows.max()) + 1, 2))
     np.add.at(counts, (rows, returns.astype(np.int64)), 1)

@@ -1,4 +1,5 @@
-"""Where are the tokens lost? Every prompt token by cause, over the memory size, with and without good placement.
+"""Where are the tokens lost? Every prompt token by cause, over the memory size, with and without
+good placement.
 
 python -m experiments.study_losses [--traces chat,mooncake]
 """
@@ -25,10 +26,12 @@ TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")
 PLACEMENTS = ("backoff", "branch,boundary,backoff,end")
 """One state a prompt, at its last aligned position, as most engines save it; and the default."""
 CAPTION = (
-    "Left, one state a prompt, at its end: shared beginnings are lost to checkpoints that were never made, however much memory there is. "
-    "Middle, branch point and boundary saved too: only eviction is left, and on long prompts LRU then loses more to it. Dots: the best plan "
-    "with hindsight (clairvoyant greedy), which may put checkpoints anywhere; right, what is reused as a share of it. "
-    + LOSSES_NOTE
+    "Left, one state a prompt, at its end: shared beginnings are lost to checkpoints that were "
+    "never made, however much memory there is. "
+    "Middle, branch point and boundary saved too: only eviction is left, and on long prompts LRU "
+    "then loses more to it. Dots: the best plan "
+    "with hindsight (clairvoyant greedy), which may put checkpoints anywhere; right, what is "
+    "reused as a share of it. " + LOSSES_NOTE
 )
 
 
@@ -53,8 +56,8 @@ def placements(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
-    """Three panels a trace: the causes stacked from the top over the size, what is white was reused, for each placement; and what is
-    reused as a share of the best plan."""
+    """Three panels a trace: the causes stacked from the top over the size, what is white was
+    reused, for each placement; and what is reused as a share of the best plan."""
     shown = placements(options)
     num_panels = len(shown) + 1
     figure, axes = panels(len(results) * num_panels, 4.6, 3.1, columns=num_panels)

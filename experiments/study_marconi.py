@@ -1,4 +1,5 @@
-"""Marconi against itself: the paper's equations, the artifact as it is, the artifact repaired, and the baseline it was measured against.
+"""Marconi against itself: the paper's equations, the artifact as it is, the artifact repaired, and
+the baseline it was measured against.
 
 python -m experiments.study_marconi [--points 6]
 """
@@ -47,9 +48,12 @@ def main() -> None:
         records += [slim(word, run, bound=result.bound_rate) for run in result.runs]
     keep("study_marconi", records)
     caption = (
-        "The three readings of Marconi lie close together but where a few shared prompts must be kept in little memory: there the artifact's "
-        "slips help it, past regret too. With several checkpoints a prompt plain LRU overtakes all three once memory is not short. Right of "
-        "each pair the share of the best plan with hindsight (clairvoyant greedy; the LP proves that no plan passes the thin line)."
+        "The three readings of Marconi lie close together but where a few shared prompts must be "
+        "kept in little memory: there the artifact's "
+        "slips help it, past regret too. With several checkpoints a prompt plain LRU overtakes all "
+        "three once memory is not short. Right of "
+        "each pair the share of the best plan with hindsight (clairvoyant greedy; the LP proves "
+        "that no plan passes the thin line)."
     )
     sweep_figure(
         results, figure_path("study_marconi"), emphasised=("marconi (rebuilt)",), caption=caption

@@ -1,4 +1,5 @@
-"""What do coarse pages and coarse grids cost? Hit rate over the checkpoint grid and over the KV page.
+"""What do coarse pages and coarse grids cost? Hit rate over the checkpoint grid and over the KV
+page.
 
 python -m experiments.study_page_grid
 """
@@ -54,7 +55,8 @@ def _one(runs: tuple[RunResult, ...]) -> RunResult:
 
 
 def draw(rates: Rates, shares: Rates) -> None:
-    """Above the hit rate, below its share of the best plan on the finest grid; left over the grid, right over the page."""
+    """Above the hit rate, below its share of the best plan on the finest grid; left over the grid,
+    right over the page."""
     figure, axes = panels(4, columns=2)
     kinds = (
         ("grid", GRIDS, "checkpoint grid, tokens"),
@@ -78,8 +80,10 @@ def draw(rates: Rates, shares: Rates) -> None:
             axis.set_xlabel(words)
             axis.set_ylabel(label)
     caption = (
-        "A page acts like a grid: checkpoints must sit on both. Short prompts and unique suffixes pay first. Below, the same against the best "
-        "plan with hindsight (clairvoyant greedy; with so much memory the LP proves it) that may use every multiple of 64 tokens."
+        "A page acts like a grid: checkpoints must sit on both. Short prompts and unique suffixes "
+        "pay first. Below, the same against the best "
+        "plan with hindsight (clairvoyant greedy; with so much memory the LP proves it) that may "
+        "use every multiple of 64 tokens."
     )
     save(figure, axes, figure_path("study_page_grid"), caption)
 

@@ -1,4 +1,5 @@
-"""Where should a prefill save states? Placements against each other under one eviction policy, on workloads and overlap families.
+"""Where should a prefill save states? Placements against each other under one eviction policy, on
+workloads and overlap families.
 
 python -m experiments.study_placement [--traces chat,branch] [--points 5]
 """
@@ -70,8 +71,8 @@ def main() -> None:
 
 
 def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
-    """A panel a trace, a bar a placement: the hit rate at the largest size, and at the smallest inside it; in figures at the right, both as
-    shares of the best plan."""
+    """A panel a trace, a bar a placement: the hit rate at the largest size, and at the smallest
+    inside it; in figures at the right, both as shares of the best plan."""
     columns = 3
     figure, axes = panels(len(results), width=4.9, height=4.0, columns=columns)
     for place, (axis, result) in enumerate(zip(axes, results, strict=True)):
@@ -107,8 +108,10 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
         axis.set_xlabel(f"token hit rate, %, at {sizes[0]:g} and {sizes[1]:g} GiB, LRU")
         axis.set_title(title(result, options), fontsize=8.5)
     caption = (
-        "No single position serves every trace: the branch point carries shared beginnings, the end and the back-off carry continuations and "
-        "repeats. The figures say how far each is from the best plan with hindsight (clairvoyant greedy, which places checkpoints freely): with "
+        "No single position serves every trace: the branch point carries shared beginnings, the "
+        "end and the back-off carry continuations and "
+        "repeats. The figures say how far each is from the best plan with hindsight (clairvoyant "
+        "greedy, which places checkpoints freely): with "
         "much memory a good placement leaves nothing, with little memory LRU leaves most of it."
     )
     save(figure, axes, figure_path("study_placement"), caption)

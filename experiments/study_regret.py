@@ -1,8 +1,10 @@
-"""Has `regret` a knob after all? Every constant inside it, a quarter and four times as large, on every workload.
+"""Has `regret` a knob after all? Every constant inside it, a quarter and four times as large, on
+every workload.
 
     python -m experiments.study_regret [--traces chat,resend]
 
-It is called a policy without a knob; this measures how much the constants that its authors wrote into it matter.
+It is called a policy without a knob; this measures how much the constants that its authors wrote
+into it matter.
 """
 
 from __future__ import annotations
@@ -91,8 +93,8 @@ def changed(module: ModuleType, name: str, factor: float) -> Iterator[None]:
 
 
 def draw(changes: list[Change], shares: dict[str, list[float]]) -> None:
-    """Left a row a constant, a mark a trace: the change in hit rate, at a quarter and at four times its value. Right a row a trace: the share
-    of the best plan, unchanged and over all changes."""
+    """Left a row a constant, a mark a trace: the change in hit rate, at a quarter and at four times
+    its value. Right a row a trace: the share of the best plan, unchanged and over all changes."""
     figure, axes = panels(2, width=6.6, height=5.2, columns=2)
     change, share = axes
     words = list(shares)
@@ -129,8 +131,10 @@ def draw(changes: list[Change], shares: dict[str, list[float]]) -> None:
     share.set_xlim(0, 102)
     share.set_xlabel("token hit rate as a share of the best plan, %")
     caption = (
-        "Each constant of regret a quarter (down) and four times (up) as large, at the middle size of each trace: marks near the line say that "
-        "it need not be tuned. Right, the same in terms of the best plan with hindsight (clairvoyant greedy): dots as it is, bars from the worst "
+        "Each constant of regret a quarter (down) and four times (up) as large, at the middle size "
+        "of each trace: marks near the line say that "
+        "it need not be tuned. Right, the same in terms of the best plan with hindsight "
+        "(clairvoyant greedy): dots as it is, bars from the worst "
         "to the best of all changes. No setting closes the distance to the plan."
     )
     save(figure, axes, figure_path("study_regret"), caption)

@@ -1,4 +1,5 @@
-"""What is the loss of a leaf's KV? Three definitions of its ``span``, under every policy that reads it.
+"""What is the loss of a leaf's KV? Three definitions of its ``span``, under every policy that reads
+it.
 
 - *edge*: the tokens of its own edge. Depends on where an unrelated fork once split the path.
 - *tail*: the tokens whose rows go with it, the extent that ``size_bytes`` weighs.

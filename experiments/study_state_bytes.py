@@ -1,4 +1,5 @@
-"""What is a smaller state worth? Checkpoints in float32, bfloat16 and int8 against the hit rate, per policy.
+"""What is a smaller state worth? Checkpoints in float32, bfloat16 and int8 against the hit rate,
+per policy.
 
     python -m experiments.study_state_bytes [--points 8]
 
@@ -47,7 +48,8 @@ def main() -> None:
 
 
 def draw(results: list[list[SimulationResult]], options: argparse.Namespace) -> None:
-    """Two panels a trace: the hit rate, and its share of the best plan with states of the same size."""
+    """Two panels a trace: the hit rate, and its share of the best plan with states of the same
+    size."""
     figure, axes = panels(2 * len(results), width=4.3, height=3.2, columns=4)
     for number, found in enumerate(results):
         for axis, word in zip(axes[2 * number :], ("hit", "optimum"), strict=False):
@@ -68,8 +70,10 @@ def draw(results: list[list[SimulationResult]], options: argparse.Namespace) -> 
             axis.set_ylabel(metric.title)
             axis.set_title(title(found[0], options), fontsize=8.5)
     caption = (
-        "Halving the state is worth up to twice the memory where checkpoints fill it (chat, resend), and little where KV does (long prompts). "
-        "Right of each pair: share of the best plan with hindsight (clairvoyant greedy) whose states are as small, so a line that rises "
+        "Halving the state is worth up to twice the memory where checkpoints fill it (chat, "
+        "resend), and little where KV does (long prompts). "
+        "Right of each pair: share of the best plan with hindsight (clairvoyant greedy) whose "
+        "states are as small, so a line that rises "
         "from blue to green says that small states are also easier to manage."
     )
     save(figure, axes, figure_path("study_state_bytes"), caption)

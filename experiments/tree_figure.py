@@ -1,4 +1,5 @@
-"""The figure of `bench_tree`: ours beside the peers' published figures, and cost over the tree's size."""
+"""The figure of `bench_tree`: ours beside the peers' published figures, and cost over the tree's
+size."""
 
 from __future__ import annotations
 
@@ -66,8 +67,10 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
     right.set_title("Growth with the tree")
     right.legend(fontsize=7, ncols=2, loc="upper left")
     figure.supxlabel(
-        f"Left: means of {short['runs']} runs on two shared cores beside what SGLang reports of its own trees on a machine of the same "
-        "class.\nRight: medians of the quietest run; a flat line is a cost that does not grow with the tree.",
+        f"Left: means of {short['runs']} runs on two shared cores beside what SGLang reports of "
+        "its own trees on a machine of the same "
+        "class.\nRight: medians of the quietest run; a flat line is a cost that does not grow with "
+        "the tree.",
         fontsize=8,
     )
     FIGURES.mkdir(parents=True, exist_ok=True)

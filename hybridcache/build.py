@@ -25,7 +25,8 @@ GRID = 64
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a prefix cache is made from. Either pool sizes, or one number of bytes for KV and states (``memory``)."""
+    """What a prefix cache is made from. Either pool sizes, or one number of bytes for KV and states
+    (``memory``)."""
 
     prefix_cache: str = field(
         default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
@@ -41,7 +42,8 @@ class CacheConfig:
     memory: str = field(
         default="budget",
         metadata={
-            "help": "how total_bytes are shared: arena (rows and slots are views of the same bytes; "
+            "help": "how total_bytes are shared: arena (rows and slots are views of the same "
+            "bytes; "
             "rows may move) or budget (only bytes are counted)"
         },
     )
@@ -92,13 +94,16 @@ class CacheConfig:
         self._refuse_unknown_bytes()
 
     def _refuse_unknown_bytes(self) -> None:
-        """ValueError where bytes decide and the defaults stand: a state never weighs what a token does."""
+        """ValueError where bytes decide and the defaults stand: a state never weighs what a token
+        does."""
         decide = self.total_bytes is not None or self.eviction not in ("lru", LRU)
         unknown = self.kv_bytes_per_token == 1 and self.state_bytes == 1
         if self.prefix_cache == "hybrid" and decide and unknown:
             raise ValueError(
-                "give kv_bytes_per_token and state_bytes, those of the model (hybridcache.ModelGeometry has them): "
-                "without them a state weighs as little as one token, and what goes first would be chosen by that"
+                "give kv_bytes_per_token and state_bytes, those of the model "
+                "(hybridcache.ModelGeometry has them): "
+                "without them a state weighs as little as one token, and what goes first would be "
+                "chosen by that"
             )
 
 
@@ -133,8 +138,9 @@ def _pools(
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:
-    """The eviction order that ``config`` names: one instance that sees all items, or, where the policy
-    leaves the order of tiers to the cache and ``config`` wants tiers, one instance a tier."""
+    """The eviction order that ``config`` names: one instance that sees all items, or, where the
+    policy leaves the order of tiers to the cache and ``config`` wants tiers, one instance a
+    tier."""
     make = make_eviction(config.eviction)
     if make is LRU:
         return LRU(config.dead_first, config.demote_superseded)

@@ -30,7 +30,10 @@ from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 NO_INDICES: Indices = np.empty(0, np.int32)
 NO_INDICES.setflags(write=False)
 
-EVICTED = "what this match or result named was evicted since: match again, and lock before anything is evicted"
+EVICTED = (
+    "what this match or result named was evicted since: match again, and lock before anything is "
+    "evicted"
+)
 
 RENDERERS = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}
 
@@ -47,7 +50,8 @@ class Receipt:
 class HybridRadixCache:
     """Prefixes whose KV *and* state can be resumed, for models with linear-attention layers.
 
-    ``grid``: positions a checkpoint may take are its multiples (and whole pages). Eviction order is ``policy``'s.
+    ``grid``: positions a checkpoint may take are its multiples (and whole pages). Eviction order is
+    ``policy``'s.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
@@ -86,8 +90,6 @@ class HybridRadixCache:
         self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
         self._tree = self._residency.tree
         self._gathered = self._residency.gathered
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n).
@@ -150,7 +152,8 @@ class HybridRadixCache:
         )
 
     def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None]:
-        """(how deep the tokens were ever seen, the deepest evicted checkpoint down there that could be resumed from)."""
+        """(how deep the tokens were ever seen, the deepest evicted checkpoint down there that could
+        be resumed from)."""
         ghost, _, length = self._tree.walk(node, tokens[node.end :], ghosts=True)
         while ghost is not node:
             if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
@@ -162,8 +165,8 @@ class HybridRadixCache:
     def gather(self, node: RadixNode | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
 
-        The latest answers are kept: a request asks when it begins and again below that when it has published, and the next
-        turn of its conversation asks for the same again.
+        The latest answers are kept: a request asks when it begins and again below that when it has
+        published, and the next turn of its conversation asks for the same again.
         """
         if node is None or node.kv is None:
             return NO_INDICES
@@ -199,10 +202,9 @@ class HybridRadixCache:
         if match.missed is not None:
             residency.policy.missed(match.missed)
 
-    # -- locking ------------------------------------------------------------------------------------------------------
-
     def lock(self, node: RadixNode | None) -> Receipt:
-        """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1). ValueError: it was evicted."""
+        """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
+        ValueError: it was evicted."""
         if node is not None:
             if node.kv is None:
                 raise ValueError(EVICTED)
@@ -210,15 +212,14 @@ class HybridRadixCache:
         return Receipt(node)
 
     def unlock(self, receipt: Receipt) -> None:
-        """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache gave it."""
+        """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache
+        gave it."""
         node = receipt.node
         if node is not None:
             if node not in self._residency.locked:
                 raise ValueError("this receipt was given by another cache: unlock it there")
             receipt.node = None
             self._residency.unlock(node)
-
-    # -- publishing ---------------------------------------------------------------------------------------------------
 
     def insert(
         self,
@@ -232,8 +233,9 @@ class HybridRadixCache:
     ) -> InsertResult:
         """Publish ``tokens`` with their rows and checkpoints; see ``PrefixCache.insert``.
 
-        O(n), or O(n - owned_from) with ``after``, a locked node whose path is ``tokens[:owned_from]``; where a checkpoint or
-        a fork comes, also a step for each node up to the nearest checkpoint above.
+        O(n), or O(n - owned_from) with ``after``, a locked node whose path is
+        ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
+        the nearest checkpoint above.
         """
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, after)
         residency, tree = self._residency, self._tree
@@ -247,7 +249,8 @@ class HybridRadixCache:
         if owned_from > kv_len:
             tree.prune_root(namespace)
             raise ValueError(
-                f"rows up to {owned_from} are said to be the cache's, which holds {kv_len}: keep a lock over them"
+                f"rows up to {owned_from} are said to be the cache's, which holds {kv_len}: keep a "
+                "lock over them"
             )
         if inside is not None and kv_len > node.end:
             node = residency.split(inside, kv_len)
@@ -284,7 +287,8 @@ class HybridRadixCache:
         num_tokens = len(tokens)
         if len(kv_indices) != num_tokens:
             raise ValueError(
-                f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
+                f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are "
+                "needed"
             )
         if labels and len(labels) != len(checkpoints):
             raise ValueError(
@@ -293,7 +297,8 @@ class HybridRadixCache:
         for position, slot in checkpoints:
             if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):
                 raise ValueError(
-                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the slot "
+                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the "
+                    "slot "
                     f"below {self._num_slots}"
                 )
         if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
@@ -315,10 +320,11 @@ class HybridRadixCache:
         rows: Indices,
         checkpoints: Sequence[tuple[int, int]],
     ) -> RadixNode:
-        """Make ``tokens`` resident below ``node`` with copies of ``rows``: revive ghosts, then grow. Returns the new leaf.
+        """Make ``tokens`` resident below ``node`` with copies of ``rows``: revive ghosts, then
+        grow. Returns the new leaf.
 
-        What grows ends a node where a checkpoint will stand, so that none of it is split at once: nodes that grew apart share
-        no buffer.
+        What grows ends a node where a checkpoint will stand, so that none of it is split at once:
+        nodes that grew apart share no buffer.
         """
         residency = self._residency
         first = node.end
@@ -366,9 +372,11 @@ class HybridRadixCache:
         labels: Sequence[str],
         offered_to: int,
     ) -> tuple[int, ...]:
-        """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not taken.
+        """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not
+        taken.
 
-        Nodes that end at or before ``offered_to`` were there before, so the policy knows them. O(path).
+        Nodes that end at or before ``offered_to`` were there before, so the policy knows them.
+        O(path).
         """
         residency = self._residency
         rejected: list[int] = []
@@ -394,11 +402,9 @@ class HybridRadixCache:
             before = residency.store_checkpoint(node, slot, label, offered, before)
         return tuple(rejected)
 
-    # -- memory -------------------------------------------------------------------------------------------------------
-
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing evicted, if so many can not
-        be had. O(num_tokens + log of the tree per evicted item)."""
+        """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing
+        evicted, if so many can not be had. O(num_tokens + log of the tree per evicted item)."""
         rows = self._pages.allocate(num_tokens)
         if rows is None:
             whole = -(-num_tokens // self.page_size) * self.page_size
@@ -408,7 +414,7 @@ class HybridRadixCache:
         return rows
 
     def allocate_slot(self) -> int | None:
-        """One state slot, evicting as needed; None, and nothing evicted, if none can be had."""
+        """One state slot, evicting as needed; None, and nothing evicted, if none is available."""
         slot = self._slots.allocate()
         if slot is None:
             if make_room_for_slot(self._residency):
@@ -425,7 +431,8 @@ class HybridRadixCache:
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Evict until that much was freed or nothing evictable is left. O(log of the tree) per item.
+        """Evict until that much was freed or nothing evictable is left. O(log of the tree) per
+        item.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -458,8 +465,8 @@ class HybridRadixCache:
             assert in_hands == held_slots, f"{in_hands} slots held, the caller has {held_slots}"
 
     def subscribe(self, listener: Listener) -> None:
-        """Tell ``listener``, beside those told already, of all that is cached and of every change from now on. O(tree).
-        ValueError: it is told already."""
+        """Tell ``listener``, beside those told already, of all that is cached and of every change
+        from now on. O(tree). ValueError: it is told already."""
         told = members_of(self._residency.listener)
         if listener in told:
             raise ValueError("this listener is subscribed already: unsubscribe it first")
@@ -474,11 +481,13 @@ class HybridRadixCache:
         self._residency.listener = joined(tuple(one for one in told if one is not listener))
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
-        """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError: another word.
+        """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError:
+        another word.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-        >>> result = cache.insert(np.arange(3, dtype=np.int32), cache.allocate_kv(3), namespace="tenant")
+        >>> rows = cache.allocate_kv(3)
+        >>> result = cache.insert(np.arange(3, dtype=np.int32), rows, namespace="tenant")
         >>> print(cache.render())
         namespace 'tenant'
         `- 0..3
@@ -486,8 +495,6 @@ class HybridRadixCache:
         if form not in RENDERERS:
             raise ValueError(f"a tree is drawn as {', '.join(RENDERERS)}, not {form!r}")
         return RENDERERS[form](self._tree, max_nodes)
-
-    # -- for people ---------------------------------------------------------------------------------------------------
 
     @property
     def cached_tokens(self) -> int:
@@ -500,7 +507,7 @@ class HybridRadixCache:
 
     @property
     def free_tokens(self) -> int:
-        """KV rows in no hand. O(1)."""
+        """Unallocated KV rows. O(1)."""
         return self._pages.num_free
 
     @property

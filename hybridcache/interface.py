@@ -1,14 +1,17 @@
 """The contract of a prefix cache: its verbs, and who owns which index at every moment.
 
-A prefix cache keeps two resources for prefixes that may come again: *KV indices* (one per token, rows of the
-full-attention layers' KV pool) and *checkpoints* (one state slot each: conv + recurrent state of all linear layers
-after exactly ``position`` tokens). It stores integers only, never tensors.
+A prefix cache keeps two resources for prefixes that may come again: *KV indices* (one per token,
+rows of the full-attention layers' KV pool) and *checkpoints* (one state slot each: conv + recurrent
+state of all linear layers after exactly ``position`` tokens). It stores integers only, never
+tensors.
 
 Ownership. An index or slot has, at every moment, exactly one of three owners:
 
 - *free*: in its allocator;
-- *held*: by a request, from ``allocate_kv`` / ``allocate_slot`` until it is passed to ``insert`` or freed;
-- *cached*: by the cache, from ``insert`` until it is evicted, when the cache itself frees it to the allocator.
+- *held*: by a request, from ``allocate_kv`` / ``allocate_slot`` until it is passed to ``insert`` or
+  freed;
+- *cached*: by the cache, from ``insert`` until it is evicted, when the cache itself frees it to the
+  allocator.
 
 ``free + cached + held == total`` for both resources is what ``check`` verifies.
 """
@@ -30,37 +33,40 @@ if TYPE_CHECKING:
 class PrefixCache(Protocol):
     """A prefix cache as HybridRadixCache, RadixCache, NullCache and PlainCache implement it.
 
-    ``tokens`` is int32[n]. ``namespace`` is any hashable: requests in different namespaces never share.
+    ``tokens`` is int32[n]. ``namespace`` is any hashable: requests in different namespaces never
+    share.
     """
 
     page_size: int
     grid: int
     stats: CacheStats
     arena: ArenaAllocator | None
-    """Where rows and slots are of one memory: what tells holders of moves. None: rows never move."""
+    """Where rows and slots are of one memory: what tells holders of moves. None: rows never
+    move."""
 
     @property
     def free_tokens(self) -> int:
-        """KV rows that can be had without evicting. O(1), as the next three."""
+        """KV rows available without evicting. O(1), as the next three."""
         ...
 
     @property
     def free_slots(self) -> int:
-        """State slots that can be had without evicting."""
+        """State slots available without evicting."""
         ...
 
     @property
     def cached_tokens(self) -> int:
-        """KV rows in the cache's hands."""
+        """KV rows that the cache owns."""
         ...
 
     @property
     def num_checkpoints(self) -> int:
-        """State slots in the cache's hands."""
+        """State slots that the cache owns."""
         ...
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Read how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n). ValueError: not int32[n]."""
+        """Read how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n).
+        ValueError: not int32[n]."""
         ...
 
     def gather(self, node: Any) -> Indices:
@@ -68,16 +74,18 @@ class PrefixCache(Protocol):
         ...
 
     def touch(self, match: PrefixMatch) -> None:
-        """Count a use: refresh the consumed checkpoint (not the path's others) and the KV path's recency; record losses."""
+        """Count a use: refresh the consumed checkpoint (not the path's others) and the KV path's
+        recency; record losses."""
         ...
 
     def lock(self, node: Any) -> Any:
-        """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt ``unlock`` takes.
-        ValueError: ``node`` was evicted."""
+        """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt
+        ``unlock`` takes. ValueError: ``node`` was evicted."""
         ...
 
     def unlock(self, receipt: Any) -> None:
-        """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1). ValueError: another cache gave it."""
+        """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1). ValueError:
+        another cache gave it."""
         ...
 
     def insert(
@@ -90,31 +98,36 @@ class PrefixCache(Protocol):
         labels: Sequence[str] = (),
         after: Any = None,
     ) -> InsertResult:
-        """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot), ...].
+        """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot),
+        ...].
 
-        ``kv_indices[:owned_from]`` are the tree's own (the caller holds a lock over them); the rest the caller holds, and
-        ownership of whatever is not in ``duplicates`` or past ``inserted_len`` passes to the cache; likewise slots not in
-        ``rejected_slots``. ``labels`` are the placement words that asked for the checkpoints, one each (or none).
-        ``after`` is a locked node whose path is ``tokens[:owned_from]`` (``match.node``, later ``result.node``): the walk then
-        starts there, O(n - owned_from) instead of O(n).
+        ``kv_indices[:owned_from]`` are the tree's own (the caller holds a lock over them); the rest
+        the caller holds, and ownership of whatever is not in ``duplicates`` or past
+        ``inserted_len`` passes to the cache; likewise slots not in ``rejected_slots``. ``labels``
+        are the placement words that asked for the checkpoints, one each (or none). ``after`` is a
+        locked node whose path is ``tokens[:owned_from]`` (``match.node``, later ``result.node``):
+        the walk then starts there, O(n - owned_from) instead of O(n).
 
-        ValueError, and nothing changed: arrays that are not int32[n], fewer tokens in the tree than ``owned_from``, an ``after``
-        that is evicted or not locked, malformed checkpoints or labels, a namespace that does not equal itself. Not checked,
-        because it would cost a pass: that rows and slots are the caller's, that those below ``owned_from`` are the tree's, that
-        ``after`` is of these tokens and this namespace. ``check`` finds rows and slots that are in two hands.
+        ValueError, and nothing changed: arrays that are not int32[n], fewer tokens in the tree than
+        ``owned_from``, an ``after`` that is evicted or not locked, malformed checkpoints or labels,
+        a namespace that does not equal itself. Not checked, because it would cost a pass: that rows
+        and slots are the caller's, that those below ``owned_from`` are the tree's, that ``after``
+        is of these tokens and this namespace. ``check`` finds rows and slots that are in two hands.
         """
         ...
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Take rows for ``num_tokens`` tokens (whole pages), evicting as needed; None if that many can not be had."""
+        """Take rows for ``num_tokens`` tokens (whole pages), evicting as needed; None if that many
+        are not available."""
         ...
 
     def allocate_slot(self) -> int | None:
-        """Take one state slot, evicting as needed; None if none can be had."""
+        """Take one state slot, evicting as needed; None if none is available."""
         ...
 
     def free_kv(self, kv_indices: Indices) -> None:
-        """Give rows back that the caller holds: taken by ``allocate_kv`` and never passed on. O(rows)."""
+        """Give rows back that the caller holds: taken by ``allocate_kv`` and never passed on.
+        O(rows)."""
         ...
 
     def free_slot(self, slot: int) -> None:
@@ -130,7 +143,8 @@ class PrefixCache(Protocol):
         ...
 
     def subscribe(self, listener: Listener) -> None:
-        """Tell ``listener``, beside those told already, of all that is cached and of every change from now on. O(cache)."""
+        """Tell ``listener``, beside those told already, of all that is cached and of every change
+        from now on. O(cache)."""
         ...
 
     def unsubscribe(self, listener: Listener) -> None:
@@ -142,6 +156,6 @@ class PrefixCache(Protocol):
         ...
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
-        """Recompute every invariant from scratch; AssertionError names the first that fails. With ``held_*`` also
-        ``free + cached + held == total``. O(tree)."""
+        """Recompute every invariant from scratch; AssertionError names the first that fails. With
+        ``held_*`` also ``free + cached + held == total``. O(tree)."""
         ...

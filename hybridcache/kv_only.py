@@ -12,13 +12,15 @@ from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 
 class PathPart(NamedTuple):
-    """The first ``length`` tokens of the path to ``node``: a hit may end inside an edge, and a match splits nothing."""
+    """The first ``length`` tokens of the path to ``node``: a hit may end inside an edge, and a
+    match splits nothing."""
 
     node: RadixNode
     length: int
 
     def last(self) -> RadixNode:
-        """The node that the part ends in, or at: splits since the match put nodes above ``node``. O(those)."""
+        """The node that the part ends in, or at: splits since the match put nodes above ``node``.
+        O(those)."""
         node = self.node
         while node.start >= self.length:
             assert node.parent is not None
@@ -75,7 +77,8 @@ class RadixCache(HybridRadixCache):
         super().touch(match._replace(node=node))
 
     def lock(self, node: PathPart | RadixNode | None) -> Receipt:
-        """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside. O(page)."""
+        """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
+        O(page)."""
         if isinstance(node, PathPart):
             last = node.last()
             if last.kv is None:

@@ -1,11 +1,13 @@
 """One request's claims on a prefix cache, from its match to its release: integers only.
 
-The engine's cache manager and the simulator drive this same class, so a policy that was studied is the policy that is
-served. The tensors' side (copying a state, writing KV, filling a request table) is the caller's.
+The engine's cache manager and the simulator drive this same class, so a policy that was studied is
+the policy that is served. The tensors' side (copying a state, writing KV, filling a request table)
+is the caller's.
 
-Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work ``extend`` (KV for it), ``take_checkpoint_slots``
-(checkpoint slots for planned positions in it), the computation, ``publish`` (what was computed goes to the tree), and in
-the end exactly one of ``finish``, ``preempt`` and ``abort``, after which nothing is held.
+Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work ``extend`` (KV for
+it), ``take_checkpoint_slots`` (checkpoint slots for planned positions in it), the computation,
+``publish`` (what was computed goes to the tree), and in the end exactly one of ``finish``,
+``preempt`` and ``abort``, after which nothing is held.
 """
 
 from __future__ import annotations
@@ -22,31 +24,37 @@ from hybridcache.policies.protocol import PlacementPolicy, Prefill
 from hybridcache.results import Losses, PrefixMatch
 from hybridcache.tokens import Indices, Tokens
 
-# Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of it but computed_len):
+# Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of
+# it but computed_len):
 #
-#     0 ............ cached_len ........ published_len ........ computed_len ........ len(kv_indices)
+# 0 ............ cached_len ........ published_len ........ computed_len ........ len(kv_indices)
 #     |  the tree's, since before us     |  ours: held          |  ours: held, not    |
 #     |                |  the tree's,    |  (the last partial   |  computed yet       |
 #     |                |  published by us|  page at least)      |                     |
 #     |<---------- under our lock ------>|<-------- given back at the end ----------->|
 #
-# begin      locks the node that ends at cached_len: the tree's rows stay the tree's. They are read when first asked for.
-# extend     allocates at the right end: free -> held. May evict, never anything under a lock.
-# publish    hands [published_len, computed_len) to the tree: held -> cached, down to whole pages. Where the tree has rows
-#            for the same tokens already (another request was faster, or their checkpoint had gone), ours are duplicates:
-#            we switch to the tree's and free ours: held -> free. Then the lock moves to the node that ends at the new
+# begin      locks the node that ends at cached_len: the tree's rows stay the tree's. They are read
+# when first asked for. extend     allocates at the right end: free -> held. May evict, never
+# anything under a lock. publish    hands [published_len, computed_len) to the tree: held -> cached,
+# down to whole pages. Where the tree has rows
+# for the same tokens already (another request was faster, or their checkpoint had gone), ours are
+# duplicates:
+# we switch to the tree's and free ours: held -> free. Then the lock moves to the node that ends at
+# the new
 #            published_len; the new one is taken before the old one is returned.
 # finish,    publish one last time, free what is left, unlock.
 #   preempt
 # abort      frees [published_len, len) and unlocks. What was published before stays the tree's.
 #
-# Slots. `state_slot` is ours from begin to the end: free -> held -> free, or, donated, -> cached. It is written in every
-# step; a checkpoint never is, so a lease that resumes starts on a copy (`restore`). A slot for a planned checkpoint is
-# held from `take_checkpoint_slots` until the `publish` that covers its position: then cached, or free if the tree would not have it.
-# In decode one such slot rolls: written again at each crossing, published only at the end.
+# Slots. `state_slot` is ours from begin to the end: free -> held -> free, or, donated, -> cached.
+# It is written in every step; a checkpoint never is, so a lease that resumes starts on a copy
+# (`restore`). A slot for a planned checkpoint is held from `take_checkpoint_slots` until the
+# `publish` that covers its position: then cached, or free if the tree would not have it. In decode
+# one such slot rolls: written again at each crossing, published only at the end.
 #
-# Moves. In an arena rows get other places when a slab is emptied (`allocators.moves`): no row changes
-# hands by that, the lease is notified (`rows_moved`), and its caller asks where (`take_moved`).
+# Moves. In an arena rows get other places when a slab is emptied (`allocators.moves`): no row
+# changes hands by that, the lease is notified (`rows_moved`), and its caller asks where
+# (`take_moved`).
 
 
 SPARE_ROWS = 512
@@ -57,19 +65,22 @@ class LeaseRequest(NamedTuple):
     """What a lease is asked for."""
 
     tokens: Tokens
-    """All that is known before computing: the prompt, or after a preemption the prompt and what was generated."""
+    """All that is known before computing: the prompt, or after a preemption the prompt and what was
+    generated."""
     namespace: Hashable = None
     boundaries: tuple[int, ...] = ()
     """Positions known to survive into later prompts, ascending."""
     reuse: bool = True
     """False: read no cache (a caller that wants every position's logits); publishing goes on."""
     exact: bool = False
-    """True: nothing past ``tokens`` is ever published, so all that is cached was computed by a prefill."""
+    """True: nothing past ``tokens`` is ever published, so all that is cached was computed by a
+    prefill."""
     stateful: bool = True
     """False: the model has no linear layers; no slot is taken and no checkpoint planned."""
     answer_survives: bool = True
-    """False: later prompts are known to leave this one before its end (a chat template that drops the reasoning). A state
-    saved in decode would never be used, and would make the boundary's look superseded: none is saved."""
+    """False: later prompts are known to leave this one before its end (a chat template that drops
+    the reasoning). A state saved in decode would never be used, and would make the boundary's look
+    superseded: none is saved."""
 
 
 Saved = tuple[int, int]
@@ -77,7 +88,8 @@ Saved = tuple[int, int]
 
 
 class Lease:
-    """One request's claims on a cache. Made by ``begin``; not to be used after ``finish``, ``preempt`` or ``abort``."""
+    """One request's claims on a cache. Made by ``begin``; not to be used after ``finish``,
+    ``preempt`` or ``abort``."""
 
     __slots__ = (
         "_cache",
@@ -123,8 +135,8 @@ class Lease:
         """Tokens that are prefilled: those of the request."""
         self.state_slot = state_slot
         """The request's own slot; None for attention-only models."""
-        # Rows in [_unread_start, _unread_end) are the tree's and stand in it alone: a caller that moves no tensors never asks
-        # for them. All others are here, up to date.
+        # Rows in [_unread_start, _unread_end) are the tree's and stand in it alone: a caller that
+        # moves no tensors never asks for them. All others are here, up to date.
         self._unread_start = 0
         self._unread_end = self._num_rows = match.cached_len
         self.published_len = match.cached_len
@@ -144,11 +156,11 @@ class Lease:
     def begin(
         cls, cache: PrefixCache, placement: PlacementPolicy, request: LeaseRequest
     ) -> Lease | None:
-        """Match, lock, take a state slot. None: no slot can be had; nothing is held.
+        """Match, lock, take a state slot. None: no slot is available; nothing is held.
 
-        Where the only slot that could be had is the checkpoint the request would resume from, the request starts further
-        up without it, and ``losses.refused`` counts the tokens; with ``reuse=False`` it counts all that was not read.
-        O(len(tokens)).
+        Where the only available slot is the checkpoint the request would resume from, the request
+        starts further up without it, and ``losses.refused`` counts the tokens; with ``reuse=False``
+        it counts all that was not read. O(len(tokens)).
         """
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
@@ -177,7 +189,8 @@ class Lease:
         return cls(cache, placement, request, match, receipt, slot)
 
     def _count(self) -> None:
-        """The lease has its first memory: it is going to compute, so it counts as a use, and the placement is asked."""
+        """The lease has its first memory: it is going to compute, so it counts as a use, and the
+        placement is asked."""
         self._is_counted = True
         if self._request.reuse:
             self._cache.touch(self.match)
@@ -217,15 +230,17 @@ class Lease:
 
     @property
     def restore(self) -> tuple[int, int] | None:
-        """(checkpoint slot, own slot): the state copy to make before computing; None: the state starts from zero."""
+        """(checkpoint slot, own slot): the state copy to make before computing; None: the state
+        starts from zero."""
         if self.match.checkpoint is None or self.state_slot is None:
             return None
         return self.match.checkpoint, self.state_slot
 
     @property
     def kv_indices(self) -> Indices:
-        """KV row of every position so far, the tree's and those held: int32[``extended_len``], a view. O(``published_len``)
-        when the tree's have not been read since they became so, else O(1)."""
+        """KV row of every position so far, the tree's and those held: int32[``extended_len``], a
+        view. O(``published_len``) when the tree's have not been read since they became so, else
+        O(1)."""
         start, end = self._unread_start, self._unread_end
         if start < end:
             self._rows[start:end] = self._cache.gather(self._node)[start:end]
@@ -252,21 +267,25 @@ class Lease:
         return (self.state_slot is not None) + len(self._pending) + (self._rolling is not None)
 
     def plan_checkpoint(self, position: int, label: str) -> None:
-        """Plan a checkpoint at ``position``, floored to the grid; one that is planned or out of reach already changes
-        nothing. Beside the placement's own: another request is known to leave this one's path there."""
+        """Plan a checkpoint at ``position``, floored to the grid; one that is planned or out of
+        reach already changes nothing. Beside the placement's own: another request is known to leave
+        this one's path there."""
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len:
             self._plan.setdefault(position, label)
 
     def is_saving_at(self, position: int) -> bool:
-        """Whether a checkpoint at ``position`` was handed out by ``take_checkpoint_slots`` and waits for its ``publish``."""
+        """Whether a checkpoint at ``position`` was handed out by ``take_checkpoint_slots`` and
+        waits for its ``publish``."""
         return any(saved == position for saved, _ in self._pending)
 
     def extend(self, to_len: int) -> bool:
-        """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused, nothing changed.
+        """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused,
+        nothing changed.
 
-        The first that succeeds counts the lease as a use of the cache (``touch``) and asks the placement where to save: a
-        caller that begins, is refused, aborts and tries again later is counted once.
+        The first that succeeds counts the lease as a use of the cache (``touch``) and asks the
+        placement where to save: a caller that begins, is refused, aborts and tries again later is
+        counted once.
         """
         missing = to_len - self._num_rows
         if missing <= 0:
@@ -292,11 +311,12 @@ class Lease:
         return True
 
     def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]:
-        """(position, slot) of the checkpoints that computing [start, end) has to save, positions in (start, end]: planned
-        ones in a prefill, the rolling one in decode. A position no slot can be had for is skipped.
+        """(position, slot) of the checkpoints that computing [start, end) has to save, positions in
+        (start, end]: planned ones in a prefill, the rolling one in decode. A position without an
+        available slot is skipped.
 
-        The rolling one is written over what it held: a caller that works a step ahead and then finds that the request had
-        ended before it, has neither.
+        The rolling one is written over what it held: a caller that works a step ahead and then
+        finds that the request had ended before it, has neither.
         """
         if start >= self.prompt_len:
             return self._roll(start, end)
@@ -306,8 +326,9 @@ class Lease:
         return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
 
     def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
-        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its order, and keep them for it;
-        returns how many it would still ask for. For a caller that wants few slabs of an arena emptied at a time."""
+        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its
+        order, and keep them for it; returns how many it would still ask for. For a caller that
+        wants few slabs of an arena emptied at a time."""
         if start >= self.prompt_len:
             rolls = self._rolling is None and bool(self._crossing(start, end))
             if rolls and max_slots:
@@ -342,17 +363,20 @@ class Lease:
         return (self._rolling,)
 
     def _crossing(self, start: int, end: int) -> int | None:
-        """The last position in (start, end] at which decoding saves a state; None: there is none."""
+        """The last position in (start, end] at which decoding saves a state; None: there is
+        none."""
         interval = self._decode_interval
         if interval is None or end // interval * interval <= start:
             return None
         return end // interval * interval
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
-        """Hand what is computed to the tree, with the checkpoints that are done, and move the lock to its end.
+        """Hand what is computed to the tree, with the checkpoints that are done, and move the lock
+        to its end.
 
-        ``tokens`` are all tokens so far, ``computed_len`` of them computed. Returns (start, end) of the positions whose
-        row in ``kv_indices`` changed because the tree had them already; None: no row changed. O(computed_len).
+        ``tokens`` are all tokens so far, ``computed_len`` of them computed. Returns (start, end) of
+        the positions whose row in ``kv_indices`` changed because the tree had them already; None:
+        no row changed. O(computed_len).
         """
         cache = self._cache
         computed_len = self._publishable(computed_len)
@@ -376,8 +400,8 @@ class Lease:
         return first, first + num_duplicates
 
     def rows_moved(self, move: Move) -> int:
-        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how many are held.
-        O(``extended_len``), a nanosecond each."""
+        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how
+        many are held. O(``extended_len``), a nanosecond each."""
         first_known = self._unread_end
         moved = move.rename(self._rows[first_known : self._num_rows]) + first_known
         num_held = len(moved) - int(np.searchsorted(moved, self.published_len))
@@ -391,9 +415,10 @@ class Lease:
         return num_held
 
     def take_moved(self) -> tuple[int, int] | None:
-        """(start, end) of the positions whose row in ``kv_indices`` changed since the last time because slabs were emptied;
-        None: no row changed. Given out once. What the caller copied from ``kv_indices`` before is out of date there: it
-        reads these positions again, and writes them after all that it copied."""
+        """(start, end) of the positions whose row in ``kv_indices`` changed since the last time
+        because slabs were emptied; None: no row changed. Given out once. What the caller copied
+        from ``kv_indices`` before is out of date there: it reads these positions again, and writes
+        them after all that it copied."""
         moved, self._moved = self._moved, None
         return moved
 
@@ -403,7 +428,8 @@ class Lease:
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: dict[Saved, str]
     ) -> tuple[Any, int]:
-        """Returns (the node that ends at the new ``published_len``, rows from the old one on that were duplicates)."""
+        """Returns (the node that ends at the new ``published_len``, rows from the old one on that
+        were duplicates)."""
         cache = self._cache
         inserted_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
@@ -423,8 +449,8 @@ class Lease:
         return node, num_duplicates
 
     def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
-        """Publish what is computed and end the lease. With ``donate`` the own slot becomes a checkpoint where its state
-        sits on a position that the placement wants: no copy."""
+        """Publish what is computed and end the lease. With ``donate`` the own slot becomes a
+        checkpoint where its state sits on a position that the placement wants: no copy."""
         if computed_len > self.prompt_len:
             wanted = self._decode_interval is not None
         else:
@@ -432,7 +458,8 @@ class Lease:
         self._end(tokens, computed_len, donate and wanted)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
-        """Publish what is computed and end the lease, to begin again later: any grid position is worth donating."""
+        """Publish what is computed and end the lease, to begin again later: any grid position is
+        worth donating."""
         self._end(tokens, computed_len, True)
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:

@@ -1,7 +1,7 @@
 """A record of everything that leases did to one cache, in order, and its replay on another.
 
-The engine can keep one while it serves; replaying it on a fresh cache of the same sizes and policies takes the very same
-decisions, hit for hit and eviction for eviction, without a model.
+The engine can keep one while it serves; replaying it on a fresh cache of the same sizes and
+policies takes the very same decisions, hit for hit and eviction for eviction, without a model.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ class LeaseEvent(NamedTuple):
     """One verb of one lease, or of the cache itself."""
 
     verb: str
-    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, plan_checkpoint, publish, finish, preempt, abort: the
-    lease's; reset: the cache's."""
+    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, plan_checkpoint, publish,
+    finish, preempt, abort: the lease's; reset: the cache's."""
     lease: int | None
-    """Number of the lease, counted from 0; None: ``begin`` was refused, or the verb is the cache's."""
+    """Number of the lease, counted from 0; None: ``begin`` was refused, or the verb is the
+    cache's."""
     arguments: tuple[Any, ...]
     result: Any
-    """What it gave: begin (cached_len or None), extend (bool), reserve_checkpoint_slots (how many are still
-    wanted), take_checkpoint_slots ((position, slot), ...); else None."""
+    """What it gave: begin (cached_len or None), extend (bool), reserve_checkpoint_slots (how many
+    are still wanted), take_checkpoint_slots ((position, slot), ...); else None."""
 
 
 class LeaseLog:
@@ -58,9 +59,11 @@ class LeaseLog:
 
 
 def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
-    """Do to ``cache`` what was recorded; returns the record of that, which equals ``log`` where both decided alike.
+    """Do to ``cache`` what was recorded; returns the record of that, which equals ``log`` where
+    both decided alike.
 
-    Stops at the first ``begin`` or ``extend`` whose outcome differs, since what follows would have been different.
+    Stops at the first ``begin`` or ``extend`` whose outcome differs, since what follows would have
+    been different.
     """
     again = LeaseLog()
     leases: dict[int, Lease] = {}

@@ -1,4 +1,4 @@
-"""Who is told when something enters or leaves a cache: event streams, studies, tests."""
+"""Who is notified when something enters or leaves a cache: event streams, studies, tests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hybridcache.radix.node import RadixNode
 
 
 class Listener(Protocol):
-    """Called right after (stored, split) or right before (chosen, removed) the change. Must not change the cache.
+    """Called right after (stored, split) or right before (chosen, removed) the change. Must not
+    change the cache.
 
-    Nor should it raise: the change it is told of is half done and is brought to its end, so that the caller learns what it
-    owns; the listener is unsubscribed and its error logged.
+    Nor should it raise: the change is half done when it is notified, and is completed, so that the
+    caller learns what it owns; the listener is unsubscribed and its error logged.
 
-    A resident node is known by the serial of its KV, ``node.kv.serial``: unique for as long as the cache lives.
+    A resident node is known by the serial of its KV, ``node.kv.serial``: unique for as long as the
+    cache lives.
     """
 
     def kv_stored(self, node: RadixNode) -> None:
@@ -45,7 +47,8 @@ class Listener(Protocol):
 
 
 class Listeners(Listener):
-    """Several listeners, told one after the other. One that raises is dropped, and the logger ``hybridcache`` says so."""
+    """Several listeners, told one after the other. One that raises is dropped, and the logger
+    ``hybridcache`` says so."""
 
     def __init__(self, members: tuple[Listener, ...]) -> None:
         self.members = members
@@ -75,12 +78,12 @@ class Listeners(Listener):
             except Exception:
                 self.members = tuple(one for one in self.members if one is not member)
                 logging.getLogger("hybridcache").exception(
-                    "%r raised when told of %s: it is told nothing more", member, change
+                    "%r raised when notified of %s: it is notified no more", member, change
                 )
 
 
 def members_of(told: Listener | None) -> tuple[Listener, ...]:
-    """Those who are told when ``told`` is."""
+    """Forwards what it is notified of to several listeners."""
     if isinstance(told, Listeners):
         return told.members
     return () if told is None else (told,)

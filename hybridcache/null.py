@@ -82,7 +82,8 @@ class NullCache(PrefixCache):
         return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Rows that are free; None, counted as a refusal, where there are too few: nothing can be evicted."""
+        """Rows that are free; None, counted as a refusal, where there are too few: nothing can be
+        evicted."""
         rows = self._pages.allocate(num_tokens)
         self.stats.refusals += rows is None
         return rows

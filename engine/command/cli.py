@@ -1,4 +1,5 @@
-"""The command ``engine``: serve, generate, inspect. Wrong input ends with exit code 2 and one sentence."""
+"""The command ``engine``: serve, generate, inspect. Wrong input ends with exit code 2 and one
+sentence."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="engine",
-        description="Inference with a prefix cache for hybrid models: KV and recurrent state in one radix tree.",
+        description="Inference with a prefix cache for hybrid models: KV and recurrent state in "
+        "one radix tree.",
     )
     verbs = parser.add_subparsers(
         dest="verb", required=True, metavar="COMMAND", parser_class=Parser
@@ -111,7 +113,8 @@ def _parser() -> Parser:
     inspect.add_argument(
         "model",
         nargs="?",
-        help="model directory, config.json, or a preset's name such as qwen3-next; none: the built-in model",
+        help="model directory, config.json, or a preset's name such as qwen3-next; none: the "
+        "built-in model",
     )
     inspect.add_argument(
         "--budget-gib",
@@ -138,7 +141,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     engine_config = read_config(EngineConfig, arguments)
     from engine.server.app import bind, serve
 
-    with bind(server_config) as listener:  # Before anything slow: a taken port is told at once.
+    with bind(server_config) as listener:  # Before anything slow: a taken port is reported at once.
         from engine.async_engine import AsyncEngine
         from engine.command.screen import start_screen
         from engine.engine import Engine
@@ -193,7 +196,8 @@ def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
 
 def _summary(output: RequestOutput) -> str:
     parts = [
-        f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the cache",
+        f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the "
+        "cache",
         f"{len(output.output):,} generated, {output.finish_reason}",
     ]
     if output.timings.ttft_s is not None:

@@ -27,7 +27,8 @@ class Holding:
 
 
 def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
-    """The geometry of a model directory, a config.json, a preset's name, or (None) the built-in model.
+    """The geometry of a model directory, a config.json, a preset's name, or (None) the built-in
+    model.
 
     ValueError says what could not be found.
     """
@@ -52,7 +53,8 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
 
 
 def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
-    """What ``budget_bytes`` hold as one arena, for KV alone and for each interval of ``INTERVALS``."""
+    """What ``budget_bytes`` hold as one arena, for KV alone and for each interval of
+    ``INTERVALS``."""
     rows = [Holding(None, budget_bytes // geometry.kv_bytes_per_token, 0, 0.0)]
     if geometry.state_bytes:
         row_bytes = geometry.kv_bytes_per_token
@@ -117,6 +119,7 @@ def _table(rows: Sequence[Holding]) -> list[str]:
     for row in rows:
         every = "never (KV alone)" if row.interval is None else f"{row.interval:,} tokens"
         table.append(
-            f"    {every:>20} {row.num_tokens:>14,} {row.num_checkpoints:>12,} {row.state_share:>11.0%} "
+            f"    {every:>20} {row.num_tokens:>14,} {row.num_checkpoints:>12,} "
+            f"{row.state_share:>11.0%} "
         )
     return [line.rstrip() for line in table]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def start_screen(engine: Engine, address: str) -> str:
-    """Model, memory and its bytes, cache, kernels, and where to knock."""
+    """Model, memory and its bytes, cache, kernels, and the address."""
     config, report = engine.config, engine.report()
     runner = cast("ModelRunner", engine.runner)
     geometry = runner.geometry
@@ -23,7 +23,8 @@ def start_screen(engine: Engine, address: str) -> str:
         (
             "model",
             f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
-            f"{geometry.num_linear_layers} linear layers, {format_count(geometry.total_params)} weights",
+            f"{geometry.num_linear_layers} linear layers, {format_count(geometry.total_params)} "
+            "weights",
         ),
         ("weights", runner.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
@@ -41,7 +42,8 @@ def start_screen(engine: Engine, address: str) -> str:
         rows.append(
             (
                 "states",
-                f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as much as the KV of "
+                f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as "
+                "much as the KV of "
                 f"{geometry.state_tokens:,.0f} tokens",
             )
         )

@@ -52,7 +52,8 @@ class Intake:
         answer_survives: bool,
         prompt_logprobs: int | None,
     ) -> Request:
-        """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of the prompt)."""
+        """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
+        the prompt)."""
         tokens = self._tokens(prompt)
         if prompt_logprobs is not None and prompt_logprobs not in range(MOST_LOGPROBS + 1):
             raise ValueError(
@@ -112,7 +113,8 @@ class Intake:
     def _too_long(self, prompt_len: int, max_tokens: int | None) -> str:
         wanted = f"{max_tokens} more" if max_tokens else "an answer"
         return (
-            f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the {self._max_model_len} tokens that a "
+            f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the "
+            f"{self._max_model_len} tokens that a "
             "request may have here: shorten the prompt or lower max_tokens."
         )
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Request:
     """Tokens, counters, claims and times of one request.
 
-    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by prefill, from there on
-    one by one. The newest token is never computed before the next step.
+    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
+    prefill, from there on one by one. The newest token is never computed before the next step.
     """
 
     __slots__ = (
@@ -104,9 +104,11 @@ class Request:
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
         self._buffer[: self.prompt_len] = prompt
         self.computed_len = self.scheduled_len = 0
-        """``scheduled_len`` is where ``computed_len`` will be once every step made so far is committed."""
+        """``scheduled_len`` is where ``computed_len`` will be once every step made so far is
+        committed."""
         self.num_drawn = 0
-        """Tokens drawn, or about to be, in steps that are not committed: the host does not know them yet."""
+        """Tokens drawn, or about to be, in steps that are not committed: the host does not know
+        them yet."""
         self.drawn_row = 0
         """Which row of the newest step's drawn tokens is this request's."""
         self.end_token_ids = end_token_ids
@@ -166,12 +168,14 @@ class Request:
 
     @property
     def wants_scores(self) -> bool:
-        """Prompt log-probabilities are asked for and not complete: every prompt position must be computed."""
+        """Prompt log-probabilities are asked for and not complete: every prompt position must be
+        computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
     @property
     def must_see_its_token(self) -> bool:
-        """A sampling rule looks at every token, and one is drawn that the host does not know yet."""
+        """A sampling rule looks at every token, and one is drawn that the host does not know
+        yet."""
         return self.num_drawn > 0 and self.params.needs_history
 
     def sampling_input(self) -> SamplingInput:

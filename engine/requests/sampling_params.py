@@ -31,7 +31,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as the context holds; 0: only with prompt logprobs."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer, themselves left out of it; one may be given as a plain string."""
+    """Strings that end the answer, themselves left out of it; one may be given as a plain
+    string."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer, beside the tokenizer's own."""
     ignore_eos: bool = False
@@ -112,7 +113,8 @@ def _check_range(
         raise ValueError(f"{name} must be a finite number, not {value!r}.")
     if not low <= value <= high or (open_below and value == low):
         raise ValueError(
-            f"{name} must be {'above' if open_below else 'at least'} {low:g} and at most {high:g}, not {value!r}."
+            f"{name} must be {'above' if open_below else 'at least'} {low:g} and at most {high:g}, "
+            f"not {value!r}."
         )
 
 

@@ -37,8 +37,8 @@ class Kernels:
 
     @classmethod
     def choose(cls, device: Device, overrides: str = "") -> Kernels:
-        """``fused`` wherever the device runs Triton and it is installed, else ``reference``; ``overrides`` as in
-        ``attention=reference,gdn=fused``. Raises ModelError."""
+        """``fused`` wherever the device runs Triton and it is installed, else ``reference``;
+        ``overrides`` as in ``attention=reference,gdn=fused``. Raises ModelError."""
         check_no_foreign_kernels()
         usable = device.traits.has_triton and importlib.util.find_spec("triton") is not None
         words: dict[str, Backend] = {

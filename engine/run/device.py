@@ -21,7 +21,8 @@ class DeviceTraits:
 
     has_triton: bool
     graph_class: str | None
-    """Of the device's module, beside its context manager ``graph``; None: the device has no graphs."""
+    """Of the device's module, beside its context manager ``graph``; None: the device has no
+    graphs."""
     default_dtype: torch.dtype
 
 
@@ -42,7 +43,8 @@ class Device:
 
     @classmethod
     def resolve(cls, name: str | None) -> Device:
-        """By name (``cpu``, ``cuda``, ``cuda:1`` ...), or the accelerator found, or the CPU. Raises ModelError."""
+        """By name (``cpu``, ``cuda``, ``cuda:1`` ...), or the accelerator found, or the CPU. Raises
+        ModelError."""
         if name is None:
             found = torch.accelerator.current_accelerator(check_available=True)
             device = torch.device("cpu") if found is None or found.type not in TRAITS else found
@@ -73,7 +75,8 @@ class Device:
         return cast(ModuleType, torch.get_device_module(self.torch_device))
 
     def make_current(self) -> None:
-        """For the thread that calls: what is launched, pinned or recorded without naming a device means this one."""
+        """For the thread that calls: what is launched, pinned or recorded without naming a device
+        means this one."""
         if not self.is_cpu and self.torch_device.index is not None:
             self.module.set_device(self.torch_device)
 
@@ -103,9 +106,10 @@ class Device:
             self.module.empty_cache()
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
-        """What captures graphs: it runs ``work`` once, then captures what it launches; its result launches that again, on
-        the same memory. All graphs of one recorder work in one pool, each over what the others left: one is replayed at a
-        time, and what it leaves is read before the next."""
+        """What captures graphs: it runs ``work`` once, then captures what it launches; its result
+        launches that again, on the same memory. All graphs of one recorder work in one pool, each
+        over what the others left: one is replayed at a time, and what it leaves is read before the
+        next."""
         graph_class = self.traits.graph_class
         assert graph_class is not None
         pool = self.module.graph_pool_handle()

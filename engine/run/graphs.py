@@ -1,15 +1,17 @@
-"""Device graphs: launches that are captured once and repeated, so that the host is not what a step waits for.
+"""Device graphs: launches that are captured once and repeated, so that the host is not what a step
+waits for.
 
-A graph repeats the same launches on the same memory. So inputs are copied into buffers that stay where they are, and sizes
-are rounded up to buckets; what is too much is padding, which reads and writes the padding rows and slots of the pools.
+A graph repeats the same launches on the same memory. So inputs are copied into buffers that stay
+where they are, and sizes are rounded up to buckets; what is too much is padding, which reads and
+writes the padding rows and slots of the pools.
 
 - `DecodeGraphs`: a step in which everybody decodes is one graph.
-- `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers between them, whose
-  launches depend on the sequences' lengths, are launched one by one.
+- `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers
+  between them, whose launches depend on the sequences' lengths, are launched one by one.
 
-Graphs are captured in a warm-up, the largest first so that the others fit into its memory; without one, when a bucket first
-occurs. ``record`` is what `Device.recorder` gives: no graph's own memory outlives the next replay, so what a graph leaves
-goes to buffers, which all buckets share.
+Graphs are captured in a warm-up, the largest first so that the others fit into its memory; without
+one, when a bucket first occurs. ``record`` is what `Device.recorder` gives: no graph's own memory
+outlives the next replay, so what a graph leaves goes to buffers, which all buckets share.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ Record = Callable[[Callable[[], None]], Replay]
 """Captures what a function launches; the result launches it again."""
 
 KV_BOUNDS = (2048, 8192, 32768, 131072)
-"""A decode graph attends to at most this many tokens; more bounds than one, or every step would walk the longest."""
+"""A decode graph attends to at most this many tokens; more bounds than one, or every step would
+walk the longest."""
 PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Tokens. In a step of more than the last the device has more to do than the host, and needs no graph."""
+"""Tokens. In a step of more than the last the device has more to do than the host, and needs no
+graph."""
 
 
 def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
@@ -47,13 +51,15 @@ def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
 
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
-    """The smallest bucket that holds ``size``; None if it is too large for all. ``buckets`` ascend."""
+    """The smallest bucket that holds ``size``; None if it is too large for all. ``buckets``
+    ascend."""
     rank = bisect_left(buckets, size)
     return buckets[rank] if rank < len(buckets) else None
 
 
 def decode_buckets(max_running: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then every multiple of 8 up to 64 and of 32 beyond, the last at least ``max_running``."""
+    """1, 2, 4, 8, then every multiple of 8 up to 64 and of 32 beyond, the last at least
+    ``max_running``."""
     sizes = [1, 2, 4]
     while sizes[-1] < max_running:
         sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 64 else 32))
@@ -164,7 +170,8 @@ class DecodeGraphs:
 
 
 class PrefillGraphs:
-    """Steps with prompts in them, piece by piece: up to the first mixer, between each two, and behind the last."""
+    """Steps with prompts in them, piece by piece: up to the first mixer, between each two, and
+    behind the last."""
 
     def __init__(
         self,
@@ -196,7 +203,8 @@ class PrefillGraphs:
 
     @torch.inference_mode()
     def _allocate(self) -> None:
-        """Buffers of the shapes that the layers give, found by one run of each kind's input product."""
+        """Buffers of the shapes that the layers give, found by one run of each kind's input
+        product."""
         hidden = self._model.embedding(self._token_ids)
         self._residual, self._hidden = torch.zeros_like(hidden), torch.zeros_like(hidden)
         for layer in self._model.layers:
@@ -207,7 +215,8 @@ class PrefillGraphs:
                 self._mixed[layer.is_full] = hidden.new_zeros(shape)
 
     def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
-        """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket holds."""
+        """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket
+        holds."""
         size = bucket_for(step.num_tokens, self._sizes)
         if size is None:
             return None

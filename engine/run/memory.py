@@ -23,7 +23,8 @@ from kernels.upload import upload
 CPU_SHARE = 0.25
 CPU_MAX_BYTES = 4 * GIB
 ACCELERATOR_SHARE = 0.9
-"""Of what is free beside weights, graphs and the largest step; the rest is for sampling and for gaps."""
+"""Of what is free beside weights, graphs and the largest step; the rest is for sampling and for
+gaps."""
 MIN_KV_TOKENS = 256
 MIN_SLOTS = 2
 """Of a pool: one for a running request, one for a checkpoint."""
@@ -32,7 +33,8 @@ ALIGNMENT = 16
 
 
 class MemoryPlan(MemorySizes):
-    """``MemorySizes`` that fit. Beside them a row and a slot are allocated that padding writes to."""
+    """``MemorySizes`` that fit. Beside them a row and a slot are allocated that padding writes
+    to."""
 
     __slots__ = ()
 
@@ -50,9 +52,10 @@ class MemoryPlan(MemorySizes):
         state_dtype: torch.dtype = torch.float32,
         reserved_bytes: int = 0,
     ) -> MemoryPlan:
-        """The rule: one arena of ``cache_bytes``, or two pools where bytes are given for one of them; the other then has what is
-        given for it, or half the default. The default is a quarter of the free memory, at most 4 GiB, on a CPU, and elsewhere
-        90 % of what is free without the ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
+        """The rule: one arena of ``cache_bytes``, or two pools where bytes are given for one of
+        them; the other then has what is given for it, or half the default. The default is a quarter
+        of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of what is free without the
+        ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
         row, state = kv_row_bytes(model, dtype), state_slot_bytes(model, dtype, state_dtype)
         if kv_bytes is None and state_bytes is None:
             if cache_bytes is None:
@@ -72,7 +75,8 @@ class MemoryPlan(MemorySizes):
         if num_rows < least:
             states = f" and {SLOTS_OF_ONE} states" if state else ""
             raise ModelError(
-                f"{_gib(num_bytes)} hold {num_rows} tokens of this model; at least {MIN_KV_TOKENS} tokens{states}, "
+                f"{_gib(num_bytes)} hold {num_rows} tokens of this model; at least {MIN_KV_TOKENS} "
+                f"tokens{states}, "
                 f"{_gib(least * row)}, are needed."
             )
         return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
@@ -114,7 +118,8 @@ def kv_row_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
 def state_slot_bytes(
     model: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
 ) -> int:
-    """Of one sequence's conv and recurrent state in all linear layers; 0 for an attention-only model."""
+    """Of one sequence's conv and recurrent state in all linear layers; 0 for an attention-only
+    model."""
     if model.linear is None:
         return 0
     state = model.num_linear_layers * math.prod(model.linear.state_shape)
@@ -151,8 +156,8 @@ class KVPool:
 
 @dataclass(frozen=True, slots=True)
 class StatePool:
-    """Conv states ``[L, S, C, W - 1]`` and recurrent states ``[L, S, HV, K, V]`` of the linear layers, a slot each for running
-    requests and checkpoints alike."""
+    """Conv states ``[L, S, C, W - 1]`` and recurrent states ``[L, S, HV, K, V]`` of the linear
+    layers, a slot each for running requests and checkpoints alike."""
 
     conv: torch.Tensor
     recurrent: torch.Tensor
@@ -167,14 +172,15 @@ class StatePool:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The tensors behind a ``MemoryPlan``. What padding reads and writes shares no byte with a row or slot that is handed out,
-    nor do its row and its slot with each other."""
+    """The tensors behind a ``MemoryPlan``. What padding reads and writes shares no byte with a row
+    or slot that is handed out, nor do its row and its slot with each other."""
 
     kv: KVPool
     states: StatePool | None
     """None: an attention-only model."""
     rows: torch.Tensor | None
-    """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none does."""
+    """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none
+    does."""
 
     @classmethod
     def allocate(
@@ -215,7 +221,8 @@ def _allocate_arena(
     state_dtype: torch.dtype,
     device: Device,
 ) -> Memory:
-    """Rows side by side; behind the last, the first whole slab is padding's, and the row after that."""
+    """Rows side by side; behind the last, the first whole slab is padding's, and the row after
+    that."""
     slab, row_bytes = plan.slab_rows, plan.row_bytes
     padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
     padding_row = (padding_slot + 1) * slab if slab else plan.num_kv_tokens
@@ -247,14 +254,16 @@ def _view(
     unit_bytes: int,
     first_byte: int = 0,
 ) -> torch.Tensor:
-    """``[L, units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab), layer after layer."""
+    """``[L, units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab),
+    layer after layer."""
     inner = [math.prod(shape[i + 1 :]) for i in range(2, len(shape))]
     strides = (layer_bytes // dtype.itemsize, unit_bytes // dtype.itemsize, *inner)
     return rows.flatten().view(dtype).as_strided(shape, strides, first_byte // dtype.itemsize)
 
 
 class RequestTable:
-    """The KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on the device."""
+    """The KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on
+    the device."""
 
     def __init__(self, num_rows: int, max_model_len: int, padding_index: int, device: Device):
         host = allocate((num_rows + 1, max_model_len), torch.int32, Device.resolve("cpu"))
@@ -274,7 +283,8 @@ class RequestTable:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-    """Zeros. On a CPU the pages are only touched when they are written. Raises ModelError where there is no memory."""
+    """Zeros. On a CPU the pages are only touched when they are written. Raises ModelError where
+    there is no memory."""
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
         if not device.is_cpu:
@@ -282,7 +292,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torc
         untouched = np.zeros(num_bytes, dtype=np.uint8)
     except (MemoryError, torch.OutOfMemoryError):
         raise ModelError(
-            f"{device.describe()} has no {_gib(num_bytes)} left: give less memory, or have fewer requests run."
+            f"{device.describe()} has no {_gib(num_bytes)} left: give less memory, or have fewer "
+            "requests run."
         ) from None
     return torch.from_numpy(untouched).view(dtype).view(shape)
 

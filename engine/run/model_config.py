@@ -1,4 +1,5 @@
-"""A model's shape, read from a Hugging Face ``config.json``: what the layers, the pools and the loader need to know."""
+"""A model's shape, read from a Hugging Face ``config.json``: what the layers, the pools and the
+loader need to know."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """From a parsed ``config.json``, the text part nested in ``text_config`` or not. Raises ModelError."""
+        """From a parsed ``config.json``, the text part nested in ``text_config`` or not. Raises
+        ModelError."""
         text = config.get("text_config") or config
         if not isinstance(text, Mapping):
             raise ModelError("text_config in config.json must be an object.")
@@ -130,7 +132,8 @@ class ModelConfig:
             )
         if "quantization_config" in config or "quantization_config" in text:
             raise ModelError(
-                "pre-quantised weights are not supported: give the model's bfloat16 directory, and --quantization int8 or fp8."
+                "pre-quantised weights are not supported: give the model's bfloat16 directory, and "
+                "--quantization int8 or fp8."
             )
         try:
             parsed = _parse(architecture, text, config)
@@ -280,7 +283,8 @@ def _expert_layers(text: Mapping[str, Any], num_layers: int, has_experts: bool) 
 
 
 def _rope(architecture: Architecture, text: Mapping[str, Any]) -> tuple[float, float]:
-    """Base and rotated fraction of a head. Text positions are the same on all axes of a multimodal rotary embedding."""
+    """Base and rotated fraction of a head. Text positions are the same on all axes of a multimodal
+    rotary embedding."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):

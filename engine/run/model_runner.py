@@ -33,13 +33,15 @@ from kernels.packed import Exports, Packed
 from kernels.upload import upload
 
 ROWS = 4
-"""Hidden states have a multiple of this many rows: what makes a row's bits independent of the others."""
+"""Hidden states have a multiple of this many rows: what makes a row's bits independent of the
+others."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ModelRunner:
-    """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no request."""
+    """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no
+    request."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.device = Device.resolve(config.device)
@@ -85,18 +87,20 @@ class ModelRunner:
         )
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
         self.warmed: WarmUp | None = self._warm_up() if warms_up else None
-        """What the start took; None: it left everything to the first use, or to nobody, as on a CPU."""
+        """What the start took; None: no warm-up (disabled, or a CPU)."""
 
     def _warm_up(self) -> WarmUp:
         try:
             return warm_up(self)
         except torch.OutOfMemoryError:
             raise ModelError(
-                "the pools leave no memory for graphs and the largest step: give them less, or use --graphs off."
+                "the pools leave no memory for graphs and the largest step: give them less, or use "
+                "--graphs off."
             ) from None
 
     def _rehearse(self, config: EngineConfig) -> int:
-        """Bytes to keep free beside the pools for tables, graphs and the largest step, found out with the smallest pools."""
+        """Bytes to keep free beside the pools for tables, graphs and the largest step, found out
+        with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
         free_bytes = self.device.unused_bytes()
         smallest = MemoryPlan.smallest(self.config, self.dtype, self.state_dtype)
@@ -130,10 +134,12 @@ class ModelRunner:
         return self.table.host[row, :end]
 
     def use_graphs(self, word: str, record: Record | None = None) -> None:
-        """Capture decode steps (``decode``), prefills too (``all``), what the device can (``auto``), or nothing (``off``).
+        """Capture decode steps (``decode``), prefills too (``all``), what the device can
+        (``auto``), or nothing (``off``).
 
-        ``record`` in place of the device's own. Raises ModelError for a device without graphs, and where a kernel is the
-        reference, which reads lengths on the host: a graph would repeat those it was captured with.
+        ``record`` in place of the device's own. Raises ModelError for a device without graphs, and
+        where a kernel is the reference, which reads lengths on the host: a graph would repeat those
+        it was captured with.
         """
         self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
         if word == "off":
@@ -173,10 +179,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1 for "last", one per token for
-        "all", none for "none". First the batch's moves, row writes and restores; the states it exports are in their slots after.
+        """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1
+        for "last", one per token for "all", none for "none". First the batch's moves, row writes
+        and restores; the states it exports are in their slots after.
 
-        ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's ``late_tokens``."""
+        ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's
+        ``late_tokens``."""
         self.device.make_current()  # The thread that calls may be another than the one that loaded.
         self._move_rows(batch.moves)
         self.table.write(batch.row_writes)
@@ -333,7 +341,8 @@ def load_model(
     num_workers: int,
     seed: int,
 ) -> tuple[Decoder, str]:
-    """A model with its weights, and a line on where they came from. Without a directory the weights are seeded.
+    """A model with its weights, and a line on where they came from. Without a directory the weights
+    are seeded.
 
     Raises WeightsError before any tensor is read if the weight files do not fit the config.
     """

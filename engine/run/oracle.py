@@ -1,13 +1,15 @@
-"""A runner without a model: its memory knows which prefix every row and every slot stands for, and every read is proved.
+"""A runner without a model: its memory knows which prefix every row and every slot stands for, and
+every read is proved.
 
-In place of a KV row stands the fingerprint of the prefix that ends there; in place of a state, that and its length. A
-step that reads anything but the very prefix it claims to continue is an AssertionError that says what it read. The next
-token is a function of the fingerprint, so greedy answers must not depend on who else runs, what is cached, or how a prompt
-is cut. With ``exact`` a fingerprint also tells which tokens a decode step computed, as bits would.
-Rows and states also know the namespace that made them, and are read in no other.
+In place of a KV row stands the fingerprint of the prefix that ends there; in place of a state, that
+and its length. A step that reads anything but the very prefix it claims to continue is an
+AssertionError that says what it read. The next token is a function of the fingerprint, so greedy
+answers must not depend on who else runs, what is cached, or how a prompt is cut. With ``exact`` a
+fingerprint also tells which tokens a decode step computed, as bits would. Rows and states also know
+the namespace that made them, and are read in no other.
 
-In an arena rows and slots are the same bytes: what is written to a slot is gone from the rows under it, and the other way
-round.
+In an arena rows and slots are the same bytes: what is written to a slot is gone from the rows under
+it, and the other way round.
 
 For tests, and for studies that want the engine's schedule without the cost of a model.
 """
@@ -61,8 +63,9 @@ class OracleRunner:
         geometry: str | ModelGeometry = "qwen3-next",
         page_size: int = 1,
     ) -> None:
-        """Two pools; ``num_slots`` 0: an attention-only model. None: an arena of ``num_kv_tokens`` rows. ``geometry``, or the
-        preset of that name, has the sizes that the memory is said to have."""
+        """Two pools; ``num_slots`` 0: an attention-only model. None: an arena of ``num_kv_tokens``
+        rows. ``geometry``, or the preset of that name, has the sizes that the memory is said to
+        have."""
         if isinstance(geometry, str):
             geometry = ModelGeometry.preset(geometry)
         self.geometry = geometry
@@ -74,7 +77,8 @@ class OracleRunner:
         self._tokens = np.zeros((num_kv_tokens, 2), np.int64)
         """(token, computed by a decode step)."""
         self._writers: npt.NDArray[np.int32] = np.full(num_kv_tokens, -1, np.int32)
-        """Whose each row is: an index of ``_namespaces``; -1: nobody wrote it, or a state lies over it."""
+        """Whose each row is: an index of ``_namespaces``; -1: nobody wrote it, or a state lies over
+        it."""
         self._namespaces: list[Hashable] = []
         self._states: list[State | None] = [None] * self.memory.num_slots
         self._table: dict[int, npt.NDArray[np.int32]] = {}
@@ -206,7 +210,8 @@ class OracleRunner:
         )
 
     def _prove_kv(self, segment: Segment) -> Fingerprints:
-        """Fingerprints of the tokens before ``segment``, after proving that its rows hold exactly those."""
+        """Fingerprints of the tokens before ``segment``, after proving that its rows hold exactly
+        those."""
         rows = self._table[segment.row][: segment.start]
         self._prove_namespace(segment, rows)
         proved = self._proved.get(segment.row)

@@ -1,4 +1,5 @@
-"""Between forward and commit: which rows of a step's logits become tokens, and which are only scored."""
+"""Between forward and commit: which rows of a step's logits become tokens, and which are only
+scored."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ NO_STEP = InFlight(EMPTY, None, ())
 
 
 def sample_step(plan: Plan, logits: Any, sampler: TokenSampler) -> InFlight:
-    """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for nothing."""
+    """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for
+    nothing."""
     chosen: list[Request] = []
     rows: list[int] = []
     scores: list[PendingTokens] = []

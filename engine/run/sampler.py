@@ -1,7 +1,9 @@
-"""Logits to tokens. A request's draw depends on its logits, its seed and how many tokens it has, on nothing else.
+"""Logits to tokens. A request's draw depends on its logits, its seed and how many tokens it has, on
+nothing else.
 
-A draw is one number in [0, 1), made from (seed, number of the draw), looked up in the distribution's running sum: so it
-needs no generator to be kept, and a request that is moved, preempted or batched differently draws the same.
+A draw is one number in [0, 1), made from (seed, number of the draw), looked up in the
+distribution's running sum: so it needs no generator to be kept, and a request that is moved,
+preempted or batched differently draws the same.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ class Drawn:
         wanted: Sequence[int | None],
         scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """``wanted``: alternatives to report for each row; None: not even its own log-probability. ``scores`` of the rows that
-        want any: own ``[rows]``, the most likely ones' ``[rows, n]`` and their ids ``[rows, n]``."""
+        """``wanted``: alternatives to report for each row; None: not even its own log-probability.
+        ``scores`` of the rows that want any: own ``[rows]``, the most likely ones' ``[rows, n]``
+        and their ids ``[rows, n]``."""
         self.tokens = tokens
         """int64 ``[rows]``, on the device."""
         self._wanted = wanted
@@ -73,8 +76,8 @@ class Sampler:
     def launch(
         self, logits: torch.Tensor, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> Drawn:
-        """Begin to draw a token for each request, from its row of ``logits [N, vocab]``; ``rows`` ascend. Waits for nothing
-        the device does."""
+        """Begin to draw a token for each request, from its row of ``logits [N, vocab]``; ``rows``
+        ascend. Waits for nothing the device does."""
         logits = _pick(logits, rows)
         tokens = self._choose(logits, requests)
         wanted = [request.params.logprobs for request in requests]
@@ -87,7 +90,8 @@ class Sampler:
 
     @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
-        """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones beside each."""
+        """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones
+        beside each."""
         index = upload(token_ids, torch.int64, logits.device)
         return Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
 
@@ -232,8 +236,8 @@ def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 def _score(
     logits: torch.Tensor, tokens: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``, and
-    the latter's ids."""
+    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``,
+    and the latter's ids."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)

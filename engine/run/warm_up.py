@@ -1,4 +1,5 @@
-"""What costs on first use, done before the first request: Triton compiles, graphs are captured.
+"""Compiles kernels and captures graphs before the first request: Triton compiles, graphs are
+captured.
 
 A kernel is launched in other shapes for few tokens than for many, and what it chooses by changes
 at powers of two: one rehearsed step in every octave of lengths, and a served step finds its kernels
@@ -53,7 +54,8 @@ class WarmUp:
 
 @torch.inference_mode()
 def warm_up(runner: ModelRunner) -> WarmUp:
-    """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs beside them."""
+    """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs
+    beside them."""
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
     decodes, prefills = captures(runner)
     steps = [partial(runner.forward, batch) for batch in rehearsals(runner)]
@@ -71,11 +73,12 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 
 @torch.inference_mode()
 def measure(runner: ModelRunner) -> int:
-    """Bytes that graphs and the largest step take beside what is there already. The first graph of each kind takes what all
-    share; the second is taken for what each of the others adds.
+    """Bytes that graphs and the largest step take beside what is there already. The first graph of
+    each kind takes what all share; the second is taken for what each of the others adds.
 
-    Before each reading but the last torch hands back what it keeps: what loading left would else be counted as taken, until
-    a capture hands it back and the graphs seem to take nothing. What the step leaves is what it needs, and counts."""
+    Before each reading but the last torch hands back what it keeps: what loading left would else be
+    counted as taken, until a capture hands it back and the graphs seem to take nothing. What the
+    step leaves is what it needs, and counts."""
     device = runner.device
     before, num_bytes = device.unused_bytes(), 0
     for kind in captures(runner):

@@ -1,4 +1,5 @@
-"""Weights into layers: from safetensors, every tensor accounted for, or seeded for tries without files."""
+"""Weights into layers: from safetensors, every tensor accounted for, or seeded for tries without
+files."""
 
 from __future__ import annotations
 
@@ -19,14 +20,16 @@ from engine.run.layers.parameters import Layer, Parameter
 from engine.run.model_config import ModelError
 
 SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
-"""Parts of a model's files that are known and not served: multi-token prediction heads, the visual tower."""
+"""Parts of a model's files that are known and not served: multi-token prediction heads, the visual
+tower."""
 MOST_NAMED = 8
 """Tensors of each kind that an error names; the rest are counted."""
 DUMMY_STD = 0.02
 
 
 class WeightsError(ModelError):
-    """Weight files that do not fit the model, or can not be read: one message that names what is wrong."""
+    """Weight files that do not fit the model, or can not be read: one message that names what is
+    wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,8 @@ class WeightFiles:
         return any(name.endswith("experts.gate_up_proj") for name in self.tensors)
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
-        """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming all that have not."""
+        """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming
+        all that have not."""
         wanted = {name: tuple(parameter.target.shape) for name, parameter in parameters}
         unexpected = sorted(set(self.tensors) - set(wanted))
         if tied and "lm_head.weight" in unexpected:
@@ -90,7 +94,8 @@ class WeightFiles:
             )
 
     def fill(self, prefix: str, layer: Layer) -> None:
-        """Read the tensors of one layer, in parallel, and put them where they go. Raises WeightsError."""
+        """Read the tensors of one layer, in parallel, and put them where they go. Raises
+        WeightsError."""
         for num_bytes in self._pool.map(self._fill_one, layer.parameters(prefix)):
             self._num_bytes += num_bytes
 
@@ -124,7 +129,8 @@ def find_files(model_dir: Path) -> list[Path]:
         files = sorted(model_dir.glob("*.safetensors"))
         if not files:
             raise WeightsError(
-                f"there are no .safetensors files in {model_dir}; use load_format dummy to try without weights."
+                f"there are no .safetensors files in {model_dir}; use load_format dummy to try "
+                "without weights."
             )
         return files
     try:

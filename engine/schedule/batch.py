@@ -1,4 +1,5 @@
-"""One step's input, built whole by the scheduler and read by the model runner. Knows no cache and no policy."""
+"""One step's input, built whole by the scheduler and read by the model runner. Knows no cache and
+no policy."""
 
 from __future__ import annotations
 
@@ -17,21 +18,26 @@ class Segment:
     """One request's tokens in one step."""
 
     row: int
-    """Its row of the RequestTable, which already lists a KV index for every position up to ``end``."""
+    """Its row of the RequestTable, which already lists a KV index for every position up to
+    ``end``."""
     slot: int | None
     """Its own state slot, read and written in place; None for attention-only models."""
     token_ids: npt.NDArray[np.int32]
     """The tokens to compute, int32[length]."""
     start: int
-    """Absolute position of the first; in a prefill a multiple of the grid. At 0 the state starts from zero."""
+    """Absolute position of the first; in a prefill a multiple of the grid. At 0 the state starts
+    from zero."""
     is_decode: bool
-    """One token by the recurrent path. A prefill segment of one token still takes the chunked path, for exactness."""
+    """One token by the recurrent path. A prefill segment of one token still takes the chunked path,
+    for exactness."""
     exports: tuple[tuple[int, int], ...] = ()
-    """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start, end]."""
+    """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start,
+    end]."""
     logits: Literal["last", "all", "none"] = "last"
     """Which positions' logits the caller wants."""
     namespace: Hashable = None
-    """Whose prefixes it reads. Nothing is computed with it; a runner that proves its reads needs it."""
+    """Whose prefixes it reads. Nothing is computed with it; a runner that proves its reads needs
+    it."""
 
     @property
     def end(self) -> int:
@@ -56,7 +62,8 @@ class Batch:
     row_writes: tuple[tuple[int, int, npt.NDArray[np.int32]], ...] = ()
     """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
-    """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step before)."""
+    """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step
+    before)."""
     moves: tuple[Move, ...] = ()
     """Rows of an arena to move, one move after the other: ``hybridcache.allocators.moves``."""
 

@@ -22,7 +22,8 @@ class Budget:
 
     @classmethod
     def of(cls, tokens: int, *, is_shared: bool) -> Budget:
-        """Of a step with ``tokens`` for prefills, one tile at least; not shared: there is but one."""
+        """Of a step with ``tokens`` for prefills, one tile at least; not shared: there is but
+        one."""
         return cls(tokens, min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0)
 
     def room(self, scores: bool) -> int:

@@ -1,7 +1,8 @@
-"""The running requests' leases, as the engine needs them: rows of the request table, and the copies a batch has to make.
+"""The running requests' leases, as the engine needs them: rows of the request table, and the copies
+a batch has to make.
 
-Ownership of KV rows and slots is the lease's business (``hybridcache/lease.py`` has the map); here a request gets one, and
-what changes in it becomes work for the next batch.
+Ownership of KV rows and slots is the lease's business (``hybridcache/lease.py`` has the map); here
+a request gets one, and what changes in it becomes work for the next batch.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class CacheManager:
             cache.arena.holders[self._moves] = None
 
     def begin(self, request: Request) -> bool:
-        """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no memory; nothing changed."""
+        """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no
+        memory; nothing changed."""
         if not self._free_rows:
             return False
         prefill_len = request.prompt_len if self._exact else request.num_tokens
@@ -122,8 +124,9 @@ class CacheManager:
     def take_checkpoint_slots(
         self, request: Request, end: int
     ) -> tuple[tuple[int, int], ...] | None:
-        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to ``end``. None: more slabs
-        would have to be emptied than a step may wait for; ask again for the next, what was taken is kept."""
+        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to
+        ``end``. None: more slabs would have to be emptied than a step may wait for; ask again for
+        the next, what was taken is kept."""
         lease, _ = request.claims
         span = request.scheduled_len, end
         num_wanted = lease.reserve_checkpoint_slots(*span, 0) if self.cache.arena else 0
@@ -138,11 +141,13 @@ class CacheManager:
 
     @property
     def must_wait_for_slab(self) -> bool:
-        """No request may begin before the next step: its slot could take one more slab to be emptied than a step may."""
+        """No request may begin before the next step: its slot could take one more slab to be
+        emptied than a step may."""
         return self._num_slots_at_hand(1) == 0
 
     def _num_slots_at_hand(self, num_wanted: int) -> int:
-        """How many of ``num_wanted`` slots can be taken without emptying more slabs than ``MAX_MOVES`` for the next batch."""
+        """How many of ``num_wanted`` slots can be taken without emptying more slabs than
+        ``MAX_MOVES`` for the next batch."""
         arena = self.cache.arena
         if arena is None:
             return num_wanted
@@ -153,7 +158,8 @@ class CacheManager:
         return self.cache.match(request.tokens, request.namespace).cached_len
 
     def can_save(self, request: Request, position: int) -> bool:
-        """Whether ``request`` will have published what is needed to resume at ``position``, but has not yet."""
+        """Whether ``request`` will have published what is needed to resume at ``position``, but has
+        not yet."""
         lease, _ = request.claims
         if position > request.scheduled_len:
             return True
@@ -162,7 +168,8 @@ class CacheManager:
         )
 
     def plan_checkpoint(self, request: Request, position: int) -> None:
-        """Save a checkpoint at ``position`` too: another request is going to leave this one's path there."""
+        """Save a checkpoint at ``position`` too: another request is going to leave this one's path
+        there."""
         lease, _ = request.claims
         lease.plan_checkpoint(position, "branch")
         self._record("plan_checkpoint", lease, (position, "branch"))
@@ -177,8 +184,8 @@ class CacheManager:
             self._row_writes.append((row, start, lease.kv_indices[start:end].copy()))
 
     def finish(self, request: Request) -> None:
-        """End a lease whose request is done: all it computed is published. Where a step that was made before this was known
-        still moves its state on, the state is not donated."""
+        """End a lease whose request is done: all it computed is published. Where a step that was
+        made before this was known still moves its state on, the state is not donated."""
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
         lease.finish(request.tokens, request.computed_len, donate=is_state_final)
@@ -186,7 +193,8 @@ class CacheManager:
         self._release(request)
 
     def preempt(self, request: Request) -> None:
-        """End a lease whose request will begin again: all it computed is published, its state kept where it can be."""
+        """End a lease whose request will begin again: all it computed is published, its state kept
+        where it can be."""
         lease, _ = request.claims
         lease.preempt(request.tokens, request.computed_len)
         self._record("preempt", lease, (request.tokens, request.computed_len))
@@ -236,15 +244,17 @@ class CacheManager:
         return Copies(moves, row_writes, restores)
 
     def lost_moves(self) -> bool:
-        """A step broke off: whether nobody knows if the moves of the last batch were made, so that no cached row can be
-        trusted. Those that no batch took are in the next."""
+        """A step broke off: whether nobody knows if the moves of the last batch were made, so that
+        no cached row can be trusted. Those that no batch took are in the next."""
         lost, self._has_given_moves = self._has_given_moves, False
         return lost
 
     def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
-        """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens, but no checkpoint.
+        """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens,
+        but no checkpoint.
 
-        Asks a placement made for the question, because one that learns is asked once for each request it serves.
+        Asks a placement made for the question, because one that learns is asked once for each
+        request it serves.
         """
         if not self._stateful:
             return (branch_len,)

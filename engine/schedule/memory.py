@@ -1,4 +1,5 @@
-"""How much memory a runner has, in rows and slots. Integers only: the tensors are ``engine.run.memory``'s."""
+"""How much memory a runner has, in rows and slots. Integers only: the tensors are
+``engine.run.memory``'s."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class MemorySizes:
 
     @property
     def slab_rows(self) -> int:
-        """KV rows whose bytes one slot takes; 0: states have a pool of their own, or there are none."""
+        """KV rows whose bytes one slot takes; 0: states have a pool of their own, or there are
+        none."""
         if self.memory == "pools" or not self.is_stateful:
             return 0
         return slab_rows(self.state_bytes, self.row_bytes, self.page_size)
@@ -51,5 +53,6 @@ class MemorySizes:
 
     @property
     def max_request_len(self) -> int:
-        """Tokens that one request may have KV for and always be served to its end, alone if need be."""
+        """Tokens that one request may have KV for and always be served to its end, alone if need
+        be."""
         return self.num_kv_tokens - SLOTS_OF_ONE * self.slab_rows

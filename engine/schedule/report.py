@@ -13,9 +13,11 @@ from engine.schedule.memory import MemorySizes
 
 @dataclass(frozen=True, slots=True)
 class PoolReport:
-    """Where the units of one pool are: KV rows, state slots, or bytes. ``free + cached + held == total``.
+    """Where the units of one pool are: KV rows, state slots, or bytes. ``free + cached + held ==
+    total``.
 
-    In an arena what is free is free for rows and slots alike, so their totals change as it is used; those of the bytes do not.
+    In an arena what is free is free for rows and slots alike, so their totals change as it is used;
+    those of the bytes do not.
     """
 
     total: int
@@ -43,7 +45,8 @@ class CacheReport:
     token_hit_rate: float
     request_hit_rate: float
     usage: dict[str, int]
-    """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and what came and went."""
+    """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and
+    what came and went."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -58,7 +61,8 @@ def cache_report(
     num_running: int,
     num_waiting: int,
 ) -> CacheReport:
-    """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running requests + namespaces)."""
+    """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running
+    requests + namespaces)."""
     cache = manager.cache
     held_tokens, held_slots = manager.held()
     kv = _pool(cache.free_tokens, cache.cached_tokens, held_tokens)

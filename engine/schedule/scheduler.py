@@ -9,10 +9,11 @@ The last quarter of that budget is for prefills that fit in it whole, so that a 
 wait for a long one before it; what they leave of it goes to the others in the same step. A short
 one is let in before an older long one only where a place to run is left for each that it passes.
 
-Memory. A request that finds none preempts the youngest running request that is younger than itself; one with nobody younger
-sits the step out. The oldest can always go on, because no request is let in that would not fit alone, so every request
-finishes. After a refusal nobody is admitted until a request has left: what preemption freed is for those who run.
-Of an arena one slab is emptied a step: a request whose states need another sits the step out, and the others go on.
+Memory. A request that finds none preempts the youngest running request that is younger than itself;
+one with nobody younger sits the step out. The oldest can always go on, because no request is let in
+that would not fit alone, so every request finishes. After a refusal nobody is admitted until a
+request has left: what preemption freed is for those who run. Of an arena one slab is emptied a
+step: a request whose states need another sits the step out, and the others go on.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Task:
 
     request: Request
     lease: object
-    """The request's lease when the step was made: a request that lost it meanwhile takes nothing from the step."""
+    """The request's lease when the step was made: a request that lost it meanwhile takes nothing
+    from the step."""
     start: int
     end: int
     """``computed_len`` before and after the step."""
@@ -95,7 +97,8 @@ class Scheduler:
         shares: bool = True,
         clock: Callable[[], float],
     ) -> None:
-        """``shares``: the cache keeps what is published, so that it can pay to wait for another request's prefix."""
+        """``shares``: the cache keeps what is published, so that it can pay to wait for another
+        request's prefix."""
         self._manager = manager
         self._max_running = max_running
         self._token_budget = token_budget
@@ -129,7 +132,8 @@ class Scheduler:
         insort(self._waiting, request, key=_age)
 
     def abort(self, request: Request) -> None:
-        """End ``request`` at once, wherever it is; its rows, pages and slots are free when this returns."""
+        """End ``request`` at once, wherever it is; its rows, pages and slots are free when this
+        returns."""
         if request in self._progressed:
             self._progressed.remove(request)
         if request.finish_reason is not None:
@@ -166,10 +170,10 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Choose the next step's tasks and claim the memory for it.
 
-        Steps may be made before the one before them is committed (one at most). Then requests go on from ``scheduled_len``,
-        with tokens that the host does not know; but nobody is preempted, and where memory is short
-        the step is empty: commit first. A request whose sampling rule must see every token sits the
-        step out.
+        Steps may be made before the one before them is committed (one at most). Then requests go on
+        from ``scheduled_len``, with tokens that the host does not know; but nobody is preempted,
+        and where memory is short the step is empty: commit first. A request whose sampling rule
+        must see every token sits the step out.
         """
         if self._num_in_flight and self._must_wait:
             return EMPTY
@@ -243,7 +247,8 @@ class Scheduler:
                     self._plan(ends, request, end, budget)
 
     def _claim(self, request: Request, end: int) -> bool:
-        """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step out."""
+        """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step
+        out."""
         while not self._manager.extend(request, end):
             if self._num_in_flight:
                 self._must_wait = True
@@ -277,7 +282,8 @@ class Scheduler:
         """Let waiting requests in, oldest first, but for those that follow a prefill ahead of them.
         Returns those passed over for want of budget.
 
-        Followers are looked for even where nobody can be let in, so that their leader saves its state in time.
+        Followers are looked for even where nobody can be let in, so that their leader saves its
+        state in time.
         """
         self._is_full &= bool(self._running)
         passed: list[Request] = []
@@ -388,7 +394,8 @@ class Scheduler:
 
     @contextmanager
     def _failing_alone(self, request: Request) -> Iterator[None]:
-        """What is raised in here (by the decoder of its text, say) ends ``request`` and nobody else."""
+        """What is raised in here (by the decoder of its text, say) ends ``request`` and nobody
+        else."""
         try:
             yield
         except Exception as error:

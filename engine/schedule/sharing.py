@@ -1,9 +1,11 @@
-"""Requests that arrive together: who should wait a few steps because somebody ahead is computing the same prefix.
+"""Requests that arrive together: who should wait a few steps because somebody ahead is computing
+the same prefix.
 
-Two prompts with the same beginning that are prefilled side by side would both compute it. So a waiting request *follows* a
-running prefill, its leader, as long as the leader has still to pass a position that the follower could resume from. The
-leader is asked to save its state there, which it would have no reason to do by itself. Whoever leads is running, older work
-goes first, and a leader that is preempted or gone leads nobody: no request waits for one that does not move.
+Two prompts with the same beginning that are prefilled side by side would both compute it. So a
+waiting request *follows* a running prefill, its leader, as long as the leader has still to pass a
+position that the follower could resume from. The leader is asked to save its state there, which it
+would have no reason to do by itself. Whoever leads is running, older work goes first, and a leader
+that is preempted or gone leads nobody: no request waits for one that does not move.
 """
 
 from __future__ import annotations
@@ -55,9 +57,11 @@ class Sharing:
         self._num_let_in += 1
 
     def goal(self, request: Request) -> int:
-        """The deepest position that somebody ahead is going to make ``request`` resumable at; 0: nobody is.
+        """The deepest position that somebody ahead is going to make ``request`` resumable at; 0:
+        nobody is.
 
-        Whoever is followed is asked to save its state there. O(leaders let in since the last call + those followed).
+        Whoever is followed is asked to save its state there. O(leaders let in since the last call +
+        those followed).
         """
         if request.wants_scores:
             return 0
@@ -93,7 +97,8 @@ class Sharing:
 
 
 def _goes_on_as(leader: Request, request: Request) -> bool:
-    """Whether ``request`` has the token that ``leader`` computes next: if not, nothing ahead of it is shared. O(1)."""
+    """Whether ``request`` has the token that ``leader`` computes next: if not, nothing ahead of it
+    is shared. O(1)."""
     at = leader.computed_len
     return (
         at < request.num_tokens

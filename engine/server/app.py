@@ -38,7 +38,8 @@ from engine.server.streaming import ClientGone
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
 SWITCH_S = 0.001
-"""How long a thread may keep the interpreter while others wait for it; Python's own 5 ms cost a token up to half a second."""
+"""How long a thread may keep the interpreter while others wait for it; Python's own 5 ms cost a
+token up to half a second."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
@@ -171,8 +172,8 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket at the configured address. Taken before the model is loaded: a port that is in use is told at
-    once (ValueError), and a client that comes early waits."""
+    """A listening socket at the configured address. Taken before the model is loaded: a port that
+    is in use is told at once (ValueError), and a client that comes early waits."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -182,13 +183,15 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"Can not listen on {config.host}:{config.port} ({error.strerror}): choose another --port or --host."
+            f"Can not listen on {config.host}:{config.port} ({error.strerror}): choose another "
+            "--port or --host."
         ) from error
     return listener
 
 
 class Server(uvicorn.Server):
-    """Ends what still runs ``drain_s`` after it was told to stop, so that whoever waits for it is told why."""
+    """Ends what still runs ``drain_s`` after it was told to stop, so that whoever waits for it is
+    told why."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         super().__init__(
@@ -213,13 +216,16 @@ class Server(uvicorn.Server):
 
 
 def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> None:
-    """Serve on ``listener`` until SIGTERM or SIGINT; then finish what runs, for at most ``drain_s``."""
+    """Serve on ``listener`` until SIGTERM or SIGINT; then finish what runs, for at most
+    ``drain_s``."""
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    # A thread that reads a long body gives the interpreter back soon enough: a step takes it hundreds of times.
+    # A thread that reads a long body gives the interpreter back soon enough: a step takes it
+    # hundreds of times.
     sys.setswitchinterval(SWITCH_S)
-    # What was made at the start stays: collecting garbage need not look at it again, which takes a quarter of a second.
+    # What was made at the start stays: collecting garbage need not look at it again, which takes a
+    # quarter of a second.
     gc.collect()
     gc.freeze()
     Server(engine, config).run(sockets=[listener])

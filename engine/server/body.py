@@ -1,8 +1,10 @@
-"""From the bytes of a request to what its endpoint takes, at a cost that no client can make others pay.
+"""From the bytes of a request to what its endpoint takes, at a cost that no client can make others
+pay.
 
-A body is counted before it is parsed, and its lists before they are checked: an error is one sentence, found at the
-first thing that is wrong. Whatever is long is read in a thread (see ``Workers``), in steps that are each short, since a
-thread that holds the interpreter keeps everybody waiting too.
+A body is counted before it is parsed, and its lists before they are checked: an error is one
+sentence, found at the first thing that is wrong. Whatever is long is read in a thread (see
+``Workers``), in steps that are each short, since a thread that holds the interpreter keeps
+everybody waiting too.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from engine.server.config import ServerConfig, flag
 from engine.server.errors import APIError, of_validation
 
 LONG = 4096
-"""Bytes of a body, characters of a text or tokens of an answer above which a thread does the work."""
+"""Bytes of a body, characters of a text or tokens of an answer above which a thread does the
+work."""
 NUM_WORKERS = 2
 SLICE = 1024
 """Entries of a list that are written as JSON at a time."""
 
 COSTS = {"max_values": "commas", "max_names": "colons and opening brackets"}
-"""What is counted before a body is parsed: a value costs little, a name, a list or an object ten times as much."""
+"""What is counted before a body is parsed: a value costs little, a name, a list or an object ten
+times as much."""
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -40,7 +44,8 @@ _NO_OBJECT = "The body must be one JSON object, with the header Content-Type: ap
 
 
 class Workers:
-    """A few threads for what would take the event loop too long. Long work waits for long work only."""
+    """A few threads for what would take the event loop too long. Long work waits for long work
+    only."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="server")
@@ -63,7 +68,8 @@ class BodyReader:
         self._workers = workers
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
-        """The body of ``request`` as ``kind``. APIError 400: it is none, or past a limit; 408: it did not come in time."""
+        """The body of ``request`` as ``kind``. APIError 400: it is none, or past a limit; 408: it
+        did not come in time."""
         try:
             raw = await asyncio.wait_for(request.body(), self._config.body_timeout_s)
         except TimeoutError:
@@ -78,7 +84,8 @@ class BodyReader:
         if not raw:
             raise APIError(400, "The body is empty: send one JSON object.")
         if not is_json:
-            # Foreign web pages can not set the header without asking: they do not post to a server on localhost.
+            # Foreign web pages can not set the header without asking: they do not post to a server
+            # on localhost.
             raise APIError(400, _NO_OBJECT)
         for setting, marks in (("max_values", b","), ("max_names", b":[{")):
             self._check(
@@ -132,8 +139,8 @@ class BodyReader:
 
 
 def _num_marks(raw: bytes, marks: bytes, limit: int) -> int:
-    """How many of ``marks`` a JSON text has. Those inside its strings count too, unless they alone would pass ``limit``.
-    O(bytes), without making an object of any."""
+    """How many of ``marks`` a JSON text has. Those inside its strings count too, unless they alone
+    would pass ``limit``. O(bytes), without making an object of any."""
     num = sum(raw.count(mark) for mark in marks)
     return num if num <= limit else sum(_TEXTS.sub(b"", raw).count(mark) for mark in marks)
 

@@ -1,4 +1,5 @@
-"""POST /v1/chat/completions: a chat rendered by the model's template, with the boundaries that survive into the next turn."""
+"""POST /v1/chat/completions: a chat rendered by the model's template, with the boundaries that
+survive into the next turn."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ async def render(
     size: int,
     namespace: str | None = None,
 ) -> ChatPrompt:
-    """The chat of a body of ``size`` bytes as the model reads it. APIError 400: the template refuses it."""
+    """The chat of a body of ``size`` bytes as the model reads it. APIError 400: the template
+    refuses it."""
 
     def work() -> ChatPrompt:
         return render_chat(
@@ -109,7 +111,8 @@ class _Answer:
         }
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
-        """The role of each choice, then one event an output. Text that was sent is never taken back."""
+        """The role of each choice, then one event an output. Text that was sent is never taken
+        back."""
         for index in range(len(streams)):
             yield self._event([_delta(index, {"role": "assistant", "content": ""})])
         last: dict[int, RequestOutput] = {}

@@ -1,4 +1,5 @@
-"""POST /v1/completions: prompts as text or token ids, one or many, echoed and scored where asked."""
+"""POST /v1/completions: prompts as text or token ids, one or many, echoed and scored where
+asked."""
 
 from __future__ import annotations
 

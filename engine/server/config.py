@@ -1,4 +1,4 @@
-"""What the server may be told."""
+"""Server settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Address and manners of the server. ValueError says in one sentence what to change."""
+    """Address, limits and shutdown. ValueError says in one sentence what to change."""
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
@@ -69,14 +69,16 @@ class ServerConfig:
     special_in_content: bool = field(
         default=False,
         metadata={
-            "help": "let special tokens that are written in messages become special tokens; without it they are text, "
+            "help": "let special tokens that are written in messages become special tokens; "
+            "without it they are text, "
             "and nobody can write another's turn"
         },
     )
     admin_key_file: str | None = field(
         default=None,
         metadata={
-            "help": "file with the key that /v1/cache and /reset_prefix_cache then ask for (Authorization: Bearer KEY); "
+            "help": "file with the key that /v1/cache and /reset_prefix_cache then ask for "
+            "(Authorization: Bearer KEY); "
             "none: they answer this machine only"
         },
     )

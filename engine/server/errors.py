@@ -104,9 +104,10 @@ def _shown(value: Any) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    """``text``, cut at ``most`` characters, without the lone surrogates (JSON's "\ud800") that have no UTF-8."""
+    """``text`` on one line, cut at ``most`` characters, without the lone surrogates (JSON's
+    "\ud800") that have no UTF-8."""
     cut = text if len(text) <= most else text[: most - 3] + "..."
-    return cut.encode("utf-8", "replace").decode()
+    return " ".join(cut.splitlines()).encode("utf-8", "replace").decode()
 
 
 def of_failure(error: Exception) -> APIError:
@@ -140,7 +141,8 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
-                # An HTTPException: what else is raised while a body is read becomes FastAPI's own 400.
+                # An HTTPException: what else is raised while a body is read becomes FastAPI's own
+                # 400.
                 raise HTTPException(413, str(self._refusal()))
             return message
 

@@ -1,4 +1,5 @@
-"""What the endpoints share: the engine, its name for clients, and how a prompt becomes requests and numbers."""
+"""What the endpoints share: the engine, its name for clients, and how a prompt becomes requests and
+numbers."""
 
 from __future__ import annotations
 
@@ -65,11 +66,13 @@ class ServingContext:
             )
 
     def check_number(self, num_choices: int) -> None:
-        """APIError 400 where a client asks for more answers at once than may ever wait: trying again would not help."""
+        """APIError 400 where a client asks for more answers at once than may ever wait: trying
+        again would not help."""
         if num_choices > self.engine.config.max_queue:
             raise APIError(
                 400,
-                f"{num_choices} answers at once are more than the {self.engine.config.max_queue} that may wait here: "
+                f"{num_choices} answers at once are more than the {self.engine.config.max_queue} "
+                "that may wait here: "
                 "send fewer prompts or lower 'n'.",
             )
 
@@ -96,8 +99,9 @@ class ServingContext:
             raise APIError(400, str(error)) from error
 
     def namespace_of(self, salt: str | None) -> str | None:
-        """The namespace of requests with one ``cache_salt``: a hash of it, since namespaces are shown and a salt is a secret,
-        with a key that is made at the start, so that nobody can try salts against it."""
+        """The namespace of requests with one ``cache_salt``: a hash of it, since namespaces are
+        shown and a salt is a secret, with a key that is made at the start, so that nobody can try
+        salts against it."""
         if salt is None:
             return None
         # JSON's "\ud800" is no UTF-8 and still a salt of its own.
@@ -117,7 +121,8 @@ class ServingContext:
         streams: list[RequestStream] = []
         try:
             for ask, prompt in zip(asks, prompts, strict=True):
-                # The event loop has a turn between two prompts, each of which may have many choices.
+                # The event loop has a turn between two prompts, each of which may have many
+                # choices.
                 if streams:
                     await asyncio.sleep(0)
                 streams.extend(
@@ -148,7 +153,8 @@ class ServingContext:
     async def outputs(
         self, streams: Sequence[RequestStream]
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """The streams' outputs as they come, each counted when it is the last. Left early, the rest counts as aborted."""
+        """The streams' outputs as they come, each counted when it is the last. Left early, the rest
+        counts as aborted."""
         num_finished = 0
         merged = interleave(streams)
         try:
@@ -183,7 +189,8 @@ class ServingContext:
 
 
 def _as_array(prompt: Sequence[int], max_len: int) -> Sequence[int] | np.ndarray:
-    """``prompt`` as the engine keeps it, made once for all its choices; as it is where the engine will refuse it."""
+    """``prompt`` as the engine keeps it, made once for all its choices; as it is where the engine
+    will refuse it."""
     if len(prompt) > max_len:
         return prompt
     try:
@@ -198,8 +205,9 @@ def new_id(kind: str) -> str:
 
 
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
-    """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt counts once, with what its
-    first choice found in the cache. ``lost_tokens`` (ours) says why the others were computed."""
+    """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt
+    counts once, with what its first choice found in the cache. ``lost_tokens`` (ours) says why the
+    others were computed."""
     firsts = outputs[::num_choices]
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)

@@ -1,4 +1,5 @@
-"""Log probabilities in the two shapes OpenAI gives them: parallel lists for completions, a list of objects for chats."""
+"""Log probabilities in the two shapes OpenAI gives them: parallel lists for completions, a list of
+objects for chats."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from engine.text.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as text; ``bytes:\\xe2\\x80`` where it is no whole characters, so that different tokens look different."""
+    """A token as text; ``bytes:\\xe2\\x80`` where it is no whole characters, so that different
+    tokens look different."""
     raw = tokenizer.token_bytes(token_id)
     try:
         return raw.decode("utf-8") if raw else f"token:{token_id}"
@@ -19,7 +21,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 class CompletionScores:
-    """Writes the lists of one choice, whole or piece by piece; remembers where in the text it is."""
+    """Writes the lists of one choice, whole or piece by piece; remembers where in the text it
+    is."""
 
     def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
         self._tokenizer = tokenizer
@@ -30,7 +33,8 @@ class CompletionScores:
     def write(
         self, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
     ) -> dict[str, list[Any]]:
-        """The lists of the next tokens, one score each; None where nothing was predicted (the first of a prompt)."""
+        """The lists of the next tokens, one score each; None where nothing was predicted (the first
+        of a prompt)."""
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)

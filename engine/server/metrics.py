@@ -75,7 +75,8 @@ class Metrics:
         self.requests.labels("abort").inc(num_requests)
 
     def render(self, report: CacheReport) -> bytes:
-        """All metrics in Prometheus' text form, with the engine's own counts as ``report`` has them."""
+        """All metrics in Prometheus' text form, with the engine's own counts as ``report`` has
+        them."""
         now = CollectorRegistry(auto_describe=False)
         now.register(_ReportCollector(report))
         return generate_latest(self._registry) + generate_latest(now)

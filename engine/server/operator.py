@@ -1,4 +1,5 @@
-"""Who may look into the cache of all clients, and end it: whoever has the key, or else this machine alone."""
+"""Who may look into the cache of all clients, and end it: whoever has the key, or else this machine
+alone."""
 
 from __future__ import annotations
 
@@ -41,8 +42,9 @@ class Operator:
     def check(self, request: Request) -> None:
         """APIError 401, 403: it is not the operator who asks.
 
-        Without a key: a client of this machine, by its address, that names this machine as the host. A foreign page in a
-        browser here has its own ``Origin``, or its own ``Host`` where it has bent a name to this address.
+        Without a key: a client of this machine, by its address, that names this machine as the
+        host. A foreign page in a browser here has its own ``Origin``, or its own ``Host`` where it
+        has bent a name to this address.
         """
         if self.key is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -51,7 +53,8 @@ class Operator:
             if scheme.lower() != "bearer" or not is_right:
                 raise APIError(
                     401,
-                    "This path is the operator's: send the key of --admin-key-file as Authorization: Bearer KEY.",
+                    "This path is the operator's: send the key of --admin-key-file as "
+                    "Authorization: Bearer KEY.",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             return
@@ -67,7 +70,8 @@ class Operator:
         if not is_here:
             raise APIError(
                 403,
-                "This path is the operator's: ask on the server's own machine, as localhost, or start it with "
+                "This path is the operator's: ask on the server's own machine, as localhost, or "
+                "start it with "
                 "--admin-key-file.",
             )
 

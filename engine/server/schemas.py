@@ -1,7 +1,8 @@
-"""What clients may send. Types are checked here, ranges where the values are used (SamplingParams, the engine).
+"""What clients may send. Types are checked here, ranges where the values are used (SamplingParams,
+the engine).
 
-A parameter that would change the answer and is not served is refused by name; one that would not (``user``, ``store``) is
-accepted and ignored.
+A parameter that would change the answer and is not served is refused by name; one that would not
+(``user``, ``store``) is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 MAX_NAMES = 64
-"""Names that an object of a fixed form may have: each that it should not have is an error of its own."""
+"""Names that an object of a fixed form may have: each that it should not have is an error of its
+own."""
 Entry = TypeVar("Entry")
 Listed = Annotated[list[Entry], Field(fail_fast=True)]
 """A list of which the first wrong entry is the only error."""

@@ -1,4 +1,5 @@
-"""From the engine's streams to HTTP: several choices as one sequence, server-sent events, and clients that hang up."""
+"""From the engine's streams to HTTP: several choices as one sequence, server-sent events, and
+clients that hang up."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def event(data: dict[str, Any]) -> bytes:
 async def interleave(
     streams: Sequence[RequestStream],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """(index of the stream, output) as they come, until all ended. However it is left, no request stays behind."""
+    """(index of the stream, output) as they come, until all ended. However it is left, no request
+    stays behind."""
     outputs: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
 
     async def forward(index: int, stream: RequestStream) -> None:
@@ -79,7 +81,8 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that stop, and close their iterator, when the client hangs up: also while none is due."""
+    """Server-sent events that stop, and close their iterator, when the client hangs up: also while
+    none is due."""
 
     media_type = "text/event-stream"
 
@@ -108,7 +111,8 @@ class EventStream(StreamingResponse):
 
 
 async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The event loop has a turn between two: else a burst is written to a connection that is gone, and asyncio complains."""
+    """The event loop has a turn between two: else a burst is written to a connection that is gone,
+    and asyncio complains."""
     async for one in events:
         yield one
         await asyncio.sleep(0)

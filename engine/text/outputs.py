@@ -22,7 +22,8 @@ class SampledToken(NamedTuple):
 
     token_id: int
     logprob: float | None
-    """Natural logarithm of its probability, before penalties and temperature; None: not asked for."""
+    """Natural logarithm of its probability, before penalties and temperature; None: not asked
+    for."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The most likely (token id, log-probability), best first."""
 
@@ -61,7 +62,8 @@ class RequestOutput:
     cached_len: int
     """Prompt tokens that were not computed."""
     losses: Losses | None
-    """Why the others were; sums with ``cached_len`` to the prompt. None: refused or ended before it was scheduled."""
+    """Why the others were; sums with ``cached_len`` to the prompt. None: refused or ended before it
+    was scheduled."""
     finish_reason: FinishReason | None
     error: str | None
     """Why it ended with ``finish_reason`` "error", in a few words; else None."""
@@ -70,7 +72,8 @@ class RequestOutput:
     all_logprobs: Sequence[SampledToken]
     """Shared with the request, which appends to it: read ``logprobs``."""
     prompt_logprobs: tuple[SampledToken | None, ...] | None
-    """One per prompt token, None for the first; where the request asked for them, with its first token."""
+    """One per prompt token, None for the first; where the request asked for them, with its first
+    token."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -101,7 +104,8 @@ class TextStream:
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """(the text that became certain, whether a stop string was met). O(new text) per stop string, over an answer."""
+        """(the text that became certain, whether a stop string was met). O(new text) per stop
+        string, over an answer."""
         return self._read(self._decoder.push((token_id,)))
 
     def flush(self) -> tuple[str, bool]:
@@ -128,8 +132,9 @@ class TextStream:
 class _Stop:
     """Looks for one stop string in a text that comes in pieces (Knuth, Morris, Pratt).
 
-    ``borders[i]`` is the length of the longest proper beginning of ``text[: i + 1]`` that is also its end: where to go on
-    when the next character does not fit. It is worked out as far as the text was ever matched.
+    ``borders[i]`` is the length of the longest proper beginning of ``text[: i + 1]`` that is also
+    its end: where to go on when the next character does not fit. It is worked out as far as the
+    text was ever matched.
     """
 
     __slots__ = ("borders", "matched", "text")
@@ -138,11 +143,12 @@ class _Stop:
         self.text = text
         self.borders = [0]
         self.matched = 0
-        """Length of the longest end of what was read that is a beginning of ``text``, and not all of it."""
+        """Length of the longest end of what was read that is a beginning of ``text``, and not all
+        of it."""
 
     def read(self, new: str) -> int | None:
-        """Where the stop string begins, counted from the beginning of ``new``, once it is complete; below 0: before it.
-        O(len(new)), spread over all calls."""
+        """Where the stop string begins, counted from the beginning of ``new``, once it is complete;
+        below 0: before it. O(len(new)), spread over all calls."""
         text = self.text
         at = 0
         while at < len(new):

@@ -1,9 +1,9 @@
 """Chats to prompts, and the positions of a prompt that will still stand in the next one.
 
-A chat template does not only append: it drops the generation header's extras and the reasoning of earlier turns, so the
-next turn of a thinking chat leaves this prompt a few tokens *before* its end, and a checkpoint at the exact end would
-never be used again. Where it will leave is found by asking the template: render the history as the next turn would, and
-take the common prefix.
+A chat template does not only append: it drops the generation header's extras and the reasoning of
+earlier turns, so the next turn of a thinking chat leaves this prompt a few tokens *before* its end,
+and a checkpoint at the exact end would never be used again. Where it will leave is found by asking
+the template: render the history as the next turn would, and take the common prefix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 PROBE = "\ue000"
-"""Stands for words not yet said. Private use: no template and no tokenizer's merges begin with it."""
+"""Stands for words not yet said. Private use: no template and no tokenizer's merges begin with
+it."""
 
 
 MARKS = range(0xE001, 0xF900)
@@ -40,7 +41,8 @@ class TemplateError(ValueError):
 
 
 class ChatTemplate:
-    """A Hugging Face chat template: sandboxed Jinja with the filters and globals such templates count on.
+    """A Hugging Face chat template: sandboxed Jinja with the filters and globals such templates
+    count on.
 
     >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     >>> template.render([{"role": "user", "content": "hi"}])
@@ -71,7 +73,8 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The chat as text. ``variables`` are the template's own switches (``enable_thinking``). TemplateError: refused."""
+        """The chat as text. ``variables`` are the template's own switches (``enable_thinking``).
+        TemplateError: refused."""
         try:
             return self._template.render(
                 self._special_tokens
@@ -96,12 +99,14 @@ class ChatPrompt:
 
     token_ids: list[int]
     boundaries: tuple[int, ...]
-    """Positions that will still be a prefix of later prompts, ascending: the end of the system segment, where the next
-    turn leaves this prompt, and in a tool loop where the tool's answer does."""
+    """Positions that will still be a prefix of later prompts, ascending: the end of the system
+    segment, where the next turn leaves this prompt, and in a tool loop where the tool's answer
+    does."""
 
     @property
     def answer_survives(self) -> bool:
-        """Whether any later prompt goes on from this one's end; not where the template drops what the prompt ends with."""
+        """Whether any later prompt goes on from this one's end; not where the template drops what
+        the prompt ends with."""
         return not self.boundaries or self.boundaries[-1] == len(self.token_ids)
 
 
@@ -115,11 +120,13 @@ def render_chat(
     special_in_content: bool = False,
     namespace: Hashable = None,
 ) -> ChatPrompt:
-    """Render and encode a chat. At most four renders, one encoding of the whole and a few of its ends.
+    """Render and encode a chat. At most four renders, one encoding of the whole and a few of its
+    ends.
 
-    What the chat's own texts (contents, names, arguments, tools) hold of ``tokenizer.control_tokens`` is text, so that nobody
-    can write a turn of somebody else's; with ``special_in_content`` it becomes those tokens. ``namespace`` as in ``encode``.
-    TemplateError: the model has no chat template, or it refuses this chat.
+    What the chat's own texts (contents, names, arguments, tools) hold of
+    ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
+    ``special_in_content`` it becomes those tokens. ``namespace`` as in ``encode``. TemplateError:
+    the model has no chat template, or it refuses this chat.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -168,10 +175,11 @@ def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message
 
 
 def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:
-    """(mark, ``value`` with marks in its texts, so that none can become a control token, alone or with what stands beside it).
+    """(mark, ``value`` with marks in its texts, so that none can become a control token, alone or
+    with what stands beside it).
 
-    The mark is a character that ``value`` has not; None where there is nothing to mark. O(size of ``value``). TemplateError:
-    it is nested too deep.
+    The mark is a character that ``value`` has not; None where there is nothing to mark. O(size of
+    ``value``). TemplateError: it is nested too deep.
     """
     if not control_tokens:
         return None, value
@@ -190,8 +198,9 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
 class _Cuts:
     """Where a text must be cut, whatever a template writes before and after it.
 
-    A control token that has a character of the text either lies in it; or begins in it, so that the text ends as the token
-    begins; or begins before it, so that the text begins as the token ends, or is the middle of one.
+    A control token that has a character of the text either lies in it; or begins in it, so that the
+    text ends as the token begins; or begins before it, so that the text begins as the token ends,
+    or is the middle of one.
     """
 
     def __init__(self, control_tokens: Sequence[str]) -> None:
@@ -262,8 +271,9 @@ def common_token_prefix(
 ) -> int:
     """How many leading ``token_ids`` of ``text`` the encoding of ``later`` starts with.
 
-    The texts are compared first; then only what follows the last special token of their common part is encoded, since a
-    special token splits the text around it. O(len(text)) in comparing, and the shorter side of the split in encoding.
+    The texts are compared first; then only what follows the last special token of their common part
+    is encoded, since a special token splits the text around it. O(len(text)) in comparing, and the
+    shorter side of the split in encoding.
     """
     shared = _common_prefix(text, later)
     split = _last_special(special_tokens, text, shared)
@@ -280,7 +290,8 @@ def common_token_prefix(
 
 
 def _common_prefix(first: str, second: str) -> int:
-    """Length of the common prefix, by bisection over slices: O(n) in comparing memory, O(log n) in Python."""
+    """Length of the common prefix, by bisection over slices: O(n) in comparing memory, O(log n) in
+    Python."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

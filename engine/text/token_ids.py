@@ -37,7 +37,8 @@ class IdTokenizer:
             return [int(word) for word in text.split()]
         except ValueError:
             raise ValueError(
-                "this model has no tokenizer: give the prompt as token ids, or as text of their numbers."
+                "this model has no tokenizer: give the prompt as token ids, or as text of their "
+                "numbers."
             ) from None
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:

@@ -1,6 +1,8 @@
-"""Text to token ids and back: byte-level for the built-in model, tokenizer.json for Hugging Face directories.
+"""Text to token ids and back: byte-level for the built-in model, tokenizer.json for Hugging Face
+directories.
 
-``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ever ends inside a UTF-8 sequence.
+``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ever ends inside a
+UTF-8 sequence.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class StreamDecoder(Protocol):
     """Turns tokens into text as they come. One per request."""
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that became certain with these tokens; bytes of an unfinished character wait for the next."""
+        """The text that became certain with these tokens; bytes of an unfinished character wait for
+        the next."""
         ...
 
     def flush(self) -> str:
@@ -52,9 +55,11 @@ class Tokenizer(Protocol):
     eos_token_ids: frozenset[int]
     """Ids that end an answer."""
     special_tokens: tuple[str, ...]
-    """Strings that always become one token and split the text around them: the text on either side may be encoded alone."""
+    """Strings that always become one token and split the text around them: the text on either side
+    may be encoded alone."""
     control_tokens: tuple[str, ...]
-    """Special tokens that no text has: what begins and ends a turn. (``<think>`` is a token, and part of the text.)"""
+    """Special tokens that no text has: what begins and ends a turn. (``<think>`` is a token, and
+    part of the text.)"""
     chat_template: ChatTemplate | None
 
     def encode(
@@ -65,15 +70,18 @@ class Tokenizer(Protocol):
         mark: str | None = None,
         namespace: Hashable = None,
     ) -> list[int]:
-        """Ids of ``text``; with ``add_special_tokens`` also the ones the model wants around it (a BOS, say). O(len(text)).
+        """Ids of ``text``; with ``add_special_tokens`` also the ones the model wants around it (a
+        BOS, say). O(len(text)).
 
-        ``mark`` is a character that is no part of the text: it only keeps apart what is on either side of it. What is
-        remembered to be quicker the next time is remembered for one ``namespace``: another can not tell from the time.
+        ``mark`` is a character that is no part of the text: it only keeps apart what is on either
+        side of it. What is remembered to be quicker the next time is remembered for one
+        ``namespace``: another can not tell from the time.
         """
         ...
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``token_ids``; ids without text (padding of the vocabulary) give none, broken bytes give U+FFFD."""
+        """Text of ``token_ids``; ids without text (padding of the vocabulary) give none, broken
+        bytes give U+FFFD."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -127,7 +135,8 @@ class ByteTokenizer:
             if special is None:
                 if mark is not None:
                     piece = piece.replace(mark, "")
-                # A lone surrogate (JSON's "\ud800") has no UTF-8; the strict error would be the user's to see.
+                # A lone surrogate (JSON's "\ud800") has no UTF-8; the strict error would be the
+                # user's to see.
                 raw = piece.encode("utf-8", "replace")
                 for start in range(0, len(raw), SLICE):
                     token_ids.extend(raw[start : start + SLICE])
@@ -152,10 +161,11 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A ``tokenizer.json`` with the facts of its directory: template, specials, what ends an answer.
+    """A ``tokenizer.json`` with the facts of its directory: template, specials, what ends an
+    answer.
 
-    Uses the ``tokenizers`` library alone; ``transformers`` is asked only where a directory has no ``tokenizer.json`` and
-    must be converted.
+    Uses the ``tokenizers`` library alone; ``transformers`` is asked only where a directory has no
+    ``tokenizer.json`` and must be converted.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -174,7 +184,8 @@ class HFTokenizer:
         self.chat_template = _find_template(model_dir, settings)
         described = json.loads(self._backend.to_str())
         self._is_byte_level = (described["decoder"] or {}).get("type") == "ByteLevel"
-        # A special token is a wall: the texts on either side are encoded alone. Not so where a text's first word is special.
+        # A special token is a wall: the texts on either side are encoded alone. Not so where a
+        # text's first word is special.
         has_walls = self._is_byte_level and not _adds_prefix_space(described["pre_tokenizer"])
         self._walls = _pattern(self.special_tokens) if has_walls else None
         self.control_tokens = tuple(
@@ -196,10 +207,11 @@ class HFTokenizer:
         mark: str | None = None,
         namespace: Hashable = None,
     ) -> list[int]:
-        """As the protocol says. A chat's pieces are remembered, so that its next turn costs only what is new.
+        """As the protocol says. A chat's pieces are remembered, so that its next turn costs only
+        what is new.
 
-        Where a text's first word is special, so that nothing can be encoded alone, a ``mark`` becomes a word joiner, which
-        is not seen.
+        Where a text's first word is special, so that nothing can be encoded alone, a ``mark``
+        becomes a word joiner, which is not seen.
         """
         clean = text.encode("utf-8", "replace").decode("utf-8")
         if self._walls is None or add_special_tokens:
@@ -257,7 +269,8 @@ class HFTokenizer:
 
 
 class PieceMemory:
-    """Ids of stretches of text, the latest used of each namespace, in ``limit_bytes`` together. Safe from any thread."""
+    """Ids of stretches of text, the latest used of each namespace, in ``limit_bytes`` together.
+    Safe from any thread."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -273,7 +286,8 @@ class PieceMemory:
             return known
 
     def put(self, namespace: Hashable, piece: str, token_ids: array[int]) -> None:
-        """Remember ``token_ids``, and forget what was not used for longest. One that would take a quarter is not kept."""
+        """Remember ``token_ids``, and forget what was not used for longest. One that would take a
+        quarter is not kept."""
         size = _size(piece, token_ids)
         if size > self._limit_bytes // 4:
             return
@@ -297,7 +311,8 @@ def _size(piece: str, token_ids: array[int]) -> int:
 
 
 class ByteStreamDecoder:
-    """For vocabularies whose tokens are byte strings: an incremental UTF-8 decoder over them. O(1) a token."""
+    """For vocabularies whose tokens are byte strings: an incremental UTF-8 decoder over them. O(1)
+    a token."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]) -> None:
         self._token_bytes = token_bytes
@@ -314,10 +329,12 @@ class ByteStreamDecoder:
 
 
 class WindowStreamDecoder:
-    """For the other vocabularies, where a token's text depends on its neighbours: decodes a short window twice.
+    """For the other vocabularies, where a token's text depends on its neighbours: decodes a short
+    window twice.
 
-    The window starts one emission back, so that the joint is decoded with its context. A character has at most four
-    bytes: after that many tokens a replacement character is what the tokens mean, and no longer waits.
+    The window starts one emission back, so that the joint is decoded with its context. A character
+    has at most four bytes: after that many tokens a replacement character is what the tokens mean,
+    and no longer waits.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -395,7 +412,8 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``; empty where there is no such file. ValueError names a file that is not JSON."""
+    """The object in ``path``; empty where there is no such file. ValueError names a file that is
+    not JSON."""
     if not path.exists():
         return {}
     try:
@@ -433,13 +451,15 @@ def _adds_prefix_space(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches any of ``words``, the longest first, and keeps it when splitting; None where there are none."""
+    """Matches any of ``words``, the longest first, and keeps it when splitting; None where there
+    are none."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if words else None
 
 
 def _letters_of_bytes() -> dict[str, int]:
-    """The letters that byte-level BPE writes its bytes with: printable ones stand for themselves, the rest from U+0100 on."""
+    """The letters that byte-level BPE writes its bytes with: printable ones stand for themselves,
+    the rest from U+0100 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in set(plain)]
     letters = {chr(byte): byte for byte in plain}

@@ -1,1 +1,2 @@
-"""The attack on the promises: what is tried against cache, engine, server and files, by models and clients of its own."""
+"""The attack on the promises: what is tried against cache, engine, server and files, by models and
+clients of its own."""

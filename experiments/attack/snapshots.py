@@ -1,7 +1,9 @@
-"""Snapshots from elsewhere: changed at random, each is refused and the cache as it was, or loaded and sound.
+"""Snapshots from elsewhere: changed at random, each is refused and the cache as it was, or loaded
+and sound.
 
-One cache is filled with forks, tombstones, ghosts and namespaces; its file is then changed in one or two places: a number, an
-array, the header, the bytes. ``sound`` is what a cache must still do that was filled from such a file.
+One cache is filled with forks, tombstones, ghosts and namespaces; its file is then changed in one
+or two places: a number, an array, the header, the bytes. ``sound`` is what a cache must still do
+that was filled from such a file.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def make_cache(seed: int, *, filled: bool) -> PrefixCache:
-    """A small cache; the same seed gives the same settings. Filled: requests came and evicted each other."""
+    """A small cache; the same seed gives the same settings. Filled: requests came and evicted each
+    other."""
     draw = random.Random(seed)
     page_size = draw.choice((1, 2, 4))
     words = ("lru", "regret", "arc", "class-age", "s3-fifo", "gdsf", "lfu", "w-tinylfu")
@@ -65,7 +68,8 @@ def make_cache(seed: int, *, filled: bool) -> PrefixCache:
 
 
 def use(cache: PrefixCache, draw: random.Random, num_requests: int) -> None:
-    """Requests that share beginnings; each is matched, published with states, and given back what was not taken."""
+    """Requests that share beginnings; each is matched, published with states, and given back what
+    was not taken."""
     for _ in range(num_requests):
         family = draw.randrange(4)
         length = draw.randrange(1, 24)
@@ -197,7 +201,8 @@ def _pools(cache: PrefixCache) -> tuple[int, int, int, int, str]:
 
 
 def try_file(seed: int, path: Path, again: Path) -> str:
-    """Load ``path`` into an empty cache: "refused" or "loaded". AssertionError: the promise is broken."""
+    """Load ``path`` into an empty cache: "refused" or "loaded". AssertionError: the promise is
+    broken."""
     cache = make_cache(seed, filled=False)
     before = _pools(cache)
     try:
@@ -222,7 +227,8 @@ def try_file(seed: int, path: Path, again: Path) -> str:
 
 
 def attack(first_seed: int, num_caches: int, num_files: int) -> dict[str, int]:
-    """Outcomes of ``num_files`` changed files of each of ``num_caches`` caches. AssertionError names the seed that fails."""
+    """Outcomes of ``num_files`` changed files of each of ``num_caches`` caches. AssertionError
+    names the seed that fails."""
     outcomes = {"refused": 0, "loaded": 0}
     with tempfile.TemporaryDirectory() as folder:
         saved, path, again = (Path(folder) / name for name in ("saved", "path", "again"))

@@ -1,4 +1,5 @@
-"""What `experiments.bench_kernels` measures: a module per kernel folder, each with ``cases(setup)``."""
+"""What `experiments.bench_kernels` measures: a module per kernel folder, each with
+``cases(setup)``."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel on one shape. The first call of each contender is compared, the later ones are timed."""
+    """One kernel on one shape. The first call of each contender is compared, the later ones are
+    timed."""
 
     name: str
     run: Callable[[], torch.Tensor]
@@ -51,7 +53,8 @@ class Case:
     rival_tolerance: float | None = None
     """Of rivals that round more than ours; as ``tolerance`` if None."""
     moved_bytes: int | None = None
-    """That ours asks of memory: all its loads and stores, launched with its own parameters. Over ``num_bytes``: what it reads
-    twice."""
+    """That ours asks of memory: all its loads and stores, launched with its own parameters. Over
+    ``num_bytes``: what it reads twice."""
     reset: Callable[[], object] | None = None
-    """Brings back what calls of ours have changed, so that the next one is a first one again; None if nothing is."""
+    """Brings back what calls of ours have changed, so that the next one is a first one again; None
+    if nothing is."""

@@ -1,6 +1,7 @@
 """Attention of Qwen3-Next: 16 query heads, 2 KV heads of 256, KV rows scattered over a pool.
 
-torch has no attention over scattered rows: it is timed with the gathering that an engine would need, and without.
+torch has no attention over scattered rows: it is timed with the gathering that an engine would
+need, and without.
 """
 
 from __future__ import annotations

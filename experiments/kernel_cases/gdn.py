@@ -1,4 +1,5 @@
-"""Gated DeltaNet on Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128, float32 states."""
+"""Gated DeltaNet on Qwen3-Next's sizes: 16 key heads, 32 value heads, K = V = 128, float32
+states."""
 
 from __future__ import annotations
 
@@ -128,14 +129,16 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
 
 
 def _token_bytes(tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> int:
-    """What belongs to the tokens of a decode: read once, and a read-out like the values written once."""
+    """What belongs to the tokens of a decode: read once, and a read-out like the values written
+    once."""
     return sum(x.nbytes for x in (*tokens, tokens[2], *inputs))
 
 
 def _asked_bytes(
     tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...], slots: torch.Tensor
 ) -> int:
-    """The same as a decode asks for it: keys and queries for each value head and slice of V, gate inputs for each slice."""
+    """The same as a decode asks for it: keys and queries for each value head and slice of V, gate
+    inputs for each slice."""
     query, key, value = tokens
     a, b, *parameters = inputs
     slices = -(-value.shape[2] // BLOCK_V)

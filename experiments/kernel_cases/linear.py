@@ -1,4 +1,5 @@
-"""Products of Qwen3-Next's layers: 2048 x 12288 (a GDN layer's input), 4096 x 2048 (its output), full precision and 8-bit."""
+"""Products of Qwen3-Next's layers: 2048 x 12288 (a GDN layer's input), 4096 x 2048 (its output),
+full precision and 8-bit."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
 
 
 def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format) -> Case:
-    """Beside torch with full weights, and with rows in 8 bits too: less exact, and twice the rate of the tensor cores."""
+    """Beside torch with full weights, and with rows in 8 bits too: less exact, and twice the rate
+    of the tensor cores."""
     quantized, scale = reference.quantize(weight, format)
     widened = quantized.float() * scale[:, None]
     narrow = widened.to(x.dtype)

@@ -1,4 +1,5 @@
-"""Qwen3-Next's rotary embedding, gated activations and cache writes: bound by bandwidth, or by the launch."""
+"""Qwen3-Next's rotary embedding, gated activations and cache writes: bound by bandwidth, or by the
+launch."""
 
 from __future__ import annotations
 

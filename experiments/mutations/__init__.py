@@ -1,4 +1,5 @@
-"""The small ways in which ``experiments.mutate`` breaks a part of the house: a list for each part."""
+"""The small ways in which ``experiments.mutate`` breaks a part of the house: a list for each
+part."""
 
 from __future__ import annotations
 

@@ -170,7 +170,8 @@ BREAKAGES = (
     Mutation(
         "a new buffer that shrank is forgotten",
         OWNERS,
-        "            if living is not None:\n                self._new[id(_buffer(living))] = living\n",
+        "            if living is not None:\n"
+        "                self._new[id(_buffer(living))] = living\n",
         "",
     ),
     Mutation(

@@ -51,7 +51,8 @@ BREAKAGES = (
     Mutation(
         "a dropped leaf leaks its slot",
         RESIDENCY,
-        "            if leaf.checkpoint is not None:\n                self._drop_checkpoint(leaf)\n            parent",
+        "            if leaf.checkpoint is not None:\n                "
+        "self._drop_checkpoint(leaf)\n            parent",
         "            leaf.checkpoint = None\n            parent",
     ),
     Mutation(
@@ -106,7 +107,8 @@ BREAKAGES = (
     Mutation(
         "a new checkpoint does not demote the one above",
         RESIDENCY,
-        "        if type(before) is Checkpoint and below is None:\n            self._set_superseded(before, True)\n",
+        "        if type(before) is Checkpoint and below is None:\n            "
+        "self._set_superseded(before, True)\n",
         "",
     ),
     Mutation(
@@ -118,13 +120,15 @@ BREAKAGES = (
     Mutation(
         "the end of a fork does not restore the demotion",
         RESIDENCY,
-        "        link(before, below)\n        if isinstance(before, Checkpoint):\n            self._set_superseded(before, True)\n",
+        "        link(before, below)\n        if isinstance(before, Checkpoint):\n            "
+        "self._set_superseded(before, True)\n",
         "        link(before, below)\n",
     ),
     Mutation(
         "an evicted checkpoint leaves the one above demoted",
         RESIDENCY,
-        "        elif type(before) is Checkpoint:\n            self._set_superseded(before, False)\n",
+        "        elif type(before) is Checkpoint:\n            self._set_superseded(before, "
+        "False)\n",
         "",
     ),
     Mutation(
@@ -281,7 +285,8 @@ BREAKAGES = (
     Mutation(
         "a second checkpoint replaces the first",
         HYBRID,
-        "            if node.checkpoint is not None:\n                rejected.append(slot)\n                continue\n",
+        "            if node.checkpoint is not None:\n                rejected.append(slot)\n      "
+        "          continue\n",
         "",
     ),
     Mutation(
@@ -474,7 +479,8 @@ BREAKAGES = (
     Mutation(
         "a withheld checkpoint is told to the policy when it is superseded",
         RESIDENCY,
-        "        if checkpoint in self.withheld:\n            checkpoint.superseded = superseded\n            return\n",
+        "        if checkpoint in self.withheld:\n            checkpoint.superseded = superseded\n "
+        "           return\n",
         "",
     ),
     Mutation("uses are not handed up", RESIDENCY, "            above.uses += kv.uses\n", ""),
@@ -499,7 +505,8 @@ BREAKAGES = (
     Mutation(
         "ids of another type are matched",
         HYBRID,
-        '            require_int32(tokens, "tokens")\n        num_tokens = len(tokens)\n        root',
+        '            require_int32(tokens, "tokens")\n        num_tokens = len(tokens)\n        '
+        "root",
         "            pass\n        num_tokens = len(tokens)\n        root",
     ),
     Mutation(

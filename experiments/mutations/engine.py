@@ -1,4 +1,5 @@
-"""Ways to break the engine: scheduler, cache manager, sharing, requests, sampler, and its thread."""
+"""Ways to break the engine: scheduler, cache manager, sharing, requests, sampler, and its
+thread."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ BREAKAGES = (
         "an empty step takes the row writes with it",
         SCHEDULER,
         "            return EMPTY\n        self._num_in_flight",
-        "            self._manager.take_copies()\n            return EMPTY\n        self._num_in_flight",
+        "            self._manager.take_copies()\n            return EMPTY\n        "
+        "self._num_in_flight",
         (SHORT_MEMORY,),
     ),
     Mutation(
@@ -185,7 +187,8 @@ BREAKAGES = (
     Mutation(
         "a request that was aborted makes no room",
         SCHEDULER,
-        "            self._running.remove(request)\n            self._is_full = False\n        else:",
+        "            self._running.remove(request)\n            self._is_full = False\n        "
+        "else:",
         "            self._running.remove(request)\n        else:",
         STEPS,
     ),
@@ -214,7 +217,8 @@ BREAKAGES = (
     Mutation(
         "tokens of those who left are given to the next",
         SCHEDULER,
-        "            token = next(tokens) if task.samples else None\n            request = task.request\n"
+        "            token = next(tokens) if task.samples else None\n            request = "
+        "task.request\n"
         "            if task.scores:\n                request.scores.extend(next(scores))\n"
         "            if request.lease is not task.lease:\n                continue\n",
         "            request = task.request\n"
@@ -319,7 +323,8 @@ BREAKAGES = (
         "an extension's rows are listed one place too far",
         MANAGER,
         "self._row_writes.append((row, before, lease.kv_indices[before : request.max_len]))",
-        "self._row_writes.append((row, before + 1, lease.kv_indices[before + 1 : request.max_len]))",
+        "self._row_writes.append((row, before + 1, lease.kv_indices[before + 1 : "
+        "request.max_len]))",
         MEMORY,
     ),
     Mutation(
@@ -598,7 +603,8 @@ BREAKAGES = (
     Mutation(
         "stopping wakes nobody",
         ASYNC,
-        "            self._is_open, self._must_stop = False, True\n            self._wake.notify()\n",
+        "            self._is_open, self._must_stop = False, True\n            "
+        "self._wake.notify()\n",
         "            self._is_open, self._must_stop = False, True\n",
         THREAD,
     ),

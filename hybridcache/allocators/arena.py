@@ -23,7 +23,8 @@ arena takes and refuses exactly what one number of bytes would, with a state cou
 
 Whoever holds rows of an arena must be a holder in ``ArenaAllocator.holders`` from the first row on
 until the last is given back; the cache is one, each lease is one. An emptied slab whose living rows
-are not all claimed is an error at once. ``allocators.moves`` says in which order the tensors follow.
+are not all claimed is an error at once. ``allocators.moves`` says in which order the tensors
+follow.
 """
 
 from __future__ import annotations

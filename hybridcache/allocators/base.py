@@ -10,8 +10,9 @@ from hybridcache.allocators.budget import ByteBudget
 class BaseAllocator(ABC):
     """Hands out units of one kind from a fixed range of indices, each to one owner at a time.
 
-    With a ``budget`` the units of several allocators share one number of bytes; then what can be taken is also limited by
-    what the others have left. Nothing here evicts: a request that does not fit is refused with None.
+    With a ``budget`` the units of several allocators share one number of bytes; then what can be
+    taken is also limited by what the others have left. Nothing here evicts: a request that does not
+    fit is refused with None.
     """
 
     def __init__(self, capacity: int, unit_bytes: int = 0, budget: ByteBudget | None = None):
@@ -27,7 +28,7 @@ class BaseAllocator(ABC):
     @property
     @abstractmethod
     def num_unused(self) -> int:
-        """Units in no hand, whether or not the budget would let them be taken. O(1)."""
+        """Unallocated units, whether or not the budget would let them be taken. O(1)."""
 
     @property
     def num_free(self) -> int:
@@ -38,7 +39,7 @@ class BaseAllocator(ABC):
 
     @property
     def num_taken(self) -> int:
-        """Units in somebody's hands. O(1)."""
+        """Allocated units. O(1)."""
         return self.capacity - self.num_unused
 
     @abstractmethod

@@ -20,8 +20,8 @@ slot that was freed in between: the source of a copy is a checkpoint that the re
 publishes, which is after its first step, and the target is the request's own; if the request ends
 before that step, its copy is dropped. So no slot of a copy that is still to be made is ever KV.
 
-The indices are older than the bytes: tree and leases name the new rows as soon as ``rows_moved`` has
-returned. What a caller has copied from a lease before (a request table) it writes again where
+The indices are older than the bytes: tree and leases name the new rows as soon as ``rows_moved``
+has returned. What a caller has copied from a lease before (a request table) it writes again where
 ``Lease.take_moved`` says, after all else that it has to write there.
 
 A step in flight (overlap) may still read and write old rows: what is in the arena when it ends is

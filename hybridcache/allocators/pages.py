@@ -19,8 +19,8 @@ MAX_ROWS = 1 << 31
 class PageAllocator(BaseAllocator):
     """A stack of free pages; a page is ``page_size`` consecutive KV rows.
 
-    Capacity and counts are in rows (tokens). The stack is one int32 array and its height, so that taking or returning
-    many pages is one copy.
+    Capacity and counts are in rows (tokens). The stack is one int32 array and its height, so that
+    taking or returning many pages is one copy.
 
     >>> pages = PageAllocator(8, page_size=4)
     >>> rows = pages.allocate(5)
@@ -71,7 +71,8 @@ class PageAllocator(BaseAllocator):
         return min(self.num_unused, affordable - affordable % self.page_size)
 
     def allocate(self, num_tokens: int) -> Indices | None:
-        """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are not free. O(n).
+        """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are
+        not free. O(n).
 
         TypeError: not a whole number; ValueError: a negative one.
         """
@@ -92,10 +93,11 @@ class PageAllocator(BaseAllocator):
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def free(self, rows: Indices) -> None:
-        """Take back ``rows``: whole pages in row order, in hands until now. O(n).
+        """Take back ``rows``: whole pages in row order, allocated until now. O(n).
 
-        ValueError, and nothing taken: parts of pages, a first or last row that is none of this pool's, more rows than are in
-        hands. A page given back twice while others are out would cost a search: only ``check`` finds it, until it is taken.
+        ValueError, and nothing taken: parts of pages, a first or last row that is none of this
+        pool's, more rows than are allocated. A page given back twice while others are out would
+        cost a search: only ``check`` finds it, until it is taken.
         """
         if not len(rows):
             return
@@ -105,7 +107,7 @@ class PageAllocator(BaseAllocator):
         if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
             raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
         if len(rows) > self.num_taken:
-            raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are in hands")
+            raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
         self.release(rows)
 
     def release(self, rows: Indices) -> None:
@@ -120,7 +122,8 @@ class PageAllocator(BaseAllocator):
         self._stack[bottom:top] = pages
 
     def reserve(self, rows: Indices) -> None:
-        """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free, or the budget is too small."""
+        """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free, or the
+        budget is too small."""
         if len(rows) > self.num_free or len(rows) % self.page_size:
             raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
         pages = rows[:: self.page_size] // self.page_size

@@ -41,21 +41,23 @@ class SlotAllocator(BaseAllocator):
         return self._stack.pop()
 
     def free(self, slot: int) -> None:
-        """Take back ``slot``, in hands until now. O(1).
+        """Take back ``slot``, allocated until now. O(1).
 
-        ValueError: it is none of this pool, or all are here already; TypeError: no whole number. A slot given back twice
-        while others are out would cost a search: only ``check`` finds it, until it is taken.
+        ValueError: it is none of this pool, or all are here already; TypeError: no whole number. A
+        slot given back twice while others are out would cost a search: only ``check`` finds it,
+        until it is taken.
         """
         if not 0 <= index(slot) < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
         if len(self._stack) == self.capacity:
-            raise ValueError(f"slot {slot} given back, but none is in hands")
+            raise ValueError(f"slot {slot} given back, but none is allocated")
         if self.budget is not None:
             self.budget.give_back(self.unit_bytes)
         self._stack.append(slot)
 
     def reserve(self, slots: Sequence[int]) -> None:
-        """Take exactly ``slots``. O(capacity). ValueError: some are not free, or the budget is too small."""
+        """Take exactly ``slots``. O(capacity). ValueError: some are not free, or the budget is too
+        small."""
         taken = set(slots)
         if len(slots) > self.num_free or len(taken) < len(slots) or not taken <= set(self._stack):
             raise ValueError(f"{len(slots)} slots asked for that are not free")

@@ -12,8 +12,8 @@ from hybridcache.tokens import Indices
 
 
 def check_cache(residency: Residency, step: int) -> None:
-    """AssertionError names the first invariant that fails. ``step``: what checkpoint positions are multiples of.
-    O(tree + pools)."""
+    """AssertionError names the first invariant that fails. ``step``: what checkpoint positions are
+    multiples of. O(tree + pools)."""
     tree = residency.tree
     check_tree(tree, residency.ghosts)
     resident = [node for node in tree.nodes() if node.kv is not None]
@@ -63,7 +63,8 @@ def _check_candidates(residency: Residency) -> None:
 
 
 def is_superseded(checkpoint: Checkpoint) -> bool:
-    """By definition: going down single children from it, a checkpoint comes before a fork or the end. O(path)."""
+    """By definition: going down single children from it, a checkpoint comes before a fork or the
+    end. O(path)."""
     node: RadixNode = checkpoint.node
     while len(children := list(members(node.children))) == 1:
         node = children[0]

@@ -1,4 +1,5 @@
-"""Rows that were gathered lately: a conversation's next turn asks for what its last one was told."""
+"""Rows that were gathered lately: a conversation's next turn asks for what its last one was
+told."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from hybridcache.radix.node import Segment
 from hybridcache.tokens import Indices
 
 ENTRY_ROWS = 64
-"""What an answer takes beside its rows, in rows of 4 bytes (measured: the array's head and the entry of the dictionary)."""
+"""What an answer takes beside its rows, in rows of 4 bytes (measured: the array's head and the
+entry of the dictionary)."""
 
 
 class GatherCache:
     """The latest answers of ``gather``, by the segment they end with.
 
-    An answer stays true for as long as its segment is resident, whatever is split above or below, because rows never move; it
-    goes with its segment. All together weigh no more than the rows that are cached, or only the newest is left: then they are
-    over by ``ENTRY_ROWS`` at most.
+    An answer stays true for as long as its segment is resident, whatever is split above or below,
+    because rows never move; it goes with its segment. All together weigh no more than the rows that
+    are cached, or only the newest is left: then they are over by ``ENTRY_ROWS`` at most.
     """
 
     __slots__ = ("num_rows", "rows")
@@ -36,8 +38,8 @@ class GatherCache:
     def keep(
         self, segment: Segment, rows: Indices, extends: Segment | None, limit_rows: int
     ) -> None:
-        """Remember an answer. Before all others goes one that a later one ``extends``: its conversation went on. O(1)
-        amortised."""
+        """Remember an answer. Before all others goes one that a later one ``extends``: its
+        conversation went on. O(1) amortised."""
         if extends is not None:
             self.rows.move_to_end(extends, last=False)
         self.rows[segment] = rows

@@ -1,8 +1,10 @@
-"""How much KV stands under locks, and how many checkpoints: the paths of all locked nodes, a shared part counted once.
+"""How much KV stands under locks, and how many checkpoints: the paths of all locked nodes, a shared
+part counted once.
 
-It is asked for only where locks may stand in the way of an allocation, far less often than they change. So a lock leaves no work
-behind, a lock that is gone again before anybody asked does not either, and asking follows each change upward to the first node
-that another lock pins: amortised O(1) a node that a request brought or resumed from.
+It is asked for only where locks may stand in the way of an allocation, far less often than they
+change. So a lock leaves no work behind, a lock that is gone again before anybody asked does not
+either, and asking follows each change upward to the first node that another lock pins: amortised
+O(1) a node that a request brought or resumed from.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import NamedTuple
 from hybridcache.radix.node import RadixNode, members
 
 NEW, COUNTED, WITH_CHECKPOINT = range(3)
-"""How a locked node stands in the counts: not yet (false), its path, its path and its checkpoint."""
+"""How a locked node stands in the counts: not yet (false), its path, its path and its
+checkpoint."""
 
 
 class Protected(NamedTuple):
@@ -26,14 +29,16 @@ class Protected(NamedTuple):
 class LockedPaths:
     """Counts what is under locks.
 
-    ``RadixNode.pins``: 1 if its own lock was counted, and 1 for each child that is pinned. Who has pins counts once.
+    ``RadixNode.pins``: 1 if its own lock was counted, and 1 for each child that is pinned. Who has
+    pins counts once.
     """
 
     __slots__ = ("_num_checkpoints", "_num_tokens", "nodes", "released")
 
     def __init__(self) -> None:
         self.nodes: dict[RadixNode, int] = {}
-        """The locked ones, the latest last, and how each was counted: none before one that was not."""
+        """The locked ones, the latest last, and how each was counted: none before one that was
+        not."""
         self.released: dict[RadixNode, int] = {}
         """Those that are still counted though their lock is gone."""
         self._num_tokens = 0

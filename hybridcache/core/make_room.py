@@ -1,4 +1,5 @@
-"""Making room: whether eviction could free enough, and if so, evicting until it did. A refusal evicts nothing."""
+"""Making room: whether eviction could free enough, and if so, evicting until it did. A refusal
+evicts nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from hybridcache.policies.protocol import Kind
 
 
 def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
-    """Evict until ``num_tokens``, whole pages, are free. False, and nothing evicted, if they can not be.
+    """Evict until ``num_tokens``, whole pages, are free. False, and nothing evicted, if they can
+    not be.
 
-    O(log of the tree) an evicted item, and, where locks may stand in the way, O(1) a node that came under locks or from under
-    them since that was last asked.
+    O(log of the tree) an evicted item, and, where locks may stand in the way, O(1) a node that came
+    under locks or from under them since that was last asked.
     """
     pages = residency.pages
     if not _possible(residency, num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
@@ -22,7 +24,8 @@ def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
 
 
 def make_room_for_slot(residency: Residency) -> bool:
-    """Evict until a slot is free. False, and nothing evicted, if none can be. Costs as ``make_room_for_kv``."""
+    """Evict until a slot is free. False, and nothing evicted, if none can be. Costs as
+    ``make_room_for_kv``."""
     slots = residency.slots
     budget = slots.budget
     if budget is None or not slots.num_unused:
@@ -36,7 +39,8 @@ def make_room_for_slot(residency: Residency) -> bool:
 
 
 def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> bool:
-    """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond the free ones."""
+    """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond
+    the free ones."""
     budget = residency.pages.budget
     if budget is None:
         if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:

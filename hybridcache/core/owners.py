@@ -1,4 +1,4 @@
-"""Who in the tree owns a row of an arena, known without a search, and what happens there when a slab is emptied.
+"""Who in the tree owns a row of an arena, known without a search; and what a move changes.
 
 The rows of what one insert brought are one buffer, and the nodes that came of it by splits hold
 views of it (``radix.compact``). So a row has a place in a buffer, whatever is split, and renaming

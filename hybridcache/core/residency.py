@@ -1,18 +1,22 @@
-"""What of the tree is resident, what of it may go, and what goes: where tree, allocators and policy meet.
+"""What of the tree is resident, what of it may go, and what goes: where tree, allocators and policy
+meet.
 
 Rules kept here, each by one method:
 
 - KV is resident on an ancestor-closed part of the tree: only leaves lose it (``drop_leaf``);
-- a checkpoint stands only where KV is resident, and leaves a tombstone when it goes from an inner node;
-- a leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it that becomes a leaf:
-  nothing could resume from them;
-- a locked node stays with its checkpoint, and so does all KV above it because it is no leaf. The lock needs a count only
-  there: O(1);
-- the policy holds the candidates: checkpoints, and KV of leaves. One that it chose while it was locked is withheld from
-  it until the lock is gone, so that locking and unlocking, done for every request, cost the policy nothing.
+- a checkpoint stands only where KV is resident, and leaves a tombstone when it goes from an inner
+  node;
+- a leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it
+  that becomes a leaf: nothing could resume from them;
+- a locked node stays with its checkpoint, and so does all KV above it because it is no leaf. The
+  lock needs a count only there: O(1);
+- the policy holds the candidates: checkpoints, and KV of leaves. One that it chose while it was
+  locked is withheld from it until the lock is gone, so that locking and unlocking, done for every
+  request, cost the policy nothing.
 
-Recency of KV is kept at the place of use only. When a child goes, its parent takes over the later last use and the sum of
-uses: that is what stamping the whole path at every use would have left there, at the one time when it can matter.
+Recency of KV is kept at the place of use only. When a child goes, its parent takes over the later
+last use and the sum of uses: that is what stamping the whole path at every use would have left
+there, at the one time when it can matter.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ class Residency:
         self.item_bytes = item_bytes
         self.stats = stats
         self.listener: Listener | None = None
-        """Told of every change; None costs a comparison."""
+        """Notified of every change; None costs a comparison."""
         self.now = 0
         """Logical time: requests so far."""
         self.num_items = 0
@@ -79,10 +83,9 @@ class Residency:
         self.locked_path_tokens = 0
         """Sum of the locked nodes' positions: an upper bound of the KV under locks."""
 
-    # -- what comes ---------------------------------------------------------------------------------------------------
-
     def store_rows(self, node: RadixNode, rows: Indices) -> None:
-        """``node`` becomes resident with ``rows``, which pass to the cache, array and all. ``offer_leaf`` is owed if it stays a leaf."""
+        """``node`` becomes resident with ``rows``, which pass to the cache, array and all.
+        ``offer_leaf`` is owed if it stays a leaf."""
         serial, num_tokens = self.num_items, len(rows)
         self.num_items = serial + 1
         node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
@@ -94,7 +97,8 @@ class Residency:
             self.listener.kv_stored(node)
 
     def expect_child(self, parent: RadixNode) -> None:
-        """To be called before ``parent`` gains a resident child: it is no leaf any more, or its path forks."""
+        """To be called before ``parent`` gains a resident child: it is no leaf any more, or its
+        path forks."""
         family = parent.children
         if isinstance(family, dict) or parent.parent is None:
             return
@@ -143,10 +147,12 @@ class Residency:
     def store_checkpoint(
         self, node: RadixNode, slot: int, label: str, offered: bool, before: Link | None = None
     ) -> Link:
-        """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it is a leaf.
+        """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it
+        is a leaf.
 
-        Returns what it follows in its run, for the next checkpoint above it to be given as ``before``: else each of many that
-        come together would look for it past all the others' places. O(1) with it, else O(nodes up to it).
+        Returns what it follows in its run, for the next checkpoint above it to be given as
+        ``before``: else each of many that come together would look for it past all the others'
+        places. O(1) with it, else O(nodes up to it).
         """
         serial = self.num_items
         self.num_items = serial + 1
@@ -177,10 +183,9 @@ class Residency:
             self.listener.checkpoint_stored(node)
         return before
 
-    # -- what goes ----------------------------------------------------------------------------------------------------
-
     def evict_one(self, kind: Kind | None) -> bool:
-        """Let the policy's victim go; False if nothing evictable is left. Amortised O(log n) an item freed."""
+        """Let the policy's victim go; False if nothing evictable is left. Amortised O(log n) an
+        item freed."""
         while True:
             item = self.policy.victim(kind)
             if item is None:
@@ -202,7 +207,8 @@ class Residency:
         return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
-        """Free an unlocked node's checkpoint; the evicted item stays with the node for as long as its tokens do."""
+        """Free an unlocked node's checkpoint; the evicted item stays with the node for as long as
+        its tokens do."""
         checkpoint = node.checkpoint
         assert checkpoint is not None
         if self.listener is not None:
@@ -223,7 +229,8 @@ class Residency:
         self.slots.free(checkpoint.slot)
 
     def _drop_leaf(self, leaf: RadixNode) -> None:
-        """Free an unlocked leaf's KV and checkpoint, and the stateless nodes above that nothing can resume from then."""
+        """Free an unlocked leaf's KV and checkpoint, and the stateless nodes above that nothing can
+        resume from then."""
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
         stateful = self.item_bytes.state > 0
@@ -244,7 +251,8 @@ class Residency:
             leaf = parent
 
     def _join_runs(self, parent: RadixNode, only: RadixNode) -> None:
-        """The path forks no more between ``parent`` and ``only``, the child that it has left. O(nodes up to a checkpoint)."""
+        """The path forks no more between ``parent`` and ``only``, the child that it has left.
+        O(nodes up to a checkpoint)."""
         below = only.deeper
         if below is None:
             return
@@ -296,10 +304,9 @@ class Residency:
         checkpoint.superseded = superseded
         self.policy.add(checkpoint)
 
-    # -- what is used and locked --------------------------------------------------------------------------------------
-
     def use(self, node: RadixNode) -> None:
-        """A request resumed at the end of ``node``: refresh its checkpoint and its KV, none above. O(1)."""
+        """A request resumed at the end of ``node``: refresh its checkpoint and its KV, none above.
+        O(1)."""
         now, policy = self.now, self.policy
         checkpoint = node.checkpoint
         if checkpoint is not None:
@@ -344,7 +351,8 @@ class Residency:
             self.policy.discard(item, evicted=False)
 
     def mark_superseded(self) -> None:
-        """Link the checkpoints of every run, and tell which are superseded, before the policy knows any. O(tree)."""
+        """Link the checkpoints of every run, and tell which are superseded, before the policy knows
+        any. O(tree)."""
         for node in self.tree.nodes():
             if node.checkpoint is not None:
                 before = last_above(node)

@@ -1,8 +1,9 @@
-"""The same events in blocks of a fixed size, named by chained hashes, as routers of other engines expect them.
+"""The same events in blocks of a fixed size, named by chained hashes, as routers of other engines
+expect them.
 
-A block is the tokens up to one multiple of ``block_size``; its hash covers all tokens before it, so equal hashes mean equal
-prefixes on every replica. A block counts as stored while the KV of its last token is. A checkpoint is named by its position
-and the hash of all tokens up to it.
+A block is the tokens up to one multiple of ``block_size``; its hash covers all tokens before it, so
+equal hashes mean equal prefixes on every replica. A block counts as stored while the KV of its last
+token is. A checkpoint is named by its position and the hash of all tokens up to it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from hybridcache.export.namespaces import Namespace
 
 
 class _Segment:
-    """One segment's tokens, with the hash state before its first token and the block that token falls in."""
+    """One segment's tokens, with the hash state before its first token and the block that token
+    falls in."""
 
     __slots__ = ("blocks", "parent", "pending", "root", "start", "tokens")
 
@@ -58,7 +60,8 @@ class BlockEvents:
         self._sink = sink
         self._segments: dict[int, _Segment] = {}
         self._holders: dict[int, int] = {}
-        """Segments with a block: several where pages are longer than blocks and prompts part inside a page."""
+        """Segments with a block: several where pages are longer than blocks and prompts part inside
+        a page."""
 
     def __call__(self, event: Event) -> None:
         """Follow one event. O(tokens of the segment)."""

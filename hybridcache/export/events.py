@@ -1,13 +1,16 @@
-"""KV events: what a cache stored and removed, for routers of replicas; and the mirror that a subscriber keeps.
+"""KV events: what a cache stored and removed, for routers of replicas; and the mirror that a
+subscriber keeps.
 
-``EventStream`` turns a cache's changes into small records with numbers for names: a segment's id, its parent's id, positions,
-tokens. ``Batches`` numbers them and writes them as JSON or msgpack, ``decode`` reads that. ``Mirror`` follows a stream and
-answers what a router asks, "how much of this prompt does that replica have", without ever talking to it.
+``EventStream`` turns a cache's changes into small records with numbers for names: a segment's id,
+its parent's id, positions, tokens. ``Batches`` numbers them and writes them as JSON or msgpack,
+``decode`` reads that. ``Mirror`` follows a stream and answers what a router asks, "how much of this
+prompt does that replica have", without ever talking to it.
 
 >>> import numpy as np
 >>> from hybridcache import CacheConfig, build_prefix_cache
 >>> from hybridcache.export.mirror import Mirror
->>> cache, mirror = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=1)), Mirror(page_size=1)
+>>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=1))
+>>> mirror = Mirror(page_size=1)
 >>> cache.subscribe(EventStream(mirror.apply))
 >>> prompt = np.arange(10, dtype=np.int32)
 >>> result = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
@@ -98,10 +101,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 class EventStream(Listener):
-    """A cache listener that hands each change to ``sink`` as an ``Event``. O(tokens) for what is stored, else O(1).
+    """A cache listener that hands each change to ``sink`` as an ``Event``. O(tokens) for what is
+    stored, else O(1).
 
-    ``sink`` runs in the middle of the cache's change: where it raises, the stream is unsubscribed and told no more, so one that
-    may fail, as a socket does, stands behind ``Batches``. One stream follows one cache.
+    ``sink`` runs in the middle of the cache's change: where it raises, the stream is unsubscribed
+    and told no more, so one that may fail, as a socket does, stands behind ``Batches``. One stream
+    follows one cache.
     """
 
     def __init__(self, sink: Callable[[Event], None]) -> None:
@@ -134,7 +139,7 @@ class EventStream(Listener):
         self._sink(CheckpointRemoved(_id(node), node.end))
 
     def chosen(self, item: Item) -> None:
-        """What goes is told when it goes."""
+        """What goes is reported when it goes."""
 
 
 def _id(node: RadixNode) -> int:
@@ -143,7 +148,8 @@ def _id(node: RadixNode) -> int:
 
 
 def encode(sequence: int, events: Iterable[Event], form: str = "json") -> bytes:
-    """A batch as bytes: ``[sequence, [[name, field, ...], ...]]``. ``form``: json or msgpack (needs that package).
+    """A batch as bytes: ``[sequence, [[name, field, ...], ...]]``. ``form``: json or msgpack (needs
+    that package).
 
     Both forms carry the same: ValueError where a text or a number is one that either could not.
     """
@@ -165,7 +171,8 @@ def encode(sequence: int, events: Iterable[Event], form: str = "json") -> bytes:
 
 
 def decode(batch: bytes, form: str = "json") -> tuple[int, list[Event]]:
-    """(sequence, events) of what ``encode`` wrote. ValueError: it is nothing that ``encode`` wrote."""
+    """(sequence, events) of what ``encode`` wrote. ValueError: it is nothing that ``encode``
+    wrote."""
     if form not in FORMS:
         raise ValueError(f"events are written as json or msgpack, not {form!r}")
     try:
@@ -196,7 +203,8 @@ def _read(record: Sequence[Any]) -> Event:
 
 
 class Batches:
-    """A sink for ``EventStream`` that gathers events until ``take`` writes them as the next batch: number 0, 1, 2 and so on.
+    """A sink for ``EventStream`` that gathers events until ``take`` writes them as the next batch:
+    number 0, 1, 2 and so on.
 
     Sending is the caller's, between the cache's verbs: a wire that fails harms no cache.
     """

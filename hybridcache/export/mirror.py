@@ -53,8 +53,9 @@ class _Piece:
 class Mirror:
     """What one cache holds, known from its events alone.
 
-    A gap in the numbers of batches is refused, and so is an event that contradicts what is known: then the mirror is stale,
-    and a new one must follow a new subscription, which begins with all that is cached.
+    A gap in the numbers of batches is refused, and so is an event that contradicts what is known:
+    then the mirror is stale, and a new one must follow a new subscription, which begins with all
+    that is cached.
     """
 
     def __init__(self, page_size: int, kv_grid: int | None = None) -> None:
@@ -67,7 +68,8 @@ class Mirror:
         self._next_sequence = 0
 
     def apply_batch(self, sequence: int, events: Iterable[Event]) -> None:
-        """Follow what ``decode`` gave. O(tokens). EventsLost: it is not the batch after the last one."""
+        """Follow what ``decode`` gave. O(tokens). EventsLost: it is not the batch after the last
+        one."""
         if sequence != self._next_sequence:
             raise EventsLost(
                 f"batch {sequence} of events came where {self._next_sequence} was due: "
@@ -78,7 +80,8 @@ class Mirror:
         self._next_sequence = sequence + 1
 
     def apply(self, event: Event) -> None:
-        """Follow one event. O(tokens of the segment). EventsLost: it can not come after those before it."""
+        """Follow one event. O(tokens of the segment). EventsLost: it can not come after those
+        before it."""
         if not self._follows(event):
             raise EventsLost(
                 f"an event was lost before {type(event).__name__} of segment {event.id}: "
@@ -173,7 +176,8 @@ class Mirror:
         return MirrorMatch(cached_len, end)
 
     def segments(self) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
-        """(id, parent, namespace, start, tokens, checkpoint?) of all it knows: what ``segments_of`` says of a cache."""
+        """(id, parent, namespace, start, tokens, checkpoint?) of all it knows: what ``segments_of``
+        says of a cache."""
         return {
             (id_, p.parent, p.namespace, p.start, p.tokens, p.checkpoint)
             for id_, p in self._pieces.items()
@@ -183,7 +187,8 @@ class Mirror:
 def segments_of(
     nodes: Iterable[RadixNode],
 ) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
-    """What a mirror must know of resident ``nodes``, parents before children, read from the tree itself. O(tokens)."""
+    """What a mirror must know of resident ``nodes``, parents before children, read from the tree
+    itself. O(tokens)."""
     found: list[Event] = []
     stream = EventStream(found.append)
     segments = set()

@@ -1,7 +1,8 @@
 """How events name a namespace: equal ones alike, different ones apart, in JSON and in msgpack.
 
-A cache's namespace is any hashable. None, texts and 64-bit whole numbers are written as they are. Whatever else is a tuple
-(a list on the wire) whose first entry says what the rest is, so that no text can pass for it.
+A cache's namespace is any hashable. None, texts and 64-bit whole numbers are written as they are.
+Whatever else is a tuple (a list on the wire) whose first entry says what the rest is, so that no
+text can pass for it.
 
 >>> write_namespace(("a", 1)), write_namespace("('a', 1)")
 (('tuple', 'a', 1), "('a', 1)")
@@ -19,15 +20,18 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Namespace: TypeAlias = "str | int | tuple[Namespace, ...] | None"
-"""As it is, or ``("tuple", ...)``, ``("frozenset", ...)``, ``("int", hex)``, ``("fraction", text)``, ``("repr", text)``."""
+"""As it is, or ``("tuple", ...)``, ``("frozenset", ...)``, ``("int", hex)``, ``("fraction",
+text)``, ``("repr", text)``."""
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 def write_namespace(namespace: Hashable) -> Namespace:
-    """A namespace as events write it. Those that are equal, and so share a tree, are written the same. O(its size).
+    """A namespace as events write it. Those that are equal, and so share a tree, are written the
+    same. O(its size).
 
-    What is no number, text, tuple or frozenset goes by its ``repr``, which must then tell it from others.
+    What is no number, text, tuple or frozenset goes by its ``repr``, which must then tell it from
+    others.
     """
     if namespace is None:
         return None

@@ -1,6 +1,8 @@
-"""A cache's structure in a file: every node, ghost, row, slot and recency, for debugging and studies. No tensors.
+"""A cache's structure in a file: every node, ghost, row, slot and recency, for debugging and
+studies. No tensors.
 
-The file is a numpy archive of flat arrays, one entry a node, parents before children; it holds no code and loading runs none.
+The file is a numpy archive of flat arrays, one entry a node, parents before children; it holds no
+code and loading runs none.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from hybridcache.radix.tree import RadixTree
 
 
 def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
-    """Write ``cache`` to exactly ``path``. Locks, what requests hold, a policy's memory and the order of what is free are
-    not part of it. O(tree).
+    """Write ``cache`` to exactly ``path``. Locks, what requests hold, a policy's memory and the
+    order of what is free are not part of it. O(tree).
 
-    ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and tuples of them, a token is below
-    0, or ``cache`` keeps nothing.
+    ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and
+    tuples of them, a token is below 0, or ``cache`` keeps nothing.
     """
     _check_keeps(cache)
     residency = cache._residency
@@ -74,13 +76,15 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
 
 
 def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
-    """Fill ``cache``, which must be empty and of the same page size and grid, with what ``path`` holds. O(tree + pools).
+    """Fill ``cache``, which must be empty and of the same page size and grid, with what ``path``
+    holds. O(tree + pools).
 
-    Rows and slots are taken from its allocators under their old numbers; the policy is told of every candidate, oldest
-    first, and so are subscribers; what is loaded counts as inserted; ghosts past the cache's own limit are forgotten.
-    The file may come from anybody: it is read whole, within bounds, and checked before the cache is touched. No item has a
-    ``memo``. ValueError, and the cache as it was: no snapshot or a damaged one, another geometry, a pool that is too small, or a
-    cache that is not empty. FileNotFoundError: nothing is there.
+    Rows and slots are taken from its allocators under their old numbers; the policy is notified of
+    every candidate, oldest first, and so are subscribers; what is loaded counts as inserted; ghosts
+    past the cache's own limit are forgotten. The file may come from anybody: it is read whole,
+    within bounds, and checked before the cache is touched. No item has a ``memo``. ValueError, and
+    the cache as it was: no snapshot or a damaged one, another geometry, a pool that is too small,
+    or a cache that is not empty. FileNotFoundError: nothing is there.
     """
     _check_keeps(cache)
     header, arrays = read_snapshot(path)
@@ -132,8 +136,8 @@ def _build(
     clock: tuple[int, int],
     path: str | Path,
 ) -> list[RadixNode]:
-    """Make the nodes, parents first, with their KV and checkpoints. ``clock``: (serials, requests) that the cache has had; no
-    serial may come twice, and no time may run back."""
+    """Make the nodes, parents first, with their KV and checkpoints. ``clock``: (serials, requests)
+    that the cache has had; no serial may come twice, and no time may run back."""
     roots = [tree.root(read_namespace(text)) for text in header["namespaces"]]
     nodes: list[RadixNode] = []
     token_at = row_at = 0
@@ -169,7 +173,8 @@ def _build(
 
 
 def _shifted(numbers: Any, clock: tuple[int, int]) -> tuple[int | None, int, int, int]:
-    """(serial, created, last_used, uses) after what the cache has had; serial None: nothing was there."""
+    """(serial, created, last_used, uses) after what the cache has had; serial None: nothing was
+    there."""
     serial, created, last_used, uses = numbers.tolist()
     if serial < 0:
         return None, 0, 0, 0

@@ -1,4 +1,5 @@
-"""The file of a snapshot: reading it, and refusing what no cache can have written, before any cache is touched."""
+"""The file of a snapshot: reading it, and refusing what no cache can have written, before any cache
+is touched."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ Header = dict[str, Any]
 Arrays = dict[str, Any]
 
 MAX_BYTES = 1 << 28
-"""What the arrays of a file may take together once they are unpacked: 20 million tokens, or a million nodes, and more."""
+"""What the arrays of a file may take together once they are unpacked: 20 million tokens, or a
+million nodes, and more."""
 MAX_HEADER_BYTES = 1 << 25
 MAX_NUMBER = 1 << 31
 """Positions, rows, slots and tokens are below it."""
@@ -41,10 +43,11 @@ MAX_COUNT = 1 << 60
 
 
 def read_snapshot(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[Header, Arrays]:
-    """(header, arrays int64) of the snapshot at ``path``; runs no code of it. O(file), and no more memory than a few times
-    ``max_bytes``, whatever the file unpacks to.
+    """(header, arrays int64) of the snapshot at ``path``; runs no code of it. O(file), and no more
+    memory than a few times ``max_bytes``, whatever the file unpacks to.
 
-    FileNotFoundError: there is none. ValueError: something else is there, or a snapshot that is damaged or too large.
+    FileNotFoundError: there is none. ValueError: something else is there, or a snapshot that is
+    damaged or too large.
     """
     with open(path, "rb") as file:
         try:
@@ -69,7 +72,8 @@ class _Damage(Exception):
 
 
 def _unpack(file: BinaryIO, max_bytes: int) -> tuple[Any, Arrays]:
-    """The header's JSON and the arrays, each only as large as the archive declares, and that is looked at first."""
+    """The header's JSON and the arrays, each only as large as the archive declares, and that is
+    looked at first."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         sizes = {member.filename.removesuffix(".npy"): member.file_size for member in members}
@@ -93,7 +97,8 @@ def _unpack(file: BinaryIO, max_bytes: int) -> tuple[Any, Arrays]:
 
 
 def _read_array(raw: bytes) -> npt.NDArray[Any]:
-    """The array of a .npy file. numpy's own reader would first allocate what its header asks for."""
+    """The array of a .npy file. numpy's own reader would first allocate what its header asks
+    for."""
     file = io.BytesIO(raw)
     version = np.lib.format.read_magic(file)
     read = {
@@ -122,7 +127,8 @@ def read_namespace(text: str) -> Hashable:
 
 
 def write_namespace(namespace: Hashable) -> str:
-    """As text that ``read_namespace`` reads. ValueError: it is not made of None, numbers, texts, bytes and tuples of them."""
+    """As text that ``read_namespace`` reads. ValueError: it is not made of None, numbers, texts,
+    bytes and tuples of them."""
     text = repr(namespace)
     try:
         same = ast.literal_eval(text) == namespace

@@ -32,20 +32,23 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """One model as the cache and the cost model see it. Bytes and FLOPs are sums over all layers."""
+    """One model as the cache and the cost model see it. Bytes and FLOPs are sums over all
+    layers."""
 
     name: str
     num_full_layers: int
     """Full-attention layers: one KV row a token each."""
     num_linear_layers: int
-    """Linear-attention (GDN, KDA, Mamba ...) layers: one state a sequence each; 0: an attention-only model."""
+    """Linear-attention (GDN, KDA, Mamba ...) layers: one state a sequence each; 0: an
+    attention-only model."""
     kv_bytes_per_token: int
     recurrent_elements: int
     """Numbers in the recurrent state of one sequence."""
     conv_bytes: int
     """The conv state of one sequence."""
     state_dtype: str
-    """Of the recurrent state: a key of ``DTYPE_BYTES``. int8 counts its fp32 scales: one per 128 numbers."""
+    """Of the recurrent state: a key of ``DTYPE_BYTES``. int8 counts its fp32 scales: one per 128
+    numbers."""
     active_params: int
     """Weights a token is multiplied with, embeddings excluded."""
     total_params: int
@@ -56,7 +59,8 @@ class ModelGeometry:
 
     @classmethod
     def preset(cls, name: str, **dtypes: str) -> ModelGeometry:
-        """A model that comes with the project, by name or an unambiguous beginning of it (``qwen3-next``).
+        """A model that comes with the project, by name or an unambiguous beginning of it
+        (``qwen3-next``).
 
         Raises KeyError listing the names there are.
         """
@@ -69,17 +73,18 @@ class ModelGeometry:
     ) -> ModelGeometry:
         """From a Hugging Face ``config.json`` as a dict, nested ``text_config`` or not.
 
-        ``dtypes``: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype`` (bfloat16).
+        ``dtypes``: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype``
+        (bfloat16).
         """
         return cls.from_shape(name, shape_of_config(config), **dtypes)
 
     @classmethod
     def load(cls, word: str, **dtypes: str) -> ModelGeometry:
-        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that holds one. Named after the file, or
-        after the directory if the file is ``config.json``.
+        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that
+        holds one. Named after the file, or after the directory if the file is ``config.json``.
 
-        Raises KeyError for a name that is none, OSError for a file that can not be read, and ValueError, with the path, for one
-        that is no config of a model this project knows.
+        Raises KeyError for a name that is none, OSError for a file that can not be read, and
+        ValueError, with the path, for one that is no config of a model this project knows.
         """
         path = Path(word)
         if path.is_dir():
@@ -105,7 +110,8 @@ class ModelGeometry:
         state_dtype: str | None = None,
         conv_dtype: str = "bfloat16",
     ) -> ModelGeometry:
-        """From a shape (see ``hybridcache.geometry.shapes``). ``state_dtype``: None is the shape's own, float32 where it has none."""
+        """From a shape (see ``hybridcache.geometry.shapes``). ``state_dtype``: None is the shape's
+        own, float32 where it has none."""
         state_dtype = state_dtype or shape.get("state_dtype", "float32")
         _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
         linear = _linear_layers(shape)
@@ -132,7 +138,8 @@ class ModelGeometry:
 
     @property
     def state_bytes(self) -> int:
-        """Of one checkpoint: conv + recurrent state of all linear layers. 0 for an attention-only model."""
+        """Of one checkpoint: conv + recurrent state of all linear layers. 0 for an attention-only
+        model."""
         return self.recurrent_bytes + self.conv_bytes
 
     @property
@@ -210,7 +217,8 @@ def _num_heads(shape: Shape) -> int:
 
 
 def _pair_flops(shape: Shape) -> int:
-    """FLOPs of one query-key pair in one full-attention layer: 2 for QK and 2 for PV, a head and a dimension."""
+    """FLOPs of one query-key pair in one full-attention layer: 2 for QK and 2 for PV, a head and a
+    dimension."""
     if "mla_kv_lora_rank" in shape:
         # Expanded form: 128 content + rope dimensions for keys, 128 for values.
         return _num_heads(shape) * 2 * (2 * 128 + int(shape["mla_qk_rope_head_dim"]))
@@ -218,7 +226,8 @@ def _pair_flops(shape: Shape) -> int:
 
 
 def _params(shape: Shape, linear_layer_params: int) -> tuple[int, int]:
-    """(weights that one token meets, weights in all), embeddings excluded; published figures where a shape states them."""
+    """(weights that one token meets, weights in all), embeddings excluded; published figures where
+    a shape states them."""
     if "active_params" in shape:
         return int(shape["active_params"]), int(shape["total_params"])
     hidden, heads = shape["hidden"], _num_heads(shape)

@@ -1,8 +1,9 @@
 """Model shapes as plain dictionaries: one vocabulary for presets and for Hugging Face configs.
 
-A *shape* names the kind of the linear layers (``gated_deltanet``, ``kda``, ``mamba2``, ``mamba1``, ``lightning``,
-``shortconv``, ``stated`` where only the size of a state is known, or ``none``), how many layers of which sort there are, and their dimensions. ``hybridcache.geometry.model`` turns a shape
-into bytes and FLOPs; nothing else looks inside one.
+A *shape* names the kind of the linear layers (``gated_deltanet``, ``kda``, ``mamba2``, ``mamba1``,
+``lightning``, ``shortconv``, ``stated`` where only the size of a state is known, or ``none``), how
+many layers of which sort there are, and their dimensions. ``hybridcache.geometry.model`` turns a
+shape into bytes and FLOPs; nothing else looks inside one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def preset_name(word: str) -> str:
-    """The full name of the one preset that ``word`` means: exact, or its beginning, ignoring case and punctuation.
+    """The full name of the one preset that ``word`` means: exact, or its beginning, ignoring case
+    and punctuation.
 
     Raises KeyError, with the names there are, when it means none or several.
     """
@@ -47,9 +49,11 @@ def preset_name(word: str) -> str:
 
 
 def shape_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The shape of a Hugging Face ``config.json`` (read with ``json.load``); a nested ``text_config`` is looked into.
+    """The shape of a Hugging Face ``config.json`` (read with ``json.load``); a nested
+    ``text_config`` is looked into.
 
-    Raises ValueError when it is no config of a language model, or has layers of a sort this project does not know.
+    Raises ValueError when it is no config of a language model, or has layers of a sort this project
+    does not know.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"a JSON object was expected, not {type(config).__name__}")

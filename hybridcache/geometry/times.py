@@ -26,14 +26,16 @@ class PrefillTimes(Protocol):
 
 
 def describe_times(times: PrefillTimes) -> str:
-    """What gives the seconds, in a line: the machine assumed, the file measured, or a class's name."""
+    """What gives the seconds, in a line: the machine assumed, the file measured, or a class's
+    name."""
     if isinstance(times, Roofline | MeasuredTimes):
         return times.describe()
     return type(times).__qualname__
 
 
 def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iterator[float]:
-    """``times.seconds`` of many prefills, int64[n] each. O(n), in pieces, so that a million take no memory to speak of."""
+    """``times.seconds`` of many prefills, int64[n] each. O(n), in pieces, so that a million take no
+    memory to speak of."""
     for first in range(0, len(starts), 1 << 14):
         piece = slice(first, first + (1 << 14))
         if isinstance(times, Roofline):
@@ -44,10 +46,11 @@ def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a constant.
+    """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a
+    constant.
 
-    The defaults are one H100 SXM's data sheet (989 TFLOP/s dense bf16, 3.35 TB/s) at half its arithmetic peak; ``devices`` of them
-    share the work evenly.
+    The defaults are one H100 SXM's data sheet (989 TFLOP/s dense bf16, 3.35 TB/s) at half its
+    arithmetic peak; ``devices`` of them share the work evenly.
     """
 
     geometry: ModelGeometry
@@ -61,14 +64,16 @@ class Roofline:
     def describe(self) -> str:
         """What machine is assumed, in a line."""
         tera, tera_bytes = self.flops_per_s / 1e12, self.bytes_per_s / 1e12
-        numbers = f"{tera:.4g} TFLOP/s and {tera_bytes:.3g} TB/s each, {1e3 * self.overhead_s:.3g} ms a prefill"
+        overhead = f"{1e3 * self.overhead_s:.3g} ms a prefill"
+        numbers = f"{tera:.4g} TFLOP/s and {tera_bytes:.3g} TB/s each, {overhead}"
         is_default = (self.flops_per_s, self.bytes_per_s) == (989e12 * 0.5, 3.35e12)
         machine = f"{self.devices} x H100 SXM" if is_default else f"{self.devices} devices"
         return f"a roofline of {machine}: {numbers}"
 
     @classmethod
     def fitting(cls, geometry: ModelGeometry, device_bytes: float = 60e9) -> Roofline:
-        """On the fewest devices (a power of two) whose ``device_bytes`` for weights hold the model in bf16."""
+        """On the fewest devices (a power of two) whose ``device_bytes`` for weights hold the model
+        in bf16."""
         devices = 1
         while devices * device_bytes < 2 * geometry.total_params:
             devices *= 2
@@ -100,7 +105,8 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTimes:
-    """Prefill times from a table t(start, length), bilinear between the rows, linear beyond the last."""
+    """Prefill times from a table t(start, length), bilinear between the rows, linear beyond the
+    last."""
 
     starts: tuple[int, ...]
     """Reused tokens, ascending."""
@@ -117,7 +123,8 @@ class MeasuredTimes:
 
     @classmethod
     def load(cls, path: str | Path) -> MeasuredTimes:
-        """From JSON: {"starts": [...], "lengths": [...], "table_s": [[...], ...]}. ValueError, with the path, for anything else."""
+        """From JSON: {"starts": [...], "lengths": [...], "table_s": [[...], ...]}. ValueError, with
+        the path, for anything else."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             times = cls(
@@ -153,7 +160,8 @@ class MeasuredTimes:
 
 
 def _locate(knots: Sequence[int], value: int) -> tuple[int, float]:
-    """Index of the interval of ``knots`` to interpolate in, and how far along it ``value`` lies (may be past its ends)."""
+    """Index of the interval of ``knots`` to interpolate in, and how far along it ``value`` lies
+    (may be past its ends)."""
     if len(knots) == 1:
         return 0, 0.0
     index = min(max(bisect_right(knots, value) - 1, 0), len(knots) - 2)

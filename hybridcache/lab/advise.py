@@ -1,7 +1,9 @@
-"""What to run a trace with: policy, placement, interval, precision of states, split of the memory, with what each should give.
+"""What to run a trace with: policy, placement, interval, precision of states, split of the memory,
+with what each should give.
 
-One question after the other, each with the answers so far: eviction policy and placement together; a periodic checkpoint beside the
-placement; the precision of states; the split of the memory into a pool for KV and one for states (for engines that need it fixed).
+One question after the other, each with the answers so far: eviction policy and placement together;
+a periodic checkpoint beside the placement; the precision of states; the split of the memory into a
+pool for KV and one for states (for engines that need it fixed).
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ SERVABLE_PRECISIONS = ("float32", "bfloat16")
 PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
 """A smaller state never reuses less, but what it costs in logits is not seen here."""
 FORECAST = (
-    "of this very trace, from an empty cache; on later requests of the five traces of experiments/study_advise.py, which grow "
-    "while they run, the hit rate came out up to 47 points lower: advise on traffic as heavy as what will come"
+    "of this very trace, from an empty cache; on later requests of the five traces of "
+    "experiments/study_advise.py, which grow "
+    "while they run, the hit rate came out up to 47 points lower: advise on traffic as heavy as "
+    "what will come"
 )
 """What the expected figures stand for."""
 WORTH = 0.005
@@ -80,11 +84,13 @@ class Advice:
         run = self.result
         lines = [
             f"{self.trace}, {self.model}, {self.gib:g} GiB:",
-            f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in {self.state_dtype}",
+            f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in "
+            f"{self.state_dtype}",
             f"  expected token hit rate {100 * run.token_hit_rate:.1f} %, "
             f"TTFT P50 {1e3 * run.ttft_s[50]:.1f} ms, P99 {1e3 * run.ttft_s[99]:.1f} ms",
             f"  forecast {FORECAST}",
-            f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for states",
+            f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for "
+            "states",
             "",
         ]
         rows = [
@@ -138,15 +144,17 @@ def advise(
     processes: int = 1,
     progress: Progress | None = None,
 ) -> Advice:
-    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most tokens is chosen, the first of equals;
-    of intervals none, of precisions the finest, where that is within ``WORTH`` of the best. ``state_dtypes``: those to choose among beside the model's own.
+    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most
+    tokens is chosen, the first of equals; of intervals none, of precisions the finest, where that
+    is within ``WORTH`` of the best. ``state_dtypes``: those to choose among beside the model's own.
 
-    The figures are those of ``trace`` itself, not of later traffic. Raises what ``simulate`` raises."""
+    The figures are those of ``trace`` itself, not of later traffic. Raises what ``simulate``
+    raises."""
     (size,) = sizes(gib)
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
     precisions(
         RunConfig(geometry), state_dtypes
-    )  # a word that is none is told before anything runs
+    )  # an unknown word is reported before anything runs
     timing = MeasuredTimes.load(times) if times else Roofline.fitting(geometry)
     adviser = _Adviser(trace, Serving(timing, servers), processes, progress)
     config = RunConfig(geometry, budget_bytes=budget_bytes(size))
@@ -181,8 +189,8 @@ def splits(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def precisions(config: RunConfig, words: Sequence[str] = PRECISIONS) -> dict[str, RunConfig]:
-    """``config`` with states in the model's own precision and in those of ``words`` below it, finest first. ValueError for a word
-    that is no precision."""
+    """``config`` with states in the model's own precision and in those of ``words`` below it,
+    finest first. ValueError for a word that is no precision."""
     own = config.geometry.state_dtype
     unknown = [word for word in words if word not in DTYPE_BYTES]
     if unknown:

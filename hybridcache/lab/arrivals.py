@@ -1,7 +1,9 @@
-"""When sessions start and how long they pause: arrival processes, and the interleaving of sessions they cause.
+"""When sessions start and how long they pause: arrival processes, and the interleaving of sessions
+they cause.
 
-A session is a list of turns with no clock of their own. ``interleave`` gives each session a start (Poisson, fixed, bursts) and each
-turn a pause, and merges them by time, holding only the sessions that are open.
+A session is a list of turns with no clock of their own. ``interleave`` gives each session a start
+(Poisson, fixed, bursts) and each turn a pause, and merges them by time, holding only the sessions
+that are open.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Fixed(Starts):
 
 @dataclass(frozen=True, slots=True)
 class Bursts(Starts):
-    """``size`` sessions at once, bursts a Poisson process with ``per_s`` sessions a second on average."""
+    """``size`` sessions at once, bursts a Poisson process with ``per_s`` sessions a second on
+    average."""
 
     per_s: float
     size: int = 16
@@ -69,7 +72,8 @@ class Bursts(Starts):
 class Pauses:
     """Time from one turn to the next of a session: writing the answer, then thinking about it.
 
-    Thinking is log-normal: half of the pauses are shorter than ``median_s`` and one in six longer than ``median_s * exp(spread)``.
+    Thinking is log-normal: half of the pauses are shorter than ``median_s`` and one in six longer
+    than ``median_s * exp(spread)``.
     """
 
     median_s: float = 60.0
@@ -92,7 +96,8 @@ STARTS: dict[str, type[Poisson] | type[Fixed] | type[Bursts]] = {
 
 
 def parse_starts(text: str) -> Starts:
-    """``word:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``. ValueError for anything else."""
+    """``word:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``.
+    ValueError for anything else."""
     word, *numbers = text.split(":")
     try:
         if word == "bursts" and len(numbers) == 2:
@@ -126,8 +131,9 @@ def interleave(
 ) -> Iterator[TraceRequest]:
     """Merge sessions by time: session k starts at the k-th start, its turns follow after pauses.
 
-    Without ``pauses`` each request keeps the distance to its session's first that its timestamp says. Ties go to the session that
-    started first. O(log(open sessions)) a request; only open sessions are held.
+    Without ``pauses`` each request keeps the distance to its session's first that its timestamp
+    says. Ties go to the session that started first. O(log(open sessions)) a request; only open
+    sessions are held.
     """
     rng = np.random.default_rng(seed)
     heap: list[tuple[float, int, int, Sequence[TraceRequest], list[float]]] = []

@@ -22,7 +22,8 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130 when it was stopped."""
+    """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130
+    when it was stopped."""
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:
@@ -179,7 +180,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--memory",
         choices=MEMORIES,
         default="arena",
-        help="one arena for KV and states, as in the engine; an ideal budget of bytes; or two pools",
+        help="one arena for KV and states, as in the engine; an ideal budget of bytes; or two "
+        "pools",
     )
     add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
     add(
@@ -354,7 +356,8 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add(
         "--state-dtypes",
         default=",".join(SERVABLE_PRECISIONS),
-        help="precisions of states to choose among, commas between (default %(default)s: what the engine serves)",
+        help="precisions of states to choose among, commas between (default %(default)s: what the "
+        "engine serves)",
     )
     add("--json", action="store_true", help="JSON lines instead of a table")
     parser.set_defaults(run=_advise)

@@ -1,4 +1,5 @@
-"""Defaults that functions and command lines share, each said once. Those of a sweep stand in ``Sweep``."""
+"""Defaults that functions and command lines share, each said once. Those of a sweep stand in
+``Sweep``."""
 
 MODEL = "qwen3-next"
 GIB_SPEC = "2:200:15"

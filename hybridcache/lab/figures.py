@@ -1,4 +1,5 @@
-"""Figures of results: panels over the memory size, one legend below, a caption. matplotlib is loaded only when one is drawn."""
+"""Figures of results: panels over the memory size, one legend below, a caption. matplotlib is
+loaded only when one is drawn."""
 
 from __future__ import annotations
 
@@ -41,8 +42,9 @@ def sweep_figure(
     emphasised: Sequence[str] = (),
     caption: str = "",
 ) -> Figure:
-    """A panel a trace and metric: each of ``words`` over memory size on a log axis, a line a competitor. Beside the token hit rate stands
-    its share of the best plan with hindsight, where that was worked out; the plan and the bounds are black lines.
+    """A panel a trace and metric: each of ``words`` over memory size on a log axis, a line a
+    competitor. Beside the token hit rate stands its share of the best plan with hindsight, where
+    that was worked out; the plan and the bounds are black lines.
 
     ``emphasised`` labels are drawn thick, all others thin.
     """
@@ -78,8 +80,8 @@ def bins_figure(
     gib: float | None = None,
     caption: str = "",
 ) -> Figure:
-    """Two panels a trace, at the size nearest to ``gib`` (None: the middle one): token hit rate by prompt length and by how many
-    requests of the session came before."""
+    """Two panels a trace, at the size nearest to ``gib`` (None: the middle one): token hit rate by
+    prompt length and by how many requests of the session came before."""
     figure, axes = panels(2 * len(results), columns=4 if len(results) > 1 else 2)
     for number, result in enumerate(results):
         for axis, by, words in zip(
@@ -134,7 +136,8 @@ LOSSES = dict(
 def losses_figure(
     results: Sequence[SimulationResult], path: Path | None, caption: str = ""
 ) -> Figure:
-    """A panel a trace and competitor that knows: the causes stacked over the size; what is white was reused."""
+    """A panel a trace and competitor that knows: the causes stacked over the size; what is white
+    was reused."""
     shown = [
         (result, label, runs)
         for result in results
@@ -192,7 +195,8 @@ def _draw_lines(
 
 
 def draw_limits(axis: Any, result: SimulationResult) -> None:
-    """What bounds a panel of token hit rates: the best plan with hindsight, what no plan can pass, the infinite cache."""
+    """What bounds a panel of token hit rates: the best plan with hindsight, what no plan can pass,
+    the infinite cache."""
     plans = sorted(
         {(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens and run.gib}
     )
@@ -240,8 +244,8 @@ def panels(
 
 
 def save(figure: Figure, axes: Sequence[Any], path: Path | None, caption: str = "") -> Figure:
-    """Finish the figure, and write it where there is a ``path``: one legend below for all panels, the
-    caption under it; the figure grows by both."""
+    """Finish the figure, and write it where there is a ``path``: one legend below for all panels,
+    the caption under it; the figure grows by both."""
     entries = {
         label: handle
         for axis in axes
@@ -275,8 +279,8 @@ def save(figure: Figure, axes: Sequence[Any], path: Path | None, caption: str = 
 
 
 def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
-    """Left the plan's hit rate and the bound over the size; right the price of memory over the trace at some of the sizes, where the
-    LP told it."""
+    """Left the plan's hit rate and the bound over the size; right the price of memory over the
+    trace at some of the sizes, where the LP told it."""
     priced = [best for best in found if best.prices is not None]
     figure, axes = panels(1 + bool(priced), columns=2)
     sizes = [best.capacity_bytes / GIB for best in found]
@@ -299,7 +303,8 @@ def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
     for axis in axes:
         axis.set_title(f"{found[0].trace}, {found[0].num_requests:,} requests", fontsize=9)
     caption = (
-        "Right: the dual of the capacity, the price of a byte between two requests; memory is worth most where it stands highest."
+        "Right: the dual of the capacity, the price of a byte between two requests; memory is "
+        "worth most where it stands highest."
         if priced
         else ""
     )

@@ -1,6 +1,8 @@
-"""The infinite cache: every prefix ever seen, token by token. The bound of every policy, and what traces are measured with.
+"""The infinite cache: every prefix ever seen, token by token. The bound of every policy, and what
+traces are measured with.
 
-Plain on purpose: a compressed trie of its own, sharing no code with the cache it is the yardstick of.
+Plain on purpose: a compressed trie of its own, sharing no code with the cache it is the yardstick
+of.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class InfiniteCache:
     """Remembers sequences for ever.
 
     >>> cache = InfiniteCache()
-    >>> cache.visit(np.array([1, 2, 3], np.int32)).length, cache.visit(np.array([1, 2, 9], np.int32)).length
+    >>> prompts = np.array([[1, 2, 3], [1, 2, 9]], np.int32)
+    >>> cache.visit(prompts[0]).length, cache.visit(prompts[1]).length
     (0, 2)
     """
 
@@ -47,14 +50,16 @@ class InfiniteCache:
         """Tokens remembered, those that sequences share counted once."""
 
     def serve(self, request: TraceRequest) -> Seen:
-        """How much of the prompt was seen before (perhaps all of it); remembers prompt and answer. O(len)."""
+        """How much of the prompt was seen before (perhaps all of it); remembers prompt and answer.
+        O(len)."""
         seen = self.visit(request.tokens, request.namespace)
         if len(request.output):
             self._walk(np.concatenate((request.tokens, request.output)), request.namespace)
         return seen
 
     def ideal_tokens(self, request: TraceRequest, unit: int) -> int:
-        """Prompt tokens that could be skipped: those seen, but all but the last at most; remembers prompt and answer."""
+        """Prompt tokens that could be skipped: those seen, but all but the last at most; remembers
+        prompt and answer."""
         return min(self.serve(request).length * unit, request.num_tokens(unit) - 1)
 
     def visit(self, ids: Tokens, namespace: Hashable = None) -> Seen:

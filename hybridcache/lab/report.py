@@ -55,7 +55,8 @@ METRICS: dict[str, Metric] = {
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "regret": Metric(
         "regret, % of prompt tokens",
-        # Files of before peers were told apart here have 0 for them; what tells no causes tells no regret either.
+        # Files of before peers were told apart here have 0 for them; what tells no causes tells no
+        # regret either.
         lambda run: (
             None
             if run.losses is None or run.missed_tokens is None
@@ -99,8 +100,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sweep_table(result: SimulationResult, word: str = "hit") -> str:
-    """A row a competitor, a column a size; where the metric is the token hit rate, also the best plan with hindsight and what no plan
-    can pass, if they were worked out, and the bound."""
+    """A row a competitor, a column a size; where the metric is the token hit rate, also the best
+    plan with hindsight and what no plan can pass, if they were worked out, and the bound."""
     metric = find_metric(word)
     by_label = result.by_label()
     by_size: dict[tuple[Any, ...], RunResult] = {}
@@ -159,7 +160,10 @@ def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
     return notes
 
 
-MARCONI_NOTE = "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; --baseline marconi uses the paper's model"
+MARCONI_NOTE = (
+    "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; "
+    "--baseline marconi uses the paper's model"
+)
 
 
 def weighs_as_another(run: RunResult) -> bool:
@@ -185,7 +189,8 @@ def _bound_share(result: SimulationResult, run: RunResult) -> str:
 
 
 def plan_notes(result: SimulationResult) -> list[str]:
-    """What "best plan" means here, in a sentence or two: whose it is, how far the optimum can be, what a star says."""
+    """What "best plan" means here, in a sentence or two: whose it is, how far the optimum can be,
+    what a star says."""
     planned = [run for run in result.runs if run.optimum_tokens]
     if not planned:
         return []
@@ -199,7 +204,8 @@ def plan_notes(result: SimulationResult) -> list[str]:
         notes.append(f"best plan: the optimum is at most {100 * max(gaps):.1f} % above it")
     else:
         notes.append(
-            "best plan: the best found, not the optimum (--optimum lp proves how far above it can be)"
+            "best plan: the best found, not the optimum (--optimum lp proves how far above it can "
+            "be)"
         )
     by_greedy = sum(solver == "greedy" for solver in result.plans_by.values())
     if by_greedy:
@@ -209,7 +215,8 @@ def plan_notes(result: SimulationResult) -> list[str]:
         )
     if any(map(above_plan, planned)):
         notes.append(
-            "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a coarser grid than this cache, or this "
+            "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a "
+            "coarser grid than this cache, or this "
             "cache does not count all memory that it uses"
         )
     return notes
@@ -228,7 +235,8 @@ def size_label(run: RunResult) -> str:
 
 
 def losses_table(runs: Sequence[RunResult]) -> str:
-    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens. ``LOSSES_NOTE`` says what a cause is."""
+    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens.
+    ``LOSSES_NOTE`` says what a cause is."""
     header = ["% of prompt tokens", "GiB", "reused"]
     header += [cause.replace("_", " ") for cause in Losses._fields]
     rows = []
@@ -242,7 +250,8 @@ def losses_table(runs: Sequence[RunResult]) -> str:
 
 
 LOSSES_NOTE = (
-    "Each token has one cause, the first that holds on its path (its KV before its checkpoint); others may stand behind it, so a "
+    "Each token has one cause, the first that holds on its path (its KV before its checkpoint); "
+    "others may stand behind it, so a "
     "share is not what undoing the cause would regain."
 )
 """What stands under tables and figures of losses."""
@@ -284,7 +293,8 @@ def stats_table(stats: TraceStats) -> str:
         text_table(header, rows),
         "",
         f"requests {stats.num_requests:,} in {stats.num_sessions:,} sessions and "
-        f"{stats.num_namespaces:,} namespaces, over {stats.duration_s:,.0f} s; {stats.num_bad} bad records skipped",
+        f"{stats.num_namespaces:,} namespaces, over {stats.duration_s:,.0f} s; {stats.num_bad} bad "
+        "records skipped",
         f"prompt tokens {stats.prompt_tokens:,}; one id stands for {stats.unit}",
         f"distinct tokens, answers included {stats.distinct_tokens:,}",
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
@@ -306,7 +316,8 @@ def stats_table(stats: TraceStats) -> str:
 
 
 def optimum_table(found: Sequence[Optimum]) -> str:
-    """A row a size: the plan's hit rate, the proven bound, what lies between, and what more memory is worth."""
+    """A row a size: the plan's hit rate, the proven bound, what lies between, and what more memory
+    is worth."""
     rows = [
         [
             f"{best.capacity_bytes / GIB:.3g}",
@@ -328,7 +339,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
         "bound, %",
         "gap, %",
         "points a GiB more",
-        "dearest GiB, tokens",
+        "peak price, tokens per GiB",
     ]
     header += ["variables", "seconds"]
     title = (

@@ -1,7 +1,9 @@
-"""A trace: the requests a cache would see, in the order it would see them, read or generated lazily.
+"""A trace: the requests a cache would see, in the order it would see them, read or generated
+lazily.
 
-One id of a request stands for ``unit`` tokens: 1 for texts and generators, 64 or 512 for published traces that reveal only the
-hashes of blocks. A cache that replays such a trace runs in units: its bytes per KV row are multiplied by ``unit``.
+One id of a request stands for ``unit`` tokens: 1 for texts and generators, 64 or 512 for published
+traces that reveal only the hashes of blocks. A cache that replays such a trace runs in units: its
+bytes per KV row are multiplied by ``unit``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ class TraceRequest(NamedTuple):
 
     timestamp_s: float
     session: Hashable
-    """What belongs together: a conversation, an agent's run. Requests of one session never overlap in time."""
+    """What belongs together: a conversation, an agent's run. Requests of one session never overlap
+    in time."""
     namespace: Hashable
     """Requests in different namespaces never share (model, adapter, tenant)."""
     tokens: Tokens
@@ -29,7 +32,8 @@ class TraceRequest(NamedTuple):
     output: Tokens
     """The answer, int32[m]; ids that no prompt repeats where the source does not tell them."""
     boundaries: tuple[int, ...] = ()
-    """Positions (in ids) known to survive into later prompts, ascending: end of the system segment, last stable boundary."""
+    """Positions (in ids) known to survive into later prompts, ascending: end of the system segment,
+    last stable boundary."""
     partial_tokens: int | None = None
     """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
     answer_survives: bool = True
@@ -48,7 +52,8 @@ class Trace:
     name: str
     unit: int
     source: Callable[[], Iterable[TraceRequest]]
-    """Starts the requests over, in order of their timestamps. Picklable, so that processes can share a trace by recipe."""
+    """Starts the requests over, in order of their timestamps. Picklable, so that processes can
+    share a trace by recipe."""
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     """What was skipped in the latest iteration."""
     recipe: str = ""
@@ -114,7 +119,8 @@ class FreshIds:
         self._next = (1 << 31) - 1
 
     def take(self, num_ids: int) -> Tokens:
-        """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when all are taken."""
+        """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when
+        all are taken."""
         if num_ids < 0:
             raise ValueError(f"an answer can not have {num_ids} ids")
         if self._next - num_ids < self.FLOOR:

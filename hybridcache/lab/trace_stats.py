@@ -1,4 +1,5 @@
-"""What a trace is like: lengths, ideal token hit rate, how soon prefixes come again, and how deep prompts agree."""
+"""What a trace is like: lengths, ideal token hit rate, how soon prefixes come again, and how deep
+prompts agree."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class DepthBin:
-    """Prompt tokens at depths [start, end) and how many of them some earlier request had at the same place."""
+    """Prompt tokens at depths [start, end) and how many of them some earlier request had at the
+    same place."""
 
     start: int
     end: int
@@ -60,9 +62,11 @@ class TraceStats:
     output: Summary
     prompt_tokens: int
     ideal_tokens: int
-    """Prompt tokens an infinite cache of prompts and answers would skip; of each prompt all but the last at most."""
+    """Prompt tokens an infinite cache of prompts and answers would skip; of each prompt all but the
+    last at most."""
     ideal_by_page: dict[int, int]
-    """The same where only whole pages of so many tokens can be reused, as in caches of hashed pages."""
+    """The same where only whole pages of so many tokens can be reused, as in caches of hashed
+    pages."""
     ideal_requests: int
     """Requests that could skip anything at all."""
     distinct_tokens: int
@@ -72,7 +76,8 @@ class TraceStats:
     reuse_s: Summary
     """Seconds since."""
     reuse_new_tokens: Summary
-    """New tokens that entered in between: about the cache size (in tokens of KV) at which LRU starts to hit."""
+    """New tokens that entered in between: about the cache size (in tokens of KV) at which LRU
+    starts to hit."""
     sharing: tuple[DepthBin, ...]
 
     @property

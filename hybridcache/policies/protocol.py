@@ -1,6 +1,7 @@
 """What a policy sees and what it is asked: the narrow view of the cache, and the two protocols.
 
-An *item* is something that can be evicted: one checkpoint, or the KV of one node. A policy never sees the tree.
+An *item* is something that can be evicted: one checkpoint, or the KV of one node. A policy never
+sees the tree.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class Item(Protocol):
     """One evictable thing, as a policy sees it. All but ``memo`` is read-only."""
 
     memo: Any
-    """The policy's own; None at first, kept while the item lives. A snapshot does not keep it: after
-    one was loaded, ``missed`` may be called with an item whose ``memo`` is None."""
+    """The policy's own; None at first, kept while the item lives. A snapshot does not keep it:
+    after one was loaded, ``missed`` may be called with an item whose ``memo`` is None."""
 
     @property
     def kind(self) -> Kind:
@@ -30,8 +31,8 @@ class Item(Protocol):
     @property
     def size_bytes(self) -> int:
         """Bytes that evicting it now frees. kv: its rows, the state at its end, and the tail above:
-        rows of the path up to the nearest checkpoint, fork or lock, which go with it. checkpoint: its
-        state, and at a leaf the same tail. An attention-only cache: the segment's rows."""
+        rows of the path up to the nearest checkpoint, fork or lock, which go with it. checkpoint:
+        its state, and at a leaf the same tail. An attention-only cache: the segment's rows."""
         ...
 
     @property
@@ -49,7 +50,8 @@ class Item(Protocol):
 
     @property
     def serial(self) -> int:
-        """Order of creation among all items of the cache; breaks ties, so that a run can be repeated exactly."""
+        """Order of creation among all items of the cache; breaks ties, so that a run can be
+        repeated exactly."""
         ...
 
     @property
@@ -69,7 +71,8 @@ class Item(Protocol):
 
     @property
     def dead(self) -> bool:
-        """KV that nothing can resume from: a leaf without a checkpoint. False in an attention-only cache."""
+        """KV that nothing can resume from: a leaf without a checkpoint. False in an attention-only
+        cache."""
         ...
 
     @property
@@ -79,7 +82,8 @@ class Item(Protocol):
 
     @property
     def above(self) -> Item | None:
-        """The nearest checkpoint above it on its path; None: the root. Lineage passes along this link."""
+        """The nearest checkpoint above it on its path; None: the root. Lineage passes along this
+        link."""
         ...
 
     @property
@@ -89,32 +93,34 @@ class Item(Protocol):
 
 
 class EvictionPolicy(Protocol):
-    """Orders the evictable items of one cache. It is made once for a cache and sees all items, unless
-    it says ``orders_tiers = False``.
+    """Orders the evictable items of one cache. It is made once for a cache and sees all items,
+    unless it says ``orders_tiers = False``.
 
-    The cache calls ``add`` when an item becomes a candidate (a checkpoint; KV of a leaf), ``discard`` when it stops being
-    one (its node got a child, it was evicted), ``touch`` after a use of a candidate (``last_used`` and ``uses`` already
-    count it; what was used while it was none shows in them at ``add``), and ``victim`` to choose. A lock discards nothing
-    by itself: a victim that turns out to be locked is discarded then (``evicted`` False) and added again when it is unlocked. An item that
-    changes its tier (``policies.tiers``) moves to another instance of the same policy, its ``memo`` with it. ``victim``
-    returns a candidate without removing it: the cache then calls ``discard``.
-    ``missed`` is how a ghost speaks: a request came that would have resumed from this evicted checkpoint.
-    Each in O(log n) or better. One that has a method ``candidates`` too, all items it holds, is compared with the tree by
-    ``check``; it need not.
+    The cache calls ``add`` when an item becomes a candidate (a checkpoint; KV of a leaf),
+    ``discard`` when it stops being one (its node got a child, it was evicted), ``touch`` after a
+    use of a candidate (``last_used`` and ``uses`` already count it; what was used while it was none
+    shows in them at ``add``), and ``victim`` to choose. A lock discards nothing by itself: a victim
+    that turns out to be locked is discarded then (``evicted`` False) and added again when it is
+    unlocked. An item that changes its tier (``policies.tiers``) moves to another instance of the
+    same policy, its ``memo`` with it. ``victim`` returns a candidate without removing it: the cache
+    then calls ``discard``. ``missed`` is how a ghost speaks: a request came that would have resumed
+    from this evicted checkpoint. Each in O(log n) or better. One that has a method ``candidates``
+    too, all items it holds, is compared with the tree by ``check``; it need not.
     """
 
     orders_tiers: bool = True
-    """A class attribute. True: it sees all items and orders dead KV and superseded checkpoints itself.
-    False: it leaves that to the cache, which makes three of it, for dead KV, superseded checkpoints
-    and the rest, asked in this order (``CacheConfig.dead_first``, ``demote_superseded``)."""
+    """A class attribute. True: it sees all items and orders dead KV and superseded checkpoints
+    itself. False: it leaves that to the cache, which makes three of it, for dead KV, superseded
+    checkpoints and the rest, asked in this order (``CacheConfig.dead_first``,
+    ``demote_superseded``)."""
 
     def add(self, item: Item) -> None:
         """``item`` is a candidate from now on."""
         ...
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """``item`` is a candidate no more. ``evicted``: it leaves the cache, as a victim or with one;
-        else it stays: it is locked, its node got a child, or it changes its tier."""
+        """``item`` is a candidate no more. ``evicted``: it leaves the cache, as a victim or with
+        one; else it stays: it is locked, its node got a child, or it changes its tier."""
         ...
 
     def touch(self, item: Item) -> None:
@@ -122,13 +128,15 @@ class EvictionPolicy(Protocol):
         ...
 
     def missed(self, item: Item) -> None:
-        """A request would have resumed from ``item``, a checkpoint that was evicted, had it been kept. The deepest such
-        ghost of the request's path, once a request; ``item`` is as it was when evicted, ``memo`` included, which is None
-        where a snapshot brought it: no policy of this process has seen it."""
+        """A request would have resumed from ``item``, a checkpoint that was evicted, had it been
+        kept. The deepest such ghost of the request's path, once a request; ``item`` is as it was
+        when evicted, ``memo`` included, which is None where a snapshot brought it: no policy of
+        this process has seen it."""
         ...
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """The candidate that should go first: of ``kind``, or of either where both share one budget (None)."""
+        """The candidate that should go first: of ``kind``, or of either where both share one budget
+        (None)."""
         ...
 
 
@@ -148,7 +156,8 @@ class Prefill(NamedTuple):
     branch_len: int
     """How deep the tokens were seen before, ghosts included (0: never)."""
     boundaries: tuple[int, ...]
-    """Positions known to survive into later prompts (end of the system segment, last stable boundary), ascending."""
+    """Positions known to survive into later prompts (end of the system segment, last stable
+    boundary), ascending."""
     grid: int
     """Positions are multiples of it."""
     resumed: Item | None = None
@@ -163,7 +172,8 @@ class Prefill(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """One checkpoint that a placement asks for, and the word that asked (what ``Item.label`` will say)."""
+    """One checkpoint that a placement asks for, and the word that asked (what ``Item.label`` will
+    say)."""
 
     position: int
     label: str
@@ -173,12 +183,13 @@ class PlacementPolicy(Protocol):
     """Where a prefill saves checkpoints, and whether decode does."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        """Positions in (cached_len, prompt_len] to save at, most wanted first; the caller floors them to the grid and
-        keeps the first of a repeat."""
+        """Positions in (cached_len, prompt_len] to save at, most wanted first; the caller floors
+        them to the grid and keeps the first of a repeat."""
         ...
 
     def decode_interval(self) -> int | None:
-        """Tokens between checkpoints while decoding; the last one is kept at the end. None: no checkpoint in decode."""
+        """Tokens between checkpoints while decoding; the last one is kept at the end. None: no
+        checkpoint in decode."""
         ...
 
 

@@ -1,4 +1,5 @@
-"""Policies of the user's own, wherever a word stands; what is wrong with one is said in one sentence.
+"""Policies of the user's own, wherever a word stands; what is wrong with one is said in one
+sentence.
 
 ``module:Class`` or ``module:Class(alpha=2)``, a class, a function that makes one, or one itself.
 """
@@ -50,7 +51,8 @@ class OwnPolicy:
 
 
 def own_policy(given: object) -> OwnPolicy:
-    """What stands for a class, a function that makes a policy, or a policy, of which it makes copies."""
+    """What stands for a class, a function that makes a policy, or a policy, of which it makes
+    copies."""
     if isinstance(given, OwnPolicy):
         return given
     if callable(given):
@@ -90,7 +92,8 @@ def placement_of(given: object) -> Callable[[], PlacementPolicy]:
 
 
 class _Guarded:
-    """Calls a stranger's methods; what they raise becomes a PolicyError that names policy, method and line."""
+    """Calls a stranger's methods; what they raise becomes a PolicyError that names policy, method
+    and line."""
 
     def __init__(self, label: str, policy: Any) -> None:
         self._label = label
@@ -134,7 +137,8 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         if is_fit:
             return victim
         raise PolicyError(
-            f"{self._label!r}: victim({kind!r}) gave {victim!r}, which is no candidate of that kind; "
+            f"{self._label!r}: victim({kind!r}) gave {victim!r}, which is no candidate of that "
+            "kind; "
             "give an item that was added and not discarded since, or None"
         )
 
@@ -164,7 +168,8 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         return list(self._policy.positions(prefill))
 
     def _watch(self, position: int, prefill: Prefill) -> None:
-        """Warn once where the first ``MAX_OUTSIDE`` positions all lie where nothing can be saved."""
+        """Warn once where the first ``MAX_OUTSIDE`` positions all lie where nothing can be
+        saved."""
         assert self._num_outside is not None
         if prefill.floor(position) is not None:
             self._num_outside = None
@@ -173,8 +178,10 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         if self._num_outside == MAX_OUTSIDE:
             self._num_outside = None
             warnings.warn(
-                f"{self._label!r}: none of its first {MAX_OUTSIDE} positions lay within what a prefill computes; give "
-                f"cached_len < position <= prompt_len, tokens from the prompt's start, of at least {prefill.grid} (the grid)",
+                f"{self._label!r}: none of its first {MAX_OUTSIDE} positions lay within what a "
+                "prefill computes; give "
+                "cached_len < position <= prompt_len, tokens from the prompt's start, of at least "
+                f"{prefill.grid} (the grid)",
                 stacklevel=2,
             )
 
@@ -193,12 +200,14 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         if interval is None or (type(interval) is int and interval >= 1):
             return interval
         raise PolicyError(
-            f"{self._label!r}: decode_interval gave {interval!r}; give tokens between checkpoints, or None"
+            f"{self._label!r}: decode_interval gave {interval!r}; give tokens between checkpoints, "
+            "or None"
         )
 
 
 def word_of(own: type[Any]) -> str | None:
-    """``module:Class`` for a class that its module knows by name, also one of a notebook's cell; None for another."""
+    """``module:Class`` for a class that its module knows by name, also one of a notebook's cell;
+    None for another."""
     module_name, name = own.__module__, own.__qualname__
     if getattr(sys.modules.get(module_name), name, None) is not own:
         return None
@@ -206,8 +215,8 @@ def word_of(own: type[Any]) -> str | None:
 
 
 def source_of(word: str) -> str:
-    """The text of the module that a word like ``module:Class`` names; empty for other words, numbered ones (``ttl:500``) too.
-    ValueError where it has none to read."""
+    """The text of the module that a word like ``module:Class`` names; empty for other words,
+    numbered ones (``ttl:500``) too. ValueError where it has none to read."""
     module_name, colon, rest = word.strip().partition(":")
     if not colon or rest.replace(".", "", 1).isdecimal():
         return ""
@@ -215,17 +224,18 @@ def source_of(word: str) -> str:
         return inspect.getsource(_imported(word, module_name))
     except (OSError, TypeError) as error:
         raise ValueError(
-            f"{word!r}: its source can not be read, so whether a kept run is of this very class can not be told; put the class in "
+            f"{word!r}: its source can not be read, so whether a kept run is of this very class "
+            "can not be told; put the class in "
             "a file, or keep no runs"
         ) from error
 
 
 def load(word: str, protocol: type[Any]) -> OwnPolicy:
-    """What ``module:Class`` or ``module:Class(alpha=2)`` names, from an installed module or one in the
-    working directory, with the methods of ``protocol``; arguments are plain Python values.
+    """What ``module:Class`` or ``module:Class(alpha=2)`` names, from an installed module or one in
+    the working directory, with the methods of ``protocol``; arguments are plain Python values.
 
-    The working directory joins the end of ``sys.path``: installed commands start without it. ValueError says in one sentence
-    what can not be found.
+    The working directory joins the end of ``sys.path``: installed commands start without it.
+    ValueError says in one sentence what can not be found.
     """
     module_name, _, rest = word.partition(":")
     class_name, arguments, keywords = _arguments(word, rest)

@@ -35,7 +35,8 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
 
 
 def _check_run(node: RadixNode) -> None:
-    """The checkpoints listed at the top of a run are those that stand on it. O(nodes of the run), at its top only."""
+    """The checkpoints listed at the top of a run are those that stand on it. O(nodes of the run),
+    at its top only."""
     assert node.parent is not None
     top = node.parent.parent is None or isinstance(node.parent.children, dict)
     if node.kv is None or not top:

@@ -1,8 +1,10 @@
-"""Views keep their whole buffer alive: when most of a split buffer is dead, the living part moves to one of its own.
+"""Views keep their whole buffer alive: when most of a split buffer is dead, the living part moves
+to one of its own.
 
-A buffer (an edge's bytes, a segment's rows) is born with one insert, so the nodes that share it after splits are a chain from
-top to bottom, and they go from the bottom up: what lives is always a prefix of the buffer. When a node goes and less than
-half of the buffer is left, that prefix is copied once and the buffer is let go: amortised O(1) a token.
+A buffer (an edge's bytes, a segment's rows) is born with one insert, so the nodes that share it
+after splits are a chain from top to bottom, and they go from the bottom up: what lives is always a
+prefix of the buffer. When a node goes and less than half of the buffer is left, that prefix is
+copied once and the buffer is let go: amortised O(1) a token.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from hybridcache.tokens import Indices
 
 
 def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
-    """``gone`` were the rows of a child of ``node`` that has just left. What is left of their buffer, perhaps in a new one;
-    None: nothing. O(1), or O(rows that live)."""
+    """``gone`` were the rows of a child of ``node`` that has just left. What is left of their
+    buffer, perhaps in a new one; None: nothing. O(1), or O(rows that live)."""
     base = gone.base
     if not isinstance(base, np.ndarray) or node.kv is None:
         return None
@@ -36,7 +38,8 @@ def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
 
 
 def compact_edges(node: RadixNode, gone: bytes | memoryview) -> None:
-    """``gone`` was the edge of a child of ``node`` that has just left. O(1), or O(tokens that live)."""
+    """``gone`` was the edge of a child of ``node`` that has just left. O(1), or O(tokens that
+    live)."""
     if not isinstance(gone, memoryview) or not isinstance(node.edge, memoryview):
         return
     whole = gone.obj

@@ -1,7 +1,8 @@
 """Ghosts: nodes of which only the tokens are left, bounded in bytes, oldest forgotten first.
 
-Order is the order in which their KV went. KV goes from the leaves up, so a ghost's children always stand before it and
-the oldest ghost never has children: forgetting is O(1) and needs no search. A ghost that comes again is revived.
+Order is the order in which their KV went. KV goes from the leaves up, so a ghost's children always
+stand before it and the oldest ghost never has children: forgetting is O(1) and needs no search. A
+ghost that comes again is revived.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class GhostList:
         """``ghost`` has just lost its KV."""
         assert ghost.parent is not None
         self._order[ghost] = None
-        # The edge's length without looking at the edge: it has been cold for as long as the node was old.
+        # The edge's length without looking at the edge: it has been cold for as long as the node
+        # was old.
         self.num_bytes += (ghost.end - ghost.parent.end) * TOKEN_BYTES + GHOST_NODE_BYTES
 
     def discard(self, ghost: RadixNode) -> None:
@@ -52,7 +54,8 @@ class GhostList:
         self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
 
     def shrink(self, num_bytes: int) -> None:
-        """A ghost lost the first ``num_bytes`` of its edge to a node that was split off above it and revived."""
+        """A ghost lost the first ``num_bytes`` of its edge to a node that was split off above it
+        and revived."""
         self.num_bytes -= num_bytes
 
     def trim(self) -> None:

@@ -1,8 +1,9 @@
 """Token ids as bytes: how an edge is compared with a prompt and how a child is found.
 
-An edge is int32 ids as bytes (4 a token), so that comparing a whole edge is one ``memcmp``; a split makes two views of the
-same bytes. A child is found by the edge's first page: by its int id where a page is one token
-(a memoryview hands it out without a numpy scalar), by its bytes where a page is longer.
+An edge is int32 ids as bytes (4 a token), so that comparing a whole edge is one ``memcmp``; a split
+makes two views of the same bytes. A child is found by the edge's first page: by its int id where a
+page is one token (a memoryview hands it out without a numpy scalar), by its bytes where a page is
+longer.
 """
 
 from __future__ import annotations

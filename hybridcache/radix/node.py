@@ -1,8 +1,8 @@
 """One node of the tree, and the two things that can hang on it: KV rows and a checkpoint.
 
-``RadixNode`` is the structure. ``Segment`` (the KV rows of its edge) and ``Checkpoint`` (a state at its end) are the
-evictable items: they carry what a policy may see (``policies.protocol.Item``). A node without a segment is a *ghost*:
-its tokens are remembered, nothing can be read from it.
+``RadixNode`` is the structure. ``Segment`` (the KV rows of its edge) and ``Checkpoint`` (a state at
+its end) are the evictable items: they carry what a policy may see (``policies.protocol.Item``). A
+node without a segment is a *ghost*: its tokens are remembered, nothing can be read from it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class ItemBytes(NamedTuple):
 
 
 class RadixNode:
-    """Tokens (``start``, ``end``] of some prompts. Mutable; one of the ``children`` or of the ``ghosts`` of its parent."""
+    """Tokens (``start``, ``end``] of some prompts. Mutable; one of the ``children`` or of the
+    ``ghosts`` of its parent."""
 
     __slots__ = (
         "checkpoint",
@@ -62,7 +63,8 @@ class RadixNode:
         self.checkpoint: Checkpoint | None = None
         self.locks = 0
         self.lost_checkpoint: Checkpoint | None = None
-        """The checkpoint that stood here and was evicted: a tombstone while KV is resident, a regret in a ghost."""
+        """The checkpoint that stood here and was evicted: a tombstone while KV is resident, a
+        regret in a ghost."""
         self.deeper: Checkpoint | None = None
         """At the top of a run: its first checkpoint (``radix.forks``)."""
         self.pins = 0
@@ -120,7 +122,8 @@ class Segment:
 
     @property
     def span(self) -> int:
-        """Tokens back to the nearest checkpoint above; its own where there are no states. O(nodes between)."""
+        """Tokens back to the nearest checkpoint above; its own where there are no states. O(nodes
+        between)."""
         if not self.item_bytes.state:
             return len(self.indices)
         above = self.above
@@ -128,7 +131,8 @@ class Segment:
 
     @property
     def size_bytes(self) -> int:
-        """Its rows, the state that can not outlive them, and the tail above that goes with them. O(nodes in the tail)."""
+        """Its rows, the state that can not outlive them, and the tail above that goes with them.
+        O(nodes in the tail)."""
         state = 0 if self.node.checkpoint is None else self.item_bytes.state
         return state + tail_bytes(self.node, self.item_bytes)
 
@@ -185,7 +189,8 @@ class Checkpoint:
 
     @property
     def above(self) -> Checkpoint | None:
-        """Nearest checkpoint above. O(1) on its own run, else O(nodes between its top and that one)."""
+        """Nearest checkpoint above. O(1) on its own run, else O(nodes between its top and that
+        one)."""
         before = self.shallower
         if isinstance(before, Checkpoint):
             return before
@@ -199,7 +204,8 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Its state, and at a leaf the KV tail that nothing could resume from any more. O(nodes in the tail)."""
+        """Its state, and at a leaf the KV tail that nothing could resume from any more. O(nodes in
+        the tail)."""
         size = self.item_bytes.state
         return size if self.node.children else size + tail_bytes(self.node, self.item_bytes)
 
@@ -208,7 +214,8 @@ class Checkpoint:
 
 
 def checkpoint_above(node: RadixNode) -> Checkpoint | None:
-    """The nearest checkpoint strictly above ``node``'s end; None up to the root. O(nodes between)."""
+    """The nearest checkpoint strictly above ``node``'s end; None up to the root. O(nodes
+    between)."""
     above = node.parent
     while above is not None and above.checkpoint is None:
         above = above.parent
@@ -216,8 +223,8 @@ def checkpoint_above(node: RadixNode) -> Checkpoint | None:
 
 
 def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
-    """Bytes of KV that go with ``node``'s: its own rows, and those of the stateless, unlocked, unforked nodes above it, from
-    which nothing could resume any more. O(nodes in the tail)."""
+    """Bytes of KV that go with ``node``'s: its own rows, and those of the stateless, unlocked,
+    unforked nodes above it, from which nothing could resume any more. O(nodes in the tail)."""
     num_tokens = 0
     while node.kv is not None and node.parent is not None:
         num_tokens += node.end - node.parent.end

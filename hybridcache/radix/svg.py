@@ -1,5 +1,6 @@
-"""The tree as an SVG, drawn without any program: a node is a bar from its start to its end in tokens, as high as the leaves
-below it. Namespaces stand one below the other over one axis. O(nodes drawn)."""
+"""The tree as an SVG, drawn without any program: a node is a bar from its start to its end in
+tokens, as high as the leaves below it. Namespaces stand one below the other over one axis. O(nodes
+drawn)."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ class _Place(NamedTuple):
 
 
 def render_svg(tree: RadixTree, max_nodes: int) -> str:
-    """The drawing, with its legend, its axis of tokens, and a note of what was left out. Each bar tells of its node when
-    pointed at."""
+    """The drawing, with its legend, its axis of tokens, and a note of what was left out. Each bar
+    tells of its node when pointed at."""
     plan = plan_of(tree, max_nodes)
     deepest = max((drawn.node.end for _, nodes in plan.namespaces for drawn in nodes), default=1)
     scale = (WIDTH - 2 * MARGIN) / deepest
@@ -77,7 +78,8 @@ def _bar(node: RadixNode, place: _Place) -> Iterator[str]:
     x, y, width, height = place
     locked = f' stroke="{RED}" stroke-width="1.5"' if node.locks else ""
     yield (
-        f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(width - 1, 1):.1f}" height="{height}" rx="2" '
+        f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(width - 1, 1):.1f}" height="{height}" '
+        'rx="2" '
         f'fill="{FILLS[kind]}"{locked}><title>{escape(describe(node))}</title></rect>'
     )
     middle = y + height / 2
@@ -101,7 +103,8 @@ def _mark(kind: str, x: float, y: float) -> str:
         cross = f"M{x - 3:.1f} {y - 3:.1f}l6 6m0 -6l-6 6"
         return f'<path d="{cross}" stroke="{RED}" stroke-width="1.5" fill="none"/>'
     fill = DARK if kind == "checkpoint" else "white"
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{fill}" stroke="{DARK}" stroke-width="1.2"/>'
+    place, line = f'cx="{x:.1f}" cy="{y:.1f}" r="3.5"', f'stroke="{DARK}" stroke-width="1.2"'
+    return f'<circle {place} fill="{fill}" {line}/>'
 
 
 def _legend() -> tuple[list[str], int]:
@@ -146,7 +149,8 @@ def _words(x: float, y: float, text: str, anchor: str = "start", weight: str = "
 
 
 def _lanes(nodes: list[Drawn]) -> dict[RadixNode, tuple[int, int]]:
-    """First and last lane of each node: its own where no child of it is drawn, else all of its children's."""
+    """First and last lane of each node: its own where no child of it is drawn, else all of its
+    children's."""
     lanes: dict[RadixNode, tuple[int, int]] = {}
     num_leaves = 0
     for drawn, following in zip(nodes, [*nodes[1:], None], strict=True):

@@ -1,7 +1,9 @@
-"""A picture of the tree for people: an outline in text, and a Graphviz source; ``radix.icicle`` draws an SVG.
+"""A picture of the tree for people: an outline in text, and a Graphviz source; ``radix.icicle``
+draws an SVG.
 
-One way of seeing a node, in every form: its token range, whether its KV is resident or a ghost, its checkpoint or the
-tombstone of one, its locks. All are O(nodes drawn) and go no deeper than a stack on the heap.
+One way of seeing a node, in every form: its token range, whether its KV is resident or a ghost, its
+checkpoint or the tombstone of one, its locks. All are O(nodes drawn) and go no deeper than a stack
+on the heap.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Drawn(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a picture shows: namespaces in the order in which they came, nodes depth first, resident ones before ghosts."""
+    """What a picture shows: namespaces in the order in which they came, nodes depth first, resident
+    ones before ghosts."""
 
     namespaces: list[tuple[str, list[Drawn]]]
     left_out: str | None
@@ -73,8 +76,8 @@ def describe(node: RadixNode) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` in one line that any picture can hold: what does not print is escaped, as Python does, and no more than
-    ``MAX_LETTERS`` are kept."""
+    """``text`` in one line that any picture can hold: what does not print is escaped, as Python
+    does, and no more than ``MAX_LETTERS`` are kept."""
     if len(text) > MAX_LETTERS:
         text = text[: MAX_LETTERS - 3] + "..."
     return "".join(
@@ -84,7 +87,8 @@ def printable(text: str) -> str:
 
 
 def render_text(tree: RadixTree, max_nodes: int) -> str:
-    """An outline, a line a node. An only child stands below its parent, no deeper; what was left out is counted at the end.
+    """An outline, a line a node. An only child stands below its parent, no deeper; what was left
+    out is counted at the end.
 
     ``*`` checkpoint, ``-`` tombstone, ``~`` ghost.
     """
@@ -109,7 +113,8 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
 
 
 def render_graphviz(tree: RadixTree, max_nodes: int) -> str:
-    """Source for ``dot``: boxes for resident nodes, dashed for ghosts, filled where a checkpoint stands."""
+    """Source for ``dot``: boxes for resident nodes, dashed for ghosts, filled where a checkpoint
+    stands."""
     plan = plan_of(tree, max_nodes)
     lines = ["digraph cache {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
     names: dict[RadixNode, str] = {}

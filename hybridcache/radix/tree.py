@@ -1,7 +1,8 @@
 """The compressed radix tree over token ids: walk, split, grow, revive, detach.
 
-Pure structure: one root per namespace, edges as byte views that a split shares, resident children and ghost children apart
-so that "how deep does KV reach" and "how deep were the tokens seen" are two plain walks. No recursion.
+Pure structure: one root per namespace, edges as byte views that a split shares, resident children
+and ghost children apart so that "how deep does KV reach" and "how deep were the tokens seen" are
+two plain walks. No recursion.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Walk = tuple[RadixNode, RadixNode | None, int]
 
 
 class RadixTree:
-    """Nodes under one root per namespace. Every length given to it is a multiple of ``page_size``."""
+    """Nodes under one root per namespace. Every length given to it is a multiple of
+    ``page_size``."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -31,22 +33,24 @@ class RadixTree:
         """Resident and ghost nodes, roots not counted."""
 
     def root(self, namespace: Hashable) -> RadixNode:
-        """The root of ``namespace``, made if it is not there. O(1). ValueError: it does not equal itself (NaN)."""
+        """The root of ``namespace``, made if it is not there. O(1). ValueError: it does not equal
+        itself (NaN)."""
         node = self.roots.get(namespace)
         if node is None:
             if namespace != namespace:
                 raise ValueError(
-                    f"namespace {namespace!r} does not equal itself: nothing under it could be found"
+                    f"namespace {namespace!r} does not equal itself: nothing under it could be "
+                    "found"
                 )
             node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
 
     def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
-        """Follow ``tokens``, which start at ``node``'s end, through resident edges, or through ghosts only. Reads only.
-        O(len(tokens)).
+        """Follow ``tokens``, which start at ``node``'s end, through resident edges, or through
+        ghosts only. Reads only. O(len(tokens)).
 
-        A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end. An only child is
-        compared unasked: its key need not be looked up.
+        A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end.
+        An only child is compared unasked: its key need not be looked up.
         """
         base = end = node.end
         family = node.ghosts if ghosts else node.children
@@ -78,7 +82,8 @@ class RadixTree:
         return node, None, end
 
     def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
-        """Hang a new node with a copy of ``tokens`` under ``parent``, as a resident child. O(len(tokens))."""
+        """Hang a new node with a copy of ``tokens`` under ``parent``, as a resident child.
+        O(len(tokens))."""
         edge = tokens.tobytes()
         key = tokens.item(0) if self.page_size == 1 else child_key(edge, self.page_size)
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
@@ -87,10 +92,11 @@ class RadixTree:
         return child
 
     def split(self, lower: RadixNode, position: int) -> RadixNode:
-        """Cut ``lower``'s edge at ``position``; the new upper node is returned. Copies no tokens. O(page).
+        """Cut ``lower``'s edge at ``position``; the new upper node is returned. Copies no tokens.
+        O(page).
 
-        ``lower`` keeps its identity: its end, checkpoint and locks. The upper half is a ghost if ``lower`` is one,
-        else the caller owes it a segment.
+        ``lower`` keeps its identity: its end, checkpoint and locks. The upper half is a ghost if
+        ``lower`` is one, else the caller owes it a segment.
         """
         parent = lower.parent
         assert parent is not None and parent.end < position < lower.end
@@ -142,7 +148,8 @@ class RadixTree:
             del self.roots[namespace]
 
     def nodes(self, start: RadixNode | None = None) -> Iterator[RadixNode]:
-        """Every node below ``start`` (default: below all roots), parents before children. O(tree), no recursion."""
+        """Every node below ``start`` (default: below all roots), parents before children. O(tree),
+        no recursion."""
         stack = [start] if start is not None else list(self.roots.values())
         while stack:
             node = stack.pop()

@@ -62,7 +62,8 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(gate)``; see ``reference.sigmoid_mul``. x is ``[..., N]``; gate like it or ``[..., 1]``; views allowed."""
+    """``x * sigmoid(gate)``; see ``reference.sigmoid_mul``. x is ``[..., N]``; gate like it or
+    ``[..., 1]``; views allowed."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y

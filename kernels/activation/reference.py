@@ -1,7 +1,8 @@
 """Gated activations in plain PyTorch.
 
-Written with exp rather than ``torch.sigmoid`` and ``F.silu``: on AVX-512 those give the elements behind the last full
-vector other bits, so a row's result would depend on where it lies; exp and division do not.
+Written with exp rather than ``torch.sigmoid`` and ``F.silu``: on AVX-512 those give the elements
+behind the last full vector other bits, so a row's result would depend on where it lies; exp and
+division do not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """``silu(a) * b`` of the two halves (a, b) of ``x [..., 2I]``: ``[..., I]`` (SwiGLU, Shazeer 2020)."""
+    """``silu(a) * b`` of the two halves (a, b) of ``x [..., 2I]``: ``[..., I]`` (SwiGLU, Shazeer
+    2020)."""
     half = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], half)
     # Some rows at a time: five passes over what stays in the processor's cache.
@@ -40,5 +42,6 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(gate)``: the output gate of attention, ``gate`` like x, or of a shared expert, ``gate [..., 1]``."""
+    """``x * sigmoid(gate)``: the output gate of attention, ``gate`` like x, or of a shared expert,
+    ``gate [..., 1]``."""
     return (x.float() * sigmoid(gate)).to(x.dtype)

@@ -1,1 +1,2 @@
-"""Causal attention over a KV pool, read by index: ``reference`` in plain PyTorch, ``fused`` in Triton."""
+"""Causal attention over a KV pool, read by index: ``reference`` in plain PyTorch, ``fused`` in
+Triton."""

@@ -1,5 +1,6 @@
-"""Causal grouped-query attention over a KV pool in Triton: FlashAttention's online softmax (Dao et al., 2022) with every
-cut at an absolute position, so that a row's arithmetic depends on its own position and keys alone.
+"""Causal grouped-query attention over a KV pool in Triton: FlashAttention's online softmax (Dao et
+al., 2022) with every cut at an absolute position, so that a row's arithmetic depends on its own
+position and keys alone.
 
 A prefill program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV
 head, and walks the keys from position 0 in tiles of BN. A decode program takes one sequence, one KV
@@ -25,11 +26,12 @@ PREFILL_STAGES = 4
 DECODE_STAGES = 5
 
 SPLIT = 256
-"""Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query head of a KV head."""
+"""Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query
+head of a KV head."""
 
 WORKSPACE_BYTES = 2**26
-"""Most of what the partial outputs take: more sequences than fit are decoded one group after the other. 64 sequences of 128k
-tokens and 16 heads of 256 would want half a GiB."""
+"""Most of what the partial outputs take: more sequences than fit are decoded one group after the
+other. 64 sequences of 128k tokens and 16 heads of 256 would want half a GiB."""
 
 COMBINED = 32
 """Splits that are joined at once: 128k tokens are 16 turns of a loop, not 512."""
@@ -57,9 +59,11 @@ def attend_tile(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds keys at positions ``o_n [BN]`` to the running softmax of rows that see positions up to ``b_limit [BM]``.
+    """Adds keys at positions ``o_n [BN]`` to the running softmax of rows that see positions up to
+    ``b_limit [BM]``.
 
-    ``b_q [BM, BD]``; ``b_m``, ``b_l [BM]`` running maximum (in powers of 2) and sum; ``b_o [BM, BD]`` the weighted values.
+    ``b_q [BM, BD]``; ``b_m``, ``b_l [BM]`` running maximum (in powers of 2) and sum; ``b_o [BM,
+    BD]`` the weighted values.
     """
     o_d = tl.arange(0, BD)
     m_n = o_n < kv_end
@@ -172,7 +176,8 @@ def decode_attention_kernel(
         kv_end = tl.minimum(i_s * BS + BS, kv_len)
         for i_n in range(i_s * BS, kv_end, BN):
             b_m, b_l, b_o = attend_tile(
-                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D, i_n + tl.arange(0, BN), b_limit,
+                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
+                i_n + tl.arange(0, BN), b_limit,
                 kv_end, pool_stride, scale, D, BD, PRECISION,
             )  # fmt: skip
         p_part = o_h * tl.num_programs(2) + i_s
@@ -230,9 +235,11 @@ def prefill_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of new tokens to themselves and everything before them; see ``reference.prefill_attention``.
+    """Attention of new tokens to themselves and everything before them; see
+    ``reference.prefill_attention``.
 
-    Bit-identical for a token whatever part of its sequence is computed with it, if that part starts at a multiple of 64.
+    Bit-identical for a token whatever part of its sequence is computed with it, if that part starts
+    at a multiple of 64.
     """
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -283,7 +290,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of one token per sequence; see ``reference.decode_attention``.
 
-    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in ``sequences.kv_len_table``.
+    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in
+    ``sequences.kv_len_table``.
     """
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -338,12 +346,14 @@ def decode_attention(
 
 
 def group_size(num_heads: int, num_splits: int, size: int) -> int:
-    """Sequences whose partial outputs fit into the workspace: a multiple of 4, so that their tables stay aligned."""
+    """Sequences whose partial outputs fit into the workspace: a multiple of 4, so that their tables
+    stay aligned."""
     return max(4, WORKSPACE_BYTES // (4 * num_heads * num_splits * size) // 4 * 4)
 
 
 def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Key tile and precision by head size and dtype: they decide the bits, so nothing else may choose them."""
+    """Key tile and precision by head size and dtype: they decide the bits, so nothing else may
+    choose them."""
     exact = dtype == torch.float32
     keys = (64 if size <= 128 else 32) // (2 if exact else 1)
     return {"BN": keys, "PRECISION": "ieee" if exact else "tf32"}

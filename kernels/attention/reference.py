@@ -2,10 +2,11 @@
 
     out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
 
-A sequence's keys are the pool rows that its row of the request table lists, in order. A prefill is cut on an absolute
-grid: queries into blocks of 256 positions, each with the keys up to its block's end, whatever part of the block is
-computed now. A prefill that resumes at a multiple of 64 therefore runs the very same products as one from zero, and
-``torch.equal`` holds between them (measured: float32 and bfloat16, one and two threads, head sizes 40 to 256).
+A sequence's keys are the pool rows that its row of the request table lists, in order. A prefill is
+cut on an absolute grid: queries into blocks of 256 positions, each with the keys up to its block's
+end, whatever part of the block is computed now. A prefill that resumes at a multiple of 64
+therefore runs the very same products as one from zero, and ``torch.equal`` holds between them
+(measured: float32 and bfloat16, one and two threads, head sizes 40 to 256).
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def prefill_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of new tokens to themselves and to everything before them; their KV is in the pool already.
+    """Attention of new tokens to themselves and to everything before them; their KV is in the pool
+    already.
 
     Args:
-        query: ``[T, HQ, D]``, the packed new tokens; sequence b's are the last ``packed.lengths[b]`` of its
+        query: ``[T, HQ, D]``, the packed new tokens; sequence b's are the last
+        ``packed.lengths[b]`` of its
             ``sequences.kv_lens[b]`` tokens, from a multiple of 64 on.
         key_pool, value_pool: ``[N, HKV, D]``; HQ is a multiple of HKV.
         table: int32 ``[R, M]``, the request table: KV indices by row and position.
@@ -63,7 +66,8 @@ def decode_attention(
     sequences: Sequences,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one token per sequence, ``query [B, HQ, D]``, the last of its ``sequences.kv_lens[b]`` tokens.
+    """Attention of one token per sequence, ``query [B, HQ, D]``, the last of its
+    ``sequences.kv_lens[b]`` tokens.
 
     Every sequence is computed on its own, so batch mates change nothing. Returns ``[B, HQ, D]``.
     """
@@ -87,7 +91,8 @@ def _prefill_one(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """One sequence, block by block: query and out ``[T, HQ, D]``, keys and values ``[HKV, L, D]``, L a multiple of 256."""
+    """One sequence, block by block: query and out ``[T, HQ, D]``, keys and values ``[HKV, L, D]``,
+    L a multiple of 256."""
     end = start + len(query)
     while start < end:
         key_end = (start // BLOCK + 1) * BLOCK
@@ -127,7 +132,7 @@ def _padded_rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def _rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The pool's rows at ``indices``: a view where they are one range and lie side by side, else a
-    copy of the same strides. (Rows of an arena lie apart: read in place they take a third longer.)"""
+    copy of the same strides. Rows of an arena lie apart: read in place they take a third longer."""
     if not pool.is_contiguous():
         return pool.index_select(0, indices)
     first, last = int(indices[0]), int(indices[-1])

@@ -12,13 +12,14 @@ from kernels.upload import upload
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Rows of the request table and how far each is filled. Built once per step, read by every attention layer."""
+    """Rows of the request table and how far each is filled. Built once per step, read by every
+    attention layer."""
 
     rows: tuple[int, ...]
     """The row of the request table that lists each sequence's KV indices."""
     kv_lens: tuple[int, ...]
-    """Tokens whose KV is in the pool, this step's included. The Triton kernels read it as an upper bound only, so that a
-    captured graph can be replayed with smaller values in ``kv_len_table``."""
+    """Tokens whose KV is in the pool, this step's included. The Triton kernels read it as an upper
+    bound only, so that a captured graph can be replayed with smaller values in ``kv_len_table``."""
     row_table: torch.Tensor
     """int32[B], ``rows`` on the device."""
     kv_len_table: torch.Tensor

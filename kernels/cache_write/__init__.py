@@ -1,1 +1,2 @@
-"""Writing new keys and values into the KV pool: ``reference`` in plain PyTorch, ``fused`` in Triton."""
+"""Writing new keys and values into the KV pool: ``reference`` in plain PyTorch, ``fused`` in
+Triton."""

@@ -1,8 +1,9 @@
 """Causal depthwise convolution with SiLU in Triton. Formula and source: `kernels.conv1d.reference`.
 
-Every input is read from memory once and W - 1 times from the cache beside the cores, every output written once: 4 bytes per
-token and channel in bfloat16, bound by memory bandwidth. A sequence's window is read and replaced by one and the same
-program, that of its first tile, so that no program can see it half replaced.
+Every input is read from memory once and W - 1 times from the cache beside the cores, every output
+written once: 4 bytes per token and channel in bfloat16, bound by memory bandwidth. A sequence's
+window is read and replaced by one and the same program, that of its first tile, so that no program
+can see it half replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ BT = tl.constexpr(TILE)
 def load_input(
     p_sequence, p_window, position, o_c, stride_x, resumed, C: tl.constexpr, W: tl.constexpr
 ):
-    """Inputs ``[BC]`` at a position counted from the sequence's start, of which the last W - 1 below 0 are the window."""
+    """Inputs ``[BC]`` at a position counted from the sequence's start, of which the last W - 1
+    below 0 are the window."""
     p_x = p_sequence + position.to(tl.int64) * stride_x + o_c
     b_x = tl.load(p_x, mask=(o_c < C) & (position >= 0), other=0.0).to(tl.float32)
     p_old = p_window + o_c * (W - 1) + (W - 1 + position)
@@ -34,7 +36,8 @@ def load_input(
 def save_window(
     p_sequence, p_window, p_target, end, o_c, stride_x, resumed, C: tl.constexpr, W: tl.constexpr
 ):
-    """Write the window after ``end >= 1`` tokens; in place too, since each element only takes from one behind it."""
+    """Write the window after ``end >= 1`` tokens; in place too, since each element only takes from
+    one behind it."""
     for i_w in tl.static_range(W - 1):
         b_x = load_input(p_sequence, p_window, end - (W - 1) + i_w, o_c, stride_x, resumed, C, W)
         tl.store(p_target + o_c * (W - 1) + i_w, b_x.to(p_target.dtype.element_ty), mask=o_c < C)
@@ -120,10 +123,11 @@ def decode_kernel(
     W: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Program (i_c, i_token): BC channels of one token, with ``num_steps`` tokens to a sequence, one after another.
+    """Program (i_c, i_token): BC channels of one token, with ``num_steps`` tokens to a sequence,
+    one after another.
 
-    The window after it goes to ``p_step_states`` ``[B, num_steps, C, W - 1]``; where that is None, there is one step, and
-    its window replaces the one in the slot.
+    The window after it goes to ``p_step_states`` ``[B, num_steps, C, W - 1]``; where that is None,
+    there is one step, and its window replaces the one in the slot.
     """
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     i_token = tl.program_id(1).to(tl.int64)
@@ -155,14 +159,15 @@ def prefill_conv1d(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> torch.Tensor:
-    """Convolve packed sequences, each from the window in its slot, and leave its last window there. One launch.
+    """Convolve packed sequences, each from the window in its slot, and leave its last window there.
+    One launch.
 
-    - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C, W]``. ``bias``: ``[C]``
-      or None.
+    - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C,
+      W]``. ``bias``: ``[C]`` or None.
     - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the
       exports' slots. A window is contiguous, slots need not be.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
-      leaves its slot as it is.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
 
     Returns ``[T, C]`` in x's dtype.
     """
@@ -202,9 +207,11 @@ def decode_conv1d(
     states: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by one. One launch.
+    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by
+    one. One launch.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in `prefill_conv1d`.
+    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in
+    `prefill_conv1d`.
     """
     return _decode(x, weight, bias, states, slots, step_states=None, num_steps=1)
 
@@ -218,10 +225,12 @@ def verify_conv1d(
     slots: torch.Tensor,
     step_states: torch.Tensor,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them kept. One launch.
+    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them
+    kept. One launch.
 
-    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read, and ``step_states``
-    ``[B, steps, C, W - 1]``, contiguous, receives the windows. `kernels.gdn.commit_states` takes over the accepted ones.
+    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read,
+    and ``step_states`` ``[B, steps, C, W - 1]``, contiguous, receives the windows.
+    `kernels.gdn.commit_states` takes over the accepted ones.
     """
     if not step_states.is_contiguous() or step_states.dtype != states.dtype:
         raise ValueError("step_states must be contiguous and have the dtype of states")

@@ -1,9 +1,10 @@
 """Causal depthwise convolution with SiLU, in plain PyTorch: the definition, and the CPU path.
 
-``out[t, c] = silu(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])``, where x before a sequence's start is its saved
-window (or zero). The sum runs in float32 from the oldest input to the newest, so a row does not depend on its batch.
-The window, ``states[slot]``, holds the last ``W - 1`` inputs, oldest first; its dtype must hold x's exactly, or a
-resumed run would differ from a cold one.
+``out[t, c] = silu(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])``, where x before a
+sequence's start is its saved window (or zero). The sum runs in float32 from the oldest input to the
+newest, so a row does not depend on its batch. The window, ``states[slot]``, holds the last ``W -
+1`` inputs, oldest first; its dtype must hold x's exactly, or a resumed run would differ from a cold
+one.
 
 Source: Mamba (arXiv 2312.00752), section 3.4, where the short convolution precedes the scan.
 """
@@ -32,9 +33,10 @@ def prefill_conv1d(
     """Convolve packed sequences, each from the window in its slot, and leave its last window there.
 
     - ``x``: ``[T, C]``. ``weight``: ``[C, W]``. ``bias``: ``[C]`` or None.
-    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
-      leaves its slot as it is.
+    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the
+      exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
 
     Returns ``[T, C]`` in x's dtype.
     """
@@ -74,9 +76,11 @@ def decode_conv1d(
     states: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by one.
+    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by
+    one.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in `prefill_conv1d`.
+    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in
+    `prefill_conv1d`.
     """
     check_window(x, weight, states)
     index = slots.long()
@@ -94,10 +98,12 @@ def verify_conv1d(
     slots: torch.Tensor,
     step_states: torch.Tensor,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them kept.
+    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them
+    kept.
 
-    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read, and ``step_states``
-    ``[B, steps, C, W - 1]`` receives the windows. `kernels.gdn.reference.commit_states` takes over the accepted ones.
+    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read,
+    and ``step_states`` ``[B, steps, C, W - 1]`` receives the windows.
+    `kernels.gdn.reference.commit_states` takes over the accepted ones.
     """
     check_window(x, weight, states)
     reach = weight.shape[1] - 1
@@ -133,12 +139,14 @@ def _taps(taps: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
 def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     if bias is not None:
         total += bias.float()
-    # Not torch's silu: on a CPU its bits depend on where an element stands in the tensor; those of exp do not.
+    # Not torch's silu: on a CPU its bits depend on where an element stands in the tensor; those of
+    # exp do not.
     return (total / total.neg().exp_().add_(1)).to(dtype)
 
 
 def check_window(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> None:
-    """Raise ValueError where windows do not fit the weights, or would round the inputs they hold."""
+    """Raise ValueError where windows do not fit the weights, or would round the inputs they
+    hold."""
     if states.shape[1:] != (x.shape[-1], weight.shape[1] - 1):
         raise ValueError(f"windows {tuple(states.shape)} do not fit weights {tuple(weight.shape)}")
     if torch.promote_types(x.dtype, states.dtype) != states.dtype:

@@ -1,21 +1,23 @@
-"""Gated DeltaNet over prompts in Triton: tiles solved side by side, then one scan per sequence, head and slice of V.
+"""Gated DeltaNet over prompts in Triton: tiles solved side by side, then one scan per sequence,
+head and slice of V.
 
-The reference multiplies the state by two matrices of its own making, W and Q exp(G). Here those never exist. Scaling a row
-of a product equals scaling the row of its left factor, so norms, decays and step sizes move out of the operands and the
-scan reads q, k and v as they came::
+The reference multiplies the state by two matrices of its own making, W and Q exp(G). Here those
+never exist. Scaling a row of a product equals scaling the row of its left factor, so norms, decays
+and step sizes move out of the operands and the scan reads q, k and v as they came::
 
-    T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)            P = scale (Q K^T * D)       `solve_kernel`, no state needed
-    N = T (V - exp(G) (K S))    O = scale exp(G) (Q S) + P N                                `scan_kernel`, tile after tile
-    S <- exp(G_64) S + K^T (exp(G_64 - G) N)
+    T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)            P = scale (Q K^T * D)
+    `solve_kernel`, no state needed N = T (V - exp(G) (K S))    O = scale exp(G) (Q S) + P N
+    `scan_kernel`, tile after tile S <- exp(G_64) S + K^T (exp(G_64 - G) N)
 
-Between the two kernels pass two 64 x 64 matrices and four vectors per tile and head, in place of W, U, the new values and
-the state before every tile: at K = V = 128 in bfloat16, 17 KiB written where 80 KiB would be, and no state buffer that
-grows with the prompt. The read-out rides along in the scan for the same reason. A state asked for at a tile's end is
-stored from the registers that hold it anyway.
+Between the two kernels pass two 64 x 64 matrices and four vectors per tile and head, in place of W,
+U, the new values and the state before every tile: at K = V = 128 in bfloat16, 17 KiB written where
+80 KiB would be, and no state buffer that grows with the prompt. The read-out rides along in the
+scan for the same reason. A state asked for at a tile's end is stored from the registers that hold
+it anyway.
 
-Precision: 16-bit operands multiply in their own type (in the solve, in float16) and accumulate in float32; float32 operands
-multiply in float32, never in tf32. The state and everything elementwise are float32. Each reduction has one order, given by
-its tile and head alone.
+Precision: 16-bit operands multiply in their own type (in the solve, in float16) and accumulate in
+float32; float32 operands multiply in float32, never in tf32. The state and everything elementwise
+are float32. Each reduction has one order, given by its tile and head alone.
 """
 
 from __future__ import annotations
@@ -118,12 +120,14 @@ def pairwise_decay(b_gate):
 
 @triton.jit
 def invert_unit_lower(b_a, SOLVE_TYPE: tl.constexpr):
-    """``(I + tril(A, -1))^-1`` of a ``[BT, BT]``: the inverses of blocks of s rows give those of 2 s rows, up from s = 1.
+    """``(I + tril(A, -1))^-1`` of a ``[BT, BT]``: the inverses of blocks of s rows give those of 2
+    s rows, up from s = 1.
 
-    ``[[P, 0], [N, Q]]^-1 = [[P^-1, 0], [-Q^-1 N P^-1, Q^-1]]``: with D the inverse of the block diagonal and N what lies
-    between two neighbouring blocks, D - D N D. No power of A is ever formed (those may grow until nothing of the result is
-    left), and no row waits for the row above. Unit keys and beta <= 1 keep all entries within [-1, 1], where float16 has
-    the 11 significant bits of tf32 at half the size.
+    ``[[P, 0], [N, Q]]^-1 = [[P^-1, 0], [-Q^-1 N P^-1, Q^-1]]``: with D the inverse of the block
+    diagonal and N what lies between two neighbouring blocks, D - D N D. No power of A is ever
+    formed (those may grow until nothing of the result is left), and no row waits for the row above.
+    Unit keys and beta <= 1 keep all entries within [-1, 1], where float16 has the 11 significant
+    bits of tf32 at half the size.
     """
     o_t = tl.arange(0, BT)
     o_i, o_j = o_t[:, None], o_t[None, :]
@@ -159,7 +163,8 @@ def scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one sequence.
+    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one
+    sequence.
 
     Walks from export to export, the last of which is the sequence's own slot at its end.
     """
@@ -234,19 +239,20 @@ def chunk_gdn(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in its slot.
+    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in
+    its slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H. One dtype;
-      a token's heads are contiguous, tokens need not be.
+    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
+      multiple of H. One dtype; a token's heads are contiguous, tokens need not be.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
     - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports'
       slots. A state is contiguous, slots need not be.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
-      leaves its slot as it is.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
 
-    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256 (128 on AMD, by its shared memory), any V. Formula and
-    source: `kernels.gdn.reference`.
+    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256 (128 on AMD, by its shared
+    memory), any V. Formula and source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     strides = (*(x.stride(0) for x in (query, key, value)), row_stride("a state", states))

@@ -1,4 +1,5 @@
-"""Taking over the accepted states after speculative verification: all sequences and layers in one launch."""
+"""Taking over the accepted states after speculative verification: all sequences and layers in one
+launch."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def commit_kernel(
     slot_stride,
     BLOCK_BYTES: tl.constexpr,
 ):
-    """Program (i_block, i_sequence, i_layer) moves one block of the state after the last accepted step."""
+    """Program (i_block, i_sequence, i_layer) moves one block of the state after the last accepted
+    step."""
     i_sequence, i_layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     accepted = tl.load(p_accepted + i_sequence)
     if accepted == 0:
@@ -37,12 +39,13 @@ def commit_kernel(
 def commit_states(
     step_states: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, accepted: torch.Tensor
 ) -> None:
-    """Make the state after each sequence's last accepted step its own, in all layers, with one launch.
+    """Make the state after each sequence's last accepted step its own, in all layers, with one
+    launch.
 
-    - ``step_states``: ``[L, B, steps, ...]`` as verification left them, contiguous. ``states``: ``[L, S, ...]`` of the
-      same dtype, a state contiguous in its slot.
-    - ``slots``: int32[B]. ``accepted``: int32[B], how many steps were accepted; 0 leaves the slot as it is. Both stay on
-      the device: nothing waits for how many tokens were accepted.
+    - ``step_states``: ``[L, B, steps, ...]`` as verification left them, contiguous. ``states``:
+      ``[L, S, ...]`` of the same dtype, a state contiguous in its slot.
+    - ``slots``: int32[B]. ``accepted``: int32[B], how many steps were accepted; 0 leaves the slot
+      as it is. Both stay on the device: nothing waits for how many tokens were accepted.
     """
     if not step_states.is_contiguous() or not states[:1, :1].is_contiguous():
         raise ValueError("a state must be contiguous in its slot")

@@ -1,8 +1,10 @@
-"""Gated DeltaNet one token at a time in Triton: gates, normalisation, update and read-out in one pass over the state.
+"""Gated DeltaNet one token at a time in Triton: gates, normalisation, update and read-out in one
+pass over the state.
 
-A program holds ``[K, BV]`` of one state in registers, so a state is read once and written once: at K = V = 128 in float32,
-128 KiB per head and token against 0.1 MFLOP. Memory bandwidth is the only bound; V is cut so that a single sequence, too,
-has work for every multiprocessor. Verification repeats the same step and stores the state after every one.
+A program holds ``[K, BV]`` of one state in registers, so a state is read once and written once: at
+K = V = 128 in float32, 128 KiB per head and token against 0.1 MFLOP. Memory bandwidth is the only
+bound; V is cut so that a single sequence, too, has work for every multiprocessor. Verification
+repeats the same step and stores the state after every one.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def decode_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of the state in the sequence's slot, in place."""
+    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of the state in the sequence's slot, in
+    place."""
     i_v, i_head, i_token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     mask = (o_k < K)[:, None] & (o_v < V)
@@ -116,7 +119,8 @@ def verify_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of a state through all steps, each step's kept beside the slot."""
+    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of a state through all steps, each step's kept
+    beside the slot."""
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     mask = (o_k < K)[:, None] & (o_v < V)
@@ -148,10 +152,11 @@ def decode_gdn(
     slots: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out. One launch.
+    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
+    One launch.
 
-    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see `kernels.gdn.gates`.
-      What belongs to one token is contiguous, tokens need not be.
+    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
+      `kernels.gdn.gates`. What belongs to one token is contiguous, tokens need not be.
     - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous,
       slots need not be. ``scale``: ``K ** -0.5`` if None.
 
@@ -189,10 +194,12 @@ def verify_gdn(
     step_states: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, the state after each of them kept: what speculative verification needs. One launch.
+    """Several tokens of B sequences, the state after each of them kept: what speculative
+    verification needs. One launch.
 
-    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps, ...]``, ``states`` is only
-    read, and ``step_states`` ``[B, steps, HV, K, V]``, contiguous and of its dtype, receives the states.
+    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps,
+    ...]``, ``states`` is only read, and ``step_states`` ``[B, steps, HV, K, V]``, contiguous and of
+    its dtype, receives the states.
     """
     if not step_states.is_contiguous() or step_states.dtype != states.dtype:
         raise ValueError("step_states must be contiguous and have the dtype of states")

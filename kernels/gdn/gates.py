@@ -1,4 +1,5 @@
-"""The two gates of Gated DeltaNet in Triton, for whole prompts; decoding computes them on the way."""
+"""The two gates of Gated DeltaNet in Triton, for whole prompts; decoding computes them on the
+way."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ BLOCK = 1024
 
 @triton.jit
 def compute_gates(b_a, b_b, b_A_log, b_dt_bias):
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, in float32."""
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, in
+    float32."""
     b_x = b_a.to(tl.float32) + b_dt_bias.to(tl.float32)
     b_y = tl.exp(-tl.abs(b_x))
     # log(1 + y) by its series where the sum would round y away: slow decays are made of such y.
@@ -52,9 +54,11 @@ def gates_kernel(
 def gates(
     a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32 ``[T, HV]``.
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32
+    ``[T, HV]``.
 
-    ``a``, ``b``: ``[T, HV]``; a token's heads are contiguous, tokens need not be. ``A_log``, ``dt_bias``: ``[HV]``.
+    ``a``, ``b``: ``[T, HV]``; a token's heads are contiguous, tokens need not be. ``A_log``,
+    ``dt_bias``: ``[HV]``.
     """
     gate = a.new_empty(a.shape, dtype=torch.float32)
     beta = a.new_empty(a.shape, dtype=torch.float32)

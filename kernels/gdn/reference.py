@@ -1,23 +1,26 @@
 """Gated DeltaNet in plain PyTorch: the definition, and the CPU path.
 
-A state ``S`` of ``[K, V]`` per value head; with unit keys k and queries q, decay ``a = exp(gate)`` and step size beta::
+A state ``S`` of ``[K, V]`` per value head; with unit keys k and queries q, decay ``a = exp(gate)``
+and step size beta::
 
     S_t = a_t S_{t-1} + k_t (beta_t (v_t - k_t^T a_t S_{t-1}))^T          o_t = scale * q_t^T S_t
 
-`decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts from matrix products
-over tiles of 64 tokens counted from each sequence's start. With G the running sum of the gate inside a tile and
-``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
+`decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts
+from matrix products over tiles of 64 tokens counted from each sequence's start. With G the running
+sum of the gate inside a tile and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
 
-    (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]           within each tile: no state needed
-    N = U - W S            O = scale ((Q exp(G)) S + (Q K^T * D) N)        with the state S before the tile
-    S <- exp(G_64) S + (K exp(G_64 - G))^T N                               and on to the next tile
+    (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]           within each tile: no
+    state needed N = U - W S            O = scale ((Q exp(G)) S + (Q K^T * D) N)        with the
+    state S before the tile S <- exp(G_64) S + (K exp(G_64 - G))^T N
+    and on to the next tile
 
-All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it stays in registers:
-so a run resumed from a saved state continues from exactly what a cold run carries, in any dtype. Every product has a
-shape of its own tile and head alone, so a sequence's bits do not depend on what else is packed along.
+All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it
+stays in registers: so a run resumed from a saved state continues from exactly what a cold run
+carries, in any dtype. Every product has a shape of its own tile and head alone, so a sequence's
+bits do not depend on what else is packed along.
 
-Source: Gated Delta Networks (arXiv 2412.06464), section 3; the tile form is Parallelizing Linear Transformers with the
-Delta Rule (arXiv 2406.06484), section 3.
+Source: Gated Delta Networks (arXiv 2412.06464), section 3; the tile form is Parallelizing Linear
+Transformers with the Delta Rule (arXiv 2406.06484), section 3.
 """
 
 from __future__ import annotations
@@ -33,18 +36,21 @@ from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
 
 L2_EPS = 1e-6
 LARGE_STATE = 2**15
-"""Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back would cost more."""
+"""Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back
+would cost more."""
 
 
 def gates(
     a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32 ``[..., HV]``.
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32
+    ``[..., HV]``.
 
     ``a``, ``b``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``.
     """
-    # softplus(x) = -log(sigmoid(-x)). On a CPU torch's logsigmoid, exp and log1p give an element the same bits wherever it
-    # stands in a tensor; its softplus and sigmoid treat the few behind the last full vector in another way.
+    # softplus(x) = -log(sigmoid(-x)). On a CPU torch's logsigmoid, exp and log1p give an element
+    # the same bits wherever it stands in a tensor; its softplus and sigmoid treat the few behind
+    # the last full vector in another way.
     gate = A_log.float().exp() * F.logsigmoid((a.float() + dt_bias.float()).neg_())
     return gate, b.float().neg().exp_().add_(1).reciprocal_()
 
@@ -63,14 +69,16 @@ def chunk_gdn(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in its slot.
+    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in
+    its slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a multiple of H.
+    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
+      multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``beta``: ``[T, HV]``.
     - ``states``: ``[S, HV, K, V]`` of any strides, one layer's; changed in place at ``slots`` and
       at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A sequence of no tokens
-      leaves its slot as it is.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, HV, V]`` in value's dtype.
@@ -85,15 +93,16 @@ def chunk_gdn(
 
 
 class _Layout(NamedTuple):
-    """Tiles in the order they are scanned in: every sequence's first, then every second ..., the longest sequence first.
-    So those of one step lie next to each other."""
+    """Tiles in the order they are scanned in: every sequence's first, then every second ..., the
+    longest sequence first. So those of one step lie next to each other."""
 
     order: list[int]
     """Sequences, the longest first."""
     active: list[int]
     """Per step: how many of them still have a tile to go."""
     sources: torch.Tensor | None
-    """int64[num_tiles * 64]: the token at each place, for padding the sequence's last; None: token by token."""
+    """int64[num_tiles * 64]: the token at each place, for padding the sequence's last; None: token
+    by token."""
     padding: torch.Tensor | None
     """bool[num_tiles * 64]: places that hold no token; None: all do."""
     places: torch.Tensor
@@ -110,7 +119,8 @@ class _Layout(NamedTuple):
         return out.copy_(x.unflatten(0, (-1, TILE)).transpose(1, 2))
 
     def tile_factor(self, x: torch.Tensor) -> torch.Tensor:
-        """A factor per token, ``[T, H]``, to float32 ``[num_tiles, H, 64, 1]``; zero for padding."""
+        """A factor per token, ``[T, H]``, to float32 ``[num_tiles, H, 64, 1]``; zero for
+        padding."""
         out = x.new_empty(self.num_tiles, x.shape[1], TILE, 1, dtype=torch.float32)
         self.tile(x[..., None], out)
         if self.padding is not None:
@@ -154,7 +164,8 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 class _Tiles(NamedTuple):
-    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV, ...]``."""
+    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV,
+    ...]``."""
 
     new_values: torch.Tensor  # U [.., 64, V]
     reader: torch.Tensor  # W [.., 64, K]
@@ -173,7 +184,8 @@ def _solve_tiles(
     layout: _Layout,
     scale: float,
 ) -> _Tiles:
-    """Padding has beta 0 and gate 0: it changes no state, and its rows are dropped. Its other numbers are anybody's."""
+    """Padding has beta 0 and gate 0: it changes no state, and its rows are dropped. Its other
+    entries are unspecified."""
     count, heads, key_dim = layout.num_tiles, key.shape[1], key.shape[2]
     value_heads, value_dim = value.shape[1], value.shape[2]
     grouped = (count, heads, value_heads // heads)
@@ -215,7 +227,8 @@ def _scan(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q S`` of each tile."""
+    """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q
+    S`` of each tile."""
     order = [b for b in layout.order if packed.lengths[b]]
     index = slots.long()[order]
     carried = states[index].float()
@@ -267,8 +280,10 @@ def decode_gdn(
 ) -> torch.Tensor:
     """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
 
-    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see `gates`.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5`` if None.
+    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
+      `gates`.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K **
+      -0.5`` if None.
 
     Returns ``[B, HV, V]`` in value's dtype. Reads and writes every state once.
     """
@@ -299,10 +314,12 @@ def verify_gdn(
     step_states: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, the state after each of them kept: what speculative verification needs.
+    """Several tokens of B sequences, the state after each of them kept: what speculative
+    verification needs.
 
-    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps, ...]``, ``states`` is only
-    read, and ``step_states`` ``[B, steps, HV, K, V]`` receives the states. `commit_states` takes the accepted ones over.
+    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps,
+    ...]``, ``states`` is only read, and ``step_states`` ``[B, steps, HV, K, V]`` receives the
+    states. `commit_states` takes the accepted ones over.
     """
     token = _prepare(query, key, value, *gates(a, b, A_log, dt_bias), scale)
     state = states[slots.long()].float()
@@ -320,8 +337,10 @@ def commit_states(
 ) -> None:
     """Make the state after each sequence's last accepted step its own, in all layers.
 
-    - ``step_states``: ``[L, B, steps, ...]`` as verification left them. ``states``: ``[L, S, ...]`` of the same dtype.
-    - ``slots``: int32[B]. ``accepted``: int32[B], how many steps were accepted; 0 leaves the slot as it is.
+    - ``step_states``: ``[L, B, steps, ...]`` as verification left them. ``states``: ``[L, S, ...]``
+      of the same dtype.
+    - ``slots``: int32[B]. ``accepted``: int32[B], how many steps were accepted; 0 leaves the slot
+      as it is.
     """
     for sequence, (slot, count) in enumerate(zip(slots.tolist(), accepted.tolist(), strict=True)):
         if count:
@@ -352,7 +371,8 @@ def _prepare(
     beta: torch.Tensor,
     scale: float | None,
 ) -> _Token:
-    """Tokens ``[..., H or HV, D]`` with any dimensions before, key heads repeated for the value heads they serve."""
+    """Tokens ``[..., H or HV, D]`` with any dimensions before, key heads repeated for the value
+    heads they serve."""
     keys = torch.stack([key, query], dim=-2).float()
     keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
     keys[..., 1, :] *= scale or key.shape[-1] ** -0.5

@@ -1,10 +1,12 @@
-"""Linear layers in Triton, full precision and 8-bit, whose rows do not depend on how many others are computed with them.
+"""Linear layers in Triton, full precision and 8-bit, whose rows do not depend on how many others
+are computed with them.
 
-Weights are the left operand: a program computes ``y.T[BM, BT] = w[BM, N] @ x.T[N, BT]``. With few tokens only the narrow
-side of the tile shrinks; the tensor cores see the same products in the same order, and 8-bit weights are widened in the
-registers that feed them. The sum over N is cut into spans that depend on the weight's shape alone. With few tokens each
-span has programs of its own and a second kernel adds up; with many, one program computes and adds span after span: the
-same additions in the same order.
+Weights are the left operand: a program computes ``y.T[BM, BT] = w[BM, N] @ x.T[N, BT]``. With few
+tokens only the narrow side of the tile shrinks; the tensor cores see the same products in the same
+order, and 8-bit weights are widened in the registers that feed them. The sum over N is cut into
+spans that depend on the weight's shape alone. With few tokens each span has programs of its own and
+a second kernel adds up; with many, one program computes and adds span after span: the same
+additions in the same order.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ __all__ = ["linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 FEW_TOKENS = 64
 """Up to here spans run side by side."""
 PROGRAMS = 256
-"""With few tokens, spans are cut until about this many programs share the weight: two for each multiprocessor of an H100."""
+"""With few tokens, spans are cut until about this many programs share the weight: two for each
+multiprocessor of an H100."""
 LEAST_SPAN = 512
 
 
@@ -34,7 +37,8 @@ def multiply_span(
     p_w, p_x, m_m, m_t, start, end,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from pointers to the rows of w and x."""
+    """``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from pointers to the rows
+    of w and x."""
     b_y = tl.zeros([BM, BT], tl.float32)
     for i_k in range(start, end, BK):
         o_k = i_k + tl.arange(0, BK)
@@ -83,7 +87,8 @@ def linear_kernel(
     i_s = tl.program_id(2)
     first, last = (i_s * span, tl.minimum(i_s * span + span, N)) if SPANS_APART else (0, N)
     b_total = tl.zeros([BM, BT], tl.float32)
-    # Also for one span: Hopper's products would wait for each other if their own sum was what is stored.
+    # Also for one span: Hopper's products would wait for each other if their own sum was what is
+    # stored.
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
         b_total += multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
@@ -118,7 +123,8 @@ def add_spans_kernel(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``; see ``reference.linear``. Sums in float32, rounds once. x may be a view of wider rows."""
+    """``x @ weight.T + bias``; see ``reference.linear``. Sums in float32, rounds once. x may be a
+    view of wider rows."""
     return _product(x, weight, None, bias)
 
 
@@ -135,7 +141,8 @@ def linear_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(x @ quantized.T) * scale + bias``, activations unquantised; see ``reference.linear_8bit``."""
+    """``(x @ quantized.T) * scale + bias``, activations unquantised; see
+    ``reference.linear_8bit``."""
     return _product(x, quantized, scale, bias)
 
 
@@ -197,7 +204,8 @@ def _product(
 
 
 def span_of(num_outputs: int, size: int) -> int:
-    """Elements of N per span for a weight ``[num_outputs, size]``: a multiple of 128, at least 512 unless N is less."""
+    """Elements of N per span for a weight ``[num_outputs, size]``: a multiple of 128, at least 512
+    unless N is less."""
     wanted = PROGRAMS // triton.cdiv(num_outputs, 64)
     num_spans = max(1, min(wanted, size // LEAST_SPAN))
     return triton.cdiv(triton.cdiv(size, num_spans), 128) * 128
@@ -211,7 +219,8 @@ def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
 def tile_config(
     num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> dict[str, int | str]:
-    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on it."""
+    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on
+    it."""
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
     tokens = 128 if wide else min(64, max(16, triton.next_power_of_2(num_tokens)))
     return {

@@ -1,7 +1,9 @@
-"""Linear layers in plain PyTorch whose rows do not depend on how many others are computed with them.
+"""Linear layers in plain PyTorch whose rows do not depend on how many others are computed with
+them.
 
-On the CPU the rows of a matrix product are bit-identical for every number of rows that is a multiple of 4 (measured,
-float32 and bfloat16, one and two threads); other small numbers take other code. So rows are padded.
+On the CPU the rows of a matrix product are bit-identical for every number of rows that is a
+multiple of 4 (measured, float32 and bfloat16, one and two threads); other small numbers take other
+code. So rows are padded.
 """
 
 from __future__ import annotations
@@ -45,13 +47,15 @@ def prepare(
 
 
 def quantize(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit weights with one scale per output channel, symmetric: ``weight ~ quantised * scale[..., None]``.
+    """8-bit weights with one scale per output channel, symmetric: ``weight ~ quantised * scale[...,
+    None]``.
 
     Args:
         weight: ``[..., M, N]``.
 
     Returns:
-        The quantised weight of the same shape, and the float32 scales ``[..., M]``. Rounding is to nearest even.
+        The quantised weight of the same shape, and the float32 scales ``[..., M]``. Rounding is to
+        nearest even.
     """
     dtype, largest = STORAGE[format]
     weight = weight.float()
@@ -68,10 +72,12 @@ def linear_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(x @ quantized.T) * scale + bias`` in x's dtype: activations stay as they are, weights are widened on the way.
+    """``(x @ quantized.T) * scale + bias`` in x's dtype: activations stay as they are, weights are
+    widened on the way.
 
     Args:
-        x: ``[T, N]``; quantized: int8 or float8_e4m3fn ``[M, N]``; scale: float32 ``[M]``; bias: ``[M]`` or None.
+        x: ``[T, N]``; quantized: int8 or float8_e4m3fn ``[M, N]``; scale: float32 ``[M]``; bias:
+        ``[M]`` or None.
 
     Returns:
         ``[T, M]``.

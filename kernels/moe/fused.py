@@ -1,9 +1,10 @@
 """Mixture of experts in Triton: routing, sorting tokens by expert, and grouped products.
 
-A (token, choice) pair is one row of work. Rows are put into blocks that share an expert: sorted by expert and padded to
-whole blocks, or, with few tokens, one row to a block. Three launches follow: ``silu(gate) * up`` of every block, the
-down projection, and each token's weighted sum. As in ``kernels.linear.fused`` weights are the left operand, so a
-row's sums are taken in one order whatever shares its block.
+A (token, choice) pair is one row of work. Rows are put into blocks that share an expert: sorted by
+expert and padded to whole blocks, or, with few tokens, one row to a block. Three launches follow:
+``silu(gate) * up`` of every block, the down projection, and each token's weighted sum. As in
+``kernels.linear.fused`` weights are the left operand, so a row's sums are taken in one order
+whatever shares its block.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 
 FEW_TOKENS = 16
-"""Up to here a block is one row: experts are rarely shared, and sorting would cost more than reading some twice."""
+"""Up to here a block is one row: experts are rarely shared, and sorting would cost more than
+reading some twice."""
 
 PART = 128
 """Pairs that a program ranks, by comparing each with each."""
@@ -33,7 +35,8 @@ class Blocks(NamedTuple):
     """Rows of work in blocks of BT, each with one expert."""
 
     pairs: torch.Tensor | None
-    """int32 ``[num_blocks * BT]``: pair ``t * k + i`` of each row, ``T * k`` for padding. None: block b is pair b alone."""
+    """int32 ``[num_blocks * BT]``: pair ``t * k + i`` of each row, ``T * k`` for padding. None:
+    block b is pair b alone."""
     experts: torch.Tensor
     """int32 ``[num_blocks]``; past ``count`` undefined."""
     count: torch.Tensor | None
@@ -60,7 +63,8 @@ def route_kernel(
     b_x = tl.load(logits + i_t * stride + o_e, mask=o_e < E, other=float("-inf")).to(tl.float32)
     b_p = tl.exp(b_x - tl.max(b_x, axis=0))
     b_p = b_p / tl.sum(b_p, axis=0)  # [BE]
-    # Probabilities are not negative, so their bit patterns order as integers; the reversed index breaks ties.
+    # Probabilities are not negative, so their bit patterns order as integers; the reversed index
+    # breaks ties.
     b_key = (b_p.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BE - 1 - o_e)
     b_key = tl.where(o_e < E, b_key, -1)
     b_weights = tl.zeros([BK], tl.float32)
@@ -172,7 +176,8 @@ def gate_up_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``: gate and up rows of w side by side."""
+    """``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``: gate and up rows of w
+    side by side."""
     i_block = tl.program_id(1)
     if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
         if i_block >= tl.load(block_count):
@@ -254,7 +259,8 @@ def weighted_sum_kernel(results, weights, y, K: tl.constexpr, H: tl.constexpr, B
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable experts of each token; see ``reference.route``. logits may be a view of wider rows."""
+    """The k most probable experts of each token; see ``reference.route``. logits may be a view of
+    wider rows."""
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
@@ -293,7 +299,8 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """``experts`` with 8-bit weights and their scales ``[E, 2I]`` and ``[E, H]``; see ``reference.experts_8bit``."""
+    """``experts`` with 8-bit weights and their scales ``[E, 2I]`` and ``[E, H]``; see
+    ``reference.experts_8bit``."""
     return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale)
 
 
@@ -307,7 +314,8 @@ def prepare(
 def prepare_8bit(
     w13: torch.Tensor, w2: torch.Tensor, format: Format
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may be dropped."""
+    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may
+    be dropped."""
     (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
     return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
 

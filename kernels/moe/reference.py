@@ -1,4 +1,5 @@
-"""Mixture of experts in plain PyTorch. A token's result does not depend on which others it is computed with."""
+"""Mixture of experts in plain PyTorch. A token's result does not depend on which others it is
+computed with."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from kernels.linear.reference import prepare as prepare_linear
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable experts of each token: softmax over all, then the top k; of equals the lower index.
+    """The k most probable experts of each token: softmax over all, then the top k; of equals the
+    lower index.
 
     Args:
         logits: ``[T, E]``.
@@ -24,7 +26,8 @@ def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor
     """
     num_experts = logits.shape[-1]
     probabilities = logits.float().softmax(dim=-1)
-    # Probabilities are not negative, so their bit patterns order as integers; the reversed index breaks ties.
+    # Probabilities are not negative, so their bit patterns order as integers; the reversed index
+    # breaks ties.
     ranks = torch.arange(num_experts - 1, -1, -1, device=logits.device)
     keys = (probabilities.view(torch.int32).long() << 32) + ranks
     best = keys.topk(k, dim=-1).values
@@ -46,7 +49,8 @@ def experts(
     w13: torch.Tensor,
     w2: torch.Tensor,
 ) -> torch.Tensor:
-    """``sum_i weights[t, i] * w2[e] (silu(a) * b)`` with ``(a, b) = w13[e] hidden[t]`` and ``e = experts[t, i]``.
+    """``sum_i weights[t, i] * w2[e] (silu(a) * b)`` with ``(a, b) = w13[e] hidden[t]`` and ``e =
+    experts[t, i]``.
 
     Args:
         hidden: ``[T, H]``.
@@ -66,7 +70,8 @@ def experts(
 def prepare(
     w13: torch.Tensor, w2: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts`` with these weights, in the fastest form there is: (hidden, weights, experts) to ``[T, H]``."""
+    """``experts`` with these weights, in the fastest form there is: (hidden, weights, experts) to
+    ``[T, H]``."""
     products = [
         (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
     ]
@@ -82,7 +87,8 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``, scales ``[E, 2I]`` and ``[E, H]``."""
+    """``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``, scales ``[E, 2I]``
+    and ``[E, H]``."""
     products = [
         (
             partial(linear_8bit, quantized=w13[e], scale=w13_scale[e]),
@@ -96,7 +102,8 @@ def experts_8bit(
 def prepare_8bit(
     w13: torch.Tensor, w2: torch.Tensor, format: Format
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may be dropped."""
+    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may
+    be dropped."""
     (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
     return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
 
@@ -132,7 +139,8 @@ def _experts(
 
 
 def weighted_sum(results: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sum_i weights[t, i] * results[t, i]``: results ``[T, k, H]``, weights ``[T, k]``; float32 sum in the order of i."""
+    """``sum_i weights[t, i] * results[t, i]``: results ``[T, k, H]``, weights ``[T, k]``; float32
+    sum in the order of i."""
     total = results[:, 0].float() * weights[:, :1]
     for i in range(1, results.shape[1]):
         total.addcmul_(results[:, i].float(), weights[:, i : i + 1])

@@ -1,6 +1,8 @@
-"""Root-mean-square norms in Triton: one read of the input, one write of the output, the sum of squares in float32.
+"""Root-mean-square norms in Triton: one read of the input, one write of the output, the sum of
+squares in float32.
 
-A program holds whole rows, and how many depends on the row length alone, so a row's sum is always taken in one order.
+A program holds whole rows, and how many depends on the row length alone, so a row's sum is always
+taken in one order.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def rms_norm(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``x / sqrt(mean(x^2) + eps) * weight``; see ``reference.rms_norm``.
 
-    ``x [..., N]`` may be a strided view with one unit-stride last dimension, such as heads cut from a wider projection.
+    ``x [..., N]`` may be a strided view with one unit-stride last dimension, such as heads cut from
+    a wider projection.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else None
@@ -134,7 +137,8 @@ def rows_per_program(size: int) -> int:
 
 
 def as_heads(x: torch.Tensor) -> torch.Tensor:
-    """``[..., H, N]`` or ``[T, N]`` as ``[T, H, N]`` with a unit last stride: a view where the strides allow one."""
+    """``[..., H, N]`` or ``[T, N]`` as ``[T, H, N]`` with a unit last stride: a view where the
+    strides allow one."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.dim() == 2:

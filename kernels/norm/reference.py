@@ -1,4 +1,5 @@
-"""Root-mean-square norms in plain PyTorch (Zhang and Sennrich, 2019). Computed in float32, rounded once at the end."""
+"""Root-mean-square norms in plain PyTorch (Zhang and Sennrich, 2019). Computed in float32, rounded
+once at the end."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def rms_norm(
 def gated_rms_norm(
     x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with, per head."""
+    """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with,
+    per head."""
     normed = _normed(x.float(), weight.float(), eps)
     return normed.mul_(silu(gate)).to(x.dtype)
 

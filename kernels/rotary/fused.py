@@ -19,7 +19,8 @@ def rotate_heads(
     R: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One token's H heads: each element, turned with its partner in the other half of the first R."""
+    """One token's H heads: each element, turned with its partner in the other half of the first
+    R."""
     BH: tl.constexpr = triton.next_power_of_2(H)
     o_h, o_d = tl.arange(0, BH), tl.arange(0, BD)
     o_partner = tl.where(o_d < R // 2, o_d + R // 2, tl.where(o_d < R, o_d - R // 2, o_d))
@@ -74,7 +75,8 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns the first R of each head's D dimensions; see ``reference.rotate``.
 
-    Query ``[T, HQ, D]`` and key ``[T, HKV, D]`` may be strided views with a unit last stride. Computed in float32.
+    Query ``[T, HQ, D]`` and key ``[T, HKV, D]`` may be strided views with a unit last stride.
+    Computed in float32.
     """
     tokens, num_heads, size = query.shape
     query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -1,4 +1,5 @@
-"""Rotary position embedding in plain PyTorch (Su et al., 2021), in the half-split form that Hugging Face models use."""
+"""Rotary position embedding in plain PyTorch (Su et al., 2021), in the half-split form that Hugging
+Face models use."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ def rotate(
         (a, b) -> (a cos - b sin, b cos + a sin)      a, b: the two halves of the first R dimensions
 
     Args:
-        query, key: ``[T, HQ, D]`` and ``[T, HKV, D]``.
-        cos, sin: ``[T, R]``, R even and at most D; both halves of the R columns are equal, as the models give them.
+        query, key: ``[T, HQ, D]`` and ``[T, HKV, D]``. cos, sin: ``[T, R]``, R even and at most D;
+        both halves of the R columns are equal, as the models give them.
 
     Returns:
         New tensors of the same shapes and dtypes; computed in the wider of the two dtypes.

@@ -17,7 +17,8 @@ BLOCK_BYTES = 16384
 def copy_kernel(
     p_pools, widths, layer_strides, slot_strides, p_sources, p_targets, BLOCK_BYTES: tl.constexpr
 ):
-    """Program (i_block, i_copy, i_layer) moves one block of one state in every pool wide enough to have it."""
+    """Program (i_block, i_copy, i_layer) moves one block of one state in every pool wide enough to
+    have it."""
     i_layer = tl.program_id(2).to(tl.int64)
     i_source = tl.load(p_sources + tl.program_id(1)).to(tl.int64)
     i_target = tl.load(p_targets + tl.program_id(1)).to(tl.int64)
@@ -30,7 +31,8 @@ def copy_kernel(
 
 @triton.jit
 def copy_block(p_source, p_target, width, i_block, BLOCK_BYTES: tl.constexpr):
-    """Block ``i_block`` of ``width`` elements; equal in bytes whatever the dtype, so that wide loads suit each pool."""
+    """Block ``i_block`` of ``width`` elements; equal in bytes whatever the dtype, so that wide
+    loads suit each pool."""
     BLOCK: tl.constexpr = BLOCK_BYTES * 8 // p_source.dtype.element_ty.primitive_bitwidth
     o_element = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o_element < width
@@ -40,11 +42,13 @@ def copy_block(p_source, p_target, width, i_block, BLOCK_BYTES: tl.constexpr):
 def copy_states(
     pools: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor
 ) -> None:
-    """``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool, for every n: copy-on-write, donate and restore.
+    """``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool, for every n: copy-on-write,
+    donate and restore.
 
     - ``pools``: each ``[L, S, ...]``, any dtype, the same L; one state is contiguous, layers and
       slots need not be. Whole slabs of an arena are one pool ``[1, S, bytes]``.
-    - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so order does not matter.
+    - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so
+      order does not matter.
 
     One launch. Moves ``2 * N`` states of each pool: bound by memory bandwidth, nothing else.
     """

@@ -144,7 +144,7 @@ def test_a_bad_call_is_refused_before_anything_changes(budget):
         (outside, "not of this pool"),
         (np.concatenate([rows[:4], outside]), "not of this pool"),
         (outside - 20, "not of this pool"),
-        (np.arange(12, dtype=np.int32), "12 rows given back, 8 are in hands"),
+        (np.arange(12, dtype=np.int32), "12 rows given back, 8 are allocated"),
     ):
         with pytest.raises(ValueError, match=sentence):
             pages.free(bad)
@@ -155,7 +155,7 @@ def test_a_bad_call_is_refused_before_anything_changes(budget):
     assert shared is None or shared.free_bytes == budget - 8 * TOKEN_BYTES - SLOT_BYTES
     pages.free(rows)
     slots.free(slot)
-    with pytest.raises(ValueError, match="8 rows given back, 0 are in hands"):
+    with pytest.raises(ValueError, match="8 rows given back, 0 are allocated"):
         pages.free(rows)
     with pytest.raises(ValueError, match="none is in hands"):
         slots.free(slot)

@@ -296,7 +296,7 @@ def test_a_bad_call_is_refused_before_anything_changes():
         arena.slots.free(1 - slot)
     with pytest.raises(TypeError):
         arena.slots.free(None)
-    with pytest.raises(ValueError, match="6 rows given back, 5 are in hands"):
+    with pytest.raises(ValueError, match="6 rows given back, 5 are allocated"):
         arena.pages.free(np.arange(6, dtype=np.int32))
     for taken in (rows, np.arange(10, dtype=np.int32) + 10 * slot, np.array([25, 26], np.int32)):
         with pytest.raises(ValueError, match="not free"):

@@ -1,5 +1,5 @@
-"""Leases on an arena: what a request reads is what was written for its tokens, whatever moved in between; and every decision is
-that of a budget of bytes in which a state weighs its slab."""
+"""Leases on an arena: what a request reads is what was written for its tokens, whatever moved in
+between; and every decision is that of a budget of bytes in which a state weighs its slab."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def content(tokens: Tokens, length: int) -> int:
 
 @dataclass(eq=False)
 class Running:
-    """A request with its lease on the arena, its twin's on the budget, and its row of a request table."""
+    """A request with its lease on the arena, its twin's on the budget, and its row of a request
+    table."""
 
     tokens: Tokens
     prompt_len: int
@@ -58,7 +59,8 @@ class Running:
 
 
 class ArenaLeaseMachine(RuleBasedStateMachine):
-    """Schedule, launch and commit in any order that an engine with overlap could have, over a memory of one number a row."""
+    """Schedule, launch and commit in any order that an engine with overlap could have, over a
+    memory of one number a row."""
 
     eviction = "lru"
 
@@ -470,8 +472,9 @@ def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
 
 
 def test_words_for_memory():
+    weights = {"kv_bytes_per_token": 2, "state_bytes": 5}
     with pytest.raises(ValueError, match="unknown memory 'ram'; known: arena, budget"):
-        CacheConfig(total_bytes=10, memory="ram")
+        CacheConfig(total_bytes=10, memory="ram", **weights)
     with pytest.raises(ValueError, match="an arena is made of total_bytes"):
-        CacheConfig(num_kv_tokens=10, num_slots=1, memory="arena")
-    assert build_prefix_cache(CacheConfig(total_bytes=10)).arena is None
+        CacheConfig(num_kv_tokens=10, num_slots=1, memory="arena", **weights)
+    assert build_prefix_cache(CacheConfig(total_bytes=10, **weights)).arena is None

@@ -1,4 +1,5 @@
-"""Random traffic over every kind of cache, page size and budget: nothing leaks, every prompt token is accounted for."""
+"""Random traffic over every kind of cache, page size and budget: nothing leaks, every prompt token
+is accounted for."""
 
 from __future__ import annotations
 

@@ -379,9 +379,6 @@ def test_reset_drops_all_but_what_is_locked():
     assert cache.num_nodes == 0
 
 
-# -- one byte budget ----------------------------------------------------------------------------------------------------
-
-
 def shared(**options):
     config = CacheConfig(
         **({"total_bytes": 100, "kv_bytes_per_token": 2, "state_bytes": 20, "grid": 1} | options)
@@ -433,9 +430,6 @@ def test_a_checkpoint_under_a_lock_is_not_counted_as_room():
     assert cache.match(ids("bb!")).cached_len == 2, "a refusal evicts nothing"
     assert cache.allocate_kv(all_but_the_locked // 2) is not None
     cache.unlock(receipt)
-
-
-# -- ghosts -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_ghost_is_no_hit_but_remembers_how_deep_the_tokens_were_seen():

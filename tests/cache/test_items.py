@@ -1,4 +1,5 @@
-"""What a policy is shown of an item is true: its bytes are those that eviction frees, its position and span those of the path."""
+"""What a policy is shown of an item is true: its bytes are those that eviction frees, its position
+and span those of the path."""
 
 from __future__ import annotations
 

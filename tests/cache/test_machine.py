@@ -1,4 +1,5 @@
-"""State machines: the hybrid cache does what its plain twin does, whatever happens in whatever order."""
+"""State machines: the hybrid cache does what its plain twin does, whatever happens in whatever
+order."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ TOP_ID = 2**31 - 1
 
 @st.composite
 def configs(draw: st.DrawFn, words: tuple[str, ...]) -> CacheConfig:
-    """Small caches of every shape: pools of a few pages and slots, so that something must go all the time."""
+    """Small caches of every shape: pools of a few pages and slots, so that something must go all
+    the time."""
     page_size = draw(st.sampled_from([1, 16, 64, 256]))
     grid = draw(st.sampled_from([1, 16, 64, 256]))
     unit = max(page_size, grid)
@@ -66,7 +68,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.seen: list[np.ndarray] = [np.empty(0, np.int32)]
 
     def draw_prompt(self, data: st.DataObject) -> np.ndarray:
-        """Something seen before, cut anywhere, and something after it: blocks of one id, so that prompts share much."""
+        """Something seen before, cut anywhere, and something after it: blocks of one id, so that
+        prompts share much."""
         before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
         kept = before[: data.draw(st.integers(0, len(before)))]
         blocks = data.draw(st.lists(st.sampled_from([0, 1, TOP_ID]), max_size=4))

@@ -1,4 +1,5 @@
-"""What operations cost, counted in steps from node to node, not in time: it must not grow with what others brought."""
+"""What operations cost, counted in steps from node to node, not in time: it must not grow with what
+others brought."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ STEP = 16
 
 
 class Steps:
-    """Reads of ``RadixNode.parent`` and ``children`` so far: a walk up or down makes one at each node at least."""
+    """Reads of ``RadixNode.parent`` and ``children`` so far: a walk up or down makes one at each
+    node at least."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -78,7 +80,8 @@ def test_many_checkpoints_at_once_cost_as_many_steps_each_as_few(steps: Steps) -
 
 
 def fork_churn(cache: HybridRadixCache) -> None:
-    """Short prompts that leave the chain at its first checkpoint, each evicted before the next one comes."""
+    """Short prompts that leave the chain at its first checkpoint, each evicted before the next one
+    comes."""
     publish(cache, ids(range(STEP)), [STEP])
     for index in range(20):
         publish(cache, ids(range(STEP), [10**6 + index]), [STEP + 1])
@@ -86,7 +89,8 @@ def fork_churn(cache: HybridRadixCache) -> None:
 
 
 def state_churn(cache: HybridRadixCache) -> None:
-    """The beginning of the chain asked for again and again, its state saved and evicted each time."""
+    """The beginning of the chain asked for again and again, its state saved and evicted each
+    time."""
     for _ in range(20):
         publish(cache, ids(range(2 * STEP)), [2 * STEP])
         cache.evict(num_slots=1)
@@ -118,7 +122,8 @@ def test_a_short_request_costs_the_same_above_any_chain_of_tombstones(steps: Ste
 
 
 def crowded(num_live: int, num_nodes: int) -> HybridRadixCache:
-    """``num_live`` locked paths of ``num_nodes`` nodes below one shared head of as many, and free rows for no more."""
+    """``num_live`` locked paths of ``num_nodes`` nodes below one shared head of as many, and free
+    rows for no more."""
     length = num_nodes * STEP
     cache = hybrid(length * (num_live + 1) + 40, 4)
     publish(cache, ids(range(length)), [length])

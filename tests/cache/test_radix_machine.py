@@ -12,7 +12,8 @@ from hybridcache.export.mirror import Mirror
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """Requests that begin, publish whole and end; the model hears only of segments that come and go."""
+    """Requests that begin, publish whole and end; the model hears only of segments that come and
+    go."""
 
     @initialize(
         page_size=st.sampled_from([1, 16]),
@@ -40,7 +41,8 @@ class RadixMachine(RuleBasedStateMachine):
         return np.repeat(np.array(blocks, np.int32), 5)[: 5 * len(blocks) - cut]
 
     def pages(self, tokens, end):
-        """What decides the row of token ``end - 1``: the tokens up to the end of its page, which is shared whole or not at all."""
+        """What decides the row of token ``end - 1``: the tokens up to the end of its page, which is
+        shared whole or not at all."""
         return end, tuple(tokens[: -(-end // self.page_size) * self.page_size].tolist())
 
     @rule(blocks=st.lists(st.integers(0, 2), min_size=1, max_size=12), cut=st.integers(0, 4))

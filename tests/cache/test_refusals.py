@@ -109,9 +109,6 @@ def test_an_attention_only_cache_looks_at_checkpoints_before_it_inserts():
     assert cache.num_nodes == 0
 
 
-# -- who owns what ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("owned_from", [-2, 6])
 def test_an_owned_part_that_is_no_part_of_the_prompt_is_refused(owned_from):
     cache = hybrid()
@@ -161,9 +158,6 @@ def test_a_receipt_of_another_cache_is_refused_and_stays_good():
     assert cache.evict(num_tokens=5).num_tokens == 5
     cache.check(held_tokens=0, held_slots=0)
     other.check(held_tokens=0, held_slots=0)
-
-
-# -- listeners ----------------------------------------------------------------------------------------------------------
 
 
 CHANGES = [name for name in vars(Listener) if not name.startswith("_")]

@@ -13,8 +13,6 @@ from tests.cache.serving import (
     serve,
 )
 
-# -- insert and match ---------------------------------------------------------------------------------------------------
-
 
 def test_a_prompt_resumes_from_the_checkpoint_of_an_earlier_one():
     cache = hybrid()
@@ -93,9 +91,6 @@ def test_ids_of_another_type_are_refused_before_anything_changes():
     assert cache.num_nodes == 0
 
 
-# -- splits and forks ---------------------------------------------------------------------------------------------------
-
-
 def test_a_fork_inside_an_edge_splits_it_and_keeps_both_sides():
     cache = hybrid()
     serve(cache, ids("system", "one"), [9])
@@ -164,9 +159,6 @@ def test_a_prompt_that_ends_inside_an_edge_gets_a_node_of_its_own():
     result = publish(cache, ids("abc"))
     assert result.inserted_len == 3
     assert len(cache.gather(result.node)) == 3
-
-
-# -- what insert hands back ---------------------------------------------------------------------------------------------
 
 
 def test_duplicates_are_handed_back_and_the_trees_rows_stay():
@@ -241,9 +233,6 @@ def test_states_off_the_grid_or_past_the_end_are_handed_back():
     assert cache.match(ids("abcdefghij")).cached_len == 8
 
 
-# -- pages and grids ----------------------------------------------------------------------------------------------------
-
-
 def test_tokens_past_the_last_whole_page_stay_the_callers():
     cache = hybrid(num_kv_tokens=64, page_size=4)
     rows = cache.allocate_kv(6)
@@ -285,9 +274,6 @@ def test_grid_and_page_that_do_not_divide_each_other_meet_at_their_common_multip
     assert cache.match(ids("abcdefghi")).cached_len == 6
 
 
-# -- namespaces ---------------------------------------------------------------------------------------------------------
-
-
 def test_namespaces_share_nothing():
     cache = hybrid()
     publish(cache, ids("hello"), [5], namespace="a")
@@ -302,9 +288,6 @@ def test_a_namespace_leaves_no_trace_when_its_last_token_is_gone():
         publish(cache, ids("hello"), [5], namespace=("salt", number))
     cache.reset()
     assert not cache._tree.roots and cache.num_nodes == 0
-
-
-# -- locks --------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_locked_stays_and_so_does_all_above_it():
@@ -361,9 +344,6 @@ def test_many_misses_leave_no_count_behind():
     assert all(root.locks == 0 for root in cache._tree.roots.values())
 
 
-# -- long prompts -------------------------------------------------------------------------------------------------------
-
-
 def test_a_chain_of_2000_nodes_and_100000_tokens():
     cache = hybrid(num_kv_tokens=110_000, num_slots=2001)
     tokens = ids(range(100_000))
@@ -395,9 +375,6 @@ def test_a_prompt_of_70000_tokens_in_pages_of_64():
     cache = hybrid(num_kv_tokens=64 * 1200, page_size=64, grid=64)
     publish(cache, ids(range(70_000)), [64 * 1093])
     assert cache.match(ids(range(70_000))).cached_len == 64 * 1093
-
-
-# -- other caches behind the same verbs ---------------------------------------------------------------------------------
 
 
 def test_an_attention_only_cache_resumes_anywhere_on_grid_and_page():

@@ -1,6 +1,8 @@
-"""A shared prefix pays on its second sighting wherever a placement rule can make it so; where it can not, the test says why.
+"""A shared prefix pays on its second sighting wherever a placement rule can make it so; where it
+can not, the test says why.
 
-Requests run through a lease, as in the engine and the simulator. Lengths are in tokens, the grid is 64.
+Requests run through a lease, as in the engine and the simulator. Lengths are in tokens, the grid is
+64.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Server:
         self.placement = parse_placement(placement)
 
     def serve(self, prompt, answer=(), boundaries=(), piece=None):
-        """Prefill (in pieces) and decode one request; returns the tokens it did not have to compute."""
+        """Prefill (in pieces) and decode one request; returns the tokens it did not have to
+        compute."""
         request = LeaseRequest(prompt, boundaries=tuple(boundaries))
         lease = Lease.begin(self.cache, self.placement, request)
         assert lease is not None
@@ -76,7 +79,8 @@ def test_a_prompt_cut_short_by_a_few_tokens_pays_by_backoff_while_it_reaches_the
     ],
 )
 def test_a_prompt_cut_back_over_a_grid_point_pays_by_one_more_state(length, resent, grid, one, two):
-    """Up to a whole grid step may be cut; the state before position 64 of a grid of 64 would stand at 0, where none is."""
+    """Up to a whole grid step may be cut; the state before position 64 of a grid of 64 would stand
+    at 0, where none is."""
     prompt = text(length)
     single, double = Server("backoff", grid), Server("backoff:2", grid)
     for server in (single, double):

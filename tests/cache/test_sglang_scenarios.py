@@ -1,32 +1,38 @@
-"""Sixteen behaviours of SGLang's tree for hybrid models (0.5.23), and ours beside each. Read from its code and its tests.
+"""Sixteen behaviours of SGLang's tree for hybrid models (0.5.23), and ours beside each. Read from
+its code and its tests.
 
-| # | behaviour | SGLang | here | |
-|---|---|---|---|---|
-| 1 | an empty tree | hits nothing | the same | equal |
-| 2 | a state at 3, then at 7 of one path | the longer prompt hits 7, the shorter 3 | the same | equal |
-| 3 | the same prompt again, state at its end only | 0: one token must be computed, and only its end has a state | the same; the
+| # | behaviour | SGLang | here | | |---|---|---|---|---| | 1 | an empty tree | hits nothing | the
+same | equal | | 2 | a state at 3, then at 7 of one path | the longer prompt hits 7, the shorter 3 |
+the same | equal | | 3 | the same prompt again, state at its end only | 0: one token must be
+computed, and only its end has a state | the same; the
       default placement also saves a state before the end | equal |
-| 4 | a prompt that leaves inside a node | the state stays at the node's end, the fork hits nothing | the same, and the fork's
+| 4 | a prompt that leaves inside a node | the state stays at the node's end, the fork hits nothing
+| the same, and the fork's
       tokens are named: never checkpointed | equal |
-| 5 | ... but a match splits the node | the tree changes with every look | a match changes nothing | better |
-| 6 | where to save a state for a fork | floor(shared / grid) * grid | the placement word ``branch``, the same position | equal |
-| 7 | the same state twice | the first stays, the caller keeps its own | the same | equal |
-| 8 | an inner state is evicted | its KV stays, the state below still hits | the same | equal |
-| 9 | a tombstone's state comes again | it is refilled | the same | equal |
-| 10 | the last state of a leaf is evicted | leaf and KV go, KV above that nothing can use may stay | that goes too | better |
-| 11 | a locked node | neither its state nor KV above it goes; asking for more frees what can go | the same | equal |
-| 12 | whose recency counts | the state that was resumed from, not the path's | the same | equal |
-| 13 | two states on a path, one slot is wanted, then a fork | the oldest use goes, the leaf with its KV: a fork at 8 hits 8, the
-      whole path 8 | the superseded state goes first: the fork hits 0, the whole path 12. ``demote_superseded=False``: 8 and 8 | mixed |
-| 14 | most states on a path | ``--mamba-max-states-per-path`` | a placement's ``cap:N``; the tree has none, so more hits for
+| 5 | ... but a match splits the node | the tree changes with every look | a match changes nothing |
+better | | 6 | where to save a state for a fork | floor(shared / grid) * grid | the placement word
+``branch``, the same position | equal | | 7 | the same state twice | the first stays, the caller
+keeps its own | the same | equal | | 8 | an inner state is evicted | its KV stays, the state below
+still hits | the same | equal | | 9 | a tombstone's state comes again | it is refilled | the same |
+equal | | 10 | the last state of a leaf is evicted | leaf and KV go, KV above that nothing can use
+may stay | that goes too | better | | 11 | a locked node | neither its state nor KV above it goes;
+asking for more frees what can go | the same | equal | | 12 | whose recency counts | the state that
+was resumed from, not the path's | the same | equal | | 13 | two states on a path, one slot is
+wanted, then a fork | the oldest use goes, the leaf with its KV: a fork at 8 hits 8, the
+      whole path 8 | the superseded state goes first: the fork hits 0, the whole path 12.
+      ``demote_superseded=False``: 8 and 8 | mixed |
+| 14 | most states on a path | ``--mamba-max-states-per-path`` | a placement's ``cap:N``; the tree
+has none, so more hits for
       more slots | other |
-| 15 | KV is evicted leaf by leaf | least recently used first; a whole leaf | the same | equal |
-| 16 | a state off the grid | is kept where the request ended | is refused: kernels resume on the grid alone, which is what makes
+| 15 | KV is evicted leaf by leaf | least recently used first; a whole leaf | the same | equal | |
+16 | a state off the grid | is kept where the request ended | is refused: kernels resume on the grid
+alone, which is what makes
       a hit exact | other |
 
-13 stays as it is: no order was found that keeps the fork and costs no hit. Without the tier (``demote_superseded=False``) chats lose
-a fifth where memory is short (``chat`` at 4 GiB, LRU: 298,944 tokens hit instead of 372,864), since there the deepest state is
-the one that is asked for; sessions of agents gain 1 to 2 %. A fork that was published is superseded no more, and one that was
+13 stays as it is: no order was found that keeps the fork and costs no hit. Without the tier
+(``demote_superseded=False``) chats lose a fifth where memory is short (``chat`` at 4 GiB, LRU:
+298,944 tokens hit instead of 372,864), since there the deepest state is the one that is asked for;
+sessions of agents gain 1 to 2 %. A fork that was published is superseded no more, and one that was
 seen gets a state of its own by the word ``branch``.
 """
 

@@ -1,4 +1,5 @@
-"""A clever cache and its plain twin, driven together: every verb is done on both and must give the same answer."""
+"""A clever cache and its plain twin, driven together: every verb is done on both and must give the
+same answer."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from hybridcache.tokens import Tokens
 
 
 class CandidateLedger:
-    """An eviction policy that passes everything on and keeps book: nothing is added or discarded twice."""
+    """An eviction policy that passes everything on and keeps book: nothing is added or discarded
+    twice."""
 
     def __init__(self, inner: EvictionPolicy) -> None:
         self.inner = inner
@@ -96,7 +98,8 @@ class Request:
 
 
 class Hands:
-    """What the caller of both twins holds, in both arenas. The clever one's moves come first: they rename."""
+    """What the caller of both twins holds, in both arenas. The clever one's moves come first: they
+    rename."""
 
     def __init__(self, twins: Twins) -> None:
         self.twins = twins
@@ -159,7 +162,8 @@ class Twins:
         return cache.arena
 
     def _follow(self) -> None:
-        """Give the twin what the clever one has just chosen, unless its order is LRU's, which it finds itself."""
+        """Give the twin what the clever one has just chosen, unless its order is LRU's, which it
+        finds itself."""
         if self.config.eviction != "lru":
             done = len(self.plain.chosen)
             self.plain.script = self.log.chosen_items[done:]
@@ -250,7 +254,8 @@ class Twins:
             piece.locks -= 1
 
     def publish(self, request: Request, length: int, positions: list[int], from_node: bool) -> None:
-        """Insert the first ``length`` tokens with checkpoints at ``positions``, and move the lock there."""
+        """Insert the first ``length`` tokens with checkpoints at ``positions``, and move the lock
+        there."""
         length = max(length, request.published_len)
         saved = [(position, self.allocate_slot()) for position in positions]
         offered = [(position, slot) for position, slot in saved if slot is not None]

@@ -1,4 +1,5 @@
-"""One memory under the whole engine: rows move while requests run, are preempted, aborted and broken off."""
+"""One memory under the whole engine: rows move while requests run, are preempted, aborted and
+broken off."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def _after(runner: MovingRunner, batch: Batch) -> None:
 def test_a_step_that_breaks_off_loses_no_move(
     expected: list[list[int]], broken: Act, overlap: str
 ) -> None:
-    """Whether its moves were made, or none of it, or all: no later hit reads a row that was not moved."""
+    """Whether its moves were made, or none of it, or all: no later hit reads a row that was not
+    moved."""
     engine = make_engine(overlap=overlap)
     runner = engine.runner
     assert isinstance(runner, MovingRunner)
@@ -220,7 +222,8 @@ def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round
 
 
 def test_the_longest_request_fits_beside_all_that_it_keeps() -> None:
-    """It resumes from a checkpoint, goes on from one at its prompt's end, and rolls one while it decodes."""
+    """It resumes from a checkpoint, goes on from one at its prompt's end, and rolls one while it
+    decodes."""
     engine = make_engine(3 * SLAB + 300, token_budget=512)
     assert engine.max_model_len == 300
     prompt = [(7 * i) % 320 for i in range(192)]

@@ -44,7 +44,8 @@ def serve(
     gated: bool = False,
     **settings: object,
 ) -> Engine:
-    """Run ``scenario`` against a started engine; afterwards everything must have been given back."""
+    """Run ``scenario`` against a started engine; afterwards everything must have been given
+    back."""
     runner = GatedRunner()
     runner.is_open = not gated
     engine = Engine(EngineConfig(check=True, **settings), runner=runner, sampler=OracleSampler())

@@ -206,7 +206,8 @@ def test_overlapped_steps_hand_the_device_tokens_the_host_does_not_know_yet() ->
 
 
 def test_the_tree_is_worked_on_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is waited for, published and finished only after the next one was handed to the device."""
+    """A step is waited for, published and finished only after the next one was handed to the
+    device."""
     engine = make_engine(overlap="on")
     told: list[str] = []
     for owner, name in (
@@ -470,7 +471,8 @@ def test_settings_that_can_not_work_are_refused_in_one_sentence(
 
 
 def test_placements_may_be_one_string_as_on_the_command_line() -> None:
-    assert EngineConfig(checkpoints="end,every:1024").checkpoints == ("end", "every:1024")  # type: ignore[arg-type]
+    config = EngineConfig(checkpoints="end,every:1024")  # type: ignore[arg-type]
+    assert config.checkpoints == ("end", "every:1024")
 
 
 def test_config_errors_are_value_errors() -> None:

@@ -1,4 +1,5 @@
-"""Faults that are one request's own, or one step's: nobody else's answer is lost, and nobody waits for ever."""
+"""Faults that are one request's own, or one step's: nobody else's answer is lost, and nobody waits
+for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a step's tokens are given to: short prompts do not wait for long ones, and nobody pays for it in steps."""
+"""What a step's tokens are given to: short prompts do not wait for long ones, and nobody pays for
+it in steps."""
 
 from __future__ import annotations
 

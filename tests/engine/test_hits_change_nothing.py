@@ -1,4 +1,5 @@
-"""The whole engine on small real models: what is cached, and who else runs, changes no token and no bit of the logits."""
+"""The whole engine on small real models: what is cached, and who else runs, changes no token and no
+bit of the logits."""
 
 from __future__ import annotations
 
@@ -65,8 +66,8 @@ formats = pytest.mark.parametrize(
 
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
-    """An engine on seeded weights, its memory given in tokens and slots. An arena begins as NaNs, in every format: whatever
-    a row or slot held before, as what, must not matter."""
+    """An engine on seeded weights, its memory given in tokens and slots. An arena begins as NaNs,
+    in every format: whatever a row or slot held before, as what, must not matter."""
 
     def make(
         model: dict[str, object] = HYBRID,
@@ -132,7 +133,8 @@ def test_hits_on_prompts_are_cold_runs_bit_for_bit(
 
 
 def test_steps_without_memory_change_nothing(make_engine: MakeEngine) -> None:
-    """The second prompt waits with a row that has just become the first's; the third takes its old."""
+    """The second prompt waits with a row that has just become the first's; the third takes its
+    old."""
     asked = [[7] + [1] * 63, [7] + [2] * 199, [9] + [3] * 79]
     params = [dataclasses.replace(REPORT, max_tokens=n) for n in (2, 1, 6)]
     runs = []
@@ -175,7 +177,8 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs(make_engine: MakeEngine
 
 
 class OffsetOracle:
-    """Stands before a runner; knows from its batches which tokens made every state, and proves each restore."""
+    """Stands before a runner; knows from its batches which tokens made every state, and proves each
+    restore."""
 
     def __init__(self, runner: ModelRunner, fresh: ModelRunner) -> None:
         self._runner = runner

@@ -35,7 +35,8 @@ def segment(
 
 
 def runner_with(namespace: str | None = None) -> OracleRunner:
-    """Row 0 has computed tokens 5, 6, 7 in KV rows 0 to 2, slot 0; the state after two in slot 3."""
+    """Row 0 has computed tokens 5, 6, 7 in KV rows 0 to 2, slot 0; the state after two in slot
+    3."""
     runner = OracleRunner(8, 4)
     first = segment(0, 0, 0, [5, 6, 7], namespace, exports=((2, 3),))
     runner.forward(Batch((first,), row_writes=(write(0, 0, 0, 1, 2),)))

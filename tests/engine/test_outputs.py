@@ -30,7 +30,8 @@ def test_the_pieces_make_the_text_up_to_the_first_stop_string(text: str, stop: l
     pieces, stopped = feed(text, tuple(stop))
     ends = [(text.index(s) + len(s), text.index(s)) for s in stop if s in text]
     assert stopped == bool(ends)
-    # The string that is complete first ends the answer; of those complete together, the one that begins first.
+    # The string that is complete first ends the answer; of those complete together, the one that
+    # begins first.
     expected = text[: min(ends)[1]] if ends else text
     assert "".join(pieces) == expected
 
@@ -52,7 +53,8 @@ def test_exactly_what_may_become_a_stop_string_is_held_back(text: str, stop: lis
 
 
 def test_looking_for_a_stop_string_is_linear() -> None:
-    """Characters compared, over an answer that matches a long stop string again and again and always fails at its end."""
+    """Characters compared, over an answer that matches a long stop string again and again and
+    always fails at its end."""
     num_compared = 0
 
     class Letter(str):

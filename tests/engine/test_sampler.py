@@ -1,4 +1,5 @@
-"""The sampler: distributions, filters, penalties, and draws that depend on nothing but the request."""
+"""The sampler: distributions, filters, penalties, and draws that depend on nothing but the
+request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The scheduler against everything that can happen to it: a state machine over an engine whose memory proves its reads."""
+"""The scheduler against everything that can happen to it: a state machine over an engine whose
+memory proves its reads."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ PLACEMENTS = (
 
 
 class MachineRunner(OracleRunner):
-    """Counts what it moves, and breaks off steps where it is asked to, before or after the moves."""
+    """Counts what it moves, and breaks off steps where it is asked to, before or after the
+    moves."""
 
     num_moves = 0
     breaks_off: str | None = None
@@ -80,7 +82,8 @@ def make_engine(
 def answer(
     prompt: list[int], params: SamplingParams, exact: bool
 ) -> tuple[list[int], list[float], str]:
-    """(tokens, log-probabilities, finish reason) that a request must end with, whatever else runs."""
+    """(tokens, log-probabilities, finish reason) that a request must end with, whatever else
+    runs."""
     before = 0
     for token in prompt:
         before = fingerprint(before, token)

@@ -1,4 +1,5 @@
-"""Pools that hold one request and a bit of the next: steps come out empty, and no copy may be lost."""
+"""Pools that hold one request and a bit of the next: steps come out empty, and no copy may be
+lost."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def make_engine(kv_tokens: int, overlap: str) -> Engine:
 
 
 def combinations() -> Iterator[tuple[int, int, int, int]]:
-    """1,600 of (KV rows, second prompt's length, tokens of the first answer, steps between them)."""
+    """1,600 of (KV rows, second prompt's length, tokens of the first answer, steps between
+    them)."""
     for kv_tokens, lengths in ((256, range(64, 256, 12)), (320, range(64, 320, 17))):
         yield from itertools.product([kv_tokens], lengths, range(1, 11), range(5))
 

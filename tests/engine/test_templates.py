@@ -30,7 +30,8 @@ QWEN35_LIKE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}
 {%- else %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
-"""Behaves as Qwen3.5's: thinks by default, drops reasoning before the last question, keeps it in a tool loop."""
+"""Behaves as Qwen3.5's: thinks by default, drops reasoning before the last question, keeps it in a
+tool loop."""
 
 CHAT = [
     {"role": "system", "content": "Be brief. " * 10},
@@ -58,7 +59,8 @@ def _common(first: list[int], second: list[int]) -> int:
 def test_the_next_turn_of_a_thinking_chat_leaves_before_the_end(
     thinking: bool | None, left_before_end: int
 ) -> None:
-    """<think> and \\n are two tokens; without thinking <think> \\n\\n </think> \\n\\n are six bytes and marks."""
+    """<think> and \\n are two tokens; without thinking <think> \\n\\n </think> \\n\\n are six bytes
+    and marks."""
     tokenizer = _tokenizer(QWEN35_LIKE)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     prompt = render_chat(tokenizer, CHAT, variables=variables)
@@ -88,7 +90,8 @@ def test_the_builtin_template_drops_reasoning() -> None:
 
 @pytest.mark.parametrize("first_word", ["Hi", "\ue000", "<|im_start|>x", ""])
 def test_the_system_segment_ends_where_the_question_begins(first_word: str) -> None:
-    """Whatever the user says, and even where they say nothing, it is the part any chat with this system prompt shares."""
+    """Whatever the user says, and even where they say nothing, it is the part any chat with this
+    system prompt shares."""
     tokenizer = _tokenizer(QWEN35_LIKE)
     chat = [CHAT[0], {"role": "user", "content": first_word + " there"}]
     other = [CHAT[0], {"role": "user", "content": "Completely different"}]
@@ -116,7 +119,8 @@ MARKED = st.lists(
 def test_what_a_chat_says_is_text_and_boundaries_stay_exact(
     parts: list[tuple[str, str, str]], extra: str
 ) -> None:
-    """No text of the chat becomes a control token, none is lost, and the next turn leaves at the boundary."""
+    """No text of the chat becomes a control token, none is lost, and the next turn leaves at the
+    boundary."""
     tokenizer = _tokenizer(EVERYTHING)
     chat = [
         {

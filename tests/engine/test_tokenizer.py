@@ -33,7 +33,8 @@ EOS = "<|im_end|>"
 
 
 def _train(kind: str) -> tokenizers.Tokenizer:
-    """A tiny vocabulary of either family: byte-level (as Qwen's) or Metaspace with byte fallback (as Llama 2's)."""
+    """A tiny vocabulary of either family: byte-level (as Qwen's) or Metaspace with byte fallback
+    (as Llama 2's)."""
     added = [
         tokenizers.AddedToken(EOS, special=True),
         tokenizers.AddedToken("<|im_start|>", special=True),
@@ -151,7 +152,8 @@ def test_the_vocabulary_ends_with_its_highest_id(model_dir: Path) -> None:
 
 
 def test_a_token_outside_the_byte_alphabet_stands_for_itself(tmp_path: Path) -> None:
-    """Vocabularies are padded with such ("<pad 0>"): one drawn by a model must cost nobody an answer."""
+    """Vocabularies are padded with such ("<pad 0>"): one drawn by a model must cost nobody an
+    answer."""
     described = json.loads(_train("byte-level").to_str())
     described["model"]["vocab"]["<pad 0>"] = pad = 1 + max(described["model"]["vocab"].values())
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))

@@ -65,7 +65,8 @@ def test_all_that_is_right_is_timed(clock: Clock) -> None:
 
 
 def test_what_can_be_captured_is_replayed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device with graphs; a contender that waits for the device is called, and may be bound by the host."""
+    """On a device with graphs; a contender that waits for the device is called, and may be bound by
+    the host."""
     calls = {"replays": 0, "waits": 0}
 
     def waits() -> torch.Tensor:
@@ -161,7 +162,8 @@ def test_every_case_runs_dry(tmp_path) -> None:
 
 
 def test_candidates_are_right_dry(tmp_path) -> None:
-    """Of the kernels whose choices hang on the number of tokens: and no bit differs. Each folder's by hand, with --tune."""
+    """Of the kernels whose choices hang on the number of tokens: and no bit differs. Each folder's
+    by hand, with --tune."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "experiments.bench_kernels", "--tune", "--dry"]
     command += ["--kernels", "linear,state_copy", "--out", tmp_path]

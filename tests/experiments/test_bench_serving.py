@@ -1,4 +1,5 @@
-"""The load generator: its sums on made-up clocks, and whole sweeps against the oracle, in process and over HTTP."""
+"""The load generator: its sums on made-up clocks, and whole sweeps against the oracle, in process
+and over HTTP."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def url() -> Iterator[str]:
 
 
 def test_times_are_those_of_the_definitions() -> None:
-    """TPOT = (E2E - TTFT) / (n - 1); goodput counts requests within both targets; a hit rate is of tokens."""
+    """TPOT = (E2E - TTFT) / (n - 1); goodput counts requests within both targets; a hit rate is of
+    tokens."""
     answers = [
         Answer(1.0, (1.5, 1.6, 1.9), num_prompt=300, num_output=3, cached_len=100),
         Answer(2.0, (4.0,), num_prompt=100, num_output=1, cached_len=0),

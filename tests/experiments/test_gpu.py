@@ -1,4 +1,5 @@
-"""The one command for a GPU: what it keeps of each part, what it does again, and what it says where there is none."""
+"""The one command for a GPU: what it keeps of each part, what it does again, and what it says where
+there is none."""
 
 from __future__ import annotations
 
@@ -240,7 +241,8 @@ def test_without_the_servers_packages_the_engine_itself_is_loaded(
 
 
 def watched(bench: type, runners: list[weakref.ref[ModelRunner]]) -> type:
-    """Of every bench, that the runner of the one before is dead when it begins, and its own when it is closed."""
+    """Of every bench, that the runner of the one before is dead when it begins, and its own when it
+    is closed."""
 
     class Watched(bench):
         def __init__(self, *args, **options) -> None:

@@ -1,4 +1,5 @@
-"""What counts as the same logits: in float32 nearly all of them, in bfloat16 what rounding explains."""
+"""What counts as the same logits: in float32 nearly all of them, in bfloat16 what rounding
+explains."""
 
 from __future__ import annotations
 

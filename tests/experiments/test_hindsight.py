@@ -1,4 +1,5 @@
-"""The best plans that the studies share: worked out once, kept, and never taken for another trace's."""
+"""The best plans that the studies share: worked out once, kept, and never taken for another
+trace's."""
 
 from __future__ import annotations
 

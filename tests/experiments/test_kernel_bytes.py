@@ -1,4 +1,5 @@
-"""The bytes that the benchmark says ours moves are those of its loads and stores, counted while they are interpreted."""
+"""The bytes that the benchmark says ours moves are those of its loads and stores, counted while
+they are interpreted."""
 
 from __future__ import annotations
 

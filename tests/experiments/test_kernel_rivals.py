@@ -1,4 +1,5 @@
-"""flash-linear-attention is called as it wants to be: its signatures as of fla-core 0.6.0, and its layouts."""
+"""flash-linear-attention is called as it wants to be: its signatures as of fla-core 0.6.0, and its
+layouts."""
 
 from __future__ import annotations
 
@@ -17,18 +18,23 @@ SIGNATURES = {
     "fla.ops.gated_delta_rule.chunk_gated_delta_rule": (
         "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
         "use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, "
-        "state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, cp_context=None"
+        "state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, "
+        "cp_context=None"
     ),
     "fla.ops.gated_delta_rule.fused_recurrent_gated_delta_rule": (
         "q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, "
-        "output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, A_log=None, "
-        "dt_bias=None, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, "
+        "output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, "
+        "A_log=None, "
+        "dt_bias=None, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, "
+        "state_v_first=False, "
         "cu_seqlens=None"
     ),
-    "fla.ops.gated_delta_rule.gate.fused_gdn_gate": "g, A_log, dt_bias=None, output_dtype=torch.float32",
+    "fla.ops.gated_delta_rule.gate.fused_gdn_gate": "g, A_log, dt_bias=None, "
+    "output_dtype=torch.float32",
     "fla.modules.causal_conv1d.causal_conv1d": (
         "x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False, "
-        "activation=None, backend='triton', cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, "
+        "activation=None, backend='triton', cu_seqlens=None, cu_seqlens_cpu=None, "
+        "chunk_indices=None, "
         "cp_context=None"
     ),
     "fla.modules.causal_conv1d.causal_conv1d_update": (
@@ -38,10 +44,12 @@ SIGNATURES = {
         "x, weight, bias, residual=None, eps=1e-05, prenorm=False, residual_in_fp32=False"
     ),
     "fla.modules.norm.fused_norm_gate.rms_norm_gated": (
-        "x, g, weight, bias, activation='swish', residual=None, prenorm=False, residual_in_fp32=False, eps=1e-06"
+        "x, g, weight, bias, activation='swish', residual=None, prenorm=False, "
+        "residual_in_fp32=False, eps=1e-06"
     ),
     "fla.modules.rotary.rotary_embedding": (
-        "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, chunk_indices=None"
+        "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, "
+        "chunk_indices=None"
     ),
     "fla.modules.activations.swiglu": "x, y",
 }
@@ -52,7 +60,8 @@ PAIRS = {"chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", "causal_c
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What a stand-in for fla was called with; it answers with zeros of the shape that fla's would have."""
+    """What a stand-in for fla was called with; it answers with zeros of the shape that fla's would
+    have."""
     made: list[dict[str, Any]] = []
 
     def answer(name: str, arguments: dict[str, Any]) -> Any:

@@ -98,7 +98,8 @@ def test_the_cache_alone_over_budgets_and_placements(data: Path) -> None:
 
 
 def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
-    """On prompts whose answers share nothing with what follows, the engine and the cache alone agree token for token."""
+    """On prompts whose answers share nothing with what follows, the engine and the cache alone
+    agree token for token."""
     from engine import EngineConfig
     from engine.command.inspect import load_geometry
     from experiments.replay import Setting, replay, replay_dry
@@ -125,7 +126,8 @@ def test_made_up_conversations_are_announced(
 
 
 def test_made_up_conversations_have_the_lengths_that_were_measured() -> None:
-    """Medians over ShareGPT's first 2,000: 110 and 80 characters a question, 1,236 an answer, 3 questions."""
+    """Medians over ShareGPT's first 2,000: 110 and 80 characters a question, 1,236 an answer, 3
+    questions."""
     made = list(synthetic_conversations(2000))
     assert made == list(synthetic_conversations(2000)), "seeded"
     questions = [[len(text) for role, text in c.turns if role == "user"] for c in made]

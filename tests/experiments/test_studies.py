@@ -1,4 +1,5 @@
-"""Every study runs from its command line, writes its records with their provenance, and draws its figure."""
+"""Every study runs from its command line, writes its records with their provenance, and draws its
+figure."""
 
 from __future__ import annotations
 

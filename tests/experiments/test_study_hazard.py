@@ -13,7 +13,8 @@ KV = QWEN3_NEXT.kv_bytes_per_token
 
 
 def two_kinds(number: int = 400) -> Tips:
-    """Even prompts of 100 ids are continued two requests later, odd ones of 100 ids and two turns never."""
+    """Even prompts of 100 ids are continued two requests later, odd ones of 100 ids and two turns
+    never."""
     odd = np.arange(number) % 2
     return Tips(
         lengths=np.full(number, 100),

@@ -1,4 +1,5 @@
-"""What subscribers must know, read from the tree itself; and a subscriber to blocks that believes nothing unseen."""
+"""What subscribers must know, read from the tree itself; and a subscriber to blocks that believes
+nothing unseen."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from hybridcache.hybrid import HybridRadixCache
 
 
 class BlockFollower:
-    """A sink for ``BlockEvents``: every hash is recomputed, nothing is stored twice, nothing goes that was not there."""
+    """A sink for ``BlockEvents``: every hash is recomputed, nothing is stored twice, nothing goes
+    that was not there."""
 
     def __init__(self) -> None:
         self.blocks: set[int] = set()
@@ -38,7 +40,8 @@ class BlockFollower:
 
 
 def blocks_of(cache: HybridRadixCache, block_size: int) -> tuple[set[int], set[tuple[int, int]]]:
-    """(hashes of all resident blocks, (position, hash) of all checkpoints), each hashed from the root anew."""
+    """(hashes of all resident blocks, (position, hash) of all checkpoints), each hashed from the
+    root anew."""
     blocks, states = set(), set()
     for node in cache._tree.nodes():
         if node.kv is None:

@@ -1,4 +1,5 @@
-"""State machine: whoever follows a cache by its events, or loads its snapshots, knows at every moment what it holds."""
+"""State machine: whoever follows a cache by its events, or loads its snapshots, knows at every
+moment what it holds."""
 
 from __future__ import annotations
 

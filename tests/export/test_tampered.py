@@ -1,4 +1,5 @@
-"""Snapshots from elsewhere: refused and the cache as it was, or loaded and sound. Never half, never more memory than allowed."""
+"""Snapshots from elsewhere: refused and the cache as it was, or loaded and sound. Never half, never
+more memory than allowed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""Compile ahead of time, without a GPU, what the public functions of a kernel folder would launch on one.
+"""Compile ahead of time, without a GPU, what the public functions of a kernel folder would launch
+on one.
 
-A launch file has ``LAUNCHES``, words to functions that call our wrappers on CPU tensors of the sizes a GPU would see. Here
-every launch inside them is recorded and compiled for each target instead of run: the signature, the constants and the
-alignment are those of the real call, because the real call made them.
+A launch file has ``LAUNCHES``, words to functions that call our wrappers on CPU tensors of the
+sizes a GPU would see. Here every launch inside them is recorded and compiled for each target
+instead of run: the signature, the constants and the alignment are those of the real call, because
+the real call made them.
 
-    python tests/kernels/aot.py tests/kernels/launches/gdn.py        # one JSON line per kernel and target
-    python tests/kernels/aot.py --out experiments/results/kernel_code.jsonl tests/kernels/launches/*.py
+    python tests/kernels/aot.py tests/kernels/launches/gdn.py        # one JSON line per kernel and
+    target python tests/kernels/aot.py --out experiments/results/kernel_code.jsonl
+    tests/kernels/launches/*.py
 
 Runs in a process of its own, since Triton decides at import whether it interprets or compiles.
 """
@@ -48,7 +51,8 @@ _LOGS: dict[str, str] = {}
 
 
 class _AbsentDevice:
-    """Stands in for Triton's driver: answers what is asked before a launch, and is never launched on."""
+    """Stands in for Triton's driver: answers what is asked before a launch, and is never launched
+    on."""
 
     def __init__(self, target: Any, number: int) -> None:
         self._target, self._number = target, number
@@ -76,7 +80,8 @@ class Compiled(NamedTuple):
 
 @contextmanager
 def recording(target: str) -> Iterator[list[Compiled]]:
-    """While it is open, kernels compile for ``target`` and do not run; yields the list of what was compiled."""
+    """While it is open, kernels compile for ``target`` and do not run; yields the list of what was
+    compiled."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -104,7 +109,8 @@ def recording(target: str) -> Iterator[list[Compiled]]:
 def compile_launches(
     launches: dict[str, Callable[[], object]], targets: list[str]
 ) -> Iterator[dict[str, object]]:
-    """Compile everything in ``launches`` for every target: a record for each kernel, launch and target."""
+    """Compile everything in ``launches`` for every target: a record for each kernel, launch and
+    target."""
     for word, launch in launches.items():
         for target in targets:
             with recording(target) as compiled:
@@ -121,13 +127,15 @@ def compile_launches(
 
 
 def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
-    """A thread's registers and what of them the assembler keeps in memory; what the PTX multiplies and copies with."""
+    """A thread's registers and what of them the assembler keeps in memory; what the PTX multiplies
+    and copies with."""
     ptx = kernel.asm["ptx"]
     return {
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", log)[1]),
         "wgmma": ptx.count("wgmma.mma_async"),
-        # Each product waits for the one before: the assembler met other uses of an accumulator between them.
+        # Each product waits for the one before: the assembler met other uses of an accumulator
+        # between them.
         "serialised": "wgmma.mma_async instructions are serialized" in log,
         "mma": ptx.count("mma.sync"),
         "cp_async": ptx.count("cp.async.ca") + ptx.count("cp.async.cg"),

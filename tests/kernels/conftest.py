@@ -1,4 +1,5 @@
-"""Kernel tests run on the GPU, or in Triton's interpreter on CPU tensors where `TRITON_INTERPRET` is 1.
+"""Kernel tests run on the GPU, or in Triton's interpreter on CPU tensors where `TRITON_INTERPRET`
+is 1.
 
 `tests/conftest.py` sets it where there is no GPU; set it by hand to interpret beside one.
 """
@@ -19,12 +20,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
-    """Compares with an error relative to the size of the whole, so that cancellation in one element is none."""
+    """Compares with an error relative to the size of the whole, so that cancellation in one element
+    is none."""
     return _assert_close
 
 
 def _assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
-    """Same shape and dtype, nothing NaN, and an error of at most ``factor`` times what the dtype allows."""
+    """Same shape and dtype, nothing NaN, and an error of at most ``factor`` times what the dtype
+    allows."""
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     assert got.isfinite().all()
@@ -55,7 +58,8 @@ def note_device(device_name: str, record_property: Callable[[str, object], None]
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh tensors hold NaN (integers their maximum): an element that a kernel forgets to write can not pass."""
+    """Fresh tensors hold NaN (integers their maximum): an element that a kernel forgets to write
+    can not pass."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

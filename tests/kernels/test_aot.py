@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for NVIDIA and AMD targets, fits their shared memory and their registers; no GPU is needed."""
+"""Every Triton kernel compiles for NVIDIA and AMD targets, fits their shared memory and their
+registers; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ HOPPERS = {
     "gate_up_kernel",
     "down_kernel",
 }
-"""Kernels whose products are large enough for Hopper's tensor core instructions; decoding attention has 16 rows."""
+"""Kernels whose products are large enough for Hopper's tensor core instructions; decoding attention
+has 16 rows."""
 
 
 @pytest.mark.parametrize("launches", sorted((HERE / "launches").glob("*.py")), ids=lambda p: p.stem)
@@ -37,7 +39,8 @@ def test_compiles_ahead_of_time(launches: Path) -> None:
     records = [json.loads(line) for line in run.stdout.splitlines()]
     assert {record["target"] for record in records} == set(aot.TARGETS)
     assert [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]] == []
-    # float32 products have no tensor cores; sm_80 and sm_89 have less of everything, and are no target of ours to be fast on.
+    # float32 products have no tensor cores; sm_80 and sm_89 have less of everything, and are no
+    # target of ours to be fast on.
     slow = ("sm_80", "sm_89")
     fast = [r for r in records if "float32" not in r["launch"] and r["target"] not in slow]
     assert [r for r in fast if r["spilled_bytes"]] == []

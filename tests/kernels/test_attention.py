@@ -1,4 +1,5 @@
-"""Attention over a KV pool: against the formula, and the promise that neither chunking nor batch mates change a bit."""
+"""Attention over a KV pool: against the formula, and the promise that neither chunking nor batch
+mates change a bit."""
 
 from __future__ import annotations
 
@@ -182,7 +183,8 @@ def test_decoding_ignores_where_the_rows_lie() -> None:
 
 
 def test_host_lengths_only_bound_a_decode(device) -> None:
-    """A captured graph is launched for the longest sequence it may meet; the table on the device says how long they are."""
+    """A captured graph is launched for the longest sequence it may meet; the table on the device
+    says how long they are."""
     cache = Cache.filled([300, 20], 4, 2, 32, torch.float32, device)
     exact = cache.decode(fused, [(0, 300), (1, 20)])
     bounds = Sequences.of(cache.rows, [305, 305], device)

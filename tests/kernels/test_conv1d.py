@@ -1,4 +1,5 @@
-"""Causal convolution: reference and Triton kernels against torch's conv1d, and against each other."""
+"""Causal convolution: reference and Triton kernels against torch's conv1d, and against each
+other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Corners where kernels go wrong: states at odd places in memory, exports at a sequence's ends, ties, nobody at home."""
+"""Corners where kernels go wrong: states at odd places in memory, exports at a sequence's ends,
+ties, nobody at home."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ SLOTS = 11
 
 
 def scattered_pool(*state: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """``[SLOTS, *state]`` full of NaN, every state whole, but with other things between two of them."""
+    """``[SLOTS, *state]`` full of NaN, every state whole, but with other things between two of
+    them."""
     storage = torch.full((2 * SLOTS + 1, *state), torch.nan, dtype=dtype, device=device)
     return storage[1::2]
 
@@ -45,7 +47,8 @@ def export_at_both_ends(lengths: list[int], free: list[int]) -> list[tuple[int, 
 
 
 def plan(lengths: list[int], seed: int, device: str) -> tuple[dict[str, Any], list[int]]:
-    """Slots in any order, some sequences resumed, exports at both ends; and the slots of those that resume."""
+    """Slots in any order, some sequences resumed, exports at both ends; and the slots of those that
+    resume."""
     torch.manual_seed(seed)
     order = torch.randperm(SLOTS).tolist()
     own, free = order[: len(lengths)], order[len(lengths) :]
@@ -72,7 +75,8 @@ def plan(lengths: list[int], seed: int, device: str) -> tuple[dict[str, Any], li
 def test_states_anywhere_and_exports_at_both_ends(
     lengths, sizes, state_dtype, seed, device
 ) -> None:
-    """Kernel and reference leave the same in every slot, NaN where nobody wrote, and nothing between the slots."""
+    """Kernel and reference leave the same in every slot, NaN where nobody wrote, and nothing
+    between the slots."""
     where, given_slots = plan(lengths, seed, device)
     heads, value_heads, key_dim, value_dim = sizes
     count = sum(lengths)
@@ -143,7 +147,8 @@ def test_decoding_from_scattered_slots(key_dim, state_dtype, device) -> None:
 def test_attention_of_any_group_size_and_page(
     lengths, group, size, page_size, seed, device
 ) -> None:
-    """Pages in any order, NaN in every row that no sequence has; prompts and their last token decoded."""
+    """Pages in any order, NaN in every row that no sequence has; prompts and their last token
+    decoded."""
     torch.manual_seed(seed)
     counts = [-(-length // page_size) for length in lengths]
     pages = torch.randperm(sum(counts) + 2)
@@ -179,7 +184,8 @@ def test_attention_of_any_group_size_and_page(
     seed=st.integers(0, 99),
 )
 def test_ties_in_routing(num_experts, k, levels, seed, device) -> None:
-    """A few different scores among many experts: the same experts in the same order, the lower of equals first."""
+    """A few different scores among many experts: the same experts in the same order, the lower of
+    equals first."""
     k = min(k, num_experts)
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(levels, (7, num_experts), generator=generator).float().to(device)

@@ -1,4 +1,5 @@
-"""What holds for every kernel: few parameters, and a documented wrapper with a plain twin of the same signature."""
+"""What holds for every kernel: few parameters, and a documented wrapper with a plain twin of the
+same signature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Gated DeltaNet: reference and Triton kernels against the recurrence in float64, and against each other."""
+"""Gated DeltaNet: reference and Triton kernels against the recurrence in float64, and against each
+other."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Inputs(NamedTuple):
 
 
 def draw_inputs(num_tokens, heads, value_heads, key_dim, value_dim, dtype, device) -> Inputs:
-    """Slices of one wider tensor, as the projections of a model leave them: rows are not contiguous."""
+    """Slices of one wider tensor, as the projections of a model leave them: rows are not
+    contiguous."""
     sizes = [heads * key_dim, heads * key_dim, value_heads * value_dim]
     mixed = torch.randn(num_tokens, sum(sizes) + 3, device=device).to(dtype)
     query, key, value, _ = mixed.split([*sizes, 3], dim=1)
@@ -120,7 +122,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 @DTYPES
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
 def test_resumed_or_in_company_no_bit_differs(gdn, dtype, state_dtype, num_threads, device) -> None:
-    """A sequence alone and whole, packed among others in any slots, and resumed at every state it exported."""
+    """A sequence alone and whole, packed among others in any slots, and resumed at every state it
+    exported."""
     torch.manual_seed(1)
     sizes = (1, 2, 16, 16) if gdn is fused else (4, 8, 64, 32)
     lengths = (70, 200, 64)

@@ -1,4 +1,5 @@
-"""Linear layers, full precision and 8-bit: results, and rows that ignore how many others there are."""
+"""Linear layers, full precision and 8-bit: results, and rows that ignore how many others there
+are."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def test_8bit_weights(backend, format, dtype, num_tokens, device, assert_close) 
 
 @FORMATS
 def test_quantized_weights_are_near(format) -> None:
-    """Half a step of int8 at each channel's largest weight; half a unit of the last of fp8's four digits."""
+    """Half a step of int8 at each channel's largest weight; half a unit of the last of fp8's four
+    digits."""
     weight = torch.randn(3, 8, 64) * torch.logspace(-20, 3, 24).view(3, 8, 1)
     quantized, scale = reference.quantize(weight, format)
     assert quantized.element_size() == 1
@@ -86,7 +88,8 @@ def test_reference_rows_ignore_their_number(shape, dtype, num_threads) -> None:
 
 @DTYPES
 def test_fused_rows_ignore_their_number(dtype, device) -> None:
-    """Within a tile width here; across widths, which are other instructions, only a GPU can tell (`make gpu` does)."""
+    """Within a tile width here; across widths, which are other instructions, only a GPU can tell
+    (`make gpu` does)."""
     x, weight = (torch.randn(*shape).to(dtype).to(device) for shape in ((64, 1100), (70, 1100)))
     together = fused.linear(x, weight)
     for rows in (slice(0, 33), slice(20, 60)):

@@ -1,4 +1,5 @@
-"""Mixture of experts: routing with ties, grouped products, and tokens that ignore their batch mates."""
+"""Mixture of experts: routing with ties, grouped products, and tokens that ignore their batch
+mates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Norms, rotary embedding, activations and cache writes: kernels and references against their formulas."""
+"""Norms, rotary embedding, activations and cache writes: kernels and references against their
+formulas."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def test_sigmoid_mul_of_views_and_of_one_gate_a_row(backend, dtype, device, asse
 @pytest.mark.parametrize("size", [40, 97, 1024])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_references_ignore_other_rows(size, dtype, num_threads) -> None:
-    """No element's bits depend on where it lies: not behind the last full vector, not at a seam between threads."""
+    """No element's bits depend on where it lies: not behind the last full vector, not at a seam
+    between threads."""
     norm, activation = kernels.norm.reference, kernels.activation.reference
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)

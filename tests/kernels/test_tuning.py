@@ -1,4 +1,5 @@
-"""Launch parameters from a table: none of them may cut a sum, and none that may deal one out may hang on the batch."""
+"""Launch parameters from a table: none of them may cut a sum, and none that may deal one out may
+hang on the batch."""
 
 from __future__ import annotations
 

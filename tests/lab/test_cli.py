@@ -328,7 +328,8 @@ def test_every_metric_has_a_table(word: str) -> None:
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     code = (
         "import sys, hybridcache.lab.cli\n"
-        "print([name for name in ('torch', 'matplotlib', 'scipy', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'matplotlib', 'scipy', 'transformers') if name in "
+        "sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -340,7 +341,8 @@ def test_the_optimum_stands_in_the_lines_and_its_price_in_the_table(
     trace, lines = "short?head=60", tmp_path / "runs.jsonl"
     figure = tmp_path / "f.png"
     sweep = ["simulate", "--trace", trace, "--gib", "0.5,4", "--output", str(lines)]
-    code, out, _ = run(capsys, *sweep, "--optimum", "lp", "--losses", "--bins", "--figure", str(figure))  # fmt: skip
+    shown = ("--optimum", "lp", "--losses", "--bins", "--figure", str(figure))
+    code, out, _ = run(capsys, *sweep, *shown)
     assert code == 0 and "(no plan passes)" in out
     assert {path.name for path in tmp_path.glob("*.png")} == {"f.png", "f-losses.png", "f-bins.png"}
     records = [json.loads(line) for line in lines.read_text().splitlines()]

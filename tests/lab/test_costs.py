@@ -1,4 +1,5 @@
-"""Model geometry: bytes against the published derivations, FLOPs against first principles, times against their tables."""
+"""Model geometry: bytes against the published derivations, FLOPs against first principles, times
+against their tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Workloads: the stated sizes and ideal hit rates, the same for the same seed, and arrivals in order."""
+"""Workloads: the stated sizes and ideal hit rates, the same for the same seed, and arrivals in
+order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The laboratory's page is true: it has every word, its samples are read, its placement runs, its commands parse."""
+"""The laboratory's page is true: it has every word, its samples are read, its placement runs, its
+commands parse."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PAGE = (Path(hybridcache.lab.__file__).parent / "README.md").read_text(encoding=
 
 
 def _words() -> set[str]:
-    """Everything in backticks, numbers left out, and what a row's `-variant` makes of that row's first word."""
+    """Everything in backticks, numbers left out, and what a row's `-variant` makes of that row's
+    first word."""
     found: set[str] = set()
     for line in PAGE.splitlines():
         words = [re.split(r"[:\[]", word)[0] for word in re.findall(r"`([^`]+)`", line)]

@@ -1,4 +1,5 @@
-"""The simulator: conservation, bounds, determinism, monotony, golden hit counts, and what its reports say."""
+"""The simulator: conservation, bounds, determinism, monotony, golden hit counts, and what its
+reports say."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ SMALL = replace(GEOMETRY, kv_bytes_per_token=10, recurrent_elements=0, conv_byte
 
 
 def random_requests(seed: int, count: int) -> list[TraceRequest]:
-    """Prompts of few distinct tokens from a small pool of beginnings, so that they overlap in every way."""
+    """Prompts of few distinct tokens from a small pool of beginnings, so that they overlap in every
+    way."""
     rng = np.random.default_rng(seed)
     stems = [rng.integers(0, 3, int(rng.integers(1, 400)), dtype=np.int32) for _ in range(4)]
     found = []
@@ -54,9 +56,6 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
         found.append(TraceRequest(number * 0.05, int(rng.integers(6)), namespace, prompt, answer))
         stems[int(rng.integers(4))] = np.concatenate((prompt, answer))[:600]
     return found
-
-
-# -- every policy, every peer ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", sorted(EVICTION))
@@ -114,7 +113,8 @@ def test_peers_are_refused_for_a_model_without_states(baseline: str) -> None:
 @given(st.integers(0, 10**6), st.integers(1_000, 20_000))
 @settings(max_examples=20)
 def test_more_memory_never_hurts_where_nothing_is_evicted(seed: int, budget: int) -> None:
-    """LRU over items of two kinds is no stack algorithm, so only the ends are certain: nothing, and all of it."""
+    """LRU over items of two kinds is no stack algorithm, so only the ends are certain: nothing, and
+    all of it."""
     requests = random_requests(seed, 40)
 
     def cached(size: int) -> int:
@@ -130,9 +130,6 @@ def test_too_little_memory_is_no_error() -> None:
     [run] = result.runs
     assert run.bypassed > 0 and run.cached_tokens == 0
     assert run.losses is not None and run.losses["refused"] > 0
-
-
-# -- modes ----------------------------------------------------------------------------------------------------------------
 
 
 def test_one_at_a_time_is_in_turn() -> None:
@@ -187,7 +184,8 @@ def test_nobody_asks_on_before_the_answer_is_read() -> None:
     target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
     serving = Serving(Seconds(), servers=1, max_running=3, tpot_s=0.5)
     log = serve(target, requests, 1, serving)
-    # Begun in the order 0, b at 10, the second of a once its first is answered at 35, the last when it comes.
+    # Begun in the order 0, b at 10, the second of a once its first is answered at 35, the last when
+    # it comes.
     assert list(log.arrival_s) == [0.0, 2.0, 1.0, 100.0]
     assert list(log.ttft_s) == [10.0, 18.0, 10.0, 10.0]
 
@@ -217,9 +215,6 @@ def test_taking_memory_in_the_engines_pieces_changes_little() -> None:
         for variant in (config, replace(config, steps=EngineSteps()))
     ]
     assert hits[0] == pytest.approx(hits[1], rel=0.02)
-
-
-# -- sweeps ---------------------------------------------------------------------------------------------------------------
 
 
 def comparable(run: RunResult) -> RunResult:
@@ -372,8 +367,6 @@ def test_a_million_requests_need_eighty_megabytes() -> None:
     assert sum(column.itemsize for column in held) + 8 <= 80
 
 
-# -- golden hit counts ----------------------------------------------------------------------------------------------------
-
 GOLDEN_PEERS = ["vllm", "sglang", "lightllm", "marconi"]
 
 
@@ -450,8 +443,8 @@ GOLDEN_TRACES = {
 
 
 def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
-    """Cached tokens of each competitor at each size; regret also with its own placement. Peers manage memory in their own way:
-    they stand beside the ideal budget."""
+    """Cached tokens of each competitor at each size; regret also with its own placement. Peers
+    manage memory in their own way: they stand beside the ideal budget."""
     spec, gib = GOLDEN_TRACES[trace]
     kept = open_trace(spec).kept()
     shared = {"gib": gib, "bound": False, "memory": memory}

@@ -1,4 +1,5 @@
-"""One trace through the real engine and through the simulator: the same hit for every request, the same evictions in the same order."""
+"""One trace through the real engine and through the simulator: the same hit for every request, the
+same evictions in the same order."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fact]]:
 
 
 def prompts(seed: int, sessions: int, vocab: int) -> list[tuple[int, np.ndarray]]:
-    """(session, what a user adds to the session), turns interleaved; all sessions of one parity start alike."""
+    """(session, what a user adds to the session), turns interleaved; all sessions of one parity
+    start alike."""
     rng = np.random.default_rng(seed)
     systems = [rng.integers(0, vocab, 150, dtype=np.int32) for _ in range(2)]
     turns: list[tuple[int, np.ndarray]] = []
@@ -83,7 +85,8 @@ def run_config(policy: str, engine: Engine) -> RunConfig:
 
 
 def serve_in_turn(engine: Engine, turns: Sequence[tuple[int, np.ndarray]]) -> list[TraceRequest]:
-    """One request after the other; what was served, as a trace with its cached lengths as timestamps."""
+    """One request after the other; what was served, as a trace with its cached lengths as
+    timestamps."""
     histories: dict[int, np.ndarray] = {}
     served = []
     for session, said in turns:

@@ -32,10 +32,12 @@ class FakeItem:
 
 
 class Shelf:
-    """A cache of ``capacity`` items in front of a policy: each request brings its own time, one item, and evicts if needed.
+    """A cache of ``capacity`` items in front of a policy: each request brings its own time, one
+    item, and evicts if needed.
 
-    A capital letter asks for the same item and keeps it locked until ``LOCKED_FOR`` requests later: chosen until then, it is
-    withheld from the policy as the cache does it. Where all are locked the request brings nothing.
+    A capital letter asks for the same item and keeps it locked until ``LOCKED_FOR`` requests later:
+    chosen until then, it is withheld from the policy as the cache does it. Where all are locked the
+    request brings nothing.
     """
 
     LOCKED_FOR = 3
@@ -115,7 +117,8 @@ class Shelf:
 
 
 def offer(policy: EvictionPolicy, *items: FakeItem) -> list[str]:
-    """All of ``items`` become candidates and are evicted one after another: their names in that order."""
+    """All of ``items`` become candidates and are evicted one after another: their names in that
+    order."""
     for item in items:
         policy.add(item)
     order = []

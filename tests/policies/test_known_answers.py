@@ -38,21 +38,24 @@ def test_fifo_does_not_care_for_uses() -> None:
 
 
 def test_lfu_keeps_the_often_used_until_its_fame_has_faded() -> None:
-    # a stands at 3; newcomers start at 1 + the last victim's score: b 1, c 2, d 3, and then a is the elder of equals
+    # a stands at 3; newcomers start at 1 + the last victim's score: b 1, c 2, d 3, and then a is
+    # the elder of equals
     shelf = Shelf(LFU(), 2).ask("aaab")
     assert shelf.ask("cd").gone == "bc"
     assert shelf.ask("e").gone == "bca"
 
 
 def test_slru_protects_what_was_used() -> None:
-    # a was used and is protected; all others pass through probation (LRU would lose a at the fourth)
+    # a was used and is protected; all others pass through probation (LRU would lose a at the
+    # fourth)
     assert Shelf(SLRU(), 4).ask("abcdaefgh").gone == "bcde"
     # protection for one of four: when b is used, a goes back on probation, behind c and d
     assert Shelf(SLRU(protected=0.25), 4).ask("abcdabefg").gone == "cda"
 
 
 def test_two_queue_promotes_only_what_a_ghost_asks_back() -> None:
-    # a is used while recent: no promotion, FIFO takes it. Asked back, it is frequent, and survives the scan d e f.
+    # a is used while recent: no promotion, FIFO takes it. Asked back, it is frequent, and survives
+    # the scan d e f.
     shelf = Shelf(TwoQueue(), 3).ask("aabcd")
     assert shelf.gone == "a"
     assert shelf.ask("a").gone == "ab"
@@ -68,7 +71,8 @@ def test_clock_gives_a_second_chance() -> None:
 
 
 def test_sieve_leaves_survivors_in_place() -> None:
-    # queue a b c, a used. d: the hand clears a, takes b. e: the hand stands at c, takes it: newcomers are sifted.
+    # queue a b c, a used. d: the hand clears a, takes b. e: the hand stands at c, takes it:
+    # newcomers are sifted.
     assert Shelf(Sieve(), 3).ask("abcade").gone == "bc"
     # f: the hand goes on to d, although a is older and has no bit any more
     assert Shelf(Sieve(), 3).ask("abcadef").gone == "bcd"
@@ -95,7 +99,8 @@ def test_arc_lets_ghosts_move_the_border() -> None:
 
 
 def test_arc_hears_only_ghosts_of_its_own() -> None:
-    """Tiers pass a ghost to all of their instances; one that never held it must not move its border."""
+    """Tiers pass a ghost to all of their instances; one that never held it must not move its
+    border."""
     policy, other = ARC(), ARC()
     shelf = Shelf(other, 2).ask("abc")
     policy.add(FakeItem("z"))
@@ -122,7 +127,8 @@ def test_a_ghost_is_asked_back_soon_or_not_at_all() -> None:
 
 
 def test_w_tiny_lfu_admits_only_the_more_frequent() -> None:
-    # at the first eviction all wait in the window: the oldest, a, moves nowhere: no incumbent, it goes
+    # at the first eviction all wait in the window: the oldest, a, moves nowhere: no incumbent, it
+    # goes
     shelf = Shelf(WTinyLFU(), 3).ask("abc")
     shelf.ask("bbcd")
     assert shelf.gone == "a"
@@ -138,7 +144,8 @@ def test_gdsf_weighs_cost_uses_and_size() -> None:
     large = FakeItem("large", span=100, size_bytes=20 * mib)
     # worths: 4*10/1, 1*10/1, 1*100/20
     assert offer(GDSF(), used, cheap, large) == ["large", "cheap", "used"]
-    # the age is the last victim's worth: a newcomer of 10 starts at 5 + 10, behind cheap's 10 but before used's 40
+    # the age is the last victim's worth: a newcomer of 10 starts at 5 + 10, behind cheap's 10 but
+    # before used's 40
     policy = GDSF()
     assert offer(policy, FakeItem("first", span=5, size_bytes=mib)) == ["first"]
     again = FakeItem("again", span=36, size_bytes=mib)
@@ -178,7 +185,8 @@ def test_tail_lru_first_gives_up_what_the_target_allows() -> None:
 
 
 def turns() -> list[FakeItem]:
-    """Three turns of 600 tokens of one conversation, and another conversation's 900; the third turn was used longest ago."""
+    """Three turns of 600 tokens of one conversation, and another conversation's 900; the third turn
+    was used longest ago."""
     first = FakeItem("first", position=600, span=600, last_used=3)
     second = FakeItem("second", position=1200, span=600, last_used=2, above=first)
     third = FakeItem("third", position=1800, span=600, last_used=1, above=second)
@@ -230,8 +238,8 @@ def test_random_draws_both_kinds_from_one_urn() -> None:
 
 
 def test_lhd_learns_at_what_age_uses_come() -> None:
-    # one class is used every 2 requests, the other never: after a recomputation the idle one goes first, although both kinds
-    # started alike
+    # one class is used every 2 requests, the other never: after a recomputation the idle one goes
+    # first, although both kinds started alike
     policy = LHD()
     hot = FakeItem("hot", kind="checkpoint")
     policy.add(hot)

@@ -74,7 +74,8 @@ def test_the_loser_of_a_duel_that_is_locked_keeps_its_place() -> None:
 
 @pytest.mark.parametrize("word", sorted(EVICTION))
 def test_a_ghost_without_a_memo_is_no_fault(word: str) -> None:
-    """As of a loaded snapshot: the evicted checkpoint is known, what its policy thought of it is not."""
+    """As of a loaded snapshot: the evicted checkpoint is known, what its policy thought of it is
+    not."""
     policy = make_eviction(word)()
     policy.missed(FakeItem("ghost"))
     fresh = FakeItem("fresh", created=1, last_used=1)

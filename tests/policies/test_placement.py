@@ -15,7 +15,8 @@ from hybridcache.policies.words import PLACEMENT_WORDS, parse_placement, placeme
 
 
 def where(words: str, **facts: object) -> list[int]:
-    """Positions that ``words`` ask for, for a cold prompt of 1,000 on a grid of 64 unless said otherwise."""
+    """Positions that ``words`` ask for, for a cold prompt of 1,000 on a grid of 64 unless said
+    otherwise."""
     prefill = Prefill(1000, 0, 0, 0, (), 64)._replace(**facts)  # type: ignore[arg-type]
     return [position for position, _ in parse_placement(words).plan(prefill)]
 

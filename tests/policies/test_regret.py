@@ -1,4 +1,5 @@
-"""`regret` and what it stands on: hazards from uses and ghosts, lineage, and placements that earn their keep."""
+"""`regret` and what it stands on: hazards from uses and ghosts, lineage, and placements that earn
+their keep."""
 
 from __future__ import annotations
 
@@ -48,9 +49,6 @@ def hit_rate(trace: Trace, eviction: str, checkpoints: str, **config: int) -> fl
         lease.finish(whole, len(whole))
     cache.check(0, 0)
     return reused / total
-
-
-# -- survival -------------------------------------------------------------------------------------------------------------
 
 
 def test_bins_partition_the_ages() -> None:
@@ -115,9 +113,6 @@ def test_a_borrowed_use_is_taken_back() -> None:
     assert survival.num_uses(row) == 1
 
 
-# -- eviction -------------------------------------------------------------------------------------------------------------
-
-
 def test_superseded_and_speculative_checkpoints_go_before_tips() -> None:
     tip = FakeItem("tip", label="decode")
     superseded = FakeItem("superseded", label="decode", superseded=True)
@@ -178,9 +173,6 @@ def test_finished_conversations_are_found_out() -> None:
     assert hit_rate(trace, "regret", "end,branch", **pools) > lru + 0.003
 
 
-# -- placement ------------------------------------------------------------------------------------------------------------
-
-
 def prefill(number: int, **facts: object) -> Prefill:
     base = Prefill(1000, 0, 0, 0, (), 1)
     return base._replace(**facts)  # type: ignore[arg-type]
@@ -221,8 +213,8 @@ def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed()
 
 
 def test_back_offs_do_not_take_an_end_s_earnings() -> None:
-    """A prompt goes on from its end, 3 tokens below a back-off that would have served nearly as well: the end is worth what
-    the two save together, or both would look idle."""
+    """A prompt goes on from its end, 3 tokens below a back-off that would have served nearly as
+    well: the end is worth what the two save together, or both would look idle."""
     placement = Learned()
     old = FakeItem("old", label="decode", position=500)
     guess = FakeItem("guess", label="back:4", position=996, above=old)

@@ -59,7 +59,8 @@ def test_a_fork_that_came_and_went_leaves_no_trace() -> None:
 
 
 def test_what_a_leafs_kv_loses_is_what_its_checkpoint_loses() -> None:
-    """They go together, whichever is chosen; a fork above them keeps its rows and has to be computed again all the same."""
+    """They go together, whichever is chosen; a fork above them keeps its rows and has to be
+    computed again all the same."""
     cache = hybrid(2000, 10)
     serve(cache, ids(range(400)), [100, 400])
     serve(cache, ids(range(300), range(5000, 5010)), [310])

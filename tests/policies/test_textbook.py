@@ -1,4 +1,5 @@
-"""Ours against the papers' own pseudocode, on pages of one size; and what theory says of more memory."""
+"""Ours against the papers' own pseudocode, on pages of one size; and what theory says of more
+memory."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_items_are_conserved_while_some_are_locked(word: str, pages: str, capaci
 def test_a_stack_algorithm_keeps_what_a_smaller_cache_keeps(
     word: str, pages: str, capacity: int
 ) -> None:
-    """Items of one size, kind, label and span: all four order by the last use, and LRU has the inclusion property."""
+    """Items of one size, kind, label and span: all four order by the last use, and LRU has the
+    inclusion property."""
     small, large = (Shelf(EVICTION[word](), size) for size in (capacity, capacity + 1))
     for page in pages:
         small.ask(page)

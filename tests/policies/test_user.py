@@ -1,4 +1,5 @@
-"""A stranger's policies: those of the README run everywhere, and what is wrong with one is one sentence."""
+"""A stranger's policies: those of the README run everywhere, and what is wrong with one is one
+sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Eviction algorithms as their papers print them: pages of one size, a cache of ``capacity`` pages, ghosts never forgotten.
+"""Eviction algorithms as their papers print them: pages of one size, a cache of ``capacity`` pages,
+ghosts never forgotten.
 
 Plain on purpose and sharing no code with ours: each function returns who was evicted, in order.
 """
@@ -55,7 +56,8 @@ def clock(asked: str, capacity: int) -> str:
 
 
 def sieve(asked: str, capacity: int) -> str:
-    """Algorithm 1 of the paper: the head is the newest, the hand walks from the tail to the head."""
+    """Algorithm 1 of the paper: the head is the newest, the hand walks from the tail to the
+    head."""
     queue: list[str] = []  # tail first
     visited: dict[str, bool] = {}
     hand: str | None = None
@@ -77,7 +79,8 @@ def sieve(asked: str, capacity: int) -> str:
 
 
 def lfu_da(asked: str, capacity: int) -> str:
-    """Key = frequency + age at the latest use; the age is the last victim's key (Arlitt et al. 2000)."""
+    """Key = frequency + age at the latest use; the age is the last victim's key (Arlitt et al.
+    2000)."""
     keys: dict[str, int] = {}
     frequency: dict[str, int] = {}
     age, gone = 0, ""
@@ -95,7 +98,8 @@ def lfu_da(asked: str, capacity: int) -> str:
 
 
 def two_queue(asked: str, capacity: int) -> str:
-    """The full version: A1in a quarter of the cache, A1out the ghosts, Am an LRU (Johnson and Shasha 1994)."""
+    """The full version: A1in a quarter of the cache, A1out the ghosts, Am an LRU (Johnson and
+    Shasha 1994)."""
     a1_in: list[str] = []
     am: list[str] = []
     a1_out: set[str] = set()
@@ -122,7 +126,8 @@ def two_queue(asked: str, capacity: int) -> str:
 
 
 def slru(asked: str, capacity: int, protected_share: float = 0.8) -> str:
-    """Probation, and a protected segment of four fifths of what is held; its overflow goes back on probation."""
+    """Probation, and a protected segment of four fifths of what is held; its overflow goes back on
+    probation."""
     probation: list[str] = []
     protected: list[str] = []
     gone = ""
@@ -141,7 +146,8 @@ def slru(asked: str, capacity: int, protected_share: float = 0.8) -> str:
 
 
 def s3_fifo(asked: str, capacity: int) -> str:
-    """Algorithm 1 of the paper: S a tenth of the cache, M the rest, counters to 3, used more than once passes from S to M."""
+    """Algorithm 1 of the paper: S a tenth of the cache, M the rest, counters to 3, used more than
+    once passes from S to M."""
     small: list[str] = []
     main: list[str] = []
     ghosts: set[str] = set()
@@ -183,7 +189,8 @@ def s3_fifo(asked: str, capacity: int) -> str:
 
 
 def arc(asked: str, capacity: int) -> str:
-    """The paper's cases I to III with REPLACE; case IV's trimming of B1 and B2 bounds their counts instead."""
+    """The paper's cases I to III with REPLACE; case IV's trimming of B1 and B2 bounds their counts
+    instead."""
     t1: list[str] = []
     t2: list[str] = []
     b1: set[str] = set()
@@ -218,10 +225,11 @@ def arc(asked: str, capacity: int) -> str:
 
 
 def w_tiny_lfu(asked: str, capacity: int) -> str:
-    """Exact counters that outlive eviction; a window of one page; main a segmented LRU (Einziger et al. 2017).
+    """Exact counters that outlive eviction; a window of one page; main a segmented LRU (Einziger et
+    al. 2017).
 
-    After ten uses a page the counters of what is held are halved. Until the cache is full for the first time pages wait in
-    the window, for nobody has said yet how much a hundredth of it is.
+    After ten uses a page the counters of what is held are halved. Until the cache is full for the
+    first time pages wait in the window, for nobody has said yet how much a hundredth of it is.
     """
     window: list[str] = []
     probation: list[str] = []

@@ -1,4 +1,5 @@
-"""A full-attention layer's mixer: grouped queries, normed heads, partial rotary, an optional gate on the output."""
+"""A full-attention layer's mixer: grouped queries, normed heads, partial rotary, an optional gate
+on the output."""
 
 from __future__ import annotations
 

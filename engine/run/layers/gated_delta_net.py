@@ -14,13 +14,15 @@ from engine.run.layers.parameters import Parameter, WeightSpec
 from engine.run.model_config import ModelConfig
 
 Layout = Literal["interleaved", "split"]
-"""How a checkpoint names the input projection: Qwen3-Next has ``in_proj_qkvz`` and ``in_proj_ba``, key head by key head;
-Qwen3.5 has ``in_proj_qkv``, ``in_proj_z``, ``in_proj_b`` and ``in_proj_a``."""
+"""How a checkpoint names the input projection: Qwen3-Next has ``in_proj_qkvz`` and ``in_proj_ba``,
+key head by key head; Qwen3.5 has ``in_proj_qkv``, ``in_proj_z``, ``in_proj_b`` and
+``in_proj_a``."""
 
 
 class GatedDeltaNet:
-    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; with 8-bit weights the gates b and a, few rows on
-    which the whole state hangs, are another in full precision."""
+    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; with 8-bit
+    weights the gates b and a, few rows on which the whole state hangs, are another in full
+    precision."""
 
     def __init__(
         self, model: ModelConfig, layer: int, kernels: Kernels, place: WeightSpec, *, layout: Layout
@@ -83,7 +85,8 @@ class GatedDeltaNet:
         yield from self.output.parameters(f"{prefix}.out_proj")
 
     def _gathered(self, sizes: list[int]) -> torch.Tensor:
-        """Rows of a matrix that has ``sizes`` next to each other for every key head, ordered by kind instead."""
+        """Rows of a matrix that has ``sizes`` next to each other for every key head, ordered by
+        kind instead."""
         heads = self.shape.num_key_heads
         rows = torch.arange(heads * sum(sizes)).view(heads, sum(sizes))
         return torch.cat([part.flatten() for part in rows.split(sizes, dim=1)])
@@ -104,7 +107,8 @@ class GatedDeltaNet:
     def mix(
         self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, HV, V]``."""
+        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, HV,
+        V]``."""
         qkv, _, b, a = projected[: inputs.num_tokens].split(self.sizes, dim=-1)
         windows, states = pools[0][self.layer], pools[1][self.layer]
         outs, decodes = [], inputs.num_decode

@@ -35,7 +35,8 @@ class PrefillPart:
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """T = D + P tokens, decode first. Hidden states have ``num_rows >= T`` rows; those past T are padding."""
+    """T = D + P tokens, decode first. Hidden states have ``num_rows >= T`` rows; those past T are
+    padding."""
 
     num_tokens: int
     num_decode: int

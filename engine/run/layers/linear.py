@@ -11,7 +11,8 @@ from engine.run.layers.parameters import Parameter, WeightSpec
 
 
 class Linear:
-    """``x @ weight.T + bias``, rows independent of how many there are; 8-bit where ``place`` says so, unless ``full_precision``."""
+    """``x @ weight.T + bias``, rows independent of how many there are; 8-bit where ``place`` says
+    so, unless ``full_precision``."""
 
     def __init__(
         self,

@@ -37,7 +37,8 @@ class MLP:
 
 
 class ExpertsMLP:
-    """A few experts per token, chosen by a router, beside a shared expert with a gate of its own."""
+    """A few experts per token, chosen by a router, beside a shared expert with a gate of its
+    own."""
 
     def __init__(
         self,
@@ -52,7 +53,8 @@ class ExpertsMLP:
         self.stacked_names = stacked_names
         self.w13 = place.empty(shape.num_experts, 2 * shape.intermediate_size, hidden_size)
         self.w2 = place.empty(shape.num_experts, hidden_size, shape.intermediate_size)
-        # Router and shared gate read the same input: one product, and one where a little decides much.
+        # Router and shared gate read the same input: one product, and one where a little decides
+        # much.
         self.router = Linear(
             hidden_size, shape.num_experts + 1, kernels, place, full_precision=True
         )

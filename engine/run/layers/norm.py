@@ -11,7 +11,8 @@ from engine.run.layers.parameters import Parameter, WeightSpec
 
 
 class RMSNorm:
-    """``x / rms(x) * weight``; with ``centred`` the weight is stored around zero: ``* (1 + weight)``."""
+    """``x / rms(x) * weight``; with ``centred`` the weight is stored around zero: ``* (1 +
+    weight)``."""
 
     def __init__(
         self, size: int, eps: float, kernels: Kernels, place: WeightSpec, *, centred: bool

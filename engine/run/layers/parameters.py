@@ -11,7 +11,8 @@ import torch
 from engine.run.model_config import ModelError
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
-"""What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0 (Gemma-style), a norm's 1."""
+"""What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
+(Gemma-style), a norm's 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,5 +59,6 @@ class WeightSpec:
         except RuntimeError:  # All that torch's CPU allocator raises.
             sizes = " x ".join(map(str, shape))
             raise ModelError(
-                f"the weights do not fit the memory of {self.device}: there was none left for one of {sizes}."
+                f"the weights do not fit the memory of {self.device}: there was none left for one "
+                f"of {sizes}."
             ) from None

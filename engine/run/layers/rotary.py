@@ -8,8 +8,8 @@ from engine.run.model_config import ModelConfig
 
 
 class RotaryTable:
-    """cos and sin ``[max_model_len, R]`` in the model's dtype, both halves equal: looked up, so that a position always has
-    the same bits."""
+    """cos and sin ``[max_model_len, R]`` in the model's dtype, both halves equal: looked up, so
+    that a position always has the same bits."""
 
     def __init__(
         self, model: ModelConfig, max_model_len: int, device: torch.device, dtype: torch.dtype

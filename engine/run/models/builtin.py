@@ -1,5 +1,5 @@
-"""The model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes. Its weights are seeded and
-untrained: it shows how serving behaves, not what language models say."""
+"""The model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes. Its weights
+are seeded and untrained: it shows how serving behaves, not what language models say."""
 
 from __future__ import annotations
 

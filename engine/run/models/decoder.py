@@ -1,7 +1,9 @@
-"""The decoder that all families share: embedding, layers, final norm, head. A family says how its layers are made.
+"""The decoder that all families share: embedding, layers, final norm, head. A family says how its
+layers are made.
 
-A layer runs in three parts, so that the dense ones can be captured as device graphs around the middle one, which works
-on the pools: ``project`` (norm, input product), ``mix`` (attention or scan), ``finish`` (output product, norm, MLP).
+A layer runs in three parts, so that the dense ones can be captured as device graphs around the
+middle one, which works on the pools: ``project`` (norm, input product), ``mix`` (attention or
+scan), ``finish`` (output product, norm, MLP).
 """
 
 from __future__ import annotations

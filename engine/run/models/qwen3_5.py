@@ -1,4 +1,5 @@
-"""Qwen3.5, dense: Qwen3-Next's mixers with plain MLPs, input projections of the linear layers split by kind."""
+"""Qwen3.5, dense: Qwen3-Next's mixers with plain MLPs, input projections of the linear layers split
+by kind."""
 
 from __future__ import annotations
 

@@ -6,4 +6,5 @@ from engine.run.models.qwen3_5 import Qwen3_5
 
 
 class Qwen3_5Moe(Qwen3_5):
-    """The text part of a Qwen3.5-MoE checkpoint; its experts come as one tensor each of gate-and-up and of down."""
+    """The text part of a Qwen3.5-MoE checkpoint; its experts come as one tensor each of gate-and-up
+    and of down."""

@@ -1,4 +1,5 @@
-"""Qwen3-Next: three Gated DeltaNet layers to one of gated attention, experts with a shared one in every layer."""
+"""Qwen3-Next: three Gated DeltaNet layers to one of gated attention, experts with a shared one in
+every layer."""
 
 from __future__ import annotations
 

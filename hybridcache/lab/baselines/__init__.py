@@ -1,4 +1,5 @@
-"""The peers' caches, rebuilt from their published behaviour: chosen by word, replayed beside our own."""
+"""The peers' caches, rebuilt from their published behaviour: chosen by word, replayed beside our
+own."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ BASELINES: dict[str, BaselineFactory] = {
     "marconi-repaired": partial(MarconiCache, reading="repaired"),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
 }
-"""Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``: states are paid for out of the
-budget, where LightLLM keeps them in host memory beside it."""
+"""Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``:
+states are paid for out of the budget, where LightLLM keeps them in host memory beside it."""
 
 
 def build_baseline(word: str, config: BaselineConfig) -> Baseline:

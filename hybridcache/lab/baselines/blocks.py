@@ -1,4 +1,5 @@
-"""vLLM's block pool: blocks of equal size, one free queue in the order they will be reused, content keys on blocks."""
+"""vLLM's block pool: blocks of equal size, one free queue in the order they will be reused, content
+keys on blocks."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ from collections.abc import Hashable, Iterable
 
 
 class BlockPool:
-    """``num_blocks`` blocks, all free at first. One that is free keeps its content until it is handed out again.
+    """``num_blocks`` blocks, all free at first. One that is free keeps its content until it is
+    handed out again.
 
-    A block may carry several keys (a full block's, and that of a part of it that can be resumed), and a key may stand on
-    several blocks: content computed twice is stored twice. Every operation is O(1) a block.
+    A block may carry several keys (a full block's, and that of a part of it that can be resumed),
+    and a key may stand on several blocks: content computed twice is stored twice. Every operation
+    is O(1) a block.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -33,14 +36,16 @@ class BlockPool:
         self._references[block] += 1
 
     def allocate(self) -> int:
-        """The block at the head of the free queue, its content forgotten. Raises KeyError if none is free."""
+        """The block at the head of the free queue, its content forgotten. Raises KeyError if none
+        is free."""
         block, _ = self.free.popitem(last=False)
         self._forget(block)
         self._references[block] = 1
         return block
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Let go of each block once. Those nobody holds any more queue last, in the order given; without content, first."""
+        """Let go of each block once. Those nobody holds any more queue last, in the order given;
+        without content, first."""
         empty = []
         for block in blocks:
             self._references[block] -= 1
@@ -52,8 +57,9 @@ class BlockPool:
             self.free.move_to_end(block, last=False)
 
     def register(self, block: int, key: Hashable, length: int) -> None:
-        """Say that ``block`` holds ``key``, which ends ``length`` tokens into the text. A key longer than the block's first one
-        takes the place of all it had (it has grown); a shorter one stands beside them."""
+        """Say that ``block`` holds ``key``, which ends ``length`` tokens into the text. A key
+        longer than the block's first one takes the place of all it had (it has grown); a shorter
+        one stands beside them."""
         keys = self._keys_of.get(block, ())
         if key in keys:
             return
@@ -72,7 +78,8 @@ class BlockPool:
             self.register(target, key, length)
 
     def check(self) -> None:
-        """AssertionError unless every block is held or free, once, and keys and blocks name each other. O(blocks)."""
+        """AssertionError unless every block is held or free, once, and keys and blocks name each
+        other. O(blocks)."""
         held = sum(count > 0 for count in self._references)
         assert held + len(self.free) == self.num_blocks, "blocks: held + free != all"
         assert all(self._references[block] == 0 for block in self.free), "a held block is free"

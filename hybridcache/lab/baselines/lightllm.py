@@ -1,18 +1,20 @@
-"""LightLLM's paged hybrid cache: a tree of 512-token hash pages, states in host memory, decode thrown away.
+"""LightLLM's paged hybrid cache: a tree of 512-token hash pages, states in host memory, decode
+thrown away.
 
 Published behaviour that decides its hit rates:
 
-- Prompts are hashed in pages of 512 tokens, the last token excluded; a node is one page (or one *big page* of several),
-  so nothing is split and a hit comes in pages.
-- One state per prompt, at ``floor((prompt - 1) / page) * page``, in a pool of host buffers (512 by default) that the
-  device budget does not pay for. With big pages every big-page end carries a state too, always kept with its page.
-- A match is trimmed back to the deepest page with a state; all KV past the state position, the answer's included, is
-  freed when the request ends.
-- KV is evicted leaf by leaf, stateless leaves first, then least recently used; host buffers least recently used, the
-  node staying behind without its state.
+- Prompts are hashed in pages of 512 tokens, the last token excluded; a node is one page (or one
+  *big page* of several), so nothing is split and a hit comes in pages.
+- One state per prompt, at ``floor((prompt - 1) / page) * page``, in a pool of host buffers (512 by
+  default) that the device budget does not pay for. With big pages every big-page end carries a
+  state too, always kept with its page.
+- A match is trimmed back to the deepest page with a state; all KV past the state position, the
+  answer's included, is freed when the request ends.
+- KV is evicted leaf by leaf, stateless leaves first, then least recently used; host buffers least
+  recently used, the node staying behind without its state.
 
-``counted`` is not LightLLM: its states are paid for out of the device budget, as many as are worth their place there, so that
-it can be compared with caches that have no memory beside it.
+``counted`` is not LightLLM: its states are paid for out of the device budget, as many as are worth
+their place there, so that it can be compared with caches that have no memory beside it.
 """
 
 from __future__ import annotations
@@ -59,9 +61,11 @@ class _Found(NamedTuple):
 
 
 class LightllmCache:
-    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` None: off, the default).
+    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` None: off, the
+    default).
 
-    ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of host buffers.
+    ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of
+    host buffers.
     """
 
     def __init__(
@@ -101,7 +105,8 @@ class LightllmCache:
         return LightllmSession(self, root, tokens, found)
 
     def allocate(self, num_tokens: int) -> bool:
-        """Take rows, evicting unreferenced leaves; False (and nothing taken) if that many can not be had."""
+        """Take rows, evicting unreferenced leaves; False (and nothing taken) if that many are not
+        available."""
         while self.free_tokens < num_tokens and self.leaves:
             self._evict_leaf()
         if self.free_tokens < num_tokens:
@@ -115,8 +120,8 @@ class LightllmCache:
         self.held_tokens -= num_tokens
 
     def publish(self, root: _Page, tokens: Tokens, cached_len: int) -> int:
-        """Insert a computed prompt's whole pages with its states; returns how many new tokens the tree took over: none, where
-        states are counted and there is no room for them."""
+        """Insert a computed prompt's whole pages with its states; returns how many new tokens the
+        tree took over: none, where states are counted and there is no room for them."""
         node, taken, start = root, 0, 0
         end = (len(tokens) - 1) // self.page * self.page
         num_big = 0 if self.big_page is None else end // self.big_page - cached_len // self.big_page

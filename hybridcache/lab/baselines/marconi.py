@@ -1,35 +1,44 @@
-"""Marconi (MLSys'25, arXiv 2411.19379): a radix tree, two checkpoints a request, eviction by recency + alpha * FLOPs per byte.
+"""Marconi (MLSys'25, arXiv 2411.19379): a radix tree, two checkpoints a request, eviction by
+recency + alpha * FLOPs per byte.
 
-Eq. 1: ``efficiency(n)`` = FLOPs that hitting ``n`` saves over hitting its parent / bytes of ``n``'s own KV and state.
-Eq. 2: ``score(n)`` = recency + alpha * efficiency, both min-max normalised over the candidates; the least goes.
-Candidates have at most one child; a leaf frees KV and state, an inner node its state, its KV joining the child's edge.
-Admission: the last decoded token, and the point where an insertion splits an edge (so a fork pays on its third sighting). Only
-the consumed node's recency is refreshed.
+Eq. 1: ``efficiency(n)`` = FLOPs that hitting ``n`` saves over hitting its parent / bytes of ``n``'s
+own KV and state. Eq. 2: ``score(n)`` = recency + alpha * efficiency, both min-max normalised over
+the candidates; the least goes. Candidates have at most one child; a leaf frees KV and state, an
+inner node its state, its KV joining the child's edge. Admission: the last decoded token, and the
+point where an insertion splits an edge (so a fork pays on its third sighting). Only the consumed
+node's recency is refreshed.
 
-The paper and its artifact (0801661, 2025-03-05) differ, and results depend on it in both directions. Three readings:
+The paper and its artifact (0801661, 2025-03-05) differ, and results depend on it in both
+directions. Three readings:
 
-=====================  ==========================  ===========================================  ===================
-\                      ``paper``                   ``artifact``                                 ``repaired``
-=====================  ==========================  ===========================================  ===================
-MLP saved              less the parent's MLP       less the *attention* of the parent's prefix  as the paper
+=====================  ==========================  ===========================================
+=================== \                      ``paper``                   ``artifact``
+``repaired`` =====================  ==========================
+===========================================  =================== MLP saved              less the
+parent's MLP       less the *attention* of the parent's prefix  as the paper
                                                    in as many layers as there are MLPs
-bytes in Eq. 1         own edge's KV, state        KV of the whole prefix, state                as the paper
-bytes of a dead leaf   its own                     the edge of the candidate walked last        its own
-recency                time                        ``1 / (now - time)``                         as the artifact
-of a merged node       its child's                 the later of both                            as the artifact
-insertion              splits get a state where    splits get a state where prompt + answer     as the artifact
+bytes in Eq. 1         own edge's KV, state        KV of the whole prefix, state                as
+the paper bytes of a dead leaf   its own                     the edge of the candidate walked last
+its own recency                time                        ``1 / (now - time)``
+as the artifact of a merged node       its child's                 the later of both
+as the artifact insertion              splits get a state where    splits get a state where prompt +
+answer     as the artifact
                        the prompt leaves           leave; matches and refreshes once more
-room is made           after it, both new          before it, for all it may need;              as the artifact
+room is made           after it, both new          before it, for all it may need;              as
+the artifact
                        checkpoints spared          nothing is spared
-alpha is tuned after   ``(1 + window) * n``        ``window * n`` requests, on FLOPs saved      as the artifact
+alpha is tuned after   ``(1 + window) * n``        ``window * n`` requests, on FLOPs saved      as
+the artifact
                        requests, on tokens hit
-=====================  ==========================  ===========================================  ===================
+=====================  ==========================  ===========================================
+===================
 
-``alpha=None`` tunes it: 0 until the first eviction, in request ``n``; all requests up to then are replayed over 0, 0.1 … 2, and
-what is best is kept for good.
+``alpha=None`` tunes it: 0 until the first eviction, in request ``n``; all requests up to then are
+replayed over 0, 0.1 … 2, and what is best is kept for good.
 
-Left out in all: a running request's own memory (so nothing ever waits), and that the artifact can skip a whole prompt (here the
-last token is always computed) and goes on matching below an edge that it left.
+Left out in all: a running request's own memory (so nothing ever waits), and that the artifact can
+skip a whole prompt (here the last token is always computed) and goes on matching below an edge that
+it left.
 """
 
 from __future__ import annotations
@@ -58,7 +67,8 @@ ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))
 
 @dataclass(frozen=True, slots=True)
 class LayerFlops:
-    """Forward FLOPs of ``length`` tokens by layer kind, as the paper counts them (MHA, two MLP matrices of 4 D)."""
+    """Forward FLOPs of ``length`` tokens by layer kind, as the paper counts them (MHA, two MLP
+    matrices of 4 D)."""
 
     num_attention: int = 4
     num_linear: int = 24
@@ -89,11 +99,12 @@ class LayerFlops:
 
 
 class MarconiCache:
-    """Marconi in one of its readings. One byte budget; a running request's own memory is not counted (as in the artifact).
+    """Marconi in one of its readings. One byte budget; a running request's own memory is not
+    counted (as in the artifact).
 
-    ``window``: how many times the requests before the first eviction the tuning of alpha waits for, 5 to 15 as published.
-    ``leaf_lru`` turns it into the paper's SGLang+ baseline: the same admission, leaves only, least recently used, the whole
-    path refreshed by a hit.
+    ``window``: how many times the requests before the first eviction the tuning of alpha waits for,
+    5 to 15 as published. ``leaf_lru`` turns it into the paper's SGLang+ baseline: the same
+    admission, leaves only, least recently used, the whole path refreshed by a hit.
     """
 
     def __init__(
@@ -122,7 +133,8 @@ class MarconiCache:
         self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
-        """Match ``tokens``; never None, as no memory is held before the request is over. O(prompt)."""
+        """Match ``tokens``; never None, as no memory is held before the request is over.
+        O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node = self._match(root, tokens[:-1])
         self.hit_tokens += node.depth
@@ -132,7 +144,8 @@ class MarconiCache:
     def finished(
         self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
     ) -> None:
-        """A request is over: admit it, and tune alpha when the time has come. O(prompt), an eviction O(tree)."""
+        """A request is over: admit it, and tune alpha when the time has come. O(prompt), an
+        eviction O(tree)."""
         if self.reading == "paper":
             self._insert_then_evict(root, tokens, output)
             self._learn(tokens, output, namespace)
@@ -145,7 +158,8 @@ class MarconiCache:
         return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
 
     def check(self) -> None:
-        """AssertionError if the bytes counted are not the tree's, or the candidates not its nodes of at most one child. O(tree)."""
+        """AssertionError if the bytes counted are not the tree's, or the candidates not its nodes
+        of at most one child. O(tree)."""
         used = 0
         stack = list(self.roots.values())
         while stack:
@@ -183,7 +197,8 @@ class MarconiCache:
         self._evict(self.used_bytes - self.config.budget_bytes, fresh)
 
     def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
-        """Room for the whole text and at most two states; then the end of the text and the split its insertion makes."""
+        """Room for the whole text and at most two states; then the end of the text and the split
+        its insertion makes."""
         self.clock += 1
         reusable = self._match(root, whole)
         _, matched = walk(root, whole)
@@ -316,8 +331,8 @@ class MarconiSession:
 
 
 class _Tuner:
-    """Records requests from the start, as alpha changes nothing before the first eviction, and replays them once there are
-    ``wait`` times as many as then."""
+    """Records requests from the start, as alpha changes nothing before the first eviction, and
+    replays them once there are ``wait`` times as many as then."""
 
     def __init__(self, wait: int) -> None:
         self._wait = wait

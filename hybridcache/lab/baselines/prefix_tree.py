@@ -1,4 +1,5 @@
-"""The compressed radix tree that SGLang's and Marconi's caches share: splits, and a state flag at node ends."""
+"""The compressed radix tree that SGLang's and Marconi's caches share: splits, and a state flag at
+node ends."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def new_root() -> PrefixNode:
 
 
 def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
-    """The last node reached and how many tokens matched: less than its depth when the match ends inside its edge. O(n)."""
+    """The last node reached and how many tokens matched: less than its depth when the match ends
+    inside its edge. O(n)."""
     node, matched = root, 0
     while matched < len(tokens):
         child = node.children.get(int(tokens[matched]))
@@ -62,7 +64,8 @@ def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
 
 
 def split(node: PrefixNode, depth: int) -> PrefixNode:
-    """Cut ``node``'s edge at ``depth``; returns the new upper node, which has the KV locks but no state."""
+    """Cut ``node``'s edge at ``depth``; returns the new upper node, which has the KV locks but no
+    state."""
     parent = node.parent
     assert parent is not None and parent.depth < depth < node.depth
     at = depth - parent.depth
@@ -75,8 +78,8 @@ def split(node: PrefixNode, depth: int) -> PrefixNode:
 
 
 def grow(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int, PrefixNode | None]:
-    """Make ``tokens`` end at a node; returns it, how many tokens are new, and the node a split made where the new tokens
-    leave the tree (None: no edge was split there). O(n)."""
+    """Make ``tokens`` end at a node; returns it, how many tokens are new, and the node a split made
+    where the new tokens leave the tree (None: no edge was split there). O(n)."""
     node, matched = walk(root, tokens)
     fork = None
     if matched < node.depth:
@@ -108,7 +111,8 @@ def merge_into_child(node: PrefixNode) -> PrefixNode:
 
 
 def nodes(root: PrefixNode) -> Iterator[PrefixNode]:
-    """Every node below ``root``, each before its children, these in the order in which they first came. O(tree)."""
+    """Every node below ``root``, each before its children, these in the order in which they first
+    came. O(tree)."""
     stack = list(reversed(root.children.values()))
     while stack:
         node = stack.pop()

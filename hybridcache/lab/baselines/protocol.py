@@ -1,8 +1,9 @@
 """What a rebuilt peer must answer, and what it is given.
 
-A peer owns its memory in its own unit (inflated pages, hash pages, two pools), so it does not stand behind
-``PrefixCache``: a request is *begun* (matched, its prompt computed) and *finished* (its answer decoded, everything
-released). Between the two it holds its memory, so concurrent requests press on each other as they do in the peer.
+A peer owns its memory in its own unit (inflated pages, hash pages, two pools), so it does not stand
+behind ``PrefixCache``: a request is *begun* (matched, its prompt computed) and *finished* (its
+answer decoded, everything released). Between the two it holds its memory, so concurrent requests
+press on each other as they do in the peer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class BaselineConfig:
-    """The memory a peer is given and the model's sizes. One byte budget, unless the peer splits it (see ``split``)."""
+    """The memory a peer is given and the model's sizes. One byte budget, unless the peer splits it
+    (see ``split``)."""
 
     budget_bytes: int
     kv_bytes_per_token: int
@@ -51,8 +53,9 @@ class Baseline(Protocol):
     """A peer's prefix cache."""
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> Session | None:
-        """Match ``tokens``, take what the prefill needs (evicting), compute the prompt. None: too little memory is
-        free of running requests; nothing is held and the caller waits. O(prompt)."""
+        """Match ``tokens``, take what the prefill needs (evicting), compute the prompt. None: too
+        little memory is free of running requests; nothing is held and the caller waits.
+        O(prompt)."""
         ...
 
     def check(self) -> None:
@@ -64,7 +67,8 @@ BaselineFactory = Callable[[BaselineConfig], Baseline]
 
 
 def replay(baseline: Baseline, tokens: Tokens, output: Tokens, namespace: Hashable = None) -> int:
-    """One request on its own, begun and finished; returns its ``cached_len`` (0 if it does not fit at all)."""
+    """One request on its own, begun and finished; returns its ``cached_len`` (0 if it does not fit
+    at all)."""
     session = baseline.begin(tokens, namespace)
     if session is None:
         return 0

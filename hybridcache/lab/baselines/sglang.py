@@ -1,20 +1,26 @@
-"""SGLang 0.5.23's hybrid radix cache: one tree, one component for KV and one for states, two LRUs, a static split.
+"""SGLang 0.5.23's hybrid radix cache: one tree, one component for KV and one for states, two LRUs,
+a static split.
 
-Source: the published behaviour of its unified radix cache and Mamba component at 0.5.23. What decides its hit rates:
+Source: the published behaviour of its unified radix cache and Mamba component at 0.5.23. What
+decides its hit rates:
 
-- A match asks for ``prompt - 1`` tokens and ends at the deepest node with a state; only that node's state is refreshed.
-  It splits edges, and a split leaves the state on the lower node.
-- ``extra_buffer`` saves one state per extend: at ``prefix + floor(extend / grid) * grid``, *or instead* at the branch point
-  (how deep KV alone matched, floored to the grid); in decode one every 256 tokens. A finished request that crossed no
-  such boundary keeps nothing of its answer. ``end`` saves one state at the very end of the request.
-- KV is evicted leaf by leaf, least recently used, and a leaf's state goes with it. States are evicted least recently
-  used: an inner node's becomes a tombstone, a leaf's takes the leaf's KV along.
-- ``max_states_per_path`` drops the shallowest states of the inserted path beyond it, never the tail or a fork.
+- A match asks for ``prompt - 1`` tokens and ends at the deepest node with a state; only that node's
+  state is refreshed. It splits edges, and a split leaves the state on the lower node.
+- ``extra_buffer`` saves one state per extend: at ``prefix + floor(extend / grid) * grid``, *or
+  instead* at the branch point (how deep KV alone matched, floored to the grid); in decode one every
+  256 tokens. A finished request that crossed no such boundary keeps nothing of its answer. ``end``
+  saves one state at the very end of the request.
+- KV is evicted leaf by leaf, least recently used, and a leaf's state goes with it. States are
+  evicted least recently used: an inner node's becomes a tombstone, a leaf's takes the leaf's KV
+  along.
+- ``max_states_per_path`` drops the shallowest states of the inserted path beyond it, never the tail
+  or a fork.
 - Memory is split between states and KV in the ratio 0.9, once.
 
-Left out: pages of more than one token, the host and storage tiers, speculative decoding, retraction, the slots that a strategy
-reserves but does not use, that the server dies where no slot can be had (here the request waits), and the sweep of leaves that
-are left without a state (here they are the next to go).
+Left out: pages of more than one token, the host and storage tiers, speculative decoding,
+retraction, the slots that a strategy reserves but does not use, that the server dies where no slot
+is available (here the request waits), and the sweep of leaves that are left without a state (here
+they are the next to go).
 """
 
 from __future__ import annotations
@@ -46,7 +52,8 @@ PlacementWord = Literal["end", "extra_buffer"]
 
 
 class SglangCache:
-    """SGLang 0.5.23. ``num_kv_tokens`` and ``num_slots`` override the static split of the byte budget."""
+    """SGLang 0.5.23. ``num_kv_tokens`` and ``num_slots`` override the static split of the byte
+    budget."""
 
     def __init__(
         self,
@@ -75,7 +82,8 @@ class SglangCache:
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
-        """Match ``tokens``, take memory (evicting) and compute the prompt; None if it does not fit beside running requests. O(prompt)."""
+        """Match ``tokens``, take memory (evicting) and compute the prompt; None if it does not fit
+        beside running requests. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)
@@ -85,7 +93,8 @@ class SglangCache:
         return session
 
     def check(self) -> None:
-        """AssertionError if tokens or slots are lost or twice owned, or a list is not what the tree says. O(tree)."""
+        """AssertionError if tokens or slots are lost or twice owned, or a list is not what the tree
+        says. O(tree)."""
         cached = 0
         leaves, with_state = set(), set()
         for root in self.roots.values():
@@ -104,7 +113,8 @@ class SglangCache:
         assert leaves == set(self.leaves.values()), "leaf set"
 
     def match(self, root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
-        """The deepest node with a state and how deep KV alone matched; splits where the match ends inside an edge."""
+        """The deepest node with a state and how deep KV alone matched; splits where the match ends
+        inside an edge."""
         node, matched = walk(root, tokens)
         if matched < node.depth:
             node = split(node, matched)
@@ -145,7 +155,8 @@ class SglangCache:
             self.list_leaf(step)
 
     def allocate_tokens(self, num_tokens: int) -> bool:
-        """Take KV rows, evicting leaves; False, with nothing taken, if all that may go does not suffice."""
+        """Take KV rows, evicting leaves; False, with nothing taken, if all that may go does not
+        suffice."""
         while self.free_tokens < num_tokens and self.leaves:
             _, leaf = self.leaves.popitem(0)
             self.drop_leaf(leaf)
@@ -184,8 +195,8 @@ class SglangCache:
         self.list_leaf(remove_leaf(leaf))
 
     def insert(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
-        """Hand over one held slot and the KV of ``tokens`` that the tree lacks; the slot comes back to the caller (freed
-        here) if a state is there already. New KV leaves the caller's hands."""
+        """Hand over one held slot and the KV of ``tokens`` that the tree lacks; the slot comes back
+        to the caller (freed here) if a state is there already. New KV leaves the caller's hands."""
         walked, _ = walk(root, tokens)
         if walked.parent is not None:
             self.unlist_leaf(walked)
@@ -287,7 +298,8 @@ class SglangSession:
         return taken
 
     def _publish(self, tokens: Tokens) -> None:
-        """Donate a slot at the end of ``tokens`` and move the lock there; duplicate rows are freed."""
+        """Donate a slot at the end of ``tokens`` and move the lock there; duplicate rows are
+        freed."""
         cache = self.cache
         before = cache.held_tokens
         node = cache.insert(self.root, tokens)

@@ -1,26 +1,33 @@
-"""vLLM 0.33's hybrid prefix cache: chained block hashes, one free queue, states only where a prefill chunk ends.
+"""vLLM 0.33's hybrid prefix cache: chained block hashes, one free queue, states only where a
+prefill chunk ends.
 
-Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block pool, chunk split) at 0.33.0, `align` mode, one
-attention group, no speculative decoding. What decides its hit rates:
+Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block pool, chunk split) at
+0.33.0, `align` mode, one attention group, no speculative decoding. What decides its hit rates:
 
-- *Inflation.* An attention block holds as many bytes as a state page (1,056 tokens on Qwen3-Next in float32). Layers are
-  grouped by the number of full-attention layers: a state costs one block in each of the ``num_linear / num_full`` groups.
-- *One free queue* for all groups, least recently freed first, blind to kind and cost; a block without content goes first.
-  One block of the pool, the null block, is never used.
-- *Chunks* end at the prompt's last block boundary, at the *junction* (how deep attention blocks matched beyond the state, so
-  that a fork pays on its third sighting, floored to a block), and with a match unit also at the prompt's last unit boundary
-  and at the first block boundary after a resume inside a block.
-- *Retention.* 0 registers the states of those stops; ``None`` every chunk end and every block crossed in decode.
-- *Match unit* below the block size: the blocks of the prompt's last unit boundary are registered under their part. The
-  attention block goes on growing under both keys. The states' block is written over, so a copy is made for the cache, and
-  the cache lets go of it at once: it is older in the queue than all else of its request.
-- *Resuming inside a block* copies the tail (attention and states); the blocks copied from are let go after that pass.
-- *Release.* A superseded state is let go one pass after the next block was entered, before the request's attention blocks;
-  at the end the attention blocks go, deepest first, then the states. The last token decoded is never computed.
+- *Inflation.* An attention block holds as many bytes as a state page (1,056 tokens on Qwen3-Next in
+  float32). Layers are grouped by the number of full-attention layers: a state costs one block in
+  each of the ``num_linear / num_full`` groups.
+- *One free queue* for all groups, least recently freed first, blind to kind and cost; a block
+  without content goes first. One block of the pool, the null block, is never used.
+- *Chunks* end at the prompt's last block boundary, at the *junction* (how deep attention blocks
+  matched beyond the state, so that a fork pays on its third sighting, floored to a block), and with
+  a match unit also at the prompt's last unit boundary and at the first block boundary after a
+  resume inside a block.
+- *Retention.* 0 registers the states of those stops; ``None`` every chunk end and every block
+  crossed in decode.
+- *Match unit* below the block size: the blocks of the prompt's last unit boundary are registered
+  under their part. The attention block goes on growing under both keys. The states' block is
+  written over, so a copy is made for the cache, and the cache lets go of it at once: it is older in
+  the queue than all else of its request.
+- *Resuming inside a block* copies the tail (attention and states); the blocks copied from are let
+  go after that pass.
+- *Release.* A superseded state is let go one pass after the next block was entered, before the
+  request's attention blocks; at the end the attention blocks go, deepest first, then the states.
+  The last token decoded is never computed.
 - Blocks are never de-duplicated: what is computed again is stored again.
 
-Left out: preemption, the wait of a request for a state that another produces in the same step, offload tiers, and states
-exported from within a chunk (an option of one backend).
+Left out: preemption, the wait of a request for a state that another produces in the same step,
+offload tiers, and states exported from within a chunk (an option of one backend).
 """
 
 from __future__ import annotations
@@ -43,8 +50,8 @@ _ATTENTION = -1
 
 
 def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
-    """Tokens per block: the least multiple of the kernel block, the match unit and the trace's unit whose attention page
-    holds a state page."""
+    """Tokens per block: the least multiple of the kernel block, the match unit and the trace's unit
+    whose attention page holds a state page."""
     attention_row = config.kv_bytes_per_token // config.num_full_layers
     state_page = -(-config.state_bytes // config.num_linear_layers)
     step = math.lcm(KERNEL_BLOCK, config.unit, match_unit)
@@ -52,7 +59,8 @@ def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
 
 
 class PrefixHashes:
-    """A digest of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) * unit``. O(ids)."""
+    """A digest of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) *
+    unit``. O(ids)."""
 
     def __init__(self, namespace: Hashable, unit: int) -> None:
         self.digests: list[bytes] = []
@@ -82,8 +90,9 @@ class _Hit:
 class VllmCache:
     """vLLM 0.33 in ``align`` mode.
 
-    ``match_unit``: tokens (None: the block). ``retention``: 0 keeps the states of prompt ends and junctions, N (a multiple of
-    the block) those and every N tokens where a chunk ends, None all. Raises ValueError on any other retention.
+    ``match_unit``: tokens (None: the block). ``retention``: 0 keeps the states of prompt ends and
+    junctions, N (a multiple of the block) those and every N tokens where a chunk ends, None all.
+    Raises ValueError on any other retention.
     """
 
     def __init__(
@@ -110,7 +119,8 @@ class VllmCache:
         return self.unit < self.block_size
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
-        """Match ``tokens`` and compute the prompt; None if its blocks do not fit beside running requests. O(prompt)."""
+        """Match ``tokens`` and compute the prompt; None if its blocks do not fit beside running
+        requests. O(prompt)."""
         hashes = PrefixHashes(namespace, self.unit)
         hashes.extend(tokens)
         hit = self._match(hashes.digests, len(tokens) - 1)
@@ -126,7 +136,8 @@ class VllmCache:
         self.pool.check()
 
     def _match(self, digests: list[bytes], limit: int) -> _Hit:
-        """Attention left to right, then the deepest state at or before its end. At most ``limit`` tokens."""
+        """Attention left to right, then the deepest state at or before its end. At most ``limit``
+        tokens."""
         attention, reach = self._match_attention(digests, limit)
         for count in range(reach // self.unit, 0, -1):
             states = self._states(digests[count - 1])
@@ -137,7 +148,8 @@ class VllmCache:
         return _Hit(0, (), (), reach)
 
     def _match_attention(self, digests: list[bytes], limit: int) -> tuple[list[int], int]:
-        """Full blocks from the start, then the deepest registered part of the next; and how many tokens that is."""
+        """Full blocks from the start, then the deepest registered part of the next; and how many
+        tokens that is."""
         lookup, per_block = self.pool.lookup, self.block_size // self.unit
         blocks: list[int] = []
         for depth in range(1, limit // self.block_size + 1):
@@ -166,7 +178,8 @@ class VllmCache:
 class VllmSession:
     """One request: its block tables, one of attention and one of each state group.
 
-    A table of states has a block where a state stands and nothing elsewhere: {depth in blocks: block}.
+    A table of states has a block where a state stands and nothing elsewhere: {depth in blocks:
+    block}.
     """
 
     def __init__(self, cache: VllmCache, tokens: Tokens, hashes: PrefixHashes, hit: _Hit) -> None:
@@ -199,7 +212,8 @@ class VllmSession:
             start = end
 
     def finish(self, output: Tokens) -> None:
-        """Decode ``output``, all but its last token computed, and release the request. O(output + blocks)."""
+        """Decode ``output``, all but its last token computed, and release the request. O(output +
+        blocks)."""
         self._hashes.extend(output)
         total = self._length + max(0, len(output) - 1)
         for end in self._decode_stops(total):
@@ -228,7 +242,8 @@ class VllmSession:
         return min((stop for stop in stops if start < stop < end), default=end)
 
     def _decode_stops(self, total: int) -> Iterator[int]:
-        """The tokens of decode at which blocks change hands: the first, and each block's last, first and second."""
+        """The tokens of decode at which blocks change hands: the first, and each block's last,
+        first and second."""
         size = self.cache.block_size
         stops = {self._length + 1}
         for boundary in range(self._length // size * size, total + 1, size):
@@ -236,8 +251,8 @@ class VllmSession:
         return (stop for stop in sorted(stops) if self._length < stop <= total)
 
     def _step(self, computed: int, end: int) -> None:
-        """One forward pass from ``computed`` to ``end``: superseded states go, blocks come, what is complete is registered,
-        and what was only needed for copying is let go."""
+        """One forward pass from ``computed`` to ``end``: superseded states go, blocks come, what is
+        complete is registered, and what was only needed for copying is let go."""
         self._retire(computed)
         copied = self._allocate(end)
         self._register_attention(end)
@@ -252,7 +267,8 @@ class VllmSession:
             self.pool.release([table.pop(depth) for depth in old])
 
     def _allocate(self, end: int) -> list[int]:
-        """Blocks for the tokens up to ``end``, and copies of a tail; returns the blocks to let go after the pass."""
+        """Blocks for the tokens up to ``end``, and copies of a tail; returns the blocks to let go
+        after the pass."""
         num_columns = -(-end // self.cache.block_size)
         tail = self._num_columns - 1
         copied = []

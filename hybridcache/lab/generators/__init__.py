@@ -1,4 +1,5 @@
-"""Seeded workloads by word: those that others were measured on, and families that differ only in how prompts overlap."""
+"""Seeded workloads by word: those that others were measured on, and families that differ only in
+how prompts overlap."""
 
 from __future__ import annotations
 

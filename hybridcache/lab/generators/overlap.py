@@ -1,8 +1,10 @@
-"""Families of workloads that differ only in how prompts overlap: the cases that separate placements.
+"""Families of workloads that differ only in how prompts overlap: the cases that separate
+placements.
 
-The five families are those of "Sparse Prefix Caching" (arXiv 2605.05219): where will the next prompt leave one that is cached? Theirs
-have one prefix or document of some hundred tokens; these have several, of thousands, and diffuse cuts are normal where theirs are uniform
-over the last five sixths.
+The five families are those of "Sparse Prefix Caching" (arXiv 2605.05219): where will the next
+prompt leave one that is cached? Theirs have one prefix or document of some hundred tokens; these
+have several, of thousands, and diffuse cuts are normal where theirs are uniform over the last five
+sixths.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def _text(rng: np.random.Generator, num_tokens: int) -> Tokens:
 def exact_hot_prefix(
     seed: int = 0, requests: int = 500, prefixes: int = 4, length: int = 4096, suffix: int = 256
 ) -> Trace:
-    """Every prompt is one of a few hot prefixes, whole, and a suffix of its own: one good position a prefix."""
+    """Every prompt is one of a few hot prefixes, whole, and a suffix of its own: one good position
+    a prefix."""
     source = partial(_exact_hot_prefix, seed, requests, prefixes, length, suffix)
     return Trace("exact-hot-prefix", 1, source)
 
@@ -42,7 +45,8 @@ def _exact_hot_prefix(
 
 
 def append_only_chat(seed: int = 0, sessions: int = 25, turns: int = 20, added: int = 400) -> Trace:
-    """Sessions in round-robin, each prompt the last prompt, its answer and ``added`` new tokens: the end is the position."""
+    """Sessions in round-robin, each prompt the last prompt, its answer and ``added`` new tokens:
+    the end is the position."""
     return Trace("append-only-chat", 1, partial(_append_only_chat, seed, sessions, turns, added))
 
 
@@ -60,7 +64,8 @@ def _append_only_chat(seed: int, sessions: int, turns: int, added: int) -> Itera
 def diffuse_cut_points(
     seed: int = 0, requests: int = 500, documents: int = 4, length: int = 8192, suffix: int = 256
 ) -> Trace:
-    """Prompts leave a long document at a normally distributed point (mean half of it, deviation an eighth): no position is right."""
+    """Prompts leave a long document at a normally distributed point (mean half of it, deviation an
+    eighth): no position is right."""
     source = partial(_cut_documents, seed, requests, documents, length, suffix, False)
     return Trace("diffuse-cut-points", 1, source)
 
@@ -68,7 +73,8 @@ def diffuse_cut_points(
 def uniform_adversary(
     seed: int = 0, requests: int = 500, documents: int = 4, length: int = 8192, suffix: int = 256
 ) -> Trace:
-    """Prompts leave a long document anywhere with equal probability: the worst case, balanced checkpoints are optimal."""
+    """Prompts leave a long document anywhere with equal probability: the worst case, balanced
+    checkpoints are optimal."""
     source = partial(_cut_documents, seed, requests, documents, length, suffix, True)
     return Trace("uniform-adversary", 1, source)
 
@@ -93,7 +99,8 @@ def agent_tree(
     root: int = 3000,
     step: int = 400,
 ) -> Trace:
-    """Each task is a tree of agent steps, explored breadth first: every step is continued ``width`` times."""
+    """Each task is a tree of agent steps, explored breadth first: every step is continued ``width``
+    times."""
     return Trace("agent-tree", 1, partial(_agent_tree, seed, tasks, depth, width, root, step))
 
 
@@ -113,5 +120,6 @@ def _agent_tree(
                     yield TraceRequest(float(number), task, None, prompt, answer, (root,))
                     number += 1
                     following.append(np.concatenate((prompt, answer)))
-            # Go on from every other step: the tree widens, the number of steps a level stays bounded.
+            # Go on from every other step: the tree widens, the number of steps a level stays
+            # bounded.
             level = following[:: max(1, len(following) // 8)]

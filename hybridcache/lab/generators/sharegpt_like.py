@@ -1,7 +1,9 @@
-"""Long chats as Marconi's evaluation selects them from ShareGPT: sessions of ten turns or more, started at a fixed rate.
+"""Long chats as Marconi's evaluation selects them from ShareGPT: sessions of ten turns or more,
+started at a fixed rate.
 
-The published statistics it follows: about 1,500 requests in 100 sessions, mean prompt 3,500 tokens, ideal token hit rate 97.6 %;
-session k starts at k / (sessions a second); a person answers after the time it takes to type the next question at 90 words a minute.
+The published statistics it follows: about 1,500 requests in 100 sessions, mean prompt 3,500 tokens,
+ideal token hit rate 97.6 %; session k starts at k / (sessions a second); a person answers after the
+time it takes to type the next question at 90 words a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def sharegpt_like(
     answer: int = 245,
     systems: int = 0,
 ) -> Trace:
-    """The first ``requests`` of ``sessions`` chats; questions and answers log-normal around medians ``user`` and ``answer``.
+    """The first ``requests`` of ``sessions`` chats; questions and answers log-normal around medians
+    ``user`` and ``answer``.
 
     With ``systems`` each session starts with one of so many shared prompts of 2,000 tokens.
     """

@@ -1,7 +1,9 @@
-"""Seeded workloads that others were measured on, each exactly as it was stated. One id is one token.
+"""Seeded workloads that others were measured on, each exactly as it was stated. One id is one
+token.
 
-``spread`` below is U(.3, 1.7) around a mean: ``int(mean * uniform(.3, 1.7))``. Requests come one at a time, a second apart. With
-``boundaries`` (the default) a prompt says where its system prompt, document or examples end, as a chat template or a client can.
+``spread`` below is U(.3, 1.7) around a mean: ``int(mean * uniform(.3, 1.7))``. Requests come one at
+a time, a second apart. With ``boundaries`` (the default) a prompt says where its system prompt,
+document or examples end, as a chat template or a client can.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def _numbered(draw: Callable[[int], _Drawn], seed: int, boundaries: bool) -> Ite
 
 
 def chat(seed: int = 0, boundaries: bool = True) -> Trace:
-    """40 conversations of 8 turns over 4 system prompts of 1,500; a turn brings about 300, its answer about 250.
+    """40 conversations of 8 turns over 4 system prompts of 1,500; a turn brings about 300, its
+    answer about 250.
 
     Each round visits the conversations in a fresh random order. Ideal token hit rate .918.
     """
@@ -67,7 +70,8 @@ def _chat(seed: int) -> _Drawn:
 
 
 def few_shot(seed: int = 0, boundaries: bool = True) -> Trace:
-    """320 requests: one of 8 prefixes of 1,500 at random, then 700 of their own; answers of 32. Ideal .665."""
+    """320 requests: one of 8 prefixes of 1,500 at random, then 700 of their own; answers of 32.
+    Ideal .665."""
     return Trace("few-shot", 1, partial(_numbered, _few_shot, seed, boundaries))
 
 
@@ -80,7 +84,8 @@ def _few_shot(seed: int) -> _Drawn:
 
 
 def agent(seed: int = 0, boundaries: bool = True) -> Trace:
-    """10 agents from 4,000 tokens of their own, 32 turns each adding U{50..600}, answers U{40..200}; round-robin. Ideal .960."""
+    """10 agents from 4,000 tokens of their own, 32 turns each adding U{50..600}, answers
+    U{40..200}; round-robin. Ideal .960."""
     return Trace("agent", 1, partial(_numbered, _agent, seed, boundaries))
 
 
@@ -97,7 +102,8 @@ def _agent(seed: int) -> _Drawn:
 
 
 def branch(seed: int = 0, boundaries: bool = True) -> Trace:
-    """10 documents of 6,000, 4 questions of 120 on each, 4 samples of 40 on each question; depth first, answers of 60. Ideal .928."""
+    """10 documents of 6,000, 4 questions of 120 on each, 4 samples of 40 on each question; depth
+    first, answers of 60. Ideal .928."""
     return Trace("branch", 1, partial(_numbered, _branch, seed, boundaries))
 
 
@@ -125,7 +131,8 @@ def _resend(seed: int) -> _Drawn:
 
 
 def short(seed: int = 0, boundaries: bool = True) -> Trace:
-    """40 conversations of 3 turns over 4 system prompts of 320; turns of 60, answers of 60; fresh order each round. Ideal .859."""
+    """40 conversations of 3 turns over 4 system prompts of 320; turns of 60, answers of 60; fresh
+    order each round. Ideal .859."""
     return Trace("short", 1, partial(_numbered, _short, seed, boundaries))
 
 
@@ -148,10 +155,12 @@ def conversations(
     seed: int = 0,
     boundaries: bool = True,
 ) -> Trace:
-    """The tree-cost workload: 16 system prompts of 500; a turn adds n = U{200..1,000}, floor(2n/3) of them the user's.
+    """The tree-cost workload: 16 system prompts of 500; a turn adds n = U{200..1,000}, floor(2n/3)
+    of them the user's.
 
-    ``live`` conversations are open, the next request comes from a random one, a finished one is replaced. The defaults are
-    10,000 requests of about 2,100 tokens; 20 conversations of 200 turns are the long variant (mean prompt 61,000).
+    ``live`` conversations are open, the next request comes from a random one, a finished one is
+    replaced. The defaults are 10,000 requests of about 2,100 tokens; 20 conversations of 200 turns
+    are the long variant (mean prompt 61,000).
     """
     name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
     draw = partial(_conversations, live, num_conversations, turns)

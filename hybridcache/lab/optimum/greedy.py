@@ -1,9 +1,10 @@
 """A clairvoyant greedy: the plan built hit by hit, the one that saves most per byte and step first.
 
-Not a bound, but close to the optimum where the MILP can tell, quick on traces of many thousand requests, and the plan the
-MILP starts from. A hit is one request resuming at one position; what it needs is everything on the path kept since the
-position's last visit, and its checkpoint. Densities only fall as the plan fills where nothing is shared, and are measured
-again when a hit comes to the top, so the order is right up to that.
+Not a bound, but close to the optimum where the MILP can tell, quick on traces of many thousand
+requests, and the plan the MILP starts from. A hit is one request resuming at one position; what it
+needs is everything on the path kept since the position's last visit, and its checkpoint. Densities
+only fall as the plan fills where nothing is shared, and are measured again when a hit comes to the
+top, so the order is right up to that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from hybridcache.lab.optimum.trie import VisitedTrie
 
 
 class _Growing:
-    """A plan under construction, with what is kept as one bool array per position and the bytes in use per step."""
+    """A plan under construction, with what is kept as one bool array per position and the bytes in
+    use per step."""
 
     def __init__(self, trie: VisitedTrie, budget: Budget) -> None:
         self.trie, self.budget = trie, budget
@@ -43,7 +45,8 @@ class _Growing:
         ]
 
     def needs(self, request: int, index: int) -> set[Interval]:
-        """Checkpoint intervals that must be added for ``request`` to resume at ``index``, its own first."""
+        """Checkpoint intervals that must be added for ``request`` to resume at ``index``, its own
+        first."""
         needed = self._state_since(index, self.ordinal_of[request][index] - 1)
         depth = self.trie.positions[index].depth
         for above in self.trie.paths[request]:
@@ -60,7 +63,8 @@ class _Growing:
         return needed
 
     def _state_since(self, index: int, interval: int) -> set[Interval]:
-        """Intervals back to the last visit that computed the state at ``index``, those kept already left out."""
+        """Intervals back to the last visit that computed the state at ``index``, those kept already
+        left out."""
         needed = set()
         depth = self.trie.positions[index].depth
         while not self.checkpoints[index][interval]:
@@ -135,8 +139,8 @@ class _Growing:
 
 
 def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
-    """Build a plan by density. Of the O(requests x depth) candidates only those that come to the top are measured, each in
-    O(depth + steps) in numpy."""
+    """Build a plan by density. Of the O(requests x depth) candidates only those that come to the
+    top are measured, each in O(depth + steps) in numpy."""
     growing = _Growing(trie, budget)
 
     def first_density(index: int, interval: int) -> float:

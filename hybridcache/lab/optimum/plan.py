@@ -1,4 +1,5 @@
-"""A plan: what an all-knowing cache keeps over which interval, and what each request then skips. With its verifier."""
+"""A plan: what an all-knowing cache keeps over which interval, and what each request then skips.
+With its verifier."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Interval = tuple[int, int]
 class Budget:
     """Bytes that may be kept between two requests, and what things cost.
 
-    Memory that the running request itself holds is not counted, so the optimum also bounds caches that count it.
+    Memory that the running request itself holds is not counted, so the optimum also bounds caches
+    that count it.
     """
 
     capacity_bytes: int
@@ -28,7 +30,8 @@ class Budget:
 
 @dataclass(slots=True)
 class Plan:
-    """KV segments and checkpoints kept, and the position each request resumes from (None: from the start)."""
+    """KV segments and checkpoints kept, and the position each request resumes from (None: from the
+    start)."""
 
     kv: set[Interval] = field(default_factory=set)
     checkpoints: set[Interval] = field(default_factory=set)
@@ -55,8 +58,8 @@ class Plan:
         return np.cumsum(change)[:-1]
 
     def verify(self, trie: VisitedTrie, budget: Budget) -> None:
-        """Check from scratch that a cache could really do this (capacity to a millionth, the solver's tolerance). Raises
-        AssertionError naming the rule that is broken."""
+        """Check from scratch that a cache could really do this (capacity to a millionth, the
+        solver's tolerance). Raises AssertionError naming the rule that is broken."""
         most = self.usage(trie, budget).max(initial=0)
         assert most <= budget.capacity_bytes * (1 + 1e-6), "over capacity"
         for request, index in self.hits.items():

@@ -1,24 +1,27 @@
-"""The offline optimum as a linear program: every decision a variable in [0, 1], integral for the MILP, relaxed for the LP.
+"""The offline optimum as a linear program: every decision a variable in [0, 1], integral for the
+MILP, relaxed for the LP.
 
 Over a ``VisitedTrie``, with k the interval between a position's visits k and k + 1:
 
-- ``X[v, k]``: the KV segment that ends at v is kept; ``Y[v, k]``: a checkpoint at v is kept (only at candidates);
+- ``X[v, k]``: the KV segment that ends at v is kept; ``Y[v, k]``: a checkpoint at v is kept (only
+  at candidates);
 - ``S[r, v]``: request r resumes at v or deeper.  ``S[v] - S[next]`` is then "resumes exactly at v";
 - ``U[t]``: bytes kept between requests t and t + 1, at most the capacity.
 
 maximise sum over r, v of  S[r, v] * (depth of v - depth of the candidate above it), subject to
 
-- S[r, next] <= S[r, v] <= X[v, k] for every position on the path, and S[r, v] - S[r, next] <= Y[v, k]: a hit needs its KV
-  and its checkpoint, kept from the last visit until this one;
-- Y[v, k] <= X[v, k], and X[v, k] <= X[parent, j] for every j that overlaps (long runs of j through shared columns):
-  residency is closed under ancestors;
-- Y[v, k] <= Y[v, k - 1] + 1 - S[r, next]: a request that resumes below v never computes v's state, so it can only be there
-  afterwards if it was there before;
+- S[r, next] <= S[r, v] <= X[v, k] for every position on the path, and S[r, v] - S[r, next] <= Y[v,
+  k]: a hit needs its KV and its checkpoint, kept from the last visit until this one;
+- Y[v, k] <= X[v, k], and X[v, k] <= X[parent, j] for every j that overlaps (long runs of j through
+  shared columns): residency is closed under ancestors;
+- Y[v, k] <= Y[v, k - 1] + 1 - S[r, next]: a request that resumes below v never computes v's state,
+  so it can only be there afterwards if it was there before;
 - U[t] = U[t - 1] + bytes of the intervals that begin at t - bytes of those that end at t.
 
-The dual of ``U[t] <= capacity`` is the price of a byte at time t: tokens that one more byte would save.
-Only Y and S need be declared integral: the least X that allows them then is, too. Solved by HiGHS (https://highs.dev). Source of the idea: the LP/MILP bounds used for offline caching with variable sizes,
-carried over here to two resources on a tree.
+The dual of ``U[t] <= capacity`` is the price of a byte at time t: tokens that one more byte would
+save. Only Y and S need be declared integral: the least X that allows them then is, too. Solved by
+HiGHS (https://highs.dev). Source of the idea: the LP/MILP bounds used for offline caching with
+variable sizes, carried over here to two resources on a tree.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from hybridcache.lab.optimum.trie import VisitedTrie
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What the solver found. ``saved`` and ``bound`` are prompt tokens skipped over the whole trace."""
+    """What the solver found. ``saved`` and ``bound`` are prompt tokens skipped over the whole
+    trace."""
 
     saved: float
     """Of the best plan found (MILP), or of the relaxation (LP, where it is the bound itself)."""
@@ -123,7 +127,8 @@ class Program:
             self._add_holes(request, dict(usable))
 
     def _add_holes(self, request: int, usable: dict[int, int]) -> None:
-        """Segments that end off the grid carry no checkpoint, but a deeper hit needs their KV too."""
+        """Segments that end off the grid carry no checkpoint, but a deeper hit needs their KV
+        too."""
         pending: list[int] = []
         path, ordinals = self.trie.paths[request], self.trie.ordinals[request]
         for index, ordinal in zip(path, ordinals, strict=True):
@@ -151,8 +156,9 @@ class Program:
                 self._row([(column, 1), (self._throughout(position.parent, first, size), -1)], 0)
 
     def _throughout(self, index: int, first: int, size: int) -> int:
-        """A column that is at most X over the ``size`` (a power of two) intervals from ``first``: a hot parent is visited
-        far more often than its children, and two such columns cover any run of its intervals."""
+        """A column that is at most X over the ``size`` (a power of two) intervals from ``first``: a
+        hot parent is visited far more often than its children, and two such columns cover any run
+        of its intervals."""
         if size == 1:
             return self.kv[index, first]
         key = (index, first, size)
@@ -189,9 +195,10 @@ class Program:
         relative_gap: float = RELATIVE_GAP,
         limit_s: float = LIMIT_S,
     ) -> Solution:
-        """Run HiGHS on one thread. ``start`` is a plan to improve on; with ``window`` = (first, last) request only what
-        touches those requests may change, the rest stays as in ``start`` (the bound then holds for the window alone).
-        TimeoutError if it ends without a solution or, where not ``integral``, without the bound."""
+        """Run HiGHS on one thread. ``start`` is a plan to improve on; with ``window`` = (first,
+        last) request only what touches those requests may change, the rest stays as in ``start``
+        (the bound then holds for the window alone). TimeoutError if it ends without a solution or,
+        where not ``integral``, without the bound."""
         import highspy
 
         began = time.perf_counter()

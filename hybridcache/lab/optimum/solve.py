@@ -1,4 +1,5 @@
-"""``optimum``: a trace and a budget in, the best hit rate anyone could reach out, with its gap always beside it."""
+"""``optimum``: a trace and a budget in, the best hit rate anyone could reach out, with its gap
+always beside it."""
 
 from __future__ import annotations
 
@@ -27,15 +28,16 @@ WINDOW_LIMIT_S = 8.0
 class Optimum:
     """The best anyone could do on one trace with one budget.
 
-    ``reached`` is a plan's token hit rate, verified from scratch; ``bound`` what no policy can exceed (None where only the
-    greedy ran: it proves nothing). The truth lies between.
+    ``reached`` is a plan's token hit rate, verified from scratch; ``bound`` what no policy can
+    exceed (None where only the greedy ran: it proves nothing). The truth lies between.
     """
 
     trace: str
     capacity_bytes: int
     method: Method
     plan_by: Literal["greedy", "milp"]
-    """Whose plan it is: the greedy's too where ``milp`` bettered nothing in its time, and always with ``lp``."""
+    """Whose plan it is: the greedy's too where ``milp`` bettered nothing in its time, and always
+    with ``lp``."""
     num_requests: int
     prompt_tokens: int
     reached: float
@@ -43,15 +45,16 @@ class Optimum:
     cached_tokens: npt.NDArray[np.int64]
     """Tokens that each request skips under the plan: int64[requests]."""
     prices: npt.NDArray[np.float64] | None
-    """Shadow price of a byte between requests t and t + 1 (tokens per byte): what one more byte would save."""
+    """Shadow price of a byte between requests t and t + 1 (tokens per byte): what one more byte
+    would save."""
     num_variables: int
     num_nonzeros: int
     wall_s: float
 
     @property
     def gib_worth(self) -> float | None:
-        """Token hit rate that one more GiB throughout would add to the bound; None where only the greedy ran. From the prices, so it
-        holds for a little more memory."""
+        """Token hit rate that one more GiB throughout would add to the bound; None where only the
+        greedy ran. From the prices, so it holds for a little more memory."""
         if self.prices is None:
             return None
         return float(self.prices.sum()) * GIB / self.prompt_tokens
@@ -64,7 +67,8 @@ class Optimum:
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
     def record(self, *, with_prices: bool = False) -> dict[str, object]:
-        """For a JSON line: everything but the tokens that each request skips; the prices, in tokens a GiB, if asked for."""
+        """For a JSON line: everything but the tokens that each request skips; the prices, in tokens
+        a GiB, if asked for."""
         record: dict[str, object] = {
             "trace": self.trace,
             "capacity_bytes": self.capacity_bytes,
@@ -101,10 +105,11 @@ def optimum(
 ) -> Optimum:
     """The offline optimum over what to keep, when, and where to checkpoint.
 
-    ``greedy`` builds a plan (any length of trace); ``lp`` adds the relaxation's bound and the prices; ``milp`` improves the
-    plan window by window, then as a whole, until the gap is ``relative_gap`` or ``limit_s`` is over. ``grid`` in tokens.
-    ValueError for a budget, a grid or a time that is not positive and for a trace without a request; TimeoutError where
-    ``limit_s`` was too short for any bound; ImportError without the extra ``lab`` (not needed by ``greedy``).
+    ``greedy`` builds a plan (any length of trace); ``lp`` adds the relaxation's bound and the
+    prices; ``milp`` improves the plan window by window, then as a whole, until the gap is
+    ``relative_gap`` or ``limit_s`` is over. ``grid`` in tokens. ValueError for a budget, a grid or
+    a time that is not positive and for a trace without a request; TimeoutError where ``limit_s``
+    was too short for any bound; ImportError without the extra ``lab`` (not needed by ``greedy``).
 
     >>> from hybridcache.lab.generators import resend
     >>> best = optimum(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
@@ -173,8 +178,9 @@ def _improve(
     say: Callable[[str], None],
     rate: float,
 ) -> tuple[Plan, float]:
-    """Better the plan by solving one window of requests at a time, the rest held still, then lower the bound by solving the
-    whole from there. ``deadline`` in perf_counter seconds; a third of the time is left to the whole."""
+    """Better the plan by solving one window of requests at a time, the rest held still, then lower
+    the bound by solving the whole from there. ``deadline`` in perf_counter seconds; a third of the
+    time is left to the whole."""
     num_requests = program.trie.num_requests
     saved = float(plan.cached_lens(program.trie).sum())
 

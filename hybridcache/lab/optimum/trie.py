@@ -1,8 +1,10 @@
-"""A trace as the offline optimum sees it: the positions where keeping something could ever pay, and who visits them when.
+"""A trace as the offline optimum sees it: the positions where keeping something could ever pay, and
+who visits them when.
 
-A *position* is a node of the static trie over all sequences (prompt + output) of the trace: a branch point, or a
-candidate for a checkpoint. Everything between two of its consecutive visits is one *interval*: keeping its KV segment or
-its checkpoint over that interval is one decision. Positions that only one request visits can never be reused and are left out.
+A *position* is a node of the static trie over all sequences (prompt + output) of the trace: a
+branch point, or a candidate for a checkpoint. Everything between two of its consecutive visits is
+one *interval*: keeping its KV segment or its checkpoint over that interval is one decision.
+Positions that only one request visits can never be reused and are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Sequenced(Protocol):
 
 @dataclass(slots=True)
 class Position:
-    """One node of the trie. ``visits`` are request numbers, ascending; ``parent`` is None at the top."""
+    """One node of the trie. ``visits`` are request numbers, ascending; ``parent`` is None at the
+    top."""
 
     index: int
     depth: int
@@ -47,8 +50,9 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class VisitedTrie:
-    """``positions`` in an order where parents come first; ``paths[r]`` the positions request r visits, top down;
-    ``ordinals[r][i]`` says the how-many-th visit of ``paths[r][i]`` it is; ``prompt_lens[r]`` its prompt's tokens."""
+    """``positions`` in an order where parents come first; ``paths[r]`` the positions request r
+    visits, top down; ``ordinals[r][i]`` says the index of the visit of ``paths[r][i]`` it is;
+    ``prompt_lens[r]`` its prompt's tokens."""
 
     positions: list[Position]
     paths: list[list[int]]
@@ -65,8 +69,8 @@ class VisitedTrie:
         return position.depth - above
 
     def usable(self, request: int) -> list[tuple[int, int]]:
-        """(position, interval) from which ``request`` could resume, top down: candidates it is not the first to visit,
-        at most one token short of its prompt."""
+        """(position, interval) from which ``request`` could resume, top down: candidates it is not
+        the first to visit, at most one token short of its prompt."""
         limit = self.prompt_lens[request] - 1
         return [
             (index, ordinal - 1)
@@ -87,7 +91,8 @@ class _Edge:
         self.children: dict[int, _Edge] = {}
 
     def split(self, depth: int) -> _Edge:
-        """Cut the edge at ``depth``; the lower part stays this node, the upper part is new and returned."""
+        """Cut the edge at ``depth``; the lower part stays this node, the upper part is new and
+        returned."""
         assert self.parent is not None and self.start < depth < self.depth
         upper = _Edge(self.parent, self.tokens, self.start, depth)
         self.parent.children[int(self.tokens[self.start])] = upper
@@ -124,8 +129,9 @@ def _cut(node: _Edge, depth: int) -> None:
 def _cut_candidates(
     root: _Edge, ends: list[_Edge], lens: list[int], grid: int, every: bool
 ) -> None:
-    """Give every depth at which a checkpoint could pay a node: on the grid at or above each branch point, and at or above
-    the last position each prompt may resume from; with ``every``, all grid positions."""
+    """Give every depth at which a checkpoint could pay a node: on the grid at or above each branch
+    point, and at or above the last position each prompt may resume from; with ``every``, all grid
+    positions."""
     below = [root]
     branch_points = []
     while below:
@@ -149,9 +155,10 @@ def build_trie(
 ) -> VisitedTrie:
     """Read a trace into its visited positions. O(tokens).
 
-    ``placement`` says where a checkpoint may be put: ``"shared"``, at the deepest position a set of requests shares
-    (branch points, ends, prompt ends, floored to ``grid``), which loses nothing but the option to keep part of a segment;
-    ``"every"``, at every multiple of ``grid`` (exact, for small traces).
+    ``placement`` says where a checkpoint may be put: ``"shared"``, at the deepest position a set of
+    requests shares (branch points, ends, prompt ends, floored to ``grid``), which loses nothing but
+    the option to keep part of a segment; ``"every"``, at every multiple of ``grid`` (exact, for
+    small traces).
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1, not {grid}")

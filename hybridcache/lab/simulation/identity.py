@@ -33,8 +33,8 @@ class RunIdentity:
     """None, and so the next: a peer."""
     checkpoints: str | None
     tiers: bool | None
-    """Whether the cache puts dead KV and superseded checkpoints before what ``policy`` orders; False
-    where that orders them itself; None: a peer."""
+    """Whether the cache puts dead KV and superseded checkpoints before what ``policy`` orders;
+    False where that orders them itself; None: a peer."""
     baseline: str | None
     page_size: int
     grid: int

@@ -65,8 +65,8 @@ class RequestLog:
 
     @property
     def losses(self) -> list[int]:
-        """Tokens lost by cause, in the order of ``Losses``. What no other cause has was never seen: a prompt's last id may stand
-        for less than a unit. O(requests)."""
+        """Tokens lost by cause, in the order of ``Losses``. What no other cause has was never seen:
+        a prompt's last id may stand for less than a unit. O(requests)."""
         lost = Losses(*(num_ids * self.unit for num_ids in self._lost_ids))
         known = lost._replace(never_seen=0, refused=lost.refused + self._bypassed_tokens)
         never_seen = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(known)

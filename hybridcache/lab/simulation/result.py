@@ -19,7 +19,8 @@ PERCENTILES = (5, 50, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Requests of which some quantity lies in [start, end), their prompt tokens and the reused ones."""
+    """Requests of which some quantity lies in [start, end), their prompt tokens and the reused
+    ones."""
 
     start: int
     end: int
@@ -52,8 +53,8 @@ class RunResult:
     """Percentiles of the time to first token, waiting included."""
     ttft_mean_s: float
     missed_requests: int | None
-    """Requests that an evicted checkpoint would have served deeper; None, here and below, where the target does not say (rebuilt
-    peers), which is not 0."""
+    """Requests that an evicted checkpoint would have served deeper; None, here and below, where the
+    target does not say (rebuilt peers), which is not 0."""
     missed_tokens: int | None
     """Tokens that those checkpoints would have saved."""
     missed_flops: int | None
@@ -79,7 +80,8 @@ class RunResult:
     bound_tokens: int | None = None
     """What an infinite token-granular cache would reuse."""
     optimum_tokens: int | None = None
-    """What the best plan with hindsight that was found reuses with this memory: the optimum only where a bound says so."""
+    """What the best plan with hindsight that was found reuses with this memory: the optimum only
+    where a bound says so."""
 
     @property
     def label(self) -> str:
@@ -108,8 +110,8 @@ class RunResult:
 
     @property
     def share_of_optimum(self) -> float | None:
-        """Of the best plan that was found. Above 1 where that is not the optimum, or not this run's: a greedy's plan, a grid coarser
-        than a peer's, memory that a peer does not count."""
+        """Of the best plan that was found. Above 1 where that is not the optimum, or not this
+        run's: a greedy's plan, a grid coarser than a peer's, memory that a peer does not count."""
         return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
 
     def as_record(self) -> dict[str, Any]:
@@ -188,7 +190,8 @@ def summarise(
 
 
 def _flops(config: RunConfig, ends: Any) -> int:
-    """FLOPs of computing each first ``ends[i]`` tokens, summed; Python integers, for they outgrow 64 bits."""
+    """FLOPs of computing each first ``ends[i]`` tokens, summed; Python integers, for they outgrow
+    64 bits."""
     geometry = config.geometry
     per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
     tokens = int(ends.sum())
@@ -203,7 +206,8 @@ def _percentiles(values: Any) -> dict[int, float]:
 
 
 def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
-    """Bins [0, first), [first, 2 first), [2 first, 4 first) ... up to the largest key; empty ones are left out."""
+    """Bins [0, first), [first, 2 first), [2 first, 4 first) ... up to the largest key; empty ones
+    are left out."""
     bins = []
     start, end = 0, first
     largest = int(keys.max(initial=-1))

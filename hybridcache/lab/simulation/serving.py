@@ -1,12 +1,14 @@
 """Serving a trace: one request after the other, or as many at once as memory and servers allow.
 
-In turn: every request is matched, prefilled, decoded and released before the next; what it would have waited is worked out afterwards from
-the prefill times (first come, first served, over all servers). This is the usual view of a cache, and the fast one.
+In turn: every request is matched, prefilled, decoded and released before the next; what it would
+have waited is worked out afterwards from the prefill times (first come, first served, over all
+servers). This is the usual view of a cache, and the fast one.
 
-Concurrent: events in order of time. A request waits for its session's last answer, for a server and for memory, holds its lease from the start of its prefill to the
-end of its answer, and publishes when its prefill is done; what others hold can not be evicted, and what they have not published can
-not be hit. Its time to first token counts from when it could be asked: from its timestamp, or from the end of its session's last answer
-where that came later, for nobody asks on before having read.
+Concurrent: events in order of time. A request waits for its session's last answer, for a server and
+for memory, holds its lease from the start of its prefill to the end of its answer, and publishes
+when its prefill is done; what others hold can not be evicted, and what they have not published can
+not be hit. Its time to first token counts from when it could be asked: from its timestamp, or from
+the end of its session's last answer where that came later, for nobody asks on before having read.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: Reques
 
 
 def _queue(log: RequestLog, serving: Serving) -> array[float]:
-    """Time to first token of each request: waiting for a free server, then its prefill. O(n log servers)."""
+    """Time to first token of each request: waiting for a free server, then its prefill. O(n log
+    servers)."""
     free_at = [0.0] * serving.servers
     cached = np.frombuffer(log.cached_tokens, np.int64)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)

@@ -47,7 +47,8 @@ OptimumMethod = Literal["greedy", "lp", "milp"]
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt peers."""
+    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
+    peers."""
 
     trace: str
     geometry: ModelGeometry
@@ -55,19 +56,24 @@ class SimulationResult:
     bound_rate: float | None
     """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
     plan_bounds: Mapping[float, float] = field(default_factory=dict)
-    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved one."""
+    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved
+    one."""
     times: str = ""
-    """What the prefill times stand for: the machine assumed or the file measured; empty where a model of the user's own gives them."""
+    """What the prefill times stand for: the machine assumed or the file measured; empty where a
+    model of the user's own gives them."""
     plans_by: Mapping[float, str] = field(default_factory=dict)
-    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked for."""
+    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked
+    for."""
 
     def beside(self, other: SimulationResult) -> SimulationResult:
-        """These runs and those of another sweep over the same trace, measured with the same yardsticks.
-        Competitors of one label that differ get names that say how. ValueError: another trace."""
+        """These runs and those of another sweep over the same trace, measured with the same
+        yardsticks. Competitors of one label that differ get names that say how. ValueError: another
+        trace."""
         traces = {run.config.trace for run in (*self.runs, *other.runs)}
         if len(traces) > 1:
             raise ValueError(
-                f"runs over different traces have no place in one table: {', '.join(sorted(traces))}"
+                "runs over different traces have no place in one table: "
+                f"{', '.join(sorted(traces))}"
             )
         yardsticks = {run.gib: run for run in self.runs}
         added = []
@@ -94,7 +100,8 @@ class SimulationResult:
         )
 
     def table(self, metric: str = "hit") -> str:
-        """A table of one metric: a row a competitor, a column a size. See ``hybridcache.lab.report.METRICS``."""
+        """A table of one metric: a row a competitor, a column a size. See
+        ``hybridcache.lab.report.METRICS``."""
         from hybridcache.lab.report import sweep_table
 
         return sweep_table(self, metric)
@@ -106,13 +113,15 @@ class SimulationResult:
         write_runs(self, Path(path))
 
     def figure(self, path: str | Path | None = None, metric: Words = "hit") -> Figure:
-        """Metrics over the sizes, a panel each: matplotlib's figure, written as PNG or SVG where there is a ``path``."""
+        """Metrics over the sizes, a panel each: matplotlib's figure, written as PNG or SVG where
+        there is a ``path``."""
         from hybridcache.lab.figures import sweep_figure
 
         return sweep_figure([self], Path(path) if path else None, metric)
 
     def bins_figure(self, path: str | Path | None = None, gib: float | None = None) -> Figure:
-        """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the middle."""
+        """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the
+        middle."""
         from hybridcache.lab.figures import bins_figure
 
         return bins_figure([self], Path(path) if path else None, gib)
@@ -138,17 +147,19 @@ class Sweep:
     """One placement (words with commas, or your own) or a sequence of them."""
     baseline: Words = ()
     tiers: bool = True
-    """False: no policy is helped by tiers; each orders dead KV and superseded checkpoints itself."""
+    """False: no policy is helped by tiers; each orders dead KV and superseded checkpoints
+    itself."""
     bound: bool = True
     """Also what an infinite token-granular cache reuses."""
     optimum: OptimumMethod | None = None
-    """Also what the best plan with hindsight reuses at each size: ``greedy`` for long traces; ``lp`` adds
-    what no plan can pass; ``milp`` improves the plan, practical up to a few hundred requests."""
+    """Also what the best plan with hindsight reuses at each size: ``greedy`` for long traces;
+    ``lp`` adds what no plan can pass; ``milp`` improves the plan, practical up to a few hundred
+    requests."""
     optimum_limit_s: float = LIMIT_S
     """At most so long for one size."""
     memory: str = "arena"
-    """How KV and states share it: ``arena``, as in the engine; ``budget``, the ideal, where only bytes
-    count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
+    """How KV and states share it: ``arena``, as in the engine; ``budget``, the ideal, where only
+    bytes count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
     kv_share: float | None = None
     state_dtype: str | None = None
     """None keeps the model's own."""
@@ -206,7 +217,8 @@ class Sweep:
             check_words(config)
             if labels.count(config.label) > 1:
                 raise ValueError(
-                    f"two competitors are called {config.label!r}: name each once, and give functions names"
+                    f"two competitors are called {config.label!r}: name each once, and give "
+                    "functions names"
                 )
         return found
 
@@ -214,10 +226,11 @@ class Sweep:
 def simulate(trace: str | Trace, sweep: Sweep | None = None, **options: Any) -> SimulationResult:
     """Run every policy with every placement, and every baseline, at every size.
 
-    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``options`` are the fields of ``Sweep``, whose
-    other values are those of ``sweep``, or its defaults. Each cell stands for itself, so results do not
-    depend on ``processes``. O(requests) a cell. Raises ValueError, KeyError (model) or OSError, each
-    with one sentence, for what can not be read or done; TypeError for an option that does not exist.
+    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``options`` are the fields of ``Sweep``,
+    whose other values are those of ``sweep``, or its defaults. Each cell stands for itself, so
+    results do not depend on ``processes``. O(requests) a cell. Raises ValueError, KeyError (model)
+    or OSError, each with one sentence, for what can not be read or done; TypeError for an option
+    that does not exist.
     """
     sweep = replace(sweep or Sweep(), **options)
     opened = open_trace(trace) if isinstance(trace, str) else trace
@@ -282,7 +295,8 @@ def _beside_the_optimum(
 def _complete(
     path: Path, keys: Sequence[str], runs: Sequence[RunResult], bounds: Mapping[float, float]
 ) -> None:
-    """Write the yardsticks into the lines of ``path`` that were written run by run, before they were known."""
+    """Write the yardsticks into the lines of ``path`` that were written run by run, before they
+    were known."""
     known = {}
     for key, run in zip(keys, runs, strict=True):
         bound = bounds.get(run.gib or 0.0)
@@ -306,7 +320,8 @@ def _best_possible(
     method: OptimumMethod,
     limit_s: float,
 ) -> Optimum:
-    """The offline plan at one size: proven best within the solver's gap for ``milp``, else the best known."""
+    """The offline plan at one size: proven best within the solver's gap for ``milp``, else the best
+    known."""
     from hybridcache.lab.optimum import optimum
 
     return optimum(

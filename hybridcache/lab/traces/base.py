@@ -1,4 +1,5 @@
-"""What every reader of traces shares: opening files, naming bad lines, fields of one sort, and the reader's own small contract."""
+"""What every reader of traces shares: opening files, naming bad lines, fields of one sort, and the
+reader's own small contract."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _T = TypeVar("_T")
 
 
 class Reader(Protocol):
-    """One format. Instances carry the path and the options; iterating reads the file anew, a record at a time."""
+    """One format. Instances carry the path and the options; iterating reads the file anew, a record
+    at a time."""
 
     word: ClassVar[str]
     """What chooses it: ``--format word``, or ``word:path``."""
@@ -45,13 +47,15 @@ class Reader(Protocol):
         ...
 
     def __call__(self) -> Iterator[TraceRequest]:
-        """The requests from the first on, in order of time. BadRecordError names what can not be read."""
+        """The requests from the first on, in order of time. BadRecordError names what can not be
+        read."""
         ...
 
 
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
-    """A file, plain or gzipped (by its first two bytes), behind its byte order mark where it has one.
+    """A file, plain or gzipped (by its first two bytes), behind its byte order mark where it has
+    one.
 
     Reading raises one of ``DAMAGED`` where what was gzipped is damaged or cut.
     """
@@ -65,7 +69,8 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
 
 
 def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """(line number, object) for every line of a JSONL file; blank lines are passed over, bad ones reported.
+    """(line number, object) for every line of a JSONL file; blank lines are passed over, bad ones
+    reported.
 
     A gzip file that is cut ends with the last whole line before the cut, which is reported.
     """
@@ -105,7 +110,8 @@ def parsed(
     parse: Callable[[_R], Iterable[_T]],
     bad: BadRecords,
 ) -> Iterator[_T]:
-    """What ``parse`` makes of each record; one whose fields are missing or of the wrong sort is reported and gives nothing."""
+    """What ``parse`` makes of each record; one whose fields are missing or of the wrong sort is
+    reported and gives nothing."""
     for number, record in records:
         try:
             found = list(parse(record))
@@ -119,23 +125,23 @@ def parsed(
 
 
 class Clock:
-    """The times of a file's requests, which must not run backwards: a trace is read lazily and can not be sorted."""
+    """The times of a file's requests, which must not run backwards: a trace is read lazily and can
+    not be sorted."""
 
     def __init__(self) -> None:
         self._now = -1.0
 
     def at(self, when_s: float | None) -> float:
-        """``when_s``, or a second after the request before where None is said. ValueError where it is before that one."""
+        """``when_s``, or a second after the request before where None is said. ValueError where it
+        is before that one."""
         now = self._now + 1.0 if when_s is None else when_s
         if now < self._now:
             raise ValueError(
-                f"its time {now:g} s is before the last request's {self._now:g} s; sort the file by time"
+                f"its time {now:g} s is before the last request's {self._now:g} s; sort the file "
+                "by time"
             )
         self._now = now
         return now
-
-
-# -- fields of a record: KeyError where one is missing, ValueError where it is of the wrong sort -----------------------------
 
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:
@@ -185,7 +191,8 @@ def objects(record: Record, name: str) -> list[Record]:
 
 
 def read_ids(values: Any) -> Tokens:
-    """int32[n] of a JSON list of ids. ValueError unless it is a flat list of whole numbers in [0, 2**31). O(n)."""
+    """int32[n] of a JSON list of ids. ValueError unless it is a flat list of whole numbers in [0,
+    2**31). O(n)."""
     if not isinstance(values, list):
         raise ValueError(f"a list of ids was expected, not {type(values).__name__}")
     if not values:

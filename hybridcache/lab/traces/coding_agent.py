@@ -1,8 +1,11 @@
-"""Recorded coding-agent sessions: hashes of 64-token blocks, run-length coded (callanjfox/kv-cache-tester, traces).
+"""Recorded coding-agent sessions: hashes of 64-token blocks, run-length coded
+(callanjfox/kv-cache-tester, traces).
 
-A line is a session. ``hash_ids`` is a list of runs, [first id, last id] or a single id; ids are the session's own, so two sessions never agree on one
-even where their texts do. What they share is rebuilt from ``tool_tokens`` and ``system_tokens``: a prompt begins with that many tokens of
-tool definitions, then of system prompt, and two sessions (or subagents) with the same two counts are taken to have the same text there.
+A line is a session. ``hash_ids`` is a list of runs, [first id, last id] or a single id; ids are the
+session's own, so two sessions never agree on one even where their texts do. What they share is
+rebuilt from ``tool_tokens`` and ``system_tokens``: a prompt begins with that many tokens of tool
+definitions, then of system prompt, and two sessions (or subagents) with the same two counts are
+taken to have the same text there.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class CodingAgentReader(Reader):
-    """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when they did."""
+    """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when
+    they did."""
 
     word: ClassVar[str] = "coding-agent"
     path: Path
@@ -83,7 +87,8 @@ class _Ids:
         return first
 
     def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Tokens:
-        """Tokens of a shared head: the tools' part agrees wherever its length does, the rest wherever both lengths do."""
+        """Tokens of a shared head: the tools' part agrees wherever its length does, the rest
+        wherever both lengths do."""
         parts = []
         for kind, num_blocks in (((key,), tool_blocks), ((key, tool_blocks), system_blocks)):
             name = (*kind, num_blocks)
@@ -112,8 +117,8 @@ class _Session:
         tool_blocks = tools // self._unit
         system_blocks = (tools + system) // self._unit - tool_blocks
         head = self._ids.head(tool_blocks, system_blocks, "heads")
-        # The owner's requests begin with the same blocks where they carry the head; one that does not (a title, a
-        # summary) keeps ids of its own.
+        # The owner's requests begin with the same blocks where they carry the head; one that does
+        # not (a title, a summary) keeps ids of its own.
         own_head: list[int] | None = None
         for request in objects(owner, "requests"):
             when = start_s + seconds(request, "t")
@@ -158,7 +163,8 @@ def _runs(record: Record) -> Iterator[tuple[int, int]]:
 
 
 def _spans(request: Record) -> list[tuple[int, int]]:
-    """(first, last) of every run; a run of one may be a bare id. ValueError where they are none, or more than a prompt has."""
+    """(first, last) of every run; a run of one may be a bare id. ValueError where they are none, or
+    more than a prompt has."""
     runs = request["hash_ids"]
     if not isinstance(runs, list):
         raise ValueError("hash_ids is not a list of ids and runs of ids")

@@ -1,6 +1,8 @@
-"""Few-shot prompts: questions with answers, each asked behind the same examples (GSM8K and the like).
+"""Few-shot prompts: questions with answers, each asked behind the same examples (GSM8K and the
+like).
 
-JSON lines of ``{"question", "answer"}``. The first ``shots`` records are the examples, every further one is a request.
+JSON lines of ``{"question", "answer"}``. The first ``shots`` records are the examples, every
+further one is a request.
 """
 
 from __future__ import annotations

@@ -1,18 +1,15 @@
 """The project's own format: JSON lines that can say everything a ``TraceRequest`` can.
 
-A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many tokens an id stands for. Then one
-object a line, in order of time:
+A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many
+tokens an id stands for. Then one object a line, in order of time:
 
-``timestamp``   seconds; default: one second after the line before
-``session``     string or number; default: the line's own
-``namespace``   string, number or null
-``tokens``      the prompt's ids, or
-``prefix``      [k, ids...]: the first k ids of the same session's last prompt and answer, then these
-``output``      the answer's ids, or
-``output_length``  how many tokens the answer has, where its ids are not known
-``boundaries``  ascending positions in ids
-``partial``     tokens that the prompt's last id stands for, where fewer than the unit
-``answer_survives``  false: later prompts are known to leave this one before its end
+``timestamp``   seconds; default: one second after the line before ``session``     string or number;
+default: the line's own ``namespace``   string, number or null ``tokens``      the prompt's ids, or
+``prefix``      [k, ids...]: the first k ids of the same session's last prompt and answer, then
+these ``output``      the answer's ids, or ``output_length``  how many tokens the answer has, where
+its ids are not known ``boundaries``  ascending positions in ids ``partial``     tokens that the
+prompt's last id stands for, where fewer than the unit ``answer_survives``  false: later prompts are
+known to leave this one before its end
 """
 
 from __future__ import annotations
@@ -65,7 +62,8 @@ class OwnReader(Reader):
 
     @property
     def unit(self) -> int:
-        """Tokens an id stands for, as the first line says; 1 where it says nothing. Reads that line."""
+        """Tokens an id stands for, as the first line says; 1 where it says nothing. Reads that
+        line."""
         for line, record in json_lines(self.path, BadRecords(skip=True)):
             if "format" not in record or "unit" not in record:
                 break
@@ -91,7 +89,8 @@ class _Parser:
         self._last: dict[Hashable, Tokens] = {}
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:
-        """The line's request; none for the format's own line. ValueError or KeyError: it can not be read, and left no trace."""
+        """The line's request; none for the format's own line. ValueError or KeyError: it can not be
+        read, and left no trace."""
         if "format" in record:
             return
         self._number += 1
@@ -146,7 +145,8 @@ class _Parser:
 
 
 def write(trace: Trace, file: TextIO) -> int:
-    """Write ``trace`` in this format, prompts as ``prefix`` of their session where they repeat it; returns its requests."""
+    """Write ``trace`` in this format, prompts as ``prefix`` of their session where they repeat it;
+    returns its requests."""
     file.write(json.dumps({"format": "hybridcache", "version": 1, "unit": trace.unit}) + "\n")
     last: dict[Hashable, Tokens] = {}
     num_requests = 0

@@ -1,6 +1,8 @@
-"""Mooncake's published traces: hashes of 512-token blocks (FAST'25, kvcache-ai/Mooncake, FAST25-release/traces).
+"""Mooncake's published traces: hashes of 512-token blocks (FAST'25, kvcache-ai/Mooncake,
+FAST25-release/traces).
 
-``hash_ids`` names every block of the prompt, the last, partial one included; answers are lengths only.
+``hash_ids`` names every block of the prompt, the last, partial one included; answers are lengths
+only.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from hybridcache.lab.traces.base import (
 
 @dataclass(frozen=True, slots=True)
 class MooncakeReader(Reader):
-    """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``. Every request is its own session."""
+    """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``. Every request is its
+    own session."""
 
     word: ClassVar[str] = "mooncake"
     path: Path
@@ -53,7 +56,8 @@ class MooncakeReader(Reader):
             tokens = read_ids(record["hash_ids"])
             if len(tokens) != units(length, self.unit):
                 raise ValueError(
-                    f"{len(tokens)} hash_ids do not cover input_length {length} in blocks of {self.unit} tokens; "
+                    f"{len(tokens)} hash_ids do not cover input_length {length} in blocks of "
+                    f"{self.unit} tokens; "
                     "say their size with ?unit="
                 )
             # The answer fills the prompt's partial block first.

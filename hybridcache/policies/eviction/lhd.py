@@ -19,10 +19,12 @@ DECAY = 0.9
 class LHD(SampledPolicy):
     """Least expected hits per byte and unit of time still to live, among 64 drawn.
 
-    Source: Beckmann, Chen, Cidon, "LHD: improving cache hit rate by maximizing hit density" (NSDI'18). For each class (kind,
-    uses) the ages at which items were used and evicted are counted; density at age a is hits from a on / time lived from a
-    on, recomputed every 256 events from counts that decay by 0.9. Candidates: leaf KV, any unlocked checkpoint. Refresh: the
-    age restarts at a use. Two kinds, unequal sizes: kind is a class, density is per byte of ``size_bytes``.
+    Source: Beckmann, Chen, Cidon, "LHD: improving cache hit rate by maximizing hit density"
+    (NSDI'18). For each class (kind, uses) the ages at which items were used and evicted are
+    counted; density at age a is hits from a on / time lived from a on, recomputed every 256 events
+    from counts that decay by 0.9. Candidates: leaf KV, any unlocked checkpoint. Refresh: the age
+    restarts at a use. Two kinds, unequal sizes: kind is a class, density is per byte of
+    ``size_bytes``.
     """
 
     orders_tiers = False

@@ -16,11 +16,13 @@ Entry = tuple[int, int, Item]
 class LRU:
     """Least recently used first, over both kinds; ties go in order of creation.
 
-    ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is put in its place when it
-    comes to the front. ``discard`` only unmarks. Amortised O(log n) each, O(1) in order of use.
+    ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is
+    put in its place when it comes to the front. ``discard`` only unmarks. Amortised O(log n) each,
+    O(1) in order of use.
 
-    Any class with these five methods is a policy; ``CacheConfig(eviction=Class)`` uses one of your own. This one is
-    the default and called ten times a request, so it keeps the tiers of ``policies.tiers`` itself.
+    Any class with these five methods is a policy; ``CacheConfig(eviction=Class)`` uses one of your
+    own. This one is the default and called ten times a request, so it keeps the tiers of
+    ``policies.tiers`` itself.
     """
 
     orders_tiers = False
@@ -83,11 +85,13 @@ class LRU:
 
 
 class _Line:
-    """Candidates of one tier and kind, oldest first. Nearly all come in order and are appended to a queue; one that belongs
-    further back (of a node that became a leaf, or used since it came) goes to a heap. Were all in one heap, a pop would read
-    two cold entries at each level: half of what an eviction costs at 100,000 nodes.
+    """Candidates of one tier and kind, oldest first. Nearly all come in order and are appended to a
+    queue; one that belongs further back (of a node that became a leaf, or used since it came) goes
+    to a heap. Were all in one heap, a pop would read two cold entries at each level: half of what
+    an eviction costs at 100,000 nodes.
 
-    An entry is stale once its item's memo is another. It leaves at the front, or with all others when the line has doubled.
+    An entry is stale once its item's memo is another. It leaves at the front, or with all others
+    when the line has doubled.
     """
 
     __slots__ = ("late", "limit", "queue")
@@ -108,7 +112,8 @@ class _Line:
             self.sweep()
 
     def oldest(self) -> Item | None:
-        """The least recently used item, after stale entries before it are gone. Amortised O(log n)."""
+        """The least recently used item, after stale entries before it are gone. Amortised O(log
+        n)."""
         queue, late = self.queue, self.late
         first: Entry | None = None
         while queue:

@@ -8,17 +8,20 @@ from hybridcache.policies.eviction.columns import Columns
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 ATTENTION_TOKENS = 30_000
-"""Position at which attention to all before costs a token as much as everything else (Qwen3-Next's sizes)."""
+"""Position at which attention to all before costs a token as much as everything else (Qwen3-Next's
+sizes)."""
 
 
 class Marconi(EvictionPolicy):
     """Least recency + alpha * FLOPs saved per byte, both min-max normalised over the candidates.
 
-    Source: Pan et al., "Marconi: prefix caching for the era of hybrid LLMs" (MLSys'25), Eq. 1 and 2; ``alpha`` 0 is LRU.
-    FLOPs are those from the checkpoint above to this one, attention growing with position. Candidates: leaf KV, any unlocked
-    checkpoint (the paper: nodes with at most one child; what a policy sees does not tell a fork). Refresh: the consumed
-    checkpoint. Two kinds, unequal sizes: bytes freed. The alpha tuned by replay and the clairvoyant one need a whole cache to
-    replay: they are ``hybridcache.lab.baselines.MarconiCache`` and a study. O(candidates) per victim, in one vector expression.
+    Source: Pan et al., "Marconi: prefix caching for the era of hybrid LLMs" (MLSys'25), Eq. 1 and
+    2; ``alpha`` 0 is LRU. FLOPs are those from the checkpoint above to this one, attention growing
+    with position. Candidates: leaf KV, any unlocked checkpoint (the paper: nodes with at most one
+    child; what a policy sees does not tell a fork). Refresh: the consumed checkpoint. Two kinds,
+    unequal sizes: bytes freed. The alpha tuned by replay and the clairvoyant one need a whole cache
+    to replay: they are ``hybridcache.lab.baselines.MarconiCache`` and a study. O(candidates) per
+    victim, in one vector expression.
     """
 
     def __init__(self, alpha: float = 1.0) -> None:
@@ -57,7 +60,8 @@ class Marconi(EvictionPolicy):
         return self._least(self._columns["checkpoint"]) or self._least(self._columns["kv"])
 
     def _least(self, columns: Columns) -> Item | None:
-        """The candidate of least score. What an eviction above it made worth more is put right as it comes up."""
+        """The candidate of least score. What an eviction above it made worth more is put right as
+        it comes up."""
         count = len(columns)
         if not count:
             return None

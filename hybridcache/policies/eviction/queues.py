@@ -1,4 +1,5 @@
-"""What the queue policies share: queues whose places survive a lock, and one policy instance per kind of item."""
+"""What the queue policies share: queues whose places survive a lock, and one policy instance per
+kind of item."""
 
 from __future__ import annotations
 
@@ -9,14 +10,15 @@ from collections.abc import Iterator
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 RETURN_WITHIN = 16
-"""Requests after a ghost spoke within which a new checkpoint at its position is taken for the one that came back."""
+"""Requests after a ghost spoke within which a new checkpoint at its position is taken for the one
+that came back."""
 
 
 class Queue:
     """Candidates in order of their tickets, oldest first.
 
-    A ticket is drawn when an item is pushed; an item that is locked and comes back is restored to its old place.
-    O(log n) comparisons, and a move of at most n machine words.
+    A ticket is drawn when an item is pushed; an item that is locked and comes back is restored to
+    its old place. O(log n) comparisons, and a move of at most n machine words.
     """
 
     def __init__(self) -> None:
@@ -57,7 +59,8 @@ class Queue:
 
 
 class Record:
-    """What a queue policy remembers of an item, also while it is locked: its queue, its place, and how often it was used."""
+    """What a queue policy remembers of an item, also while it is locked: its queue, its place, and
+    how often it was used."""
 
     __slots__ = ("mark", "owner", "queue", "ticket", "uses")
 
@@ -71,13 +74,14 @@ class Record:
 
 
 class QueuePolicy(ABC):
-    """Base of the queue policies: a subclass says where a new item goes (``enter``), what a use does (``used``), and which
-    candidate a *kind* should lose (``choose``).
+    """Base of the queue policies: a subclass says where a new item goes (``enter``), what a use
+    does (``used``), and which candidate a *kind* should lose (``choose``).
 
-    Carried over to two kinds and unequal sizes: one instance of everything per kind (``BothKinds``), shares of the memory
-    counted in bytes of what is held now. A use while the item was locked is noticed when it comes back. An item that
-    changes its tier (``policies.tiers``) enters the other tier's instance as a new one. Ghosts tell a position, not a
-    path: the next new checkpoint there, at most 16 requests later, is taken for the one that came back.
+    Carried over to two kinds and unequal sizes: one instance of everything per kind
+    (``BothKinds``), shares of the memory counted in bytes of what is held now. A use while the item
+    was locked is noticed when it comes back. An item that changes its tier (``policies.tiers``)
+    enters the other tier's instance as a new one. Ghosts tell a position, not a path: the next new
+    checkpoint there, at most 16 requests later, is taken for the one that came back.
     """
 
     def __init__(self) -> None:
@@ -89,7 +93,8 @@ class QueuePolicy(ABC):
 
     @abstractmethod
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """The queue a new item goes to; ``ghost``: what was remembered of it, where it was asked back a moment ago."""
+        """The queue a new item goes to; ``ghost``: what was remembered of it, where it was asked
+        back a moment ago."""
 
     @abstractmethod
     def used(self, item: Item, record: Record) -> None:
@@ -136,12 +141,14 @@ class QueuePolicy(ABC):
         self.gone(item, record, evicted)
 
     def missed(self, item: Item) -> None:
-        """A ghost hit: remembers what it was, for when it comes back; one without a memo is none."""
+        """A ghost hit: remembers what it was, for when it comes back; one without a memo is
+        none."""
         if item.memo is not None:
             self._asked_back[item.position] = (item.memo, self._now)
 
     def _returned(self, item: Item) -> Record | None:
-        """The record of the ghost that ``item`` is the return of. An item from another tier is no return."""
+        """The record of the ghost that ``item`` is the return of. An item from another tier is no
+        return."""
         if item.memo is not None:
             return None
         ghost, when = self._asked_back.pop(item.position, (None, 0))
@@ -153,8 +160,8 @@ class QueuePolicy(ABC):
 
 
 class BothKinds(EvictionPolicy):
-    """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of either, the victim that was
-    used longer ago."""
+    """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of
+    either, the victim that was used longer ago."""
 
     orders_tiers = False
 

@@ -9,8 +9,9 @@ from hybridcache.policies.protocol import Item
 class Random(SampledPolicy):
     """Any candidate, uniformly, under a seed.
 
-    Source: folklore; its competitive bound is why it is the honest control on loops, where LRU scores nothing. Candidates:
-    leaf KV, any unlocked checkpoint. Refresh: none. Two kinds: one urn (a kind with more candidates loses more).
+    Source: folklore; its competitive bound is why it is the honest control on loops, where LRU
+    scores nothing. Candidates: leaf KV, any unlocked checkpoint. Refresh: none. Two kinds: one urn
+    (a kind with more candidates loses more).
     """
 
     orders_tiers = False

@@ -1,4 +1,5 @@
-"""regret: what a byte is worth, learnt from what was used and from what ghosts say was missed. No knob."""
+"""regret: what a byte is worth, learnt from what was used and from what ghosts say was missed. No
+knob."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from hybridcache.policies.eviction.survival import NUM_BINS, Survival, age_bins
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
-"""What a superseded checkpoint is believed to be worth, against one that is not, before anything was seen."""
+"""What a superseded checkpoint is believed to be worth, against one that is not, before anything
+was seen."""
 COMMON = frozenset({"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1"})
 """Labels of places where prompts are known to part; all others speculate."""
 SPECULATIVE_PRIOR = 0.125
@@ -24,7 +26,8 @@ Class = tuple[tuple[bool, bool], str, int, int, int]
 
 
 class _Memo:
-    """What the policy knows of one item: its stage, and its place in the line of checkpoints it descends from."""
+    """What the policy knows of one item: its stage, and its place in the line of checkpoints it
+    descends from."""
 
     __slots__ = (
         "active",
@@ -57,15 +60,17 @@ class _Memo:
 class Regret(EvictionPolicy):
     """Least (index of class and age) * (tokens lost) / (bytes freed).
 
-    *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is ``Survival``'s. *Tokens
-    lost*: back to the nearest checkpoint above, so what a neighbour covers is not paid twice. *Bytes freed*: the state, and
-    at a leaf the KV tail that dies with it, so tails and states trade at what they save per byte. *Lineage*: a checkpoint
-    takes over its predecessor's generation + 1; when a tip is evicted, the predecessor takes over the tip's demand.
-    *Regret*: the use a ghost reports counts as a use of its class.
+    *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is
+    ``Survival``'s. *Tokens lost*: back to the nearest checkpoint above, so what a neighbour covers
+    is not paid twice. *Bytes freed*: the state, and at a leaf the KV tail that dies with it, so
+    tails and states trade at what they save per byte. *Lineage*: a checkpoint takes over its
+    predecessor's generation + 1; when a tip is evicted, the predecessor takes over the tip's
+    demand. *Regret*: the use a ghost reports counts as a use of its class.
 
-    Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal coverage as in k-median on a
-    tree. Candidates: leaf KV without a checkpoint at once; else checkpoints, a leaf's with its tail; leaf KV by itself where
-    KV has a pool of its own. Refresh: the consumed checkpoint. O(1) per event, O(1024) per victim.
+    Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal
+    coverage as in k-median on a tree. Candidates: leaf KV without a checkpoint at once; else
+    checkpoints, a leaf's with its tail; leaf KV by itself where KV has a pool of its own. Refresh:
+    the consumed checkpoint. O(1) per event, O(1024) per victim.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -80,8 +85,8 @@ class Regret(EvictionPolicy):
         self._ghost_turn = (0, 0)
         """(time, generation) of the latest ghost that spoke."""
         self._stale: dict[Item, None] = {}
-        """Checkpoints below which something went (they may free more than when they were last looked at) and new ones (others
-        of the same prompt may have come to stand above them)."""
+        """Checkpoints below which something went (they may free more than when they were last
+        looked at) and new ones (others of the same prompt may have come to stand above them)."""
         self._just_used = False
         """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
@@ -166,7 +171,8 @@ class Regret(EvictionPolicy):
         return chosen
 
     def _revalue(self) -> None:
-        """Bring the worth of stale candidates up to date, and of one more at random: what is missed is met in time."""
+        """Bring the worth of stale candidates up to date, and of one more at random: what is missed
+        is met in time."""
         candidates = self._checkpoints.items
         if candidates:
             self._stale[candidates[self._random.randrange(len(candidates))]] = None
@@ -178,7 +184,8 @@ class Regret(EvictionPolicy):
         self._stale.clear()
 
     def _rank_kv(self) -> None:
-        """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is left."""
+        """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is
+        left."""
         if self._idle_kv is not None:
             waiting, self._idle_kv = self._idle_kv, None
             for item in waiting:
@@ -215,7 +222,8 @@ class Regret(EvictionPolicy):
         memo.stage = self.survival.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:
-        """The candidate worth least per byte. Worths that neighbours changed are put right as they come up."""
+        """The candidate worth least per byte. Worths that neighbours changed are put right as they
+        come up."""
         count = len(columns.items)
         if not count:
             return None
@@ -239,7 +247,8 @@ class Regret(EvictionPolicy):
 
 
 def _class_of(item: Item, turn: int) -> Class:
-    """From coarse to fine: each entry narrows the one before, and where evidence is short the coarser one speaks."""
+    """From coarse to fine: each entry narrows the one before, and where evidence is short the
+    coarser one speaks."""
     return (
         (item.superseded, item.label not in COMMON),
         item.label or item.kind,

@@ -20,7 +20,8 @@ class S3FifoQueues(QueuePolicy):
         self.small, self.main = Queue(), Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """``small``; ``main`` for what left ``small`` a while ago and is asked back. What left ``main`` is no ghost."""
+        """``small``; ``main`` for what left ``small`` a while ago and is asked back. What left
+        ``main`` is no ghost."""
         if ghost is None or not isinstance(ghost.owner, S3FifoQueues):
             return self.small
         return self.main if ghost.queue is ghost.owner.small else self.small
@@ -67,11 +68,12 @@ class S3FifoQueues(QueuePolicy):
 
 
 class S3Fifo(BothKinds):
-    """Most items leave through a small FIFO; what is used twice there, or comes back as a ghost, lives in the main one.
+    """Most items leave through a small FIFO; what is used twice there, or comes back as a ghost,
+    lives in the main one.
 
-    Source: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP'23). Candidates: leaf KV, any unlocked
-    checkpoint. Refresh: a counter. Two kinds: the queues for each, shares in bytes; the tree's ghosts are its ghost queue
-    (checkpoints only).
+    Source: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP'23). Candidates:
+    leaf KV, any unlocked checkpoint. Refresh: a counter. Two kinds: the queues for each, shares in
+    bytes; the tree's ghosts are its ghost queue (checkpoints only).
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Two ways to write a policy in twenty lines: a score per item, kept in a heap or looked at by sampling.
+"""Two ways to write a policy in twenty lines: a score per item, kept in a heap or looked at by
+sampling.
 
 A policy of your own, in a file of your own, named on the command line as ``module:Class``:
 
@@ -27,11 +28,13 @@ _Entry = tuple[Score, int, Item]
 
 
 class ScorePolicy(EvictionPolicy, ABC):
-    """The candidate of least ``score`` goes first; ties go in order of creation. Both kinds compare by the same score.
+    """The candidate of least ``score`` goes first; ties go in order of creation. Both kinds compare
+    by the same score.
 
-    ``score`` is asked when an item becomes a candidate, after each use, and again when it comes to the top: a score that
-    only grows in between (because a neighbour went) is caught there. It may read ``now``. A score that falls by itself
-    wants ``SampledPolicy``. O(log n) amortised per call. PolicyError where a score is NaN or no number.
+    ``score`` is asked when an item becomes a candidate, after each use, and again when it comes to
+    the top: a score that only grows in between (because a neighbour went) is caught there. It may
+    read ``now``. A score that falls by itself wants ``SampledPolicy``. O(log n) amortised per call.
+    PolicyError where a score is NaN or no number.
     """
 
     def __init__(self) -> None:
@@ -46,10 +49,12 @@ class ScorePolicy(EvictionPolicy, ABC):
         """Worth of keeping ``item``, in any unit."""
 
     def evicted(self, item: Item, score: Score) -> None:
-        """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that age by it."""
+        """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that
+        age by it."""
 
     def missed(self, item: Item) -> None:
-        """Called when a request would have resumed from an evicted checkpoint. Ignored by default."""
+        """Called when a request would have resumed from an evicted checkpoint. Ignored by
+        default."""
 
     def add(self, item: Item) -> None:
         """Asks its score. O(log n) amortised."""
@@ -62,7 +67,8 @@ class ScorePolicy(EvictionPolicy, ABC):
         self._enter(item)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """O(1): its entry goes stale. Calls ``evicted`` where the latest victim leaves the cache."""
+        """O(1): its entry goes stale. Calls ``evicted`` where the latest victim leaves the
+        cache."""
         entry = self._entries[item.kind].pop(item)
         if self._chosen is entry:
             self._chosen = None
@@ -74,7 +80,8 @@ class ScorePolicy(EvictionPolicy, ABC):
         return chain(*self._entries.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """The top of a heap, or of both, once its score is still what it was. O(log n) amortised."""
+        """The top of a heap, or of both, once its score is still what it was. O(log n)
+        amortised."""
         kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
         tops = [top for each in kinds if (top := self._top(each)) is not None]
         self._chosen = min(tops, key=lambda entry: (entry[0], entry[1])) if tops else None
@@ -110,10 +117,12 @@ class ScorePolicy(EvictionPolicy, ABC):
 
 
 class SampledPolicy(EvictionPolicy, ABC):
-    """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that drift with time.
+    """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that
+    drift with time.
 
-    All candidates are looked at while there are no more than ``sample``; both kinds lie in one urn where either may go.
-    Deterministic under ``seed``. O(sample). PolicyError where a score is NaN or no number.
+    All candidates are looked at while there are no more than ``sample``; both kinds lie in one urn
+    where either may go. Deterministic under ``seed``. O(sample). PolicyError where a score is NaN
+    or no number.
     """
 
     sample = 64
@@ -133,7 +142,8 @@ class SampledPolicy(EvictionPolicy, ABC):
         """``item`` was this policy's victim and is gone."""
 
     def missed(self, item: Item) -> None:
-        """Called when a request would have resumed from an evicted checkpoint. Ignored by default."""
+        """Called when a request would have resumed from an evicted checkpoint. Ignored by
+        default."""
 
     def add(self, item: Item) -> None:
         """Into the bag of its kind. O(1)."""

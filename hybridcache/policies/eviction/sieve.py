@@ -44,7 +44,8 @@ class SieveQueue(QueuePolicy):
             self.hand = ticket + 1
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:
-        """The hand goes on to the next younger one there is now; behind the youngest it starts over."""
+        """The hand goes on to the next younger one there is now; behind the youngest it starts
+        over."""
         if item is self._chosen:
             self._chosen = None
             self.hand = self.queue.after(record.ticket)[0] if len(self.queue) else 0
@@ -53,8 +54,8 @@ class SieveQueue(QueuePolicy):
 class Sieve(BothKinds):
     """As CLOCK, but survivors stay where they are: newcomers are sifted out early.
 
-    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24). Candidates: leaf KV, any unlocked checkpoint. Refresh: a
-    bit. Two kinds: a queue and a hand for each; sizes ignored.
+    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24). Candidates: leaf KV, any unlocked
+    checkpoint. Refresh: a bit. Two kinds: a queue and a hand for each; sizes ignored.
     """
 
     def __init__(self) -> None:

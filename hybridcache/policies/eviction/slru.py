@@ -41,11 +41,12 @@ class SLRUQueues(QueuePolicy):
 
 
 class SLRU(BothKinds):
-    """New items on probation; a used one is protected; protection overflows back to probation; probation loses its oldest.
+    """New items on probation; a used one is protected; protection overflows back to probation;
+    probation loses its oldest.
 
-    Source: Karedla, Love, Wherry, "Caching strategies to improve disk system performance", 1994. Candidates: leaf KV, any
-    unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: two queues for each, shares in
-    bytes.
+    Source: Karedla, Love, Wherry, "Caching strategies to improve disk system performance", 1994.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
+    nodes. Two kinds: two queues for each, shares in bytes.
     """
 
     def __init__(self, protected: float = 0.8) -> None:

@@ -1,14 +1,17 @@
-"""How long until it is used again: reuse hazards by class and age, learnt online, and the worth rate they give.
+"""How long until it is used again: reuse hazards by class and age, learnt online, and the worth
+rate they give.
 
-A *class* is a short tuple of facts about an item; its *age* is the number of requests since it came to its present stage (was
-made, used, superseded). For every class the hazard of a use is kept per age bin, two bins an octave. Items that were
-evicted stay at risk: their ghosts report the use that would have been, so the estimate does not depend on what the policy
-kept. Stages that have not ended count with the age they have reached (censored).
+A *class* is a short tuple of facts about an item; its *age* is the number of requests since it came
+to its present stage (was made, used, superseded). For every class the hazard of a use is kept per
+age bin, two bins an octave. Items that were evicted stay at risk: their ghosts report the use that
+would have been, so the estimate does not depend on what the policy kept. Stages that have not ended
+count with the age they have reached (censored).
 
 The *index* of a class at an age is the best rate of uses per unit of time that keeping can give,
-``max over T of P(used within T) / E[time kept until then]``: Gittins' index for a job that is worth its use and costs its
-residence. Where hazard falls with age it is the hazard now, and ranks as LRU; where uses come at a known distance (a loop)
-the old are worth more than the young, and a fixed part of the loop is kept.
+``max over T of P(used within T) / E[time kept until then]``: Gittins' index for a job that is worth
+its use and costs its residence. Where hazard falls with age it is the hazard now, and ranks as LRU;
+where uses come at a known distance (a loop) the old are worth more than the young, and a fixed part
+of the loop is kept.
 """
 
 from __future__ import annotations
@@ -39,10 +42,11 @@ _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
 _BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.int8)
 DOUBT = 2.0
-"""Standard deviations by which a class's uses must differ from what its parent's hazard foretells before its level departs
-from it, and then only by what is left."""
+"""Standard deviations by which a class's uses must differ from what its parent's hazard foretells
+before its level departs from it, and then only by what is left."""
 SHAPE_WEIGHT = 16.0
-"""Uses that an age bin needs before it is as much its own as what the class's level and the parent's shape give."""
+"""Uses that an age bin needs before it is as much its own as what the class's level and the
+parent's shape give."""
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
 _ROW_BITS = 24
@@ -73,7 +77,8 @@ class _Generation(NamedTuple):
 class Survival:
     """Hazards and indices of all classes.
 
-    ``open`` and ``close`` are O(1); ``refresh``, called now and then, O(open stages + classes * bins**2).
+    ``open`` and ``close`` are O(1); ``refresh``, called now and then, O(open stages + classes *
+    bins**2).
     """
 
     def __init__(self, max_open: int = 8192) -> None:
@@ -88,10 +93,11 @@ class Survival:
         """Stages that ended in each bin, and below the time they spent in it."""
         self._partial: Floats = np.zeros((64, NUM_BINS))
         self.index: Floats = np.zeros((64, NUM_BINS))
-        """Uses per request that keeping gives, by row and age bin; up to the bins that an age can reach before the next
-        ``refresh``."""
+        """Uses per request that keeping gives, by row and age bin; up to the bins that an age can
+        reach before the next ``refresh``."""
         self._open: Ints = np.full(max_open, -1, np.int64)
-        """When each open stage was entered and its row in one number; -1: unused. Thousands are read at a time."""
+        """When each open stage was entered and its row in one number; -1: unused. Thousands are
+        read at a time."""
         self._codes = self._open.data  # numbers go in and out of it faster
         self._unused = list(range(max_open))
         self._places: dict[int, int] = {}
@@ -107,8 +113,9 @@ class Survival:
         """When the latest of all ended, and its age and row, if that was in a use."""
 
     def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
-        """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed of a class without any
-        evidence, at the top of its line: one use in ``(age + 16) / prior`` requests. O(len(key)) the first time."""
+        """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed
+        of a class without any evidence, at the top of its line: one use in ``(age + 16) / prior``
+        requests. O(len(key)) the first time."""
         found = self._rows.get(key)
         if found is not None:
             return found
@@ -134,7 +141,8 @@ class Survival:
         return stage
 
     def close(self, stage: int, now: int, used: bool) -> None:
-        """The stage ends: by a use (real, or reported by a ghost), or otherwise. Closing it again changes nothing."""
+        """The stage ends: by a use (real, or reported by a ghost), or otherwise. Closing it again
+        changes nothing."""
         place = self._places.pop(stage, None)
         if place is None:
             return
@@ -150,7 +158,8 @@ class Survival:
             self._changes += 1
 
     def retract(self, now: int) -> None:
-        """The use that was closed latest, at ``now``, was none of its own: it stood in for another item."""
+        """The use that was closed latest, at ``now``, was none of its own: it stood in for another
+        item."""
         if self._latest is None or self._latest[0] != now:
             return
         if self._used:
@@ -183,7 +192,8 @@ class Survival:
         return True
 
     def _hazards(self, now: int) -> Floats:
-        """Uses per unit of time at risk, by row and bin: what a class has not seen itself it has from its parent."""
+        """Uses per unit of time at risk, by row and bin: what a class has not seen itself it has
+        from its parent."""
         if self._generations is None:
             self._generations = _sorted_by_parent(self._parents)
         self._count_ended()
@@ -214,7 +224,8 @@ class Survival:
         return np.asarray(beyond * WIDTHS + partial)
 
     def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
-        """Stages by row and age bin, and the time that they spent in it; none is older than ``oldest``."""
+        """Stages by row and age bin, and the time that they spent in it; none is older than
+        ``oldest``."""
         shape = len(self._parents), NUM_BINS
         bins = age_bins(ages, oldest)
         cells = rows * NUM_BINS + bins
@@ -237,7 +248,8 @@ class Survival:
         self._used.clear()
 
     def check(self) -> None:
-        """AssertionError unless every place holds one open stage or is unused, and no count is negative. O(places)."""
+        """AssertionError unless every place holds one open stage or is unused, and no count is
+        negative. O(places)."""
         taken = sorted(self._places.values())
         assert sorted(taken + self._unused) == list(range(self._max_open)), (
             "a place is lost, or held twice"
@@ -271,7 +283,8 @@ def _sorted_by_parent(parents: list[int | None]) -> list[_Generation]:
 
 
 def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
-    """Uses per use foretold, where the difference exceeds doubt; one use is believed of either beforehand."""
+    """Uses per use foretold, where the difference exceeds doubt; one use is believed of either
+    beforehand."""
     difference = uses - foretold
     spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
     clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
@@ -280,7 +293,8 @@ def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
 
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
-    """max over T of P(use within T) / E[time until then], for every row and the first ``num_bins`` bins to start from."""
+    """max over T of P(use within T) / E[time until then], for every row and the first ``num_bins``
+    bins to start from."""
     steps = np.minimum(hazard.T.copy() * WIDTHS[:, None], 8.0)
     survive = np.zeros((NUM_BINS + 1, len(hazard)))
     np.cumsum(steps, axis=0, out=survive[1:])

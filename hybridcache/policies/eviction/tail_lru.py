@@ -7,14 +7,16 @@ from hybridcache.policies.protocol import Item
 
 
 class TailLRU(ScorePolicy):
-    """Items whose loss keeps the next prefill within ``target_tokens`` go first, then the rest; each group least recently used
-    first.
+    """Items whose loss keeps the next prefill within ``target_tokens`` go first, then the rest;
+    each group least recently used first.
 
-    Source: "Tail-Optimized Caching for LLM Inference" (2510.15152): of a history of L tokens all but the first L - target are
-    free to evict, for the next turn still meets its TTFT. The target is given in tokens of prefill (TTFT x prefill speed, less
-    a usual question). Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two
-    kinds: a loss is what must be computed again up to the deepest end that this path had since its last use: ``span``, and
-    what went before below it. In an attention-only cache, where no item stands above another, ``span`` alone.
+    Source: "Tail-Optimized Caching for LLM Inference" (2510.15152): of a history of L tokens all
+    but the first L - target are free to evict, for the next turn still meets its TTFT. The target
+    is given in tokens of prefill (TTFT x prefill speed, less a usual question). Candidates: leaf
+    KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: a
+    loss is what must be computed again up to the deepest end that this path had since its last use:
+    ``span``, and what went before below it. In an attention-only cache, where no item stands above
+    another, ``span`` alone.
     """
 
     orders_tiers = False
@@ -24,7 +26,8 @@ class TailLRU(ScorePolicy):
         self.target_tokens = target_tokens
 
     def score(self, item: Item) -> tuple[float, ...]:
-        """(whether its loss would break the target, last use). ``memo`` holds (uses, deepest end lost below since)."""
+        """(whether its loss would break the target, last use). ``memo`` holds (uses, deepest end
+        lost below since)."""
         lost_end = item.position
         if item.memo is not None and item.memo[0] == item.uses:
             lost_end = item.memo[1]

@@ -1,4 +1,5 @@
-"""What the structure says goes first, whatever the policy: dead KV, then superseded checkpoints, then the rest."""
+"""What the structure says goes first, whatever the policy: dead KV, then superseded checkpoints,
+then the rest."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates
 
 
 class Tiers(EvictionPolicy):
-    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``. ``rest`` is
-    one of them, ``make`` makes the others.
+    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
+    ``rest`` is one of them, ``make`` makes the others.
 
-    - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth nothing;
-    - *superseded*: checkpoints with a deeper one on the same unforked path. Worth less, not nothing: a prompt sent again
-      still hits them while there is room, so they are demoted and never deleted at once;
+    - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth
+      nothing;
+    - *superseded*: checkpoints with a deeper one on the same unforked path. Worth less, not
+      nothing: a prompt sent again still hits them while there is room, so they are demoted and
+      never deleted at once;
     - *rest*: everything else, where the policy's own order decides.
 
     ``item.dead`` and ``item.superseded`` change only between ``discard`` and ``add``.
@@ -70,5 +73,6 @@ class Tiers(EvictionPolicy):
 
 
 def in_tiers(policy: object) -> bool:
-    """Whether dead KV or superseded checkpoints go before what ``policy`` orders by its own rule."""
+    """Whether dead KV or superseded checkpoints go before what ``policy`` orders by its own
+    rule."""
     return isinstance(policy, Tiers) or (isinstance(policy, LRU) and policy.has_tiers)

@@ -12,11 +12,13 @@ PATIENCE = {"decode": 1.0, "end": 1.0, "prompt": 1.0, "branch": 4.0, "boundary":
 
 
 class TTL(ScorePolicy):
-    """What expires first goes first; an item lives ``ttl`` requests past its last use, times the patience of its label.
+    """What expires first goes first; an item lives ``ttl`` requests past its last use, times the
+    patience of its label.
 
-    Source: Continuum (2511.02230) pins a prefix for the time its tool call may take; here the pin yields under pressure,
-    in order of expiry. Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
-    nodes. Two kinds: KV and unknown labels live one ``ttl``; sizes ignored.
+    Source: Continuum (2511.02230) pins a prefix for the time its tool call may take; here the pin
+    yields under pressure, in order of expiry. Candidates: leaf KV, any unlocked checkpoint.
+    Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: KV and unknown labels live one
+    ``ttl``; sizes ignored.
     """
 
     orders_tiers = False

@@ -20,7 +20,8 @@ class TwoQueueQueues(QueuePolicy):
         self.recent, self.frequent = Queue(), Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """``recent``; ``frequent`` for what left ``recent`` and is asked back. What left ``frequent`` is no ghost."""
+        """``recent``; ``frequent`` for what left ``recent`` and is asked back. What left
+        ``frequent`` is no ghost."""
         if ghost is None or not isinstance(ghost.owner, TwoQueueQueues):
             return self.recent
         return self.frequent if ghost.queue is ghost.owner.recent else self.recent
@@ -41,11 +42,13 @@ class TwoQueueQueues(QueuePolicy):
 
 
 class TwoQueue(BothKinds):
-    """New items pass through a short FIFO; only what a ghost asks back joins the LRU of frequent ones.
+    """New items pass through a short FIFO; only what a ghost asks back joins the LRU of frequent
+    ones.
 
-    Source: Johnson, Shasha, "2Q: a low overhead high performance buffer management replacement algorithm" (VLDB'94).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: only in the frequent queue. Two kinds: two queues for each, shares
-    in bytes; the tree's ghosts are A1out. KV has no ghost that speaks, so its frequent queue stays empty: FIFO.
+    Source: Johnson, Shasha, "2Q: a low overhead high performance buffer management replacement
+    algorithm" (VLDB'94). Candidates: leaf KV, any unlocked checkpoint. Refresh: only in the
+    frequent queue. Two kinds: two queues for each, shares in bytes; the tree's ghosts are A1out. KV
+    has no ghost that speaks, so its frequent queue stays empty: FIFO.
     """
 
     def __init__(self) -> None:

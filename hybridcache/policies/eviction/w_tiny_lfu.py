@@ -15,10 +15,11 @@ AGE_AFTER = 10
 
 
 class TinyLfuQueues(QueuePolicy):
-    """A window LRU of ``window`` of the bytes before a segmented main queue that only the more frequent may enter.
+    """A window LRU of ``window`` of the bytes before a segmented main queue that only the more
+    frequent may enter.
 
-    Counters are exact (one per item, in its record; a ghost's passes to the item that came back), where the paper sketches
-    them.
+    Counters are exact (one per item, in its record; a ghost's passes to the item that came back),
+    where the paper sketches them.
     """
 
     def __init__(self, window: float = 0.01, protected: float = 0.8) -> None:
@@ -43,7 +44,8 @@ class TinyLfuQueues(QueuePolicy):
             item.memo.mark = ghost.mark + 1
 
     def used(self, item: Item, record: Record) -> None:
-        """Counts, and moves to the young end of the window, or into the protected queue, whose overflow leaves it."""
+        """Counts, and moves to the young end of the window, or into the protected queue, whose
+        overflow leaves it."""
         record.mark += 1
         self._uses += 1
         self.move(item, self.window if record.queue is self.window else self.protected)
@@ -56,7 +58,8 @@ class TinyLfuQueues(QueuePolicy):
             self._age()
 
     def choose(self) -> Item | None:
-        """The window's overflow fills main while that has room, then duels with main's oldest: the less frequent one goes."""
+        """The window's overflow fills main while that has room, then duels with main's oldest: the
+        less frequent one goes."""
         total = self.window.num_bytes + self._main_bytes()
         full = total if self._full_bytes is None else self._full_bytes
         self._full_bytes = total
@@ -101,12 +104,14 @@ class TinyLfuQueues(QueuePolicy):
 
 
 class WTinyLFU(BothKinds):
-    """A newcomer leaves the window for the main cache only if it was used more often than what it would displace.
+    """A newcomer leaves the window for the main cache only if it was used more often than what it
+    would displace.
 
-    Source: Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission policy" (TOS 2017). Candidates: leaf KV,
-    any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: the queues for each, shares in
-    bytes; main has room for 99 % of what was held when a victim was last asked for. Frequency outlives eviction for
-    checkpoints only, whose ghosts speak.
+    Source: Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission policy" (TOS
+    2017). Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the
+    path's KV nodes. Two kinds: the queues for each, shares in bytes; main has room for 99 % of what
+    was held when a victim was last asked for. Frequency outlives eviction for checkpoints only,
+    whose ghosts speak.
     """
 
     def __init__(self) -> None:

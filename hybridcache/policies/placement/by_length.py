@@ -1,4 +1,5 @@
-"""Placements that only look at lengths: where to stand if nothing is known of where prompts will part."""
+"""Placements that only look at lengths: where to stand if nothing is known of where prompts will
+part."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
 
 
 class Aligned(PrefillRule):
-    """The last multiple of ``step`` before the prompt's last token (LightLLM's rule with 512, vLLM's with its block)."""
+    """The last multiple of ``step`` before the prompt's last token (LightLLM's rule with 512,
+    vLLM's with its block)."""
 
     def __init__(self, step: int) -> None:
         self.step = _positive("aligned", step)
@@ -19,7 +21,8 @@ class Aligned(PrefillRule):
 
 
 class Chunks(PrefillRule):
-    """Where prefill chunks of ``size`` tokens end, counted from where the prompt resumes (SGLang's chunked prefill)."""
+    """Where prefill chunks of ``size`` tokens end, counted from where the prompt resumes (SGLang's
+    chunked prefill)."""
 
     def __init__(self, size: int) -> None:
         self.size = _positive("chunks", size)
@@ -31,8 +34,8 @@ class Chunks(PrefillRule):
 
 
 class Balanced(PrefillRule):
-    """``count`` positions that cut the prompt into ``count`` + 1 equal parts: optimal, and minimax, for overlaps that are
-    equally likely at every depth (2605.05219)."""
+    """``count`` positions that cut the prompt into ``count`` + 1 equal parts: optimal, and minimax,
+    for overlaps that are equally likely at every depth (2605.05219)."""
 
     def __init__(self, count: int) -> None:
         self.count = _positive("balanced", count)
@@ -43,7 +46,8 @@ class Balanced(PrefillRule):
 
 
 class Sqrt(PrefillRule):
-    """Every sqrt(n) tokens of a prompt of n: as many checkpoints as tokens between two (2605.05219)."""
+    """Every sqrt(n) tokens of a prompt of n: as many checkpoints as tokens between two
+    (2605.05219)."""
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
         step = max(isqrt(prefill.prompt_len), prefill.grid)
@@ -52,8 +56,8 @@ class Sqrt(PrefillRule):
 
 
 class Dyadic(PrefillRule):
-    """1, 2, 4, 8 … grid steps from the beginning: wherever a later prompt leaves this one, it resumes at half of what they
-    share or deeper (2605.05219)."""
+    """1, 2, 4, 8 … grid steps from the beginning: wherever a later prompt leaves this one, it
+    resumes at half of what they share or deeper (2605.05219)."""
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
         steps = prefill.prompt_len // prefill.grid
@@ -62,7 +66,8 @@ class Dyadic(PrefillRule):
 
 
 class Thinned(PrefillRule):
-    """``count`` positions past the cached part, each in the middle of the largest gap left (SGLang #38000 in placement)."""
+    """``count`` positions past the cached part, each in the middle of the largest gap left (SGLang
+    #38000 in placement)."""
 
     def __init__(self, count: int) -> None:
         self.count = _positive("thinned", count)

@@ -9,20 +9,26 @@ from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
 HOPE = 1.0
-"""What the end of the prompt and of the answer are believed to earn with their first checkpoint: this part of a prompt."""
+"""What the end of the prompt and of the answer are believed to earn with their first checkpoint:
+this part of a prompt."""
 SPECULATIVE_HOPE = 0.125
 """The same of the back-offs further up."""
 HOPE_LASTS = 128
-"""Checkpoints after which those two must live on what they earned; the others after as large a part of it as their hope is."""
+"""Checkpoints after which those two must live on what they earned; the others after as large a part
+of it as their hope is."""
 COPY = 1 / 4096
-"""What saving one costs by itself: a copy of a state takes about the time that this part of a prompt takes to prefill."""
+"""What saving one costs by itself: a copy of a state takes about the time that this part of a
+prompt takes to prefill."""
 MARGIN = 3.0
-"""Times what it displaces that a checkpoint has to earn: the word that looks best by chance is not the best."""
+"""Times what it displaces that a checkpoint has to earn: the word that looks best by chance is not
+the best."""
 TRIAL_AFTER = 32
-"""A word that does not pay is tried again after so many prefills, and after ``TRIAL_GROWTH`` times as many every time it fails."""
+"""A word that does not pay is tried again after so many prefills, and after ``TRIAL_GROWTH`` times
+as many every time it fails."""
 TRIAL_GROWTH = 4
 MEMORY = 1024
-"""Checkpoints after which a word has forgotten half, and prefills after which it is tried again at the latest."""
+"""Checkpoints after which a word has forgotten half, and prefills after which it is tried again at
+the latest."""
 END_WORDS = ("back:1", "decode")
 """The ends of the prompt and of the answer."""
 
@@ -37,7 +43,8 @@ class _Account:
         self.hope_lasts = hope * HOPE_LASTS
         self.placed = 1.0
         self.offered = offered
-        """Prefills that could have had it; words start apart, so that they are not all tried in the same one."""
+        """Prefills that could have had it; words start apart, so that they are not all tried in the
+        same one."""
         self.due = self.wait = TRIAL_AFTER
         """It is tried again at ``due``, if it does not pay, and then after ``wait`` prefills."""
 
@@ -68,14 +75,16 @@ class _Account:
 
 
 class Learned(PlacementPolicy):
-    """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's end, one token and 4, 16,
-    64 … grid steps, while they earn more than they displace.
+    """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's
+    end, one token and 4, 16, 64 … grid steps, while they earn more than they displace.
 
-    A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from it, or would have, had
-    it not been evicted; one at an end earns down to the nearest that is no back-off, for those only stand in for it. It
-    *displaces* what a checkpoint is worth at the margin: the tokens that requests missed because their checkpoint had been
-    evicted, per checkpoint placed. With ample memory nothing is displaced and all that ever earns is placed; under pressure
-    the budget of words follows the regret. A word that does not pay is tried more and more seldom.
+    A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from
+    it, or would have, had it not been evicted; one at an end earns down to the nearest that is no
+    back-off, for those only stand in for it. It *displaces* what a checkpoint is worth at the
+    margin: the tokens that requests missed because their checkpoint had been evicted, per
+    checkpoint placed. With ample memory nothing is displaced and all that ever earns is placed;
+    under pressure the budget of words follows the regret. A word that does not pay is tried more
+    and more seldom.
 
     Source: this project. O(log prompt) per prefill.
     """
@@ -159,7 +168,8 @@ def _covers(item: Item) -> int:
 
 
 def _continues(prefill: Prefill) -> bool:
-    """Whether the prompt leaves what was seen just where an earlier one ended: it goes on from there, nothing forks."""
+    """Whether the prompt leaves what was seen just where an earlier one ended: it goes on from
+    there, nothing forks."""
     missed = prefill.missed
     if missed is None or missed.label == "branch":
         return False

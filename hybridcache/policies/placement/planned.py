@@ -12,10 +12,11 @@ REPLAN_EVERY = 10
 
 
 def plan(depths: Sequence[int], weights: Sequence[float], count: int) -> tuple[int, ...]:
-    """Up to ``count`` positions among ``depths`` (ascending) that minimise the expected tokens computed again.
+    """Up to ``count`` positions among ``depths`` (ascending) that minimise the expected tokens
+    computed again.
 
-    A prompt that overlaps to depth d resumes at the deepest position at or before d and computes the rest of d again. Exact,
-    by a monotone hull of lines: O(len(depths) * count).
+    A prompt that overlaps to depth d resumes at the deepest position at or before d and computes
+    the rest of d again. Exact, by a monotone hull of lines: O(len(depths) * count).
 
     >>> plan([10, 20, 90], [1.0, 1.0, 5.0], 1), plan([10, 20, 90], [1.0, 1.0, 5.0], 2)
     ((90,), (20, 90))
@@ -45,10 +46,12 @@ def plan(depths: Sequence[int], weights: Sequence[float], count: int) -> tuple[i
 def _one_more(
     depths: Sequence[int], weight: list[float], moment: list[float], cost: list[float]
 ) -> tuple[list[float], list[int]]:
-    """Least cost of the first j depths, for every j, with one checkpoint more at the last chosen depth; and that choice.
+    """Least cost of the first j depths, for every j, with one checkpoint more at the last chosen
+    depth; and that choice.
 
-    A checkpoint at depth i, the deepest below j, adds ``moment[j] - moment[i] - depths[i] * (weight[j] - weight[i])`` to the
-    cost of the first i: a line in ``weight[j]`` of slope ``-depths[i]``.
+    A checkpoint at depth i, the deepest below j, adds ``moment[j] - moment[i] - depths[i] *
+    (weight[j] - weight[i])`` to the cost of the first i: a line in ``weight[j]`` of slope
+    ``-depths[i]``.
     """
     hull: list[tuple[float, float, int]] = []
     first = 0
@@ -91,9 +94,10 @@ def _needless(
 class Planned(PrefillRule):
     """``count`` positions where an exact plan over the overlaps seen so far puts them.
 
-    Source: Shirokikh, Nikolenko, "Sparse prefix caching" (2605.05219): a histogram of overlap depths that decays by 0.99 per
-    prompt, replanned every 10. It knows depth only, not which prompt; until something overlapped it asks for the prompt's
-    end. O(depths * count) per replanning, depths on the grid.
+    Source: Shirokikh, Nikolenko, "Sparse prefix caching" (2605.05219): a histogram of overlap
+    depths that decays by 0.99 per prompt, replanned every 10. It knows depth only, not which
+    prompt; until something overlapped it asks for the prompt's end. O(depths * count) per
+    replanning, depths on the grid.
     """
 
     def __init__(self, count: int) -> None:

@@ -8,14 +8,16 @@ from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill, Pref
 
 
 class Branch(PrefillRule):
-    """Where this prompt leaves what was seen before: the fork that the next prompt of its kind will share."""
+    """Where this prompt leaves what was seen before: the fork that the next prompt of its kind will
+    share."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
         return (Placed(prefill.branch_len, "branch"),)
 
 
 class Boundary(PrefillRule):
-    """Every known boundary: ends of message parts that survive into later prompts, the deepest first."""
+    """Every known boundary: ends of message parts that survive into later prompts, the deepest
+    first."""
 
     def positions(self, prefill: Prefill) -> Iterable[Placed]:
         return [Placed(boundary, "boundary") for boundary in reversed(prefill.boundaries)]
@@ -24,8 +26,9 @@ class Boundary(PrefillRule):
 class Backoff(PrefillRule):
     """The last ``count`` grid positions before the prompt's last token, the deepest first.
 
-    One, so that the same prompt sent again hits. Each further one for a prompt cut short by up to one more grid step, at the
-    price of one more state a prompt: superseded at once, it goes before all others when slots run out.
+    One, so that the same prompt sent again hits. Each further one for a prompt cut short by up to
+    one more grid step, at the price of one more state a prompt: superseded at once, it goes before
+    all others when slots run out.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -108,7 +111,8 @@ class Placement(PlacementPolicy):
         return shortest
 
     def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
-        """What a caller makes of ``positions``: on the grid, in (cached_len, prompt_len], each once, ascending."""
+        """What a caller makes of ``positions``: on the grid, in (cached_len, prompt_len], each
+        once, ascending."""
         planned: dict[int, Placed] = {}
         for position, label in self.positions(prefill):
             floored = prefill.floor(position)

@@ -1,4 +1,5 @@
-"""Small random checkpoints of every family, written by transformers, and a driver that feeds a ModelRunner by hand."""
+"""Small random checkpoints of every family, written by transformers, and a driver that feeds a
+ModelRunner by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_oracle(family: str) -> Any:
-    """A random transformers model; norms, biases and decays moved away from their neutral values."""
+    """A random transformers model; norms, biases and decays moved away from their neutral
+    values."""
     import transformers
 
     classes = {
@@ -126,8 +128,8 @@ NUM_SLOTS = 100
 
 @dataclass
 class Driver:
-    """Feeds batches to a runner; hands out rows, slots and scattered KV indices by counting. Of an arena the first slabs are
-    slots, the rest is rows."""
+    """Feeds batches to a runner; hands out rows, slots and scattered KV indices by counting. Of an
+    arena the first slabs are slots, the rest is rows."""
 
     runner: ModelRunner
     scatter_seed: int | None = None
@@ -161,7 +163,8 @@ class Driver:
     def begin(
         self, tokens: Sequence[int], prefix: npt.NDArray[np.int32] | None = None, room: int = 64
     ) -> tuple[Sequence_, tuple[int, int, npt.NDArray[np.int32]]]:
-        """A sequence with KV for its tokens and ``room`` more, the first rows shared with ``prefix``."""
+        """A sequence with KV for its tokens and ``room`` more, the first rows shared with
+        ``prefix``."""
         sequence = Sequence_(self.next_row, self.slot(), list(tokens))
         self.next_row += 1
         shared = prefix if prefix is not None else np.empty(0, dtype=np.int32)

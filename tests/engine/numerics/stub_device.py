@@ -1,4 +1,5 @@
-"""A device that computes nothing: it keeps count of what it was told to compile, capture and remember."""
+"""A device that computes nothing: it keeps count of what it was told to compile, capture and
+remember."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class StubDevice(Device):
         self.threads.add(threading.get_ident())
 
     def free_bytes(self) -> int:
-        """Every graph that lives takes one MiB, and the first of each pool of graphs 64 MiB more; what dead ones had, as what
-        else is "cached MiB", is torch's until it is released."""
+        """Every graph that lives takes one MiB, and the first of each pool of graphs 64 MiB more;
+        what dead ones had, as what else is "cached MiB", is torch's until it is released."""
         return FREE_BYTES - 2**20 * (self.counts["taken MiB"] + self.counts["cached MiB"])
 
     def release(self) -> None:
@@ -82,7 +83,8 @@ class StubDevice(Device):
 
 
 class Launches:
-    """The kernels that Triton would have compiled by now: by function, types, and what it tells apart in the numbers."""
+    """The kernels that Triton would have compiled by now: by function, types, and what it tells
+    apart in the numbers."""
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
@@ -112,7 +114,8 @@ class Launches:
 
 @contextlib.contextmanager
 def stubbed(monkeypatch):
-    """In here every device is the stub, and a Triton launch is noted instead of run: (device, launches)."""
+    """In here every device is the stub, and a Triton launch is noted instead of run: (device,
+    launches)."""
     from triton.runtime.interpreter import GridExecutor
 
     device, launches = StubDevice(), Launches()

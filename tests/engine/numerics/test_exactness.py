@@ -1,4 +1,5 @@
-"""A hit changes nothing: on the CPU, logits after a hit are those of a cold run bit for bit, in any mix and any chunking."""
+"""A hit changes nothing: on the CPU, logits after a hit are those of a cold run bit for bit, in any
+mix and any chunking."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def cold_run(driver, tokens):
 
 
 def run_pieces(driver, starts, restores, writes, random):
-    """Prefill all sequences in random pieces, mixed with decodes of the finished ones; logits per sequence."""
+    """Prefill all sequences in random pieces, mixed with decodes of the finished ones; logits per
+    sequence."""
     logits = {id(sequence): [] for sequence in starts}
     finished = []
     waiting = list(starts)

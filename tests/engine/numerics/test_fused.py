@@ -1,4 +1,5 @@
-"""The engine with every Triton kernel, interpreted where there is no GPU: near the reference, and hits change nothing."""
+"""The engine with every Triton kernel, interpreted where there is no GPU: near the reference, and
+hits change nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
 
 
 def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """All logits of a prompt computed cold, and of its tail after a hit at 64 beside the next token of the first."""
+    """All logits of a prompt computed cold, and of its tail after a hit at 64 beside the next token
+    of the first."""
     driver = driver_class(runner, scatter_seed=3)
     sequence, write = driver.begin(tokens)
     checkpoint = driver.slot()

@@ -1,5 +1,6 @@
-"""Graphs, with a recorder that repeats the work itself where a device would repeat its launches: padding, buckets and buffers
-must change nothing. The kernels are the Triton ones, interpreted: theirs read lengths from the device, as graphs need."""
+"""Graphs, with a recorder that repeats the work itself where a device would repeat its launches:
+padding, buckets and buffers must change nothing. The kernels are the Triton ones, interpreted:
+theirs read lengths from the device, as graphs need."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Recorder:
 
 
 def serve(driver, prompts, num_steps):
-    """Logits of every step: all prompts at once, then decoding; the second sequence stops after one step."""
+    """Logits of every step: all prompts at once, then decoding; the second sequence stops after one
+    step."""
     begun = [driver.begin(prompt) for prompt in prompts]
     segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in begun)
     logits = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in begun)))]

@@ -1,4 +1,5 @@
-"""Our models against transformers' on the same random weights, float32: the same greedy tokens, logits within 1e-4."""
+"""Our models against transformers' on the same random weights, float32: the same greedy tokens,
+logits within 1e-4."""
 
 from __future__ import annotations
 

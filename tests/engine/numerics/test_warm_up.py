@@ -104,8 +104,8 @@ def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch
 def test_what_graphs_take_is_kept_free_before_pools_are_sized(
     monkeypatch, tmp_path, cached_mib
 ) -> None:
-    """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take the same, and what
-    loading left to torch is nobody's."""
+    """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take
+    the same, and what loading left to torch is nobody's."""
     with stubbed(monkeypatch) as (device, _):
         device.counts["cached MiB"] = cached_mib
         runner = make_engine(tmp_path).runner
@@ -162,7 +162,8 @@ def test_one_length_of_every_octave_is_rehearsed() -> None:
 
 
 def test_the_largest_step_has_logits_of_no_more_than_may_be_scored(monkeypatch, tmp_path) -> None:
-    """With those of all its tokens, 2.5 GB of a vocabulary of 151,936 would be kept from the pools."""
+    """With those of all its tokens, 2.5 GB of a vocabulary of 151,936 would be kept from the
+    pools."""
     with stubbed(monkeypatch):
         engine = make_engine(
             tmp_path, token_budget=8192, warm_up=False, kv_gib=0.02, state_gib=0.02
@@ -197,13 +198,15 @@ def test_states_of_sixteen_bits_take_half_the_memory(monkeypatch, tmp_path) -> N
 
 
 READERS = """
-    item tolist numpy cpu __bool__ __int__ __float__ __index__ __contains__ nonzero argwhere unique masked_select equal
+    item tolist numpy cpu __bool__ __int__ __float__ __index__ __contains__ nonzero argwhere unique
+    masked_select equal
     allclose is_nonzero bincount
 """.split()  # noqa: SIM905
 
 
 class Waits(TorchFunctionMode):
-    """Notes every call for which a host must wait until the device has computed, or has taken a copy from ordinary memory."""
+    """Notes every call for which a host must wait until the device has computed, or has taken a
+    copy from ordinary memory."""
 
     def __init__(self) -> None:
         super().__init__()

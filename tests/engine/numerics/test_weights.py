@@ -1,4 +1,5 @@
-"""Checkpoints: every layout that occurs, every fault named in one sentence, dummy weights that are reproducible."""
+"""Checkpoints: every layout that occurs, every fault named in one sentence, dummy weights that are
+reproducible."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Live servers on 127.0.0.1, driven by real clients. Most serve the oracle (a runner that proves every read); some the
-built-in model."""
+"""Live servers on 127.0.0.1, driven by real clients. Most serve the oracle (a runner that proves
+every read); some the built-in model."""
 
 from __future__ import annotations
 

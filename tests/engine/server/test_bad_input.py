@@ -1,4 +1,5 @@
-"""Whatever a client sends: 4xx in OpenAI's shape with one sentence that says what to do, and nothing is lost."""
+"""Whatever a client sends: 4xx in OpenAI's shape with one sentence that says what to do, and
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -59,6 +60,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hi"}, "'messages' can not be"),
     ({"messages": [{"content": "x"}]}, "'messages.0.role' is missing"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "Unexpected message role: wizard"),
+    ({"messages": [{"role": "a\nb\rc", "content": "x"}]}, "Unexpected message role: a b c"),
     ({"messages": [{"role": "user", "content": 5}]}, "'messages.0.content"),
     (
         {

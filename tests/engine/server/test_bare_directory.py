@@ -1,4 +1,5 @@
-"""A directory with nothing but a config: token ids are served; and what generation_config.json says of sampling."""
+"""A directory with nothing but a config: token ids are served; and what generation_config.json says
+of sampling."""
 
 from __future__ import annotations
 

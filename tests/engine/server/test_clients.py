@@ -1,4 +1,5 @@
-"""The openai client in its three uses (completions, chat, streaming), synchronous and not, and what it is told."""
+"""The openai client in its three uses (completions, chat, streaming), synchronous and not, and what
+it is told."""
 
 from __future__ import annotations
 
@@ -193,7 +194,8 @@ def test_stop_strings_end_an_answer_and_are_left_out(live: Live) -> None:
 
 
 def test_echo_scores_the_prompt_without_reading_the_cache(builtin: Live) -> None:
-    """As evaluation harnesses ask for it: nothing generated, every prompt token but the first scored."""
+    """As evaluation harnesses ask for it: nothing generated, every prompt token but the first
+    scored."""
     prompt = "tenth " + LONG
     builtin.client.completions.create(prompt=prompt, max_tokens=1, **GREEDY)
     scored = [

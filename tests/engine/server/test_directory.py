@@ -1,4 +1,5 @@
-"""A Hugging Face directory behind the server: its tokenizer, its template, its name, dummy weights."""
+"""A Hugging Face directory behind the server: its tokenizer, its template, its name, dummy
+weights."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from engine import Engine, EngineConfig
 from .conftest import Live, serving
 
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 CONFIG = {

@@ -1,7 +1,8 @@
-"""What one client sends must not stop the others: limits, one error for a million wrong entries, no quoting of megabytes.
+"""What one client sends must not stop the others: limits, one error for a million wrong entries, no
+quoting of megabytes.
 
-Costs are counted, not timed: how many errors are made, what is sent back, which thread does the work. Times are in
-``python -m experiments.hostile``.
+Costs are counted, not timed: how many errors are made, what is sent back, which thread does the
+work. Times are in ``python -m experiments.hostile``.
 """
 
 from __future__ import annotations
@@ -203,7 +204,8 @@ def test_what_is_long_is_not_done_on_the_event_loop(
     tokenizer = live.engine.tokenizer = _Names(live.engine.tokenizer)
     live.post(path, body)
     tokenizer.threads.discard("engine")
-    # The event loop may ask for a field (the vocabulary's size), so where encoding ran is what counts.
+    # The event loop may ask for a field (the vocabulary's size), so where encoding ran is what
+    # counts.
     assert "server" in tokenizer.threads
 
 

@@ -243,7 +243,8 @@ def http_answer(connection: socket.socket) -> str:
 
 
 def test_a_burst_ends_as_soon_as_its_client_is_gone() -> None:
-    """All events are due at once, and the connection breaks at the second: asyncio would log every write after some."""
+    """All events are due at once, and the connection breaks at the second: asyncio would log every
+    write after some."""
     num_sent = 0
 
     async def main() -> None:

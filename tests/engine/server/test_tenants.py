@@ -17,7 +17,8 @@ PROMPT = "what a tenant asks, again and again. " * 12
 
 
 def cached(live: Live, salt: str | None) -> int:
-    """Tokens that a request with ``salt`` found in the cache. The body is sent as bytes: a salt may be no UTF-8."""
+    """Tokens that a request with ``salt`` found in the cache. The body is sent as bytes: a salt may
+    be no UTF-8."""
     escaped = "" if salt is None else f', "cache_salt": "{salt}"'
     payload = f'{{"prompt": "{PROMPT}", "max_tokens": 1{escaped}}}'.encode()
     answer = httpx.post(
@@ -43,7 +44,8 @@ def namespaces(live: Live) -> set[str]:
 
 
 def test_nobody_can_try_salts_against_what_is_shown(serve_oracle: Callable[..., Live]) -> None:
-    """The same salt is another namespace on another server: a hash needs the key that was made at the start."""
+    """The same salt is another namespace on another server: a hash needs the key that was made at
+    the start."""
     shown = []
     for _ in range(2):
         live = serve_oracle()

@@ -1,5 +1,5 @@
-"""What Qwen3-Next's input and output projections launch for one token, for some and for a prefill; 8-bit floats where the
-target has them."""
+"""What Qwen3-Next's input and output projections launch for one token, for some and for a prefill;
+8-bit floats where the target has them."""
 
 import torch
 import triton

@@ -1,4 +1,5 @@
-"""What Qwen3-Next's experts launch for one token and for a prefill, in bfloat16 and with 8-bit weights."""
+"""What Qwen3-Next's experts launch for one token and for a prefill, in bfloat16 and with 8-bit
+weights."""
 
 import torch
 import triton

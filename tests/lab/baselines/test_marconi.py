@@ -1,4 +1,5 @@
-"""Marconi rebuilt: what all readings share, and each difference between them on a case counted by hand."""
+"""Marconi rebuilt: what all readings share, and each difference between them on a case counted by
+hand."""
 
 from __future__ import annotations
 
@@ -81,9 +82,6 @@ def test_readings_agree_without_pressure(reading: str) -> None:
     assert reused == sum(replay(plain, request.tokens, request.output) for request in trace)
 
 
-# -- what they differ in --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("reading", "saved", "size"),
     [
@@ -119,7 +117,8 @@ def test_recency(reading: Reading, scores: list[float]) -> None:
 
 @pytest.mark.parametrize(("reading", "left"), [("paper", 1), ("artifact", 0), ("repaired", 1)])
 def test_bytes_counted_of_a_dead_leaf(reading: Reading, left: int) -> None:
-    """Texts of 50, 30 and 1 tokens and a new one of 50: the oldest leaves enough room, but the one walked last is short."""
+    """Texts of 50, 30 and 1 tokens and a new one of 50: the oldest leaves enough room, but the one
+    walked last is short."""
     peer = cache(reading, budget=111 + 10)
     for first, length in ((0, 50), (100, 30), (200, 1)):
         replay(peer, run(first, length), ids())
@@ -166,8 +165,9 @@ def test_a_text_larger_than_the_budget_is_kept_alone(reading: Reading) -> None:
     ("reading", "kept"), [("paper", {4: 1, 8: 1}), ("artifact", {8: 1}), ("repaired", {8: 1})]
 )
 def test_room_is_made_after_or_before(reading: Reading, kept: dict[int, int]) -> None:
-    """Two prompts of 8 tokens share 4, and 30 bytes do not hold both: the paper admits the second with its branch point and evicts
-    what is left of the first; the artifact evicts the first whole, and there is no branch point."""
+    """Two prompts of 8 tokens share 4, and 30 bytes do not hold both: the paper admits the second
+    with its branch point and evicts what is left of the first; the artifact evicts the first whole,
+    and there is no branch point."""
     peer = cache(reading, budget=30)
     replay(peer, run(0, 8), ids())
     replay(peer, np.concatenate((run(0, 4), run(100, 4))), ids())
@@ -189,7 +189,8 @@ def test_the_later_recency_of_a_merged_node_is_the_artifacts() -> None:
 
 @pytest.mark.parametrize(("reading", "waits"), [("paper", 3), ("artifact", 2), ("repaired", 2)])
 def test_when_alpha_is_tuned(reading: Reading, waits: int) -> None:
-    """The first eviction is in request n; with a window of 2 alpha is set in request 3 n of the paper, 2 n of the artifact."""
+    """The first eviction is in request n; with a window of 2 alpha is set in request 3 n of the
+    paper, 2 n of the artifact."""
     config = BaselineConfig(budget_bytes=400, kv_bytes_per_token=1, state_bytes=10)
     peer = MarconiCache(config, reading, window=2)
     first = tuned = None

@@ -1,4 +1,5 @@
-"""The rebuilt peers: what each is known for on prompts small enough to count by hand, and books that balance."""
+"""The rebuilt peers: what each is known for on prompts small enough to count by hand, and books
+that balance."""
 
 from __future__ import annotations
 
@@ -28,9 +29,6 @@ SMALL = BaselineConfig(
 )  # fmt: skip
 
 
-# -- LightLLM -------------------------------------------------------------------------------------------------------------
-
-
 def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
     peer = LightllmCache(QWEN3_NEXT)
     assert sightings(peer, text(0, 1500)) == [0] * 6
@@ -51,7 +49,8 @@ def test_lightllm_never_reuses_an_answer() -> None:
 
 
 def test_lightllm_pays_for_its_states_where_they_are_counted() -> None:
-    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state takes 1,000 rows of it."""
+    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state takes
+    1,000 rows of it."""
     config = BaselineConfig(budget_bytes=16_500, kv_bytes_per_token=10, state_bytes=10_000)
     first, second = (text(seed, 600) for seed in (0, 1))
     hits = {}
@@ -65,9 +64,6 @@ def test_lightllm_pays_for_its_states_where_they_are_counted() -> None:
     assert hits == {False: [512, 512], True: [512, 0]}
 
 
-# -- SGLang ---------------------------------------------------------------------------------------------------------------
-
-
 def sglang(**settings: object) -> SglangCache:
     return SglangCache(QWEN3_NEXT, **settings)  # type: ignore[arg-type]
 
@@ -77,12 +73,14 @@ def test_sglang_pays_on_the_third_sighting_on_the_grid() -> None:
 
 
 def test_sglang_branching_kit() -> None:
-    """A prefix of 257 tokens and a suffix each: its own test of branches sees 0, 0, 256 cached tokens."""
+    """A prefix of 257 tokens and a suffix each: its own test of branches sees 0, 0, 256 cached
+    tokens."""
     assert sightings(sglang(), text(0, 257), 3) == [0, 0, 256]
 
 
 def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
-    """Published: of 2,000 first turns 1,986 find the KV of their system prompt in the tree, and none a state."""
+    """Published: of 2,000 first turns 1,986 find the KV of their system prompt in the tree, and
+    none a state."""
     peer = sglang(placement="end")
     root = peer.roots.setdefault(None, new_root())
     opened: set[object] = set()
@@ -140,9 +138,6 @@ def test_sglang_refuses_rather_than_overbooks() -> None:
     peer.check()
     first.finish(text(2, 10))
     assert peer.begin(text(1, 600)) is not None
-
-
-# -- all ------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_peer_is_named() -> None:

@@ -1,4 +1,5 @@
-"""vLLM rebuilt: known answers on single prompts, and request by request what vLLM 0.33 itself reuses."""
+"""vLLM rebuilt: known answers on single prompts, and request by request what vLLM 0.33 itself
+reuses."""
 
 from __future__ import annotations
 

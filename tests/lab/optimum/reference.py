@@ -1,4 +1,5 @@
-"""The plain twin of the optimum: every cache an all-knowing keeper could hold after every request, tried out."""
+"""The plain twin of the optimum: every cache an all-knowing keeper could hold after every request,
+tried out."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from hybridcache.lab.optimum.plan import Budget
 
 Path = tuple[int, ...]
 Cache = frozenset[tuple[str, Path]]
-"""("kv", path): the KV of the last token of ``path``; ("state", path): a checkpoint right after it."""
+"""("kv", path): the KV of the last token of ``path``; ("state", path): a checkpoint right after
+it."""
 
 
 def brute_force(
     requests: Sequence[tuple[Sequence[int], Sequence[int]]], budget: Budget, grid: int = 1
 ) -> int:
-    """Tokens that the best keeper skips, over requests (prompt, output). Exponential: a dozen tokens at most."""
+    """Tokens that the best keeper skips, over requests (prompt, output). Exponential: a dozen
+    tokens at most."""
     best: dict[Cache, int] = {frozenset(): 0}
     for prompt, output in requests:
         sequence = (*prompt, *output)

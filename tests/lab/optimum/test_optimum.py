@@ -1,4 +1,5 @@
-"""The optimum against brute force on tiny traces, its plans against their verifier, its bounds against each other."""
+"""The optimum against brute force on tiny traces, its plans against their verifier, its bounds
+against each other."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def test_every_way_is_ordered_greedy_milp_lp_and_every_plan_is_real(
 
 
 def test_a_worked_example_one_checkpoint_or_the_other() -> None:
-    """Two prompts of 4 and 3 tokens alternate and each comes twice; there is room for one's KV and state only."""
+    """Two prompts of 4 and 3 tokens alternate and each comes twice; there is room for one's KV and
+    state only."""
     long, short = [1, 2, 3, 4, 9], [5, 6, 7, 9]
     pairs = [(long, []), (short, []), (long, []), (short, [])]
     budget_of_one = Budget(capacity_bytes=6, kv_bytes_per_token=1, state_bytes=2)

@@ -1,8 +1,10 @@
-"""Makes the samples beside it: seeded, made up, in the forms of traces that others publish. No line of them is anybody's.
+"""Makes the samples beside it: seeded, made up, in the forms of traces that others publish. No line
+of them is anybody's.
 
     python -m tests.lab.samples.make
 
-Only the form is taken from elsewhere, and the rough size: lengths, turns and how much of a prompt was seen before are drawn.
+Only the form is taken from elsewhere, and the rough size: lengths, turns and how much of a prompt
+was seen before are drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Record = dict[str, Any]
 
 
 def blocks_of_512(seed: int = 1, requests: int = 400) -> Iterator[Record]:
-    """As a chat service would log it: three in four requests begin alone, the others go on from one of the latest fifty."""
+    """As a chat service would log it: three in four requests begin alone, the others go on from one
+    of the latest fifty."""
     draw = np.random.default_rng(seed)
     system, next_id = [0], 1
     recent: list[list[int]] = []
@@ -44,8 +47,8 @@ def blocks_of_512(seed: int = 1, requests: int = 400) -> Iterator[Record]:
 
 
 def agent_sessions(seed: int = 2, sessions: int = 12) -> Iterator[Record]:
-    """Sessions of a coding agent: tools and system prompt of three kinds, then a history that grows, shrinks once in a while
-    (it was summed up) and twice has a subagent beside it."""
+    """Sessions of a coding agent: tools and system prompt of three kinds, then a history that
+    grows, shrinks once in a while (it was summed up) and twice has a subagent beside it."""
     draw = np.random.default_rng(seed)
     heads = [(9100, 2100), (10_800, 2300), (12_400, 2900)]
     for number in range(sessions):

@@ -1,0 +1,136 @@
+"""A runner of the attack's own: each row holds a link of a chain of tokens, each slot where a chain
+stood, and reads walk them.
+
+Only the sizes of its memory are ``engine.run.oracle``'s. The next token is a function of the
+prefix's hash, so that an answer can be worked out from its prompt alone, with no engine at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from engine.run.oracle import OracleRunner
+from engine.text.outputs import SampledToken
+
+VOCAB = 320
+
+
+class Link(NamedTuple):
+    """What a KV row holds."""
+
+    namespace: Hashable
+    before: int
+    token: int
+    prefix: int
+
+
+class Stand(NamedTuple):
+    """What a slot holds: the chain of ``namespace`` after ``position`` tokens."""
+
+    namespace: Hashable
+    position: int
+    prefix: int
+
+
+def chain(before: int, tokens: Iterable[int]) -> list[int]:
+    """A hash of every prefix that ``tokens`` make after the prefix ``before``."""
+    found = []
+    for token in tokens:
+        before = hash((before, int(token)))
+        found.append(before)
+    return found
+
+
+def next_token(prefix: int) -> int:
+    """The token that follows a prefix."""
+    return prefix % 1009 % VOCAB
+
+
+def answer(prompt: Sequence[int], length: int) -> list[int]:
+    """What the engine must answer, however it cuts, mixes and remembers."""
+    [*_, prefix] = chain(0, prompt)
+    tokens: list[int] = []
+    for _ in range(length):
+        tokens.append(next_token(prefix))
+        [prefix] = chain(prefix, tokens[-1:])
+    return tokens
+
+
+class ChainRunner(OracleRunner):
+    """Two pools. AssertionError: a row or a slot holds something else than what is read there."""
+
+    def __init__(self, num_kv_tokens: int, num_slots: int, max_model_len: int) -> None:
+        super().__init__(num_kv_tokens, num_slots, max_model_len=max_model_len, vocab_size=VOCAB)
+        self._links: dict[int, Link] = {}
+        self._stands: dict[int, Stand] = {}
+        self._rows: dict[int, dict[int, int]] = {}
+        """By row of the request table: position to KV row."""
+
+    def forward(self, batch: Any, drawn: Any = ()) -> Any:
+        for row, start, indices in batch.row_writes:
+            places = enumerate(indices.tolist(), start)
+            self._rows.setdefault(row, {}).update(places)
+        for source, target in batch.restores:
+            self._stands[target] = self._stands[source]
+        late = dict(batch.late_tokens)
+        # All that is read is read before anything is written: a step computes its segments at once.
+        befores = [self._read(segment) for segment in batch.segments]
+        logits: list[int] = []
+        written: set[int] = set()
+        for index, segment in enumerate(batch.segments):
+            tokens = [drawn[late[index]]] if index in late else segment.token_ids.tolist()
+            logits += self._write(segment, tokens, befores[index], written)
+        return logits
+
+    def _read(self, segment: Any) -> int:
+        """The prefix before ``segment``, walked along its rows, and its state's."""
+        rows, before = self._rows.get(segment.row, {}), 0
+        for position in range(segment.start):
+            link = self._links[rows[position]]
+            assert link.namespace == segment.namespace, "a row of another tenant"
+            assert link.before == before, f"at {position} a row of another prefix"
+            before = link.prefix
+        if segment.slot is not None and segment.start:
+            stand = self._stands[segment.slot]
+            expected = (segment.namespace, segment.start, before)
+            assert stand == expected, f"a state after {stand.position} tokens or of others"
+        return before
+
+    def _write(self, segment: Any, tokens: list[int], before: int, written: set[int]) -> list[int]:
+        prefixes = chain(before, tokens)
+        rows = self._rows[segment.row]
+        for position, (token, prefix) in enumerate(
+            zip(tokens, prefixes, strict=True), segment.start
+        ):
+            row = rows[position]
+            assert row not in written, "two tokens of one step in one row"
+            written.add(row)
+            self._links[row] = Link(segment.namespace, before, token, prefix)
+            before = prefix
+        for position, slot in segment.exports:
+            prefix = prefixes[position - segment.start - 1]
+            self._stands[slot] = Stand(segment.namespace, position, prefix)
+        if segment.slot is not None:
+            self._stands[segment.slot] = Stand(segment.namespace, segment.end, before)
+        return {"none": [], "last": prefixes[-1:], "all": prefixes}[segment.logits]
+
+
+class Drawn:
+    """Tokens that are there at once."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def wait(self) -> list[SampledToken]:
+        return [SampledToken(token, None) for token in self.tokens]
+
+
+class ChainSampler:
+    """Chooses the one token that follows."""
+
+    def launch(self, logits: Sequence[int], requests: Any, rows: Sequence[int]) -> Drawn:
+        return Drawn([next_token(logits[row]) for row in rows])
+
+    def score(self, logits: Any, token_ids: Any, num_top: int) -> Drawn:
+        raise NotImplementedError("the attack asks for no scores")
