@@ -157,7 +157,7 @@ def test_a_bad_call_is_refused_before_anything_changes(budget):
     slots.free(slot)
     with pytest.raises(ValueError, match="8 rows given back, 0 are allocated"):
         pages.free(rows)
-    with pytest.raises(ValueError, match="none is in hands"):
+    with pytest.raises(ValueError, match="none is allocated"):
         slots.free(slot)
     assert (pages.num_free, slots.num_free) == (16, 2)
     pages.check()

@@ -315,12 +315,12 @@ def test_every_result_says_how_memory_is_shared() -> None:
         simulate("short?head=60", gib=2, bound=False, **words).runs[0]
         for words in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
     ]
-    assert [run.config["memory"] for run in runs] == ["arena", "budget", "pools"]
+    assert [run.config.memory for run in runs] == ["arena", "budget", "pools"]
     assert [run.label for run in runs] == ["lru", "lru (budget)", "lru (pools 50% KV)"]
     assert [run.gib for run in runs] == [2, 2, 2]
     assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
-    assert peer.config["memory"] is None
+    assert peer.config.memory is None
     for words in ({"memory": "pools"}, {"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
         with pytest.raises(ValueError, match="a share is of pools"):
             simulate("short?head=60", gib=2, **words)
