@@ -144,7 +144,7 @@ def test_a_step_that_breaks_off_loses_no_move(
 
     def act(runner: MovingRunner, batch: Batch) -> None:
         nonlocal num_broken
-        if batch.moves and num_broken < 12 and not batch.late_tokens:
+        if batch.moves and num_broken < 12:
             num_broken += 1
             broken(runner, batch)
 
