@@ -257,10 +257,10 @@ BREAKAGES = (
 ARENA = Mutations(
     BREAKAGES,
     tests=(
-        "tests/allocators/test_arena.py",
         "tests/cache/test_lease.py",
-        "tests/cache/test_arena.py",
         "tests/export/test_snapshot.py",
+        "tests/allocators/test_arena.py",
+        "tests/cache/test_arena.py",
     ),
     machines=("tests/allocators/test_arena.py", "tests/cache/test_arena.py"),
     copied=("hybridcache", "tests", "pyproject.toml"),

@@ -156,14 +156,14 @@ def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
     ]
     second = cold.generate(turns, REPORT)
     engine = make_engine(
-        **numbers, exact=True, kv_tokens=512, slots=7, token_budget=256, max_running=5
+        **numbers, exact=True, kv_tokens=576, slots=5, token_budget=128, max_running=8
     )
     again = engine.generate(prompts(), REPORT)
     assert_same(again, first)
     next_turns = engine.generate(turns, REPORT)
     assert_same(next_turns, second)
     assert any(output.num_preemptions for output in again + next_turns)
-    assert engine._cache.arena.num_moved_rows > 10
+    assert engine._cache.arena.num_moved_rows > 5
     assert any(output.cached_len for output in next_turns)
 
 
