@@ -235,6 +235,12 @@ BREAKAGES = (
         "start, end = int(moved[0]), int(moved[-1])",
     ),
     Mutation(
+        "a checkpoint that has its slot is planned again",
+        LEASE,
+        " and not self.is_saving_at(position):",
+        ":",
+    ),
+    Mutation(
         "what a lease has read is lost when it grows",
         LEASE,
         "                slice(0, self._unread_start),\n",
