@@ -71,7 +71,7 @@ def _break(target: Path, mutation: Mutation) -> None:
 def _first_failure(copy: Path, timeout_s: float, tests: Sequence[str]) -> str:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-p", "pytest_timeout", "--timeout=60", "--timeout-method=thread", *tests]
-    settings = {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "ci"}
+    settings = {"PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "mutate"}
     settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
         done = subprocess.run(

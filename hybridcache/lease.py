@@ -267,11 +267,11 @@ class Lease:
         return (self.state_slot is not None) + len(self._pending) + (self._rolling is not None)
 
     def plan_checkpoint(self, position: int, label: str) -> None:
-        """Plan a checkpoint at ``position``, floored to the grid; one that is planned or out of
-        reach already changes nothing. Beside the placement's own: another request is known to leave
-        this one's path there."""
+        """Plan a checkpoint at ``position``, floored to the grid; one that is planned, has its slot
+        or is out of reach already changes nothing. Beside the placement's own: another request is
+        known to leave this one's path there."""
         position -= position % self._step
-        if self.cached_len < position <= self.prompt_len:
+        if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._plan.setdefault(position, label)
 
     def is_saving_at(self, position: int) -> bool:

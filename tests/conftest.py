@@ -1,5 +1,5 @@
 """Hypothesis profiles: `ci` is bounded and deterministic, `dev` the default, `thorough` for long
-local runs.
+local runs; `mutate` is `ci` that asks whether a test fails and seeks no smaller example.
 
 And where there is no GPU, Triton interprets: it decides when it is first imported, which may be by
 transformers. Where `KERNELS_ON_DEVICE` is set, as `make gpu` does, nothing may be interpreted: what
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if os.environ.get("KERNELS_ON_DEVICE") == "1":
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -26,6 +26,9 @@ settings.register_profile(
     "dev", deadline=None, max_examples=50, stateful_step_count=40, suppress_health_check=QUIET
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.register_profile(
+    "mutate", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate)
+)
 settings.register_profile(
     "thorough", settings.get_profile("dev"), max_examples=2000, stateful_step_count=100
 )

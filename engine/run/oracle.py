@@ -181,6 +181,8 @@ class OracleRunner:
         self._writers[rows] = self._writer(segment.namespace)
         self._forget_states(rows)
         self._proved[segment.row] = np.concatenate([proved, new])
+        positions = [position for position, _ in segment.exports]
+        assert len(set(positions)) == len(positions), "two checkpoints of one state"
         for position, slot in segment.exports:
             assert start < position <= end, "a checkpoint outside of its segment"
             saved = int(new[position - start - 1])

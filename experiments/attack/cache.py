@@ -45,6 +45,8 @@ class Driver:
                 num_slots=draw.choice((0, 1, 5, 20)),
                 grid=self.step,
                 page_size=page_size,
+                kv_bytes_per_token=1,
+                state_bytes=20,
                 eviction=draw.choice(sorted(EVICTION)),
                 ghost_bytes=draw.choice((0, 1500, 10**6)),
             )

@@ -235,6 +235,12 @@ BREAKAGES = (
         "start, end = int(moved[0]), int(moved[-1])",
     ),
     Mutation(
+        "a checkpoint that has its slot is planned again",
+        LEASE,
+        " and not self.is_saving_at(position):",
+        ":",
+    ),
+    Mutation(
         "what a lease has read is lost when it grows",
         LEASE,
         "                slice(0, self._unread_start),\n",
@@ -257,10 +263,10 @@ BREAKAGES = (
 ARENA = Mutations(
     BREAKAGES,
     tests=(
-        "tests/allocators/test_arena.py",
         "tests/cache/test_lease.py",
-        "tests/cache/test_arena.py",
         "tests/export/test_snapshot.py",
+        "tests/allocators/test_arena.py",
+        "tests/cache/test_arena.py",
     ),
     machines=("tests/allocators/test_arena.py", "tests/cache/test_arena.py"),
     copied=("hybridcache", "tests", "pyproject.toml"),

@@ -8,20 +8,31 @@ from experiments.mutations import Mutation, Mutations
 SCHEDULER, MANAGER = "engine/schedule/scheduler.py", "engine/schedule/cache_manager.py"
 SHARING, REQUEST = "engine/schedule/sharing.py", "engine/requests/request.py"
 SAMPLER, SAMPLE_STEP = "engine/run/sampler.py", "engine/run/sample_step.py"
+BUDGET, TOKEN_COUNTS = "engine/schedule/budget.py", "engine/requests/token_counts.py"
 ENGINE_LOOP, ASYNC = "engine/engine.py", "engine/async_engine.py"
+RUNNER = "engine/run/model_runner.py"
 
 ENGINE_TESTS = "tests/engine/test_engine.py"
 SCHEDULE_TESTS = "tests/engine/test_schedule.py"
 SHORT_MEMORY = "tests/engine/test_short_memory.py"
 MANAGER_TESTS = "tests/engine/test_cache_manager.py"
 SAMPLER_TESTS = "tests/engine/test_sampler.py"
+COUNTS_TESTS = "tests/engine/test_token_counts.py"
+BUDGET_TESTS = "tests/engine/test_budget.py"
+FAIRNESS_TESTS = "tests/engine/test_fairness.py"
+ARENA_TESTS = "tests/engine/test_arena.py"
+BITS_TESTS = "tests/engine/test_hits_change_nothing.py"
 ASYNC_TESTS = "tests/engine/test_async_engine.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
 MEMORY = (MANAGER_TESTS, *STEPS)
-ARENA = ("tests/engine/test_arena.py", *MACHINES)
+FAIR = (BUDGET_TESTS, SCHEDULE_TESTS, FAIRNESS_TESTS)
+ARENA = (ARENA_TESTS, *MACHINES)
+MOVES = (MANAGER_TESTS, *ARENA)
+BITS = (BITS_TESTS,)
 DRAWS = (SAMPLER_TESTS,)
+COUNTS = (COUNTS_TESTS,)
 THREAD = (ASYNC_TESTS,)
 
 BREAKAGES = (
@@ -65,51 +76,116 @@ BREAKAGES = (
     Mutation(
         "a chunk ends where the budget does",
         SCHEDULER,
-        "else end // TILE * TILE",
+        "else max(start, end // TILE * TILE)",
         "else end",
         STEPS,
     ),
     Mutation(
-        "a chunk ends one tile early",
+        "a long prompt is computed a tile a step",
         SCHEDULER,
-        "if end >= request.prefill_len else end // TILE * TILE",
-        "if end > request.prefill_len else end // TILE * TILE",
+        "else max(start, end // TILE * TILE)",
+        "else min(start + TILE, end // TILE * TILE)",
         STEPS,
     ),
     Mutation(
         "decodes may take the whole budget",
         SCHEDULER,
-        "budget = max(self._token_budget - num_decodes, TILE)",
-        "budget = self._token_budget - num_decodes",
+        "tokens = max(self._token_budget - num_decodes, TILE)",
+        "tokens = self._token_budget - num_decodes",
         STEPS,
     ),
     Mutation(
         "decodes cost no budget",
         SCHEDULER,
-        "budget = max(self._token_budget - num_decodes, TILE)",
-        "budget = self._token_budget",
+        "tokens = max(self._token_budget - num_decodes, TILE)",
+        "tokens = self._token_budget",
         STEPS,
     ),
     Mutation(
         "a running prefill's chunk costs no budget",
         SCHEDULER,
-        "                budget -= 0 if tasks[-1].is_decode else end - request.scheduled_len\n",
-        "",
+        "                self._plan(ends, request, end, budget)\n        passed",
+        "                ends[request] = end\n        passed",
         STEPS,
     ),
     Mutation(
         "an admitted prompt's chunk costs no budget",
         SCHEDULER,
-        "            budget -= tasks[-1].end - request.scheduled_len\n",
-        "",
+        "                self._plan(ends, request, end, budget)\n        return passed",
+        "                ends[request] = end\n        return passed",
         STEPS,
     ),
     Mutation(
         "a request is let in for less than a tile",
         SCHEDULER,
-        "if self._is_full or budget < TILE or",
-        "if self._is_full or budget < 1 or",
-        STEPS,
+        "if budget.room(request.wants_scores) >= TILE:",
+        "if budget.room(request.wants_scores) >= 1:",
+        FAIR,
+    ),
+    Mutation(
+        "a chunk from what short prompts left costs no budget",
+        SCHEDULER,
+        "                if end > start and self._manager.extend(request, end):\n"
+        "                    self._plan(ends, request, end, budget)\n",
+        "                if end > start and self._manager.extend(request, end):\n"
+        "                    ends[request] = end\n",
+        FAIR,
+    ),
+    Mutation(
+        "what short prompts leave is given to nobody",
+        SCHEDULER,
+        "        if budget.num_for_short and budget.tokens:\n",
+        "        if False:\n",
+        FAIR,
+    ),
+    Mutation(
+        "what short prompts leave is not given to who runs",
+        SCHEDULER,
+        "            self._grow(ends, budget)\n",
+        "",
+        FAIR,
+    ),
+    Mutation(
+        "who was passed over is not asked again",
+        SCHEDULER,
+        "            self._admit(passed, ends, budget)\n",
+        "",
+        FAIR,
+    ),
+    Mutation(
+        "a short prompt takes the place of a long one that it passes",
+        SCHEDULER,
+        "num_taken = len(self._running) + len(passed)",
+        "num_taken = len(self._running)",
+        FAIR,
+    ),
+    Mutation(
+        "followers hide who stands behind them",
+        SCHEDULER,
+        "num_unled += not request.followings",
+        "num_unled += 1",
+        FAIR,
+    ),
+    Mutation(
+        "all that waits is one prompt, though others prefill",
+        SCHEDULER,
+        "len(self._running) - num_decodes + len(self._waiting) <= 1",
+        "len(self._waiting) <= 1",
+        FAIR,
+    ),
+    Mutation(
+        "a request begins though its slot takes a second slab",
+        SCHEDULER,
+        "            if self._manager.must_wait_for_slab:\n                continue\n",
+        "",
+        ARENA,
+    ),
+    Mutation(
+        "moves wait for a step that computes",
+        SCHEDULER,
+        "        if not ready and not self._manager.has_moves:\n",
+        "        if not ready:\n",
+        ARENA,
     ),
     Mutation(
         "a request decodes one token past its end",
@@ -136,14 +212,14 @@ BREAKAGES = (
     Mutation(
         "after one refusal no step is made ahead again",
         SCHEDULER,
-        "        self._must_wait = False\n        tasks",
-        "        tasks",
+        "        self._must_wait = False\n        budget",
+        "        budget",
         STEPS,
     ),
     Mutation(
         "rules that look back are drawn without the newest token",
-        SCHEDULER,
-        "return any(request.params.needs_history for request in self._running)",
+        REQUEST,
+        "return self.num_drawn > 0 and self.params.needs_history",
         "return False",
         STEPS,
     ),
@@ -203,8 +279,8 @@ BREAKAGES = (
     Mutation(
         "a request without memory for its first chunk keeps its lease",
         SCHEDULER,
-        "            self._manager.abort(request)\n            return False\n",
-        "            return False\n",
+        "            self._manager.abort(request)\n            self._is_full = fits\n",
+        "            self._is_full = fits\n",
         STEPS,
     ),
     Mutation(
@@ -244,8 +320,8 @@ BREAKAGES = (
     Mutation(
         "who ran when a step broke off is lost",
         SCHEDULER,
-        "            insort(self._waiting, request, key=_age)\n        self._num_in_flight = 0\n",
-        "        self._num_in_flight = 0\n",
+        "                insort(self._waiting, request, key=_age)\n                interrupted",
+        "                interrupted",
         STEPS,
     ),
     Mutation(
@@ -275,6 +351,77 @@ BREAKAGES = (
         "            namespace=request.namespace,\n",
         "            namespace=None,\n",
         STEPS,
+    ),
+    # -- what a step's prefills may take of it
+    Mutation(
+        "no part of a step is for short prompts",
+        BUDGET,
+        "min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0",
+        "0",
+        FAIR,
+    ),
+    Mutation(
+        "short prompts leave less than a tile to the others",
+        BUDGET,
+        "min(tokens // SHORT_SHARE, tokens - TILE)",
+        "tokens // SHORT_SHARE",
+        FAIR,
+    ),
+    Mutation(
+        "short prompts take more than their part",
+        BUDGET,
+        "SHORT_SHARE = 4",
+        "SHORT_SHARE = 2",
+        FAIR,
+    ),
+    Mutation(
+        "a long prompt takes the short ones' part",
+        BUDGET,
+        "tokens = max(0, self.tokens - self.num_for_short)",
+        "tokens = self.tokens",
+        FAIR,
+    ),
+    Mutation(
+        "a long prompt's positions are scored without a limit",
+        BUDGET,
+        "return min(tokens, self.scored) if scores else tokens",
+        "return tokens",
+        FAIR,
+    ),
+    Mutation(
+        "a short prompt's positions are scored without a limit",
+        BUDGET,
+        "(min(short, self.scored) if scores else short)",
+        "short",
+        FAIR,
+    ),
+    Mutation(
+        "a short prompt takes what is taken already",
+        BUDGET,
+        "short = min(self.num_for_short, self.tokens)",
+        "short = self.num_for_short",
+        FAIR,
+    ),
+    Mutation(
+        "a prefill takes more than its rest",
+        BUDGET,
+        "else min(rest, self.room(scores))",
+        "else self.room(scores)",
+        FAIR,
+    ),
+    Mutation(
+        "scored positions are not counted",
+        BUDGET,
+        "        self.scored -= num_tokens * scores\n",
+        "",
+        FAIR,
+    ),
+    Mutation(
+        "every position counts as scored",
+        BUDGET,
+        "self.scored -= num_tokens * scores",
+        "self.scored -= num_tokens",
+        FAIR,
     ),
     # -- the cache manager
     Mutation(
@@ -398,6 +545,85 @@ BREAKAGES = (
         ARENA,
     ),
     Mutation(
+        "rows that moved are written before what is out of date",
+        MANAGER,
+        "self._row_writes.append((row, start, lease.kv_indices[start:end]))\n",
+        "self._row_writes.insert(0, (row, start, lease.kv_indices[start:end]))\n",
+        MOVES,
+    ),
+    Mutation(
+        "rows that moved are listed past the longest answer",
+        MANAGER,
+        "start, end = moved[0], min(moved[1], request.max_len)",
+        "start, end = moved",
+        MOVES,
+    ),
+    Mutation(
+        "moves are dropped",
+        MANAGER,
+        "return Copies(moves, row_writes, restores)",
+        "return Copies((), row_writes, restores)",
+        MOVES,
+    ),
+    Mutation(
+        "moves are given in every step from then on",
+        MANAGER,
+        "moves = self._moves.take()",
+        "moves = tuple(self._moves._moves)",
+        MOVES,
+    ),
+    Mutation(
+        "two slabs are emptied in a step",
+        MANAGER,
+        "MAX_MOVES - len(self._moves), num_wanted)",
+        "MAX_MOVES, num_wanted)",
+        MOVES,
+    ),
+    Mutation(
+        "moves are not known to be lost with their step",
+        MANAGER,
+        "self._has_given_moves = bool(moves)",
+        "self._has_given_moves = False",
+        MOVES,
+    ),
+    Mutation(
+        "rows that nobody knows to have moved are read",
+        ENGINE_LOOP,
+        "            if self._manager.lost_moves():\n",
+        "            if False:\n",
+        MOVES,
+    ),
+    Mutation(
+        "the memory's rows do not move",
+        RUNNER,
+        "        self._move_rows(batch.moves)\n",
+        "",
+        BITS,
+    ),
+    Mutation(
+        "rows move after the state copies",
+        RUNNER,
+        "        self._move_rows(batch.moves)\n        self.table.write(batch.row_writes)\n"
+        "        self._copy_states(batch.restores)\n",
+        "        self.table.write(batch.row_writes)\n        self._copy_states(batch.restores)\n"
+        "        self._move_rows(batch.moves)\n",
+        BITS,
+    ),
+    Mutation(
+        "rows move again after the step",
+        RUNNER,
+        "        logits = self._logits(batch, drawn)\n",
+        "        logits = self._logits(batch, drawn)\n        self._move_rows(batch.moves)\n",
+        BITS,
+    ),
+    Mutation(
+        "rows move the wrong way round",
+        RUNNER,
+        "pairs = np.stack([move.src, move.dst])",
+        "pairs = np.stack([move.dst, move.src])",
+        BITS,
+    ),
+    Mutation(
         "moves without anything to compute are not made",
         ENGINE_LOOP,
         "        elif plan.tasks or plan.batch.moves:\n",
@@ -516,46 +742,110 @@ BREAKAGES = (
     Mutation("a draw forgets its seed", SAMPLER, "z = (seed * 0x", "z = (0 * 0x", DRAWS),
     Mutation("a draw forgets its number", SAMPLER, "+ (draw + 1) * 0x9E", "+ 1 * 0x9E", DRAWS),
     Mutation(
-        "a penalty is no reason to look at the logits again",
+        "the likeliest token is chosen before penalties",
         SAMPLER,
-        "return params.temperature == 0 and not params.needs_history",
-        "return params.temperature == 0",
+        "return scores.argmax(dim=-1)",
+        "return logits.argmax(dim=-1)",
         DRAWS,
     ),
     Mutation(
         "penalties are written into the model's logits",
         SAMPLER,
-        "        scores = logits.clone()\n",
-        "        pass\n",
+        "scores = logits.to(torch.float32, copy=True)",
+        "scores = logits.to(torch.float32)",
         DRAWS,
     ),
     Mutation(
         "a repetition in the answer costs nothing",
         SAMPLER,
-        "np.unique(np.concatenate([request.prompt, request.output]))",
-        "np.unique(request.prompt)",
+        "np.full(len(numbers), params.repetition_penalty)",
+        "np.where(numbers > 0, 1.0, params.repetition_penalty)",
         DRAWS,
     ),
     Mutation(
         "a repetition makes an unlikely token likelier",
         SAMPLER,
-        "found / params.repetition_penalty, found * params.repetition_penalty",
-        "found / params.repetition_penalty, found / params.repetition_penalty",
+        "torch.where(found > 0, found / factor, found * factor) - less",
+        "found / factor - less",
         DRAWS,
     ),
     Mutation(
         "a frequent token is penalised once",
         SAMPLER,
-        "params.presence_penalty + params.frequency_penalty * counts",
-        "params.presence_penalty + params.frequency_penalty * (counts > 0)",
+        "params.frequency_penalty * numbers",
+        "params.frequency_penalty * (numbers > 0)",
         DRAWS,
     ),
     Mutation(
         "a token counts as present when it is in the prompt",
         SAMPLER,
-        "np.unique(np.asarray(request.output), return_counts=True)",
-        "np.unique(np.concatenate([request.prompt, request.output]), return_counts=True)",
+        "params.presence_penalty * (numbers > 0)",
+        "params.presence_penalty * (numbers >= 0)",
         DRAWS,
+    ),
+    Mutation(
+        "penalties of one row fall on another",
+        SAMPLER,
+        "index.append(request.counts.ids + row * logits.shape[-1])",
+        "index.append(request.counts.ids)",
+        DRAWS,
+    ),
+    Mutation(
+        "who is drawn beside others is drawn before penalties",
+        SAMPLER,
+        "_pick(scores, rows).float()",
+        "_pick(logits, rows).float()",
+        DRAWS,
+    ),
+    # -- how often a token stands in an answer
+    Mutation(
+        "the prompt's tokens repeat nothing",
+        REQUEST,
+        "self._buffer[: self.prompt_len if repeats else 0]",
+        "self._buffer[:0]",
+        COUNTS,
+    ),
+    Mutation(
+        "an answer is counted once, and not as it grows",
+        REQUEST,
+        "        self._counts.count(self.output)\n        return self._counts\n",
+        "            self._counts.count(self.output)\n        return self._counts\n",
+        COUNTS,
+    ),
+    Mutation(
+        "what was counted is counted again",
+        TOKEN_COUNTS,
+        "        self.num_counted = len(output)\n",
+        "",
+        COUNTS,
+    ),
+    Mutation(
+        "a token is counted once",
+        TOKEN_COUNTS,
+        "self._numbers[at] += 1",
+        "self._numbers[at] = 1",
+        COUNTS,
+    ),
+    Mutation(
+        "a prompt's token counts as answered",
+        TOKEN_COUNTS,
+        "np.zeros(len(self._ids), np.int32)",
+        "np.ones(len(self._ids), np.int32)",
+        COUNTS,
+    ),
+    Mutation(
+        "a new token takes the place of the one before it",
+        TOKEN_COUNTS,
+        "self._at.setdefault(token, len(self._at))",
+        "self._at.setdefault(token, max(len(self._at) - 1, 0))",
+        COUNTS,
+    ),
+    Mutation(
+        "what was counted is lost where the arrays grow",
+        TOKEN_COUNTS,
+        "np.concatenate([self._numbers, np.zeros(at + 64, np.int32)])",
+        "np.zeros(2 * at + 64, np.int32)",
+        COUNTS,
     ),
     Mutation(
         "draws are looked up with a batch mate's number",
@@ -690,7 +980,16 @@ BREAKAGES = (
 
 ENGINE = Mutations(
     breakages=BREAKAGES,
-    tests=(*MEMORY, ARENA[0], *DRAWS, *THREAD),
+    tests=(
+        *MEMORY,
+        BUDGET_TESTS,
+        FAIRNESS_TESTS,
+        ARENA_TESTS,
+        BITS_TESTS,
+        *DRAWS,
+        *COUNTS,
+        *THREAD,
+    ),
     machines=MACHINES,
     copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),
 )

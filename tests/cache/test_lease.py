@@ -301,6 +301,20 @@ def test_a_position_another_request_wants_is_saved_too() -> None:
     assert [position for position, _ in prefill(lease, prompt)] == [128]
 
 
+def test_a_position_that_has_its_slot_is_not_planned_again() -> None:
+    """Its lease waits, with slots reserved, for a slab to be emptied; meanwhile a follower asks."""
+    cache, prompt = make_cache(), tokens(300)
+    lease = begin(cache, prompt, "every:64")
+    assert lease.extend(300)
+    assert lease.reserve_checkpoint_slots(0, 300, 2) == 2
+    for position in (64, 128, 192, 256):
+        lease.plan_checkpoint(position, "branch")
+    saved = lease.take_checkpoint_slots(0, 300)
+    assert [position for position, _ in saved] == [64, 128, 192, 256]
+    lease.abort()
+    check(cache)
+
+
 def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
     placement = parse_placement("branch,backoff,end")
 

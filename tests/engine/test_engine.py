@@ -247,6 +247,25 @@ def test_an_overlapped_answer_that_stops_leaves_nothing_of_the_step_too_many() -
     assert turn.token_ids == cold.token_ids
 
 
+@pytest.mark.parametrize(("overlap", "cached_len"), [("off", 128), ("on", 0)])
+def test_a_state_that_moved_on_is_no_checkpoint(overlap: str, cached_len: int) -> None:
+    """The answer stops exactly on the grid, at 128, with no slot for a copy; a step made ahead
+    computes one token more in its own."""
+    prompt = ids(100)
+    [free] = make_engine().generate([prompt], SamplingParams(max_tokens=60))
+    assert free.token_ids[28] not in free.token_ids[:28]
+    engine = make_engine(slots=2, overlap=overlap)
+    other = engine.submit(ids(10, first=200), SamplingParams(max_tokens=60))
+    stop = SamplingParams(max_tokens=60, stop_token_ids=(free.token_ids[28],))
+    [stopped] = engine.generate([prompt], stop)
+    engine.abort(other)
+    assert stopped.token_ids == free.token_ids[:29]
+    turn = prompt + stopped.token_ids + [1, 2]
+    [hit] = engine.generate([turn], GREEDY)
+    [cold] = make_engine().generate([turn], GREEDY)
+    assert (hit.cached_len, hit.token_ids) == (cached_len, cold.token_ids)
+
+
 def test_rules_that_look_back_are_not_overlapped() -> None:
     late: list[int] = []
     engine = make_engine(overlap="on")

@@ -41,10 +41,13 @@ class Load:
 
     def run(self) -> None:
         while self.engine.has_work():
-            self.num_steps += 1
-            for output in self.engine.step():
-                self.first.setdefault(output.request_id, self.num_steps)
-                self.outputs[output.request_id] = output
+            self.step()
+
+    def step(self) -> None:
+        self.num_steps += 1
+        for output in self.engine.step():
+            self.first.setdefault(output.request_id, self.num_steps)
+            self.outputs[output.request_id] = output
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -61,6 +64,16 @@ def test_a_short_prompt_behind_forty_followers_of_a_long_one_waits_for_none_of_t
     assert load.first["short"] == 1
     assert load.first["leader"] == 20  # as if it were alone, but for three tokens
     assert all(o.cached_len >= 19_968 for n, o in load.outputs.items() if n[:3] == "fol")
+
+
+def test_a_short_prompt_that_comes_alone_passes_a_long_one_that_runs() -> None:
+    load = Load(token_budget=256)
+    load.add("long", tokens(4096, 0), max_tokens=1)
+    load.step()
+    load.add("short", tokens(50, 1), max_tokens=1)
+    load.run()
+    assert load.first["short"] == 2
+    assert load.prefilled[:2] == [256, 242]  # the long one's chunks end on the grid
 
 
 def test_what_short_prompts_leave_goes_to_the_long_ones_in_the_same_step() -> None:

@@ -91,6 +91,10 @@ def test_what_continues_its_own_prefix_is_computed() -> None:
             Batch((segment(0, 0, 3, [9], exports=((3, 2),)),), (), (write(0, 3, 4),)),
             "outside of its segment",
         ),
+        (
+            Batch((segment(0, 0, 3, [9], exports=((4, 1), (4, 2))),), (), (write(0, 3, 4),)),
+            "two checkpoints of one state",
+        ),
     ],
 )
 def test_a_wrong_read_or_write_is_refused(broken: Batch, sentence: str) -> None:

@@ -195,7 +195,7 @@ def test_draws_are_numbered_from_zero_whatever_is_in_flight(overlap: str) -> Non
             self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
         ) -> OracleDrawn:
             for request in requests:
-                draws.setdefault(len(request.prompt), []).append(request.draw)
+                draws.setdefault(request.seed, []).append(request.draw)
             return super().launch(logits, requests, rows)
 
     draws: dict[int, list[int]] = {}
@@ -204,8 +204,9 @@ def test_draws_are_numbered_from_zero_whatever_is_in_flight(overlap: str) -> Non
         runner=OracleRunner(2048, 8),
         sampler=Recorder(),
     )
-    engine.generate([ids(10), ids(200)], answer(12))
-    assert draws == {10: list(range(12)), 200: list(range(12))}
+    seeded = [SamplingParams(max_tokens=12, seed=seed) for seed in (1, 2)]
+    engine.generate([ids(10), ids(200)], seeded)
+    assert draws == {1: list(range(12)), 2: list(range(12))}
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingParams
 from engine.requests.token_counts import TokenCounts
+from engine.text.outputs import SampledToken
 
 tokens = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=150)
 
@@ -28,3 +32,30 @@ class TokenCountsMachine(RuleBasedStateMachine):
 
 
 TestTokenCounts = TokenCountsMachine.TestCase
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"repetition_penalty": 1.2}, {7: 2, 9: 0}),
+        ({"presence_penalty": 0.5}, {7: 2}),
+    ],
+)
+def test_a_request_counts_its_answer_and_where_repetitions_cost_its_prompt(
+    rule: dict[str, float], expected: dict[int, int]
+) -> None:
+    request = Request(
+        "one",
+        np.array([7, 9], np.int32),
+        SamplingParams(**rule),
+        arrival=0,
+        arrival_s=0.0,
+        max_len=9,
+        seed=0,
+    )
+    request.sampling_input()
+    for _ in range(2):
+        request.num_drawn += 1
+        request.accept(SampledToken(7, None), 0.0)
+        counts = request.sampling_input().counts
+    assert dict(zip(counts.ids.tolist(), counts.numbers.tolist(), strict=True)) == expected

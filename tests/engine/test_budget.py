@@ -1,0 +1,53 @@
+"""What prefills may take of a step: no more than there is, and the short ones' part is theirs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import MAX_SCORED, TILE
+from engine.schedule.budget import Budget
+
+sizes = st.one_of(st.integers(1, 300), st.integers(1, 5000))
+
+
+@given(
+    tokens=st.integers(TILE, 8192),
+    is_shared=st.booleans(),
+    prefills=st.lists(st.tuples(sizes, st.booleans()), max_size=20),
+)
+def test_nobody_takes_more_than_there_is(
+    tokens: int, is_shared: bool, prefills: list[tuple[int, bool]]
+) -> None:
+    budget = Budget.of(tokens, is_shared=is_shared)
+    taken = scored = 0
+    for rest, scores in prefills:
+        most = budget.most(rest, scores)
+        assert 0 <= most <= rest
+        if most < rest:  # A long one: it takes all that long ones may.
+            left = tokens - taken - most
+            assert left >= min(budget.num_for_short, tokens - taken)
+            assert left == budget.num_for_short or most == 0 or scored + most == MAX_SCORED
+        budget.spend(most, scores)
+        taken, scored = taken + most, scored + most * scores
+        assert (budget.tokens, budget.scored) == (tokens - taken, MAX_SCORED - scored)
+        assert budget.tokens >= 0 and budget.scored >= 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_for_short"), [(64, 0), (70, 6), (84, 20), (86, 21), (256, 64), (1024, 256)]
+)
+def test_short_ones_have_a_quarter_and_leave_a_tile(tokens: int, num_for_short: int) -> None:
+    budget = Budget.of(tokens, is_shared=True)
+    assert budget.num_for_short == num_for_short
+    assert budget.room(scores=False) == tokens - num_for_short >= TILE
+    assert Budget.of(tokens, is_shared=False).room(scores=False) == tokens
+
+
+def test_a_short_one_that_is_scored_fits_in_what_may_be_scored_yet() -> None:
+    budget = Budget.of(4096, is_shared=True)
+    budget.spend(MAX_SCORED - 100, scores=True)
+    assert budget.most(101, scores=True) == 100 and budget.most(101, scores=False) == 101
+    budget.spend(100, scores=True)
+    assert budget.most(1, scores=True) == 0 == budget.room(scores=True)
