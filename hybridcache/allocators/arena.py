@@ -142,13 +142,13 @@ class ArenaAllocator(BaseAllocator):
         first = slab * self._slab_pages
         pages, is_inside = self.pages.stacked(), slabs == slab
         is_living = np.ones(self._slab_pages, np.bool_)
-        is_living[pages[is_inside] - first] = False
+        is_living[pages[is_inside].astype(np.intp) - first] = False
         living = np.flatnonzero(is_living)
         is_outside = ~is_inside
-        keys = counts[slabs[is_outside]]
+        keys = counts.take(slabs[is_outside])
         if self._slab_pages < 1 << 16:
             keys = keys.astype(np.uint16)  # sorted in linear time
-        holes = pages[is_outside][keys.argsort(kind="stable")]
+        holes = pages[is_outside].take(keys.argsort(kind="stable"))
         self.pages.restack(holes[: len(living) - 1 : -1])
         src = self.pages.rows_of(living.astype(np.int32) + np.int32(first))
         dst = self.pages.rows_of(holes[: len(living)])
