@@ -50,16 +50,17 @@ class ArenaAllocator(BaseAllocator):
     ``row_bytes``, ``state_bytes``: of one token's KV and of one state; ``state_bytes`` 0: no
     states, all is tail.
 
-    KV fills holes before it opens a free slab, the fullest slabs' first (as of the last time that
-    holes were sorted). Holes are sorted only when a slot finds no free slab: rows come and go on
-    one stack otherwise, as in ``PageAllocator``.
+    KV fills holes before it opens a free slab, and an opened slab's rows come after all other
+    holes, so that it is the emptiest and few rows move when it is emptied. Rows come and go on one
+    stack, as in ``PageAllocator``; to which slab they belong is asked only when a slot finds no
+    free slab. Then the fullest slabs' holes come to the top.
 
     >>> arena = ArenaAllocator(1000, row_bytes=10, state_bytes=95)
     >>> arena.capacity, arena.slab_rows, arena.num_slabs
     (100, 10, 10)
     >>> rows, slot = arena.pages.allocate(85), arena.slots.allocate()
     >>> slot, arena.pages.num_free, arena.slots.num_free
-    (0, 5, 0)
+    (9, 5, 0)
     """
 
     def __init__(
@@ -114,8 +115,11 @@ class ArenaAllocator(BaseAllocator):
         emptied. To be called while ``slab_rows`` rows are free. O(slabs + holes), and for a move
         what the holders need."""
         slabs, counts = self._count_holes()
-        if not self._collect(slabs, counts):
-            self._empty(int(counts[:-1].argmax()), slabs, counts)
+        emptiest = int(counts[:-1].argmax())
+        if counts[emptiest] == self._slab_pages:
+            self._collect(slabs, counts)
+        else:
+            self._empty(emptiest, slabs, counts)
 
     def collect_free_slabs(self) -> None:
         """Notice the KV slabs that have lost their last row: they are free. O(slabs + holes)."""
@@ -126,15 +130,11 @@ class ArenaAllocator(BaseAllocator):
         slabs = self.pages.stacked() // np.int32(self._slab_pages)
         return slabs, np.bincount(slabs, minlength=self.num_slabs + 1)
 
-    def _collect(self, slabs: Indices, counts: npt.NDArray[np.intp]) -> bool:
-        """As ``collect_free_slabs``; whether there was one."""
+    def _collect(self, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
         is_whole = counts == self._slab_pages
         is_whole[-1] = False
-        whole = np.flatnonzero(is_whole).tolist()
-        if whole:
-            self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
-            self._free_slabs += reversed(whole)
-        return bool(whole)
+        self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
+        self._free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
     def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
         """Move the living rows of ``slab`` into holes elsewhere; it is free then. Holes that are
@@ -185,8 +185,10 @@ class ArenaAllocator(BaseAllocator):
     def _open(self, slabs: list[int]) -> None:
         """``slabs``, in the list no more, become holes: the last one's are used first, and all of
         them after the holes that there are."""
-        first = np.array(slabs, np.int32)[:, None] * np.int32(self._slab_pages)
-        self.pages.push_below((first + self._offsets).reshape(-1))
+        size = self._slab_pages
+        bottom = self.pages.lift(len(slabs) * size)
+        for rank, slab in enumerate(slabs):
+            np.add(self._offsets, slab * size, out=bottom[rank * size : (rank + 1) * size])
 
     def free_pages(self) -> Indices:
         """All pages that are neither KV nor under a state, in no order. O(pages)."""
@@ -281,12 +283,12 @@ class ArenaPages(PageAllocator):
             return pages
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
-    def push_below(self, pages: Indices) -> None:
-        """Put free ``pages`` under the stack: all that is on it is handed out before."""
-        height, num_pages = self._height, len(pages)
+    def lift(self, num_pages: int) -> Indices:
+        """Room for ``num_pages`` under the stack, handed out last, which the caller fills."""
+        height = self._height
         self._height = top = height + num_pages
         self._stack[num_pages:top] = self._stack[:height]
-        self._stack[:num_pages] = pages
+        return self._stack[:num_pages]
 
     def restack(self, pages: Indices) -> None:
         """Let the stack be ``pages``."""
