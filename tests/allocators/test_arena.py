@@ -266,6 +266,7 @@ def test_without_states_all_is_kv():
     assert (arena.capacity, arena.num_slabs) == (24, 0)
     assert arena.slots.allocate() is None and arena.slots.num_free == 0
     arena.slots.reserve([])
+    assert not arena.free_slabs
     arena.check()
     assert len(arena.pages.allocate(24)) == 24
     arena.check()
