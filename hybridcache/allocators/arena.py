@@ -30,10 +30,10 @@ follow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
 from operator import index
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridcache.allocators.base import BaseAllocator
 from hybridcache.allocators.budget import ByteBudget
@@ -41,8 +41,6 @@ from hybridcache.allocators.moves import Move, RowHolder
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.tokens import Indices
-
-NO_ROWS: Indices = np.empty(0, np.int32)
 
 
 class ArenaAllocator(BaseAllocator):
@@ -52,16 +50,17 @@ class ArenaAllocator(BaseAllocator):
     ``row_bytes``, ``state_bytes``: of one token's KV and of one state; ``state_bytes`` 0: no
     states, all is tail.
 
-    KV fills holes before it opens a free slab, the fullest slabs' first (as of the last time that
-    holes were sorted). Holes are sorted only when a slot finds no free slab: rows come and go on
-    one stack otherwise, as in ``PageAllocator``.
+    KV fills holes before it opens a free slab, and an opened slab's rows come after all other
+    holes, so that it is the emptiest and few rows move when it is emptied. Rows come and go on one
+    stack, as in ``PageAllocator``; to which slab they belong is asked only when a slot finds no
+    free slab. Then the fullest slabs' holes come to the top.
 
     >>> arena = ArenaAllocator(1000, row_bytes=10, state_bytes=95)
     >>> arena.capacity, arena.slab_rows, arena.num_slabs
     (100, 10, 10)
     >>> rows, slot = arena.pages.allocate(85), arena.slots.allocate()
     >>> slot, arena.pages.num_free, arena.slots.num_free
-    (0, 5, 0)
+    (9, 5, 0)
     """
 
     def __init__(
@@ -96,11 +95,9 @@ class ArenaAllocator(BaseAllocator):
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
-        # Sorted holes, by slab: free pages that are not on the pages' stack. The last is the tail.
-        self._holes: dict[int, list[Indices]] = {}
-        self._num_holes = np.zeros(self.num_slabs + 1, np.int64)
+        self._offsets = np.arange(self._slab_pages - 1, -1, -1, dtype=np.int32)
         first = self.num_slabs * self._slab_pages
-        self._add_holes(self.num_slabs, np.arange(first, capacity // page_size, dtype=np.int32))
+        self.pages.restack(np.arange(capacity // page_size - 1, first - 1, -1, dtype=np.int32))
 
     @property
     def num_unused(self) -> int:
@@ -110,48 +107,51 @@ class ArenaAllocator(BaseAllocator):
 
     @property
     def free_slabs(self) -> Sequence[int]:
-        """Slabs that a slot can have without a move, and without sorting holes. O(1); not to be
-        changed."""
+        """Slabs that a slot can have without a search. O(1); not to be changed."""
         return self._free_slabs
 
     def find_slab(self) -> None:
         """Make at least one slab free: one that lost its last row unnoticed, or one that is
-        emptied. To be called while ``slab_rows`` rows are free. O(slabs + rows freed since the last
-        time), and for a move O(rows that move) and what the holders need."""
-        self.collect_free_slabs()
-        if not self._free_slabs:
-            self._empty(int(self._num_holes[:-1].argmax()))
+        emptied. To be called while ``slab_rows`` rows are free. O(slabs + holes), and for a move
+        what the holders need."""
+        slabs, counts = self._count_holes()
+        emptiest = int(counts[:-1].argmax())
+        if counts[emptiest] == self._slab_pages:
+            self._collect(slabs, counts)
+        else:
+            self._empty(emptiest, slabs, counts)
 
     def collect_free_slabs(self) -> None:
-        """Notice the KV slabs that have lost their last row: they are free. O(slabs + rows freed
-        since the last time)."""
-        self._sort_holes()
-        whole = np.flatnonzero(self._num_holes[:-1] == self._slab_pages).tolist()
-        for slab in reversed(whole):
-            self._take_holes(slab)
-            self._free_slabs.append(slab)
+        """Notice the KV slabs that have lost their last row: they are free. O(slabs + holes)."""
+        self._collect(*self._count_holes())
 
-    def _add_holes(self, slab: int, pages: Indices) -> None:
-        if len(pages):
-            self._holes.setdefault(slab, []).append(pages)
-            self._num_holes[slab] += len(pages)
+    def _count_holes(self) -> tuple[Indices, npt.NDArray[np.intp]]:
+        """(the slab of each hole, in the stack's order; holes by slab, the tail's last)."""
+        slabs = self.pages.stacked() // np.int32(self._slab_pages)
+        return slabs, np.bincount(slabs, minlength=self.num_slabs + 1)
 
-    def _take_holes(self, slab: int) -> list[Indices]:
-        """All sorted holes of ``slab``, which has none then. O(1)."""
-        self._num_holes[slab] = 0
-        return self._holes.pop(slab, [])
+    def _collect(self, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
+        is_whole = counts == self._slab_pages
+        is_whole[-1] = False
+        self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
+        self._free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
-    def _empty(self, slab: int) -> None:
-        """Move the living rows of ``slab`` into holes elsewhere; it is free then."""
+    def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
+        """Move the living rows of ``slab`` into holes elsewhere; it is free then. Holes that are
+        left are stacked anew, those of the fullest slabs on top."""
         first = slab * self._slab_pages
+        pages, is_inside = self.pages.stacked(), slabs == slab
         is_living = np.ones(self._slab_pages, np.bool_)
-        for holes in self._take_holes(slab):
-            is_living[holes - first] = False
+        is_living[pages[is_inside].astype(np.intp) - first] = False
         living = np.flatnonzero(is_living)
-        pages = self._draw(len(living))
-        self.pages.push(pages[len(living) :])
+        is_outside = ~is_inside
+        keys = counts.take(slabs[is_outside])
+        if self._slab_pages < 1 << 16:
+            keys = keys.astype(np.uint16)  # sorted in linear time
+        holes = pages[is_outside].take(keys.argsort(kind="stable"))
+        self.pages.restack(holes[: len(living) - 1 : -1])
         src = self.pages.rows_of(living.astype(np.int32) + np.int32(first))
-        dst = self.pages.rows_of(pages[: len(living)])
+        dst = self.pages.rows_of(holes[: len(living)])
         first_row = slab * self.slab_rows
         new_rows = np.arange(first_row, first_row + self.slab_rows, dtype=np.int32)
         new_rows.reshape(-1, self.page_size)[living] = dst.reshape(-1, self.page_size)
@@ -168,70 +168,33 @@ class ArenaAllocator(BaseAllocator):
                 "whoever holds rows must be in holders"
             )
 
-    def _sort_holes(self) -> None:
-        """Bring the free pages that lie on the stack under their slabs. O(those + slabs)."""
-        pages = self.pages.pop_all()
-        if not len(pages):
-            return
-        slabs = pages // self._slab_pages
-        if self.num_slabs < 1 << 16:
-            slabs = slabs.astype(np.uint16)  # sorted in linear time
-        order = slabs.argsort(kind="stable")
-        slabs, pages = slabs[order], pages[order]
-        starts = [0, *(np.flatnonzero(slabs[1:] != slabs[:-1]) + 1).tolist(), len(slabs)]
-        for start, end in pairwise(starts):
-            self._add_holes(slabs.item(start), pages[start:end])
-
-    def _draw(self, num_pages: int) -> Indices:
-        """All sorted holes of the fullest slabs that have ``num_pages`` together, or of all:
-        int32[n], the fullest's first."""
-        slabs = np.flatnonzero(self._num_holes)
-        slabs = slabs[self._num_holes[slabs].argsort(kind="stable")]
-        end = int(self._num_holes[slabs].cumsum().searchsorted(num_pages)) + 1
-        drawn = [NO_ROWS]
-        for slab in slabs[:end].tolist():
-            drawn += self._take_holes(slab)
-        return np.concatenate(drawn)
-
     def fill(self, num_pages: int) -> None:
-        """Bring ``num_pages`` more free pages on the stack, which are there: sorted holes first,
-        then free slabs. O(those + slabs)."""
-        if self._num_holes.any():
-            pages = self._draw(num_pages)
-            self.pages.push(pages[::-1])
-            num_pages -= len(pages)
-        while num_pages > 0:
-            first = self._free_slabs.pop() * self._slab_pages
-            last = first + self._slab_pages - 1
-            self.pages.push(np.arange(last, first - 1, -1, dtype=np.int32))
-            num_pages -= self._slab_pages
+        """Bring ``num_pages`` more free pages on the stack, which are in free slabs. O(those)."""
+        num_slabs = -(-num_pages // self._slab_pages)
+        opened = self._free_slabs[-num_slabs:]
+        del self._free_slabs[-num_slabs:]
+        self._open(opened[::-1])
 
     def open_slabs(self, slabs: Sequence[int]) -> None:
-        """Turn those of ``slabs`` that are free into KV slabs without living rows, and sort all
-        holes. O(slabs + rows)."""
-        self._sort_holes()
+        """Turn those of ``slabs`` that are free into KV slabs without living rows. O(slabs +
+        rows)."""
         opened = set(slabs).intersection(self._free_slabs)
         self._free_slabs[:] = [slab for slab in self._free_slabs if slab not in opened]
-        for slab in opened:
-            first = slab * self._slab_pages
-            self._add_holes(slab, np.arange(first, first + self._slab_pages, dtype=np.int32))
+        self._open(list(opened))
 
-    def take_holes(self, pages: Indices) -> None:
-        """Take sorted holes out: ``pages``, each once. ValueError, and nothing taken: some are
-        none."""
-        holes = np.concatenate([NO_ROWS, *chain(*self._holes.values())])
-        wanted = np.isin(holes, pages)
-        if len(np.unique(pages)) < len(pages) or np.count_nonzero(wanted) < len(pages):
-            raise ValueError("rows asked for are not free")
-        self._holes.clear()
-        self._num_holes[:] = 0
-        self.pages.push(holes[~wanted])
+    def _open(self, slabs: list[int]) -> None:
+        """``slabs``, in the list no more, become holes: the last one's are used first, and all of
+        them after the holes that there are."""
+        size = self._slab_pages
+        bottom = self.pages.lift(len(slabs) * size)
+        for rank, slab in enumerate(slabs):
+            np.add(self._offsets, slab * size, out=bottom[rank * size : (rank + 1) * size])
 
     def free_pages(self) -> Indices:
         """All pages that are neither KV nor under a state, in no order. O(pages)."""
-        first = np.array(self._free_slabs, np.int32)[:, None] * self._slab_pages
-        whole = (first + np.arange(self._slab_pages, dtype=np.int32)).reshape(-1)
-        return np.concatenate([self.pages.stacked(), *chain(*self._holes.values()), whole])
+        first = np.array(self._free_slabs, np.int32)[:, None] * np.int32(self._slab_pages)
+        whole = (first + self._offsets).reshape(-1)
+        return np.concatenate([self.pages.stacked(), whole])
 
     def check(self) -> None:
         """AssertionError unless every row is free once, or taken; in rows, slabs and bytes.
@@ -246,10 +209,6 @@ class ArenaAllocator(BaseAllocator):
         num_free = len(free) * self.page_size
         assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
         assert self.budget.free_bytes == num_free * self.unit_bytes, "bytes free are not rows free"
-        for slab, count in enumerate(self._num_holes.tolist()):
-            holes = np.concatenate([NO_ROWS, *self._holes.get(slab, ())])
-            assert len(holes) == count, f"slab {slab} has {len(holes)} holes, counted {count}"
-            assert (holes // self._slab_pages == slab).all(), f"a hole is not in slab {slab}"
         states = self.slots.states
         assert states.isdisjoint(self._free_slabs), "a slab is free and a state"
         assert len(set(self._free_slabs)) == len(self._free_slabs), "a slab is free twice"
@@ -311,11 +270,8 @@ class ArenaPages(PageAllocator):
         """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free."""
         if len(rows) > self.num_free or len(rows) % self.page_size:
             raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
-        pages = rows[:: self.page_size] // self.page_size
         self.arena.open_slabs(np.unique(rows // self.arena.slab_rows).tolist())
-        self.arena.take_holes(pages)
-        assert self.budget is not None
-        self.budget.take(len(rows) * self.unit_bytes)
+        super().reserve(rows)
 
     def free_rows(self) -> Indices:
         """All rows that are neither KV nor under a state, in no order. O(capacity)."""
@@ -327,16 +283,17 @@ class ArenaPages(PageAllocator):
             return pages
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
-    def push(self, pages: Indices) -> None:
-        """Put free ``pages`` on the stack, the last to be handed out first."""
-        bottom = self._height
-        self._height = top = bottom + len(pages)
-        self._stack[bottom:top] = pages
+    def lift(self, num_pages: int) -> Indices:
+        """Room for ``num_pages`` under the stack, handed out last, which the caller fills."""
+        height = self._height
+        self._height = top = height + num_pages
+        self._stack[num_pages:top] = self._stack[:height]
+        return self._stack[:num_pages]
 
-    def pop_all(self) -> Indices:
-        """Empty the stack; what was on it. The caller does not keep it."""
-        height, self._height = self._height, 0
-        return self._stack[:height]
+    def restack(self, pages: Indices) -> None:
+        """Let the stack be ``pages``."""
+        self._height = len(pages)
+        self._stack[: self._height] = pages
 
     def stacked(self) -> Indices:
         """What is on the stack; not to be changed."""

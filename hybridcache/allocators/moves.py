@@ -59,7 +59,7 @@ class Move(NamedTuple):
         offsets = rows - np.int32(self.slab * size)
         positions = np.flatnonzero(offsets.view(np.uint32) < size)
         if len(positions):
-            rows[positions] = self.new_rows[offsets[positions]]
+            rows[positions] = self.new_rows.take(offsets.take(positions))
         return positions
 
 

@@ -223,6 +223,14 @@ def test_the_emptiest_slab_moves_into_the_fullest():
     arena.check()
 
 
+def test_an_opened_slab_is_filled_after_all_other_holes():
+    arena = ArenaAllocator(40, 1, 10)
+    rows = arena.pages.allocate(10)
+    arena.pages.free(rows[:3])
+    assert set(rows[:3].tolist()) < set(arena.pages.allocate(5).tolist())
+    arena.check()
+
+
 def test_a_slab_without_living_rows_is_free_without_a_move():
     arena = ArenaAllocator(30, 1, 10)
     hands = [rows_in(arena, 10) for _ in range(3)]
@@ -257,6 +265,9 @@ def test_without_states_all_is_kv():
     arena = ArenaAllocator(25, 1, 0, page_size=4)
     assert (arena.capacity, arena.num_slabs) == (24, 0)
     assert arena.slots.allocate() is None and arena.slots.num_free == 0
+    arena.slots.reserve([])
+    assert not arena.free_slabs
+    arena.check()
     assert len(arena.pages.allocate(24)) == 24
     arena.check()
 
