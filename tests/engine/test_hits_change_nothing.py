@@ -163,7 +163,7 @@ def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
     next_turns = engine.generate(turns, REPORT)
     assert_same(next_turns, second)
     assert any(output.num_preemptions for output in again + next_turns)
-    assert engine._cache.arena.num_moved_rows > 10
+    assert engine._cache.arena.num_moved_rows > 0
     assert any(output.cached_len for output in next_turns)
 
 
