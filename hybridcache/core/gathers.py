@@ -17,8 +17,9 @@ class GatherCache:
     """The latest answers of ``gather``, by the segment they end with.
 
     An answer stays true for as long as its segment is resident, whatever is split above or below,
-    because rows never move; it goes with its segment. All together weigh no more than the rows that
-    are cached, or only the newest is left: then they are over by ``ENTRY_ROWS`` at most.
+    until rows move (in an arena: then all are dropped); it goes with its segment. All together
+    weigh no more than the rows that are cached, or only the newest is left: then they are over by
+    ``ENTRY_ROWS`` at most.
     """
 
     __slots__ = ("num_rows", "rows")
