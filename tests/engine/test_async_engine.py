@@ -294,6 +294,22 @@ def test_one_step_that_fails_ends_no_engine_however_often_it_happens() -> None:
     serve(scenario)
 
 
+def test_who_ran_in_a_step_that_failed_runs_no_more_though_nobody_reads_on() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        runner.fails = True
+        runner.let(1)
+        stream = engine.submit([1, 2, 3], ENDLESS)
+        while not engine._last_step_failed:
+            await asyncio.sleep(0.001)
+        runner.fails = False
+        runner.let()
+        assert not await engine.call(lambda e: e.has_work())
+        with pytest.raises(StepFailed):
+            await read(stream)
+
+    serve(scenario, gated=True)
+
+
 def test_questions_and_their_errors_come_back_from_the_thread() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit(list(range(100)), LONG))

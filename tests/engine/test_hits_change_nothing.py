@@ -16,6 +16,7 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
+from hybridcache.allocators.moves import Move
 from hybridcache.units import GIB
 
 HYBRID = {
@@ -109,6 +110,19 @@ def assert_same(some: list[RequestOutput], others: list[RequestOutput]) -> None:
     for one, other in zip(some, others, strict=True):
         assert one.token_ids == other.token_ids
         assert one.logprobs == other.logprobs
+
+
+def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEngine) -> None:
+    runner = make_engine().runner
+    size = runner.memory.slab_rows
+    runner.rows.copy_(torch.arange(runner.rows.numel()).view(runner.rows.shape) % 251)
+    before = runner.rows.clone()
+    saved = [states[:, 0].clone() for states in runner.states.tensors]
+    src = np.arange(size, 2 * size, dtype=np.int32)
+    runner.forward(Batch((), restores=((0, 1),), moves=(Move(1, src, src + 2 * size, src),)))
+    assert torch.equal(runner.rows[3 * size : 4 * size], before[size : 2 * size])
+    for states, expected in zip(runner.states.tensors, saved, strict=True):
+        assert torch.equal(states[:, 1].view(torch.uint8), expected.view(torch.uint8))
 
 
 @formats

@@ -125,6 +125,8 @@ def test_penalties():
     other = np.array([9], dtype=np.int32)
     answered = request(temperature=0, presence_penalty=1.0, prompt=seen, output=other)
     assert drawn(logits, answered) == [0]
+    both = request(temperature=0, repetition_penalty=1.001, presence_penalty=1.0, prompt=seen)
+    assert drawn(logits, both) == [0]  # a prompt's token repeats, and is not present
     assert logits[0, 0] == 4.0  # the caller's logits stay as they were
 
 
