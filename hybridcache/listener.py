@@ -83,7 +83,7 @@ class Listeners(Listener):
 
 
 def members_of(told: Listener | None) -> tuple[Listener, ...]:
-    """Forwards what it is notified of to several listeners."""
+    """The listeners behind ``told``: those it forwards to, itself alone, or none."""
     if isinstance(told, Listeners):
         return told.members
     return () if told is None else (told,)

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible front. It sees the AsyncEngine and nothing behind it."""
+"""The OpenAI-compatible front. It sees the AsyncEngine, texts and plain data."""

@@ -1,9 +1,9 @@
 """Model shapes as plain dictionaries: one vocabulary for presets and for Hugging Face configs.
 
-A *shape* names the kind of the linear layers (``gated_deltanet``, ``kda``, ``mamba2``, ``mamba1``,
-``lightning``, ``shortconv``, ``stated`` where only the size of a state is known, or ``none``), how
-many layers of which sort there are, and their dimensions. ``hybridcache.geometry.model`` turns a
-shape into bytes and FLOPs; nothing else looks inside one.
+A *shape* names the kind of the linear layers (``gated_deltanet``, ``kda+mla``, ``mamba2``,
+``mamba1``, ``lightning``, ``shortconv``, ``stated`` where only the size of a state is known, or
+``none``), how many layers of which sort there are, and their dimensions.
+``hybridcache.geometry.model`` turns a shape into bytes and FLOPs; nothing else looks inside one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model families, one flat file each; ``build`` makes one and has its weights filled in."""
+"""Model families, one flat file each, by the architecture that config.json names."""
 
 from __future__ import annotations
 
