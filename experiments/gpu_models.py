@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.layers.parameters import Parameter, WeightSpec
+from engine.run.layers.parameters import Build, Parameter, WeightSpec
 from engine.run.model_config import ModelConfig
 from engine.run.models import MODELS
 from engine.run.weights import Dummy
@@ -116,7 +116,7 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> 
     shape = ModelConfig.from_dict(config)
     outline = WeightSpec(torch.device("meta"), torch.float32)
     kernels = Kernels.choose(Device.resolve("cpu"))
-    plan = MODELS[shape.architecture](shape, kernels, outline)
+    plan = MODELS[shape.architecture](shape, Build(kernels, outline))
     dummy = Dummy(seed)
     tensors = {}
     for name, parameter in plan.parameters():

@@ -26,7 +26,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
-from engine.run.backends import Kernels
+from engine.run.backends import all_fused
 from engine.run.device import Device
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
@@ -41,7 +41,6 @@ MORE_THAN_CPU = 1.5
 """In bfloat16: that error over the CPU's own in bfloat16."""
 
 MAX_RUNNING = 64
-ALL_FUSED = ",".join(f"{name}=fused" for name in Kernels.__slots__)
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Feed:
 
 def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner:
     """On the device tried, with every kernel fused; in a dry run on the CPU, interpreted."""
-    where: dict[str, Any] = {"device": "cpu", "kernels": ALL_FUSED} if dry else {}
+    where: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
     memory = {"kv_gib": 0.01, "state_gib": 0.01} if dry else {"kv_gib": 2.0, "state_gib": 8.0}
     config = EngineConfig(
         model=path,

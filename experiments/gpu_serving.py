@@ -30,7 +30,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine, StepReport
 from engine.requests.sampling_params import SamplingParams
-from engine.run.backends import Kernels
+from engine.run.backends import all_fused
 from engine.run.device import Device
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
@@ -112,8 +112,7 @@ class Bench:
     def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
         where: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
         if dry:
-            fused = ",".join(f"{name}=fused" for name in Kernels.__slots__)
-            where = {"device": "cpu", "kernels": fused, "cache_gib": 0.02}
+            where = {"device": "cpu", "kernels": all_fused(), "cache_gib": 0.02}
         self.config = EngineConfig(model=path, load_format="dummy", **(where | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()

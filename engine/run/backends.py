@@ -1,14 +1,16 @@
 """Which implementation of each kernel serves: plain PyTorch (``reference``) or Triton (``fused``).
 
-``Kernels`` is chosen once, at start, handed to the layers, and shown to whoever starts the engine.
+``Kernels`` is chosen once, at start, and handed to the layers; a kernel is loaded when the first
+layer asks for it.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import pkgutil
+from collections.abc import Iterator, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Literal
 
@@ -20,47 +22,73 @@ Backend = Literal["reference", "fused"]
 BACKENDS: tuple[Backend, ...] = ("reference", "fused")
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """One module per kernel; the functions in it have the same signatures whatever the backend."""
+@cache
+def backends_of() -> dict[str, tuple[Backend, ...]]:
+    """Every kernel there is, and the backends it has: the folders and files of ``kernels``."""
+    found: dict[str, tuple[Backend, ...]] = {}
+    for folder in pkgutil.iter_modules(importlib.import_module("kernels").__path__):
+        if folder.ispkg:
+            files = pkgutil.iter_modules(importlib.import_module(f"kernels.{folder.name}").__path__)
+            names = {file.name for file in files}
+            found[folder.name] = tuple(word for word in BACKENDS if word in names)
+    return dict(sorted(found.items()))
 
-    activation: ModuleType
-    attention: ModuleType
-    cache_write: ModuleType
-    conv1d: ModuleType
-    gdn: ModuleType
-    linear: ModuleType
-    moe: ModuleType
-    norm: ModuleType
-    rotary: ModuleType
-    state_copy: ModuleType
+
+class Kernels(Mapping[str, ModuleType]):
+    """One module per kernel, by name; the functions in it have the same signatures whatever the
+    backend. Loads a module when it is first asked for."""
+
+    def __init__(self, chosen: Mapping[str, Backend]) -> None:
+        self._chosen = dict(chosen)
+        self._loaded: dict[str, ModuleType] = {}
 
     @classmethod
     def choose(cls, device: Device, overrides: str = "") -> Kernels:
-        """``fused`` wherever the device runs Triton and it is installed, else ``reference``;
-        ``overrides`` as in ``attention=reference,gdn=fused``. Raises ModelError."""
+        """``fused`` wherever the device runs Triton, it is installed and the kernel has it, else
+        ``reference``; ``overrides`` as in ``attention=reference,gdn=fused``. Raises ModelError."""
         check_no_foreign_kernels()
         usable = device.traits.has_triton and importlib.util.find_spec("triton") is not None
         words: dict[str, Backend] = {
-            field.name: "fused" if usable else "reference" for field in fields(cls)
+            name: "fused" if usable and "fused" in backends else "reference"
+            for name, backends in backends_of().items()
         }
-        words.update(parse_overrides(overrides, words))
-        return cls(**{name: _load(name, word) for name, word in words.items()})
+        asked = parse_overrides(overrides)
+        for name, word in asked.items():  # Told at the start, used or not.
+            _load(name, word)
+        return cls(words | asked)
+
+    def __getitem__(self, name: str) -> ModuleType:
+        """Raises ModelError where the kernel can not be loaded."""
+        if name not in self._loaded:
+            self._loaded[name] = _load(name, self._chosen[name])
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
     def words(self) -> dict[str, str]:
-        """Kernel to backend."""
-        return {f.name: getattr(self, f.name).__name__.rpartition(".")[2] for f in fields(self)}
+        """Kernel to backend, of those that are in use."""
+        return {name: word for name, word in self._chosen.items() if name in self._loaded}
 
 
-def parse_overrides(text: str, known: Mapping[str, str]) -> dict[str, Backend]:
+def all_fused() -> str:
+    """The overrides that take Triton for every kernel that has it, whatever the device."""
+    return ",".join(f"{name}=fused" for name, words in backends_of().items() if "fused" in words)
+
+
+def parse_overrides(text: str) -> dict[str, Backend]:
     """``attention=reference,gdn=fused`` as a dict. Raises ModelError."""
     chosen: dict[str, Backend] = {}
+    known = backends_of()
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, word = item.partition("=")
         if name not in known:
             raise ModelError(f"there is no kernel {name!r}; there are {', '.join(known)}.")
-        if word not in BACKENDS:
-            raise ModelError(f"kernel {name} has no backend {word!r}; reference or fused.")
+        if word not in known[name]:
+            raise ModelError(f"kernel {name} has no backend {word!r}; {' or '.join(known[name])}.")
         chosen[name] = word
     return chosen
 

@@ -14,7 +14,7 @@ from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
 from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart
-from engine.run.layers.parameters import WeightSpec
+from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
 from engine.run.memory import Memory, MemoryPlan, RequestTable
 from engine.run.model_config import ModelConfig, ModelError, read_config
@@ -48,6 +48,8 @@ class ModelRunner:
         self.device.make_current()
         config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
+        self._cache_write = self.kernels["cache_write"]
+        self._state_copy = self.kernels["state_copy"]
         if not self.device.supports(config.quantization):
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
         raw = read_config(Path(config.model)) if config.model else BUILTIN_CONFIG
@@ -59,8 +61,10 @@ class ModelRunner:
         self.model, self.weights_note = load_model(
             Path(config.model) if config.model else None,
             self.config,
-            self.kernels,
-            WeightSpec(self.device.torch_device, self.dtype, config.quantization),
+            Build(
+                self.kernels,
+                WeightSpec(self.device.torch_device, self.dtype, config.quantization),
+            ),
             load_format=config.load_format,
             num_workers=config.load_workers,
             seed=config.seed,
@@ -292,14 +296,14 @@ class ModelRunner:
             assert self.rows is not None, "rows of a pool do not move"
             pairs = np.stack([move.src, move.dst])
             sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-            self.kernels.cache_write.move_rows(self.rows, sources, targets)
+            self._cache_write.move_rows(self.rows, sources, targets)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or self.states is None:
             return
         pairs = np.array(copies, dtype=np.int32).T.copy()
         sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-        self.kernels.state_copy.copy_states(self.states.whole, sources, targets)
+        self._state_copy.copy_states(self.states.whole, sources, targets)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)
@@ -334,8 +338,7 @@ def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
 def load_model(
     model_dir: Path | None,
     config: ModelConfig,
-    kernels: Kernels,
-    place: WeightSpec,
+    build: Build,
     *,
     load_format: str,
     num_workers: int,
@@ -349,14 +352,14 @@ def load_model(
     family = MODELS[config.architecture]
     if model_dir is None or load_format == "dummy":
         dummy = Dummy(seed)
-        model = family(config, kernels, place, dummy.fill)
+        model = family(config, build, dummy.fill)
         return model, f"seeded weights (seed {seed}), untrained"
     weight_files = WeightFiles(model_dir, num_workers)
     is_stacked = weight_files.has_stacked_experts
-    outline = WeightSpec(torch.device("meta"), place.dtype)
-    plan = family(config, kernels, outline, stacked_experts=is_stacked)
+    outline = Build(build.kernels, WeightSpec(torch.device("meta"), build.weights.dtype))
+    plan = family(config, outline, stacked_experts=is_stacked)
     weight_files.check(plan.parameters(), tied=config.tie_embeddings)
-    model = family(config, kernels, place, weight_files.fill, stacked_experts=is_stacked)
+    model = family(config, build, weight_files.fill, stacked_experts=is_stacked)
     return model, weight_files.close()
 
 

@@ -93,10 +93,10 @@ class WeightFiles:
                 f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}."
             )
 
-    def fill(self, prefix: str, layer: Layer) -> None:
+    def fill(self, layer: Layer) -> None:
         """Read the tensors of one layer, in parallel, and put them where they go. Raises
         WeightsError."""
-        for num_bytes in self._pool.map(self._fill_one, layer.parameters(prefix)):
+        for num_bytes in self._pool.map(self._fill_one, layer.parameters()):
             self._num_bytes += num_bytes
 
     def _fill_one(self, item: tuple[str, Parameter]) -> int:
@@ -173,8 +173,8 @@ class Dummy:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def fill(self, prefix: str, layer: Layer) -> None:
-        for name, parameter in layer.parameters(prefix):
+    def fill(self, layer: Layer) -> None:
+        for name, parameter in layer.parameters():
             self.draw(name, parameter)
 
     def draw(self, name: str, parameter: Parameter) -> None:

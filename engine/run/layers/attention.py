@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.run.backends import Kernels
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear
+from engine.run.layers.linear import Linear, Part
 from engine.run.layers.norm import RMSNorm
-from engine.run.layers.parameters import Parameter, WeightSpec
+from engine.run.layers.parameters import Build, Parameter
 from engine.run.model_config import ModelConfig
 
 
@@ -20,10 +19,10 @@ class Attention:
 
     def __init__(
         self,
+        name: str,
         model: ModelConfig,
         layer: int,
-        kernels: Kernels,
-        place: WeightSpec,
+        build: Build,
         *,
         gated: bool,
         centred_norms: bool,
@@ -35,30 +34,38 @@ class Attention:
         self.head_dim = model.head_dim
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.sizes = [query_size * gated, query_size, kv_size, kv_size]
+        inputs = [
+            Part(f"{name}.q_proj", sum(self.sizes[:2]), self._query_rows()),
+            Part(f"{name}.k_proj", kv_size),
+            Part(f"{name}.v_proj", kv_size),
+        ]
         bias = model.attention_bias
-        self.projection = Linear(model.hidden_size, sum(self.sizes), kernels, place, bias=bias)
-        self.output = Linear(query_size, model.hidden_size, kernels, place, bias=bias)
-        norm_size, eps = self.head_dim, model.norm_eps
-        self.query_norm = RMSNorm(norm_size, eps, kernels, place, centred=centred_norms)
-        self.key_norm = RMSNorm(norm_size, eps, kernels, place, centred=centred_norms)
+        self.projection = Linear(model.hidden_size, inputs, build, bias=bias)
+        self.output = Linear(
+            query_size, [Part(f"{name}.o_proj", model.hidden_size)], build, bias=bias
+        )
+        self.query_norm, self.key_norm = (
+            RMSNorm(
+                f"{name}.{word}_norm",
+                self.head_dim,
+                build,
+                eps=model.norm_eps,
+                centred=centred_norms,
+            )
+            for word in ("q", "k")
+        )
         self.mixed_shape = (query_size,)
         """Of what ``mix`` gives, per token."""
         self.scale = self.head_dim**-0.5
-        self._kernels = kernels
+        self._attention, self._rotary = build.kernels["attention"], build.kernels["rotary"]
+        self._activation, self._cache_write = (
+            build.kernels["activation"],
+            build.kernels["cache_write"],
+        )
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        tensors = {"weight": self.projection.weight}
-        if self.projection.bias is not None:
-            tensors["bias"] = self.projection.bias
-        gate, query, kv, _ = self.sizes
-        for suffix, fused in tensors.items():
-            queries, key, value = fused.split([gate + query, kv, kv])
-            yield f"{prefix}.q_proj.{suffix}", Parameter(queries, rows=self._query_rows())
-            yield f"{prefix}.k_proj.{suffix}", Parameter(key)
-            yield f"{prefix}.v_proj.{suffix}", Parameter(value)
-        yield from self.output.parameters(f"{prefix}.o_proj")
-        yield from self.query_norm.parameters(f"{prefix}.q_norm")
-        yield from self.key_norm.parameters(f"{prefix}.k_norm")
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for part in (self.projection, self.output, self.query_norm, self.key_norm):
+            yield from part.parameters()
 
     def _query_rows(self) -> torch.Tensor | None:
         """The checkpoint has query and gate head by head, ``[q_0 | g_0 | q_1 | g_1 ...]``."""
@@ -80,18 +87,18 @@ class Attention:
         self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Attend to this step's and all earlier tokens; writes this step's KV. ``[T, HQ * D]``."""
-        kernels, tokens = self._kernels, inputs.num_tokens
+        tokens = inputs.num_tokens
         _, query, key, value = projected[:tokens].split(self.sizes, dim=-1)
         query = self.query_norm(query.view(tokens, self.num_heads, self.head_dim))
         key = self.key_norm(key.view(tokens, self.num_kv_heads, self.head_dim))
-        query, key = kernels.rotary.rotate(query, key, inputs.cos, inputs.sin)
+        query, key = self._rotary.rotate(query, key, inputs.cos, inputs.sin)
         key_pool, value_pool = pools[0][self.layer], pools[1][self.layer]
         value = value.view(tokens, self.num_kv_heads, self.head_dim)
-        kernels.cache_write.write_kv(key, value, key_pool, value_pool, inputs.kv_indices)
+        self._cache_write.write_kv(key, value, key_pool, value_pool, inputs.kv_indices)
         outs = []
         if inputs.decode is not None:
             outs.append(
-                kernels.attention.decode_attention(
+                self._attention.decode_attention(
                     query[: inputs.num_decode],
                     key_pool,
                     value_pool,
@@ -102,7 +109,7 @@ class Attention:
             )
         if inputs.prefill is not None:
             outs.append(
-                kernels.attention.prefill_attention(
+                self._attention.prefill_attention(
                     query[inputs.num_decode :],
                     key_pool,
                     value_pool,
@@ -118,5 +125,5 @@ class Attention:
         """The layer's output, ``[num_rows, H]``."""
         if self.gated:
             gate = projected[: len(mixed), : self.sizes[0]]
-            mixed = self._kernels.activation.sigmoid_mul(mixed, gate)
+            mixed = self._activation.sigmoid_mul(mixed, gate)
         return self.output(pad_rows(mixed, len(projected)))

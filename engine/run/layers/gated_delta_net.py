@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 
-from engine.run.backends import Kernels
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear
-from engine.run.layers.parameters import Parameter, WeightSpec
+from engine.run.layers.linear import Linear, Part
+from engine.run.layers.parameters import Build, Parameter
 from engine.run.model_config import ModelConfig
 
 Layout = Literal["interleaved", "split"]
@@ -20,69 +19,58 @@ key head by key head; Qwen3.5 has ``in_proj_qkv``, ``in_proj_z``, ``in_proj_b`` 
 
 
 class GatedDeltaNet:
-    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; with 8-bit
-    weights the gates b and a, few rows on which the whole state hangs, are another in full
-    precision."""
+    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; of 8-bit weights
+    the gates b and a, few rows on which the whole state hangs, are another."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, kernels: Kernels, place: WeightSpec, *, layout: Layout
+        self, name: str, model: ModelConfig, layer: int, build: Build, *, layout: Layout
     ) -> None:
         assert model.linear is not None
-        self.layer = layer
+        self.name, self.layer = name, layer
         """Its place among the linear layers: the layer of the state pool."""
-        self.layout = layout
         self.shape = shape = model.linear
         self.key_size = shape.num_key_heads * shape.key_dim
         self.value_size = shape.num_value_heads * shape.value_dim
         self.mixed_shape = (shape.num_value_heads, shape.value_dim)
         """Of what ``mix`` gives, per token."""
         self.sizes = [shape.conv_channels, self.value_size, *(2 * [shape.num_value_heads])]
-        num_mixed, num_gates = sum(self.sizes[:2]), sum(self.sizes[2:])
-        self.gates: Linear | None = None
-        if place.quantization is None:
-            self.projection = Linear(model.hidden_size, num_mixed + num_gates, kernels, place)
-        else:
-            self.projection = Linear(model.hidden_size, num_mixed, kernels, place)
-            self.gates = Linear(model.hidden_size, num_gates, kernels, place, full_precision=True)
-        self.output = Linear(self.value_size, model.hidden_size, kernels, place)
-        self.conv_weight = place.empty(shape.conv_channels, shape.conv_width)
-        self.A_log = place.empty(shape.num_value_heads, dtype=torch.float32)
-        self.dt_bias = place.empty(shape.num_value_heads, dtype=torch.float32)
-        self.norm_weight = place.empty(shape.value_dim)
+        inputs = self._interleaved() if layout == "interleaved" else self._split()
+        self.projection = Linear(model.hidden_size, inputs, build)
+        self.output = Linear(self.value_size, [Part(f"{name}.out_proj", model.hidden_size)], build)
+        weights = build.weights
+        self.conv_weight = weights.empty(shape.conv_channels, shape.conv_width)
+        self.A_log = weights.empty(shape.num_value_heads, dtype=torch.float32)
+        self.dt_bias = weights.empty(shape.num_value_heads, dtype=torch.float32)
+        self.norm_weight = weights.empty(shape.value_dim)
         self.eps = model.norm_eps
-        self._kernels = kernels
+        self._conv1d, self._gdn = build.kernels["conv1d"], build.kernels["gdn"]
+        self._norm = build.kernels["norm"]
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        num_mixed = sum(self.sizes[:2])
-        qkvz, ba = self.projection.weight[:num_mixed], self.projection.weight[num_mixed:]
-        if self.gates is not None:
-            ba = self.gates.weight
-        if self.layout == "interleaved":
-            shape = self.shape
-            group = shape.num_value_heads // shape.num_key_heads
-            values = group * shape.value_dim
-            yield (
-                f"{prefix}.in_proj_qkvz.weight",
-                Parameter(
-                    qkvz, rows=self._gathered([shape.key_dim, shape.key_dim, values, values])
-                ),
-            )
-            yield (
-                f"{prefix}.in_proj_ba.weight",
-                Parameter(ba, rows=self._gathered([group, group])),
-            )
-        else:
-            qkv, z = qkvz.split(self.sizes[:2])
-            b, a = ba.split(self.sizes[2:])
-            yield f"{prefix}.in_proj_qkv.weight", Parameter(qkv)
-            yield f"{prefix}.in_proj_z.weight", Parameter(z)
-            yield f"{prefix}.in_proj_b.weight", Parameter(b)
-            yield f"{prefix}.in_proj_a.weight", Parameter(a)
-        yield f"{prefix}.conv1d.weight", Parameter(self.conv_weight.unsqueeze(1))
-        yield f"{prefix}.A_log", Parameter(self.A_log, "log_decay")
-        yield f"{prefix}.dt_bias", Parameter(self.dt_bias, "time_bias")
-        yield f"{prefix}.norm.weight", Parameter(self.norm_weight, "norm")
-        yield from self.output.parameters(f"{prefix}.out_proj")
+    def _split(self) -> list[Part]:
+        words = ("qkv", "z", "b", "a")
+        return [
+            Part(f"{self.name}.in_proj_{word}", size)
+            for word, size in zip(words, self.sizes, strict=True)
+        ]
+
+    def _interleaved(self) -> list[Part]:
+        shape = self.shape
+        group = shape.num_value_heads // shape.num_key_heads
+        values = group * shape.value_dim
+        qkvz = self._gathered([shape.key_dim, shape.key_dim, values, values])
+        ba = self._gathered([group, group])
+        return [
+            Part(f"{self.name}.in_proj_qkvz", len(qkvz), qkvz),
+            Part(f"{self.name}.in_proj_ba", len(ba), ba),
+        ]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self.projection.parameters()
+        yield f"{self.name}.conv1d.weight", Parameter(self.conv_weight.unsqueeze(1))
+        yield f"{self.name}.A_log", Parameter(self.A_log, "log_decay")
+        yield f"{self.name}.dt_bias", Parameter(self.dt_bias, "time_bias")
+        yield f"{self.name}.norm.weight", Parameter(self.norm_weight, "norm")
+        yield from self.output.parameters()
 
     def _gathered(self, sizes: list[int]) -> torch.Tensor:
         """Rows of a matrix that has ``sizes`` next to each other for every key head, ordered by
@@ -93,16 +81,11 @@ class GatedDeltaNet:
 
     def seal(self) -> None:
         self.projection.seal()
-        if self.gates is not None:
-            self.gates.seal()
         self.output.seal()
         self.norm_weight = self.norm_weight.float()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        projected = self.projection(hidden)
-        if self.gates is None:
-            return projected
-        return torch.cat([projected, self.gates(hidden)], dim=-1)
+        return self.projection(hidden)
 
     def mix(
         self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
@@ -133,11 +116,9 @@ class GatedDeltaNet:
     ) -> torch.Tensor:
         assert inputs.decode is not None
         slots = inputs.decode.slots
-        qkv = self._kernels.conv1d.decode_conv1d(
-            qkv, self.conv_weight, None, states=windows, slots=slots
-        )
+        qkv = self._conv1d.decode_conv1d(qkv, self.conv_weight, None, states=windows, slots=slots)
         query, key, value = self._heads(qkv)
-        return self._kernels.gdn.decode_gdn(
+        return self._gdn.decode_gdn(
             query, key, value, a, b, self.A_log, self.dt_bias, states=states, slots=slots
         )
 
@@ -152,7 +133,7 @@ class GatedDeltaNet:
     ) -> torch.Tensor:
         part = inputs.prefill
         assert part is not None
-        qkv = self._kernels.conv1d.prefill_conv1d(
+        qkv = self._conv1d.prefill_conv1d(
             qkv,
             self.conv_weight,
             None,
@@ -163,8 +144,8 @@ class GatedDeltaNet:
             exports=part.exports,
         )
         query, key, value = self._heads(qkv)
-        gate, beta = self._kernels.gdn.gates(a, b, self.A_log, self.dt_bias)
-        return self._kernels.gdn.chunk_gdn(
+        gate, beta = self._gdn.gates(a, b, self.A_log, self.dt_bias)
+        return self._gdn.chunk_gdn(
             query,
             key,
             value,
@@ -189,7 +170,5 @@ class GatedDeltaNet:
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """The layer's output, ``[num_rows, H]``."""
         z = projected[: len(mixed), self.sizes[0] : self.sizes[0] + self.value_size]
-        gated = self._kernels.norm.gated_rms_norm(
-            mixed, self.norm_weight, z.view(mixed.shape), self.eps
-        )
+        gated = self._norm.gated_rms_norm(mixed, self.norm_weight, z.view(mixed.shape), self.eps)
         return self.output(pad_rows(gated.flatten(1), len(projected)))

@@ -6,27 +6,23 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.run.backends import Kernels
-from engine.run.layers.linear import Linear
-from engine.run.layers.parameters import Parameter, WeightSpec
+from engine.run.layers.linear import Linear, Part
+from engine.run.layers.parameters import Build, Parameter
 from engine.run.model_config import ExpertsShape
 
 
 class MLP:
     """SwiGLU: ``down(silu(gate(x)) * up(x))``; gate and up are one product."""
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, kernels: Kernels, place: WeightSpec
-    ) -> None:
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size, kernels, place)
-        self.down = Linear(intermediate_size, hidden_size, kernels, place)
-        self._activate = kernels.activation.silu_and_mul
+    def __init__(self, name: str, hidden_size: int, intermediate_size: int, build: Build) -> None:
+        inputs = [Part(f"{name}.{word}_proj", intermediate_size) for word in ("gate", "up")]
+        self.gate_up = Linear(hidden_size, inputs, build)
+        self.down = Linear(intermediate_size, [Part(f"{name}.down_proj", hidden_size)], build)
+        self._activate = build.kernels["activation"].silu_and_mul
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        gate, up = self.gate_up.weight.chunk(2)
-        yield f"{prefix}.gate_proj.weight", Parameter(gate)
-        yield f"{prefix}.up_proj.weight", Parameter(up)
-        yield from self.down.parameters(f"{prefix}.down_proj")
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self.gate_up.parameters()
+        yield from self.down.parameters()
 
     def seal(self) -> None:
         self.gate_up.seal()
@@ -42,49 +38,48 @@ class ExpertsMLP:
 
     def __init__(
         self,
+        name: str,
         hidden_size: int,
         shape: ExpertsShape,
-        kernels: Kernels,
-        place: WeightSpec,
+        build: Build,
         *,
         stacked_names: bool,
     ) -> None:
-        self.shape = shape
-        self.stacked_names = stacked_names
-        self.w13 = place.empty(shape.num_experts, 2 * shape.intermediate_size, hidden_size)
-        self.w2 = place.empty(shape.num_experts, hidden_size, shape.intermediate_size)
-        # Router and shared gate read the same input: one product, and one where a little decides
-        # much.
-        self.router = Linear(
-            hidden_size, shape.num_experts + 1, kernels, place, full_precision=True
+        self.name, self.shape, self.stacked_names = name, shape, stacked_names
+        weights = build.weights
+        self.w13 = weights.empty(shape.num_experts, 2 * shape.intermediate_size, hidden_size)
+        self.w2 = weights.empty(shape.num_experts, hidden_size, shape.intermediate_size)
+        self._precision = weights.precision(f"{name}.experts")
+        # Router and shared gate read the same input: one product.
+        gates = [Part(f"{name}.gate", shape.num_experts), Part(f"{name}.shared_expert_gate", 1)]
+        self.router = Linear(hidden_size, gates, build)
+        self.shared = MLP(
+            f"{name}.shared_expert", hidden_size, shape.shared_intermediate_size, build
         )
-        self.shared = MLP(hidden_size, shape.shared_intermediate_size, kernels, place)
-        self._moe = kernels.moe
-        self._quantization = place.quantization
-        self._gate = kernels.activation.sigmoid_mul
+        self._moe = build.kernels["moe"]
+        self._gate = build.kernels["activation"].sigmoid_mul
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        router, shared_gate = self.router.weight.split([self.shape.num_experts, 1])
-        yield f"{prefix}.gate.weight", Parameter(router)
-        yield f"{prefix}.shared_expert_gate.weight", Parameter(shared_gate)
-        yield from self.shared.parameters(f"{prefix}.shared_expert")
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self.router.parameters()
+        yield from self.shared.parameters()
+        stem = f"{self.name}.experts"
         if self.stacked_names:
-            yield f"{prefix}.experts.gate_up_proj", Parameter(self.w13)
-            yield f"{prefix}.experts.down_proj", Parameter(self.w2)
+            yield f"{stem}.gate_up_proj", Parameter(self.w13)
+            yield f"{stem}.down_proj", Parameter(self.w2)
             return
         for expert in range(self.shape.num_experts):
             gate, up = self.w13[expert].chunk(2)
-            yield f"{prefix}.experts.{expert}.gate_proj.weight", Parameter(gate)
-            yield f"{prefix}.experts.{expert}.up_proj.weight", Parameter(up)
-            yield f"{prefix}.experts.{expert}.down_proj.weight", Parameter(self.w2[expert])
+            yield f"{stem}.{expert}.gate_proj.weight", Parameter(gate)
+            yield f"{stem}.{expert}.up_proj.weight", Parameter(up)
+            yield f"{stem}.{expert}.down_proj.weight", Parameter(self.w2[expert])
 
     def seal(self) -> None:
         self.router.seal()
         self.shared.seal()
-        if self._quantization is None:
+        if self._precision is None:
             self._experts = self._moe.prepare(self.w13, self.w2)
         else:
-            self._experts = self._moe.prepare_8bit(self.w13, self.w2, self._quantization)
+            self._experts = self._moe.prepare_8bit(self.w13, self.w2, self._precision)
         del self.w13, self.w2
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:

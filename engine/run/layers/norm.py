@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.run.backends import Kernels
-from engine.run.layers.parameters import Parameter, WeightSpec
+from engine.run.layers.parameters import Build, Parameter, Role
 
 
 class RMSNorm:
@@ -15,19 +14,19 @@ class RMSNorm:
     weight)``."""
 
     def __init__(
-        self, size: int, eps: float, kernels: Kernels, place: WeightSpec, *, centred: bool
+        self, name: str, size: int, build: Build, *, eps: float, centred: bool = False
     ) -> None:
-        self.weight = place.empty(size)
-        self.eps = eps
-        self.offset = 1.0 if centred else 0.0
-        self._norm = kernels.norm.rms_norm
+        self.name, self.eps = name, eps
+        self.weight = build.weights.empty(size)
+        self._offset = 1.0 if centred else 0.0
+        self._norm = build.kernels["norm"].rms_norm
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        yield f"{prefix}.weight", Parameter(self.weight, "centred_norm" if self.offset else "norm")
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        role: Role = "centred_norm" if self._offset else "norm"
+        yield f"{self.name}.weight", Parameter(self.weight, role)
 
     def seal(self) -> None:
-        self.weight = self.weight.float() + self.offset
-        self.offset = 0.0
+        self.weight = self.weight.float() + self._offset
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._norm(x, self.weight, self.eps)

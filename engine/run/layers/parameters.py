@@ -8,11 +8,26 @@ from typing import Literal, Protocol
 
 import torch
 
+from engine.run.backends import Kernels
 from engine.run.model_config import ModelError
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
 """What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
 (Gemma-style), a norm's 1."""
+Precision = Literal["int8", "fp8"]
+
+FULL_PRECISION = (
+    "lm_head",
+    "gate",
+    "shared_expert_gate",
+    "router",
+    "in_proj_ba",
+    "in_proj_b",
+    "in_proj_a",
+    "b_proj",
+    "a_proj",
+)
+"""Parts of a dotted name whose weights stay as they are: where few numbers decide much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +49,8 @@ class Parameter:
 class Layer(Protocol):
     """Anything with weights."""
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        """Names in the weight files below ``prefix`` and where they go."""
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Full names in the weight files and where they go; only before ``seal``."""
         ...
 
     def seal(self) -> None:
@@ -49,8 +64,14 @@ class WeightSpec:
 
     device: torch.device
     dtype: torch.dtype
-    quantization: Literal["int8", "fp8"] | None = None
+    quantization: Precision | None = None
     """Format that the weights of large products are brought into when their layer is sealed."""
+
+    def precision(self, name: str) -> Precision | None:
+        """Of the module ``name`` (full, without ``.weight``); None: the dtype as it is."""
+        if any(part in FULL_PRECISION for part in name.split(".")):
+            return None
+        return self.quantization
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Raises ModelError where there is no memory for it."""
@@ -62,3 +83,11 @@ class WeightSpec:
                 f"the weights do not fit the memory of {self.device}: there was none left for one "
                 f"of {sizes}."
             ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every layer is made with."""
+
+    kernels: Kernels
+    weights: WeightSpec

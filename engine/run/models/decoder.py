@@ -15,21 +15,20 @@ from typing import ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 
-from engine.run.backends import Kernels
 from engine.run.layers.attention import Attention
 from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.inputs import LayerInputs
-from engine.run.layers.linear import Linear
+from engine.run.layers.linear import Linear, Part
 from engine.run.layers.mlp import MLP, ExpertsMLP
 from engine.run.layers.norm import RMSNorm
-from engine.run.layers.parameters import Layer, Parameter, WeightSpec
+from engine.run.layers.parameters import Build, Layer, Parameter
 from engine.run.memory import KVPool, StatePool
 from engine.run.model_config import ModelConfig
 
 T = TypeVar("T", bound=Layer)
 
-Fill = Callable[[str, Layer], None]
-"""Called with every part and its checkpoint prefix right after it is made: fills in its weights."""
+Fill = Callable[[Layer], None]
+"""Called with every part right after it is made: fills in its weights."""
 
 
 class DecoderLayer:
@@ -38,7 +37,6 @@ class DecoderLayer:
     def __init__(
         self,
         mixer: Attention | GatedDeltaNet,
-        mixer_name: str,
         mlp: MLP | ExpertsMLP,
         input_norm: RMSNorm,
         post_norm: RMSNorm,
@@ -46,20 +44,17 @@ class DecoderLayer:
         self.mixer, self.mlp = mixer, mlp
         self.is_full = isinstance(mixer, Attention)
         self.input_norm, self.post_norm = input_norm, post_norm
-        self._parts: dict[str, Layer] = {
-            "input_layernorm": input_norm,
-            mixer_name: mixer,
-            "post_attention_layernorm": post_norm,
-            "mlp": mlp,
-        }
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        for name, part in self._parts.items():
-            yield from part.parameters(f"{prefix}.{name}")
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for part in self._parts():
+            yield from part.parameters()
 
     def seal(self) -> None:
-        for part in self._parts.values():
+        for part in self._parts():
             part.seal()
+
+    def _parts(self) -> tuple[Layer, ...]:
+        return self.input_norm, self.mixer, self.post_norm, self.mlp
 
     def project(
         self, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -88,37 +83,32 @@ class Decoder(ABC):
     def __init__(
         self,
         config: ModelConfig,
-        kernels: Kernels,
-        place: WeightSpec,
+        build: Build,
         fill: Fill | None = None,
         *,
         stacked_experts: bool = False,
     ) -> None:
         self.config = config
         self.stacked_experts = stacked_experts
-        self._kernels, self._place = kernels, place
-        self._parts: dict[str, Layer] = {}
-        self.embedding = self._add("model.embed_tokens", Embedding(config, place), fill)
-        self.layers = [
-            self._add(f"model.layers.{layer}", self._layer(layer), fill)
-            for layer in range(config.num_layers)
-        ]
-        self.norm = self._add("model.norm", self._norm(config.hidden_size), fill)
-        self.head = Head(config, self.embedding, kernels, place)
-        self._add("lm_head", self.head, fill)
+        self._build = build
+        self._parts: list[Layer] = []
+        self.embedding = self._add(Embedding("model.embed_tokens", config, build), fill)
+        self.layers = [self._add(self._layer(layer), fill) for layer in range(config.num_layers)]
+        self.norm = self._add(self._norm("model.norm"), fill)
+        self.head = self._add(Head("lm_head", config, self.embedding, build), fill)
 
     @abstractmethod
-    def mixer(self, layer: int) -> tuple[str, Attention | GatedDeltaNet]:
-        """The mixer of one layer and its name in checkpoints."""
+    def mixer(self, name: str, layer: int) -> Attention | GatedDeltaNet:
+        """The mixer of the layer called ``name``."""
 
-    def mlp(self, layer: int) -> MLP | ExpertsMLP:
+    def mlp(self, name: str, layer: int) -> MLP | ExpertsMLP:
         config = self.config
-        return MLP(config.hidden_size, config.intermediate_size, self._kernels, self._place)
+        return MLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, self._build)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every checkpoint tensor of the model; only before it is sealed."""
-        for prefix, part in self._parts.items():
-            yield from part.parameters(prefix)
+        for part in self._parts:
+            yield from part.parameters()
 
     def forward(
         self,
@@ -146,18 +136,28 @@ class Decoder(ABC):
         return types[:layer].count(types[layer])
 
     def _layer(self, layer: int) -> DecoderLayer:
-        name, mixer = self.mixer(layer)
-        size = self.config.hidden_size
-        return DecoderLayer(mixer, name, self.mlp(layer), self._norm(size), self._norm(size))
+        name = f"model.layers.{layer}"
+        return DecoderLayer(
+            self.mixer(name, layer),
+            self.mlp(name, layer),
+            self._norm(f"{name}.input_layernorm"),
+            self._norm(f"{name}.post_attention_layernorm"),
+        )
 
-    def _norm(self, size: int) -> RMSNorm:
-        eps = self.config.norm_eps
-        return RMSNorm(size, eps, self._kernels, self._place, centred=self.centred_norms)
+    def _norm(self, name: str) -> RMSNorm:
+        config = self.config
+        return RMSNorm(
+            name,
+            config.hidden_size,
+            self._build,
+            eps=config.norm_eps,
+            centred=self.centred_norms,
+        )
 
-    def _add(self, prefix: str, part: T, fill: Fill | None) -> T:
-        self._parts[prefix] = part
+    def _add(self, part: T, fill: Fill | None) -> T:
+        self._parts.append(part)
         if fill is not None:
-            fill(prefix, part)
+            fill(part)
             part.seal()
         return part
 
@@ -165,11 +165,12 @@ class Decoder(ABC):
 class Embedding:
     """Token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig, place: WeightSpec) -> None:
-        self.weight = place.empty(config.vocab_size, config.hidden_size)
+    def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
+        self.name = name
+        self.weight = build.weights.empty(config.vocab_size, config.hidden_size)
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        yield f"{prefix}.weight", Parameter(self.weight)
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield f"{self.name}.weight", Parameter(self.weight)
 
     def seal(self) -> None:
         pass
@@ -181,19 +182,18 @@ class Embedding:
 class Head:
     """Hidden states to logits; where a model ties its embeddings it has no weights of its own."""
 
-    def __init__(
-        self, config: ModelConfig, embedding: Embedding, kernels: Kernels, place: WeightSpec
-    ) -> None:
-        self._linear = Linear(
-            config.hidden_size, config.vocab_size, kernels, place, full_precision=True
-        )
+    def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
         self._is_tied = config.tie_embeddings
-        if self._is_tied:
-            self._linear.weight = embedding.weight
+        self._linear = Linear(
+            config.hidden_size,
+            [Part(name, config.vocab_size)],
+            build,
+            weight=embedding.weight if self._is_tied else None,
+        )
 
-    def parameters(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
         if not self._is_tied:
-            yield from self._linear.parameters(prefix)
+            yield from self._linear.parameters()
 
     def seal(self) -> None:
         self._linear.seal()

@@ -12,12 +12,12 @@ class Qwen3(Decoder):
 
     centred_norms = False
 
-    def mixer(self, layer: int) -> tuple[str, Attention | GatedDeltaNet]:
-        return "self_attn", Attention(
+    def mixer(self, name: str, layer: int) -> Attention | GatedDeltaNet:
+        return Attention(
+            f"{name}.self_attn",
             self.config,
             self.rank(layer),
-            self._kernels,
-            self._place,
+            self._build,
             gated=False,
             centred_norms=False,
         )

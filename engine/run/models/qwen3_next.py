@@ -14,25 +14,23 @@ class Qwen3Next(Decoder):
 
     layout: Layout = "interleaved"
 
-    def mixer(self, layer: int) -> tuple[str, Attention | GatedDeltaNet]:
-        config, rank = self.config, self.rank(layer)
+    def mixer(self, name: str, layer: int) -> Attention | GatedDeltaNet:
+        config, rank, build = self.config, self.rank(layer), self._build
         if config.layer_types[layer] == "full_attention":
-            return "self_attn", Attention(
-                config, rank, self._kernels, self._place, gated=True, centred_norms=True
+            return Attention(
+                f"{name}.self_attn", config, rank, build, gated=True, centred_norms=True
             )
-        return "linear_attn", GatedDeltaNet(
-            config, rank, self._kernels, self._place, layout=self.layout
-        )
+        return GatedDeltaNet(f"{name}.linear_attn", config, rank, build, layout=self.layout)
 
-    def mlp(self, layer: int) -> MLP | ExpertsMLP:
+    def mlp(self, name: str, layer: int) -> MLP | ExpertsMLP:
         config = self.config
         if not config.expert_layers[layer]:
-            return super().mlp(layer)
+            return super().mlp(name, layer)
         assert config.experts is not None
         return ExpertsMLP(
+            f"{name}.mlp",
             config.hidden_size,
             config.experts,
-            self._kernels,
-            self._place,
+            self._build,
             stacked_names=self.stacked_experts,
         )

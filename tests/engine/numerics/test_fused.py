@@ -10,15 +10,12 @@ import torch
 from torch.testing import assert_close
 
 from engine.config import EngineConfig
-from engine.run.backends import Kernels
+from engine.run.backends import all_fused
 from engine.run.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from experiments import interpreter
 
 pytest.importorskip("triton")
-EVERYTHING = ",".join(f"{name}=fused" for name in Kernels.__slots__)
-
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -51,7 +48,7 @@ def test_every_kernel_in_one_engine(oracles, driver_class, random_tokens) -> Non
     interpreter.repair()
     path, tokens = oracles("qwen3_next").path, random_tokens(100, 5)
     expected = cold_hit_decode(driver_class, make_runner(path), tokens)
-    runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=EVERYTHING)
+    runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=all_fused())
     assert set(runner.kernels.words().values()) == {"fused"}
     cold, mixed = cold_hit_decode(driver_class, runner, tokens)
     assert_close(cold.cpu(), expected[0], rtol=0, atol=1e-5)

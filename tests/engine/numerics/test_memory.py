@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import ConfigError
+from engine.config import ConfigError, EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import TRAITS, Device
 from engine.run.memory import (
@@ -24,6 +24,7 @@ from engine.run.memory import (
     state_slot_bytes,
 )
 from engine.run.model_config import ModelConfig, ModelError
+from engine.run.model_runner import ModelRunner
 from engine.run.models.builtin import BUILTIN_CONFIG
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
@@ -167,9 +168,11 @@ def test_request_table():
 
 def test_kernels_are_chosen_by_word():
     chosen = Kernels.choose(CPU, "attention=fused, norm=reference")
-    words = chosen.words()
-    assert words.pop("attention") == "fused"
-    assert set(words.values()) == {"reference"}
+    assert chosen.words() == {}  # none is in use
+    assert chosen["attention"].__name__ == "kernels.attention.fused"
+    assert chosen["gdn"].__name__ == "kernels.gdn.reference"
+    assert chosen.words() == {"attention": "fused", "gdn": "reference"}
+    assert {"moe", "norm", "state_copy"} < set(chosen)
     for text, sentence in (
         ("attn=fused", "no kernel 'attn'; there are activation, attention"),
         ("gdn=cutlass", "no backend 'cutlass'; reference or fused"),
@@ -177,6 +180,12 @@ def test_kernels_are_chosen_by_word():
     ):
         with pytest.raises(ModelError, match=sentence):
             Kernels.choose(CPU, text)
+
+
+def test_a_model_loads_the_kernels_that_it_uses():
+    runner = ModelRunner(EngineConfig(device="cpu", cache_gib=0.01))
+    assert {"attention", "gdn", "conv1d"} < set(runner.kernels.words())
+    assert "moe" not in runner.kernels.words()
 
 
 def test_the_distribution_that_would_shadow_ours_is_refused(monkeypatch):

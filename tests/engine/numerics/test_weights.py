@@ -18,7 +18,7 @@ from engine.run import weights
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.layers.gated_delta_net import GatedDeltaNet
-from engine.run.layers.parameters import WeightSpec
+from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.model_config import ModelConfig, ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.weights import Dummy, WeightsError
@@ -253,11 +253,21 @@ def test_gates_of_8bit_models_keep_full_precision(layout):
     projected = []
     for quantization in (None, "int8"):
         place = WeightSpec(torch.device("cpu"), torch.float32, quantization)
-        mixer = GatedDeltaNet(config, 0, kernels, place, layout=layout)
-        Dummy(0).fill("mixer", mixer)
+        mixer = GatedDeltaNet("mixer", config, 0, Build(kernels, place), layout=layout)
+        Dummy(0).fill(mixer)
         mixer.seal()
         projected.append(mixer.project(hidden))
     num_gates = 2 * config.linear.num_value_heads
     (mixed, gates), (rounded, kept) = (x.tensor_split([-num_gates], dim=1) for x in projected)
     torch.testing.assert_close(kept, gates, rtol=1e-5, atol=1e-6)
     assert (rounded - mixed).abs().max() > 1e-4 * mixed.abs().max()
+
+
+def test_a_name_decides_the_precision_of_its_module():
+    weights = WeightSpec(torch.device("cpu"), torch.float32, "int8")
+    stem = "model.layers.3"
+    for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.experts", "linear_attn.in_proj_qkvz"):
+        assert weights.precision(f"{stem}.{name}") == "int8"
+    for name in ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.in_proj_ba"):
+        assert weights.precision(f"{stem}.{name}") is None
+    assert weights.precision("lm_head") is None
