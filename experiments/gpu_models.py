@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.layers.parameters import Build, Parameter, WeightSpec
-from engine.run.model_config import ModelConfig
-from engine.run.models import MODELS
+from engine.run.models import read_model
 from engine.run.weights import Dummy
 from engine.text.tokenizer import BUILTIN_TEMPLATE
 
@@ -113,10 +112,10 @@ def write_tokenizer(directory: Path) -> None:
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> str:
     """A model directory with seeded weights, the same for every device that loads it; its path."""
     path = write_geometry(directory, config)
-    shape = ModelConfig.from_dict(config)
+    family, shape = read_model(config)
     outline = WeightSpec(torch.device("meta"), torch.float32)
     kernels = Kernels.choose(Device.resolve("cpu"))
-    plan = MODELS[shape.architecture](shape, Build(kernels, outline))
+    plan = family(shape, Build(kernels, outline))
     dummy = Dummy(seed)
     tensors = {}
     for name, parameter in plan.parameters():

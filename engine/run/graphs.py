@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from engine.run.layers.inputs import DecodePart, LayerInputs
+from engine.run.layers.residual import Mixer
 from engine.run.layers.rotary import RotaryTable
-from engine.run.memory import KVPool, RequestTable, StatePool
+from engine.run.memory import Memory, RequestTable
 from engine.run.models.decoder import Decoder
 from engine.schedule.batch import Segment
 from kernels.attention.sequences import Sequences
@@ -72,8 +73,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Decoder,
-        kv: KVPool,
-        states: StatePool | None,
+        memory: Memory,
         table: RequestTable,
         rotary: RotaryTable,
         record: Record,
@@ -81,20 +81,20 @@ class DecodeGraphs:
         max_running: int,
         max_model_len: int,
     ) -> None:
-        self._model, self._kv, self._states = model, kv, states
+        self._model, self._pools = model, memory.pools
         self._table, self._rotary, self._record = table, rotary, record
         self._sizes = decode_buckets(max_running)
         self._bounds = (*(b for b in KV_BOUNDS if b < max_model_len), max_model_len)
         self._replays: dict[tuple[int, int], Replay] = {}
-        slot = states.padding_slot if states is not None else 0
-        column = np.array([0, 0, kv.padding_row, table.padding_row, 1, slot])
+        slot = memory.padding_slot or 0
+        column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot])
         most = self._sizes[-1]
         self._padding = upload(
             np.repeat(column[:, None], most, axis=1), torch.int64, table.device.device
         )
         self._inputs = self._padding.clone()
         """int64[6, D]: token, position, KV index, row, KV length and slot of each sequence."""
-        self._logits = kv.key.new_empty(most, model.config.vocab_size)
+        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
@@ -163,7 +163,7 @@ class DecodeGraphs:
                 decode=DecodePart(sequences, slots.int()),
                 prefill=None,
             )
-            hidden = self._model.forward(token_ids, step, self._kv, self._states)
+            hidden = self._model.forward(token_ids, step, self._pools)
             self._logits[:size].copy_(self._model.head(hidden))
 
         self._replays[bucket] = self._record(work)
@@ -173,46 +173,28 @@ class PrefillGraphs:
     """Steps with prompts in them, piece by piece: up to the first mixer, between each two, and
     behind the last."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        kv: KVPool,
-        states: StatePool | None,
-        record: Record,
-        *,
-        most_tokens: int,
-    ) -> None:
-        self._model, self._record = model, record
-        self._kv_pools = (kv.key, kv.value)
-        self._state_pools = states.tensors if states is not None else None
+    def __init__(self, model: Decoder, memory: Memory, record: Record, *, most_tokens: int) -> None:
+        self._model, self._pools, self._record = model, memory.pools, record
         self._sizes = prefill_buckets(most_tokens)
         self._replays: dict[int, list[Replay]] = {}
-        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=kv.key.device)
-        self._projected: dict[bool, torch.Tensor] = {}
-        """By whether a layer is a full-attention one: what its mixer reads."""
-        self._mixed: dict[bool, torch.Tensor] = {}
-        """What its mixer leaves."""
-        self._residual: torch.Tensor
-        self._hidden: torch.Tensor
-        self._allocate()
+        weight = model.embedding.weight
+        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=weight.device)
+        self._residual = weight.new_zeros(self._sizes[-1], weight.shape[1])
+        self._hidden = torch.zeros_like(self._residual)
+        self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        """What a mixer reads and what it leaves; mixers of the same sizes share them."""
+        for step in model.mixers:
+            size, shape = step.block.projected_size, step.block.mixed_shape
+            if (size, *shape) not in self._buffers:
+                self._buffers[size, *shape] = (
+                    weight.new_zeros(self._sizes[-1], size),
+                    weight.new_zeros(self._sizes[-1], *shape),
+                )
 
     @property
     def buckets(self) -> list[int]:
         """Tokens of every bucket, the largest first."""
         return list(self._sizes[::-1])
-
-    @torch.inference_mode()
-    def _allocate(self) -> None:
-        """Buffers of the shapes that the layers give, found by one run of each kind's input
-        product."""
-        hidden = self._model.embedding(self._token_ids)
-        self._residual, self._hidden = torch.zeros_like(hidden), torch.zeros_like(hidden)
-        for layer in self._model.layers:
-            if layer.is_full not in self._projected:
-                projected, _ = layer.project(hidden, None)
-                self._projected[layer.is_full] = torch.zeros_like(projected)
-                shape = (len(hidden), *layer.mixer.mixed_shape)
-                self._mixed[layer.is_full] = hidden.new_zeros(shape)
 
     def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
         """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket
@@ -225,39 +207,36 @@ class PrefillGraphs:
         self._token_ids[: step.num_tokens].copy_(token_ids[: step.num_tokens])
         self._token_ids[step.num_tokens : size].zero_()
         step = replace(step, num_rows=size)
-        replays = self._replays[size]
-        for rank, layer in enumerate(self._model.layers):
-            replays[rank]()
-            pools = self._kv_pools if layer.is_full else self._state_pools
-            assert pools is not None
-            mixed = layer.mixer.mix(self._projected[layer.is_full][:size], step, pools)
-            self._mixed[layer.is_full][: step.num_tokens].copy_(mixed)
-        replays[-1]()
+        *replays, last = self._replays[size]
+        for replay, mixer, pools in zip(replays, self._mixers, self._pools, strict=True):
+            replay()
+            projected, mixed = self._buffers_of(mixer)
+            mixed[: step.num_tokens].copy_(mixer.mix(projected[:size], step, pools))
+        last()
         return self._hidden[:size]
 
     def capture(self, size: int) -> None:
         """Make the graphs of one of the ``buckets``."""
-        layers = range(len(self._model.layers))
-        self._replays[size] = [
-            *(self._record(partial(self._before, rank, size)) for rank in layers),
-            self._record(partial(self._end, size)),
-        ]
+        ranks = range(len(self._mixers) + 1)
+        self._replays[size] = [self._record(partial(self._piece, rank, size)) for rank in ranks]
 
-    def _before(self, rank: int, size: int) -> None:
-        """Everything between the mixers of layers ``rank - 1`` and ``rank``."""
-        layer = self._model.layers[rank]
+    @property
+    def _mixers(self) -> list[Mixer]:
+        return [step.block for step in self._model.mixers]
+
+    def _buffers_of(self, mixer: Mixer) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._buffers[mixer.projected_size, *mixer.mixed_shape]
+
+    def _piece(self, rank: int, size: int) -> None:
+        """Everything between the mixers ``rank - 1`` and ``rank``."""
+        mixers, residual = self._mixers, self._residual[:size]
         if rank == 0:
-            projected, residual = layer.project(self._model.embedding(self._token_ids[:size]), None)
+            out, stream = self._model.start(self._token_ids[:size], size)
         else:
-            projected, residual = layer.project(*self._finish(rank - 1, size))
-        self._projected[layer.is_full][:size].copy_(projected)
-        self._residual[:size].copy_(residual)
-
-    def _end(self, size: int) -> None:
-        hidden, residual = self._finish(len(self._model.layers) - 1, size)
-        self._hidden[:size].copy_(self._model.norm.add(hidden, residual)[0])
-
-    def _finish(self, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self._model.layers[rank]
-        mixed, projected = self._mixed[layer.is_full][:size], self._projected[layer.is_full][:size]
-        return layer.finish(mixed, projected, self._residual[:size], size)
+            projected, mixed = (x[:size] for x in self._buffers_of(mixers[rank - 1]))
+            out, stream = self._model.resume(rank - 1, mixed, projected, residual, size)
+        if rank == len(mixers):
+            self._hidden[:size].copy_(out)
+        else:
+            self._buffers_of(mixers[rank])[0][:size].copy_(out)
+            residual.copy_(stream)

@@ -6,6 +6,7 @@ Allocators hand out rows and slots; nothing here knows who owns them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from engine.run.device import Device
-from engine.run.model_config import ModelConfig, ModelError
+from engine.run.model_config import ModelError
 from engine.schedule.memory import SLOTS_OF_ONE, MemorySizes
 from hybridcache.allocators.arena import slab_rows
+from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
 from hybridcache.units import GIB
 from kernels.upload import upload
 
@@ -41,7 +43,7 @@ class MemoryPlan(MemorySizes):
     @classmethod
     def fit(
         cls,
-        model: ModelConfig,
+        sizes: ModelSizes,
         dtype: torch.dtype,
         device: Device,
         *,
@@ -56,7 +58,9 @@ class MemoryPlan(MemorySizes):
         them; the other then has what is given for it, or half the default. The default is a quarter
         of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of what is free without the
         ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
-        row, state = kv_row_bytes(model, dtype), state_slot_bytes(model, dtype, state_dtype)
+        row, state = kv_row_bytes(sizes, dtype), state_slot_bytes(sizes, dtype, state_dtype)
+        if not row:
+            raise ModelError("a model without a single attention layer is not supported.")
         if kv_bytes is None and state_bytes is None:
             if cache_bytes is None:
                 cache_bytes = default_cache_bytes(device, reserved_bytes)
@@ -101,36 +105,25 @@ class MemoryPlan(MemorySizes):
 
     @classmethod
     def smallest(
-        cls, model: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype
+        cls, sizes: ModelSizes, dtype: torch.dtype, state_dtype: torch.dtype
     ) -> MemoryPlan:
         """Enough to rehearse steps with."""
-        row, state = kv_row_bytes(model, dtype), state_slot_bytes(model, dtype, state_dtype)
+        row, state = kv_row_bytes(sizes, dtype), state_slot_bytes(sizes, dtype, state_dtype)
         slab = slab_rows(state, row) if state else 0
         return cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
 
 
-def kv_row_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Of one token in all full-attention layers."""
-    side = model.num_kv_heads * model.head_dim
-    return aligned(2 * model.num_full_layers * side * dtype.itemsize)
+def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
+    """Of one token in all layers."""
+    return aligned(sizes.row_size * dtype.itemsize)
 
 
 def state_slot_bytes(
-    model: ModelConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
+    sizes: ModelSizes, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
 ) -> int:
-    """Of one sequence's conv and recurrent state in all linear layers; 0 for an attention-only
-    model."""
-    if model.linear is None:
-        return 0
-    state = model.num_linear_layers * math.prod(model.linear.state_shape)
-    return conv_bytes(model, dtype) + aligned(state * state_dtype.itemsize)
-
-
-def conv_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Of the conv states among them: where the recurrent ones begin."""
-    assert model.linear is not None
-    windows = model.num_linear_layers * math.prod(model.linear.window_shape)
-    return aligned(windows * dtype.itemsize)
+    """Of one sequence's conv and recurrent states in all layers; 0 for an attention-only model."""
+    num_conv, num_recurrent = sizes.state_size("conv"), sizes.state_size("recurrent")
+    return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
 
 
 def aligned(num_bytes: int) -> int:
@@ -145,29 +138,9 @@ def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
     return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 
-@dataclass(frozen=True, slots=True)
-class KVPool:
-    """Keys and values of the full-attention layers: ``[L, N, HKV, D]`` each, a row per KV index."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    padding_row: int
-
-
-@dataclass(frozen=True, slots=True)
-class StatePool:
-    """Conv states ``[L, S, C, W - 1]`` and recurrent states ``[L, S, HV, K, V]`` of the linear
-    layers, a slot each for running requests and checkpoints alike."""
-
-    conv: torch.Tensor
-    recurrent: torch.Tensor
-    padding_slot: int
-    whole: tuple[torch.Tensor, ...]
-    """The same bytes as few pools ``[L, S, ...]`` to copy whole states in: of an arena, one."""
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.conv, self.recurrent
+Pools = tuple[torch.Tensor, ...]
+"""What one mixer declares to keep, in its order: KV ``[N, ...]`` by row, states ``[S, ...]`` by
+slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +148,14 @@ class Memory:
     """The tensors behind a ``MemoryPlan``. What padding reads and writes shares no byte with a row
     or slot that is handed out, nor do its row and its slot with each other."""
 
-    kv: KVPool
-    states: StatePool | None
+    pools: tuple[Pools, ...]
+    """A mixer's each."""
+    padding_row: int
+    padding_slot: int | None
     """None: an attention-only model."""
+    states: Pools
+    """Every byte of all states as few tensors ``[L, S, ...]``, to copy whole states in: of an
+    arena, one."""
     rows: torch.Tensor | None
     """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none
     does."""
@@ -186,78 +164,92 @@ class Memory:
     def allocate(
         cls,
         plan: MemorySizes,
-        model: ModelConfig,
+        keeps: Sequence[tuple[Spec, ...]],
         dtype: torch.dtype,
         state_dtype: torch.dtype,
         device: Device,
     ) -> Memory:
-        """Zeros. Raises ModelError where there is no memory."""
+        """Zeros, for mixers that keep what ``keeps`` says. Raises ModelError where there is no
+        memory."""
+        kept = [
+            [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
+            for specs in keeps
+        ]
         make = _allocate_arena if plan.memory == "arena" else _allocate_pools
-        return make(plan, model, dtype, state_dtype, device)
+        return make(plan, kept, device)
 
 
-def _allocate_pools(
-    plan: MemorySizes,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    device: Device,
-) -> Memory:
-    shape = (model.num_full_layers, plan.num_kv_tokens + 1, model.num_kv_heads, model.head_dim)
-    key, value = allocate(shape, dtype, device), allocate(shape, dtype, device)
-    kv = KVPool(key, value, plan.num_kv_tokens)
-    if model.linear is None:
-        return Memory(kv, None, None)
-    states = (model.num_linear_layers, plan.num_slots + 1)
-    conv = allocate((*states, *model.linear.window_shape), dtype, device)
-    recurrent = allocate((*states, *model.linear.state_shape), state_dtype, device)
-    return Memory(kv, StatePool(conv, recurrent, plan.num_slots, (conv, recurrent)), None)
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """One tensor that a mixer keeps, and its dtype here."""
+
+    spec: Spec
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one token or sequence."""
+        return self.spec.size * self.dtype.itemsize
 
 
-def _allocate_arena(
-    plan: MemorySizes,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    state_dtype: torch.dtype,
-    device: Device,
-) -> Memory:
+def _kind(spec: Spec) -> str:
+    return "kv" if isinstance(spec, KVSpec) else spec.dtype
+
+
+def _allocate_pools(plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device) -> Memory:
+    """Tensors of one name, shape and dtype lie side by side, so that few hold all states."""
+    groups = Counter(kept for mixer in mixers for kept in mixer)
+    units = {True: plan.num_kv_tokens + 1, False: plan.num_slots + 1}
+    made = {
+        kept: allocate(
+            (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, device
+        )
+        for kept, count in groups.items()
+    }
+    layers = {kept: iter(tensor) for kept, tensor in made.items()}
+    pools = tuple(tuple(next(layers[kept]) for kept in mixer) for mixer in mixers)
+    states = tuple(tensor for kept, tensor in made.items() if not isinstance(kept.spec, KVSpec))
+    return Memory(pools, plan.num_kv_tokens, plan.num_slots if states else None, states, None)
+
+
+def _allocate_arena(plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device) -> Memory:
     """Rows side by side; behind the last, the first whole slab is padding's, and the row after
-    that."""
+    that. In a slot all conv states come first."""
     slab, row_bytes = plan.slab_rows, plan.row_bytes
     padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
     padding_row = (padding_slot + 1) * slab if slab else plan.num_kv_tokens
     rows = allocate((padding_row + 1, row_bytes), torch.uint8, device)
-    side = (model.num_kv_heads, model.head_dim)
-    layer = 2 * math.prod(side) * dtype.itemsize
-    key, value = (
-        _view(rows, dtype, (model.num_full_layers, len(rows), *side), layer, row_bytes, first)
-        for first in (0, layer // 2)
-    )
-    kv = KVPool(key, value, padding_row)
-    if model.linear is None:
-        return Memory(kv, None, rows)
-    states = (model.num_linear_layers, padding_slot + 1)
-    window, state = model.linear.window_shape, model.linear.state_shape
-    widths = math.prod(window) * dtype.itemsize, math.prod(state) * state_dtype.itemsize
-    first = conv_bytes(model, dtype)
-    conv = _view(rows, dtype, (*states, *window), widths[0], plan.slot_bytes)
-    recurrent = _view(rows, state_dtype, (*states, *state), widths[1], plan.slot_bytes, first)
-    whole = _view(rows, torch.uint8, (1, states[1], plan.state_bytes), 0, plan.slot_bytes)
-    return Memory(kv, StatePool(conv, recurrent, padding_slot, (whole,)), rows)
+    sizes = Counter[str]()
+    for kept in (kept for mixer in mixers for kept in mixer):
+        sizes[_kind(kept.spec)] += kept.num_bytes
+    place = {"kv": 0, "conv": 0, "recurrent": aligned(sizes["conv"])}
+
+    def view(kept: _Kept) -> torch.Tensor:
+        kind = _kind(kept.spec)
+        first = place[kind]
+        place[kind] += kept.num_bytes
+        unit, count = (
+            (row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, padding_slot + 1)
+        )
+        return _view(rows, kept.dtype, (count, *kept.spec.shape), unit, first)
+
+    pools = tuple(tuple(view(kept) for kept in mixer) for mixer in mixers)
+    if not slab:
+        return Memory(pools, padding_row, None, (), rows)
+    states = _view(rows, torch.uint8, (padding_slot + 1, plan.state_bytes), plan.slot_bytes)[None]
+    return Memory(pools, padding_row, padding_slot, (states,), rows)
 
 
 def _view(
     rows: torch.Tensor,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    layer_bytes: int,
     unit_bytes: int,
     first_byte: int = 0,
 ) -> torch.Tensor:
-    """``[L, units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab),
-    layer after layer."""
-    inner = [math.prod(shape[i + 1 :]) for i in range(2, len(shape))]
-    strides = (layer_bytes // dtype.itemsize, unit_bytes // dtype.itemsize, *inner)
+    """``[units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab)."""
+    inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
+    strides = (unit_bytes // dtype.itemsize, *inner)
     return rows.flatten().view(dtype).as_strided(shape, strides, first_byte // dtype.itemsize)
 
 

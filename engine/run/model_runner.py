@@ -18,7 +18,7 @@ from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
 from engine.run.memory import Memory, MemoryPlan, RequestTable
 from engine.run.model_config import ModelConfig, ModelError, read_config
-from engine.run.models import MODELS
+from engine.run.models import read_model
 from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.run.models.decoder import Decoder
 from engine.run.warm_up import WarmUp, measure, warm_up
@@ -53,13 +53,14 @@ class ModelRunner:
         if not self.device.supports(config.quantization):
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
         raw = read_config(Path(config.model)) if config.model else BUILTIN_CONFIG
-        self.config = ModelConfig.from_dict(raw)
+        family, self.config = read_model(raw)
         self.name = Path(config.model).name if config.model else BUILTIN_NAME
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.model, self.weights_note = load_model(
             Path(config.model) if config.model else None,
+            family,
             self.config,
             Build(
                 self.kernels,
@@ -69,9 +70,9 @@ class ModelRunner:
             num_workers=config.load_workers,
             seed=config.seed,
         )
-        self.geometry = ModelGeometry.from_config(
-            raw,
+        self.geometry = ModelGeometry.from_sizes(
             self.name,
+            self.config.sizes,
             kv_dtype=str(self.dtype).removeprefix("torch."),
             conv_dtype=str(self.dtype).removeprefix("torch."),
             state_dtype=config.state_dtype,
@@ -79,7 +80,7 @@ class ModelRunner:
         warms_up = config.warm_up and not self.device.is_cpu
         reserved_bytes = self._rehearse(config) if warms_up else 0
         plan = MemoryPlan.fit(
-            self.config,
+            self.config.sizes,
             self.dtype,
             self.device,
             kv_bytes=_bytes(config.kv_gib),
@@ -107,21 +108,22 @@ class ModelRunner:
         with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
         free_bytes = self.device.unused_bytes()
-        smallest = MemoryPlan.smallest(self.config, self.dtype, self.state_dtype)
+        smallest = MemoryPlan.smallest(self.config.sizes, self.dtype, self.state_dtype)
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.kv, self.states, self.rows, self.table, self._rotary, self.graphs
+        del self.tensors, self.table, self._rotary, self.graphs
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
         """The pools, and the tables and graphs that go with them."""
         self.memory, self.max_model_len = plan, max_model_len
-        tensors = Memory.allocate(plan, self.config, self.dtype, self.state_dtype, self.device)
-        self.kv, self.states, self.rows = tensors.kv, tensors.states, tensors.rows
+        keeps = [step.block.keeps for step in self.model.mixers]
+        self.tensors = Memory.allocate(plan, keeps, self.dtype, self.state_dtype, self.device)
         self.table = RequestTable(
-            self.max_running_rows, max_model_len, self.kv.padding_row, self.device
+            self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
         )
-        self._rotary = RotaryTable(self.config, max_model_len, self.device.torch_device, self.dtype)
+        rope, device = self.config.rope, self.device.torch_device
+        self._rotary = RotaryTable(rope, max_model_len, device, self.dtype)
         self.use_graphs(graphs)
 
     @property
@@ -157,8 +159,7 @@ class ModelRunner:
             record = self.device.recorder()
         decodes = DecodeGraphs(
             self.model,
-            self.kv,
-            self.states,
+            self.tensors,
             self.table,
             self._rotary,
             record,
@@ -168,7 +169,7 @@ class ModelRunner:
         prefills = None
         if word != "decode":
             prefills = PrefillGraphs(
-                self.model, self.kv, self.states, record, most_tokens=self.most_step_tokens
+                self.model, self.tensors, record, most_tokens=self.most_step_tokens
             )
         self.graphs = decodes, prefills
 
@@ -207,7 +208,7 @@ class ModelRunner:
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
-            return self.kv.key.new_empty(0, self.vocab_size)
+            return self.model.embedding.weight.new_empty(0, self.vocab_size)
 
         def patch(token_ids: torch.Tensor) -> None:
             if batch.late_tokens and drawn is not None:
@@ -226,7 +227,7 @@ class ModelRunner:
         if prefills is not None:
             hidden = prefills.run(token_ids, step)
         if hidden is None:
-            hidden = self.model.forward(token_ids, step, self.kv, self.states)
+            hidden = self.model.forward(token_ids, step, self.tensors.pools)
         return self.model.head(hidden[self._int64(rows)])
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
@@ -293,17 +294,18 @@ class ModelRunner:
     def _move_rows(self, moves: Sequence[Move]) -> None:
         """Move after move, since one may read what another wrote."""
         for move in moves:
-            assert self.rows is not None, "rows of a pool do not move"
+            rows = self.tensors.rows
+            assert rows is not None, "rows of a pool do not move"
             pairs = np.stack([move.src, move.dst])
             sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-            self._cache_write.move_rows(self.rows, sources, targets)
+            self._cache_write.move_rows(rows, sources, targets)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
-        if not copies or self.states is None:
+        if not copies or not self.tensors.states:
             return
         pairs = np.array(copies, dtype=np.int32).T.copy()
         sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-        self._state_copy.copy_states(self.states.whole, sources, targets)
+        self._state_copy.copy_states(self.tensors.states, sources, targets)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)
@@ -337,6 +339,7 @@ def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
 
 def load_model(
     model_dir: Path | None,
+    family: type[Decoder],
     config: ModelConfig,
     build: Build,
     *,
@@ -349,7 +352,6 @@ def load_model(
 
     Raises WeightsError before any tensor is read if the weight files do not fit the config.
     """
-    family = MODELS[config.architecture]
     if model_dir is None or load_format == "dummy":
         dummy = Dummy(seed)
         model = family(config, build, dummy.fill)

@@ -110,7 +110,7 @@ def lengths(most: int) -> list[int]:
 def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     """Steps of every kind, the largest first."""
     row = runner.table.padding_row
-    slot = runner.states.padding_slot if runner.states is not None else None
+    slot = runner.tensors.padding_slot
     longest = runner.max_model_len
 
     def prefill(length: int, logits: Literal["all", "last"]) -> Segment:

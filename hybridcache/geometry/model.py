@@ -18,12 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.geometry.shapes import (
-    Shape,
-    preset_name,
-    presets,
-    shape_of_config,
-)
+from hybridcache.geometry.families import sizes_of, text_part
+from hybridcache.geometry.shapes import preset_name, presets, sizes_of_shape
+from hybridcache.geometry.sizes import KVSpec, ModelSizes, StateSpec
 
 Lengths = npt.NDArray[np.int64]
 
@@ -65,7 +62,14 @@ class ModelGeometry:
         Raises KeyError listing the names there are.
         """
         full_name = preset_name(name)
-        return cls.from_shape(full_name, presets()[full_name], **dtypes)
+        shape = presets()[full_name]
+        dtypes = {"state_dtype": shape.get("state_dtype", "float32")} | dtypes
+        geometry = cls.from_sizes(full_name, sizes_of_shape(shape), **dtypes)
+        if "active_params" not in shape:
+            return geometry
+        # Published figures where a shape states them.
+        active, total = shape["active_params"], shape["total_params"]
+        return replace(geometry, active_params=active, total_params=total)
 
     @classmethod
     def from_config(
@@ -74,9 +78,13 @@ class ModelGeometry:
         """From a Hugging Face ``config.json`` as a dict, nested ``text_config`` or not.
 
         ``dtypes``: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype``
-        (bfloat16).
+        (bfloat16). Raises ValueError when it is no config of a language model, or has layers of a
+        sort this project does not know.
         """
-        return cls.from_shape(name, shape_of_config(config), **dtypes)
+        try:
+            return cls.from_sizes(name, sizes_of(text_part(config)), **dtypes)
+        except KeyError as error:
+            raise ValueError(f"a model without field {error} is not supported") from error
 
     @classmethod
     def load(cls, word: str, **dtypes: str) -> ModelGeometry:
@@ -101,33 +109,31 @@ class ModelGeometry:
         return cls.preset(word, **dtypes)
 
     @classmethod
-    def from_shape(
+    def from_sizes(
         cls,
         name: str,
-        shape: Shape,
+        sizes: ModelSizes,
         *,
         kv_dtype: str = "bfloat16",
-        state_dtype: str | None = None,
+        state_dtype: str = "float32",
         conv_dtype: str = "bfloat16",
     ) -> ModelGeometry:
-        """From a shape (see ``hybridcache.geometry.shapes``). ``state_dtype``: None is the shape's
-        own, float32 where it has none."""
-        state_dtype = state_dtype or shape.get("state_dtype", "float32")
+        """The sums over what all layers declare."""
         _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
-        linear = _linear_layers(shape)
-        active, total = _params(shape, linear.params)
+        active, total = sizes.num_params()
+        num_recurrent = sizes.state_size("recurrent")
         return cls(
             name=name,
-            num_full_layers=shape["full_attn_layers"],
-            num_linear_layers=linear.num_layers,
-            kv_bytes_per_token=shape["full_attn_layers"] * _kv_row(shape) * DTYPE_BYTES[kv_dtype],
-            recurrent_elements=linear.num_layers * linear.state,
-            conv_bytes=linear.num_layers * linear.conv * DTYPE_BYTES[conv_dtype],
+            num_full_layers=_how_many(sizes, KVSpec),
+            num_linear_layers=_how_many(sizes, StateSpec),
+            kv_bytes_per_token=sizes.row_size * DTYPE_BYTES[kv_dtype],
+            recurrent_elements=num_recurrent,
+            conv_bytes=sizes.state_size("conv") * DTYPE_BYTES[conv_dtype],
             state_dtype=state_dtype,
             active_params=active,
             total_params=total,
-            scan_flops_per_token=6 * linear.num_layers * linear.state,
-            attention_flops_per_pair=shape["full_attn_layers"] * _pair_flops(shape),
+            scan_flops_per_token=6 * num_recurrent,
+            attention_flops_per_pair=sum(mixer.pair_flops for mixer in sizes.mixers),
         )
 
     @property
@@ -159,103 +165,9 @@ class ModelGeometry:
         return (end - start) * per_token + num_pairs * self.attention_flops_per_pair
 
 
-@dataclass(frozen=True, slots=True)
-class _LinearLayers:
-    num_layers: int
-    state: int
-    """Numbers in one layer's recurrent state."""
-    conv: int
-    """Numbers in one layer's conv state."""
-    params: int
-    """Weights of one layer."""
-
-
-def _linear_layers(shape: Shape) -> _LinearLayers:
-    hidden: int = shape["hidden"]
-    kind: str = shape["kind"]
-    taps = max(shape.get("conv_kernel", 0) - 1, 0)
-    if kind in ("gated_deltanet", "kda+mla", "lightning"):
-        heads = shape["linear_v_heads"]
-        key_width = shape.get("linear_k_heads", heads) * shape["linear_k_dim"]
-        value_width = heads * shape["linear_v_dim"]
-        return _LinearLayers(
-            shape["linear_layers"],
-            state=heads * shape["linear_k_dim"] * shape["linear_v_dim"],
-            conv=taps * (2 * key_width + value_width),
-            params=hidden * (2 * key_width + 3 * value_width),  # q, k; v, gate, out
-        )
-    if kind in ("mamba1", "mamba2"):
-        groups, states = shape.get("mamba_groups", 0), shape["mamba_d_state"]
-        inner = shape.get("mamba_d_inner") or shape["mamba_heads"] * shape["mamba_head_dim"]
-        conv_width = inner + 2 * groups * states
-        return _LinearLayers(
-            shape["mamba_layers"],
-            state=inner * states,
-            conv=taps * conv_width,
-            params=hidden * (2 * inner + conv_width),  # x, B, C; gate; out
-        )
-    if kind == "shortconv":
-        window = shape["conv_L_cache"]
-        return _LinearLayers(shape["conv_layers"], 0, window * hidden, params=4 * hidden * hidden)
-    if kind == "stated":
-        state, conv = shape["state_elements"], shape["conv_elements"]
-        return _LinearLayers(shape["linear_layers"], state, conv, params=0)
-    if kind == "none":
-        return _LinearLayers(0, 0, 0, 0)
-    raise ValueError(f"linear layers of unknown kind {kind!r}")
-
-
-def _kv_row(shape: Shape) -> int:
-    """Numbers that one token leaves in one full-attention layer."""
-    if "mla_kv_lora_rank" in shape:
-        return int(shape["mla_kv_lora_rank"] + shape["mla_qk_rope_head_dim"])
-    return int(2 * shape["kv_heads"] * shape["head_dim"])
-
-
-def _num_heads(shape: Shape) -> int:
-    return int(shape.get("attn_heads") or shape["hidden"] // shape["head_dim"])
-
-
-def _pair_flops(shape: Shape) -> int:
-    """FLOPs of one query-key pair in one full-attention layer: 2 for QK and 2 for PV, a head and a
-    dimension."""
-    if "mla_kv_lora_rank" in shape:
-        # Expanded form: 128 content + rope dimensions for keys, 128 for values.
-        return _num_heads(shape) * 2 * (2 * 128 + int(shape["mla_qk_rope_head_dim"]))
-    return 4 * _num_heads(shape) * int(shape["head_dim"])
-
-
-def _params(shape: Shape, linear_layer_params: int) -> tuple[int, int]:
-    """(weights that one token meets, weights in all), embeddings excluded; published figures where
-    a shape states them."""
-    if "active_params" in shape:
-        return int(shape["active_params"]), int(shape["total_params"])
-    hidden, heads = shape["hidden"], _num_heads(shape)
-    if "mla_kv_lora_rank" in shape:
-        rank, rope = shape["mla_kv_lora_rank"], shape["mla_qk_rope_head_dim"]
-        attention = hidden * heads * (128 + rope) + hidden * (rank + rope)
-        attention += rank * heads * 256 + heads * 128 * hidden
-    else:
-        width = heads * shape["head_dim"]
-        queries = 2 if shape.get("attention_gate") else 1
-        attention = hidden * ((queries + 1) * width + 2 * shape["kv_heads"] * shape["head_dim"])
-    mixers = shape["full_attn_layers"] * attention
-    mixers += _linear_layers(shape).num_layers * linear_layer_params
-    ffn_layers = shape.get("ffn_layers", shape["num_layers"])
-    matrices = shape.get("ffn_matrices", 3)
-    experts = shape.get("experts", 0)
-    if not experts:
-        dense = matrices * hidden * shape.get("intermediate", 0) * ffn_layers
-        return mixers + dense, mixers + dense
-    expert_hidden = shape.get("moe_hidden", hidden)
-    expert = matrices * expert_hidden * shape.get("moe_intermediate", 0)
-    narrowing = 2 * hidden * expert_hidden if expert_hidden != hidden else 0
-    shared = shape.get("shared_expert_intermediate", 0) or shape.get(
-        "shared_experts", 0
-    ) * shape.get("moe_intermediate", 0)
-    always = mixers + ffn_layers * (matrices * hidden * shared + hidden * experts + narrowing)
-    active = always + ffn_layers * shape["topk"] * expert
-    return active, always + ffn_layers * experts * expert
+def _how_many(sizes: ModelSizes, kind: type[KVSpec | StateSpec]) -> int:
+    """Mixers that keep something of the kind."""
+    return sum(any(isinstance(spec, kind) for spec in mixer.keeps) for mixer in sizes.mixers)
 
 
 def _refuse_unknown(**dtypes: str) -> None:

@@ -1,19 +1,34 @@
-"""Model shapes as plain dictionaries: one vocabulary for presets and for Hugging Face configs.
+"""The models that come with the project, as published: a *shape* each.
 
-A *shape* names the kind of the linear layers (``gated_deltanet``, ``kda+mla``, ``mamba2``,
-``mamba1``, ``lightning``, ``shortconv``, ``stated`` where only the size of a state is known, or
-``none``), how many layers of which sort there are, and their dimensions.
-``hybridcache.geometry.model`` turns a shape into bytes and FLOPs; nothing else looks inside one.
+A shape names the kind of the linear layers (``gated_deltanet``, ``kda+mla``, ``mamba2``,
+``mamba1``, ``lightning``, ``shortconv``, or ``stated`` where only the size of a state is known),
+how many layers of which sort there are, and their dimensions. Nothing else looks inside one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
+
+from hybridcache.geometry.mixers import (
+    AttentionSizes,
+    DeltaSizes,
+    LatentAttentionSizes,
+    MambaSizes,
+    ShortConvSizes,
+    StatedSizes,
+)
+from hybridcache.geometry.sizes import (
+    ExpertsSizes,
+    LayerSizes,
+    MixerSizes,
+    MLPSizes,
+    ModelSizes,
+)
 
 Shape = Mapping[str, Any]
 
@@ -48,157 +63,63 @@ def preset_name(word: str) -> str:
     raise KeyError(f"model {word!r} {problem}")
 
 
-def shape_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The shape of a Hugging Face ``config.json`` (read with ``json.load``); a nested
-    ``text_config`` is looked into.
-
-    Raises ValueError when it is no config of a language model, or has layers of a sort this project
-    does not know.
-    """
-    if not isinstance(config, Mapping):
-        raise ValueError(f"a JSON object was expected, not {type(config).__name__}")
-    try:
-        return _shape(config.get("text_config") or config)
-    except KeyError as error:
-        raise ValueError(f"a model without field {error} is not supported") from error
+def sizes_of_shape(shape: Shape) -> ModelSizes:
+    """As many layers of each sort as there are; only their sums mean something, not their order."""
+    num_linear, linear = _linear(shape)
+    full = LayerSizes((_attention(shape),))
+    num_mlps: int = shape.get("ffn_layers", shape["num_layers"])
+    layers = (full,) * shape["full_attn_layers"] + (LayerSizes((linear,)),) * num_linear
+    mlps = (LayerSizes(mlp=_mlp(shape)),) * num_mlps
+    return ModelSizes(shape["hidden"], shape.get("vocab", 0), layers + mlps)
 
 
-def _shape(text: Mapping[str, Any]) -> dict[str, Any]:
-    shape = _attention(text) | _feed_forward(text)
-    sorts = text.get("layers_block_type") or text.get("hybrid_override_pattern")
-    if sorts and "mamba_num_heads" in text:
-        return shape | _nemotron(text, sorts)
-    shape["num_layers"] = text["num_hidden_layers"]
-    linear = text.get("linear_attn_config")
-    if linear:
-        return shape | _kimi(text, linear)
-    return shape | _by_layer_types(text)
+def _attention(shape: Shape) -> MixerSizes:
+    heads = int(shape.get("attn_heads") or shape["hidden"] // shape["head_dim"])
+    if "mla_kv_lora_rank" in shape:
+        rank, rope = shape["mla_kv_lora_rank"], shape["mla_qk_rope_head_dim"]
+        return LatentAttentionSizes(heads, rank, rope)
+    gated = bool(shape.get("attention_gate"))
+    return AttentionSizes(heads, shape["kv_heads"], shape["head_dim"], gated)
 
 
-def _attention(text: Mapping[str, Any]) -> dict[str, Any]:
-    heads = text["num_attention_heads"]
-    shape = {
-        "hidden": text["hidden_size"],
-        "vocab": text.get("vocab_size", 0),
-        "attn_heads": heads,
-        "kv_heads": text.get("num_key_value_heads") or heads,
-        "head_dim": text.get("head_dim")
-        or text.get("attention_head_dim")
-        or text["hidden_size"] // heads,
-        "attention_gate": bool(text.get("attn_output_gate"))
-        or str(text.get("model_type", "")).startswith(("qwen3_next", "qwen3_5")),
-    }
-    if text.get("kv_lora_rank"):
-        shape["mla_kv_lora_rank"] = text["kv_lora_rank"]
-        shape["mla_qk_rope_head_dim"] = text["qk_rope_head_dim"]
-    return shape
+def _linear(shape: Shape) -> tuple[int, MixerSizes]:
+    """How many linear layers there are, and what each is."""
+    kind: str = shape["kind"]
+    if kind in ("gated_deltanet", "kda+mla", "lightning"):
+        heads = shape["linear_v_heads"]
+        return shape["linear_layers"], DeltaSizes(
+            num_key_heads=shape.get("linear_k_heads", heads),
+            num_value_heads=heads,
+            key_dim=shape["linear_k_dim"],
+            value_dim=shape["linear_v_dim"],
+            conv_width=shape["conv_kernel"],
+        )
+    if kind in ("mamba1", "mamba2"):
+        return shape["mamba_layers"], MambaSizes(
+            num_heads=shape.get("mamba_heads") or shape["mamba_d_inner"],
+            head_dim=shape.get("mamba_head_dim", 1),
+            state_dim=shape["mamba_d_state"],
+            num_groups=shape.get("mamba_groups", 0),
+            conv_width=shape["conv_kernel"],
+        )
+    if kind == "shortconv":
+        return shape["conv_layers"], ShortConvSizes(shape["hidden"], shape["conv_L_cache"])
+    if kind == "stated":
+        return shape["linear_layers"], StatedSizes(shape["state_elements"], shape["conv_elements"])
+    raise ValueError(f"linear layers of unknown kind {kind!r}")
 
 
-def _feed_forward(text: Mapping[str, Any]) -> dict[str, Any]:
-    experts = (
-        text.get("num_experts")
-        or text.get("n_routed_experts")
-        or text.get("num_local_experts")
-        or 0
+def _mlp(shape: Shape) -> MLPSizes | ExpertsSizes:
+    matrices = shape.get("ffn_matrices", 3)
+    if not shape.get("experts"):
+        return MLPSizes(shape.get("intermediate", 0), matrices)
+    size = shape.get("moe_intermediate", 0)
+    shared = shape.get("shared_expert_intermediate", 0) or shape.get("shared_experts", 0) * size
+    return ExpertsSizes(
+        num_experts=shape["experts"],
+        experts_per_token=shape["topk"],
+        intermediate=size,
+        shared_intermediate=shared,
+        width=shape.get("moe_hidden"),
+        matrices=matrices,
     )
-    shape = {"intermediate": text.get("intermediate_size") or 0}
-    if not experts:
-        return shape
-    expert_dim = text.get("moe_intermediate_size") or text.get("intermediate_size") or 0
-    shared = text.get("num_shared_experts") or text.get("n_shared_experts") or 0
-    return shape | {
-        "experts": experts,
-        "topk": text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1,
-        "moe_intermediate": expert_dim,
-        "moe_hidden": text.get("moe_latent_size")
-        or text.get("routed_expert_hidden_size")
-        or text["hidden_size"],
-        "shared_expert_intermediate": text.get("shared_expert_intermediate_size")
-        or text.get("moe_shared_expert_intermediate_size")
-        or shared * expert_dim,
-    }
-
-
-def _nemotron(text: Mapping[str, Any], sorts: str | Sequence[str]) -> dict[str, Any]:
-    """``sorts``: one letter a layer (M mamba, * attention, - MLP, E experts), or one word."""
-    return {
-        "kind": "mamba2",
-        "num_layers": len(sorts),
-        "full_attn_layers": sorts.count("*") + sorts.count("attention"),
-        "mamba_layers": sorts.count("M") + sorts.count("mamba"),
-        "ffn_layers": sum(sorts.count(sort) for sort in ("-", "E", "mlp", "moe")),
-        "ffn_matrices": 2,
-        "mamba_heads": text["mamba_num_heads"],
-        "mamba_head_dim": text["mamba_head_dim"],
-        "mamba_d_state": text["ssm_state_size"],
-        "mamba_groups": text["n_groups"],
-        "conv_kernel": text["conv_kernel"],
-    }
-
-
-def _kimi(text: Mapping[str, Any], linear: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "kind": "kda+mla",
-        "full_attn_layers": len(linear["full_attn_layers"]),
-        "linear_layers": len(linear["kda_layers"]),
-        "linear_k_heads": linear["num_heads"],
-        "linear_v_heads": linear["num_heads"],
-        "linear_k_dim": linear["head_dim"],
-        "linear_v_dim": linear["head_dim"],
-        "conv_kernel": linear.get("short_conv_kernel_size", 4),
-    }
-
-
-def _layer_types(text: Mapping[str, Any]) -> list[str]:
-    types = text.get("layer_types")
-    if types:
-        return list(types)
-    interval = text.get("full_attention_interval")
-    num_layers = text["num_hidden_layers"]
-    if interval:
-        return [
-            "full_attention" if (layer + 1) % interval == 0 else "linear_attention"
-            for layer in range(num_layers)
-        ]
-    return ["full_attention"] * num_layers
-
-
-def _by_layer_types(text: Mapping[str, Any]) -> dict[str, Any]:
-    types = _layer_types(text)
-    unknown = set(types) - {"full_attention", "attention", "linear_attention", "mamba", "conv"}
-    if unknown:
-        raise ValueError(f"layers of unknown sort: {', '.join(sorted(unknown))}")
-    full = sum(sort in ("full_attention", "attention") for sort in types)
-    shape: dict[str, Any] = {"kind": "none", "full_attn_layers": full}
-    if "conv" in types:
-        return shape | {
-            "kind": "shortconv",
-            "conv_layers": types.count("conv"),
-            "conv_L_cache": text["conv_L_cache"],
-        }
-    if "mamba" in types:
-        return shape | {
-            "kind": "mamba2",
-            "mamba_layers": types.count("mamba"),
-            "mamba_heads": text["mamba_n_heads"],
-            "mamba_head_dim": text["mamba_d_head"],
-            "mamba_d_state": text["mamba_d_state"],
-            "mamba_groups": text["mamba_n_groups"],
-            "conv_kernel": text["mamba_d_conv"],
-        }
-    if "linear_attention" in types:
-        # Kimi-Linear's own config class spells its heads without "key" and "value".
-        is_kda = "linear_num_heads" in text
-        key_dim = text["linear_head_dim"] if is_kda else text["linear_key_head_dim"]
-        return shape | {
-            "kind": "kda+mla" if is_kda else "gated_deltanet",
-            "linear_layers": types.count("linear_attention"),
-            "linear_k_heads": text["linear_num_heads"] if is_kda else text["linear_num_key_heads"],
-            "linear_v_heads": text["linear_num_heads"]
-            if is_kda
-            else text["linear_num_value_heads"],
-            "linear_k_dim": key_dim,
-            "linear_v_dim": key_dim if is_kda else text["linear_value_head_dim"],
-            "conv_kernel": text["linear_conv_kernel_dim"],
-        }
-    return shape

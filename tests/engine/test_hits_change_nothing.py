@@ -87,8 +87,8 @@ def make_engine(tmp_path: Path) -> MakeEngine:
             budget = {"kv_gib": kv_gib, "state_gib": state_gib}
         config = EngineConfig(**settings, **budget, check=True)
         runner = ModelRunner(config)
-        if runner.rows is not None:
-            runner.rows.fill_(255)
+        if runner.tensors.rows is not None:
+            runner.tensors.rows.fill_(255)
         return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
     return make
@@ -115,13 +115,15 @@ def assert_same(some: list[RequestOutput], others: list[RequestOutput]) -> None:
 def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEngine) -> None:
     runner = make_engine().runner
     size = runner.memory.slab_rows
-    runner.rows.copy_(torch.arange(runner.rows.numel()).view(runner.rows.shape) % 251)
-    before = runner.rows.clone()
-    saved = [states[:, 0].clone() for states in runner.states.tensors]
+    runner.tensors.rows.copy_(
+        torch.arange(runner.tensors.rows.numel()).view(runner.tensors.rows.shape) % 251
+    )
+    before = runner.tensors.rows.clone()
+    saved = [states[:, 0].clone() for states in runner.tensors.states]
     src = np.arange(size, 2 * size, dtype=np.int32)
     runner.forward(Batch((), restores=((0, 1),), moves=(Move(1, src, src + 2 * size, src),)))
-    assert torch.equal(runner.rows[3 * size : 4 * size], before[size : 2 * size])
-    for states, expected in zip(runner.states.tensors, saved, strict=True):
+    assert torch.equal(rows[3 * size : 4 * size], before[size : 2 * size])
+    for states, expected in zip(runner.tensors.states, saved, strict=True):
         assert torch.equal(states[:, 1].view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -224,7 +226,7 @@ class OffsetOracle:
         cold = Segment(0, 0, tokens, 0, is_decode=False, logits="none")
         self._fresh.forward(Batch((cold,), (), ((0, 0, rows),)))
         for held, expected in zip(
-            self._runner.states.tensors, self._fresh.states.tensors, strict=True
+            self._runner.tensors.states, self._fresh.tensors.states, strict=True
         ):
             assert torch.equal(held[:, slot], expected[:, 0])
         self.proved += 1

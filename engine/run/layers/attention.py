@@ -1,5 +1,5 @@
-"""A full-attention layer's mixer: grouped queries, normed heads, partial rotary, an optional gate
-on the output."""
+"""Softmax attention: grouped queries, normed heads or rows, partial rotary, an optional gate on the
+output."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from engine.run.layers.inputs import LayerInputs, pad_rows
 from engine.run.layers.linear import Linear, Part
 from engine.run.layers.norm import RMSNorm
-from engine.run.layers.parameters import Build, Parameter
-from engine.run.model_config import ModelConfig
+from engine.run.layers.parameters import Build, Layer, Parameter
+from engine.run.memory import Pools
+from hybridcache.geometry.mixers import AttentionSizes
 
 
 class Attention:
@@ -20,80 +21,67 @@ class Attention:
     def __init__(
         self,
         name: str,
-        model: ModelConfig,
-        layer: int,
+        hidden_size: int,
+        sizes: AttentionSizes,
         build: Build,
         *,
-        gated: bool,
-        centred_norms: bool,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
+        bias: bool = False,
+        output: str = "o_proj",
+        output_bias: bool | None = None,
+        rotates: bool = True,
+        scale: float | None = None,
     ) -> None:
-        self.layer = layer
-        """Its place among the full-attention layers: the layer of the KV pool."""
-        self.gated = gated
-        self.num_heads, self.num_kv_heads = model.num_heads, model.num_kv_heads
-        self.head_dim = model.head_dim
-        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.sizes = [query_size * gated, query_size, kv_size, kv_size]
+        """``norms``: of queries and keys, each as wide as a head or as all of them. ``output``: the
+        last product's name; its bias as the others' where ``output_bias`` is None. ``scale``: of
+        the products with keys; None: ``head_dim ** -0.5``."""
+        self.sizes, self.keeps, self._rotates = sizes, sizes.keeps, rotates
+        heads, kv_heads = (
+            count * sizes.head_dim for count in (sizes.num_heads, sizes.num_kv_heads)
+        )
+        self._widths = [heads * sizes.gated, heads, kv_heads, kv_heads]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads,)
         inputs = [
-            Part(f"{name}.q_proj", sum(self.sizes[:2]), self._query_rows()),
-            Part(f"{name}.k_proj", kv_size),
-            Part(f"{name}.v_proj", kv_size),
+            Part(f"{name}.q_proj", sum(self._widths[:2]), _gate_first(sizes)),
+            Part(f"{name}.k_proj", kv_heads),
+            Part(f"{name}.v_proj", kv_heads),
         ]
-        bias = model.attention_bias
-        self.projection = Linear(model.hidden_size, inputs, build, bias=bias)
-        self.output = Linear(
-            query_size, [Part(f"{name}.o_proj", model.hidden_size)], build, bias=bias
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        self._output = Linear(
+            heads,
+            [Part(f"{name}.{output}", hidden_size)],
+            build,
+            bias=bias if output_bias is None else output_bias,
         )
-        self.query_norm, self.key_norm = (
-            RMSNorm(
-                f"{name}.{word}_norm",
-                self.head_dim,
-                build,
-                eps=model.norm_eps,
-                centred=centred_norms,
-            )
-            for word in ("q", "k")
-        )
-        self.mixed_shape = (query_size,)
-        """Of what ``mix`` gives, per token."""
-        self.scale = self.head_dim**-0.5
-        self._attention, self._rotary = build.kernels["attention"], build.kernels["rotary"]
-        self._activation, self._cache_write = (
-            build.kernels["activation"],
+        self._norms = norms
+        self._scale = sizes.head_dim**-0.5 if scale is None else scale
+        self._attention, self._cache_write = (
+            build.kernels["attention"],
             build.kernels["cache_write"],
         )
+        self._rotary, self._activation = build.kernels["rotary"], build.kernels["activation"]
+
+    def _layers(self) -> tuple[Layer, ...]:
+        return self._projection, self._output, *(self._norms or ())
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for part in (self.projection, self.output, self.query_norm, self.key_norm):
-            yield from part.parameters()
-
-    def _query_rows(self) -> torch.Tensor | None:
-        """The checkpoint has query and gate head by head, ``[q_0 | g_0 | q_1 | g_1 ...]``."""
-        if not self.gated:
-            return None
-        rows = torch.arange(2 * self.num_heads * self.head_dim).view(
-            self.num_heads, 2, self.head_dim
-        )
-        return torch.cat([rows[:, 1].flatten(), rows[:, 0].flatten()])
+        for layer in self._layers():
+            yield from layer.parameters()
 
     def seal(self) -> None:
-        for part in (self.projection, self.output, self.query_norm, self.key_norm):
-            part.seal()
+        for layer in self._layers():
+            layer.seal()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.projection(hidden)
+        return self._projection(hidden)
 
-    def mix(
-        self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Attend to this step's and all earlier tokens; writes this step's KV. ``[T, HQ * D]``."""
         tokens = inputs.num_tokens
-        _, query, key, value = projected[:tokens].split(self.sizes, dim=-1)
-        query = self.query_norm(query.view(tokens, self.num_heads, self.head_dim))
-        key = self.key_norm(key.view(tokens, self.num_kv_heads, self.head_dim))
-        query, key = self._rotary.rotate(query, key, inputs.cos, inputs.sin)
-        key_pool, value_pool = pools[0][self.layer], pools[1][self.layer]
-        value = value.view(tokens, self.num_kv_heads, self.head_dim)
+        key_pool, value_pool = pools
+        _, query, key, value = projected[:tokens].split(self._widths, dim=-1)
+        query, key = self._prepare(query, key, inputs)
+        value = value.view(tokens, -1, self.sizes.head_dim)
         self._cache_write.write_kv(key, value, key_pool, value_pool, inputs.kv_indices)
         outs = []
         if inputs.decode is not None:
@@ -104,7 +92,7 @@ class Attention:
                     value_pool,
                     table=inputs.table,
                     sequences=inputs.decode.sequences,
-                    scale=self.scale,
+                    scale=self._scale,
                 )
             )
         if inputs.prefill is not None:
@@ -116,14 +104,42 @@ class Attention:
                     table=inputs.table,
                     sequences=inputs.prefill.sequences,
                     packed=inputs.prefill.packed,
-                    scale=self.scale,
+                    scale=self._scale,
                 )
             )
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
 
+    def _prepare(
+        self, query: torch.Tensor, key: torch.Tensor, inputs: LayerInputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys by head, normed and rotated."""
+        per_head = inputs.num_tokens, -1, self.sizes.head_dim
+        if self._norms is None:
+            query, key = query.view(per_head), key.view(per_head)
+        elif self._norms[0].size == self.sizes.head_dim:
+            query = self._norms[0](query.view(per_head))
+            key = self._norms[1](key.view(per_head))
+        else:
+            query = self._norms[0](query).view(per_head)
+            key = self._norms[1](key).view(per_head)
+        if not self._rotates:
+            return query, key
+        rotated: tuple[torch.Tensor, torch.Tensor] = self._rotary.rotate(
+            query, key, inputs.cos, inputs.sin
+        )
+        return rotated
+
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """The layer's output, ``[num_rows, H]``."""
-        if self.gated:
-            gate = projected[: len(mixed), : self.sizes[0]]
+        if self.sizes.gated:
+            gate = projected[: len(mixed), : self._widths[0]]
             mixed = self._activation.sigmoid_mul(mixed, gate)
-        return self.output(pad_rows(mixed, len(projected)))
+        return self._output(pad_rows(mixed, len(projected)))
+
+
+def _gate_first(sizes: AttentionSizes) -> torch.Tensor | None:
+    """Checkpoints have query and gate head by head, ``[q_0 | g_0 | q_1 | g_1 ...]``."""
+    if not sizes.gated:
+        return None
+    rows = torch.arange(2 * sizes.num_heads * sizes.head_dim).view(-1, 2, sizes.head_dim)
+    return torch.cat([rows[:, 1].flatten(), rows[:, 0].flatten()])

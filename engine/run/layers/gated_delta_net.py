@@ -1,21 +1,16 @@
-"""A linear-attention layer's mixer: Gated DeltaNet behind a short causal convolution."""
+"""Gated DeltaNet behind a short causal convolution."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
 from engine.run.layers.linear import Linear, Part
 from engine.run.layers.parameters import Build, Parameter
-from engine.run.model_config import ModelConfig
-
-Layout = Literal["interleaved", "split"]
-"""How a checkpoint names the input projection: Qwen3-Next has ``in_proj_qkvz`` and ``in_proj_ba``,
-key head by key head; Qwen3.5 has ``in_proj_qkv``, ``in_proj_z``, ``in_proj_b`` and
-``in_proj_a``."""
+from engine.run.memory import Pools
+from hybridcache.geometry.mixers import DeltaSizes
 
 
 class GatedDeltaNet:
@@ -23,77 +18,56 @@ class GatedDeltaNet:
     the gates b and a, few rows on which the whole state hangs, are another."""
 
     def __init__(
-        self, name: str, model: ModelConfig, layer: int, build: Build, *, layout: Layout
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: DeltaSizes,
+        inputs: Sequence[Part],
+        build: Build,
+        *,
+        eps: float,
+        output: str = "out_proj",
+        norm: str = "norm",
     ) -> None:
-        assert model.linear is not None
-        self.name, self.layer = name, layer
-        """Its place among the linear layers: the layer of the state pool."""
-        self.shape = shape = model.linear
-        self.key_size = shape.num_key_heads * shape.key_dim
-        self.value_size = shape.num_value_heads * shape.value_dim
-        self.mixed_shape = (shape.num_value_heads, shape.value_dim)
-        """Of what ``mix`` gives, per token."""
-        self.sizes = [shape.conv_channels, self.value_size, *(2 * [shape.num_value_heads])]
-        inputs = self._interleaved() if layout == "interleaved" else self._split()
-        self.projection = Linear(model.hidden_size, inputs, build)
-        self.output = Linear(self.value_size, [Part(f"{name}.out_proj", model.hidden_size)], build)
+        """``inputs``: the matrices of the input product, in the order of its layout. ``output``,
+        ``norm``: what the last product and the norm before it are called. ``eps``: that norm's."""
+        self.name, self.sizes, self.keeps, self.eps = name, sizes, sizes.keeps, eps
+        heads = sizes.num_value_heads
+        self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
+        self.projected_size = sum(self._widths)
+        self.mixed_shape = heads, sizes.value_dim
+        self._projection = Linear(hidden_size, inputs, build)
+        self._output = Linear(sizes.value_width, [Part(f"{name}.{output}", hidden_size)], build)
         weights = build.weights
-        self.conv_weight = weights.empty(shape.conv_channels, shape.conv_width)
-        self.A_log = weights.empty(shape.num_value_heads, dtype=torch.float32)
-        self.dt_bias = weights.empty(shape.num_value_heads, dtype=torch.float32)
-        self.norm_weight = weights.empty(shape.value_dim)
-        self.eps = model.norm_eps
+        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
+        self._A_log = weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = weights.empty(heads, dtype=torch.float32)
+        self._norm_name = norm
+        self._norm_weight = weights.empty(sizes.value_dim)
         self._conv1d, self._gdn = build.kernels["conv1d"], build.kernels["gdn"]
         self._norm = build.kernels["norm"]
 
-    def _split(self) -> list[Part]:
-        words = ("qkv", "z", "b", "a")
-        return [
-            Part(f"{self.name}.in_proj_{word}", size)
-            for word, size in zip(words, self.sizes, strict=True)
-        ]
-
-    def _interleaved(self) -> list[Part]:
-        shape = self.shape
-        group = shape.num_value_heads // shape.num_key_heads
-        values = group * shape.value_dim
-        qkvz = self._gathered([shape.key_dim, shape.key_dim, values, values])
-        ba = self._gathered([group, group])
-        return [
-            Part(f"{self.name}.in_proj_qkvz", len(qkvz), qkvz),
-            Part(f"{self.name}.in_proj_ba", len(ba), ba),
-        ]
-
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self.projection.parameters()
-        yield f"{self.name}.conv1d.weight", Parameter(self.conv_weight.unsqueeze(1))
-        yield f"{self.name}.A_log", Parameter(self.A_log, "log_decay")
-        yield f"{self.name}.dt_bias", Parameter(self.dt_bias, "time_bias")
-        yield f"{self.name}.norm.weight", Parameter(self.norm_weight, "norm")
-        yield from self.output.parameters()
-
-    def _gathered(self, sizes: list[int]) -> torch.Tensor:
-        """Rows of a matrix that has ``sizes`` next to each other for every key head, ordered by
-        kind instead."""
-        heads = self.shape.num_key_heads
-        rows = torch.arange(heads * sum(sizes)).view(heads, sum(sizes))
-        return torch.cat([part.flatten() for part in rows.split(sizes, dim=1)])
+        yield from self._projection.parameters()
+        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1))
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay")
+        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias")
+        yield f"{self.name}.{self._norm_name}.weight", Parameter(self._norm_weight, "norm")
+        yield from self._output.parameters()
 
     def seal(self) -> None:
-        self.projection.seal()
-        self.output.seal()
-        self.norm_weight = self.norm_weight.float()
+        self._projection.seal()
+        self._output.seal()
+        self._norm_weight = self._norm_weight.float()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.projection(hidden)
+        return self._projection(hidden)
 
-    def mix(
-        self, projected: torch.Tensor, inputs: LayerInputs, pools: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, HV,
         V]``."""
-        qkv, _, b, a = projected[: inputs.num_tokens].split(self.sizes, dim=-1)
-        windows, states = pools[0][self.layer], pools[1][self.layer]
+        qkv, _, b, a = projected[: inputs.num_tokens].split(self._widths, dim=-1)
+        windows, states = pools
         outs, decodes = [], inputs.num_decode
         if inputs.decode is not None:
             outs.append(
@@ -116,10 +90,10 @@ class GatedDeltaNet:
     ) -> torch.Tensor:
         assert inputs.decode is not None
         slots = inputs.decode.slots
-        qkv = self._conv1d.decode_conv1d(qkv, self.conv_weight, None, states=windows, slots=slots)
+        qkv = self._conv1d.decode_conv1d(qkv, self._conv_weight, None, states=windows, slots=slots)
         query, key, value = self._heads(qkv)
         return self._gdn.decode_gdn(
-            query, key, value, a, b, self.A_log, self.dt_bias, states=states, slots=slots
+            query, key, value, a, b, self._A_log, self._dt_bias, states=states, slots=slots
         )
 
     def _prefill(
@@ -135,7 +109,7 @@ class GatedDeltaNet:
         assert part is not None
         qkv = self._conv1d.prefill_conv1d(
             qkv,
-            self.conv_weight,
+            self._conv_weight,
             None,
             states=windows,
             packed=part.packed,
@@ -144,7 +118,7 @@ class GatedDeltaNet:
             exports=part.exports,
         )
         query, key, value = self._heads(qkv)
-        gate, beta = self._gdn.gates(a, b, self.A_log, self.dt_bias)
+        gate, beta = self._gdn.gates(a, b, self._A_log, self._dt_bias)
         return self._gdn.chunk_gdn(
             query,
             key,
@@ -159,16 +133,18 @@ class GatedDeltaNet:
         )
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = qkv.split([self.key_size, self.key_size, self.value_size], dim=-1)
-        shape, tokens = self.shape, len(qkv)
+        sizes, tokens = self.sizes, len(qkv)
+        widths = [sizes.key_width, sizes.key_width, sizes.value_width]
+        query, key, value = qkv.split(widths, dim=-1)
         return (
-            query.view(tokens, shape.num_key_heads, shape.key_dim),
-            key.view(tokens, shape.num_key_heads, shape.key_dim),
-            value.view(tokens, shape.num_value_heads, shape.value_dim),
+            query.view(tokens, sizes.num_key_heads, sizes.key_dim),
+            key.view(tokens, sizes.num_key_heads, sizes.key_dim),
+            value.view(tokens, sizes.num_value_heads, sizes.value_dim),
         )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """The layer's output, ``[num_rows, H]``."""
-        z = projected[: len(mixed), self.sizes[0] : self.sizes[0] + self.value_size]
-        gated = self._norm.gated_rms_norm(mixed, self.norm_weight, z.view(mixed.shape), self.eps)
-        return self.output(pad_rows(gated.flatten(1), len(projected)))
+        first, width = self._widths[:2]
+        z = projected[: len(mixed), first : first + width]
+        gated = self._norm.gated_rms_norm(mixed, self._norm_weight, z.view(mixed.shape), self.eps)
+        return self._output(pad_rows(gated.flatten(1), len(projected)))

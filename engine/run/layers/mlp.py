@@ -8,7 +8,7 @@ import torch
 
 from engine.run.layers.linear import Linear, Part
 from engine.run.layers.parameters import Build, Parameter
-from engine.run.model_config import ExpertsShape
+from hybridcache.geometry.sizes import ExpertsSizes
 
 
 class MLP:
@@ -40,22 +40,24 @@ class ExpertsMLP:
         self,
         name: str,
         hidden_size: int,
-        shape: ExpertsShape,
+        sizes: ExpertsSizes,
         build: Build,
         *,
+        renormalises: bool,
         stacked_names: bool,
     ) -> None:
-        self.name, self.shape, self.stacked_names = name, shape, stacked_names
+        """``renormalises``: whether the weights of the chosen experts are made to sum to one.
+        ``stacked_names``: whether all experts come as one tensor."""
+        self.name, self.sizes, self.stacked_names = name, sizes, stacked_names
+        self._renormalises = renormalises
         weights = build.weights
-        self.w13 = weights.empty(shape.num_experts, 2 * shape.intermediate_size, hidden_size)
-        self.w2 = weights.empty(shape.num_experts, hidden_size, shape.intermediate_size)
+        self.w13 = weights.empty(sizes.num_experts, 2 * sizes.intermediate, hidden_size)
+        self.w2 = weights.empty(sizes.num_experts, hidden_size, sizes.intermediate)
         self._precision = weights.precision(f"{name}.experts")
         # Router and shared gate read the same input: one product.
-        gates = [Part(f"{name}.gate", shape.num_experts), Part(f"{name}.shared_expert_gate", 1)]
+        gates = [Part(f"{name}.gate", sizes.num_experts), Part(f"{name}.shared_expert_gate", 1)]
         self.router = Linear(hidden_size, gates, build)
-        self.shared = MLP(
-            f"{name}.shared_expert", hidden_size, shape.shared_intermediate_size, build
-        )
+        self.shared = MLP(f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build)
         self._moe = build.kernels["moe"]
         self._gate = build.kernels["activation"].sigmoid_mul
 
@@ -67,7 +69,7 @@ class ExpertsMLP:
             yield f"{stem}.gate_up_proj", Parameter(self.w13)
             yield f"{stem}.down_proj", Parameter(self.w2)
             return
-        for expert in range(self.shape.num_experts):
+        for expert in range(self.sizes.num_experts):
             gate, up = self.w13[expert].chunk(2)
             yield f"{stem}.{expert}.gate_proj.weight", Parameter(gate)
             yield f"{stem}.{expert}.up_proj.weight", Parameter(up)
@@ -85,9 +87,9 @@ class ExpertsMLP:
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Padding rows meet no expert: each would wake experts that nobody needs."""
         scores = self.router(x)
-        logits, shared_gate = scores.split([self.shape.num_experts, 1], dim=-1)
+        logits, shared_gate = scores.split([self.sizes.num_experts, 1], dim=-1)
         weights, experts = self._moe.route(
-            logits[:num_tokens], self.shape.experts_per_token, self.shape.renormalise
+            logits[:num_tokens], self.sizes.experts_per_token, self._renormalises
         )
         out = self._gate(self.shared(x, num_tokens), shared_gate)
         out[:num_tokens] += self._experts(x[:num_tokens], weights, experts)

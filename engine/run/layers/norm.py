@@ -16,7 +16,7 @@ class RMSNorm:
     def __init__(
         self, name: str, size: int, build: Build, *, eps: float, centred: bool = False
     ) -> None:
-        self.name, self.eps = name, eps
+        self.name, self.size, self.eps = name, size, eps
         self.weight = build.weights.empty(size)
         self._offset = 1.0 if centred else 0.0
         self._norm = build.kernels["norm"].rms_norm

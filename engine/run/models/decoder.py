@@ -1,84 +1,44 @@
-"""The decoder that all families share: embedding, layers, final norm, head. A family says how its
-layers are made.
-
-A layer runs in three parts, so that the dense ones can be captured as device graphs around the
-middle one, which works on the pools: ``project`` (norm, input product), ``mix`` (attention or
-scan), ``finish`` (output product, norm, MLP).
-"""
+"""The decoder that all families share: embedding, residual steps, final norm, head. A family says
+what its layers are made of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from engine.run.layers.attention import Attention
-from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.linear import Linear, Part
-from engine.run.layers.mlp import MLP, ExpertsMLP
+from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
-from engine.run.memory import KVPool, StatePool
-from engine.run.model_config import ModelConfig
+from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.run.memory import Pools
+from engine.run.model_config import Fields, ModelConfig
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 
 T = TypeVar("T", bound=Layer)
 
+Step = MixerStep | FeedForwardStep
 Fill = Callable[[Layer], None]
 """Called with every part right after it is made: fills in its weights."""
 
 
-class DecoderLayer:
-    """A mixer and an MLP, each behind a norm and around a residual."""
-
-    def __init__(
-        self,
-        mixer: Attention | GatedDeltaNet,
-        mlp: MLP | ExpertsMLP,
-        input_norm: RMSNorm,
-        post_norm: RMSNorm,
-    ) -> None:
-        self.mixer, self.mlp = mixer, mlp
-        self.is_full = isinstance(mixer, Attention)
-        self.input_norm, self.post_norm = input_norm, post_norm
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        for part in self._parts():
-            yield from part.parameters()
-
-    def seal(self) -> None:
-        for part in self._parts():
-            part.seal()
-
-    def _parts(self) -> tuple[Layer, ...]:
-        return self.input_norm, self.mixer, self.post_norm, self.mlp
-
-    def project(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the mixer's input product, the new residual)."""
-        normed, residual = self.input_norm.add(hidden, residual)
-        return self.mixer.project(normed), residual
-
-    def finish(
-        self,
-        mixed: torch.Tensor,
-        projected: torch.Tensor,
-        residual: torch.Tensor,
-        num_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the MLP's output, the residual it is still to be added to)."""
-        normed, residual = self.post_norm.add(self.mixer.finish(mixed, projected), residual)
-        return self.mlp(normed, num_tokens), residual
-
-
 class Decoder(ABC):
-    """One model with its weights. Subclasses say how a family's layers are built and named."""
+    """One model with its weights. A subclass is a family: it reads its config, and says how the
+    layers are built and named."""
 
-    centred_norms: ClassVar[bool] = True
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """``model_type`` values of a config.json that it serves."""
+    centred_norms: ClassVar[bool] = False
+    """Whether the norms of the residual stream are stored around zero."""
+    embedding_name: ClassVar[str] = "model.embed_tokens"
+    layers_name: ClassVar[str] = "model.layers"
+    norm_name: ClassVar[str] = "model.norm"
+    head_name: ClassVar[str] = "lm_head"
 
     def __init__(
         self,
@@ -88,22 +48,55 @@ class Decoder(ABC):
         *,
         stacked_experts: bool = False,
     ) -> None:
-        self.config = config
-        self.stacked_experts = stacked_experts
-        self._build = build
+        self.config, self.build, self.stacked_experts = config, build, stacked_experts
         self._parts: list[Layer] = []
-        self.embedding = self._add(Embedding("model.embed_tokens", config, build), fill)
-        self.layers = [self._add(self._layer(layer), fill) for layer in range(config.num_layers)]
-        self.norm = self._add(self._norm("model.norm"), fill)
-        self.head = self._add(Head("lm_head", config, self.embedding, build), fill)
+        self.embedding = self._add(Embedding(self.embedding_name, config, build), fill)
+        self.mixers: list[MixerStep] = []
+        self._between: list[list[FeedForwardStep]] = [[]]
+        """Before the first mixer, between each two, and behind the last."""
+        for rank, sizes in enumerate(config.sizes.layers):
+            for step in self.steps(f"{self.layers_name}.{rank}", sizes):
+                self._add(step, fill)
+                if isinstance(step, MixerStep):
+                    self.mixers.append(step)
+                    self._between.append([])
+                else:
+                    self._between[-1].append(step)
+        self.norm = self._add(self.norm_of(self.norm_name), fill)
+        self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
+
+    @classmethod
+    @abstractmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        """The config of a model of this family. Raises KeyError, TypeError, ValueError."""
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        """The layer called ``name``: here a mixer and an MLP, each behind a norm."""
+        assert sizes.mlp is not None
+        before, between = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
+        return [
+            MixerStep(self.mixer(name, sizes.mixers[0]), before=self.norm_of(before)),
+            FeedForwardStep(self.mlp(name, sizes.mlp), before=self.norm_of(between)),
+        ]
 
     @abstractmethod
-    def mixer(self, name: str, layer: int) -> Attention | GatedDeltaNet:
-        """The mixer of the layer called ``name``."""
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        """A mixer of the layer called ``name``."""
 
-    def mlp(self, name: str, layer: int) -> MLP | ExpertsMLP:
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        """The MLP of the layer called ``name``: here a dense one."""
+        return MLP(f"{name}.mlp", self.config.hidden_size, sizes.intermediate, self.build)
+
+    def norm_of(self, name: str, size: int | None = None) -> RMSNorm:
+        """A norm as wide as the model, or of ``size``."""
         config = self.config
-        return MLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, self._build)
+        return RMSNorm(
+            name,
+            size or config.hidden_size,
+            self.build,
+            eps=config.norm_eps,
+            centred=self.centred_norms,
+        )
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every checkpoint tensor of the model; only before it is sealed."""
@@ -111,48 +104,41 @@ class Decoder(ABC):
             yield from part.parameters()
 
     def forward(
-        self,
-        token_ids: torch.Tensor,
-        inputs: LayerInputs,
-        kv: KVPool | None,
-        states: StatePool | None,
+        self, token_ids: torch.Tensor, inputs: LayerInputs, pools: Sequence[Pools]
     ) -> torch.Tensor:
-        """Hidden states ``[num_rows, H]`` behind the final norm; moves the pools on."""
-        hidden: torch.Tensor = self.embedding(token_ids)
-        residual: torch.Tensor | None = None
-        kv_pools = (kv.key, kv.value) if kv is not None else None
-        state_pools = states.tensors if states is not None else None
-        for layer in self.layers:
-            projected, residual = layer.project(hidden, residual)
-            pools = kv_pools if layer.is_full else state_pools
-            assert pools is not None
-            mixed = layer.mixer.mix(projected, inputs, pools)
-            hidden, residual = layer.finish(mixed, projected, residual, inputs.num_tokens)
-        return self.norm.add(hidden, residual)[0]
+        """Hidden states ``[num_rows, H]`` behind the final norm; moves the pools, one entry a
+        mixer, on."""
+        out, residual = self.start(token_ids, inputs.num_tokens)
+        for rank, step in enumerate(self.mixers):
+            mixed = step.block.mix(out, inputs, pools[rank])
+            out, residual = self.resume(rank, mixed, out, residual, inputs.num_tokens)
+        return out
 
-    def rank(self, layer: int) -> int:
-        """How many layers of the same type come before ``layer``: its place in the pools."""
-        types = self.config.layer_types
-        return types[:layer].count(types[layer])
+    def start(self, token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up to the first mixer: (its input product, the residual stream)."""
+        return self._advance(0, self.embedding(token_ids), None, num_tokens)
 
-    def _layer(self, layer: int) -> DecoderLayer:
-        name = f"model.layers.{layer}"
-        return DecoderLayer(
-            self.mixer(name, layer),
-            self.mlp(name, layer),
-            self._norm(f"{name}.input_layernorm"),
-            self._norm(f"{name}.post_attention_layernorm"),
-        )
+    def resume(
+        self,
+        rank: int,
+        mixed: torch.Tensor,
+        projected: torch.Tensor,
+        residual: torch.Tensor,
+        num_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From what mixer ``rank`` left to the input product of the next, or to the hidden states
+        behind the final norm: (either, the residual stream)."""
+        hidden = self.mixers[rank].finish(mixed, projected)
+        return self._advance(rank + 1, hidden, residual, num_tokens)
 
-    def _norm(self, name: str) -> RMSNorm:
-        config = self.config
-        return RMSNorm(
-            name,
-            config.hidden_size,
-            self._build,
-            eps=config.norm_eps,
-            centred=self.centred_norms,
-        )
+    def _advance(
+        self, rank: int, hidden: torch.Tensor, residual: torch.Tensor | None, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for step in self._between[rank]:
+            hidden, residual = step(hidden, residual, num_tokens)
+        if rank == len(self.mixers):
+            return self.norm.add(hidden, residual)
+        return self.mixers[rank].project(hidden, residual)
 
     def _add(self, part: T, fill: Fill | None) -> T:
         self._parts.append(part)
@@ -166,7 +152,7 @@ class Embedding:
     """Token ids to hidden states."""
 
     def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
-        self.name = name
+        self.name, self._multiplier = name, config.embedding_multiplier
         self.weight = build.weights.empty(config.vocab_size, config.hidden_size)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -176,14 +162,15 @@ class Embedding:
         pass
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(token_ids, self.weight)
+        hidden = F.embedding(token_ids, self.weight)
+        return hidden if self._multiplier == 1.0 else hidden * self._multiplier
 
 
 class Head:
     """Hidden states to logits; where a model ties its embeddings it has no weights of its own."""
 
     def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
-        self._is_tied = config.tie_embeddings
+        self._is_tied, self._multiplier = config.tie_embeddings, config.logit_multiplier
         self._linear = Linear(
             config.hidden_size,
             [Part(name, config.vocab_size)],
@@ -199,4 +186,5 @@ class Head:
         self._linear.seal()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._linear(hidden)
+        logits = self._linear(hidden)
+        return logits if self._multiplier == 1.0 else logits * self._multiplier

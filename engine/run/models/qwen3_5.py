@@ -1,13 +1,31 @@
-"""Qwen3.5, dense: Qwen3-Next's mixers with plain MLPs, input projections of the linear layers split
+"""Qwen3.5, dense or with experts: Qwen3-Next's layers, input projections of the linear ones split
 by kind."""
 
 from __future__ import annotations
 
-from engine.run.layers.gated_delta_net import Layout
+from collections.abc import Sequence
+
+from engine.run.layers.linear import Part
+from engine.run.model_config import Fields, ModelConfig
 from engine.run.models.qwen3_next import Qwen3Next
+from hybridcache.geometry.mixers import DeltaSizes
 
 
 class Qwen3_5(Qwen3Next):
-    """The text part of a Qwen3.5 checkpoint."""
+    """The text part of a Qwen3.5 checkpoint; its experts come as one tensor each of gate-and-up and
+    of down, and their weights always sum to one."""
 
-    layout: Layout = "split"
+    model_types = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+
+    @classmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        return super().read({**text, "norm_topk_prob": True})
+
+    def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
+        heads = sizes.num_value_heads
+        return [
+            Part(f"{name}.in_proj_qkv", sizes.conv_channels),
+            Part(f"{name}.in_proj_z", sizes.value_width),
+            Part(f"{name}.in_proj_b", heads),
+            Part(f"{name}.in_proj_a", heads),
+        ]

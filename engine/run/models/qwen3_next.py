@@ -3,34 +3,103 @@ every layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
 from engine.run.layers.attention import Attention
-from engine.run.layers.gated_delta_net import GatedDeltaNet, Layout
-from engine.run.layers.mlp import MLP, ExpertsMLP
+from engine.run.layers.gated_delta_net import GatedDeltaNet
+from engine.run.layers.linear import Part
+from engine.run.layers.mlp import ExpertsMLP
+from engine.run.layers.residual import FeedForward, Mixer
+from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
 from engine.run.models.decoder import Decoder
+from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3NextConfig(ModelConfig):
+    """``attention_bias``: of all products of the attention layers. ``renormalises``: whether the
+    weights of a token's experts are made to sum to one."""
+
+    attention_bias: bool
+    renormalises: bool
 
 
 class Qwen3Next(Decoder):
     """Input projections of the linear layers come interleaved by key head, experts one by one."""
 
-    layout: Layout = "interleaved"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
+    centred_norms = True
+    config: Qwen3NextConfig
 
-    def mixer(self, name: str, layer: int) -> Attention | GatedDeltaNet:
-        config, rank, build = self.config, self.rank(layer), self._build
-        if config.layer_types[layer] == "full_attention":
-            return Attention(
-                f"{name}.self_attn", config, rank, build, gated=True, centred_norms=True
+    @classmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        shared = common(text)
+        attention = mixer_of(shared["sizes"], AttentionSizes)
+        return Qwen3NextConfig(
+            **shared,
+            rope=rope(text, attention.head_dim, fraction=0.25),
+            attention_bias=bool(text.get("attention_bias")),
+            renormalises=bool(text.get("norm_topk_prob", True)),
+        )
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config, build = self.config, self.build
+        if isinstance(sizes, AttentionSizes):
+            norms = (
+                self.norm_of(f"{name}.self_attn.q_norm", sizes.head_dim),
+                self.norm_of(f"{name}.self_attn.k_norm", sizes.head_dim),
             )
-        return GatedDeltaNet(f"{name}.linear_attn", config, rank, build, layout=self.layout)
+            return Attention(
+                f"{name}.self_attn",
+                config.hidden_size,
+                sizes,
+                build,
+                norms=norms,
+                bias=config.attention_bias,
+            )
+        assert isinstance(sizes, DeltaSizes)
+        linear = f"{name}.linear_attn"
+        return GatedDeltaNet(
+            linear,
+            config.hidden_size,
+            sizes,
+            self.inputs(linear, sizes),
+            build,
+            eps=config.norm_eps,
+        )
 
-    def mlp(self, name: str, layer: int) -> MLP | ExpertsMLP:
-        config = self.config
-        if not config.expert_layers[layer]:
-            return super().mlp(name, layer)
-        assert config.experts is not None
+    def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
+        """Queries, keys, values and z are one matrix, b and a another, key head by key head."""
+        group = sizes.num_value_heads // sizes.num_key_heads
+        values = group * sizes.value_dim
+        qkvz = _by_kind(sizes, [sizes.key_dim, sizes.key_dim, values, values])
+        ba = _by_kind(sizes, [group, group])
+        return [
+            Part(f"{name}.in_proj_qkvz", len(qkvz), qkvz),
+            Part(f"{name}.in_proj_ba", len(ba), ba),
+        ]
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return super().mlp(name, sizes)
         return ExpertsMLP(
             f"{name}.mlp",
-            config.hidden_size,
-            config.experts,
-            self._build,
+            self.config.hidden_size,
+            sizes,
+            self.build,
+            renormalises=self.config.renormalises,
             stacked_names=self.stacked_experts,
         )
+
+
+def _by_kind(sizes: DeltaSizes, widths: list[int]) -> torch.Tensor:
+    """Rows of a matrix that has ``widths`` next to each other for every key head, ordered by kind
+    instead."""
+    heads = sizes.num_key_heads
+    rows = torch.arange(heads * sum(widths)).view(heads, sum(widths))
+    return torch.cat([part.flatten() for part in rows.split(widths, dim=1)])

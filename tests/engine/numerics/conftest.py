@@ -149,7 +149,7 @@ class Driver:
             np.random.default_rng(self.scatter_seed).shuffle(self.order)
 
     def slot(self) -> int | None:
-        if self.runner.states is None:
+        if self.runner.tensors.padding_slot is None:
             return None
         self.next_slot += 1
         assert self.next_slot <= min(self.runner.memory.num_slots, NUM_SLOTS)

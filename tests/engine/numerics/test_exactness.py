@@ -139,7 +139,7 @@ def test_decode_exports_are_copies_of_the_live_state(drivers, random_tokens):
     driver.runner.forward(Batch((prefill,), (), (write,)))
     target = driver.slot()
     driver.runner.forward(Batch((driver.decode_segment(sequence, 5, exports=((128, target),)),)))
-    for pool in driver.runner.states.tensors:
+    for pool in driver.runner.tensors.states:
         assert pool[:, sequence.slot].abs().sum() > 0
         assert torch.equal(pool[:, target], pool[:, sequence.slot])
 

@@ -23,16 +23,29 @@ from engine.run.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.run.model_config import ModelConfig, ModelError
+from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
+from engine.run.models import read_model
 from engine.run.models.builtin import BUILTIN_CONFIG
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
 
-MODEL = ModelConfig.from_dict(BUILTIN_CONFIG)
-ATTENTION_ONLY = ModelConfig.from_dict({**BUILTIN_CONFIG, "model_type": "qwen3"})
+MODEL = read_model(BUILTIN_CONFIG)[1].sizes
+ATTENTION_ONLY = read_model({**BUILTIN_CONFIG, "model_type": "qwen3"})[1].sizes
 CPU = Device.resolve("cpu")
 NO_BUDGET = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
+
+
+def allocate(plan, sizes, dtype, state_dtype=torch.float32):
+    """The memory, and its pools by what is kept in them."""
+    keeps = [layer.keeps for layer in sizes.layers]
+    memory = Memory.allocate(plan, keeps, dtype, state_dtype, CPU)
+    named = {"key": [], "value": [], "conv": [], "recurrent": []}
+    for specs, pools in zip(keeps, memory.pools, strict=True):
+        for spec, pool in zip(specs, pools, strict=True):
+            assert pool.shape[1:] == spec.shape
+            named[spec.name].append(pool)
+    return memory, named
 
 
 def fit(model, **budget):
@@ -59,12 +72,17 @@ def test_rows_and_slots_weigh_what_the_geometry_says(dtype, state_dtype):
 def test_pools_are_as_large_as_was_asked_and_padding_has_a_row_and_a_slot(dtype, state_dtype):
     row, state = kv_row_bytes(MODEL, dtype), state_slot_bytes(MODEL, dtype, state_dtype)
     plan = MemoryPlan("pools", 300, 4, row, state)
-    memory = Memory.allocate(plan, MODEL, dtype, state_dtype, CPU)
-    assert memory.kv.key.nbytes + memory.kv.value.nbytes == 301 * row
-    assert sum(tensor.nbytes for tensor in memory.states.tensors) == 5 * state
-    assert (memory.kv.padding_row, memory.states.padding_slot) == (300, 4)
+    memory, pools = allocate(plan, MODEL, dtype, state_dtype)
+    kv, states = pools["key"] + pools["value"], pools["conv"] + pools["recurrent"]
+    assert sum(tensor.nbytes for tensor in kv) == 301 * row
+    assert sum(tensor.nbytes for tensor in states) == 5 * state
+    assert sum(tensor.nbytes for tensor in memory.states) == 5 * state and len(memory.states) == 2
+    assert (memory.padding_row, memory.padding_slot) == (300, 4)
     assert memory.rows is None and plan.total_bytes == 300 * row + 4 * state
-    assert not any(one.any() for one in (memory.kv.key, memory.kv.value, *memory.states.tensors))
+    assert not any(one.any() for one in kv + states)
+    for tensor in memory.states:
+        tensor.fill_(1)
+    assert all((one == 1).all() for one in states)
 
 
 @DTYPES
@@ -74,43 +92,48 @@ def test_every_byte_of_an_arena_belongs_to_one_row_and_to_one_slot(dtype, state_
     """Written through one view at a time, found in the bytes: rows, slots and what padding has."""
     budget = {"cache_bytes": 6 * 2**20, "page_size": page_size, "state_dtype": state_dtype}
     plan = MemoryPlan.fit(MODEL, dtype, CPU, **{**NO_BUDGET, **budget})
-    memory = Memory.allocate(plan, MODEL, dtype, state_dtype, CPU)
-    kv, states, rows, slab = memory.kv, memory.states, memory.rows, plan.slab_rows
+    memory, pools = allocate(plan, MODEL, dtype, state_dtype)
+    rows, slab = memory.rows, plan.slab_rows
     assert slab % page_size == 0 and plan.num_slots == plan.num_kv_tokens // slab
     state = state_slot_bytes(MODEL, dtype, state_dtype)
-    for row in (0, 1, slab, plan.num_kv_tokens - 1, kv.padding_row):
-        for views in (kv.key, kv.value):
-            views[:, row] = float("nan")
+    for row in (0, 1, slab, plan.num_kv_tokens - 1, memory.padding_row):
+        for pool in pools["key"] + pools["value"]:
+            pool[row] = float("nan")
         touched = rows.any(dim=1).nonzero().flatten().tolist()
         assert touched == [row]
         # A NaN is not zero in every second byte at least; each layer has its own place in the row.
         written = (rows[row].view(dtype).float().isnan()).sum()
         assert written * dtype.itemsize == kv_row_bytes(MODEL, dtype)
         rows.zero_()
-    for slot in (0, 1, plan.num_slots - 1, states.padding_slot):
+    for slot in (0, 1, plan.num_slots - 1, memory.padding_slot):
         first = slot * slab
-        states.conv[:, slot] = float("nan")
+        for pool in pools["conv"]:
+            pool[slot] = float("nan")
         num_conv = rows.view(dtype).float().isnan().sum() * dtype.itemsize
-        states.recurrent[:, slot] = float("nan")
+        for pool in pools["recurrent"]:
+            pool[slot] = float("nan")
         touched = rows.any(dim=1).nonzero().flatten()
         assert (first, first + slab) == (touched[0], touched[0] + slab)
         assert touched[-1] == first + -(-state // plan.row_bytes) - 1
-        num_recurrent = states.recurrent[:, slot].nbytes
-        assert num_conv == states.conv[:, slot].nbytes and num_conv + num_recurrent == state
-        assert len(set(states.conv[:, slot].isnan().flatten().tolist())) == 1
-        assert states.whole[0][0, slot].equal(
+        num_recurrent = sum(pool[slot].nbytes for pool in pools["recurrent"])
+        assert num_conv == sum(pool[slot].nbytes for pool in pools["conv"])
+        assert num_conv + num_recurrent == state
+        assert all(pool[slot].isnan().all() for pool in pools["conv"])
+        assert memory.states[0][0, slot].equal(
             rows.view(-1, plan.row_bytes)[first:].flatten()[:state]
         )
         rows.zero_()
-    assert kv.padding_row >= plan.num_kv_tokens and kv.padding_row // slab > states.padding_slot
-    assert states.padding_slot * slab >= plan.num_kv_tokens
+    assert memory.padding_row >= plan.num_kv_tokens
+    assert memory.padding_row // slab > memory.padding_slot
+    assert memory.padding_slot * slab >= plan.num_kv_tokens
 
 
 def test_an_arena_of_an_attention_only_model_is_rows_only():
     plan = fit(ATTENTION_ONLY, cache_bytes=GIB // 64)
     assert (plan.memory, plan.num_slots, plan.slab_rows) == ("arena", 0, 0)
-    memory = Memory.allocate(plan, ATTENTION_ONLY, torch.bfloat16, torch.float32, CPU)
-    assert memory.states is None and memory.kv.padding_row == plan.num_kv_tokens
+    memory, _ = allocate(plan, ATTENTION_ONLY, torch.bfloat16)
+    assert memory.states == () and memory.padding_slot is None
+    assert memory.padding_row == plan.num_kv_tokens
     assert memory.rows.shape == (plan.num_kv_tokens + 1, plan.row_bytes)
 
 
@@ -243,4 +266,4 @@ def test_memory_kept_for_graphs_is_no_memory_for_pools(monkeypatch):
 
 def test_more_layers_than_any_model_has_are_refused_at_once():
     with pytest.raises(ModelError, match="num_hidden_layers can not be 1000000000"):
-        ModelConfig.from_dict({**BUILTIN_CONFIG, "num_hidden_layers": 10**9})
+        read_model({**BUILTIN_CONFIG, "num_hidden_layers": 10**9})

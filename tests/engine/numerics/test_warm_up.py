@@ -191,9 +191,9 @@ def test_states_of_sixteen_bits_take_half_the_memory(monkeypatch, tmp_path) -> N
         for word, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             settings = {"state_dtype": word, "warm_up": False, "kv_gib": 0.02, "state_gib": 0.02}
             runner = make_engine(tmp_path, **settings).runner
-            assert runner.states.recurrent.dtype == dtype
+            assert runner.tensors.pools[0][1].dtype == dtype  # conv and recurrent
             assert runner.geometry.state_dtype == word
-            num_bytes = sum(pool[:, 0].nbytes for pool in runner.states.tensors)
+            num_bytes = sum(pool[:, 0].nbytes for pool in runner.tensors.states)
             assert num_bytes == runner.geometry.state_bytes
 
 

@@ -17,10 +17,10 @@ from engine.config import EngineConfig
 from engine.run import weights
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.parameters import Build, WeightSpec
-from engine.run.model_config import ModelConfig, ModelError
+from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
+from engine.run.models import read_model
 from engine.run.weights import Dummy, WeightsError
 from experiments.gpu_models import TINY
 
@@ -182,17 +182,15 @@ def test_directories_without_a_model(tmp_path, checkpoint):
 
 def test_unsupported_models_are_named():
     with pytest.raises(ModelError, match=r"'llama' are not supported; .*qwen3_next"):
-        ModelConfig.from_dict({"model_type": "llama"})
+        read_model({"model_type": "llama"})
     with pytest.raises(ModelError, match="no 'hidden_size'"):
-        ModelConfig.from_dict(
-            {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
-        )
+        read_model({"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2})
     shape = {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
     shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1}
     with pytest.raises(ModelError, match="'yarn' are not supported"):
-        ModelConfig.from_dict({**shape, "rope_scaling": {"rope_type": "yarn"}})
+        read_model({**shape, "rope_scaling": {"rope_type": "yarn"}})
     with pytest.raises(ModelError, match="pre-quantised weights are not supported"):
-        ModelConfig.from_dict({**shape, "quantization_config": {"quant_method": "gptq"}})
+        read_model({**shape, "quantization_config": {"quant_method": "gptq"}})
     for wrong, message in (
         ({"num_hidden_layers": None}, "a value of the wrong type"),
         ({"num_hidden_layers": "many"}, "a value of the wrong type"),
@@ -204,7 +202,7 @@ def test_unsupported_models_are_named():
         ({"head_dim": 15}, "head_dim must make it even"),
     ):
         with pytest.raises(ModelError, match=message):
-            ModelConfig.from_dict(shape | wrong)
+            read_model(shape | wrong)
 
 
 def test_dummy_weights_depend_on_the_seed_alone(checkpoint, random_tokens, drivers):
@@ -245,19 +243,17 @@ def test_a_pool_too_small_says_what_it_would_need(oracles):
         ModelRunner(small)
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "split"])
-def test_gates_of_8bit_models_keep_full_precision(layout):
-    config = ModelConfig.from_dict(TINY)
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])
+def test_gates_of_8bit_models_keep_full_precision(model_type):
+    family, config = read_model(TINY | {"model_type": model_type})
     kernels = Kernels.choose(Device.resolve("cpu"))
     hidden = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
     projected = []
     for quantization in (None, "int8"):
         place = WeightSpec(torch.device("cpu"), torch.float32, quantization)
-        mixer = GatedDeltaNet("mixer", config, 0, Build(kernels, place), layout=layout)
-        Dummy(0).fill(mixer)
-        mixer.seal()
+        mixer = family(config, Build(kernels, place), Dummy(0).fill).mixers[0].block
         projected.append(mixer.project(hidden))
-    num_gates = 2 * config.linear.num_value_heads
+    num_gates = 2 * TINY["linear_num_value_heads"]
     (mixed, gates), (rounded, kept) = (x.tensor_split([-num_gates], dim=1) for x in projected)
     torch.testing.assert_close(kept, gates, rtol=1e-5, atol=1e-6)
     assert (rounded - mixed).abs().max() > 1e-4 * mixed.abs().max()

@@ -1,0 +1,32 @@
+"""Nemotron-H: every layer is one thing, a Mamba-2 mixer, attention, an MLP or experts."""
+
+from __future__ import annotations
+
+from hybridcache.geometry.families import fields
+from hybridcache.geometry.families.fields import Fields
+from hybridcache.geometry.mixers import MambaSizes
+from hybridcache.geometry.sizes import LayerSizes, ModelSizes
+
+MODEL_TYPES = ("nemotron_h",)
+MARK = "mamba_num_heads"
+WORDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+"""Letters of ``hybrid_override_pattern`` to the words of ``layers_block_type``."""
+
+
+def sizes(text: Fields) -> ModelSizes:
+    """One letter or one word a layer."""
+    sorts = text.get("layers_block_type") or text["hybrid_override_pattern"]
+    mamba = MambaSizes(
+        num_heads=int(text["mamba_num_heads"]),
+        head_dim=int(text["mamba_head_dim"]),
+        state_dim=int(text["ssm_state_size"]),
+        num_groups=int(text["n_groups"]),
+        conv_width=int(text["conv_kernel"]),
+    )
+    made = {
+        "mamba": LayerSizes((mamba,)),
+        "attention": LayerSizes((fields.attention(text),)),
+        "mlp": LayerSizes(mlp=fields.dense(text, matrices=2)),
+        "moe": LayerSizes(mlp=fields.experts(text, matrices=2)),
+    }
+    return fields.model(text, tuple(made[WORDS.get(sort, sort)] for sort in sorts))

@@ -1,0 +1,14 @@
+"""Qwen3, dense: attention in every layer."""
+
+from __future__ import annotations
+
+from hybridcache.geometry.families import fields
+from hybridcache.geometry.families.fields import Fields
+from hybridcache.geometry.sizes import LayerSizes, ModelSizes
+
+MODEL_TYPES = ("qwen3",)
+
+
+def sizes(text: Fields) -> ModelSizes:
+    layer = LayerSizes((fields.attention(text),), fields.dense(text))
+    return fields.model(text, (layer,) * fields.num_layers(text))
