@@ -115,10 +115,9 @@ def assert_same(some: list[RequestOutput], others: list[RequestOutput]) -> None:
 def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEngine) -> None:
     runner = make_engine().runner
     size = runner.memory.slab_rows
-    runner.tensors.rows.copy_(
-        torch.arange(runner.tensors.rows.numel()).view(runner.tensors.rows.shape) % 251
-    )
-    before = runner.tensors.rows.clone()
+    rows = runner.tensors.rows
+    rows.copy_(torch.arange(rows.numel()).view(rows.shape) % 251)
+    before = rows.clone()
     saved = [states[:, 0].clone() for states in runner.tensors.states]
     src = np.arange(size, 2 * size, dtype=np.int32)
     runner.forward(Batch((), restores=((0, 1),), moves=(Move(1, src, src + 2 * size, src),)))
