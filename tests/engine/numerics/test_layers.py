@@ -1,0 +1,288 @@
+"""Layers of every build: mixers side by side, mixers or MLPs alone, norms before and behind,
+multipliers, rows of another form than keys and values. On pools and on an arena, cold and on hits,
+plain and as graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.run import model_runner
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.layers.attention import Attention
+from engine.run.layers.gated_delta_net import GatedDeltaNet
+from engine.run.layers.linear import Linear, Part
+from engine.run.layers.mlp import MLP
+from engine.run.layers.norm import RMSNorm
+from engine.run.layers.parameters import Build, WeightSpec
+from engine.run.layers.residual import FeedForwardStep, MixerStep, Parallel
+from engine.run.model_config import ModelConfig, ModelError, Rope
+from engine.run.model_runner import ModelRunner
+from engine.run.models import families, read_model
+from engine.run.models.decoder import Decoder
+from engine.run.weights import Dummy
+from engine.schedule.batch import Batch
+from hybridcache.geometry.mixers import (
+    AttentionSizes,
+    DeltaSizes,
+    LatentAttentionSizes,
+    ShortConvSizes,
+)
+from hybridcache.geometry.sizes import LayerSizes, MLPSizes, ModelSizes
+
+ATTENTION = AttentionSizes(4, 2, 16)
+DELTA = DeltaSizes(2, 4, 16, 8, 4)
+OTHER_DELTA = DeltaSizes(2, 2, 8, 24, 3)
+LATENT = LatentAttentionSizes(2, 24, 8)
+WINDOW = ShortConvSizes(48, 2)
+MLP_SIZES = MLPSizes(40)
+SIZES = ModelSizes(
+    48,
+    97,
+    (
+        LayerSizes(mlp=MLP_SIZES),
+        LayerSizes((ATTENTION, DELTA), MLP_SIZES),
+        LayerSizes((OTHER_DELTA,)),
+        LayerSizes((LATENT,), MLP_SIZES),
+        LayerSizes((WINDOW,)),
+        LayerSizes(mlp=MLP_SIZES),
+    ),
+)
+CONFIG = ModelConfig(
+    sizes=SIZES,
+    norm_eps=1e-6,
+    rope=Rope(10_000.0, 16),
+    tie_embeddings=True,
+    max_position=512,
+    dtype="float32",
+    embedding_multiplier=3.0,
+    logit_multiplier=0.25,
+)
+
+
+class Dense:
+    """Half a mixer: its two products."""
+
+    def __init__(self, name, sizes, width, out, build):
+        self.keeps, self.projected_size, self.mixed_shape = sizes.keeps, width, (out,)
+        self._in = Linear(48, [Part(f"{name}.in_proj", width)], build)
+        self._out = Linear(out, [Part(f"{name}.out_proj", 48)], build)
+
+    def parameters(self):
+        yield from self._in.parameters()
+        yield from self._out.parameters()
+
+    def seal(self):
+        self._in.seal()
+        self._out.seal()
+
+    def project(self, hidden):
+        return self._in(hidden)
+
+    def finish(self, mixed, projected):
+        out = torch.zeros(len(projected), *mixed.shape[1:])
+        out[: len(mixed)] = mixed
+        return self._out(out)
+
+
+class Latest(Dense):
+    """Latent rows: adds to each token the latent and the key of the prompt's first token."""
+
+    def __init__(self, name, sizes, build):
+        super().__init__(name, sizes, 32, 32, build)
+
+    def mix(self, projected, inputs, pools):
+        latent, rope_key = projected[: inputs.num_tokens].split([24, 8], dim=-1)
+        pools[0][inputs.kv_indices], pools[1][inputs.kv_indices] = latent, rope_key
+        rows, first = [], 0
+        for part, count in (
+            (inputs.decode, inputs.num_decode),
+            (inputs.prefill, inputs.num_tokens - inputs.num_decode),
+        ):
+            if part is None:
+                continue
+            lengths = getattr(part, "packed", None)
+            lengths = lengths.lengths if lengths is not None else [1] * count
+            for row, length in zip(part.sequences.row_table.tolist(), lengths, strict=True):
+                origin = inputs.table[row, 0].long()
+                kept = torch.cat([pools[0][origin], pools[1][origin]])
+                rows.append(projected[first : first + length] + kept)
+                first += length
+        return torch.cat(rows)
+
+
+class Sum(Dense):
+    """A state of few rows: adds the inputs of the two tokens before."""
+
+    def __init__(self, name, sizes, build):
+        super().__init__(name, sizes, 48, 48, build)
+
+    def mix(self, projected, inputs, pools):
+        (windows,) = pools
+        outs, first = [], 0
+        parts = [] if inputs.decode is None else [(inputs.decode.slots, [1] * inputs.num_decode)]
+        if inputs.prefill is not None:
+            parts.append((inputs.prefill.slots, inputs.prefill.packed.lengths))
+        for slots, lengths in parts:
+            for rank, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
+                x = projected[first : first + length]
+                is_new = slots is not getattr(inputs.decode, "slots", None) and not bool(
+                    inputs.prefill.resumed[rank]
+                )
+                window = torch.zeros(2, 48) if is_new else windows[slot].mT.clone()
+                x = torch.cat([window, x])
+                outs.append(x[2:] + x[1:-1] + x[:-2])
+                windows[slot] = x[-2:].mT
+                if slots is not getattr(inputs.decode, "slots", None):
+                    exports = inputs.prefill.exports
+                    for sequence, end, target in (
+                        zip(exports.sequences, exports.ends, exports.slots, strict=True)
+                        if exports is not None
+                        else ()
+                    ):
+                        if sequence == rank:
+                            windows[target] = x[end : end + 2].mT
+                first += length
+        return torch.cat(outs)
+
+
+class Everything(Decoder):
+    """No model that anybody has trained."""
+
+    @classmethod
+    def read(cls, text):
+        return CONFIG
+
+    def steps(self, name, sizes):
+        steps = []
+        if sizes.mixers:
+            mixers = [
+                self.mixer(f"{name}.{rank}", mixer) for rank, mixer in enumerate(sizes.mixers)
+            ]
+            block = mixers[0] if len(mixers) == 1 else Parallel(mixers)
+            norms = {"before": self.norm_of(f"{name}.before")} if len(mixers) > 1 else {}
+            norms["after"] = self.norm_of(f"{name}.after")
+            steps.append(MixerStep(block, **norms, multiplier=0.5))
+        if sizes.mlp is not None:
+            before = self.norm_of(f"{name}.mlp_norm")
+            steps.append(FeedForwardStep(self.mlp(name, sizes.mlp), before=before))
+        return steps
+
+    def mixer(self, name, sizes):
+        if isinstance(sizes, AttentionSizes):
+            norms = self.norm_of(f"{name}.q_norm", 64), self.norm_of(f"{name}.k_norm", 32)
+            return Attention(name, 48, sizes, self.build, norms=norms, output_bias=True, scale=0.3)
+        if isinstance(sizes, DeltaSizes):
+            widths = {
+                "qkv": sizes.conv_channels,
+                "z": sizes.value_width,
+                "b": sizes.num_value_heads,
+                "a": sizes.num_value_heads,
+            }
+            inputs = [Part(f"{name}.{word}", width) for word, width in widths.items()]
+            return GatedDeltaNet(name, 48, sizes, inputs, self.build, eps=1e-6)
+        return (Latest if isinstance(sizes, LatentAttentionSizes) else Sum)(name, sizes, self.build)
+
+
+@pytest.fixture
+def make(monkeypatch, driver_class):
+    monkeypatch.setattr(model_runner, "read_model", lambda raw: (Everything, CONFIG))
+
+    def driver(**memory):
+        config = EngineConfig(device="cpu", load_format="dummy", max_model_len=256, **memory)
+        return driver_class(ModelRunner(config))
+
+    return driver
+
+
+ARENA, POOLS = {"cache_gib": 0.02}, {"kv_gib": 0.01, "state_gib": 0.01}
+
+
+def run(driver, tokens):
+    """Logits of a cold prompt, of its tail after a hit beside a decoding sequence, and of that."""
+    sequence, write = driver.begin(tokens)
+    checkpoint = driver.slot()
+    segment = driver.prefill_segment(sequence, 150, logits="all", exports=((64, checkpoint),))
+    cold = driver.runner.forward(Batch((segment,), (), (write,)))
+    again, write = driver.begin(tokens, prefix=write[2][:64])
+    segments = (
+        driver.decode_segment(sequence, 7),
+        driver.prefill_segment(again, 150, logits="all"),
+    )
+    mixed = driver.runner.forward(Batch(segments, ((checkpoint, again.slot),), (write,)))
+    assert torch.equal(mixed[1:], cold[64:])
+    return torch.cat([cold, mixed])
+
+
+def test_hits_change_nothing_on_pools_and_arenas(make, random_tokens):
+    tokens = random_tokens(150, seed=1, vocab_size=97)
+    on_pools = run(make(**POOLS), tokens)
+    driver = make(**ARENA)
+    assert torch.equal(run(driver, tokens), on_pools)
+    assert on_pools.isfinite().all() and on_pools.std() > 0
+    runner = driver.runner
+    assert runner.geometry.kv_bytes_per_token == runner.memory.row_bytes == 4 * (64 + 32)
+    assert runner.geometry.num_full_layers == 2 and runner.geometry.num_linear_layers == 3
+    keeps = [spec for step in runner.model.mixers for spec in step.block.keeps]
+    assert keeps == list(SIZES.specs())
+
+
+def test_pieces_as_graphs(make, random_tokens):
+    tokens = random_tokens(150, seed=2, vocab_size=97)
+    driver = make(**POOLS)
+    plain = run(driver, tokens)
+    driver.reset()
+    recorded = []
+
+    def record(work):
+        recorded.append(work)
+        work()
+        return work
+
+    driver.runner.use_graphs("all", record)
+    driver.runner.graphs = None, driver.runner.graphs[1]
+    assert torch.equal(run(driver, tokens), plain)
+    assert len(recorded) == 2 * 5  # two buckets, four mixers
+
+
+def test_norms_behind_a_block_and_its_multiplier():
+    spec = WeightSpec(torch.device("cpu"), torch.float32)
+    build = Build(Kernels.choose(Device.resolve("cpu")), spec)
+    norm = RMSNorm("after", 8, build, eps=1e-6)
+    step = FeedForwardStep(MLP("mlp", 8, 12, build), after=norm, multiplier=0.5)
+    Dummy(0).fill(step)
+    step.seal()
+    out, residual = torch.randn(4, 8), torch.randn(4, 8)
+    added, stream = step(out, residual, 4)
+    assert torch.equal(stream, out + residual)
+    assert torch.equal(added, norm(step.block(stream, 4)) * 0.5)
+    assert step(out, None, 4)[1] is out
+
+
+def test_every_family_is_found_by_its_file():
+    files = {path.stem for path in Path("engine/run/models").glob("*.py")}
+    helpers = {"__init__", "builtin", "decoder"}
+    assert {family.__module__.rpartition(".")[2] for family in families().values()} == (
+        files - helpers
+    )
+    with pytest.raises(ModelError, match=r"'mamba' are not supported; supported are .*qwen3_next"):
+        read_model({"model_type": "mamba"})
+
+
+def test_a_model_that_keeps_no_kv_is_refused(monkeypatch):
+    stateful = ModelSizes(48, 97, (LayerSizes((DELTA,), MLP_SIZES),))
+    config = ModelConfig(
+        sizes=stateful,
+        norm_eps=1e-6,
+        rope=None,
+        tie_embeddings=True,
+        max_position=512,
+        dtype="float32",
+    )
+    monkeypatch.setattr(model_runner, "read_model", lambda raw: (Everything, config))
+    with pytest.raises(ModelError, match="without a single attention layer"):
+        ModelRunner(EngineConfig(device="cpu", load_format="dummy", cache_gib=0.01))
