@@ -30,6 +30,7 @@ class GateInputs(NamedTuple):
     b: torch.Tensor
     A_log: torch.Tensor
     dt_bias: torch.Tensor
+    max_beta: float
 
 
 @triton.jit
@@ -47,6 +48,7 @@ def step(b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strid
         tl.load(inputs.b + i_token * stride_b + i_head),
         tl.load(inputs.A_log + i_head),
         tl.load(inputs.dt_bias + i_head),
+        inputs.max_beta,
     )
     b_state *= tl.exp(b_gate)
     b_delta = (b_v.to(tl.float32) - tl.sum(b_state * b_k[:, None], axis=0)) * b_beta
@@ -151,6 +153,7 @@ def decode_gdn(
     states: torch.Tensor,
     slots: torch.Tensor,
     scale: float | None = None,
+    max_beta: float = 1.0,
 ) -> torch.Tensor:
     """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
     One launch.
@@ -158,7 +161,7 @@ def decode_gdn(
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
       `kernels.gdn.gates`. What belongs to one token is contiguous, tokens need not be.
     - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous,
-      slots need not be. ``scale``: ``K ** -0.5`` if None.
+      slots need not be. ``scale``: ``K ** -0.5`` if None. ``max_beta``: as in `gates`.
 
     Returns ``[B, HV, V]`` in value's dtype. Formula and source: `kernels.gdn.reference`.
     """
@@ -168,7 +171,7 @@ def decode_gdn(
     if len(slots):
         decode_kernel[grid](
             *tokens[:3],
-            GateInputs(*tokens[3:], A_log, dt_bias),
+            GateInputs(*tokens[3:], A_log, dt_bias, max_beta),
             out,
             states,
             slots,
@@ -193,6 +196,7 @@ def verify_gdn(
     slots: torch.Tensor,
     step_states: torch.Tensor,
     scale: float | None = None,
+    max_beta: float = 1.0,
 ) -> torch.Tensor:
     """Several tokens of B sequences, the state after each of them kept: what speculative
     verification needs. One launch.
@@ -209,7 +213,7 @@ def verify_gdn(
     if out.numel():
         verify_kernel[grid](
             *tokens[:3],
-            GateInputs(*tokens[3:], A_log, dt_bias),
+            GateInputs(*tokens[3:], A_log, dt_bias, max_beta),
             out,
             states,
             slots,

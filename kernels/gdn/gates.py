@@ -11,8 +11,8 @@ BLOCK = 1024
 
 
 @triton.jit
-def compute_gates(b_a, b_b, b_A_log, b_dt_bias):
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, in
+def compute_gates(b_a, b_b, b_A_log, b_dt_bias, max_beta):
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``, in
     float32."""
     b_x = b_a.to(tl.float32) + b_dt_bias.to(tl.float32)
     b_y = tl.exp(-tl.abs(b_x))
@@ -20,7 +20,7 @@ def compute_gates(b_a, b_b, b_A_log, b_dt_bias):
     b_series = b_y * (1.0 - b_y * (1.0 / 2 - b_y * (1.0 / 3 - b_y * (1.0 / 4))))
     b_log1p = tl.where(b_y < 0.03, b_series, tl.log(1.0 + b_y))
     b_gate = -tl.exp(b_A_log.to(tl.float32)) * (tl.maximum(b_x, 0.0) + b_log1p)
-    return b_gate, 1.0 / (1.0 + tl.exp(-b_b.to(tl.float32)))
+    return b_gate, max_beta / (1.0 + tl.exp(-b_b.to(tl.float32)))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -34,6 +34,7 @@ def gates_kernel(
     num_tokens,
     stride_a,
     stride_b,
+    max_beta,
     HV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -46,16 +47,22 @@ def gates_kernel(
         tl.load(p_b + o_token * stride_b + o_head, mask=mask),
         tl.load(p_A_log + o_head, mask=mask),
         tl.load(p_dt_bias + o_head, mask=mask),
+        max_beta,
     )
     tl.store(p_gate + o_gate, b_gate, mask=mask)
     tl.store(p_beta + o_gate, b_beta, mask=mask)
 
 
 def gates(
-    a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    max_beta: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32
-    ``[T, HV]``.
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``,
+    both float32 ``[T, HV]``.
 
     ``a``, ``b``: ``[T, HV]``; a token's heads are contiguous, tokens need not be. ``A_log``,
     ``dt_bias``: ``[HV]``.
@@ -75,6 +82,7 @@ def gates(
         a.shape[0],
         a.stride(0),
         b.stride(0),
+        max_beta,
         HV=a.shape[1],
         BLOCK=BLOCK,
     )

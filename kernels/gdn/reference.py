@@ -41,18 +41,25 @@ would cost more."""
 
 
 def gates(
-    a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    max_beta: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``sigmoid(b)``, both float32
-    ``[..., HV]``.
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``,
+    both float32 ``[..., HV]``.
 
-    ``a``, ``b``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``.
+    ``a``, ``b``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``. ``max_beta``: above 1 a step may
+    turn the sign of what is stored under its key (negative eigenvalues, arXiv 2411.12537).
     """
     # softplus(x) = -log(sigmoid(-x)). On a CPU torch's logsigmoid, exp and log1p give an element
     # the same bits wherever it stands in a tensor; its softplus and sigmoid treat the few behind
     # the last full vector in another way.
     gate = A_log.float().exp() * F.logsigmoid((a.float() + dt_bias.float()).neg_())
-    return gate, b.float().neg().exp_().add_(1).reciprocal_()
+    beta = b.float().neg().exp_().add_(1).reciprocal_()
+    return gate, beta if max_beta == 1.0 else beta.mul_(max_beta)
 
 
 def chunk_gdn(
@@ -277,17 +284,19 @@ def decode_gdn(
     states: torch.Tensor,
     slots: torch.Tensor,
     scale: float | None = None,
+    max_beta: float = 1.0,
 ) -> torch.Tensor:
     """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
       `gates`.
     - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K **
-      -0.5`` if None.
+      -0.5`` if None. ``max_beta``: as in `gates`.
 
     Returns ``[B, HV, V]`` in value's dtype. Reads and writes every state once.
     """
-    token = _prepare(query, key, value, *gates(a, b, A_log, dt_bias), scale)
+    gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
+    token = _prepare(query, key, value, gate, beta, scale)
     in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
     if in_place and states.dtype == torch.float32:
         out = torch.empty_like(token.value)
@@ -313,6 +322,7 @@ def verify_gdn(
     slots: torch.Tensor,
     step_states: torch.Tensor,
     scale: float | None = None,
+    max_beta: float = 1.0,
 ) -> torch.Tensor:
     """Several tokens of B sequences, the state after each of them kept: what speculative
     verification needs.
@@ -321,7 +331,8 @@ def verify_gdn(
     ...]``, ``states`` is only read, and ``step_states`` ``[B, steps, HV, K, V]`` receives the
     states. `commit_states` takes the accepted ones over.
     """
-    token = _prepare(query, key, value, *gates(a, b, A_log, dt_bias), scale)
+    gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
+    token = _prepare(query, key, value, gate, beta, scale)
     state = states[slots.long()].float()
     out = torch.empty_like(token.value)
     for step in range(query.shape[1]):

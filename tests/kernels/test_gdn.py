@@ -245,7 +245,8 @@ def test_value_heads_of_a_key_share_a_program_or_not(dtype, device) -> None:
 
 
 @IMPLEMENTATIONS
-def test_gates(gdn, device) -> None:
+@pytest.mark.parametrize("max_beta", [1.0, 2.0])
+def test_gates(gdn, max_beta, device) -> None:
     torch.manual_seed(3)
     a, b = (
         torch.randn(2, 50, 7, device=device)
@@ -253,11 +254,11 @@ def test_gates(gdn, device) -> None:
     )
     A_log, dt_bias = torch.randn(2, 7, device=device)
     wide = torch.cat([a, b], dim=1)
-    gate, beta = gdn.gates(wide[:, :7], wide[:, 7:], A_log, dt_bias)
+    gate, beta = gdn.gates(wide[:, :7], wide[:, 7:], A_log, dt_bias, max_beta=max_beta)
     x = a.double() + dt_bias.double()
     expected = -A_log.double().exp() * torch.where(x > 30, x, x.exp().log1p())
     torch.testing.assert_close(gate.double(), expected, atol=0, rtol=1e-5)
-    torch.testing.assert_close(beta.double(), b.double().sigmoid(), atol=0, rtol=1e-5)
+    torch.testing.assert_close(beta.double(), max_beta * b.double().sigmoid(), atol=0, rtol=1e-5)
 
 
 def draw_steps(
@@ -277,19 +278,26 @@ def draw_steps(
 
 @IMPLEMENTATIONS
 @DTYPES
-@pytest.mark.parametrize("sizes", [(2, 4, 32, 48), (1, 1, 128, 128), (1, 3, 20, 16)])
-def test_decoding_follows_the_recurrence(gdn, dtype, sizes, device) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "max_beta"),
+    [((2, 4, 32, 48), 1.0), ((1, 1, 128, 128), 1.0), ((1, 3, 20, 16), 2.0)],
+)
+def test_decoding_follows_the_recurrence(gdn, dtype, sizes, max_beta, device) -> None:
     torch.manual_seed(4)
     tokens, parameters = draw_steps(3, 2, sizes, dtype, device)
     states, slots = torch.randn(6, *sizes[1:], device=device), [5, 0, 2]
     initial = states.clone()
     outs = [
         gdn.decode_gdn(
-            *(x[:, t] for x in tokens), *parameters, states=states, slots=int32(slots, device)
+            *(x[:, t] for x in tokens),
+            *parameters,
+            states=states,
+            slots=int32(slots, device),
+            max_beta=max_beta,
         )
         for t in range(2)
     ]
-    gate, beta = reference.gates(*tokens[3:], *parameters)
+    gate, beta = reference.gates(*tokens[3:], *parameters, max_beta=max_beta)
     for sequence, slot in enumerate(slots):
         inputs = Inputs(*(x[sequence] for x in (*tokens[:3], gate, beta)))
         expected, path = recurrence(inputs, initial[slot])
