@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -26,11 +26,15 @@ class GatedDeltaNet:
         build: Build,
         *,
         eps: float,
+        convs: Mapping[str, int] | None = None,
         output: str = "out_proj",
         norm: str = "norm",
+        max_beta: float = 1.0,
     ) -> None:
-        """``inputs``: the matrices of the input product, in the order of its layout. ``output``,
-        ``norm``: what the last product and the norm before it are called. ``eps``: that norm's."""
+        """``inputs``: the matrices of the input product, in the order of its layout. ``convs``: the
+        convolutions' names, with the channels of each; None: ``conv1d``, one. ``output``, ``norm``:
+        what the last product and the norm before it are called. ``eps``: that norm's.
+        ``max_beta``: largest step of the delta rule."""
         self.name, self.sizes, self.keeps, self.eps = name, sizes, sizes.keeps, eps
         heads = sizes.num_value_heads
         self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
@@ -42,14 +46,17 @@ class GatedDeltaNet:
         self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
-        self._norm_name = norm
+        self._convs = convs or {"conv1d": sizes.conv_channels}
+        self._norm_name, self._max_beta = norm, max_beta
         self._norm_weight = weights.empty(sizes.value_dim)
         self._conv1d, self._gdn = build.kernels["conv1d"], build.kernels["gdn"]
         self._norm = build.kernels["norm"]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
-        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1))
+        weights = self._conv_weight.unsqueeze(1).split(list(self._convs.values()))
+        for conv, weight in zip(self._convs, weights, strict=True):
+            yield f"{self.name}.{conv}.weight", Parameter(weight)
         yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay")
         yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias")
         yield f"{self.name}.{self._norm_name}.weight", Parameter(self._norm_weight, "norm")
@@ -93,7 +100,16 @@ class GatedDeltaNet:
         qkv = self._conv1d.decode_conv1d(qkv, self._conv_weight, None, states=windows, slots=slots)
         query, key, value = self._heads(qkv)
         return self._gdn.decode_gdn(
-            query, key, value, a, b, self._A_log, self._dt_bias, states=states, slots=slots
+            query,
+            key,
+            value,
+            a,
+            b,
+            self._A_log,
+            self._dt_bias,
+            states=states,
+            slots=slots,
+            max_beta=self._max_beta,
         )
 
     def _prefill(
@@ -118,7 +134,7 @@ class GatedDeltaNet:
             exports=part.exports,
         )
         query, key, value = self._heads(qkv)
-        gate, beta = self._gdn.gates(a, b, self._A_log, self._dt_bias)
+        gate, beta = self._gdn.gates(a, b, self._A_log, self._dt_bias, max_beta=self._max_beta)
         return self._gdn.chunk_gdn(
             query,
             key,

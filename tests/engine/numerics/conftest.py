@@ -13,57 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.run.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
+from tests.engine.numerics import families
 
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_conv_kernel_dim": 4,
-}
-SMALL = {
-    "vocab_size": 199,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
-EXPERTS = {
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 20,
-    "shared_expert_intermediate_size": 36,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_next": {
-        **SMALL,
-        **LINEAR,
-        **EXPERTS,
-        "mlp_only_layers": [1],
-        "linear_key_head_dim": 20,
-        "head_dim": 40,
-    },
-    "qwen3_next_no_renormalise": {
-        **SMALL,
-        **LINEAR,
-        **EXPERTS,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 2,
-    },
-    "qwen3_5": {**SMALL, **LINEAR, "tie_word_embeddings": True},
-    "qwen3_5_moe": {**SMALL, **LINEAR, **EXPERTS},
-    "qwen3": {**SMALL, "attention_bias": True},
-}
+FAMILIES = families.find()
 
 
 def make_oracle(family: str) -> Any:
@@ -71,15 +28,9 @@ def make_oracle(family: str) -> Any:
     values."""
     import transformers
 
-    classes = {
-        "qwen3_next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
-        "qwen3_5": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM),
-        "qwen3_5_moe": (transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
-        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    }
-    config_class, model_class = classes[family.removesuffix("_no_renormalise")]
+    config_class, model_class = (getattr(transformers, name) for name in FAMILIES[family].classes)
     torch.manual_seed(7)
-    model = model_class(config_class(**FAMILIES[family], dtype="float32")).eval()
+    model = model_class(config_class(**FAMILIES[family].config, dtype="float32")).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -108,6 +59,10 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]
             path = tmp_path_factory.mktemp(family)
             model = make_oracle(family)
             model.save_pretrained(path)
+            official = FAMILIES[family].official
+            if official is not None:
+                file = path / "model.safetensors"
+                save_file(official(load_file(file)), file)
             made[family] = Oracle(model, path)
         return made[family]
 
@@ -229,15 +184,16 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
 
 @pytest.fixture(scope="session")
 def random_tokens() -> Callable[..., list[int]]:
-    def draw(count: int, seed: int, vocab_size: int = SMALL["vocab_size"]) -> list[int]:
+    def draw(count: int, seed: int, vocab_size: int = families.SMALL["vocab_size"]) -> list[int]:
         return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
     return draw
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``family``: every family; ``model``: one checkpoint of each architecture."""
+    """``family``: every family and variant; ``model``: one checkpoint of each family."""
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES)
     if "model" in metafunc.fixturenames:
-        metafunc.parametrize("model", [name for name in FAMILIES if "_no_" not in name])
+        names = [name for name, family in FAMILIES.items() if not family.is_variant]
+        metafunc.parametrize("model", names)

@@ -1,0 +1,96 @@
+"""Olmo Hybrid: Gated DeltaNet with steps up to two, and attention whose norms stand behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.run.layers.attention import Attention
+from engine.run.layers.gated_delta_net import GatedDeltaNet
+from engine.run.layers.linear import Part
+from engine.run.layers.residual import FeedForwardStep, Mixer, MixerStep
+from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes
+
+OUTPUT_EPS = 1e-5
+"""Of the norm behind the scan, whatever the config says of the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OlmoHybridConfig(ModelConfig):
+    """``attention_bias``: of all products of the attention layers. ``max_beta``: largest step of
+    the delta rule."""
+
+    attention_bias: bool
+    max_beta: float
+
+
+class OlmoHybrid(Decoder):
+    """Norms stand before the linear layers and behind the attention ones, which norm queries and
+    keys over all heads; six matrices and three convolutions make a linear layer's inputs."""
+
+    model_types = ("olmo_hybrid",)
+    config: OlmoHybridConfig
+
+    @classmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        shared = common(text)
+        attention = mixer_of(shared["sizes"], AttentionSizes)
+        parameters = text.get("rope_parameters") or {}
+        rotates = parameters.get("rope_theta") or text.get("rope_theta")
+        return OlmoHybridConfig(
+            **shared,
+            rope=rope(text, attention.head_dim) if rotates else None,
+            attention_bias=bool(text.get("attention_bias")),
+            max_beta=2.0 if text.get("linear_allow_neg_eigval", True) else 1.0,
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        mixer, mlp = self.mixer(name, sizes.mixers[0]), self.mlp(name, sizes.mlp)
+        if isinstance(sizes.mixers[0], DeltaSizes):
+            return [
+                MixerStep(mixer, before=self.norm_of(f"{name}.attention_layer_norm")),
+                FeedForwardStep(mlp, before=self.norm_of(f"{name}.feedforward_layer_norm")),
+            ]
+        return [
+            MixerStep(mixer, after=self.norm_of(f"{name}.post_attention_layernorm")),
+            FeedForwardStep(mlp, after=self.norm_of(f"{name}.post_feedforward_layernorm")),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config, build = self.config, self.build
+        if isinstance(sizes, AttentionSizes):
+            attention = f"{name}.self_attn"
+            queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+            norms = (
+                self.norm_of(f"{attention}.q_norm", queries),
+                self.norm_of(f"{attention}.k_norm", keys),
+            )
+            return Attention(
+                attention,
+                config.hidden_size,
+                sizes,
+                build,
+                norms=norms,
+                bias=config.attention_bias,
+                rotates=config.rope is not None,
+            )
+        assert isinstance(sizes, DeltaSizes)
+        linear, heads = f"{name}.linear_attn", sizes.num_value_heads
+        qkv = {"q": sizes.key_width, "k": sizes.key_width, "v": sizes.value_width}
+        widths = qkv | {"g": sizes.value_width, "b": heads, "a": heads}
+        return GatedDeltaNet(
+            linear,
+            config.hidden_size,
+            sizes,
+            [Part(f"{linear}.{word}_proj", width) for word, width in widths.items()],
+            build,
+            eps=OUTPUT_EPS,
+            convs={f"{word}_conv1d": width for word, width in qkv.items()},
+            output="o_proj",
+            norm="o_norm",
+            max_beta=config.max_beta,
+        )
