@@ -40,6 +40,8 @@ class ModelConfig:
     max_position: int
     dtype: str
     """The checkpoint's own: float32, bfloat16 ..."""
+    attention_bias: bool = False
+    """Of the products of attention layers."""
     embedding_multiplier: float = 1.0
     """Of the embeddings, where they enter the residual stream."""
     logit_multiplier: float = 1.0
@@ -61,6 +63,7 @@ class Common(TypedDict):
     tie_embeddings: bool
     max_position: int
     dtype: str
+    attention_bias: bool
 
 
 def common(text: Fields) -> Common:
@@ -78,6 +81,7 @@ def common(text: Fields) -> Common:
         "dtype": str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix(
             "torch."
         ),
+        "attention_bias": bool(text.get("attention_bias")),
     }
 
 
@@ -89,14 +93,16 @@ def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
     return found.pop()
 
 
-def rope(text: Fields, head_dim: int, *, fraction: float = 1.0) -> Rope:
-    """A rotary embedding over ``fraction`` of a head, or over what the config says. Text positions
-    are the same on all axes of a multimodal one. Raises ModelError."""
+def rope(text: Fields, head_dim: int, *, fraction: float = 1.0) -> Rope | None:
+    """A rotary embedding over ``fraction`` of a head, or over what the config says; None where its
+    base is null. Text positions are the same on all axes of a multimodal one. Raises ModelError."""
     fields: Fields = text.get("rope_parameters") or text.get("rope_scaling") or {}
     kind = fields.get("rope_type", fields.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ModelError(f"rotary embeddings of type {kind!r} are not supported; default is.")
     theta = fields.get("rope_theta", text.get("rope_theta", 10000.0))
+    if theta is None:
+        return None
     part = fields.get("partial_rotary_factor", text.get("partial_rotary_factor", fraction))
     dim = int(head_dim * float(part))
     if dim % 2:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 
+from engine.run.layers.attention import Attention
 from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.linear import Linear, Part
 from engine.run.layers.mlp import MLP
@@ -17,7 +18,8 @@ from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.memory import Pools
-from engine.run.model_config import Fields, ModelConfig
+from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 
 T = TypeVar("T", bound=Layer)
@@ -66,9 +68,11 @@ class Decoder(ABC):
         self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
 
     @classmethod
-    @abstractmethod
     def read(cls, text: Fields) -> ModelConfig:
         """The config of a model of this family. Raises KeyError, TypeError, ValueError."""
+        shared = common(text)
+        attention = mixer_of(shared["sizes"], AttentionSizes)
+        return ModelConfig(**shared, rope=rope(text, attention.head_dim))
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         """The layer called ``name``: here a mixer and an MLP, each behind a norm."""
@@ -86,6 +90,17 @@ class Decoder(ABC):
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         """The MLP of the layer called ``name``: here a dense one."""
         return MLP(f"{name}.mlp", self.config.hidden_size, sizes.intermediate, self.build)
+
+    def attention(self, name: str, sizes: AttentionSizes, **options: Any) -> Attention:
+        """Attention with the config's biases and rotation. ``options``: as ``Attention``'s."""
+        config = self.config
+        own = {"bias": config.attention_bias, "rotates": config.rope is not None}
+        return Attention(name, config.hidden_size, sizes, self.build, **(own | options))
+
+    def head_norms(self, name: str, sizes: AttentionSizes) -> tuple[RMSNorm, RMSNorm]:
+        """Norms over each head of queries and keys."""
+        size = sizes.head_dim
+        return self.norm_of(f"{name}.q_norm", size), self.norm_of(f"{name}.k_norm", size)
 
     def norm_of(self, name: str, size: int | None = None) -> RMSNorm:
         """A norm as wide as the model, or of ``size``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.run.layers.attention import Attention
 from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.linear import Part
 from engine.run.layers.residual import FeedForwardStep, Mixer, MixerStep
@@ -20,10 +19,8 @@ OUTPUT_EPS = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OlmoHybridConfig(ModelConfig):
-    """``attention_bias``: of all products of the attention layers. ``max_beta``: largest step of
-    the delta rule."""
+    """``max_beta``: largest step of the delta rule."""
 
-    attention_bias: bool
     max_beta: float
 
 
@@ -38,12 +35,9 @@ class OlmoHybrid(Decoder):
     def read(cls, text: Fields) -> ModelConfig:
         shared = common(text)
         attention = mixer_of(shared["sizes"], AttentionSizes)
-        parameters = text.get("rope_parameters") or {}
-        rotates = parameters.get("rope_theta") or text.get("rope_theta")
         return OlmoHybridConfig(
             **shared,
-            rope=rope(text, attention.head_dim) if rotates else None,
-            attention_bias=bool(text.get("attention_bias")),
+            rope=rope(text, attention.head_dim),
             max_beta=2.0 if text.get("linear_allow_neg_eigval", True) else 1.0,
         )
 
@@ -61,36 +55,24 @@ class OlmoHybrid(Decoder):
         ]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config, build = self.config, self.build
         if isinstance(sizes, AttentionSizes):
-            attention = f"{name}.self_attn"
+            name = f"{name}.self_attn"
             queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
-            norms = (
-                self.norm_of(f"{attention}.q_norm", queries),
-                self.norm_of(f"{attention}.k_norm", keys),
-            )
-            return Attention(
-                attention,
-                config.hidden_size,
-                sizes,
-                build,
-                norms=norms,
-                bias=config.attention_bias,
-                rotates=config.rope is not None,
-            )
+            norms = self.norm_of(f"{name}.q_norm", queries), self.norm_of(f"{name}.k_norm", keys)
+            return self.attention(name, sizes, norms=norms)
         assert isinstance(sizes, DeltaSizes)
-        linear, heads = f"{name}.linear_attn", sizes.num_value_heads
+        name, heads = f"{name}.linear_attn", sizes.num_value_heads
         qkv = {"q": sizes.key_width, "k": sizes.key_width, "v": sizes.value_width}
         widths = qkv | {"g": sizes.value_width, "b": heads, "a": heads}
         return GatedDeltaNet(
-            linear,
-            config.hidden_size,
+            name,
+            self.config.hidden_size,
             sizes,
-            [Part(f"{linear}.{word}_proj", width) for word, width in widths.items()],
-            build,
+            [Part(f"{name}.{word}_proj", width) for word, width in widths.items()],
+            self.build,
             eps=OUTPUT_EPS,
             convs={f"{word}_conv1d": width for word, width in qkv.items()},
             output="o_proj",
             norm="o_norm",
-            max_beta=config.max_beta,
+            max_beta=self.config.max_beta,
         )

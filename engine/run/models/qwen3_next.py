@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 
-from engine.run.layers.attention import Attention
 from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.linear import Part
 from engine.run.layers.mlp import ExpertsMLP
@@ -22,10 +21,8 @@ from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3NextConfig(ModelConfig):
-    """``attention_bias``: of all products of the attention layers. ``renormalises``: whether the
-    weights of a token's experts are made to sum to one."""
+    """``renormalises``: whether the weights of a token's experts are made to sum to one."""
 
-    attention_bias: bool
     renormalises: bool
 
 
@@ -43,34 +40,18 @@ class Qwen3Next(Decoder):
         return Qwen3NextConfig(
             **shared,
             rope=rope(text, attention.head_dim, fraction=0.25),
-            attention_bias=bool(text.get("attention_bias")),
             renormalises=bool(text.get("norm_topk_prob", True)),
         )
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config, build = self.config, self.build
         if isinstance(sizes, AttentionSizes):
-            norms = (
-                self.norm_of(f"{name}.self_attn.q_norm", sizes.head_dim),
-                self.norm_of(f"{name}.self_attn.k_norm", sizes.head_dim),
-            )
-            return Attention(
-                f"{name}.self_attn",
-                config.hidden_size,
-                sizes,
-                build,
-                norms=norms,
-                bias=config.attention_bias,
-            )
+            name = f"{name}.self_attn"
+            return self.attention(name, sizes, norms=self.head_norms(name, sizes))
         assert isinstance(sizes, DeltaSizes)
-        linear = f"{name}.linear_attn"
+        name, config = f"{name}.linear_attn", self.config
+        inputs = self.inputs(name, sizes)
         return GatedDeltaNet(
-            linear,
-            config.hidden_size,
-            sizes,
-            self.inputs(linear, sizes),
-            build,
-            eps=config.norm_eps,
+            name, config.hidden_size, sizes, inputs, self.build, eps=config.norm_eps
         )
 
     def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:

@@ -4,9 +4,11 @@ from tests.engine.numerics.families import LINEAR, SMALL
 
 CLASSES = "OlmoHybridConfig", "OlmoHybridForCausalLM"
 CONFIG = {name: value for name, value in (SMALL | LINEAR).items() if name != "head_dim"}
+WITHOUT_ROPE = {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}
 VARIANTS = {
     "olmo_hybrid_without_rope": CONFIG
-    | {"rope_parameters": None, "linear_allow_neg_eigval": False, "num_hidden_layers": 5}
+    | WITHOUT_ROPE
+    | {"linear_allow_neg_eigval": False, "num_hidden_layers": 5}
 }
 
 
