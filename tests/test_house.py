@@ -123,6 +123,26 @@ def test_what_the_engine_studies_and_serves_with_knows_no_laboratory() -> None:
     assert wrong == []
 
 
+SHARED = {
+    "engine.run.models": {"decoder", "builtin"},
+    "hybridcache.geometry.families": {"fields", "by_layer_types"},
+}
+"""Packages of families: what in them is none."""
+
+
+@pytest.mark.parametrize("families", SHARED)
+def test_a_family_is_a_file_that_nobody_names(families: str) -> None:
+    folder = families.replace(".", "/")
+    wrong = [
+        (file, module)
+        for file, module in imports_of("engine", "hybridcache", "experiments")
+        if module.startswith(f"{families}.")
+        and module.rpartition(".")[2] not in SHARED[families]
+        and not file.startswith(folder)
+    ]
+    assert wrong == []
+
+
 def test_hybridcache_never_imports_torch() -> None:
     assert [pair for pair in imports_of("hybridcache") if pair[1].split(".")[0] == "torch"] == []
     heavy = "('torch', 'matplotlib', 'scipy', 'triton')"

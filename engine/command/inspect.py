@@ -82,11 +82,10 @@ def as_record(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> dict[str
 
 def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> str:
     """One screen about ``geometry``."""
-    num_layers = geometry.num_full_layers + geometry.num_linear_layers
     lines = [
         geometry.name,
-        f"  layers       {num_layers}: {geometry.num_full_layers} full attention, "
-        f"{geometry.num_linear_layers} linear",
+        f"  mixers       {geometry.num_full_layers} with KV, "
+        f"{geometry.num_linear_layers} with a state",
         f"  weights      {format_count(geometry.total_params)}, "
         f"{format_count(geometry.active_params)} active (embeddings not counted)",
         f"  KV           {format_bytes(geometry.kv_bytes_per_token)} a token",

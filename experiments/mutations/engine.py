@@ -11,6 +11,8 @@ SAMPLER, SAMPLE_STEP = "engine/run/sampler.py", "engine/run/sample_step.py"
 BUDGET, TOKEN_COUNTS = "engine/schedule/budget.py", "engine/requests/token_counts.py"
 ENGINE_LOOP, ASYNC = "engine/engine.py", "engine/async_engine.py"
 RUNNER = "engine/run/model_runner.py"
+POOLS, RESIDUAL = "engine/run/memory.py", "engine/run/layers/residual.py"
+DECODER = "engine/run/models/decoder.py"
 
 ENGINE_TESTS = "tests/engine/test_engine.py"
 SCHEDULE_TESTS = "tests/engine/test_schedule.py"
@@ -23,6 +25,8 @@ FAIRNESS_TESTS = "tests/engine/test_fairness.py"
 ARENA_TESTS = "tests/engine/test_arena.py"
 BITS_TESTS = "tests/engine/test_hits_change_nothing.py"
 ASYNC_TESTS = "tests/engine/test_async_engine.py"
+LAYER_TESTS = "tests/engine/numerics/test_layers.py"
+POOLS_TESTS = "tests/engine/numerics/test_memory.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
@@ -34,8 +38,55 @@ BITS = (BITS_TESTS,)
 DRAWS = (SAMPLER_TESTS,)
 COUNTS = (COUNTS_TESTS,)
 THREAD = (ASYNC_TESTS,)
+LAYERS = (LAYER_TESTS,)
+POOL = (POOLS_TESTS, LAYER_TESTS)
 
 BREAKAGES = (
+    # -- layers and their pools
+    Mutation(
+        "a norm behind a block is left out",
+        RESIDUAL,
+        "            hidden = self._after(hidden)\n",
+        "            pass\n",
+        LAYERS,
+    ),
+    Mutation(
+        "a block without a norm before it forgets what it was to be added to",
+        RESIDUAL,
+        "hidden if residual is None else hidden + residual",
+        "hidden",
+        LAYERS,
+    ),
+    Mutation(
+        "mixers side by side share the first one's pools",
+        RESIDUAL,
+        "            first += len(own)\n",
+        "",
+        LAYERS,
+    ),
+    Mutation(
+        "the steps behind a mixer come before it",
+        DECODER,
+        "                    self._between.append([])\n",
+        "                    self._between.insert(-1, [])\n",
+        LAYERS,
+    ),
+    Mutation(
+        "recurrent states lie over the conv states of an arena",
+        POOLS,
+        '"recurrent": aligned(sizes["conv"])',
+        '"recurrent": 0',
+        POOL,
+    ),
+    Mutation(
+        "layers of one shape share one pool",
+        POOLS,
+        "            (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, "
+        "device\n        )\n",
+        "            (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, "
+        "device\n        )[:1].expand(count, *[-1] * (1 + len(kept.spec.shape)))\n",
+        POOL,
+    ),
     # -- the scheduler
     Mutation(
         "an empty step takes the row writes with it",
@@ -989,6 +1040,7 @@ ENGINE = Mutations(
         *DRAWS,
         *COUNTS,
         *THREAD,
+        *POOL,
     ),
     machines=MACHINES,
     copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),

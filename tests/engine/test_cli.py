@@ -226,7 +226,7 @@ def test_inspect_says_what_a_checkpoint_weighs(capsys: pytest.CaptureFixture[str
     assert run("inspect", "qwen3-next", "--budget-gib", "40") == 0
     text = capsys.readouterr().out
     for fact in (
-        "12 full attention, 36 linear",
+        "12 with KV, 36 with a state",
         "24.0 KiB a token",
         "73.7 MiB",
         "3,144 tokens",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,10 +14,20 @@ from hybridcache.geometry.sizes import ExpertsSizes
 class MLP:
     """SwiGLU: ``down(silu(gate(x)) * up(x))``; gate and up are one product."""
 
-    def __init__(self, name: str, hidden_size: int, intermediate_size: int, build: Build) -> None:
-        inputs = [Part(f"{name}.{word}_proj", intermediate_size) for word in ("gate", "up")]
-        self.gate_up = Linear(hidden_size, inputs, build)
-        self.down = Linear(intermediate_size, [Part(f"{name}.down_proj", hidden_size)], build)
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        build: Build,
+        *,
+        inputs: Sequence[str] = ("gate_proj", "up_proj"),
+        output: str = "down_proj",
+    ) -> None:
+        """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down."""
+        rows = 2 * intermediate_size // len(inputs)
+        self.gate_up = Linear(hidden_size, [Part(f"{name}.{word}", rows) for word in inputs], build)
+        self.down = Linear(intermediate_size, [Part(f"{name}.{output}", hidden_size)], build)
         self._activate = build.kernels["activation"].silu_and_mul
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:

@@ -263,6 +263,17 @@ def test_norms_behind_a_block_and_its_multiplier():
     assert step(out, None, 4)[1] is out
 
 
+def test_gate_and_up_as_one_matrix_of_another_name():
+    spec = WeightSpec(torch.device("cpu"), torch.float32)
+    build = Build(Kernels.choose(Device.resolve("cpu")), spec)
+    mlp = MLP("shared_mlp", 8, 12, build, inputs=["input_linear"], output="output_linear")
+    shapes = {name: tuple(parameter.target.shape) for name, parameter in mlp.parameters()}
+    assert shapes == {
+        "shared_mlp.input_linear.weight": (24, 8),
+        "shared_mlp.output_linear.weight": (8, 12),
+    }
+
+
 def test_every_family_is_found_by_its_file():
     files = {path.stem for path in Path("engine/run/models").glob("*.py")}
     helpers = {"__init__", "builtin", "decoder"}
