@@ -231,6 +231,28 @@ def test_hits_change_nothing_on_pools_and_arenas(make, random_tokens):
     assert keeps == list(SIZES.specs())
 
 
+@torch.inference_mode()
+def test_steps_are_taken_in_their_order(make, random_tokens):
+    driver = make(**POOLS)
+    runner, model = driver.runner, driver.runner.model
+    sequence, write = driver.begin(random_tokens(70, seed=3, vocab_size=97))
+    batch = Batch((driver.prefill_segment(sequence, 70, logits="all"),), (), (write,))
+    logits = runner.forward(batch)
+    token_ids, inputs = runner._step(batch)
+    stream, pools = model.embedding(token_ids), iter(runner.tensors.pools)
+    _, *steps, norm, head = model._parts
+    assert [type(step).__name__[0] for step in steps] == list("FMFMMFMF")
+    for step in steps:
+        x, _ = step.enter(stream, None)
+        if isinstance(step, MixerStep):
+            projected = step.block.project(x)
+            mixed = step.block.mix(projected, inputs, next(pools))
+            stream = stream + step.leave(step.block.finish(mixed, projected))
+        else:
+            stream = stream + step.leave(step.block(x, 70))
+    torch.testing.assert_close(head(norm(stream))[:70], logits, rtol=1e-5, atol=1e-5)
+
+
 def test_pieces_as_graphs(make, random_tokens):
     tokens = random_tokens(150, seed=2, vocab_size=97)
     driver = make(**POOLS)

@@ -80,6 +80,7 @@ def test_pools_are_as_large_as_was_asked_and_padding_has_a_row_and_a_slot(dtype,
     assert (memory.padding_row, memory.padding_slot) == (300, 4)
     assert memory.rows is None and plan.total_bytes == 300 * row + 4 * state
     assert not any(one.any() for one in kv + states)
+    assert len({one.data_ptr() for one in kv + states}) == len(kv + states)
     for tensor in memory.states:
         tensor.fill_(1)
     assert all((one == 1).all() for one in states)
