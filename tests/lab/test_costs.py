@@ -81,6 +81,27 @@ def test_letters_and_words_of_nemotron_mean_the_same() -> None:
     assert by_letter.state_bytes == ModelGeometry.preset("Nemotron-3-Nano").state_bytes
 
 
+def test_both_words_for_kimis_linear_layers_mean_the_same() -> None:
+    shared = {
+        "model_type": "kimi_linear",
+        "hidden_size": 2304,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 4,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "intermediate_size": 9216,
+    }
+    sizes = {"num_heads": 32, "head_dim": 128, "short_conv_kernel_size": 4}
+    published = {**sizes, "full_attn_layers": [3], "kda_layers": [1, 2, 4]}
+    written = {f"linear_{name}": sizes[name] for name in ("num_heads", "head_dim")}
+    types = ["linear_attention"] * 2 + ["full_attention", "linear_attention"]
+    geometry = ModelGeometry.from_config(shared | {"linear_attn_config": published})
+    assert (geometry.num_full_layers, geometry.num_linear_layers) == (1, 3)
+    assert geometry == ModelGeometry.from_config(
+        shared | written | {"linear_conv_kernel_dim": 4, "layer_types": types}
+    )
+
+
 def test_unknown_layer_sort_is_named() -> None:
     config = QWEN3_NEXT | {"layer_types": ["full_attention", "wormhole"]}
     with pytest.raises(ValueError, match="wormhole"):

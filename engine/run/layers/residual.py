@@ -8,7 +8,7 @@ middle one, which works on the pools: ``project`` (input product), ``mix`` (atte
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Layer, Parameter
 from engine.run.memory import Pools
 from hybridcache.geometry.sizes import Spec
+
+B = TypeVar("B", bound=Layer)
 
 
 class Mixer(Layer, Protocol):
@@ -58,18 +60,19 @@ class FeedForward(Layer, Protocol):
         ...
 
 
-class Residual:
+class Residual(Generic[B]):
     """The norms of one block, before it (pre-norm), behind it (post-norm) or both, and what its
     output is multiplied with on its way into the residual stream."""
 
     def __init__(
         self,
-        block: Layer,
+        block: B,
         *,
         before: RMSNorm | None = None,
         after: RMSNorm | None = None,
         multiplier: float = 1.0,
     ) -> None:
+        self.block = block
         self._before, self._after, self._multiplier = before, after, multiplier
         self._parts: list[Layer] = [part for part in (before, block, after) if part is not None]
 
@@ -98,19 +101,8 @@ class Residual:
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
 
 
-class MixerStep(Residual):
+class MixerStep(Residual[Mixer]):
     """A mixer and its norms."""
-
-    def __init__(
-        self,
-        block: Mixer,
-        *,
-        before: RMSNorm | None = None,
-        after: RMSNorm | None = None,
-        multiplier: float = 1.0,
-    ) -> None:
-        super().__init__(block, before=before, after=after, multiplier=multiplier)
-        self.block = block
 
     def project(
         self, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -124,19 +116,8 @@ class MixerStep(Residual):
         return self.leave(self.block.finish(mixed, projected))
 
 
-class FeedForwardStep(Residual):
+class FeedForwardStep(Residual[FeedForward]):
     """An MLP or experts, and their norms."""
-
-    def __init__(
-        self,
-        block: FeedForward,
-        *,
-        before: RMSNorm | None = None,
-        after: RMSNorm | None = None,
-        multiplier: float = 1.0,
-    ) -> None:
-        super().__init__(block, before=before, after=after, multiplier=multiplier)
-        self.block = block
 
     def __call__(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, num_tokens: int

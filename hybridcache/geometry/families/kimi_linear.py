@@ -13,7 +13,7 @@ MARK = "linear_attn_config"
 
 def sizes(text: Fields) -> ModelSizes:
     """``linear_attn_config`` lists the layers of each sort, counted from one."""
-    linear = text["linear_attn_config"]
+    linear = text.get("linear_attn_config") or _as_published(text)
     heads, dim = int(linear["num_heads"]), int(linear["head_dim"])
     kda = DeltaSizes(heads, heads, dim, dim, int(linear.get("short_conv_kernel_size", 4)))
     mla = fields.latent_attention(text)
@@ -26,3 +26,15 @@ def sizes(text: Fields) -> ModelSizes:
             for layer in range(1, fields.num_layers(text) + 1)
         ),
     )
+
+
+def _as_published(text: Fields) -> Fields:
+    """``linear_attn_config`` of a config that transformers has written, which says the same in
+    other words."""
+    types = fields.layer_types(text, ("full_attention", "linear_attention"))
+    return {
+        "num_heads": text["linear_num_heads"],
+        "head_dim": text["linear_head_dim"],
+        "short_conv_kernel_size": text["linear_conv_kernel_dim"],
+        "full_attn_layers": [rank for rank, sort in enumerate(types, start=1) if "full" in sort],
+    }
