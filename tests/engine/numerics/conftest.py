@@ -190,10 +190,22 @@ def random_tokens() -> Callable[..., list[int]]:
     return draw
 
 
+FORMATS = (("float32",), ("bfloat16", "bfloat16"), ("bfloat16",), ("float32", "bfloat16"))
+"""Of a model, and of its states where that is not float32."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``family``: every family and variant; ``model``: one checkpoint of each family."""
+    """``family``: every family and variant; ``model``: one checkpoint of each family; with
+    ``formats``: all of them for one, the first two for the others."""
+    models = [name for name, family in FAMILIES.items() if not family.is_variant]
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES)
-    if "model" in metafunc.fixturenames:
-        names = [name for name, family in FAMILIES.items() if not family.is_variant]
-        metafunc.parametrize("model", names)
+    if "formats" in metafunc.fixturenames:
+        pairs = [
+            (model, formats)
+            for model in models
+            for formats in (FORMATS if model == "qwen3_next" else FORMATS[:2])
+        ]
+        metafunc.parametrize(("model", "formats"), pairs, ids=["-".join((m, *f)) for m, f in pairs])
+    elif "model" in metafunc.fixturenames:
+        metafunc.parametrize("model", models)

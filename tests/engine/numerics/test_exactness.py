@@ -27,10 +27,6 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-formats = pytest.mark.parametrize(
-    "formats", [("float32",), ("bfloat16",), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
-)
-"""Of the model, and of its states where that is not float32."""
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -72,7 +68,6 @@ def run_pieces(driver, starts, restores, writes, random):
     return {key: torch.cat(parts) for key, parts in logits.items()}
 
 
-@formats
 @settings(max_examples=3, deadline=None)
 @given(
     lens=st.lists(PROMPT_LENS, min_size=1, max_size=3),
@@ -104,7 +99,6 @@ def test_hits_in_any_mix(
         assert torch.equal(warm[id(sequence)], logits[at:])
 
 
-@formats
 @settings(max_examples=2, deadline=None)
 @given(count=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
 def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tokens, count, seed):
