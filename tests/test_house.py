@@ -83,7 +83,7 @@ MAY_IMPORT = {
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
-    "engine/requests": "schedule text",
+    "engine/requests": "text",
     "engine/schedule": "config requests text",
     "engine/interfaces.py": "requests schedule text",
     "engine/run": "config environment interfaces requests schedule text",

@@ -20,6 +20,7 @@ from engine.command.flags import (
 from engine.config import EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import RequestSpec
 from engine.server.config import ServerConfig
 from hybridcache.extras import how_to_install
 from hybridcache.units import counted, format_seconds
@@ -166,12 +167,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
     assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
     for text in texts:
-        prompt: str | list[int] = text
-        boundaries: tuple[int, ...] = ()
+        spec = RequestSpec(text, sampling)
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
-            prompt, boundaries = chat.token_ids, chat.boundaries
-        for output in engine.stream(prompt, sampling, boundaries=boundaries):
+            spec = RequestSpec(chat.token_ids, sampling, boundaries=chat.boundaries)
+        for output in engine.stream(spec):
             if not arguments.json:
                 print(output.new_text, end="", flush=True)
         if arguments.json:

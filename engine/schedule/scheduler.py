@@ -144,6 +144,8 @@ class Scheduler:
             self._is_full = False
         else:
             self._waiting.remove(request)
+            if self._sharing is not None:
+                self._sharing.forget(request)
         with self._failing_alone(request):
             request.finish("abort", self._clock())
 
@@ -272,7 +274,7 @@ class Scheduler:
         num_unled = 0
         for request in self._waiting[: 8 * self._max_running]:
             yield request
-            num_unled += not request.followings
+            num_unled += self._sharing is None or not self._sharing.follows(request)
             if num_unled == 2 * self._max_running:
                 return
 
@@ -411,6 +413,7 @@ class Scheduler:
             assert all((request.lease is not None) == have_leases for request in requests)
         assert len(self._running) <= self._max_running
         assert self._num_in_flight in (0, 1)
+        assert self._sharing is None or self._sharing.followers <= set(self._waiting)
 
 
 def _age(request: Request) -> int:

@@ -34,6 +34,7 @@ from engine.server.schemas import (
     described,
 )
 from engine.server.streaming import ClientGone
+from engine.text.tokenizer import EncodeOptions
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
@@ -118,7 +119,9 @@ def _add_tokens(app: FastAPI, front: ServingContext, reader: BodyReader) -> None
             token_ids = prompt.token_ids
             answer["boundaries"] = list(prompt.boundaries)
         else:
-            [token_ids] = await front.encode([body.prompt or ""], body.add_special_tokens)
+            [token_ids] = await front.encode(
+                [body.prompt or ""], EncodeOptions(body.add_special_tokens)
+            )
         answer |= {"count": len(token_ids), "tokens": token_ids}
         content = await front.workers.run(len(token_ids), lambda: to_json(answer))
         return Response(content, media_type="application/json")

@@ -9,11 +9,11 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput
+from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
-from engine.server.front import ServerRequest, ServingContext, new_id, usage
+from engine.server.front import ServingContext, new_id, usage
 from engine.server.schemas import ChatMessage, ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
@@ -24,6 +24,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
     """Answer one chat request."""
     front.check_model(body.model)
     front.check_number(body.n)
+    namespace = front.namespace_of(body.cache_salt)
     prompt = await render(
         front,
         body.messages,
@@ -31,18 +32,21 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
         body.add_generation_prompt,
         body.chat_template_kwargs,
         len(await request.body()),
-        front.namespace_of(body.cache_salt),
+        namespace,
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    ask = ServerRequest(
-        prompt.token_ids,
-        body.samplings(limit, num_top, front.engine.sampling_defaults),
-        front.namespace_of(body.cache_salt),
-        prompt.boundaries,
-        prompt.answer_survives,
+    [token_ids] = await front.as_arrays([prompt.token_ids])
+    streams = await front.submit(
+        RequestSpec(
+            token_ids,
+            sampling,
+            namespace=namespace,
+            boundaries=prompt.boundaries,
+            answer_survives=prompt.answer_survives,
+        )
+        for sampling in body.samplings(limit, num_top, front.engine.sampling_defaults)
     )
-    streams = await front.submit([ask])
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))

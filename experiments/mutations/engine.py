@@ -162,7 +162,7 @@ BREAKAGES = (
     Mutation(
         "followers hide who stands behind them",
         SCHEDULER,
-        "num_unled += not request.followings",
+        "num_unled += self._sharing is None or not self._sharing.follows(request)",
         "num_unled += 1",
         FAIR,
     ),
@@ -669,8 +669,8 @@ BREAKAGES = (
     Mutation(
         "the newest leader is overlooked",
         SHARING,
-        "if leader.rank < request.num_leaders_seen:",
-        "if leader.rank <= request.num_leaders_seen:",
+        "if leader.rank < follower.num_leaders_seen:",
+        "if leader.rank <= follower.num_leaders_seen:",
         STEPS,
     ),
     Mutation(

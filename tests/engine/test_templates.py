@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import (
     ChatTemplate,
     TemplateError,
     mark_control_tokens,
     render_chat,
 )
-from engine.text.tokenizer import ByteTokenizer
 
 QWEN35_LIKE = """\
 {%- set ns = namespace(last_query=-1) %}
