@@ -292,7 +292,7 @@ class Scheduler:
         for request in candidates:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
-            if self._is_full or budget.tokens <= 0 or num_taken >= self._max_running:
+            if self._is_full or budget.is_spent or num_taken >= self._max_running:
                 continue
             if self._manager.must_wait_for_slab:
                 continue

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from engine import Engine
 from engine.async_engine import AsyncEngine
 from engine.server import errors
-from engine.server.body import BodyReader, Workers, to_json
+from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat, render
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
@@ -34,13 +34,11 @@ from engine.server.schemas import (
     described,
 )
 from engine.server.streaming import ClientGone
+from engine.server.workers import SWITCH_S, Workers
 from engine.text.tokenizer import EncodeOptions
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
-SWITCH_S = 0.001
-"""How long a thread may keep the interpreter while others wait for it; Python's own 5 ms cost a
-token up to half a second."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
@@ -67,7 +65,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, front, reader)
-    _add_tokens(app, front, reader)
+    _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     _add_administration(app, front, Operator.of(config))
     return app
@@ -101,7 +99,9 @@ def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> 
         return card()
 
 
-def _add_tokens(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:
+def _add_tokens(
+    app: FastAPI, front: ServingContext, reader: BodyReader, config: ServerConfig
+) -> None:
     @app.post("/tokenize", openapi_extra=described(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         body = await reader.read(request, TokenizeRequest)
@@ -121,6 +121,12 @@ def _add_tokens(app: FastAPI, front: ServingContext, reader: BodyReader) -> None
         else:
             [token_ids] = await front.encode(
                 [body.prompt or ""], EncodeOptions(body.add_special_tokens)
+            )
+        if len(token_ids) > config.max_prompt_ids:
+            raise APIError(
+                400,
+                f"This makes {len(token_ids)} tokens, more than {config.max_prompt_ids}: send it "
+                "in parts, or raise --max-prompt-ids.",
             )
         answer |= {"count": len(token_ids), "tokens": token_ids}
         content = await front.workers.run(len(token_ids), lambda: to_json(answer))
@@ -224,8 +230,6 @@ def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) ->
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    # A thread that reads a long body gives the interpreter back soon enough: a step takes it
-    # hundreds of times.
     sys.setswitchinterval(SWITCH_S)
     # What was made at the start stays: collecting garbage need not look at it again, which takes a
     # quarter of a second.

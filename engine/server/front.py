@@ -16,12 +16,12 @@ from fastapi import Response
 
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
-from engine.requests.spec import Prompt
-from engine.server.body import Workers, to_json
+from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
+from engine.server.workers import Workers
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
 
@@ -93,7 +93,7 @@ class ServingContext:
         secret = salt.encode("utf-8", "surrogatepass")
         return hmac.new(self._salt_key, secret, hashlib.sha256).hexdigest()[:32]
 
-    async def as_arrays(self, prompts: Sequence[list[int]]) -> list[Prompt]:
+    async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:
         """The prompts as the engine keeps them, made once for all their choices; as they are where
         the engine will refuse them."""
         max_len = self.engine.max_model_len
@@ -163,7 +163,7 @@ class ServingContext:
         return Response(content, media_type="application/json")
 
 
-def _as_array(prompt: list[int], max_len: int) -> Prompt:
+def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:
     if len(prompt) > max_len:
         return prompt
     try:

@@ -11,6 +11,7 @@ import json
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from engine.server.body import LONG, BodyReader, Workers, _num_marks, to_json
+from engine.server.body import BodyReader, _num_marks, to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
+from engine.server.workers import LONG, Workers
 
 from .conftest import Live
 from .test_bad_input import check_error
@@ -40,8 +42,14 @@ SMALL = ServerConfig(
 )
 PART = {"type": "text", "text": "x"}
 TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
-    ("/v1/completions", {"prompt": [1] * 3000}, "has 2999 commas .* raise --max-values"),
-    ("/v1/completions", {"prompt": [[]] * 2000}, "has 2003 colons .* raise --max-names"),
+    ("/v1/completions", {"prompt": [1] * 3000}, "more than 2000 commas .* raise --max-values"),
+    ("/v1/completions", {"prompt": [[]] * 2000}, "more than 2000 colons .* raise --max-names"),
+    (
+        "/v1/chat/completions",
+        {"messages": CHAT, "tools": [{"a": [1] * 3000}]},
+        "more than 2000 commas .* raise --max-names",
+    ),
+    ("/tokenize", {"prompt": "x" * 101}, "This makes 101 tokens .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": [1] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": [[1] * 51] * 2}, "'prompt' has 102 .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": ["x"] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
@@ -108,7 +116,7 @@ def test_refusing_a_million_entries_takes_little_memory() -> None:
     raw = b'{"messages": [' + b",".join([b"1"] * 1_000_000) + b"]}"
     tracemalloc.start()
     try:
-        with pytest.raises(APIError, match="raise --max-values"):
+        with pytest.raises(APIError, match="raise --max-names"):
             reader._parse(raw, True, ChatRequest)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -138,7 +146,7 @@ def test_no_answer_quotes_a_megabyte(live: Live, path: str, body: dict[str, Any]
 
 def test_texts_may_hold_any_number_of_commas(serve_oracle: Callable[..., Live]) -> None:
     """The count of JSON values does not take what is in a text for one."""
-    live = serve_oracle(SMALL)
+    live = serve_oracle(replace(SMALL, max_prompt_ids=12_000))
     body = {"prompt": ',:[{\\"' * 2000}
     assert live.post("/tokenize", body).status_code == 200
 
@@ -165,7 +173,20 @@ def _num_made(value: Any) -> tuple[int, int]:
 @given(values, st.booleans())
 def test_values_are_counted_without_parsing(value: Any, ascii_only: bool) -> None:
     raw = json.dumps(value, ensure_ascii=ascii_only).encode()
-    assert (_num_marks(raw, b",", -1), _num_marks(raw, b":[{", -1)) == _num_made(value)
+    for marks, num in zip((b",", b":[{"), _num_made(value), strict=True):
+        assert _num_marks(raw, marks, num, 1000) == num
+        assert num == 0 or _num_marks(raw, marks, num - 1, 1000) > num - 1
+
+
+def test_a_text_that_is_never_closed_is_one_text() -> None:
+    """Not tried again at every quote in it: that took half an hour for a megabyte."""
+    assert _num_marks(b'{"a":"' + b'\\",' * 100, b",", 50, 1000) == 0
+    assert _num_marks(b'{"a":"b,c,\\', b",", 1, 1000) == 0
+
+
+def test_no_more_strings_are_passed_over_than_a_body_at_the_limits_has() -> None:
+    assert _num_marks(b'"":' * 10 + b'"",' * 10, b",", 5, 10) == 10
+    assert _num_marks(b'"" ' * 20 + b"," * 10, b",", 5, 10) == 10
 
 
 @given(values)
