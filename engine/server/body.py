@@ -12,7 +12,6 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -25,15 +24,15 @@ from engine.server.workers import Workers, give_way
 
 SLICE = 256
 """Entries of a list that are written as JSON at a time."""
-TEXTS = 1024
-"""Strings of a body that are passed over at a time."""
+PIECE = 1024
+"""Strings of a body, or escapes of one string, that are passed over at a time."""
+QUOTE = ord('"')
 COMMAS, NAMES = b",", b":[{"
 """What is counted before a body is parsed: a value costs little, a name, a list or an object ten
 times as much."""
 
 Body = TypeVar("Body", bound=Strict)
-# One that is never closed goes on to the end: to try again at each quote in it would be O(n^2).
-_TEXTS = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.?){0,%d}+' % PIECE, re.DOTALL)
 _NOT_JSON = (
     "The body is not valid UTF-8 JSON, or nested too deep, or has too long a number: "
     "send one JSON object."
@@ -139,15 +138,29 @@ def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:
     if num <= limit:
         return num
     num = end = 0
-    for number, text in enumerate(islice(_TEXTS.finditer(raw), max_texts), 1):
-        start = text.start()
-        num += sum(raw.count(mark, end, start) for mark in marks)
-        if num > limit:
+    for number in range(max_texts):
+        start = raw.find(b'"', end)
+        num += sum(raw.count(mark, end, start if start >= 0 else None) for mark in marks)
+        if num > limit or start < 0:
             return num
-        end = text.end()
-        if number % TEXTS == 0:
+        end = _end_of_text(raw, start + 1)
+        if number % PIECE == 0:
             give_way()
-    return num + sum(raw.count(mark, end) for mark in marks)
+    return num
+
+
+def _end_of_text(raw: bytes, position: int) -> int:
+    """Where the string that ``position`` lies in is over; one that is never closed goes on to the
+    end."""
+    while True:
+        found = _INSIDE.match(raw, position)
+        assert found is not None, "it matches nothing, too"
+        position = found.end()
+        if position == len(raw):
+            return position
+        if raw[position] == QUOTE:
+            return position + 1
+        give_way()
 
 
 def to_json(value: Any) -> bytes:

@@ -7,6 +7,7 @@ work. Times are in ``python -m experiments.hostile``.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import tracemalloc
@@ -23,8 +24,11 @@ from pydantic import BaseModel, ValidationError
 from engine.server.body import BodyReader, _num_marks, to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
+from engine.server.logprobs import CompletionScores, for_chat
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
-from engine.server.workers import LONG, Workers
+from engine.server.workers import LONG, Workers, give_way
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.outputs import SampledToken
 
 from .conftest import Live
 from .test_bad_input import check_error
@@ -185,8 +189,45 @@ def test_a_text_that_is_never_closed_is_one_text() -> None:
 
 
 def test_no_more_strings_are_passed_over_than_a_body_at_the_limits_has() -> None:
-    assert _num_marks(b'"":' * 10 + b'"",' * 10, b",", 5, 10) == 10
-    assert _num_marks(b'"" ' * 20 + b"," * 10, b",", 5, 10) == 10
+    raw = b'"" ' * 20 + b"," * 10
+    assert _num_marks(raw, b",", 5, 10) == 0  # ten strings with nothing between: this is no JSON
+    assert _num_marks(raw, b",", 5, 21) == 10
+
+
+def test_a_long_text_is_passed_over_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[None] = []
+    monkeypatch.setattr("engine.server.body.give_way", lambda: pauses.append(None))
+    raw = b'"' + b"\\u00e9," * 100_000 + b'",1'
+    assert _num_marks(raw, b",", 5, 1000) == 1 and len(pauses) > 90
+    pauses.clear()
+    assert json.loads(to_json({"tokens": [1] * 100_000})) and len(pauses) > 90
+
+
+def test_the_scores_of_a_long_prompt_are_written_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[None] = []
+    monkeypatch.setattr("engine.server.logprobs.give_way", lambda: pauses.append(None))
+    scores = [SampledToken(65, -1.0, ((65, -1.0),))] * 1000
+    written = CompletionScores(ByteTokenizer(), 1).write([65] * 1000, scores)
+    assert len(pauses) > 20 and {len(column) for column in written.values()} == {1000}
+    assert len(for_chat(ByteTokenizer(), scores, 1)["content"]) == 1000 and len(pauses) > 40
+
+
+def test_only_a_worker_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop has others to serve, and what it does itself is short."""
+    pauses: list[float] = []
+    monkeypatch.setattr("engine.server.workers.time.sleep", pauses.append)
+    workers = Workers()
+
+    async def both() -> None:
+        await workers.run(LONG, give_way)
+        assert pauses == []
+        await workers.run(LONG + 1, give_way)
+        assert len(pauses) == 1
+
+    asyncio.run(both())
+    workers.close()
 
 
 @given(values)
