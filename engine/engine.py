@@ -16,14 +16,16 @@ from tqdm import tqdm
 from engine.build import cache_config, load, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.interfaces import Runner, TokenSampler
+from engine.mailboxes import Mailboxes
 from engine.requests.intake import Intake
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.cache_manager import CacheManager
+from engine.schedule.plan import Plan
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import Plan, QueueFull, Scheduler
+from engine.schedule.scheduler import QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
 from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
@@ -112,7 +114,7 @@ class Engine:
         self.interrupted: tuple[str, ...] = ()
         """Requests that ran when a step last broke off."""
         self._requests: dict[str, Request] = {}
-        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self._mailboxes = Mailboxes()
         self._intake = Intake(
             tokenizer,
             vocab_size=runner.vocab_size,
@@ -195,7 +197,7 @@ class Engine:
             return None
         self._scheduler.abort(request)
         output = request.report()
-        self._deliver([output])
+        self._mailboxes.deliver([output])
         return output
 
     def has_work(self) -> bool:
@@ -281,7 +283,7 @@ class Engine:
         for output in outputs:
             if output.is_finished:
                 self._requests.pop(output.request_id, None)
-        self._deliver(outputs)
+        self._mailboxes.deliver(outputs)
         return outputs
 
     def _tell_observer(self, plan: Plan) -> None:
@@ -301,13 +303,6 @@ class Engine:
                 num_waiting=self._scheduler.num_waiting,
             )
         )
-
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        if self._mailboxes:
-            for output in outputs:
-                mailbox = self._mailboxes.get(output.request_id)
-                if mailbox is not None:
-                    mailbox.append(output)
 
     def generate(
         self,
@@ -334,38 +329,18 @@ class Engine:
                 while queue or unfinished:
                     while queue and self.has_room:
                         prompt, params = queue.popleft()
-                        order.append(self._open(prompt, params, options))
+                        order.append(self.submit(prompt, params, **options))
+                        self._mailboxes.open(order[-1])
                         unfinished.add(order[-1])
                     self.step()
-                    for output in self._collect(unfinished):
+                    for output in self._mailboxes.take_finals(unfinished):
                         finals[output.request_id] = output
                         bar.update()
             finally:
                 for request_id in unfinished:
                     self.abort(request_id)
-                    del self._mailboxes[request_id]
+                    self._mailboxes.close(request_id)
         return [finals[request_id] for request_id in order]
-
-    def _open(
-        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None, options: dict[str, Any]
-    ) -> str:
-        """Submit, with a mailbox that keeps the outputs whoever calls ``step``."""
-        request_id = self.submit(prompt, sampling, **options)
-        self._mailboxes[request_id] = deque()
-        return request_id
-
-    def _collect(self, unfinished: set[str]) -> list[RequestOutput]:
-        """The last outputs of those in ``unfinished`` that have ended; takes them out of it."""
-        ended = []
-        for request_id in tuple(unfinished):
-            mailbox = self._mailboxes[request_id]
-            if mailbox and mailbox[-1].is_finished:
-                ended.append(mailbox[-1])
-                unfinished.remove(request_id)
-                del self._mailboxes[request_id]
-            else:
-                mailbox.clear()
-        return ended
 
     def stream(
         self,
@@ -375,8 +350,8 @@ class Engine:
     ) -> Iterator[RequestOutput]:
         """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the
         request."""
-        request_id = self._open(prompt, sampling, options)
-        outputs = self._follow(request_id, self._mailboxes[request_id])
+        request_id = self.submit(prompt, sampling, **options)
+        outputs = self._follow(request_id, self._mailboxes.open(request_id))
         next(outputs)  # A generator that never began would not clean up.
         return outputs
 
@@ -392,7 +367,7 @@ class Engine:
                 if output.is_finished:
                     return
         finally:
-            del self._mailboxes[request_id]
+            self._mailboxes.close(request_id)
             self.abort(request_id)
 
     def reset_prefix_cache(self) -> None:

@@ -77,13 +77,26 @@ def _parser() -> Parser:
     serve = add("serve", _serve, "[options]", "answer OpenAI clients over HTTP")
     add_flags(serve, ServerConfig, "server")
     add_flags(serve, EngineConfig, "engine")
-
-    generate = add(
-        "generate",
-        _generate,
-        "[options] [PROMPT ...]",
-        "continue prompts and print what the cache spared",
+    _add_generate(
+        add(
+            "generate",
+            _generate,
+            "[options] [PROMPT ...]",
+            "continue prompts and print what the cache spared",
+        )
     )
+    _add_inspect(
+        add(
+            "inspect",
+            _inspect,
+            "[options] [MODEL]",
+            "say what a model's prefixes weigh and what a budget holds",
+        )
+    )
+    return parser
+
+
+def _add_generate(generate: Parser) -> None:
     generate.add_argument(
         "prompt", nargs="*", help="texts to continue; none: one text from standard input"
     )
@@ -105,12 +118,8 @@ def _parser() -> Parser:
     )
     add_flags(generate, EngineConfig, "engine")
 
-    inspect = add(
-        "inspect",
-        _inspect,
-        "[options] [MODEL]",
-        "say what a model's prefixes weigh and what a budget holds",
-    )
+
+def _add_inspect(inspect: Parser) -> None:
     inspect.add_argument(
         "model",
         nargs="?",
@@ -134,7 +143,6 @@ def _parser() -> Parser:
         help="number format of recurrent states",
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 def _serve(arguments: argparse.Namespace) -> int:
