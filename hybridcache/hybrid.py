@@ -16,8 +16,6 @@ from hybridcache.core.residency import Residency
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
-from hybridcache.radix.svg import render_svg
-from hybridcache.radix.text import render_graphviz, render_text
 from hybridcache.results import (
     Eviction,
     InsertResult,
@@ -35,7 +33,8 @@ EVICTED = (
     "evicted"
 )
 
-RENDERERS = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}
+FORMS = ("text", "graphviz", "svg")
+"""In which a tree is drawn."""
 
 
 class Receipt:
@@ -369,9 +368,14 @@ class HybridRadixCache:
         namespace 'tenant'
         `- 0..3
         """
-        if form not in RENDERERS:
-            raise ValueError(f"a tree is drawn as {', '.join(RENDERERS)}, not {form!r}")
-        return RENDERERS[form](self._tree, max_nodes)
+        if form not in FORMS:
+            raise ValueError(f"a tree is drawn as {', '.join(FORMS)}, not {form!r}")
+        # Not at the top: few processes ever draw, and all import this file.
+        from hybridcache.radix.svg import render_svg
+        from hybridcache.radix.text import render_graphviz, render_text
+
+        draw = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}[form]
+        return draw(self._tree, max_nodes)
 
     @property
     def cached_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -77,6 +76,8 @@ class Listeners(Listener):
                 getattr(member, change)(*what)
             except Exception:
                 self.members = tuple(one for one in self.members if one is not member)
+                import logging  # not at the top: it is needed here alone
+
                 logging.getLogger("hybridcache").exception(
                     "%r raised when notified of %s: it is notified no more", member, change
                 )
