@@ -280,7 +280,7 @@ class HybridRadixCache:
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing
-        evicted, if so many can not be had. O(num_tokens + log of the tree per evicted item)."""
+        evicted, if so many are not available. O(num_tokens + log of the tree per evicted item)."""
         rows = self._pages.allocate(num_tokens)
         if rows is None:
             whole = -(-num_tokens // self.page_size) * self.page_size
@@ -334,27 +334,27 @@ class HybridRadixCache:
         """Recompute every invariant from scratch; see ``PrefixCache.check``. O(tree)."""
         check_cache(self._residency, self._step)
         if held_tokens is not None:
-            in_hands = self._pages.num_taken - self._residency.cached_tokens
-            assert in_hands == held_tokens, f"{in_hands} KV rows held, the caller has {held_tokens}"
+            held = self._pages.num_taken - self._residency.cached_tokens
+            assert held == held_tokens, f"{held} KV rows held, the caller has {held_tokens}"
         if held_slots is not None:
-            in_hands = self._slots.num_taken - self._residency.num_checkpoints
-            assert in_hands == held_slots, f"{in_hands} slots held, the caller has {held_slots}"
+            held = self._slots.num_taken - self._residency.num_checkpoints
+            assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def subscribe(self, listener: Listener) -> None:
-        """Tell ``listener``, beside those told already, of all that is cached and of every change
-        from now on. O(tree). ValueError: it is told already."""
-        told = members_of(self._residency.listener)
-        if listener in told:
+        """Notify ``listener``, beside those subscribed already, of all that is cached and of every
+        change from now on. O(tree). ValueError: it is subscribed already."""
+        members = members_of(self._residency.listener)
+        if listener in members:
             raise ValueError("this listener is subscribed already: unsubscribe it first")
         introduce(listener, self._tree.nodes())
-        self._residency.listener = joined((*told, listener))
+        self._residency.listener = joined((*members, listener))
 
     def unsubscribe(self, listener: Listener) -> None:
-        """Tell ``listener`` nothing more. O(listeners). ValueError: it is not subscribed."""
-        told = members_of(self._residency.listener)
-        if listener not in told:
+        """Notify ``listener`` of nothing more. O(listeners). ValueError: it is not subscribed."""
+        members = members_of(self._residency.listener)
+        if listener not in members:
             raise ValueError("this listener is not subscribed")
-        self._residency.listener = joined(tuple(one for one in told if one is not listener))
+        self._residency.listener = joined(tuple(one for one in members if one is not listener))
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
         """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError:

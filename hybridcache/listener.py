@@ -46,7 +46,7 @@ class Listener(Protocol):
 
 
 class Listeners(Listener):
-    """Several listeners, told one after the other. One that raises is dropped, and the logger
+    """Several listeners, notified one after the other. One that raises is dropped, and the logger
     ``hybridcache`` says so."""
 
     def __init__(self, members: tuple[Listener, ...]) -> None:
@@ -83,11 +83,11 @@ class Listeners(Listener):
                 )
 
 
-def members_of(told: Listener | None) -> tuple[Listener, ...]:
-    """The listeners behind ``told``: those it forwards to, itself alone, or none."""
-    if isinstance(told, Listeners):
-        return told.members
-    return () if told is None else (told,)
+def members_of(listener: Listener | None) -> tuple[Listener, ...]:
+    """The listeners behind ``listener``: those it forwards to, itself alone, or none."""
+    if isinstance(listener, Listeners):
+        return listener.members
+    return () if listener is None else (listener,)
 
 
 def joined(members: tuple[Listener, ...]) -> Listener | None:

@@ -182,7 +182,7 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
 
 def bind(config: ServerConfig) -> socket.socket:
     """A listening socket at the configured address. Taken before the model is loaded: a port that
-    is in use is told at once (ValueError), and a client that comes early waits."""
+    is in use is refused at once (ValueError), and a client that comes early waits."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -199,8 +199,8 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Ends what still runs ``drain_s`` after it was told to stop, so that whoever waits for it is
-    told why."""
+    """Ends what still runs ``drain_s`` after it was asked to stop, so that whoever waits for it
+    learns why."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         super().__init__(

@@ -21,7 +21,7 @@ def refuse_bad_insert(
     page_size: int,
     num_slots: int,
 ) -> None:
-    """ValueError for what can be told without the tree. O(checkpoints)."""
+    """ValueError for what is wrong whatever the tree holds. O(checkpoints)."""
     if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
         require_int32(tokens, "tokens")
     if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
