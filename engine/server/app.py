@@ -108,14 +108,7 @@ def _add_tokens(
         front.check_model(body.model)
         answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
         if body.messages:
-            prompt = await render(
-                front,
-                body.messages,
-                body.tools,
-                body.add_generation_prompt,
-                body.chat_template_kwargs,
-                len(await request.body()),
-            )
+            prompt = await render(front, body, len(await request.body()))
             token_ids = prompt.token_ids
             answer["boundaries"] = list(prompt.boundaries)
         else:

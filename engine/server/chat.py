@@ -14,7 +14,7 @@ from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
 from engine.server.front import ServingContext, new_id, usage
-from engine.server.schemas import ChatMessage, ChatRequest
+from engine.server.schemas import ChatRequest, TokenizeRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatPrompt, TemplateError, render_chat
@@ -25,15 +25,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
     front.check_model(body.model)
     front.check_number(body.n)
     namespace = front.namespace_of(body.cache_salt)
-    prompt = await render(
-        front,
-        body.messages,
-        body.tools,
-        body.add_generation_prompt,
-        body.chat_template_kwargs,
-        len(await request.body()),
-        namespace,
-    )
+    prompt = await render(front, body, len(await request.body()), namespace)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
@@ -56,23 +48,20 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
 
 async def render(
     front: ServingContext,
-    messages: Sequence[ChatMessage],
-    tools: Sequence[dict[str, Any]] | None,
-    add_generation_prompt: bool,
-    variables: dict[str, Any] | None,
+    body: ChatRequest | TokenizeRequest,
     size: int,
     namespace: str | None = None,
 ) -> ChatPrompt:
-    """The chat of a body of ``size`` bytes as the model reads it. APIError 400: the template
+    """The chat of a ``body`` of ``size`` bytes as the model reads it. APIError 400: the template
     refuses it."""
 
     def work() -> ChatPrompt:
         return render_chat(
             front.tokenizer,
-            [message.as_template_input() for message in messages],
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            variables=variables,
+            [message.as_template_input() for message in body.messages or ()],
+            tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
             special_in_content=front.special_in_content,
             namespace=namespace,
         )
