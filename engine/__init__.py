@@ -8,6 +8,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import RequestSpec
 from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 
@@ -18,5 +19,6 @@ __all__ = [
     "EngineConfig",
     "QueueFull",
     "RequestOutput",
+    "RequestSpec",
     "SamplingParams",
 ]

@@ -14,19 +14,19 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.config import EngineConfig
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.requests.intake import Prompt
     from engine.text.tokenizer import Tokenizer
 
 __all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream", "StepFailed"]
@@ -131,24 +131,14 @@ class AsyncEngine:
 
     def submit(
         self,
-        prompt: Prompt,
+        prompt: Prompt | RequestSpec,
         sampling: SamplingParams | None = None,
-        *,
-        namespace: Hashable = None,
-        boundaries: Sequence[int] = (),
-        answer_survives: bool = True,
-        prompt_logprobs: int | None = None,
+        **options: Any,
     ) -> RequestStream:
         """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued:
-        ValueError, QueueFull, or EngineStopped where the engine is stopping."""
-        request = self._engine.prepare(
-            prompt,
-            sampling,
-            namespace=namespace,
-            boundaries=boundaries,
-            answer_survives=answer_survives,
-            prompt_logprobs=prompt_logprobs,
-        )
+        ValueError, QueueFull, or EngineStopped where the engine is stopping. A ``request_id`` must
+        be one that no other request has."""
+        request = self._engine.prepare(RequestSpec.of(prompt, sampling, options))
         stream = RequestStream(request.request_id, self._abort)
 
         def arrive() -> None:
@@ -169,7 +159,10 @@ class AsyncEngine:
         return stream
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
+        self,
+        prompt: Prompt | RequestSpec,
+        sampling: SamplingParams | None = None,
+        **options: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Outputs of one prompt as they come; left early or cancelled, the request ends."""
         stream = self.submit(prompt, sampling, **options)

@@ -24,8 +24,8 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
 
 
 def _tokenizer(config: EngineConfig, vocab_size: int) -> Tokenizer:
+    from engine.text.hugging_face import has_tokenizer, load_tokenizer, named_eos
     from engine.text.token_ids import IdTokenizer
-    from engine.text.tokenizer import has_tokenizer, load_tokenizer, named_eos
 
     if config.tokenizer is None and config.model and not has_tokenizer(Path(config.model)):
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,16 @@ from tqdm import tqdm
 from engine.build import cache_config, load, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.interfaces import Runner, TokenSampler
-from engine.requests.intake import Intake, Prompt
+from engine.mailboxes import Mailboxes
+from engine.requests.intake import Intake
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.cache_manager import CacheManager
+from engine.schedule.plan import Plan
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import Plan, QueueFull, Scheduler
+from engine.schedule.scheduler import QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
 from hybridcache.build import build_prefix_cache
 from hybridcache.lease_log import LeaseLog
@@ -111,11 +114,12 @@ class Engine:
         self.interrupted: tuple[str, ...] = ()
         """Requests that ran when a step last broke off."""
         self._requests: dict[str, Request] = {}
-        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        self._mailboxes = Mailboxes()
         self._intake = Intake(
             tokenizer,
             vocab_size=runner.vocab_size,
             max_model_len=self.max_model_len,
+            sampling_defaults=self.sampling_defaults,
             seed=config.seed,
             clock=clock,
         )
@@ -144,61 +148,32 @@ class Engine:
 
     def submit(
         self,
-        prompt: Prompt,
+        prompt: Prompt | RequestSpec,
         sampling: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        namespace: Hashable = None,
-        boundaries: Sequence[int] = (),
-        answer_survives: bool = True,
-        prompt_logprobs: int | None = None,
+        **options: Any,
     ) -> str:
         """Queue a prompt; returns the request's id. O(length of the prompt).
 
-        ``boundaries`` are positions known to survive into later prompts; without
-        ``answer_survives`` those are known to leave this one before its end, and no state is saved
-        past it. ``prompt_logprobs`` reports the prompt's own log-probabilities with so many
-        alternatives, for which no cache is read. ValueError: a request that can not be served, in
-        one sentence; QueueFull: as many wait as may.
+        ``options`` are the other fields of ``RequestSpec``, which says what each means:
+        ``submit([1, 2, 3], params, namespace="tenant")``; or give a whole one in place of the
+        prompt. ValueError: a request that can not be served, in one sentence; QueueFull: as many
+        wait as may.
         """
+        spec = RequestSpec.of(prompt, sampling, options)
         if not self.has_room:
             raise QueueFull(self.config.max_queue)
-        if request_id in self._requests:
-            raise ValueError(f"there is a request {request_id!r} already; give each its own id.")
-        request = self.prepare(
-            prompt,
-            sampling,
-            request_id=request_id,
-            namespace=namespace,
-            boundaries=boundaries,
-            answer_survives=answer_survives,
-            prompt_logprobs=prompt_logprobs,
-        )
+        if spec.request_id in self._requests:
+            raise ValueError(
+                f"there is a request {spec.request_id!r} already; give each its own id."
+            )
+        request = self.prepare(spec)
         self.enqueue(request)
         return request.request_id
 
-    def prepare(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        namespace: Hashable = None,
-        boundaries: Sequence[int] = (),
-        answer_survives: bool = True,
-        prompt_logprobs: int | None = None,
-    ) -> Request:
+    def prepare(self, spec: RequestSpec) -> Request:
         """The first half of ``submit``: check a prompt and make its request. Safe to call from any
         thread."""
-        return self._intake.prepare(
-            prompt,
-            sampling or SamplingParams(**self.sampling_defaults),  # type: ignore[arg-type]
-            request_id=request_id,
-            namespace=namespace,
-            boundaries=boundaries,
-            answer_survives=answer_survives,
-            prompt_logprobs=prompt_logprobs,
-        )
+        return self._intake.prepare(spec)
 
     def enqueue(self, request: Request) -> None:
         """The second half of ``submit``."""
@@ -222,7 +197,7 @@ class Engine:
             return None
         self._scheduler.abort(request)
         output = request.report()
-        self._deliver([output])
+        self._mailboxes.deliver([output])
         return output
 
     def has_work(self) -> bool:
@@ -308,7 +283,7 @@ class Engine:
         for output in outputs:
             if output.is_finished:
                 self._requests.pop(output.request_id, None)
-        self._deliver(outputs)
+        self._mailboxes.deliver(outputs)
         return outputs
 
     def _tell_observer(self, plan: Plan) -> None:
@@ -329,24 +304,17 @@ class Engine:
             )
         )
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        if self._mailboxes:
-            for output in outputs:
-                mailbox = self._mailboxes.get(output.request_id)
-                if mailbox is not None:
-                    mailbox.append(output)
-
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | RequestSpec],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         show_progress: bool = False,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one
-        each, ``options`` go to ``submit``. ValueError as there, before anything is computed of the
-        prompt it names."""
+        each, ``options`` are for all (see ``submit``). ValueError as there, before anything is
+        computed of the prompt it names."""
         if isinstance(prompts, str):
             raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
@@ -361,46 +329,29 @@ class Engine:
                 while queue or unfinished:
                     while queue and self.has_room:
                         prompt, params = queue.popleft()
-                        order.append(self._open(prompt, params, options))
+                        order.append(self.submit(prompt, params, **options))
+                        self._mailboxes.open(order[-1])
                         unfinished.add(order[-1])
                     self.step()
-                    for output in self._collect(unfinished):
+                    for output in self._mailboxes.take_finals(unfinished):
                         finals[output.request_id] = output
                         bar.update()
             finally:
                 for request_id in unfinished:
                     self.abort(request_id)
-                    del self._mailboxes[request_id]
+                    self._mailboxes.close(request_id)
         return [finals[request_id] for request_id in order]
 
-    def _open(
-        self, prompt: Prompt, sampling: SamplingParams | None, options: dict[str, Any]
-    ) -> str:
-        """Submit, with a mailbox that keeps the outputs whoever calls ``step``."""
-        request_id = self.submit(prompt, sampling, **options)
-        self._mailboxes[request_id] = deque()
-        return request_id
-
-    def _collect(self, unfinished: set[str]) -> list[RequestOutput]:
-        """The last outputs of those in ``unfinished`` that have ended; takes them out of it."""
-        ended = []
-        for request_id in tuple(unfinished):
-            mailbox = self._mailboxes[request_id]
-            if mailbox and mailbox[-1].is_finished:
-                ended.append(mailbox[-1])
-                unfinished.remove(request_id)
-                del self._mailboxes[request_id]
-            else:
-                mailbox.clear()
-        return ended
-
     def stream(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any
+        self,
+        prompt: Prompt | RequestSpec,
+        sampling: SamplingParams | None = None,
+        **options: Any,
     ) -> Iterator[RequestOutput]:
         """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the
         request."""
-        request_id = self._open(prompt, sampling, options)
-        outputs = self._follow(request_id, self._mailboxes[request_id])
+        request_id = self.submit(prompt, sampling, **options)
+        outputs = self._follow(request_id, self._mailboxes.open(request_id))
         next(outputs)  # A generator that never began would not clean up.
         return outputs
 
@@ -416,7 +367,7 @@ class Engine:
                 if output.is_finished:
                     return
         finally:
-            del self._mailboxes[request_id]
+            self._mailboxes.close(request_id)
             self.abort(request_id)
 
     def reset_prefix_cache(self) -> None:

@@ -25,8 +25,8 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
 from engine.run.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
+from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
-from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import ModelGeometry
 

@@ -31,7 +31,7 @@ from engine.async_engine import AsyncEngine
 from engine.command.flags import Parser, add_flags, read_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.text.tokenizer import load_tokenizer
+from engine.text.hugging_face import load_tokenizer
 from experiments.conversations import chat_text, has_package, session, synthetic_conversations
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.serving_load import (

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache import Pauses, Poisson, TraceRequest, interleave
 from hybridcache.lab.traces.sharegpt import Conversation
 from hybridcache.lab.traces.text import ChatText
@@ -229,9 +229,10 @@ def chat_text(tokenizer: Tokenizer) -> ChatText:
     """Chats in the served model's own template and tokens."""
     if tokenizer.chat_template is None:
         raise ValueError("The model has no chat template: give a --model that has one.")
-    specials = {text: tokenizer.encode(text, False)[0] for text in tokenizer.special_tokens}
+    bare = EncodeOptions(add_special_tokens=False)
+    specials = {text: tokenizer.encode(text, bare)[0] for text in tokenizer.special_tokens}
     return ChatText(
-        lambda text: tokenizer.encode(text, False), specials, tokenizer.chat_template.source
+        lambda text: tokenizer.encode(text, bare), specials, tokenizer.chat_template.source
     )
 
 

@@ -15,7 +15,7 @@ from engine.run.device import Device
 from engine.run.layers.parameters import Build, Parameter, WeightSpec
 from engine.run.models import read_model
 from engine.run.weights import Dummy
-from engine.text.tokenizer import BUILTIN_TEMPLATE
+from engine.text.byte_tokenizer import BUILTIN_TEMPLATE
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

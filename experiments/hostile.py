@@ -70,7 +70,12 @@ BODIES: tuple[Hostile, ...] = (
     Hostile("100k empty messages", "/tokenize", _raw('{"messages":[', EMPTY, 100_000, "]}")),
     Hostile("32k nested lists for tools", CHAT, lambda: _tools("[[]]", 32_000)),
     Hostile("65k names in a tool", CHAT, lambda: _names(65_000)),
+    Hostile("65k numbers in a tool", CHAT, lambda: _tools("1e5", 65_000)),
     Hostile("300k numbers in a tool", CHAT, lambda: _tools("1e5", 299_000)),
+    Hostile("a text that never ends", COMPLETIONS, lambda: b'{"prompt":"' + rb"\"," * 1_300_000),
+    Hostile(
+        "1.9M empty texts", COMPLETIONS, lambda: b"[]" * 60_000 + b'""' * 1_900_000 + b"[" * 9999
+    ),
     Hostile("a text of 3.9 MiB", COMPLETIONS, _body(prompt="hello, world " * 314_000)),
     Hostile("a text of 3.9 MiB", "/tokenize", _body(prompt="hello, world " * 314_000)),
     Hostile("a message of 3.9 MiB", CHAT, _body(messages=[{**USER, "content": "x" * 4_080_000}])),
@@ -161,6 +166,7 @@ class Reader(threading.Thread):
 def attack(port: int, reader: Reader, hostile: Hostile) -> Outcome:
     """Send one body and wait for its answer, and a moment longer."""
     payload = hostile.make()
+    time.sleep(0.2)  # what making it cost the reader, which is of this process, is over
     start_s = time.perf_counter()
     status = 200
     if payload:

@@ -35,7 +35,7 @@ if not __package__:  # run by its path: the project's root is where its modules 
 
 from engine.command.flags import HelpFormatter, Parser
 from engine.config import EngineConfig
-from engine.text.tokenizer import load_tokenizer
+from engine.text.hugging_face import load_tokenizer
 from experiments.conversations import (
     chat_text,
     load_trace,

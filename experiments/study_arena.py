@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.goals_table import ENGINE_GRID, GOALS, OURS, Goal
+from experiments.goals import ENGINE_GRID, GOALS, OURS, Goal
 from experiments.lab import figure_path, keep
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.times import Roofline

@@ -20,7 +20,7 @@ from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
 
 GRID = 64
-"""Positions a checkpoint may take are its multiples, unless told otherwise: the kernels' chunk."""
+"""Positions a checkpoint may take are its multiples, unless set otherwise: the kernels' chunk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,12 @@ import numpy as np
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.core.check import check_cache
+from hybridcache.core.insertion import append, place, refresh, refuse_bad_insert
 from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
 from hybridcache.core.residency import Residency
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.radix.forks import Link
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
-from hybridcache.radix.svg import render_svg
-from hybridcache.radix.text import render_graphviz, render_text
 from hybridcache.results import (
     Eviction,
     InsertResult,
@@ -35,7 +33,8 @@ EVICTED = (
     "evicted"
 )
 
-RENDERERS = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}
+FORMS = ("text", "graphviz", "svg")
+"""In which a tree is drawn."""
 
 
 class Receipt:
@@ -237,8 +236,17 @@ class HybridRadixCache:
         ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
         the nearest checkpoint above.
         """
-        self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, after)
-        residency, tree = self._residency, self._tree
+        refuse_bad_insert(
+            tokens,
+            kv_indices,
+            checkpoints,
+            owned_from,
+            labels,
+            after,
+            page_size=self.page_size,
+            num_slots=self._num_slots,
+        )
+        residency, tree, step = self._residency, self._tree, self._step
         num_tokens = len(tokens) - len(tokens) % self.page_size
         while after is not None and after.end > owned_from:
             after = after.parent
@@ -258,10 +266,10 @@ class HybridRadixCache:
         if kv_len < num_tokens:
             residency.expect_child(node)
             rows = kv_indices[kv_len:num_tokens]
-            leaf = self._append(node, tokens[kv_len:num_tokens], rows, checkpoints)
+            leaf = append(residency, step, node, tokens[kv_len:num_tokens], rows, checkpoints)
         else:
-            self._refresh(node)
-        rejected = self._place(leaf, checkpoints, labels, kv_len) if checkpoints else ()
+            refresh(residency, node)
+        rejected = place(residency, step, leaf, checkpoints, labels, kv_len) if checkpoints else ()
         if kv_len < num_tokens:
             residency.offer_leaf(leaf)
         duplicates = kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES
@@ -270,141 +278,9 @@ class HybridRadixCache:
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
 
-    def _refuse_bad_insert(
-        self,
-        tokens: Tokens,
-        kv_indices: Indices,
-        checkpoints: Sequence[tuple[int, int]],
-        owned_from: int,
-        labels: Sequence[str],
-        after: RadixNode | None,
-    ) -> None:
-        """ValueError for what can be told without the tree. O(checkpoints)."""
-        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
-            require_int32(tokens, "tokens")
-        if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
-            require_int32(kv_indices, "KV indices")
-        num_tokens = len(tokens)
-        if len(kv_indices) != num_tokens:
-            raise ValueError(
-                f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are "
-                "needed"
-            )
-        if labels and len(labels) != len(checkpoints):
-            raise ValueError(
-                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
-            )
-        for position, slot in checkpoints:
-            if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):
-                raise ValueError(
-                    f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the "
-                    "slot "
-                    f"below {self._num_slots}"
-                )
-        if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
-            raise ValueError("two checkpoints share a slot: each needs one of its own")
-        num_tokens -= num_tokens % self.page_size
-        if not 0 <= owned_from <= num_tokens:
-            raise ValueError(
-                f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
-            )
-        if after is not None and not after.locks:
-            raise ValueError(
-                "the node given as ``after`` is not locked: keep its lock until insert is done"
-            )
-
-    def _append(
-        self,
-        node: RadixNode,
-        tokens: Tokens,
-        rows: Indices,
-        checkpoints: Sequence[tuple[int, int]],
-    ) -> RadixNode:
-        """Make ``tokens`` resident below ``node`` with copies of ``rows``: revive ghosts, then
-        grow. Returns the new leaf.
-
-        What grows ends a node where a checkpoint will stand, so that none of it is split at once:
-        nodes that grew apart share no buffer.
-        """
-        residency = self._residency
-        first = node.end
-        if node.ghosts is not None:
-            ghost, inside, length = self._tree.walk(node, tokens, ghosts=True)
-            path = []
-            while ghost is not node:
-                path.append(ghost)
-                assert ghost.parent is not None
-                ghost = ghost.parent
-            for ghost in reversed(path):
-                residency.revive(ghost, rows[node.end - first : ghost.end - first].copy())
-                node = ghost
-            if inside is not None and length > node.end:
-                upper = residency.split(inside, length)
-                self._tree.revive(upper)
-                residency.store_rows(upper, rows[node.end - first : length - first].copy())
-                node = upper
-        start, num_tokens = node.end - first, len(tokens)
-        if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
-            for end in sorted(at - first for at, _ in checkpoints if at % self._step == 0):
-                if start < end < num_tokens:
-                    node = self._tree.grow(node, tokens[start:end])
-                    residency.store_rows(node, rows[start:end].copy())
-                    start = end
-        if start < num_tokens:
-            if start:
-                tokens, rows = tokens[start:], rows[start:]
-            node = self._tree.grow(node, tokens)
-            residency.store_rows(node, rows.copy())
-        return node
-
-    def _refresh(self, node: RadixNode) -> None:
-        """``node``'s KV came again."""
-        kv, residency = node.kv, self._residency
-        if kv is not None:
-            kv.last_used = residency.now
-            if not node.children and kv not in residency.withheld:
-                residency.policy.touch(kv)
-
-    def _place(
-        self,
-        leaf: RadixNode,
-        checkpoints: Sequence[tuple[int, int]],
-        labels: Sequence[str],
-        offered_to: int,
-    ) -> tuple[int, ...]:
-        """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not
-        taken.
-
-        Nodes that end at or before ``offered_to`` were there before, so the policy knows them.
-        O(path).
-        """
-        residency = self._residency
-        rejected: list[int] = []
-        node, end = leaf, leaf.end
-        before: Link | None = None
-        order: Sequence[int] = (0,)
-        if len(checkpoints) > 1:
-            order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
-        for index in order:
-            position, slot = checkpoints[index]
-            if position % self._step or not 0 < position <= end:
-                rejected.append(slot)
-                continue
-            while (above := node.parent) is not None and above.end >= position:
-                node = above
-            if node.end > position:
-                node = residency.split(node, position)
-            if node.checkpoint is not None:
-                rejected.append(slot)
-                continue
-            label = labels[index] if labels else ""
-            offered = position <= offered_to
-            before = residency.store_checkpoint(node, slot, label, offered, before)
-        return tuple(rejected)
-
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing
-        evicted, if so many can not be had. O(num_tokens + log of the tree per evicted item)."""
+        evicted, if so many are not available. O(num_tokens + log of the tree per evicted item)."""
         rows = self._pages.allocate(num_tokens)
         if rows is None:
             whole = -(-num_tokens // self.page_size) * self.page_size
@@ -458,27 +334,27 @@ class HybridRadixCache:
         """Recompute every invariant from scratch; see ``PrefixCache.check``. O(tree)."""
         check_cache(self._residency, self._step)
         if held_tokens is not None:
-            in_hands = self._pages.num_taken - self._residency.cached_tokens
-            assert in_hands == held_tokens, f"{in_hands} KV rows held, the caller has {held_tokens}"
+            held = self._pages.num_taken - self._residency.cached_tokens
+            assert held == held_tokens, f"{held} KV rows held, the caller has {held_tokens}"
         if held_slots is not None:
-            in_hands = self._slots.num_taken - self._residency.num_checkpoints
-            assert in_hands == held_slots, f"{in_hands} slots held, the caller has {held_slots}"
+            held = self._slots.num_taken - self._residency.num_checkpoints
+            assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def subscribe(self, listener: Listener) -> None:
-        """Tell ``listener``, beside those told already, of all that is cached and of every change
-        from now on. O(tree). ValueError: it is told already."""
-        told = members_of(self._residency.listener)
-        if listener in told:
+        """Notify ``listener``, beside those subscribed already, of all that is cached and of every
+        change from now on. O(tree). ValueError: it is subscribed already."""
+        members = members_of(self._residency.listener)
+        if listener in members:
             raise ValueError("this listener is subscribed already: unsubscribe it first")
         introduce(listener, self._tree.nodes())
-        self._residency.listener = joined((*told, listener))
+        self._residency.listener = joined((*members, listener))
 
     def unsubscribe(self, listener: Listener) -> None:
-        """Tell ``listener`` nothing more. O(listeners). ValueError: it is not subscribed."""
-        told = members_of(self._residency.listener)
-        if listener not in told:
+        """Notify ``listener`` of nothing more. O(listeners). ValueError: it is not subscribed."""
+        members = members_of(self._residency.listener)
+        if listener not in members:
             raise ValueError("this listener is not subscribed")
-        self._residency.listener = joined(tuple(one for one in told if one is not listener))
+        self._residency.listener = joined(tuple(one for one in members if one is not listener))
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
         """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError:
@@ -492,9 +368,14 @@ class HybridRadixCache:
         namespace 'tenant'
         `- 0..3
         """
-        if form not in RENDERERS:
-            raise ValueError(f"a tree is drawn as {', '.join(RENDERERS)}, not {form!r}")
-        return RENDERERS[form](self._tree, max_nodes)
+        if form not in FORMS:
+            raise ValueError(f"a tree is drawn as {', '.join(FORMS)}, not {form!r}")
+        # Not at the top: few processes ever draw, and all import this file.
+        from hybridcache.radix.svg import render_svg
+        from hybridcache.radix.text import render_graphviz, render_text
+
+        draw = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}[form]
+        return draw(self._tree, max_nodes)
 
     @property
     def cached_tokens(self) -> int:

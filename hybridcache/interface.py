@@ -143,12 +143,12 @@ class PrefixCache(Protocol):
         ...
 
     def subscribe(self, listener: Listener) -> None:
-        """Tell ``listener``, beside those told already, of all that is cached and of every change
-        from now on. O(cache)."""
+        """Notify ``listener``, beside those subscribed already, of all that is cached and of every
+        change from now on. O(cache)."""
         ...
 
     def unsubscribe(self, listener: Listener) -> None:
-        """Tell ``listener`` nothing more."""
+        """Notify ``listener`` of nothing more."""
         ...
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:

@@ -22,6 +22,7 @@ from hybridcache.allocators.moves import Move
 from hybridcache.interface import PrefixCache
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
 from hybridcache.results import Losses, PrefixMatch
+from hybridcache.saving import Saved, Saving
 from hybridcache.tokens import Indices, Tokens
 
 # Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of
@@ -83,28 +84,21 @@ class LeaseRequest(NamedTuple):
     superseded: none is saved."""
 
 
-Saved = tuple[int, int]
-"""(position, slot) of a checkpoint that was, or is being, written to a slot we hold."""
-
-
 class Lease:
     """One request's claims on a cache. Made by ``begin``; not to be used after ``finish``,
     ``preempt`` or ``abort``."""
 
     __slots__ = (
         "_cache",
-        "_decode_interval",
         "_is_counted",
         "_moved",
         "_node",
         "_num_rows",
-        "_pending",
         "_placement",
-        "_plan",
         "_receipt",
         "_request",
-        "_rolling",
         "_rows",
+        "_saving",
         "_step",
         "_unread_end",
         "_unread_start",
@@ -144,10 +138,7 @@ class Lease:
         self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
-        self._plan: dict[int, str] = {}
-        self._pending: dict[Saved, str] = {}
-        self._rolling: Saved | None = None
-        self._decode_interval: int | None = None
+        self._saving = Saving(cache, self._step, self.prompt_len)
         self._moved: tuple[int, int] | None = None
         if cache.arena is not None:
             cache.arena.holders[self] = None
@@ -195,28 +186,19 @@ class Lease:
         if self._request.reuse:
             self._cache.touch(self.match)
         if self._request.stateful:
-            self._make_plan(self._placement)
-
-    def _make_plan(self, placement: PlacementPolicy) -> None:
-        request, match, step = self._request, self.match, self._step
-        plan = self._plan
-        prefill = Prefill(
-            self.prompt_len,
-            match.cached_len,
-            match.kv_len,
-            match.branch_len,
-            request.boundaries,
-            step,
-            match.resumed,
-            match.missed,
-        )
-        for position, label in placement.positions(prefill):
-            floored = prefill.floor(position)
-            if floored is not None:
-                plan.setdefault(floored, label)
-        interval = placement.decode_interval()
-        if interval is not None and request.answer_survives and not request.exact:
-            self._decode_interval = -(-interval // step) * step
+            request, match = self._request, self.match
+            prefill = Prefill(
+                self.prompt_len,
+                match.cached_len,
+                match.kv_len,
+                match.branch_len,
+                request.boundaries,
+                self._step,
+                match.resumed,
+                match.missed,
+            )
+            decodes = request.answer_survives and not request.exact
+            self._saving.ask(self._placement, prefill, decodes)
 
     @property
     def cached_len(self) -> int:
@@ -255,7 +237,7 @@ class Lease:
     @property
     def planned(self) -> tuple[int, ...]:
         """Positions at which this prefill should still save a checkpoint, ascending."""
-        return tuple(sorted(self._plan))
+        return self._saving.planned
 
     @property
     def held_tokens(self) -> int:
@@ -264,20 +246,20 @@ class Lease:
 
     @property
     def held_slots(self) -> int:
-        return (self.state_slot is not None) + len(self._pending) + (self._rolling is not None)
+        return (self.state_slot is not None) + len(self._saving.slots)
 
     def plan_checkpoint(self, position: int, label: str) -> None:
         """Plan a checkpoint at ``position``, floored to the grid; one that is planned, has its slot
         or is out of reach already changes nothing. Beside the placement's own: another request is
         known to leave this one's path there."""
         position -= position % self._step
-        if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
-            self._plan.setdefault(position, label)
+        if self.cached_len < position <= self.prompt_len:
+            self._saving.plan(position, label)
 
     def is_saving_at(self, position: int) -> bool:
         """Whether a checkpoint at ``position`` was handed out by ``take_checkpoint_slots`` and
         waits for its ``publish``."""
-        return any(saved == position for saved, _ in self._pending)
+        return self._saving.is_pending(position)
 
     def extend(self, to_len: int) -> bool:
         """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused,
@@ -318,57 +300,13 @@ class Lease:
         The rolling one is written over what it held: a caller that works a step ahead and then
         finds that the request had ended before it, has neither.
         """
-        if start >= self.prompt_len:
-            return self._roll(start, end)
-        if not self._plan and not self._pending:
-            return ()
-        self._save(start, end, len(self._plan))
-        return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
+        return self._saving.take(start, end)
 
     def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
         """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its
         order, and keep them for it; returns how many it would still ask for. For a caller that
         wants few slabs of an arena emptied at a time."""
-        if start >= self.prompt_len:
-            rolls = self._rolling is None and bool(self._crossing(start, end))
-            if rolls and max_slots:
-                self._roll(start, end)
-                return 0
-            return int(rolls)
-        if not self._save(start, end, max_slots):
-            return 0
-        return sum(start < position <= end for position in self._plan)
-
-    def _save(self, start: int, end: int, max_slots: int) -> bool:
-        """Take slots for planned positions in (start, end]. False: none can be had for the next."""
-        plan, num_taken = self._plan, 0
-        for position, label in tuple(plan.items()):
-            if start < position <= end and num_taken < max_slots:
-                slot = self._cache.allocate_slot()
-                if slot is None:
-                    return False
-                del plan[position]
-                self._pending[position, slot] = label
-                num_taken += 1
-        return True
-
-    def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
-        position = self._crossing(start, end)
-        if position is None:
-            return ()
-        slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
-        if slot is None:
-            return ()
-        self._rolling = position, slot
-        return (self._rolling,)
-
-    def _crossing(self, start: int, end: int) -> int | None:
-        """The last position in (start, end] at which decoding saves a state; None: there is
-        none."""
-        interval = self._decode_interval
-        if interval is None or end // interval * interval <= start:
-            return None
-        return end // interval * interval
+        return self._saving.reserve(start, end, max_slots)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Hand what is computed to the tree, with the checkpoints that are done, and move the lock
@@ -383,12 +321,7 @@ class Lease:
         first = self.published_len
         if computed_len - computed_len % cache.page_size <= first:
             return None
-        done, later = self._pending, {}
-        if done and max(done)[0] > computed_len:
-            later = {saved: label for saved, label in done.items() if saved[0] > computed_len}
-            done = {saved: label for saved, label in done.items() if saved[0] <= computed_len}
-        self._pending = later
-        node, num_duplicates = self._insert(tokens, computed_len, done)
+        node, num_duplicates = self._insert(tokens, computed_len, self._saving.done(computed_len))
         receipt = cache.lock(node)
         cache.unlock(self._receipt)
         self._node, self._receipt = node, receipt
@@ -451,11 +384,7 @@ class Lease:
     def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
         """Publish what is computed and end the lease. With ``donate`` the own slot becomes a
         checkpoint where its state sits on a position that the placement wants: no copy."""
-        if computed_len > self.prompt_len:
-            wanted = self._decode_interval is not None
-        else:
-            wanted = computed_len in self._plan
-        self._end(tokens, computed_len, donate and wanted)
+        self._end(tokens, computed_len, donate and self._saving.wants(computed_len))
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
         """Publish what is computed and end the lease, to begin again later: any grid position is
@@ -465,33 +394,23 @@ class Lease:
     def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
         cache = self._cache
         published_len = self._publishable(computed_len)
-        saved = self._pending
-        if self._rolling is not None:
-            saved[self._rolling] = "decode"
-        own_slot = self.state_slot
-        if own_slot is not None:
-            donate &= computed_len == published_len and computed_len % self._step == 0
-            if donate and computed_len > self.match.cached_len:
-                saved[computed_len, own_slot] = self._label(computed_len)
-            else:
-                cache.free_slot(own_slot)
-        if saved and max(saved)[0] > published_len:
-            for unfinished in [saved_ for saved_ in saved if saved_[0] > published_len]:
-                cache.free_slot(unfinished[1])
-                del saved[unfinished]
+        own_slot, label = self.state_slot, self._saving.label(computed_len)
+        donate &= computed_len == published_len and computed_len % self._step == 0
+        donate &= computed_len > self.match.cached_len
+        if own_slot is not None and not donate:
+            cache.free_slot(own_slot)
+        saved = self._saving.end(published_len)
+        if own_slot is not None and donate:
+            saved[computed_len, own_slot] = label
         first_held = self.published_len
         if saved or published_len > first_held:
             self._insert(tokens, published_len, saved)
             first_held = max(first_held, self.published_len)
         self._close(first_held)
 
-    def _label(self, position: int) -> str:
-        return "decode" if position > self.prompt_len else self._plan.get(position, "preempt")
-
     def abort(self) -> None:
         """Give everything back and end the lease; what was published stays the tree's."""
-        for _, slot in (*self._pending, *((self._rolling,) if self._rolling else ())):
-            self._cache.free_slot(slot)
+        self._saving.abort()
         if self.state_slot is not None:
             self._cache.free_slot(self.state_slot)
         self._close(self.published_len)
@@ -503,6 +422,5 @@ class Lease:
             del self._cache.arena.holders[self]
         self._cache.unlock(self._receipt)
         self._node = self._receipt = self._moved = None
-        self._pending, self._rolling, self.state_slot = {}, None, None
-        self._plan = {}
+        self.state_slot = None
         self._num_rows = self._unread_start = self._unread_end = self.published_len = 0

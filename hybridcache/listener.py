@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -47,7 +46,7 @@ class Listener(Protocol):
 
 
 class Listeners(Listener):
-    """Several listeners, told one after the other. One that raises is dropped, and the logger
+    """Several listeners, notified one after the other. One that raises is dropped, and the logger
     ``hybridcache`` says so."""
 
     def __init__(self, members: tuple[Listener, ...]) -> None:
@@ -77,16 +76,18 @@ class Listeners(Listener):
                 getattr(member, change)(*what)
             except Exception:
                 self.members = tuple(one for one in self.members if one is not member)
+                import logging  # not at the top: it is needed here alone
+
                 logging.getLogger("hybridcache").exception(
                     "%r raised when notified of %s: it is notified no more", member, change
                 )
 
 
-def members_of(told: Listener | None) -> tuple[Listener, ...]:
-    """The listeners behind ``told``: those it forwards to, itself alone, or none."""
-    if isinstance(told, Listeners):
-        return told.members
-    return () if told is None else (told,)
+def members_of(listener: Listener | None) -> tuple[Listener, ...]:
+    """The listeners behind ``listener``: those it forwards to, itself alone, or none."""
+    if isinstance(listener, Listeners):
+        return listener.members
+    return () if listener is None else (listener,)
 
 
 def joined(members: tuple[Listener, ...]) -> Listener | None:

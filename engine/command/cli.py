@@ -20,6 +20,7 @@ from engine.command.flags import (
 from engine.config import EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import RequestSpec
 from engine.server.config import ServerConfig
 from hybridcache.extras import how_to_install
 from hybridcache.units import counted, format_seconds
@@ -76,13 +77,26 @@ def _parser() -> Parser:
     serve = add("serve", _serve, "[options]", "answer OpenAI clients over HTTP")
     add_flags(serve, ServerConfig, "server")
     add_flags(serve, EngineConfig, "engine")
-
-    generate = add(
-        "generate",
-        _generate,
-        "[options] [PROMPT ...]",
-        "continue prompts and print what the cache spared",
+    _add_generate(
+        add(
+            "generate",
+            _generate,
+            "[options] [PROMPT ...]",
+            "continue prompts and print what the cache spared",
+        )
     )
+    _add_inspect(
+        add(
+            "inspect",
+            _inspect,
+            "[options] [MODEL]",
+            "say what a model's prefixes weigh and what a budget holds",
+        )
+    )
+    return parser
+
+
+def _add_generate(generate: Parser) -> None:
     generate.add_argument(
         "prompt", nargs="*", help="texts to continue; none: one text from standard input"
     )
@@ -104,12 +118,8 @@ def _parser() -> Parser:
     )
     add_flags(generate, EngineConfig, "engine")
 
-    inspect = add(
-        "inspect",
-        _inspect,
-        "[options] [MODEL]",
-        "say what a model's prefixes weigh and what a budget holds",
-    )
+
+def _add_inspect(inspect: Parser) -> None:
     inspect.add_argument(
         "model",
         nargs="?",
@@ -133,7 +143,6 @@ def _parser() -> Parser:
         help="number format of recurrent states",
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -166,12 +175,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
     assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
     for text in texts:
-        prompt: str | list[int] = text
-        boundaries: tuple[int, ...] = ()
+        spec = RequestSpec(text, sampling)
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
-            prompt, boundaries = chat.token_ids, chat.boundaries
-        for output in engine.stream(prompt, sampling, boundaries=boundaries):
+            spec = RequestSpec(chat.token_ids, sampling, boundaries=chat.boundaries)
+        for output in engine.stream(spec):
             if not arguments.json:
                 print(output.new_text, end="", flush=True)
         if arguments.json:

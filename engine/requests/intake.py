@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import Prompt, RequestSpec
 from engine.text.outputs import TextStream
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
@@ -17,8 +19,7 @@ from hybridcache.units import counted
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | np.ndarray
-MOST_LOGPROBS = 50
+MAX_LOGPROBS = 50
 
 
 class Intake:
@@ -30,6 +31,7 @@ class Intake:
         *,
         vocab_size: int,
         max_model_len: int,
+        sampling_defaults: Mapping[str, Any],
         seed: int,
         clock: Callable[[], float],
     ) -> None:
@@ -37,44 +39,35 @@ class Intake:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._default_sampling = SamplingParams(**sampling_defaults)
         self._seed = seed
         self._clock = clock
         self._arrivals = itertools.count()
 
-    def prepare(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        *,
-        request_id: str | None,
-        namespace: Hashable,
-        boundaries: Sequence[int],
-        answer_survives: bool,
-        prompt_logprobs: int | None,
-    ) -> Request:
+    def prepare(self, spec: RequestSpec) -> Request:
         """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
         the prompt)."""
-        tokens = self._tokens(prompt)
-        if prompt_logprobs is not None and prompt_logprobs not in range(MOST_LOGPROBS + 1):
+        tokens = self._tokens(spec.prompt)
+        sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
+        if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
             raise ValueError(
-                f"prompt_logprobs must be between 0 and {MOST_LOGPROBS}, not {prompt_logprobs}."
+                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
             )
-        max_len = self._max_len(len(tokens), sampling, prompt_logprobs)
+        max_len = self._max_len(len(tokens), sampling, num_scores)
         arrival = next(self._arrivals)
         return Request(
-            f"request-{arrival}" if request_id is None else request_id,
-            tokens,
-            sampling,
+            replace(
+                spec,
+                prompt=tokens,
+                sampling=sampling,
+                boundaries=tuple(sorted(b for b in spec.boundaries if 0 < b <= len(tokens))),
+            ),
             arrival=arrival,
             arrival_s=self._clock(),
             max_len=max_len,
             seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
             end_token_ids=self._end_token_ids(sampling),
             text_stream=self._text_stream(sampling),
-            namespace=namespace,
-            boundaries=tuple(sorted(b for b in boundaries if 0 < b <= len(tokens))),
-            answer_survives=answer_survives,
-            prompt_logprobs=prompt_logprobs,
         )
 
     def _tokens(self, prompt: Prompt) -> Tokens:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.requests.sampling_params import SamplingInput, SamplingParams
+from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
 from engine.text.outputs import (
     FinishReason,
@@ -21,7 +21,6 @@ from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.schedule.sharing import Following
     from hybridcache.lease import Lease
 
 
@@ -49,14 +48,12 @@ class Request:
         "finish_reason",
         "finished_s",
         "first_token_s",
-        "followings",
         "lease",
         "logprobs",
         "losses",
         "max_len",
         "namespace",
         "num_drawn",
-        "num_leaders_seen",
         "num_preemptions",
         "num_tokens",
         "params",
@@ -75,9 +72,7 @@ class Request:
 
     def __init__(
         self,
-        request_id: str,
-        prompt: Tokens,
-        params: SamplingParams,
+        spec: RequestSpec,
         *,
         arrival: int,
         arrival_s: float,
@@ -85,17 +80,15 @@ class Request:
         seed: int,
         end_token_ids: frozenset[int] = frozenset(),
         text_stream: TextStream | None = None,
-        namespace: Hashable = None,
-        boundaries: tuple[int, ...] = (),
-        answer_survives: bool = True,
-        prompt_logprobs: int | None = None,
     ) -> None:
-        self.request_id = request_id
-        self.params = params
+        """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
+        prompt = np.asarray(spec.prompt, np.int32)
+        self.request_id = f"request-{arrival}" if spec.request_id is None else spec.request_id
+        self.params = spec.sampling or SamplingParams()
         self.seed = seed
-        self.namespace = namespace
-        self.boundaries = boundaries
-        self.answer_survives = answer_survives
+        self.namespace = spec.namespace
+        self.boundaries = tuple(spec.boundaries)
+        self.answer_survives = spec.answer_survives
         self.arrival = arrival
         """Rank among all requests: older is smaller."""
         self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)
@@ -116,14 +109,10 @@ class Request:
         """Its claims on the cache: while it runs, not while it waits."""
         self.row: int | None = None
         """Its row of the request table, as long as its lease."""
-        self.followings: list[Following] = []
-        """Running prefills that compute what this one, waiting, could resume from."""
-        self.num_leaders_seen = 0
-        """How many of all requests let in so far it was compared with."""
         self.text_stream = text_stream
         self.text = ""
         self.logprobs: list[SampledToken] = []
-        self.prompt_logprobs = prompt_logprobs
+        self.prompt_logprobs = spec.prompt_logprobs
         """Report the prompt's log-probabilities with this many alternatives; None: do not."""
         self.scores: list[SampledToken] = []
         """Those reported: of prompt tokens 1, 2, ..."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from engine.interfaces import PendingTokens, TokenSampler
 from engine.requests.request import Request
-from engine.schedule.scheduler import EMPTY, Plan, Task
+from engine.schedule.plan import EMPTY, Plan, Task
 
 
 class InFlight(NamedTuple):

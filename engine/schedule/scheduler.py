@@ -22,7 +22,6 @@ import logging
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.budget import Budget
 from engine.schedule.cache_manager import CacheManager
+from engine.schedule.plan import EMPTY, Plan, Task
 from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
 
@@ -45,44 +45,6 @@ class QueueFull(RuntimeError):
 
     def __init__(self, max_queue: int) -> None:
         super().__init__(f"{max_queue} requests are waiting already; try again later.")
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One request's part of a step."""
-
-    request: Request
-    lease: object
-    """The request's lease when the step was made: a request that lost it meanwhile takes nothing
-    from the step."""
-    start: int
-    end: int
-    """``computed_len`` before and after the step."""
-    is_decode: bool
-    samples: bool
-    """Its last position's logits give the next token."""
-    scores: bool
-    """All its positions' logits are wanted, for the prompt's log-probabilities."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A batch, and what each of its segments is for; in the same order."""
-
-    batch: Batch
-    tasks: tuple[Task, ...]
-
-    @property
-    def num_decode_tokens(self) -> int:
-        return sum(task.is_decode for task in self.tasks)
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return self.batch.num_tokens - self.num_decode_tokens
-
-
-EMPTY = Plan(Batch(()), ())
-"""Nothing to compute now: the runner is not asked."""
 
 
 class Scheduler:
@@ -144,6 +106,8 @@ class Scheduler:
             self._is_full = False
         else:
             self._waiting.remove(request)
+            if self._sharing is not None:
+                self._sharing.forget(request)
         with self._failing_alone(request):
             request.finish("abort", self._clock())
 
@@ -191,7 +155,7 @@ class Scheduler:
             budget.num_for_short = 0
             self._grow(ends, budget)
             self._admit(passed, ends, budget)
-        tasks = [_task(request, end) for request, end in ends.items()]
+        tasks = [Task.of(request, end) for request, end in ends.items()]
         tasks.sort(key=lambda task: not task.is_decode)
         ready = [
             (task, exports)
@@ -272,7 +236,7 @@ class Scheduler:
         num_unled = 0
         for request in self._waiting[: 8 * self._max_running]:
             yield request
-            num_unled += not request.followings
+            num_unled += self._sharing is None or not self._sharing.follows(request)
             if num_unled == 2 * self._max_running:
                 return
 
@@ -290,7 +254,7 @@ class Scheduler:
         for request in candidates:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
-            if self._is_full or budget.tokens <= 0 or num_taken >= self._max_running:
+            if self._is_full or budget.is_spent or num_taken >= self._max_running:
                 continue
             if self._manager.must_wait_for_slab:
                 continue
@@ -411,20 +375,8 @@ class Scheduler:
             assert all((request.lease is not None) == have_leases for request in requests)
         assert len(self._running) <= self._max_running
         assert self._num_in_flight in (0, 1)
+        assert self._sharing is None or self._sharing.followers <= set(self._waiting)
 
 
 def _age(request: Request) -> int:
     return request.arrival
-
-
-def _task(request: Request, end: int) -> Task:
-    is_decode = request.scheduled_len >= request.prefill_len
-    return Task(
-        request=request,
-        lease=request.lease,
-        start=request.scheduled_len,
-        end=end,
-        is_decode=is_decode,
-        samples=end == request.known_len < request.max_len,
-        scores=not is_decode and request.wants_scores,
-    )

@@ -10,6 +10,8 @@ that is preempted or gone leads nobody: no request waits for one that does not m
 
 from __future__ import annotations
 
+from collections.abc import Set
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.schedule.cache_manager import CacheManager
@@ -41,17 +43,41 @@ class Following(NamedTuple):
     """Positions it could resume from, if the leader saved its state there; ascending."""
 
 
+@dataclass(slots=True)
+class Follower:
+    """A waiting request that was compared with leaders."""
+
+    followings: list[Following] = field(default_factory=list)
+    num_leaders_seen: int = 0
+    """How many of all requests let in so far it was compared with."""
+
+
 class Sharing:
     """Knows who prefills, and finds for each waiting request whom it should follow."""
 
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
         self._leaders: list[Leader] = []
+        self._followers: dict[Request, Follower] = {}
         self._num_let_in = 0
+
+    @property
+    def followers(self) -> Set[Request]:
+        """The waiting requests that were compared with leaders."""
+        return self._followers.keys()
+
+    def follows(self, request: Request) -> bool:
+        """Whether waiting ``request`` was found to share with somebody let in before. O(1)."""
+        follower = self._followers.get(request)
+        return follower is not None and bool(follower.followings)
+
+    def forget(self, request: Request) -> None:
+        """``request`` waits no more."""
+        self._followers.pop(request, None)
 
     def let_in(self, request: Request) -> None:
         """``request`` runs: it follows nobody any more, and others may follow it."""
-        request.followings = []
+        self.forget(request)
         self._leaders = [leader for leader in self._leaders if leader.is_ahead]
         self._leaders.append(Leader(self._num_let_in, request, request.lease))
         self._num_let_in += 1
@@ -65,9 +91,8 @@ class Sharing:
         """
         if request.wants_scores:
             return 0
-        self._look_around(request)
         goal = 0
-        for leader, points in request.followings:
+        for leader, points in self._look_around(request):
             if leader.is_ahead:
                 ahead = [p for p in points if self._manager.can_save(leader.request, p)]
                 if ahead and ahead[-1] > leader.request.scheduled_len:
@@ -75,16 +100,19 @@ class Sharing:
                 goal = max([goal, *ahead])
         return goal
 
-    def _look_around(self, request: Request) -> None:
-        """Compare ``request`` with the leaders that it was not compared with yet."""
+    def _look_around(self, request: Request) -> list[Following]:
+        """Compare ``request`` with the leaders that it was not compared with yet; all that it
+        could follow."""
+        follower = self._followers.setdefault(request, Follower())
         for leader in reversed(self._leaders):
-            if leader.rank < request.num_leaders_seen:
+            if leader.rank < follower.num_leaders_seen:
                 break
             if leader.is_ahead and _goes_on_as(leader.request, request):
                 points = self._resume_points(request, leader.request)
                 if points:
-                    request.followings.append(Following(leader, points))
-        request.num_leaders_seen = self._num_let_in
+                    follower.followings.append(Following(leader, points))
+        follower.num_leaders_seen = self._num_let_in
+        return follower.followings
 
     def _resume_points(self, request: Request, leader: Request) -> tuple[int, ...]:
         grid = self._manager.checkpoint_grid

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from engine import Engine
 from engine.async_engine import AsyncEngine
 from engine.server import errors
-from engine.server.body import BodyReader, Workers, to_json
+from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat, render
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
@@ -34,12 +34,11 @@ from engine.server.schemas import (
     described,
 )
 from engine.server.streaming import ClientGone
+from engine.server.workers import SWITCH_S, Workers
+from engine.text.tokenizer import EncodeOptions
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
-SWITCH_S = 0.001
-"""How long a thread may keep the interpreter while others wait for it; Python's own 5 ms cost a
-token up to half a second."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
@@ -66,7 +65,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, front, reader)
-    _add_tokens(app, front, reader)
+    _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     _add_administration(app, front, Operator.of(config))
     return app
@@ -100,25 +99,28 @@ def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> 
         return card()
 
 
-def _add_tokens(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:
+def _add_tokens(
+    app: FastAPI, front: ServingContext, reader: BodyReader, config: ServerConfig
+) -> None:
     @app.post("/tokenize", openapi_extra=described(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         body = await reader.read(request, TokenizeRequest)
         front.check_model(body.model)
         answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
         if body.messages:
-            prompt = await render(
-                front,
-                body.messages,
-                body.tools,
-                body.add_generation_prompt,
-                body.chat_template_kwargs,
-                len(await request.body()),
-            )
+            prompt = await render(front, body, len(await request.body()))
             token_ids = prompt.token_ids
             answer["boundaries"] = list(prompt.boundaries)
         else:
-            [token_ids] = await front.encode([body.prompt or ""], body.add_special_tokens)
+            [token_ids] = await front.encode(
+                [body.prompt or ""], EncodeOptions(body.add_special_tokens)
+            )
+        if len(token_ids) > config.max_prompt_ids:
+            raise APIError(
+                400,
+                f"This makes {len(token_ids)} tokens, more than {config.max_prompt_ids}: send it "
+                "in parts, or raise --max-prompt-ids.",
+            )
         answer |= {"count": len(token_ids), "tokens": token_ids}
         content = await front.workers.run(len(token_ids), lambda: to_json(answer))
         return Response(content, media_type="application/json")
@@ -173,7 +175,7 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
 
 def bind(config: ServerConfig) -> socket.socket:
     """A listening socket at the configured address. Taken before the model is loaded: a port that
-    is in use is told at once (ValueError), and a client that comes early waits."""
+    is in use is refused at once (ValueError), and a client that comes early waits."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -190,8 +192,8 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Ends what still runs ``drain_s`` after it was told to stop, so that whoever waits for it is
-    told why."""
+    """Ends what still runs ``drain_s`` after it was asked to stop, so that whoever waits for it
+    learns why."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         super().__init__(
@@ -221,8 +223,6 @@ def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) ->
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    # A thread that reads a long body gives the interpreter back soon enough: a step takes it
-    # hundreds of times.
     sys.setswitchinterval(SWITCH_S)
     # What was made at the start stays: collecting garbage need not look at it again, which takes a
     # quarter of a second.

@@ -2,9 +2,8 @@
 pay.
 
 A body is counted before it is parsed, and its lists before they are checked: an error is one
-sentence, found at the first thing that is wrong. Whatever is long is read in a thread (see
-``Workers``), in steps that are each short, since a thread that holds the interpreter keeps
-everybody waiting too.
+sentence, found at the first thing that is wrong. Whatever is long is read by ``Workers``, in steps
+that are each short.
 """
 
 from __future__ import annotations
@@ -12,52 +11,33 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from engine.server.config import ServerConfig, flag
 from engine.server.errors import APIError, of_validation
+from engine.server.schemas import Strict
+from engine.server.workers import Workers, give_way
 
-LONG = 4096
-"""Bytes of a body, characters of a text or tokens of an answer above which a thread does the
-work."""
-NUM_WORKERS = 2
-SLICE = 1024
+SLICE = 256
 """Entries of a list that are written as JSON at a time."""
-
-COSTS = {"max_values": "commas", "max_names": "colons and opening brackets"}
+PIECE = 1024
+"""Strings of a body, or escapes of one string, that are passed over at a time."""
+QUOTE = ord('"')
+COMMAS, NAMES = b",", b":[{"
 """What is counted before a body is parsed: a value costs little, a name, a list or an object ten
 times as much."""
 
-Body = TypeVar("Body", bound=BaseModel)
-Result = TypeVar("Result")
-_TEXTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+Body = TypeVar("Body", bound=Strict)
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.?){0,%d}+' % PIECE, re.DOTALL)
 _NOT_JSON = (
     "The body is not valid UTF-8 JSON, or nested too deep, or has too long a number: "
     "send one JSON object."
 )
 _NO_OBJECT = "The body must be one JSON object, with the header Content-Type: application/json."
-
-
-class Workers:
-    """A few threads for what would take the event loop too long. Long work waits for long work
-    only."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="server")
-
-    async def run(self, size: int, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns: done here where its ``size`` is small, else in a thread."""
-        if size <= LONG:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class BodyReader:
@@ -87,10 +67,7 @@ class BodyReader:
             # Foreign web pages can not set the header without asking: they do not post to a server
             # on localhost.
             raise APIError(400, _NO_OBJECT)
-        for setting, marks in (("max_values", b","), ("max_names", b":[{")):
-            self._check(
-                setting, _num_marks(raw, marks, getattr(self._config, setting)), COSTS[setting]
-            )
+        self._check_marks(raw, kind)
         try:
             body = json.loads(raw.decode())
         except json.JSONDecodeError as error:
@@ -105,6 +82,22 @@ class BodyReader:
             return kind.model_validate(body)
         except ValidationError as error:
             raise of_validation(error) from None
+
+    def _check_marks(self, raw: bytes, kind: type[Body]) -> None:
+        """Refuse what would be long to parse. Where there are no token ids, a long list of values
+        is nothing to read, and is walked through more than once: the lower limit holds."""
+        limits = self._config
+        max_texts = limits.max_values + limits.max_names + 2
+        for setting, marks, what in (
+            ("max_values" if kind.HOLDS_IDS else "max_names", COMMAS, "commas"),
+            ("max_names", NAMES, "colons and opening brackets"),
+        ):
+            limit = getattr(limits, setting)
+            if _num_marks(raw, marks, limit, max_texts) > limit:
+                raise APIError(
+                    400,
+                    f"The body has more than {limit} {what}: send fewer, or raise {flag(setting)}.",
+                )
 
     def _check_lists(self, body: dict[str, Any]) -> None:
         """Refuse what is longer than a setting allows, whatever it holds. O(messages + prompts)."""
@@ -126,23 +119,48 @@ class BodyReader:
             if isinstance(text, str):
                 self._check("max_stop_chars", len(text), "characters in a string", "stop")
 
-    def _check(self, setting: str, number: int, of_what: str, param: str | None = None) -> None:
+    def _check(self, setting: str, number: int, of_what: str, param: str) -> None:
         limit = getattr(self._config, setting)
         if number > limit:
-            where = "The body" if param is None else f"'{param}'"
             raise APIError(
                 400,
-                f"{where} has {number} {of_what}, more than {limit}: "
+                f"'{param}' has {number} {of_what}, more than {limit}: "
                 f"send fewer, or raise {flag(setting)}.",
                 param=param,
             )
 
 
-def _num_marks(raw: bytes, marks: bytes, limit: int) -> int:
-    """How many of ``marks`` a JSON text has. Those inside its strings count too, unless they alone
-    would pass ``limit``. O(bytes), without making an object of any."""
+def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:
+    """How many of ``marks`` a JSON text has; no further than to ``limit``, or ``max_texts``
+    strings: more than that only a text has that is not JSON. Those inside its strings count too,
+    unless they alone would pass ``limit``. O(bytes), without making an object of any."""
     num = sum(raw.count(mark) for mark in marks)
-    return num if num <= limit else sum(_TEXTS.sub(b"", raw).count(mark) for mark in marks)
+    if num <= limit:
+        return num
+    num = end = 0
+    for number in range(max_texts):
+        start = raw.find(b'"', end)
+        num += sum(raw.count(mark, end, start if start >= 0 else None) for mark in marks)
+        if num > limit or start < 0:
+            return num
+        end = _end_of_text(raw, start + 1)
+        if number % PIECE == 0:
+            give_way()
+    return num
+
+
+def _end_of_text(raw: bytes, position: int) -> int:
+    """Where the string that ``position`` lies in is over; one that is never closed goes on to the
+    end."""
+    while True:
+        found = _INSIDE.match(raw, position)
+        assert found is not None, "it matches nothing, too"
+        position = found.end()
+        if position == len(raw):
+            return position
+        if raw[position] == QUOTE:
+            return position + 1
+        give_way()
 
 
 def to_json(value: Any) -> bytes:
@@ -160,6 +178,8 @@ def _pieces(value: Any) -> Iterator[str]:
         yield "}" if value else "{}"
     elif isinstance(value, list) and len(value) > SLICE:
         for start in range(0, len(value), SLICE):
+            if start:
+                give_way()
             yield ("," if start else "[") + _dumps(value[start : start + SLICE])[1:-1]
         yield "]"
     elif isinstance(value, list):

@@ -9,12 +9,12 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput
+from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import APIError, of_failure
-from engine.server.front import ServerRequest, ServingContext, new_id, usage
-from engine.server.schemas import ChatMessage, ChatRequest
+from engine.server.front import ServingContext, new_id, usage
+from engine.server.schemas import ChatRequest, TokenizeRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatPrompt, TemplateError, render_chat
@@ -24,25 +24,21 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
     """Answer one chat request."""
     front.check_model(body.model)
     front.check_number(body.n)
-    prompt = await render(
-        front,
-        body.messages,
-        body.tools,
-        body.add_generation_prompt,
-        body.chat_template_kwargs,
-        len(await request.body()),
-        front.namespace_of(body.cache_salt),
-    )
+    namespace = front.namespace_of(body.cache_salt)
+    prompt = await render(front, body, len(await request.body()), namespace)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    ask = ServerRequest(
-        prompt.token_ids,
-        body.samplings(limit, num_top, front.engine.sampling_defaults),
-        front.namespace_of(body.cache_salt),
-        prompt.boundaries,
-        prompt.answer_survives,
+    [token_ids] = await front.as_arrays([prompt.token_ids])
+    streams = await front.submit(
+        RequestSpec(
+            token_ids,
+            sampling,
+            namespace=namespace,
+            boundaries=prompt.boundaries,
+            answer_survives=prompt.answer_survives,
+        )
+        for sampling in body.samplings(limit, num_top, front.engine.sampling_defaults)
     )
-    streams = await front.submit([ask])
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))
@@ -52,23 +48,20 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
 
 async def render(
     front: ServingContext,
-    messages: Sequence[ChatMessage],
-    tools: Sequence[dict[str, Any]] | None,
-    add_generation_prompt: bool,
-    variables: dict[str, Any] | None,
+    body: ChatRequest | TokenizeRequest,
     size: int,
     namespace: str | None = None,
 ) -> ChatPrompt:
-    """The chat of a body of ``size`` bytes as the model reads it. APIError 400: the template
+    """The chat of a ``body`` of ``size`` bytes as the model reads it. APIError 400: the template
     refuses it."""
 
     def work() -> ChatPrompt:
         return render_chat(
             front.tokenizer,
-            [message.as_template_input() for message in messages],
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            variables=variables,
+            [message.as_template_input() for message in body.messages or ()],
+            tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
             special_in_content=front.special_in_content,
             namespace=namespace,
         )

@@ -9,14 +9,15 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput
+from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import of_failure
-from engine.server.front import ServerRequest, ServingContext, new_id, usage
+from engine.server.front import ServingContext, new_id, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
 from engine.text.outputs import SampledToken
+from engine.text.tokenizer import EncodeOptions
 
 
 async def complete(front: ServingContext, request: Request, body: CompletionRequest) -> Response:
@@ -25,25 +26,21 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     prompts = body.prompts
     front.check_number(len(prompts) * body.n)
     namespace = front.namespace_of(body.cache_salt)
-    token_ids = await front.encode(prompts, body.add_special_tokens, namespace)
-    streams = await front.submit([_ask(front, body, prompt, namespace) for prompt in token_ids])
+    how = EncodeOptions(body.add_special_tokens, namespace=namespace)
+    token_ids = await front.encode(prompts, how)
+    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
+    num_scores = (body.logprobs or 0) if scores_prompt else None
+    samplings = body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults)
+    streams = await front.submit(
+        RequestSpec(prompt, sampling, namespace=namespace, prompt_logprobs=num_scores)
+        for prompt in await front.as_arrays(token_ids)
+        for sampling in samplings
+    )
     answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams))
     outputs = await unless_gone(request, front.finals(streams))
     return await front.answer(outputs, lambda: answer.whole(outputs), echoes=body.echo)
-
-
-def _ask(
-    front: ServingContext, body: CompletionRequest, prompt: list[int], namespace: str | None
-) -> ServerRequest:
-    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    return ServerRequest(
-        prompt,
-        body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults),
-        namespace=namespace,
-        prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
-    )
 
 
 class _Answer:

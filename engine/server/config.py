@@ -42,14 +42,23 @@ class ServerConfig:
     )
     max_values: int = field(
         default=300_000,
-        metadata={"help": "values that the JSON of one body may hold, by its commas"},
+        metadata={
+            "help": "values that the JSON of one body may hold, by its commas, where it may hold "
+            "token ids"
+        },
     )
     max_names: int = field(
         default=65_536,
-        metadata={"help": "names, lists and objects of one body, by its colons and brackets"},
+        metadata={
+            "help": "names, lists and objects of one body, by its colons and brackets; of a chat "
+            "also values, by its commas"
+        },
     )
     max_prompt_ids: int = field(
-        default=300_000, metadata={"help": "token ids that the prompts of one body may hold"}
+        default=300_000,
+        metadata={
+            "help": "token ids that the prompts of one body may hold, and that /tokenize gives"
+        },
     )
     max_detokenize_ids: int = field(
         default=262_144, metadata={"help": "token ids that /detokenize takes at once"}

@@ -9,33 +9,21 @@ import hmac
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import numpy as np
 from fastapi import Response
 
-from engine import RequestOutput, SamplingParams
+from engine import RequestOutput, RequestSpec
 from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
-from engine.server.body import Workers, to_json
+from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
-from engine.text.tokenizer import Tokenizer
+from engine.server.workers import Workers
+from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
-
-
-@dataclass(frozen=True, slots=True)
-class ServerRequest:
-    """One prompt and how each of its choices is sampled."""
-
-    prompt: Sequence[int]
-    sampling: Sequence[SamplingParams]
-    namespace: str | None = None
-    boundaries: tuple[int, ...] = ()
-    answer_survives: bool = True
-    prompt_logprobs: int | None = None
 
 
 class ServingContext:
@@ -79,17 +67,14 @@ class ServingContext:
     async def encode(
         self,
         prompts: Sequence[str | list[int]],
-        add_special_tokens: bool,
-        namespace: str | None = None,
+        how: EncodeOptions,
     ) -> list[list[int]]:
         """Ids of each prompt; those that are long together are encoded in a thread. APIError 400: a
         text that this model's tokenizer does not take."""
 
         def work() -> list[list[int]]:
             return [
-                self.tokenizer.encode(prompt, add_special_tokens, namespace=namespace)
-                if isinstance(prompt, str)
-                else prompt
+                self.tokenizer.encode(prompt, how) if isinstance(prompt, str) else prompt
                 for prompt in prompts
             ]
 
@@ -108,34 +93,24 @@ class ServingContext:
         secret = salt.encode("utf-8", "surrogatepass")
         return hmac.new(self._salt_key, secret, hashlib.sha256).hexdigest()[:32]
 
-    async def submit(self, asks: Sequence[ServerRequest]) -> list[RequestStream]:
-        """A stream for each choice of each ask, in order; all of them or none.
-
-        APIError 429: the queue is full; 503: the engine stops; 400: the engine refuses the request.
-        """
+    async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:
+        """The prompts as the engine keeps them, made once for all their choices; as they are where
+        the engine will refuse them."""
         max_len = self.engine.max_model_len
-        size = sum(len(ask.prompt) * len(ask.sampling) for ask in asks)
-        prompts = await self.workers.run(
-            size, lambda: [_as_array(ask.prompt, max_len) for ask in asks]
+        return await self.workers.run(
+            sum(map(len, prompts)), lambda: [_as_array(prompt, max_len) for prompt in prompts]
         )
+
+    async def submit(self, specs: Iterable[RequestSpec]) -> list[RequestStream]:
+        """A stream for each of ``specs``, in order; all of them or none.
+
+        APIError 429: the queue is full; 503: the engine stops; 400: the engine refuses a request.
+        """
         streams: list[RequestStream] = []
         try:
-            for ask, prompt in zip(asks, prompts, strict=True):
-                # The event loop has a turn between two prompts, each of which may have many
-                # choices.
-                if streams:
-                    await asyncio.sleep(0)
-                streams.extend(
-                    self.engine.submit(
-                        prompt,
-                        sampling,
-                        namespace=ask.namespace,
-                        boundaries=ask.boundaries,
-                        answer_survives=ask.answer_survives,
-                        prompt_logprobs=ask.prompt_logprobs,
-                    )
-                    for sampling in ask.sampling
-                )
+            for spec in specs:
+                streams.append(self.engine.submit(spec))
+                await asyncio.sleep(0)  # The event loop has a turn between two choices.
         except BaseException as error:
             for stream in streams:
                 stream.abort()
@@ -188,9 +163,7 @@ class ServingContext:
         return Response(content, media_type="application/json")
 
 
-def _as_array(prompt: Sequence[int], max_len: int) -> Sequence[int] | np.ndarray:
-    """``prompt`` as the engine keeps it, made once for all its choices; as it is where the engine
-    will refuse it."""
+def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:
     if len(prompt) > max_len:
         return prompt
     try:

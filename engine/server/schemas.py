@@ -59,6 +59,9 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    HOLDS_IDS: ClassVar[bool] = False
+    """It may be a long list of token ids."""
+
     @model_validator(mode="before")
     @classmethod
     def _has_few_names(cls, body: Any) -> Any:
@@ -150,6 +153,8 @@ class Sampling(Strict):
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
+
+    HOLDS_IDS: ClassVar[bool] = True
 
     prompt: Any
     """A text, a list of texts, a list of token ids, or a list of such lists."""
@@ -282,6 +287,8 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     """POST /detokenize."""
+
+    HOLDS_IDS: ClassVar[bool] = True
 
     model: str | None = None
     tokens: Listed[int]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hybridcache.results import Losses
 
 if TYPE_CHECKING:
-    from engine.text.tokenizer import StreamDecoder
+    from engine.text.stream_decoders import StreamDecoder
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

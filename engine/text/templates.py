@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -22,8 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-if TYPE_CHECKING:
-    from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import EncodeOptions, Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -125,8 +124,8 @@ def render_chat(
 
     What the chat's own texts (contents, names, arguments, tools) hold of
     ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
-    ``special_in_content`` it becomes those tokens. ``namespace`` as in ``encode``. TemplateError:
-    the model has no chat template, or it refuses this chat.
+    ``special_in_content`` it becomes those tokens. ``namespace`` as in ``EncodeOptions``.
+    TemplateError: the model has no chat template, or it refuses this chat.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -142,8 +141,10 @@ def render_chat(
             chat, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
 
+    how = EncodeOptions(add_special_tokens=False, mark=mark, namespace=namespace)
+
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, mark=mark, namespace=namespace)
+        return tokenizer.encode(text, how)
 
     text = render(messages)
     token_ids = encode(text)

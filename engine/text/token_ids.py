@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 
+from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder
 from engine.text.templates import ChatTemplate
-from engine.text.tokenizer import ByteStreamDecoder, StreamDecoder
+from engine.text.tokenizer import AS_PROMPT, EncodeOptions
 
 
 class IdTokenizer:
@@ -24,14 +25,7 @@ class IdTokenizer:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
 
-    def encode(
-        self,
-        text: str,
-        add_special_tokens: bool = True,
-        *,
-        mark: str | None = None,
-        namespace: Hashable = None,
-    ) -> list[int]:
+    def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
         """ValueError: the text is not numbers."""
         try:
             return [int(word) for word in text.split()]

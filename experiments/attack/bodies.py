@@ -22,7 +22,7 @@ from engine import AsyncEngine, Engine, EngineConfig
 from engine.run.oracle import OracleRunner, OracleSampler
 from engine.server.app import Server
 from engine.server.config import ServerConfig
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.byte_tokenizer import ByteTokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

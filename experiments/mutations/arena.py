@@ -7,6 +7,7 @@ from experiments.mutations.cache import COMPACT, RESIDENCY
 
 ALLOCATOR, MOVES = "hybridcache/allocators/arena.py", "hybridcache/allocators/moves.py"
 OWNERS, LEASE = "hybridcache/core/owners.py", "hybridcache/lease.py"
+SAVING = "hybridcache/saving.py"
 SNAPSHOT, BUILD = "hybridcache/export/snapshot.py", "hybridcache/build.py"
 
 BREAKAGES = (
@@ -237,9 +238,9 @@ BREAKAGES = (
     ),
     Mutation(
         "a checkpoint that has its slot is planned again",
-        LEASE,
-        " and not self.is_saving_at(position):",
-        ":",
+        SAVING,
+        "        if not self.is_pending(position):\n            self._plan",
+        "        if True:\n            self._plan",
     ),
     Mutation(
         "what a lease has read is lost when it grows",

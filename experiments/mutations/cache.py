@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments.mutations import Mutation, Mutations
 
 RESIDENCY, HYBRID = "hybridcache/core/residency.py", "hybridcache/hybrid.py"
+INSERTION = "hybridcache/core/insertion.py"
 ROOM, GATHERED = "hybridcache/core/make_room.py", "hybridcache/core/gathers.py"
 LOCKED = "hybridcache/core/locks.py"
 LISTENER, STATS = "hybridcache/listener.py", "hybridcache/stats.py"
@@ -272,28 +273,28 @@ BREAKAGES = (
     ),
     Mutation(
         "checkpoints off the grid are taken",
-        HYBRID,
-        "if position % self._step or not 0 < position <= end:",
+        INSERTION,
+        "if position % step or not 0 < position <= end:",
         "if not 0 < position <= end:",
     ),
     Mutation(
         "checkpoints past the inserted end are taken",
-        HYBRID,
+        INSERTION,
         "or not 0 < position <= end:",
         "or position <= 0:",
     ),
     Mutation(
         "a second checkpoint replaces the first",
-        HYBRID,
-        "            if node.checkpoint is not None:\n                rejected.append(slot)\n      "
-        "          continue\n",
+        INSERTION,
+        "        if node.checkpoint is not None:\n            rejected.append(slot)\n"
+        "            continue\n",
         "",
     ),
     Mutation(
         "a rejected slot is not handed back",
-        HYBRID,
-        "            if node.checkpoint is not None:\n                rejected.append(slot)\n",
-        "            if node.checkpoint is not None:\n",
+        INSERTION,
+        "        if node.checkpoint is not None:\n            rejected.append(slot)\n",
+        "        if node.checkpoint is not None:\n",
     ),
     Mutation(
         "duplicates are not handed back",
@@ -309,7 +310,7 @@ BREAKAGES = (
     ),
     Mutation(
         "the caller's array is kept instead of a copy",
-        HYBRID,
+        INSERTION,
         "store_rows(node, rows.copy())",
         "store_rows(node, rows)",
     ),
@@ -511,31 +512,31 @@ BREAKAGES = (
     ),
     Mutation(
         "rows of another type are taken",
-        HYBRID,
-        '            require_int32(kv_indices, "KV indices")\n',
-        "            pass\n",
+        INSERTION,
+        '        require_int32(kv_indices, "KV indices")\n',
+        "        pass\n",
     ),
     Mutation(
         "too few labels are found out midway",
-        HYBRID,
+        INSERTION,
         "if labels and len(labels) != len(checkpoints):",
         "if False:",
     ),
     Mutation(
         "a position that is no number is found out midway",
-        HYBRID,
-        "if not (type(slot) is type(position) is int and 0 <= slot < self._num_slots):",
+        INSERTION,
+        "if not (type(slot) is type(position) is int and 0 <= slot < num_slots):",
         "if False:",
     ),
     Mutation(
         "an owned part past the prompt is believed",
-        HYBRID,
+        INSERTION,
         "if not 0 <= owned_from <= num_tokens:",
         "if False:",
     ),
     Mutation(
         "a walk begins at a node that nobody locked",
-        HYBRID,
+        INSERTION,
         "if after is not None and not after.locks:",
         "if False:",
     ),

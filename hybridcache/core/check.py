@@ -51,10 +51,10 @@ def _path_rows(node: RadixNode) -> Indices:
 
 
 def _check_candidates(residency: Residency) -> None:
-    told = candidates_of(residency.policy)
-    if told is None:
+    listed = candidates_of(residency.policy)
+    if listed is None:
         return
-    held, due = list(told), set(residency.candidates())
+    held, due = list(listed), set(residency.candidates())
     assert len(set(held)) == len(held), "the policy holds an item twice"
     for item in due.difference(held):
         raise AssertionError(f"the policy does not know of {item}")

@@ -1,5 +1,5 @@
-"""Rows that were gathered lately: a conversation's next turn asks for what its last one was
-told."""
+"""Rows that were gathered lately: a conversation's next turn asks for what its last one
+got."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ class EventStream(Listener):
     stored, else O(1).
 
     ``sink`` runs in the middle of the cache's change: where it raises, the stream is unsubscribed
-    and told no more, so one that may fail, as a socket does, stands behind ``Batches``. One stream
-    follows one cache.
+    and notified no more, so one that may fail, as a socket does, stands behind ``Batches``. One
+    stream follows one cache.
     """
 
     def __init__(self, sink: Callable[[Event], None]) -> None:

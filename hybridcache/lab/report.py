@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "regret": Metric(
         "regret, % of prompt tokens",
-        # Files of before peers were told apart here have 0 for them; what tells no causes tells no
+        # Files of before peers were kept apart here have 0 for them; what counts no causes has no
         # regret either.
         lambda run: (
             None
@@ -136,17 +136,19 @@ def _size(run: RunResult) -> tuple[Any, ...]:
 
 def tier_notes(result: SimulationResult) -> list[str]:
     """For whom dead KV and superseded checkpoints went first, whatever the policy."""
-    told = {
+    by_tiers = {
         tiers: dict.fromkeys(
             str(run.config.policy) for run in result.runs if run.config.tiers is tiers
         )
         for tiers in (True, False)
     }
     notes = []
-    if told[True]:
-        notes.append(f"tiers (dead KV, superseded checkpoints, the rest): {', '.join(told[True])}")
-    if told[False]:
-        notes.append(f"no tiers, the policy orders all: {', '.join(told[False])}")
+    if by_tiers[True]:
+        notes.append(
+            f"tiers (dead KV, superseded checkpoints, the rest): {', '.join(by_tiers[True])}"
+        )
+    if by_tiers[False]:
+        notes.append(f"no tiers, the policy orders all: {', '.join(by_tiers[False])}")
     return notes
 
 

@@ -225,7 +225,7 @@ def source_of(word: str) -> str:
     except (OSError, TypeError) as error:
         raise ValueError(
             f"{word!r}: its source can not be read, so whether a kept run is of this very class "
-            "can not be told; put the class in "
+            "is not known; put the class in "
             "a file, or keep no runs"
         ) from error
 

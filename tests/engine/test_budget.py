@@ -29,6 +29,7 @@ def test_nobody_takes_more_than_there_is(
             left = tokens - taken - most
             assert left >= min(budget.num_for_short, tokens - taken)
             assert left == budget.num_for_short or most == 0 or scored + most == MAX_SCORED
+        assert most == 0 or budget.tiles > 0
         budget.spend(most, scores)
         taken, scored = taken + most, scored + most * scores
         assert (budget.tokens, budget.scored) == (tokens - taken, MAX_SCORED - scored)
@@ -43,6 +44,18 @@ def test_short_ones_have_a_quarter_and_leave_a_tile(tokens: int, num_for_short: 
     assert budget.num_for_short == num_for_short
     assert budget.room(scores=False) == tokens - num_for_short >= TILE
     assert Budget.of(tokens, is_shared=False).room(scores=False) == tokens
+
+
+def test_few_tokens_cost_a_tile_of_which_a_step_begins_twice_what_its_tokens_fill() -> None:
+    budget = Budget.of(256, is_shared=True)
+    for _ in range(8):
+        assert budget.most(3, scores=False) == 3 and budget.room(scores=False) >= TILE
+        budget.spend(3, scores=False)
+    assert budget.is_spent and budget.tokens == 232
+    assert budget.most(3, scores=False) == 0 == budget.room(scores=False)
+    whole = Budget.of(256, is_shared=False)
+    whole.spend(256, scores=False)
+    assert whole.tiles == 4  # whole tiles are never the limit
 
 
 def test_a_short_one_that_is_scored_fits_in_what_may_be_scored_yet() -> None:

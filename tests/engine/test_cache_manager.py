@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.requests.request import Request
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import RequestSpec
 from engine.schedule.cache_manager import CacheManager
 from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_prefix_cache
@@ -21,9 +21,7 @@ def make_manager(page_size: int = 1) -> CacheManager:
 
 def make_request(arrival: int, length: int = 100) -> Request:
     return Request(
-        str(arrival),
-        np.arange(length, dtype=np.int32),
-        SamplingParams(),
+        RequestSpec(np.arange(length, dtype=np.int32), request_id=str(arrival)),
         arrival=arrival,
         arrival_s=0.0,
         max_len=length + 16,

@@ -297,7 +297,7 @@ def test_stop_texts_may_hold_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
         "engine.engine.Engine.stream",
-        lambda self, text, sampling, **options: asked.append(sampling) or (),
+        lambda self, spec: asked.append(spec.sampling) or (),
     )
     with contextlib.suppress(UnboundLocalError):  # no output to tell of
         run("generate", "x", "--stop", "a, b", "--stop", "c", *SMALL)

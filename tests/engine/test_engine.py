@@ -23,7 +23,7 @@ from engine import (
 from engine.engine import StepReport
 from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
 from engine.schedule.batch import Batch
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.byte_tokenizer import ByteTokenizer
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease_log import LeaseLog, replay
 from hybridcache.policies.words import parse_placement

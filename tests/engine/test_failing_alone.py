@@ -12,7 +12,8 @@ from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingPar
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.requests.request import Request
 from engine.run.oracle import OracleRunner, OracleSampler
-from engine.text.tokenizer import ByteTokenizer, StreamDecoder
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.stream_decoders import StreamDecoder
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 

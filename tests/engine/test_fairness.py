@@ -138,3 +138,15 @@ def test_no_step_is_left_emptier_than_one_without_the_rule(
     for prefilled in load.prefilled:
         left -= prefilled
         assert prefilled > token_budget - TILE or not left, (load.prefilled, sizes)
+
+
+def test_a_hundred_short_ends_are_not_one_step() -> None:
+    """Each costs nearly half a tile, so whoever decodes would wait for fifty of them."""
+    load, prompt = Load(token_budget=64, max_running=200), tokens(900, 0)
+    load.add("decodes", tokens(10, 1), max_tokens=80)
+    load.step()
+    for i in range(100):
+        load.add(f"choice-{i}", prompt, max_tokens=1)
+    load.run()
+    ends = [load.first[f"choice-{i}"] for i in range(1, 100)]
+    assert max(ends.count(step) for step in ends) == 2

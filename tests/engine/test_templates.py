@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import (
     ChatTemplate,
     TemplateError,
     mark_control_tokens,
     render_chat,
 )
-from engine.text.tokenizer import ByteTokenizer
 
 QWEN35_LIKE = """\
 {%- set ns = namespace(last_query=-1) %}
@@ -212,7 +212,7 @@ def test_a_long_chat_encodes_only_its_ends(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         tokenizer,
         "encode",
-        lambda text, **flags: encoded.append(len(text)) or encode(text, **flags),
+        lambda text, how: encoded.append(len(text)) or encode(text, how),
     )
     chat = [*CHAT, {"role": "assistant", "content": "word " * 20_000}, CHAT[-1]]
     render_chat(tokenizer, chat)

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
 from engine.text.outputs import SampledToken
 
@@ -45,9 +46,7 @@ def test_a_request_counts_its_answer_and_where_repetitions_cost_its_prompt(
     rule: dict[str, float], expected: dict[int, int]
 ) -> None:
     request = Request(
-        "one",
-        np.array([7, 9], np.int32),
-        SamplingParams(**rule),
+        RequestSpec(np.array([7, 9], np.int32), SamplingParams(**rule)),
         arrival=0,
         arrival_s=0.0,
         max_len=9,

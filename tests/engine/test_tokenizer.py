@@ -13,15 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer, load_tokenizer
+from engine.text.piece_memory import PieceMemory
+from engine.text.stream_decoders import WindowStreamDecoder
 from engine.text.templates import ChatTemplate
-from engine.text.tokenizer import (
-    ByteTokenizer,
-    HFTokenizer,
-    PieceMemory,
-    Tokenizer,
-    WindowStreamDecoder,
-    load_tokenizer,
-)
+from engine.text.tokenizer import EncodeOptions, Tokenizer
 
 CORPUS = [
     "hello world, hello caché",
@@ -30,6 +27,7 @@ CORPUS = [
     "def f(x):\n    return x\n",
 ]
 EOS = "<|im_end|>"
+BARE = EncodeOptions(add_special_tokens=False)
 
 
 def _train(kind: str) -> tokenizers.Tokenizer:
@@ -171,8 +169,8 @@ def test_remembered_pieces_are_what_encoding_the_whole_gives(
     tokenizer = _loaded(model_dir)
     text = "".join(parts).encode("utf-8", "replace").decode()
     whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
-    assert tokenizer.encode(text, add_special_tokens=False) == whole
-    assert tokenizer.encode(text, add_special_tokens=False) == whole, "from memory"
+    assert tokenizer.encode(text, BARE) == whole
+    assert tokenizer.encode(text, BARE) == whole, "from memory"
 
 
 @functools.cache
@@ -183,9 +181,9 @@ def _loaded(model_dir: Path) -> HFTokenizer:
 def test_a_marked_special_token_is_text(model_dir: Path) -> None:
     """No token of it is special, and but for the mark it reads as before."""
     tokenizer = HFTokenizer(model_dir)
-    special = tokenizer.encode(EOS, add_special_tokens=False)[-1]
+    special = tokenizer.encode(EOS, BARE)[-1]
     marked = f"hello<\ue001{EOS[1:]} world{EOS}"
-    token_ids = tokenizer.encode(marked, add_special_tokens=False, mark="\ue001")
+    token_ids = tokenizer.encode(marked, EncodeOptions(add_special_tokens=False, mark="\ue001"))
     assert token_ids.count(special) == 1 and token_ids[-1] == special
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert text.replace("\u2060", "") == f"hello{EOS} world{EOS}"
@@ -202,13 +200,14 @@ def test_what_was_encoded_for_one_tenant_helps_no_other(tmp_path: Path) -> None:
     alone = tokenizer._encode_alone
     tokenizer._encode_alone = lambda text, **flags: encoded.append(text) or alone(text, **flags)
     for namespace in (None, "a", "b", None, "a", "b"):
-        tokenizer.encode("a canary", add_special_tokens=False, namespace=namespace)
+        tokenizer.encode("a canary", EncodeOptions(add_special_tokens=False, namespace=namespace))
     assert encoded == ["a canary"] * 3
     for number in range(300):
-        tokenizer.encode(f"{number} " * 300, add_special_tokens=False, namespace=number % 3)
+        how = EncodeOptions(add_special_tokens=False, namespace=number % 3)
+        tokenizer.encode(f"{number} " * 300, how)
         tokenizer._pieces.check()
     known = len(tokenizer._pieces._known)
-    tokenizer.encode("long " * 20_000, add_special_tokens=False)
+    tokenizer.encode("long " * 20_000, BARE)
     assert len(tokenizer._pieces._known) == known > 0
     tokenizer._pieces.check()
 

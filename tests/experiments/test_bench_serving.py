@@ -18,7 +18,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.run.oracle import OracleRunner, OracleSampler
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.byte_tokenizer import ByteTokenizer
 from experiments import bench_serving
 from experiments.bench_serving import random_jobs, sweep, table
 from experiments.serving_load import (

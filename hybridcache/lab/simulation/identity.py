@@ -96,9 +96,9 @@ def names(identities: Iterable[RunIdentity]) -> dict[RunIdentity, str]:
 
 
 def _name(identity: RunIdentity, same: Sequence[RunIdentity]) -> str:
-    told = [
+    differing = [
         f"{field.name} {getattr(identity, field.name)}"
         for field in fields(identity)
         if len({getattr(other, field.name) for other in same}) > 1
     ]
-    return f"{identity.label} ({', '.join(told)})" if told else identity.label
+    return f"{identity.label} ({', '.join(differing)})" if differing else identity.label

@@ -41,8 +41,8 @@ class Job:
         policy, checkpoints = self.config.policy, self.config.checkpoints
         if not isinstance(policy, str) or not isinstance(checkpoints, str):
             raise ValueError(
-                f"{self.config.label}: a run of it can not be told from another when it is kept: "
-                "name the policy "
+                f"{self.config.label}: a run of it can not be distinguished from another when "
+                "it is kept: name the policy "
                 "module:Class, or keep no runs"
             )
         own = "".join(map(source_of, (policy, *split_words(checkpoints)))).encode()
@@ -121,9 +121,9 @@ def _pickled(name: str, value: object) -> bytes:
         return pickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{name} can not be sent to another process, nor told from another when runs are kept "
-            f"({error}): "
-            "define what makes it at the top of a module, or use one process and keep no runs"
+            f"{name} can not be sent to another process, nor distinguished from another when "
+            f"runs are kept ({error}): define what makes it at the top of "
+            "a module, or use one process and keep no runs"
         ) from error
 
 

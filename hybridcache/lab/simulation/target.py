@@ -1,4 +1,4 @@
-"""What is simulated: the project's own cache behind leases, or a rebuilt peer, told apart by one
+"""What is simulated: the project's own cache behind leases, or a rebuilt peer, distinguished by one
 small config."""
 
 from __future__ import annotations

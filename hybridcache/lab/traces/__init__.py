@@ -161,8 +161,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
 
 
 def recognise(path: Path) -> str:
-    """The word of the format of a file, told by its first record. ValueError where it has none, or
-    one of no known format."""
+    """The word of the format of a file, found from its first record. ValueError where it has none,
+    or one of no known format."""
     is_array = False
     with open_bytes(path) as file, suppress(*DAMAGED):
         is_array = file.read(4096).lstrip().startswith(b"[")

@@ -127,7 +127,7 @@ class QueuePolicy(ABC):
             self.touch(item)
 
     def touch(self, item: Item) -> None:
-        """``used`` is told where ``uses`` has grown, once however much."""
+        """``used`` is called where ``uses`` has grown, once however much."""
         self._now = max(self._now, item.last_used)
         record: Record = item.memo
         if item.uses > record.uses:

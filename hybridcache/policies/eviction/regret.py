@@ -16,7 +16,7 @@ COMMON = frozenset({"", "decode", "end", "prompt", "branch", "boundary", "backof
 """Labels of places where prompts are known to part; all others speculate."""
 SPECULATIVE_PRIOR = 0.125
 MAX_TURN = 8
-"""Generations of a lineage that are told apart."""
+"""Generations of a lineage that are distinguished."""
 SAMPLE = 1024
 """Candidates looked at for one victim; all, while there are no more."""
 

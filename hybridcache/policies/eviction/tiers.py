@@ -47,7 +47,7 @@ class Tiers(EvictionPolicy):
         tier.touch(item)
 
     def missed(self, item: Item) -> None:
-        """Told to both tiers that hold checkpoints: the ghost may have been of either."""
+        """Both tiers are notified that hold checkpoints: the ghost may have been of either."""
         self._rest.missed(item)
         if self._superseded is not self._rest:
             self._superseded.missed(item)
@@ -56,10 +56,10 @@ class Tiers(EvictionPolicy):
         """All that its tiers hold; None where they can not tell."""
         held: list[Item] = []
         for tier in {self._rest, self._dead, self._superseded}:
-            told = candidates_of(tier)
-            if told is None:
+            listed = candidates_of(tier)
+            if listed is None:
                 return None
-            held += told
+            held += listed
         return held
 
     def victim(self, kind: Kind | None) -> Item | None:

@@ -21,7 +21,7 @@ from engine.run.oracle import OracleRunner, OracleSampler
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.byte_tokenizer import ByteTokenizer
 
 
 @dataclass

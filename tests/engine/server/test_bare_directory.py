@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.command.cli import main
 from engine.command.screen import start_screen
 from engine.text.token_ids import IdTokenizer
@@ -91,8 +91,8 @@ def test_the_models_sampling_is_used_where_a_request_says_nothing(opinionated: P
     assert "sampling     temperature 0.6, top_p 0.95, top_k 20, where a request says" in screen
     taken: list[SamplingParams] = []
     prepare = engine.prepare
-    engine.prepare = lambda prompt, sampling, **rest: (  # type: ignore[method-assign]
-        taken.append(sampling) or prepare(prompt, sampling, **rest)
+    engine.prepare = lambda spec: (  # type: ignore[method-assign]
+        taken.append(spec.sampling) or prepare(spec)
     )
     with serving(engine) as live:
         for body in ({}, {"temperature": 0, "top_k": 5}, {"top_p": 1, "temperature": None}):
@@ -103,14 +103,14 @@ def test_the_models_sampling_is_used_where_a_request_says_nothing(opinionated: P
         (0, 5, 0.95),
         (0.6, 20, 1),
     ]
-    request = make_engine(opinionated).prepare(IDS)
+    request = make_engine(opinionated).prepare(RequestSpec(IDS))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)
 
 
 def test_the_models_sampling_can_be_left_alone(opinionated: Path) -> None:
     engine = make_engine(opinionated, sampling_defaults="none")
     assert engine.sampling_defaults == {} and "where a request" not in start_screen(engine, "")
-    assert engine.prepare(IDS).params == SamplingParams()
+    assert engine.prepare(RequestSpec(IDS)).params == SamplingParams()
     assert engine.tokenizer.eos_token_ids == {7}
 
 
@@ -122,9 +122,7 @@ def test_the_command_line_takes_them_where_no_flag_is_given(
     monkeypatch.setattr(
         Engine,
         "stream",
-        lambda self, prompt, sampling, **rest: (
-            taken.append(sampling) or stream(self, prompt, sampling, **rest)
-        ),
+        lambda self, spec: taken.append(spec.sampling) or stream(self, spec),
     )
     common = ["--model", str(opinionated), "--load-format", "dummy", "--device", "cpu"]
     for flags in ([], ["--temperature", "1", "--max-tokens", "2"]):

@@ -7,10 +7,12 @@ work. Times are in ``python -m experiments.hostile``.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,10 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from engine.server.body import LONG, BodyReader, Workers, _num_marks, to_json
+from engine.server.body import BodyReader, _num_marks, to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
+from engine.server.logprobs import CompletionScores, for_chat
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
+from engine.server.workers import LONG, Workers, give_way
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.outputs import SampledToken
 
 from .conftest import Live
 from .test_bad_input import check_error
@@ -40,8 +46,14 @@ SMALL = ServerConfig(
 )
 PART = {"type": "text", "text": "x"}
 TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
-    ("/v1/completions", {"prompt": [1] * 3000}, "has 2999 commas .* raise --max-values"),
-    ("/v1/completions", {"prompt": [[]] * 2000}, "has 2003 colons .* raise --max-names"),
+    ("/v1/completions", {"prompt": [1] * 3000}, "more than 2000 commas .* raise --max-values"),
+    ("/v1/completions", {"prompt": [[]] * 2000}, "more than 2000 colons .* raise --max-names"),
+    (
+        "/v1/chat/completions",
+        {"messages": CHAT, "tools": [{"a": [1] * 3000}]},
+        "more than 2000 commas .* raise --max-names",
+    ),
+    ("/tokenize", {"prompt": "x" * 101}, "This makes 101 tokens .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": [1] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": [[1] * 51] * 2}, "'prompt' has 102 .* raise --max-prompt-ids"),
     ("/v1/completions", {"prompt": ["x"] * 101}, "'prompt' has 101 .* raise --max-prompt-ids"),
@@ -108,7 +120,7 @@ def test_refusing_a_million_entries_takes_little_memory() -> None:
     raw = b'{"messages": [' + b",".join([b"1"] * 1_000_000) + b"]}"
     tracemalloc.start()
     try:
-        with pytest.raises(APIError, match="raise --max-values"):
+        with pytest.raises(APIError, match="raise --max-names"):
             reader._parse(raw, True, ChatRequest)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -138,7 +150,7 @@ def test_no_answer_quotes_a_megabyte(live: Live, path: str, body: dict[str, Any]
 
 def test_texts_may_hold_any_number_of_commas(serve_oracle: Callable[..., Live]) -> None:
     """The count of JSON values does not take what is in a text for one."""
-    live = serve_oracle(SMALL)
+    live = serve_oracle(replace(SMALL, max_prompt_ids=12_000))
     body = {"prompt": ',:[{\\"' * 2000}
     assert live.post("/tokenize", body).status_code == 200
 
@@ -165,7 +177,57 @@ def _num_made(value: Any) -> tuple[int, int]:
 @given(values, st.booleans())
 def test_values_are_counted_without_parsing(value: Any, ascii_only: bool) -> None:
     raw = json.dumps(value, ensure_ascii=ascii_only).encode()
-    assert (_num_marks(raw, b",", -1), _num_marks(raw, b":[{", -1)) == _num_made(value)
+    for marks, num in zip((b",", b":[{"), _num_made(value), strict=True):
+        assert _num_marks(raw, marks, num, 1000) == num
+        assert num == 0 or _num_marks(raw, marks, num - 1, 1000) > num - 1
+
+
+def test_a_text_that_is_never_closed_is_one_text() -> None:
+    """Not tried again at every quote in it: that took half an hour for a megabyte."""
+    assert _num_marks(b'{"a":"' + b'\\",' * 100, b",", 50, 1000) == 0
+    assert _num_marks(b'{"a":"b,c,\\', b",", 1, 1000) == 0
+
+
+def test_no_more_strings_are_passed_over_than_a_body_at_the_limits_has() -> None:
+    raw = b'"" ' * 20 + b"," * 10
+    assert _num_marks(raw, b",", 5, 10) == 0  # ten strings with nothing between: this is no JSON
+    assert _num_marks(raw, b",", 5, 21) == 10
+
+
+def test_a_long_text_is_passed_over_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[None] = []
+    monkeypatch.setattr("engine.server.body.give_way", lambda: pauses.append(None))
+    raw = b'"' + b"\\u00e9," * 100_000 + b'",1'
+    assert _num_marks(raw, b",", 5, 1000) == 1 and len(pauses) > 90
+    pauses.clear()
+    assert json.loads(to_json({"tokens": [1] * 100_000})) and len(pauses) > 90
+
+
+def test_the_scores_of_a_long_prompt_are_written_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[None] = []
+    monkeypatch.setattr("engine.server.logprobs.give_way", lambda: pauses.append(None))
+    scores = [SampledToken(65, -1.0, ((65, -1.0),))] * 1000
+    written = CompletionScores(ByteTokenizer(), 1).write([65] * 1000, scores)
+    assert len(pauses) > 20 and {len(column) for column in written.values()} == {1000}
+    assert len(for_chat(ByteTokenizer(), scores, 1)["content"]) == 1000 and len(pauses) > 40
+
+
+def test_only_a_worker_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop has others to serve, and what it does itself is short."""
+    pauses: list[float] = []
+    monkeypatch.setattr("engine.server.workers.time.sleep", pauses.append)
+    workers = Workers()
+
+    async def both() -> None:
+        await workers.run(LONG, give_way)
+        assert pauses == []
+        await workers.run(LONG + 1, give_way)
+        assert len(pauses) == 1
+
+    asyncio.run(both())
+    workers.close()
 
 
 @given(values)

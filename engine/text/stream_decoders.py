@@ -1,0 +1,76 @@
+"""Tokens to text as they come: nothing is given out that a later token could change."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class StreamDecoder(Protocol):
+    """Turns tokens into text as they come. One per request."""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that became certain with these tokens; bytes of an unfinished character wait for
+        the next."""
+        ...
+
+    def flush(self) -> str:
+        """What still waited, as replacement characters: there will be no more tokens."""
+        ...
+
+
+class ByteStreamDecoder:
+    """For vocabularies whose tokens are byte strings: an incremental UTF-8 decoder over them. O(1)
+    a token."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]) -> None:
+        self._token_bytes = token_bytes
+        self._hidden = hidden
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        return self._utf8.decode(
+            b"".join(self._token_bytes(i) for i in token_ids if i not in self._hidden)
+        )
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowStreamDecoder:
+    """For the other vocabularies, where a token's text depends on its neighbours: decodes a short
+    window twice.
+
+    The window starts one emission back, so that the joint is decoded with its context. A character
+    has at most four bytes: after that many tokens a replacement character is what the tokens mean,
+    and no longer waits.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_emitted = 0
+        self._emitted_text = ""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        return "".join(map(self._push_one, token_ids))
+
+    def _push_one(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        waits = text.endswith(REPLACEMENT) and len(self._window) - self._num_emitted < 4
+        return "" if waits or len(text) <= len(self._emitted_text) else self._emit(text)
+
+    def _emit(self, text: str) -> str:
+        new = text[len(self._emitted_text) :]
+        self._window = self._window[self._num_emitted :]
+        self._num_emitted = len(self._window)
+        self._emitted_text = self._decode(self._window)
+        return new
+
+    def flush(self) -> str:
+        text = self._decode(self._window)
+        return self._emit(text) if len(text) > len(self._emitted_text) else ""

@@ -1,0 +1,45 @@
+"""Ways to break the engine, part by part."""
+
+from __future__ import annotations
+
+from experiments.mutations import Mutations
+from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
+from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
+from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
+from experiments.mutations.engine.schedule import BREAKS_OF_SCHEDULE
+from experiments.mutations.engine.tests import (
+    ARENA_TESTS,
+    BITS_TESTS,
+    BUDGET_TESTS,
+    COUNTS,
+    DRAWS,
+    FAIRNESS_TESTS,
+    MACHINES,
+    MEMORY,
+    POOL,
+    THREAD,
+)
+from experiments.mutations.engine.thread import BREAKS_OF_THREAD
+
+ENGINE = Mutations(
+    breakages=(
+        *BREAKS_OF_SCHEDULE,
+        *BREAKS_OF_MEMORY,
+        *BREAKS_OF_LAYERS,
+        *BREAKS_OF_ANSWERS,
+        *BREAKS_OF_THREAD,
+    ),
+    tests=(
+        *MEMORY,
+        BUDGET_TESTS,
+        FAIRNESS_TESTS,
+        ARENA_TESTS,
+        BITS_TESTS,
+        *DRAWS,
+        *COUNTS,
+        *THREAD,
+        *POOL,
+    ),
+    machines=MACHINES,
+    copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),
+)

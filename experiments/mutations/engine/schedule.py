@@ -1,0 +1,414 @@
+"""Ways to break who computes what: the scheduler and what a step has for prefills."""
+
+from __future__ import annotations
+
+from experiments.mutations import Mutation
+from experiments.mutations.engine.tests import ARENA, FAIR, SHORT_MEMORY, STEPS
+
+SCHEDULER = "engine/schedule/scheduler.py"
+PLAN = "engine/schedule/plan.py"
+REQUEST = "engine/requests/request.py"
+BUDGET = "engine/schedule/budget.py"
+
+BREAKS_OF_SCHEDULE = (
+    Mutation(
+        "an empty step takes the row writes with it",
+        SCHEDULER,
+        "            return EMPTY\n        self._num_in_flight",
+        "            self._manager.take_copies()\n            return EMPTY\n        "
+        "self._num_in_flight",
+        (SHORT_MEMORY,),
+    ),
+    Mutation(
+        "an empty step brings copies",
+        SCHEDULER,
+        "        if not ready and not self._manager.has_moves:\n",
+        "        if False:\n",
+        (SHORT_MEMORY,),
+    ),
+    Mutation(
+        "segments stand in the order of admission",
+        SCHEDULER,
+        "        tasks.sort(key=lambda task: not task.is_decode)\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "a drawn token's row counts those who draw none",
+        SCHEDULER,
+        "for row, request in enumerate(task.request for task, _ in ready if task.samples):",
+        "for row, request in enumerate(task.request for task, _ in ready):",
+        STEPS,
+    ),
+    Mutation(
+        "a token that the host knows is taken for a late one",
+        SCHEDULER,
+        "            if task.end > task.request.num_tokens\n        )",
+        "            if task.end >= task.request.num_tokens\n        )",
+        STEPS,
+    ),
+    Mutation(
+        "a chunk ends where the budget does",
+        SCHEDULER,
+        "else max(start, end // TILE * TILE)",
+        "else end",
+        STEPS,
+    ),
+    Mutation(
+        "a long prompt is computed a tile a step",
+        SCHEDULER,
+        "else max(start, end // TILE * TILE)",
+        "else min(start + TILE, end // TILE * TILE)",
+        STEPS,
+    ),
+    Mutation(
+        "decodes may take the whole budget",
+        SCHEDULER,
+        "tokens = max(self._token_budget - num_decodes, TILE)",
+        "tokens = self._token_budget - num_decodes",
+        STEPS,
+    ),
+    Mutation(
+        "decodes cost no budget",
+        SCHEDULER,
+        "tokens = max(self._token_budget - num_decodes, TILE)",
+        "tokens = self._token_budget",
+        STEPS,
+    ),
+    Mutation(
+        "a running prefill's chunk costs no budget",
+        SCHEDULER,
+        "                self._plan(ends, request, end, budget)\n        passed",
+        "                ends[request] = end\n        passed",
+        STEPS,
+    ),
+    Mutation(
+        "an admitted prompt's chunk costs no budget",
+        SCHEDULER,
+        "                self._plan(ends, request, end, budget)\n        return passed",
+        "                ends[request] = end\n        return passed",
+        STEPS,
+    ),
+    Mutation(
+        "a request is let in for less than a tile",
+        SCHEDULER,
+        "if budget.room(request.wants_scores) >= TILE:",
+        "if budget.room(request.wants_scores) >= 1:",
+        FAIR,
+    ),
+    Mutation(
+        "a chunk from what short prompts left costs no budget",
+        SCHEDULER,
+        "                if end > start and self._manager.extend(request, end):\n"
+        "                    self._plan(ends, request, end, budget)\n",
+        "                if end > start and self._manager.extend(request, end):\n"
+        "                    ends[request] = end\n",
+        FAIR,
+    ),
+    Mutation(
+        "what short prompts leave is given to nobody",
+        SCHEDULER,
+        "        if budget.num_for_short and budget.tokens:\n",
+        "        if False:\n",
+        FAIR,
+    ),
+    Mutation(
+        "what short prompts leave is not given to who runs",
+        SCHEDULER,
+        "            self._grow(ends, budget)\n",
+        "",
+        FAIR,
+    ),
+    Mutation(
+        "who was passed over is not asked again",
+        SCHEDULER,
+        "            self._admit(passed, ends, budget)\n",
+        "",
+        FAIR,
+    ),
+    Mutation(
+        "a short prompt takes the place of a long one that it passes",
+        SCHEDULER,
+        "num_taken = len(self._running) + len(passed)",
+        "num_taken = len(self._running)",
+        FAIR,
+    ),
+    Mutation(
+        "a tile of a few tokens costs nothing",
+        BUDGET,
+        "self.tiles -= -(-num_tokens // TILE)",
+        "self.tiles -= num_tokens // TILE",
+        FAIR,
+    ),
+    Mutation(
+        "a step begins any number of tiles",
+        BUDGET,
+        "return self.tokens <= 0 or self.tiles <= 0",
+        "return self.tokens <= 0",
+        FAIR,
+    ),
+    Mutation(
+        "followers hide who stands behind them",
+        SCHEDULER,
+        "num_unled += self._sharing is None or not self._sharing.follows(request)",
+        "num_unled += 1",
+        FAIR,
+    ),
+    Mutation(
+        "all that waits is one prompt, though others prefill",
+        SCHEDULER,
+        "len(self._running) - num_decodes + len(self._waiting) <= 1",
+        "len(self._waiting) <= 1",
+        FAIR,
+    ),
+    Mutation(
+        "a request begins though its slot takes a second slab",
+        SCHEDULER,
+        "            if self._manager.must_wait_for_slab:\n                continue\n",
+        "",
+        ARENA,
+    ),
+    Mutation(
+        "moves wait for a step that computes",
+        SCHEDULER,
+        "        if not ready and not self._manager.has_moves:\n",
+        "        if not ready:\n",
+        ARENA,
+    ),
+    Mutation(
+        "a request decodes one token past its end",
+        SCHEDULER,
+        "return min(request.scheduled_len + 1, request.max_len - 1)",
+        "return request.scheduled_len + 1",
+        STEPS,
+    ),
+    Mutation(
+        "somebody is preempted while a step is in flight",
+        SCHEDULER,
+        "            if self._num_in_flight:\n                self._must_wait = True\n"
+        "                return False\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "a refusal in flight is forgotten",
+        SCHEDULER,
+        "                self._must_wait = True\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "after one refusal no step is made ahead again",
+        SCHEDULER,
+        "        self._must_wait = False\n        budget",
+        "        budget",
+        STEPS,
+    ),
+    Mutation(
+        "rules that look back are drawn without the newest token",
+        REQUEST,
+        "return self.num_drawn > 0 and self.params.needs_history",
+        "return False",
+        STEPS,
+    ),
+    Mutation(
+        "the oldest is preempted instead of the youngest",
+        SCHEDULER,
+        "            youngest = self._running[-1]\n",
+        "            youngest = self._running[0]\n",
+        STEPS,
+    ),
+    Mutation(
+        "a preempted request waits behind younger ones",
+        SCHEDULER,
+        "        self._running.remove(request)\n        insort(self._waiting, request, key=_age)\n"
+        "        self._is_full = True\n",
+        "        self._running.remove(request)\n        self._waiting.append(request)\n"
+        "        self._is_full = True\n",
+        STEPS,
+    ),
+    Mutation(
+        "what preemption freed is given to who waits",
+        SCHEDULER,
+        "        insort(self._waiting, request, key=_age)\n        self._is_full = True\n",
+        "        insort(self._waiting, request, key=_age)\n",
+        STEPS,
+    ),
+    Mutation(
+        "those let in later count as younger",
+        SCHEDULER,
+        "        insort(self._running, request, key=_age)\n",
+        "        self._running.append(request)\n",
+        STEPS,
+    ),
+    Mutation(
+        "a request that left makes no room",
+        SCHEDULER,
+        "                self._running.remove(request)\n                self._is_full = False\n",
+        "                self._running.remove(request)\n",
+        STEPS,
+    ),
+    Mutation(
+        "a request that was aborted makes no room",
+        SCHEDULER,
+        "            self._running.remove(request)\n            self._is_full = False\n        "
+        "else:",
+        "            self._running.remove(request)\n        else:",
+        STEPS,
+    ),
+    Mutation(
+        "a follower does not wait for its leader",
+        SCHEDULER,
+        "            if goal and self._manager.cached_len(request) < goal:\n"
+        "                continue\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "a request without memory for its first chunk keeps its lease",
+        SCHEDULER,
+        "            self._manager.abort(request)\n            self._is_full = fits\n",
+        "            self._is_full = fits\n",
+        STEPS,
+    ),
+    Mutation(
+        "who was aborted takes a token from the step",
+        SCHEDULER,
+        "            if request.lease is not task.lease:\n                continue\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "tokens of those who left are given to the next",
+        SCHEDULER,
+        "            token = next(tokens) if task.samples else None\n            request = "
+        "task.request\n"
+        "            if task.scores:\n                request.scores.extend(next(scores))\n"
+        "            if request.lease is not task.lease:\n                continue\n",
+        "            request = task.request\n"
+        "            if task.scores:\n                request.scores.extend(next(scores))\n"
+        "            if request.lease is not task.lease:\n                continue\n"
+        "            token = next(tokens) if task.samples else None\n",
+        STEPS,
+    ),
+    Mutation(
+        "a commit counts what is still in flight as computed",
+        SCHEDULER,
+        "            request.computed_len = task.end\n",
+        "            request.computed_len = request.scheduled_len\n",
+        STEPS,
+    ),
+    Mutation(
+        "what broke off stays in flight",
+        SCHEDULER,
+        "        self._num_in_flight = 0\n        self._must_wait = self._is_full",
+        "        self._must_wait = self._is_full",
+        STEPS,
+    ),
+    Mutation(
+        "who ran when a step broke off is lost",
+        SCHEDULER,
+        "                insort(self._waiting, request, key=_age)\n                interrupted",
+        "                interrupted",
+        STEPS,
+    ),
+    Mutation(
+        "a late token is not drawn from",
+        PLAN,
+        "samples=end == request.known_len < request.max_len",
+        "samples=end == request.num_tokens < request.max_len",
+        STEPS,
+    ),
+    Mutation(
+        "a token in flight is not counted as drawn",
+        SCHEDULER,
+        "        request.num_drawn += task.samples\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "checkpoints are looked for before the step",
+        SCHEDULER,
+        "self._manager.take_checkpoint_slots(task.request, task.end)",
+        "self._manager.take_checkpoint_slots(task.request, task.start)",
+        STEPS,
+    ),
+    Mutation(
+        "segments do not say whose they are",
+        SCHEDULER,
+        "            namespace=request.namespace,\n",
+        "            namespace=None,\n",
+        STEPS,
+    ),
+    # -- what a step's prefills may take of it
+    Mutation(
+        "no part of a step is for short prompts",
+        BUDGET,
+        "min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0",
+        "0",
+        FAIR,
+    ),
+    Mutation(
+        "short prompts leave less than a tile to the others",
+        BUDGET,
+        "min(tokens // SHORT_SHARE, tokens - TILE)",
+        "tokens // SHORT_SHARE",
+        FAIR,
+    ),
+    Mutation(
+        "short prompts take more than their part",
+        BUDGET,
+        "SHORT_SHARE = 4",
+        "SHORT_SHARE = 2",
+        FAIR,
+    ),
+    Mutation(
+        "a long prompt takes the short ones' part",
+        BUDGET,
+        "tokens = max(0, self.tokens - self.num_for_short)",
+        "tokens = self.tokens",
+        FAIR,
+    ),
+    Mutation(
+        "a long prompt's positions are scored without a limit",
+        BUDGET,
+        "return min(tokens, self.scored) if scores else tokens",
+        "return tokens",
+        FAIR,
+    ),
+    Mutation(
+        "a short prompt's positions are scored without a limit",
+        BUDGET,
+        "(min(short, self.scored) if scores else short)",
+        "short",
+        FAIR,
+    ),
+    Mutation(
+        "a short prompt takes what is taken already",
+        BUDGET,
+        "short = min(self.num_for_short, self.tokens)",
+        "short = self.num_for_short",
+        FAIR,
+    ),
+    Mutation(
+        "a prefill takes more than its rest",
+        BUDGET,
+        "else min(rest, self.room(scores))",
+        "else self.room(scores)",
+        FAIR,
+    ),
+    Mutation(
+        "scored positions are not counted",
+        BUDGET,
+        "        self.scored -= num_tokens * scores\n",
+        "",
+        FAIR,
+    ),
+    Mutation(
+        "every position counts as scored",
+        BUDGET,
+        "self.scored -= num_tokens * scores",
+        "self.scored -= num_tokens",
+        FAIR,
+    ),
+)

@@ -1,0 +1,30 @@
+"""The tests that must notice what is broken in the engine."""
+
+from __future__ import annotations
+
+ENGINE_TESTS = "tests/engine/test_engine.py"
+SCHEDULE_TESTS = "tests/engine/test_schedule.py"
+SHORT_MEMORY = "tests/engine/test_short_memory.py"
+MANAGER_TESTS = "tests/engine/test_cache_manager.py"
+SAMPLER_TESTS = "tests/engine/test_sampler.py"
+COUNTS_TESTS = "tests/engine/test_token_counts.py"
+BUDGET_TESTS = "tests/engine/test_budget.py"
+FAIRNESS_TESTS = "tests/engine/test_fairness.py"
+ARENA_TESTS = "tests/engine/test_arena.py"
+BITS_TESTS = "tests/engine/test_hits_change_nothing.py"
+ASYNC_TESTS = "tests/engine/test_async_engine.py"
+LAYER_TESTS = "tests/engine/numerics/test_layers.py"
+POOLS_TESTS = "tests/engine/numerics/test_memory.py"
+MACHINES = ("tests/engine/test_scheduler_machine.py",)
+
+STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
+MEMORY = (MANAGER_TESTS, *STEPS)
+FAIR = (BUDGET_TESTS, SCHEDULE_TESTS, FAIRNESS_TESTS)
+ARENA = (ARENA_TESTS, *MACHINES)
+MOVES = (MANAGER_TESTS, *ARENA)
+BITS = (BITS_TESTS,)
+DRAWS = (SAMPLER_TESTS,)
+COUNTS = (COUNTS_TESTS,)
+THREAD = (ASYNC_TESTS,)
+LAYERS = (LAYER_TESTS,)
+POOL = (POOLS_TESTS, LAYER_TESTS)
