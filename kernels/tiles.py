@@ -1,4 +1,5 @@
-"""Packed sequences cut into tiles of 64 tokens, for the references that scan tile after tile."""
+"""Tiles of packed sequences in plain PyTorch, and the delta rule's scan over them: what references
+share."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
 
 
-class TileLayout(NamedTuple):
+class Layout(NamedTuple):
     """Tiles in the order they are scanned in: every sequence's first, then every second ..., the
     longest sequence first. So those of one step lie next to each other."""
 
@@ -38,10 +39,11 @@ class TileLayout(NamedTuple):
         return out.copy_(x.unflatten(0, (-1, TILE)).transpose(1, 2))
 
     def tile_factor(self, x: torch.Tensor) -> torch.Tensor:
-        """A factor per token, ``[T, H]``, to float32 ``[num_tiles, H, 64, 1]``; zero for
-        padding."""
-        out = x.new_empty(self.num_tiles, x.shape[1], TILE, 1, dtype=torch.float32)
-        self.tile(x[..., None], out)
+        """Factors per token, ``[T, H]`` or ``[T, H, K]``, to float32 ``[num_tiles, H, 64, 1 or
+        K]``; zero for padding."""
+        x = x[..., None] if x.ndim == 2 else x
+        out = x.new_empty(self.num_tiles, x.shape[1], TILE, x.shape[2], dtype=torch.float32)
+        self.tile(x, out)
         if self.padding is not None:
             out.masked_fill_(self.padding.view(-1, 1, TILE, 1), 0.0)
         return out
@@ -53,9 +55,8 @@ class TileLayout(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def tile_layout(lengths: tuple[int, ...], device: torch.device) -> TileLayout:
-    """The layout of sequences of these lengths; every layer of a step asks for the same one.
-    O(T)."""
+def lay_out(lengths: tuple[int, ...], device: torch.device) -> Layout:
+    """Every linear layer of a step asks for the same one. O(T)."""
     counts = [num_tiles(length) for length in lengths]
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
     active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
@@ -74,13 +75,64 @@ def tile_layout(lengths: tuple[int, ...], device: torch.device) -> TileLayout:
     padding = np.ones(num_places, dtype=np.bool_)
     padding[places] = False
     is_plain = len(places) == num_places and bool((places == np.arange(len(places))).all())
-    return TileLayout(
+    return Layout(
         order=order,
         active=active,
         sources=None if is_plain else torch.from_numpy(sources).to(device),
         padding=torch.from_numpy(padding).to(device) if padding.any() else None,
         places=torch.from_numpy(places).to(device),
     )
+
+
+class Tiles(NamedTuple):
+    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV,
+    ...]``."""
+
+    new_values: torch.Tensor  # U [.., 64, V]
+    reader: torch.Tensor  # W [.., 64, K]
+    query: torch.Tensor  # scale * exp(G) Q [.., 64, K]
+    attention: torch.Tensor  # scale * (Q K^T * D) [.., 64, 64]
+    writer: torch.Tensor  # exp(G_64 - G) K [.., 64, K]
+    decay: torch.Tensor  # exp(G_64) [.., 1, 1], or [.., K, 1] if channels decay on their own
+
+
+def scan(
+    tiles: Tiles,
+    states: torch.Tensor,
+    packed: Packed,
+    layout: Layout,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q
+    S`` of each tile."""
+    order = [b for b in layout.order if packed.lengths[b]]
+    index = slots.long()[order]
+    carried = states[index].float()
+    carried[~resumed[order]] = 0.0
+    saves = saves_by_tile(packed, exports)
+
+    heads = carried.shape[1]
+    new_values = torch.empty_like(tiles.new_values, memory_format=torch.contiguous_format)
+    read_out = torch.empty_like(new_values)
+    first = 0
+    for step, num_active in enumerate(layout.active):
+        span = slice(first * heads, (first + num_active) * heads)
+        first += num_active
+        state = carried[:num_active]
+        flat = state.flatten(0, 1)
+        new = new_values[span]
+        torch.baddbmm(tiles.new_values[span], tiles.reader[span], flat, alpha=-1, out=new)
+        torch.bmm(tiles.query[span], flat, out=read_out[span])
+        flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
+        if states.dtype != torch.float32:
+            state.copy_(state.to(states.dtype))
+        for position, sequence in enumerate(order[:num_active]):
+            for slot in saves.get((sequence, step), ()):
+                states[slot].copy_(state[position])
+    states[index] = carried.to(states.dtype)
+    return new_values, read_out
 
 
 def saves_by_tile(packed: Packed, exports: Exports | None) -> dict[tuple[int, int], list[int]]:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import TILE, Exports, Packed
-from kernels.tiles import TileLayout, saves_by_tile, tile_layout
+from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6
 LARGE_STATE = 2**15
@@ -89,25 +89,13 @@ def chunk_gdn(
 
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    layout = tile_layout(packed.lengths, query.device)
+    layout = lay_out(packed.lengths, query.device)
     if not layout.active:
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
-    new_values, out = _scan(tiles, states, packed, layout, slots, resumed, exports)
+    new_values, out = scan(tiles, states, packed, layout, slots, resumed, exports)
     out.baddbmm_(tiles.attention, new_values)
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
-
-
-class _Tiles(NamedTuple):
-    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV,
-    ...]``."""
-
-    new_values: torch.Tensor  # U [.., 64, V]
-    reader: torch.Tensor  # W [.., 64, K]
-    query: torch.Tensor  # scale * exp(G) Q [.., 64, K]
-    attention: torch.Tensor  # scale * (Q K^T * D) [.., 64, 64]
-    writer: torch.Tensor  # exp(G_64 - G) K [.., 64, K]
-    decay: torch.Tensor  # exp(G_64) [.., 1, 1]
 
 
 def _solve_tiles(
@@ -116,9 +104,9 @@ def _solve_tiles(
     value: torch.Tensor,
     gate: torch.Tensor,
     beta: torch.Tensor,
-    layout: TileLayout,
+    layout: Layout,
     scale: float,
-) -> _Tiles:
+) -> Tiles:
     """Padding has beta 0 and gate 0: it changes no state, and its rows are dropped. Its other
     entries are unspecified."""
     count, heads, key_dim = layout.num_tiles, key.shape[1], key.shape[2]
@@ -143,7 +131,7 @@ def _solve_tiles(
     solved = torch.linalg.solve_triangular(
         system.flatten(1, 2), right, upper=False, unitriangular=True
     ).flatten(0, 1)
-    return _Tiles(
+    return Tiles(
         new_values=solved[..., :value_dim],
         reader=solved[..., value_dim:],
         query=(query * opened).flatten(0, 2),
@@ -151,45 +139,6 @@ def _solve_tiles(
         writer=(key * (closing - total).exp_()).flatten(0, 2),
         decay=closing.exp().flatten(0, 2),
     )
-
-
-def _scan(
-    tiles: _Tiles,
-    states: torch.Tensor,
-    packed: Packed,
-    layout: TileLayout,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q
-    S`` of each tile."""
-    order = [b for b in layout.order if packed.lengths[b]]
-    index = slots.long()[order]
-    carried = states[index].float()
-    carried[~resumed[order]] = 0.0
-    saves = saves_by_tile(packed, exports)
-
-    heads = carried.shape[1]
-    new_values = torch.empty_like(tiles.new_values, memory_format=torch.contiguous_format)
-    read_out = torch.empty_like(new_values)
-    first = 0
-    for step, num_active in enumerate(layout.active):
-        span = slice(first * heads, (first + num_active) * heads)
-        first += num_active
-        state = carried[:num_active]
-        flat = state.flatten(0, 1)
-        new = new_values[span]
-        torch.baddbmm(tiles.new_values[span], tiles.reader[span], flat, alpha=-1, out=new)
-        torch.bmm(tiles.query[span], flat, out=read_out[span])
-        flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
-        if states.dtype != torch.float32:
-            state.copy_(state.to(states.dtype))
-        for position, sequence in enumerate(order[:num_active]):
-            for slot in saves.get((sequence, step), ()):
-                states[slot].copy_(state[position])
-    states[index] = carried.to(states.dtype)
-    return new_values, read_out
 
 
 def decode_gdn(
