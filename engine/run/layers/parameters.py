@@ -11,9 +11,9 @@ import torch
 from engine.run.backends import Kernels
 from engine.run.model_config import ModelError
 
-Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
+Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
 """What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
-(Gemma-style), a norm's 1."""
+(Gemma-style), a norm's 1, as is what a state space lets pass."""
 Precision = Literal["int8", "fp8"]
 
 FULL_PRECISION = (
