@@ -25,8 +25,7 @@ def sizes(text: Fields) -> ModelSizes:
     shared = int(text["shared_intermediate_size"])
     experts = fields.experts(text)
     mlp = MLPSizes(shared) if experts is None else replace(experts, shared_intermediate=shared)
-    mixers: dict[str, MixerSizes] = {
-        "attention": fields.attention(text),
-        "mamba": fields.mamba2(text),
-    }
-    return fields.model(text, tuple(LayerSizes((mixers[SORTS[sort]],), mlp) for sort in types))
+    made: dict[str, MixerSizes] = {"attention": fields.attention(text)}
+    if "mamba" in map(SORTS.get, types):
+        made["mamba"] = fields.mamba2(text)
+    return fields.model(text, tuple(LayerSizes((made[SORTS[sort]],), mlp) for sort in types))
