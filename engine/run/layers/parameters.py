@@ -26,6 +26,8 @@ FULL_PRECISION = (
     "in_proj_a",
     "b_proj",
     "a_proj",
+    "x_proj",
+    "dt_proj",
 )
 """Parts of a dotted name whose weights stay as they are: where few numbers decide much."""
 
