@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.run.layers.attention import Attention
 from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForwardStep, Mixer, MixerStep, Parallel
@@ -32,7 +31,6 @@ class FalconH1Config(ModelConfig):
     norm: GatedNorm | None
     """Before Mamba's output product; None: there is only the gate."""
     time_limits: tuple[float, float]
-    attention_bias: bool
     mlp_bias: bool
     mamba_bias: bool
     mamba_output_bias: bool
@@ -77,7 +75,6 @@ class FalconH1(Decoder):
             logit_multiplier=number("lm_head_multiplier"),
             norm=norm if text.get("mamba_rms_norm") else None,
             time_limits=time_limits(text),
-            attention_bias=bool(text.get("attention_bias")),
             mlp_bias=bool(text.get("mlp_bias")),
             mamba_bias=bool(text.get("mamba_proj_bias")),
             mamba_output_bias=bool(text.get("projectors_bias")),
@@ -116,14 +113,8 @@ class FalconH1(Decoder):
         config, build = self.config, self.build
         made: Mixer
         if isinstance(sizes, AttentionSizes):
-            made = Attention(
-                f"{name}.self_attn",
-                config.hidden_size,
-                sizes,
-                build,
-                bias=config.attention_bias,
-                scale=config.key_multiplier * sizes.head_dim**-0.5,
-            )
+            scale = config.key_multiplier * sizes.head_dim**-0.5
+            made = self.attention(f"{name}.self_attn", sizes, scale=scale)
             first, last = config.attention_multipliers
             return Scaled(made, input=first, output=last)
         assert isinstance(sizes, MambaSizes)

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.run.layers.attention import Attention
-from engine.run.layers.linear import Part
 from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
@@ -28,11 +26,10 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraniteMoeHybridConfig(ModelConfig):
-    """``attention_bias``, ``mamba_bias``, ``conv_bias``: which products have one.
-    ``attention_scale``: of the products of queries and keys. ``residual_multiplier``: of what a
-    block adds to the stream. ``time_limits``: of Mamba's time steps."""
+    """``mamba_bias``, ``conv_bias``: which products have one. ``attention_scale``: of the products
+    of queries and keys. ``residual_multiplier``: of what a block adds to the stream.
+    ``time_limits``: of Mamba's time steps."""
 
-    attention_bias: bool
     mamba_bias: bool
     conv_bias: bool
     attention_scale: float
@@ -58,7 +55,6 @@ class GraniteMoeHybrid(Decoder):
             rope=rope(text, head_dim) if rotates else None,
             embedding_multiplier=float(text.get("embedding_multiplier", 1.0)),
             logit_multiplier=1.0 / float(text.get("logits_scaling", 1.0)),
-            attention_bias=bool(text.get("attention_bias")),
             mamba_bias=bool(text.get("mamba_proj_bias")),
             conv_bias=bool(text.get("mamba_conv_bias", True)),
             attention_scale=float(text.get("attention_multiplier", 1.0)),
@@ -84,15 +80,7 @@ class GraniteMoeHybrid(Decoder):
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         config = self.config
         if isinstance(sizes, AttentionSizes):
-            return Attention(
-                f"{name}.self_attn",
-                config.hidden_size,
-                sizes,
-                self.build,
-                bias=config.attention_bias,
-                rotates=config.rope is not None,
-                scale=config.attention_scale,
-            )
+            return self.attention(f"{name}.self_attn", sizes, scale=config.attention_scale)
         assert isinstance(sizes, MambaSizes)
         return Mamba2(
             f"{name}.mamba",
@@ -122,6 +110,6 @@ class GraniteMoeHybrid(Decoder):
             self.config.hidden_size,
             intermediate_size,
             self.build,
-            inputs=[Part(f"{name}.shared_mlp.input_linear", 2 * intermediate_size)],
+            inputs=["input_linear"],
             output="output_linear",
         )

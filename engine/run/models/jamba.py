@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.run.layers.attention import Attention
 from engine.run.layers.mamba1 import Mamba1
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
@@ -59,7 +58,7 @@ class Jamba(Decoder):
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         config, hidden = self.config, self.config.hidden_size
         if isinstance(sizes, AttentionSizes):
-            return Attention(f"{name}.self_attn", hidden, sizes, self.build, rotates=False)
+            return self.attention(f"{name}.self_attn", sizes, bias=False)
         assert isinstance(sizes, MambaSizes)
         return Mamba1(
             f"{name}.mamba",

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.run.layers.attention import Attention
 from engine.run.layers.linear import Part
 from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import SquaredReluMLP
@@ -69,7 +68,7 @@ class NemotronH(Decoder):
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         config = self.config
         if isinstance(sizes, AttentionSizes):
-            return Attention(name, config.hidden_size, sizes, self.build, rotates=False)
+            return self.attention(name, sizes, bias=False)
         assert isinstance(sizes, MambaSizes)
         return Mamba2(
             name,
