@@ -57,6 +57,15 @@ TUNABLES: Mapping[str, Tunable] = {
     "gdn.decode_kernel": Tunable(
         ("state_dtype", "K", "V"), grid(BV=(8, 16, 32, 64), num_warps=(1, 2, 4))
     ),
+    "mamba2.weigh_kernel": Tunable(
+        ("dtype", "K"), grid(HEADS=(1, 2, 4, 8), num_warps=(2, 4), num_stages=(1, 2, 3))
+    ),
+    "mamba2.scan_kernel": Tunable(
+        ("dtype", "K", "V"), grid(BV=(16, 32, 64), num_warps=(2, 4), num_stages=(1, 2, 3))
+    ),
+    "mamba2.decode_kernel": Tunable(
+        ("state_dtype", "K", "V"), grid(BV=(8, 16, 32, 64), num_warps=(1, 2, 4))
+    ),
     "conv1d.prefill_kernel": Tunable(("C", "W"), grid(BC=(32, 64, 128), num_warps=(2, 4, 8))),
     "conv1d.decode_kernel": Tunable(("C", "W"), grid(BC=(64, 128, 256, 512), num_warps=(1, 2, 4))),
     "attention.prefill_attention_kernel": Tunable(

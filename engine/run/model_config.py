@@ -110,6 +110,24 @@ def rope(text: Fields, head_dim: int, *, fraction: float = 1.0) -> Rope | None:
     return Rope(float(theta), dim)
 
 
+def time_limits(text: Fields) -> tuple[float, float]:
+    """Between which Mamba-2's time steps are kept: ``time_step_limit``, whose infinity is JSON's
+    or an object that names it."""
+    low, high = (
+        float(limit["__float__"] if isinstance(limit, Mapping) else limit)
+        for limit in text.get("time_step_limit") or (0.0, "inf")
+    )
+    return low, high
+
+
+def check_only(text: Fields, **values: object) -> None:
+    """Raises ModelError where the config has another value than the one that is served."""
+    for name, value in values.items():
+        found = text.get(name, value)
+        if found != value:
+            raise ModelError(f"{name} {found!r} is not supported; {value!r} is.")
+
+
 def read_config(model_dir: Path) -> dict[str, Any]:
     """``config.json`` as it stands. Raises ModelError."""
     path = model_dir / "config.json"

@@ -182,12 +182,10 @@ class Dummy:
         target = parameter.target
         generator = torch.Generator(target.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-        if parameter.role == "norm":
+        if parameter.role in ("norm", "time_bias", "skip"):
             target.fill_(1.0)
         elif parameter.role == "centred_norm":
             target.zero_()
-        elif parameter.role == "time_bias":
-            target.fill_(1.0)
         elif parameter.role == "log_decay":
             target.uniform_(math.log(0.01), math.log(16.0), generator=generator)
         else:

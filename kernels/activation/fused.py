@@ -22,7 +22,7 @@ def silu_and_mul_kernel(x, y, stride, N: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def sigmoid_mul_kernel(
+def gate_mul_kernel(
     x,
     gate,
     y,
@@ -34,6 +34,7 @@ def sigmoid_mul_kernel(
     gate_stride_n,
     N: tl.constexpr,
     BN: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     i_r = tl.program_id(0).to(tl.int64)
     i_t, i_h = i_r // heads, i_r % heads
@@ -43,7 +44,17 @@ def sigmoid_mul_kernel(
     b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
     b_x = tl.load(x + i_t * x_stride_t + i_h * x_stride_h + o_n, mask=mask, other=0.0)  # [BN]
     b_y = b_x.to(tl.float32) * tl.sigmoid(b_gate)
+    if SILU:
+        b_y *= b_gate
     tl.store(y + i_r * N + o_n, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def relu_squared_kernel(p_x, p_y, count, BLOCK: tl.constexpr):
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o_n < count
+    b_x = tl.maximum(tl.load(p_x + o_n, mask=mask, other=0.0).to(tl.float32), 0.0)
+    tl.store(p_y + o_n, (b_x * b_x).to(p_y.dtype.element_ty), mask=mask)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +75,24 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``x * sigmoid(gate)``; see ``reference.sigmoid_mul``. x is ``[..., N]``; gate like it or
     ``[..., 1]``; views allowed."""
+    return _gate_mul(x, gate, silu=False)
+
+
+def silu_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x * silu(gate)``; see ``reference.silu_mul``. Views allowed."""
+    return _gate_mul(x, gate, silu=True)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """``max(x, 0)^2``; see ``reference.relu_squared``."""
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        relu_squared_kernel[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), BLOCK=BLOCK)
+    return y
+
+
+def _gate_mul(x: torch.Tensor, gate: torch.Tensor, *, silu: bool) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -72,7 +101,7 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
     tokens, heads, size = x.shape
     block = min(BLOCK, triton.next_power_of_2(size))
-    sigmoid_mul_kernel[(tokens * heads, triton.cdiv(size, block))](
+    gate_mul_kernel[(tokens * heads, triton.cdiv(size, block))](
         x,
         gate,
         y,
@@ -82,6 +111,7 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         *gate.stride(),
         N=size,
         BN=block,
+        SILU=silu,
     )
     return y
 

@@ -45,3 +45,13 @@ def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``x * sigmoid(gate)``: the output gate of attention, ``gate`` like x, or of a shared expert,
     ``gate [..., 1]``."""
     return (x.float() * sigmoid(gate)).to(x.dtype)
+
+
+def silu_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x * silu(gate)``, gate like x: what a state space layer without a norm ends with."""
+    return silu(gate).mul_(x).to(x.dtype)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """``max(x, 0)^2`` (Primer, So et al. 2021)."""
+    return x.relu().square_()

@@ -11,15 +11,21 @@ BLOCK = 1024
 
 
 @triton.jit
-def compute_gates(b_a, b_b, b_A_log, b_dt_bias, max_beta):
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``, in
-    float32."""
-    b_x = b_a.to(tl.float32) + b_dt_bias.to(tl.float32)
+def softplus(b_x):
+    """``log(1 + exp(x))`` of float32."""
     b_y = tl.exp(-tl.abs(b_x))
     # log(1 + y) by its series where the sum would round y away: slow decays are made of such y.
     b_series = b_y * (1.0 - b_y * (1.0 / 2 - b_y * (1.0 / 3 - b_y * (1.0 / 4))))
     b_log1p = tl.where(b_y < 0.03, b_series, tl.log(1.0 + b_y))
-    b_gate = -tl.exp(b_A_log.to(tl.float32)) * (tl.maximum(b_x, 0.0) + b_log1p)
+    return tl.maximum(b_x, 0.0) + b_log1p
+
+
+@triton.jit
+def compute_gates(b_a, b_b, b_A_log, b_dt_bias, max_beta):
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``, in
+    float32."""
+    b_step = softplus(b_a.to(tl.float32) + b_dt_bias.to(tl.float32))
+    b_gate = -tl.exp(b_A_log.to(tl.float32)) * b_step
     return b_gate, max_beta / (1.0 + tl.exp(-b_b.to(tl.float32)))
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from kernels.linear.fused import depth_of, multiply_span
 from kernels.linear.reference import Format
 from kernels.moe.reference import quantize_experts
+from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 
@@ -175,9 +176,10 @@ def gate_up_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``: gate and up rows of w
-    side by side."""
+    side by side. Not GATED: ``relu(w[e] @ x[p // K])^2``."""
     i_block = tl.program_id(1)
     if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
         if i_block >= tl.load(block_count):
@@ -187,8 +189,9 @@ def gate_up_kernel(
     o_p = block_rows(pairs, i_block, num_pairs, BT)
     m_m, m_t = o_m < INNER, o_p < num_pairs
     p_x = x + (o_p // K).to(tl.int64) * x_stride
-    p_gate = w + (i_e * 2 * INNER + o_m) * size
-    p_up = w + (i_e * 2 * INNER + INNER + o_m) * size
+    first = i_e * (2 if GATED else 1) * INNER
+    p_gate = w + (first + o_m) * size
+    p_up = w + (first + INNER + o_m) * size
     b_gate = tl.zeros([BM, BT], tl.float32)
     b_up = tl.zeros([BM, BT], tl.float32)
     for i_k in range(0, size, BK):
@@ -198,16 +201,22 @@ def gate_up_kernel(
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
         b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
         b_gate = tl.dot(b_w, b_x, b_gate, input_precision=PRECISION)
-        b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
-        b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
+        if GATED:
+            b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
+            b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
     if w_scale is not None:
-        p_scale = w_scale + i_e * 2 * INNER + o_m
+        p_scale = w_scale + first + o_m
         b_gate *= tl.load(p_scale, mask=m_m, other=0.0)[:, None]
-        b_up *= tl.load(p_scale + INNER, mask=m_m, other=0.0)[:, None]
+        if GATED:
+            b_up *= tl.load(p_scale + INNER, mask=m_m, other=0.0)[:, None]
     # Rounded where the reference rounds: after the product.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
-    b_up = b_up.to(inner.dtype.element_ty).to(tl.float32)
-    b_inner = b_gate * tl.sigmoid(b_gate) * b_up
+    if GATED:
+        b_up = b_up.to(inner.dtype.element_ty).to(tl.float32)
+        b_inner = b_gate * tl.sigmoid(b_gate) * b_up
+    else:
+        b_gate = tl.maximum(b_gate, 0.0)
+        b_inner = b_gate * b_gate
     p_inner = inner + o_p.to(tl.int64)[None, :] * INNER + o_m[:, None]
     tl.store(p_inner, b_inner.to(inner.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
@@ -359,6 +368,7 @@ def _experts(
         hidden.stride(0),
         K=k,
         INNER=inner_size,
+        GATED=w13.shape[1] == 2 * inner_size,
         **up,
     )
     down_kernel[(triton.cdiv(hidden_size, down["BM"]), blocks.num_blocks)](

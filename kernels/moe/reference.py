@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from kernels.activation.reference import silu_and_mul
+from kernels.activation.reference import relu_squared, sigmoid, silu_and_mul
 from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
 from kernels.linear.reference import prepare as prepare_linear
 
@@ -38,6 +38,37 @@ def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor
     return weights, experts.int()
 
 
+def route_sigmoid(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    renormalise: bool,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-20,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k experts of each token with the highest ``sigmoid(logit) + bias``; of equals the lower
+    index. The bias only chooses: weights are the sigmoids, times ``scale``.
+
+    Args:
+        logits: ``[T, E]``. bias: float32 ``[E]`` or None.
+        renormalise: whether the k weights are divided by their sum, plus ``eps``.
+
+    Returns:
+        Weights float32 ``[T, k]``, and experts int32 ``[T, k]``, in falling order of what chose
+        them.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+    """
+    scores = sigmoid(logits)
+    chosen_by = scores if bias is None else scores + bias
+    experts = chosen_by.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    weights = scores.gather(-1, experts)
+    if renormalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + eps)
+    return weights * scale, experts.int()
+
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 """A linear layer with its weight in it."""
 
@@ -50,12 +81,13 @@ def experts(
     w2: torch.Tensor,
 ) -> torch.Tensor:
     """``sum_i weights[t, i] * w2[e] (silu(a) * b)`` with ``(a, b) = w13[e] hidden[t]`` and ``e =
-    experts[t, i]``.
+    experts[t, i]``; without gates ``w2[e] relu(w13[e] hidden[t])^2``.
 
     Args:
         hidden: ``[T, H]``.
         weights, experts: ``[T, k]``, from ``route``.
-        w13: ``[E, 2I, H]``, gate rows above up rows; w2: ``[E, H, I]``.
+        w13: ``[E, 2I, H]``, gate rows above up rows, or ``[E, I, H]`` without gates; w2: ``[E, H,
+            I]``.
 
     Returns:
         ``[T, H]`` in hidden's dtype, summed in float32 in the order of the k. O(T * k * H * I).
@@ -64,7 +96,7 @@ def experts(
         (partial(linear, weight=up), partial(linear, weight=down))
         for up, down in zip(w13, w2, strict=True)
     ]
-    return _experts(hidden, weights, experts, products)
+    return _experts(hidden, weights, experts, products, _activation(w13, w2))
 
 
 def prepare(
@@ -75,7 +107,7 @@ def prepare(
     products = [
         (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
     ]
-    return partial(_experts, products=products)
+    return partial(_experts, products=products, activate=_activation(w13, w2))
 
 
 def experts_8bit(
@@ -96,7 +128,7 @@ def experts_8bit(
         )
         for e in range(len(w13))
     ]
-    return _experts(hidden, weights, experts, products)
+    return _experts(hidden, weights, experts, products, _activation(w13, w2))
 
 
 def prepare_8bit(
@@ -122,6 +154,7 @@ def _experts(
     weights: torch.Tensor,
     experts: torch.Tensor,
     products: Sequence[tuple[Product, Product]],
+    activate: Product,
 ) -> torch.Tensor:
     num_tokens, k = experts.shape
     flat = experts.reshape(-1)
@@ -133,9 +166,14 @@ def _experts(
     for (up, down), count in zip(products, counts, strict=True):
         if count:
             rows = slice(start, start + count)
-            results[order[rows]] = down(silu_and_mul(up(grouped[rows])))
+            results[order[rows]] = down(activate(up(grouped[rows])))
             start += count
     return weighted_sum(results.view(num_tokens, k, hidden.shape[1]), weights)
+
+
+def _activation(w13: torch.Tensor, w2: torch.Tensor) -> Product:
+    """Of experts with gates, whose first weight has twice the rows, and of those without."""
+    return silu_and_mul if w13.shape[1] == 2 * w2.shape[2] else relu_squared
 
 
 def weighted_sum(results: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -33,10 +33,12 @@ def rms_norm_kernel(
     x_stride_h,
     gate_stride_t,
     gate_stride_h,
+    weight_stride_h,
     eps,
     N: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_n = tl.arange(0, BN)
@@ -51,13 +53,18 @@ def rms_norm_kernel(
         b_sum = b_x.to(total.dtype.element_ty)
         tl.store(total + p_out, b_sum, mask=mask)
         b_x = b_sum.to(tl.float32)
-    b_rstd = tl.math.rsqrt(tl.sum(b_x * b_x, axis=1) / N + eps)
-    b_w = tl.load(weight + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-    b_y = b_x * b_rstd[:, None] * b_w[None, :]
     if gate is not None:
         p_gate = (o_t * gate_stride_t + o_h * gate_stride_h)[:, None] + o_n[None, :]
         b_gate = tl.load(gate + p_gate, mask=mask, other=0.0).to(tl.float32)
-        b_y *= b_gate * tl.sigmoid(b_gate)
+        b_gate *= tl.sigmoid(b_gate)
+        if GATE_FIRST:
+            b_x *= b_gate
+    b_rstd = tl.math.rsqrt(tl.sum(b_x * b_x, axis=1) / N + eps)
+    p_weight = weight + (o_h * weight_stride_h)[:, None] + o_n[None, :]
+    b_w = tl.load(p_weight, mask=mask, other=0.0).to(tl.float32)
+    b_y = b_x * b_rstd[:, None] * b_w
+    if gate is not None and not GATE_FIRST:
+        b_y *= b_gate
     tl.store(y + p_out, b_y.to(y.dtype.element_ty), mask=mask)
 
 
@@ -86,11 +93,17 @@ def rms_norm(
 
 
 def gated_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
+    *,
+    gate_first: bool = False,
 ) -> torch.Tensor:
-    """``rms_norm(x) * silu(gate)``; see ``reference.gated_rms_norm``. Both may be strided views."""
+    """``rms_norm(x) * silu(gate)``, or ``rms_norm(x * silu(gate))``; see
+    ``reference.gated_rms_norm``. Both may be strided views."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, gate, weight, y, None, eps)
+    _launch(x, None, gate, weight, y, None, eps, gate_first=gate_first)
     return y
 
 
@@ -102,6 +115,8 @@ def _launch(
     y: torch.Tensor,
     total: torch.Tensor | None,
     eps: float,
+    *,
+    gate_first: bool = False,
 ) -> None:
     x = as_heads(x)
     gate = as_heads(gate) if gate is not None else None
@@ -114,7 +129,7 @@ def _launch(
         x,
         residual,
         gate,
-        weight,
+        weight.contiguous(),
         y,
         total,
         num_rows,
@@ -123,10 +138,12 @@ def _launch(
         x.stride(1),
         gate.stride(0) if gate is not None else 0,
         gate.stride(1) if gate is not None else 0,
+        size if weight.dim() == 2 else 0,
         eps,
         N=size,
         BN=block,
         BR=rows,
+        GATE_FIRST=gate_first,
         **{"num_warps": 4 if block <= 4096 else 8, **tuned("norm.rms_norm_kernel", size)},
     )
 

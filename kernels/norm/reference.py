@@ -33,10 +33,20 @@ def rms_norm(
 
 
 def gated_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
+    *,
+    gate_first: bool = False,
 ) -> torch.Tensor:
     """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with,
-    per head."""
+    per head. With ``gate_first`` ``rms_norm(x * silu(gate))``, as a Mamba-2 layer, per group.
+
+    ``weight`` is ``[N]``, or ``[H, N]`` for x ``[..., H, N]``.
+    """
+    if gate_first:
+        return _normed(silu(gate).mul_(x), weight.float(), eps).to(x.dtype)
     normed = _normed(x.float(), weight.float(), eps)
     return normed.mul_(silu(gate)).to(x.dtype)
 

@@ -20,6 +20,7 @@ SPEC.loader.exec_module(aot)
 
 HOPPERS = {
     "solve_kernel",
+    "weigh_kernel",
     "scan_kernel",
     "prefill_attention_kernel",
     "linear_kernel",
@@ -28,6 +29,10 @@ HOPPERS = {
 }
 """Kernels whose products are large enough for Hopper's tensor core instructions; decoding attention
 has 16 rows."""
+
+
+MAY_SPILL = {"large_state": 128}
+"""Bytes of a thread, by launch: a state of 256 rows."""
 
 
 @pytest.mark.parametrize("launches", sorted((HERE / "launches").glob("*.py")), ids=lambda p: p.stem)
@@ -43,7 +48,7 @@ def test_compiles_ahead_of_time(launches: Path) -> None:
     # target of ours to be fast on.
     slow = ("sm_80", "sm_89")
     fast = [r for r in records if "float32" not in r["launch"] and r["target"] not in slow]
-    assert [r for r in fast if r["spilled_bytes"]] == []
+    assert [r for r in fast if r["spilled_bytes"] > MAY_SPILL.get(r["launch"], 0)] == []
     hopper = [r for r in fast if r["target"] == "sm_90"]
     assert [r for r in hopper if r["serialised"]] == []
     assert [r for r in hopper if r["kernel"] in HOPPERS and not r["wgmma"]] == []

@@ -16,6 +16,7 @@ import kernels.attention.reference
 import kernels.cache_write.reference
 import kernels.conv1d.reference
 import kernels.gdn.reference
+import kernels.mamba2.reference
 import kernels.state_copy.reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
@@ -26,10 +27,11 @@ import kernels.attention.fused
 import kernels.cache_write.fused
 import kernels.conv1d.fused
 import kernels.gdn.fused
+import kernels.mamba2.fused
 import kernels.state_copy.fused
 
 SIZES = Sizes(kv=(3, 2, 32), conv=(2, 24, 3), recurrent=(2, 2, 16, 16))
-NAMES = ("attention", "cache_write", "conv1d", "gdn", "state_copy")
+NAMES = ("attention", "cache_write", "conv1d", "gdn", "mamba2", "state_copy")
 BACKENDS = pytest.mark.parametrize(
     "backend",
     [
@@ -153,6 +155,12 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
         outs.append(
             backend.gdn.chunk_gdn(query, key, value, gate, gate.exp(), states=states, **where)
         )
+        mamba = (value, query, key)
+        outs.append(
+            backend.mamba2.chunk_mamba2(*mamba, gate, -gate, parameters[0], states=states, **where)
+        )
+        mamba = (*(x[:2] for x in mamba), gate[:2].to(dtype), *parameters, parameters[0])
+        outs.append(backend.mamba2.decode_mamba2(*mamba, states=states, slots=own))
         tokens = (query, key, value, gate.to(dtype), gate.to(dtype))
         outs.append(
             backend.gdn.decode_gdn(*(x[:2] for x in tokens), *parameters, states=states, slots=own)
@@ -262,7 +270,8 @@ def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
     where = {"packed": Packed.from_lengths([1], device), "slots": index, "exports": None}
     where["resumed"] = index > 0
     write, move = kernels.cache_write.fused.write_kv, kernels.cache_write.fused.move_rows
-    conv1d, gdn = kernels.conv1d.fused, kernels.gdn.fused
+    conv1d, gdn, mamba2 = kernels.conv1d.fused, kernels.gdn.fused, kernels.mamba2.fused
+    three = (value, token, token)
     calls = [
         lambda: write(new, new, pool, pool, index),
         lambda: write(new, new, torch.zeros(6, 8, 4, device=device), wide, index),
@@ -271,6 +280,8 @@ def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
         lambda: conv1d.decode_conv1d(x, taps, None, states=pool, slots=index),
         lambda: gdn.chunk_gdn(token, token, value, *gates[:2], states=states, **where),
         lambda: gdn.decode_gdn(token, token, value, *gates, states=states, slots=index),
+        lambda: mamba2.chunk_mamba2(*three, *gates[:2], gates[0, 0], states=states, **where),
+        lambda: mamba2.decode_mamba2(*three, *gates, states=states, slots=index),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="must be contiguous"):

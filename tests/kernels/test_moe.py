@@ -18,12 +18,14 @@ BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["referenc
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def layer(num_tokens, num_experts, hidden, inner, dtype, device, seed=0) -> dict[str, torch.Tensor]:
+def layer(
+    num_tokens, num_experts, hidden, inner, dtype, device, seed=0, gated=True
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     shapes = {
         "hidden": (num_tokens, hidden),
         "logits": (num_tokens, num_experts),
-        "w13": (num_experts, 2 * inner, hidden),
+        "w13": (num_experts, (1 + gated) * inner, hidden),
         "w2": (num_experts, hidden, inner),
     }
     return {
@@ -37,8 +39,13 @@ def formula(hidden, weights, experts, w13, w2) -> torch.Tensor:
     out = torch.zeros_like(hidden, dtype=torch.float64)
     for t, (row, chosen) in enumerate(zip(weights.double(), experts.long(), strict=True)):
         for weight, expert in zip(row, chosen, strict=True):
-            gate, up = (w13[expert].double() @ hidden[t].double()).chunk(2)
-            out[t] += weight * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
+            inner = w13[expert].double() @ hidden[t].double()
+            if len(inner) == w2.shape[2]:
+                inner = inner.relu().square()
+            else:
+                gate, up = inner.chunk(2)
+                inner = torch.nn.functional.silu(gate) * up
+            out[t] += weight * (w2[expert].double() @ inner)
     return out.to(hidden.dtype)
 
 
@@ -57,12 +64,40 @@ def test_routes_to_the_most_probable(backend, k, renormalise, dtype, device, ass
 
 
 @BACKENDS
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_sigmoids_weigh_what_a_bias_chooses(
+    backend, renormalise, has_bias, device, assert_close
+) -> None:
+    """Also below zero, and of equals the lower."""
+    torch.manual_seed(4)
+    logits, bias = torch.randn(9, 21).to(device)[:, :20], torch.randn(20).to(device)
+    logits[0], bias[3:6] = 1.0, -2.0
+    bias[7:9] = 0.5
+    chosen_by = bias if has_bias else None
+    weights, experts = backend.route_sigmoid(logits, chosen_by, 3, renormalise, scale=2.5, eps=1e-6)
+    scores = logits.double().sigmoid()
+    order = (logits.sigmoid() + (bias if has_bias else 0)).sort(descending=True, stable=True)[1]
+    expected = scores.gather(1, order[:, :3])
+    if renormalise:
+        expected /= expected.sum(dim=-1, keepdim=True) + 1e-6
+    assert experts.dtype == torch.int32
+    assert torch.equal(experts.long(), order[:, :3])
+    assert_close(weights, (2.5 * expected).float())
+    for count in (0, 1, 4):
+        part = backend.route_sigmoid(logits[:count], chosen_by, 3, renormalise, scale=2.5, eps=1e-6)
+        assert torch.equal(part[0], weights[:count])
+
+
+@BACKENDS
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 def test_whatever_the_logits_experts_exist(backend, bad, device) -> None:
     """20 experts, which are padded to 32: an index past them would read another tensor's memory."""
     logits = torch.randn(6, 20)
     logits[1], logits[2, 3], logits[3, ::2], logits[4, -1] = bad, bad, bad, bad
     _, experts = backend.route(logits.to(device), 4, True)
+    assert ((experts >= 0) & (experts < 20)).all()
+    _, experts = backend.route_sigmoid(logits.to(device), torch.zeros(20, device=device), 4, True)
     assert ((experts >= 0) & (experts < 20)).all()
 
 
@@ -82,12 +117,13 @@ def test_of_equal_experts_the_lower_wins(backend, device, assert_close) -> None:
     num_tokens=st.sampled_from([0, 1, 5, 30]),
     num_experts=st.sampled_from([3, 8]),
     sizes=st.sampled_from([(32, 16), (40, 70)]),
+    gated=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_experts(
-    backend, dtype, num_tokens, num_experts, sizes, seed, device, assert_close
+    backend, dtype, num_tokens, num_experts, sizes, gated, seed, device, assert_close
 ) -> None:
-    case = layer(num_tokens, num_experts, *sizes, dtype, device, seed)
+    case = layer(num_tokens, num_experts, *sizes, dtype, device, seed, gated)
     weights, experts = reference.route(case["logits"], 2, True)
     arguments = (case["hidden"], weights, experts, case["w13"], case["w2"])
     assert_close(backend.experts(*arguments), formula(*arguments), factor=2)
@@ -97,9 +133,9 @@ def test_experts(
 
 @BACKENDS
 @pytest.mark.parametrize("format", ["int8", "fp8"])
-@pytest.mark.parametrize("num_tokens", [2, 30])
-def test_8bit_experts(backend, format, num_tokens, device, assert_close) -> None:
-    case = layer(num_tokens, 4, 32, 24, torch.float32, device)
+@pytest.mark.parametrize(("num_tokens", "gated"), [(2, True), (30, True), (30, False)])
+def test_8bit_experts(backend, format, num_tokens, gated, device, assert_close) -> None:
+    case = layer(num_tokens, 4, 32, 24, torch.float32, device, gated=gated)
     weights, experts = reference.route(case["logits"], 2, True)
     w13, w13_scale = quantize(case["w13"], format)
     w2, w2_scale = quantize(case["w2"], format)

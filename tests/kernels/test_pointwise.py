@@ -62,6 +62,19 @@ def test_gated_norm_of_heads_cut_from_a_projection(backend, dtype, device, asser
     assert_close(backend.gated_rms_norm(x, weight, gate, 1e-6), expected.to(dtype))
 
 
+@backends("norm")
+@DTYPES
+@pytest.mark.parametrize("gate_first", [False, True], ids=["norm-first", "gate-first"])
+def test_gated_norm_of_groups(backend, dtype, gate_first, device, assert_close) -> None:
+    """Every group of a token has its own statistics and weights."""
+    projected = randn(6, 7, 40, dtype=dtype, device=device)
+    x, gate, weight = projected[:, 1:4], projected[:, 4:], torch.randn(3, 40, device=device)
+    opened = torch.nn.functional.silu(gate.double())
+    expected = rms(x * opened, weight, 1e-6) if gate_first else rms(x, weight, 1e-6) * opened
+    got = backend.gated_rms_norm(x, weight, gate, 1e-6, gate_first=gate_first)
+    assert_close(got, expected.to(dtype))
+
+
 @backends("rotary")
 @DTYPES
 @settings(max_examples=8)
@@ -108,6 +121,18 @@ def test_sigmoid_mul_of_views_and_of_one_gate_a_row(backend, dtype, device, asse
     ):
         expected = x.double() * gate.double().sigmoid()
         assert_close(backend.sigmoid_mul(x, gate), expected.to(dtype))
+        opened = torch.nn.functional.silu(gate.double().expand(x.shape))
+        assert_close(backend.silu_mul(x, gate.expand(x.shape)), (x * opened).to(dtype))
+
+
+@backends("activation")
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 2), (5, 600), (0, 16)])
+def test_relu_squared(backend, shape, dtype, device, assert_close) -> None:
+    x = randn(*shape, dtype=dtype, device=device)
+    assert_close(backend.relu_squared(x), x.double().relu().square().to(dtype))
+    views = randn(6, 2, 5, dtype=dtype, device=device).transpose(0, 1)
+    assert_close(backend.relu_squared(views), views.double().relu().square().to(dtype))
 
 
 @DTYPES
@@ -125,8 +150,10 @@ def test_references_ignore_other_rows(size, dtype, num_threads) -> None:
         for f in (
             lambda rows: activation.silu_and_mul(x[rows]),
             lambda rows: activation.sigmoid_mul(x[rows], gate[rows]),
+            lambda rows: activation.silu_mul(x[rows], gate[rows]),
             lambda rows: norm.rms_norm(x[rows], weight, 1e-6),
             lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6),
+            lambda rows: norm.gated_rms_norm(x[rows], weight, gate[rows], 1e-6, gate_first=True),
         ):
             together = f(slice(None))
             for rows in (slice(0, 1), slice(3, 10), slice(7, 200), slice(299, 300)):

@@ -95,6 +95,7 @@ def test_launchers_ask_by_the_layer_alone(device) -> None:
     """Whatever the batch, and decoding and verifying alike."""
     from kernels.conv1d import fused as conv1d
     from kernels.gdn import fused as gdn
+    from kernels.mamba2 import fused as mamba2
     from kernels.norm import fused as norm
 
     asked = []
@@ -116,6 +117,8 @@ def test_launchers_ask_by_the_layer_alone(device) -> None:
             gdn.verify_gdn(
                 *steps, *parameters, states=states, slots=slots, step_states=states[:, None].clone()
             )
+            mamba2.chunk_mamba2(v, q, k, -a.abs(), b.abs(), b[0], states=states, **where)
+            mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, slots=slots)
             conv1d.prefill_conv1d(x, taps, None, states=windows, **where)
             conv1d.decode_conv1d(x, taps, None, states=windows, slots=slots)
             norm.rms_norm(x, taps[:, 0], 1e-6)

@@ -23,11 +23,17 @@ class MLP:
         *,
         inputs: Sequence[str] = ("gate_proj", "up_proj"),
         output: str = "down_proj",
+        bias: bool = False,
+        gate_multiplier: float = 1.0,
     ) -> None:
-        """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down."""
+        """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
+        ``gate_multiplier``: of what silu is applied to."""
         rows = 2 * intermediate_size // len(inputs)
-        self.gate_up = Linear(hidden_size, [Part(f"{name}.{word}", rows) for word in inputs], build)
-        self.down = Linear(intermediate_size, [Part(f"{name}.{output}", hidden_size)], build)
+        parts = [Part(f"{name}.{word}", rows) for word in inputs]
+        self.gate_up = Linear(hidden_size, parts, build, bias=bias)
+        outputs = [Part(f"{name}.{output}", hidden_size)]
+        self.down = Linear(intermediate_size, outputs, build, bias=bias)
+        self._gate_multiplier = gate_multiplier
         self._activate = build.kernels["activation"].silu_and_mul
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -39,7 +45,37 @@ class MLP:
         self.down.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        return self.down(self._activate(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        if self._gate_multiplier != 1.0:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate_up = torch.cat([gate * self._gate_multiplier, up], dim=-1)
+        return self.down(self._activate(gate_up))
+
+
+class SquaredReluMLP:
+    """``down(relu(up(x))^2)``."""
+
+    def __init__(
+        self, name: str, hidden_size: int, intermediate_size: int, build: Build, *, bias: bool
+    ) -> None:
+        inputs, outputs = [
+            [Part(f"{name}.{word}", size)]
+            for word, size in (("up_proj", intermediate_size), ("down_proj", hidden_size))
+        ]
+        self.up = Linear(hidden_size, inputs, build, bias=bias)
+        self.down = Linear(intermediate_size, outputs, build, bias=bias)
+        self._activate = build.kernels["activation"].relu_squared
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self.up.parameters()
+        yield from self.down.parameters()
+
+    def seal(self) -> None:
+        self.up.seal()
+        self.down.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        return self.down(self._activate(self.up(x)))
 
 
 class ExpertsMLP:

@@ -11,9 +11,9 @@ import torch
 from engine.run.backends import Kernels
 from engine.run.model_config import ModelError
 
-Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias"]
+Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
 """What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
-(Gemma-style), a norm's 1."""
+(Gemma-style), a norm's 1, as is what a state space lets pass."""
 Precision = Literal["int8", "fp8"]
 
 FULL_PRECISION = (
@@ -26,6 +26,8 @@ FULL_PRECISION = (
     "in_proj_a",
     "b_proj",
     "a_proj",
+    "x_proj",
+    "dt_proj",
 )
 """Parts of a dotted name whose weights stay as they are: where few numbers decide much."""
 

@@ -9,7 +9,7 @@ from hybridcache.geometry.families import fields
 from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
-MODEL_TYPES = ("", "lfm2", "granitemoehybrid")
+MODEL_TYPES = ("", "lfm2")
 
 
 def attention(text: Fields) -> MixerSizes:

@@ -103,9 +103,15 @@ def gated_delta_net(text: Fields) -> DeltaSizes:
 
 def mamba2(text: Fields) -> MambaSizes:
     """As Bamba names it, and Granite and Falcon after it."""
+    heads = check_size("mamba_n_heads", int(text["mamba_n_heads"]))
+    dim = text.get("mamba_d_head") or "auto"
+    if dim == "auto":
+        inner = int(text.get("mamba_d_ssm") or int(text.get("mamba_expand") or 2) * hidden(text))
+        check_multiple("mamba_d_ssm", inner, "mamba_n_heads", heads)
+        dim = inner // heads
     return MambaSizes(
-        num_heads=int(text["mamba_n_heads"]),
-        head_dim=int(text["mamba_d_head"]),
+        num_heads=heads,
+        head_dim=int(dim),
         state_dim=int(text["mamba_d_state"]),
         num_groups=int(text["mamba_n_groups"]),
         conv_width=int(text["mamba_d_conv"]),

@@ -5,16 +5,24 @@ from __future__ import annotations
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.mixers import MambaSizes
-from hybridcache.geometry.sizes import LayerSizes, ModelSizes
+from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
 
 MODEL_TYPES = ("nemotron_h",)
 MARK = "mamba_num_heads"
-WORDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-"""Letters of ``hybrid_override_pattern`` to the words of ``layers_block_type``."""
+WORDS = {
+    "M": "mamba",
+    "*": "attention",
+    "-": "mlp",
+    "E": "moe",
+    "linear_attention": "mamba",
+    "full_attention": "attention",
+}
+"""Letters of ``hybrid_override_pattern``, and later words, to the first words of
+``layers_block_type``."""
 
 
 def sizes(text: Fields) -> ModelSizes:
-    """One letter or one word a layer."""
+    """One letter or one word a layer. Raises SizesError for a sort that is not known."""
     sorts = text.get("layers_block_type") or text["hybrid_override_pattern"]
     mamba = MambaSizes(
         num_heads=int(text["mamba_num_heads"]),
@@ -29,4 +37,7 @@ def sizes(text: Fields) -> ModelSizes:
         "mlp": LayerSizes(mlp=fields.dense(text, matrices=2)),
         "moe": LayerSizes(mlp=fields.experts(text, matrices=2)),
     }
+    unknown = {WORDS.get(sort, sort) for sort in sorts} - set(made)
+    if unknown:
+        raise SizesError(f"layers of unknown sort: {', '.join(sorted(unknown))}")
     return fields.model(text, tuple(made[WORDS.get(sort, sort)] for sort in sorts))

@@ -33,7 +33,7 @@ def make_oracle(family: str) -> Any:
     model = model_class(config_class(**FAMILIES[family].config, dtype="float32")).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", ".D")):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif "A_log" not in name:
                 parameter.mul_(2.0)

@@ -4,7 +4,7 @@ weights."""
 import torch
 import triton
 
-from kernels.moe.fused import experts, experts_8bit, route
+from kernels.moe.fused import experts, experts_8bit, route, route_sigmoid
 
 
 def _experts(num_tokens: int) -> None:
@@ -31,7 +31,18 @@ def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
     return [element.expand(shape) for shape in ((512, 1024, 2048), (512, 2048, 512))]
 
 
+def _without_gates() -> None:
+    """Nemotron 3 Nano's."""
+    logits = torch.empty(2048, 128)
+    weights, chosen = route_sigmoid(logits, torch.empty(128), 6, True, scale=2.5)
+    element = torch.empty(1, 1, 1, dtype=torch.bfloat16)
+    w1, w2 = element.expand(128, 1856, 2688), element.expand(128, 2688, 1856)
+    experts(torch.empty(2048, 2688, dtype=torch.bfloat16), weights, chosen, w1, w2)
+
+
 LAUNCHES = {
+    "without_gates": _without_gates,
+    "sigmoid": lambda: route_sigmoid(torch.empty(8, 256), torch.empty(256), 8, True, scale=2.4),
     "one": lambda: _experts(1),
     "prefill": lambda: _experts(2048),
     "int8_one": lambda: _experts_8bit(1, torch.int8),

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.activation.fused import sigmoid_mul, silu_and_mul
+from kernels.activation.fused import relu_squared, sigmoid_mul, silu_and_mul, silu_mul
 from kernels.cache_write.fused import move_rows, write_kv
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate
@@ -19,6 +19,8 @@ def _norm() -> None:
     rms_norm(x, _bfloat16(2048), 1e-6, residual=x)
     rms_norm(_bfloat16(64, 18, 256)[:, :16], _bfloat16(256), 1e-6)
     gated_rms_norm(_bfloat16(64, 32, 128), torch.empty(128), _bfloat16(64, 32, 128), 1e-6)
+    groups = _bfloat16(64, 8, 1024)
+    gated_rms_norm(groups, torch.empty(8, 1024), groups, 1e-6, gate_first=True)
 
 
 def _rotary() -> None:
@@ -30,6 +32,8 @@ def _activation() -> None:
     silu_and_mul(_bfloat16(64, 1024))
     sigmoid_mul(_bfloat16(64, 4096), _bfloat16(64, 4096))
     sigmoid_mul(_bfloat16(64, 2048), _bfloat16(64, 1))
+    silu_mul(_bfloat16(64, 2048), _bfloat16(64, 2048))
+    relu_squared(_bfloat16(64, 2048))
 
 
 def _cache_write() -> None:

@@ -1,0 +1,178 @@
+"""Experts with any router and any names, and blocks that work side by side on one input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from engine.run.layers.inputs import pad_rows
+from engine.run.layers.linear import Linear, Part
+from engine.run.layers.parameters import Build, Layer, Parameter
+from engine.run.layers.residual import FeedForward
+from hybridcache.geometry.sizes import ExpertsSizes
+
+
+class Router(Layer, Protocol):
+    """Which experts a token meets, and how they weigh."""
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights ``[T, k]`` and experts ``[T, k]`` of the first tokens of ``x [num_rows, H]``."""
+        ...
+
+
+class SoftmaxRouter:
+    """The most probable experts, weighed by their probabilities."""
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
+    ) -> None:
+        """``renormalises``: whether the weights of the chosen experts are made to sum to one."""
+        self._k, self._renormalises = sizes.experts_per_token, renormalises
+        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
+        self._route = build.kernels["moe"].route
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._linear.parameters()
+
+    def seal(self) -> None:
+        self._linear.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(self._linear(x)[:num_tokens], self._k, self._renormalises)
+        return weights, experts
+
+
+class SigmoidRouter:
+    """The experts of the highest sigmoids after a bias is added that only chooses; in float32."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        build: Build,
+        *,
+        renormalises: bool,
+        scale: float,
+    ) -> None:
+        """``renormalises``: whether the chosen sigmoids are divided by their sum; ``scale``: what
+        they are multiplied with then."""
+        self._name, self._k, self._renormalises = name, sizes.experts_per_token, renormalises
+        self._scale = scale
+        exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
+        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], exact)
+        self._bias = exact.weights.empty(sizes.num_experts)
+        self._route = build.kernels["moe"].route_sigmoid
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._linear.parameters()
+        yield f"{self._name}.e_score_correction_bias", Parameter(self._bias)
+
+    def seal(self) -> None:
+        self._linear.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(
+            self._linear(x.float())[:num_tokens],
+            self._bias,
+            self._k,
+            self._renormalises,
+            scale=self._scale,
+        )
+        return weights, experts
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What the weight files call the matrices of experts. A name with ``{}`` is one expert's, by
+    number; one without is of all."""
+
+    inputs: tuple[str, ...]
+    """Gate and up, or one name of both; or up alone, of experts without gates."""
+    output: str
+
+
+class RoutedExperts:
+    """A few experts per token, chosen by a router: SwiGLU, or with ``sizes.matrices`` 2 squared
+    ReLU. Where ``sizes.width`` is the experts' own, a product before them narrows and one behind
+    them widens."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        router: Router,
+        names: ExpertNames,
+        build: Build,
+        *,
+        narrow: Part | None = None,
+        widen: Part | None = None,
+        bias: bool = False,
+    ) -> None:
+        """``name``: of the experts, by which their precision is chosen. ``bias``: whether the
+        products around them have one."""
+        self._sizes, self._names, self._router = sizes, names, router
+        width, weights = sizes.width or hidden_size, build.weights
+        self._inner = (sizes.matrices - 1) * sizes.intermediate
+        self._w13 = weights.empty(sizes.num_experts, self._inner, width)
+        self._w2 = weights.empty(sizes.num_experts, width, sizes.intermediate)
+        self._precision = weights.precision(name)
+        self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
+        self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
+        self._moe = build.kernels["moe"]
+
+    def _layers(self) -> list[Layer]:
+        layers = self._router, self._narrow, self._widen
+        return [layer for layer in layers if layer is not None]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters()
+        inputs = self._w13.split(self._inner // len(self._names.inputs), dim=1)
+        named = zip((*self._names.inputs, self._names.output), (*inputs, self._w2), strict=True)
+        for name, stacked in named:
+            if "{}" not in name:
+                yield name, Parameter(stacked)
+                continue
+            for expert, target in enumerate(stacked):
+                yield name.format(expert), Parameter(target)
+
+    def seal(self) -> None:
+        for layer in self._layers():
+            layer.seal()
+        if self._precision is None:
+            self._experts = self._moe.prepare(self._w13, self._w2)
+        else:
+            self._experts = self._moe.prepare_8bit(self._w13, self._w2, self._precision)
+        del self._w13, self._w2
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Padding rows meet no expert: each would wake experts that nobody needs."""
+        weights, experts = self._router(x, num_tokens)
+        inner = x if self._narrow is None else self._narrow(x)
+        out = pad_rows(self._experts(inner[:num_tokens], weights, experts), len(x))
+        return out if self._widen is None else self._widen(out)
+
+
+class Beside:
+    """Feed-forward blocks on one input, their outputs summed: experts and what every token
+    meets."""
+
+    def __init__(self, blocks: Sequence[FeedForward]) -> None:
+        self._blocks = blocks
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for block in self._blocks:
+            yield from block.parameters()
+
+    def seal(self) -> None:
+        for block in self._blocks:
+            block.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        outs = [block(x, num_tokens) for block in self._blocks]
+        return sum(outs[1:], outs[0])

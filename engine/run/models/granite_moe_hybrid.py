@@ -1,0 +1,115 @@
+"""Granite 4: Mamba-2 with attention now and then, multipliers around, and an MLP for every token,
+in most models with experts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.run.layers.mamba2 import GatedNorm, Mamba2
+from engine.run.layers.mlp import MLP
+from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.run.layers.routed import Beside, ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.run.model_config import (
+    Fields,
+    ModelConfig,
+    check_only,
+    common,
+    mixer_of,
+    rope,
+    time_limits,
+)
+from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraniteMoeHybridConfig(ModelConfig):
+    """``mamba_bias``, ``conv_bias``: which products have one. ``attention_scale``: of the products
+    of queries and keys. ``residual_multiplier``: of what a block adds to the stream.
+    ``time_limits``: of Mamba's time steps."""
+
+    mamba_bias: bool
+    conv_bias: bool
+    attention_scale: float
+    residual_multiplier: float
+    time_limits: tuple[float, float]
+
+
+class GraniteMoeHybrid(Decoder):
+    """Experts come as two tensors of all; gate and up of every MLP as one."""
+
+    model_types = ("granitemoehybrid",)
+    config: GraniteMoeHybridConfig
+
+    @classmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        """Raises ModelError for what no published model of the family has."""
+        check_only(text, hidden_act="silu")
+        shared = common(text)
+        rotates = text.get("position_embedding_type") == "rope"
+        head_dim = mixer_of(shared["sizes"], AttentionSizes).head_dim
+        return GraniteMoeHybridConfig(
+            **shared,
+            rope=rope(text, head_dim) if rotates else None,
+            embedding_multiplier=float(text.get("embedding_multiplier", 1.0)),
+            logit_multiplier=1.0 / float(text.get("logits_scaling", 1.0)),
+            mamba_bias=bool(text.get("mamba_proj_bias")),
+            conv_bias=bool(text.get("mamba_conv_bias", True)),
+            attention_scale=float(text.get("attention_multiplier", 1.0)),
+            residual_multiplier=float(text.get("residual_multiplier", 1.0)),
+            time_limits=time_limits(text),
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        return [
+            MixerStep(
+                self.mixer(name, sizes.mixers[0]),
+                before=self.norm_of(f"{name}.input_layernorm"),
+                multiplier=self.config.residual_multiplier,
+            ),
+            FeedForwardStep(
+                self.mlp(name, sizes.mlp),
+                before=self.norm_of(f"{name}.post_attention_layernorm"),
+                multiplier=self.config.residual_multiplier,
+            ),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config = self.config
+        if isinstance(sizes, AttentionSizes):
+            return self.attention(f"{name}.self_attn", sizes, scale=config.attention_scale)
+        assert isinstance(sizes, MambaSizes)
+        return Mamba2(
+            f"{name}.mamba",
+            config.hidden_size,
+            sizes,
+            self.build,
+            norm=GatedNorm(config.norm_eps, gate_first=True),
+            limits=config.time_limits,
+            bias=config.mamba_bias,
+            output_bias=config.mamba_bias,
+            conv_bias=config.conv_bias,
+        )
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return self.shared(name, sizes.intermediate)
+        hidden, stem = self.config.hidden_size, f"{name}.block_sparse_moe"
+        router = SoftmaxRouter(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
+        names = ExpertNames((f"{stem}.input_linear.weight",), f"{stem}.output_linear.weight")
+        experts = RoutedExperts(stem, hidden, sizes, router, names, self.build)
+        return Beside([experts, self.shared(name, sizes.shared_intermediate)])
+
+    def shared(self, name: str, intermediate_size: int) -> FeedForward:
+        """What every token meets."""
+        return MLP(
+            f"{name}.shared_mlp",
+            self.config.hidden_size,
+            intermediate_size,
+            self.build,
+            inputs=["input_linear"],
+            output="output_linear",
+        )

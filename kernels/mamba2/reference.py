@@ -1,0 +1,253 @@
+"""Mamba-2 in plain PyTorch: the definition, and the CPU path.
+
+A state ``S`` of ``[K, V]`` per head (K the state size, V the head's width); with decay ``a =
+exp(gate)`` and time step ``dt``, inputs x and D per head, B and C shared by the heads of a group::
+
+    S_t = a_t S_{t-1} + B_t (dt_t x_t)^T                    o_t = S_t^T C_t + D x_t
+
+`decode_mamba2` is that recurrence. `chunk_mamba2` computes the same for whole prompts from matrix
+products over tiles of 64 tokens counted from each sequence's start: the state space dual. With G
+the running sum of the gate inside a tile, ``L[i, j] = exp(G_i - G_j)`` for ``j <= i`` and S the
+state before the tile::
+
+    O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)
+    S <- exp(G_64) S + B^T (dt exp(G_64 - G) X)
+
+All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it
+stays in registers, and every product has a shape of its own tile and head alone: so a resumed run
+has a cold one's bits, and a sequence's do not depend on its company.
+
+Source: Transformers are SSMs (arXiv 2405.21060), sections 6 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels.packed import TILE, Exports, Packed
+from kernels.tiles import Layout, lay_out, saves_by_tile
+
+NO_LIMITS = (0.0, float("inf"))
+LARGE_STATE = 2**15
+"""Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back
+would cost more."""
+BLOCK = 2**18
+"""Numbers of ``C B^T * L`` that are worked on at a time: what stays in the processor's cache."""
+
+
+def gates(
+    dt: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    limits: tuple[float, float] = NO_LIMITS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-decay ``-exp(A_log) * step`` and time step ``softplus(dt + dt_bias)`` within ``limits``,
+    both float32 ``[..., HV]``.
+
+    ``dt``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``.
+    """
+    # softplus(x) = -log(sigmoid(-x)): torch's own gives the elements behind the last full vector
+    # other bits on a CPU.
+    step = F.logsigmoid((dt.float() + dt_bias.float()).neg_()).neg_()
+    if limits != NO_LIMITS:
+        step.clamp_(*limits)
+    return step * A_log.float().exp().neg_(), step
+
+
+def chunk_mamba2(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    gate: torch.Tensor,
+    step: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+) -> torch.Tensor:
+    """Mamba-2 over packed sequences, tile by tile; leaves each sequence's last state in its slot.
+
+    - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H.
+    - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``step``: ``[T, HV]``, see `gates`.
+      ``D``: ``[HV]``.
+    - ``states``: ``[S, HV, K, V]`` of any strides, one layer's; changed in place at ``slots`` and
+      at the exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
+
+    Returns ``[T, HV, V]`` in x's dtype.
+    """
+    layout = lay_out(packed.lengths, x.device)
+    if not layout.active:
+        return torch.empty_like(x)
+    order = [b for b in layout.order if packed.lengths[b]]
+    index = slots.long()[order]
+    carried = states[index].float()
+    carried[~resumed[order]] = 0.0
+    saves = saves_by_tile(packed, exports)
+
+    inputs = _tile(x, B, C, gate, step, layout)
+    out = torch.empty_like(inputs.x)
+    heads = x.shape[1]
+    for block, steps in _blocks(layout, heads):
+        tiles = _weigh(inputs.part(block), D)
+        values, read = inputs.x[block].flatten(0, 1), out[block].flatten(0, 1)
+        torch.bmm(tiles.attention, values, out=read)
+        first = 0
+        for number in steps:
+            num_active = layout.active[number]
+            span = slice(first * heads, (first + num_active) * heads)
+            first += num_active
+            state = carried[:num_active]
+            flat = state.flatten(0, 1)
+            read[span].baddbmm_(tiles.reader[span], flat)
+            flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, values[span])
+            if states.dtype != torch.float32:
+                state.copy_(state.to(states.dtype))
+            for position, sequence in enumerate(order[:num_active]):
+                for slot in saves.get((sequence, number), ()):
+                    states[slot].copy_(state[position])
+    states[index] = carried.to(states.dtype)
+    return layout.untile(out, x.dtype)
+
+
+class _Inputs(NamedTuple):
+    """Tokens by tile and head, float32: ``[N, HV or H, 64, ...]``. Padding has gate 0 and step 0:
+    it changes no state, and its rows are dropped."""
+
+    x: torch.Tensor  # [.., V]
+    B: torch.Tensor  # [.., K]
+    C: torch.Tensor  # [.., K]
+    gate: torch.Tensor  # [.., 1]
+    step: torch.Tensor  # [.., 1]
+
+    def part(self, tiles: slice) -> _Inputs:
+        return _Inputs(*(x[tiles] for x in self))
+
+
+def _tile(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    gate: torch.Tensor,
+    step: torch.Tensor,
+    layout: Layout,
+) -> _Inputs:
+    def tiled(x: torch.Tensor) -> torch.Tensor:
+        shape = layout.num_tiles, x.shape[1], TILE, x.shape[2]
+        return layout.tile(x, x.new_empty(shape, dtype=torch.float32))
+
+    return _Inputs(tiled(x), tiled(B), tiled(C), layout.tile_factor(gate), layout.tile_factor(step))
+
+
+def _blocks(layout: Layout, heads: int) -> Iterator[tuple[slice, list[int]]]:
+    """Steps of the scan that are worked on together, and their tiles."""
+    room = max(BLOCK // (heads * TILE * TILE), 1)
+    steps: list[int] = []
+    first = end = 0
+    for number, count in enumerate(layout.active):
+        if steps and end + count - first > room:
+            yield slice(first, end), steps
+            first, steps = end, []
+        steps.append(number)
+        end += count
+    yield slice(first, end), steps
+
+
+class _Tiles(NamedTuple):
+    """What each of N tiles needs no state for, head by head: ``[N * HV, ...]``."""
+
+    attention: torch.Tensor  # (C B^T * L) diag(dt) + D I [.., 64, 64]
+    reader: torch.Tensor  # C exp(G) [.., 64, K]
+    writer: torch.Tensor  # B dt exp(G_64 - G) [.., 64, K]
+    decay: torch.Tensor  # exp(G_64) [.., 1, 1]
+
+
+def _weigh(inputs: _Inputs, D: torch.Tensor) -> _Tiles:
+    count, heads = inputs.B.shape[:2]
+    group = inputs.x.shape[1] // heads
+    B, C = inputs.B[:, :, None], inputs.C[:, :, None]
+    grouped = (count, heads, group, TILE, 1)
+    step, total = inputs.step.view(grouped), inputs.gate.cumsum(dim=2).view(grouped)  # G
+    closing = total[..., -1:, :]
+
+    future = torch.ones(TILE, TILE, dtype=torch.bool, device=total.device).triu(1)
+    attention = (total - total.mT).masked_fill_(future, -torch.inf).exp_()  # L
+    attention.mul_(step.mT).mul_((inputs.C @ inputs.B.mT)[:, :, None])
+    attention.diagonal(dim1=-2, dim2=-1).add_(D.float().view(heads, group, 1))
+    return _Tiles(
+        attention=attention.flatten(0, 2),
+        reader=(C * total.exp()).flatten(0, 2),
+        writer=(B * (closing - total).exp_().mul_(step)).flatten(0, 2),
+        decay=closing.exp().flatten(0, 2),
+    )
+
+
+def decode_mamba2(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    dt: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    limits: tuple[float, float] = NO_LIMITS,
+) -> torch.Tensor:
+    """One token of B sequences: gates, update of the state in each slot, read-out.
+
+    - ``x``: ``[B, HV, V]``. ``B``, ``C``: ``[B, H, K]``. ``dt``: ``[B, HV]``, see `gates`.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B].
+
+    Returns ``[B, HV, V]`` in x's dtype. Reads and writes every state once.
+    """
+    gate, step = gates(dt, A_log, dt_bias, limits)
+    values, group = x.float(), x.shape[1] // B.shape[1]
+    token = _Token(
+        values=values * step[..., None],
+        B=_by_head(B, group),
+        C=_by_head(C, group),
+        decay=gate.exp_()[..., None, None],
+    )
+    out = values * D.float()[:, None]
+    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
+    if in_place and states.dtype == torch.float32:
+        for i, slot in enumerate(slots.tolist()):
+            _advance(states[slot], _Token(*(part[i] for part in token)), out[i])
+        return out.to(x.dtype)
+    state = states.index_select(0, slots).float()
+    _advance(
+        state.flatten(0, 1), _Token(*(part.flatten(0, 1) for part in token)), out.flatten(0, 1)
+    )
+    states.index_copy_(0, slots.long(), state.to(states.dtype))
+    return out.to(x.dtype)
+
+
+class _Token(NamedTuple):
+    """What one token does to N states, one per sequence and head, all in float32."""
+
+    values: torch.Tensor  # dt x [.., V]
+    B: torch.Tensor  # [.., K]
+    C: torch.Tensor  # [.., K]
+    decay: torch.Tensor  # exp(g) [.., 1, 1]
+
+
+def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
+    """``[B, H, K]`` to ``[B, HV, K]``."""
+    x = x.float()
+    return x.repeat_interleave(group, dim=1) if group > 1 else x
+
+
+def _advance(state: torch.Tensor, token: _Token, out: torch.Tensor) -> None:
+    """Update states ``[N, K, V]`` in place, and add what they then answer to out ``[N, V]``."""
+    state.mul_(token.decay).baddbmm_(token.B[:, :, None], token.values[:, None])
+    out[:, None].baddbmm_(token.C[:, None], state)
