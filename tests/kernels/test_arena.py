@@ -27,7 +27,9 @@ import kernels.attention.fused
 import kernels.cache_write.fused
 import kernels.conv1d.fused
 import kernels.gdn.fused
+import kernels.kda.fused
 import kernels.mamba2.fused
+import kernels.mla.fused
 import kernels.state_copy.fused
 
 SIZES = Sizes(kv=(3, 2, 32), conv=(2, 24, 3), recurrent=(2, 2, 16, 16))
@@ -271,7 +273,11 @@ def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
     where["resumed"] = index > 0
     write, move = kernels.cache_write.fused.write_kv, kernels.cache_write.fused.move_rows
     conv1d, gdn, mamba2 = kernels.conv1d.fused, kernels.gdn.fused, kernels.mamba2.fused
+    kda = kernels.kda.fused
     three = (value, token, token)
+    rates = torch.zeros(2, 2, 16, device=device)
+    latents = {"table": index[None], "sequences": Sequences.of([0], [1], device), "scale": 1.0}
+    latents["rank"] = 8
     calls = [
         lambda: write(new, new, pool, pool, index),
         lambda: write(new, new, torch.zeros(6, 8, 4, device=device), wide, index),
@@ -282,6 +288,11 @@ def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
         lambda: gdn.decode_gdn(token, token, value, *gates, states=states, slots=index),
         lambda: mamba2.chunk_mamba2(*three, *gates[:2], gates[0, 0], states=states, **where),
         lambda: mamba2.decode_mamba2(*three, *gates, states=states, slots=index),
+        lambda: kda.chunk_kda(token, token, value, value, gates[0], states=states, **where),
+        lambda: kda.decode_kda(
+            token, token, value, value, gates[0], gates[1], rates[0], states=states, slots=index
+        ),
+        lambda: kernels.mla.fused.decode_mla(states[:1, 0, :12, :12], wide[:, 0].mT, **latents),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="must be contiguous"):
