@@ -31,6 +31,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.units import GIB
 from kernels.cache_write.reference import move_rows
 
 LENGTH = 1024
@@ -113,7 +114,7 @@ def moving(dtype: str, turns: Turns) -> dict[str, Any]:
         "row_bytes": runner.memory.row_bytes,
         "bytes_read_and_written": num_bytes,
         "ms": 1e3 * seconds,
-        "gib_per_s": num_bytes / seconds / 2**30,
+        "gib_per_s": num_bytes / seconds / GIB,
         "ms_of_a_prefill_chunk": 1e3 * chunk_s,
         "chunk_tokens": LENGTH,
         "part_of_a_chunk": seconds / chunk_s,

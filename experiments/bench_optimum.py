@@ -18,6 +18,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import ModelGeometry, Trace, optimum
 from hybridcache.lab.generators import sharegpt_like
 from hybridcache.lab.optimum import Method
+from hybridcache.units import GIB
 
 Case = tuple[Trace, ModelGeometry, float, Method]
 
@@ -43,7 +44,7 @@ def main() -> None:
     for trace, geometry, gigabytes, method in tqdm(list(cases()), unit="optimum"):
         best = optimum(
             trace,
-            capacity_bytes=round(gigabytes * GB * 2**30),
+            capacity_bytes=round(gigabytes * GB * GIB),
             kv_bytes_per_token=geometry.kv_bytes_per_token,
             state_bytes=geometry.state_bytes,
             method=method,

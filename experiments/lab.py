@@ -28,12 +28,13 @@ from hybridcache import (
     sizes,
 )
 from hybridcache.lab.simulation.sweep import collect_seldom
+from hybridcache.units import GIB
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
 """The hybrid of Marconi's evaluation: 4 attention layers (multi-head), 24 Mamba layers, fp16."""
 
-GB = 1e9 / 2**30
+GB = 1e9 / GIB
 """A decimal gigabyte in GiB."""
 
 

@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from hybridcache import GENERATORS, TraceRequest
+from hybridcache.units import GIB
 
 RECORD = Path(__file__).parents[1] / "tests" / "lab" / "baselines" / "vllm_hits.json"
-GIB = 1 << 30
 KV_BYTES = 24_576
 PREFILL_CHUNK = 8192
 WORKLOADS = ("chat", "few-shot", "agent", "branch", "resend", "short")

@@ -47,7 +47,7 @@ from experiments.sharegpt_figures import CAUSES, describe, draw
 from hybridcache import ModelGeometry, Trace, TraceRequest, make_eviction, optimum, parse_placement
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
-from hybridcache.units import format_seconds
+from hybridcache.units import GIB, format_seconds
 
 GRID = 64
 """Positions of checkpoints, tokens: for the best plan with hindsight."""
@@ -236,7 +236,7 @@ def _plans(
     return {
         gib: optimum(
             held,
-            capacity_bytes=int(gib * 2**30),
+            capacity_bytes=int(gib * GIB),
             kv_bytes_per_token=geometry.kv_bytes_per_token,
             state_bytes=geometry.state_bytes,
             grid=GRID,
