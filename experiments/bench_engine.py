@@ -1,7 +1,7 @@
 """Our engine beside transformers on the same weights, in one run, and what its own parts cost.
 
-    python -m experiments.bench_engine                      # everything; about 3 minutes on two
-    quiet cores python -m experiments.bench_engine --sizes 7m --share 0.3
+    python -m experiments.bench_engine    # everything: about 3 minutes on two quiet cores
+    python -m experiments.bench_engine --sizes 7m --share 0.3
 
 Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio are
 reported, with the spread.

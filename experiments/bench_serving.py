@@ -5,8 +5,9 @@ over HTTP: conversations of ShareGPT, each turn with its history, or prompts of 
 many at once, or so many a second. Prints the table that engines publish, and writes
 experiments/results/NAME.jsonl.
 
-    python -m experiments.bench_serving --concurrency 1 4 16 python -m experiments.bench_serving
-    --data random --input 1024 --output 128 --shared 512 --rates 1 2 4 -- --model DIR
+    python -m experiments.bench_serving --concurrency 1 4 16
+    python -m experiments.bench_serving --data random --input 1024 --output 128 --shared 512 \\
+        --rates 1 2 4 -- --model DIR
 
 What stands behind -- goes to `engine serve`. With --in-process the engine runs here and nothing
 goes over HTTP. ShareGPT's text is private people's: it is never printed or written.

@@ -9,9 +9,11 @@ gains and what eviction gains are told apart. The second table has the engine's 
 grid itself costs (between the bounds at both grids), how much of its bound is reached, and the best
 of all rebuilt peers in the same memory, with float32 and with bfloat16 states for both.
 
-    python -m experiments.goals_table --resume out/goals      # writes results/goals_table.jsonl and
-    .md; may be interrupted python -m experiments.goals_table --policy lru --checkpoints
-    branch,backoff --peers none       # prints another policy's table
+    python -m experiments.goals_table --resume out/goals
+    python -m experiments.goals_table --policy lru --checkpoints branch,backoff --peers none
+
+The first writes results/goals_table.jsonl and .md, and may be interrupted; the second prints the
+table of another policy.
 """
 
 from __future__ import annotations

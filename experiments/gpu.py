@@ -1,8 +1,9 @@
 """Everything that only a GPU can tell, in one command: is it right, is it exact, how fast is it?
 
     python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]
-    # make gpu python -m experiments.gpu --dry                                                    #
-    make gpu-dry
+    python -m experiments.gpu --dry
+
+`make gpu` and `make gpu-dry` call it.
 
 Parts run one after another, each in a process of its own and in less than eight minutes: the
 kernels' tests on the device; their benchmarks; the engine beside the CPU's and hits beside cold

@@ -8,8 +8,9 @@ whose time is measured; then, outside of any time, it computes the data's answer
 holds what it would hold had the engine said it (--unsaid leaves that out: answers are then computed
 by the next turn).
 
-    python -m experiments.run_sharegpt python -m experiments.run_sharegpt --data sharegpt --dry
-    --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 \\
+    python -m experiments.run_sharegpt
+    python -m experiments.run_sharegpt --data sharegpt --dry \\
+        --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 \\
         --conversations 2000 --prompt-tokens 0 --cache-gib 2 4 8 16 32 64 --name sharegpt_dry
 
 The conversations are made up, with the lengths of ShareGPT's. Genuine ones: --data FILE in

@@ -10,8 +10,7 @@ In a short trace one state more or less changes everything after it, so a single
 there. A cell that differs by more than half a point is run at 41 sizes within 2 %: the mean
 difference, and the standard deviation of the budget's own hit rate over them, stand beside it.
 
-    python -m experiments.study_arena --resume out/arena       # may be interrupted; --goals WORD
-    for some
+    python -m experiments.study_arena --resume out/arena    # may be interrupted; --goals WORD: some
 """
 
 from __future__ import annotations

@@ -35,14 +35,13 @@ from hybridcache.tokens import Indices, Tokens
 #     |<---------- under our lock ------>|<-------- given back at the end ----------->|
 #
 # begin      locks the node that ends at cached_len: the tree's rows stay the tree's. They are read
-# when first asked for. extend     allocates at the right end: free -> held. May evict, never
-# anything under a lock. publish    hands [published_len, computed_len) to the tree: held -> cached,
-# down to whole pages. Where the tree has rows
-# for the same tokens already (another request was faster, or their checkpoint had gone), ours are
-# duplicates:
-# we switch to the tree's and free ours: held -> free. Then the lock moves to the node that ends at
-# the new
-#            published_len; the new one is taken before the old one is returned.
+#            when first asked for.
+# extend     allocates at the right end: free -> held. May evict, never anything under a lock.
+# publish    hands [published_len, computed_len) to the tree: held -> cached, down to whole pages.
+#            Where the tree has rows for the same tokens already (another request was faster, or
+#            their checkpoint had gone), ours are duplicates: we switch to the tree's and free ours:
+#            held -> free. Then the lock moves to the node that ends at the new published_len; the
+#            new one is taken before the old one is returned.
 # finish,    publish one last time, free what is left, unlock.
 #   preempt
 # abort      frees [published_len, len) and unlocks. What was published before stays the tree's.
