@@ -82,6 +82,7 @@ BODIES: tuple[Hostile, ...] = (
     Hostile(
         "3.9 MiB of escapes", "/tokenize", lambda: b'{"prompt":"' + rb"\ud800" * 680_000 + b'"}'
     ),
+    Hostile("a message of < alone", CHAT, _body(messages=[{**USER, "content": "<" * 4_080_000}])),
     Hostile("3.9 MiB of commas", "/tokenize", _body(prompt="," * 4_080_000)),
     Hostile("a role of 3.9 MiB", CHAT, _body(messages=[{"role": "r" * 4_080_000}])),
     Hostile("reasoning of 3.9 MiB", CHAT, _body(messages=[USER | {"reasoning": "r" * 4_080_000}])),

@@ -22,7 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from engine.text.tokenizer import EncodeOptions, Tokenizer
+from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -189,7 +189,10 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
         texts = list(_texts(value))
         if not any(map(cuts.are_needed, texts)):
             return None, value
-        used = set().union(*texts)
+        used: set[str] = set()
+        for text in texts:
+            for start in range(0, len(text), SLICE):
+                used.update(text[start : start + SLICE])
         mark = next(chr(code) for code in MARKS if chr(code) not in used)
         return mark, _each_text(value, lambda text: cuts.marked(text, mark))
     except RecursionError as error:
@@ -211,17 +214,26 @@ class _Cuts:
         self._begins = re.compile(f"(?={listed}).", re.DOTALL)
         self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
         self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
+        self._longest = max(map(len, tokens), default=1)
         self._tokens = tokens
 
     def are_needed(self, text: str) -> bool:
-        return (
-            bool(self._begins.search(text)) or self._joins_before(text) or self._joins_after(text)
-        )
+        is_within = any(token in text for token in self._tokens)
+        return is_within or self._joins_before(text) or self._joins_after(text)
 
     def marked(self, text: str, mark: str) -> str:
-        within = self._begins.sub(lambda found: found[0] + mark, text)
+        cuts = [0, *(start + 1 for start in self._starts(text)), len(text)]
+        within = mark.join(text[start:end] for start, end in itertools.pairwise(cuts))
         before = mark if self._joins_before(text) else ""
         return before + within + (mark if self._joins_after(text) else "")
+
+    def _starts(self, text: str) -> Iterator[int]:
+        """Where control tokens begin; a slice of the text at a time."""
+        for start in range(0, len(text), SLICE):
+            end = start + SLICE
+            for found in self._begins.finditer(text, start, end + self._longest - 1):
+                if found.start() < end:
+                    yield found.start()
 
     def _joins_before(self, text: str) -> bool:
         is_middle = text != "" and any(text in token for token in self._tokens)

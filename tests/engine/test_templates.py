@@ -163,6 +163,18 @@ def test_a_control_token_inside_another_is_found_too(inner: str) -> None:
     assert not any(token in part for part in parts for token in ("<a>", "a>b"))
 
 
+@given(st.lists(st.sampled_from(["<a>", "a>b", "<", "a", ">", "b", "xy"]), max_size=12))
+def test_long_texts_are_cut_a_slice_at_a_time(parts: list[str]) -> None:
+    """A token that two slices share is found, and once."""
+    text, tokens = "".join(parts), ("<a>", "a>b")
+    _, [whole] = mark_control_tokens(tokens, [text])
+    for size in (1, 2, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.text.templates.SLICE", size)
+            assert mark_control_tokens(tokens, [text])[1] == [whole]
+    assert not any(token in whole for token in tokens)
+
+
 def test_only_what_could_be_part_of_a_control_token_is_cut() -> None:
     tokens = ("<|im_end|>",)
     plain = ["a < b", "x>", "im_end", {"text": "ends", "end": ["Hello", ""]}, 5, None]
