@@ -134,7 +134,12 @@ def _advance(
         after.add_(decay.mul_(before))
         before = after
     state.copy_(before)
-    out, *rest = path.mul_(C[..., None]).unbind(2)
-    for part in rest:  # in one order, which a product of a row and a matrix would not promise
-        out += part
-    return out
+    # Half onto half, one order of sums, which a product of a row and a matrix would not promise.
+    parts = path.mul_(C[..., None])
+    while (count := parts.shape[2]) > 1:
+        half = count // 2
+        folded = parts[:, :, :half] + parts[:, :, half : 2 * half]
+        if count % 2:
+            folded[:, :, 0] += parts[:, :, -1]
+        parts = folded
+    return parts[:, :, 0]

@@ -81,6 +81,72 @@ def test_letters_and_words_of_nemotron_mean_the_same() -> None:
     assert by_letter.state_bytes == ModelGeometry.preset("Nemotron-3-Nano").state_bytes
 
 
+PUBLISHED = {
+    "Granite-4.0-H-Tiny": {
+        "model_type": "granitemoehybrid",
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "layer_types": [
+            "attention" if layer in (5, 15, 25, 35) else "mamba" for layer in range(40)
+        ],
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "mamba_n_heads": 48,
+        "mamba_d_head": "auto",
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+    },
+    "Falcon-H1-0.5B": {
+        "model_type": "falcon_h1",
+        "hidden_size": 1024,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "mamba_d_ssm": 1536,
+        "mamba_n_heads": 24,
+        "mamba_d_head": "auto",
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "intermediate_size": 2048,
+    },
+    "Jamba-1.5-Mini": {
+        "model_type": "jamba",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "intermediate_size": 14336,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
+    geometry, preset = ModelGeometry.from_config(PUBLISHED[name]), ModelGeometry.preset(name)
+    assert geometry.kv_bytes_per_token == preset.kv_bytes_per_token
+    assert geometry.recurrent_bytes == preset.recurrent_bytes
+    assert geometry.conv_bytes == preset.conv_bytes
+    assert geometry.num_full_layers == preset.num_full_layers
+    assert geometry.num_linear_layers == preset.num_linear_layers
+    assert geometry.total_params == pytest.approx(preset.total_params, rel=0.3)
+
+
 def test_both_words_for_kimis_linear_layers_mean_the_same() -> None:
     shared = {
         "model_type": "kimi_linear",
@@ -102,8 +168,26 @@ def test_both_words_for_kimis_linear_layers_mean_the_same() -> None:
     )
 
 
-def test_unknown_layer_sort_is_named() -> None:
-    config = QWEN3_NEXT | {"layer_types": ["full_attention", "wormhole"]}
+@pytest.mark.parametrize(
+    "config",
+    [
+        QWEN3_NEXT | {"layer_types": ["full_attention", "wormhole"]},
+        PUBLISHED["Granite-4.0-H-Tiny"] | {"layer_types": ["mamba", "wormhole"]},
+        {
+            "model_type": "nemotron_h",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "conv_kernel": 4,
+            "layers_block_type": ["mamba", "wormhole"],
+        },
+    ],
+    ids=["qwen3_next", "granitemoehybrid", "nemotron_h"],
+)
+def test_unknown_layer_sort_is_named(config) -> None:
     with pytest.raises(ValueError, match="wormhole"):
         ModelGeometry.from_config(config)
 

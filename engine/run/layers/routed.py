@@ -55,21 +55,25 @@ class SigmoidRouter:
         sizes: ExpertsSizes,
         build: Build,
         *,
+        bias: str | None,
         renormalises: bool,
         scale: float,
+        eps: float = 1e-20,
     ) -> None:
-        """``renormalises``: whether the chosen sigmoids are divided by their sum; ``scale``: what
-        they are multiplied with then."""
-        self._name, self._k, self._renormalises = name, sizes.experts_per_token, renormalises
-        self._scale = scale
+        """``bias``: its tensor's name; None: there is none. ``renormalises``: whether the chosen
+        sigmoids are divided by their sum plus ``eps``; ``scale``: what they are multiplied with
+        then."""
+        self._bias_name, self._k = bias, sizes.experts_per_token
+        self._renormalises, self._scale, self._eps = renormalises, scale, eps
         exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
         self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], exact)
-        self._bias = exact.weights.empty(sizes.num_experts)
+        self._bias = None if bias is None else exact.weights.empty(sizes.num_experts)
         self._route = build.kernels["moe"].route_sigmoid
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._linear.parameters()
-        yield f"{self._name}.e_score_correction_bias", Parameter(self._bias)
+        if self._bias is not None and self._bias_name is not None:
+            yield self._bias_name, Parameter(self._bias)
 
     def seal(self) -> None:
         self._linear.seal()
@@ -81,6 +85,7 @@ class SigmoidRouter:
             self._k,
             self._renormalises,
             scale=self._scale,
+            eps=self._eps,
         )
         return weights, experts
 

@@ -13,6 +13,7 @@ from engine.run.layers.scaled import Scaled
 from engine.run.model_config import (
     Fields,
     ModelConfig,
+    ModelError,
     check_only,
     common,
     mixer_of,
@@ -55,6 +56,7 @@ class FalconH1(Decoder):
 
     @classmethod
     def read(cls, text: Fields) -> ModelConfig:
+        """Raises ModelError for what no published model of the family has."""
         check_only(text, hidden_act="silu")
         shared = common(text)
 
@@ -62,7 +64,10 @@ class FalconH1(Decoder):
             return float(text.get(name, 1.0))
 
         def numbers(name: str, count: int) -> tuple[float, ...]:
-            return tuple(float(value) for value in text.get(name) or [1.0] * count)
+            values = tuple(float(value) for value in text.get(name) or [1.0] * count)
+            if len(values) != count:
+                raise ModelError(f"{name} must be {count} numbers in config.json.")
+            return values
 
         gate, down = numbers("mlp_multipliers", 2)
         norm = GatedNorm(

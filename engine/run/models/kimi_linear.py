@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.run.layers.experts import SigmoidExperts
 from engine.run.layers.kda import KimiDeltaAttention
 from engine.run.layers.mla import LatentAttention
+from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.residual import FeedForward, Mixer
+from engine.run.layers.routed import Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.run.model_config import Fields, ModelConfig, ModelError, common
 from engine.run.models.decoder import Decoder
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
@@ -68,13 +69,20 @@ class KimiLinear(Decoder):
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):
             return super().mlp(name, sizes)
-        return SigmoidExperts(
-            f"{name}.block_sparse_moe",
-            self.config.hidden_size,
+        config, hidden, name = self.config, self.config.hidden_size, f"{name}.block_sparse_moe"
+        router = SigmoidRouter(
+            f"{name}.gate",
+            hidden,
             sizes,
             self.build,
-            bias="gate.e_score_correction_bias",
-            renormalises=self.config.renormalises,
-            scale=self.config.expert_scale,
-            eps=1e-20,
+            bias=f"{name}.gate.e_score_correction_bias",
+            renormalises=config.renormalises,
+            scale=config.expert_scale,
         )
+        stem = f"{name}.experts.{{}}"
+        names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")
+        experts = RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)
+        if not sizes.shared_intermediate:
+            return experts
+        shared = MLP(f"{name}.shared_experts", hidden, sizes.shared_intermediate, self.build)
+        return Beside([experts, shared])

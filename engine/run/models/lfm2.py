@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.run.layers.experts import SigmoidExperts
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.run.layers.routed import ExpertNames, RoutedExperts, SigmoidRouter
 from engine.run.layers.shortconv import ShortConv
 from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
 from engine.run.models.decoder import Decoder, Step
@@ -71,23 +71,20 @@ class Lfm2(Decoder):
         return self.attention(name, sizes, norms=norms, output="out_proj")
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
-        config, block = self.config, f"{name}.feed_forward"
-        if isinstance(sizes, ExpertsSizes):
-            return SigmoidExperts(
-                block,
-                config.hidden_size,
-                sizes,
-                self.build,
-                bias="expert_bias" if config.expert_bias else None,
-                renormalises=config.renormalises,
-                scale=config.expert_scale,
-                eps=1e-6,
-            )
-        return MLP(
-            block,
-            config.hidden_size,
-            sizes.intermediate,
+        config, hidden, name = self.config, self.config.hidden_size, f"{name}.feed_forward"
+        if isinstance(sizes, MLPSizes):
+            inputs, output = ("w1", "w3"), "w2"
+            return MLP(name, hidden, sizes.intermediate, self.build, inputs=inputs, output=output)
+        router = SigmoidRouter(
+            f"{name}.gate",
+            hidden,
+            sizes,
             self.build,
-            inputs=("w1", "w3"),
-            output="w2",
+            bias=f"{name}.expert_bias" if config.expert_bias else None,
+            renormalises=config.renormalises,
+            scale=config.expert_scale,
+            eps=1e-6,
         )
+        stem = f"{name}.experts.{{}}"
+        names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")
+        return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)

@@ -91,6 +91,7 @@ class NemotronH(Decoder):
             hidden,
             sizes,
             self.build,
+            bias=f"{name}.gate.e_score_correction_bias",
             renormalises=config.renormalises,
             scale=config.expert_scale,
         )

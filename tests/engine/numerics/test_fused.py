@@ -44,7 +44,7 @@ def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.T
     return cold, runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "nemotron_h"])
 def test_every_kernel_in_one_engine(name, oracles, driver_class, random_tokens) -> None:
     interpreter.repair()
     path, tokens = oracles(name).path, random_tokens(100, 5)

@@ -10,15 +10,12 @@ HV, V = 128, 64
 
 
 def _chunk(
-    state_dtype: torch.dtype = torch.float32,
-    dtype: torch.dtype = torch.bfloat16,
-    groups: int = 8,
-    state_size: int = 128,
+    state_dtype: torch.dtype = torch.float32, groups: int = 8, state_size: int = 128
 ) -> None:
     packed = Packed.from_lengths([96, 64])
-    gate, step = gates(*_gate_inputs(160, dtype))
+    gate, step = gates(*_gate_inputs(160))
     chunk_mamba2(
-        *_tokens(160, groups, state_size, dtype),
+        *_tokens(160, groups, state_size),
         gate,
         step,
         torch.empty(HV),
@@ -32,8 +29,8 @@ def _chunk(
 
 def _decode(state_dtype: torch.dtype = torch.float32) -> None:
     decode_mamba2(
-        *_tokens(4, 8, 128, torch.bfloat16),
-        *_gate_inputs(4, torch.bfloat16),
+        *_tokens(4, 8, 128),
+        *_gate_inputs(4),
         torch.empty(HV),
         states=torch.empty(4, HV, 128, V, dtype=state_dtype),
         slots=torch.arange(4, dtype=torch.int32),
@@ -45,22 +42,20 @@ def _bfloat16_states() -> None:
     _decode(torch.bfloat16)
 
 
-def _tokens(
-    count: int, groups: int, state_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
+def _tokens(count: int, groups: int, state_size: int) -> tuple[torch.Tensor, ...]:
     sizes = [HV * V, groups * state_size, groups * state_size]
-    x, B, C = torch.empty(count, sum(sizes), dtype=dtype).split(sizes, dim=1)
+    x, B, C = torch.empty(count, sum(sizes), dtype=torch.bfloat16).split(sizes, dim=1)
     return x.unflatten(1, (HV, V)), *(part.unflatten(1, (groups, -1)) for part in (B, C))
 
 
-def _gate_inputs(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return torch.empty(count, 3 * HV, dtype=dtype)[:, HV : 2 * HV], torch.empty(HV), torch.empty(HV)
+def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
+    dt = torch.empty(count, 3 * HV, dtype=torch.bfloat16)[:, HV : 2 * HV]
+    return dt, torch.empty(HV), torch.empty(HV)
 
 
 LAUNCHES = {
     "chunk": _chunk,
     "large_state": lambda: _chunk(groups=1, state_size=256),
-    "float32": lambda: _chunk(dtype=torch.float32),
     "decode": _decode,
     "bfloat16_states": _bfloat16_states,
 }

@@ -5,7 +5,7 @@ SHARED = SMALL | {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     "mamba_d_state": 20,
-    "mamba_n_groups": 2,
+    "mamba_n_groups": 1,
     "mamba_d_conv": 4,
     "mamba_chunk_size": 64,
     "shared_intermediate_size": 36,

@@ -1,0 +1,57 @@
+"""What the families with state space layers read and refuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from engine.run.model_config import ModelError, time_limits
+from engine.run.models import read_model
+from tests.engine.numerics.families import falcon_h1, granite_moe_hybrid, jamba, nemotron_h
+
+CONFIGS = {
+    "nemotron_h": nemotron_h.CONFIG,
+    "granitemoehybrid": granite_moe_hybrid.CONFIG,
+    "falcon_h1": falcon_h1.CONFIG,
+    "jamba": jamba.CONFIG,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "message"),
+    [
+        ("nemotron_h", {"mlp_hidden_act": "gelu"}, "mlp_hidden_act 'gelu' .* 'relu2' is"),
+        ("nemotron_h", {"n_group": 4}, "n_group 4 is not supported; 1 is"),
+        ("nemotron_h", {"sliding_window": 64}, "sliding_window 64 is not supported; None is"),
+        ("nemotron_h", {"layers_block_type": ["mamba", "rnn"]}, "layers of unknown sort: rnn"),
+        ("nemotron_h", {"layers_block_type": None}, "no 'hybrid_override_pattern'"),
+        ("granitemoehybrid", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ("granitemoehybrid", {"logits_scaling": 0}, "a value of the wrong type"),
+        ("granitemoehybrid", {"time_step_limit": [0.1]}, "a value of the wrong type"),
+        ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers must be 2 numbers"),
+        ("falcon_h1", {"ssm_multipliers": [1.0] * 4}, "ssm_multipliers must be 5 numbers"),
+        ("falcon_h1", {"mamba_d_head": "auto", "mamba_d_ssm": 95}, "a multiple of mamba_n_heads"),
+        ("jamba", {"mamba_dt_rank": "few"}, "a value of the wrong type"),
+        ("jamba", {"num_experts_per_tok": 5}, "must be from 1 to num_experts"),
+    ],
+)
+def test_what_is_not_served_is_named(model_type, field, message) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_model({"model_type": model_type, **CONFIGS[model_type], **field})
+
+
+def test_limits_of_time_steps_as_they_are_written() -> None:
+    free = 0.0, math.inf
+    assert time_limits({}) == time_limits({"time_step_limit": None}) == free
+    assert time_limits({"time_step_limit": [0.0, math.inf]}) == free
+    assert time_limits({"time_step_limit": [0.0, {"__float__": "Infinity"}]}) == free
+    assert time_limits({"time_step_limit": [0.1, 2]}) == (0.1, 2.0)
+
+
+def test_letters_are_read_as_words() -> None:
+    words = {"linear_attention": "M", "moe": "E", "full_attention": "*", "mlp": "-"}
+    config = {"model_type": "nemotron_h", **nemotron_h.CONFIG}
+    letters = "".join(words[word] for word in config["layers_block_type"])
+    by_letter = config | {"layers_block_type": None, "hybrid_override_pattern": letters}
+    assert read_model(by_letter) == read_model(config)
