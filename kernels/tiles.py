@@ -1,0 +1,144 @@
+"""Tiles of packed sequences in plain PyTorch, and the delta rule's scan over them: what references
+share."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
+
+
+class Layout(NamedTuple):
+    """Tiles in the order they are scanned in: every sequence's first, then every second ..., the
+    longest sequence first. So those of one step lie next to each other."""
+
+    order: list[int]
+    """Sequences, the longest first."""
+    active: list[int]
+    """Per step: how many of them still have a tile to go."""
+    sources: torch.Tensor | None
+    """int64[num_tiles * 64]: the token at each place, for padding the sequence's last; None: token
+    by token."""
+    padding: torch.Tensor | None
+    """bool[num_tiles * 64]: places that hold no token; None: all do."""
+    places: torch.Tensor
+    """int64[T]: where each token stands."""
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.active)
+
+    def tile(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """``[T, H, D]`` into out float32 ``[num_tiles, H, 64, D]``."""
+        if self.sources is not None:
+            x = x.index_select(0, self.sources)
+        return out.copy_(x.unflatten(0, (-1, TILE)).transpose(1, 2))
+
+    def tile_factor(self, x: torch.Tensor) -> torch.Tensor:
+        """Factors per token, ``[T, H]`` or ``[T, H, K]``, to float32 ``[num_tiles, H, 64, 1 or
+        K]``; zero for padding."""
+        x = x[..., None] if x.ndim == 2 else x
+        out = x.new_empty(self.num_tiles, x.shape[1], TILE, x.shape[2], dtype=torch.float32)
+        self.tile(x, out)
+        if self.padding is not None:
+            out.masked_fill_(self.padding.view(-1, 1, TILE, 1), 0.0)
+        return out
+
+    def untile(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``[num_tiles, H, 64, D]`` back to ``[T, H, D]``."""
+        rows = x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        return rows if self.sources is None else rows.index_select(0, self.places)
+
+
+@lru_cache(maxsize=8)
+def lay_out(lengths: tuple[int, ...], device: torch.device) -> Layout:
+    """Every linear layer of a step asks for the same one. O(T)."""
+    counts = [num_tiles(length) for length in lengths]
+    order = sorted(range(len(counts)), key=lambda b: -counts[b])
+    active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
+    step_starts = np.array(running_sum(active)[:-1], dtype=np.int64)
+    token_starts = running_sum(lengths)
+    num_places = sum(active) * TILE
+    places = np.empty(token_starts[-1], dtype=np.int64)
+    sources = np.empty(num_places, dtype=np.int64)
+    for rank, sequence in enumerate(order):
+        steps = np.arange(counts[sequence])
+        at = ((step_starts[steps] + rank)[:, None] * TILE + np.arange(TILE)).flatten()
+        first, end = token_starts[sequence : sequence + 2]
+        places[first:end] = at[: end - first]
+        # Padding reads a token of its own sequence, whose numbers no other sequence meets.
+        sources[at] = np.minimum(np.arange(len(at)) + first, end - 1)
+    padding = np.ones(num_places, dtype=np.bool_)
+    padding[places] = False
+    is_plain = len(places) == num_places and bool((places == np.arange(len(places))).all())
+    return Layout(
+        order=order,
+        active=active,
+        sources=None if is_plain else torch.from_numpy(sources).to(device),
+        padding=torch.from_numpy(padding).to(device) if padding.any() else None,
+        places=torch.from_numpy(places).to(device),
+    )
+
+
+class Tiles(NamedTuple):
+    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV,
+    ...]``."""
+
+    new_values: torch.Tensor  # U [.., 64, V]
+    reader: torch.Tensor  # W [.., 64, K]
+    query: torch.Tensor  # scale * exp(G) Q [.., 64, K]
+    attention: torch.Tensor  # scale * (Q K^T * D) [.., 64, 64]
+    writer: torch.Tensor  # exp(G_64 - G) K [.., 64, K]
+    decay: torch.Tensor  # exp(G_64) [.., 1, 1], or [.., K, 1] if channels decay on their own
+
+
+def scan(
+    tiles: Tiles,
+    states: torch.Tensor,
+    packed: Packed,
+    layout: Layout,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q
+    S`` of each tile."""
+    order = [b for b in layout.order if packed.lengths[b]]
+    index = slots.long()[order]
+    carried = states[index].float()
+    carried[~resumed[order]] = 0.0
+    saves = saves_by_tile(packed, exports)
+
+    heads = carried.shape[1]
+    new_values = torch.empty_like(tiles.new_values, memory_format=torch.contiguous_format)
+    read_out = torch.empty_like(new_values)
+    first = 0
+    for step, num_active in enumerate(layout.active):
+        span = slice(first * heads, (first + num_active) * heads)
+        first += num_active
+        state = carried[:num_active]
+        flat = state.flatten(0, 1)
+        new = new_values[span]
+        torch.baddbmm(tiles.new_values[span], tiles.reader[span], flat, alpha=-1, out=new)
+        torch.bmm(tiles.query[span], flat, out=read_out[span])
+        flat.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
+        if states.dtype != torch.float32:
+            state.copy_(state.to(states.dtype))
+        for position, sequence in enumerate(order[:num_active]):
+            for slot in saves.get((sequence, step), ()):
+                states[slot].copy_(state[position])
+    states[index] = carried.to(states.dtype)
+    return new_values, read_out
+
+
+def saves_by_tile(packed: Packed, exports: Exports | None) -> dict[tuple[int, int], list[int]]:
+    """The slots that the state after each ``(sequence, tile)`` is saved to."""
+    saves: dict[tuple[int, int], list[int]] = {}
+    if exports is not None:
+        for sequence, end, slot in zip(exports.sequences, exports.ends, exports.slots, strict=True):
+            saves.setdefault((sequence, num_tiles(end) - 1), []).append(slot)
+    return saves
