@@ -1,0 +1,293 @@
+"""Kimi Delta Attention over prompts in Triton: tiles solved side by side, then one scan per
+sequence, head and slice of V.
+
+As in `kernels.gdn.chunk`, but with a decay for every channel of a key, which no scaling of a
+product's rows makes good: the decays go into the operands. With F and B the products of a tile's
+decays up to a token and behind it, and ``<x, y>`` as in `kernels.kda.reference`::
+
+    T = (I + tril(beta <K, K>, -1))^-1 diag(beta)       P = <scale Q, K>
+    `solve_kernel`, no state needed; F K, F scale Q and B K are written for the scan to read
+    N = T (V - (F K) S)         O = (F scale Q) S + P N
+    `scan_kernel`, tile after tile S <- F_64 S + (B K)^T N
+
+``<x, y>`` is summed over six levels: level s multiplies, for every two neighbouring blocks of s
+tokens, the later one's rows and the earlier one's, each with the decays between it and the border.
+All factors are products of decays, at most 1; what underflows is nought in truth. A level is one
+product of a whole tile, of which only those blocks are kept: the tensor cores do six times the work
+of one product, and no row is multiplied by hand.
+
+Precision: unit vectors times decays are at most 1, so in 16 bits pairs multiply in float16, with 11
+significant bits; what the scan reads is rounded to the type of the values. float32 operands
+multiply in float32. Each reduction has one order, given by its tile and head alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gdn.chunk import invert_unit_lower
+from kernels.packed import TILE, Exports, Packed
+from kernels.strides import row_stride, rows_contiguous
+from kernels.target import has_roomy_memory, max_recurrence_warps
+
+BT = tl.constexpr(TILE)
+LEVELS = tl.constexpr(TILE.bit_length() - 1)
+
+
+@triton.jit
+def store_factor(p_factor, b_factor, m_k):
+    """``[BT, BK]`` of a factor, all of its rows."""
+    tl.store(p_factor, b_factor.to(p_factor.dtype.element_ty), mask=m_k[None, :])
+
+
+@triton.jit
+def solve_kernel(
+    p_q,
+    p_k,
+    p_gate,
+    p_beta,
+    p_matrices,
+    p_factors,
+    p_decay,
+    packed,
+    stride_q,
+    stride_k,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+):
+    """Program (i_tile, i_head): T and P into ``p_matrices`` ``[N, H, 2, BT, BT]``; F K, F scale Q
+    and B K into ``p_factors`` ``[N, H, 3, BT, K]``; F_64 into ``p_decay`` ``[N, H, K]``.
+    """
+    i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_sequence = tl.load(packed.tile_sequences + i_tile)
+    first = tl.load(packed.cu_seqlens + i_sequence)
+    first += (i_tile - tl.load(packed.cu_tiles + i_sequence)) * BT
+    end = tl.load(packed.cu_seqlens + i_sequence + 1)
+    o_t = tl.arange(0, BT)
+    o_i, o_j = o_t[:, None], o_t[None, :]
+    o_token = (first + o_t).to(tl.int64)
+    m_token = o_token < end
+    p_q += i_head * K + o_token[:, None] * stride_q
+    p_k += i_head * K + o_token[:, None] * stride_k
+    p_gate += i_head * K + o_token[:, None] * (H * K)
+    i_out = i_tile * H + i_head
+
+    b_qq = tl.zeros([BT], dtype=tl.float32)
+    b_kk = tl.zeros([BT], dtype=tl.float32)
+    b_qk = tl.zeros([BT], dtype=tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        mask = m_token[:, None] & (o_k < K)
+        b_q = tl.load(p_q + o_k, mask=mask, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k + o_k, mask=mask, other=0.0).to(tl.float32)
+        b_qq += tl.sum(b_q * b_q, axis=1)
+        b_kk += tl.sum(b_k * b_k, axis=1)
+        b_qk += tl.sum(b_q * b_k, axis=1)
+    b_q_norm = tl.rsqrt(b_qq + 1e-6) * scale
+    b_k_norm = tl.rsqrt(b_kk + 1e-6)
+
+    b_attention = tl.where(o_i == o_j, (b_qk * b_q_norm * b_k_norm)[:, None], 0.0)  # [BT, BT]
+    b_system = tl.zeros([BT, BT], dtype=tl.float32)
+    p_factor = p_factors + i_out * 3 * BT * K + o_i * K
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = o_k < K
+        mask = m_token[:, None] & m_k
+        b_q = tl.load(p_q + o_k, mask=mask, other=0.0).to(tl.float32) * b_q_norm[:, None]
+        b_k = tl.load(p_k + o_k, mask=mask, other=0.0).to(tl.float32) * b_k_norm[:, None]
+        b_since = tl.exp(tl.load(p_gate + o_k, mask=mask, other=0.0))
+        b_until = tl.full([BT, BK], 1.0, dtype=tl.float32)
+        size = 1
+        for _ in range(LEVELS):
+            b_earlier = tl.trans((b_k * b_until).to(DOT_TYPE))
+            # Of a pair of blocks the later one's row and the earlier one's column.
+            of_pair = (o_i > o_j) & ((o_i ^ o_j) >= size) & ((o_i ^ o_j) < 2 * size)
+            b_pairs = tl.dot((b_q * b_since).to(DOT_TYPE), b_earlier, input_precision="ieee")
+            b_attention += tl.where(of_pair, b_pairs, 0.0)
+            b_pairs = tl.dot((b_k * b_since).to(DOT_TYPE), b_earlier, input_precision="ieee")
+            b_system += tl.where(of_pair, b_pairs, 0.0)
+            o_end = tl.broadcast_to(o_i - (o_i & (2 * size - 1)) + size - 1, (BT, BK))
+            b_first, b_second = tl.gather(b_since, o_end, 0), tl.gather(b_since, o_end + size, 0)
+            is_later = (o_i & size) != 0
+            b_since = tl.where(is_later, b_since * b_first, b_since)
+            b_until = tl.where(is_later, b_until, b_until * b_second)
+            size *= 2
+        store_factor(p_factor + o_k, b_k * b_since, m_k)
+        store_factor(p_factor + BT * K + o_k, b_q * b_since, m_k)
+        store_factor(p_factor + 2 * BT * K + o_k, b_k * b_until, m_k)
+        p_last = p_decay + i_out * K + o_k + tl.zeros_like(o_i)
+        tl.store(p_last, b_since, mask=(o_i == BT - 1) & m_k)
+
+    p_matrix = p_matrices + i_out * 2 * BT * BT + o_i * BT + o_j
+    tl.store(p_matrix + BT * BT, b_attention.to(p_matrices.dtype.element_ty))
+    b_beta = tl.load(p_beta + o_token * H + i_head, mask=m_token, other=0.0).to(tl.float32)
+    b_inverse = invert_unit_lower(b_system * b_beta[:, None], DOT_TYPE)
+    tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
+
+
+@triton.jit
+def scan_kernel(
+    p_v,
+    p_matrices,
+    p_factors,
+    p_decay,
+    p_out,
+    p_states,
+    p_slots,
+    p_resumed,
+    packed,
+    exports,
+    stride_v,
+    stride_slot,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one
+    sequence.
+
+    Walks from export to export, the last of which is the sequence's own slot at its end.
+    """
+    i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(packed.cu_seqlens + i_sequence).to(tl.int64)
+    end = tl.load(packed.cu_seqlens + i_sequence + 1)
+    if first == end:
+        return
+    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    m_state = m_k[:, None] & m_v
+    o_matrix = o_t[:, None] * BT + o_t
+    o_factor = o_t[:, None] * K + o_k
+    p_v += i_head * V + o_v
+    p_out += i_head * V + o_v
+    p_states += i_head * K * V + o_k[:, None] * V + o_v
+
+    i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
+    m_initial = m_state & tl.load(p_resumed + i_sequence)
+    b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
+    b_state = b_state.to(tl.float32)
+    i_first = tl.load(packed.cu_tiles + i_sequence).to(tl.int64)
+    i_tile = i_first
+    i_last = tl.load(exports.cu_exports + i_sequence + 1)
+    for i_stop in range(tl.load(exports.cu_exports + i_sequence), i_last + 1):
+        stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=end - first)
+        i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
+        i_until = i_first + tl.cdiv(stop, BT)
+        for i in range(i_tile, i_until):
+            o_token = first + (i - i_first) * BT + o_t
+            mask = (o_token < end)[:, None] & m_v
+            i_in = i * H + i_head
+            p_matrix = p_matrices + i_in * 2 * BT * BT + o_matrix
+            p_factor = p_factors + i_in * 3 * BT * K + o_factor
+            b_v = tl.load(p_v + o_token[:, None] * stride_v, mask=mask, other=0.0)
+            b_operand = b_state.to(b_v.dtype)
+            b_reader = tl.load(p_factor, mask=m_k[None, :], other=0.0)
+            b_new = b_v.to(tl.float32) - tl.dot(b_reader, b_operand, input_precision="ieee")
+            b_new = tl.dot(tl.load(p_matrix), b_new.to(b_v.dtype), input_precision="ieee")
+            b_query = tl.load(p_factor + BT * K, mask=m_k[None, :], other=0.0)
+            b_out = tl.dot(b_query, b_operand, input_precision="ieee")
+            b_new = b_new.to(b_v.dtype)
+            b_out = tl.dot(tl.load(p_matrix + BT * BT), b_new, b_out, input_precision="ieee")
+            b_decay = tl.load(p_decay + i_in * K + o_k, mask=m_k, other=0.0)
+            b_writer = tl.load(p_factor + 2 * BT * K, mask=m_k[None, :], other=0.0)
+            b_state *= b_decay[:, None]
+            b_state = tl.dot(tl.trans(b_writer), b_new, b_state, input_precision="ieee")
+            # What a later run would load from a slot: so it continues from the very same bits.
+            b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
+            tl.store(p_out + o_token[:, None] * (H * V), b_out.to(p_out.dtype.element_ty), mask)
+        i_tile = i_until
+        p_target = p_states + i_target.to(tl.int64) * stride_slot
+        tl.store(p_target, b_state.to(p_states.dtype.element_ty), mask=m_state)
+
+
+def chunk_kda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Kimi Delta Attention over packed sequences, tile by tile; leaves each sequence's last state
+    in its slot.
+
+    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``. One dtype;
+      a token's heads are contiguous, tokens need not be.
+    - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
+    - ``states``: ``[S, H, K, V]``, one layer's; changed in place at ``slots`` and at the exports'
+      slots. A state is contiguous, slots need not be.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
+    - ``scale``: of the query; ``K ** -0.5`` if None.
+
+    Returns ``[T, H, V]`` in value's dtype. Two launches, and between them two 64 x 64 matrices and
+    three of 64 x K per tile and head. K up to 256 (128 on AMD, by its shared memory), any V.
+    Formula and source: `kernels.kda.reference`.
+    """
+    query, key, value = (rows_contiguous(x) for x in (query, key, value))
+    num_heads, key_dim = key.shape[1:]
+    value_dim, count = value.shape[2], len(packed.tile_sequences)
+    stride_slot = row_stride("a state", states)
+    out = value.new_empty(value.shape)
+    if not count:
+        return out
+    matrices = value.new_empty(count, num_heads, 2, TILE, TILE)
+    factors = value.new_empty(count, num_heads, 3, TILE, key_dim)
+    decay = gate.new_empty(count, num_heads, key_dim, dtype=torch.float32)
+    exact = value.dtype == torch.float32
+    block_k = max(16, triton.next_power_of_2(key_dim))
+    solve_kernel[count, num_heads](
+        query,
+        key,
+        gate.float().contiguous(),
+        beta.contiguous(),
+        matrices,
+        factors,
+        decay,
+        packed.tables,
+        query.stride(0),
+        key.stride(0),
+        scale or key_dim**-0.5,
+        H=num_heads,
+        K=key_dim,
+        BK=min(block_k, 32),
+        DOT_TYPE=tl.float32 if exact else tl.float16,
+        num_warps=8,
+        num_stages=1,
+    )
+    block_v = max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim)))
+    scan_kernel[triton.cdiv(value_dim, block_v), num_heads, len(packed.lengths)](
+        value,
+        matrices,
+        factors,
+        decay,
+        out,
+        states,
+        slots,
+        resumed,
+        packed.tables,
+        exports.tables if exports else packed.no_exports,
+        value.stride(0),
+        stride_slot,
+        H=num_heads,
+        K=key_dim,
+        V=value_dim,
+        BK=block_k,
+        BV=block_v,
+        num_warps=min(4, max_recurrence_warps()),
+        num_stages=2 if has_roomy_memory() and not exact else 1,
+    )
+    return out

@@ -1,0 +1,249 @@
+"""Kimi Delta Attention in plain PyTorch: the definition, and the CPU path.
+
+Gated DeltaNet whose decay is a vector: every one of the K channels of a key forgets at its own
+rate. A state ``S`` of ``[K, V]`` per head; with unit keys k and queries q, decays ``a = exp(gate)``
+in ``[0, 1]^K`` and step size beta::
+
+    S_t = diag(a_t) S_{t-1} + k_t (beta_t (v_t - k_t^T diag(a_t) S_{t-1}))^T
+    o_t = scale * q_t^T S_t
+
+`decode_kda` is that recurrence. `chunk_kda` computes the same for whole prompts from matrix
+products over tiles of 64 tokens counted from each sequence's start. With ``F_i`` the product of a
+tile's decays up to token i, ``B_i`` that of the decays behind token i, and ``<x, y>_ij`` the sum
+over channels of ``x_i y_j`` times the decays of the tokens behind j up to i, for ``j <= i``::
+
+    (I + tril(beta <K, K>, -1)) [U | W] = beta [V | F K]       within each tile: no state needed
+    N = U - W S            O = scale ((F Q) S + <Q, K> N)      with the state S before the tile
+    S <- F_64 S + (B K)^T N                                    and on to the next tile
+
+``<Q, K>`` is no product of two matrices: written as one of ``exp(G_i) q_i`` and ``exp(-G_j) k_j``
+with the running sum G of the gate, its right factor would overflow. So it is built in six levels:
+of two neighbouring blocks of s tokens, s = 1, 2, ... 32, the later one's rows are multiplied by the
+decays since its start and the earlier one's by those to its end. All factors are products of
+decays, none above 1; F and B double their reach from level to level, so that the only exponentials
+are the decays themselves, and the only error of a product of n decays is that of log2(n) roundings.
+
+All arithmetic is float32. What is said of tiles, rounding and batches in `kernels.gdn.reference`
+holds here.
+
+Source: Kimi Linear (arXiv 2510.26692), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels.packed import TILE, Exports, Packed
+from kernels.tiles import Layout, Tiles, lay_out, scan
+
+L2_EPS = 1e-6
+GROUP = 2**18
+"""Numbers of a factor ``[.., 64, K]`` that are worked on at a time: they stay in the processor's
+cache."""
+LARGE_STATE = 2**15
+"""Numbers from which a state is decoded where it is, as in `kernels.gdn.reference`."""
+
+
+def gates(
+    a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` of each channel, float32 ``[..., H, K]``,
+    and step size ``sigmoid(b)``, float32 ``[..., H]``.
+
+    ``a``: ``[..., H, K]``. ``b``: ``[..., H]``. ``A_log``: ``[H]``. ``dt_bias``: ``[H, K]``.
+    """
+    # As in `kernels.gdn.reference.gates`: these functions give an element the same bits wherever it
+    # stands in a tensor.
+    gate = F.logsigmoid((a.float() + dt_bias.float()).neg_())
+    return gate.mul_(A_log.float().exp()[:, None]), b.float().neg().exp_().add_(1).reciprocal_()
+
+
+def chunk_kda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Kimi Delta Attention over packed sequences, tile by tile; leaves each sequence's last state
+    in its slot.
+
+    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``.
+    - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
+    - ``states``: ``[S, H, K, V]`` of any strides, one layer's; changed in place at ``slots`` and at
+      the exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
+      sequence of no tokens leaves its slot as it is.
+    - ``scale``: of the query; ``K ** -0.5`` if None.
+
+    Returns ``[T, H, V]`` in value's dtype.
+    """
+    layout = lay_out(packed.lengths, query.device)
+    if not layout.active:
+        return torch.empty_like(value)
+    tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
+    new_values, out = scan(tiles, states, packed, layout, slots, resumed, exports)
+    out.baddbmm_(tiles.attention, new_values)
+    return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
+
+
+def _solve_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    layout: Layout,
+    scale: float,
+) -> Tiles:
+    """Padding has beta 0 and decay 1: it changes no state, and its rows are dropped. Its other
+    entries are unspecified."""
+    heads, key_dim, value_dim = *key.shape[1:], value.shape[2]
+    shape = (layout.num_tiles, heads, TILE)
+    query = _normalise(layout.tile(query, _new(query, *shape, key_dim)), scale).flatten(0, 1)
+    key = _normalise(layout.tile(key, _new(key, *shape, key_dim)), 1.0).flatten(0, 1)
+    decay = layout.tile_factor(gate).exp_().flatten(0, 1)
+    beta = layout.tile_factor(beta).flatten(0, 1)
+    right = _new(value, *shape, value_dim + key_dim)
+    layout.tile(value, right[..., :value_dim])
+    right = right.flatten(0, 1)
+    attention, system = torch.zeros(2, len(key), TILE, TILE, device=key.device)
+    last = _new(key, len(key), key_dim, 1)
+
+    group = max(GROUP // (TILE * key_dim), 1)
+    for first in range(0, len(key), group):
+        part = slice(first, first + group)
+        opened, closing = decay[part], torch.ones_like(decay[part])
+        _multiply_pairs(query[part], key[part], opened, closing, attention[part], system[part])
+        torch.mul(key[part], opened, out=right[part, :, value_dim:])
+        right[part].mul_(beta[part])
+        system[part].mul_(beta[part])
+        query[part].mul_(opened)
+        key[part].mul_(closing)
+        last[part, :, 0] = opened[:, -1]
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    return Tiles(
+        new_values=solved[..., :value_dim],
+        reader=solved[..., value_dim:],
+        query=query,
+        attention=attention,
+        writer=key,
+        decay=last,
+    )
+
+
+def _multiply_pairs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    opened: torch.Tensor,
+    closing: torch.Tensor,
+    attention: torch.Tensor,
+    system: torch.Tensor,
+) -> None:
+    """``<Q, K>`` into ``attention`` and, below its diagonal, ``<K, K>`` into ``system``, both ``[N,
+    64, 64]`` and zero before. ``opened`` are the decays and becomes F; ``closing`` is one and
+    becomes B: all ``[N, 64, K]``.
+    """
+    count, _, key_dim = key.shape
+    attention.diagonal(dim1=1, dim2=2).copy_((query * key).sum(dim=-1))
+    size = 1
+    while size < TILE:
+        pairs = TILE // (2 * size)
+        halves = (count, pairs, 2, size, key_dim)
+        q, k, f, b = (x.view(halves) for x in (query, key, opened, closing))
+        later = _new(key, *halves)
+        torch.mul(q[:, :, 1], f[:, :, 1], out=later[:, :, 0])
+        torch.mul(k[:, :, 1], f[:, :, 1], out=later[:, :, 1])
+        earlier = k[:, :, 0] * b[:, :, 0]
+        products = torch.bmm(later.view(-1, 2 * size, key_dim), earlier.flatten(0, 1).mT)
+        products = products.view(count, pairs, 2, size, size)
+        # Below the diagonal of every block of 2 size rows, its lower left quarter.
+        where = (count, pairs, size, size), (TILE * TILE, 2 * size * (TILE + 1), TILE, 1)
+        for i, matrix in enumerate((attention, system)):
+            offset = matrix.storage_offset() + size * TILE
+            matrix.as_strided(*where, offset).copy_(products[:, :, i])
+        since, until = f[:, :, 0, -1:].clone(), f[:, :, 1, -1:].clone()
+        f[:, :, 1].mul_(since)
+        b[:, :, 0].mul_(until)
+        size *= 2
+
+
+def decode_kda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
+
+    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, H, V]``. ``a``: ``[B, H, K]``, ``b``:
+      ``[B, H]``, see `gates`.
+    - ``states``: ``[S, H, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5``
+      if None.
+
+    Returns ``[B, H, V]`` in value's dtype. Reads and writes every state once.
+    """
+    gate, beta = gates(a, b, A_log, dt_bias)
+    keys = torch.stack([key, query], dim=2).float()
+    keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
+    keys[:, :, 1] *= scale or key.shape[-1] ** -0.5
+    overlap = (keys[:, :, 0] * keys[:, :, 1]).sum(dim=-1, keepdim=True)
+    token = _Token(keys, overlap, value.float(), gate.exp_()[..., None], beta[..., None])
+    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
+    if in_place and states.dtype == torch.float32:
+        out = torch.empty_like(token.value)
+        for i, slot in enumerate(slots.tolist()):
+            out[i] = _step(states[slot], _Token(*(x[i] for x in token)))
+        return out.to(value.dtype)
+    state = states.index_select(0, slots).float()
+    out = _step(state.flatten(0, 1), _Token(*(x.flatten(0, 1) for x in token))).view(value.shape)
+    states.index_copy_(0, slots.long(), state.to(states.dtype))
+    return out.to(value.dtype)
+
+
+class _Token(NamedTuple):
+    """What one token does to N states, one per sequence and head, all in float32."""
+
+    keys: torch.Tensor  # unit k above scale * unit q, [.., 2, K]
+    overlap: torch.Tensor  # scale * q . k [.., 1]
+    value: torch.Tensor  # [.., V]
+    decay: torch.Tensor  # exp(g) [.., K, 1]
+    beta: torch.Tensor  # [.., 1]
+
+
+def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
+    """The read-out ``[N, V]`` of states ``[N, K, V]``, which are updated in place.
+
+    One pass over them answers both reads, for ``q^T S_t = q^T (a S_{t-1}) + (q . k) delta``.
+    """
+    recalled, read = torch.bmm(token.keys, state.mul_(token.decay)).unbind(1)
+    delta = (token.value - recalled).mul_(token.beta)
+    state.baddbmm_(token.keys[:, :1].mT, delta[:, None])
+    return read.addcmul(token.overlap, delta)
+
+
+def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
+
+
+def _new(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
