@@ -1,4 +1,5 @@
-"""Causal depthwise convolution with SiLU in Triton. Formula and source: `kernels.conv1d.reference`.
+"""Causal depthwise convolution, with SiLU or without, in Triton. Formula and source:
+`kernels.conv1d.reference`.
 
 Every input is read from memory once and W - 1 times from the cache beside the cores, every output
 written once: 4 bytes per token and channel in bfloat16, bound by memory bandwidth. A sequence's
@@ -44,11 +45,13 @@ def save_window(
 
 
 @triton.jit
-def activate(b_total, p_bias, o_c, C: tl.constexpr):
-    """``silu(total + bias)``."""
+def activate(b_total, p_bias, o_c, C: tl.constexpr, SILU: tl.constexpr):
+    """``silu(total + bias)``, or the sum as it is."""
     if p_bias is not None:
         b_total += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    return b_total / (1.0 + tl.exp(-b_total))
+    if SILU:
+        b_total = b_total / (1.0 + tl.exp(-b_total))
+    return b_total
 
 
 @triton.jit
@@ -66,6 +69,7 @@ def prefill_kernel(
     stride_slot,
     C: tl.constexpr,
     W: tl.constexpr,
+    SILU: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Program (i_c, i_tile): BC channels of one tile, and the windows that end in it."""
@@ -93,7 +97,7 @@ def prefill_kernel(
                 b_x = tl.where((o_t == i_t)[:, None], b_old, b_x)
         b_total += b_x * tl.load(p_weight + o_c * W + i_w, mask=o_c < C, other=0.0).to(tl.float32)
     p_row = p_out + (first + o_t)[:, None] * C + o_c
-    tl.store(p_row, activate(b_total, p_bias, o_c, C).to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_row, activate(b_total, p_bias, o_c, C, SILU).to(p_out.dtype.element_ty), mask=m_out)
 
     i_last = tl.load(exports.cu_exports + i_sequence + 1)
     for i_export in range(tl.load(exports.cu_exports + i_sequence), i_last):
@@ -121,6 +125,7 @@ def decode_kernel(
     stride_slot,
     C: tl.constexpr,
     W: tl.constexpr,
+    SILU: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Program (i_c, i_token): BC channels of one token, with ``num_steps`` tokens to a sequence,
@@ -138,7 +143,7 @@ def decode_kernel(
     for i_w in tl.static_range(W):
         b_x = load_input(p_sequence, p_window, i_step - (W - 1) + i_w, o_c, stride_x, True, C, W)
         b_total += b_x * tl.load(p_weight + o_c * W + i_w, mask=o_c < C, other=0.0).to(tl.float32)
-    b_out = activate(b_total, p_bias, o_c, C).to(p_out.dtype.element_ty)
+    b_out = activate(b_total, p_bias, o_c, C, SILU).to(p_out.dtype.element_ty)
     tl.store(p_out + i_token * C + o_c, b_out, mask=o_c < C)
     p_target = p_window
     if p_step_states is not None:
@@ -158,6 +163,7 @@ def prefill_conv1d(
     slots: torch.Tensor,
     resumed: torch.Tensor,
     exports: Exports | None,
+    silu: bool = True,
 ) -> torch.Tensor:
     """Convolve packed sequences, each from the window in its slot, and leave its last window there.
     One launch.
@@ -168,6 +174,7 @@ def prefill_conv1d(
       exports' slots. A window is contiguous, slots need not be.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
       sequence of no tokens leaves its slot as it is.
+    - ``silu``: whether the sums are activated.
 
     Returns ``[T, C]`` in x's dtype.
     """
@@ -194,6 +201,7 @@ def prefill_conv1d(
         row_stride("a window", states),
         C=num_channels,
         W=width,
+        SILU=silu,
         **config,
     )
     return out
@@ -206,14 +214,15 @@ def decode_conv1d(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    silu: bool = True,
 ) -> torch.Tensor:
     """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by
     one. One launch.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in
+    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` as in
     `prefill_conv1d`.
     """
-    return _decode(x, weight, bias, states, slots, step_states=None, num_steps=1)
+    return _decode(x, weight, bias, states, slots, step_states=None, num_steps=1, silu=silu)
 
 
 def verify_conv1d(
@@ -224,6 +233,7 @@ def verify_conv1d(
     states: torch.Tensor,
     slots: torch.Tensor,
     step_states: torch.Tensor,
+    silu: bool = True,
 ) -> torch.Tensor:
     """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them
     kept. One launch.
@@ -235,7 +245,8 @@ def verify_conv1d(
     if not step_states.is_contiguous() or step_states.dtype != states.dtype:
         raise ValueError("step_states must be contiguous and have the dtype of states")
     rows, num_steps = x.flatten(0, 1), x.shape[1]
-    return _decode(rows, weight, bias, states, slots, step_states, num_steps).view(x.shape)
+    out = _decode(rows, weight, bias, states, slots, step_states, num_steps, silu)
+    return out.view(x.shape)
 
 
 def _decode(
@@ -246,6 +257,7 @@ def _decode(
     slots: torch.Tensor,
     step_states: torch.Tensor | None,
     num_steps: int,
+    silu: bool,
 ) -> torch.Tensor:
     check_window(x, weight, states)
     x = rows_contiguous(x)
@@ -267,6 +279,7 @@ def _decode(
             row_stride("a window", states),
             C=num_channels,
             W=width,
+            SILU=silu,
             **config,
         )
     return out

@@ -1,10 +1,11 @@
-"""Causal depthwise convolution with SiLU, in plain PyTorch: the definition, and the CPU path.
+"""Causal depthwise convolution, with SiLU or without, in plain PyTorch: the definition, and the CPU
+path.
 
 ``out[t, c] = silu(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])``, where x before a
-sequence's start is its saved window (or zero). The sum runs in float32 from the oldest input to the
-newest, so a row does not depend on its batch. The window, ``states[slot]``, holds the last ``W -
-1`` inputs, oldest first; its dtype must hold x's exactly, or a resumed run would differ from a cold
-one.
+sequence's start is its saved window (or zero); or the sum as it is, in models that gate it
+otherwise. It runs in float32 from the oldest input to the newest, so a row does not depend on its
+batch. The window, ``states[slot]``, holds the last ``W - 1`` inputs, oldest first; its dtype must
+hold x's exactly, or a resumed run would differ from a cold one.
 
 Source: Mamba (arXiv 2312.00752), section 3.4, where the short convolution precedes the scan.
 """
@@ -29,6 +30,7 @@ def prefill_conv1d(
     slots: torch.Tensor,
     resumed: torch.Tensor,
     exports: Exports | None,
+    silu: bool = True,
 ) -> torch.Tensor:
     """Convolve packed sequences, each from the window in its slot, and leave its last window there.
 
@@ -37,6 +39,7 @@ def prefill_conv1d(
       exports' slots.
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
       sequence of no tokens leaves its slot as it is.
+    - ``silu``: whether the sums are activated.
 
     Returns ``[T, C]`` in x's dtype.
     """
@@ -57,7 +60,7 @@ def prefill_conv1d(
             for s, n in zip(starts, packed.lengths, strict=True)
         ),
     ]
-    out = _convolve(padded, weight, bias, num_rows=max(len(padded) - reach, 0))
+    out = _convolve(padded, weight, bias, silu, num_rows=max(len(padded) - reach, 0))
     own = zip(range(len(slots)), packed.lengths, slots.tolist(), strict=True)
     saves = [(sequence, length, slot) for sequence, length, slot in own if length]
     if exports is not None:
@@ -75,18 +78,19 @@ def decode_conv1d(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    silu: bool = True,
 ) -> torch.Tensor:
     """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by
     one.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight`` and ``bias`` as in
+    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` as in
     `prefill_conv1d`.
     """
     check_window(x, weight, states)
     index = slots.long()
     window = torch.cat([states[index], x[:, :, None].to(states.dtype)], dim=2)  # [B, C, W]
     states[index] = window[:, :, 1:]
-    return _finish(_taps(list(window.unbind(2)), weight), bias, x.dtype)
+    return _finish(_taps(list(window.unbind(2)), weight), bias, silu, x.dtype)
 
 
 def verify_conv1d(
@@ -97,6 +101,7 @@ def verify_conv1d(
     states: torch.Tensor,
     slots: torch.Tensor,
     step_states: torch.Tensor,
+    silu: bool = True,
 ) -> torch.Tensor:
     """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them
     kept.
@@ -111,11 +116,16 @@ def verify_conv1d(
     inputs = torch.cat([states[slots.long()], x.mT.to(states.dtype)], dim=2)
     step_states.copy_(inputs[:, :, 1:].unfold(2, reach, 1).transpose(1, 2))
     taps = [inputs[:, :, w : w + x.shape[1]].mT for w in range(reach + 1)]
-    return _finish(_taps(taps, weight), bias, x.dtype)
+    return _finish(_taps(taps, weight), bias, silu, x.dtype)
 
 
 def _convolve(
-    padded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, num_rows: int
+    padded: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    *,
+    num_rows: int,
 ) -> torch.Tensor:
     channels, width = weight.shape
     out = padded.new_empty(num_rows, channels)
@@ -125,7 +135,7 @@ def _convolve(
         end = min(start + rows, num_rows)
         block = padded[start : end + width - 1].float()
         taps = [block[w : w + end - start] for w in range(width)]
-        out[start:end] = _finish(_taps(taps, weight), bias, torch.float32)
+        out[start:end] = _finish(_taps(taps, weight), bias, silu, torch.float32)
     return out
 
 
@@ -136,9 +146,13 @@ def _taps(taps: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _finish(total: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _finish(
+    total: torch.Tensor, bias: torch.Tensor | None, silu: bool, dtype: torch.dtype
+) -> torch.Tensor:
     if bias is not None:
         total += bias.float()
+    if not silu:
+        return total.to(dtype)
     # Not torch's silu: on a CPU its bits depend on where an element stands in the tensor; those of
     # exp do not.
     return (total / total.neg().exp_().add_(1)).to(dtype)

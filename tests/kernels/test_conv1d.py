@@ -30,18 +30,22 @@ def draw(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def expected_rows(
-    history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    history: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool = True
 ) -> torch.Tensor:
     """``[W - 1 + n, C]`` to ``[n, C]`` by torch."""
     bias = None if bias is None else bias.double()
     rows = F.conv1d(history.double().mT[None], weight.double()[:, None], bias, groups=len(weight))
-    return F.silu(rows[0].mT)
+    return F.silu(rows[0].mT) if silu else rows[0].mT
 
 
 @IMPLEMENTATIONS
 @DTYPES
-@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
-def test_prompts_and_exported_windows(conv1d, dtype, has_bias, device) -> None:
+@pytest.mark.parametrize(
+    ("has_bias", "silu"),
+    [(False, True), (True, True), (False, False)],
+    ids=["plain", "bias", "without-silu"],
+)
+def test_prompts_and_exported_windows(conv1d, dtype, has_bias, silu, device) -> None:
     torch.manual_seed(0)
     channels, width = 70, 4
     packed = Packed.from_lengths(LENGTHS, device)
@@ -62,6 +66,7 @@ def test_prompts_and_exported_windows(conv1d, dtype, has_bias, device) -> None:
         slots=int32(slots, device),
         resumed=torch.tensor(resumed, device=device),
         exports=Exports.plan(packed, [(*key, slot) for key, slot in exports.items()]),
+        silu=silu,
     )
     assert out.dtype == dtype
     windows, start = {}, 0
@@ -70,7 +75,7 @@ def test_prompts_and_exported_windows(conv1d, dtype, has_bias, device) -> None:
             continue
         window = before[slots[sequence]] if resumed[sequence] else torch.zeros_like(before[0])
         history = torch.cat([window.mT, x[start : start + length]])
-        expected = expected_rows(history, weight, bias)
+        expected = expected_rows(history, weight, bias, silu)
         torch.testing.assert_close(
             out[start : start + length].double(),
             expected,
@@ -156,7 +161,8 @@ def test_kernel_equals_reference(lengths, channels, width, dtype, seed, device) 
 
 @IMPLEMENTATIONS
 @DTYPES
-def test_decoding_continues_a_prompt(conv1d, dtype, device) -> None:
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "without-silu"])
+def test_decoding_continues_a_prompt(conv1d, dtype, silu, device) -> None:
     """A prompt, then token by token, gives the rows of the whole."""
     torch.manual_seed(2)
     x = draw(10, 40, dtype=dtype, device=device)
@@ -165,7 +171,12 @@ def test_decoding_continues_a_prompt(conv1d, dtype, device) -> None:
     states[[4, 0]] = 0.0
     rows = [
         conv1d.decode_conv1d(
-            torch.stack([x[t], x[9 - t]]), weight, bias, states=states, slots=int32([4, 0], device)
+            torch.stack([x[t], x[9 - t]]),
+            weight,
+            bias,
+            states=states,
+            slots=int32([4, 0], device),
+            silu=silu,
         )
         for t in range(10)
     ]
@@ -174,7 +185,7 @@ def test_decoding_continues_a_prompt(conv1d, dtype, device) -> None:
         out = torch.stack([row[sequence] for row in rows])
         torch.testing.assert_close(
             out.double(),
-            expected_rows(padded, weight, bias),
+            expected_rows(padded, weight, bias, silu),
             atol=TOLERANCE[dtype],
             rtol=TOLERANCE[dtype],
         )
