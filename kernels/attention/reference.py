@@ -50,7 +50,8 @@ def prefill_attention(
     for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, packed.lengths, strict=True):
         if length:
             indices = table[row, :kv_len]
-            keys, values = (_padded_rows(pool, indices) for pool in (key_pool, value_pool))
+            keys = _padded_rows(key_pool, indices)
+            values = keys if value_pool is key_pool else _padded_rows(value_pool, indices)
             span = slice(offset, offset + length)
             _prefill_one(query[span], keys, values, kv_len - length, scale, out[span])
             offset += length
@@ -75,9 +76,10 @@ def decode_attention(
     num_kv_heads = key_pool.shape[1]
     for b, (row, kv_len) in enumerate(zip(sequences.rows, sequences.kv_lens, strict=True)):
         indices = table[row, :kv_len]
-        keys, values = (
-            _rows(pool, indices).transpose(0, 1)[None] for pool in (key_pool, value_pool)
-        )
+        keys = _rows(key_pool, indices).transpose(0, 1)[None]
+        values = keys
+        if value_pool is not key_pool:
+            values = _rows(value_pool, indices).transpose(0, 1)[None]
         grouped = query[b].view(1, num_kv_heads, -1, query.shape[-1])
         out[b] = F.scaled_dot_product_attention(grouped, keys, values, scale=scale).view_as(out[b])
     return out

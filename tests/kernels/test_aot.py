@@ -22,6 +22,8 @@ HOPPERS = {
     "solve_kernel",
     "scan_kernel",
     "prefill_attention_kernel",
+    "prefill_mla_kernel",
+    "multiply_heads_kernel",
     "linear_kernel",
     "gate_up_kernel",
     "down_kernel",

@@ -26,6 +26,8 @@ import kernels.attention.fused
 import kernels.cache_write.fused
 import kernels.conv1d.fused
 import kernels.gdn.fused
+import kernels.kda.fused
+import kernels.mla.fused
 import kernels.state_copy.fused
 
 SIZES = Sizes(kv=(3, 2, 32), conv=(2, 24, 3), recurrent=(2, 2, 16, 16))
@@ -262,7 +264,10 @@ def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
     where = {"packed": Packed.from_lengths([1], device), "slots": index, "exports": None}
     where["resumed"] = index > 0
     write, move = kernels.cache_write.fused.write_kv, kernels.cache_write.fused.move_rows
-    conv1d, gdn = kernels.conv1d.fused, kernels.gdn.fused
+    conv1d, gdn, kda = kernels.conv1d.fused, kernels.gdn.fused, kernels.kda.fused
+    rates = torch.zeros(2, 2, 16, device=device)
+    latents = {"table": index[None], "sequences": Sequences.of([0], [1], device), "scale": 1.0}
+    latents["rank"] = 8
     calls = [
         lambda: write(new, new, pool, pool, index),
         lambda: write(new, new, torch.zeros(6, 8, 4, device=device), wide, index),
@@ -271,6 +276,11 @@ def test_what_is_scattered_in_its_row_or_slot_is_refused(device) -> None:
         lambda: conv1d.decode_conv1d(x, taps, None, states=pool, slots=index),
         lambda: gdn.chunk_gdn(token, token, value, *gates[:2], states=states, **where),
         lambda: gdn.decode_gdn(token, token, value, *gates, states=states, slots=index),
+        lambda: kda.chunk_kda(token, token, value, value, gates[0], states=states, **where),
+        lambda: kda.decode_kda(
+            token, token, value, value, gates[0], gates[1], rates[0], states=states, slots=index
+        ),
+        lambda: kernels.mla.fused.decode_mla(states[:1, 0, :12, :12], wide[:, 0].mT, **latents),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="must be contiguous"):

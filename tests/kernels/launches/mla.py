@@ -1,0 +1,29 @@
+"""What latent attention launches on Kimi-Linear's sizes: 32 heads, latents of 512, shared keys of
+64, in an arena's rows of 7 layers."""
+
+import torch
+
+from kernels.attention.sequences import Sequences
+from kernels.mla.fused import decode_mla, multiply_heads, prefill_mla
+from kernels.packed import Packed
+
+HEADS, RANK, SHARED, HEAD = 32, 512, 64, 128
+
+
+def _attend(dtype: torch.dtype) -> None:
+    pool = torch.empty(512, 7, RANK + SHARED, dtype=dtype)[:, 3]
+    where = {
+        "table": torch.zeros(16, 512, dtype=torch.int32),
+        "sequences": Sequences.of([0, 1], [300, 512]),
+        "scale": 192**-0.5,
+        "rank": RANK,
+    }
+    query = torch.empty(128 + 64, HEADS, RANK + SHARED, dtype=dtype)
+    prefill_mla(query, pool, packed=Packed.from_lengths([128, 64]), **where)
+    decode_mla(query[:2], pool, **where)
+    head = torch.empty(192, HEADS, HEAD + SHARED, dtype=dtype)[..., :HEAD]
+    multiply_heads(head, torch.empty(HEADS, HEAD, RANK, dtype=dtype))
+    multiply_heads(query[..., :RANK], torch.empty(HEADS, RANK, HEAD, dtype=dtype))
+
+
+LAUNCHES = {"kimi_linear": lambda: _attend(torch.bfloat16)}

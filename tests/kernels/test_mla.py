@@ -1,0 +1,166 @@
+"""Latent attention: against keys and values expanded in float64, and the promise that neither
+chunking nor batch mates change a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels.attention.sequences import Sequences
+from kernels.mla import reference
+from kernels.packed import Packed
+
+fused = pytest.importorskip("kernels.mla.fused")
+BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+class Cache(SimpleNamespace):
+    """A pool of latents that holds some sequences at scattered rows and NaN everywhere else, as one
+    layer's part of wider rows."""
+
+    @classmethod
+    def filled(cls, lengths, heads, rank, shared, head, dtype, device) -> Cache:
+        torch.manual_seed(0)
+        num_rows = sum(lengths) + 3
+        order = torch.randperm(num_rows)
+        pool = torch.full((num_rows, 2, rank + shared), torch.nan).to(dtype)[:, 1]
+        table = torch.full((len(lengths) + 2, max(lengths) + 5), 2**30).int()
+        rows = torch.randperm(len(table))[: len(lengths)].tolist()
+        for row, length in zip(rows, lengths, strict=True):
+            table[row, :length], order = order[:length], order[length:]
+            pool[table[row, :length].long()] = torch.randn(length, rank + shared).to(dtype)
+        expand = torch.randn(heads, head, rank).div_(head**0.5).to(dtype)
+        queries = [torch.randn(n, heads, head + shared).to(dtype).to(device) for n in lengths]
+        return cls(
+            pool=pool.to(device),
+            table=table.to(device),
+            rows=rows,
+            expand=expand.to(device),
+            queries=queries,
+            where={"scale": (head + shared) ** -0.5, "rank": rank, "table": table.to(device)},
+            head=head,
+            device=device,
+        )
+
+    def absorbed(self, backend, query: torch.Tensor) -> torch.Tensor:
+        own, shared = query[..., : self.head], query[..., self.head :]
+        return torch.cat([backend.multiply_heads(own, self.expand), shared], dim=-1)
+
+    def prefill(self, backend, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Tokens start:end of each (sequence, start, end), all in one call."""
+        lengths = [end - start for _, start, end in spans]
+        out = backend.prefill_mla(
+            self.absorbed(backend, torch.cat([self.queries[b][i:j] for b, i, j in spans])),
+            self.pool,
+            sequences=Sequences.of(
+                [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans], self.device
+            ),
+            packed=Packed.from_lengths(lengths, self.device),
+            **self.where,
+        )
+        return list(backend.multiply_heads(out, self.expand.mT).split(lengths))
+
+    def decode(self, backend, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Token end - 1 of each (sequence, end)."""
+        query = torch.stack([self.queries[b][end - 1] for b, end in ends])
+        out = backend.decode_mla(
+            self.absorbed(backend, query),
+            self.pool,
+            sequences=Sequences.of(
+                [self.rows[b] for b, _ in ends], [end for _, end in ends], self.device
+            ),
+            **self.where,
+        )
+        return backend.multiply_heads(out, self.expand.mT)
+
+    def formula(self, b: int) -> torch.Tensor:
+        """All of sequence b in float64, with a key and a value for every head."""
+        query, rank = self.queries[b].double(), self.where["rank"]
+        latent, shared = (
+            self.pool[self.table[self.rows[b], : len(query)].long()]
+            .double()
+            .tensor_split([rank], dim=1)
+        )
+        values = torch.einsum("hdr,jr->jhd", self.expand.double(), latent)
+        keys = torch.cat([values, shared[:, None].expand(-1, query.shape[1], -1)], dim=-1)
+        scores = torch.einsum("thd,jhd->htj", query, keys) * self.where["scale"]
+        scores.masked_fill_(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
+        out = torch.einsum("htj,jhd->thd", scores.softmax(dim=-1), values)
+        return out.to(self.queries[b].dtype)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize(
+    "sizes", [(4, 64, 32, 32), (18, 24, 8, 16)], ids=["H4-R64-P32", "H18-R24-P8"]
+)
+def test_equals_expanded_keys_and_values(backend, sizes, dtype, device, assert_close) -> None:
+    cache = Cache.filled([63, 1, 70], *sizes, dtype, device)
+    expected = [cache.formula(b) for b in range(3)]
+    spans = [(2, 0, 70), (1, 0, 0), (0, 0, 63), (1, 0, 1)]
+    # The absorbed query is rounded to its dtype once more than the formula's.
+    for (b, _, end), out in zip(spans, cache.prefill(backend, spans), strict=True):
+        assert_close(out, expected[b][:end], factor=2)
+    decoded = cache.decode(backend, [(0, 63), (2, 70), (1, 1)])
+    last = torch.stack([expected[0][-1], expected[2][-1], expected[1][-1]])
+    assert_close(decoded, last, factor=2)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    "sizes", [(4, 512, 64, 128), (3, 40, 8, 24)], ids=["H4-R512-P64", "H3-R40-P8"]
+)
+def test_reference_resumes_bit_for_bit(sizes, num_threads, dtype) -> None:
+    """From every multiple of 64, to any length, beside others: the tokens of a cold run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        cache = Cache.filled([400, 70], *sizes, dtype, "cpu")
+        cold = [cache.prefill(reference, [(b, 0, n)])[0] for b, n in ((0, 400), (1, 70))]
+        for start, end in ((0, 1), (64, 65), (64, 190), (256, 257), (320, 400)):
+            spans = [(1, 0, 70), (0, start, end), (1, 64, 70)]
+            for (b, i, j), out in zip(spans, cache.prefill(reference, spans), strict=True):
+                assert torch.equal(out, cold[b][i:j])
+    finally:
+        torch.set_num_threads(before)
+
+
+@DTYPES
+def test_fused_resumes_bit_for_bit(dtype, device) -> None:
+    cache = Cache.filled([150, 90], 3, 32, 16, 16, dtype, device)
+    cold = [cache.prefill(fused, [(b, 0, n)])[0] for b, n in ((0, 150), (1, 90))]
+    for spans in ([(0, 64, 150), (1, 0, 70)], [(1, 64, 90), (0, 128, 129)]):
+        for (b, start, end), out in zip(spans, cache.prefill(fused, spans), strict=True):
+            assert torch.equal(out, cold[b][start:end])
+
+
+@BACKENDS
+@DTYPES
+def test_decoding_ignores_batch_mates(backend, dtype, device, monkeypatch) -> None:
+    """Also where more sequences come than share a workspace, which are decoded in groups."""
+    lengths = [300, 40, 257, 1, 64]
+    cache = Cache.filled(lengths, 3, 32, 16, 16, dtype, device)
+    ends = list(enumerate(lengths))
+    together = cache.decode(backend, ends)
+    for i, end in enumerate(ends):
+        assert torch.equal(cache.decode(backend, [end])[0], together[i])
+    monkeypatch.setattr(fused, "group_size", lambda *sizes: 4)
+    assert torch.equal(cache.decode(backend, ends), together)
+
+
+@BACKENDS
+@DTYPES
+def test_products_of_heads(backend, dtype, device, assert_close) -> None:
+    """Of slices of wider rows, for any number of tokens: none changes another's bits."""
+    torch.manual_seed(1)
+    x = torch.randn(70, 3, 50, device=device).to(dtype)[..., :40]
+    weight = torch.randn(3, 24, 40, device=device).to(dtype).mT
+    whole = backend.multiply_heads(x, weight)
+    assert_close(whole, torch.einsum("thm,hmn->thn", x.double(), weight.double()).to(dtype))
+    for count in (0, 1, 2, 5, 64, 67):
+        assert torch.equal(backend.multiply_heads(x[:count], weight), whole[:count])
