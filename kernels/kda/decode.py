@@ -49,6 +49,7 @@ def decode_kernel(
         tl.load(inputs.b + i_token * stride_b + i_head),
         tl.load(inputs.A_log + i_head),
         tl.load(inputs.dt_bias + o_key, mask=m_k, other=0.0),
+        1.0,
     )
     b_state *= tl.exp(b_gate)[:, None]
     b_delta = (b_v.to(tl.float32) - tl.sum(b_state * b_k[:, None], axis=0)) * b_beta

@@ -39,6 +39,7 @@ def gates_kernel(
         tl.load(p_b + o_token * stride_b + o_head, mask=mask),
         tl.load(p_A_log + o_head, mask=mask),
         tl.load(p_dt_bias + o_channel, mask=mask),
+        1.0,
     )
     tl.store(p_gate + o_gate, b_gate, mask=mask)
     tl.store(p_beta + o_token * H + o_head, b_beta, mask=mask & (o_channel % K == 0))
