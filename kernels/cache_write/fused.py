@@ -37,6 +37,17 @@ def write_kv_kernel(
     tl.store(value_pool + p_pool, b_value, mask=mask)
 
 
+@triton.jit
+def write_rows_kernel(
+    rows, pool, indices, row_stride, pool_stride, D: tl.constexpr, BD: tl.constexpr
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    b_row = tl.load(rows + i_t * row_stride + o_d, mask=o_d < D)
+    p_pool = pool + tl.load(indices + i_t).to(tl.int64) * pool_stride
+    tl.store(p_pool + o_d, b_row, mask=o_d < D)
+
+
 @triton.jit(do_not_specialize_on_alignment=["p_sources", "p_targets"])
 def move_rows_kernel(p_arena, p_sources, p_targets, width, stride_row, BLOCK_BYTES: tl.constexpr):
     """Program (i_row, i_block) moves one block of one row."""
@@ -76,6 +87,26 @@ def write_kv(
         N=heads * size,
         BN=triton.next_power_of_2(heads * size),
     )
+
+
+def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> None:
+    """``pool[indices[t]] = rows[t]``; see ``reference.write_rows``.
+
+    Rows ``[T, D]`` may be strided views with a unit last stride. A row of the pool is contiguous,
+    rows need not be. One launch.
+    """
+    tokens, size = rows.shape
+    stride = row_stride("a row", pool)
+    if tokens:
+        write_rows_kernel[(tokens,)](
+            rows,
+            pool,
+            indices,
+            rows.stride(0),
+            stride,
+            D=size,
+            BD=triton.next_power_of_2(size),
+        )
 
 
 def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -34,6 +34,14 @@ def write_kv(
     value_pool.index_copy_(0, indices, value)
 
 
+def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> None:
+    """``pool[indices[t]] = rows[t]``: what a token keeps as one vector, not as key and value.
+
+    Rows ``[T, D]``, pool ``[N, D]`` of any strides, indices integer ``[T]``, distinct.
+    """
+    pool.index_copy_(0, indices.long(), rows)
+
+
 def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
     """``arena[targets[n]] = arena[sources[n]]`` for every n: rows that make room for a slot.
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from kernels.linear.fused import depth_of, multiply_span
 from kernels.linear.reference import Format
 from kernels.moe.reference import quantize_experts
+from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from kernels.activation.reference import silu_and_mul
+from kernels.activation.reference import sigmoid, silu_and_mul
 from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
 from kernels.linear.reference import prepare as prepare_linear
 
@@ -36,6 +36,37 @@ def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor
     if renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights, experts.int()
+
+
+def route_sigmoid(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    renormalise: bool,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-20,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k experts of each token with the highest ``sigmoid(logit) + bias``; of equals the lower
+    index. The bias only chooses: weights are the sigmoids, times ``scale``.
+
+    Args:
+        logits: ``[T, E]``. bias: float32 ``[E]`` or None.
+        renormalise: whether the k weights are divided by their sum, plus ``eps``.
+
+    Returns:
+        Weights float32 ``[T, k]``, and experts int32 ``[T, k]``, in falling order of what chose
+        them.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+    """
+    scores = sigmoid(logits)
+    chosen_by = scores if bias is None else scores + bias
+    experts = chosen_by.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    weights = scores.gather(-1, experts)
+    if renormalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + eps)
+    return weights * scale, experts.int()
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]

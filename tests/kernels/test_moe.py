@@ -57,12 +57,40 @@ def test_routes_to_the_most_probable(backend, k, renormalise, dtype, device, ass
 
 
 @BACKENDS
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_sigmoids_weigh_what_a_bias_chooses(
+    backend, renormalise, has_bias, device, assert_close
+) -> None:
+    """Also below zero, and of equals the lower."""
+    torch.manual_seed(4)
+    logits, bias = torch.randn(9, 21).to(device)[:, :20], torch.randn(20).to(device)
+    logits[0], bias[3:6] = 1.0, -2.0
+    bias[7:9] = 0.5
+    chosen_by = bias if has_bias else None
+    weights, experts = backend.route_sigmoid(logits, chosen_by, 3, renormalise, scale=2.5, eps=1e-6)
+    scores = logits.double().sigmoid()
+    order = (logits.sigmoid() + (bias if has_bias else 0)).sort(descending=True, stable=True)[1]
+    expected = scores.gather(1, order[:, :3])
+    if renormalise:
+        expected /= expected.sum(dim=-1, keepdim=True) + 1e-6
+    assert experts.dtype == torch.int32
+    assert torch.equal(experts.long(), order[:, :3])
+    assert_close(weights, (2.5 * expected).float())
+    for count in (0, 1, 4):
+        part = backend.route_sigmoid(logits[:count], chosen_by, 3, renormalise, scale=2.5, eps=1e-6)
+        assert torch.equal(part[0], weights[:count])
+
+
+@BACKENDS
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 def test_whatever_the_logits_experts_exist(backend, bad, device) -> None:
     """20 experts, which are padded to 32: an index past them would read another tensor's memory."""
     logits = torch.randn(6, 20)
     logits[1], logits[2, 3], logits[3, ::2], logits[4, -1] = bad, bad, bad, bad
     _, experts = backend.route(logits.to(device), 4, True)
+    assert ((experts >= 0) & (experts < 20)).all()
+    _, experts = backend.route_sigmoid(logits.to(device), torch.zeros(20, device=device), 4, True)
     assert ((experts >= 0) & (experts < 20)).all()
 
 

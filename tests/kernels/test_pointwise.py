@@ -147,3 +147,7 @@ def test_writes_where_it_is_told(backend, index_dtype, device) -> None:
     backend.write_kv(key, value, key_pool, value_pool, indices.to(index_dtype))
     expected[indices, 0], expected[indices, 1] = key, value
     assert torch.equal(storage, expected)
+    rows, pool = projected[:, 0], storage[:, 0, 2]
+    backend.write_rows(rows, pool, indices.to(index_dtype))
+    expected[indices, 0, 2] = rows
+    assert torch.equal(storage, expected)

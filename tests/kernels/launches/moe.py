@@ -4,7 +4,7 @@ weights."""
 import torch
 import triton
 
-from kernels.moe.fused import experts, experts_8bit, route
+from kernels.moe.fused import experts, experts_8bit, route, route_sigmoid
 
 
 def _experts(num_tokens: int) -> None:
@@ -32,6 +32,7 @@ def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 LAUNCHES = {
+    "sigmoid": lambda: route_sigmoid(torch.empty(8, 256), torch.empty(256), 8, True, scale=2.4),
     "one": lambda: _experts(1),
     "prefill": lambda: _experts(2048),
     "int8_one": lambda: _experts_8bit(1, torch.int8),

@@ -3,7 +3,7 @@
 import torch
 
 from kernels.activation.fused import sigmoid_mul, silu_and_mul
-from kernels.cache_write.fused import move_rows, write_kv
+from kernels.cache_write.fused import move_rows, write_kv, write_rows
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate
 from tests.kernels.arena import make_arena
@@ -35,6 +35,8 @@ def _activation() -> None:
 def _cache_write() -> None:
     new, arena = _bfloat16(64, 2, 256), make_arena(4, torch.bfloat16, torch.float32, fill=None)
     write_kv(new, new, arena.keys[5], arena.values[5], torch.zeros(64, dtype=torch.int64))
+    latents = torch.empty(64, 576, dtype=torch.bfloat16)
+    write_rows(latents, latents, torch.zeros(64, dtype=torch.int64))
     rows = torch.zeros(64, dtype=torch.int32)
     move_rows(arena.rows, rows, rows)
 
