@@ -34,20 +34,21 @@ class AttentionSizes:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttentionSizes:
-    """Multi-head latent attention: a token keeps one latent vector and one rotated key for all
-    heads."""
+    """Multi-head latent attention: a token keeps one latent vector, and beside it one key, rotated
+    or not, for all heads."""
 
     num_heads: int
     rank: int
     """Of the latent vector."""
     rope_dim: int
+    """Of the shared key."""
     nope_dim: int = 128
     """Of a head's keys, beside what is rotated."""
     value_dim: int = 128
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        return KVSpec("latent", (self.rank,)), KVSpec("rope_key", (self.rope_dim,))
+        return (KVSpec("latent", (self.rank + self.rope_dim,)),)
 
     @property
     def pair_flops(self) -> int:
@@ -142,12 +143,12 @@ class ShortConvSizes:
     """A gated causal convolution: its whole state are the last inputs."""
 
     channels: int
-    num_inputs: int
-    """That are kept."""
+    conv_width: int
+    """Taps: one more than inputs are kept."""
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        return (StateSpec("conv", (self.channels, self.num_inputs), "conv"),)
+        return conv_window(self.channels, self.conv_width)
 
     @property
     def pair_flops(self) -> int:

@@ -9,7 +9,7 @@ from hybridcache.geometry.families import fields
 from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
-MODEL_TYPES = ("", "lfm2", "granitemoehybrid")
+MODEL_TYPES = ("", "granitemoehybrid")
 
 
 def attention(text: Fields) -> MixerSizes:
@@ -21,7 +21,6 @@ READERS: dict[str, Callable[[Fields], MixerSizes]] = {
     "attention": attention,
     "linear_attention": fields.gated_delta_net,
     "mamba": fields.mamba2,
-    "conv": fields.short_conv,
 }
 
 

@@ -10,7 +10,6 @@ from hybridcache.geometry.mixers import (
     DeltaSizes,
     LatentAttentionSizes,
     MambaSizes,
-    ShortConvSizes,
 )
 from hybridcache.geometry.sizes import (
     MOST_LAYERS,
@@ -110,11 +109,6 @@ def mamba2(text: Fields) -> MambaSizes:
         num_groups=int(text["mamba_n_groups"]),
         conv_width=int(text["mamba_d_conv"]),
     )
-
-
-def short_conv(text: Fields) -> ShortConvSizes:
-    """As LFM2 names it."""
-    return ShortConvSizes(hidden(text), int(text["conv_L_cache"]))
 
 
 def dense(text: Fields, *, matrices: int = 3) -> MLPSizes:

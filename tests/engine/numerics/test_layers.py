@@ -15,11 +15,13 @@ from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.layers.attention import Attention
 from engine.run.layers.gated_delta_net import GatedDeltaNet
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Part
+from engine.run.layers.mla import LatentAttention
 from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.residual import FeedForwardStep, MixerStep, Parallel
+from engine.run.layers.shortconv import ShortConv
 from engine.run.model_config import ModelConfig, ModelError, Rope
 from engine.run.model_runner import ModelRunner
 from engine.run.models import families, read_model
@@ -37,8 +39,8 @@ from hybridcache.geometry.sizes import LayerSizes, MLPSizes, ModelSizes
 ATTENTION = AttentionSizes(4, 2, 16)
 DELTA = DeltaSizes(2, 4, 16, 8, 4)
 OTHER_DELTA = DeltaSizes(2, 2, 8, 24, 3)
-LATENT = LatentAttentionSizes(2, 24, 8)
-WINDOW = ShortConvSizes(48, 2)
+LATENT = LatentAttentionSizes(2, 24, 8, 16, 20)
+WINDOW = ShortConvSizes(40, 3)
 MLP_SIZES = MLPSizes(40)
 SIZES = ModelSizes(
     48,
@@ -62,92 +64,6 @@ CONFIG = ModelConfig(
     embedding_multiplier=3.0,
     logit_multiplier=0.25,
 )
-
-
-class Dense:
-    """Half a mixer: its two products."""
-
-    def __init__(self, name, sizes, width, out, build):
-        self.keeps, self.projected_size, self.mixed_shape = sizes.keeps, width, (out,)
-        self._in = Linear(48, [Part(f"{name}.in_proj", width)], build)
-        self._out = Linear(out, [Part(f"{name}.out_proj", 48)], build)
-
-    def parameters(self):
-        yield from self._in.parameters()
-        yield from self._out.parameters()
-
-    def seal(self):
-        self._in.seal()
-        self._out.seal()
-
-    def project(self, hidden):
-        return self._in(hidden)
-
-    def finish(self, mixed, projected):
-        out = torch.zeros(len(projected), *mixed.shape[1:])
-        out[: len(mixed)] = mixed
-        return self._out(out)
-
-
-class Latest(Dense):
-    """Latent rows: adds to each token the latent and the key of the prompt's first token."""
-
-    def __init__(self, name, sizes, build):
-        super().__init__(name, sizes, 32, 32, build)
-
-    def mix(self, projected, inputs, pools):
-        latent, rope_key = projected[: inputs.num_tokens].split([24, 8], dim=-1)
-        pools[0][inputs.kv_indices], pools[1][inputs.kv_indices] = latent, rope_key
-        rows, first = [], 0
-        for part, count in (
-            (inputs.decode, inputs.num_decode),
-            (inputs.prefill, inputs.num_tokens - inputs.num_decode),
-        ):
-            if part is None:
-                continue
-            lengths = getattr(part, "packed", None)
-            lengths = lengths.lengths if lengths is not None else [1] * count
-            for row, length in zip(part.sequences.row_table.tolist(), lengths, strict=True):
-                origin = inputs.table[row, 0].long()
-                kept = torch.cat([pools[0][origin], pools[1][origin]])
-                rows.append(projected[first : first + length] + kept)
-                first += length
-        return torch.cat(rows)
-
-
-class Sum(Dense):
-    """A state of few rows: adds the inputs of the two tokens before."""
-
-    def __init__(self, name, sizes, build):
-        super().__init__(name, sizes, 48, 48, build)
-
-    def mix(self, projected, inputs, pools):
-        (windows,) = pools
-        outs, first = [], 0
-        parts = [] if inputs.decode is None else [(inputs.decode.slots, [1] * inputs.num_decode)]
-        if inputs.prefill is not None:
-            parts.append((inputs.prefill.slots, inputs.prefill.packed.lengths))
-        for slots, lengths in parts:
-            for rank, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
-                x = projected[first : first + length]
-                is_new = slots is not getattr(inputs.decode, "slots", None) and not bool(
-                    inputs.prefill.resumed[rank]
-                )
-                window = torch.zeros(2, 48) if is_new else windows[slot].mT.clone()
-                x = torch.cat([window, x])
-                outs.append(x[2:] + x[1:-1] + x[:-2])
-                windows[slot] = x[-2:].mT
-                if slots is not getattr(inputs.decode, "slots", None):
-                    exports = inputs.prefill.exports
-                    for sequence, end, target in (
-                        zip(exports.sequences, exports.ends, exports.slots, strict=True)
-                        if exports is not None
-                        else ()
-                    ):
-                        if sequence == rank:
-                            windows[target] = x[end : end + 2].mT
-                first += length
-        return torch.cat(outs)
 
 
 class Everything(Decoder):
@@ -185,7 +101,10 @@ class Everything(Decoder):
             }
             inputs = [Part(f"{name}.{word}", width) for word, width in widths.items()]
             return GatedDeltaNet(name, 48, sizes, inputs, self.build, eps=1e-6)
-        return (Latest if isinstance(sizes, LatentAttentionSizes) else Sum)(name, sizes, self.build)
+        if isinstance(sizes, LatentAttentionSizes):
+            norm = self.norm_of(f"{name}.norm", sizes.rank)
+            return LatentAttention(name, 48, sizes, self.build, norm, bias=True)
+        return ShortConv(name, 48, sizes, self.build, bias=True)
 
 
 @pytest.fixture

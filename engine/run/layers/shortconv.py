@@ -1,0 +1,83 @@
+"""A short causal convolution between two gates: a mixer whose state are its last few inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.run.layers.inputs import LayerInputs, pad_rows
+from engine.run.layers.linear import Linear, Part
+from engine.run.layers.parameters import Build, Parameter
+from engine.run.memory import Pools
+from hybridcache.geometry.mixers import ShortConvSizes
+
+
+class ShortConv:
+    """``out(C * conv(B * x))``; B, C and x are one product, laid out ``[B | C | x]``."""
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
+    ) -> None:
+        """``bias``: of both products and of the convolution."""
+        self.name, self.keeps = name, sizes.keeps
+        width = sizes.channels
+        self.projected_size, self.mixed_shape = 3 * width, (width,)
+        inputs = [Part(f"{name}.in_proj", 3 * width)]
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        self._output = Linear(width, outputs, build, bias=bias)
+        self._weight = build.weights.empty(width, sizes.conv_width)
+        self._bias = build.weights.empty(width) if bias else None
+        self._conv1d = build.kernels["conv1d"]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._projection.parameters()
+        yield f"{self.name}.conv.weight", Parameter(self._weight.unsqueeze(1))
+        if self._bias is not None:
+            yield f"{self.name}.conv.bias", Parameter(self._bias)
+        yield from self._output.parameters()
+
+    def seal(self) -> None:
+        self._projection.seal()
+        self._output.seal()
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._projection(hidden)
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Convolve from each sequence's window, which moves on in its slot. ``[T, C]``."""
+        gate, _, x = projected[: inputs.num_tokens].chunk(3, dim=-1)
+        x, (windows,), outs = gate * x, pools, []
+        if inputs.decode is not None:
+            outs.append(
+                self._conv1d.decode_conv1d(
+                    x[: inputs.num_decode],
+                    self._weight,
+                    self._bias,
+                    states=windows,
+                    slots=inputs.decode.slots,
+                    silu=False,
+                )
+            )
+        if inputs.prefill is not None:
+            part = inputs.prefill
+            outs.append(
+                self._conv1d.prefill_conv1d(
+                    x[inputs.num_decode :],
+                    self._weight,
+                    self._bias,
+                    states=windows,
+                    packed=part.packed,
+                    slots=part.slots,
+                    resumed=part.resumed,
+                    exports=part.exports,
+                    silu=False,
+                )
+            )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
+        gate = projected[: len(mixed)].chunk(3, dim=-1)[1]
+        return self._output(pad_rows(gate * mixed, len(projected)))
