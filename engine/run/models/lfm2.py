@@ -1,0 +1,93 @@
+"""LFM2, dense or with experts: short convolutions, and attention with normed heads now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.run.layers.experts import SigmoidExperts
+from engine.run.layers.mlp import MLP
+from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.run.layers.shortconv import ShortConv
+from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+
+ROPE_THETA = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lfm2Config(ModelConfig):
+    """``conv_bias``: of all that belongs to the convolutions. ``expert_bias``: whether a bias helps
+    to choose experts. ``renormalises``: whether their weights are made to sum to one, before they
+    are multiplied with ``expert_scale``."""
+
+    conv_bias: bool
+    expert_bias: bool
+    renormalises: bool
+    expert_scale: float
+
+
+class Lfm2(Decoder):
+    """A mixer and an MLP in every layer, each behind a norm; the last norm is called after the
+    embedding."""
+
+    model_types = ("lfm2", "lfm2_moe")
+    norm_name = "model.embedding_norm"
+    config: Lfm2Config
+
+    @classmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        shared = common(text)
+        shared["norm_eps"] = float(text.get("norm_eps", 1e-5))
+        tied = text.get("tie_embedding", text.get("tie_word_embeddings"))
+        shared["tie_embeddings"] = True if tied is None else bool(tied)
+        head_dim = mixer_of(shared["sizes"], AttentionSizes).head_dim
+        return Lfm2Config(
+            **shared,
+            rope=rope({"rope_theta": ROPE_THETA, **text}, head_dim),
+            conv_bias=bool(text.get("conv_bias")),
+            expert_bias=bool(text.get("use_expert_bias", True)),
+            renormalises=bool(text.get("norm_topk_prob", True)),
+            expert_scale=float(text.get("routed_scaling_factor", 1.0)),
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        mixer, mlp = self.mixer(name, sizes.mixers[0]), self.mlp(name, sizes.mlp)
+        return [
+            MixerStep(mixer, before=self.norm_of(f"{name}.operator_norm")),
+            FeedForwardStep(mlp, before=self.norm_of(f"{name}.ffn_norm")),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        if isinstance(sizes, ShortConvSizes):
+            name, config = f"{name}.conv", self.config
+            return ShortConv(name, config.hidden_size, sizes, self.build, bias=config.conv_bias)
+        assert isinstance(sizes, AttentionSizes)
+        name, size = f"{name}.self_attn", sizes.head_dim
+        norms = self.norm_of(f"{name}.q_layernorm", size), self.norm_of(f"{name}.k_layernorm", size)
+        return self.attention(name, sizes, norms=norms, output="out_proj")
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        config, block = self.config, f"{name}.feed_forward"
+        if isinstance(sizes, ExpertsSizes):
+            return SigmoidExperts(
+                block,
+                config.hidden_size,
+                sizes,
+                self.build,
+                bias="expert_bias" if config.expert_bias else None,
+                renormalises=config.renormalises,
+                scale=config.expert_scale,
+                eps=1e-6,
+            )
+        return MLP(
+            block,
+            config.hidden_size,
+            sizes.intermediate,
+            self.build,
+            inputs=("w1", "w3"),
+            output="w2",
+        )
