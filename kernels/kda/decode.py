@@ -49,7 +49,7 @@ def decode_kernel(
         tl.load(inputs.b + i_token * stride_b + i_head),
         tl.load(inputs.A_log + i_head),
         tl.load(inputs.dt_bias + o_key, mask=m_k, other=0.0),
-        1.0,
+        inputs.max_beta,
     )
     b_state *= tl.exp(b_gate)[:, None]
     b_delta = (b_v.to(tl.float32) - tl.sum(b_state * b_k[:, None], axis=0)) * b_beta
@@ -92,7 +92,7 @@ def decode_kda(
     if len(slots):
         decode_kernel[triton.cdiv(value_dim, block_v), num_heads, len(slots)](
             *tokens[:3],
-            GateInputs(*tokens[3:], A_log, dt_bias),
+            GateInputs(*tokens[3:], A_log, dt_bias, 1.0),
             out,
             states,
             slots,

@@ -44,9 +44,10 @@ def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.T
     return cold, runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
 
 
-def test_every_kernel_in_one_engine(oracles, driver_class, random_tokens) -> None:
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+def test_every_kernel_in_one_engine(name, oracles, driver_class, random_tokens) -> None:
     interpreter.repair()
-    path, tokens = oracles("qwen3_next").path, random_tokens(100, 5)
+    path, tokens = oracles(name).path, random_tokens(100, 5)
     expected = cold_hit_decode(driver_class, make_runner(path), tokens)
     runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=all_fused())
     assert set(runner.kernels.words().values()) == {"fused"}

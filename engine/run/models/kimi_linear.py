@@ -1,0 +1,80 @@
+"""Kimi Linear: three layers of Kimi Delta Attention to one of latent attention, nothing rotated,
+experts with a shared one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.run.layers.experts import SigmoidExperts
+from engine.run.layers.kda import KimiDeltaAttention
+from engine.run.layers.mla import LatentAttention
+from engine.run.layers.norm import RMSNorm
+from engine.run.layers.residual import FeedForward, Mixer
+from engine.run.model_config import Fields, ModelConfig, ModelError, common
+from engine.run.models.decoder import Decoder
+from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
+
+LATENT_NORM_EPS = 1e-6
+"""Whatever the config says of the other norms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KimiLinearConfig(ModelConfig):
+    """``renormalises``: whether the weights of a token's experts are made to sum to one, before
+    they are multiplied with ``expert_scale``."""
+
+    renormalises: bool
+    expert_scale: float
+
+
+class KimiLinear(Decoder):
+    """The names are those of the published checkpoint: ``mlp`` where a layer is dense,
+    ``block_sparse_moe`` where it has experts."""
+
+    model_types = ("kimi_linear",)
+    config: KimiLinearConfig
+
+    @classmethod
+    def read(cls, text: Fields) -> ModelConfig:
+        """Raises ModelError for what no published model of the family has."""
+        if text.get("q_lora_rank"):
+            raise ModelError("latent attention with q_lora_rank is not supported: it must be null.")
+        if int(text.get("num_expert_group") or 1) > 1:
+            raise ModelError("experts in groups are not supported: num_expert_group must be 1.")
+        if text.get("mla_use_nope", True) is False:
+            raise ModelError(
+                "rotated latent attention is not supported: mla_use_nope must be true."
+            )
+        longest = text.get("model_max_length") or text.get("max_position_embeddings") or 1048576
+        return KimiLinearConfig(
+            **common({**text, "max_position_embeddings": longest}),
+            rope=None,
+            renormalises=bool(text.get("moe_renormalize", True)),
+            expert_scale=float(text.get("routed_scaling_factor", 1.0)),
+        )
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config, build, attention = self.config, self.build, f"{name}.self_attn"
+        if isinstance(sizes, DeltaSizes):
+            norm = self.norm_of(f"{attention}.o_norm", sizes.value_dim)
+            return KimiDeltaAttention(attention, config.hidden_size, sizes, build, norm)
+        assert isinstance(sizes, LatentAttentionSizes)
+        norm = RMSNorm(f"{attention}.kv_a_layernorm", sizes.rank, build, eps=LATENT_NORM_EPS)
+        return LatentAttention(
+            attention, config.hidden_size, sizes, build, norm, bias=config.attention_bias
+        )
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return super().mlp(name, sizes)
+        return SigmoidExperts(
+            f"{name}.block_sparse_moe",
+            self.config.hidden_size,
+            sizes,
+            self.build,
+            bias="gate.e_score_correction_bias",
+            renormalises=self.config.renormalises,
+            scale=self.config.expert_scale,
+            eps=1e-20,
+        )

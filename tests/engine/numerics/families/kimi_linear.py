@@ -1,0 +1,31 @@
+from tests.engine.numerics.families import SMALL
+
+CLASSES = "KimiLinearConfig", "KimiLinearForCausalLM"
+CONFIG = {name: value for name, value in SMALL.items() if name != "head_dim"} | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "linear_attn_config": {
+        "num_heads": 3,
+        "head_dim": 16,
+        "short_conv_kernel_size": 4,
+        "full_attn_layers": [3],
+        "kda_layers": [1, 2, 4],
+    },
+    "num_experts": 8,
+    "num_experts_per_token": 3,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 20,
+}
+
+
+def official(tensors):
+    """transformers writes the dense layers' MLP under the name of the experts."""
+    words = ("gate_proj", "up_proj", "down_proj")
+    dense = tuple(f"block_sparse_moe.{word}.weight" for word in words)
+    return {
+        name.replace("block_sparse_moe", "mlp") if name.endswith(dense) else name: tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,116 @@
+"""What is read of published config.json files, whose tensors are too many to load here; and what of
+their like is refused, in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.run.model_config import ModelError
+from engine.run.models import read_model
+from hybridcache.geometry.model import ModelGeometry
+
+LFM2 = {
+    "model_type": "lfm2",
+    "block_auto_adjust_ff_dim": True,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 65536,
+}
+FULL = [4, 8, 12, 16, 20, 24, 27]
+KIMI_LINEAR = {
+    "model_type": "kimi_linear",
+    "dtype": "bfloat16",
+    "first_k_dense_replace": 1,
+    "head_dim": 72,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "kv_lora_rank": 512,
+    "linear_attn_config": {
+        "full_attn_layers": FULL,
+        "head_dim": 128,
+        "kda_layers": [layer for layer in range(1, 28) if layer not in FULL],
+        "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 1048576,
+    "moe_intermediate_size": 1024,
+    "moe_renormalize": True,
+    "num_attention_heads": 32,
+    "num_expert_group": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 32,
+    "num_shared_experts": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "routed_scaling_factor": 2.446,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "preset", "billions"),
+    [(LFM2, "LFM2-1.2B", 1.17), (KIMI_LINEAR, "Kimi-Linear-48B-A3B", 48.5)],
+    ids=["lfm2", "kimi_linear"],
+)
+def test_sizes(raw, preset, billions) -> None:
+    _, config = read_model(raw)
+    ours = ModelGeometry.from_sizes(preset, config.sizes)
+    expected = ModelGeometry.preset(preset)
+    assert ours.kv_bytes_per_token == expected.kv_bytes_per_token
+    assert ours.state_bytes == expected.state_bytes
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    assert (ours.total_params + embeddings) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_fields_that_a_family_names_for_itself() -> None:
+    _, lfm2 = read_model(LFM2)
+    assert (lfm2.norm_eps, lfm2.tie_embeddings, lfm2.rope.theta, lfm2.rope.dim) == (
+        1e-5,
+        True,
+        1e6,
+        64,
+    )
+    assert read_model(LFM2 | {"tie_embedding": False})[1].tie_embeddings is False
+    _, kimi = read_model(KIMI_LINEAR)
+    assert kimi.rope is None
+    assert kimi.max_position == 1048576
+    dense = [layer.mlp.intermediate for layer in kimi.sizes.layers]
+    assert dense == [9216] + [1024] * 26
+
+
+@pytest.mark.parametrize(
+    ("raw", "changes", "message"),
+    [
+        (LFM2, {"conv_L_cache": 0}, "conv_L_cache must be at least 1"),
+        (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "layers of unknown sort: mamba"),
+        (LFM2, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' are not supported"),
+        (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank is not supported"),
+        (KIMI_LINEAR, {"num_expert_group": 8}, "num_expert_group must be 1"),
+        (KIMI_LINEAR, {"mla_use_nope": False}, "rotated latent attention is not supported"),
+        (KIMI_LINEAR, {"mlp_layer_types": ["dense"]}, "mlp_layer_types .* must name 27 layers"),
+        (KIMI_LINEAR, {"linear_attn_config": None}, "value of the wrong type"),
+    ],
+)
+def test_what_is_refused(raw, changes, message) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_model(raw | changes)
