@@ -88,7 +88,7 @@ def experts_8bit(
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
     """``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``, scales ``[E, 2I]``
-    and ``[E, H]``."""
+    and ``[E, H]``, or as ``linear_8bit`` takes them for blocks of a row."""
     products = [
         (
             partial(linear_8bit, quantized=w13[e], scale=w13_scale[e]),
@@ -100,12 +100,10 @@ def experts_8bit(
 
 
 def prepare_8bit(
-    w13: torch.Tensor, w2: torch.Tensor, format: Format
+    w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may
-    be dropped."""
-    (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
-    return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
+    """``experts_8bit`` with these weights."""
+    return partial(experts_8bit, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
 
 
 def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,5 +92,6 @@ class _Stack:
         if self._precision is None:
             made = kernel.prepare(self._weight, self._bias)
         else:
-            made = kernel.prepare_8bit(self._weight, self._bias, self._precision)
+            quantized, scale = kernel.quantize(self._weight, self._precision)
+            made = kernel.prepare_8bit(quantized, scale, self._bias)
         return made

@@ -91,7 +91,9 @@ class ExpertsMLP:
         if self._precision is None:
             self._experts = self._moe.prepare(self.w13, self.w2)
         else:
-            self._experts = self._moe.prepare_8bit(self.w13, self.w2, self._precision)
+            up, up_scale = self._moe.quantize_experts(self.w13, self._precision)
+            down, down_scale = self._moe.quantize_experts(self.w2, self._precision)
+            self._experts = self._moe.prepare_8bit(up, up_scale, down, down_scale)
         del self.w13, self.w2
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""Names of modules and tensors in files, and lists that match them on whole words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from engine.run.model_config import ModelError
+
+WRAPPINGS = ("model.language_model.", "language_model.model.")
+"""What multimodal checkpoints have in place of ``model.`` around their text part."""
+
+
+def model_name(name: str) -> str:
+    """A tensor's name without the wrapping that multimodal models put around their text part."""
+    for wrapping in WRAPPINGS:
+        if name.startswith(wrapping):
+            return "model." + name.removeprefix(wrapping)
+    return name.removeprefix("language_model.") if name.startswith("language_model.lm_") else name
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A list of modules: full names, and after ``re:`` regular expressions that are matched from a
+    name's beginning."""
+
+    names: frozenset[str]
+    """Without a wrapping."""
+    patterns: tuple[re.Pattern[str], ...]
+    anywhere: bool
+    """Whether a name also stands for modules that begin or end with its words."""
+
+    @classmethod
+    def of(cls, texts: Iterable[object], *, anywhere: bool = False) -> Names:
+        """Raises ModelError for what is no regular expression."""
+        names, patterns = set(), []
+        for text in map(str, texts):
+            if not text.startswith("re:"):
+                names.add(model_name(text))
+                continue
+            try:
+                patterns.append(re.compile(text[3:]))
+            except re.error as error:
+                raise ModelError(f"{text!r} is not a regular expression: {error}.") from None
+        return cls(frozenset(names), tuple(patterns), anywhere)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.names and not self.patterns
+
+    def has(self, module: str) -> bool:
+        """Whether ``module``, with its wrapping or without, is on the list. On whole words:
+        ``mlp.gate`` does not match ``mlp.gate_proj``. O(words + regular expressions)."""
+        name = model_name(module)
+        if name in self.names or (self.anywhere and not self.names.isdisjoint(_ends(name))):
+            return True
+        if not self.patterns:
+            return False
+        spelled = (name, *(wrap + name.removeprefix("model.") for wrap in WRAPPINGS))
+        return any(p.match(text) for p in self.patterns for text in (module, *spelled))
+
+    def sample(self, most: int = 3) -> str:
+        """A few entries."""
+        return ", ".join([*sorted(self.names), *(f"re:{p.pattern}" for p in self.patterns)][:most])
+
+
+def _ends(name: str) -> Iterator[str]:
+    """All beginnings and endings of a dotted name that are whole words."""
+    words = name.split(".")
+    for cut in range(1, len(words)):
+        yield ".".join(words[:cut])
+        yield ".".join(words[cut:])
