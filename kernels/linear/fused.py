@@ -18,12 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.reference import SCALE_BLOCK, quantize
+from kernels.linear.reference import SCALE_BLOCK, Format, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
 
 __all__ = ["linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
+PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset(
+    {("int8", None), ("fp8", None), ("fp8", SCALE_BLOCK)}
+)
+"""See ``reference.PRODUCTS``."""
 FEW_TOKENS = 64
 """Up to here spans run side by side."""
 PROGRAMS = 256
@@ -178,10 +182,10 @@ def _product(
     span = span_of(num_outputs, size)
     num_spans = triton.cdiv(size, span)
     apart = num_spans > 1 and num_tokens <= FEW_TOKENS
-    tile = tile_config(num_tokens, x.dtype, weight.dtype)
-    tile |= tuned(
-        "linear.linear_kernel", x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
-    )
+    tile = tile_config(num_tokens, x.dtype, weight.dtype, in_blocks=by_block is not None)
+    if by_block is None:
+        key = x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
+        tile |= tuned("linear.linear_kernel", *key)
     grid = (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]))
     target = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32) if apart else y
     linear_kernel[(*grid, num_spans if apart else 1)](
@@ -235,12 +239,15 @@ def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
 
 
 def tile_config(
-    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype
+    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype, *, in_blocks: bool = False
 ) -> dict[str, int | str]:
-    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on
-    it."""
+    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on it.
+
+    ``in_blocks``: of weights with scales by block, which take a third accumulator: half the tile.
+    """
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
-    tokens = 128 if wide else min(64, max(16, triton.next_power_of_2(num_tokens)))
+    narrow = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    tokens = 128 if wide and not in_blocks else narrow
     return {
         "BM": 128 if wide else 64,
         "BT": tokens,

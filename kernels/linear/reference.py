@@ -31,6 +31,10 @@ STORAGE: dict[Format, tuple[torch.dtype, float]] = {
 SCALE_BLOCK = 128
 """Elements of a row that share a scale, where a row has more than one."""
 
+PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset({("int8", None)})
+"""8-bit weights that are multiplied as they are: format, and elements of a row that share a scale
+(None: all). Others are faster widened once."""
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``: x ``[T, N]``, weight ``[M, N]``, bias ``[M]``; ``[T, M]``."""

@@ -362,9 +362,10 @@ def _experts(
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "num_stages": pipeline_stages(4),
     }
-    dtypes = (hidden.dtype, w13.dtype)
-    up = config | tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
-    down = config | tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
+    up, down, dtypes = dict(config), dict(config), (hidden.dtype, w13.dtype)
+    if w13_scale is None or w13_scale.ndim == 2:
+        up |= tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
+        down |= tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
     gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), blocks.num_blocks)](
         hidden,
         w13,

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from engine.run.layers.linear import Linear, Part
-from engine.run.layers.parameters import Build, Parameter
+from engine.run.layers.linear import Linear, Part, as_kernels_take
+from engine.run.layers.parameters import Build, Parameter, Storage
 from hybridcache.geometry.sizes import ExpertsSizes
+
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+Scales = torch.Tensor | None
 
 
 class MLP:
@@ -58,12 +61,13 @@ class ExpertsMLP:
     ) -> None:
         """``renormalises``: whether the weights of the chosen experts are made to sum to one.
         ``stacked_names``: whether all experts come as one tensor."""
-        self.name, self.sizes, self.stacked_names = name, sizes, stacked_names
+        self.sizes, self.stacked_names = sizes, stacked_names
         self._renormalises = renormalises
-        weights = build.weights
-        self.w13 = weights.empty(sizes.num_experts, 2 * sizes.intermediate, hidden_size)
-        self.w2 = weights.empty(sizes.num_experts, hidden_size, sizes.intermediate)
-        self._precision = weights.precision(f"{name}.experts")
+        self._stem, self._weights = f"{name}.experts", build.weights
+        self._storage = self._stored_as()
+        count, inner = sizes.num_experts, sizes.intermediate
+        self.w13, self._w13_scale = self._allocate(count, 2 * inner, hidden_size)
+        self.w2, self._w2_scale = self._allocate(count, hidden_size, inner)
         # Router and shared gate read the same input: one product.
         gates = [Part(f"{name}.gate", sizes.num_experts), Part(f"{name}.shared_expert_gate", 1)]
         self.router = Linear(hidden_size, gates, build)
@@ -74,27 +78,54 @@ class ExpertsMLP:
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self.router.parameters()
         yield from self.shared.parameters()
-        stem = f"{self.name}.experts"
         if self.stacked_names:
-            yield f"{stem}.gate_up_proj", Parameter(self.w13)
-            yield f"{stem}.down_proj", Parameter(self.w2)
+            yield f"{self._stem}.gate_up_proj", Parameter(self.w13)
+            yield f"{self._stem}.down_proj", Parameter(self.w2)
             return
+        scales: list[Scales] = [None, None, None]
         for expert in range(self.sizes.num_experts):
-            gate, up = self.w13[expert].chunk(2)
-            yield f"{stem}.{expert}.gate_proj.weight", Parameter(gate)
-            yield f"{stem}.{expert}.up_proj.weight", Parameter(up)
-            yield f"{stem}.{expert}.down_proj.weight", Parameter(self.w2[expert])
+            weights = *self.w13[expert].chunk(2), self.w2[expert]
+            if self._w13_scale is not None and self._w2_scale is not None:
+                scales = [*self._w13_scale[expert].chunk(2), self._w2_scale[expert]]
+            for part, weight, scale in zip(EXPERT_PARTS, weights, scales, strict=True):
+                name = f"{self._stem}.{expert}.{part}"
+                scheme = self._weights.scheme(name)
+                yield f"{name}.weight", Parameter(weight, scheme=scheme, scale=scale)
+
+    def _stored_as(self) -> Storage:
+        """All experts alike: they are multiplied together."""
+        weights, count = self._weights, self.sizes.num_experts
+        if self.stacked_names or weights.files is None:
+            return Storage(weights.precision(self._stem))
+        names = (
+            f"{self._stem}.{expert}.{part}" for expert in range(count) for part in EXPERT_PARTS
+        )
+        found = set(map(weights.storage, names))
+        return found.pop() if len(found) == 1 else Storage(weights.precision(self._stem))
+
+    def _allocate(self, count: int, rows: int, columns: int) -> tuple[torch.Tensor, Scales]:
+        storage, weights = self._storage, self._weights
+        weight = weights.empty(count, rows, columns, dtype=storage.dtype)
+        if storage.dtype is None:
+            return weight, None
+        shape = storage.scales(rows, columns)
+        return weight, weights.empty(count, *shape, dtype=torch.float32)
 
     def seal(self) -> None:
         self.router.seal()
         self.shared.seal()
-        if self._precision is None:
+        precision = self._storage.precision
+        if precision is None:
             self._experts = self._moe.prepare(self.w13, self.w2)
         else:
-            up, up_scale = self._moe.quantize_experts(self.w13, self._precision)
-            down, down_scale = self._moe.quantize_experts(self.w2, self._precision)
-            self._experts = self._moe.prepare_8bit(up, up_scale, down, down_scale)
-        del self.w13, self.w2
+            if self._w13_scale is None or self._w2_scale is None:
+                self.w13, up_scale = self._moe.quantize_experts(self.w13, precision)
+                self.w2, down_scale = self._moe.quantize_experts(self.w2, precision)
+            else:
+                up_scale = as_kernels_take(self._w13_scale)
+                down_scale = as_kernels_take(self._w2_scale)
+            self._experts = self._moe.prepare_8bit(self.w13, up_scale, self.w2, down_scale)
+        del self.w13, self.w2, self._w13_scale, self._w2_scale
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Padding rows meet no expert: each would wake experts that nobody needs."""

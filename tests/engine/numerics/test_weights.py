@@ -189,8 +189,6 @@ def test_unsupported_models_are_named():
     shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1}
     with pytest.raises(ModelError, match="'yarn' are not supported"):
         read_model({**shape, "rope_scaling": {"rope_type": "yarn"}})
-    with pytest.raises(ModelError, match="pre-quantised weights are not supported"):
-        read_model({**shape, "quantization_config": {"quant_method": "gptq"}})
     for wrong, message in (
         ({"num_hidden_layers": None}, "a value of the wrong type"),
         ({"num_hidden_layers": "many"}, "a value of the wrong type"),
