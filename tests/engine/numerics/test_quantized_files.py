@@ -198,7 +198,8 @@ def test_blocks_in_a_layer_on_a_device(layout, tmp_path):
     """Triton multiplies blocks of 128 x 128 as they are: rows that change places take their scales
     along."""
     pytest.importorskip("kernels.linear.fused")
-    config = ModelConfig.from_dict(TINY | {"hidden_size": 200})
+    heads = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 20}
+    config = ModelConfig.from_dict(TINY | heads | {"hidden_size": 200})
     kernels = Kernels.choose(Device.resolve("cpu"), "linear=fused")
     place = WeightSpec(torch.device("cpu"), torch.float32)
     float_mixer = GatedDeltaNet("m", config, 0, Build(kernels, place), layout=layout)
