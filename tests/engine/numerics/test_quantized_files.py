@@ -209,10 +209,10 @@ def test_blocks_in_a_layer_on_a_device(layout, tmp_path):
     stored = {}
     for name, parameter in float_mixer.parameters():
         module = name.removesuffix(".weight")
+        stored[name] = weight = torch.randn(parameter.target.shape)
         if not eight_bit.QUANTIZED.fullmatch(module):
-            stored[name] = parameter.target.clone()
+            parameter.fill(weight)
             continue
-        weight = torch.randn(parameter.target.shape)
         stored[name], scale, widened = eight_bit.fp8_blocks(weight, (128, 128), torch.bfloat16)
         stored[f"{module}.weight_scale_inv"] = scale
         parameter.fill(widened)
