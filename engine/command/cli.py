@@ -1,5 +1,5 @@
-"""The command ``engine``: serve, generate, inspect. Wrong input ends with exit code 2 and one
-sentence."""
+"""The command ``engine``: serve, generate, inspect, convert. Wrong input ends with exit code 2 and
+one sentence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.command.flags import (
@@ -93,6 +94,14 @@ def _parser() -> Parser:
             "say what a model's prefixes weigh and what a budget holds",
         )
     )
+    _add_convert(
+        add(
+            "convert",
+            _convert,
+            "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
+            "write a model's weights in eight bits",
+        )
+    )
     return parser
 
 
@@ -145,6 +154,27 @@ def _add_inspect(inspect: Parser) -> None:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_convert(convert: Parser) -> None:
+    convert.add_argument("model", help="model directory in full precision")
+    convert.add_argument("out", help="directory to make")
+    convert.add_argument(
+        "--to",
+        choices=("int8", "fp8"),
+        required=True,
+        help="int8: a scale per output channel, as of compressed-tensors; fp8: blocks of 128 x 128",
+    )
+    convert.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="more layers to leave as they are: words of their names as in linear_attn.out_proj, "
+        "or a regular expression after re:",
+    )
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments)
@@ -186,6 +216,17 @@ def _generate(arguments: argparse.Namespace) -> int:
             print(json.dumps(_record(text, output), ensure_ascii=False))
         else:
             print(f"\n[{_summary(output)}]", file=sys.stderr)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from engine.command.convert import as_record, as_text
+    from engine.run.quantization.convert import convert
+
+    done = convert(
+        Path(arguments.model), Path(arguments.out), arguments.to, tuple(arguments.ignore)
+    )
+    print(json.dumps(as_record(done)) if arguments.json else as_text(done))
     return 0
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from engine.run.model_config import ModelError
 from engine.run.quantization.names import Names
-from kernels.linear.reference import STORAGE, Format
+from kernels.linear.reference import STORAGE, Format, quantize
 
 BAND_ELEMENTS = 2**20
 """Weights are widened so many at a time: the float32 copy never matters beside the weights."""
@@ -83,6 +84,26 @@ def widen(
         if columns is not None:
             scale = scale.repeat_interleave(columns, dim=1)[:, :num_columns]
         target[rows] = stored[rows].float().mul_(scale)
+
+
+def quantize_blocks(
+    weight: torch.Tensor, format: Format, block: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric, the largest magnitude of a block becoming the format's.
+
+    Args:
+        weight: float32 ``[M, N]``; block: rows and columns that share a scale.
+
+    Returns:
+        The stored weight ``[M, N]``, and float32 scales ``[ceil(M / rows), ceil(N / columns)]``.
+        As ``kernels.linear.reference.quantize``, bit for bit, where a block is a row.
+    """
+    (num_rows, num_columns), (rows, columns) = weight.shape, block
+    padded = F.pad(weight, (0, -num_columns % columns, 0, -num_rows % rows))
+    grid = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)
+    stored, scale = quantize(grid.flatten(2), format)
+    stored = stored.view(grid.shape).transpose(1, 2).flatten(2).flatten(0, 1)
+    return stored[:num_rows, :num_columns].contiguous(), scale
 
 
 @dataclass(frozen=True, slots=True)

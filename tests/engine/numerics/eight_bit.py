@@ -67,6 +67,26 @@ def one_by_one(tensors: Tensors) -> Tensors:
     return split
 
 
+def stacked(tensors: Tensors) -> Tensors:
+    """The other way round, as Qwen3.5's full-precision checkpoints come."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        stem, is_expert, rest = name.partition(".experts.")
+        if not is_expert:
+            found[name] = tensor
+        elif rest == "0.gate_proj.weight":
+            count = sum(n.startswith(f"{stem}.experts.") for n in tensors) // 3
+            gate, up, down = (
+                torch.stack(
+                    [tensors[f"{stem}.experts.{e}.{word}_proj.weight"] for e in range(count)]
+                )
+                for word in ("gate", "up", "down")
+            )
+            found[f"{stem}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+            found[f"{stem}.experts.down_proj"] = down
+    return found
+
+
 def rewrite(
     path: Path,
     code: Callable[[torch.Tensor], Coded],
