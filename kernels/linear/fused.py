@@ -161,9 +161,12 @@ def linear_8bit(
 
 
 def prepare_8bit(
-    quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight."""
+    """``linear_8bit`` with this weight, whatever the dtype of x."""
     return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
 
 

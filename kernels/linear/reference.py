@@ -90,8 +90,7 @@ def linear_8bit(
         ``[T, M]``.
     """
     if scale.ndim == 2:
-        wide = scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, : x.shape[1]]
-        return linear(x, (quantized.float() * wide).to(x.dtype), bias)
+        return linear(x, widened(quantized, scale, x.dtype), bias)
     out = linear(x, quantized.to(x.dtype)).float().mul_(scale)
     if bias is not None:
         out += bias
@@ -99,7 +98,20 @@ def linear_8bit(
 
 
 def prepare_8bit(
-    quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight."""
-    return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+    """``linear_8bit`` with this weight, for x of ``dtype``. What is not in ``PRODUCTS`` is widened
+    here on a CPU, once."""
+    is_product = quantized.dtype is torch.int8 and scale.ndim == 1
+    if quantized.device.type != "cpu" or is_product:
+        return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+    return prepare(widened(quantized, scale, dtype), bias)
+
+
+def widened(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``quantized * scale``, in float32 and rounded once; see ``linear_8bit``."""
+    scale = scale[:, None] if scale.ndim == 1 else scale.repeat_interleave(SCALE_BLOCK, dim=1)
+    return (quantized.float() * scale[:, : quantized.shape[1]]).to(dtype)

@@ -11,6 +11,7 @@ import torch
 from kernels.activation.reference import silu_and_mul
 from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
 from kernels.linear.reference import prepare as prepare_linear
+from kernels.linear.reference import prepare_8bit as prepare_linear_8bit
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,10 +101,22 @@ def experts_8bit(
 
 
 def prepare_8bit(
-    w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights."""
-    return partial(experts_8bit, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
+    """``experts_8bit`` with these weights, for hidden states of ``dtype``; see
+    ``linear.reference.prepare_8bit``."""
+    products = [
+        (
+            prepare_linear_8bit(w13[e], w13_scale[e], None, dtype),
+            prepare_linear_8bit(w2[e], w2_scale[e], None, dtype),
+        )
+        for e in range(len(w13))
+    ]
+    return partial(_experts, products=products)
 
 
 def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,7 +60,9 @@ def test_scales_by_block(backend, num_tokens, size, device, assert_close) -> Non
     x, bias = torch.randn(num_tokens, size, device=device), torch.randn(70, device=device)
     widened = quantized.double() * scale.double().repeat_interleave(128, dim=1)[:, :size]
     product = x.double() @ widened.T + bias.double()
-    assert_close(backend.prepare_8bit(quantized, scale, bias)(x), product.float(), factor=2)
+    assert_close(
+        backend.prepare_8bit(quantized, scale, bias, x.dtype)(x), product.float(), factor=2
+    )
 
 
 @FORMATS

@@ -105,9 +105,10 @@ class _Stack:
             made = kernel.prepare(self._weight, self._bias)
         elif self._scale is None:
             quantized, scale = kernel.quantize(self._weight, self._storage.precision)
-            made = kernel.prepare_8bit(quantized, scale, self._bias)
+            made = kernel.prepare_8bit(quantized, scale, self._bias, self._weights.dtype)
         else:
-            made = kernel.prepare_8bit(self._weight, as_kernels_take(self._scale), self._bias)
+            scale = as_kernels_take(self._scale)
+            made = kernel.prepare_8bit(self._weight, scale, self._bias, self._weights.dtype)
         return made
 
 

@@ -124,7 +124,9 @@ class ExpertsMLP:
             else:
                 up_scale = as_kernels_take(self._w13_scale)
                 down_scale = as_kernels_take(self._w2_scale)
-            self._experts = self._moe.prepare_8bit(self.w13, up_scale, self.w2, down_scale)
+            self._experts = self._moe.prepare_8bit(
+                self.w13, up_scale, self.w2, down_scale, self._weights.dtype
+            )
         del self.w13, self.w2, self._w13_scale, self._w2_scale
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
