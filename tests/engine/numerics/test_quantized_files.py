@@ -14,16 +14,15 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.layers.gated_delta_net import GatedDeltaNet
+from engine.run.layers.linear import Linear, Part
 from engine.run.layers.parameters import Build, WeightSpec
-from engine.run.model_config import ModelConfig, ModelError
+from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.quantization.formats import read_quantization
 from engine.run.quantization.names import Names
 from engine.run.quantization.scheme import Scheme, widen
-from engine.run.weights import Dummy, WeightFiles, WeightsError
+from engine.run.weights import WeightFiles, WeightsError
 from engine.schedule.batch import Batch
-from experiments.gpu_models import TINY
 from tests.engine.numerics import eight_bit
 
 BLOCK = (16, 48)
@@ -193,21 +192,20 @@ def test_other_eight_bits_than_the_files(checkpoint, driver_class, random_tokens
     assert torch.equal(driver_class(runner).cold(tokens), expected)
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "split"])
-def test_blocks_in_a_layer_on_a_device(layout, tmp_path):
+def test_blocks_in_a_layer_on_a_device(tmp_path):
     """Triton multiplies blocks of 128 x 128 as they are: rows that change places take their scales
     along."""
     pytest.importorskip("kernels.linear.fused")
-    heads = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 20}
-    config = ModelConfig.from_dict(TINY | heads | {"hidden_size": 200})
     kernels = Kernels.choose(Device.resolve("cpu"), "linear=fused")
-    place = WeightSpec(torch.device("cpu"), torch.float32)
-    float_mixer = GatedDeltaNet("m", config, 0, Build(kernels, place), layout=layout)
-    Dummy(0).fill(float_mixer)
-    (tmp_path / "checkpoint").mkdir()
-    path = tmp_path / "checkpoint" / "model.safetensors"
+    device, dtype = torch.device("cpu"), torch.float32
+    parts = [
+        Part("m.in_proj_qkvz", 330, torch.randperm(330)),
+        Part("m.in_proj_z", 100),
+        Part("m.in_proj_ba", 12, torch.randperm(12)),
+    ]
+    plain = Linear(200, parts, Build(kernels, WeightSpec(device, dtype)))
     stored = {}
-    for name, parameter in float_mixer.parameters():
+    for name, parameter in plain.parameters():
         module = name.removesuffix(".weight")
         stored[name] = weight = torch.randn(parameter.target.shape)
         if not eight_bit.QUANTIZED.fullmatch(module):
@@ -216,20 +214,22 @@ def test_blocks_in_a_layer_on_a_device(layout, tmp_path):
         stored[name], scale, widened = eight_bit.fp8_blocks(weight, (128, 128), torch.bfloat16)
         stored[f"{module}.weight_scale_inv"] = scale
         parameter.fill(widened)
-    save_file(stored, path)
-    section = eight_bit.fp8_section(["m.in_proj_ba", "m.in_proj_a", "m.in_proj_b"])
-    files = read_quantization({"quantization_config": section})
-    held = WeightSpec(place.device, place.dtype, files=files, products=kernels["linear"].PRODUCTS)
-    mixer = GatedDeltaNet("m", config, 0, Build(kernels, held), layout=layout)
-    weight_files = WeightFiles(path.parent, 2, files)
-    weight_files.check(mixer.parameters(), tied=False)
-    weight_files.fill(mixer)
+    save_file(stored, tmp_path / "model.safetensors")
+    files = read_quantization({"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])})
+    place = WeightSpec(device, dtype, files=files, products=kernels["linear"].PRODUCTS)
+    held = Linear(200, parts, Build(kernels, place))
+    weight_files = WeightFiles(tmp_path, 2, files)
+    weight_files.check(held.parameters(), tied=False)
+    weight_files.fill(held)
     weight_files.close()
+    assert {parameter.target.dtype for _, parameter in held.parameters()} == {
+        torch.float8_e4m3fn,
+        torch.float32,
+    }
     hidden = torch.randn(5, 200)
-    for layer in (mixer, float_mixer):
+    for layer in (held, plain):
         layer.seal()
-    expected = float_mixer.project(hidden)
-    torch.testing.assert_close(mixer.project(hidden), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(held(hidden), plain(hidden), rtol=1e-4, atol=1e-4)
 
 
 def test_partial_blocks_round_up():
