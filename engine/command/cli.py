@@ -255,7 +255,7 @@ def _summary(output: RequestOutput) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from engine.command.inspect import as_record, as_text, load_geometry
+    from engine.command.inspect import as_record, as_text, describe_files, load_geometry
 
     if not all(0 < gib < math.inf for gib in arguments.budget_gib):
         raise ValueError("--budget-gib must be finite and above 0.")
@@ -265,8 +265,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     geometry = load_geometry(arguments.model, **dtypes)
+    files = describe_files(arguments.model)
     if arguments.json:
-        print(json.dumps(as_record(geometry, arguments.budget_gib)))
+        print(json.dumps(as_record(geometry, arguments.budget_gib, files)))
     else:
-        print(as_text(geometry, arguments.budget_gib))
+        print(as_text(geometry, arguments.budget_gib, files))
     return 0

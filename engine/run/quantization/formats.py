@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.run.model_config import ModelError
-from engine.run.quantization.names import Names
+from engine.run.quantization.names import MODEL_SLIM_FILE, Names
 from engine.run.quantization.scheme import Group, Quantization, Scheme
 
-MODEL_SLIM_FILE = "quant_model_description.json"
 REMEDY = (
     "served are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
     "W8A8_DYNAMIC, and the model in full precision with --quantization int8 or fp8"
@@ -70,7 +69,7 @@ def _fp8(section: Mapping[str, Any]) -> Quantization:
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or (), anywhere=True)
-    return Quantization("fp8", (Group(scheme, None),), ignored, key)
+    return Quantization("quant_method fp8", (Group(scheme, None),), ignored, key)
 
 
 def _block(size: Any, name: str) -> tuple[int, int]:

@@ -11,6 +11,9 @@ from engine.run.model_config import ModelError
 WRAPPINGS = ("model.language_model.", "language_model.model.")
 """What multimodal checkpoints have in place of ``model.`` around their text part."""
 
+MODEL_SLIM_FILE = "quant_model_description.json"
+"""Ascend's list of what each tensor is."""
+
 
 def model_name(name: str) -> str:
     """A tensor's name without the wrapping that multimodal models put around their text part."""

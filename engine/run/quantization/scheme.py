@@ -121,7 +121,7 @@ class Quantization:
     the files or without a multimodal wrapping; never with the name of a fused product."""
 
     label: str
-    """What wrote it: fp8, compressed-tensors, ModelSlim."""
+    """What wrote it: compressed-tensors, ModelSlim ..."""
     groups: tuple[Group, ...]
     ignored: Names
     ignore_key: str

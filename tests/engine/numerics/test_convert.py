@@ -179,6 +179,14 @@ def test_command(oracles, tmp_path, capsys):
     assert "model.layers.*.mlp.up_proj" in shown and "out_proj" in shown
     assert main(["convert", source, str(out), "--to", "int8"]) == 2
     assert "exists and is not an empty directory" in capsys.readouterr().err
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "files        int8 with a scale per output channel (compressed-tensors)" in shown
+    config = json.loads((out / "config.json").read_text())
+    gptq = tmp_path / "gptq.json"
+    gptq.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert main(["inspect", str(gptq), "--json"]) == 0
+    assert "GPTQ weights are not served" in json.loads(capsys.readouterr().out)["files"]
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "fp8"]) == 2
     assert "is int8 with a scale per output channel already" in capsys.readouterr().err
     assert main(["convert", source, str(tmp_path / "json"), "--to", "fp8", "--json"]) == 2
