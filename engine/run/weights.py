@@ -3,54 +3,36 @@ files."""
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from engine.run.layers.parameters import Layer, Parameter
-from engine.run.model_config import ModelError
 from engine.run.quantization.names import model_name
 from engine.run.quantization.scheme import Quantization, Scheme
+from engine.run.tensor_files import (
+    FILE_DTYPES,
+    FULL_DTYPES,
+    Tensor,
+    WeightsError,
+    enumerated,
+    find_files,
+    open_file,
+)
 
 SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
 """Parts of a model's files that are known and not served: multi-token prediction heads, the visual
 tower."""
-MOST_NAMED = 8
-"""Tensors of each kind that an error names; the rest are counted."""
 DUMMY_STD = 0.02
-FULL_DTYPES = ("F64", "F32", "F16", "BF16")
-FILE_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
-"""As the headers of safetensors files spell them."""
-INDEX_NAMES = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
-"""Of Hugging Face and of ModelSlim."""
-
-
-class WeightsError(ModelError):
-    """Weight files that do not fit the model, or can not be read: one message that names what is
-    wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of a weight file, unread."""
-
-    name: str
-    """As the file has it."""
-    path: Path
-    file: Any
-    """The open file: a header lists tens of thousands of tensors, and is read once."""
-    shape: tuple[int, ...]
-    dtype: str
-    """As the header spells it: BF16, F8_E4M3 ..."""
+CHUNK_BYTES = 2**24
+"""What one worker reads of a tensor before another may go on with it."""
 
 
 class WeightFiles:
@@ -67,7 +49,9 @@ class WeightFiles:
         headers = self._pool.map(open_file, find_files(model_dir))
         self.tensors: dict[str, Tensor] = {}
         self.skipped: list[str] = []
+        self._files: dict[Path, io.FileIO] = {}
         for tensor in (tensor for header in headers for tensor in header):
+            self._files[tensor.path] = tensor.file
             if tensor.name.startswith(SKIPPED):
                 self.skipped.append(tensor.name)
             else:
@@ -103,7 +87,7 @@ class WeightFiles:
             if name in self.tensors and self.tensors[name].shape not in shapes
         ]
         complaints = [
-            f"{len(names)} {kind}: {_enumerate(names)}"
+            f"{len(names)} {kind}: {enumerated(names)}"
             for kind, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),
@@ -130,91 +114,57 @@ class WeightFiles:
             assert self._quantization is not None
             raise WeightsError(
                 f"config.json says that {self._quantization.describe()} are {len(plain)} weights "
-                f"which are not ({_enumerate(plain)}): name them under "
+                f"which are not ({enumerated(plain)}): name them under "
                 f"{self._quantization.ignore_key}."
             )
         if coded:
             raise WeightsError(
                 f"quantization_config in config.json does not say how {len(coded)} weights are "
-                f"quantised: {_enumerate(coded)}."
+                f"quantised: {enumerated(coded)}."
             )
 
     def fill(self, layer: Layer) -> None:
         """Read the tensors of one layer, in parallel, and put them where they go. Raises
         WeightsError."""
-        for num_bytes in self._pool.map(self._fill_one, layer.parameters()):
+        jobs = [job for item in layer.parameters() for job in self._jobs(*item)]
+        for num_bytes in self._pool.map(lambda job: job(), jobs):
             self._num_bytes += num_bytes
 
-    def _fill_one(self, item: tuple[str, Parameter]) -> int:
-        name, parameter = item
-        tensor, scale = self._read(name), None
+    def _jobs(self, name: str, parameter: Parameter) -> Iterator[Callable[[], int]]:
+        """Reads that may run side by side; each gives its bytes. What lies in the file as it is
+        wanted is read into its place, a chunk at a time."""
+        source, target = self.tensors[name], parameter.target
+        if parameter.is_copy and target.dtype is source.torch_dtype:
+            flat = target.view(-1)
+            size = CHUNK_BYTES // target.element_size()
+            for first in range(0, len(flat), size):
+                yield partial(source.read_into, flat[first : first + size], first)
+        else:
+            yield partial(self._convert, name, parameter)
+
+    def _convert(self, name: str, parameter: Parameter) -> int:
+        tensor, scale = self.tensors[name].read(), None
         if parameter.scheme is not None:
-            scale = self._read(scale_name(name, parameter.scheme))
-            offset = offset_name(name)
-            if offset in self.tensors and self._read(offset).count_nonzero():
-                raise WeightsError(f"{offset} is not zero: only symmetric weights are served.")
+            scale = self.tensors[scale_name(name, parameter.scheme)].read()
+            offset = self.tensors.get(offset_name(name))
+            if offset is not None and offset.read().count_nonzero():
+                raise WeightsError(f"{offset.name} is not zero: only symmetric weights are served.")
         parameter.fill(tensor, scale)
         return tensor.nbytes + (0 if scale is None else scale.nbytes)
-
-    def _read(self, name: str) -> torch.Tensor:
-        source = self.tensors[name]
-        try:
-            tensor: torch.Tensor = source.file.get_tensor(source.name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{source.path.name} can not be read: {error}.") from None
-        return tensor
 
     def close(self) -> str:
         """End the workers and close the files; a line on what was read."""
         self._pool.shutdown()
+        for file in self._files.values():
+            file.close()
         self.tensors.clear()
         seconds = time.monotonic() - self._started
         line = f"{self._num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
         if self.skipped:
             line += (
-                f"; {len(self.skipped)} tensors left alone ({_enumerate(sorted(self.skipped), 2)})"
+                f"; {len(self.skipped)} tensors left alone ({enumerated(sorted(self.skipped), 2)})"
             )
         return line
-
-
-def find_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a model, single or sharded. Raises WeightsError."""
-    indices = [model_dir / name for name in INDEX_NAMES if (model_dir / name).is_file()]
-    if not indices:
-        files = sorted(model_dir.glob("*.safetensors"))
-        if not files:
-            found = "GGUF is not served, and " if any(model_dir.glob("*.gguf")) else ""
-            raise WeightsError(
-                f"{found}there are no .safetensors files in {model_dir}; use load_format dummy to "
-                "try without weights."
-            )
-        return files
-    index = indices[0]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise WeightsError(f"{index.name} is not a valid index of safetensors files.") from None
-    if not all(isinstance(name, str) for name in names):
-        raise WeightsError(f"{index.name} is not a valid index of safetensors files.")
-    absent = [name for name in names if not (model_dir / name).is_file()]
-    if absent:
-        raise WeightsError(f"files named in {index.name} are missing: {_enumerate(absent)}.")
-    return [model_dir / name for name in names]
-
-
-def open_file(path: Path) -> list[Tensor]:
-    """The tensors of one file. Raises WeightsError for a truncated or corrupted one."""
-    try:
-        file = safe_open(path, framework="pt")
-        return [
-            Tensor(name, path, file, tuple(part.get_shape()), part.get_dtype())
-            for name in file.keys()  # noqa: SIM118 (not a dict)
-            for part in (file.get_slice(name),)
-        ]
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path.name} is truncated or corrupted ({error}); fetch it again."
-        ) from None
 
 
 def scale_name(name: str, scheme: Scheme) -> str:
@@ -261,8 +211,3 @@ class Dummy:
             target.uniform_(math.log(0.01), math.log(16.0), generator=generator)
         else:
             target.normal_(0.0, DUMMY_STD, generator=generator)
-
-
-def _enumerate(names: list[str], most: int = MOST_NAMED) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -46,6 +46,18 @@ class Parameter:
     """Where the scales of the target's rows go, if they stay quantised: float32 ``[M, blocks of
     columns]``."""
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the target, on the CPU and contiguous, holds the file's numbers as they lie
+        there, but for their dtype."""
+        target = self.target
+        return (
+            self.rows is None
+            and self.scheme is None
+            and target.device.type == "cpu"
+            and target.is_contiguous()
+        )
+
     @torch.inference_mode()
     def fill(self, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Copy a file's tensor of the target's shape, in the target's dtype. With a scheme

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from engine.run.model_config import ModelError, read_config
 from engine.run.quantization.formats import read_quantization
 from engine.run.quantization.plan import Piece, into_shards, plan_pieces, shard_paths
 from engine.run.quantization.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, widen
-from engine.run.weights import WeightsError, find_files, open_file
+from engine.run.tensor_files import find_files, open_file
 from kernels.linear.reference import SCALE_BLOCK, Format
 
 SCHEMES: dict[Format, Scheme] = {
@@ -134,7 +133,7 @@ def _write(
 
 def _convert_one(piece: Piece, tensors: dict[str, torch.Tensor]) -> list[Converted]:
     """Add what ``piece`` becomes to ``tensors``; a record where it is a matrix."""
-    weight = _read(piece)
+    weight = piece.source.read_part(piece.first, piece.shape)
     if piece.scheme is None:
         tensors[piece.name] = weight
         named = [Converted(piece.module, piece.shape, None, piece.reason)]
@@ -145,21 +144,6 @@ def _convert_one(piece: Piece, tensors: dict[str, torch.Tensor]) -> list[Convert
     tensors[piece.name] = stored
     tensors[f"{piece.module}.{piece.scheme.scale_name}"] = scale
     return [Converted(piece.module, piece.shape, error, "")]
-
-
-def _read(piece: Piece) -> torch.Tensor:
-    source = piece.source
-    try:
-        if piece.place is None:
-            whole: torch.Tensor = source.file.get_tensor(source.name)
-            return whole
-        expert, first, last = piece.place
-        part: torch.Tensor = source.file.get_slice(source.name)[expert, first:last]
-        return part
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{source.name} of {source.path.name} can not be read: {error}."
-        ) from None
 
 
 @torch.inference_mode()
@@ -182,9 +166,8 @@ def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, t
         rounded = torch.empty_like(exact)
         row_scales = scale[blocks].repeat_interleave(height, dim=0)[: len(exact)]
         widen(rounded, stored[rows], row_scales, width)
-        squares += torch.stack(
-            [(rounded - exact).double().square().sum(), exact.double().square().sum()]
-        )
+        for sums, part in zip(squares, (rounded.sub_(exact), exact), strict=True):
+            sums += part.mul_(part).sum(dtype=torch.float64)
     error, size = squares.sqrt().tolist()
     return stored, scale, error / size if size else 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ from engine.run.layers.parameters import FULL_PRECISION
 from engine.run.model_config import ModelError
 from engine.run.quantization.names import Names
 from engine.run.quantization.scheme import Scheme
-from engine.run.weights import FULL_DTYPES, Tensor
+from engine.run.tensor_files import FULL_DTYPES, Tensor
 
 SHARD_BYTES = 4 * 2**30
 """A file is begun anew before it would be larger."""
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 LEFT_ALONE = (*(f"re:(.*\\.)?{word}$" for word in FULL_PRECISION), "re:(.*\\.)?mtp\\.fc$")
 """Layers in which few numbers decide much: router and shared-expert gates, the gates of linear
@@ -35,8 +35,8 @@ class Piece:
     shape: tuple[int, ...]
     scheme: Scheme | None = None
     """None: as it is."""
-    place: tuple[int, int, int] | None = None
-    """Of an expert's part in a stacked tensor: expert, first row, row behind the last."""
+    first: int = 0
+    """Index of its first number in the source."""
     reason: str = ""
     """Why a matrix is left as it is."""
 
@@ -47,11 +47,10 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         """To write, with scales."""
-        count = 1
-        for size in self.shape:
-            count *= size
+        count = math.prod(self.shape)
         if self.scheme is None:
-            return count * ITEM_BYTES.get(self.source.dtype, 8)
+            dtype = self.source.torch_dtype
+            return count * (1 if dtype is None else dtype.itemsize)
         rows, columns = self.scheme.scale_shape(*self.shape)
         return count + 4 * rows * columns
 
@@ -93,7 +92,7 @@ def _parts(tensor: Tensor) -> list[Piece]:
             tensor,
             f"{stem}.{expert}.{word}.weight",
             (height, columns),
-            place=(expert, i * height, (i + 1) * height),
+            first=(expert * rows + i * height) * columns,
         )
         for expert in range(count)
         for i, word in enumerate(words)
@@ -129,7 +128,7 @@ def _decide(
         piece.name,
         piece.shape,
         None if reason else scheme,
-        piece.place,
+        piece.first,
         reason,
     )
 

@@ -3,18 +3,17 @@ reproducible."""
 
 from __future__ import annotations
 
-import gc
 import json
+import os
+import re
 import shutil
-import weakref
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
-from engine.run import weights
+from engine.run import tensor_files, weights
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.layers.parameters import Build, WeightSpec
@@ -72,22 +71,17 @@ def test_each_file_is_opened_once_and_closed(checkpoint, monkeypatch):
     for i in range(2):
         save_file({name: tensors[name] for name in names[i::2]}, path / f"model-{i}.safetensors")
     (path / "model.safetensors").unlink()
-    opened, living = [], weakref.WeakSet()
+    opened = []
 
-    class File:
-        def __init__(self, file_path, framework):
-            opened.append(file_path.name)
-            living.add(self)
-            self._file = safe_open(file_path, framework=framework)
+    def open_file(file_path):
+        tensors = tensor_files.open_file(file_path)
+        opened.append((file_path.name, tensors[0].file))
+        return tensors
 
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
-    monkeypatch.setattr(weights, "safe_open", File)
-    runner = load(path)
-    assert sorted(opened) == ["model-0.safetensors", "model-1.safetensors"]
-    gc.collect()
-    assert runner.weights_note and not living
+    monkeypatch.setattr(weights, "open_file", open_file)
+    load(path)
+    assert sorted(name for name, _ in opened) == ["model-0.safetensors", "model-1.safetensors"]
+    assert all(file.closed for _, file in opened)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -147,6 +141,22 @@ def test_all_that_does_not_fit_is_named_at_once(checkpoint):
     assert "1 unexpected: model.layers.9.odd" in message
     assert "model.norm.weight is [65] instead of [64]" in message
     assert "\n" not in message
+
+
+def test_tensors_larger_than_a_chunk(checkpoint, drivers, random_tokens, monkeypatch):
+    """What one worker begins, another goes on with."""
+    path, _ = checkpoint("qwen3_next")
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
+    same_as_whole(path, "qwen3_next", drivers, random_tokens)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(checkpoint):
+    path, expected = checkpoint("qwen3")
+    tensors = tensor_files.open_file(path / "model.safetensors")
+    os.truncate(path / "model.safetensors", tensors[-1].start)
+    with pytest.raises(WeightsError, match=rf"cut off within {re.escape(tensors[-1].name)}"):
+        tensors[-1].read()
+    assert torch.equal(tensors[0].read(), expected[tensors[0].name])
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, 20_000])
