@@ -32,7 +32,10 @@ from experiments.provenance import RESULTS, ROOT, write_json_lines
 GIB = 2**30
 SHARD_BYTES = 2**29
 SAMPLE_S = 0.004
-KINDS = ("engine_16", "engine_1", "transformers")
+KINDS = ("engine_16", "engine_1", "transformers", "transformers_mapped")
+"""``transformers`` copies every weight into memory of its own, as the engine does;
+``transformers_mapped`` is ``from_pretrained`` alone, which maps files and reads nothing: whoever
+computes first waits."""
 CONVERSIONS = ("convert_int8", "convert_fp8")
 
 
@@ -122,13 +125,14 @@ def child(kind: str, directory: Path) -> dict[str, Any]:
     """One run, in this process."""
     work = prepare(kind, directory)
     with PeakMemory() as memory:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         kept = work()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     del kept
     return {
         "kind": kind,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "anonymous_bytes": memory.anonymous_bytes,
         "resident_bytes": memory.resident_bytes,
     }
@@ -138,10 +142,17 @@ def prepare(kind: str, directory: Path) -> Callable[[], object]:
     """What is timed, everything imported."""
     import torch
 
-    if kind == "transformers":
+    if kind.startswith("transformers"):
         from transformers import Qwen3NextForCausalLM
 
-        return lambda: Qwen3NextForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        def load() -> object:
+            model = Qwen3NextForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+            if kind == "transformers":
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.clone()
+            return model
+
+        return load
     if kind in CONVERSIONS:
         from engine.run.quantization.convert import convert
 
@@ -191,14 +202,14 @@ def table(records: list[dict[str, Any]], num_bytes: int) -> str:
     found = defaultdict(list)
     for record in records:
         found[record["kind"], record["cache"]].append(record)
-    lines = [f"{num_bytes / GIB:.2f} GiB of weights", "kind cache seconds GiB/s own resident"]
+    lines = [f"{num_bytes / GIB:.2f} GiB of weights", "kind cache seconds cpu_s GiB/s own resident"]
     for (kind, cache), alike in found.items():
         middle = {
             field: statistics.median(record[field] for record in alike)
-            for field in ("seconds", "anonymous_bytes", "resident_bytes")
+            for field in ("seconds", "cpu_seconds", "anonymous_bytes", "resident_bytes")
         }
         lines.append(
-            f"{kind} {cache} {middle['seconds']:.2f} "
+            f"{kind} {cache} {middle['seconds']:.2f} {middle['cpu_seconds']:.2f} "
             f"{num_bytes / GIB / middle['seconds']:.2f} "
             f"{middle['anonymous_bytes'] / num_bytes:.2f}x "
             f"{middle['resident_bytes'] / num_bytes:.2f}x"
@@ -210,6 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=5.0, help="of weights")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=(*KINDS, *CONVERSIONS), default=(*KINDS, *CONVERSIONS)
+    )
     parser.add_argument("--directory", type=Path, help="where the files are written")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_load.jsonl")
     parser.add_argument("--dry", action="store_true", help="a small model, one round, no results")
@@ -226,7 +240,7 @@ def main() -> None:
             run(kind, directory, warm=warm)
             for _ in range(rounds)
             for warm in (False, True)
-            for kind in (*KINDS, *CONVERSIONS)
+            for kind in options.kinds
             if warm or kind not in CONVERSIONS
         ]
     print(table(records, num_bytes))

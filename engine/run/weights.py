@@ -33,6 +33,8 @@ tower."""
 DUMMY_STD = 0.02
 CHUNK_BYTES = 2**24
 """What one worker reads of a tensor before another may go on with it."""
+LEAST_READ_BYTES = 2**14
+"""Rows in another order are read run by run where a run has as many on average."""
 
 
 class WeightFiles:
@@ -134,13 +136,16 @@ class WeightFiles:
         """Reads that may run side by side; each gives its bytes. What lies in the file as it is
         wanted is read into its place, a chunk at a time."""
         source, target = self.tensors[name], parameter.target
-        if parameter.is_copy and target.dtype is source.torch_dtype:
-            flat = target.view(-1)
-            size = CHUNK_BYTES // target.element_size()
-            for first in range(0, len(flat), size):
-                yield partial(source.read_into, flat[first : first + size], first)
-        else:
+        runs = parameter.runs() if is_place_for(source, parameter) else []
+        if not runs or target.nbytes < LEAST_READ_BYTES * len(runs):
             yield partial(self._convert, name, parameter)
+            return
+        flat, width = target.view(-1), target[0].numel()
+        size = CHUNK_BYTES // target.element_size()
+        for row, source_row, num_rows in runs:
+            for first in range(0, num_rows * width, size):
+                part = slice(row * width + first, row * width + min(first + size, num_rows * width))
+                yield partial(source.read_into, flat[part], source_row * width + first)
 
     def _convert(self, name: str, parameter: Parameter) -> int:
         tensor, scale = self.tensors[name].read(), None
@@ -165,6 +170,18 @@ class WeightFiles:
                 f"; {len(self.skipped)} tensors left alone ({enumerated(sorted(self.skipped), 2)})"
             )
         return line
+
+
+def is_place_for(source: Tensor, parameter: Parameter) -> bool:
+    """Whether the file's bytes can be read into the target, maybe with rows in another order."""
+    target = parameter.target
+    return (
+        parameter.scheme is None
+        and target.dtype is source.torch_dtype
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+        and target.numel() > 0
+    )
 
 
 def scale_name(name: str, scheme: Scheme) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -46,17 +47,14 @@ class Parameter:
     """Where the scales of the target's rows go, if they stay quantised: float32 ``[M, blocks of
     columns]``."""
 
-    @property
-    def is_copy(self) -> bool:
-        """Whether the target, on the CPU and contiguous, holds the file's numbers as they lie
-        there, but for their dtype."""
-        target = self.target
-        return (
-            self.rows is None
-            and self.scheme is None
-            and target.device.type == "cpu"
-            and target.is_contiguous()
-        )
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(first row of the target, first row in the file, rows) of what lies together in both."""
+        if self.rows is None:
+            return [(0, 0, len(self.target))]
+        starts = [0, *(1 + self.rows.diff().ne(1).nonzero()[:, 0]).tolist(), len(self.rows)]
+        firsts = self.rows[starts[:-1]].tolist()
+        pairs = zip(pairwise(starts), firsts, strict=True)
+        return [(start, first, end - start) for (start, end), first in pairs]
 
     @torch.inference_mode()
     def fill(self, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.run import tensor_files, weights
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.layers.parameters import Build, WeightSpec
+from engine.run.layers.parameters import Build, Parameter, WeightSpec
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.models import read_model
@@ -148,6 +148,15 @@ def test_tensors_larger_than_a_chunk(checkpoint, drivers, random_tokens, monkeyp
     path, _ = checkpoint("qwen3_next")
     monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
     same_as_whole(path, "qwen3_next", drivers, random_tokens)
+    monkeypatch.setattr(weights, "LEAST_READ_BYTES", 1)
+    same_as_whole(path, "qwen3_next", drivers, random_tokens)
+
+
+def test_rows_that_lie_together():
+    rows = torch.tensor([4, 5, 6, 0, 1, 9, 2])
+    parameter = Parameter(torch.empty(7, 3), rows=rows)
+    assert parameter.runs() == [(0, 4, 3), (3, 0, 2), (5, 9, 1), (6, 2, 1)]
+    assert Parameter(torch.empty(7, 3)).runs() == [(0, 0, 7)]
 
 
 def test_a_file_that_is_cut_off_while_it_is_read(checkpoint):
