@@ -31,8 +31,8 @@ class Names:
     names: frozenset[str]
     """Without a wrapping."""
     patterns: tuple[re.Pattern[str], ...]
-    anywhere: bool
-    """Whether a name also stands for modules that begin or end with its words."""
+    num_words: frozenset[int]
+    """Of the names that also stand for every module in which their words follow each other."""
 
     @classmethod
     def of(cls, texts: Iterable[object], *, anywhere: bool = False) -> Names:
@@ -46,7 +46,8 @@ class Names:
                 patterns.append(re.compile(text[3:]))
             except re.error as error:
                 raise ModelError(f"{text!r} is not a regular expression: {error}.") from None
-        return cls(frozenset(names), tuple(patterns), anywhere)
+        counts = {len(name.split(".")) for name in names} if anywhere else ()
+        return cls(frozenset(names), tuple(patterns), frozenset(counts))
 
     @property
     def is_empty(self) -> bool:
@@ -54,9 +55,10 @@ class Names:
 
     def has(self, module: str) -> bool:
         """Whether ``module``, with its wrapping or without, is on the list. On whole words:
-        ``mlp.gate`` does not match ``mlp.gate_proj``. O(words + regular expressions)."""
+        ``mlp.gate`` does not match ``mlp.gate_proj``. However many names there are, O(words *
+        lengths of names + regular expressions)."""
         name = model_name(module)
-        if name in self.names or (self.anywhere and not self.names.isdisjoint(_ends(name))):
+        if name in self.names or not self.names.isdisjoint(_runs(name, self.num_words)):
             return True
         if not self.patterns:
             return False
@@ -68,9 +70,9 @@ class Names:
         return ", ".join([*sorted(self.names), *(f"re:{p.pattern}" for p in self.patterns)][:most])
 
 
-def _ends(name: str) -> Iterator[str]:
-    """All beginnings and endings of a dotted name that are whole words."""
-    words = name.split(".")
-    for cut in range(1, len(words)):
-        yield ".".join(words[:cut])
-        yield ".".join(words[cut:])
+def _runs(name: str, counts: Iterable[int]) -> Iterator[str]:
+    """So many words of a dotted name as follow each other."""
+    words = name.split(".") if counts else []
+    for count in counts:
+        for first in range(len(words) - count + 1):
+            yield ".".join(words[first : first + count])

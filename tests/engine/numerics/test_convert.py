@@ -18,7 +18,9 @@ from engine.run.model_runner import ModelRunner
 from engine.run.quantization import convert as module
 from engine.run.quantization.convert import convert, quantize_rows
 from engine.run.quantization.formats import read_quantization
+from engine.run.quantization.plan import plan_pieces
 from engine.run.quantization.scheme import Scheme
+from engine.run.tensor_files import open_file
 from kernels.linear.reference import quantize
 from tests.engine.numerics import eight_bit
 
@@ -122,6 +124,46 @@ def test_what_is_left_alone(oracles, tmp_path):
     files = read_quantization({"quantization_config": section})
     assert files.scheme("model.layers.1.mlp.gate_proj").block == (16, 4)
     load(tmp_path / "out")
+
+
+def test_what_is_left_alone_of_a_published_model(tmp_path):
+    """Visual tower, embeddings, gates, what joins tokens in multi-token prediction; all experts of
+    a stacked tensor that was asked for stay one tensor."""
+    few = "few numbers that decide much"
+    expected = {
+        "model.language_model.embed_tokens.weight": None,
+        "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": "",
+        "model.language_model.layers.0.linear_attn.in_proj_z.weight": "",
+        "model.language_model.layers.0.linear_attn.in_proj_b.weight": few,
+        "model.language_model.layers.0.linear_attn.in_proj_a.weight": few,
+        "model.language_model.layers.0.mlp.gate.weight": few,
+        "model.language_model.layers.0.mlp.gate_proj.weight": "",
+        "model.language_model.layers.0.mlp.shared_expert_gate.weight": few,
+        "model.visual.blocks.0.attn.qkv.weight": None,
+        "mtp.fc.weight": few,
+        "mtp.layers.0.self_attn.q_proj.weight": "",
+        "lm_head.weight": few,
+    }
+    tensors = {name: torch.randn(8, 8) for name in expected}
+    tensors["model.layers.0.linear_attn.A_log"] = torch.randn(8)
+    tensors["model.layers.0.linear_attn.conv1d.weight"] = torch.randn(8, 1, 4)
+    tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
+    tensors["model.layers.2.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    scheme = Scheme("int8", (1, None), "weight_scale")
+    pieces = plan_pieces(
+        open_file(tmp_path / "model.safetensors"), scheme, ("layers.2.mlp.experts",)
+    )
+    planned = {piece.name: piece for piece in pieces}
+    for name, reason in expected.items():
+        assert (planned[name].scheme is not None) == (reason == ""), name
+        assert planned[name].reason == (reason or ""), name
+    assert planned["model.layers.0.linear_attn.A_log"].scheme is None
+    assert planned["model.layers.0.linear_attn.conv1d.weight"].scheme is None
+    up = planned["model.layers.1.mlp.experts.2.up_proj.weight"]
+    stacked = tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(up.source.read_part(up.first, up.shape), stacked[2, 4:])
+    assert planned["model.layers.2.mlp.experts.gate_up_proj"].reason == "asked for"
 
 
 def test_shards_and_what_lies_beside(oracles, driver_class, random_tokens, tmp_path):

@@ -248,7 +248,7 @@ def test_partial_blocks_round_up():
 def test_names_match_on_whole_words():
     full = Names.of(["model.layers.1.mlp.gate", "lm_head", "visual"], anywhere=True)
     assert full.has("model.language_model.layers.1.mlp.gate") and full.has("lm_head")
-    assert full.has("visual.blocks.0.attn") and not full.has("model.layers.1.mlp.gate_proj")
+    assert full.has("model.visual.blocks.0.attn") and not full.has("model.layers.1.mlp.gate_proj")
     assert not full.has("model.layers.11.mlp.gate") and not full.has("model.layers.1.mlp")
     patterns = Names.of([r"re:.*mlp\.gate$", "re:model.language_model.layers.0.", "lm_head"])
     assert patterns.has("model.layers.7.mlp.gate") and patterns.has("model.layers.0.mlp.up_proj")
