@@ -67,7 +67,7 @@ class Parameter:
         assert scale is not None
         device = self.target.device
         row_scales = self.scheme.row_scales(scale, *tensor.shape)[rows].to(device)
-        stored = tensor.to(device)[rows]
+        stored = tensor[rows].to(device)
         if self.scale is None:
             widen(self.target, stored, row_scales, self.scheme.block[1])
         else:
