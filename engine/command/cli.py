@@ -1,5 +1,5 @@
-"""The command ``engine``: serve, generate, inspect. Wrong input ends with exit code 2 and one
-sentence."""
+"""The command ``engine``: serve, generate, inspect, convert. Wrong input ends with exit code 2 and
+one sentence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.command.flags import (
@@ -93,6 +94,14 @@ def _parser() -> Parser:
             "say what a model's prefixes weigh and what a budget holds",
         )
     )
+    _add_convert(
+        add(
+            "convert",
+            _convert,
+            "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
+            "write a model's weights in eight bits",
+        )
+    )
     return parser
 
 
@@ -145,6 +154,27 @@ def _add_inspect(inspect: Parser) -> None:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_convert(convert: Parser) -> None:
+    convert.add_argument("model", help="model directory in full precision")
+    convert.add_argument("out", help="directory to make")
+    convert.add_argument(
+        "--to",
+        choices=("int8", "fp8"),
+        required=True,
+        help="int8: a scale per output channel, as of compressed-tensors; fp8: blocks of 128 x 128",
+    )
+    convert.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="more layers to leave as they are: words of their names as in linear_attn.out_proj, "
+        "or a regular expression after re:",
+    )
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments)
@@ -189,6 +219,17 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from engine.command.convert import as_record, as_text
+    from engine.run.quantization.convert import convert
+
+    done = convert(
+        Path(arguments.model), Path(arguments.out), arguments.to, tuple(arguments.ignore)
+    )
+    print(json.dumps(as_record(done)) if arguments.json else as_text(done))
+    return 0
+
+
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
     return {
         "prompt": prompt,
@@ -214,7 +255,7 @@ def _summary(output: RequestOutput) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from engine.command.inspect import as_record, as_text, load_geometry
+    from engine.command.inspect import as_record, as_text, describe_files, load_geometry
 
     if not all(0 < gib < math.inf for gib in arguments.budget_gib):
         raise ValueError("--budget-gib must be finite and above 0.")
@@ -224,8 +265,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     geometry = load_geometry(arguments.model, **dtypes)
+    files = describe_files(arguments.model)
     if arguments.json:
-        print(json.dumps(as_record(geometry, arguments.budget_gib)))
+        print(json.dumps(as_record(geometry, arguments.budget_gib, files)))
     else:
-        print(as_text(geometry, arguments.budget_gib))
+        print(as_text(geometry, arguments.budget_gib, files))
     return 0

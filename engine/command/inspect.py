@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.config import BUILTIN_NAME
+from engine.run.quantization.names import MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB, format_bytes, format_count
@@ -52,6 +54,29 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
     return replace(geometry, name=path.stem) if is_named_file else geometry
 
 
+def describe_files(word: str | None) -> str | None:
+    """How the weights of a model directory, or of the one that a config.json lies in, are
+    quantised, or why that is not served; None: they are not. Imports torch if they are."""
+    if word is None:
+        return None
+    path = Path(word)
+    directory = path if path.is_dir() else path.parent
+    config = directory / "config.json" if path.is_dir() else path
+    if config.suffix != ".json" or not config.is_file():
+        return None
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    if "quantization_config" not in json.dumps(raw) and not (directory / MODEL_SLIM_FILE).is_file():
+        return None
+    from engine.run.model_config import ModelError
+    from engine.run.quantization.formats import read_quantization
+
+    try:
+        found = read_quantization(raw, directory)
+    except ModelError as error:
+        return str(error)
+    return None if found is None else f"{found.describe()} ({found.label})"
+
+
 def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
     """What ``budget_bytes`` hold as one arena, for KV alone and for each interval of
     ``INTERVALS``."""
@@ -66,10 +91,13 @@ def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
     return tuple(rows)
 
 
-def as_record(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> dict[str, object]:
+def as_record(
+    geometry: ModelGeometry, budgets_gib: Sequence[float], files: str | None = None
+) -> dict[str, object]:
     """Everything ``as_text`` says, for machines."""
     return {
         **asdict(geometry),
+        "files": files,
         "state_bytes": geometry.state_bytes,
         "recurrent_bytes": geometry.recurrent_bytes,
         "state_tokens": geometry.state_tokens,
@@ -80,14 +108,15 @@ def as_record(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> dict[str
     }
 
 
-def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float]) -> str:
-    """One screen about ``geometry``."""
+def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float], files: str | None = None) -> str:
+    """One screen about ``geometry``; ``files`` as ``describe_files`` says."""
     lines = [
         geometry.name,
         f"  mixers       {geometry.num_full_layers} with KV, "
         f"{geometry.num_linear_layers} with a state",
         f"  weights      {format_count(geometry.total_params)}, "
         f"{format_count(geometry.active_params)} active (embeddings not counted)",
+        *([] if files is None else [f"  files        {files}"]),
         f"  KV           {format_bytes(geometry.kv_bytes_per_token)} a token",
     ]
     if geometry.state_bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ from engine.run.model_config import ModelConfig, ModelError, read_config
 from engine.run.models import read_model
 from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.run.models.decoder import Decoder
+from engine.run.quantization.formats import read_quantization
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.run.weights import Dummy, WeightFiles
 from engine.schedule.batch import Batch, Segment
@@ -62,10 +65,7 @@ class ModelRunner:
             Path(config.model) if config.model else None,
             family,
             self.config,
-            Build(
-                self.kernels,
-                WeightSpec(self.device.torch_device, self.dtype, config.quantization),
-            ),
+            Build(self.kernels, self._weight_spec(config, raw)),
             load_format=config.load_format,
             num_workers=config.load_workers,
             seed=config.seed,
@@ -93,6 +93,19 @@ class ModelRunner:
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
         self.warmed: WarmUp | None = self._warm_up() if warms_up else None
         """What the start took; None: no warm-up (disabled, or a CPU)."""
+
+    def _weight_spec(self, config: EngineConfig, raw: Mapping[str, Any]) -> WeightSpec:
+        """Raises ModelError where the files are quantised in a way that is not served."""
+        place = self.device.torch_device, self.dtype, config.quantization
+        if config.model is None or config.load_format == "dummy":
+            return WeightSpec(*place)
+        products = {
+            (format, columns)
+            for format, columns in self.kernels["linear"].PRODUCTS
+            if self.device.supports(format)
+        }
+        files = read_quantization(raw, Path(config.model))
+        return WeightSpec(*place, files, frozenset(products))
 
     def _warm_up(self) -> WarmUp:
         try:
@@ -356,13 +369,13 @@ def load_model(
         dummy = Dummy(seed)
         model = family(config, build, dummy.fill)
         return model, f"seeded weights (seed {seed}), untrained"
-    weight_files = WeightFiles(model_dir, num_workers)
+    weight_files = WeightFiles(model_dir, num_workers, build.weights.files)
     is_stacked = weight_files.has_stacked_experts
-    outline = Build(build.kernels, WeightSpec(torch.device("meta"), build.weights.dtype))
+    outline = Build(build.kernels, replace(build.weights, device=torch.device("meta")))
     plan = family(config, outline, stacked_experts=is_stacked)
     weight_files.check(plan.parameters(), tied=config.tie_embeddings)
     model = family(config, build, weight_files.fill, stacked_experts=is_stacked)
-    return model, weight_files.close()
+    return model, weight_files.close() + build.weights.note()
 
 
 def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:

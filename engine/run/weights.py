@@ -3,63 +3,64 @@ files."""
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from engine.run.layers.parameters import Layer, Parameter
-from engine.run.model_config import ModelError
+from engine.run.quantization.names import model_name
+from engine.run.quantization.scheme import Quantization, Scheme
+from engine.run.tensor_files import (
+    FILE_DTYPES,
+    FULL_DTYPES,
+    Tensor,
+    WeightsError,
+    enumerated,
+    find_files,
+    open_file,
+)
 
 SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
 """Parts of a model's files that are known and not served: multi-token prediction heads, the visual
 tower."""
-MOST_NAMED = 8
-"""Tensors of each kind that an error names; the rest are counted."""
 DUMMY_STD = 0.02
-
-
-class WeightsError(ModelError):
-    """Weight files that do not fit the model, or can not be read: one message that names what is
-    wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of a weight file, unread."""
-
-    name: str
-    """As the file has it."""
-    path: Path
-    file: Any
-    """The open file: a header lists tens of thousands of tensors, and is read once."""
-    shape: tuple[int, ...]
+CHUNK_BYTES = 2**24
+"""What one worker reads of a tensor before another may go on with it."""
+LEAST_READ_BYTES = 2**14
+"""Rows in another order are read run by run where a run has as many on average."""
 
 
 class WeightFiles:
     """The safetensors files of one model directory, open until ``close``. Reads headers only, until
     ``fill``."""
 
-    def __init__(self, model_dir: Path, num_workers: int) -> None:
+    def __init__(
+        self, model_dir: Path, num_workers: int, quantization: Quantization | None = None
+    ) -> None:
+        self._quantization = quantization
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="weights")
         self._started = time.monotonic()
         self._num_bytes = 0
         headers = self._pool.map(open_file, find_files(model_dir))
         self.tensors: dict[str, Tensor] = {}
         self.skipped: list[str] = []
+        self._files: dict[Path, io.FileIO] = {}
         for tensor in (tensor for header in headers for tensor in header):
+            self._files[tensor.path] = tensor.file
             if tensor.name.startswith(SKIPPED):
                 self.skipped.append(tensor.name)
             else:
                 self.tensors[model_name(tensor.name)] = tensor
+        if quantization is not None:
+            names = (*self.tensors, *self.skipped)
+            quantization.check_ignored(name.rpartition(".")[0] for name in names)
 
     @property
     def has_stacked_experts(self) -> bool:
@@ -69,18 +70,26 @@ class WeightFiles:
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
         """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming
         all that have not."""
-        wanted = {name: tuple(parameter.target.shape) for name, parameter in parameters}
-        unexpected = sorted(set(self.tensors) - set(wanted))
+        wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
+        schemes: dict[str, Scheme | None] = {}
+        for name, parameter in parameters:
+            shape, scheme = tuple(parameter.target.shape), parameter.scheme
+            wanted[name], schemes[name] = (shape,), scheme
+            if scheme is not None:
+                wanted[scale_name(name, scheme)] = scale_shapes(scheme, *shape)
+        self._check_dtypes(schemes)
+        offsets = {offset_name(name) for name, scheme in schemes.items() if scheme is not None}
+        unexpected = sorted(set(self.tensors) - set(wanted) - offsets)
         if tied and "lm_head.weight" in unexpected:
             unexpected.remove("lm_head.weight")  # a copy of the embedding
         missing = sorted(set(wanted) - set(self.tensors))
         misshaped = [
-            f"{name} is {list(self.tensors[name].shape)} instead of {list(shape)}"
-            for name, shape in sorted(wanted.items())
-            if name in self.tensors and self.tensors[name].shape != shape
+            f"{name} is {list(self.tensors[name].shape)} instead of {list(shapes[0])}"
+            for name, shapes in sorted(wanted.items())
+            if name in self.tensors and self.tensors[name].shape not in shapes
         ]
         complaints = [
-            f"{len(names)} {kind}: {_enumerate(names)}"
+            f"{len(names)} {kind}: {enumerated(names)}"
             for kind, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),
@@ -93,78 +102,105 @@ class WeightFiles:
                 f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}."
             )
 
+    def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
+        """What config.json says is 8-bit is so in the files, and nothing else is."""
+        found = {name: self.tensors[name].dtype for name in schemes if name in self.tensors}
+        plain, coded = [], []
+        for name, dtype in sorted(found.items()):
+            scheme = schemes[name]
+            if scheme is not None and dtype != FILE_DTYPES[scheme.format]:
+                plain.append(f"{name} is {dtype}")
+            elif scheme is None and dtype not in FULL_DTYPES:
+                coded.append(f"{name} is {dtype}")
+        if plain:
+            assert self._quantization is not None
+            raise WeightsError(
+                f"config.json says that {self._quantization.describe()} are {len(plain)} weights "
+                f"which are not ({enumerated(plain)}): name them under "
+                f"{self._quantization.ignore_key}."
+            )
+        if coded:
+            raise WeightsError(
+                f"quantization_config in config.json does not say how {len(coded)} weights are "
+                f"quantised: {enumerated(coded)}."
+            )
+
     def fill(self, layer: Layer) -> None:
         """Read the tensors of one layer, in parallel, and put them where they go. Raises
         WeightsError."""
-        for num_bytes in self._pool.map(self._fill_one, layer.parameters()):
+        jobs = [job for item in layer.parameters() for job in self._jobs(*item)]
+        for num_bytes in self._pool.map(lambda job: job(), jobs):
             self._num_bytes += num_bytes
 
-    def _fill_one(self, item: tuple[str, Parameter]) -> int:
-        name, parameter = item
-        source = self.tensors[name]
-        try:
-            tensor = source.file.get_tensor(source.name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{source.path.name} can not be read: {error}.") from None
-        parameter.fill(tensor)
-        return tensor.nbytes
+    def _jobs(self, name: str, parameter: Parameter) -> Iterator[Callable[[], int]]:
+        """Reads that may run side by side; each gives its bytes. What lies in the file as it is
+        wanted is read into its place, a chunk at a time."""
+        source, target = self.tensors[name], parameter.target
+        runs = parameter.runs() if is_place_for(source, parameter) else []
+        if not runs or target.nbytes < LEAST_READ_BYTES * len(runs):
+            yield partial(self._convert, name, parameter)
+            return
+        flat, width = target.view(-1), target[0].numel()
+        size = CHUNK_BYTES // target.element_size()
+        for row, source_row, num_rows in runs:
+            for first in range(0, num_rows * width, size):
+                part = slice(row * width + first, row * width + min(first + size, num_rows * width))
+                yield partial(source.read_into, flat[part], source_row * width + first)
+
+    def _convert(self, name: str, parameter: Parameter) -> int:
+        tensor, scale = self.tensors[name].read(), None
+        if parameter.scheme is not None:
+            scale = self.tensors[scale_name(name, parameter.scheme)].read()
+            offset = self.tensors.get(offset_name(name))
+            if offset is not None and offset.read().count_nonzero():
+                raise WeightsError(f"{offset.name} is not zero: only symmetric weights are served.")
+        parameter.fill(tensor, scale)
+        return tensor.nbytes + (0 if scale is None else scale.nbytes)
 
     def close(self) -> str:
         """End the workers and close the files; a line on what was read."""
         self._pool.shutdown()
+        for file in self._files.values():
+            file.close()
         self.tensors.clear()
         seconds = time.monotonic() - self._started
         line = f"{self._num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
         if self.skipped:
             line += (
-                f"; {len(self.skipped)} tensors left alone ({_enumerate(sorted(self.skipped), 2)})"
+                f"; {len(self.skipped)} tensors left alone ({enumerated(sorted(self.skipped), 2)})"
             )
         return line
 
 
-def find_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a model, single or sharded. Raises WeightsError."""
-    index = model_dir / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(model_dir.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(
-                f"there are no .safetensors files in {model_dir}; use load_format dummy to try "
-                "without weights."
-            )
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise WeightsError(f"{index.name} is not a valid index of safetensors files.") from None
-    if not all(isinstance(name, str) for name in names):
-        raise WeightsError(f"{index.name} is not a valid index of safetensors files.")
-    absent = [name for name in names if not (model_dir / name).is_file()]
-    if absent:
-        raise WeightsError(f"files named in {index.name} are missing: {_enumerate(absent)}.")
-    return [model_dir / name for name in names]
+def is_place_for(source: Tensor, parameter: Parameter) -> bool:
+    """Whether the file's bytes can be read into the target, maybe with rows in another order."""
+    target = parameter.target
+    return (
+        parameter.scheme is None
+        and target.dtype is source.torch_dtype
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+        and target.numel() > 0
+    )
 
 
-def open_file(path: Path) -> list[Tensor]:
-    """The tensors of one file. Raises WeightsError for a truncated or corrupted one."""
-    try:
-        file = safe_open(path, framework="pt")
-        return [
-            Tensor(name, path, file, tuple(file.get_slice(name).get_shape()))
-            for name in file.keys()  # noqa: SIM118 (not a dict)
-        ]
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path.name} is truncated or corrupted ({error}); fetch it again."
-        ) from None
+def scale_name(name: str, scheme: Scheme) -> str:
+    """Of the scales of the weight ``name``."""
+    return f"{name.removesuffix('.weight')}.{scheme.scale_name}"
 
 
-def model_name(name: str) -> str:
-    """A tensor's name without the wrapping that multimodal models put around their text part."""
-    for wrapping in ("model.language_model.", "language_model.model."):
-        if name.startswith(wrapping):
-            return "model." + name.removeprefix(wrapping)
-    return name.removeprefix("language_model.") if name.startswith("language_model.lm_") else name
+def offset_name(name: str) -> str:
+    """Of the zero points of the weight ``name``, which ModelSlim writes where they are all 0."""
+    return f"{name.removesuffix('.weight')}.weight_offset"
+
+
+def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
+    """All that the scales of a weight ``[num_rows, num_columns]`` may have; one for a row or for
+    all come without the last dimensions too."""
+    shape = scheme.scale_shape(num_rows, num_columns)
+    if not scheme.has_channel_scales:
+        return (shape,)
+    return (shape, shape[:1]) if scheme.block[0] is not None else (shape, (1,), ())
 
 
 class Dummy:
@@ -190,8 +226,3 @@ class Dummy:
             target.uniform_(math.log(0.01), math.log(16.0), generator=generator)
         else:
             target.normal_(0.0, DUMMY_STD, generator=generator)
-
-
-def _enumerate(names: list[str], most: int = MOST_NAMED) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -18,34 +18,44 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.reference import Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, Format, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
 
 __all__ = ["linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
+PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset(
+    {("int8", None), ("fp8", None), ("fp8", SCALE_BLOCK)}
+)
+"""See ``reference.PRODUCTS``."""
 FEW_TOKENS = 64
 """Up to here spans run side by side."""
 PROGRAMS = 256
 """With few tokens, spans are cut until about this many programs share the weight: two for each
 multiprocessor of an H100."""
 LEAST_SPAN = 512
+BLOCK = tl.constexpr(SCALE_BLOCK)
 
 
 @triton.jit
 def multiply_span(
-    p_w, p_x, m_m, m_t, start, end,
+    p_w, p_x, p_scale, m_m, m_t, start, end,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from pointers to the rows
-    of w and x."""
+    of w and x. ``p_scale``: to those of w's scales, one for each BLOCK elements, or None."""
     b_y = tl.zeros([BM, BT], tl.float32)
     for i_k in range(start, end, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < end
         b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        b_y = tl.dot(b_w.to(b_x.dtype), b_x, b_y, input_precision=PRECISION)
+        if p_scale is None:
+            b_y = tl.dot(b_w.to(b_x.dtype), b_x, b_y, input_precision=PRECISION)
+        else:
+            b_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
+            b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
+            b_y += b_product * b_scale[:, None]
     return b_y
 
 
@@ -65,6 +75,7 @@ def linear_kernel(
     x,
     w,
     scale,
+    block_scale,
     bias,
     y,
     num_tokens,
@@ -84,6 +95,9 @@ def linear_kernel(
     mask = m_m[:, None] & m_t[None, :]
     p_w = w + o_m.to(tl.int64) * N
     p_x = x + o_t.to(tl.int64) * x_stride
+    p_scale = block_scale
+    if block_scale is not None:
+        p_scale += o_m * tl.cdiv(N, BLOCK)
     i_s = tl.program_id(2)
     first, last = (i_s * span, tl.minimum(i_s * span + span, N)) if SPANS_APART else (0, N)
     b_total = tl.zeros([BM, BT], tl.float32)
@@ -91,7 +105,7 @@ def linear_kernel(
     # stored.
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
-        b_total += multiply_span(p_w, p_x, m_m, m_t, start, end, BM, BT, BK, PRECISION)
+        b_total += multiply_span(p_w, p_x, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION)
     if SPANS_APART:
         p_y = y + (i_s.to(tl.int64) * num_tokens + o_t[None, :]) * M + o_m[:, None]
         tl.store(p_y, b_total, mask=mask)
@@ -141,16 +155,18 @@ def linear_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(x @ quantized.T) * scale + bias``, activations unquantised; see
+    """``x @ (quantized * scale).T + bias``, activations unquantised; see
     ``reference.linear_8bit``."""
     return _product(x, quantized, scale, bias)
 
 
 def prepare_8bit(
-    weight: torch.Tensor, bias: torch.Tensor | None, format: Format
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
-    quantized, scale = quantize(weight, format)
+    """``linear_8bit`` with this weight, whatever the dtype of x."""
     return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
 
 
@@ -165,19 +181,21 @@ def _product(
     y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return y
+    by_channel, by_block = scales_of(weight, scale)
     span = span_of(num_outputs, size)
     num_spans = triton.cdiv(size, span)
     apart = num_spans > 1 and num_tokens <= FEW_TOKENS
-    tile = tile_config(num_tokens, x.dtype, weight.dtype)
-    tile |= tuned(
-        "linear.linear_kernel", x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
-    )
+    tile = tile_config(num_tokens, x.dtype, weight.dtype, in_blocks=by_block is not None)
+    if by_block is None:
+        key = x.dtype, weight.dtype, num_outputs, size, token_class(num_tokens)
+        tile |= tuned("linear.linear_kernel", *key)
     grid = (triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"]))
     target = y.new_empty(num_spans, num_tokens, num_outputs, dtype=torch.float32) if apart else y
     linear_kernel[(*grid, num_spans if apart else 1)](
         x,
         weight,
-        scale,
+        by_channel,
+        by_block,
         bias,
         target,
         num_tokens,
@@ -191,7 +209,7 @@ def _product(
     if apart:
         add_spans_kernel[grid](
             target,
-            scale,
+            by_channel,
             bias,
             y,
             num_tokens,
@@ -201,6 +219,13 @@ def _product(
             BT=tile["BT"],
         )
     return y
+
+
+def scales_of(
+    weight: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(a scale for each row, or None; one for each block of every row, or None)."""
+    return (None, scale) if scale is not None and scale.ndim == weight.ndim else (scale, None)
 
 
 def span_of(num_outputs: int, size: int) -> int:
@@ -217,12 +242,15 @@ def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
 
 
 def tile_config(
-    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype
+    num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype, *, in_blocks: bool = False
 ) -> dict[str, int | str]:
-    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on
-    it."""
+    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on it.
+
+    ``in_blocks``: of weights with scales by block, which take a third accumulator: half the tile.
+    """
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
-    tokens = 128 if wide else min(64, max(16, triton.next_power_of_2(num_tokens)))
+    narrow = min(64, max(16, triton.next_power_of_2(num_tokens)))
+    tokens = 128 if wide and not in_blocks else narrow
     return {
         "BM": 128 if wide else 64,
         "BT": tokens,

@@ -28,6 +28,13 @@ STORAGE: dict[Format, tuple[torch.dtype, float]] = {
 }
 """The dtype of each 8-bit format and the largest magnitude it is scaled to."""
 
+SCALE_BLOCK = 128
+"""Elements of a row that share a scale, where a row has more than one."""
+
+PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset({("int8", None)})
+"""8-bit weights that are multiplied as they are: format, and elements of a row that share a scale
+(None: all). Others are faster widened once."""
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``: x ``[T, N]``, weight ``[M, N]``, bias ``[M]``; ``[T, M]``."""
@@ -72,16 +79,18 @@ def linear_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(x @ quantized.T) * scale + bias`` in x's dtype: activations stay as they are, weights are
+    """``x @ (quantized * scale).T + bias`` in x's dtype: activations stay as they are, weights are
     widened on the way.
 
     Args:
-        x: ``[T, N]``; quantized: int8 or float8_e4m3fn ``[M, N]``; scale: float32 ``[M]``; bias:
-        ``[M]`` or None.
+        x: ``[T, N]``; quantized: int8 or float8_e4m3fn ``[M, N]``; bias: ``[M]`` or None.
+        scale: float32 ``[M]``, or ``[M, ceil(N / SCALE_BLOCK)]``: one for each block of a row.
 
     Returns:
         ``[T, M]``.
     """
+    if scale.ndim == 2:
+        return linear(x, widened(quantized, scale, x.dtype), bias)
     out = linear(x, quantized.to(x.dtype)).float().mul_(scale)
     if bias is not None:
         out += bias
@@ -89,8 +98,20 @@ def linear_8bit(
 
 
 def prepare_8bit(
-    weight: torch.Tensor, bias: torch.Tensor | None, format: Format
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
-    quantized, scale = quantize(weight, format)
-    return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+    """``linear_8bit`` with this weight, for x of ``dtype``. What is not in ``PRODUCTS`` is widened
+    here on a CPU, once."""
+    is_product = quantized.dtype is torch.int8 and scale.ndim == 1
+    if quantized.device.type != "cpu" or is_product:
+        return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+    return prepare(widened(quantized, scale, dtype), bias)
+
+
+def widened(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``quantized * scale``, in float32 and rounded once; see ``linear_8bit``."""
+    scale = scale[:, None] if scale.ndim == 1 else scale.repeat_interleave(SCALE_BLOCK, dim=1)
+    return (quantized.float() * scale[:, : quantized.shape[1]]).to(dtype)

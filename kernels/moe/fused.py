@@ -17,12 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.fused import depth_of, multiply_span
-from kernels.linear.reference import Format
+from kernels.linear.fused import BLOCK, depth_of, multiply_span, scales_of
 from kernels.moe.reference import quantize_experts
 from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
+
+__all__ = ["experts", "experts_8bit", "prepare", "prepare_8bit", "quantize_experts", "route"]
 
 FEW_TOKENS = 16
 """Up to here a block is one row: experts are rarely shared, and sorting would cost more than
@@ -163,6 +164,7 @@ def gate_up_kernel(
     x,
     w,
     w_scale,
+    block_scale,
     inner,
     pairs,
     block_experts,
@@ -192,6 +194,9 @@ def gate_up_kernel(
     first = i_e * (2 if GATED else 1) * INNER
     p_gate = w + (first + o_m) * size
     p_up = w + (first + INNER + o_m) * size
+    p_scale = block_scale
+    if block_scale is not None:
+        p_scale += (first + o_m) * tl.cdiv(size, BLOCK)
     b_gate = tl.zeros([BM, BT], tl.float32)
     b_up = tl.zeros([BM, BT], tl.float32)
     for i_k in range(0, size, BK):
@@ -200,15 +205,24 @@ def gate_up_kernel(
         m_w = m_m[:, None] & m_k[None, :]
         b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
         b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
-        b_gate = tl.dot(b_w, b_x, b_gate, input_precision=PRECISION)
+        if block_scale is None:
+            b_gate = tl.dot(b_w, b_x, b_gate, input_precision=PRECISION)
+        else:
+            b_scale = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
+            b_gate += tl.dot(b_w, b_x, input_precision=PRECISION) * b_scale[:, None]
         if GATED:
             b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0).to(b_x.dtype)
-            b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
+            if block_scale is None:
+                b_up = tl.dot(b_w, b_x, b_up, input_precision=PRECISION)
+            else:
+                p_up_scale = p_scale + INNER * tl.cdiv(size, BLOCK)
+                b_scale = tl.load(p_up_scale + i_k // BLOCK, mask=m_m, other=0.0)
+                b_up += tl.dot(b_w, b_x, input_precision=PRECISION) * b_scale[:, None]
     if w_scale is not None:
-        p_scale = w_scale + first + o_m
-        b_gate *= tl.load(p_scale, mask=m_m, other=0.0)[:, None]
+        p_channel = w_scale + first + o_m
+        b_gate *= tl.load(p_channel, mask=m_m, other=0.0)[:, None]
         if GATED:
-            b_up *= tl.load(p_scale + INNER, mask=m_m, other=0.0)[:, None]
+            b_up *= tl.load(p_channel + INNER, mask=m_m, other=0.0)[:, None]
     # Rounded where the reference rounds: after the product.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
     if GATED:
@@ -226,6 +240,7 @@ def down_kernel(
     inner,
     w,
     w_scale,
+    block_scale,
     y,
     pairs,
     block_experts,
@@ -249,7 +264,10 @@ def down_kernel(
     m_m, m_t = o_m < H, o_p < num_pairs
     p_inner = inner + o_p.to(tl.int64) * size
     p_w = w + (i_e * H + o_m) * size
-    b_y = multiply_span(p_w, p_inner, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
+    p_scale = block_scale
+    if block_scale is not None:
+        p_scale += (i_e * H + o_m) * tl.cdiv(size, BLOCK)
+    b_y = multiply_span(p_w, p_inner, p_scale, m_m, m_t, 0, size, BM, BT, BK, PRECISION)
     if w_scale is not None:
         b_y *= tl.load(w_scale + i_e * H + o_m, mask=m_m, other=0.0)[:, None]
     p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
@@ -308,7 +326,7 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """``experts`` with 8-bit weights and their scales ``[E, 2I]`` and ``[E, H]``; see
+    """``experts`` with 8-bit weights and their scales, by row or by block of a row; see
     ``reference.experts_8bit``."""
     return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale)
 
@@ -321,12 +339,14 @@ def prepare(
 
 
 def prepare_8bit(
-    w13: torch.Tensor, w2: torch.Tensor, format: Format
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may
-    be dropped."""
-    (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
-    return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
+    """``experts_8bit`` with these weights, whatever the dtype of hidden states."""
+    return partial(experts_8bit, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
 
 
 def _experts(
@@ -355,13 +375,14 @@ def _experts(
         "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "num_stages": pipeline_stages(4),
     }
-    dtypes = (hidden.dtype, w13.dtype)
-    up = config | tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
-    down = config | tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
+    up, down, dtypes = dict(config), dict(config), (hidden.dtype, w13.dtype)
+    if w13_scale is None or w13_scale.ndim == 2:
+        up |= tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
+        down |= tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
     gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), blocks.num_blocks)](
         hidden,
         w13,
-        w13_scale,
+        *scales_of(w13, w13_scale),
         inner,
         *where,
         w13.shape[2],
@@ -372,7 +393,7 @@ def _experts(
         **up,
     )
     down_kernel[(triton.cdiv(hidden_size, down["BM"]), blocks.num_blocks)](
-        inner, w2, w2_scale, results, *where, inner_size, H=hidden_size, **down
+        inner, w2, *scales_of(w2, w2_scale), results, *where, inner_size, H=hidden_size, **down
     )
     weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
         results, weights, out, K=k, H=hidden_size, BH=min(1024, triton.next_power_of_2(hidden_size))

@@ -11,6 +11,7 @@ import torch
 from kernels.activation.reference import relu_squared, sigmoid, silu_and_mul
 from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, quantize
 from kernels.linear.reference import prepare as prepare_linear
+from kernels.linear.reference import prepare_8bit as prepare_linear_8bit
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +121,7 @@ def experts_8bit(
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
     """``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``, scales ``[E, 2I]``
-    and ``[E, H]``."""
+    and ``[E, H]``, or as ``linear_8bit`` takes them for blocks of a row."""
     products = [
         (
             partial(linear_8bit, quantized=w13[e], scale=w13_scale[e]),
@@ -132,12 +133,22 @@ def experts_8bit(
 
 
 def prepare_8bit(
-    w13: torch.Tensor, w2: torch.Tensor, format: Format
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, quantised here, an expert at a time: the originals may
-    be dropped."""
-    (up, up_scale), (down, down_scale) = (quantize_experts(w, format) for w in (w13, w2))
-    return partial(experts_8bit, w13=up, w13_scale=up_scale, w2=down, w2_scale=down_scale)
+    """``experts_8bit`` with these weights, for hidden states of ``dtype``; see
+    ``linear.reference.prepare_8bit``."""
+    products = [
+        (
+            prepare_linear_8bit(w13[e], w13_scale[e], None, dtype),
+            prepare_linear_8bit(w2[e], w2_scale[e], None, dtype),
+        )
+        for e in range(len(w13))
+    ]
+    return partial(_experts, products=products, activate=_activation(w13, w2))
 
 
 def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:

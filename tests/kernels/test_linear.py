@@ -50,6 +50,21 @@ def test_8bit_weights(backend, format, dtype, num_tokens, device, assert_close) 
     assert_close(backend.linear_8bit(x, quantized, scale, bias), product.to(dtype), factor=2)
 
 
+@BACKENDS
+@pytest.mark.parametrize("num_tokens, size", [(1, 1100), (66, 200)])
+def test_scales_by_block(backend, num_tokens, size, device, assert_close) -> None:
+    """As of fp8 weights in blocks of 128 x 128; the last block is a part of one. With few tokens
+    and a long row, spans run side by side."""
+    quantized, _ = backend.quantize(torch.randn(70, size, device=device), "fp8")
+    scale = torch.rand(70, -(-size // reference.SCALE_BLOCK), device=device)
+    x, bias = torch.randn(num_tokens, size, device=device), torch.randn(70, device=device)
+    widened = quantized.double() * scale.double().repeat_interleave(128, dim=1)[:, :size]
+    product = x.double() @ widened.T + bias.double()
+    assert_close(
+        backend.prepare_8bit(quantized, scale, bias, x.dtype)(x), product.float(), factor=2
+    )
+
+
 @FORMATS
 def test_quantized_weights_are_near(format) -> None:
     """Half a step of int8 at each channel's largest weight; half a unit of the last of fp8's four

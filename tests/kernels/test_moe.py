@@ -145,6 +145,22 @@ def test_8bit_experts(backend, format, num_tokens, gated, device, assert_close) 
 
 
 @BACKENDS
+@pytest.mark.parametrize("num_tokens", [2, 30])
+def test_experts_with_scales_by_block(backend, num_tokens, device, assert_close) -> None:
+    case = layer(num_tokens, 4, 160, 140, torch.float32, device)
+    weights, experts = reference.route(case["logits"], 2, True)
+    stored = [quantize(case[name], "fp8")[0] for name in ("w13", "w2")]
+    scales = [torch.rand(*w.shape[:2], 2, device=device) / 448 for w in stored]
+    run = backend.prepare_8bit(stored[0], scales[0], stored[1], scales[1], torch.float32)
+    widened = [
+        w.float() * scale.repeat_interleave(128, dim=2)[..., : w.shape[2]]
+        for w, scale in zip(stored, scales, strict=True)
+    ]
+    expected = formula(case["hidden"], weights, experts, *widened)
+    assert_close(run(case["hidden"], weights, experts), expected, factor=2)
+
+
+@BACKENDS
 @DTYPES
 def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:
     case = layer(40, 6, 48, 40, dtype, device)
@@ -196,9 +212,11 @@ def test_every_row_count_gives_the_same_bits(format, device) -> None:
     given = layer(1024, 32, 2048, 512, torch.bfloat16, device)
     hidden, logits = given.pop("hidden"), given.pop("logits")
     weights, experts = fused.route(logits, 10, True)
-    product = (
-        fused.prepare(**given) if format is None else fused.prepare_8bit(**given, format=format)
-    )
+    if format is None:
+        product = fused.prepare(**given)
+    else:
+        eight_bit = [part for w in given.values() for part in fused.quantize_experts(w, format)]
+        product = fused.prepare_8bit(*eight_bit, torch.bfloat16)
     together = product(hidden, weights, experts)
     counts = (1, 4, 16, 17, 40, 64, 100, 128, 200, 300)
     assert {fused.make_blocks(experts[:n], 32).rows for n in counts} == {16, 32, 64}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.run.layers.parameters import Build, Parameter, Precision
+from engine.run.layers.parameters import Build, Parameter, Storage
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -27,7 +27,7 @@ class Part:
 
 class Linear:
     """``x @ weight.T + bias``, rows independent of how many there are. The outputs of all parts
-    stand side by side; neighbours of one precision, which each part's name decides, are one
+    stand side by side; neighbours that are stored alike, which each part's name decides, are one
     product."""
 
     def __init__(
@@ -40,10 +40,10 @@ class Linear:
         weight: torch.Tensor | None = None,
     ) -> None:
         """``weight``: of all parts, in place of one of its own."""
-        precisions = groupby(parts, key=lambda part: build.weights.precision(part.name))
+        stacks = groupby(parts, key=lambda part: build.weights.storage(part.name))
         self._stacks = [
-            _Stack(in_features, list(stacked), precision, build, bias=bias, weight=weight)
-            for precision, stacked in precisions
+            _Stack(in_features, list(stacked), storage, build, bias=bias, weight=weight)
+            for storage, stacked in stacks
         ]
         self._kernel = build.kernels["linear"]
         self._products: list[Product] = []
@@ -63,34 +63,55 @@ class Linear:
 
 
 class _Stack:
-    """Parts of one precision, below each other in one weight."""
+    """Parts that are stored alike, below each other in one weight."""
 
     def __init__(
         self,
         in_features: int,
         parts: Sequence[Part],
-        precision: Precision | None,
+        storage: Storage,
         build: Build,
         *,
         bias: bool,
         weight: torch.Tensor | None,
     ) -> None:
-        self._parts, self._precision = parts, precision
-        num_rows = sum(part.num_rows for part in parts)
-        self._weight = build.weights.empty(num_rows, in_features) if weight is None else weight
-        self._bias = build.weights.empty(num_rows) if bias else None
+        if weight is not None:
+            storage = Storage(None)
+        self._parts, self._storage, self._weights = parts, storage, build.weights
+        num_rows, weights = sum(part.num_rows for part in parts), build.weights
+        self._weight = (
+            weights.empty(num_rows, in_features, dtype=storage.dtype) if weight is None else weight
+        )
+        self._scale: torch.Tensor | None = None
+        if storage.dtype is not None:
+            shape = storage.scales(num_rows, in_features)
+            self._scale = weights.empty(*shape, dtype=torch.float32)
+        self._bias = weights.empty(num_rows) if bias else None
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         sizes = [part.num_rows for part in self._parts]
-        tensors = {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
-        for word, tensor in tensors.items():
-            for part, target in zip(self._parts, tensor.split(sizes), strict=True):
-                yield f"{part.name}.{word}", Parameter(target, rows=part.rows)
+        weights = self._weight.split(sizes)
+        scales = len(sizes) * [None] if self._scale is None else self._scale.split(sizes)
+        for part, weight, scale in zip(self._parts, weights, scales, strict=True):
+            scheme = self._weights.scheme(part.name)
+            yield f"{part.name}.weight", Parameter(weight, "matrix", part.rows, scheme, scale)
+        if self._bias is not None:
+            for part, bias in zip(self._parts, self._bias.split(sizes), strict=True):
+                yield f"{part.name}.bias", Parameter(bias, rows=part.rows)
 
     def product(self, kernel: Any) -> Product:
         made: Product
-        if self._precision is None:
+        if self._storage.precision is None:
             made = kernel.prepare(self._weight, self._bias)
+        elif self._scale is None:
+            quantized, scale = kernel.quantize(self._weight, self._storage.precision)
+            made = kernel.prepare_8bit(quantized, scale, self._bias, self._weights.dtype)
         else:
-            made = kernel.prepare_8bit(self._weight, self._bias, self._precision)
+            scale = as_kernels_take(self._scale)
+            made = kernel.prepare_8bit(self._weight, scale, self._bias, self._weights.dtype)
         return made
+
+
+def as_kernels_take(scale: torch.Tensor) -> torch.Tensor:
+    """Scales ``[..., M, blocks]`` as ``[..., M]`` where a row has one."""
+    return scale.squeeze(-1) if scale.shape[-1] == 1 else scale

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from engine.run.layers.experts import ExpertNames, Experts
 from engine.run.layers.linear import Linear, Part
 from engine.run.layers.parameters import Build, Parameter
 from hybridcache.geometry.sizes import ExpertsSizes
@@ -94,49 +95,35 @@ class ExpertsMLP:
     ) -> None:
         """``renormalises``: whether the weights of the chosen experts are made to sum to one.
         ``stacked_names``: whether all experts come as one tensor."""
-        self.name, self.sizes, self.stacked_names = name, sizes, stacked_names
-        self._renormalises = renormalises
-        weights = build.weights
-        self.w13 = weights.empty(sizes.num_experts, 2 * sizes.intermediate, hidden_size)
-        self.w2 = weights.empty(sizes.num_experts, hidden_size, sizes.intermediate)
-        self._precision = weights.precision(f"{name}.experts")
+        self._k, self._renormalises = sizes.experts_per_token, renormalises
+        self._num_experts, stem = sizes.num_experts, f"{name}.experts"
+        one = f"{stem}.{{}}"
+        names = ExpertNames(
+            (f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), f"{one}.down_proj.weight"
+        )
+        if stacked_names:
+            names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
+        self._experts = Experts(stem, hidden_size, sizes, names, build)
         # Router and shared gate read the same input: one product.
         gates = [Part(f"{name}.gate", sizes.num_experts), Part(f"{name}.shared_expert_gate", 1)]
-        self.router = Linear(hidden_size, gates, build)
-        self.shared = MLP(f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build)
-        self._moe = build.kernels["moe"]
+        self._router = Linear(hidden_size, gates, build)
+        self._shared = MLP(f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build)
+        self._route = build.kernels["moe"].route
         self._gate = build.kernels["activation"].sigmoid_mul
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield from self.router.parameters()
-        yield from self.shared.parameters()
-        stem = f"{self.name}.experts"
-        if self.stacked_names:
-            yield f"{stem}.gate_up_proj", Parameter(self.w13)
-            yield f"{stem}.down_proj", Parameter(self.w2)
-            return
-        for expert in range(self.sizes.num_experts):
-            gate, up = self.w13[expert].chunk(2)
-            yield f"{stem}.{expert}.gate_proj.weight", Parameter(gate)
-            yield f"{stem}.{expert}.up_proj.weight", Parameter(up)
-            yield f"{stem}.{expert}.down_proj.weight", Parameter(self.w2[expert])
+        for layer in (self._router, self._shared, self._experts):
+            yield from layer.parameters()
 
     def seal(self) -> None:
-        self.router.seal()
-        self.shared.seal()
-        if self._precision is None:
-            self._experts = self._moe.prepare(self.w13, self.w2)
-        else:
-            self._experts = self._moe.prepare_8bit(self.w13, self.w2, self._precision)
-        del self.w13, self.w2
+        for layer in (self._router, self._shared, self._experts):
+            layer.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Padding rows meet no expert: each would wake experts that nobody needs."""
-        scores = self.router(x)
-        logits, shared_gate = scores.split([self.sizes.num_experts, 1], dim=-1)
-        weights, experts = self._moe.route(
-            logits[:num_tokens], self.sizes.experts_per_token, self._renormalises
-        )
-        out = self._gate(self.shared(x, num_tokens), shared_gate)
+        scores = self._router(x)
+        logits, shared_gate = scores.split([self._num_experts, 1], dim=-1)
+        weights, experts = self._route(logits[:num_tokens], self._k, self._renormalises)
+        out = self._gate(self._shared(x, num_tokens), shared_gate)
         out[:num_tokens] += self._experts(x[:num_tokens], weights, experts)
         return out

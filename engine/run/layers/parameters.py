@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
 
 from engine.run.backends import Kernels
 from engine.run.model_config import ModelError
+from engine.run.quantization.scheme import Quantization, Scheme, widen
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
 """What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
@@ -41,11 +43,38 @@ class Parameter:
     role: Role = "matrix"
     rows: torch.Tensor | None = None
     """Order in which the file's rows are taken: ``target = tensor[rows]``; None: as they are."""
+    scheme: Scheme | None = None
+    """How the file's tensor is quantised; None: it is not."""
+    scale: torch.Tensor | None = None
+    """Where the scales of the target's rows go, if they stay quantised: float32 ``[M, blocks of
+    columns]``."""
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(first row of the target, first row in the file, rows) of what lies together in both."""
+        if self.rows is None:
+            return [(0, 0, len(self.target))]
+        starts = [0, *(1 + self.rows.diff().ne(1).nonzero()[:, 0]).tolist(), len(self.rows)]
+        firsts = self.rows[starts[:-1]].tolist()
+        pairs = zip(pairwise(starts), firsts, strict=True)
+        return [(start, first, end - start) for (start, end), first in pairs]
 
     @torch.inference_mode()
-    def fill(self, tensor: torch.Tensor) -> None:
-        """Copy a file's tensor of the target's shape, in the target's dtype."""
-        self.target.copy_(tensor if self.rows is None else tensor[self.rows])
+    def fill(self, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Copy a file's tensor of the target's shape, in the target's dtype. With a scheme
+        ``scale`` is the file's, and a target without scales of its own gets what it stands for."""
+        rows = slice(None) if self.rows is None else self.rows
+        if self.scheme is None:
+            self.target.copy_(tensor[rows])
+            return
+        assert scale is not None
+        device = self.target.device
+        row_scales = self.scheme.row_scales(scale, *tensor.shape)[rows].to(device)
+        stored = tensor[rows].to(device)
+        if self.scale is None:
+            widen(self.target, stored, row_scales, self.scheme.block[1])
+        else:
+            self.target.copy_(stored)
+            self.scale.copy_(row_scales)
 
 
 class Layer(Protocol):
@@ -61,6 +90,22 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """What a product's weight is multiplied as, and what is kept of it until then."""
+
+    precision: Precision | None
+    """None: full precision."""
+    dtype: torch.dtype | None = None
+    """Of a weight that stays quantised as it is in the files; None: the model's own."""
+    columns: int | None = None
+    """Of such a weight: that share a scale; None: all."""
+
+    def scales(self, num_rows: int, num_columns: int) -> tuple[int, int]:
+        """Shape of the scales of such a weight ``[num_rows, num_columns]``."""
+        return num_rows, 1 if self.columns is None else -(-num_columns // self.columns)
+
+
+@dataclass(frozen=True, slots=True)
 class WeightSpec:
     """Where and in what dtype weights live."""
 
@@ -68,12 +113,45 @@ class WeightSpec:
     dtype: torch.dtype
     quantization: Precision | None = None
     """Format that the weights of large products are brought into when their layer is sealed."""
+    files: Quantization | None = None
+    """Which modules are quantised in the files."""
+    products: frozenset[tuple[Precision, int | None]] = frozenset()
+    """8-bit weights that can be multiplied with as they lie in the files: format, and columns that
+    share a scale (None: all)."""
 
     def precision(self, name: str) -> Precision | None:
         """Of the module ``name`` (full, without ``.weight``); None: the dtype as it is."""
         if any(part in FULL_PRECISION for part in name.split(".")):
             return None
         return self.quantization
+
+    def storage(self, name: str) -> Storage:
+        """Of the module ``name`` (full, without ``.weight``). What no product takes as it lies in
+        the files, or is asked for in another format, is widened on the way in."""
+        wanted, scheme = self.precision(name), self.scheme(name)
+        if scheme is None or wanted not in (None, scheme.format):
+            return Storage(wanted)
+        columns = scheme.block[1]
+        if (scheme.format, columns) in self.products:
+            return Storage(scheme.format, scheme.dtype, columns)
+        return Storage(None)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Of the module ``name`` in the files."""
+        return None if self.files is None else self.files.scheme(name)
+
+    def note(self) -> str:
+        """What is done with weights that are quantised in the files, if any are: for the line that
+        says where they came from."""
+        dtype, notes = str(self.dtype).removeprefix("torch."), []
+        for scheme in () if self.files is None else self.files.schemes():
+            done = "multiplied as they are"
+            if self.quantization not in (None, scheme.format):
+                done = f"brought into {self.quantization}"
+            elif (scheme.format, scheme.block[1]) not in self.products:
+                done = f"widened to {dtype}: no product here takes them"
+            notes.append(f"; {scheme.describe()}, {done}")
+        return "".join(notes)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Raises ModelError where there is no memory for it."""

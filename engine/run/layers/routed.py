@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from engine.run.layers.experts import ExpertNames, Experts
 from engine.run.layers.inputs import pad_rows
 from engine.run.layers.linear import Linear, Part
 from engine.run.layers.parameters import Build, Layer, Parameter
@@ -90,20 +91,9 @@ class SigmoidRouter:
         return weights, experts
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertNames:
-    """What the weight files call the matrices of experts. A name with ``{}`` is one expert's, by
-    number; one without is of all."""
-
-    inputs: tuple[str, ...]
-    """Gate and up, or one name of both; or up alone, of experts without gates."""
-    output: str
-
-
 class RoutedExperts:
-    """A few experts per token, chosen by a router: SwiGLU, or with ``sizes.matrices`` 2 squared
-    ReLU. Where ``sizes.width`` is the experts' own, a product before them narrows and one behind
-    them widens."""
+    """A few experts per token, chosen by a router. Where ``sizes.width`` is the experts'
+    own, a product before them narrows and one behind them widens."""
 
     def __init__(
         self,
@@ -120,40 +110,22 @@ class RoutedExperts:
     ) -> None:
         """``name``: of the experts, by which their precision is chosen. ``bias``: whether the
         products around them have one."""
-        self._sizes, self._names, self._router = sizes, names, router
-        width, weights = sizes.width or hidden_size, build.weights
-        self._inner = (sizes.matrices - 1) * sizes.intermediate
-        self._w13 = weights.empty(sizes.num_experts, self._inner, width)
-        self._w2 = weights.empty(sizes.num_experts, width, sizes.intermediate)
-        self._precision = weights.precision(name)
+        width = sizes.width or hidden_size
+        self._router, self._experts = router, Experts(name, width, sizes, names, build)
         self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
         self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
-        self._moe = build.kernels["moe"]
 
     def _layers(self) -> list[Layer]:
-        layers = self._router, self._narrow, self._widen
+        layers = self._router, self._experts, self._narrow, self._widen
         return [layer for layer in layers if layer is not None]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for layer in self._layers():
             yield from layer.parameters()
-        inputs = self._w13.split(self._inner // len(self._names.inputs), dim=1)
-        named = zip((*self._names.inputs, self._names.output), (*inputs, self._w2), strict=True)
-        for name, stacked in named:
-            if "{}" not in name:
-                yield name, Parameter(stacked)
-                continue
-            for expert, target in enumerate(stacked):
-                yield name.format(expert), Parameter(target)
 
     def seal(self) -> None:
         for layer in self._layers():
             layer.seal()
-        if self._precision is None:
-            self._experts = self._moe.prepare(self._w13, self._w2)
-        else:
-            self._experts = self._moe.prepare_8bit(self._w13, self._w2, self._precision)
-        del self._w13, self._w2
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Padding rows meet no expert: each would wake experts that nobody needs."""

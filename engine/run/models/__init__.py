@@ -27,11 +27,6 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
             f"models of type {model_type!r} are not supported; supported are "
             f"{', '.join(sorted(families()))}."
         )
-    if "quantization_config" in text:
-        raise ModelError(
-            "pre-quantised weights are not supported: give the model's bfloat16 directory, and "
-            "--quantization int8 or fp8."
-        )
     return family, _read(family, text)
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.run.layers.experts import ExpertNames
 from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.run.layers.routed import Beside, ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.run.layers.routed import Beside, RoutedExperts, SoftmaxRouter
 from engine.run.model_config import (
     Fields,
     ModelConfig,

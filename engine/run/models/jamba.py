@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.run.layers.experts import ExpertNames
 from engine.run.layers.mamba1 import Mamba1
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.run.layers.routed import ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.run.layers.routed import RoutedExperts, SoftmaxRouter
 from engine.run.model_config import Fields, ModelConfig, check_only, common
 from engine.run.models.decoder import Decoder, Step
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes

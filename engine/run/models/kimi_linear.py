@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.run.layers.experts import ExpertNames
 from engine.run.layers.kda import KimiDeltaAttention
 from engine.run.layers.mla import LatentAttention
 from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.residual import FeedForward, Mixer
-from engine.run.layers.routed import Beside, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.run.layers.routed import Beside, RoutedExperts, SigmoidRouter
 from engine.run.model_config import Fields, ModelConfig, ModelError, common
 from engine.run.models.decoder import Decoder
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes

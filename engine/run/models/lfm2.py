@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.run.layers.experts import ExpertNames
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.run.layers.routed import ExpertNames, RoutedExperts, SigmoidRouter
+from engine.run.layers.routed import RoutedExperts, SigmoidRouter
 from engine.run.layers.shortconv import ShortConv
 from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
 from engine.run.models.decoder import Decoder, Step

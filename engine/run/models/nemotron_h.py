@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.run.layers.experts import ExpertNames
 from engine.run.layers.linear import Part
 from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import SquaredReluMLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.run.layers.routed import Beside, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.run.layers.routed import Beside, RoutedExperts, SigmoidRouter
 from engine.run.model_config import Fields, ModelConfig, check_only, common
 from engine.run.models.decoder import Decoder, Step
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes

@@ -16,15 +16,15 @@ def _int8(num_tokens: int) -> None:
     _quantized(num_tokens, torch.int8)
 
 
-def _fp8(num_tokens: int) -> None:
+def _fp8(num_tokens: int, *blocks: int) -> None:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "cuda" and target.arch >= 89:
-        _quantized(num_tokens, torch.float8_e4m3fn)
+        _quantized(num_tokens, torch.float8_e4m3fn, *blocks)
 
 
-def _quantized(num_tokens: int, dtype: torch.dtype) -> None:
+def _quantized(num_tokens: int, dtype: torch.dtype, *blocks: int) -> None:
     x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16)
-    weight, scale = torch.empty(2048, 4096, dtype=dtype), torch.empty(2048)
+    weight, scale = torch.empty(2048, 4096, dtype=dtype), torch.empty(2048, *blocks)
     linear_8bit(x, weight, scale)
 
 
@@ -36,4 +36,6 @@ LAUNCHES = {
     "int8_prefill": lambda: _int8(512),
     "fp8_one": lambda: _fp8(1),
     "fp8_prefill": lambda: _fp8(512),
+    "fp8_block_one": lambda: _fp8(1, 32),
+    "fp8_block_prefill": lambda: _fp8(512, 32),
 }

@@ -14,13 +14,14 @@ def _experts(num_tokens: int) -> None:
     experts(hidden, weights, chosen, w13, w2)
 
 
-def _experts_8bit(num_tokens: int, dtype: torch.dtype) -> None:
+def _experts_8bit(num_tokens: int, dtype: torch.dtype, *, in_blocks: bool = False) -> None:
     target = triton.runtime.driver.active.get_current_target()
     if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
         return
     weights, chosen = route(torch.empty(num_tokens, 512, dtype=torch.bfloat16), 10, True)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
-    scales = torch.empty(512, 1024), torch.empty(512, 2048)
+    blocks = ((16,), (4,)) if in_blocks else ((), ())
+    scales = torch.empty(512, 1024, *blocks[0]), torch.empty(512, 2048, *blocks[1])
     w13, w2 = _weights(dtype)
     experts_8bit(hidden, weights, chosen, w13, scales[0], w2, scales[1])
 
@@ -50,4 +51,6 @@ LAUNCHES = {
     "fp8_one": lambda: _experts_8bit(1, torch.float8_e4m3fn),
     "fp8_some": lambda: _experts_8bit(64, torch.float8_e4m3fn),
     "fp8_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn),
+    "fp8_block_one": lambda: _experts_8bit(1, torch.float8_e4m3fn, in_blocks=True),
+    "fp8_block_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn, in_blocks=True),
 }

@@ -1,0 +1,153 @@
+"""Eight-bit checkpoints as their publishers write them, from float weights, and the weights they
+stand for. Nothing here is the engine's own arithmetic."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+Coded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What is stored, its scales, and what both stand for, in float32."""
+
+QUANTIZED = re.compile(
+    r".*(in_proj_qkvz|in_proj_qkv|in_proj_z|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)$"
+)
+"""What Qwen's fp8 checkpoints have in eight bits."""
+
+
+def fp8_blocks(weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> Coded:
+    """Block by block, in loops."""
+    rows, columns = (-(-n // size) for n, size in zip(weight.shape, block, strict=True))
+    scale = torch.empty(rows, columns, dtype=scale_dtype)
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    widened = torch.empty(weight.shape)
+    for i in range(rows):
+        for j in range(columns):
+            here = (
+                slice(i * block[0], (i + 1) * block[0]),
+                slice(j * block[1], (j + 1) * block[1]),
+            )
+            scale[i, j] = weight[here].abs().max() / 400
+            stored[here] = (weight[here] / scale[i, j].float()).to(torch.float8_e4m3fn)
+            widened[here] = stored[here].float() * scale[i, j].float()
+    return stored, scale, widened
+
+
+def channels(weight: torch.Tensor, dtype: torch.dtype) -> Coded:
+    """A scale per row, ``[M, 1]``."""
+    largest = 127 if dtype is torch.int8 else 448
+    scale = weight.abs().amax(dim=1, keepdim=True) / largest
+    scaled = weight / scale
+    stored = (scaled.round() if dtype is torch.int8 else scaled).to(dtype)
+    return stored, scale, stored.float() * scale
+
+
+def one_by_one(tensors: Tensors) -> Tensors:
+    """Stacked experts as 2-D tensors, as in published 8-bit checkpoints."""
+    split: Tensors = {}
+    for name, tensor in tensors.items():
+        stem, _, word = name.rpartition(".")
+        if word not in ("gate_up_proj", "down_proj") or tensor.ndim != 3:
+            split[name] = tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            if word == "gate_up_proj":
+                gate, up = weight.chunk(2)
+                split[f"{stem}.{expert}.gate_proj.weight"] = gate.contiguous()
+                split[f"{stem}.{expert}.up_proj.weight"] = up.contiguous()
+            else:
+                split[f"{stem}.{expert}.down_proj.weight"] = weight.contiguous()
+    return split
+
+
+def stacked(tensors: Tensors) -> Tensors:
+    """The other way round, as Qwen3.5's full-precision checkpoints come."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        stem, is_expert, rest = name.partition(".experts.")
+        if not is_expert:
+            found[name] = tensor
+        elif rest == "0.gate_proj.weight":
+            count = sum(n.startswith(f"{stem}.experts.") for n in tensors) // 3
+            gate, up, down = (
+                torch.stack(
+                    [tensors[f"{stem}.experts.{e}.{word}_proj.weight"] for e in range(count)]
+                )
+                for word in ("gate", "up", "down")
+            )
+            found[f"{stem}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+            found[f"{stem}.experts.down_proj"] = down
+    return found
+
+
+def rewrite(
+    path: Path,
+    code: Callable[[torch.Tensor], Coded],
+    scale_name: str,
+    section: Callable[[list[str]], dict[str, Any]],
+    *,
+    prefix: str = "model.",
+    is_quantized: Callable[[str], object] = QUANTIZED.fullmatch,
+) -> Path:
+    """Quantise the checkpoint at ``path``; beside it, under the path that comes back, the same with
+    the weights it now stands for. ``section`` makes config.json's part of the full names of what
+    was left alone."""
+    tensors = {
+        name.replace("model.", prefix, 1): tensor
+        for name, tensor in one_by_one(load_file(path / "model.safetensors")).items()
+    }
+    stored, widened, left = {}, dict(tensors), []
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and is_quantized(module):
+            stored[name], stored[f"{module}.{scale_name}"], widened[name] = code(tensor)
+        else:
+            stored[name] = tensor
+            left += [module] if name.endswith(".weight") else []
+    plain = path.with_name(path.name + "_widened")
+    plain.mkdir()
+    config = json.loads((path / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file(widened, plain / "model.safetensors")
+    save_file(stored, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": section(left)}))
+    return plain
+
+
+def fp8_section(left: list[str], block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
+    """As in Qwen's checkpoints."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(block),
+        "modules_to_not_convert": left,
+    }
+
+
+def compressed_section(
+    ignore: list[str], kind: str = "int", weights: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """As llm-compressor writes W8A8 and FP8_DYNAMIC."""
+    shared = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**shared, "strategy": "channel", "dynamic": False} | (weights or {}),
+        "input_activations": {**shared, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if kind == "int" else "float-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+        "quantization_status": "compressed",
+        **more,
+    }

@@ -1,0 +1,262 @@
+"""``engine convert``: what it writes is what loading in eight bits makes, other programs read it,
+and nothing half done is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
+
+from engine.command.cli import main
+from engine.config import EngineConfig
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.quantization import convert as module
+from engine.run.quantization.convert import convert, quantize_rows
+from engine.run.quantization.formats import read_quantization
+from engine.run.quantization.plan import plan_pieces
+from engine.run.quantization.scheme import Scheme
+from engine.run.tensor_files import open_file
+from kernels.linear.reference import quantize
+from tests.engine.numerics import eight_bit
+
+BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
+"""Small enough for the layers of small models."""
+
+
+def load(path, **options):
+    config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    return ModelRunner(EngineConfig(model=str(path), **(config | options)))
+
+
+def widened(path):
+    """The weights that a directory stands for, in float32."""
+    tensors = load_file(path / "model.safetensors")
+    section = json.loads((path / "config.json").read_text())["quantization_config"]
+    scale_name = "weight_scale" if section["quant_method"] != "fp8" else "weight_scale_inv"
+    plain = {}
+    for name, tensor in tensors.items():
+        if name.endswith(scale_name):
+            continue
+        scale = tensors.get(name.removesuffix("weight") + scale_name)
+        if scale is not None:
+            for axis in (0, 1):
+                scale = scale.repeat_interleave(tensor.shape[axis] // scale.shape[axis], dim=axis)
+            tensor = tensor.float() * scale
+        plain[name] = tensor
+    return plain
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
+def test_int8_files_are_what_loading_makes(kind, oracles, driver_class, random_tokens, tmp_path):
+    """The same bits as ``--quantization int8`` of the full-precision directory; experts that come
+    stacked are written one by one."""
+    source, tokens = tmp_path / "source", random_tokens(70, seed=1)
+    shutil.copytree(oracles(kind).path, source)
+    if kind == "qwen3_5_moe":
+        tensors = eight_bit.stacked(load_file(source / "model.safetensors"))
+        save_file(tensors, source / "model.safetensors")
+    done = convert(source, tmp_path / "out", "int8", show_progress=False)
+    expected = driver_class(load(source, quantization="int8")).cold(tokens, logits="all")
+    assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
+    errors = [one.error for one in done.modules if one.error is not None]
+    assert len(errors) > 10 and all(0.001 < error < 0.02 for error in errors)
+    assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
+
+
+def test_fp8_files(oracles, driver_class, random_tokens, tmp_path):
+    source, tokens = oracles("qwen3_next").path, random_tokens(70, seed=2)
+    convert(source, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(widened(tmp_path / "out"), plain / "model.safetensors")
+    expected = driver_class(load(plain)).cold(tokens, logits="all")
+    assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
+
+
+def test_rounding_is_to_nearest_in_every_band(monkeypatch):
+    monkeypatch.setattr(module, "BAND_ELEMENTS", 500)
+    weight = torch.randn(70, 40, dtype=torch.bfloat16)
+    stored, scale, error = quantize_rows(weight, Scheme("int8", (1, None), "weight_scale"))
+    expected, expected_scale = quantize(weight, "int8")
+    assert torch.equal(stored, expected) and torch.equal(scale[:, 0], expected_scale)
+    difference = stored.float() * scale - weight.float()
+    assert error == pytest.approx(float(difference.norm() / weight.float().norm()), rel=1e-4)
+    blocks, scale, error = quantize_rows(weight, Scheme("fp8", (16, 16), "weight_scale_inv"))
+    assert scale.shape == (5, 3)
+    for i, j in ((0, 0), (4, 2), (2, 1)):
+        here = slice(16 * i, 16 * i + 16), slice(16 * j, 16 * j + 16)
+        exact = weight[here].float()
+        assert scale[i, j] == exact.abs().max() / 448
+        assert torch.equal(blocks[here].float(), (exact / scale[i, j]).to(blocks.dtype).float())
+    assert 0.01 < error < 0.04
+
+
+def test_what_is_left_alone(oracles, tmp_path):
+    """Defaults, what was asked for, and what does not come in whole blocks."""
+    source = oracles("qwen3_next").path
+    scheme = Scheme("fp8", (16, 4), "weight_scale_inv")
+    done = convert(
+        source,
+        tmp_path / "out",
+        "fp8",
+        ("linear_attn.out_proj", r"re:.*layers\.3\.self_attn"),
+        scheme=scheme,
+        show_progress=False,
+    )
+    left = {one.module: one.reason for one in done.modules if one.reason}
+    assert left["model.layers.0.linear_attn.out_proj"] == "asked for"
+    assert left["model.layers.3.self_attn.k_proj"] == "asked for"
+    assert left["model.layers.0.mlp.gate"] == left["lm_head"] == "few numbers that decide much"
+    assert left["model.layers.0.mlp.experts.0.gate_proj"] == "not whole blocks"
+    assert "model.layers.1.mlp.gate_proj" not in left
+    section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert set(left) < set(section["modules_to_not_convert"])
+    assert "model.layers.0.linear_attn.conv1d" in section["modules_to_not_convert"]
+    assert (
+        FineGrainedFP8Config(**section).modules_to_not_convert == section["modules_to_not_convert"]
+    )
+    files = read_quantization({"quantization_config": section})
+    assert files.scheme("model.layers.1.mlp.gate_proj").block == (16, 4)
+    load(tmp_path / "out")
+
+
+def test_what_is_left_alone_of_a_published_model(tmp_path):
+    """Visual tower, embeddings, gates, what joins tokens in multi-token prediction; all experts of
+    a stacked tensor that was asked for stay one tensor."""
+    few = "few numbers that decide much"
+    expected = {
+        "model.language_model.embed_tokens.weight": None,
+        "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": "",
+        "model.language_model.layers.0.linear_attn.in_proj_z.weight": "",
+        "model.language_model.layers.0.linear_attn.in_proj_b.weight": few,
+        "model.language_model.layers.0.linear_attn.in_proj_a.weight": few,
+        "model.language_model.layers.0.mlp.gate.weight": few,
+        "model.language_model.layers.0.mlp.gate_proj.weight": "",
+        "model.language_model.layers.0.mlp.shared_expert_gate.weight": few,
+        "model.visual.blocks.0.attn.qkv.weight": None,
+        "mtp.fc.weight": few,
+        "mtp.layers.0.self_attn.q_proj.weight": "",
+        "lm_head.weight": few,
+    }
+    tensors = {name: torch.randn(8, 8) for name in expected}
+    tensors["model.layers.0.linear_attn.A_log"] = torch.randn(8)
+    tensors["model.layers.0.linear_attn.conv1d.weight"] = torch.randn(8, 1, 4)
+    tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
+    tensors["model.layers.2.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    scheme = Scheme("int8", (1, None), "weight_scale")
+    pieces = plan_pieces(
+        open_file(tmp_path / "model.safetensors"), scheme, ("layers.2.mlp.experts",)
+    )
+    planned = {piece.name: piece for piece in pieces}
+    for name, reason in expected.items():
+        assert (planned[name].scheme is not None) == (reason == ""), name
+        assert planned[name].reason == (reason or ""), name
+    assert planned["model.layers.0.linear_attn.A_log"].scheme is None
+    assert planned["model.layers.0.linear_attn.conv1d.weight"].scheme is None
+    up = planned["model.layers.1.mlp.experts.2.up_proj.weight"]
+    stacked = tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(up.source.read_part(up.first, up.shape), stacked[2, 4:])
+    assert planned["model.layers.2.mlp.experts.gate_up_proj"].reason == "asked for"
+
+
+def test_shards_and_what_lies_beside(oracles, driver_class, random_tokens, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in oracles("qwen3").path.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "old.bin").write_text("weights")
+    (tmp_path / "out").mkdir()  # empty: as good as none
+    done = convert(source, tmp_path / "out", "int8", shard_bytes=60_000, show_progress=False)
+    assert done.num_files > 2 and done.written_bytes < done.source_bytes
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < names
+    assert "old.bin" not in names and "model-00001-of-00003.safetensors" not in source.iterdir()
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
+    tokens = random_tokens(20, seed=3)
+    whole = driver_class(load(source, quantization="int8")).cold(tokens)
+    assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens), whole)
+
+
+def test_refusals_leave_nothing_behind(oracles, tmp_path, monkeypatch):
+    source, out = oracles("qwen3_5").path, tmp_path / "out"
+    with pytest.raises(ModelError, match=r"--ignore mlp\.gat matches no linear layer"):
+        convert(source, out, "int8", ("mlp.gat",))
+    with pytest.raises(ModelError, match="there is no linear layer to convert"):
+        convert(source, out, "int8", ("re:.*",))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        convert(tmp_path / "nowhere", out, "int8")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(ModelError, match=r"0\.mlp\.up_proj\.weight holds numbers that are not fin"):
+        convert(broken, out, "int8", show_progress=False)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full_disk)
+    with pytest.raises(ModelError, match="out can not be written: No space left"):
+        convert(source, out, "int8", show_progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_command(oracles, tmp_path, capsys):
+    source, out = str(oracles("qwen3_5").path), tmp_path / "out"
+    assert main(["convert", source, str(out), "--to", "int8", "--ignore", "out_proj"]) == 0
+    shown = capsys.readouterr().out
+    assert "int8 with a scale per output channel: " in shown and "in 1 file" in shown
+    assert "model.layers.*.mlp.up_proj" in shown and "out_proj" in shown
+    assert main(["convert", source, str(out), "--to", "int8"]) == 2
+    assert "exists and is not an empty directory" in capsys.readouterr().err
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "files        int8 with a scale per output channel (compressed-tensors)" in shown
+    config = json.loads((out / "config.json").read_text())
+    gptq = tmp_path / "gptq.json"
+    gptq.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert main(["inspect", str(gptq), "--json"]) == 0
+    assert "GPTQ weights are not served" in json.loads(capsys.readouterr().out)["files"]
+    assert main(["convert", str(out), str(tmp_path / "again"), "--to", "fp8"]) == 2
+    assert "is int8 with a scale per output channel already" in capsys.readouterr().err
+    assert main(["convert", source, str(tmp_path / "json"), "--to", "fp8", "--json"]) == 2
+    assert "no linear layer to convert: all are " in capsys.readouterr().err
+
+
+def test_transformers_reads_fp8(oracles, tmp_path):
+    """It widens where there is no GPU."""
+    pytest.importorskip("accelerate", reason="transformers reads fp8 with accelerate alone")
+    from transformers import Qwen3_5ForCausalLM
+
+    convert(oracles("qwen3_5").path, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
+    theirs = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    state = theirs.state_dict()
+    for name, weight in widened(tmp_path / "out").items():
+        assert torch.equal(state[name].bfloat16(), weight.bfloat16()), name
+
+
+def test_compressed_tensors_reads_int8(oracles, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import CompressedTensorsConfig, Qwen3_5ForCausalLM
+
+    convert(oracles("qwen3_5").path, tmp_path / "out", "int8", show_progress=False)
+    theirs = Qwen3_5ForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+    )
+    state = theirs.state_dict()
+    for name, weight in widened(tmp_path / "out").items():
+        torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=0)

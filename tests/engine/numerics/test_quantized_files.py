@@ -1,0 +1,362 @@
+"""Checkpoints that come in eight bits: every layout that is served, as good as the weights it
+stands for; every fault named in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import EngineConfig
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.layers.linear import Linear, Part
+from engine.run.layers.parameters import Build, WeightSpec
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.quantization.formats import read_quantization
+from engine.run.quantization.names import Names
+from engine.run.quantization.scheme import Scheme, widen
+from engine.run.weights import WeightFiles, WeightsError
+from engine.schedule.batch import Batch
+from tests.engine.numerics import eight_bit
+
+BLOCK = (16, 48)
+"""Small enough that blocks are cut by heads, and end in parts."""
+
+
+@pytest.fixture
+def checkpoint(oracles, tmp_path):
+    """A copy of one small checkpoint that may be rewritten."""
+
+    def copy(model):
+        path = tmp_path / model
+        shutil.copytree(oracles(model).path, path)
+        return path
+
+    return copy
+
+
+def load(path, **options):
+    config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    return ModelRunner(EngineConfig(model=str(path), **(config | options)))
+
+
+def cold_and_hit(driver_class, runner, tokens):
+    """All logits computed cold; those from 64 on after a hit there."""
+    driver = driver_class(runner)
+    sequence, write = driver.begin(tokens)
+    slot = driver.slot()
+    segment = driver.prefill_segment(sequence, len(tokens), logits="all", exports=((64, slot),))
+    cold = runner.forward(Batch((segment,), (), (write,)))
+    resumed, write = driver.begin(tokens, prefix=write[2][:64])
+    segment = driver.prefill_segment(resumed, len(tokens), logits="all")
+    return cold, runner.forward(Batch((segment,), ((slot, resumed.slot),), (write,)))
+
+
+def fp8(path, scale_dtype=torch.bfloat16, block=BLOCK, **options):
+    code = partial(eight_bit.fp8_blocks, block=block, scale_dtype=scale_dtype)
+    section = partial(eight_bit.fp8_section, block=block)
+    return eight_bit.rewrite(path, code, "weight_scale_inv", section, **options)
+
+
+def int8(path, section=eight_bit.compressed_section, **options):
+    code = partial(eight_bit.channels, dtype=torch.int8)
+    return eight_bit.rewrite(path, code, "weight_scale", section, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "published, prefix, scale_dtype",
+    [
+        ("qwen3_next", "model.", torch.bfloat16),
+        ("qwen3_5", "model.language_model.", torch.bfloat16),
+        ("qwen3_5_moe", "model.language_model.", torch.float32),
+    ],
+)
+def test_fp8_in_blocks_is_what_it_stands_for(
+    published, prefix, scale_dtype, dtype, checkpoint, driver_class, random_tokens
+):
+    """In the layouts of Qwen3-Next-FP8 and Qwen3.5-FP8. A CPU widens, so the logits are those of
+    the widened weights, bit for bit; queries, keys and gates change places within and across
+    blocks."""
+    path, tokens = checkpoint(published), random_tokens(90, seed=3)
+    plain = fp8(path, scale_dtype, prefix=prefix)
+    runner = load(path, dtype=dtype)
+    assert f"fp8 in blocks of 16 x 48, widened to {dtype}" in runner.weights_note
+    cold, hit = cold_and_hit(driver_class, runner, tokens)
+    expected, _ = cold_and_hit(driver_class, load(plain, dtype=dtype), tokens)
+    assert torch.equal(cold, expected)
+    assert torch.equal(hit, cold[64:])
+
+
+def test_qwen_names_every_exception_in_full(checkpoint):
+    """One that is missing from the list, as conv1d and norms may be but a gate may not."""
+    path = checkpoint("qwen3_next")
+    fp8(path)
+    config = json.loads((path / "config.json").read_text())
+    left = config["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.0.mlp.gate" in left and "model.layers.0.mlp.gate_proj" not in left
+    left.remove("model.layers.0.linear_attn.in_proj_ba")
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError) as error:
+        load(path)
+    assert "1 weights which are not (model.layers.0.linear_attn.in_proj_ba.weight is F32)" in str(
+        error.value
+    )
+    assert "name them under modules_to_not_convert" in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+def test_int8_stays_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
+    """Weights as in the files; activations are rounded per token or not at all, which is a
+    bound."""
+    path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=4)
+    ignore = ["lm_head", r"re:.*in_proj_ba$", r"re:.*mlp\.gate$", "re:.*shared_expert_gate$"]
+    plain = int8(path, lambda left: eight_bit.compressed_section(ignore), prefix=prefix)
+    runner = load(path)
+    assert "int8 with a scale per output channel, multiplied as they are" in runner.weights_note
+    cold, hit = cold_and_hit(driver_class, runner, tokens)
+    expected, _ = cold_and_hit(driver_class, load(plain), tokens)
+    assert (cold - expected).norm() < 0.05 * expected.norm()
+    assert torch.equal(hit, cold[64:])
+
+
+def test_quantised_on_loading_or_before_is_the_same(checkpoint, driver_class, random_tokens):
+    """Where both round alike, the files of compressed-tensors and of ModelSlim give the bits of
+    ``--quantization int8``."""
+    path, tokens = checkpoint("qwen3_5"), random_tokens(70, seed=5)
+    whole = load(path, quantization="int8")
+    expected, _ = cold_and_hit(driver_class, whole, tokens)
+    int8(path, section=eight_bit.compressed_section)
+    assert torch.equal(cold_and_hit(driver_class, load(path), tokens)[0], expected)
+
+    tensors = load_file(path / "model.safetensors")
+    kinds: dict[str, object] = {"model_quant_type": "W8A8_DYNAMIC", "group_size": 0}
+    for name in list(tensors):
+        is_int8 = tensors[name].dtype is torch.int8
+        kinds[name] = "W8A8_DYNAMIC" if is_int8 or "weight_scale" in name else "FLOAT"
+        if is_int8:
+            tensors[f"{name}_offset"] = torch.zeros(len(tensors[name]), 1)
+    (path / "model.safetensors").unlink()
+    file = "quant_model_weights-00001-of-00001.safetensors"
+    save_file(tensors, path / file)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file)}
+    (path / "quant_model_weights.safetensors.index.json").write_text(json.dumps(index))
+    (path / "quant_model_description.json").write_text(json.dumps(kinds))
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(cold_and_hit(driver_class, load(path), tokens)[0], expected)
+
+    offset = next(name for name in tensors if name.endswith("offset"))
+    save_file(tensors | {offset: torch.ones_like(tensors[offset])}, path / file)
+    with pytest.raises(WeightsError, match="weight_offset is not zero: only symmetric"):
+        load(path)
+
+
+def test_fp8_by_channel(checkpoint, driver_class, random_tokens):
+    path, tokens = checkpoint("qwen3"), random_tokens(30, seed=6)
+    code = partial(eight_bit.channels, dtype=torch.float8_e4m3fn)
+    section = partial(eight_bit.compressed_section, kind="float")
+    plain = eight_bit.rewrite(path, code, "weight_scale", section)
+    expected = driver_class(load(plain)).cold(tokens)
+    assert torch.equal(driver_class(load(path)).cold(tokens), expected)
+
+
+def test_parts_of_one_product_may_differ(checkpoint, driver_class, random_tokens):
+    """Keys and up-projections left alone, and one expert of many."""
+    path, tokens = checkpoint("qwen3_5_moe"), random_tokens(70, seed=7)
+
+    def chosen(module):
+        is_left = module.endswith(("k_proj", "shared_expert.up_proj", "experts.3.up_proj"))
+        return eight_bit.QUANTIZED.fullmatch(module) and not is_left
+
+    plain = int8(path, is_quantized=chosen)
+    expected = driver_class(load(plain)).cold(tokens)
+    got = driver_class(load(path)).cold(tokens)
+    assert 0 < (got - expected).norm() < 0.05 * expected.norm()
+
+
+def test_other_eight_bits_than_the_files(checkpoint, driver_class, random_tokens):
+    """``--quantization`` of another format widens and quantises anew."""
+    path, tokens = checkpoint("qwen3_5"), random_tokens(70, seed=8)
+    plain = fp8(path)
+    expected = driver_class(load(plain, quantization="int8")).cold(tokens)
+    runner = load(path, quantization="int8")
+    assert "brought into int8" in runner.weights_note
+    assert torch.equal(driver_class(runner).cold(tokens), expected)
+
+
+def test_blocks_in_a_layer_on_a_device(tmp_path):
+    """Triton multiplies blocks of 128 x 128 as they are: rows that change places take their scales
+    along."""
+    pytest.importorskip("kernels.linear.fused")
+    kernels = Kernels.choose(Device.resolve("cpu"), "linear=fused")
+    device, dtype = torch.device("cpu"), torch.float32
+    parts = [
+        Part("m.in_proj_qkvz", 330, torch.randperm(330)),
+        Part("m.in_proj_z", 100),
+        Part("m.in_proj_ba", 12, torch.randperm(12)),
+    ]
+    plain = Linear(200, parts, Build(kernels, WeightSpec(device, dtype)))
+    stored = {}
+    for name, parameter in plain.parameters():
+        module = name.removesuffix(".weight")
+        stored[name] = weight = torch.randn(parameter.target.shape)
+        if not eight_bit.QUANTIZED.fullmatch(module):
+            parameter.fill(weight)
+            continue
+        stored[name], scale, widened = eight_bit.fp8_blocks(weight, (128, 128), torch.bfloat16)
+        stored[f"{module}.weight_scale_inv"] = scale
+        parameter.fill(widened)
+    save_file(stored, tmp_path / "model.safetensors")
+    files = read_quantization({"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])})
+    place = WeightSpec(device, dtype, files=files, products=kernels["linear"].PRODUCTS)
+    held = Linear(200, parts, Build(kernels, place))
+    weight_files = WeightFiles(tmp_path, 2, files)
+    weight_files.check(held.parameters(), tied=False)
+    weight_files.fill(held)
+    weight_files.close()
+    assert {parameter.target.dtype for _, parameter in held.parameters()} == {
+        torch.float8_e4m3fn,
+        torch.float32,
+    }
+    hidden = torch.randn(5, 200)
+    for layer in (held, plain):
+        layer.seal()
+    torch.testing.assert_close(held(hidden), plain(hidden), rtol=1e-4, atol=1e-4)
+
+
+def test_partial_blocks_round_up():
+    scheme = Scheme("fp8", (128, 128), "weight_scale_inv")
+    assert scheme.scale_shape(129, 257) == (2, 3)
+    stored, scale, expected = eight_bit.fp8_blocks(
+        torch.randn(129, 257), (128, 128), torch.bfloat16
+    )
+    got = torch.empty(129, 257)
+    widen(got, stored, scheme.row_scales(scale, 129, 257), 128)
+    assert torch.equal(got, expected)
+    exponents = torch.full((2, 3), 125, dtype=torch.uint8)
+    assert (scheme.row_scales(exponents, 129, 257) == 0.25).all()
+
+
+def test_names_match_on_whole_words():
+    full = Names.of(["model.layers.1.mlp.gate", "lm_head", "visual"], anywhere=True)
+    assert full.has("model.language_model.layers.1.mlp.gate") and full.has("lm_head")
+    assert full.has("model.visual.blocks.0.attn") and not full.has("model.layers.1.mlp.gate_proj")
+    assert not full.has("model.layers.11.mlp.gate") and not full.has("model.layers.1.mlp")
+    patterns = Names.of([r"re:.*mlp\.gate$", "re:model.language_model.layers.0.", "lm_head"])
+    assert patterns.has("model.layers.7.mlp.gate") and patterns.has("model.layers.0.mlp.up_proj")
+    assert not patterns.has("model.layers.7.mlp.gate_proj") and not patterns.has("x.lm_head")
+    with pytest.raises(ModelError, match="not a regular expression"):
+        Names.of(["re:("])
+
+
+COMPRESSED = eight_bit.compressed_section(["lm_head"])
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ weights are not served; served are fp8 in"),
+        ({"quant_method": "awq"}, "AWQ weights are not served"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes weights are not served"),
+        ({"quant_method": "gguf"}, "GGUF weights are not served"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4, FP8\) weights"),
+        ({"bits": 3}, "unnamed weights are not served"),
+        (5, "quantization_config in config.json must be an object"),
+        ({"quant_method": "fp8"}, "fp8 weights without weight_block_size are not served"),
+        ({"quant_method": "fp8", "weight_block_size": [0]}, "must be two positive integers"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights in e5m2 are not served; e4m3 is"),
+        (
+            eight_bit.compressed_section([], weights={"num_bits": 4}),
+            "group_0 of compressed-tensors has int4 weights as int-quantized, which is not served",
+        ),
+        ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "as nvfp4-pack-quantized, which is not"),
+        (eight_bit.compressed_section([], weights={"symmetric": False}), "has zero points"),
+        (eight_bit.compressed_section([], weights={"strategy": "group"}), "a scale per group"),
+        ({**COMPRESSED, "config_groups": {}}, "has no config_groups"),
+        ({**COMPRESSED, "config_groups": {"a": 5}}, "a value of the wrong type"),
+        ({**COMPRESSED, "ignore": ["re:("]}, "'re:\\(' is not a regular expression"),
+    ],
+)
+def test_what_is_not_served_is_named(section, message):
+    with pytest.raises(ModelError, match=message) as error:
+        read_quantization({"quantization_config": section})
+    assert "\n" not in str(error.value)
+
+
+def test_static_activations_are_refused(tmp_path):
+    group = COMPRESSED["config_groups"]["group_0"]
+    static = {**group, "input_activations": {"num_bits": 8, "dynamic": False}}
+    with pytest.raises(ModelError, match="quantises activations by scales of its own"):
+        read_quantization(
+            {"quantization_config": {**COMPRESSED, "config_groups": {"group_0": static}}}
+        )
+    file = tmp_path / "quant_model_description.json"
+    file.write_text(json.dumps({"model.layers.0.mlp.up_proj.weight": "W8A8"}))
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.up_proj is W8A8 in"):
+        read_quantization({}, tmp_path)
+
+
+def broken(path, change, match):
+    """Loading must fail with a sentence once ``change`` was done to the tensors and the section."""
+    tensors = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=match) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            lambda tensors, _: tensors.update({f"{UP}_scale_inv": torch.ones(3, 3)}),
+            r"layers\.1\.mlp\.up_proj\.weight_scale_inv is \[3, 3\] instead of \[6, 2\]",
+        ),
+        (
+            lambda tensors, _: tensors.pop(f"{UP}_scale_inv"),
+            "1 missing: .*up_proj.weight_scale_inv",
+        ),
+        (
+            lambda tensors, _: tensors.update({UP: tensors[UP].float()}),
+            r"1 weights which are not \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
+        ),
+        (
+            lambda _, section: section["modules_to_not_convert"].append(UP.removesuffix(".weight")),
+            r"does not say how 1 weights are quantised: .*up_proj.weight is F8_E4M3",
+        ),
+        (
+            lambda _, section: section.update(modules_to_not_convert=["blocks.0", "heads"]),
+            r"modules_to_not_convert in config.json matches no module .* \(blocks.0, heads\)",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_their_section(change, match, checkpoint):
+    path = checkpoint("qwen3")
+    fp8(path)
+    broken(path, change, match)
+
+
+def test_truncated_shard(checkpoint):
+    path = checkpoint("qwen3")
+    int8(path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"model\.safetensors is truncated or corrupted"):
+        load(path)
+    file.rename(path / "model.gguf")
+    with pytest.raises(WeightsError, match=r"GGUF is not served, and there are no \.safetensors"):
+        load(path)
