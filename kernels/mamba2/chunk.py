@@ -193,8 +193,8 @@ def chunk_mamba2(
     - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
       sequence of no tokens leaves its slot as it is.
 
-    Returns ``[T, HV, V]`` in x's dtype. Two launches. K up to 256, any V. Formula and source:
-    `kernels.mamba2.reference`.
+    Returns ``[T, HV, V]`` in x's dtype. Two launches. K up to 256 (past 128 some registers of the
+    scan are kept in memory on sm_90), any V. Formula and source: `kernels.mamba2.reference`.
     """
     x, B, C = (rows_contiguous(part) for part in (x, B, C))
     strides = (*(part.stride(0) for part in (x, B, C)), row_stride("a state", states))

@@ -105,7 +105,10 @@ def decode_mamba2(
     out = x.new_empty(x.shape)
     tokens = [rows_contiguous(part) for part in (x, B, C, dt)]
     (num_groups, key_dim), (num_heads, value_dim) = B.shape[1:], x.shape[1:]
-    config = {"BV": min(BLOCK_V, triton.next_power_of_2(value_dim)), "num_warps": 2}
+    config = {
+        "BV": min(BLOCK_V, triton.next_power_of_2(value_dim)),
+        "num_warps": 2 if key_dim <= 128 else 4,
+    }
     config |= tuned("mamba2.decode_kernel", states.dtype, key_dim, value_dim)
     if len(slots):
         decode_kernel[triton.cdiv(value_dim, config["BV"]), num_heads, len(slots)](

@@ -52,6 +52,23 @@ ATTENTION_ONLY = {
     "head_dim": 16,
     "max_position_embeddings": 2048,
 }
+SIDE_BY_SIDE = {
+    "model_type": "falcon_h1",
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 3,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 4,
+    "max_position_embeddings": 2048,
+}
 REPORT = SamplingParams(max_tokens=16, temperature=0, logprobs=5)
 MakeEngine = Callable[..., Engine]
 formats = pytest.mark.parametrize(
@@ -128,7 +145,11 @@ def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEng
 
 
 @formats
-@pytest.mark.parametrize("model", [HYBRID, ATTENTION_ONLY], ids=["hybrid", "attention-only"])
+@pytest.mark.parametrize(
+    "model",
+    [HYBRID, ATTENTION_ONLY, SIDE_BY_SIDE],
+    ids=["hybrid", "attention-only", "side-by-side"],
+)
 def test_hits_on_prompts_are_cold_runs_bit_for_bit(
     make_engine: MakeEngine, model: dict[str, object], numbers: dict[str, str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import SquaredReluMLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.routed import Beside, RoutedExperts, SigmoidRouter
-from engine.run.model_config import Fields, ModelConfig, check_only, common
+from engine.run.model_config import Fields, ModelConfig, check_only, common, time_limits
 from engine.run.models.decoder import Decoder, Step
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
@@ -20,14 +19,14 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NemotronHConfig(ModelConfig):
-    """``mamba_bias``, ``conv_bias``, ``mlp_bias``: which products have one. ``least_step``: of
+    """``mamba_bias``, ``conv_bias``, ``mlp_bias``: which products have one. ``time_limits``: of
     Mamba's time steps. ``renormalises``: whether the weights of a token's experts are made to sum
     to one, before they are multiplied with ``expert_scale``."""
 
     mamba_bias: bool
     conv_bias: bool
     mlp_bias: bool
-    least_step: float
+    time_limits: tuple[float, float]
     renormalises: bool
     expert_scale: float
 
@@ -54,7 +53,7 @@ class NemotronH(Decoder):
             mamba_bias=bool(text.get("use_bias")),
             conv_bias=bool(text.get("use_conv_bias", True)),
             mlp_bias=bool(text.get("mlp_bias")),
-            least_step=float(text.get("time_step_min", 0.001)),
+            time_limits=time_limits(text),
             renormalises=bool(text.get("norm_topk_prob", True)),
             expert_scale=float(text.get("routed_scaling_factor", 1.0)),
         )
@@ -77,7 +76,7 @@ class NemotronH(Decoder):
             sizes,
             self.build,
             norm=GatedNorm(config.norm_eps, gate_first=True),
-            limits=(config.least_step, math.inf),
+            limits=config.time_limits,
             bias=config.mamba_bias,
             output_bias=config.mamba_bias,
             conv_bias=config.conv_bias,

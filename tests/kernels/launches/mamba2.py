@@ -27,12 +27,14 @@ def _chunk(
     )
 
 
-def _decode(state_dtype: torch.dtype = torch.float32) -> None:
+def _decode(
+    state_dtype: torch.dtype = torch.float32, groups: int = 8, state_size: int = 128
+) -> None:
     decode_mamba2(
-        *_tokens(4, 8, 128),
+        *_tokens(4, groups, state_size),
         *_gate_inputs(4),
         torch.empty(HV),
-        states=torch.empty(4, HV, 128, V, dtype=state_dtype),
+        states=torch.empty(4, HV, state_size, V, dtype=state_dtype),
         slots=torch.arange(4, dtype=torch.int32),
     )
 
@@ -40,6 +42,11 @@ def _decode(state_dtype: torch.dtype = torch.float32) -> None:
 def _bfloat16_states() -> None:
     _chunk(torch.bfloat16)
     _decode(torch.bfloat16)
+
+
+def _large_state() -> None:
+    _chunk(groups=1, state_size=256)
+    _decode(groups=1, state_size=256)
 
 
 def _tokens(count: int, groups: int, state_size: int) -> tuple[torch.Tensor, ...]:
@@ -55,7 +62,7 @@ def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
 
 LAUNCHES = {
     "chunk": _chunk,
-    "large_state": lambda: _chunk(groups=1, state_size=256),
+    "large_state": _large_state,
     "decode": _decode,
     "bfloat16_states": _bfloat16_states,
 }
