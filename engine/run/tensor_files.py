@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,3 +171,43 @@ def enumerated(names: list[str], most: int = MAX_NAMED) -> str:
     """``a, b and 3 more``."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class FileWriter:
+    """A new file whose tensors are known by dtype and shape and written one at a time, in any
+    order: no more than one need be in memory."""
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        """Raises OSError."""
+        spelled = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        places: dict[str, int] = {}
+        end = 0
+        # The widest numbers first: all then begin at a multiple of their size.
+        for name, (dtype, shape) in sorted(entries.items(), key=lambda e: -e[1][0].itemsize):
+            places[name], end = end, end + math.prod(shape) * dtype.itemsize
+            offsets = [places[name], end]
+            header[name] = {"dtype": spelled[dtype], "shape": shape, "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        data = 8 + len(text)
+        self._places = {name: data + place for name, place in places.items()}
+        self._file = path.open("wb", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(data + end)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """One of the entries. Raises OSError."""
+        offset = self._places[name]
+        rest = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        while rest:
+            count = os.pwrite(self._file.fileno(), rest, offset)
+            rest, offset = rest[count:], offset + count
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -1,4 +1,4 @@
-"""``engine convert``: a full-precision checkpoint into an 8-bit one, a file at a time."""
+"""``engine convert``: a full-precision checkpoint into an 8-bit one, a matrix at a time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.run.model_config import ModelError, read_config
 from engine.run.quantization.formats import read_quantization
 from engine.run.quantization.plan import Piece, into_shards, plan_pieces, shard_paths
 from engine.run.quantization.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, widen
-from engine.run.tensor_files import find_files, open_file
+from engine.run.tensor_files import FileWriter, find_files, open_file
 from kernels.linear.reference import SCALE_BLOCK, Format
 
 SCHEMES: dict[Format, Scheme] = {
@@ -71,7 +70,7 @@ def convert(
         scheme: in place of the one that ``to`` stands for.
         show_progress: None: where somebody looks at the terminal.
 
-    Memory: one file of the target and a few MiB. Raises ModelError.
+    Memory: the largest matrix, once as it was and once as it becomes. Raises ModelError.
     """
     _check_target(target)
     config = read_config(source)
@@ -118,12 +117,12 @@ def _write(
     paths = shard_paths(directory, len(shards))
     with tqdm(total=total, unit="B", unit_scale=True, disable=disable, file=sys.stderr) as bar:
         for shard, path in zip(shards, paths, strict=True):
-            tensors: dict[str, torch.Tensor] = {}
-            for piece in shard:
-                modules += _convert_one(piece, tensors)
-                bar.update(piece.num_bytes)
-            save_file(tensors, path, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, path.name)
+            entries = {name: e for piece in shard for name, e in piece.entries().items()}
+            with FileWriter(path, entries) as file:
+                for piece in shard:
+                    modules += _convert_one(piece, file)
+                    bar.update(piece.num_bytes)
+            weight_map |= dict.fromkeys(entries, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2)
@@ -131,18 +130,18 @@ def _write(
     return modules
 
 
-def _convert_one(piece: Piece, tensors: dict[str, torch.Tensor]) -> list[Converted]:
-    """Add what ``piece`` becomes to ``tensors``; a record where it is a matrix."""
+def _convert_one(piece: Piece, file: FileWriter) -> list[Converted]:
+    """Write what ``piece`` becomes; a record where it is a matrix."""
     weight = piece.source.read_part(piece.first, piece.shape)
     if piece.scheme is None:
-        tensors[piece.name] = weight
+        file.write(piece.name, weight)
         named = [Converted(piece.module, piece.shape, None, piece.reason)]
         return named if piece.reason else []
     stored, scale, error = quantize_rows(weight, piece.scheme)
     if not error < 1:  # also where it is no number
         raise ModelError(f"{piece.name} holds numbers that are not finite.")
-    tensors[piece.name] = stored
-    tensors[f"{piece.module}.{piece.scheme.scale_name}"] = scale
+    file.write(piece.name, stored)
+    file.write(f"{piece.module}.{piece.scheme.scale_name}", scale)
     return [Converted(piece.module, piece.shape, error, "")]
 
 

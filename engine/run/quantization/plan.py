@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from engine.run.layers.parameters import FULL_PRECISION
 from engine.run.model_config import ModelError
 from engine.run.quantization.names import Names
 from engine.run.quantization.scheme import Scheme
-from engine.run.tensor_files import FULL_DTYPES, Tensor
+from engine.run.tensor_files import FULL_DTYPES, Tensor, WeightsError
 
 SHARD_BYTES = 4 * 2**30
 """A file is begun anew before it would be larger."""
@@ -44,15 +46,23 @@ class Piece:
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
+    def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor to write, by name. Raises WeightsError."""
+        if self.scheme is not None:
+            scale = f"{self.module}.{self.scheme.scale_name}"
+            shape = self.scheme.scale_shape(*self.shape)
+            return {
+                self.name: (self.scheme.dtype, self.shape),
+                scale: (torch.float32, shape),
+            }
+        if self.source.torch_dtype is None:
+            raise WeightsError(f"{self.name} has numbers of type {self.source.dtype}.")
+        return {self.name: (self.source.torch_dtype, self.shape)}
+
     @property
     def num_bytes(self) -> int:
         """To write, with scales."""
-        count = math.prod(self.shape)
-        if self.scheme is None:
-            dtype = self.source.torch_dtype
-            return count * (1 if dtype is None else dtype.itemsize)
-        rows, columns = self.scheme.scale_shape(*self.shape)
-        return count + 4 * rows * columns
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries().values())
 
 
 def plan_pieces(tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]) -> list[Piece]:

@@ -13,6 +13,7 @@ from transformers import FineGrainedFP8Config
 
 from engine.command.cli import main
 from engine.config import EngineConfig
+from engine.run import tensor_files
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.quantization import convert as module
@@ -210,7 +211,7 @@ def test_refusals_leave_nothing_behind(oracles, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr(tensor_files.os, "pwrite", full_disk)
     with pytest.raises(ModelError, match="out can not be written: No space left"):
         convert(source, out, "int8", show_progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
