@@ -24,6 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         directory = Path(folder) / "model"
         num_bytes = write_checkpoint(directory, gib)
-        records = [
-            run(kind, directory, warm=warm)
-            for _ in range(rounds)
-            for warm in (False, True)
-            for kind in options.kinds
-            if warm or kind not in CONVERSIONS
-        ]
+        records = []
+        for _, warm, kind in product(range(rounds), (False, True), options.kinds):
+            if warm or kind not in CONVERSIONS:
+                records.append(run(kind, directory, warm=warm))
+                print(json.dumps(records[-1]), file=sys.stderr, flush=True)
     print(table(records, num_bytes))
     if not options.dry:
         write_json_lines(options.out, records, {"weight_bytes": num_bytes})

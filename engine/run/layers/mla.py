@@ -38,6 +38,7 @@ class LatentAttention:
         self._query = Linear(hidden_size, [Part(f"{name}.q_proj", self._widths[0])], build)
         self._latent = Linear(hidden_size, [latent], build, bias=bias)
         self._norm = norm
+        self._expand_scheme = build.weights.scheme(f"{name}.kv_b_proj")
         self._expand = build.weights.empty(heads, sizes.nope_dim + sizes.value_dim, sizes.rank)
         self._output = Linear(
             heads * sizes.value_dim, [Part(f"{name}.o_proj", hidden_size)], build, bias=bias
@@ -51,7 +52,10 @@ class LatentAttention:
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for layer in self._layers():
             yield from layer.parameters()
-        yield f"{self.name}.kv_b_proj.weight", Parameter(self._expand.flatten(0, 1))
+        yield (
+            f"{self.name}.kv_b_proj.weight",
+            Parameter(self._expand.flatten(0, 1), scheme=self._expand_scheme),
+        )
 
     def seal(self) -> None:
         for layer in self._layers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.run.layers.parameters import FULL_PRECISION
@@ -110,7 +110,8 @@ def _decide(
     ``unused``."""
     is_matrix = len(piece.shape) == 2 and piece.name.endswith(".weight")
     if not is_matrix or OTHER_KINDS.fullmatch(piece.module):
-        return piece
+        is_stacked = len(piece.shape) == 3 and piece.shape[1] > 1 and ".visual." not in piece.name
+        return replace(piece, reason="stacked under one name") if is_stacked else piece
     matching = [text for text, names in lists if names.has(piece.module)]
     for text in matching:
         unused.pop(text, None)
@@ -123,14 +124,7 @@ def _decide(
         reason = f"{piece.source.dtype} already"
     elif not _is_whole(piece.shape, scheme):
         reason = "not whole blocks"  # which other readers mistake
-    return Piece(
-        piece.source,
-        piece.name,
-        piece.shape,
-        None if reason else scheme,
-        piece.first,
-        reason,
-    )
+    return replace(piece, scheme=None if reason else scheme, reason=reason)
 
 
 def _is_whole(shape: tuple[int, ...], scheme: Scheme) -> bool:

@@ -51,7 +51,7 @@ def widened(path):
     return plain
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2_moe", "nemotron_h"])
 def test_int8_files_are_what_loading_makes(kind, oracles, driver_class, random_tokens, tmp_path):
     """The same bits as ``--quantization int8`` of the full-precision directory; experts that come
     stacked are written one by one."""
@@ -68,8 +68,9 @@ def test_int8_files_are_what_loading_makes(kind, oracles, driver_class, random_t
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
 
 
-def test_fp8_files(oracles, driver_class, random_tokens, tmp_path):
-    source, tokens = oracles("qwen3_next").path, random_tokens(70, seed=2)
+@pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear", "jamba"])
+def test_fp8_files(kind, oracles, driver_class, random_tokens, tmp_path):
+    source, tokens = oracles(kind).path, random_tokens(70, seed=2)
     convert(source, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -149,6 +150,7 @@ def test_what_is_left_alone_of_a_published_model(tmp_path):
     tensors["model.layers.0.linear_attn.conv1d.weight"] = torch.randn(8, 1, 4)
     tensors["model.layers.1.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
     tensors["model.layers.2.mlp.experts.gate_up_proj"] = torch.randn(3, 8, 4)
+    tensors["model.layers.3.moe.input_linear.weight"] = torch.randn(3, 8, 4)
     save_file(tensors, tmp_path / "model.safetensors")
     scheme = Scheme("int8", (1, None), "weight_scale")
     pieces = plan_pieces(
@@ -159,11 +161,12 @@ def test_what_is_left_alone_of_a_published_model(tmp_path):
         assert (planned[name].scheme is not None) == (reason == ""), name
         assert planned[name].reason == (reason or ""), name
     assert planned["model.layers.0.linear_attn.A_log"].scheme is None
-    assert planned["model.layers.0.linear_attn.conv1d.weight"].scheme is None
+    assert planned["model.layers.0.linear_attn.conv1d.weight"].reason == ""
     up = planned["model.layers.1.mlp.experts.2.up_proj.weight"]
     stacked = tensors["model.layers.1.mlp.experts.gate_up_proj"]
     assert torch.equal(up.source.read_part(up.first, up.shape), stacked[2, 4:])
     assert planned["model.layers.2.mlp.experts.gate_up_proj"].reason == "asked for"
+    assert planned["model.layers.3.moe.input_linear.weight"].reason == "stacked under one name"
 
 
 def test_shards_and_what_lies_beside(oracles, driver_class, random_tokens, tmp_path):
