@@ -54,8 +54,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, those with drafts behind the others, then prefill segments. Without segments it is made for its moves; with
-    neither it is never computed, and may bring no copies: AssertionError.
+    """Decode segments first, those with drafts behind the others, then prefill segments. Without
+    segments it is made for its moves; with neither it is never computed, and may bring no copies:
+    AssertionError.
 
     Before the forward pass, in this order: moves, row writes, restores."""
 

@@ -111,8 +111,8 @@ def test_rows(backend, dtype, device) -> None:
 
 
 def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
-    """Two prompts, one of them resumed, with an exported state; then decoding, verifying, a copy. The
-    slots are those of the prompts, of the exported state, of its copy, and of each step."""
+    """Two prompts, one of them resumed, with an exported state; then decoding, verifying, a copy.
+    The slots are those of the prompts, of the exported state, of its copy, and of each step."""
     torch.manual_seed(1)
     (_, _, channels, reach), (layers, _, value_heads, key_dim, value_dim) = (
         conv.shape,

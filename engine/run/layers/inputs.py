@@ -48,8 +48,8 @@ class PrefillPart:
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """T = D + V + P tokens, in this order. Hidden states have ``num_rows >= T`` rows; those past T are
-    padding."""
+    """T = D + V + P tokens, in this order. Hidden states have ``num_rows >= T`` rows; those past T
+    are padding."""
 
     num_tokens: int
     num_decode: int

@@ -65,7 +65,9 @@ def one_by_one(driver, prompts, answers):
         rows = driver.runner.forward(Batch(tuple(segments)))
         for b, sequence in enumerate(sequences):
             logits[b].append(rows[b].clone())
-            states[b].append([] if sequence.slot is None else states_of(driver.runner, sequence.slot))
+            states[b].append(
+                [] if sequence.slot is None else states_of(driver.runner, sequence.slot)
+            )
     return logits, states
 
 
