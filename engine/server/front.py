@@ -22,6 +22,7 @@ from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
+from engine.text.outputs import DraftCounts
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
 
@@ -199,7 +200,7 @@ def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, objec
 
 
 def _drafted(drafts: Sequence[DraftCounts]) -> dict[str, int]:
-    """What became of the tokens that were guessed. ``verifications`` (ours): steps that had some."""
+    """What became of the tokens guessed ahead. ``verifications`` (ours): steps that had some."""
     num_accepted = sum(counts.accepted.total() for counts in drafts)
     return {
         "accepted_prediction_tokens": num_accepted,

@@ -1,5 +1,5 @@
-"""Several tokens a step on a small real model: no token and no bit of a log-probability differs from
-those of one token a step, whatever was guessed; and the cache has the same in it.
+"""Several tokens a step on a small real model: no token and no bit of a log-probability differs
+from those of one token a step, whatever was guessed; and the cache has the same in it.
 
 Faults that other engines had or have where guesses meet a prefix cache of states, and what would
 notice each here (n: numerics/test_verify.py, m: test_scheduler_machine.py, l: test_lease.py of the
@@ -10,7 +10,7 @@ cache, the others below):
 | a lookup gives up a unit for the drafter: no hit | hits_are_those_without_drafts |
 | the last matched block is computed again on each hit | hits_are_those_without_drafts |
 | a stale conv window after a rejection | n, any_guess_changes_nothing |
-| a hit while guesses are verified reads a state ahead | a_next_turn_resumes_inside_an_accepted_run |
+| a hit during a verification reads a state ahead | a_next_turn_resumes_inside_an_accepted_run |
 | a checkpoint of guessed tokens (poison) | a_wrong_guess_is_never_published, m |
 | states saved only where a step ends on the grid | a_next_turn_resumes_inside_an_accepted_run |
 | a rejected checkpoint has overwritten the one before | l |

@@ -363,7 +363,9 @@ def test_verification_and_commit_equal_decoding(gdn, state_dtype, device) -> Non
             first += length
     assert torch.equal(states[:, :6], initial[:, :6])
     firsts = [0, 4, 5]
-    kept = [(step_slots[f + n - 1], s) for f, n, s in zip(firsts, accepted, slots) if n]
+    kept = [
+        (step_slots[f + n - 1], s) for f, n, s in zip(firsts, accepted, slots, strict=True) if n
+    ]
     sources, targets = map(list, zip(*kept, strict=True))
     copy_states([states], int32(sources, device), int32(targets, device))
     assert torch.equal(states[:, 4], decoded[:, 4])
