@@ -15,7 +15,6 @@ from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
 from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart, VerifyPart
 from engine.run.layers.parameters import Build, WeightSpec
-from engine.run.layers.residual import verifies
 from engine.run.layers.rotary import RotaryTable
 from engine.run.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
 from engine.run.model_config import ModelConfig, ModelError, read_config
@@ -79,7 +78,6 @@ class ModelRunner:
             conv_dtype=str(self.dtype).removeprefix("torch."),
             state_dtype=config.state_dtype,
         )
-        self._check_drafts()
         state_bytes = state_slot_bytes(self.config.sizes, self.dtype, self.state_dtype)
         self.step_state_bytes = self.num_step_states * state_bytes
         """Of the states after each verified token, beside the cache's memory."""
@@ -99,15 +97,6 @@ class ModelRunner:
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
         self.warmed: WarmUp | None = self._warm_up() if warms_up else None
         """What the start took; None: no warm-up (disabled, or a CPU)."""
-
-    def _check_drafts(self) -> None:
-        """Raises ModelError for drafts where a mixer can not verify them."""
-        unable = {type(m.block).__name__ for m in self.model.mixers if not verifies(m.block)}
-        if self.num_step_states and unable:
-            names = ", ".join(sorted(unable))
-            raise ModelError(
-                f"layers of this model can not verify drafts ({names}); use --draft none."
-            )
 
     def _warm_up(self) -> WarmUp:
         try:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import TILE, Exports, Packed, running_sum
 from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6

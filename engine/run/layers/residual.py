@@ -45,7 +45,7 @@ class Mixer(Layer, Protocol):
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """``[T, *mixed_shape]``; moves the pools on. A mixer that computes ``inputs.verify`` too
-        says so by an attribute ``verifies``."""
+        says so by an attribute ``verifies``; for others ``stepwise`` decodes."""
         ...
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
