@@ -390,8 +390,8 @@ class Scheduler:
                 taken.append(self._settle(task, task.draft, len(run) - 1))
             if request.finish_reason is not None:
                 self._manager.finish(request)
-                self._running.remove(request)
                 self._forget_drafts(request)
+                self._running.remove(request)
                 self._is_full = False
         return tuple(taken)
 

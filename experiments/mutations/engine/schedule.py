@@ -43,8 +43,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a token that the host knows is taken for a late one",
         SCHEDULER,
-        "            if task.end > task.request.num_tokens\n        )",
-        "            if task.end >= task.request.num_tokens\n        )",
+        "            if task.sure_end > task.request.num_tokens\n        )",
+        "            if task.sure_end >= task.request.num_tokens\n        )",
         STEPS,
     ),
     Mutation(
@@ -374,8 +374,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "who left is still drafted for",
         SCHEDULER,
-        "                self._running.remove(request)\n"
-        "                self._forget_drafts(request)\n",
+        "                self._forget_drafts(request)\n                self._running.remove(request)\n",
         "                self._running.remove(request)\n",
         STEPS,
     ),
