@@ -37,6 +37,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.command.screen import start_screen
 from engine.config import ConfigError
 from engine.drafts.drafter import Draft
 from engine.drafts.drafting import Drafting
@@ -371,3 +372,13 @@ def test_drafts_and_overlap_exclude_each_other() -> None:
     assert EngineConfig(overlap="on").num_step_states == 0
     assert EngineConfig(draft="tree").num_step_states == 4 * 9
     assert EngineConfig(draft="tree:3", max_running=2).num_step_states == 8
+
+
+def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: MakeEngine) -> None:
+    engine = make_engine(draft="tree:3")
+    engine.runner.weights_note = "seeded"
+    screen = start_screen(engine, "")
+    (line,) = [line for line in screen.splitlines() if line.startswith("  drafts")]
+    assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line
+    assert line.endswith("steps do not overlap, and those that verify are no decode graphs")
+    assert "drafts" not in start_screen(make_engine(), "")

@@ -374,7 +374,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "who left is still drafted for",
         SCHEDULER,
-        "                self._forget_drafts(request)\n                self._running.remove(request)\n",
+        "                self._forget_drafts(request)\n"
+        "                self._running.remove(request)\n",
         "                self._running.remove(request)\n",
         STEPS,
     ),
