@@ -39,7 +39,7 @@ class RandomLoad:
         """Serve ``num_requests``, then until nothing runs. AssertionError: something leaked, or a
         request resumed from what was not its prefix."""
         while self.submitted < num_requests or self.running:
-            if self.submitted < num_requests and self.random.random() < 0.3:
+            if self.submitted < num_requests and self.random.random() < 0.6:
                 self._submit()
             if self.running and self.random.random() < 0.01:
                 self._abort()
@@ -71,7 +71,7 @@ class RandomLoad:
             history = history[: draw(len(history) + 1)]
         tokens = history + [draw(VOCAB) for _ in range(draw(1, pick.choice((4, 40, 400))))]
         rid = f"r{self.submitted}"
-        length = pick.choice((1, 5, 40, 150))
+        length = pick.choice((1, 4, 20, 100))
         request = self.scheduler.submit(rid, tokens[-1200:], length)
         request.extra_key = pick.choice((None, None, None, "adapter"))
         self.running[rid] = request

@@ -215,19 +215,41 @@ class CPUScheduler(Scheduler):
         self.startup_available_gpu_memory_gb = 0.0
 
     def step(self) -> bool:
-        """One turn of ``event_loop_normal``; False: nothing was there to do."""
+        """One turn of SGLang's event loop; False: nothing was there to do."""
         plan = self.get_next_batch_to_run(
             running_batch=self.running_batch, last_batch=self.last_batch
         )
         self.running_batch = plan.running_batch
-        batch = plan.batch_to_run
+        busy = (self._turn_overlap if self.enable_overlap else self._turn)(plan.batch_to_run)
+        self.invariant_checker.self_check_during_busy()
+        return busy
+
+    def _turn(self, batch: Any) -> bool:
+        """As ``event_loop_normal``."""
         if batch:
             self.process_batch_result(batch, self.run_batch(batch))
         else:
             self.on_idle()
         self.last_batch = batch
-        self.invariant_checker.self_check_during_busy()
         return batch is not None
+
+    def _turn_overlap(self, batch: Any) -> bool:
+        """As ``event_loop_overlap``: the last batch's result is processed after this one began."""
+        last = self.last_batch
+        at_once = self.is_disable_overlap_for_batch(batch, last_batch=last)
+        if at_once:
+            self.process_batch_result(*self.result_queue.popleft())
+        result = None
+        if batch:
+            result = self.run_batch(batch)
+            self.result_queue.append((batch.copy(), result))
+        if last and not at_once:
+            self.process_batch_result(*self.result_queue.popleft())
+        elif not last and batch is None:
+            self.on_idle()
+        self.launch_batch_sample_if_needed(result, batch)
+        self.last_batch = batch
+        return batch is not None or bool(last)
 
     def submit(self, rid: str, tokens: Iterable[int], max_new_tokens: int) -> Req:
         """A request with the ids ``tokens``, greedy, into the waiting queue."""
@@ -253,6 +275,7 @@ def new_scheduler(
     *,
     max_requests: int = 6,
     strategy: str = "extra_buffer",
+    overlap: bool = False,
     **settings: Any,
 ) -> CPUScheduler:
     """SGLang's scheduler with our cache behind its flag. One a process: its settings are global."""
@@ -273,7 +296,7 @@ def new_scheduler(
         max_running_requests=max_requests,
         max_total_tokens=num_kv_tokens,
         context_length=4096,
-        disable_overlap_schedule=True,
+        disable_overlap_schedule=not overlap,
         mamba_radix_cache_strategy=strategy,
         **settings,
     )

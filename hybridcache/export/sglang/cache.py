@@ -96,7 +96,8 @@ class HybridRadixBackend(BasePrefixCache):
         found = self._cache.match(prompt, namespace_of(key.extra_key, key.cache_salt))
         branch = None
         if self._states is not None:
-            branch = branch_position(self._cache, prompt, found, self._grid)
+            if self._states.extra_buffer:
+                branch = branch_position(self._cache, prompt, found, self._grid)
             if params.cow_mamba and found.checkpoint is not None:
                 found = self._copy_on_write(self._states, req, found)
         if req is None:
@@ -211,7 +212,7 @@ class HybridRadixBackend(BasePrefixCache):
         key, owned = params.key, params.prev_prefix_len
         tokens = tokens_of(key.token_ids, len(key))
         end = len(tokens) - len(tokens) % self.page_size
-        value = to_host(params.value[:end])
+        value = to_host(params.value)[:end]
         state = params.mamba_value
         checkpoints = () if state is None or not end else ((end, int(state)),)
         namespace = namespace_of(key.extra_key, key.cache_salt)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridcache.tokens import Tokens
 
+MAX_TOKEN = 2**31 - 1
 NO_TOKEN = -1
 """No id: follows a key whose own next token is not known, and is equal to nothing cached."""
 
@@ -23,9 +24,9 @@ def tokens_of(ids: array[int], num_tokens: int) -> Tokens:
     """The first ``num_tokens`` of ``ids`` (int64) as int32[n]; n is less where an id does not fit,
     so that nothing from there on is cached or found. O(n)."""
     wide = np.frombuffer(ids, np.int64)[:num_tokens]
-    tokens = wide.astype(np.int32)
-    wrong = tokens != wide
-    return tokens[: int(wrong.argmax())] if wrong.any() else tokens
+    if len(wide) and wide.max() > MAX_TOKEN:
+        wide = wide[: int((wide > MAX_TOKEN).argmax())]
+    return wide.astype(np.int32)
 
 
 def prompt_of(key: Any) -> Tokens:

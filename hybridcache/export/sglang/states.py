@@ -41,7 +41,8 @@ class RequestStates:
         self._pool = pool
         self._slots = slots
         self._rows = rows
-        self._extra_buffer = extra_buffer
+        self.extra_buffer = extra_buffer
+        """Whether a prefill exports a state before its end."""
 
     def take_slot(self, cache: HybridRadixCache) -> torch.Tensor | None:
         """A free slot, int64[1], evicting for it; None: every state is locked."""
@@ -67,7 +68,7 @@ class RequestStates:
     def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
         """The state that a running request parts with after a chunk; None: there is none, or no
         slot to go on with."""
-        if not self._extra_buffer:
+        if not self.extra_buffer:
             return self._copy(cache, req, num_tokens)
         position = req.kv.mamba_last_track_seqlen
         if position is None:
@@ -88,7 +89,7 @@ class RequestStates:
 
     def offer_finished(self, req: Any, num_tokens: int) -> Offer | None:
         """The deepest state of a finished request that stands for no more than ``num_tokens``."""
-        if self._extra_buffer:
+        if self.extra_buffer:
             return self._tracked(req, num_tokens)
         unflushed = self._pool.mamba_pool.replayssm_write_pos
         live = req.kv.mamba_pool_idx
@@ -122,7 +123,7 @@ class RequestStates:
 
     def release(self, req: Any, offer: Offer | None, taken: bool) -> None:
         """A request has ended: its slots go back, but for the one that the tree has ``taken``."""
-        if self._extra_buffer:
+        if self.extra_buffer:
             keep = offer.keep if offer is not None and taken else None
             self._pool.free_mamba_cache(req, mamba_ping_pong_track_buffer_to_keep=keep)
         elif not taken:

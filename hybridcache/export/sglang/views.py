@@ -30,6 +30,7 @@ class RowView(PageAllocator):
         self.capacity = theirs.size + theirs.page_size
         self.unit_bytes = token_bytes
         self.budget = None
+        self._is_on_host = torch.device(theirs.device).type == "cpu"
 
     @property
     def num_unused(self) -> int:
@@ -71,7 +72,8 @@ class RowView(PageAllocator):
 
     def to_device(self, rows: Indices) -> torch.Tensor:
         """``rows`` as SGLang writes them: int64[n] on its device. O(n)."""
-        return torch.from_numpy(rows.astype(np.int64)).to(self._theirs.device, non_blocking=True)
+        there = torch.from_numpy(rows.astype(np.int64))
+        return there if self._is_on_host else there.to(self._theirs.device, non_blocking=True)
 
     def free_rows(self) -> Indices:
         """All rows that are free or owed, in no order. O(capacity)."""
@@ -135,5 +137,5 @@ class SlotView(SlotAllocator):
 
 def to_host(indices: torch.Tensor) -> Indices:
     """A tensor of indices as int32[n] on the host. O(n); on a GPU it waits for the stream."""
-    rows: Indices = indices.to(torch.int32).cpu().numpy()
+    rows: Indices = indices.cpu().numpy().astype(np.int32)
     return rows
