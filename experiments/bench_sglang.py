@@ -105,9 +105,7 @@ class Replay:
         self.cpu.append(thread_time_ns() - began)
         if result.mamba_exist:
             requests.mamba_allocator.free(slot)
-        self.times.append(
-            (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8)
-        )
+        self.times.append((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8))
         self._count(hit, prompt_len)
 
     def _extra_buffer(self, keys: Keys) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
-from sglang.srt.managers.io_struct import AbortReq
-
 from experiments.sglang.serve import VOCAB, CPUScheduler, hashes
+from sglang.srt.managers.io_struct import AbortReq
 
 
 class Served(NamedTuple):
@@ -109,14 +108,14 @@ class RandomLoad:
         """Ours and SGLang's invariants: every row and slot is free, cached or held by a request."""
         scheduler = self.scheduler
         tree = scheduler.tree_cache
-        held = [r for r in scheduler.invariant_checker._requests_owning_rows()]
+        held = scheduler.invariant_checker._requests_owning_rows()
         rows = sum(r.kv.kv_allocated_len - r.kv.cache_protected_len for r in held)
-        tree.sanity_check()
         tree.tree.check(held_tokens=rows)
         pool = scheduler.req_to_token_pool
         slots = pool.mamba_allocator.available_size() + sum(_slots(r.kv) for r in held)
         assert slots + tree.tree.num_checkpoints == pool.mamba_pool.size, "a state slot leaked"
         if idle:
+            tree.sanity_check()
             assert not held and tree.full_protected_size() == 0, "something is still locked"
 
 

@@ -14,8 +14,8 @@ from sglang.srt.runtime_context import (
     mamba_checkpoint_grid,
 )
 
-from hybridcache.build import PREFIX_CACHES, CacheConfig
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.build import PREFIX_CACHES, CacheConfig
 from hybridcache.export.sglang.cache import HybridRadixBackend
 from hybridcache.export.sglang.refuse import why_not
 from hybridcache.export.sglang.states import RequestStates

@@ -99,7 +99,7 @@ class HybridRadixBackend(BasePrefixCache):
             if self._states.extra_buffer:
                 branch = branch_position(self._cache, prompt, found, self._grid)
             if params.cow_mamba and found.checkpoint is not None:
-                found = self._copy_on_write(self._states, req, found)
+                found = self._copy_on_write(self._states, req, found, found.checkpoint)
         if req is None:
             self._cache.touch(found)
         else:
@@ -114,10 +114,12 @@ class HybridRadixBackend(BasePrefixCache):
             full_kv_hit_length=min(found.kv_len, len(prompt) - 1),
         )
 
-    def _copy_on_write(self, states: RequestStates, req: Any, found: PrefixMatch) -> PrefixMatch:
+    def _copy_on_write(
+        self, states: RequestStates, req: Any, found: PrefixMatch, checkpoint: int
+    ) -> PrefixMatch:
         """``found`` with a slot of the request's own for its state, or nothing found."""
         receipt = self._cache.lock(found.node)
-        copied = states.copy_on_write(self._cache, req, found.checkpoint)
+        copied = states.copy_on_write(self._cache, req, checkpoint)
         self._cache.unlock(receipt)
         if copied:
             return found

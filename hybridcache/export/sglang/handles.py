@@ -38,7 +38,7 @@ def node_of(handle: Any) -> Any:
 
 
 @dataclass
-class Held(IncLockRefResult, DecLockRefParams):  # type: ignore[misc]
+class Held(IncLockRefResult, DecLockRefParams):
     """A lock's receipt, in the two forms in which SGLang carries it."""
 
     receipt: Receipt | None = None

@@ -65,7 +65,9 @@ def describe(rid: str, match: PrefixMatch, losses: Losses) -> str:
 10 below grid'
     """
     lost = [
-        f"{tokens} {cause.replace('_', ' ')}" for cause, tokens in losses._asdict().items() if tokens
+        f"{tokens} {cause.replace('_', ' ')}"
+        for cause, tokens in losses._asdict().items()
+        if tokens
     ]
     line = f"{rid}: {match.cached_len} of {match.num_tokens} prompt tokens cached"
     return f"{line}; lost: {', '.join(lost)}" if lost else line

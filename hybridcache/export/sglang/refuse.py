@@ -42,8 +42,8 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
         ),
         (
             params.is_eagle and not ctx.is_hybrid_ssm,
-            "hybridcache keys single tokens, and EAGLE on an attention-only model wants pairs: drop "
-            f"--speculative-algorithm, {WITHOUT}",
+            "hybridcache keys single tokens, where EAGLE on an attention-only model wants pairs: "
+            f"drop --speculative-algorithm, {WITHOUT}",
         ),
         (
             params.eviction_policy not in EVICTION_WORDS,

@@ -35,9 +35,7 @@ class Offer:
 class RequestStates:
     """The states of the requests of one scheduler, and the slots they may take."""
 
-    def __init__(
-        self, pool: Any, slots: SlotView, rows: RowView, *, extra_buffer: bool
-    ) -> None:
+    def __init__(self, pool: Any, slots: SlotView, rows: RowView, *, extra_buffer: bool) -> None:
         self._pool = pool
         self._slots = slots
         self._rows = rows
