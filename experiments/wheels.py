@@ -4,8 +4,8 @@ python -m experiments.wheels [--out dist]
 
 ``hybridcache`` holds neither ``engine`` nor ``kernels``: SGLang depends on a distribution of
 Hugging Face whose package is called ``kernels`` too, and ``pip install hybridcache[sglang]`` must
-leave it alone. ``hybridcache-engine`` holds both, and is what ``hybridcache[engine]`` asks for. A clone
-installs everything at once (``pip install -e .``).
+leave it alone. ``hybridcache-engine`` holds both, and is what ``hybridcache[engine]`` asks for. A
+clone installs everything at once (``pip install -e .``).
 """
 
 from __future__ import annotations

@@ -31,7 +31,13 @@ class World(NamedTuple):
 
 
 def new_world(
-    backend: str, num_kv_tokens: int, num_slots: int, *, eviction: str = "lru", **pools: Any
+    backend: str,
+    num_kv_tokens: int,
+    num_slots: int,
+    *,
+    eviction: str = "lru",
+    events: bool = False,
+    **pools: Any,
 ) -> World:
     """``backend``: hybridcache, rust or python, alone with its pools: no scheduler."""
     args = ServerArgs(model_path="dummy", page_size=1)
@@ -44,6 +50,7 @@ def new_world(
         token_to_kv_pool_allocator=world.rows,
         page_size=1,
         eviction_policy=eviction,
+        enable_kv_cache_events=events,
         enable_mamba_extra_buffer=world.requests.enable_mamba_extra_buffer,
     )
     if backend == "hybridcache":
