@@ -4,8 +4,9 @@ python -m experiments.soak_sglang [--requests 10000] [--strategy "extra_buffer o
 
 Wants SGLang 0.5.23 (`make sglang`). Its own scheduler, unchanged, on a CPU, over a model that only
 remembers what it was shown (`experiments/sglang/serve.py`): conversations go on, fork, come again
-and are cut off, in pools so small that KV and states are always short. After every step SGLang's
-own checks of its pools and every invariant of our tree; every prefix and state that is resumed
+and are cut off, in pools so small that KV and states are always short; every 61st decode retracts.
+After every step SGLang's own checks of its pools, after every eighth and when idle all invariants
+of our tree recomputed, which remembers more and more; every prefix and state that is resumed
 from is compared with what it should be, every answer with the one without a cache. Each strategy
 of SGLang for states gets its share of the requests, in a process of its own. Writes
 results/soak_sglang.jsonl.
@@ -38,6 +39,8 @@ def soak(strategy: str, num_requests: int, seed: int) -> dict[str, object]:
     """Serve ``num_requests`` in this process; AssertionError names what is wrong."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
+    os.environ["SGLANG_TEST_RETRACT"] = "1"
+    os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
     cpu.stand_in()
     from experiments.sglang.random_load import RandomLoad
     from experiments.sglang.serve import new_scheduler
@@ -53,7 +56,7 @@ def soak(strategy: str, num_requests: int, seed: int) -> dict[str, object]:
             chunked_prefill_size=256,
             mamba_track_interval=64,
         )
-        served = RandomLoad(scheduler, seed).run(num_requests)
+        served = RandomLoad(scheduler, seed).run(num_requests, check_every=8)
     return {"strategy": strategy, "seed": seed, **served._asdict()}
 
 

@@ -37,18 +37,23 @@ class RandomLoad:
     def run(self, num_requests: int, *, check_every: int = 1) -> Served:
         """Serve ``num_requests``, then until nothing runs. AssertionError: something leaked, or a
         request resumed from what was not its prefix."""
+        draining = False
         while self.submitted < num_requests or self.running:
-            if self.submitted < num_requests and self.random.random() < 0.6:
+            while self.submitted < num_requests and not draining and self.random.random() < 0.6:
                 self._submit()
             if self.running and self.random.random() < 0.01:
                 self._abort()
-            self.scheduler.step()
+            idle = not self.scheduler.step()
             self.steps += 1
             self._collect()
             if self.steps % check_every == 0:
                 self.check()
-            if not self.running and self.random.random() < 0.02:
-                self.flushes += self.scheduler.flush_cache()
+            draining = draining or self.random.random() < 0.002
+            if draining and idle:
+                draining = False
+                self.check(idle=True)
+                assert self.scheduler.flush_cache()
+                self.flushes += 1
         while self.scheduler.step():
             self.check()
         self.check(idle=True)
@@ -70,7 +75,7 @@ class RandomLoad:
             history = history[: draw(len(history) + 1)]
         tokens = history + [draw(VOCAB) for _ in range(draw(1, pick.choice((4, 40, 400))))]
         rid = f"r{self.submitted}"
-        length = pick.choice((1, 4, 20, 100))
+        length = pick.choice((1, 3, 9, 70))
         request = self.scheduler.submit(rid, tokens[-1200:], length)
         request.extra_key = pick.choice((None, None, None, "adapter"))
         self.running[rid] = request
