@@ -9,9 +9,14 @@ import torch
 from hybridcache.export.sglang.build import make_backend
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.environ import envs
-from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, HybridReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
+    MHATokenToKVPool,
+    ReqToTokenPool,
+)
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -40,22 +45,24 @@ def new_world(
     **pools: Any,
 ) -> World:
     """``backend``: hybridcache, rust or python, alone with its pools: no scheduler."""
-    args = ServerArgs(model_path="dummy", page_size=1)
+    world = new_pools(num_kv_tokens, num_slots, **pools)
+    page_size, has_states = world.rows.page_size, num_slots > 0
+    args = ServerArgs(model_path="dummy", page_size=page_size)
     args._mamba_cache_chunk_size = CHUNK
     set_global_server_args_for_scheduler(args)
-    world = new_pools(num_kv_tokens, num_slots, **pools)
     params = CacheInitParams(
         disable=False,
         req_to_token_pool=world.requests,
         token_to_kv_pool_allocator=world.rows,
-        page_size=1,
+        page_size=page_size,
         eviction_policy=eviction,
         enable_kv_cache_events=events,
-        enable_mamba_extra_buffer=world.requests.enable_mamba_extra_buffer,
+        enable_mamba_extra_buffer=has_states and world.requests.enable_mamba_extra_buffer,
     )
     if backend == "hybridcache":
-        return world._replace(cache=make_backend(params, is_hybrid_ssm=True))
-    params.tree_components = (ComponentType.FULL, ComponentType.MAMBA)
+        return world._replace(cache=make_backend(params, has_states))
+    states = (ComponentType.MAMBA,) if has_states else ()
+    params.tree_components = (ComponentType.FULL, *states)
     params.tree_core_backend = backend
     return world._replace(cache=UnifiedRadixCache(params))
 
@@ -66,11 +73,24 @@ def new_pools(
     *,
     extra_buffer: bool = False,
     lazy: bool = False,
+    page_size: int = 1,
     max_requests: int = 8,
     context_len: int = 8192,
 ) -> World:
     """One attention and three linear layers, so small that a state weighs what 3,072 tokens do, as
-    on Qwen3-Next. No cache yet."""
+    on Qwen3-Next; without slots, attention alone. No cache yet."""
+    kv: dict[str, Any] = {
+        "size": num_kv_tokens,
+        "dtype": torch.bfloat16,
+        "page_size": page_size,
+        "head_num": 1,
+        "head_dim": 4,
+        "device": "cpu",
+        "enable_memory_saver": False,
+    }
+    if not num_slots:
+        requests = ReqToTokenPool(max_requests, context_len, "cpu", False)
+        return World(None, _allocator(MHATokenToKVPool(layer_num=1, **kv)), requests)
     with envs.SGLANG_MAMBA_SSM_DTYPE.override("bfloat16"):
         shape = Mamba2StateShape.create(
             tp_world_size=1,
@@ -95,15 +115,14 @@ def new_pools(
         enable_mamba_extra_buffer_lazy=lazy,
     )
     kv_pool = HybridLinearKVPool(
-        size=num_kv_tokens,
-        dtype=torch.bfloat16,
-        page_size=1,
-        head_num=1,
-        head_dim=4,
-        full_attention_layer_ids=ATTENTION_LAYERS,
-        device="cpu",
-        enable_memory_saver=False,
-        mamba_pool=requests.mamba_pool,
+        full_attention_layer_ids=ATTENTION_LAYERS, mamba_pool=requests.mamba_pool, **kv
     )
-    rows = TokenToKVPoolAllocator(num_kv_tokens, torch.bfloat16, "cpu", kv_pool, need_sort=False)
-    return World(None, rows, requests)
+    return World(None, _allocator(kv_pool), requests)
+
+
+def _allocator(pool: Any) -> Any:
+    if pool.page_size == 1:
+        return TokenToKVPoolAllocator(pool.size, pool.dtype, "cpu", pool, need_sort=False)
+    return PagedTokenToKVPoolAllocator(
+        pool.size, pool.page_size, pool.dtype, "cpu", pool, need_sort=False
+    )

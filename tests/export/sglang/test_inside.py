@@ -50,11 +50,13 @@ class Caller:
     def __init__(self, core: str, num_kv_tokens: int = 100, num_slots: int = 8, **pools):
         self.core = core
         self.cache, self.rows, self.requests = new_world(core, num_kv_tokens, num_slots, **pools)
-        self.slots = self.requests.mamba_allocator
+        self.slots = self.requests.mamba_allocator if num_slots else None
 
     def insert(self, tokens, owned: int = 0, extra_key=None):
         """Publish ``tokens`` with rows and a state of the caller's."""
-        rows, slot = self.rows.alloc(len(tokens)), self.slots.alloc(1)
+        tokens = list(tokens)
+        rows = self.rows.alloc(len(tokens))
+        slot = None if self.slots is None else self.slots.alloc(1)
         if owned:
             self.rows.free(rows[:owned])
             rows[:owned] = self.cache.path_device_indices(self.match(tokens[:owned])[1])
@@ -89,6 +91,8 @@ class Caller:
         cache.sanity_check()
         free = self.rows.available_size()
         assert free + cache.full_evictable_size() + cache.full_protected_size() == self.rows.size
+        if self.slots is None:
+            return
         free = self.slots.available_size()
         states = cache.mamba_evictable_size() + cache.mamba_protected_size()
         assert free + states == self.slots.size
@@ -317,7 +321,7 @@ def serve(caller, rid, tokens, output=(), track=None):
     rows = torch.cat((known, caller.rows.alloc(end - hit)))
     caller.requests.write((req.kv.req_pool_idx, slice(0, end)), rows.to(torch.int32))
     req.kv.kv_allocated_len = req.kv.kv_committed_len = req.extend_end = len(tokens)
-    if track is not None:
+    if track is not None and caller.slots is not None:
         req.kv.mamba_last_track_seqlen = track
     cache.checkpoint(req, up_to=len(tokens))
     req.output_ids = array("q", [*output, 0])
@@ -377,6 +381,34 @@ def test_dfs_weight_order_keeps_a_branch_together():
     asked = ([70, 71], [*PATH[:4], 50], PATH[:4], [*PATH[:4], 60], [99], [*PATH[:4], 50])
     order = caller.cache.dfs_weight_order([caller.match(tokens)[1] for tokens in asked])
     assert order == [1, 5, 3, 2, 0, 4]
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_an_attention_only_model_reuses_any_prefix(core):
+    caller = Caller(core, num_slots=0)
+    assert not caller.cache.supports_mamba()
+    caller.insert(PATH)
+    assert caller.hit(PATH[:8], [50, 51]) == 8
+    lock = caller.cache.lock(caller.match([*PATH[:8], 50])[1])
+    assert caller.cache.full_protected_size() == 8
+    assert caller.evict(1000) == (4, 0)
+    caller.cache.unlock(lock)
+    assert serve(caller, "a", [*PATH[:8], 60, 61], [62]) == 8
+    assert serve(caller, "b", [*PATH[:8], 60, 61, 62, 63]) == 11
+    caller.check()
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("num_slots", [0, 8])
+def test_pages_are_kept_whole(core, num_slots):
+    caller = Caller(core, num_slots=num_slots, page_size=4, extra_buffer=True)
+    caller.insert(PATH)
+    assert caller.hit(PATH, [50]) == 12 and caller.hit([1, 2, 3]) == 0
+    caller.insert([*PATH[:4], 5, 6, 90, 91])
+    assert caller.hit(PATH) == 12 and caller.hit(PATH[:4], [5, 6, 90, 91]) == 8
+    caller.check()
+    freed = caller.evict(1000, 1000)
+    assert freed[0] == 16 and caller.rows.available_size() == 100
 
 
 def replayed(events):
