@@ -6,6 +6,8 @@ torch is imported before. The page for its users is ``README.md`` beside this fi
 
 from __future__ import annotations
 
+from typing import Any
+
 NAME = "hybridcache"
 """What ``--radix-cache-backend`` takes."""
 
@@ -18,9 +20,14 @@ def plug_in() -> None:
     from sglang.srt.arg_groups import choices
     from sglang.srt.mem_cache import registry
 
-    from hybridcache.export.sglang.build import build_backend
-
-    registry.register_radix_cache_backend(NAME, build_backend)
+    registry.register_radix_cache_backend(NAME, _build)
     choices.add_radix_eviction_policy_choices(
         [word for word in ADDED_EVICTION if word not in choices.RADIX_EVICTION_POLICY_CHOICES]
     )
+
+
+def _build(ctx: Any) -> Any:
+    """The factory, whose module only a scheduler needs."""
+    from hybridcache.export.sglang.build import build_backend
+
+    return build_backend(ctx)
