@@ -35,7 +35,7 @@ STRATEGIES = {
 NUM_KV_TOKENS = 1800
 
 
-def soak(strategy: str, num_requests: int, seed: int) -> dict[str, object]:
+def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str, object]:
     """Serve ``num_requests`` in this process; AssertionError names what is wrong."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
@@ -53,28 +53,31 @@ def soak(strategy: str, num_requests: int, seed: int) -> dict[str, object]:
             STRATEGIES[strategy],
             strategy=word,
             overlap=bool(overlapped),
+            radix_eviction_policy=eviction,
             chunked_prefill_size=256,
             mamba_track_interval=64,
         )
         served = RandomLoad(scheduler, seed).run(num_requests, check_every=8)
-    return {"strategy": strategy, "seed": seed, **served._asdict()}
+    return {"strategy": strategy, "eviction": eviction, "seed": seed, **served._asdict()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000, help="of all strategies together")
     parser.add_argument("--strategy", choices=list(STRATEGIES), help="only this one, here")
+    parser.add_argument("--eviction", default="lru", help="SGLang's --radix-eviction-policy")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
     if options.strategy:
-        records = [soak(options.strategy, options.requests, options.seed)]
+        records = [soak(options.strategy, options.eviction, options.requests, options.seed)]
     else:
         records = []
         for strategy in STRATEGIES:
             share = str(options.requests // len(STRATEGIES))
             command = [sys.executable, "-m", "experiments.soak_sglang", "--no-record"]
             command += ["--strategy", strategy, "--requests", share, "--seed", str(options.seed)]
+            command += ["--eviction", options.eviction]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             records.append(json.loads(done.stdout.splitlines()[-1]))
     if not options.no_record:

@@ -374,6 +374,16 @@ def test_a_request_is_counted_once_however_often_it_was_matched():
     assert (total.requests, total.cached_tokens, total.prompt_tokens) == (2, 12, 25)
 
 
+def test_a_waiting_prefix_can_be_refreshed():
+    caller = Caller("hybridcache")
+    for first in (20, 40):
+        caller.insert(range(first, first + 10))
+    caller.hit([99])
+    caller.cache.touch_prefix(RadixKey(array("q", range(20, 31))))
+    caller.evict(1)
+    assert (caller.hit(range(20, 30)), caller.hit(range(40, 50))) == (10, 0)
+
+
 def test_dfs_weight_order_keeps_a_branch_together():
     caller = Caller("hybridcache")
     for tokens in (PATH[:4], [*PATH[:4], 50], [*PATH[:4], 60], [70, 71]):
@@ -444,15 +454,25 @@ def test_a_flush_tells_the_router():
     assert [type(event) for event in caller.cache.take_events()] == [AllBlocksCleared]
 
 
+def soak(*arguments, hash_seed="0"):
+    """What ``soak_sglang`` served, in a process of its own: SGLang's settings are global."""
+    command = [sys.executable, "-m", "experiments.soak_sglang", "--no-record", *arguments]
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     "strategy", ["no_buffer", "extra_buffer", "extra_buffer_lazy", "extra_buffer overlapped"]
 )
 def test_the_scheduler_serves_random_requests_under_pressure(strategy):
-    """Every prefix verified, both systems' invariants after every step; in a process of its own,
-    since SGLang's settings are global."""
-    command = [sys.executable, "-m", "experiments.soak_sglang", "--requests", "60", "--no-record"]
-    command += ["--strategy", strategy]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    served = json.loads(done.stdout.splitlines()[-1])
+    """Every prefix verified, both systems' invariants after every step."""
+    served = soak("--requests", "60", "--strategy", strategy)
     assert served["requests"] + served["aborted"] == 60 and served["cached_tokens"] > 0
+
+
+def test_every_rank_decides_alike():
+    """Whatever order its process has for sets and hashes."""
+    arguments = ("--requests", "80", "--strategy", "extra_buffer", "--eviction", "regret")
+    assert soak(*arguments, hash_seed="1") == soak(*arguments, hash_seed="2")
