@@ -186,7 +186,7 @@ class HybridRadixBackend(BasePrefixCache):
         rows[owned:] = to_host(row[owned:end])
         checkpoints = () if slot is None else ((end, slot),)
         namespace = namespace_of(req.extra_key, req.cache_salt)
-        after = None if req.lock is None else req.lock.receipt.receipt.node
+        after = None if req.lock is None else req.lock.receipt.node
         result = self._cache.insert(tokens, rows, checkpoints, namespace, owned, (), after)
         num_known = len(result.duplicates)
         if num_known:
@@ -249,11 +249,13 @@ class HybridRadixBackend(BasePrefixCache):
         return DecLockRefResult()
 
     def lock(self, node: Any) -> TreeLock:
-        return TreeLock(node, self.inc_lock_ref(node))
+        """As ``inc_lock_ref``, for a request to keep. O(1)."""
+        return TreeLock(node, self._cache.lock(node_of(node)))
 
     def unlock(self, lock: TreeLock | None) -> None:
+        """Undo one ``lock``. O(1)."""
         if lock is not None:
-            self._cache.unlock(lock.receipt.receipt)
+            self._cache.unlock(lock.receipt)
 
     def path_device_indices(self, node: Any) -> torch.Tensor:
         """The rows from the root to a node: int64[position] on the device. O(position)."""

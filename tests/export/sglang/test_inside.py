@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from array import array
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from experiments.sglang.pools import new_world  # noqa: E402
+from hybridcache.export.sglang import build  # noqa: E402
+from hybridcache.export.sglang.build import sizes_in_bytes  # noqa: E402
 
 CORES = ("hybridcache", "python", "rust")
 PATH = list(range(1, 13))
@@ -444,6 +447,34 @@ def test_kv_events_name_the_same_blocks_as_theirs():
         assert sorted(stored) == sorted(gone)
         found[core] = sorted(stored)
     assert found["hybridcache"] == found["python"] and len(found["python"]) == 16
+
+
+def test_pipeline_stages_weigh_alike(monkeypatch):
+    """Their layers differ, so each adds up what all of them hold."""
+    caller = Caller("hybridcache")
+    params = SimpleNamespace(
+        token_to_kv_pool_allocator=caller.rows,
+        req_to_token_pool=caller.requests,
+        pp_size=1,
+        pp_cache_group="stages",
+    )
+    token, state = sizes_in_bytes(params, is_hybrid_ssm=True)
+    assert token >= 2 * 4 * 2 and state / token > 2000
+    asked = []
+
+    def all_reduce(sizes, group):
+        asked.append(group)
+        sizes += torch.tensor([100, 1000])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    params.pp_size = 2
+    assert sizes_in_bytes(params, is_hybrid_ssm=True) == (token + 100, state + 1000)
+    assert asked == ["stages"]
+
+
+def test_a_disabled_cache_is_sglangs_own(monkeypatch):
+    monkeypatch.setattr(build, "default_radix_cache_factory", lambda ctx: "theirs")
+    assert build.build_backend(SimpleNamespace(disable_radix_cache=True)) == "theirs"
 
 
 def test_a_flush_tells_the_router():
