@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals sglang wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,21 @@ mutate: install  ## break cache and engine in small ways, one at a time, and see
 
 rivals:  ## flash-linear-attention's kernels, for the kernel benchmark alone to find
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops
+
+# SGLang and what it can not be stood in for without, beside .venv and not in it: it asks for another torch.
+SGLANG := sglang==0.5.23 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops msgspec orjson psutil pyzmq \
+	setproctitle uvloop xgrammar==0.2.7 xxhash
+
+out/sglang/.installed: Makefile
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --upgrade --target out/sglang $(SGLANG)
+	@touch $@
+
+sglang: install out/sglang/.installed  ## SGLang on a CPU with our cache in it: its scheduler, both trees side by side
+	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
+	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.bench_sglang
+
+wheels: install  ## what is published: the cache with its laboratory, and the engine
+	$(BIN)/python -m experiments.wheels
 
 tune:  ## on a machine with a GPU: launch parameters that are fast there, into kernels/tuned.json
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.bench_kernels --tune

@@ -23,6 +23,13 @@ longer step only keeps decoding requests waiting."""
 BUILTIN_NAME = "builtin"
 """Of the model that comes with the engine."""
 
+DRAFTERS = ("tree",)
+DRAFT_LEN, MAX_DRAFT_LEN = 8, 32
+"""Tokens drafted for a sequence at a time: where no number is given, and at most."""
+DRAFTED_FULLY = 4
+"""Sequences that may be drafted for in full length in one step; more share what these would
+verify."""
+
 T = TypeVar("T")
 
 
@@ -116,6 +123,12 @@ class EngineConfig:
         None, "most tokens of prompt and answer; none: the model's own"
     )
 
+    draft: str = _setting(
+        "none",
+        "tokens guessed ahead and verified together, so that a step may give several: tree:8 (what "
+        "followed here before, in the cache or in the request itself; at most 8 tokens), or none",
+    )
+
     max_running: int = _setting(16, "requests computed at the same time")
     token_budget: int | None = _setting(
         None,
@@ -144,7 +157,23 @@ class EngineConfig:
     def most_step_tokens(self) -> int:
         """No step computes more tokens. Of a settled config."""
         assert self.token_budget is not None
-        return max(self.token_budget, self.max_running + TILE)
+        return max(self.token_budget, self.max_running + TILE) + self.num_step_states
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of the drafters in the order in which they are asked."""
+        return () if self.draft == "none" else tuple(name for name, _ in _drafters(self.draft))
+
+    @property
+    def draft_len(self) -> int:
+        """Most tokens drafted for one sequence in one step."""
+        return 0 if self.draft == "none" else max(most for _, most in _drafters(self.draft))
+
+    @property
+    def num_step_states(self) -> int:
+        """Most tokens, drafted and sure ones, of the sequences with drafts in one step: the state
+        after each is kept."""
+        return (1 + self.draft_len) * min(self.max_running, DRAFTED_FULLY) if self.draft_len else 0
 
     def __post_init__(self) -> None:
         for name in ("load_workers", "grid", "page_size", "max_running", "max_queue"):
@@ -170,12 +199,31 @@ class EngineConfig:
             if getattr(self, name) not in words:
                 allowed = ", ".join("none" if word is None else word for word in words)
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+        if self.draft_len and self.overlap == "on":
+            raise ConfigError(
+                "drafts need a step's tokens before the next is made: leave overlap at auto or off."
+            )
         if self.model == "":
             raise ConfigError("model must name a directory; leave it out for the built-in one.")
         places = self.checkpoints
         if isinstance(places, str):
             places = tuple(places.split(","))
         object.__setattr__(self, "checkpoints", tuple(places))
+
+
+def _drafters(text: str) -> list[tuple[str, int]]:
+    """(name, most tokens) of every word of ``tree:8,...``. ConfigError."""
+    words = []
+    for word in text.split(","):
+        name, colon, number = word.partition(":")
+        most = DRAFT_LEN if not colon else int(number) if number.isdecimal() else 0
+        if name not in DRAFTERS or not 1 <= most <= MAX_DRAFT_LEN:
+            raise ConfigError(
+                f"draft must be none, or {' or '.join(DRAFTERS)} with a number of tokens from 1 to "
+                f"{MAX_DRAFT_LEN}, as in {DRAFTERS[0]}:{DRAFT_LEN}; not {text!r}."
+            )
+        words.append((name, most))
+    return words
 
 
 _WORDS: dict[str, tuple[str | None, ...]] = {

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from engine.build import cache_config, load, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
+from engine.drafts.drafting import Drafting
 from engine.interfaces import Runner, TokenSampler
 from engine.mailboxes import Mailboxes
 from engine.requests.intake import Intake
@@ -72,12 +73,14 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         observer: Observer | None = None,
         log: LeaseLog | None = None,
+        drafting: Drafting | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Load what ``config`` names, or serve with the ``runner``, ``sampler`` and ``tokenizer``
         given.
 
-        ``observer`` is notified of every step, ``log`` records every lease. ConfigError: settings
+        ``observer`` is notified of every step, ``log`` records every lease, ``drafting`` stands in
+        place of what ``config.draft`` names. ConfigError: settings
         that can not work together; what loading refuses is a ValueError of one sentence too.
         """
         config = config or EngineConfig()
@@ -100,15 +103,18 @@ class Engine:
         self._cache_kind = built.prefix_cache
         self._cache = build_prefix_cache(built)
         self._manager = self._make_manager(config, runner)
+        if drafting is None and config.drafters:
+            drafting = Drafting.of(config.drafters, config.draft_len, config.num_step_states)
         self._scheduler = Scheduler(
             self._manager,
             max_running=config.max_running,
             token_budget=config.token_budget,
             shares=config.prefix_cache != "none",
+            drafting=drafting,
             clock=clock,
         )
-        self._overlaps = config.overlap == "on" or (
-            config.overlap == "auto" and runner.is_asynchronous
+        self._overlaps = drafting is None and (
+            config.overlap == "on" or (config.overlap == "auto" and runner.is_asynchronous)
         )
         self._in_flight: InFlight | None = None
         self.interrupted: tuple[str, ...] = ()
@@ -268,7 +274,9 @@ class Engine:
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
         self._laps.append(self._clock())
-        self._scheduler.commit(plan, tokens, scored)
+        taken = self._scheduler.commit(plan, tokens, scored)
+        if taken:
+            self.runner.commit(plan.batch, taken)
         outputs = self.take_outputs()
         if self.config.check:
             self._manager.check_rows(self.runner.table_row)

@@ -40,6 +40,12 @@ class Runner(Protocol):
         ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
         ...
 
+    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
+        """Of the ``batch`` computed last, each segment with drafts keeps so many of its tokens (0:
+        nobody wants its state): its state moves on by them, and the states that it exports at
+        positions up to there are in their slots after. Not called for a batch without drafts."""
+        ...
+
     def table_row(self, row: int, end: int) -> Indices:
         """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any:
         int32, a view."""

@@ -15,6 +15,7 @@ from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
 from hybridcache.core.residency import Residency
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.radix.continuation import NOTHING, continuation
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.results import (
     Eviction,
@@ -160,6 +161,29 @@ class HybridRadixCache:
             assert ghost.parent is not None
             ghost = ghost.parent
         return length, None
+
+    def continuation(
+        self,
+        tokens: Tokens,
+        max_tokens: int,
+        namespace: Hashable = None,
+        after: RadixNode | None = None,
+    ) -> Tokens:
+        """Up to ``max_tokens`` ids that followed ``tokens`` before; see
+        ``PrefixCache.continuation``. Changes nothing. O(n), or what lies behind ``after``.
+
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+        >>> _ = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+        >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
+        [4, 5, 6]
+        """
+        node = after if after is not None else self._tree.roots.get(namespace)
+        while node is not None and node.end > len(tokens):
+            node = node.parent
+        if node is None:
+            return NOTHING
+        return continuation(node, tokens[node.end :], max_tokens, self.page_size)
 
     def gather(self, node: RadixNode | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).

@@ -69,6 +69,18 @@ class PrefixCache(Protocol):
         ValueError: not int32[n]."""
         ...
 
+    def continuation(
+        self, tokens: Tokens, max_tokens: int, namespace: Hashable = None, after: Any = None
+    ) -> Tokens:
+        """Up to ``max_tokens`` ids that followed ``tokens`` before, in this namespace, as far as is
+        remembered (evicted KV does not matter); empty: nothing did. Changes nothing. Where several
+        did, what was used last.
+
+        ``after`` as in ``insert``: a locked node whose path begins ``tokens``. O(n less that
+        node's position), a few microseconds.
+        """
+        ...
+
     def gather(self, node: Any) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position]. O(position)."""
         ...

@@ -65,6 +65,18 @@ class RadixCache(HybridRadixCache):
             num_tokens, cached_len, kv_len, branch_len, None, losses, part, namespace
         )
 
+    def continuation(
+        self,
+        tokens: Tokens,
+        max_tokens: int,
+        namespace: Hashable = None,
+        after: PathPart | RadixNode | None = None,
+    ) -> Tokens:
+        """Up to ``max_tokens`` ids that followed ``tokens`` before; see
+        ``PrefixCache.continuation``. O(n), or what lies behind ``after``."""
+        node = after.last().parent if isinstance(after, PathPart) else after
+        return super().continuation(tokens, max_tokens, namespace, node)
+
     def gather(self, node: PathPart | RadixNode | None) -> Indices:
         """KV indices of ``match.node`` or ``result.node``. O(position)."""
         if isinstance(node, PathPart):

@@ -260,6 +260,11 @@ class Lease:
         waits for its ``publish``."""
         return self._saving.is_pending(position)
 
+    def continuation(self, tokens: Tokens, max_tokens: int) -> Tokens:
+        """Up to ``max_tokens`` ids that followed ``tokens``, all of the request's so far, before.
+        O(tokens past ``published_len``)."""
+        return self._cache.continuation(tokens, max_tokens, self._request.namespace, self._node)
+
     def extend(self, to_len: int) -> bool:
         """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused,
         nothing changed.
@@ -300,6 +305,12 @@ class Lease:
         finds that the request had ended before it, has neither.
         """
         return self._saving.take(start, end)
+
+    def roll_back(self, computed_len: int) -> None:
+        """Of what the last step was to compute only the tokens below ``computed_len`` count (the
+        others were guesses, and wrong): a rolling checkpoint past it was not written, and its slot
+        holds what it held before."""
+        self._saving.roll_back(computed_len)
 
     def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
         """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its

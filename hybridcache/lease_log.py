@@ -17,8 +17,8 @@ class LeaseEvent(NamedTuple):
     """One verb of one lease, or of the cache itself."""
 
     verb: str
-    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, plan_checkpoint, publish,
-    finish, preempt, abort: the lease's; reset: the cache's."""
+    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, roll_back, plan_checkpoint,
+    publish, finish, preempt, abort: the lease's; reset: the cache's."""
     lease: int | None
     """Number of the lease, counted from 0; None: ``begin`` was refused, or the verb is the
     cache's."""

@@ -53,6 +53,12 @@ class NullCache(PrefixCache):
         n = len(tokens)
         return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
 
+    def continuation(
+        self, tokens: Tokens, max_tokens: int, namespace: Hashable = None, after: Any = None
+    ) -> Tokens:
+        """Nothing is remembered: always empty. O(1)."""
+        return tokens[:0]
+
     def gather(self, node: Any) -> Indices:
         return self._pages.free_rows()[:0]
 

@@ -17,6 +17,7 @@ class Saving:
     __slots__ = (
         "_cache",
         "_interval",
+        "_overwritten",
         "_pending",
         "_plan",
         "_prompt_len",
@@ -32,6 +33,8 @@ class Saving:
         self._plan: dict[int, str] = {}
         self._pending: dict[Saved, str] = {}
         self._rolling: Saved | None = None
+        self._overwritten: Saved | None = None
+        """What the rolling slot held before, as long as it may still hold that."""
         self._interval: int | None = None
 
     def ask(self, placement: PlacementPolicy, prefill: Prefill, decodes: bool) -> None:
@@ -118,8 +121,17 @@ class Saving:
         slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
         if slot is None:
             return ()
-        self._rolling = position, slot
-        return (self._rolling,)
+        if self._rolling is None or self._rolling[0] != position:
+            self._overwritten, self._rolling = self._rolling, (position, slot)
+        return ((position, slot),)
+
+    def roll_back(self, computed_len: int) -> None:
+        """See ``Lease.roll_back``."""
+        if self._rolling is None or self._rolling[0] <= computed_len:
+            return
+        if self._overwritten is None:
+            self._cache.free_slot(self._rolling[1])
+        self._rolling = self._overwritten
 
     def _crossing(self, start: int, end: int) -> int | None:
         """The last position in (start, end] at which decoding saves a state; None: there is

@@ -79,13 +79,15 @@ MAY_IMPORT = {
     "hybridcache/lease.py": "allocators interface policies results saving tokens",
     "hybridcache/lease_log.py": "interface lease policies",
     "hybridcache/geometry": "units",
-    "hybridcache/export": "hybrid listener policies radix tokens",
+    "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
+    "tokens",
     "hybridcache/lab": "build extras geometry interface lease policies results tokens units",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
     "engine/requests": "text",
-    "engine/schedule": "config requests text",
+    "engine/drafts": "requests text",
+    "engine/schedule": "config drafts requests text",
     "engine/interfaces.py": "requests schedule text",
     "engine/run": "config environment interfaces requests schedule text",
     "engine/server": "async_engine engine schedule text",
@@ -145,9 +147,14 @@ def test_a_family_is_a_file_that_nobody_names(families: str) -> None:
 
 
 def test_hybridcache_never_imports_torch() -> None:
-    assert [pair for pair in imports_of("hybridcache") if pair[1].split(".")[0] == "torch"] == []
-    heavy = "('torch', 'matplotlib', 'scipy', 'triton', 'html', 'hybridcache.radix.svg')"
-    code = f"import sys, hybridcache; print([m for m in {heavy} if m in sys.modules])"
+    """But where SGLang has loaded its plug-in."""
+    guest = "hybridcache/export/sglang/"
+    tops = ((file, module.split(".")[0]) for file, module in imports_of("hybridcache"))
+    torch = [file for file, top in tops if top in ("torch", "sglang")]
+    assert torch and all(file.startswith(guest) for file in torch)
+    heavy = "('torch', 'matplotlib', 'scipy', 'triton', 'sglang', 'html', 'hybridcache.radix.svg')"
+    load = "import sys, hybridcache, hybridcache.export.sglang"
+    code = f"{load}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

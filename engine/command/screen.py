@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.schedule.memory import MemorySizes
 from engine.schedule.report import CacheReport
@@ -47,6 +48,8 @@ def start_screen(engine: Engine, address: str) -> str:
                 f"{geometry.state_tokens:,.0f} tokens",
             )
         )
+    if config.draft_len:
+        rows.append(("drafts", _draft_words(config, runner.step_state_bytes)))
     rows += [
         ("prefix cache", _cache_words(engine)),
         (
@@ -80,6 +83,15 @@ def _said_of_text(engine: Engine) -> list[tuple[str, str]]:
         words = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
         rows.append(("sampling", f"{words}, where a request says nothing (generation_config.json)"))
     return rows
+
+
+def _draft_words(config: EngineConfig, step_state_bytes: int) -> str:
+    states = f", whose states take {format_bytes(step_state_bytes)}" if step_state_bytes else ""
+    return (
+        f"{config.draft}: up to {counted(config.draft_len, 'token')} a request; up to "
+        f"{config.num_step_states} verified a step{states}; steps do not overlap, and those that "
+        "verify are no decode graphs"
+    )
 
 
 def _cache_words(engine: Engine) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
 from engine.text.outputs import (
+    DraftCounts,
     FinishReason,
     RequestOutput,
     SampledToken,
@@ -42,6 +44,7 @@ class Request:
         "boundaries",
         "cached_len",
         "computed_len",
+        "drafts",
         "drawn_row",
         "end_token_ids",
         "error",
@@ -104,6 +107,7 @@ class Request:
         them yet."""
         self.drawn_row = 0
         """Which row of the newest step's drawn tokens is this request's."""
+        self.drafts: DraftCounts | None = None
         self.end_token_ids = end_token_ids
         self.lease: Lease | None = None
         """Its claims on the cache: while it runs, not while it waits."""
@@ -167,10 +171,19 @@ class Request:
         yet."""
         return self.num_drawn > 0 and self.params.needs_history
 
-    def sampling_input(self) -> SamplingInput:
-        """What the sampler must know to draw the token that was scheduled last."""
-        draw = self.known_len - 1 - self.prompt_len
-        return SamplingInput(self.params, self.seed, self._count(), draw)
+    def sampling_inputs(self, drafts: Tokens) -> list[SamplingInput]:
+        """What the sampler must know to draw the token that was scheduled last, and one after each
+        of ``drafts``, as if these were the answer's."""
+        draw, counts = self.known_len - 1 - self.prompt_len, self._count()
+        return [
+            SamplingInput(
+                self.params,
+                self.seed,
+                counts.ahead(drafts[:place]) if counts is not None and place else counts,
+                draw + place,
+            )
+            for place in range(1 + len(drafts))
+        ]
 
     def _count(self) -> TokenCounts | None:
         if not self.params.needs_history:
@@ -181,11 +194,17 @@ class Request:
         self._counts.count(self.output)
         return self._counts
 
+    def accept_run(self, run: Sequence[SampledToken], now_s: float) -> None:
+        """Take the next tokens, up to the one that is the last."""
+        for sampled in run:
+            self.accept(sampled, now_s)
+            if self.finish_reason is not None:
+                return
+
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Take the next token; sets ``finish_reason`` where it is the last."""
         if self.num_tokens == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
-        self.num_drawn -= 1
         token_id = sampled.token_id
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
@@ -243,6 +262,7 @@ class Request:
             num_preemptions=self.num_preemptions,
             all_logprobs=self.logprobs,
             prompt_logprobs=None if self.prompt_logprobs is None else (None, *self.scores),
+            drafts=self.drafts,
         )
 
     def _timings(self) -> Timings:

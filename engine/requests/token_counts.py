@@ -48,6 +48,15 @@ class TokenCounts:
             self._numbers[at] += 1
         self.num_counted = len(output)
 
+    def ahead(self, tokens: Tokens) -> TokenCounts:
+        """What this would be if the answer went on with ``tokens``: a copy. O(distinct tokens)."""
+        copy = TokenCounts(tokens[:0])
+        copy._at = self._at.copy()
+        copy._ids, copy._numbers = self.ids.copy(), self.numbers.copy()
+        copy.count(tokens)
+        copy.num_counted = self.num_counted + len(tokens)
+        return copy
+
     def check(self, prompt: Tokens, output: Tokens) -> None:
         """AssertionError unless this is what counting both from the beginning gives. O(both)."""
         tokens, numbers = np.unique(output, return_counts=True)

@@ -27,6 +27,7 @@ import torch
 from engine.run.layers.inputs import DecodePart, LayerInputs
 from engine.run.layers.residual import Mixer
 from engine.run.layers.rotary import RotaryTable
+from engine.run.layers.stepwise import mix
 from engine.run.memory import Memory, RequestTable
 from engine.run.models.decoder import Decoder
 from engine.schedule.batch import Segment
@@ -211,7 +212,7 @@ class PrefillGraphs:
         for replay, mixer, pools in zip(replays, self._mixers, self._pools, strict=True):
             replay()
             projected, mixed = self._buffers_of(mixer)
-            mixed[: step.num_tokens].copy_(mixer.mix(projected[:size], step, pools))
+            mixed[: step.num_tokens].copy_(mix(mixer, projected[:size], step, pools))
         last()
         return self._hidden[:size]
 

@@ -56,8 +56,8 @@ class MemoryPlan(MemorySizes):
     ) -> MemoryPlan:
         """The rule: one arena of ``cache_bytes``, or two pools where bytes are given for one of
         them; the other then has what is given for it, or half the default. The default is a quarter
-        of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of what is free without the
-        ``reserved_bytes``. Raises ModelError naming the bytes a budget would need."""
+        of the memory that is free without the ``reserved_bytes``, at most 4 GiB, on a CPU, and
+        elsewhere 90 % of it. Raises ModelError naming the bytes a budget would need."""
         row, state = kv_row_bytes(sizes, dtype), state_slot_bytes(sizes, dtype, state_dtype)
         if not row:
             raise ModelError("a model without a single attention layer is not supported.")
@@ -134,7 +134,7 @@ def aligned(num_bytes: int) -> int:
 def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
     """For KV and states together where nothing was asked for."""
     if device.is_cpu:
-        return min(int(device.free_bytes() * CPU_SHARE), CPU_MAX_BYTES)
+        return min(int((device.free_bytes() - reserved_bytes) * CPU_SHARE), CPU_MAX_BYTES)
     return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 
@@ -153,6 +153,8 @@ class Memory:
     padding_row: int
     padding_slot: int | None
     """None: an attention-only model."""
+    step_slots: range
+    """Slots beside the plan's: for the states after each token of a verification."""
     states: Pools
     """Every byte of all states as few tensors ``[L, S, ...]``, to copy whole states in: of an
     arena, one."""
@@ -168,15 +170,17 @@ class Memory:
         dtype: torch.dtype,
         state_dtype: torch.dtype,
         device: Device,
+        *,
+        num_step_states: int = 0,
     ) -> Memory:
-        """Zeros, for mixers that keep what ``keeps`` says. Raises ModelError where there is no
-        memory."""
+        """Zeros, for mixers that keep what ``keeps`` says, with room for the states of
+        ``num_step_states`` verified tokens. Raises ModelError where there is no memory."""
         kept = [
             [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
             for specs in keeps
         ]
         make = _allocate_arena if plan.memory == "arena" else _allocate_pools
-        return make(plan, kept, device)
+        return make(plan, kept, device, num_step_states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +200,12 @@ def _kind(spec: Spec) -> str:
     return "kv" if isinstance(spec, KVSpec) else spec.dtype
 
 
-def _allocate_pools(plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device) -> Memory:
+def _allocate_pools(
+    plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device, num_step_states: int
+) -> Memory:
     """Tensors of one name, shape and dtype lie side by side, so that few hold all states."""
     groups = Counter(kept for mixer in mixers for kept in mixer)
-    units = {True: plan.num_kv_tokens + 1, False: plan.num_slots + 1}
+    units = {True: plan.num_kv_tokens + 1, False: plan.num_slots + 1 + num_step_states}
     made = {
         kept: allocate(
             (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, device
@@ -209,15 +215,22 @@ def _allocate_pools(plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device
     layers = {kept: iter(tensor) for kept, tensor in made.items()}
     pools = tuple(tuple(next(layers[kept]) for kept in mixer) for mixer in mixers)
     states = tuple(tensor for kept, tensor in made.items() if not isinstance(kept.spec, KVSpec))
-    return Memory(pools, plan.num_kv_tokens, plan.num_slots if states else None, states, None)
+    if not states:
+        return Memory(pools, plan.num_kv_tokens, None, range(0), (), None)
+    first = plan.num_slots + 1
+    steps = range(first, first + num_step_states)
+    return Memory(pools, plan.num_kv_tokens, plan.num_slots, steps, states, None)
 
 
-def _allocate_arena(plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device) -> Memory:
-    """Rows side by side; behind the last, the first whole slab is padding's, and the row after
-    that. In a slot all conv states come first."""
+def _allocate_arena(
+    plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device, num_step_states: int
+) -> Memory:
+    """Rows side by side; behind the last, the first whole slab is padding's, the steps' follow, and
+    the row after them is padding's. In a slot all conv states come first."""
     slab, row_bytes = plan.slab_rows, plan.row_bytes
     padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
-    padding_row = (padding_slot + 1) * slab if slab else plan.num_kv_tokens
+    num_slots = padding_slot + 1 + num_step_states
+    padding_row = num_slots * slab if slab else plan.num_kv_tokens
     rows = allocate((padding_row + 1, row_bytes), torch.uint8, device)
     sizes = Counter[str]()
     for kept in (kept for mixer in mixers for kept in mixer):
@@ -228,16 +241,15 @@ def _allocate_arena(plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device
         kind = _kind(kept.spec)
         first = place[kind]
         place[kind] += kept.num_bytes
-        unit, count = (
-            (row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, padding_slot + 1)
-        )
+        unit, count = (row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, num_slots)
         return _view(rows, kept.dtype, (count, *kept.spec.shape), unit, first)
 
     pools = tuple(tuple(view(kept) for kept in mixer) for mixer in mixers)
     if not slab:
-        return Memory(pools, padding_row, None, (), rows)
-    states = _view(rows, torch.uint8, (padding_slot + 1, plan.state_bytes), plan.slot_bytes)[None]
-    return Memory(pools, padding_row, padding_slot, (states,), rows)
+        return Memory(pools, padding_row, None, range(0), (), rows)
+    states = _view(rows, torch.uint8, (num_slots, plan.state_bytes), plan.slot_bytes)[None]
+    steps = range(padding_slot + 1, num_slots)
+    return Memory(pools, padding_row, padding_slot, steps, (states,), rows)
 
 
 def _view(

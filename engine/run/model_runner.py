@@ -15,10 +15,10 @@ from engine.config import BUILTIN_NAME, EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
-from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart
+from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart, VerifyPart
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
-from engine.run.memory import Memory, MemoryPlan, RequestTable
+from engine.run.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
 from engine.run.model_config import ModelConfig, ModelError, read_config
 from engine.run.models import read_model
 from engine.run.models.builtin import BUILTIN_CONFIG
@@ -60,6 +60,7 @@ class ModelRunner:
         self.name = Path(config.model).name if config.model else BUILTIN_NAME
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
+        self.num_step_states = config.num_step_states
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.model, self.weights_note = load_model(
             Path(config.model) if config.model else None,
@@ -77,8 +78,11 @@ class ModelRunner:
             conv_dtype=str(self.dtype).removeprefix("torch."),
             state_dtype=config.state_dtype,
         )
+        state_bytes = state_slot_bytes(self.config.sizes, self.dtype, self.state_dtype)
+        self.step_state_bytes = self.num_step_states * state_bytes
+        """Of the states after each verified token, beside the cache's memory."""
         warms_up = config.warm_up and not self.device.is_cpu
-        reserved_bytes = self._rehearse(config) if warms_up else 0
+        reserved_bytes = self._rehearse(config) if warms_up else self.step_state_bytes
         plan = MemoryPlan.fit(
             self.config.sizes,
             self.dtype,
@@ -131,7 +135,14 @@ class ModelRunner:
         """The pools, and the tables and graphs that go with them."""
         self.memory, self.max_model_len = plan, max_model_len
         keeps = [step.block.keeps for step in self.model.mixers]
-        self.tensors = Memory.allocate(plan, keeps, self.dtype, self.state_dtype, self.device)
+        self.tensors = Memory.allocate(
+            plan,
+            keeps,
+            self.dtype,
+            self.state_dtype,
+            self.device,
+            num_step_states=self.num_step_states,
+        )
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
         )
@@ -212,12 +223,28 @@ class ModelRunner:
             [
                 (segment.slot, slot)
                 for segment in batch.segments
-                if segment.is_decode and segment.slot is not None
+                if segment.is_decode and not segment.num_drafts and segment.slot is not None
                 for position, slot in segment.exports
                 if position == segment.end
             ]
         )
         return logits
+
+    @torch.inference_mode()
+    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
+        """Move the states of the segments with drafts on by the tokens ``taken`` of each, and save
+        those they export up to there: one copy for all layers."""
+        copies, first = [], self.tensors.step_slots.start
+        verified = [segment for segment in batch.segments if segment.num_drafts]
+        for segment, count in zip(verified, taken, strict=True):
+            ends = [(segment.start + count, segment.slot), *segment.exports]
+            copies += [
+                (first + position - segment.start - 1, slot)
+                for position, slot in ends
+                if slot is not None and segment.start < position <= segment.start + count
+            ]
+            first += len(segment.token_ids)
+        self._copy_states(copies)
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
@@ -230,7 +257,7 @@ class ModelRunner:
 
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
-        if decodes is not None and all(s.is_decode for s in batch.segments):
+        if decodes is not None and all(s.is_decode and not s.num_drafts for s in batch.segments):
             logits = decodes.run(batch.segments, patch)
             if logits is not None:
                 return logits if len(rows) == len(logits) else logits[self._int64(rows)]
@@ -248,8 +275,9 @@ class ModelRunner:
         segments = batch.segments
         num_tokens = batch.num_tokens
         num_rows = -(-num_tokens // ROWS) * ROWS
-        decodes = [segment for segment in segments if segment.is_decode]
-        prefills = list(segments[len(decodes) :])
+        decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
+        verified = [segment for segment in segments if segment.num_drafts]
+        prefills = list(segments[len(decodes) + len(verified) :])
         token_ids = np.zeros(num_rows, dtype=np.int64)
         positions = np.empty(num_tokens, dtype=np.int64)
         kv_indices = np.empty(num_tokens, dtype=np.int64)
@@ -271,11 +299,25 @@ class ModelRunner:
             table=self.table.device,
             decode=self._decode_part(decodes) if decodes else None,
             prefill=self._prefill_part(prefills) if prefills else None,
+            num_verify=sum(len(segment.token_ids) for segment in verified),
+            verify=self._verify_part(verified) if verified else None,
         )
         return self._int64(token_ids), step
 
     def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
         return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
+
+    def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
+        device = self.device.torch_device
+        lengths = [len(segment.token_ids) for segment in segments]
+        assert sum(lengths) <= self.num_step_states, "more tokens to verify than were planned"
+        steps = self.tensors.step_slots[: sum(lengths)]
+        return VerifyPart(
+            packed=Packed.from_lengths(lengths, device),
+            sequences=self._sequences(segments),
+            slots=self._slots(segments),
+            step_slots=upload(list(steps), torch.int32, device),
+        )
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
         device = self.device.torch_device

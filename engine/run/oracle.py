@@ -17,6 +17,7 @@ For tests, and for studies that want the engine's schedule without the cost of a
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from operator import is_
 from typing import NamedTuple
 
 import numpy as np
@@ -83,11 +84,14 @@ class OracleRunner:
         self._states: list[State | None] = [None] * self.memory.num_slots
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
+        self._verified: list[tuple[Segment, Fingerprints]] = []
+        """Segments of the last step that wait for their ``commit``, and what was computed."""
         self.is_asynchronous = False
         self.num_steps = self.num_tokens_computed = 0
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
+        self._forget_verified()
         for move in batch.moves:
             self._move(move)
         for row, start, indices in batch.row_writes:
@@ -105,6 +109,13 @@ class OracleRunner:
         self.num_steps += 1
         self.num_tokens_computed += batch.num_tokens
         return np.array([one for rows in logits for one in rows], np.int64)
+
+    def _forget_verified(self) -> None:
+        """A step broke off before its commit: nobody knows those states."""
+        for segment, _ in self._verified:
+            if segment.slot is not None:
+                self._states[segment.slot] = None
+        self._verified = []
 
     def table_row(self, row: int, end: int) -> Indices:
         """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any."""
@@ -183,14 +194,36 @@ class OracleRunner:
         self._proved[segment.row] = np.concatenate([proved, new])
         positions = [position for position, _ in segment.exports]
         assert len(set(positions)) == len(positions), "two checkpoints of one state"
-        for position, slot in segment.exports:
-            assert start < position <= end, "a checkpoint outside of its segment"
-            saved = int(new[position - start - 1])
-            self._write_state(slot, State(position, saved, segment.namespace))
-        if segment.slot is not None:
-            self._write_state(segment.slot, State(end, before, segment.namespace))
+        assert all(start < position <= end for position in positions), (
+            "a checkpoint outside of its segment"
+        )
+        if segment.num_drafts:
+            assert segment.is_decode and end - start == 1 + segment.num_drafts, "drafts of nothing"
+            self._verified.append((segment, new))
+        else:
+            self._move_on(segment, new)
         rows_wanted = {"none": new[:0], "last": new[-1:], "all": new}[segment.logits]
         return [int(one) for one in rows_wanted]
+
+    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
+        """Move the states of the segments with drafts on by the tokens ``taken`` of each."""
+        verified = [segment for segment in batch.segments if segment.num_drafts]
+        assert all(map(is_, verified, (segment for segment, _ in self._verified)))
+        for (segment, new), count in zip(self._verified, taken, strict=True):
+            assert 0 <= count <= len(new)
+            proved = self._proved[segment.row]
+            self._proved[segment.row] = proved[: segment.start + count]
+            if count:
+                self._move_on(segment, new[:count])
+        self._verified = []
+
+    def _move_on(self, segment: Segment, new: Fingerprints) -> None:
+        """The state has taken ``new`` in; checkpoints past them are not written."""
+        end = segment.start + len(new)
+        for position, slot in (*segment.exports, (end, segment.slot)):
+            if slot is not None and position <= end:
+                saved = int(new[position - segment.start - 1])
+                self._write_state(slot, State(position, saved, segment.namespace))
 
     def _writer(self, namespace: Hashable) -> int:
         if namespace not in self._namespaces:

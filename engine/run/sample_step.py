@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.interfaces import PendingTokens, TokenSampler
-from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingInput
 from engine.schedule.plan import EMPTY, Plan, Task
 
 
@@ -16,7 +16,8 @@ class InFlight(NamedTuple):
 
     plan: Plan
     drawn: PendingTokens | None
-    """The next token of each task that samples; None: none does."""
+    """The next token of each task that samples, and one behind each of its drafts; None: none
+    does."""
     scores: Sequence[PendingTokens]
     """The prompt's tokens with their log-probabilities, for each task that scores."""
 
@@ -27,7 +28,7 @@ NO_STEP = InFlight(EMPTY, None, ())
 def sample_step(plan: Plan, logits: Any, sampler: TokenSampler) -> InFlight:
     """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for
     nothing."""
-    chosen: list[Request] = []
+    inputs: list[SamplingInput] = []
     rows: list[int] = []
     scores: list[PendingTokens] = []
     num_rows = 0
@@ -36,11 +37,10 @@ def sample_step(plan: Plan, logits: Any, sampler: TokenSampler) -> InFlight:
         if task.scores:
             scores.append(_score(task, logits[first:num_rows], sampler))
         if task.samples:
-            chosen.append(task.request)
-            rows.append(num_rows - 1)
-    if not chosen:
+            inputs += task.request.sampling_inputs(task.drafts)
+            rows += range(num_rows - 1 - len(task.drafts), num_rows)
+    if not inputs:
         return InFlight(plan, None, scores)
-    inputs = [request.sampling_input() for request in chosen]
     return InFlight(plan, sampler.launch(logits, inputs, rows), scores)
 
 

@@ -126,6 +126,10 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
         exports = () if slot is None else ((longest, slot),)
         return Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
 
+    def verified(num_drafts: int) -> Segment:
+        tokens, start = np.zeros(1 + num_drafts, np.int32), longest - 1 - num_drafts
+        return Segment(row, slot, tokens, start, True, logits="all", num_drafts=num_drafts)
+
     for length in lengths(runner.most_step_tokens):
         num_scored = min(length, MAX_SCORED)
         yield Batch((*prefills(num_scored, "all"), *prefills(length - num_scored, "last")))
@@ -134,3 +138,5 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
             copies = ((slot, slot),) * count if slot is not None else ()
             yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
             yield Batch((decode(),) * count)
+            if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
+                yield Batch((verified(1),) * count)

@@ -28,8 +28,8 @@ class Segment:
     """Absolute position of the first; in a prefill a multiple of the grid. At 0 the state starts
     from zero."""
     is_decode: bool
-    """One token by the recurrent path. A prefill segment of one token still takes the chunked path,
-    for exactness."""
+    """One token, and drafts, by the recurrent path. A prefill segment of one token still takes the
+    chunked path, for exactness."""
     exports: tuple[tuple[int, int], ...] = ()
     """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start,
     end]."""
@@ -38,6 +38,9 @@ class Segment:
     namespace: Hashable = None
     """Whose prefixes it reads. Nothing is computed with it; a runner that proves its reads needs
     it."""
+    num_drafts: int = 0
+    """Of a decode: how many of its tokens, the last ones, are guesses. Its state and its exports
+    are written when ``Runner.commit`` says how many tokens were taken."""
 
     @property
     def end(self) -> int:
@@ -51,8 +54,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, then prefill segments. Without segments it is made for its moves; with
-    neither it is never computed, and may bring no copies: AssertionError.
+    """Decode segments first, those with drafts behind the others, then prefill segments. Without
+    segments it is made for its moves; with neither it is never computed, and may bring no copies:
+    AssertionError.
 
     Before the forward pass, in this order: moves, row writes, restores."""
 

@@ -139,6 +139,13 @@ class CacheManager:
         self._record("take_checkpoint_slots", lease, span, exports)
         return exports
 
+    def roll_back(self, request: Request) -> None:
+        """Not all that ``request`` was to compute in the last step counts: what does is below its
+        ``computed_len``."""
+        lease, _ = request.claims
+        lease.roll_back(request.computed_len)
+        self._record("roll_back", lease, (request.computed_len,))
+
     @property
     def must_wait_for_slab(self) -> bool:
         """No request may begin before the next step: its slot could take one more slab to be

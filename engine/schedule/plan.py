@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from engine.drafts.drafter import Draft
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
+from engine.text.outputs import SampledToken
+from hybridcache.tokens import Tokens
+
+NO_TOKENS: Tokens = np.empty(0, np.int32)
+NO_TOKENS.setflags(write=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +33,45 @@ class Task:
     """Its last position's logits give the next token."""
     scores: bool
     """All its positions' logits are wanted, for the prompt's log-probabilities."""
+    draft: Draft | None
+    """What is guessed to follow; its tokens are computed too, and are the last below ``end``."""
 
     @classmethod
-    def of(cls, request: Request, end: int) -> Task:
-        """``request`` computes from where it stands up to ``end``."""
+    def of(cls, request: Request, end: int, draft: Draft | None = None) -> Task:
+        """``request`` computes from where it stands up to ``end``, and its ``draft``."""
         is_decode = request.scheduled_len >= request.prefill_len
         return cls(
             request=request,
             lease=request.lease,
             start=request.scheduled_len,
-            end=end,
+            end=end + (0 if draft is None else len(draft.tokens)),
             is_decode=is_decode,
             samples=end == request.known_len < request.max_len,
             scores=not is_decode and request.wants_scores,
+            draft=draft,
         )
+
+    @property
+    def drafts(self) -> Tokens:
+        return NO_TOKENS if self.draft is None else self.draft.tokens
+
+    @property
+    def sure_end(self) -> int:
+        """``end`` without the draft."""
+        return self.end - len(self.drafts)
+
+    def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
+        """The tokens that the step gave it: as many as its draft is right for, and one more. Takes
+        all that were drawn for it; each was drawn as if the draft before it were right."""
+        if not self.samples:
+            return []
+        run = [next(sampled)]
+        drawn = [next(sampled) for _ in self.drafts]
+        for guess, token in zip(self.drafts.tolist(), drawn, strict=True):
+            if run[-1].token_id != guess:
+                break
+            run.append(token)
+        return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +83,7 @@ class Plan:
 
     @property
     def num_decode_tokens(self) -> int:
-        return sum(task.is_decode for task in self.tasks)
+        return sum(task.end - task.start for task in self.tasks if task.is_decode)
 
     @property
     def num_prefill_tokens(self) -> int:

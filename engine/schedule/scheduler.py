@@ -1,9 +1,10 @@
 """Who computes what in the next step. Integers only: no torch here.
 
 Every step serves the running requests from the oldest to the youngest: one token for each that
-decodes, and from what these leave of the token budget (64 at least) a chunk for each that prefills;
-then it admits waiting ones. Chunks end on the absolute tile grid or at the end of the prompt, so
-that a prompt is computed in the very same tiles however it is cut.
+decodes (where tokens are guessed ahead, the guesses come on top), and from what these leave of the
+token budget (64 at least) a chunk for each that prefills; then it admits waiting ones. Chunks end
+on the absolute tile grid or at the end of the prompt, so that a prompt is computed in the very same
+tiles however it is cut.
 
 The last quarter of that budget is for prefills that fit in it whole, so that a short one does not
 wait for a long one before it; what they leave of it goes to the others in the same step. A short
@@ -20,12 +21,14 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from engine.config import TILE
+from engine.drafts.drafter import Draft
+from engine.drafts.drafting import Drafting
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.budget import Budget
@@ -33,6 +36,7 @@ from engine.schedule.cache_manager import CacheManager
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
+from hybridcache.tokens import Tokens
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
@@ -57,14 +61,17 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         shares: bool = True,
+        drafting: Drafting | None = None,
         clock: Callable[[], float],
     ) -> None:
         """``shares``: the cache keeps what is published, so that it can pay to wait for another
-        request's prefix."""
+        request's prefix. ``drafting``: decoding requests may get several tokens in a step; then
+        each is committed before the next is made."""
         self._manager = manager
         self._max_running = max_running
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
+        self._drafting = drafting
         self._clock = clock
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -108,6 +115,7 @@ class Scheduler:
             self._waiting.remove(request)
             if self._sharing is not None:
                 self._sharing.forget(request)
+        self._forget_drafts(request)
         with self._failing_alone(request):
             request.finish("abort", self._clock())
 
@@ -121,6 +129,8 @@ class Scheduler:
             if request.finish_reason is None:
                 insort(self._waiting, request, key=_age)
                 interrupted.append(request)
+            else:
+                self._forget_drafts(request)
         self._num_in_flight = 0
         self._must_wait = self._is_full = False
         return tuple(interrupted)
@@ -155,8 +165,9 @@ class Scheduler:
             budget.num_for_short = 0
             self._grow(ends, budget)
             self._admit(passed, ends, budget)
-        tasks = [Task.of(request, end) for request, end in ends.items()]
-        tasks.sort(key=lambda task: not task.is_decode)
+        drafts = self._drafts(ends)
+        tasks = [Task.of(request, end, drafts.get(request)) for request, end in ends.items()]
+        tasks.sort(key=lambda task: (not task.is_decode, task.draft is not None))
         ready = [
             (task, exports)
             for task in tasks
@@ -173,13 +184,34 @@ class Scheduler:
         late_tokens = tuple(
             (index, task.request.drawn_row)
             for index, (task, _) in enumerate(ready)
-            if task.end > task.request.num_tokens
+            if task.sure_end > task.request.num_tokens
         )
         segments = tuple(self._segment(task, exports) for task, exports in ready)
         for row, request in enumerate(task.request for task, _ in ready if task.samples):
             request.drawn_row = row
         moves, row_writes, restores = self._manager.take_copies()
         return Batch(segments, restores, row_writes, late_tokens, moves)
+
+    def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
+        """What is guessed to follow for those that compute their newest token, where there is
+        memory for it; nobody is preempted for a guess."""
+        if self._drafting is None:
+            return {}
+        decoding = [
+            (request, request.max_len - 1 - end)
+            for request, end in ends.items()
+            if request.scheduled_len >= request.prefill_len and end == request.num_tokens
+        ]
+        drafts = self._drafting.propose(decoding)
+        return {
+            request: draft
+            for request, draft in drafts.items()
+            if self._manager.extend(request, ends[request] + len(draft.tokens))
+        }
+
+    def _forget_drafts(self, request: Request) -> None:
+        if self._drafting is not None:
+            self._drafting.forget(request)
 
     def _budget(self) -> Budget:
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
@@ -308,14 +340,13 @@ class Scheduler:
         return Segment(
             row=row,
             slot=lease.state_slot,
-            token_ids=UNKNOWN
-            if task.end > request.num_tokens
-            else request.tokens[task.start : task.end],
+            token_ids=_token_ids(task),
             start=task.start,
             is_decode=task.is_decode,
             exports=exports,
-            logits="all" if task.scores else "last" if task.samples else "none",
+            logits="all" if task.scores or task.draft else "last" if task.samples else "none",
             namespace=request.namespace,
+            num_drafts=len(task.drafts),
         )
 
     def commit(
@@ -323,38 +354,57 @@ class Scheduler:
         plan: Plan,
         sampled: Sequence[SampledToken],
         scored: Sequence[Sequence[SampledToken]] = (),
-    ) -> None:
-        """Take a computed step in: publish, append tokens, end what is finished.
+    ) -> tuple[int, ...]:
+        """Take a computed step in: publish, append tokens, end what is finished. Returns how many
+        computed tokens of each task with a draft count, in the step's order.
 
-        ``sampled`` has one token for each task that samples, ``scored`` the log-probabilities for
-        each that scores, both in the step's order. A request whose token can not be taken ends
-        alone, with its ``error``.
+        ``sampled`` has one token for each task that samples and each token of its draft, ``scored``
+        the log-probabilities for each that scores, both in the step's order. A request whose token
+        can not be taken ends alone, with its ``error``.
         """
         self._num_in_flight -= bool(plan.tasks)
+        taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
         for task in plan.tasks:
-            token = next(tokens) if task.samples else None
+            run = task.run_of(tokens)
             request = task.request
             if task.scores:
                 request.scores.extend(next(scores))
             if request.lease is not task.lease:
+                taken += [0] * (task.draft is not None)
                 continue
             request.computed_len = task.end
+            request.num_drawn -= task.samples
             if not task.is_decode:
                 self._manager.publish(request)
             is_scored_through = request.computed_len >= request.max_len
-            if token is None and not is_scored_through:
+            if not run and not is_scored_through:
                 continue
             self._progressed.append(request)
             with self._failing_alone(request):
-                if token is not None:
-                    request.accept(token, now_s)
+                if run:
+                    request.accept_run(run, now_s)
                 else:
                     request.finish("length", now_s)
+            if task.draft is not None:
+                taken.append(self._settle(task, task.draft, len(run) - 1))
             if request.finish_reason is not None:
                 self._manager.finish(request)
+                self._forget_drafts(request)
                 self._running.remove(request)
                 self._is_full = False
+        return tuple(taken)
+
+    def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
+        """What a request with a draft took of the step decides where it stands: its newest token is
+        never computed, and the tokens of a run behind a stop are none. Returns how many of the
+        task's tokens count."""
+        assert self._drafting is not None
+        request = task.request
+        request.computed_len = request.scheduled_len = request.num_tokens - 1
+        self._manager.roll_back(request)
+        self._drafting.learn(request, draft, num_accepted)
+        return request.computed_len - task.start
 
     @contextmanager
     def _failing_alone(self, request: Request) -> Iterator[None]:
@@ -376,6 +426,16 @@ class Scheduler:
         assert len(self._running) <= self._max_running
         assert self._num_in_flight in (0, 1)
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
+        known = set(self._waiting) | set(self._running)
+        assert self._drafting is None or self._drafting.requests <= known
+
+
+def _token_ids(task: Task) -> Tokens:
+    request = task.request
+    if task.sure_end > request.num_tokens:
+        return UNKNOWN
+    tokens = request.tokens[task.start : task.sure_end]
+    return tokens if task.draft is None else np.concatenate([tokens, task.draft.tokens])
 
 
 def _age(request: Request) -> int:

@@ -22,6 +22,7 @@ from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
+from engine.text.outputs import DraftCounts
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
 
@@ -180,12 +181,13 @@ def new_id(kind: str) -> str:
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
     """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt
     counts once, with what its first choice found in the cache. ``lost_tokens`` (ours) says why the
-    others were computed."""
+    others were computed. ``completion_tokens_details`` where tokens are guessed ahead."""
     firsts = outputs[::num_choices]
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)
     losses = [output.losses for output in firsts if output.losses is not None]
     lost = {cause: sum(getattr(loss, cause) for loss in losses) for cause in Losses._fields}
+    drafts = [output.drafts for output in outputs if output.drafts is not None]
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
@@ -194,4 +196,14 @@ def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, objec
             "cached_tokens": sum(output.cached_len for output in firsts),
             "lost_tokens": lost,
         },
+    } | ({"completion_tokens_details": _drafted(drafts)} if drafts else {})
+
+
+def _drafted(drafts: Sequence[DraftCounts]) -> dict[str, int]:
+    """What became of the tokens guessed ahead. ``verifications`` (ours): steps that had some."""
+    num_accepted = sum(counts.accepted.total() for counts in drafts)
+    return {
+        "accepted_prediction_tokens": num_accepted,
+        "rejected_prediction_tokens": sum(c.drafted.total() for c in drafts) - num_accepted,
+        "verifications": sum(counts.num_verified for counts in drafts),
     }

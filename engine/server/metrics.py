@@ -43,6 +43,16 @@ class Metrics:
         self.cached_tokens = counter("cached_tokens", "Prompt tokens that the cache spared.")
         self.lost_tokens = counter("lost_tokens", "Prompt tokens computed, by cause.", "cause")
         self.generated_tokens = counter("generated_tokens", "Tokens generated.")
+        self.drafted_tokens = counter(
+            "drafted_tokens", "Tokens guessed ahead, by drafter and place.", "source", "place"
+        )
+        self.accepted_tokens = counter(
+            "accepted_tokens", "Guesses that were right, by drafter and place.", "source", "place"
+        )
+        self.verifications = counter(
+            "verifications",
+            "Steps of a request that verified guesses: each gives one token and those accepted.",
+        )
         self.preemptions = counter("preemptions", "Times a request gave up its memory to others.")
         self.queue_s = histogram("queue_seconds", "From arrival to being scheduled.", SLOW_S)
         self.ttft_s = histogram("ttft_seconds", "From arrival to the first token.", SLOW_S)
@@ -58,6 +68,14 @@ class Metrics:
             self.cached_tokens.inc(output.cached_len)
             for cause, num_tokens in output.losses._asdict().items():
                 self.lost_tokens.labels(cause).inc(num_tokens)
+        if output.drafts is not None:
+            self.verifications.inc(output.drafts.num_verified)
+            for metric, tokens in (
+                (self.drafted_tokens, output.drafts.drafted),
+                (self.accepted_tokens, output.drafts.accepted),
+            ):
+                for (source, place), number in tokens.items():
+                    metric.labels(source, place).inc(number)
         num_tokens = len(output.output)
         self.generated_tokens.inc(num_tokens)
         timings = output.timings

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,32 @@ class SampledToken(NamedTuple):
     for."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """The most likely (token id, log-probability), best first."""
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """What became of one request's drafts."""
+
+    num_verified: int = 0
+    """Steps that verified a draft of it."""
+    drafted: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Tokens by (source, place in the draft, from 1)."""
+    accepted: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Those of them that the model chose too."""
+
+    @property
+    def acceptance_len(self) -> float | None:
+        """Mean tokens that a verification gave: those accepted, and the one that is never a guess;
+        None before the first."""
+        if not self.num_verified:
+            return None
+        return 1 + self.accepted.total() / self.num_verified
+
+    def count(self, source: str, num_drafted: int, num_accepted: int) -> None:
+        """One draft, of whose tokens the first ``num_accepted`` were accepted."""
+        self.num_verified += 1
+        self.drafted.update((source, place) for place in range(1, num_drafted + 1))
+        self.accepted.update((source, place) for place in range(1, num_accepted + 1))
 
 
 class Timings(NamedTuple):
@@ -74,6 +101,8 @@ class RequestOutput:
     prompt_logprobs: tuple[SampledToken | None, ...] | None
     """One per prompt token, None for the first; where the request asked for them, with its first
     token."""
+    drafts: DraftCounts | None
+    """The request's own, which grow with it; None: nothing is drafted."""
 
     @property
     def token_ids(self) -> list[int]:

@@ -21,7 +21,8 @@ from kernels.packed import Packed
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts from zero and on top of cached tokens; decoding of few and of many sequences."""
+    """Prompts from zero and on top of cached tokens; decoding and verification of few and of many
+    sequences."""
     for cached, new in (
         ((0, 70), (64, 20)) if setup.is_dry else ((0, 1024), (0, 8192), (7168, 1024))
     ):
@@ -30,6 +31,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         ((2, 70),) if setup.is_dry else ((1, 1024), (1, 8192), (64, 1024), (64, 8192))
     ):
         yield _decode(setup, num, length)
+        yield _verify(setup, num, length, num_steps=4)
 
 
 def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -115,6 +117,27 @@ def _decode(setup: Setup, num: int, length: int) -> Case:
         rivals={
             "torch, gathering": lambda: _torch_decode(query, *in_order()),
             "torch, contiguous": lambda: _torch_decode(query, *tidy),
+        },
+    )
+
+
+def _verify(setup: Setup, num: int, length: int, num_steps: int) -> Case:
+    keys, values, where = _pool(setup, num, length)
+    where["packed"] = Packed.from_lengths([num_steps] * num, setup.device)
+    query = setup.randn(num * num_steps, keys.shape[1] * (2 if setup.is_dry else 8), keys.shape[2])
+    wide = [x.float() for x in (query, keys, values)]
+    ends = [length - num_steps + 1 + step for _ in range(num) for step in range(num_steps)]
+    rows = [row for row in range(num) for _ in range(num_steps)]
+    apart = where | {"sequences": Sequences.of(rows, ends, setup.device)}
+    del apart["packed"]
+    return Case(
+        name=f"verify {num} x {num_steps} of {length}",
+        run=partial(fused.verify_attention, query, keys, values, **where),
+        expected=partial(reference.verify_attention, *wide, **where),
+        num_bytes=2 * query.nbytes + keys.nbytes + values.nbytes,
+        num_flops=4 * length * query.numel(),
+        rivals={
+            "token by token": partial(fused.decode_attention, query, keys, values, **apart),
         },
     )
 

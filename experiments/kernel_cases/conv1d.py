@@ -74,16 +74,20 @@ def _decode(setup: Setup, weight: torch.Tensor, num_sequences: int) -> Case:
 
 
 def _verify(setup: Setup, weight: torch.Tensor, num_sequences: int, steps: int) -> Case:
-    x = setup.randn(num_sequences, steps, len(weight))
-    states = setup.randn(num_sequences, len(weight), 3)
-    windows = states[:, None].repeat(1, steps, 1, 1)
-    arguments = {"states": states, "slots": setup.int32(range(num_sequences))}
-    arguments["step_states"] = windows
+    num_tokens = num_sequences * steps
+    x = setup.randn(num_tokens, len(weight))
+    states = setup.randn(num_sequences + num_tokens, len(weight), 3)
+    arguments = {
+        "states": states,
+        "packed": Packed.from_lengths([steps] * num_sequences, setup.device),
+        "slots": setup.int32(range(num_sequences)),
+        "step_slots": setup.int32(range(num_sequences, len(states))),
+    }
     return Case(
         name=f"conv1d verify {num_sequences} x {steps}",
         run=partial(fused.verify_conv1d, x, weight, None, **arguments),
         expected=partial(reference.verify_conv1d, x, weight, None, **arguments),
-        num_bytes=2 * x.nbytes + states.nbytes + windows.nbytes,
+        num_bytes=2 * x.nbytes + states.nbytes,
         rivals={"torch": partial(reference.verify_conv1d, x, weight, None, **arguments)},
     )
 

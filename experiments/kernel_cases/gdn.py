@@ -14,7 +14,6 @@ from experiments.kernel_cases import Case, Setup
 from kernels.gdn import fused, reference
 from kernels.gdn.decode import BLOCK_V
 from kernels.packed import TILE, Exports, Packed, num_tiles
-from kernels.state_copy.copy import BLOCK_BYTES
 
 
 class Sizes(NamedTuple):
@@ -31,7 +30,7 @@ class Sizes(NamedTuple):
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Prompts with and without exports, decoding, verification and its commit."""
+    """Prompts with and without exports, decoding, verification."""
     sizes = Sizes(1, 2, 16, 16) if setup.is_dry else Sizes(16, 32, 128, 128)
     long, many, mixed = (8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63)
     for lengths in [(70,), (1, 64, 130)] if setup.is_dry else [long, many, mixed, (1024,)]:
@@ -41,7 +40,6 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield _decode(setup, sizes, num_sequences)
     for num_sequences in (2,) if setup.is_dry else (1, 16, 64):
         yield _verify(setup, sizes, num_sequences, num_steps=4)
-        yield _commit(setup, sizes, num_sequences, num_steps=4)
 
 
 def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
@@ -149,56 +147,25 @@ def _asked_bytes(
 
 
 def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
-    tokens = _tokens(setup, sizes, num_sequences * num_steps)
-    a, b, *parameters = _gate_inputs(setup, sizes.value_heads, num_sequences * num_steps)
-    inputs = [x.unflatten(0, (num_sequences, num_steps)) for x in (*tokens, a, b)]
-    states = torch.randn(num_sequences, *sizes[1:], device=setup.device)
-    slots = setup.int32(range(num_sequences))
-    step_states = torch.empty(num_sequences, num_steps, *sizes[1:], device=setup.device)
+    num_tokens = num_sequences * num_steps
+    tokens = _tokens(setup, sizes, num_tokens)
+    a, b, *parameters = _gate_inputs(setup, sizes.value_heads, num_tokens)
+    states = torch.randn(num_sequences + num_tokens, *sizes[1:], device=setup.device)
+    where = {
+        "packed": Packed.from_lengths([num_steps] * num_sequences, setup.device),
+        "slots": setup.int32(range(num_sequences)),
+        "step_slots": setup.int32(range(num_sequences, len(states))),
+    }
 
     def contender(verify: Callable[..., torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return partial(
-            verify, *inputs, *parameters, states=states, slots=slots, step_states=step_states
-        )
+        return partial(verify, *tokens, a, b, *parameters, states=states, **where)
 
     return Case(
         name=f"gdn verify {num_sequences} x {num_steps}",
         run=contender(fused.verify_gdn),
         expected=contender(reference.verify_gdn),
-        num_bytes=states.nbytes + step_states.nbytes + _token_bytes(tokens, (a, b, *parameters)),
+        num_bytes=states.nbytes + _token_bytes(tokens, (a, b, *parameters)),
         rivals={"torch": contender(reference.verify_gdn)},
-    )
-
-
-def _commit(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
-    num_layers = 2 if setup.is_dry else 36 if num_sequences < 64 else 9
-    states = torch.zeros(num_layers, num_sequences, *sizes[1:], device=setup.device)
-    step_states = torch.randn(num_layers, num_sequences, num_steps, *sizes[1:], device=setup.device)
-    slots = setup.int32(range(num_sequences))
-    accepted = setup.int32(1 + i % num_steps for i in range(num_sequences))
-
-    def committed(commit: Callable[..., None]) -> torch.Tensor:
-        commit(step_states, states, slots, accepted)
-        return states[:1]
-
-    def loop(*tables: torch.Tensor) -> None:
-        """As an engine does that looks at every sequence in every layer."""
-        for steps, layer in zip(step_states, states, strict=True):
-            reference.commit_states(steps[None], layer[None], *tables[2:])
-
-    rows = torch.arange(num_sequences), accepted.cpu().long() - 1
-    programs = -(-states[0, 0].nbytes // BLOCK_BYTES) * num_layers * num_sequences
-    return Case(
-        name=f"gdn commit {num_layers} x {num_sequences}",
-        run=partial(committed, fused.commit_states),
-        expected=lambda: step_states[:1, rows[0], rows[1]],
-        num_bytes=2 * states.nbytes,
-        rivals={
-            "loop": partial(committed, loop),
-            "torch": partial(committed, _indexed_commit),
-        },
-        moved_bytes=2 * states.nbytes + programs * 2 * slots.element_size(),
-        tolerance=0.0,
     )
 
 
@@ -211,14 +178,6 @@ def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
 def _gate_inputs(setup: Setup, value_heads: int, count: int) -> tuple[torch.Tensor, ...]:
     a, b = setup.randn(2, count, value_heads)
     return a, b, *setup.randn(2, value_heads, dtype=torch.float32)
-
-
-def _indexed_commit(
-    step_states: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, accepted: torch.Tensor
-) -> None:
-    """Where every sequence has accepted a step."""
-    rows = torch.arange(len(slots), device=slots.device), accepted.long() - 1
-    states.index_copy_(1, slots.long(), step_states[:, *rows])
 
 
 def _shape(lengths: tuple[int, ...]) -> str:

@@ -85,6 +85,40 @@ def decode_attention(
     return out
 
 
+def verify_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a few tokens per sequence, packed ``query [T, HQ, D]``: the last
+    ``packed.lengths[b]`` of its ``sequences.kv_lens[b]`` tokens, each of which sees those before
+    it.
+
+    As `decode_attention`, called once per token and with the same bits: every product has the shape
+    of its own position. Returns ``[T, HQ, D]``.
+    """
+    out = torch.empty_like(query)
+    num_kv_heads, t = key_pool.shape[1], 0
+    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, packed.lengths, strict=True):
+        indices = table[row, :kv_len]
+        keys, values = (
+            _rows(pool, indices).transpose(0, 1)[None] for pool in (key_pool, value_pool)
+        )
+        for end in range(kv_len - length + 1, kv_len + 1):
+            grouped = query[t].view(1, num_kv_heads, -1, query.shape[-1])
+            attended = F.scaled_dot_product_attention(
+                grouped, keys[:, :, :end], values[:, :, :end], scale=scale
+            )
+            out[t] = attended.view_as(out[t])
+            t += 1
+    return out
+
+
 def _prefill_one(
     query: torch.Tensor,
     keys: torch.Tensor,

@@ -119,8 +119,8 @@ def decode_kernel(
     p_out,
     p_states,
     p_slots,
-    p_step_states,
-    num_steps,
+    p_step_slots,
+    p_cu_seqlens,
     stride_x,
     stride_slot,
     C: tl.constexpr,
@@ -128,29 +128,35 @@ def decode_kernel(
     SILU: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Program (i_c, i_token): BC channels of one token, with ``num_steps`` tokens to a sequence,
-    one after another.
+    """Program (i_c, i_sequence): BC channels of the sequence's tokens, one after another.
 
-    The window after it goes to ``p_step_states`` ``[B, num_steps, C, W - 1]``; where that is None,
-    there is one step, and its window replaces the one in the slot.
+    The window after token t goes to slot ``p_step_slots[t]``; where that is None, there is one
+    token a sequence, and its window replaces the one in the slot.
     """
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    i_token = tl.program_id(1).to(tl.int64)
-    i_sequence, i_step = i_token // num_steps, i_token % num_steps
+    i_sequence = tl.program_id(1).to(tl.int64)
     p_window = p_states + tl.load(p_slots + i_sequence).to(tl.int64) * stride_slot
-    p_sequence = p_x + i_sequence * num_steps * stride_x
-    b_total = tl.zeros([BC], dtype=tl.float32)
-    for i_w in tl.static_range(W):
-        b_x = load_input(p_sequence, p_window, i_step - (W - 1) + i_w, o_c, stride_x, True, C, W)
-        b_total += b_x * tl.load(p_weight + o_c * W + i_w, mask=o_c < C, other=0.0).to(tl.float32)
-    b_out = activate(b_total, p_bias, o_c, C, SILU).to(p_out.dtype.element_ty)
-    tl.store(p_out + i_token * C + o_c, b_out, mask=o_c < C)
-    p_target = p_window
-    if p_step_states is not None:
-        p_target = p_step_states + i_token * C * (W - 1)
-    else:
-        tl.debug_barrier()  # all threads have read the old window
-    save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
+    first, end = i_sequence, i_sequence + 1
+    if p_cu_seqlens is not None:
+        first = tl.load(p_cu_seqlens + i_sequence).to(tl.int64)
+        end = tl.load(p_cu_seqlens + i_sequence + 1).to(tl.int64)
+    p_sequence = p_x + first * stride_x
+    for i_token in range(first, end):
+        i_step = (i_token - first).to(tl.int32)
+        b_total = tl.zeros([BC], dtype=tl.float32)
+        for i_w in tl.static_range(W):
+            position = i_step - (W - 1) + i_w
+            b_x = load_input(p_sequence, p_window, position, o_c, stride_x, True, C, W)
+            b_tap = tl.load(p_weight + o_c * W + i_w, mask=o_c < C, other=0.0)
+            b_total += b_x * b_tap.to(tl.float32)
+        b_out = activate(b_total, p_bias, o_c, C, SILU).to(p_out.dtype.element_ty)
+        tl.store(p_out + i_token * C + o_c, b_out, mask=o_c < C)
+        p_target = p_window
+        if p_step_slots is not None:
+            p_target = p_states + tl.load(p_step_slots + i_token).to(tl.int64) * stride_slot
+        else:
+            tl.debug_barrier()  # all threads have read the old window
+        save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
 
 
 def prefill_conv1d(
@@ -222,7 +228,7 @@ def decode_conv1d(
     ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` as in
     `prefill_conv1d`.
     """
-    return _decode(x, weight, bias, states, slots, step_states=None, num_steps=1, silu=silu)
+    return _decode(x, weight, bias, states, slots, silu)
 
 
 def verify_conv1d(
@@ -231,22 +237,19 @@ def verify_conv1d(
     bias: torch.Tensor | None,
     *,
     states: torch.Tensor,
+    packed: Packed,
     slots: torch.Tensor,
-    step_states: torch.Tensor,
+    step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them
+    """Several tokens of B sequences, packed ``[T, C]`` in and out, the window after each of them
     kept. One launch.
 
-    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read,
-    and ``step_states`` ``[B, steps, C, W - 1]``, contiguous, receives the windows.
-    `kernels.gdn.commit_states` takes over the accepted ones.
+    As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
+    int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
+    ``states``, int32[T], which nobody reads or writes otherwise.
     """
-    if not step_states.is_contiguous() or step_states.dtype != states.dtype:
-        raise ValueError("step_states must be contiguous and have the dtype of states")
-    rows, num_steps = x.flatten(0, 1), x.shape[1]
-    out = _decode(rows, weight, bias, states, slots, step_states, num_steps, silu)
-    return out.view(x.shape)
+    return _decode(x, weight, bias, states, slots, silu, step_slots, packed.cu_seqlens)
 
 
 def _decode(
@@ -255,9 +258,9 @@ def _decode(
     bias: torch.Tensor | None,
     states: torch.Tensor,
     slots: torch.Tensor,
-    step_states: torch.Tensor | None,
-    num_steps: int,
     silu: bool,
+    step_slots: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_window(x, weight, states)
     x = rows_contiguous(x)
@@ -266,15 +269,15 @@ def _decode(
     config = {"BC": min(256, triton.next_power_of_2(num_channels)), "num_warps": 2}
     config |= tuned("conv1d.decode_kernel", num_channels, width)
     if len(x):
-        decode_kernel[triton.cdiv(num_channels, config["BC"]), len(x)](
+        decode_kernel[triton.cdiv(num_channels, config["BC"]), len(slots)](
             x,
             weight.contiguous(),
             bias,
             out,
             states,
             slots,
-            step_states,
-            num_steps,
+            step_slots,
+            cu_seqlens,
             x.stride(0),
             row_stride("a window", states),
             C=num_channels,

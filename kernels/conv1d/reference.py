@@ -99,23 +99,30 @@ def verify_conv1d(
     bias: torch.Tensor | None,
     *,
     states: torch.Tensor,
+    packed: Packed,
     slots: torch.Tensor,
-    step_states: torch.Tensor,
+    step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, ``[B, steps, C]`` in and out, the window after each of them
+    """Several tokens of B sequences, packed ``[T, C]`` in and out, the window after each of them
     kept.
 
-    As `decode_conv1d`, called once per step and with the same bits, but ``states`` is only read,
-    and ``step_states`` ``[B, steps, C, W - 1]`` receives the windows.
-    `kernels.gdn.reference.commit_states` takes over the accepted ones.
+    As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
+    int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
+    ``states``, int32[T], which nobody reads or writes otherwise. `kernels.state_copy` takes the
+    accepted ones over.
     """
     check_window(x, weight, states)
     reach = weight.shape[1] - 1
-    # [B, C, W - 1 + steps]
-    inputs = torch.cat([states[slots.long()], x.mT.to(states.dtype)], dim=2)
-    step_states.copy_(inputs[:, :, 1:].unfold(2, reach, 1).transpose(1, 2))
-    taps = [inputs[:, :, w : w + x.shape[1]].mT for w in range(reach + 1)]
+    windows, pieces, starts = states[slots.long()].mT, [], []
+    for b, tokens in enumerate(x.split(packed.lengths)):
+        starts += range(len(starts) + b * reach, len(starts) + b * reach + len(tokens))
+        pieces += [windows[b], tokens.to(states.dtype)]
+    # [T + B (W - 1), C]: every sequence behind its window
+    padded = torch.cat(pieces) if pieces else x
+    first = torch.tensor(starts, dtype=torch.long, device=x.device)
+    taps = [padded[first + w] for w in range(reach + 1)]
+    states[step_slots.long()] = torch.stack(taps[1:], dim=2)
     return _finish(_taps(taps, weight), bias, silu, x.dtype)
 
 

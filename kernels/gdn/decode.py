@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.gates import compute_gates
+from kernels.packed import Packed
 from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
 
@@ -100,7 +101,7 @@ def decode_kernel(
     tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_steps"])
+@triton.jit
 def verify_kernel(
     p_q,
     p_k,
@@ -109,10 +110,10 @@ def verify_kernel(
     p_out,
     p_states,
     p_slots,
-    p_step_states,
+    p_step_slots,
+    p_cu_seqlens,
     strides,
     stride_slot,
-    num_steps,
     scale,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -121,8 +122,8 @@ def verify_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of a state through all steps, each step's kept
-    beside the slot."""
+    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of a state through the sequence's tokens, the
+    one after each kept in a slot of its own."""
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     mask = (o_k < K)[:, None] & (o_v < V)
@@ -131,13 +132,15 @@ def verify_kernel(
     b_state = tl.load(p_states + i_slot * stride_slot + o_state, mask=mask, other=0.0).to(
         tl.float32
     )
-    for i_token in range(i_sequence * num_steps, (i_sequence + 1) * num_steps):
+    first = tl.load(p_cu_seqlens + i_sequence).to(tl.int64)
+    for i_token in range(first, tl.load(p_cu_seqlens + i_sequence + 1).to(tl.int64)):
         b_state = step(
             b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
             H, HV, K, V,
         )  # fmt: skip
-        b_kept = b_state.to(p_step_states.dtype.element_ty)
-        tl.store(p_step_states + i_token * HV * K * V + o_state, b_kept, mask=mask)
+        b_kept = b_state.to(p_states.dtype.element_ty)
+        p_kept = p_states + tl.load(p_step_slots + i_token).to(tl.int64) * stride_slot
+        tl.store(p_kept + o_state, b_kept, mask=mask)
         b_state = b_kept.to(tl.float32)
 
 
@@ -193,22 +196,21 @@ def verify_gdn(
     dt_bias: torch.Tensor,
     *,
     states: torch.Tensor,
+    packed: Packed,
     slots: torch.Tensor,
-    step_states: torch.Tensor,
+    step_slots: torch.Tensor,
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
     """Several tokens of B sequences, the state after each of them kept: what speculative
     verification needs. One launch.
 
-    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps,
-    ...]``, ``states`` is only read, and ``step_states`` ``[B, steps, HV, K, V]``, contiguous and of
-    its dtype, receives the states.
+    As `decode_gdn`, called once per step and with the same bits, but tokens are packed, ``[T,
+    ...]``, the states in ``slots`` int32[B] are only read, and the state after token t goes to slot
+    ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise.
     """
-    if not step_states.is_contiguous() or step_states.dtype != states.dtype:
-        raise ValueError("step_states must be contiguous and have the dtype of states")
     out = value.new_empty(value.shape)
-    tokens = [rows_contiguous(x.flatten(0, 1)) for x in (query, key, value, a, b)]
+    tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
     grid, sizes = _launch(key, value, states.dtype, num_sequences=len(slots))
     if out.numel():
         verify_kernel[grid](
@@ -217,10 +219,10 @@ def verify_gdn(
             out,
             states,
             slots,
-            step_states,
+            step_slots,
+            packed.cu_seqlens,
             tuple(x.stride(0) for x in tokens),
             row_stride("a state", states),
-            query.shape[1],
             scale or key.shape[-1] ** -0.5,
             **sizes,
         )

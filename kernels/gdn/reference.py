@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import TILE, Exports, Packed, running_sum
 from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6
@@ -188,43 +188,37 @@ def verify_gdn(
     dt_bias: torch.Tensor,
     *,
     states: torch.Tensor,
+    packed: Packed,
     slots: torch.Tensor,
-    step_states: torch.Tensor,
+    step_slots: torch.Tensor,
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
     """Several tokens of B sequences, the state after each of them kept: what speculative
     verification needs.
 
-    As `decode_gdn`, called once per step and with the same bits, but tokens are ``[B, steps,
-    ...]``, ``states`` is only read, and ``step_states`` ``[B, steps, HV, K, V]`` receives the
-    states. `commit_states` takes the accepted ones over.
+    As `decode_gdn`, called once per step and with the same bits, but tokens are packed, ``[T,
+    ...]``, the states in ``slots`` int32[B] are only read, and the state after token t goes to slot
+    ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise.
+    `kernels.state_copy` takes the accepted ones over.
     """
     gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
     token = _prepare(query, key, value, gate, beta, scale)
-    state = states[slots.long()].float()
     out = torch.empty_like(token.value)
-    for step in range(query.shape[1]):
-        now = _Token(*(x[:, step].flatten(0, 1) for x in token))
-        out[:, step] = _step(state.flatten(0, 1), now).view_as(out[:, step])
-        step_states[:, step] = state.to(step_states.dtype)
-        state.copy_(step_states[:, step])
+    order = sorted(range(len(packed.lengths)), key=lambda b: -packed.lengths[b])
+    first = torch.tensor(running_sum(packed.lengths), device=query.device)[order]
+    state = states[slots.long()[order]].float()
+    targets = step_slots.long()
+    for step in range(max(packed.lengths, default=0)):
+        count = sum(length > step for length in packed.lengths)
+        rows, active = first[:count] + step, state[:count]
+        now = _Token(*(x[rows].flatten(0, 1) for x in token))
+        out[rows] = _step(active.flatten(0, 1), now).view(count, *out.shape[1:])
+        kept = active.to(states.dtype)
+        states[targets[rows]] = kept
+        if states.dtype != torch.float32:
+            active.copy_(kept)
     return out.to(value.dtype)
-
-
-def commit_states(
-    step_states: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, accepted: torch.Tensor
-) -> None:
-    """Make the state after each sequence's last accepted step its own, in all layers.
-
-    - ``step_states``: ``[L, B, steps, ...]`` as verification left them. ``states``: ``[L, S, ...]``
-      of the same dtype.
-    - ``slots``: int32[B]. ``accepted``: int32[B], how many steps were accepted; 0 leaves the slot
-      as it is.
-    """
-    for sequence, (slot, count) in enumerate(zip(slots.tolist(), accepted.tolist(), strict=True)):
-        if count:
-            states[:, slot].copy_(step_states[:, sequence, count - 1])
 
 
 def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:

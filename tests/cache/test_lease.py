@@ -199,6 +199,30 @@ def test_in_decode_one_checkpoint_rolls() -> None:
     assert cache.num_checkpoints == 1
 
 
+def test_a_rolling_checkpoint_that_was_guessed_past_is_taken_back() -> None:
+    """A step computes beyond the grid, and what counts of it ends before: the slot still holds the
+    state before, and is free where it held none."""
+    cache, history = make_cache(), tokens(340)
+    lease = begin(cache, history[:100], "end")
+    prefill(lease, history[:100])
+    num_held = lease.held_slots
+    assert lease.extend(220)
+    assert [position for position, _ in lease.take_checkpoint_slots(120, 133)] == [128]
+    lease.roll_back(127)
+    check(cache, lease)
+    assert lease.held_slots == num_held
+    assert lease.reserve_checkpoint_slots(127, 130, 5) == 0  # and the step is not made
+    ((position, slot),) = lease.take_checkpoint_slots(127, 131)
+    lease.roll_back(129)
+    assert (position, lease.held_slots) == (128, num_held + 1)
+    assert lease.take_checkpoint_slots(185, 194) == ((192, slot),)
+    lease.roll_back(190)
+    check(cache, lease)
+    lease.finish(history[:190], 190)
+    check(cache)
+    assert cache.match(history).cached_len == 128
+
+
 def test_in_exact_mode_nothing_past_the_prompt_is_published() -> None:
     cache, history = make_cache(), tokens(340)
     prompt = history[:100]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.drafts.drafting import Drafting
+from engine.requests.request import Request
 from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
 from engine.schedule.batch import Batch
 from hybridcache.geometry.model import ModelGeometry
@@ -57,6 +59,7 @@ def make_engine(
     kv_tokens: int = 1024,
     slots: int = 6,
     slab_rows: int | None = None,
+    drafting: Drafting | None = None,
     **settings: object,
 ) -> Engine:
     """Two pools, or, with ``slab_rows``, one arena of as many rows."""
@@ -76,7 +79,7 @@ def make_engine(
         geometry=geometry,
         page_size=config.page_size,
     )
-    return Engine(config, runner=runner, sampler=SAMPLER)
+    return Engine(config, runner=runner, sampler=SAMPLER, drafting=drafting)
 
 
 def answer(
@@ -126,6 +129,30 @@ sampling = st.builds(
 )
 
 
+class Guesses:
+    """Drafts that are right up to a point that changes with every step: nowhere, half-way, or as
+    far as they go, which may be past a stop."""
+
+    name = "guesses"
+
+    def __init__(self) -> None:
+        self.futures: dict[str, list[int]] = {}
+        """By request id, tokens past the answer's end included."""
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[np.ndarray]:
+        return [self.guess(request, most) for request, most in wanted]
+
+    def guess(self, request: Request, most: int) -> np.ndarray:
+        done = len(request.output)
+        guesses = np.array(self.futures[request.request_id][done : done + most], np.int32)
+        num_right = (0, most // 2, most)[done % 3]
+        guesses[num_right:] += 1
+        return guesses
+
+    def forget(self, request: Request) -> None:
+        assert request.request_id in self.futures
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals, equal prompts, next turns, aborts, resets, and steps between them."""
 
@@ -142,9 +169,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
         slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),
+        drafts=st.sampled_from(["none", "guesses", "tree"]),
+        draft_len=st.sampled_from([1, 5, 32]),
     )
-    def start(self, kv_pages: int, **settings: object) -> None:
-        self.serve(make_engine(kv_tokens=64 * kv_pages, **settings))
+    def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
+        if drafts != "none":
+            settings["overlap"] = "off"
+        self.guesses = Guesses()
+        room = {"max_tokens": draft_len, "max_verified": 2 * (1 + draft_len)}
+        drafting = {
+            "none": None,
+            "guesses": Drafting([self.guesses], **room),
+            "tree": Drafting.of(["tree"], *room.values()),
+        }[drafts]
+        self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
 
     def serve(self, engine: Engine) -> None:
         self.engine = engine
@@ -155,7 +193,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, prompt: list[int], params: SamplingParams, **options: object) -> None:
         prompt = prompt[: self.engine.max_model_len - params.max_tokens]
         request_id = self.engine.submit(prompt, params, **options)
-        self.expected[request_id] = answer(prompt, params, self.engine.config.exact)
+        exact = self.engine.config.exact
+        self.expected[request_id] = answer(prompt, params, exact)
+        further = dataclasses.replace(params, stop_token_ids=(), max_tokens=params.max_tokens + 33)
+        self.guesses.futures[request_id] = answer(prompt, further, exact)[0]
         self.histories.append(prompt + self.expected[request_id][0])
 
     @rule(
@@ -277,6 +318,7 @@ class TightMachine(SchedulerMachine):
         slab_rows=st.sampled_from([None, None, 16, 50]),
     )
     def start(self, **settings: object) -> None:
+        self.guesses = Guesses()
         self.serve(make_engine(overlap="on", **settings))
 
     @rule(

@@ -52,9 +52,19 @@ def test_a_request_counts_its_answer_and_where_repetitions_cost_its_prompt(
         max_len=9,
         seed=0,
     )
-    request.sampling_input()
+    request.sampling_inputs(request.tokens[:0])
     for _ in range(2):
         request.num_drawn += 1
         request.accept(SampledToken(7, None), 0.0)
-        counts = request.sampling_input().counts
+        (one,) = request.sampling_inputs(request.tokens[:0])
+        counts = one.counts
     assert dict(zip(counts.ids.tolist(), counts.numbers.tolist(), strict=True)) == expected
+
+
+def test_counts_ahead_are_those_of_a_longer_answer() -> None:
+    prompt, answer = np.array([7, 9, 7], np.int32), np.array([9, 4, 4, 1, 9], np.int32)
+    counts = TokenCounts(prompt)
+    counts.count(answer[:2])
+    ahead = counts.ahead(answer[2:])
+    ahead.check(prompt, answer)
+    counts.check(prompt, answer[:2])

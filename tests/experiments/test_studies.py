@@ -18,6 +18,7 @@ STUDIES = {
     "study_marconi": "short",
     "study_cost_awareness": "short",
     "study_state_bytes": "short",
+    "study_ratio": "short",
     "study_page_grid": "short",
     "study_regret": "short",
     "study_advise": "short",

@@ -111,15 +111,20 @@ def test_rows(backend, dtype, device) -> None:
 
 
 def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
-    """Two prompts, one of them resumed, with an exported state; then decoding, verifying, a commit,
-    a copy. The slots are those of the prompts, of the exported state and of its copy."""
+    """Two prompts, one of them resumed, with an exported state; then decoding, verifying, a copy.
+    The slots are those of the prompts, of the exported state, of its copy, and of each step."""
     torch.manual_seed(1)
     (_, _, channels, reach), (layers, _, value_heads, key_dim, value_dim) = (
         conv.shape,
         recurrent.shape,
     )
-    first, second, exported, free = slots
+    first, second, exported, free, *steps = slots
     packed = Packed.from_lengths([70, 3], device)
+    verified = {
+        "packed": Packed.from_lengths([2, 1], device),
+        "slots": int32([first, second], device),
+        "step_slots": int32(steps, device),
+    }
     own = int32([first, second], device)
     where: dict[str, Any] = {
         "packed": packed,
@@ -134,23 +139,12 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
-    step_windows = conv.new_empty(layers, 2, 3, channels, reach)
-    step_states = recurrent.new_empty(layers, 2, 3, value_heads, key_dim, value_dim)
     for layer in range(layers):
         windows, states = conv[layer], recurrent[layer]
         taps, x = draw(channels, reach + 1), draw(73, channels)
         outs.append(backend.conv1d.prefill_conv1d(x, taps, None, states=windows, **where))
         outs.append(backend.conv1d.decode_conv1d(x[:2], taps, None, states=windows, slots=own))
-        outs.append(
-            backend.conv1d.verify_conv1d(
-                x[:6].unflatten(0, (2, 3)),
-                taps,
-                None,
-                states=windows,
-                slots=own,
-                step_states=step_windows[layer],
-            )
-        )
+        outs.append(backend.conv1d.verify_conv1d(x[:3], taps, None, states=windows, **verified))
         query, key = draw(2, 73, 1, key_dim)
         value, gate = draw(73, value_heads, value_dim), -torch.rand(73, value_heads, device=device)
         parameters = torch.randn(2, value_heads, device=device)
@@ -168,17 +162,8 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
             backend.gdn.decode_gdn(*(x[:2] for x in tokens), *parameters, states=states, slots=own)
         )
         outs.append(
-            backend.gdn.verify_gdn(
-                *(x[:6].unflatten(0, (2, 3)) for x in tokens),
-                *parameters,
-                states=states,
-                slots=own,
-                step_states=step_states[layer],
-            )
+            backend.gdn.verify_gdn(*(x[:3] for x in tokens), *parameters, states=states, **verified)
         )
-    accepted = int32([2, 0], device)
-    backend.gdn.commit_states(step_windows, conv, own, accepted)
-    backend.gdn.commit_states(step_states, recurrent, own, accepted)
     backend.state_copy.copy_states(
         [conv, recurrent], int32([exported], device), int32([free], device)
     )
@@ -189,11 +174,11 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
 @DTYPES
 @STATE_DTYPES
 def test_slots(backend, dtype, state_dtype, device) -> None:
-    arena = make_arena(6, dtype, state_dtype, device, SIZES)
+    arena, slots = make_arena(9, dtype, state_dtype, device, SIZES), (4, 0, 3, 5, 8, 6, 7)
     same_on_both(
         arena,
         (arena.conv, arena.recurrent),
-        lambda conv, recurrent: run_layers(backend, conv, recurrent, (4, 0, 3, 5), device, dtype),
+        lambda conv, recurrent: run_layers(backend, conv, recurrent, slots, device, dtype),
     )
 
 
@@ -238,10 +223,10 @@ def test_offsets_past_32_bits(backend, device) -> None:
     """The last slabs of an arena of more than 2**31 elements; its other pages are never touched."""
     sizes = SIZES._replace(recurrent=(2, 4, 64, 64))
     slab_bytes = make_arena(1, torch.bfloat16, torch.bfloat16, "cpu", sizes).rows.numel()
-    num_slabs = 2 * FAR // slab_bytes + 7
+    num_slabs = 2 * FAR // slab_bytes + 10
     far = make_arena(num_slabs, torch.bfloat16, torch.bfloat16, device, sizes, fill=None)
-    near = make_arena(6, torch.bfloat16, torch.bfloat16, device, sizes, fill=0)
-    last = num_slabs - 6
+    near = make_arena(9, torch.bfloat16, torch.bfloat16, device, sizes, fill=0)
+    last = num_slabs - 9
     assert last * far.conv.stride(1) >= FAR
     results = []
     for arena, first in ((far, last), (near, 0)):
@@ -249,7 +234,7 @@ def test_offsets_past_32_bits(backend, device) -> None:
         row = first * count
         rows = [list(range(row, row + 70)), list(range(row + 80, row + 70, -1))]
         attended = decode_and_prefill(backend, arena.keys, arena.values, rows, device)
-        slots = range(first + 2, first + 6)
+        slots = range(first + 2, first + 9)
         scanned = run_layers(backend, arena.conv, arena.recurrent, slots, device, torch.bfloat16)
         sources = torch.arange(row, row + 70, dtype=torch.int32, device=device)
         backend.cache_write.move_rows(arena.rows, sources, sources + count)

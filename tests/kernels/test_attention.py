@@ -76,6 +76,21 @@ class Cache(SimpleNamespace):
             scale=self.scale,
         )
 
+    def verify(self, backend, spans: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+        """Attention of the tokens start:end of each (sequence, start, end)."""
+        lengths = [end - start for _, start, end in spans]
+        return backend.verify_attention(
+            torch.cat([self.queries[b][start:end] for b, start, end in spans]),
+            self.keys,
+            self.values,
+            table=self.table,
+            sequences=Sequences.of(
+                [self.rows[b] for b, _, _ in spans], [end for _, _, end in spans], self.device
+            ),
+            packed=Packed.from_lengths(lengths, self.device),
+            scale=self.scale,
+        )
+
     def formula(self, b: int) -> torch.Tensor:
         """Attention of all of sequence b in float64."""
         query = self.queries[b].double()
@@ -170,6 +185,23 @@ def test_decoding_ignores_batch_mates(backend, dtype, device) -> None:
     for i, end in enumerate(ends):
         assert torch.equal(cache.decode(backend, [end])[0], together[i])
     assert torch.equal(cache.decode(backend, ends[::-1]), together.flip(0))
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (20, 1)])
+def test_verification_equals_decoding(backend, heads, kv_heads, dtype, device, monkeypatch) -> None:
+    """Across a split, in several blocks of tokens, beside others, and what comes after is not
+    seen."""
+    cache = Cache.filled([270, 40, 3], heads, kv_heads, 16, dtype, device)
+    spans = [(0, 252, 262), (2, 0, 3), (1, 38, 39)]
+    out = cache.verify(backend, spans)
+    ends = [(b, end + 1) for b, start, last in spans for end in range(start, last)]
+    assert torch.equal(out, cache.decode(backend, ends))
+    monkeypatch.setattr(fused, "WORKSPACE_BYTES", 1)
+    spans *= 2
+    assert torch.equal(cache.verify(backend, spans), torch.cat([out, out]))
+    assert not len(cache.verify(backend, [(0, 5, 5)]))
 
 
 def test_decoding_ignores_where_the_rows_lie() -> None:

@@ -197,16 +197,27 @@ def test_decoding_continues_a_prompt(conv1d, dtype, silu, device) -> None:
 @DTYPES
 def test_verification_equals_decoding(conv1d, dtype, device) -> None:
     torch.manual_seed(3)
-    x, weight = draw(3, 5, 40, dtype=dtype, device=device), draw(40, 4, dtype=dtype, device=device)
-    states, slots = torch.randn(6, 40, 3, device=device).to(dtype), int32([4, 0, 3], device)
+    lengths, slots, step_slots = [5, 1, 3], [4, 0, 3], list(range(6, 15))
+    x, weight = draw(9, 40, dtype=dtype, device=device), draw(40, 4, dtype=dtype, device=device)
+    states = torch.randn(15, 40, 3, device=device).to(dtype)
     initial, decoded = states.clone(), states.clone()
-    step_states = states.new_empty(3, 5, 40, 3)
-    out = conv1d.verify_conv1d(x, weight, None, states=states, slots=slots, step_states=step_states)
-    assert torch.equal(states, initial)
-    for t in range(5):
-        row = conv1d.decode_conv1d(x[:, t], weight, None, states=decoded, slots=slots)
-        assert torch.equal(row, out[:, t])
-        assert torch.equal(decoded[slots.long()], step_states[:, t])
+    out = conv1d.verify_conv1d(
+        x,
+        weight,
+        None,
+        states=states,
+        packed=Packed.from_lengths(lengths, device),
+        slots=int32(slots, device),
+        step_slots=int32(step_slots, device),
+    )
+    assert torch.equal(states[:6], initial[:6])
+    owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+    for t, slot in enumerate(owners):
+        row = conv1d.decode_conv1d(
+            x[t : t + 1], weight, None, states=decoded, slots=int32([slot], device)
+        )
+        assert torch.equal(row[0], out[t])
+        assert torch.equal(decoded[slot], states[step_slots[t]])
 
 
 @IMPLEMENTATIONS

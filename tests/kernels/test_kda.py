@@ -133,15 +133,15 @@ def test_reference_equals_transformers() -> None:
     """Their chunked form and their recurrence, on the gates of a freshly made layer."""
     modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
     torch.manual_seed(3)
-    inputs = draw_inputs(200, 2, 32, 32, torch.float32, "cpu")
-    a, b = torch.randn(200, 2, 32), torch.randn(200, 2)
+    inputs = draw_inputs(130, 2, 32, 32, torch.float32, "cpu")
+    a, b = torch.randn(130, 2, 32), torch.randn(130, 2)
     A_log, dt_bias = torch.linspace(0.1, 2.7, 2), torch.linspace(-6.0, -2.0, 64).view(2, 32)
     gate, beta = reference.gates(a, b, A_log, dt_bias)
     expected = -A_log.exp()[:, None] * torch.nn.functional.softplus(a + dt_bias)
     torch.testing.assert_close(gate, expected, atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(beta, b.sigmoid())
     inputs = inputs._replace(gate=gate, beta=beta)
-    out, states = run(reference, inputs, [200], torch.zeros(1, 2, 32, 32), [0], [])
+    out, states = run(reference, inputs, [130], torch.zeros(1, 2, 32, 32), [0], [])
     for word in ("chunk", "recurrent"):
         theirs, state = vars(modeling)[f"{word}_kimi_delta_attention"](
             *(x[None] for x in inputs),
@@ -165,7 +165,7 @@ def test_resumed_or_in_company_no_bit_differs(kda, dtype, state_dtype, num_threa
     exported."""
     torch.manual_seed(1)
     sizes = (1, 16, 16) if kda is fused else (5, 128, 32)
-    lengths = (70, 200, 64)
+    lengths = (70, 150, 64)
     inputs = draw_inputs(sum(lengths), *sizes, dtype, device)
     initial = torch.randn(3, *sizes, device=device).to(state_dtype)
     threads = torch.get_num_threads()
@@ -179,10 +179,10 @@ def test_resumed_or_in_company_no_bit_differs(kda, dtype, state_dtype, num_threa
             assert torch.equal(alone, packed[start : start + length])
             assert torch.equal(last[0], states[[5, 3, 1][sequence]])
             start += length
-        whole = inputs.rows(70, 270)
+        whole = inputs.rows(70, 220)
         for end, slot in ((64, 6), (128, 7)):
-            rest, last = run(kda, whole.rows(end, 200), [200 - end], states[[slot]], [2], [])
-            assert torch.equal(rest, packed[70 + end : 270])
+            rest, last = run(kda, whole.rows(end, 150), [150 - end], states[[slot]], [2], [])
+            assert torch.equal(rest, packed[70 + end : 220])
             assert torch.equal(last[2], states[3])
     finally:
         torch.set_num_threads(threads)
@@ -237,7 +237,7 @@ def draw_steps(sequences, steps, sizes, dtype, device) -> tuple[list, list]:
 
 @IMPLEMENTATIONS
 @DTYPES
-@pytest.mark.parametrize("sizes", [(2, 32, 48), (2, 128, 128), (3, 20, 16)])
+@pytest.mark.parametrize("sizes", [(2, 32, 48), (1, 128, 128), (3, 20, 16)])
 def test_decoding_follows_the_recurrence(kda, dtype, sizes, device) -> None:
     torch.manual_seed(4)
     tokens, parameters = draw_steps(3, 2, sizes, dtype, device)
@@ -258,9 +258,12 @@ def test_decoding_follows_the_recurrence(kda, dtype, sizes, device) -> None:
     assert torch.equal(states[[1, 3, 4]], initial[[1, 3, 4]])
 
 
-@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("kda", "sizes"),
+    [(reference, (4, 32, 16)), (reference, (2, 128, 128)), (fused, (2, 32, 16))],
+    ids=["reference", "reference-in-place", "fused"],
+)
 @STATE_DTYPES
-@pytest.mark.parametrize("sizes", [(4, 32, 16), (2, 128, 128)])
 def test_decoding_in_company_no_bit_differs(kda, state_dtype, sizes, device) -> None:
     torch.manual_seed(5)
     tokens, parameters = draw_steps(5, 1, sizes, torch.bfloat16, device)

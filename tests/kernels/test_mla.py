@@ -96,16 +96,20 @@ class Cache(SimpleNamespace):
 @BACKENDS
 @DTYPES
 @pytest.mark.parametrize(
-    "sizes", [(4, 64, 32, 32), (18, 24, 8, 16)], ids=["H4-R64-P32", "H18-R24-P8"]
+    ("sizes", "length"),
+    [((4, 64, 32, 32), 70), ((18, 24, 8, 16), 18)],
+    ids=["H4-R64-P32", "H18-R24-P8"],
 )
-def test_equals_expanded_keys_and_values(backend, sizes, dtype, device, assert_close) -> None:
-    cache = Cache.filled([63, 1, 70], *sizes, dtype, device)
+def test_equals_expanded_keys_and_values(
+    backend, sizes, length, dtype, device, assert_close
+) -> None:
+    cache = Cache.filled([15, 1, length], *sizes, dtype, device)
     expected = [cache.formula(b) for b in range(3)]
-    spans = [(2, 0, 70), (1, 0, 0), (0, 0, 63), (1, 0, 1)]
+    spans = [(2, 0, length), (1, 0, 0), (0, 0, 15), (1, 0, 1)]
     # The absorbed query is rounded to its dtype once more than the formula's.
     for (b, _, end), out in zip(spans, cache.prefill(backend, spans), strict=True):
         assert_close(out, expected[b][:end], factor=2)
-    decoded = cache.decode(backend, [(0, 63), (2, 70), (1, 1)])
+    decoded = cache.decode(backend, [(0, 15), (2, length), (1, 1)])
     last = torch.stack([expected[0][-1], expected[2][-1], expected[1][-1]])
     assert_close(decoded, last, factor=2)
 
@@ -132,9 +136,9 @@ def test_reference_resumes_bit_for_bit(sizes, num_threads, dtype) -> None:
 
 @DTYPES
 def test_fused_resumes_bit_for_bit(dtype, device) -> None:
-    cache = Cache.filled([150, 90], 3, 32, 16, 16, dtype, device)
-    cold = [cache.prefill(fused, [(b, 0, n)])[0] for b, n in ((0, 150), (1, 90))]
-    for spans in ([(0, 64, 150), (1, 0, 70)], [(1, 64, 90), (0, 128, 129)]):
+    cache = Cache.filled([130, 70], 3, 32, 16, 16, dtype, device)
+    cold = [cache.prefill(fused, [(b, 0, n)])[0] for b, n in ((0, 130), (1, 70))]
+    for spans in ([(0, 64, 130), (1, 0, 66)], [(1, 64, 70), (0, 128, 129)]):
         for (b, start, end), out in zip(spans, cache.prefill(fused, spans), strict=True):
             assert torch.equal(out, cold[b][start:end])
 
@@ -143,7 +147,7 @@ def test_fused_resumes_bit_for_bit(dtype, device) -> None:
 @DTYPES
 def test_decoding_ignores_batch_mates(backend, dtype, device, monkeypatch) -> None:
     """Also where more sequences come than share a workspace, which are decoded in groups."""
-    lengths = [300, 40, 257, 1, 64]
+    lengths = [270, 40, 257, 1, 64]
     cache = Cache.filled(lengths, 3, 32, 16, 16, dtype, device)
     ends = list(enumerate(lengths))
     together = cache.decode(backend, ends)

@@ -104,19 +104,17 @@ def test_launchers_ask_by_the_layer_alone(device) -> None:
         slots = torch.arange(count, dtype=torch.int32, device=device)
         q, k, v = torch.randn(3, count, 2, 16, device=device)
         a, b = torch.randn(2, count, 2, device=device)
-        states = torch.zeros(count, 2, 16, 16, device=device)
+        states = torch.zeros(2 * count, 2, 16, 16, device=device)
         x, taps = torch.randn(count, 8, device=device), torch.randn(8, 4, device=device)
         windows = torch.zeros(count, 8, 3, device=device)
         packed = Packed.from_lengths([1] * count, device)
         where = {"packed": packed, "slots": slots, "exports": None}
         where["resumed"] = torch.ones(count, dtype=torch.bool, device=device)
-        steps = [y[:, None] for y in (q, k, v, a, b)]
+        steps = {"packed": packed, "slots": slots, "step_slots": slots + count}
         with tuning.using({}) as keys:
             gdn.chunk_gdn(q, k, v, -a.abs(), b.sigmoid(), states=states, **where)
             gdn.decode_gdn(q, k, v, a, b, *parameters, states=states, slots=slots)
-            gdn.verify_gdn(
-                *steps, *parameters, states=states, slots=slots, step_states=states[:, None].clone()
-            )
+            gdn.verify_gdn(q, k, v, a, b, *parameters, states=states, **steps)
             mamba2.chunk_mamba2(v, q, k, -a.abs(), b.abs(), b[0], states=states, **where)
             mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, slots=slots)
             conv1d.prefill_conv1d(x, taps, None, states=windows, **where)

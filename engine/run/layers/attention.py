@@ -18,6 +18,8 @@ from hybridcache.geometry.mixers import AttentionSizes
 class Attention:
     """Gate, queries, keys and values are one product, laid out ``[gate | query | key | value]``."""
 
+    verifies = True
+
     def __init__(
         self,
         name: str,
@@ -83,7 +85,7 @@ class Attention:
         query, key = self._prepare(query, key, inputs)
         value = value.view(tokens, -1, self.sizes.head_dim)
         self._cache_write.write_kv(key, value, key_pool, value_pool, inputs.kv_indices)
-        outs = []
+        outs, verified = [], inputs.num_decode + inputs.num_verify
         if inputs.decode is not None:
             outs.append(
                 self._attention.decode_attention(
@@ -95,10 +97,22 @@ class Attention:
                     scale=self._scale,
                 )
             )
+        if inputs.verify is not None:
+            outs.append(
+                self._attention.verify_attention(
+                    query[inputs.num_decode : verified],
+                    key_pool,
+                    value_pool,
+                    table=inputs.table,
+                    sequences=inputs.verify.sequences,
+                    packed=inputs.verify.packed,
+                    scale=self._scale,
+                )
+            )
         if inputs.prefill is not None:
             outs.append(
                 self._attention.prefill_attention(
-                    query[inputs.num_decode :],
+                    query[verified:],
                     key_pool,
                     value_pool,
                     table=inputs.table,

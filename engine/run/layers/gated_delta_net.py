@@ -17,6 +17,8 @@ class GatedDeltaNet:
     """All inputs are one product, laid out ``[query | key | value | z | b | a]``; of 8-bit weights
     the gates b and a, few rows on which the whole state hangs, are another."""
 
+    verifies = True
+
     def __init__(
         self,
         name: str,
@@ -76,13 +78,17 @@ class GatedDeltaNet:
         qkv, _, b, a = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         windows, states = pools
         outs, decodes = [], inputs.num_decode
+        verified = decodes + inputs.num_verify
         if inputs.decode is not None:
             outs.append(
                 self._decode(qkv[:decodes], a[:decodes], b[:decodes], inputs, windows, states)
             )
+        if inputs.verify is not None:
+            part = slice(decodes, verified)
+            outs.append(self._verify(qkv[part], a[part], b[part], inputs, windows, states))
         if inputs.prefill is not None:
             outs.append(
-                self._prefill(qkv[decodes:], a[decodes:], b[decodes:], inputs, windows, states)
+                self._prefill(qkv[verified:], a[verified:], b[verified:], inputs, windows, states)
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -110,6 +116,33 @@ class GatedDeltaNet:
             states=states,
             slots=slots,
             max_beta=self._max_beta,
+        )
+
+    def _verify(
+        self,
+        qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        inputs: LayerInputs,
+        windows: torch.Tensor,
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        part = inputs.verify
+        assert part is not None
+        where = {"packed": part.packed, "slots": part.slots, "step_slots": part.step_slots}
+        qkv = self._conv1d.verify_conv1d(qkv, self._conv_weight, None, states=windows, **where)
+        query, key, value = self._heads(qkv)
+        return self._gdn.verify_gdn(
+            query,
+            key,
+            value,
+            a,
+            b,
+            self._A_log,
+            self._dt_bias,
+            states=states,
+            max_beta=self._max_beta,
+            **where,
         )
 
     def _prefill(

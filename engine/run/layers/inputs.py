@@ -21,6 +21,19 @@ class DecodePart:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifyPart:
+    """The V tokens after them, packed: of each decoding sequence with drafts its next token and the
+    drafted ones."""
+
+    packed: Packed
+    sequences: Sequences
+    slots: torch.Tensor
+    """int32[B], only read; empty for an attention-only model."""
+    step_slots: torch.Tensor
+    """int32[V]: where the state after each token goes; empty for an attention-only model."""
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillPart:
     """The tokens after them, packed: pieces of prompts."""
 
@@ -35,8 +48,8 @@ class PrefillPart:
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """T = D + P tokens, decode first. Hidden states have ``num_rows >= T`` rows; those past T are
-    padding."""
+    """T = D + V + P tokens, in this order. Hidden states have ``num_rows >= T`` rows; those past T
+    are padding."""
 
     num_tokens: int
     num_decode: int
@@ -50,6 +63,8 @@ class LayerInputs:
     """int32[rows, max_model_len]: the request table."""
     decode: DecodePart | None
     prefill: PrefillPart | None
+    num_verify: int = 0
+    verify: VerifyPart | None = None
 
 
 def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -44,12 +44,18 @@ class Mixer(Layer, Protocol):
         ...
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """``[T, *mixed_shape]``; moves the pools on."""
+        """``[T, *mixed_shape]``; moves the pools on. A mixer that computes ``inputs.verify`` too
+        says so by an attribute ``verifies``; for others ``stepwise`` decodes."""
         ...
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """The block's output, ``[num_rows, H]``."""
         ...
+
+
+def verifies(mixer: Mixer) -> bool:
+    """Whether ``mixer`` can compute several tokens of a sequence and keep the state after each."""
+    return getattr(mixer, "verifies", False)
 
 
 class FeedForward(Layer, Protocol):
@@ -133,6 +139,7 @@ class Parallel:
     def __init__(self, mixers: Sequence[Mixer]) -> None:
         self.mixers = mixers
         self.keeps = tuple(spec for mixer in mixers for spec in mixer.keeps)
+        self.verifies = all(verifies(mixer) for mixer in mixers)
         self._inputs = [mixer.projected_size for mixer in mixers]
         self._outputs = [torch.Size(mixer.mixed_shape).numel() for mixer in mixers]
         self.projected_size, self.mixed_shape = sum(self._inputs), (sum(self._outputs),)

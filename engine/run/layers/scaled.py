@@ -8,7 +8,7 @@ import torch
 
 from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.parameters import Parameter
-from engine.run.layers.residual import Mixer
+from engine.run.layers.residual import Mixer, verifies
 from engine.run.memory import Pools
 
 
@@ -18,7 +18,7 @@ class Scaled:
     def __init__(self, mixer: Mixer, *, input: float, output: float) -> None:
         self._mixer, self._input, self._output = mixer, input, output
         self.keeps, self.mixed_shape = mixer.keeps, mixer.mixed_shape
-        self.projected_size = mixer.projected_size
+        self.projected_size, self.verifies = mixer.projected_size, verifies(mixer)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._mixer.parameters()

@@ -17,6 +17,7 @@ from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.run.layers.stepwise import mix
 from engine.run.memory import Pools
 from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
 from hybridcache.geometry.mixers import AttentionSizes
@@ -125,7 +126,7 @@ class Decoder(ABC):
         mixer, on."""
         out, residual = self.start(token_ids, inputs.num_tokens)
         for rank, step in enumerate(self.mixers):
-            mixed = step.block.mix(out, inputs, pools[rank])
+            mixed = mix(step.block, out, inputs, pools[rank])
             out, residual = self.resume(rank, mixed, out, residual, inputs.num_tokens)
         return out
 

@@ -22,8 +22,8 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a draw's number forgets tokens in flight",
         REQUEST,
-        "draw = self.known_len - 1 - self.prompt_len",
-        "draw = self.num_tokens - self.prompt_len",
+        "draw, counts = self.known_len - 1 - self.prompt_len, ",
+        "draw, counts = self.num_tokens - self.prompt_len, ",
         STEPS,
     ),
     Mutation(
@@ -36,8 +36,8 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a scored prompt's token is drawn from its first row",
         SAMPLE_STEP,
-        "            rows.append(num_rows - 1)\n",
-        "            rows.append(first)\n",
+        "            rows += range(num_rows - 1 - len(task.drafts), num_rows)\n",
+        "            rows += range(first, first + 1 + len(task.drafts))\n",
         STEPS,
     ),
     Mutation(

@@ -29,7 +29,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "segments stand in the order of admission",
         SCHEDULER,
-        "        tasks.sort(key=lambda task: not task.is_decode)\n",
+        "        tasks.sort(key=lambda task: (not task.is_decode, task.draft is not None))\n",
         "",
         STEPS,
     ),
@@ -43,8 +43,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a token that the host knows is taken for a late one",
         SCHEDULER,
-        "            if task.end > task.request.num_tokens\n        )",
-        "            if task.end >= task.request.num_tokens\n        )",
+        "            if task.sure_end > task.request.num_tokens\n        )",
+        "            if task.sure_end >= task.request.num_tokens\n        )",
         STEPS,
     ),
     Mutation(
@@ -274,21 +274,23 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "who was aborted takes a token from the step",
         SCHEDULER,
-        "            if request.lease is not task.lease:\n                continue\n",
+        "            if request.lease is not task.lease:\n"
+        "                taken += [0] * (task.draft is not None)\n                continue\n",
         "",
         STEPS,
     ),
     Mutation(
         "tokens of those who left are given to the next",
         SCHEDULER,
-        "            token = next(tokens) if task.samples else None\n            request = "
-        "task.request\n"
+        "            run = task.run_of(tokens)\n            request = task.request\n"
         "            if task.scores:\n                request.scores.extend(next(scores))\n"
-        "            if request.lease is not task.lease:\n                continue\n",
+        "            if request.lease is not task.lease:\n"
+        "                taken += [0] * (task.draft is not None)\n                continue\n",
         "            request = task.request\n"
         "            if task.scores:\n                request.scores.extend(next(scores))\n"
-        "            if request.lease is not task.lease:\n                continue\n"
-        "            token = next(tokens) if task.samples else None\n",
+        "            if request.lease is not task.lease:\n"
+        "                taken += [0] * (task.draft is not None)\n                continue\n"
+        "            run = task.run_of(tokens)\n",
         STEPS,
     ),
     Mutation(
@@ -338,6 +340,43 @@ BREAKS_OF_SCHEDULE = (
         SCHEDULER,
         "            namespace=request.namespace,\n",
         "            namespace=None,\n",
+        STEPS,
+    ),
+    # -- tokens guessed ahead
+    Mutation(
+        "a wrong guess is taken",
+        PLAN,
+        "            if run[-1].token_id != guess:\n                break\n",
+        "",
+        STEPS,
+    ),
+    Mutation(
+        "guesses behind a stop count",
+        SCHEDULER,
+        "request.computed_len = request.scheduled_len = request.num_tokens - 1\n",
+        "request.computed_len = request.scheduled_len = task.start + num_accepted + 1\n",
+        STEPS,
+    ),
+    Mutation(
+        "rejected guesses count as computed",
+        SCHEDULER,
+        "request.computed_len = request.scheduled_len = request.num_tokens - 1\n",
+        "request.scheduled_len = request.num_tokens - 1\n",
+        STEPS,
+    ),
+    Mutation(
+        "a guess costs another request its memory",
+        SCHEDULER,
+        "            if self._manager.extend(request, ends[request] + len(draft.tokens))\n",
+        "            if self._claim(request, ends[request] + len(draft.tokens))\n",
+        STEPS,
+    ),
+    Mutation(
+        "who left is still drafted for",
+        SCHEDULER,
+        "                self._forget_drafts(request)\n"
+        "                self._running.remove(request)\n",
+        "                self._running.remove(request)\n",
         STEPS,
     ),
     # -- what a step's prefills may take of it

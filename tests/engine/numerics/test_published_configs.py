@@ -109,6 +109,7 @@ def test_fields_that_a_family_names_for_itself() -> None:
         (KIMI_LINEAR, {"mla_use_nope": False}, "rotated latent attention is not supported"),
         (KIMI_LINEAR, {"mlp_layer_types": ["dense"]}, "mlp_layer_types .* must name 27 layers"),
         (KIMI_LINEAR, {"linear_attn_config": None}, "has no 'linear_num_heads'"),
+        (KIMI_LINEAR, {"linear_attn_config": 5}, "value of the wrong type"),
     ],
 )
 def test_what_is_refused(raw, changes, message) -> None:

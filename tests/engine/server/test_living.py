@@ -305,3 +305,32 @@ def test_settings_refuse_what_can_not_be() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ServerConfig(**settings)
+
+
+def test_drafts_are_counted_for_the_client_and_in_the_metrics(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    """The same prompt again is guessed from its first answer; two choices count together."""
+    live = serve_oracle(draft="tree:4")
+    body = {"prompt": "x" * 100, "max_tokens": 25, "ignore_eos": True, "n": 2}
+    first, second = (live.post("/v1/completions", body).json() for _ in range(2))
+    assert first["choices"] == second["choices"]
+    used = second["usage"]["completion_tokens_details"]
+    accepted, rejected = used["accepted_prediction_tokens"], used["rejected_prediction_tokens"]
+    assert accepted >= 2 * 18 and accepted + used["verifications"] <= 2 * 24
+    live.wait_until_idle()
+    metrics = _metrics(live)
+
+    def total(name: str) -> float:
+        return sum(value for key, value in metrics.items() if key.startswith(f"engine_{name}."))
+
+    both = [answer["usage"]["completion_tokens_details"] for answer in (first, second)]
+    assert total("accepted_tokens_total") == sum(u["accepted_prediction_tokens"] for u in both)
+    assert (
+        total("drafted_tokens_total") - total("accepted_tokens_total")
+        == rejected + (both[0]["rejected_prediction_tokens"])
+    )
+    assert metrics["engine_verifications_total"] == sum(u["verifications"] for u in both)
+    assert any(
+        name.startswith("engine_accepted_tokens_total.") and "tree" in name for name in metrics
+    )

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.attention.fused import decode_attention, prefill_attention
+from kernels.attention.fused import decode_attention, prefill_attention, verify_attention
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
 
@@ -15,6 +15,7 @@ def _attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
     query = torch.empty(128 + 64, heads, size, dtype=dtype)
     prefill_attention(query, keys, values, packed=Packed.from_lengths([128, 64]), **where)
     decode_attention(query[:2], keys, values, **where)
+    verify_attention(query[:6], keys, values, packed=Packed.from_lengths([5, 1]), **where)
 
 
 LAUNCHES = {

@@ -29,10 +29,15 @@ def _decode() -> None:
 
 
 def _verify() -> None:
-    steps = torch.empty(4, 3, C, W - 1, dtype=torch.bfloat16)
-    slots = torch.arange(4, dtype=torch.int32)
-    x = _inputs(12).unflatten(0, (4, 3))
-    verify_conv1d(x, _weight(), None, states=_windows(), slots=slots, step_states=steps)
+    verify_conv1d(
+        _inputs(4),
+        _weight(),
+        None,
+        states=make_arena(6, torch.bfloat16, torch.float32, fill=None).conv[5],
+        packed=Packed.from_lengths([3, 1]),
+        slots=torch.arange(2, dtype=torch.int32),
+        step_slots=torch.arange(2, 6, dtype=torch.int32),
+    )
 
 
 def _inputs(count: int) -> torch.Tensor:

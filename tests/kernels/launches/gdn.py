@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.gdn.fused import chunk_gdn, commit_states, decode_gdn, gates, verify_gdn
+from kernels.gdn.fused import chunk_gdn, decode_gdn, gates, verify_gdn
 from kernels.packed import Exports, Packed
 from tests.kernels.arena import make_arena
 
@@ -35,12 +35,14 @@ def _bfloat16_states() -> None:
 
 
 def _verify() -> None:
-    slots = torch.arange(4, dtype=torch.int32)
-    states, step_states = _states(torch.float32)[5:7], torch.empty(2, 4, 3, HV, K, V)
-    inputs = [x[:, None].expand(4, 3, *x.shape[1:]) for x in (*_tokens(4), *_gate_inputs(4)[:2])]
-    parameters = _gate_inputs(4)[2:]
-    verify_gdn(*inputs, *parameters, states=states[0], slots=slots, step_states=step_states[0])
-    commit_states(step_states, states, slots, accepted=slots)
+    verify_gdn(
+        *_tokens(4),
+        *_gate_inputs(4),
+        states=make_arena(6, torch.bfloat16, torch.float32, fill=None).recurrent[5],
+        packed=Packed.from_lengths([3, 1]),
+        slots=torch.arange(2, dtype=torch.int32),
+        step_slots=torch.arange(2, 6, dtype=torch.int32),
+    )
 
 
 def _states(dtype: torch.dtype) -> torch.Tensor:

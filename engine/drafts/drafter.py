@@ -1,0 +1,44 @@
+"""What may guess the next tokens of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.requests.request import Request
+from hybridcache.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens guessed to follow those of a request."""
+
+    tokens: Tokens
+    """int32[d], d of 1 or more."""
+    source: str
+    """The name of the drafter."""
+
+
+class Drafter(Protocol):
+    """Guesses tokens. A wrong guess costs time, never a token: what the model chooses is what
+    counts.
+
+    It is asked between two steps, for all requests at once that may take drafts: so one that
+    computes (a model's own prediction head) makes one pass over the batch. Such a one reads what
+    the last step left on the device for each request, by the row and slot in its ``claims``: a
+    hidden vector declared as a state of the sequence is saved in checkpoints, kept for each
+    verified token and moved on by what was taken, as every other state.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
+        """For each (request, most tokens) what it guesses, in order: int32[d], d from 0 to so
+        many."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """``request`` has ended."""
+        ...

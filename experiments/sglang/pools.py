@@ -1,0 +1,128 @@
+"""SGLang's pools and its tree on a CPU, and our cache over the same kind of pools."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hybridcache.export.sglang.build import make_backend
+from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
+    MHATokenToKVPool,
+    ReqToTokenPool,
+)
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+CHUNK = 64
+LINEAR_LAYERS, ATTENTION_LAYERS = [0, 1, 2], [3]
+
+
+class World(NamedTuple):
+    """A cache of SGLang's interface, and the pools under it."""
+
+    cache: Any
+    rows: Any
+    """Its ``TokenToKVPoolAllocator``."""
+    requests: Any
+    """Its ``HybridReqToTokenPool``."""
+
+
+def new_world(
+    backend: str,
+    num_kv_tokens: int,
+    num_slots: int,
+    *,
+    eviction: str = "lru",
+    events: bool = False,
+    **pools: Any,
+) -> World:
+    """``backend``: hybridcache, rust or python, alone with its pools: no scheduler."""
+    world = new_pools(num_kv_tokens, num_slots, **pools)
+    page_size, has_states = world.rows.page_size, num_slots > 0
+    args = ServerArgs(model_path="dummy", page_size=page_size)
+    args._mamba_cache_chunk_size = CHUNK
+    set_global_server_args_for_scheduler(args)
+    params = CacheInitParams(
+        disable=False,
+        req_to_token_pool=world.requests,
+        token_to_kv_pool_allocator=world.rows,
+        page_size=page_size,
+        eviction_policy=eviction,
+        enable_kv_cache_events=events,
+        enable_mamba_extra_buffer=has_states and world.requests.enable_mamba_extra_buffer,
+    )
+    if backend == "hybridcache":
+        return world._replace(cache=make_backend(params, has_states))
+    states = (ComponentType.MAMBA,) if has_states else ()
+    params.tree_components = (ComponentType.FULL, *states)
+    params.tree_core_backend = backend
+    return world._replace(cache=UnifiedRadixCache(params))
+
+
+def new_pools(
+    num_kv_tokens: int,
+    num_slots: int,
+    *,
+    extra_buffer: bool = False,
+    lazy: bool = False,
+    page_size: int = 1,
+    max_requests: int = 8,
+    context_len: int = 8192,
+) -> World:
+    """One attention and three linear layers, so small that a state weighs what 3,072 tokens do, as
+    on Qwen3-Next; without slots, attention alone. No cache yet."""
+    kv: dict[str, Any] = {
+        "size": num_kv_tokens,
+        "dtype": torch.bfloat16,
+        "page_size": page_size,
+        "head_num": 1,
+        "head_dim": 4,
+        "device": "cpu",
+        "enable_memory_saver": False,
+    }
+    if not num_slots:
+        requests = ReqToTokenPool(max_requests, context_len, "cpu", False)
+        return World(None, _allocator(MHATokenToKVPool(layer_num=1, **kv)), requests)
+    with envs.SGLANG_MAMBA_SSM_DTYPE.override("bfloat16"):
+        shape = Mamba2StateShape.create(
+            tp_world_size=1,
+            intermediate_size=128,
+            n_groups=1,
+            num_heads=2,
+            head_dim=64,
+            state_size=64,
+            conv_kernel=2,
+        )
+        cache_params = Mamba2CacheParams(shape=shape, layers=LINEAR_LAYERS)
+    requests = HybridReqToTokenPool(
+        size=max_requests,
+        mamba_size=num_slots,
+        mamba_spec_state_size=max_requests,
+        max_context_len=context_len,
+        device="cpu",
+        enable_memory_saver=False,
+        cache_params=cache_params,
+        mamba_layer_ids=LINEAR_LAYERS,
+        enable_mamba_extra_buffer=extra_buffer,
+        enable_mamba_extra_buffer_lazy=lazy,
+    )
+    kv_pool = HybridLinearKVPool(
+        full_attention_layer_ids=ATTENTION_LAYERS, mamba_pool=requests.mamba_pool, **kv
+    )
+    return World(None, _allocator(kv_pool), requests)
+
+
+def _allocator(pool: Any) -> Any:
+    if pool.page_size == 1:
+        return TokenToKVPoolAllocator(pool.size, pool.dtype, "cpu", pool, need_sort=False)
+    return PagedTokenToKVPoolAllocator(
+        pool.size, pool.page_size, pool.dtype, "cpu", pool, need_sort=False
+    )

@@ -1,0 +1,86 @@
+"""From SGLang's build context to a cache: how the tree over its pools is made."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.registry import default_radix_cache_factory
+from sglang.srt.runtime_context import (
+    get_disagg,
+    get_memory,
+    get_parallel,
+    mamba_checkpoint_grid,
+)
+
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.build import PREFIX_CACHES, CacheConfig
+from hybridcache.export.sglang.cache import HybridRadixBackend
+from hybridcache.export.sglang.refuse import why_not
+from hybridcache.export.sglang.states import RequestStates
+from hybridcache.export.sglang.views import RowView, SlotView
+from hybridcache.hybrid import HybridRadixCache
+
+
+def build_backend(ctx: Any) -> Any:
+    """The factory that SGLang calls once a scheduler. ValueError, one sentence: what it is asked
+    for beside this cache, this cache does not do."""
+    if ctx.disable_radix_cache:
+        return default_radix_cache_factory(ctx)
+    refusal = why_not(ctx, get_memory(), get_disagg(), get_parallel())
+    if refusal is not None:
+        raise ValueError(refusal)
+    level = logging.INFO if ctx.server_args.log_requests else logging.DEBUG
+    return make_backend(ctx.params, ctx.is_hybrid_ssm, level)
+
+
+def make_backend(
+    params: Any, is_hybrid_ssm: bool, log_level: int = logging.DEBUG
+) -> HybridRadixBackend:
+    """A cache over ``params``' pools (``CacheInitParams``), nothing in it. ``log_level``: of the
+    line that each request gets."""
+    token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
+    rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
+    grid, states = params.page_size, None
+    slots = SlotAllocator(0)
+    if is_hybrid_ssm:
+        pool = params.req_to_token_pool
+        slots = view = SlotView(pool.mamba_allocator, state_bytes)
+        extra_buffer = params.enable_mamba_extra_buffer
+        states = RequestStates(pool, view, rows, extra_buffer=extra_buffer)
+        if extra_buffer:
+            grid = mamba_checkpoint_grid(params.page_size)
+    config = CacheConfig(
+        prefix_cache="hybrid" if is_hybrid_ssm else "radix",
+        num_kv_tokens=rows.capacity,
+        num_slots=slots.capacity,
+        kv_bytes_per_token=token_bytes,
+        state_bytes=state_bytes,
+        page_size=params.page_size,
+        grid=1,
+        eviction=params.eviction_policy,
+    )
+
+    def make() -> HybridRadixCache:
+        cache = PREFIX_CACHES[config.prefix_cache](config, rows, slots)
+        assert isinstance(cache, HybridRadixCache)
+        return cache
+
+    return HybridRadixBackend(params, make, rows, states, grid, log_level)
+
+
+def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:
+    """Bytes of one token's KV and of one state, over all pipeline stages: their layers differ, and
+    every rank must weigh alike."""
+    kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
+    held = kv_cache.get_kv_size_bytes()
+    sizes = [(sum(held) if isinstance(held, tuple) else held) // kv_cache.size, 0]
+    if is_hybrid_ssm:
+        pool = params.req_to_token_pool.mamba_pool
+        sizes[1] = pool.get_kv_size_bytes() // (pool.size + 1)
+    if params.pp_size > 1:
+        summed = torch.tensor(sizes)
+        torch.distributed.all_reduce(summed, group=params.pp_cache_group)
+        sizes = summed.tolist()
+    return max(sizes[0], 1), max(sizes[1], 1)

@@ -1,0 +1,323 @@
+"""The cache that SGLang's scheduler sees: its verbs, answered by our tree.
+
+Who owns which of a request's rows: ``[0, cache_protected_len)`` the tree, under the request's lock;
+the rest the request, until ``checkpoint`` publishes it or SGLang frees it. Nothing here reads a
+clock to decide, or an order that differs between processes: every rank comes to the same tree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    BasePrefixCache,
+    DecLockRefResult,
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+    MatchResult,
+    TreeLock,
+)
+from sglang.srt.utils.rank_consensus_checker import rank_consensus
+
+from hybridcache.core.locks import Protected
+from hybridcache.export.sglang.events import EventRecorder
+from hybridcache.export.sglang.handles import Held, dfs_order, handle_of, node_of
+from hybridcache.export.sglang.keys import namespace_of, prompt_of, tokens_of
+from hybridcache.export.sglang.metrics import LossMeter
+from hybridcache.export.sglang.placement import branch_position
+from hybridcache.export.sglang.states import Offer, RequestStates
+from hybridcache.export.sglang.views import RowView, to_host
+from hybridcache.hybrid import HybridRadixCache, Receipt
+from hybridcache.kv_only import PathPart
+from hybridcache.results import PrefixMatch
+from hybridcache.tokens import Indices, Tokens
+
+
+class HybridRadixBackend(BasePrefixCache):
+    """``HybridRadixCache`` (or, without states, ``RadixCache``) as a prefix cache of SGLang.
+
+    ``make``: an empty tree over SGLang's pools. ``states``: None for a model without recurrent
+    layers. ``grid``: where a prefill's states lie, tokens. ``log_level``: of a request's line.
+    """
+
+    disable = False
+    sliding_window_size = None
+
+    def __init__(
+        self,
+        params: Any,
+        make: Callable[[], HybridRadixCache],
+        rows: RowView,
+        states: RequestStates | None,
+        grid: int,
+        log_level: int,
+    ) -> None:
+        self.req_to_token_pool = params.req_to_token_pool
+        self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
+        self.page_size = params.page_size
+        self.device = params.token_to_kv_pool_allocator.device
+        self._make = make
+        self._rows = rows
+        self._states = states
+        self._grid = grid
+        self._events = EventRecorder(params)
+        self.kv_events = self._events.recorder
+        labels = None
+        if params.enable_metrics:
+            self.init_metrics_collector()
+            labels = self.metrics_collector.labels
+        self._meter = LossMeter(grid, labels, log_level)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything. SGLang clears its pools itself, right after this."""
+        self._cache = self._make()
+        if self._events.recorder.enabled:
+            self._events.restart()
+            self._cache.subscribe(self._events)
+
+    @property
+    def tree(self) -> HybridRadixCache:
+        """The tree behind it: to look at, to render."""
+        return self._cache
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """What ``params.key`` can reuse. Splits nothing, moves nothing: a request counts as a use
+        at its first ``checkpoint``; a match without a request counts at once. O(n)."""
+        key, req = params.key, params.req
+        prompt = prompt_of(key)
+        found = self._cache.match(prompt, namespace_of(key.extra_key, key.cache_salt))
+        branch = None
+        if self._states is not None:
+            if self._states.extra_buffer:
+                branch = branch_position(self._cache, prompt, found, self._grid)
+            if params.cow_mamba and found.checkpoint is not None:
+                found = self._copy_on_write(self._states, req, found, found.checkpoint)
+        if req is None:
+            self._cache.touch(found)
+        else:
+            req.hybridcache_match = found
+        handle = handle_of(found.node)
+        return MatchResult(
+            device_prefix_len=found.cached_len,
+            last_device_node=handle,
+            last_host_node=handle,
+            best_match_node=handle,
+            mamba_branching_seqlen=branch,
+            full_kv_hit_length=min(found.kv_len, len(prompt) - 1),
+        )
+
+    def _copy_on_write(
+        self, states: RequestStates, req: Any, found: PrefixMatch, checkpoint: int
+    ) -> PrefixMatch:
+        """``found`` with a slot of the request's own for its state, or nothing found."""
+        receipt = self._cache.lock(found.node)
+        copied = states.copy_on_write(self._cache, req, checkpoint)
+        self._cache.unlock(receipt)
+        if copied:
+            return found
+        return found._replace(
+            cached_len=0,
+            checkpoint=None,
+            losses=found.losses._replace(refused=found.cached_len),
+            node=None,
+            resumed=None,
+        )
+
+    def touch_prefix(self, key: Any) -> None:
+        """Refresh what a waiting request would resume from. O(n)."""
+        found = self._cache.match(prompt_of(key), namespace_of(key.extra_key, key.cache_salt))
+        if found.node is not None:
+            node = found.node.last() if isinstance(found.node, PathPart) else found.node
+            self._cache._residency.use(node)
+
+    @rank_consensus(same_params=["req.rid", "up_to"])
+    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        """Publish a request's first ``up_to`` tokens as far as they can be resumed: after each
+        chunk, and when it has finished. O(up_to)."""
+        self._count(req)
+        finished = req.finished()
+        tokens = tokens_of(req.full_untruncated_fill_ids, up_to)
+        states = self._states
+        if states is None:
+            self._publish(req, tokens, None)
+        elif finished:
+            offer = states.offer_finished(req, len(tokens))
+            states.release(req, offer, self._publish_state(req, tokens, offer))
+        elif (offer := states.offer_running(self._cache, req, len(tokens))) is not None:
+            states.settle_running(req, offer, self._publish_state(req, tokens, offer))
+        self._rows.give_back()
+
+    def _count(self, req: Any) -> None:
+        """The request has computed its first chunk since it was admitted: it counts as a use."""
+        found = getattr(req, "hybridcache_match", None)
+        if found is not None:
+            req.hybridcache_match = None
+            self._cache.touch(found)
+            self._meter.record(req.rid, found)
+
+    def _publish_state(self, req: Any, tokens: Tokens, offer: Offer | None) -> bool:
+        """Publish up to an offered state, with it; whether the tree took the state."""
+        if offer is None:
+            return False
+        position = offer.position
+        if position % self.page_size or not req.kv.cache_protected_len <= position <= len(tokens):
+            return False
+        if not position:
+            return False
+        return self._publish(req, tokens[:position], int(offer.slot))
+
+    def _publish(self, req: Any, tokens: Tokens, slot: int | None) -> bool:
+        """Hand the request's rows for ``tokens`` to the tree, with a state at their end, and move
+        its lock there. Rows that the tree had already are exchanged for its own."""
+        kv, end = req.kv, len(tokens)
+        owned = kv.cache_protected_len
+        if end - end % self.page_size < max(owned, 1):
+            return False
+        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        rows = np.empty(end, np.int32)
+        rows[owned:] = to_host(row[owned:end])
+        checkpoints = () if slot is None else ((end, slot),)
+        namespace = namespace_of(req.extra_key, req.cache_salt)
+        after = None if req.lock is None else req.lock.receipt.node
+        result = self._cache.insert(tokens, rows, checkpoints, namespace, owned, (), after)
+        num_known = len(result.duplicates)
+        if num_known:
+            self._rows.free(result.duplicates)
+            known = self._cache.gather(result.node)[owned : owned + num_known]
+            place = (kv.req_pool_idx, slice(owned, owned + num_known))
+            self.req_to_token_pool.write(place, self._rows.to_device(known).to(torch.int32))
+        lock = self.lock(result.node)
+        self.unlock(req.lock)
+        req.lock = lock
+        req.last_node = result.node
+        kv.cache_protected_len = result.inserted_len
+        kv.cache_inserted_len = max(kv.cache_inserted_len, result.inserted_len)
+        return not result.rejected_slots
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        """The request is gone: aborted or preempted requests give their slots back here."""
+        if not checkpointed and self._states is not None:
+            self._states.release(req, None, taken=False)
+
+    @rank_consensus(same_params=["len(params.key)"], same_results=["result.prefix_len"])
+    def insert(self, params: InsertParams) -> InsertResult:
+        """Publish a key with its rows, and its state where there are states; frees the rows that
+        the tree had. The caller keeps the state if ``mamba_exist``."""
+        key, owned = params.key, params.prev_prefix_len
+        tokens = tokens_of(key.token_ids, len(key))
+        end = len(tokens) - len(tokens) % self.page_size
+        value = to_host(params.value)[:end]
+        state = params.mamba_value
+        checkpoints = () if state is None or not end else ((end, int(state)),)
+        namespace = namespace_of(key.extra_key, key.cache_salt)
+        result = self._cache.insert(tokens[:end], value, checkpoints, namespace, owned)
+        self._rows.free(result.duplicates)
+        self._rows.give_back()
+        return InsertResult(
+            prefix_len=owned + len(result.duplicates),
+            total_len=end,
+            last_device_node=handle_of(result.node),
+            mamba_exist=bool(result.rejected_slots),
+        )
+
+    @rank_consensus(same_params=True, same_results=True)
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Evict until that many rows and slots were freed, or nothing evictable is left."""
+        began = time.perf_counter()
+        evicted = self._cache.evict(params.num_tokens, params.mamba_num)
+        self._rows.give_back()
+        self.update_eviction_metrics(evicted.num_tokens, began)
+        return EvictResult(
+            num_tokens_evicted=evicted.num_tokens, mamba_num_evicted=evicted.num_slots
+        )
+
+    def inc_lock_ref(self, node: Any) -> Held:
+        """Protect a node's state and the rows of its path. O(1)."""
+        return Held(receipt=self._cache.lock(node_of(node)))
+
+    def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
+        """Undo one ``inc_lock_ref``. O(1)."""
+        self._cache.unlock(Receipt(node_of(node)) if params is None else params.receipt)
+        return DecLockRefResult()
+
+    def lock(self, node: Any) -> TreeLock:
+        """As ``inc_lock_ref``, for a request to keep. O(1)."""
+        return TreeLock(node, self._cache.lock(node_of(node)))
+
+    def unlock(self, lock: TreeLock | None) -> None:
+        """Undo one ``lock``. O(1)."""
+        if lock is not None:
+            self._cache.unlock(lock.receipt)
+
+    def path_device_indices(self, node: Any) -> torch.Tensor:
+        """The rows from the root to a node: int64[position] on the device. O(position)."""
+        return self._rows.to_device(self._cache.gather(node_of(node)))
+
+    def root_node_handle(self, extra_key: str | None = None) -> Any:
+        return handle_of(None)
+
+    def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
+        return dfs_order(node_handles)
+
+    def supports_mamba(self) -> bool:
+        return self._states is not None
+
+    def _protected(self) -> Protected:
+        return self._cache._residency.locked_paths.protected()
+
+    def full_evictable_size(self) -> int:
+        """Rows that are cached and under no lock. O(1) amortised, as all these."""
+        return self._cache.cached_tokens - self._protected().num_tokens
+
+    def full_protected_size(self) -> int:
+        return self._protected().num_tokens
+
+    def mamba_evictable_size(self) -> int:
+        return self._cache.num_checkpoints - self._protected().num_checkpoints
+
+    def mamba_protected_size(self) -> int:
+        return self._protected().num_checkpoints
+
+    def evictable_size(self) -> int:
+        return self.full_evictable_size()
+
+    def protected_size(self) -> int:
+        return self.full_protected_size()
+
+    def total_size(self) -> tuple[int, int]:
+        return self._cache.cached_tokens, self._cache.num_checkpoints
+
+    def all_values_flatten(self) -> torch.Tensor:
+        """All cached rows, in no order. O(cached)."""
+        nodes = self._cache._tree.nodes()
+        parts: list[Indices] = [node.kv.indices for node in nodes if node.kv is not None]
+        return self._rows.to_device(np.concatenate([np.empty(0, np.int32), *parts]))
+
+    def all_mamba_values_flatten(self) -> torch.Tensor:
+        """All cached slots, in no order. O(nodes)."""
+        nodes = self._cache._tree.nodes()
+        slots = [node.checkpoint.slot for node in nodes if node.checkpoint is not None]
+        return torch.tensor(slots, dtype=torch.int64)
+
+    def available_and_evictable_str(self) -> str:
+        free = self.token_to_kv_pool_allocator.available_size()
+        text = f"Available full tokens: {free + self.full_evictable_size()} ({free} free)\n"
+        if self._states is not None:
+            free = self.req_to_token_pool.mamba_allocator.available_size()
+            text += f"Available states: {free + self.mamba_evictable_size()} ({free} free)\n"
+        return text
+
+    def sanity_check(self) -> None:
+        """AssertionError names the first invariant that fails, recomputed from scratch. O(tree)."""
+        self._cache.check()
+
+    def pretty_print(self) -> None:
+        print(self._cache.render())

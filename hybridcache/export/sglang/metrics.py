@@ -1,0 +1,73 @@
+"""Every prompt token that was not reused, with its cause: a log line a request, and counters."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hybridcache.results import Losses, PrefixMatch
+
+logger = logging.getLogger("hybridcache.sglang")
+
+
+class LossMeter:
+    """Counts what requests asked for and got. ``labels``: of the counters; None: only the log.
+
+    ``grid``: a prefill's states lie at its multiples, counted from where it began.
+    """
+
+    def __init__(self, grid: int, labels: dict[str, Any] | None, level: int) -> None:
+        self._grid = grid
+        self._level = level
+        self._cached: Any = None
+        self._lost: dict[str, Any] = {}
+        if labels is not None:
+            from prometheus_client import Counter
+
+            names = list(labels)
+            self._cached = Counter(
+                "hybridcache:cached_tokens", "Prompt tokens reused from the cache.", names
+            ).labels(**labels)
+            lost = Counter(
+                "hybridcache:lost_tokens",
+                "Prompt tokens not reused, by cause.",
+                [*names, "cause"],
+            )
+            self._lost = {cause: lost.labels(**labels, cause=cause) for cause in Losses._fields}
+
+    def record(self, rid: str, match: PrefixMatch) -> None:
+        """One request was admitted and has computed. O(1)."""
+        losses = on_grid(match, self._grid)
+        if self._cached is not None:
+            self._cached.inc(match.cached_len)
+            for cause, tokens in losses._asdict().items():
+                self._lost[cause].inc(tokens)
+        if logger.isEnabledFor(self._level):
+            logger.log(self._level, "%s", describe(rid, match, losses))
+
+
+def on_grid(match: PrefixMatch, grid: int) -> Losses:
+    """``match.losses`` where states lie ``grid`` apart, while the tree itself takes them
+    anywhere."""
+    losses = match.losses
+    below = min(losses.never_checkpointed, match.kv_len % grid)
+    return losses._replace(
+        never_checkpointed=losses.never_checkpointed - below, below_grid=losses.below_grid + below
+    )
+
+
+def describe(rid: str, match: PrefixMatch, losses: Losses) -> str:
+    """One line: what was reused, what was lost and why.
+
+    >>> losses = Losses(200, 0, 64, 0, 10)
+    >>> describe("a7", PrefixMatch(1274, 1000, 1074, 1074, 5, losses, None, None), losses)
+    'a7: 1000 of 1274 prompt tokens cached; lost: 200 never seen, 64 checkpoint evicted, \\
+10 below grid'
+    """
+    lost = [
+        f"{tokens} {cause.replace('_', ' ')}"
+        for cause, tokens in losses._asdict().items()
+        if tokens
+    ]
+    line = f"{rid}: {match.cached_len} of {match.num_tokens} prompt tokens cached"
+    return f"{line}; lost: {', '.join(lost)}" if lost else line

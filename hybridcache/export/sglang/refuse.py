@@ -1,0 +1,54 @@
+"""What SGLang can be asked for and this cache does not do: one sentence each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybridcache.policies.words import EVICTION_WORDS
+
+WITHOUT = "or --radix-cache-backend hybridcache"
+
+
+def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
+    """The first of SGLang's settings that this cache can not serve, and what would work; None:
+    there is none. ``ctx`` is the build context, the others are SGLang's settings by name."""
+    params = ctx.params
+    refusals = (
+        (
+            ctx.is_hybrid_swa or params.sliding_window_size is not None,
+            "hybridcache keeps no sliding windows: drop --radix-cache-backend hybridcache for this "
+            "model",
+        ),
+        (
+            ctx.enable_hierarchical_cache,
+            f"hybridcache has no host tier inside SGLang: drop --enable-hierarchical-cache, "
+            f"{WITHOUT}",
+        ),
+        (memory.enable_lmcache, f"hybridcache does not work with LMCache: drop it, {WITHOUT}"),
+        (memory.enable_flexkv, f"hybridcache does not work with FlexKV: drop it, {WITHOUT}"),
+        (
+            memory.enable_unified_memory,
+            "hybridcache needs KV and states in pools of their own: drop --enable-unified-memory, "
+            f"{WITHOUT}",
+        ),
+        (
+            disagg.disaggregation_mode != "null",
+            "hybridcache is not verified with prefill and decode apart: drop "
+            f"--disaggregation-mode, {WITHOUT}",
+        ),
+        (
+            parallel.dcp_enabled,
+            f"hybridcache does not work with decode context parallelism: drop it, {WITHOUT}",
+        ),
+        (
+            params.is_eagle and not ctx.is_hybrid_ssm,
+            "hybridcache keys single tokens, where EAGLE on an attention-only model wants pairs: "
+            f"drop --speculative-algorithm, {WITHOUT}",
+        ),
+        (
+            params.eviction_policy not in EVICTION_WORDS,
+            f"hybridcache has no eviction {params.eviction_policy!r}: choose "
+            "--radix-eviction-policy lru, lfu, slru or regret",
+        ),
+    )
+    return next((sentence for refused, sentence in refusals if refused), None)

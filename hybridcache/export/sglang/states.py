@@ -1,0 +1,128 @@
+"""A request's states in SGLang, and which of them becomes a checkpoint: its slots change hands
+here.
+
+A request owns a live slot and, with an *extra buffer*, tracking slots, in which its forwards leave
+states at known lengths. The cache never copies one: it takes a tracking slot over and the request
+gets a fresh one (``donate``), or, when it finishes, nothing. Without the extra buffer the only
+state is the live one, at the end of what was computed: copied while the request runs, taken over
+when it finishes. Where no slot can be had nothing is donated, and the request goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybridcache.core.make_room import make_room_for_slot
+from hybridcache.export.sglang.views import RowView, SlotView
+from hybridcache.hybrid import HybridRadixCache
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A state that a request can give to the cache."""
+
+    position: int
+    """Tokens that it stands for."""
+    slot: torch.Tensor
+    """int64[1]."""
+    keep: int | None = None
+    """The tracking slot it is in, of a finished request with an extra buffer."""
+
+
+class RequestStates:
+    """The states of the requests of one scheduler, and the slots they may take."""
+
+    def __init__(self, pool: Any, slots: SlotView, rows: RowView, *, extra_buffer: bool) -> None:
+        self._pool = pool
+        self._slots = slots
+        self._rows = rows
+        self.extra_buffer = extra_buffer
+        """Whether a prefill exports a state before its end."""
+
+    def take_slot(self, cache: HybridRadixCache) -> torch.Tensor | None:
+        """A free slot, int64[1], evicting for it; None: every state is locked."""
+        allocator = self._pool.mamba_allocator
+        slot: torch.Tensor | None = allocator.alloc(1)
+        if slot is None and make_room_for_slot(cache._residency):
+            self._rows.give_back()
+            slot = allocator.alloc(1)
+        return slot
+
+    def copy_on_write(self, cache: HybridRadixCache, req: Any, checkpoint: int) -> bool:
+        """Give ``req`` a live slot, to be written with ``checkpoint``'s state before its forward.
+        False: there is none. The checkpoint's node is locked."""
+        if not req.kv.holds_mamba:
+            slot = self.take_slot(cache)
+            if slot is None:
+                return False
+            req.kv.mamba_pool_idx = slot[0]
+        req.kv.mamba_cow_src_index = self._slots.tensor(checkpoint)
+        req.kv.mamba_needs_clear = False
+        return True
+
+    def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
+        """The state that a running request parts with after a chunk; None: there is none, or no
+        slot to go on with."""
+        if not self.extra_buffer:
+            return self._copy(cache, req, num_tokens)
+        position = req.kv.mamba_last_track_seqlen
+        if position is None:
+            return None
+        fresh = self.take_slot(cache)
+        if fresh is None:
+            return None
+        return Offer(position, self._pool.donate_mamba_ping_pong_slot(req, fresh))
+
+    def _copy(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
+        slot = self.take_slot(cache)
+        if slot is None:
+            return None
+        translate = self._pool.translate_mamba_indices
+        live = req.kv.mamba_pool_idx.unsqueeze(0)
+        self._pool.mamba_pool.copy_from(translate(live), translate(slot))
+        return Offer(num_tokens, slot)
+
+    def offer_finished(self, req: Any, num_tokens: int) -> Offer | None:
+        """The deepest state of a finished request that stands for no more than ``num_tokens``."""
+        if self.extra_buffer:
+            return self._tracked(req, num_tokens)
+        unflushed = self._pool.mamba_pool.replayssm_write_pos
+        live = req.kv.mamba_pool_idx
+        if unflushed is not None:
+            num_tokens -= int(unflushed[live])
+            unflushed[live] = 0
+        return Offer(num_tokens, live.unsqueeze(-1).clone())
+
+    def _tracked(self, req: Any, num_tokens: int) -> Offer | None:
+        kv, pool = req.kv, self._pool
+        position, index = kv.mamba_last_track_seqlen, pool.get_mamba_ping_pong_keep_idx(req)
+        if position is not None and position > num_tokens:
+            # The step that was under way when the request ended went past its last token.
+            if pool.mamba_ping_pong_track_buffer_size != 2:
+                return None
+            position, index = (
+                kv.mamba_prev_track_seqlen,
+                pool.get_mamba_ping_pong_other_idx(index),
+            )
+        if not position or position > num_tokens or kv.mamba_ping_pong_empty[index]:
+            return None
+        slot = kv.mamba_ping_pong_track_buffer[index].unsqueeze(-1).clone()
+        return Offer(position, slot, index)
+
+    def settle_running(self, req: Any, offer: Offer, taken: bool) -> None:
+        """After ``offer_running``'s was offered to the tree."""
+        if not taken:
+            self._pool.mamba_allocator.free(offer.slot)
+        req.kv.mamba_last_track_seqlen = None
+        req.kv.mamba_prev_track_seqlen = None
+
+    def release(self, req: Any, offer: Offer | None, taken: bool) -> None:
+        """A request has ended: its slots go back, but for the one that the tree has ``taken``."""
+        if self.extra_buffer:
+            keep = offer.keep if offer is not None and taken else None
+            self._pool.free_mamba_cache(req, mamba_ping_pong_track_buffer_to_keep=keep)
+        elif not taken:
+            self._pool.free_mamba_cache(req)

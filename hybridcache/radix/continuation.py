@@ -1,0 +1,74 @@
+"""What followed a path before: read off the tree, ghosts included, since tokens are all that is
+wanted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+
+from hybridcache.radix.key import TOKEN_BYTES, edge_tokens, first_page
+from hybridcache.radix.node import Family, RadixNode, members
+from hybridcache.tokens import Tokens
+
+MAX_BRANCHES = 64
+"""Children that are looked at where several go on alike: the newest."""
+NOTHING: Tokens = np.empty(0, np.int32)
+NOTHING.setflags(write=False)
+
+
+def continuation(node: RadixNode, tokens: Tokens, max_tokens: int, page_size: int) -> Tokens:
+    """Up to ``max_tokens`` ids that followed ``tokens`` when these came after ``node``'s end; empty
+    where they never did. Reads only.
+
+    At a fork the child that was used last is followed, and resident ones before ghosts. O(length of
+    ``tokens``, compared as bytes, + nodes on the way, of a fork up to ``MAX_BRANCHES``).
+    """
+    rest, at, found = tokens.tobytes(), 0, []
+    num_missing = max_tokens
+    while num_missing > 0:
+        child = _next(node, tokens, at, page_size)
+        if child is None:
+            break
+        end = min(at + len(child.edge) // TOKEN_BYTES, len(tokens))
+        shared = (end - at) * TOKEN_BYTES
+        if child.edge[:shared] != rest[at * TOKEN_BYTES : end * TOKEN_BYTES]:
+            break
+        if end == len(tokens) and shared < len(child.edge):
+            found.append(edge_tokens(child.edge[shared:])[:num_missing])
+            num_missing -= len(found[-1])
+        node, at = child, end
+    return np.concatenate(found) if found else NOTHING
+
+
+def _next(node: RadixNode, tokens: Tokens, at: int, page_size: int) -> RadixNode | None:
+    """The child that ``tokens`` go on to from ``at``, or may: where less than a page is left, the
+    one used last of those that begin so."""
+    families = (node.children, node.ghosts)
+    if len(tokens) - at >= page_size:
+        key = first_page(tokens, at, page_size)
+        for family in families:
+            child = family.get(key) if isinstance(family, dict) else family
+            if child is not None and child.key == key:
+                return child
+        return None
+    start = tokens[at:].tobytes()
+    alike = [
+        child
+        for family in families
+        for child in _newest(family)
+        if child.edge[: len(start)] == start
+    ]
+    return max(alike, key=_last_used, default=None)
+
+
+def _newest(family: Family) -> Iterable[RadixNode]:
+    if isinstance(family, dict):
+        return islice(reversed(family.values()), MAX_BRANCHES)
+    return members(family)
+
+
+def _last_used(node: RadixNode) -> int:
+    return -sys.maxsize if node.kv is None else node.kv.last_used

@@ -1,0 +1,95 @@
+"""What followed a path before: against every text that the cache was ever given, and nothing is
+changed by asking."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache import CacheConfig, PrefixCache, build_prefix_cache
+
+texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
+
+
+def make(kind: str, page_size: int, num_kv_tokens: int = 400) -> PrefixCache:
+    return build_prefix_cache(
+        CacheConfig(
+            prefix_cache=kind,
+            num_kv_tokens=num_kv_tokens,
+            num_slots=0 if kind == "radix" else 4,
+            grid=4,
+            page_size=page_size,
+        )
+    )
+
+
+def insert(cache: PrefixCache, tokens: list[int], namespace: str | None = None) -> None:
+    whole = len(tokens) - len(tokens) % cache.page_size
+    rows = cache.allocate_kv(-(-len(tokens) // cache.page_size) * cache.page_size)
+    assert rows is not None
+    ids = np.array(tokens, np.int32)
+    result = cache.insert(ids, rows[: len(ids)], (), namespace)
+    cache.free_kv(np.concatenate([result.duplicates, rows[whole:]]))
+
+
+@given(
+    told=texts,
+    asked=st.lists(st.integers(0, 2), max_size=10),
+    kind=st.sampled_from(["hybrid", "radix"]),
+    page_size=st.sampled_from([1, 2, 3]),
+    max_tokens=st.integers(1, 9),
+    evicted=st.booleans(),
+)
+def test_it_is_how_some_text_went_on(
+    told: list[list[int]],
+    asked: list[int],
+    kind: str,
+    page_size: int,
+    max_tokens: int,
+    evicted: bool,
+) -> None:
+    cache = make(kind, page_size)
+    for tokens in told:
+        insert(cache, tokens)
+    if evicted:
+        cache.evict(num_tokens=7)
+    ids, before = np.array(asked, np.int32), cache.render("text")
+    found = cache.continuation(ids, max_tokens).tolist()
+    assert cache.render("text") == before
+    whole = [tokens[: len(tokens) - len(tokens) % page_size] for tokens in told]
+    longer = [t for t in whole if t[: len(asked)] == asked and len(t) > len(asked)]
+    assert bool(found) == bool(longer)
+    assert not found or any(t[len(asked) :][: len(found)] == found for t in longer)
+    if found and len(found) < max_tokens:
+        assert asked + found in whole
+    cache.check(held_tokens=0)
+
+
+def test_of_several_the_one_used_last_is_followed() -> None:
+    cache = make("radix", 1)
+    insert(cache, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    insert(cache, [1, 2, 30, 40, 50, 60])
+    ids = np.array([1, 2], np.int32)
+    assert cache.continuation(ids, 2).tolist() == [30, 40]
+    cache.touch(cache.match(np.array([1, 2, 3, 4, 5], np.int32)))
+    assert cache.continuation(ids, 2).tolist() == [3, 4]
+
+
+def test_a_namespace_sees_its_own_and_a_locked_node_begins_in_the_middle() -> None:
+    cache = make("hybrid", 1)
+    insert(cache, list(range(12)), "a")
+    ids = np.arange(6, dtype=np.int32)
+    assert not len(cache.continuation(ids, 3))
+    assert cache.continuation(ids, 3, "a").tolist() == [6, 7, 8]
+    node = cache.insert(ids[:4], cache.allocate_kv(4), (), "a").node
+    assert node.end == 4
+    assert cache.continuation(ids, 3, "nobody's", node).tolist() == [6, 7, 8]
+    assert cache.continuation(ids[:2], 3, "a", node).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "none"])
+def test_an_empty_cache_knows_nothing(kind: str) -> None:
+    cache = make(kind, 1)
+    assert cache.continuation(np.arange(3, dtype=np.int32), 5).tolist() == []

@@ -1,0 +1,373 @@
+"""The parts that need no SGLang: views of its allocators, keys, states, placement, losses,
+refusals."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from hybridcache import CacheConfig
+from hybridcache.build import PREFIX_CACHES
+from hybridcache.export.sglang.keys import NO_TOKEN, namespace_of, prompt_of, tokens_of
+from hybridcache.export.sglang.metrics import LossMeter, describe, on_grid
+from hybridcache.export.sglang.placement import branch_position
+from hybridcache.export.sglang.refuse import why_not
+from hybridcache.export.sglang.states import RequestStates
+from hybridcache.export.sglang.views import RowView, SlotView
+from hybridcache.results import Losses, PrefixMatch
+
+
+class FakeRows:
+    """As SGLang's token allocator: a tensor of free indices; 0 is padding."""
+
+    page_size, device = 1, "cpu"
+
+    def __init__(self, size):
+        self.size = size
+        self.free_pages = torch.arange(1, size + 1)
+        self.num_frees = 0
+
+    def available_size(self):
+        return len(self.free_pages)
+
+    def get_all_free_pages(self):
+        return self.free_pages
+
+    def alloc(self, num):
+        if num > len(self.free_pages):
+            return None
+        taken, self.free_pages = self.free_pages[:num], self.free_pages[num:]
+        return taken
+
+    def free(self, rows):
+        assert rows.dtype == torch.int64
+        self.num_frees += 1
+        self.free_pages = torch.cat((self.free_pages, rows))
+
+
+class FakeSlots(FakeRows):
+    """As its state allocator."""
+
+    @property
+    def free_slots(self):
+        return self.free_pages
+
+
+class FakePool:
+    """As its request pool: live slots, two tracking slots, and states that can be copied."""
+
+    mamba_ping_pong_track_buffer_size = 2
+
+    def __init__(self, num_slots):
+        self.mamba_allocator = FakeSlots(num_slots)
+        self.copied = []
+        self.mamba_pool = SimpleNamespace(
+            copy_from=lambda src, dst: self.copied.append((int(src), int(dst))),
+            replayssm_write_pos=None,
+        )
+
+    def translate_mamba_indices(self, slots):
+        return slots
+
+    def get_mamba_ping_pong_keep_idx(self, req):
+        return req.kv.mamba_last_track_idx
+
+    def get_mamba_ping_pong_other_idx(self, index):
+        return 1 - index
+
+    def donate_mamba_ping_pong_slot(self, req, fresh):
+        index = req.kv.mamba_last_track_idx
+        donated = req.kv.mamba_ping_pong_track_buffer[index].unsqueeze(0).clone()
+        req.kv.mamba_ping_pong_track_buffer[index] = fresh[0]
+        return donated
+
+    def free_mamba_cache(self, req, mamba_ping_pong_track_buffer_to_keep=None):
+        keep = mamba_ping_pong_track_buffer_to_keep
+        self.mamba_allocator.free(req.kv.mamba_pool_idx.unsqueeze(0))
+        buffer = req.kv.mamba_ping_pong_track_buffer
+        for index in range(0 if buffer is None else 2):
+            if index != keep:
+                self.mamba_allocator.free(buffer[index : index + 1])
+
+
+def world(num_rows=100, num_slots=8, extra_buffer=True):
+    """(cache, rows, slots, states) over fakes."""
+    pool = FakePool(num_slots)
+    rows = RowView(FakeRows(num_rows), 1, 8)
+    slots = SlotView(pool.mamba_allocator, 64)
+    config = CacheConfig(
+        num_kv_tokens=rows.capacity,
+        num_slots=slots.capacity,
+        kv_bytes_per_token=8,
+        state_bytes=64,
+        grid=1,
+    )
+    cache = PREFIX_CACHES["hybrid"](config, rows, slots)
+    return cache, rows, slots, RequestStates(pool, slots, rows, extra_buffer=extra_buffer)
+
+
+def publish(cache, tokens, with_state=True):
+    tokens = np.asarray(tokens, np.int32)
+    end, slot = len(tokens), cache.allocate_slot() if with_state else None
+    result = cache.insert(tokens, cache.allocate_kv(end), [(end, slot)] if with_state else [])
+    cache.free_kv(result.duplicates)
+    for rejected in result.rejected_slots:
+        cache.free_slot(rejected)
+    return result.node
+
+
+def request(states, extra_buffer=True):
+    """A request that holds its slots."""
+    take = states._pool.mamba_allocator.alloc
+    kv = SimpleNamespace(
+        mamba_pool_idx=take(1)[0],
+        holds_mamba=True,
+        mamba_cow_src_index=None,
+        mamba_needs_clear=True,
+        mamba_ping_pong_track_buffer=take(2).clone() if extra_buffer else None,
+        mamba_ping_pong_empty=[False, False],
+        mamba_last_track_idx=0,
+        mamba_last_track_seqlen=None,
+        mamba_prev_track_seqlen=None,
+    )
+    return SimpleNamespace(kv=kv)
+
+
+def test_rows_are_theirs_and_go_back_in_one_call():
+    cache, rows, _, _ = world()
+    for start in range(0, 50, 10):
+        publish(cache, range(start, start + 10))
+    assert rows.num_taken == 50 and rows._theirs.available_size() == 50
+    cache.check(held_tokens=0, held_slots=0)
+    cache.evict(num_tokens=25)
+    assert (rows.num_free, rows._theirs.available_size()) == (80, 50), "owed until given back"
+    cache.check(held_tokens=0, held_slots=0)
+    rows.give_back()
+    assert (rows._theirs.available_size(), rows._theirs.num_frees) == (80, 1)
+    assert 0 not in rows.free_rows().tolist(), "row 0 is SGLang's padding"
+
+
+def test_a_row_or_slot_that_is_free_twice_is_found():
+    _, rows, slots, _ = world()
+    rows._theirs.free(torch.tensor([5]))
+    with pytest.raises(AssertionError, match="twice"):
+        rows.check()
+    slots._theirs.free(torch.tensor([5]))
+    with pytest.raises(AssertionError, match="twice"):
+        slots.check()
+
+
+def test_an_allocation_takes_what_is_owed_first():
+    cache, rows, _, _ = world(num_rows=20)
+    publish(cache, range(20))
+    cache.evict(num_tokens=20)
+    assert rows._theirs.available_size() == 0 and len(rows.allocate(20)) == 20
+    assert rows.allocate(1) is None
+
+
+def test_keys_keep_one_token_back():
+    class Key(SimpleNamespace):
+        def __len__(self):
+            return min(self.limit, len(self.token_ids))
+
+    key = Key(token_ids=array("q", [4, 5, 6]), limit=2)
+    assert prompt_of(key).tolist() == [4, 5, 6], "the prompt's own last token"
+    key.limit = 3
+    assert prompt_of(key).tolist() == [4, 5, 6, NO_TOKEN]
+    key = Key(token_ids=array("q"), limit=0)
+    assert prompt_of(key).tolist() == [NO_TOKEN]
+
+
+def test_an_id_that_does_not_fit_ends_what_is_cached():
+    ids = array("q", [1, 2, 2**31, 4])
+    assert tokens_of(ids, 4).tolist() == [1, 2]
+    assert tokens_of(ids, 2).tolist() == [1, 2]
+    assert tokens_of(array("q", [2**31 - 1]), 1).tolist() == [2**31 - 1]
+
+
+def test_adapters_and_salts_share_nothing():
+    names = [namespace_of(*pair) for pair in ((None, None), ("a", None), (None, "a"), ("", None))]
+    assert names[0] is None and len(set(names)) == 4
+
+
+def test_a_hit_gets_a_slot_of_its_own_to_be_copied_to():
+    cache, _, _, states = world()
+    node = publish(cache, range(10))
+    req = request(states)
+    req.kv.holds_mamba, req.kv.mamba_pool_idx = False, None
+    assert states.copy_on_write(cache, req, node.checkpoint.slot)
+    assert int(req.kv.mamba_cow_src_index) == node.checkpoint.slot != int(req.kv.mamba_pool_idx)
+    assert req.kv.mamba_needs_clear is False
+
+
+def test_where_every_state_is_locked_nothing_is_asserted_and_nothing_donated():
+    cache, _, _, states = world(num_slots=4)
+    req = request(states)
+    node = publish(cache, range(10))
+    receipt = cache.lock(node)
+    other = SimpleNamespace(kv=SimpleNamespace(holds_mamba=False))
+    assert not states.copy_on_write(cache, other, node.checkpoint.slot)
+    req.kv.mamba_last_track_seqlen = 64
+    assert states.offer_running(cache, req, 70) is None
+    assert req.kv.mamba_last_track_seqlen == 64, "it can still be given when the request ends"
+    cache.unlock(receipt)
+    assert states.offer_running(cache, req, 70).position == 64, "now one could be evicted"
+
+
+def test_a_running_request_parts_with_the_tracked_slot_and_gets_another():
+    cache, _, _, states = world()
+    req = request(states)
+    tracked = int(req.kv.mamba_ping_pong_track_buffer[0])
+    assert states.offer_running(cache, req, 70) is None, "nothing tracked yet"
+    req.kv.mamba_last_track_seqlen = 64
+    offer = states.offer_running(cache, req, 70)
+    assert (offer.position, int(offer.slot)) == (64, tracked)
+    assert int(req.kv.mamba_ping_pong_track_buffer[0]) != tracked
+    free = states._pool.mamba_allocator.available_size()
+    states.settle_running(req, offer, taken=False)
+    assert states._pool.mamba_allocator.available_size() == free + 1
+    assert req.kv.mamba_last_track_seqlen is None
+
+
+def test_without_the_extra_buffer_the_live_state_is_copied():
+    cache, _, _, states = world(extra_buffer=False)
+    req = request(states, extra_buffer=False)
+    offer = states.offer_running(cache, req, 70)
+    assert offer.position == 70
+    assert states._pool.copied == [(int(req.kv.mamba_pool_idx), int(offer.slot))]
+    last = states.offer_finished(req, 75)
+    assert (last.position, int(last.slot)) == (75, int(req.kv.mamba_pool_idx))
+    states._pool.mamba_pool.replayssm_write_pos = torch.full((9,), 3)
+    assert states.offer_finished(req, 75).position == 72, "the flushed part of it"
+
+
+@pytest.mark.parametrize(
+    ("latest", "before", "expected"),
+    [(None, None, None), (128, None, (128, 0)), (192, 128, (128, 1)), (192, None, None)],
+)
+def test_a_finished_request_gives_the_deepest_state_that_its_key_can_name(latest, before, expected):
+    _, _, _, states = world()
+    req = request(states)
+    req.kv.mamba_last_track_seqlen, req.kv.mamba_prev_track_seqlen = latest, before
+    offer = states.offer_finished(req, 150)
+    assert (offer and (offer.position, offer.keep)) == expected
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_request_that_ends_gives_back_all_but_what_the_tree_took(taken):
+    _, _, _, states = world(num_slots=8)
+    req = request(states)
+    req.kv.mamba_last_track_seqlen = 64
+    offer = states.offer_finished(req, 64)
+    states.release(req, offer, taken)
+    assert states._pool.mamba_allocator.available_size() == 8 - taken
+
+
+def branch(cache, tokens, grid=4):
+    prompt = np.asarray(tokens, np.int32)
+    return branch_position(cache, prompt, cache.match(prompt), grid)
+
+
+def test_the_state_is_asked_for_at_a_fork_and_not_where_a_conversation_goes_on():
+    cache, *_ = world()
+    publish(cache, range(20))
+    assert branch(cache, [*range(11), 90, 91, 92, 93, 94]) == 8, "inside what was seen"
+    assert branch(cache, [*range(20), 90, 91, 92]) is None, "a state is there"
+    cache, *_ = world()
+    publish(cache, range(20), with_state=False)
+    assert branch(cache, [*range(20), 90, 91]) is None, "it goes on"
+    publish(cache, [*range(20), 70, 71], with_state=False)
+    assert branch(cache, [*range(20), 90, 91]) == 20, "another went on there"
+    assert branch(cache, [80, 81, 82]) is None
+
+
+def test_a_fork_is_known_after_its_kv_is_gone():
+    cache, *_ = world()
+    publish(cache, range(20))
+    cache.evict(num_tokens=100)
+    assert cache.match(np.arange(20, dtype=np.int32)).kv_len == 0
+    assert branch(cache, [*range(11), 90, 91, 92]) == 8
+    assert branch(cache, [*range(20), 90, 91, 92]) is None
+
+
+def test_a_branch_is_counted_from_where_the_request_resumes():
+    cache, *_ = world()
+    publish(cache, range(3))
+    publish(cache, range(20))
+    assert branch(cache, [*range(12), 90, 91]) == 11, "3 and two grids: SGLang counts from there"
+
+
+def test_losses_below_the_grid_are_told_apart():
+    losses = Losses(200, 0, 0, 74, 0)
+    match = PrefixMatch(1274, 1000, 1074, 1074, 5, losses, None, None)
+    assert on_grid(match, 64) == Losses(200, 0, 0, 24, 50)
+    assert on_grid(match, 1) == losses
+    assert sum(on_grid(match, 64)) + match.cached_len == match.num_tokens
+    assert describe("a7", match, on_grid(match, 64)) == (
+        "a7: 1000 of 1274 prompt tokens cached; lost: 200 never seen, 24 never checkpointed, "
+        "50 below grid"
+    )
+
+
+def test_a_request_is_counted_and_logged(caplog):
+    match = PrefixMatch(100, 60, 70, 70, 1, Losses(30, 0, 10, 0, 0), None, None)
+    with caplog.at_level(logging.INFO, "hybridcache.sglang"):
+        meter = LossMeter(64, {"tp_rank": 0}, logging.INFO)
+        meter.record("r1", match)
+    assert "r1: 60 of 100" in caplog.text
+    name = "hybridcache:lost_tokens_total"
+    labels = {"tp_rank": "0", "cause": "checkpoint_evicted"}
+    assert REGISTRY.get_sample_value(name, labels) == 10
+    assert REGISTRY.get_sample_value("hybridcache:cached_tokens_total", {"tp_rank": "0"}) == 60
+
+
+def settings(**changed):
+    """(ctx, memory, disagg, parallel) of a hybrid model, plainly served."""
+    values = {
+        "is_hybrid_swa": False,
+        "is_hybrid_ssm": True,
+        "enable_hierarchical_cache": False,
+        "sliding_window_size": None,
+        "is_eagle": False,
+        "eviction_policy": "lru",
+        "enable_lmcache": False,
+        "enable_flexkv": False,
+        "enable_unified_memory": False,
+        "disaggregation_mode": "null",
+        "dcp_enabled": False,
+    }
+    everything = SimpleNamespace(**(values | changed))
+    everything.params = everything
+    return everything, everything, everything, everything
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"is_hybrid_swa": True}, "sliding windows"),
+        ({"sliding_window_size": 128}, "sliding windows"),
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"enable_lmcache": True}, "LMCache"),
+        ({"enable_flexkv": True}, "FlexKV"),
+        ({"enable_unified_memory": True}, "--enable-unified-memory"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
+        ({"dcp_enabled": True}, "decode context parallelism"),
+        ({"is_eagle": True, "is_hybrid_ssm": False}, "--speculative-algorithm"),
+        ({"eviction_policy": "priority"}, "--radix-eviction-policy"),
+    ],
+)
+def test_what_it_does_not_do_is_said_in_one_sentence(changed, named):
+    sentence = why_not(*settings(**changed))
+    assert sentence is not None and named in sentence and "\n" not in sentence
+
+
+def test_what_it_does_is_not_refused():
+    assert why_not(*settings()) is None
+    assert why_not(*settings(is_eagle=True)) is None, "a hybrid model keys single tokens"
+    assert why_not(*settings(is_hybrid_ssm=False, eviction_policy="regret")) is None
