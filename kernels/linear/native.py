@@ -1,0 +1,97 @@
+"""Linear layers by ``native.cpp``, which sums every row in one order, whatever the number of rows:
+so none is padded. Otherwise as ``reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernels.linear import reference
+from kernels.linear.reference import Format, linear, linear_8bit, quantize
+from kernels.native import DTYPES, address, function, has
+
+__all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+
+ROWS = 1
+"""Rows are computed in multiples of this."""
+PANEL = 64
+"""Outputs that lie side by side in a packed weight."""
+
+
+def prepare(
+    weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear`` with this weight ``[M, N]``, which is copied and may be dropped."""
+    per_word = 4 // weight.element_size()
+    if not has(f"linear_{DTYPES.get(weight.dtype)}") or weight.shape[1] % per_word:
+        return reference.prepare(weight, bias)
+    return NativeLinear(weight, bias)
+
+
+def prepare_8bit(
+    weight: torch.Tensor, bias: torch.Tensor | None, format: Format
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
+    if format != "int8" or not has(f"linear_int8_{DTYPES.get(weight.dtype)}"):
+        return reference.prepare_8bit(weight, bias, format)
+    return NativeInt8Linear(*quantize(weight, format), bias)
+
+
+class NativeLinear:
+    """``x @ weight.T + bias`` for x ``[T, N]`` of the weight's dtype."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._num_outputs = len(weight)
+        self._weight = pack(weight)
+        self._bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self._address = self._weight.data_ptr()
+        self._bias_address = address(self._bias)
+        self._steps = self._weight.shape[1]
+        self._multiply = function(f"linear_{DTYPES[weight.dtype]}", "piipppiit")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows, stride = x.shape[0], x.stride(0)
+        if x.stride(1) != 1 or stride % 2:
+            x = x.contiguous()
+            stride = x.stride(0)
+        out = x.new_empty(num_rows, self._num_outputs)
+        self._multiply(
+            x.data_ptr(), stride, num_rows, self._address, self._bias_address, out.data_ptr(),
+            self._steps, self._num_outputs, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+class NativeInt8Linear:
+    """``int8.Int8Linear``, with the same bits."""
+
+    def __init__(
+        self, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        self._num_outputs, self._size = quantized.shape
+        self._weight = pack(F.pad(quantized, (0, -self._size % 4)))
+        # The instruction takes rows as unsigned: they are raised by 128, and the sums by this.
+        self._offsets = quantized.sum(dim=1, dtype=torch.int32).mul_(128)
+        self._scale, self._bias = scale.contiguous(), bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty(x.shape[0], self._num_outputs)
+        function(f"linear_int8_{DTYPES[x.dtype]}", "piiipppppit")(
+            x.data_ptr(), x.stride(0), x.shape[0], self._size, self._weight.data_ptr(),
+            self._offsets.data_ptr(), self._scale.data_ptr(),
+            address(self._bias), out.data_ptr(),
+            self._num_outputs, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``[M, N]`` in panels of 64 outputs, word by word: int32 ``[panels, words, 64]``, with zeros
+    for the outputs that the last one misses."""
+    words = weight.contiguous().view(torch.int32)
+    words = F.pad(words, (0, 0, 0, -len(words) % PANEL))
+    return words.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
