@@ -9,9 +9,15 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 constexpr int64_t LANES = 16;
 
 struct BFloat16 {
@@ -43,39 +49,41 @@ inline BFloat16 narrow<BFloat16>(float x) {
     return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
 }
 
-template <class T>
-static inline Lanes load(const T* from) {
-    Lanes x;
-    for (int i = 0; i < LANES; i++) x[i] = widen(from[i]);
-    return x;
+static inline Lanes load(const float* from) { return *(const Lanes*)from; }
+
+static inline Lanes load(const BFloat16* from) {
+    return (Lanes)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
 }
 
-template <>
-inline Lanes load<float>(const float* from) {
-    return *(const Lanes*)from;
-}
+static inline void store(float* to, Lanes x) { *(Lanes*)to = x; }
 
-template <class T>
-static inline void store(T* to, Lanes x) {
-    for (int i = 0; i < LANES; i++) to[i] = narrow<T>(x[i]);
-}
-
-template <>
-inline void store<float>(float* to, Lanes x) {
-    *(Lanes*)to = x;
+// As narrow does.
+static inline void store(BFloat16* to, Lanes x) {
+    Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Words no_number = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    rounded = (no_number & 0x7fc0) | (~no_number & rounded);
+    *(Halves*)to = __builtin_convertvector(rounded, Halves);
 }
 
 static inline Lanes all(float x) { return Lanes{} + x; }
 
 static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
     for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
+#endif
 }
 
 static inline float sum(Lanes x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
+#endif
 }
 
 // e^x to two units in the last place; past float's range the largest or smallest normal number.
@@ -102,9 +110,9 @@ static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// Work of fewer operations than this is not worth a second thread.
-constexpr int64_t FEW_OPERATIONS = 1 << 15;
+// Work of fewer cycles than this, as far as they can be told, is not worth a second thread.
+constexpr int64_t FEW_CYCLES = 1 << 14;
 
-static inline int threads_for(int64_t operations, int threads) {
-    return operations < FEW_OPERATIONS ? 1 : threads;
+static inline int threads_for(int64_t cycles, int threads) {
+    return cycles < FEW_CYCLES ? 1 : threads;
 }

@@ -35,10 +35,6 @@ from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
 from kernels.upload import upload
 
-ROWS = 4
-"""Hidden states have a multiple of this many rows: what makes a row's bits independent of the
-others."""
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -274,7 +270,8 @@ class ModelRunner:
         """Token ids ``[num_rows]`` and everything the layers read."""
         segments = batch.segments
         num_tokens = batch.num_tokens
-        num_rows = -(-num_tokens // ROWS) * ROWS
+        multiple = self.kernels.linear.ROWS
+        num_rows = -(-num_tokens // multiple) * multiple
         decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
         verified = [segment for segment in segments if segment.num_drafts]
         prefills = list(segments[len(decodes) + len(verified) :])

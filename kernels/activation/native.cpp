@@ -4,7 +4,7 @@
 template <class T>
 static void silu_and_mul(
     const T* x, int64_t stride, T* out, int64_t rows, int64_t half, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(8 * rows * half, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(2 * rows * half, threads))
     for (int64_t row = 0; row < rows; row++) {
         const T *gate = x + row * stride, *up = gate + half;
         T* to = out + row * half;
@@ -17,7 +17,7 @@ template <class T>
 static void sigmoid_mul(
     const T* x, int64_t stride, const T* gate, int64_t gate_stride, int64_t gate_size, T* out,
     int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(8 * rows * size, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(2 * rows * size, threads))
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * stride, *open = gate + row * gate_stride;
         T* to = out + row * size;

@@ -4,39 +4,39 @@
 
 constexpr int64_t MAX_HEAD = 512;
 
-// The G queries of one KV head; weights [G, length].
-template <class T>
+// G queries of one KV head; weights [G, length].
+template <class T, int G>
 static void attend(
     const T* query, const T* keys, const T* values, int64_t stride, const int32_t* rows,
-    int64_t length, int64_t G, int64_t D, float scale, float* weights, T* out) {
-    int64_t parts = D / LANES;
+    int64_t length, int64_t D, float scale, float* weights, T* out) {
+    float wide[G * MAX_HEAD];
+    for (int64_t i = 0; i < G * D; i++) wide[i] = widen(query[i]) * scale;
     for (int64_t j = 0; j < length; j++) {
         const T* key = keys + int64_t(rows[j]) * stride;
-        for (int64_t g = 0; g < G; g++) {
-            Lanes products[2] = {};
-            for (int64_t part = 0; part < parts; part++)
-                products[part % 2] = multiply_add(
-                    load(query + g * D + part * LANES), load(key + part * LANES),
-                    products[part % 2]);
-            weights[g * length + j] = sum(products[0] + products[1]) * scale;
+        Lanes products[G] = {};
+        for (int64_t d = 0; d < D; d += LANES) {
+            Lanes part = load(key + d);
+            for (int g = 0; g < G; g++)
+                products[g] = multiply_add(load(wide + g * D + d), part, products[g]);
         }
+        for (int g = 0; g < G; g++) weights[g * length + j] = sum(products[g]);
     }
-    for (int64_t g = 0; g < G; g++) {
-        float* row = weights + g * length;
-        float largest = row[0], total = 0.0f;
+    float factors[G];
+    for (int g = 0; g < G; g++) {
+        float *row = weights + g * length, largest = row[0], total = 0.0f;
         for (int64_t j = 1; j < length; j++) largest = row[j] > largest ? row[j] : largest;
         for (int64_t j = 0; j < length; j++) row[j] = exponential(row[j] - largest);
         for (int64_t j = 0; j < length; j++) total += row[j];
-        float factor = 1.0f / total;
-        Lanes sums[MAX_HEAD / LANES] = {};
+        factors[g] = 1.0f / total;
+    }
+    for (int64_t d = 0; d < D; d += LANES) {
+        Lanes sums[G] = {};
         for (int64_t j = 0; j < length; j++) {
-            const T* value = values + int64_t(rows[j]) * stride;
-            Lanes weight = all(row[j]);
-            for (int64_t part = 0; part < parts; part++)
-                sums[part] = multiply_add(load(value + part * LANES), weight, sums[part]);
+            Lanes part = load(values + int64_t(rows[j]) * stride + d);
+            for (int g = 0; g < G; g++)
+                sums[g] = multiply_add(all(weights[g * length + j]), part, sums[g]);
         }
-        for (int64_t part = 0; part < parts; part++)
-            store(out + g * D + part * LANES, sums[part] * factor);
+        for (int g = 0; g < G; g++) store(out + g * D + d, sums[g] * factors[g]);
     }
 }
 
@@ -46,17 +46,23 @@ static void decode(
     const int32_t* table, int64_t table_stride, const int32_t* rows, const int32_t* lengths,
     T* out, int64_t sequences, int64_t kv_heads, int64_t G, int64_t D, float scale,
     int threads) {
-    int64_t operations = 0;
-    for (int64_t b = 0; b < sequences; b++) operations += 4 * lengths[b] * kv_heads * G * D;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_for(operations, threads))
+    int64_t cycles = 0;
+    for (int64_t b = 0; b < sequences; b++) cycles += lengths[b] * kv_heads * G * D / 4;
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(cycles, threads))
     for (int64_t item = 0; item < sequences * kv_heads; item++) {
         static thread_local std::vector<float> weights;
         int64_t b = item / kv_heads, head = item % kv_heads;
-        weights.resize(G * lengths[b]);
-        attend(
-            query + b * query_stride + head * G * D, keys + head * D, values + head * D, stride,
-            table + rows[b] * table_stride, lengths[b], G, D, scale, weights.data(),
-            out + item * G * D);
+        weights.resize(4 * lengths[b]);
+        auto some = [&](auto function, int64_t g) {
+            function(
+                query + b * query_stride + (head * G + g) * D, keys + head * D,
+                values + head * D, stride, table + rows[b] * table_stride, lengths[b], D, scale,
+                weights.data(), out + (item * G + g) * D);
+        };
+        int64_t g = 0;
+        for (; g + 4 <= G; g += 4) some(attend<T, 4>, g);
+        for (; g + 2 <= G; g += 2) some(attend<T, 2>, g);
+        for (; g < G; g++) some(attend<T, 1>, g);
     }
 }
 

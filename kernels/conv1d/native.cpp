@@ -3,46 +3,52 @@
 
 constexpr int64_t CHANNELS = 512;  // whose sums wait for the activation
 
-template <class T, class S, int WIDTH>
+template <class T, int WIDTH>
 static void convolve(
-    const T* x, const T* weight, const T* bias, S* window, T* out, int64_t channels) {
+    const T* __restrict x, const T* __restrict weight, const T* bias, T* __restrict window,
+    T* __restrict out, int64_t channels) {
     for (int64_t begin = 0; begin < channels; begin += CHANNELS) {
         int64_t count = channels - begin < CHANNELS ? channels - begin : CHANNELS;
         float totals[CHANNELS];
         for (int64_t i = 0; i < count; i++) {
             int64_t c = begin + i;
-            S* past = window + c * (WIDTH - 1);
+            const T* past = window + c * (WIDTH - 1);
             const T* taps = weight + c * WIDTH;
             float newest = widen(x[c]), total = 0.0f;
             for (int w = 0; w < WIDTH - 1; w++)
                 total = __builtin_fmaf(widen(past[w]), widen(taps[w]), total);
             total = __builtin_fmaf(newest, widen(taps[WIDTH - 1]), total);
-            for (int w = 0; w < WIDTH - 2; w++) past[w] = past[w + 1];
-            past[WIDTH - 2] = narrow<S>(newest);
-            totals[i] = bias ? total + widen(bias[c]) : total;
+            totals[i] = total;
         }
+        for (int64_t i = 0; i < count; i++) {
+            T* past = window + (begin + i) * (WIDTH - 1);
+            for (int w = 0; w < WIDTH - 2; w++) past[w] = past[w + 1];
+            past[WIDTH - 2] = x[begin + i];
+        }
+        if (bias)
+            for (int64_t i = 0; i < count; i++) totals[i] += widen(bias[begin + i]);
         for (int64_t i = 0; i < count; i++) out[begin + i] = narrow<T>(silu(totals[i]));
     }
 }
 
-template <class T, class S>
+template <class T>
 static void decode(
-    const T* x, int64_t stride, const T* weight, const T* bias, S* states, int64_t slot_stride,
+    const T* x, int64_t stride, const T* weight, const T* bias, T* states, int64_t slot_stride,
     const int32_t* slots, T* out, int64_t rows, int64_t channels, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(16 * rows * channels, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(4 * rows * channels, threads))
     for (int64_t row = 0; row < rows; row++) {
         const T* from = x + row * stride;
-        S* window = states + slots[row] * slot_stride;
+        T* window = states + slots[row] * slot_stride;
         T* to = out + row * channels;
-        if (width == 2) convolve<T, S, 2>(from, weight, bias, window, to, channels);
-        if (width == 3) convolve<T, S, 3>(from, weight, bias, window, to, channels);
-        if (width == 4) convolve<T, S, 4>(from, weight, bias, window, to, channels);
+        if (width == 2) convolve<T, 2>(from, weight, bias, window, to, channels);
+        if (width == 3) convolve<T, 3>(from, weight, bias, window, to, channels);
+        if (width == 4) convolve<T, 4>(from, weight, bias, window, to, channels);
     }
 }
 
-#define CONVOLUTIONS(T, S, NAME)                                                                \
+#define CONVOLUTIONS(T, NAME)                                                                \
     EXPORT void decode_conv1d_##NAME(                                                           \
-        const T* x, int64_t stride, const T* weight, const T* bias, S* states,                  \
+        const T* x, int64_t stride, const T* weight, const T* bias, T* states,                  \
         int64_t slot_stride, const int32_t* slots, T* out, int64_t rows, int64_t channels,      \
         int64_t width, int threads) {                                                           \
         decode(                                                                                 \
@@ -50,5 +56,5 @@ static void decode(
             threads);                                                                           \
     }
 
-CONVOLUTIONS(float, float, float32)
-CONVOLUTIONS(BFloat16, BFloat16, bfloat16)
+CONVOLUTIONS(float, float32)
+CONVOLUTIONS(BFloat16, bfloat16)

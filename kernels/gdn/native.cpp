@@ -54,7 +54,7 @@ static void decode(
     const float* dt_bias, S* states, int64_t slot_stride, const int32_t* slots, T* out,
     const Token& token, int threads) {
     int64_t K = token.K, V = token.V, HV = token.HV, group = HV / token.H;
-#pragma omp parallel for schedule(static) num_threads(threads_for(6 * token.rows * HV * K * V, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(token.rows * HV * K * V / 2, threads))
     for (int64_t item = 0; item < token.rows * HV; item++) {
         int64_t row = item / HV, head = item % HV, key_head = head / group;
         float unit_key[MAX_KEY], unit_query[MAX_KEY];

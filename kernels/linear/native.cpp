@@ -5,7 +5,6 @@
 #include "../native.h"
 
 #ifdef __AVX512F__
-#include <immintrin.h>
 
 constexpr int64_t PANEL = 64;        // outputs
 constexpr int64_t VECTORS = 4;       // registers that hold a step of a panel
@@ -86,7 +85,7 @@ static void multiply(
     const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
     int64_t outputs, int threads, Finish finish) {
     int64_t panels = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * panels * steps * 4, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(panels * steps * (8 + 4 * rows), threads))
     for (int64_t p = 0; p < panels; p++) {
         alignas(64) int32_t sums[BLOCK_ROWS * PANEL];
         const int32_t* panel = w + p * steps * PANEL;
@@ -178,7 +177,7 @@ static void multiply_int8(
     steps_of_rows.resize(rows);
     int32_t* quantized = words.data();
     float* row_scale = steps_of_rows.data();
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * size, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * size / 2, threads))
     for (int64_t r = 0; r < rows; r++)
         quantize_row(
             x + r * stride, size, steps * 4, (uint8_t*)(quantized + r * steps), row_scale + r);

@@ -15,7 +15,7 @@ from kernels.native import DTYPES, address, function, has
 __all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
 ROWS = 1
-"""Rows are computed in multiples of this."""
+"""See ``reference.ROWS``."""
 PANEL = 64
 """Outputs that lie side by side in a packed weight."""
 

@@ -19,7 +19,7 @@ from kernels.linear import prepacked
 from kernels.linear.int8 import Int8Linear
 
 ROWS = 4
-"""Rows are computed in multiples of this."""
+"""Rows are computed in multiples of this: whoever has them so spares the padding."""
 
 Format = Literal["int8", "fp8"]
 

@@ -27,7 +27,7 @@ template <class T>
 static void rms_norm(
     const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* weight,
     T* normed, T* sums, int64_t outer, int64_t inner, int64_t size, float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(outer * inner * size, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(outer * inner * size / 4, threads))
     for (int64_t row = 0; row < outer * inner; row++) {
         int64_t place = row % inner * size;
         const T* from = x + row / inner * stride + place;
@@ -48,7 +48,7 @@ template <class T>
 static void gated_rms_norm(
     const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight, T* out,
     int64_t outer, int64_t inner, int64_t size, float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(8 * outer * inner * size, threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(2 * outer * inner * size, threads))
     for (int64_t row = 0; row < outer * inner; row++) {
         int64_t place = row % inner * size;
         const T* from = x + row / inner * stride + place;
