@@ -94,8 +94,10 @@ def _compute_into(
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those that have memory of their own: a packed weight has not."""
     if isinstance(values, torch.Tensor):
-        yield values
+        if not values.is_mkldnn:
+            yield values
     elif isinstance(values, (tuple, list)):
         for value in values:
             yield from _tensors(value)
