@@ -26,6 +26,7 @@ REPEATED = {
     aten.cat.default,
     aten.copy_.default,
     aten.embedding.default,
+    aten.fill_.Scalar,
     aten.index.Tensor,
     aten.to.dtype,
     aten._to_copy.default,

@@ -106,36 +106,38 @@ static void multiply(
     }
 }
 
+// scale: of each output, or null.
 template <class Op, class T>
 static void multiply_float(
-    const T* x, int64_t stride, int64_t rows, const int32_t* w, const T* bias, T* y, int64_t steps,
-    int64_t outputs, int threads) {
+    const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale, const T* bias,
+    T* y, int64_t steps, int64_t outputs, int threads) {
     constexpr int64_t PER_WORD = 4 / sizeof(T);
     multiply<Op>(
         (const int32_t*)x, stride / PER_WORD, rows, w, steps, outputs, threads,
         [=](int64_t row, int64_t panel, const int32_t* sums) {
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
             T* to = y + row * outputs + first;
-            const float* from = (const float*)sums;
+            float wide[PANEL];
+            memcpy(wide, sums, sizeof wide);
+            if (scale)
+                for (int64_t i = 0; i < count; i++) wide[i] *= scale[first + i];
             if (bias)
-                for (int64_t i = 0; i < count; i++)
-                    to[i] = narrow<T>(from[i] + widen(bias[first + i]));
-            else
-                for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(from[i]);
+                for (int64_t i = 0; i < count; i++) wide[i] += widen(bias[first + i]);
+            for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(wide[i]);
         });
 }
 
 EXPORT void linear_float32(
-    const float* x, int64_t stride, int64_t rows, const int32_t* w, const float* bias, float* y,
-    int64_t steps, int64_t outputs, int threads) {
-    multiply_float<Float32>(x, stride, rows, w, bias, y, steps, outputs, threads);
+    const float* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,
+    const float* bias, float* y, int64_t steps, int64_t outputs, int threads) {
+    multiply_float<Float32>(x, stride, rows, w, scale, bias, y, steps, outputs, threads);
 }
 
 #ifdef __AVX512BF16__
 EXPORT void linear_bfloat16(
-    const BFloat16* x, int64_t stride, int64_t rows, const int32_t* w, const BFloat16* bias,
-    BFloat16* y, int64_t steps, int64_t outputs, int threads) {
-    multiply_float<BFloat16Pairs>(x, stride, rows, w, bias, y, steps, outputs, threads);
+    const BFloat16* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,
+    const BFloat16* bias, BFloat16* y, int64_t steps, int64_t outputs, int threads) {
+    multiply_float<BFloat16Pairs>(x, stride, rows, w, scale, bias, y, steps, outputs, threads);
 }
 #endif
 

@@ -24,32 +24,43 @@ def prepare(
     weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """``linear`` with this weight ``[M, N]``, which is copied and may be dropped."""
-    per_word = 4 // weight.element_size()
-    if not has(f"linear_{DTYPES.get(weight.dtype)}") or weight.shape[1] % per_word:
+    if not _is_served(weight):
         return reference.prepare(weight, bias)
-    return NativeLinear(weight, bias)
+    return NativeLinear(weight, None, bias)
 
 
 def prepare_8bit(
     weight: torch.Tensor, bias: torch.Tensor | None, format: Format
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
-    if format != "int8" or not has(f"linear_int8_{DTYPES.get(weight.dtype)}"):
-        return reference.prepare_8bit(weight, bias, format)
-    return NativeInt8Linear(*quantize(weight, format), bias)
+    if format == "int8" and has(f"linear_int8_{DTYPES.get(weight.dtype)}"):
+        return NativeInt8Linear(*quantize(weight, format), bias)
+    if format == "fp8" and _is_served(weight):
+        quantized, scale = quantize(weight, format)
+        return NativeLinear(quantized.to(weight.dtype), scale, bias)
+    return reference.prepare_8bit(weight, bias, format)
+
+
+def _is_served(weight: torch.Tensor) -> bool:
+    """Whether rows are whole words of 32 bits, of a dtype that this processor multiplies."""
+    has_words = weight.shape[1] * weight.element_size() % 4 == 0
+    return has_words and has(f"linear_{DTYPES.get(weight.dtype)}")
 
 
 class NativeLinear:
-    """``x @ weight.T + bias`` for x ``[T, N]`` of the weight's dtype."""
+    """``(x @ weight.T) * scale + bias`` for x ``[T, N]`` of the weight's dtype; scale: float32
+    ``[M]`` or None."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> None:
         self._num_outputs = len(weight)
         self._weight = pack(weight)
         self._bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self._scale = None if scale is None else scale.contiguous()
         self._address = self._weight.data_ptr()
-        self._bias_address = address(self._bias)
         self._steps = self._weight.shape[1]
-        self._multiply = function(f"linear_{DTYPES[weight.dtype]}", "piipppiit")
+        self._multiply = function(f"linear_{DTYPES[weight.dtype]}", "piippppiit")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows, stride = x.shape[0], x.stride(0)
@@ -58,8 +69,9 @@ class NativeLinear:
             stride = x.stride(0)
         out = x.new_empty(num_rows, self._num_outputs)
         self._multiply(
-            x.data_ptr(), stride, num_rows, self._address, self._bias_address, out.data_ptr(),
-            self._steps, self._num_outputs, torch.get_num_threads(),
+            x.data_ptr(), stride, num_rows, self._address, address(self._scale),
+            address(self._bias), out.data_ptr(), self._steps, self._num_outputs,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
