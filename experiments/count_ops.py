@@ -20,14 +20,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import EngineConfig
-from engine.run.backends import NATIVE
+from engine.run.backends import all_plain
 from engine.run.model_runner import ModelRunner
 from experiments.bench_engine import Decode
 from experiments.provenance import RESULTS, write_json_lines
 from kernels.native import recorded
 
 WAYS: dict[str, dict[str, Any]] = {
-    "reference": {"kernels": ",".join(f"{name}=reference" for name in NATIVE)},
+    "reference": {"kernels": all_plain()},
     "native": {"graphs": "off"},
     "native, recorded": {},
 }
@@ -73,7 +73,7 @@ def count(way: str, streams: int) -> Counted:
         way,
         streams,
         names.total(),
-        names.total() / runner.config.num_layers,
+        names.total() / len(runner.model.layers),
         len(calls),
         ", ".join(f"{name} {number}" for name, number in names.most_common(3)),
     )

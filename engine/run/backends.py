@@ -23,6 +23,7 @@ from kernels import native
 Backend = Literal["reference", "fused", "native"]
 BACKENDS: tuple[Backend, ...] = ("reference", "fused", "native")
 
+
 @cache
 def backends_of() -> dict[str, tuple[Backend, ...]]:
     """Every kernel there is, and the backends it has: the folders and files of ``kernels``."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kernels.activation import reference
-from kernels.activation.reference import sigmoid, silu
+from kernels.activation.reference import relu_squared, sigmoid, silu, silu_mul
 from kernels.native import DTYPES, function
 
-__all__ = ["sigmoid", "sigmoid_mul", "silu", "silu_and_mul"]
+__all__ = ["relu_squared", "sigmoid", "sigmoid_mul", "silu", "silu_and_mul", "silu_mul"]
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

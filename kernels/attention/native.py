@@ -33,6 +33,7 @@ def decode_attention(
         or head_dim % LANES
         or head_dim > MAX_HEAD
         or key_pool.stride() != value_pool.stride()
+        or key_pool.shape != value_pool.shape
         or not has_whole_rows(key_pool)
     ):
         return reference.decode_attention(

@@ -45,7 +45,7 @@ struct Token {
     int64_t stride;       // of query, key and value, from a sequence to the next
     int64_t gate_stride;  // of a and b
     int64_t rows, H, HV, K, V;
-    float scale;
+    float scale, max_beta;
 };
 
 template <class T, class S>
@@ -66,7 +66,7 @@ static void decode(
         float x = widen(a[row * token.gate_stride + head]) + dt_bias[head];
         float softplus = (x > 0.0f ? x : 0.0f) + log1pf(expf(-__builtin_fabsf(x)));
         float decay = expf(-expf(A_log[head]) * softplus);
-        float beta = 1.0f / (1.0f + expf(-widen(b[row * token.gate_stride + head])));
+        float beta = token.max_beta / (1.0f + expf(-widen(b[row * token.gate_stride + head])));
         S* state = states + slots[row] * slot_stride + head * K * V;
         const T* from = value + row * token.stride + head * V;
         T* to = out + item * V;
@@ -87,10 +87,10 @@ static void decode(
         const T* query, const T* key, const T* value, const T* a, const T* b,                    \
         const float* A_log, const float* dt_bias, S* states, int64_t slot_stride,                \
         const int32_t* slots, T* out, int64_t stride, int64_t gate_stride, int64_t rows,         \
-        int64_t H, int64_t HV, int64_t K, int64_t V, float scale, int threads) {                 \
+        int64_t H, int64_t HV, int64_t K, int64_t V, float scale, float max_beta, int threads) {                 \
         decode(                                                                                  \
             query, key, value, a, b, A_log, dt_bias, states, slot_stride, slots, out,            \
-            {stride, gate_stride, rows, H, HV, K, V, scale}, threads);                           \
+            {stride, gate_stride, rows, H, HV, K, V, scale, max_beta}, threads);                           \
     }
 
 DECODES(float, float, float32_float32)

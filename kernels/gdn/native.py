@@ -25,16 +25,23 @@ def decode_gdn(
     states: torch.Tensor,
     slots: torch.Tensor,
     scale: float | None = None,
+    max_beta: float = 1.0,
 ) -> torch.Tensor:
     """As ``reference.decode_gdn``."""
     tokens = query, key, value, a, b
     if not _is_served(tokens, A_log, dt_bias, states):
         return reference.decode_gdn(
-            *tokens, A_log, dt_bias, states=states, slots=slots, scale=scale
+            *tokens,
+            A_log,
+            dt_bias,
+            states=states,
+            slots=slots,
+            scale=scale,
+            max_beta=max_beta,
         )
     if scale is None:
         scale = key.shape[-1] ** -0.5
-    return _decode(tokens, A_log, dt_bias, states, slots, scale)
+    return _decode(tokens, A_log, dt_bias, states, slots, scale, max_beta)
 
 
 def verify_gdn(
@@ -50,6 +57,7 @@ def verify_gdn(
     slots: torch.Tensor,
     step_states: torch.Tensor,
     scale: float | None = None,
+    max_beta: float = 1.0,
 ) -> torch.Tensor:
     """As ``reference.verify_gdn``; the bits are `decode_gdn`'s."""
     tokens = query, key, value, a, b
@@ -63,6 +71,7 @@ def verify_gdn(
             slots=slots,
             step_states=step_states,
             scale=scale,
+            max_beta=max_beta,
         )
     if scale is None:
         scale = key.shape[-1] ** -0.5
@@ -70,7 +79,7 @@ def verify_gdn(
     out = torch.empty(value.shape, dtype=value.dtype)
     for step in range(query.shape[1]):
         now = tuple(x[:, step] for x in tokens)
-        out[:, step] = _decode(now, A_log, dt_bias, current, own, scale)
+        out[:, step] = _decode(now, A_log, dt_bias, current, own, scale, max_beta)
         step_states[:, step] = current
     return out
 
@@ -101,17 +110,18 @@ def _decode(
     states: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
+    max_beta: float,
 ) -> torch.Tensor:
     query, key, value = _same_stride(tokens[:3])
     a, b = _same_stride(tokens[3:])
     num_rows, num_heads, key_dim = query.shape
     num_value_heads, value_dim = value.shape[1:]
     out = torch.empty(value.shape, dtype=value.dtype)
-    function(f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}", "ppppppppippiiiiiiift")(
+    function(f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}", "ppppppppippiiiiiiifft")(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
         slots.data_ptr(), out.data_ptr(), value.stride(0), a.stride(0), num_rows, num_heads,
-        num_value_heads, key_dim, value_dim, scale, torch.get_num_threads(),
+        num_value_heads, key_dim, value_dim, scale, max_beta, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

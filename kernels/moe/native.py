@@ -10,7 +10,14 @@ import torch
 from kernels.linear import native
 from kernels.linear.reference import Format
 from kernels.moe import reference
-from kernels.moe.reference import experts, experts_8bit, quantize_experts, route, weighted_sum
+from kernels.moe.reference import (
+    experts,
+    experts_8bit,
+    quantize_experts,
+    route,
+    route_sigmoid,
+    weighted_sum,
+)
 
 __all__ = [
     "experts",
@@ -19,6 +26,7 @@ __all__ = [
     "prepare_8bit",
     "quantize_experts",
     "route",
+    "route_sigmoid",
     "weighted_sum",
 ]
 

@@ -43,12 +43,19 @@ def rms_norm(
 
 
 def gated_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
+    *,
+    gate_first: bool = False,
 ) -> torch.Tensor:
     """As ``reference.gated_rms_norm``."""
     word = DTYPES.get(x.dtype)
+    if gate_first or weight.dim() != 1:
+        word = None
     if word is None or weight.dtype is not torch.float32 or gate.dtype is not x.dtype:
-        return reference.gated_rms_norm(x, weight, gate, eps)
+        return reference.gated_rms_norm(x, weight, gate, eps, gate_first=gate_first)
     x, outer, inner = _rows(x)
     gate, _, _ = _rows(gate)
     out = x.new_empty(x.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 
 import pytest
@@ -11,6 +13,28 @@ from kernels import native
 from kernels.recording import NotRecordableError, record
 
 COMPILED = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+FOLDERS = sorted(path.parent.name for path in native.SOURCES.glob("*/native.py"))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_native_kernels_have_what_the_others_have(name) -> None:
+    """The functions that reference and Triton twins share, with the same arguments."""
+    pytest.importorskip("triton")
+    reference, fused, compiled = (
+        importlib.import_module(f"kernels.{name}.{word}")
+        for word in ("reference", "fused", "native")
+    )
+    shared = [
+        word
+        for word, found in vars(fused).items()
+        if inspect.isfunction(found) and inspect.isfunction(vars(reference).get(word))
+    ]
+    assert shared
+    for word in shared:
+        own, plain = getattr(compiled, word), getattr(reference, word)
+        assert list(inspect.signature(own).parameters) == list(inspect.signature(plain).parameters)
 
 
 @COMPILED

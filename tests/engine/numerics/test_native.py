@@ -19,7 +19,6 @@ FORMATS = pytest.mark.parametrize(
     "dtype, quantization",
     [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "fp8")],
 )
-PLAIN = ",".join(f"{name}=reference" for name in backends.NATIVE)
 
 
 def make_runner(dtype: str = "float32", **options) -> ModelRunner:
@@ -86,7 +85,7 @@ def test_near_the_references(driver_class, random_tokens, dtype, error) -> None:
     prompts = [random_tokens(90, 1), random_tokens(20, 2)]
     native, plain = (
         torch.stack([torch.stack(step) for step in decoded(driver_class, runner, prompts, 2)])
-        for runner in (make_runner(dtype), make_runner(dtype, kernels=PLAIN))
+        for runner in (make_runner(dtype), make_runner(dtype, kernels=backends.all_plain()))
     )
     assert (native - plain).abs().max() < error * plain.float().std()
 
