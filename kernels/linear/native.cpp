@@ -145,11 +145,12 @@ EXPORT void linear_bfloat16(
 // Rows to int8 + 128, as the instruction wants them; the same numbers as int8.quantize_rows.
 template <class T>
 static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, float* scale) {
-    Lanes most = all(0.0f);
+    Lanes most = {}, nothing = {};  // nothing stays 0, unless an element is infinite or no number
     int64_t i = 0;
-    float largest = 0.0f;
+    float largest = 0.0f, rest = 0.0f;
     for (; i + LANES <= size; i += LANES) {
         Lanes b = load(x + i);
+        nothing += b * 0.0f;
         for (int l = 0; l < LANES; l++) {
             float magnitude = __builtin_fabsf(b[l]);
             most[l] = magnitude > most[l] ? magnitude : most[l];
@@ -159,12 +160,13 @@ static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, 
     for (; i < size; i++) {
         float magnitude = __builtin_fabsf(widen(x[i]));
         largest = magnitude > largest ? magnitude : largest;
+        rest += magnitude * 0.0f;
     }
     float step = (largest > 1.17549435e-38f ? largest : 1.17549435e-38f) / 127.0f;
     for (i = 0; i < size; i++)
         to[i] = uint8_t(int32_t(__builtin_rintf(widen(x[i]) / step)) + 128);
     memset(to + size, 128, padded - size);
-    *scale = step;
+    *scale = step + (sum(nothing) + rest);
 }
 
 template <class T>

@@ -159,10 +159,23 @@ class TestEightBitsOnBothSides:
         weight = torch.randn(40, 64)
         x = torch.randn(3, 64)
         x[1], x[2, 5] = 0.0, torch.nan
-        out = reference.prepare_8bit(weight, None, "int8")(x)
-        assert torch.equal(out[1], torch.zeros(40))
-        assert out[2].isnan().all()
-        assert torch.equal(out[:1], reference.prepare_8bit(weight, None, "int8")(x[:1]))
+        for backend in (reference, *([compiled] if library() is not None else [])):
+            product = backend.prepare_8bit(weight, None, "int8")
+            out = product(x)
+            assert torch.equal(out[1], torch.zeros(40))
+            assert out[2].isnan().all()
+            assert torch.equal(out[:1], product(x[:1]))
+            x[2, 5], x[2, 63] = torch.inf, 0.0
+            assert not product(x)[2].isfinite().any()
+            x[2, 5], x[2, 63] = 0.0, torch.nan
+            assert product(x)[2].isnan().all()
+            x[2, 5] = torch.nan
+
+    def test_every_fp8_number_is_one_of_bfloat16(self) -> None:
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        assert torch.equal(
+            numbers.bfloat16().float().nan_to_num(9.0), numbers.float().nan_to_num(9.0)
+        )
 
 
 @DTYPES
