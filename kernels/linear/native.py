@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear import reference
-from kernels.linear.reference import Format, linear, linear_8bit, quantize
+from kernels.linear.reference import PRODUCTS, linear, linear_8bit, quantize, widened
 from kernels.native import DTYPES, address, function, has
 
-__all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+__all__ = ["PRODUCTS", "ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
 ROWS = 1
 """See ``reference.ROWS``."""
@@ -30,15 +30,20 @@ def prepare(
 
 
 def prepare_8bit(
-    weight: torch.Tensor, bias: torch.Tensor | None, format: Format
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, quantised here; the original may be dropped."""
-    if format == "int8" and has(f"linear_int8_{DTYPES.get(weight.dtype)}"):
-        return NativeInt8Linear(*quantize(weight, format), bias)
-    if format == "fp8" and _is_served(weight):
-        quantized, scale = quantize(weight, format)
-        return NativeLinear(quantized.to(weight.dtype), scale, bias)
-    return reference.prepare_8bit(weight, bias, format)
+    """``linear_8bit`` with this weight, for x of ``dtype``: int8 weights meet activations in int8,
+    fp8 ones are widened here, exactly where a row has one scale."""
+    if quantized.dtype is torch.int8 and scale.ndim == 1:
+        if has(f"linear_int8_{DTYPES.get(dtype)}"):
+            return NativeInt8Linear(quantized, scale, bias)
+        return reference.prepare_8bit(quantized, scale, bias, dtype)
+    if scale.ndim == 1 and _is_served(exact := quantized.to(dtype)):
+        return NativeLinear(exact, scale, bias)
+    return prepare(widened(quantized, scale, dtype), bias)
 
 
 def _is_served(weight: torch.Tensor) -> bool:

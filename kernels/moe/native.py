@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from kernels.linear import native
-from kernels.linear.reference import Format
 from kernels.moe import reference
 from kernels.moe.reference import (
     experts,
@@ -44,12 +43,19 @@ def prepare(
 
 
 def prepare_8bit(
-    w13: torch.Tensor, w2: torch.Tensor, format: Format
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """As ``reference.prepare_8bit``."""
     products = [
-        (native.prepare_8bit(up, None, format), native.prepare_8bit(down, None, format))
-        for up, down in zip(w13, w2, strict=True)
+        (
+            native.prepare_8bit(w13[e], w13_scale[e], None, dtype),
+            native.prepare_8bit(w2[e], w2_scale[e], None, dtype),
+        )
+        for e in range(len(w13))
     ]
     return partial(
         reference.sum_of_products, products=products, activate=reference.activation(w13, w2)

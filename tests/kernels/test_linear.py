@@ -22,6 +22,10 @@ FORMATS = pytest.mark.parametrize("format", ["int8", "fp8"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
+def quantized_product(backend, weight, bias=None, format="int8"):
+    return backend.prepare_8bit(*backend.quantize(weight, format), bias, weight.dtype)
+
+
 @BACKENDS
 @DTYPES
 @settings(max_examples=6)
@@ -102,8 +106,8 @@ def test_reference_rows_ignore_their_number(shape, dtype, num_threads) -> None:
             *(
                 lambda rows, product=product: product(x[rows])
                 for product in (
-                    reference.prepare_8bit(weight, None, "int8"),
-                    reference.prepare_8bit(weight, None, "fp8"),
+                    quantized_product(reference, weight),
+                    quantized_product(reference, weight, format="fp8"),
                     compiled.prepare(weight),
                 )
             ),
@@ -125,7 +129,7 @@ class TestEightBitsOnBothSides:
         weight, bias = torch.randn(130, 1100).to(dtype), torch.randn(130).to(dtype)
         bias = bias if biased else None
         quantized, scale = reference.quantize(weight, "int8")
-        product = reference.prepare_8bit(weight, bias, "int8")(x)
+        product = quantized_product(reference, weight, bias)(x)
         expected = x.double() @ (quantized.double() * scale.double()[:, None]).T
         expected = expected + bias.double() if biased else expected
         # Half a step of 127 for each activation, over 1100 of them.
@@ -134,12 +138,12 @@ class TestEightBitsOnBothSides:
         weights = (quantized.double() * scale.double()[:, None]).norm(dim=1).max()
         allowed = 5 * largest * weights / (254 * 3**0.5)
         assert (error <= allowed + 2.0**-7 * expected.abs().amax(dim=1)).all()
-        alone = torch.cat([reference.prepare_8bit(weight, bias, "int8")(row[None]) for row in x])
+        alone = torch.cat([quantized_product(reference, weight, bias)(row[None]) for row in x])
         assert torch.equal(alone, product)
         if library() is not None:
-            assert torch.equal(compiled.prepare_8bit(weight, bias, "int8")(x), product)
+            assert torch.equal(quantized_product(compiled, weight, bias)(x), product)
         monkeypatch.setattr(int8, "is_exact", lambda: False)
-        assert torch.equal(reference.prepare_8bit(weight, bias, "int8")(x), product)
+        assert torch.equal(quantized_product(reference, weight, bias)(x), product)
 
     @pytest.mark.parametrize("single_rows", [0, 64])
     def test_largest_sums_are_exact(self, single_rows, monkeypatch) -> None:
@@ -160,7 +164,7 @@ class TestEightBitsOnBothSides:
         x = torch.randn(3, 64)
         x[1], x[2, 5] = 0.0, torch.nan
         for backend in (reference, *([compiled] if library() is not None else [])):
-            product = backend.prepare_8bit(weight, None, "int8")
+            product = quantized_product(backend, weight)
             out = product(x)
             assert torch.equal(out[1], torch.zeros(40))
             assert out[2].isnan().all()
