@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals sglang wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals llama sglang wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -80,6 +80,10 @@ sglang: install out/sglang/.installed  ## SGLang on a CPU with our cache in it: 
 
 wheels: install  ## what is published: the cache with its laboratory, and the engine
 	$(BIN)/python -m experiments.wheels
+
+llama:  ## llama.cpp for this processor, for its benchmark alone to find (some minutes)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
+		--no-binary llama-cpp-python 'llama-cpp-python==0.3.36' 'gguf>=0.19' diskcache
 
 tune:  ## on a machine with a GPU: launch parameters that are fast there, into kernels/tuned.json
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.bench_kernels --tune

@@ -220,11 +220,13 @@ class Decode:
         segments = tuple(Segment(row, row, prompt, 0, False) for row in range(streams))
         runner.forward(Batch(segments, (), writes))
 
-    def step(self) -> None:
+    def step(self) -> torch.Tensor:
+        """Logits ``[streams, vocab]``."""
         token = np.array([5], dtype=np.int32)
         segments = (Segment(row, row, token, self._length, True) for row in range(self._streams))
-        self._runner.forward(Batch(tuple(segments)))
+        logits = self._runner.forward(Batch(tuple(segments)))
         self._length += 1
+        return logits
 
 
 def checkpoint_cost(dtype: str, turns: Turns) -> Result:

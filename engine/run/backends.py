@@ -1,4 +1,5 @@
-"""Which implementation of each kernel serves: plain PyTorch (``reference``) or Triton (``fused``).
+"""Which implementation of each kernel serves: plain PyTorch (``reference``), Triton (``fused``), or
+C++ for the CPU (``native``) where there is a compiler.
 
 ``Kernels`` is chosen once, at start, and handed to the layers; a kernel is loaded when the first
 layer asks for it.
@@ -17,9 +18,10 @@ from typing import Literal
 from engine.environment import check_no_foreign_kernels
 from engine.run.device import Device
 from engine.run.model_config import ModelError
+from kernels import native
 
-Backend = Literal["reference", "fused"]
-BACKENDS: tuple[Backend, ...] = ("reference", "fused")
+Backend = Literal["reference", "fused", "native"]
+BACKENDS: tuple[Backend, ...] = ("reference", "fused", "native")
 
 
 @cache
@@ -44,17 +46,22 @@ class Kernels(Mapping[str, ModuleType]):
 
     @classmethod
     def choose(cls, device: Device, overrides: str = "") -> Kernels:
-        """``fused`` wherever the device runs Triton, it is installed and the kernel has it, else
-        ``reference``; ``overrides`` as in ``attention=reference,gdn=fused``. Raises ModelError."""
+        """``fused`` wherever the device runs Triton, it is installed and the kernel has it,
+        ``native`` for those that have it on a CPU with a compiler, else ``reference``;
+        ``overrides`` as in ``attention=reference,gdn=fused``. Raises ModelError."""
         check_no_foreign_kernels()
-        usable = device.traits.has_triton and importlib.util.find_spec("triton") is not None
+        word: Backend = "reference"
+        if device.traits.has_triton and importlib.util.find_spec("triton") is not None:
+            word = "fused"
+        elif device.is_cpu and native.library() is not None:
+            word = "native"
         words: dict[str, Backend] = {
-            name: "fused" if usable and "fused" in backends else "reference"
+            name: word if word in backends else "reference"
             for name, backends in backends_of().items()
         }
         asked = parse_overrides(overrides)
-        for name, word in asked.items():  # Told at the start, used or not.
-            _load(name, word)
+        for name, wanted in asked.items():  # Told at the start, used or not.
+            _load(name, wanted)
         return cls(words | asked)
 
     def __getitem__(self, name: str) -> ModuleType:
@@ -79,6 +86,11 @@ def all_fused() -> str:
     return ",".join(f"{name}=fused" for name, words in backends_of().items() if "fused" in words)
 
 
+def all_plain() -> str:
+    """The overrides that take plain PyTorch for every kernel."""
+    return ",".join(f"{name}=reference" for name in backends_of())
+
+
 def parse_overrides(text: str) -> dict[str, Backend]:
     """``attention=reference,gdn=fused`` as a dict. Raises ModelError."""
     chosen: dict[str, Backend] = {}
@@ -94,6 +106,8 @@ def parse_overrides(text: str) -> dict[str, Backend]:
 
 
 def _load(name: str, word: Backend) -> ModuleType:
+    if word == "native" and native.library() is None:
+        raise ModelError(f"kernel {name} can not be loaded as native: no C++ compiler works here.")
     try:
         return importlib.import_module(f"kernels.{name}.{word}")
     except ImportError as error:

@@ -33,11 +33,9 @@ from hybridcache.tokens import Indices
 from hybridcache.units import GIB, counted
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
+from kernels.recording import NotRecordableError
+from kernels.recording import record as record_native
 from kernels.upload import upload
-
-ROWS = 4
-"""Hidden states have a multiple of this many rows: what makes a row's bits independent of the
-others."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -165,7 +163,8 @@ class ModelRunner:
 
     def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Capture decode steps (``decode``), prefills too (``all``), what the device can
-        (``auto``), or nothing (``off``).
+        (``auto``), or nothing (``off``). On a CPU a decode step is recorded where all its kernels
+        are native.
 
         ``record`` in place of the device's own. Raises ModelError for a device without graphs, and
         where a kernel is the reference, which reads lengths on the host: a graph would repeat those
@@ -174,6 +173,8 @@ class ModelRunner:
         self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
         if word == "off":
             return
+        if record is None and self.device.is_cpu and word != "all" and self._record_decode():
+            return
         if record is None:
             obstacle = self._graph_obstacle()
             if obstacle is not None:
@@ -181,7 +182,16 @@ class ModelRunner:
                     return
                 raise ModelError(f"{obstacle}; use --graphs off.")
             record = self.device.recorder()
-        decodes = DecodeGraphs(
+        decodes = self._decode_graphs(record)
+        prefills = None
+        if word != "decode":
+            prefills = PrefillGraphs(
+                self.model, self.tensors, record, most_tokens=self.most_step_tokens
+            )
+        self.graphs = decodes, prefills
+
+    def _decode_graphs(self, record: Record) -> DecodeGraphs:
+        return DecodeGraphs(
             self.model,
             self.tensors,
             self.table,
@@ -190,20 +200,28 @@ class ModelRunner:
             max_running=self.max_running_rows,
             max_model_len=self.max_model_len,
         )
-        prefills = None
-        if word != "decode":
-            prefills = PrefillGraphs(
-                self.model, self.tensors, record, most_tokens=self.most_step_tokens
-            )
-        self.graphs = decodes, prefills
+
+    @torch.inference_mode()
+    def _record_decode(self) -> bool:
+        """Have decode steps recorded, where all they compute are native kernels; whether they
+        are."""
+        if self.kernels.words().get("linear") != "native":
+            return False
+        decodes = self._decode_graphs(record_native)
+        try:
+            decodes.capture(decodes.buckets[-1])
+        except NotRecordableError:
+            return False
+        self.graphs = decodes, None
+        return True
 
     def _graph_obstacle(self) -> str | None:
         """Why nothing can be captured here; None where it can."""
         if self.device.traits.graph_class is None:
             return f"{self.device.describe()} has no graphs"
-        plain = [name for name, word in self.kernels.words().items() if word == "reference"]
-        if plain:
-            return f"graphs need Triton kernels, and the reference serves for {', '.join(plain)}"
+        others = [name for name, word in self.kernels.words().items() if word != "fused"]
+        if others:
+            return f"graphs need Triton kernels, and others serve for {', '.join(others)}"
         return None
 
     @torch.inference_mode()
@@ -274,7 +292,8 @@ class ModelRunner:
         """Token ids ``[num_rows]`` and everything the layers read."""
         segments = batch.segments
         num_tokens = batch.num_tokens
-        num_rows = -(-num_tokens // ROWS) * ROWS
+        multiple = self.kernels["linear"].ROWS
+        num_rows = -(-num_tokens // multiple) * multiple
         decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
         verified = [segment for segment in segments if segment.num_drafts]
         prefills = list(segments[len(decodes) + len(verified) :])

@@ -18,11 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.linear.reference import SCALE_BLOCK, Format, quantize
+from kernels.linear.reference import ROWS, SCALE_BLOCK, Format, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
 
-__all__ = ["linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+__all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset(
     {("int8", None), ("fp8", None), ("fp8", SCALE_BLOCK)}

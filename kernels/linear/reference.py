@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear import prepacked
+from kernels.linear.int8 import Int8Linear
 
 ROWS = 4
-"""Rows are computed in multiples of this."""
+"""Rows are computed in multiples of this: whoever has them so spares the padding."""
 
 Format = Literal["int8", "fp8"]
 
@@ -103,11 +104,12 @@ def prepare_8bit(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, for x of ``dtype``. What is not in ``PRODUCTS`` is widened
-    here on a CPU, once."""
-    is_product = quantized.dtype is torch.int8 and scale.ndim == 1
-    if quantized.device.type != "cpu" or is_product:
+    """``linear_8bit`` with this weight, for x of ``dtype``. On a CPU int8 weights meet activations
+    in int8, too (``int8.Int8Linear``), and what is not in ``PRODUCTS`` is widened here, once."""
+    if quantized.device.type != "cpu":
         return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
+    if quantized.dtype is torch.int8 and scale.ndim == 1:
+        return Int8Linear(quantized, scale, bias)
     return prepare(widened(quantized, scale, dtype), bias)
 
 

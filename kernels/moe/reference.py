@@ -97,7 +97,7 @@ def experts(
         (partial(linear, weight=up), partial(linear, weight=down))
         for up, down in zip(w13, w2, strict=True)
     ]
-    return _experts(hidden, weights, experts, products, _activation(w13, w2))
+    return sum_of_products(hidden, weights, experts, products, activation(w13, w2))
 
 
 def prepare(
@@ -108,7 +108,7 @@ def prepare(
     products = [
         (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
     ]
-    return partial(_experts, products=products, activate=_activation(w13, w2))
+    return partial(sum_of_products, products=products, activate=activation(w13, w2))
 
 
 def experts_8bit(
@@ -129,7 +129,7 @@ def experts_8bit(
         )
         for e in range(len(w13))
     ]
-    return _experts(hidden, weights, experts, products, _activation(w13, w2))
+    return sum_of_products(hidden, weights, experts, products, activation(w13, w2))
 
 
 def prepare_8bit(
@@ -148,7 +148,7 @@ def prepare_8bit(
         )
         for e in range(len(w13))
     ]
-    return partial(_experts, products=products, activate=_activation(w13, w2))
+    return partial(sum_of_products, products=products, activate=activation(w13, w2))
 
 
 def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,13 +160,14 @@ def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tenso
     return quantized, scale
 
 
-def _experts(
+def sum_of_products(
     hidden: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
     products: Sequence[tuple[Product, Product]],
     activate: Product,
 ) -> torch.Tensor:
+    """``experts`` with the two products of each expert."""
     num_tokens, k = experts.shape
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
@@ -182,7 +183,7 @@ def _experts(
     return weighted_sum(results.view(num_tokens, k, hidden.shape[1]), weights)
 
 
-def _activation(w13: torch.Tensor, w2: torch.Tensor) -> Product:
+def activation(w13: torch.Tensor, w2: torch.Tensor) -> Product:
     """Of experts with gates, whose first weight has twice the rows, and of those without."""
     return silu_and_mul if w13.shape[1] == 2 * w2.shape[2] else relu_squared
 

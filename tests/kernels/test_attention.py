@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.attention.fused")
-BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("attention")],
+)
 
 
 class Cache(SimpleNamespace):

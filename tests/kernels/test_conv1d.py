@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from kernels.conv1d import reference
 from kernels.packed import Exports, Packed
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.conv1d.fused")
-IMPLEMENTATIONS = pytest.mark.parametrize("conv1d", [reference, fused], ids=["reference", "fused"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "conv1d",
+    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("conv1d")],
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 LENGTHS = (1, 63, 0, 64, 2, 130)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from kernels import tuning
 from kernels.gdn import reference
 from kernels.packed import Exports, Packed
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.gdn.fused")
-IMPLEMENTATIONS = pytest.mark.parametrize("gdn", [reference, fused], ids=["reference", "fused"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "gdn", [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("gdn")]
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 LENGTHS = (1, 63, 0, 64, 65, 130)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -8,12 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.linear import reference
+from kernels.linear import int8, reference
+from kernels.linear import native as compiled
+from kernels.native import library
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.linear.fused")
-BACKENDS = pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("linear")],
+)
 FORMATS = pytest.mark.parametrize("format", ["int8", "fp8"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def quantized_product(backend, weight, bias=None, format="int8"):
+    return backend.prepare_8bit(*backend.quantize(weight, format), bias, weight.dtype)
 
 
 @BACKENDS
@@ -93,12 +103,83 @@ def test_reference_rows_ignore_their_number(shape, dtype, num_threads) -> None:
         for f in (
             lambda rows: reference.linear(x[rows], weight),
             lambda rows: reference.linear_8bit(x[rows], quantized, scale),
+            *(
+                lambda rows, product=product: product(x[rows])
+                for product in (
+                    quantized_product(reference, weight),
+                    quantized_product(reference, weight, format="fp8"),
+                    compiled.prepare(weight),
+                )
+            ),
         ):
             together = f(slice(None))
             for first, last in ((0, 1), (5, 7), (64, 67), (101, 200), (0, 132)):
                 assert torch.equal(f(slice(first, last)), together[first:last])
     finally:
         torch.set_num_threads(before)
+
+
+class TestEightBitsOnBothSides:
+    """int8 weights and activations on the CPU: integers, so that every way gives the same bits."""
+
+    @DTYPES
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_near_the_product_and_equal_however_computed(self, dtype, biased, monkeypatch) -> None:
+        x = torch.randn(70, 1100).to(dtype) * torch.logspace(-20, 3, 70)[:, None].to(dtype)
+        weight, bias = torch.randn(130, 1100).to(dtype), torch.randn(130).to(dtype)
+        bias = bias if biased else None
+        quantized, scale = reference.quantize(weight, "int8")
+        product = quantized_product(reference, weight, bias)(x)
+        expected = x.double() @ (quantized.double() * scale.double()[:, None]).T
+        expected = expected + bias.double() if biased else expected
+        # Half a step of 127 for each activation, over 1100 of them.
+        error = (product.double() - expected).abs().amax(dim=1)
+        largest = x.double().abs().amax(dim=1)
+        weights = (quantized.double() * scale.double()[:, None]).norm(dim=1).max()
+        allowed = 5 * largest * weights / (254 * 3**0.5)
+        assert (error <= allowed + 2.0**-7 * expected.abs().amax(dim=1)).all()
+        alone = torch.cat([quantized_product(reference, weight, bias)(row[None]) for row in x])
+        assert torch.equal(alone, product)
+        if library() is not None:
+            assert torch.equal(quantized_product(compiled, weight, bias)(x), product)
+        monkeypatch.setattr(int8, "is_exact", lambda: False)
+        assert torch.equal(quantized_product(reference, weight, bias)(x), product)
+
+    @pytest.mark.parametrize("single_rows", [0, 64])
+    def test_largest_sums_are_exact(self, single_rows, monkeypatch) -> None:
+        """4096 products of 127 and 127 with a remainder: past what float32 counts singly."""
+        monkeypatch.setattr(int8, "single_rows", lambda *shape: single_rows)
+        size = 4096
+        weight = torch.full((65, size), 127, dtype=torch.int8)
+        weight[:, 0] = torch.arange(65)
+        x = torch.full((3, size), 127.0)
+        x[1] = -x[1]
+        exact = (x.double() @ weight.double().T).float() / 1.0
+        for layer in (int8.Int8Linear, compiled.NativeInt8Linear):
+            if layer is int8.Int8Linear or library() is not None:
+                assert torch.equal(layer(weight, torch.ones(65), None)(x), exact)
+
+    def test_rows_that_are_zero_or_no_number(self) -> None:
+        weight = torch.randn(40, 64)
+        x = torch.randn(3, 64)
+        x[1], x[2, 5] = 0.0, torch.nan
+        for backend in (reference, *([compiled] if library() is not None else [])):
+            product = quantized_product(backend, weight)
+            out = product(x)
+            assert torch.equal(out[1], torch.zeros(40))
+            assert out[2].isnan().all()
+            assert torch.equal(out[:1], product(x[:1]))
+            x[2, 5], x[2, 63] = torch.inf, 0.0
+            assert not product(x)[2].isfinite().any()
+            x[2, 5], x[2, 63] = 0.0, torch.nan
+            assert product(x)[2].isnan().all()
+            x[2, 5] = torch.nan
+
+    def test_every_fp8_number_is_one_of_bfloat16(self) -> None:
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        assert torch.equal(
+            numbers.bfloat16().float().nan_to_num(9.0), numbers.float().nan_to_num(9.0)
+        )
 
 
 @DTYPES

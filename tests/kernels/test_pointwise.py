@@ -12,6 +12,7 @@ import kernels.activation.reference
 import kernels.cache_write.reference
 import kernels.norm.reference
 import kernels.rotary.reference
+from tests.kernels.compiled import native
 
 pytest.importorskip("triton")
 import kernels.activation.fused
@@ -23,7 +24,12 @@ import kernels.rotary.fused
 def backends(name: str) -> pytest.MarkDecorator:
     folder = getattr(kernels, name)
     return pytest.mark.parametrize(
-        "backend", [folder.reference, folder.fused], ids=["reference", "fused"]
+        "backend",
+        [
+            pytest.param(folder.reference, id="reference"),
+            pytest.param(folder.fused, id="fused"),
+            native(name),
+        ],
     )
 
 

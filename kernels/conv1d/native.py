@@ -1,0 +1,84 @@
+"""The causal convolution with its decoding step by ``native.cpp``; see ``reference``."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.conv1d import reference
+from kernels.conv1d.reference import check_window, prefill_conv1d
+from kernels.native import DTYPES, address, function, has_whole_rows
+
+__all__ = ["decode_conv1d", "prefill_conv1d", "verify_conv1d"]
+
+WIDTHS = (2, 3, 4)
+
+
+def decode_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    silu: bool = True,
+) -> torch.Tensor:
+    """As ``reference.decode_conv1d``."""
+    check_window(x, weight, states)
+    if not _is_served(x, weight, bias, states):
+        return reference.decode_conv1d(x, weight, bias, states=states, slots=slots, silu=silu)
+    return _decode(x, weight, bias, states, slots, silu)
+
+
+def verify_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    step_states: torch.Tensor,
+    silu: bool = True,
+) -> torch.Tensor:
+    """As ``reference.verify_conv1d``; the bits are `decode_conv1d`'s."""
+    check_window(x, weight, states)
+    if not _is_served(x, weight, bias, states):
+        return reference.verify_conv1d(
+            x, weight, bias, states=states, slots=slots, step_states=step_states, silu=silu
+        )
+    windows, own = states[slots.long()], torch.arange(len(x), dtype=torch.int32)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    for step in range(x.shape[1]):
+        out[:, step] = _decode(x[:, step], weight, bias, windows, own, silu)
+        step_states[:, step] = windows
+    return out
+
+
+def _is_served(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor
+) -> bool:
+    return (
+        x.dtype in DTYPES
+        and x.dtype is weight.dtype is states.dtype
+        and (bias is None or bias.dtype is x.dtype)
+        and weight.shape[1] in WIDTHS
+        and has_whole_rows(states)
+    )
+
+
+def _decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    silu: bool,
+) -> torch.Tensor:
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    weight, out = weight.contiguous(), x.new_empty(x.shape)
+    function(f"decode_conv1d_{DTYPES[x.dtype]}", "pipppippiiiit")(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias),
+        states.data_ptr(), states.stride(0), slots.data_ptr(), out.data_ptr(), *x.shape,
+        weight.shape[1], silu, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,142 @@
+"""Gated DeltaNet with its decoding step by ``native.cpp``; see ``reference``."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.gdn import reference
+from kernels.gdn.reference import chunk_gdn, commit_states, gates
+from kernels.native import DTYPES, LANES, function, has_whole_rows
+
+__all__ = ["chunk_gdn", "commit_states", "decode_gdn", "gates", "verify_gdn"]
+
+MAX_KEY = 512
+
+
+def decode_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float | None = None,
+    max_beta: float = 1.0,
+) -> torch.Tensor:
+    """As ``reference.decode_gdn``."""
+    tokens = query, key, value, a, b
+    if not _is_served(tokens, A_log, dt_bias, states):
+        return reference.decode_gdn(
+            *tokens,
+            A_log,
+            dt_bias,
+            states=states,
+            slots=slots,
+            scale=scale,
+            max_beta=max_beta,
+        )
+    if scale is None:
+        scale = key.shape[-1] ** -0.5
+    return _decode(tokens, A_log, dt_bias, states, slots, scale, max_beta)
+
+
+def verify_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    step_states: torch.Tensor,
+    scale: float | None = None,
+    max_beta: float = 1.0,
+) -> torch.Tensor:
+    """As ``reference.verify_gdn``; the bits are `decode_gdn`'s."""
+    tokens = query, key, value, a, b
+    first = tuple(x[:, 0] for x in tokens)
+    if not _is_served(first, A_log, dt_bias, states):
+        return reference.verify_gdn(
+            *tokens,
+            A_log,
+            dt_bias,
+            states=states,
+            slots=slots,
+            step_states=step_states,
+            scale=scale,
+            max_beta=max_beta,
+        )
+    if scale is None:
+        scale = key.shape[-1] ** -0.5
+    current, own = states[slots.long()], torch.arange(len(query), dtype=torch.int32)
+    out = torch.empty(value.shape, dtype=value.dtype)
+    for step in range(query.shape[1]):
+        now = tuple(x[:, step] for x in tokens)
+        out[:, step] = _decode(now, A_log, dt_bias, current, own, scale, max_beta)
+        step_states[:, step] = current
+    return out
+
+
+def _is_served(
+    tokens: tuple[torch.Tensor, ...],
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    states: torch.Tensor,
+) -> bool:
+    dtype, key_dim, value_dim = tokens[0].dtype, states.shape[2], states.shape[3]
+    return (
+        dtype in DTYPES
+        and states.dtype in DTYPES
+        and all(x.dtype is dtype for x in tokens)
+        and A_log.dtype is dt_bias.dtype is torch.float32
+        and key_dim % LANES == 0
+        and value_dim % LANES == 0
+        and key_dim <= MAX_KEY
+        and has_whole_rows(states)
+    )
+
+
+def _decode(
+    tokens: tuple[torch.Tensor, ...],
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    max_beta: float,
+) -> torch.Tensor:
+    query, key, value = _same_stride(tokens[:3])
+    a, b = _same_stride(tokens[3:])
+    num_rows, num_heads, key_dim = query.shape
+    num_value_heads, value_dim = value.shape[1:]
+    out = torch.empty(value.shape, dtype=value.dtype)
+    function(f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}", "ppppppppippiiiiiiifft")(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
+        A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
+        slots.data_ptr(), out.data_ptr(), value.stride(0), a.stride(0), num_rows, num_heads,
+        num_value_heads, key_dim, value_dim, scale, max_beta, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _same_stride(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Parts ``[B, ...]`` of one stride between sequences, contiguous in each: as they are, if they
+    are slices of one tensor, else copied into one."""
+    stride = parts[0].stride(0)
+    if all(has_whole_rows(part) for part in parts) and (
+        len(parts[0]) == 1 or all(part.stride(0) == stride for part in parts)
+    ):
+        return parts
+    together = torch.cat([part.flatten(1) for part in parts], dim=1)
+    sizes = [part[0].numel() for part in parts]
+    return tuple(
+        slice.unflatten(1, part.shape[1:])
+        for slice, part in zip(together.split(sizes, dim=1), parts, strict=True)
+    )

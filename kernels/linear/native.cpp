@@ -1,0 +1,215 @@
+// x @ weight.T for a weight packed once: panels of 64 outputs, and in a panel, step after step, one
+// 32-bit word of each output's row: a float32, two bfloat16 or four int8. Every output is summed
+// word after word, in one register lane, for any number of rows and threads: so a row's bits are
+// its own. Only speed hangs on how rows and words are cut below.
+#include "../native.h"
+
+#ifdef __AVX512F__
+
+constexpr int64_t PANEL = 64;        // outputs
+constexpr int64_t VECTORS = 4;       // registers that hold a step of a panel
+constexpr int64_t TILE_ROWS = 6;     // with them, 24 sums and what they read fill the registers
+constexpr int64_t BLOCK_ROWS = 192;  // rows whose sums wait in the cache
+constexpr int64_t BLOCK_STEPS = 512; // of a panel that stay in the cache while rows pass by
+
+struct Float32 {
+    typedef __m512 Sum;
+    static Sum zero() { return _mm512_setzero_ps(); }
+    static Sum add(Sum sum, int32_t x, __m512i w) {
+        return _mm512_fmadd_ps(
+            _mm512_castsi512_ps(_mm512_set1_epi32(x)), _mm512_castsi512_ps(w), sum);
+    }
+    static Sum read(const int32_t* from) { return _mm512_loadu_ps((const float*)from); }
+    static void write(int32_t* to, Sum sum) { _mm512_storeu_ps((float*)to, sum); }
+};
+
+#ifdef __AVX512BF16__
+struct BFloat16Pairs : Float32 {
+    static Sum add(Sum sum, int32_t x, __m512i w) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)w);
+    }
+};
+#endif
+
+#ifdef __AVX512VNNI__
+struct Int8Fours {
+    typedef __m512i Sum;
+    static Sum zero() { return _mm512_setzero_si512(); }
+    static Sum add(Sum sum, int32_t x, __m512i w) {
+        // GCC 12 keeps the sums of its intrinsic in memory.
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(x)), "v"(w));
+        return sum;
+    }
+    static Sum read(const int32_t* from) { return _mm512_loadu_si512(from); }
+    static void write(int32_t* to, Sum sum) { _mm512_storeu_si512(to, sum); }
+};
+#endif
+
+template <class Op, int ROWS>
+static void tile(
+    const int32_t* x, int64_t stride, const int32_t* w, int64_t steps, int32_t* sums, bool first) {
+    typename Op::Sum acc[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++)
+            acc[r][v] = first ? Op::zero() : Op::read(sums + r * PANEL + v * 16);
+    for (int64_t s = 0; s < steps; s++, w += PANEL) {
+        __m512i b[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            _mm_prefetch((const char*)(w + 16 * PANEL + v * 16), _MM_HINT_T0);
+            b[v] = _mm512_loadu_si512(w + v * 16);
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = Op::add(acc[r][v], x[r * stride + s], b[v]);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) Op::write(sums + r * PANEL + v * 16, acc[r][v]);
+}
+
+template <class Op>
+static void tiles(
+    int64_t rows, const int32_t* x, int64_t stride, const int32_t* w, int64_t steps, int32_t* sums,
+    bool first) {
+    switch (rows) {
+        case 1: return tile<Op, 1>(x, stride, w, steps, sums, first);
+        case 2: return tile<Op, 2>(x, stride, w, steps, sums, first);
+        case 3: return tile<Op, 3>(x, stride, w, steps, sums, first);
+        case 4: return tile<Op, 4>(x, stride, w, steps, sums, first);
+        case 5: return tile<Op, 5>(x, stride, w, steps, sums, first);
+        default: return tile<Op, 6>(x, stride, w, steps, sums, first);
+    }
+}
+
+// finish(row, panel, sums) is called with the 64 sums of every row and panel.
+template <class Op, class Finish>
+static void multiply(
+    const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
+    int64_t outputs, int threads, Finish finish) {
+    int64_t panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads_for(panels * steps * (8 + 4 * rows), threads))
+    for (int64_t p = 0; p < panels; p++) {
+        alignas(64) int32_t sums[BLOCK_ROWS * PANEL];
+        const int32_t* panel = w + p * steps * PANEL;
+        for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
+            int64_t count = rows - begin < BLOCK_ROWS ? rows - begin : BLOCK_ROWS;
+            int64_t parts = (count + TILE_ROWS - 1) / TILE_ROWS;
+            for (int64_t s = 0; s < steps; s += BLOCK_STEPS) {
+                int64_t num_steps = steps - s < BLOCK_STEPS ? steps - s : BLOCK_STEPS;
+                for (int64_t part = 0; part < parts; part++) {
+                    int64_t from = count * part / parts, to = count * (part + 1) / parts;
+                    tiles<Op>(
+                        to - from, x + (begin + from) * stride + s, stride, panel + s * PANEL,
+                        num_steps, sums + from * PANEL, s == 0);
+                }
+            }
+            for (int64_t r = 0; r < count; r++) finish(begin + r, p, sums + r * PANEL);
+        }
+    }
+}
+
+// scale: of each output, or null.
+template <class Op, class T>
+static void multiply_float(
+    const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale, const T* bias,
+    T* y, int64_t steps, int64_t outputs, int threads) {
+    constexpr int64_t PER_WORD = 4 / sizeof(T);
+    multiply<Op>(
+        (const int32_t*)x, stride / PER_WORD, rows, w, steps, outputs, threads,
+        [=](int64_t row, int64_t panel, const int32_t* sums) {
+            int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
+            T* to = y + row * outputs + first;
+            float wide[PANEL];
+            memcpy(wide, sums, sizeof wide);
+            if (scale)
+                for (int64_t i = 0; i < count; i++) wide[i] *= scale[first + i];
+            if (bias)
+                for (int64_t i = 0; i < count; i++) wide[i] += widen(bias[first + i]);
+            for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(wide[i]);
+        });
+}
+
+EXPORT void linear_float32(
+    const float* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,
+    const float* bias, float* y, int64_t steps, int64_t outputs, int threads) {
+    multiply_float<Float32>(x, stride, rows, w, scale, bias, y, steps, outputs, threads);
+}
+
+#ifdef __AVX512BF16__
+EXPORT void linear_bfloat16(
+    const BFloat16* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,
+    const BFloat16* bias, BFloat16* y, int64_t steps, int64_t outputs, int threads) {
+    multiply_float<BFloat16Pairs>(x, stride, rows, w, scale, bias, y, steps, outputs, threads);
+}
+#endif
+
+#ifdef __AVX512VNNI__
+// Rows to int8 + 128, as the instruction wants them; the same numbers as int8.quantize_rows.
+template <class T>
+static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, float* scale) {
+    Lanes most = {}, nothing = {};  // nothing stays 0, unless an element is infinite or no number
+    int64_t i = 0;
+    float largest = 0.0f, rest = 0.0f;
+    for (; i + LANES <= size; i += LANES) {
+        Lanes b = load(x + i);
+        nothing += b * 0.0f;
+        for (int l = 0; l < LANES; l++) {
+            float magnitude = __builtin_fabsf(b[l]);
+            most[l] = magnitude > most[l] ? magnitude : most[l];
+        }
+    }
+    for (int l = 0; l < LANES; l++) largest = most[l] > largest ? most[l] : largest;
+    for (; i < size; i++) {
+        float magnitude = __builtin_fabsf(widen(x[i]));
+        largest = magnitude > largest ? magnitude : largest;
+        rest += magnitude * 0.0f;
+    }
+    float step = (largest > 1.17549435e-38f ? largest : 1.17549435e-38f) / 127.0f;
+    for (i = 0; i < size; i++)
+        to[i] = uint8_t(int32_t(__builtin_rintf(widen(x[i]) / step)) + 128);
+    memset(to + size, 128, padded - size);
+    *scale = step + (sum(nothing) + rest);
+}
+
+template <class T>
+static void multiply_int8(
+    const T* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
+    const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t outputs,
+    int threads) {
+    int64_t steps = (size + 3) / 4;
+    static thread_local std::vector<int32_t> words;
+    static thread_local std::vector<float> steps_of_rows;
+    words.resize(rows * steps);
+    steps_of_rows.resize(rows);
+    int32_t* quantized = words.data();
+    float* row_scale = steps_of_rows.data();
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * size / 2, threads))
+    for (int64_t r = 0; r < rows; r++)
+        quantize_row(
+            x + r * stride, size, steps * 4, (uint8_t*)(quantized + r * steps), row_scale + r);
+    multiply<Int8Fours>(
+        quantized, steps, rows, w, steps, outputs, threads,
+        [=](int64_t row, int64_t panel, const int32_t* sums) {
+            int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
+            T* to = y + row * outputs + first;
+            float factor = row_scale[row];
+            for (int64_t i = 0; i < count; i++) {
+                float wide = float(sums[i] - offsets[first + i]) * scale[first + i] * factor;
+                to[i] = narrow<T>(bias ? wide + widen(bias[first + i]) : wide);
+            }
+        });
+}
+
+EXPORT void linear_int8_float32(
+    const float* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
+    const int32_t* offsets, const float* scale, const float* bias, float* y, int64_t outputs,
+    int threads) {
+    multiply_int8(x, stride, rows, size, w, offsets, scale, bias, y, outputs, threads);
+}
+
+EXPORT void linear_int8_bfloat16(
+    const BFloat16* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
+    const int32_t* offsets, const float* scale, const BFloat16* bias, BFloat16* y,
+    int64_t outputs, int threads) {
+    multiply_int8(x, stride, rows, size, w, offsets, scale, bias, y, outputs, threads);
+}
+#endif
+#endif

@@ -1,0 +1,114 @@
+"""Linear layers by ``native.cpp``, which sums every row in one order, whatever the number of rows:
+so none is padded. Otherwise as ``reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernels.linear import reference
+from kernels.linear.reference import PRODUCTS, linear, linear_8bit, quantize, widened
+from kernels.native import DTYPES, address, function, has
+
+__all__ = ["PRODUCTS", "ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
+
+ROWS = 1
+"""See ``reference.ROWS``."""
+PANEL = 64
+"""Outputs that lie side by side in a packed weight."""
+
+
+def prepare(
+    weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear`` with this weight ``[M, N]``, which is copied and may be dropped."""
+    if not _is_served(weight):
+        return reference.prepare(weight, bias)
+    return NativeLinear(weight, None, bias)
+
+
+def prepare_8bit(
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear_8bit`` with this weight, for x of ``dtype``: int8 weights meet activations in int8,
+    fp8 ones are widened here, exactly where a row has one scale."""
+    if quantized.dtype is torch.int8 and scale.ndim == 1:
+        if has(f"linear_int8_{DTYPES.get(dtype)}"):
+            return NativeInt8Linear(quantized, scale, bias)
+        return reference.prepare_8bit(quantized, scale, bias, dtype)
+    if scale.ndim == 1 and _is_served(exact := quantized.to(dtype)):
+        return NativeLinear(exact, scale, bias)
+    return prepare(widened(quantized, scale, dtype), bias)
+
+
+def _is_served(weight: torch.Tensor) -> bool:
+    """Whether rows are whole words of 32 bits, of a dtype that this processor multiplies."""
+    has_words = weight.shape[1] * weight.element_size() % 4 == 0
+    return has_words and has(f"linear_{DTYPES.get(weight.dtype)}")
+
+
+class NativeLinear:
+    """``(x @ weight.T) * scale + bias`` for x ``[T, N]`` of the weight's dtype; scale: float32
+    ``[M]`` or None."""
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> None:
+        self._num_outputs = len(weight)
+        self._weight = pack(weight)
+        self._bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self._scale = None if scale is None else scale.contiguous()
+        self._address = self._weight.data_ptr()
+        self._steps = self._weight.shape[1]
+        self._multiply = function(f"linear_{DTYPES[weight.dtype]}", "piippppiit")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows, stride = x.shape[0], x.stride(0)
+        if x.stride(1) != 1 or stride % 2:
+            x = x.contiguous()
+            stride = x.stride(0)
+        out = x.new_empty(num_rows, self._num_outputs)
+        self._multiply(
+            x.data_ptr(), stride, num_rows, self._address, address(self._scale),
+            address(self._bias), out.data_ptr(), self._steps, self._num_outputs,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+class NativeInt8Linear:
+    """``int8.Int8Linear``, with the same bits."""
+
+    def __init__(
+        self, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        self._num_outputs, self._size = quantized.shape
+        self._weight = pack(F.pad(quantized, (0, -self._size % 4)))
+        # The instruction takes rows as unsigned: they are raised by 128, and the sums by this.
+        self._offsets = quantized.sum(dim=1, dtype=torch.int32).mul_(128)
+        self._scale, self._bias = scale.contiguous(), bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty(x.shape[0], self._num_outputs)
+        function(f"linear_int8_{DTYPES[x.dtype]}", "piiipppppit")(
+            x.data_ptr(), x.stride(0), x.shape[0], self._size, self._weight.data_ptr(),
+            self._offsets.data_ptr(), self._scale.data_ptr(),
+            address(self._bias), out.data_ptr(),
+            self._num_outputs, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``[M, N]`` in panels of 64 outputs, word by word: int32 ``[panels, words, 64]``, with zeros
+    for the outputs that the last one misses."""
+    words = weight.contiguous().view(torch.int32)
+    words = F.pad(words, (0, 0, 0, -len(words) % PANEL))
+    return words.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()

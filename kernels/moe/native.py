@@ -1,0 +1,62 @@
+"""Mixture of experts whose products are ``native.cpp``'s; see ``reference``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from kernels.linear import native
+from kernels.moe import reference
+from kernels.moe.reference import (
+    experts,
+    experts_8bit,
+    quantize_experts,
+    route,
+    route_sigmoid,
+    weighted_sum,
+)
+
+__all__ = [
+    "experts",
+    "experts_8bit",
+    "prepare",
+    "prepare_8bit",
+    "quantize_experts",
+    "route",
+    "route_sigmoid",
+    "weighted_sum",
+]
+
+
+def prepare(
+    w13: torch.Tensor, w2: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """As ``reference.prepare``."""
+    products = [
+        (native.prepare(up), native.prepare(down)) for up, down in zip(w13, w2, strict=True)
+    ]
+    return partial(
+        reference.sum_of_products, products=products, activate=reference.activation(w13, w2)
+    )
+
+
+def prepare_8bit(
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    dtype: torch.dtype,
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """As ``reference.prepare_8bit``."""
+    products = [
+        (
+            native.prepare_8bit(w13[e], w13_scale[e], None, dtype),
+            native.prepare_8bit(w2[e], w2_scale[e], None, dtype),
+        )
+        for e in range(len(w13))
+    ]
+    return partial(
+        reference.sum_of_products, products=products, activate=reference.activation(w13, w2)
+    )

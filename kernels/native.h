@@ -1,0 +1,118 @@
+// What the native kernels share. No sum depends on where a row lies, on how many there are, or on
+// the number of threads: loops over a row run in one order, and elementwise functions are made of
+// exactly rounded operations only, so that a vectorised and a scalar loop give the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+constexpr int64_t LANES = 16;
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+
+static inline float widen(BFloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+template <class T>
+T narrow(float x);
+
+template <>
+inline float narrow<float>(float x) {
+    return x;
+}
+
+template <>
+inline BFloat16 narrow<BFloat16>(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
+static inline Lanes load(const float* from) { return *(const Lanes*)from; }
+
+static inline Lanes load(const BFloat16* from) {
+    return (Lanes)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
+}
+
+static inline void store(float* to, Lanes x) { *(Lanes*)to = x; }
+
+// As narrow does.
+static inline void store(BFloat16* to, Lanes x) {
+    Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Words no_number = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    rounded = (no_number & 0x7fc0) | (~no_number & rounded);
+    *(Halves*)to = __builtin_convertvector(rounded, Halves);
+}
+
+static inline Lanes all(float x) { return Lanes{} + x; }
+
+static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+static inline float sum(Lanes x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+#endif
+}
+
+// e^x to two units in the last place; past float's range the largest or smallest normal number.
+static inline float exponential(float x) {
+    x = x > 88.3f ? 88.3f : x;
+    x = x < -87.3f ? -87.3f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = __builtin_fmaf(n, -0.693359375f, x);
+    r = __builtin_fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+    p = __builtin_fmaf(p, r * r, r) + 1.0f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Work of fewer cycles than this, as far as they can be told, is not worth a second thread.
+constexpr int64_t FEW_CYCLES = 1 << 14;
+
+static inline int threads_for(int64_t cycles, int threads) {
+    return cycles < FEW_CYCLES ? 1 : threads;
+}

@@ -1,0 +1,151 @@
+"""The native kernels: every ``native.cpp`` of this package in one library, compiled where it is
+first asked for and kept for the next time.
+
+Nothing needs them: without a C++ compiler the references serve. They give other bits than the
+references, so which of the two serves is decided once, before the first step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).resolve().parent
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
+    # An expression has one meaning, wherever it is inlined or vectorised.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
+)
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_TIMEOUT_S = 300
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What the functions compute with, and how their names end."""
+LANES = 16
+"""Elements of a register: heads whose sizes are multiples of it are computed here."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, compiled if it is not there yet (seconds); None where that is not possible."""
+    sources = sorted(SOURCES.glob("*/native.cpp"))
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or not sources:
+        return None
+    name = f"native-{_fingerprint(compiler, sources)}.so"
+    for folder in (Path.home() / ".cache" / "hybridcache", Path(tempfile.gettempdir())):
+        path = folder / name
+        try:
+            if not path.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                _compile(compiler, sources, path)
+            return ctypes.CDLL(str(path))
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def has(name: str) -> bool:
+    """Whether the library is there and has this function: not every processor gets all of them."""
+    found = library()
+    return found is not None and hasattr(found, name)
+
+
+@cache
+def function(name: str, kinds: str) -> Callable[..., None]:
+    """An exported function with the types of its arguments: ``p`` an address or None, ``i`` int64,
+    ``f`` float, ``t`` a number of threads."""
+    found = library()
+    assert found is not None
+    exported = getattr(found, name)
+    exported.restype = None
+    exported.argtypes = [KINDS[kind] for kind in kinds]
+
+    def call(*arguments: float | None) -> None:
+        if _observer.notes is not None:
+            _observer.notes(partial(exported, *arguments))
+        exported(*arguments)
+
+    return call
+
+
+@contextmanager
+def recorded(note: Callable[[Callable[[], object]], None]) -> Iterator[None]:
+    """``note`` gets every call of this thread as what makes it again, on the same addresses."""
+    _observer.notes = note
+    try:
+        yield
+    finally:
+        _observer.notes = None
+
+
+class _Observer(threading.local):
+    notes: Callable[[Callable[[], object]], None] | None = None
+
+
+_observer = _Observer()
+
+
+def has_whole_rows(x: torch.Tensor) -> bool:
+    """Whether ``x[0]``, and every other row, is contiguous."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its rows are contiguous, else a copy."""
+    return x if has_whole_rows(x) else x.contiguous()
+
+
+def address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _compile(compiler: str, sources: list[Path], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        command = [compiler, *FLAGS, *map(str, sources), *_openmp(), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
+        os.replace(made, path)
+
+
+def _openmp() -> list[str]:
+    """The runtime that torch has loaded already: two would each keep threads of their own."""
+    return [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")][:1]
+
+
+def _fingerprint(compiler: str, sources: list[Path]) -> str:
+    digest = hashlib.sha256(" ".join([*FLAGS, *_openmp(), torch.__version__]).encode())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest.update(version + platform.machine().encode() + _processor())
+    for path in (SOURCES / "native.h", *sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    """What it can do, as far as the system says: a home folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")

@@ -1,0 +1,80 @@
+// Root-mean-square norms, a row at a time: see reference.py. Rows come as [outer, inner, size], of
+// which only the outer stride is free.
+#include "../native.h"
+
+// In float32, with zeros past the row's end.
+template <class T>
+static inline Lanes load_part(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    Lanes x = {};
+    for (int64_t i = 0; i < count; i++) x[i] = widen(from[i]);
+    return x;
+}
+
+template <class T>
+static float factor_of(const T* x, int64_t size, float eps) {
+    Lanes squares[4] = {};
+    for (int64_t i = 0, turn = 0; i < size; i += LANES, turn = (turn + 1) % 4) {
+        Lanes b = load_part(x + i, size - i);
+        squares[turn] = multiply_add(b, b, squares[turn]);
+    }
+    float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    return 1.0f / __builtin_sqrtf(total / float(size) + eps);
+}
+
+// residual may be null; then so is sums.
+template <class T>
+static void rms_norm(
+    const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* weight,
+    T* normed, T* sums, int64_t outer, int64_t inner, int64_t size, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(outer * inner * size / 4, threads))
+    for (int64_t row = 0; row < outer * inner; row++) {
+        int64_t place = row % inner * size;
+        const T* from = x + row / inner * stride + place;
+        if (residual) {
+            const T* other = residual + row / inner * residual_stride + place;
+            T* total = sums + row * size;
+            for (int64_t i = 0; i < size; i++)
+                total[i] = narrow<T>(widen(from[i]) + widen(other[i]));
+            from = total;
+        }
+        float factor = factor_of(from, size, eps);
+        T* to = normed + row * size;
+        for (int64_t i = 0; i < size; i++) to[i] = narrow<T>(widen(from[i]) * factor * weight[i]);
+    }
+}
+
+template <class T>
+static void gated_rms_norm(
+    const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight, T* out,
+    int64_t outer, int64_t inner, int64_t size, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(2 * outer * inner * size, threads))
+    for (int64_t row = 0; row < outer * inner; row++) {
+        int64_t place = row % inner * size;
+        const T* from = x + row / inner * stride + place;
+        const T* open = gate + row / inner * gate_stride + place;
+        float factor = factor_of(from, size, eps);
+        T* to = out + row * size;
+        for (int64_t i = 0; i < size; i++)
+            to[i] = narrow<T>(widen(from[i]) * factor * weight[i] * silu(widen(open[i])));
+    }
+}
+
+#define NORMS(T, NAME)                                                                            \
+    EXPORT void rms_norm_##NAME(                                                                  \
+        const T* x, int64_t stride, const T* residual, int64_t residual_stride,                   \
+        const float* weight, T* normed, T* sums, int64_t outer, int64_t inner, int64_t size,      \
+        float eps, int threads) {                                                                 \
+        rms_norm(                                                                                 \
+            x, stride, residual, residual_stride, weight, normed, sums, outer, inner, size, eps,  \
+            threads);                                                                             \
+    }                                                                                             \
+    EXPORT void gated_rms_norm_##NAME(                                                            \
+        const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight,      \
+        T* out, int64_t outer, int64_t inner, int64_t size, float eps, int threads) {             \
+        gated_rms_norm(                                                                           \
+            x, stride, gate, gate_stride, weight, out, outer, inner, size, eps, threads);         \
+    }
+
+NORMS(float, float32)
+NORMS(BFloat16, bfloat16)

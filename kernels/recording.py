@@ -1,0 +1,104 @@
+"""A step of the native kernels, recorded once and repeated without Python between its calls.
+
+What is recorded are the native calls with their arguments, and the few operations of PyTorch that
+may stand between them. The tensors they work on are kept, so a repetition reads and writes the same
+memory: as a device graph does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.native import recorded
+
+aten = torch.ops.aten
+ALLOCATIONS = {
+    aten.empty.memory_format,
+    aten.new_empty.default,
+    aten.empty_like.default,
+}
+REPEATED = {
+    aten.cat.default,
+    aten.copy_.default,
+    aten.embedding.default,
+    aten.fill_.Scalar,
+    aten.index.Tensor,
+    aten.to.dtype,
+    aten._to_copy.default,
+}
+"""Repeated as they are. None of them reads a number on the host."""
+
+
+class NotRecordableError(Exception):
+    """Something else than native calls, views and a few operations was computed."""
+
+
+def record(work: Callable[[], None]) -> Callable[[], None]:
+    """Do ``work``, and return what does it again. Raises NotRecordableError, when it is done, for
+    operations that may depend on what was on the host."""
+    steps: list[Callable[[], object]] = []
+    with recorded(steps.append), _Watch(steps) as watch:
+        work()
+    if watch.others:
+        names = ", ".join(sorted(watch.others))
+        raise NotRecordableError(f"{names} can not be repeated")
+
+    def replay() -> None:
+        for step in steps:
+            step()
+
+    # The tensors live as long as what repeats the calls on them.
+    replay.kept = watch.kept  # type: ignore[attr-defined]
+    return replay
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, steps: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+        self.others: set[str] = set()
+        self._steps = steps
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = list(_tensors(result))
+        self.kept += made
+        memory = {x.untyped_storage().data_ptr() for x in _tensors((args, *kwargs.values()))}
+        is_view = all(x.untyped_storage().data_ptr() in memory for x in made)
+        if func in ALLOCATIONS or (is_view and not func._schema.is_mutable):
+            return result
+        if func not in REPEATED:
+            self.others.add(str(func))
+        elif func._schema.is_mutable:
+            self._steps.append(partial(func, *args, **kwargs))
+        else:
+            self._steps.append(partial(_compute_into, result, func, args, kwargs))
+        return result
+
+
+def _compute_into(
+    out: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    out.copy_(func(*args, **kwargs))
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those that have memory of their own: a packed weight has not."""
+    if isinstance(values, torch.Tensor):
+        if not values.is_mkldnn:
+            yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)

@@ -1,0 +1,114 @@
+"""The native kernels in the engine: near the references, exact on a hit and in company, recorded or
+not, and never needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.run import backends
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.schedule.batch import Batch
+from experiments.count_ops import count
+from kernels.native import library
+
+COMPILED = pytest.mark.skipif(library() is None, reason="no C++ compiler")
+FORMATS = pytest.mark.parametrize(
+    "dtype, quantization",
+    [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "fp8")],
+)
+
+
+def make_runner(dtype: str = "float32", **options) -> ModelRunner:
+    return ModelRunner(
+        EngineConfig(
+            device="cpu", dtype=dtype, cache_gib=0.1, max_model_len=512, max_running=8, **options
+        )
+    )
+
+
+def decoded(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]]:
+    """Logits of every step in which all prompts decode together."""
+    driver = driver_class(runner, scatter_seed=3)
+    begun = [driver.begin(prompt) for prompt in prompts]
+    sequences = [sequence for sequence, _ in begun]
+    segments = [driver.prefill_segment(s, len(s.tokens)) for s in sequences]
+    runner.forward(Batch(tuple(segments), (), tuple(write for _, write in begun)))
+    return [
+        list(runner.forward(Batch(tuple(driver.decode_segment(s, step) for s in sequences))))
+        for step in range(num_steps)
+    ]
+
+
+@COMPILED
+@FORMATS
+def test_company_and_recording_change_no_bit(
+    driver_class, random_tokens, dtype, quantization
+) -> None:
+    runner = make_runner(dtype, quantization=quantization)
+    assert runner.graphs[0] is not None
+    prompts = [random_tokens(length, length) for length in (100, 64, 7)]
+    together = decoded(driver_class, runner, prompts, 3)
+    runner.use_graphs("off")
+    assert runner.graphs == (None, None)
+    for rank, prompt in enumerate(prompts):
+        alone = decoded(driver_class, runner, [prompt], 3)
+        for step, [logits] in enumerate(alone):
+            assert torch.equal(logits, together[step][rank])
+
+
+@COMPILED
+@FORMATS
+def test_a_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) -> None:
+    runner, tokens = make_runner(dtype, quantization=quantization), random_tokens(150, 5)
+    driver = driver_class(runner, scatter_seed=3)
+    sequence, write = driver.begin(tokens)
+    checkpoint = driver.slot()
+    segment = driver.prefill_segment(
+        sequence, len(tokens), logits="all", exports=((64, checkpoint),)
+    )
+    cold = runner.forward(Batch((segment,), (), (write,)))
+    resumed, write = driver.begin(tokens, prefix=write[2][:64])
+    segments = (
+        driver.decode_segment(sequence, 7),
+        driver.prefill_segment(resumed, len(tokens), logits="all"),
+    )
+    mixed = runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
+    assert torch.equal(mixed[1:], cold[64:])
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_near_the_references(driver_class, random_tokens, dtype, error) -> None:
+    prompts = [random_tokens(90, 1), random_tokens(20, 2)]
+    native, plain = (
+        torch.stack([torch.stack(step) for step in decoded(driver_class, runner, prompts, 2)])
+        for runner in (make_runner(dtype), make_runner(dtype, kernels=backends.all_plain()))
+    )
+    assert (native - plain).abs().max() < error * plain.float().std()
+
+
+@COMPILED
+def test_a_step_dispatches_less_than_half() -> None:
+    plain, native, recorded = (count(way, 2) for way in ("reference", "native", "native, recorded"))
+    assert plain.native_calls == 0 < native.native_calls
+    assert 2 * native.dispatched < plain.dispatched
+    assert 8 * recorded.dispatched < native.dispatched
+
+
+@COMPILED
+def test_a_plain_kernel_among_them_is_not_recorded(driver_class, random_tokens) -> None:
+    runner = make_runner(kernels="attention=reference")
+    assert runner.graphs == (None, None)
+
+
+def test_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:
+    monkeypatch.setattr(backends.native, "library", lambda: None)
+    runner = make_runner()
+    assert set(runner.kernels.words().values()) == {"reference"}
+    [[logits]] = decoded(driver_class, runner, [random_tokens(10, 1)], 1)
+    assert logits.isfinite().all()
+    with pytest.raises(ModelError, match="kernel gdn can not be loaded as native: no C"):
+        make_runner(kernels="gdn=native")

@@ -1,0 +1,102 @@
+"""Recording what native kernels compute, and compiling them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+
+import pytest
+import torch
+
+from kernels import native
+from kernels.recording import NotRecordableError, record
+
+COMPILED = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+FOLDERS = sorted(path.parent.name for path in native.SOURCES.glob("*/native.py"))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_native_kernels_have_what_the_others_have(name) -> None:
+    """The functions that reference and Triton twins share, with the same arguments."""
+    pytest.importorskip("triton")
+    reference, fused, compiled = (
+        importlib.import_module(f"kernels.{name}.{word}")
+        for word in ("reference", "fused", "native")
+    )
+    shared = [
+        word
+        for word, found in vars(fused).items()
+        if inspect.isfunction(found) and inspect.isfunction(vars(reference).get(word))
+    ]
+    assert shared
+    for word in shared:
+        own, plain = getattr(compiled, word), getattr(reference, word)
+        assert list(inspect.signature(own).parameters) == list(inspect.signature(plain).parameters)
+
+
+@COMPILED
+def test_what_was_recorded_is_repeated_on_what_is_there_now() -> None:
+    from kernels.norm.native import rms_norm
+
+    table, weight = torch.randn(9, 32), torch.rand(32)
+    rows, out = torch.tensor([3, 4]), torch.empty(2, 32)
+
+    def work() -> None:
+        out.copy_(rms_norm(torch.cat([table[rows[:1]], table[rows[1:]]]), weight, 1e-6))
+
+    replay = record(work)
+    for wanted in ([3, 4], [8, 0]):
+        rows.copy_(torch.tensor(wanted))
+        out.fill_(torch.nan)
+        replay()
+        assert torch.equal(out, rms_norm(table[wanted], weight, 1e-6))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x + 1, lambda x: x.mul_(2), lambda x: x.sum(), lambda x: x.t().contiguous()],
+    ids=["add", "mul_", "sum", "contiguous"],
+)
+def test_other_operations_are_refused(operation) -> None:
+    with pytest.raises(NotRecordableError, match="aten"):
+        record(lambda: operation(torch.ones(2, 3)))
+
+
+class TestCompiling:
+    def test_no_compiler(self, monkeypatch) -> None:
+        monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+        assert native.library.__wrapped__() is None
+
+    @COMPILED
+    def test_a_compiler_that_fails(self, monkeypatch, tmp_path) -> None:
+        def fails(*args, **options):
+            raise subprocess.CalledProcessError(1, "c++")
+
+        monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
+        monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "t"))
+        monkeypatch.setattr(native, "_compile", fails)
+        assert native.library.__wrapped__() is None
+
+    @COMPILED
+    def test_a_home_that_can_not_be_written(self, monkeypatch, tmp_path) -> None:
+        (tmp_path / "home").write_text("a file where a folder should be")
+        monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "home")
+        monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+        monkeypatch.setattr(native, "SOURCES", tmp_path)
+        (tmp_path / "native.h").touch()
+        (tmp_path / "one").mkdir()
+        source = tmp_path / "one" / "native.cpp"
+        source.write_text('extern "C" __attribute__((visibility("default"))) void one() {}')
+        found = native.library.__wrapped__()
+        assert found is not None and hasattr(found, "one") and not hasattr(found, "two")
+        assert list(tmp_path.glob("native-*.so"))
+
+    @COMPILED
+    def test_another_source_is_another_library(self, monkeypatch, tmp_path) -> None:
+        before = native._fingerprint("c++", [])
+        source = tmp_path / "native.cpp"
+        source.write_text("int f() { return 1; }")
+        assert native._fingerprint("c++", [source]) != before
