@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -46,11 +46,11 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or not sources:
         return None
     name = f"native-{_fingerprint(compiler, sources)}.so"
-    for folder in (Path.home() / ".cache" / "hybridcache", Path(tempfile.gettempdir())):
+    for folder in _folders():
         path = folder / name
         try:
             if not path.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 _compile(compiler, sources, path)
             return ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError):
@@ -118,6 +118,14 @@ def whole_rows(x: torch.Tensor) -> torch.Tensor:
 
 def address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _folders() -> Iterator[Path]:
+    """Where the library may be kept: the user's own cache, or a new folder for this process alone.
+    Never where others could have put one of theirs."""
+    with suppress(RuntimeError):  # There is no home.
+        yield Path.home() / ".cache" / "hybridcache"
+    yield Path(tempfile.mkdtemp(prefix="hybridcache-"))
 
 
 def _compile(compiler: str, sources: list[Path], path: Path) -> None:
