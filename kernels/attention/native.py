@@ -9,8 +9,9 @@ from kernels.attention import reference
 from kernels.attention.reference import prefill_attention
 from kernels.attention.sequences import Sequences
 from kernels.native import DTYPES, LANES, function, has_whole_rows, whole_rows
+from kernels.packed import Packed
 
-__all__ = ["decode_attention", "prefill_attention"]
+__all__ = ["decode_attention", "prefill_attention", "verify_attention"]
 
 MAX_HEAD = 512
 
@@ -48,3 +49,22 @@ def decode_attention(
         num_heads // num_kv_heads, head_dim, scale, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def verify_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+) -> torch.Tensor:
+    """As ``reference.verify_attention``: every token is a sequence that ends with it."""
+    rows, ends = [], []
+    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, packed.lengths, strict=True):
+        rows += [row] * length
+        ends += range(kv_len - length + 1, kv_len + 1)
+    each = Sequences.of(rows, ends, query.device)
+    return decode_attention(query, key_pool, value_pool, table=table, sequences=each, scale=scale)

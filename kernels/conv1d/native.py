@@ -6,7 +6,8 @@ import torch
 
 from kernels.conv1d import reference
 from kernels.conv1d.reference import check_window, prefill_conv1d
-from kernels.native import DTYPES, address, function, has_whole_rows
+from kernels.native import DTYPES, address, function, has_whole_rows, verified_steps
+from kernels.packed import Packed
 
 __all__ = ["decode_conv1d", "prefill_conv1d", "verify_conv1d"]
 
@@ -35,21 +36,27 @@ def verify_conv1d(
     bias: torch.Tensor | None,
     *,
     states: torch.Tensor,
+    packed: Packed,
     slots: torch.Tensor,
-    step_states: torch.Tensor,
+    step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
     """As ``reference.verify_conv1d``; the bits are `decode_conv1d`'s."""
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
         return reference.verify_conv1d(
-            x, weight, bias, states=states, slots=slots, step_states=step_states, silu=silu
+            x,
+            weight,
+            bias,
+            states=states,
+            packed=packed,
+            slots=slots,
+            step_slots=step_slots,
+            silu=silu,
         )
-    windows, own = states[slots.long()], torch.arange(len(x), dtype=torch.int32)
     out = torch.empty(x.shape, dtype=x.dtype)
-    for step in range(x.shape[1]):
-        out[:, step] = _decode(x[:, step], weight, bias, windows, own, silu)
-        step_states[:, step] = windows
+    for rows, targets in verified_steps(packed, states, slots, step_slots):
+        out[rows] = _decode(x[rows], weight, bias, states, targets, silu)
     return out
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from kernels.gdn import reference
-from kernels.gdn.reference import chunk_gdn, commit_states, gates
-from kernels.native import DTYPES, LANES, function, has_whole_rows
+from kernels.gdn.reference import chunk_gdn, gates
+from kernels.native import DTYPES, LANES, function, has_whole_rows, verified_steps
+from kernels.packed import Packed
 
-__all__ = ["chunk_gdn", "commit_states", "decode_gdn", "gates", "verify_gdn"]
+__all__ = ["chunk_gdn", "decode_gdn", "gates", "verify_gdn"]
 
 MAX_KEY = 512
 
@@ -54,33 +55,32 @@ def verify_gdn(
     dt_bias: torch.Tensor,
     *,
     states: torch.Tensor,
+    packed: Packed,
     slots: torch.Tensor,
-    step_states: torch.Tensor,
+    step_slots: torch.Tensor,
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
     """As ``reference.verify_gdn``; the bits are `decode_gdn`'s."""
     tokens = query, key, value, a, b
-    first = tuple(x[:, 0] for x in tokens)
-    if not _is_served(first, A_log, dt_bias, states):
+    if not _is_served(tokens, A_log, dt_bias, states):
         return reference.verify_gdn(
             *tokens,
             A_log,
             dt_bias,
             states=states,
             slots=slots,
-            step_states=step_states,
+            packed=packed,
+            step_slots=step_slots,
             scale=scale,
             max_beta=max_beta,
         )
     if scale is None:
         scale = key.shape[-1] ** -0.5
-    current, own = states[slots.long()], torch.arange(len(query), dtype=torch.int32)
     out = torch.empty(value.shape, dtype=value.dtype)
-    for step in range(query.shape[1]):
-        now = tuple(x[:, step] for x in tokens)
-        out[:, step] = _decode(now, A_log, dt_bias, current, own, scale, max_beta)
-        step_states[:, step] = current
+    for rows, targets in verified_steps(packed, states, slots, step_slots):
+        now = tuple(x[rows] for x in tokens)
+        out[rows] = _decode(now, A_log, dt_bias, states, targets, scale, max_beta)
     return out
 
 
