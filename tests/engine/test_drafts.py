@@ -44,6 +44,7 @@ from engine.drafts.drafting import Drafting
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingInput
 from engine.run.model_runner import ModelRunner
+from engine.run.oracle import OracleRunner, OracleSampler
 from engine.run.sampler import Sampler
 from engine.schedule.plan import Task
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -382,3 +383,27 @@ def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: Make
     assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line
     assert line.endswith("steps do not overlap, and those that verify are no decode graphs")
     assert "drafts" not in start_screen(make_engine(), "")
+
+
+def test_a_guess_takes_no_memory_from_others() -> None:
+    """There are rows for the next tokens of both, not for four guesses of the older: it goes on
+    without, and the younger is not preempted."""
+    guesses = Guesses(lambda done, most: most)
+    prompts = [list(range(100)), list(range(100, 200))]
+    params = [SamplingParams(max_tokens=60), SamplingParams(max_tokens=2)]
+
+    def serve(drafting: Drafting | None) -> list[RequestOutput]:
+        engine = Engine(
+            EngineConfig(check=True),
+            runner=OracleRunner(204, 8),
+            sampler=OracleSampler(),
+            drafting=drafting,
+        )
+        return engine.generate(prompts, params)
+
+    plain = serve(None)
+    guesses.learn(plain)
+    outputs = serve(Drafting([guesses], max_tokens=4, max_verified=20))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+    assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
+    assert outputs[0].drafts.accepted.total() > 40

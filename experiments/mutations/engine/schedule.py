@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import ARENA, FAIR, SHORT_MEMORY, STEPS
+from experiments.mutations.engine.tests import (
+    ARENA,
+    DRAFTS,
+    FAIR,
+    LEASE_TESTS,
+    SHORT_MEMORY,
+    STEPS,
+    VERIFIED,
+)
 
 SCHEDULER = "engine/schedule/scheduler.py"
 PLAN = "engine/schedule/plan.py"
@@ -348,28 +356,28 @@ BREAKS_OF_SCHEDULE = (
         PLAN,
         "            if run[-1].token_id != guess:\n                break\n",
         "",
-        STEPS,
+        DRAFTS,
     ),
     Mutation(
         "guesses behind a stop count",
         SCHEDULER,
         "request.computed_len = request.scheduled_len = request.num_tokens - 1\n",
         "request.computed_len = request.scheduled_len = task.start + num_accepted + 1\n",
-        STEPS,
+        DRAFTS,
     ),
     Mutation(
         "rejected guesses count as computed",
         SCHEDULER,
         "request.computed_len = request.scheduled_len = request.num_tokens - 1\n",
         "request.scheduled_len = request.num_tokens - 1\n",
-        STEPS,
+        DRAFTS,
     ),
     Mutation(
         "a guess costs another request its memory",
         SCHEDULER,
         "            if self._manager.extend(request, ends[request] + len(draft.tokens))\n",
         "            if self._claim(request, ends[request] + len(draft.tokens))\n",
-        STEPS,
+        DRAFTS,
     ),
     Mutation(
         "who left is still drafted for",
@@ -377,7 +385,29 @@ BREAKS_OF_SCHEDULE = (
         "                self._forget_drafts(request)\n"
         "                self._running.remove(request)\n",
         "                self._running.remove(request)\n",
-        STEPS,
+        DRAFTS,
+    ),
+    Mutation(
+        "a state moves on by all that was guessed",
+        "engine/run/model_runner.py",
+        "            ends = [(segment.start + count, segment.slot), *segment.exports]\n",
+        "            ends = [(segment.start + count, segment.slot), *segment.exports]\n"
+        "            count = len(segment.token_ids)\n",
+        VERIFIED,
+    ),
+    Mutation(
+        "the state after the token that was rejected is taken",
+        "engine/run/model_runner.py",
+        "(first + position - segment.start - 1, slot)",
+        "(first + position - segment.start, slot)",
+        VERIFIED,
+    ),
+    Mutation(
+        "a rejected checkpoint counts",
+        "hybridcache/saving.py",
+        "        self._rolling = self._overwritten\n",
+        "",
+        (LEASE_TESTS,),
     ),
     # -- what a step's prefills may take of it
     Mutation(

@@ -15,6 +15,9 @@ BITS_TESTS = "tests/engine/test_hits_change_nothing.py"
 ASYNC_TESTS = "tests/engine/test_async_engine.py"
 LAYER_TESTS = "tests/engine/numerics/test_layers.py"
 POOLS_TESTS = "tests/engine/numerics/test_memory.py"
+DRAFT_TESTS = "tests/engine/test_drafts.py"
+VERIFY_TESTS = "tests/engine/numerics/test_verify.py"
+LEASE_TESTS = "tests/cache/test_lease.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
@@ -28,3 +31,5 @@ COUNTS = (COUNTS_TESTS,)
 THREAD = (ASYNC_TESTS,)
 LAYERS = (LAYER_TESTS,)
 POOL = (POOLS_TESTS, LAYER_TESTS)
+DRAFTS = (DRAFT_TESTS, *MACHINES)
+VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)

@@ -9,6 +9,7 @@ import torch
 from engine.config import EngineConfig
 from engine.run.memory import state_slot_bytes
 from engine.run.model_runner import ModelRunner
+from engine.run.warm_up import rehearsals
 from engine.schedule.batch import Batch, Segment
 
 ANSWER = 14
@@ -189,3 +190,16 @@ def test_a_mixer_that_only_decodes_gives_the_same_bits(
         monkeypatch.setattr(Attention, "verifies", False)
         monkeypatch.setattr(GatedDeltaNet, "verifies", False)
     assert all(map(torch.equal, *rows))
+
+
+def test_a_warm_up_rehearses_verification(make_driver) -> None:
+    """On padding, with tokens for all that may be verified; nobody's state is touched."""
+    runner = make_driver("qwen3_next").runner
+    before = states_of(runner, 0)
+    verified = [b for b in rehearsals(runner) if any(s.num_drafts for s in b.segments)]
+    assert sorted(len(batch.segments) for batch in verified) == [1, 2, 3, 4]
+    for batch in verified:
+        assert runner.forward(batch).shape == (2 * len(batch.segments), runner.vocab_size)
+    assert all(map(torch.equal, states_of(runner, 0), before))
+    plain = EngineConfig(device="cpu", kv_gib=0.05, state_gib=0.05)
+    assert not any(s.num_drafts for b in rehearsals(ModelRunner(plain)) for s in b.segments)
