@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hybridcache.tokens import Tokens
 
 SIZES = (6, 3)
 """Tokens that must agree, the most first. Fewer than three agree by chance too often."""
+FEW = 16
+"""Tokens; fewer are hashed one by one, for numpy would take longer."""
 FACTOR = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 
@@ -39,7 +43,7 @@ class SuffixIndex:
             if len(tokens) < size:
                 continue
             last = tokens[-size:]
-            end = ends.get(int(_hashes(last, size)[0]))
+            end = ends.get(_hash(last.tolist()))
             if end is not None and np.array_equal(tokens[end - size : end], last):
                 return np.resize(tokens[end : end + max_tokens], max_tokens)
         return tokens[:0]
@@ -49,9 +53,23 @@ class SuffixIndex:
         until = len(tokens) - 1
         for size, ends in zip(SIZES, self._ends, strict=True):
             first = max(self._num_indexed - size + 1, 0)
-            hashes = _hashes(tokens[first:until], size)
-            ends.update(zip(hashes.tolist(), range(first + size, until + 1), strict=True))
+            new = tokens[first:until]
+            if len(new) < FEW:
+                told = new.tolist()
+                hashes = [_hash(told[at : at + size]) for at in range(len(told) - size + 1)]
+            else:
+                hashes = _hashes(new, size).tolist()
+            ends.update(zip(hashes, range(first + size, until + 1), strict=True))
         self._num_indexed = max(self._num_indexed, until)
+
+
+def _hash(run: Sequence[int]) -> int:
+    """Of one run, as ``_hashes``."""
+    mixed = 0
+    for token in run:
+        mixed = ((mixed ^ token) * FACTOR) & MASK
+        mixed ^= mixed >> 29
+    return mixed
 
 
 def _hashes(tokens: Tokens, size: int) -> np.ndarray:

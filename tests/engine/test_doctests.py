@@ -8,10 +8,11 @@ from types import ModuleType
 import pytest
 
 from engine.command import flags, inspect
+from engine.drafts import pace, suffix
 from engine.text import templates, tokenizer
 from hybridcache import units
 
 
-@pytest.mark.parametrize("module", [flags, inspect, templates, tokenizer, units])
+@pytest.mark.parametrize("module", [flags, inspect, pace, suffix, templates, tokenizer, units])
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0

@@ -84,7 +84,7 @@ class TestCompiling:
     def test_a_home_that_can_not_be_written(self, monkeypatch, tmp_path) -> None:
         (tmp_path / "home").write_text("a file where a folder should be")
         monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "home")
-        monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+        monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
         monkeypatch.setattr(native, "SOURCES", tmp_path)
         (tmp_path / "native.h").touch()
         (tmp_path / "one").mkdir()
@@ -92,7 +92,7 @@ class TestCompiling:
         source.write_text('extern "C" __attribute__((visibility("default"))) void one() {}')
         found = native.library.__wrapped__()
         assert found is not None and hasattr(found, "one") and not hasattr(found, "two")
-        assert list(tmp_path.glob("native-*.so"))
+        assert list(tmp_path.glob("hybridcache-*/native-*.so"))
 
     @COMPILED
     def test_another_source_is_another_library(self, monkeypatch, tmp_path) -> None:

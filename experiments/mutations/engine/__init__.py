@@ -14,10 +14,12 @@ from experiments.mutations.engine.tests import (
     COUNTS,
     DRAWS,
     FAIRNESS_TESTS,
+    LEASE_TESTS,
     MACHINES,
     MEMORY,
     POOL,
     THREAD,
+    VERIFIED,
 )
 from experiments.mutations.engine.thread import BREAKS_OF_THREAD
 
@@ -39,6 +41,8 @@ ENGINE = Mutations(
         *COUNTS,
         *THREAD,
         *POOL,
+        *VERIFIED,
+        LEASE_TESTS,
     ),
     machines=MACHINES,
     copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),

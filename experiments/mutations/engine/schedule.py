@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import ARENA, DRAFTS, FAIR, SHORT_MEMORY, STEPS, VERIFIED
+from experiments.mutations.engine.tests import (
+    ARENA,
+    DRAFTS,
+    FAIR,
+    LEASE_TESTS,
+    SHORT_MEMORY,
+    STEPS,
+    VERIFIED,
+)
 
 SCHEDULER = "engine/schedule/scheduler.py"
 PLAN = "engine/schedule/plan.py"
@@ -399,7 +407,7 @@ BREAKS_OF_SCHEDULE = (
         "hybridcache/saving.py",
         "        self._rolling = self._overwritten\n",
         "",
-        ("tests/cache/test_lease.py",),
+        (LEASE_TESTS,),
     ),
     # -- what a step's prefills may take of it
     Mutation(

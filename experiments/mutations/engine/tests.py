@@ -17,6 +17,7 @@ LAYER_TESTS = "tests/engine/numerics/test_layers.py"
 POOLS_TESTS = "tests/engine/numerics/test_memory.py"
 DRAFT_TESTS = "tests/engine/test_drafts.py"
 VERIFY_TESTS = "tests/engine/numerics/test_verify.py"
+LEASE_TESTS = "tests/cache/test_lease.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
