@@ -68,6 +68,7 @@ class Common(TypedDict):
 
 def common(text: Fields) -> Common:
     """What is read alike for all families. Raises what ``sizes_of`` does, and ModelError."""
+    check_only(text, hidden_act="silu")
     sizes = sizes_of(text)
     longest = int(text.get("max_position_embeddings", 32768))
     for name, size in (("vocab_size", sizes.vocab), ("max_position_embeddings", longest)):
