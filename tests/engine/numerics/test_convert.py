@@ -141,6 +141,7 @@ def test_what_is_left_alone_of_a_published_model(tmp_path):
         "model.language_model.layers.0.mlp.gate.weight": few,
         "model.language_model.layers.0.mlp.gate_proj.weight": "",
         "model.language_model.layers.0.mlp.shared_expert_gate.weight": few,
+        "model.layers.0.block_sparse_moe.router.layer.weight": few,
         "model.visual.blocks.0.attn.qkv.weight": None,
         "mtp.fc.weight": few,
         "mtp.layers.0.self_attn.q_proj.weight": "",
