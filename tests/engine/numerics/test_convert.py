@@ -230,6 +230,7 @@ def test_command(oracles, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "files        int8 with a scale per output channel (compressed-tensors)" in shown
     config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] and "lm_head" in config["quantization_config"]["ignore"]
     gptq = tmp_path / "gptq.json"
     gptq.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     assert main(["inspect", str(gptq), "--json"]) == 0
