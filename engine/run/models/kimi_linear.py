@@ -43,7 +43,7 @@ class KimiLinear(Decoder):
         if text.get("q_lora_rank"):
             raise ModelError("latent attention with q_lora_rank is not supported: it must be null.")
         check_only(text, moe_router_activation_func="sigmoid", moe_layer_freq=1)
-        if int(text.get("num_expert_group") or 1) > 1:
+        if int(text.get("num_expert_group") or text.get("n_group") or 1) > 1:
             raise ModelError("experts in groups are not supported: num_expert_group must be 1.")
         if text.get("mla_use_nope", True) is False:
             raise ModelError(

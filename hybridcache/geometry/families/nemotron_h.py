@@ -40,7 +40,10 @@ def sizes(text: Fields) -> ModelSizes:
         "mlp": LayerSizes(mlp=fields.dense(text, matrices=2)),
         "moe": LayerSizes(mlp=fields.experts(text, matrices=2)),
     }
-    unknown = {WORDS.get(sort, sort) for sort in sorts} - set(made)
+    words = [WORDS.get(sort, sort) for sort in sorts]
+    unknown = set(words) - set(made)
     if unknown:
         raise SizesError(f"layers of unknown sort: {', '.join(sorted(unknown))}")
-    return fields.model(text, tuple(made[WORDS.get(sort, sort)] for sort in sorts))
+    if "moe" in words and made["moe"].mlp is None:
+        raise SizesError("n_routed_experts must be at least 1 in config.json: layers are moe.")
+    return fields.model(text, tuple(made[word] for word in words))
