@@ -68,7 +68,10 @@ class Common(TypedDict):
 
 def common(text: Fields) -> Common:
     """What is read alike for all families. Raises what ``sizes_of`` does, and ModelError."""
+    check_only(text, hidden_act="silu")
     sizes = sizes_of(text)
+    if any(getattr(mixer, "conv_width", 2) < 2 for mixer in sizes.mixers):
+        raise ModelError("convolutions of one tap, which keep no input, are not supported.")
     longest = int(text.get("max_position_embeddings", 32768))
     for name, size in (("vocab_size", sizes.vocab), ("max_position_embeddings", longest)):
         if size < 1:
@@ -89,7 +92,10 @@ def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
     """The mixer of a kind, of which all that the model has are alike. Raises ModelError."""
     found = {mixer for mixer in sizes.mixers if isinstance(mixer, kind)}
     if len(found) != 1:
-        raise ModelError(f"a model with {len(found)} sorts of {kind.__name__} is not supported.")
+        word = kind.__name__.removesuffix("Sizes").lower()
+        raise ModelError(
+            f"a model with {len(found)} sorts of {word} layers is not supported; one is."
+        )
     return found.pop()
 
 

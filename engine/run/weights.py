@@ -30,6 +30,9 @@ from engine.run.tensor_files import (
 SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
 """Parts of a model's files that are known and not served: multi-token prediction heads, the visual
 tower."""
+TIED_HEAD = "lm_head.weight"
+"""A copy of the embedding where a model ties them: files may have it or not, and lists of modules
+name it either way."""
 DUMMY_STD = 0.02
 CHUNK_BYTES = 2**24
 """What one worker reads of a tensor before another may go on with it."""
@@ -59,7 +62,7 @@ class WeightFiles:
             else:
                 self.tensors[model_name(tensor.name)] = tensor
         if quantization is not None:
-            names = (*self.tensors, *self.skipped)
+            names = (*self.tensors, *self.skipped, TIED_HEAD)
             quantization.check_ignored(name.rpartition(".")[0] for name in names)
 
     @property
@@ -80,8 +83,8 @@ class WeightFiles:
         self._check_dtypes(schemes)
         offsets = {offset_name(name) for name, scheme in schemes.items() if scheme is not None}
         unexpected = sorted(set(self.tensors) - set(wanted) - offsets)
-        if tied and "lm_head.weight" in unexpected:
-            unexpected.remove("lm_head.weight")  # a copy of the embedding
+        if tied and TIED_HEAD in unexpected:
+            unexpected.remove(TIED_HEAD)
         missing = sorted(set(wanted) - set(self.tensors))
         misshaped = [
             f"{name} is {list(self.tensors[name].shape)} instead of {list(shapes[0])}"

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hybridcache.geometry.families import sizes_of, text_part
 from hybridcache.geometry.shapes import preset_name, presets, sizes_of_shape
-from hybridcache.geometry.sizes import KVSpec, ModelSizes, StateSpec
+from hybridcache.geometry.sizes import KVSpec, ModelSizes, SizesError, StateSpec
 
 Lengths = npt.NDArray[np.int64]
 
@@ -81,10 +81,18 @@ class ModelGeometry:
         (bfloat16). Raises ValueError when it is no config of a language model, or has layers of a
         sort this project does not know.
         """
+        text = text_part(config)
         try:
-            return cls.from_sizes(name, sizes_of(text_part(config)), **dtypes)
+            sizes = sizes_of(text)
         except KeyError as error:
             raise ValueError(f"a model without field {error} is not supported") from error
+        except SizesError:
+            raise
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"a field has a value of the wrong type: {error}") from error
+        if not sizes.row_size:
+            raise ValueError("a model without a single attention layer is not supported")
+        return cls.from_sizes(name, sizes, **dtypes)
 
     @classmethod
     def load(cls, word: str, **dtypes: str) -> ModelGeometry:

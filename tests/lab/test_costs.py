@@ -221,6 +221,25 @@ def test_a_state_is_kept_in_the_presets_own_precision() -> None:
         ("[]", "a JSON object was expected, not list"),
         ('{"model_type": "bert"}', "a model without field 'num_attention_heads' is not supported"),
         (json.dumps(QWEN3_NEXT | {"layer_types": ["hyena"]}), "layers of unknown sort: hyena"),
+        (json.dumps(QWEN3_NEXT | {"head_dim": "wide"}), "a field has a value of the wrong type"),
+        (json.dumps(QWEN3_NEXT | {"linear_key_head_dim": None}), "a field has a value of the wr"),
+        (json.dumps(QWEN3_NEXT | {"num_attention_heads": 0, "head_dim": 0}), "a field has a value"),
+        (
+            json.dumps(QWEN3_NEXT | {"linear_key_head_dim": -8}),
+            r"sizes in config\.json must be at least 1: a layer would keep 32 x -8 x 128 numbers",
+        ),
+        (
+            json.dumps(PUBLISHED["Granite-4.0-H-Tiny"] | {"mamba_d_state": 0}),
+            r"sizes in config\.json must be at least 1: a layer would keep 48 x 0 x 64 numbers",
+        ),
+        (
+            json.dumps(PUBLISHED["Granite-4.0-H-Tiny"] | {"mamba_n_groups": 5}),
+            "mamba_n_heads must be a multiple of mamba_n_groups",
+        ),
+        (
+            json.dumps(PUBLISHED["Jamba-1.5-Mini"] | {"attn_layer_period": -1}),
+            "a model without a single attention layer is not supported",
+        ),
     ],
 )
 def test_a_config_that_is_none_is_named_with_its_file(tmp_path, text: str, problem: str) -> None:

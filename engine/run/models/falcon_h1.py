@@ -14,7 +14,6 @@ from engine.run.model_config import (
     Fields,
     ModelConfig,
     ModelError,
-    check_only,
     common,
     mixer_of,
     rope,
@@ -56,8 +55,6 @@ class FalconH1(Decoder):
 
     @classmethod
     def read(cls, text: Fields) -> ModelConfig:
-        """Raises ModelError for what no published model of the family has."""
-        check_only(text, hidden_act="silu")
         shared = common(text)
 
         def number(name: str) -> float:

@@ -14,7 +14,6 @@ from engine.run.layers.routed import Beside, RoutedExperts, SoftmaxRouter
 from engine.run.model_config import (
     Fields,
     ModelConfig,
-    check_only,
     common,
     mixer_of,
     rope,
@@ -46,8 +45,6 @@ class GraniteMoeHybrid(Decoder):
 
     @classmethod
     def read(cls, text: Fields) -> ModelConfig:
-        """Raises ModelError for what no published model of the family has."""
-        check_only(text, hidden_act="silu")
         shared = common(text)
         rotates = text.get("position_embedding_type") == "rope"
         head_dim = mixer_of(shared["sizes"], AttentionSizes).head_dim

@@ -11,7 +11,7 @@ from engine.run.layers.mamba1 import Mamba1
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.routed import RoutedExperts, SoftmaxRouter
-from engine.run.model_config import Fields, ModelConfig, check_only, common
+from engine.run.model_config import Fields, ModelConfig, common
 from engine.run.models.decoder import Decoder, Step
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
@@ -36,8 +36,6 @@ class Jamba(Decoder):
 
     @classmethod
     def read(cls, text: Fields) -> ModelConfig:
-        """Raises ModelError for what no published model of the family has."""
-        check_only(text, hidden_act="silu")
         shared = common(text)
         rank = text.get("mamba_dt_rank", "auto")
         return JambaConfig(

@@ -12,7 +12,7 @@ from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.residual import FeedForward, Mixer
 from engine.run.layers.routed import Beside, RoutedExperts, SigmoidRouter
-from engine.run.model_config import Fields, ModelConfig, ModelError, common
+from engine.run.model_config import Fields, ModelConfig, ModelError, check_only, common
 from engine.run.models.decoder import Decoder
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
@@ -42,7 +42,8 @@ class KimiLinear(Decoder):
         """Raises ModelError for what no published model of the family has."""
         if text.get("q_lora_rank"):
             raise ModelError("latent attention with q_lora_rank is not supported: it must be null.")
-        if int(text.get("num_expert_group") or 1) > 1:
+        check_only(text, moe_router_activation_func="sigmoid", moe_layer_freq=1)
+        if int(text.get("num_expert_group") or text.get("n_group") or 1) > 1:
             raise ModelError("experts in groups are not supported: num_expert_group must be 1.")
         if text.get("mla_use_nope", True) is False:
             raise ModelError(

@@ -17,7 +17,8 @@ class Qwen3(Decoder):
     @classmethod
     def read(cls, text: Fields) -> ModelConfig:
         """Raises ModelError for sliding windows."""
-        if text.get("use_sliding_window"):
+        sorts = text.get("layer_types") or ()
+        if text.get("use_sliding_window") or "sliding_attention" in sorts:
             raise ModelError("sliding-window attention is not supported.")
         return super().read(text)
 

@@ -180,12 +180,14 @@ def _copy_rest(source: Path, target: Path) -> None:
 
 
 def _section(pieces: Sequence[Piece], scheme: Scheme) -> dict[str, Any]:
-    """``quantization_config``: every matrix that was left alone by its full name."""
+    """``quantization_config``: every matrix that was left alone by its full name, and the head,
+    which has no tensor where it is tied, but which other readers take for a linear layer."""
     left = [
         piece.module
         for piece in pieces
         if piece.scheme is None and len(piece.shape) > 1 and piece.name.endswith(".weight")
     ]
+    left += [] if "lm_head" in left else ["lm_head"]
     if scheme.format == "fp8":
         return {
             "quant_method": "fp8",

@@ -60,15 +60,19 @@ def read_quantization(
 
 
 def _fp8(section: Mapping[str, Any]) -> Quantization:
-    """Of DeepSeek's and Qwen's form: e4m3, a scale for each block."""
+    """Of DeepSeek's and Qwen's form: e4m3, a scale for each block. Where no list says otherwise
+    everything but the head is in 8 bits, as in Qwen3's dense models."""
     if section.get("fmt", "e4m3") != "e4m3":
         raise ModelError(f"fp8 weights in {section['fmt']} are not served; e4m3 is.")
+    activations = section.get("activation_scheme", "dynamic")
+    if activations != "dynamic":
+        raise ModelError(f"fp8 weights with {activations} activations are not served; {REMEDY}.")
     size = section.get("weight_block_size")
     if size is None:
         raise ModelError(f"fp8 weights without weight_block_size are not served; {REMEDY}.")
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
-    ignored = Names.of(section.get(key) or (), anywhere=True)
+    ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
     return Quantization("quant_method fp8", (Group(scheme, None),), ignored, key)
 
 

@@ -19,7 +19,10 @@ from engine.run.tensor_files import FULL_DTYPES, Tensor, WeightsError
 SHARD_BYTES = 4 * 2**30
 """A file is begun anew before it would be larger."""
 
-LEFT_ALONE = (*(f"re:(.*\\.)?{word}$" for word in FULL_PRECISION), "re:(.*\\.)?mtp\\.fc$")
+LEFT_ALONE = (
+    *(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION),
+    "re:(.*\\.)?mtp\\.fc$",
+)
 """Layers in which few numbers decide much: router and shared-expert gates, the gates of linear
 attention, the head, what joins the tokens of multi-token prediction."""
 OTHER_KINDS = re.compile(r"(.*\.)?(\w*embed\w*|wte|visual\..*|vision_tower\..*|vision_model\..*)")

@@ -24,8 +24,16 @@ Fields = Mapping[str, Any]
 
 
 def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
-    """A model of these layers."""
-    return ModelSizes(hidden(text), int(text.get("vocab_size", 0)), layers)
+    """A model of these layers. Raises SizesError where one keeps nothing or less."""
+    made = ModelSizes(hidden(text), int(text.get("vocab_size", 0)), layers)
+    for spec in made.specs():
+        if min(spec.shape) < 1:
+            shape = " x ".join(map(str, spec.shape))
+            raise SizesError(
+                f"sizes in config.json must be at least 1: a layer would keep {shape} numbers "
+                f"({spec.name})."
+            )
+    return made
 
 
 def hidden(text: Fields) -> int:
@@ -76,9 +84,9 @@ def attention(text: Fields, *, gated: bool = False) -> AttentionSizes:
 def latent_attention(text: Fields) -> LatentAttentionSizes:
     """As DeepSeek names it."""
     return LatentAttentionSizes(
-        num_heads=int(text["num_attention_heads"]),
-        rank=int(text["kv_lora_rank"]),
-        rope_dim=int(text["qk_rope_head_dim"]),
+        num_heads=check_size("num_attention_heads", int(text["num_attention_heads"])),
+        rank=check_size("kv_lora_rank", int(text["kv_lora_rank"])),
+        rope_dim=check_size("qk_rope_head_dim", int(text["qk_rope_head_dim"])),
         nope_dim=int(text.get("qk_nope_head_dim") or 128),
         value_dim=int(text.get("v_head_dim") or 128),
     )
@@ -103,6 +111,8 @@ def gated_delta_net(text: Fields) -> DeltaSizes:
 def mamba2(text: Fields) -> MambaSizes:
     """As Bamba names it, and Granite and Falcon after it."""
     heads = check_size("mamba_n_heads", int(text["mamba_n_heads"]))
+    groups = check_size("mamba_n_groups", int(text["mamba_n_groups"]))
+    check_multiple("mamba_n_heads", heads, "mamba_n_groups", groups)
     dim = text.get("mamba_d_head") or "auto"
     if dim == "auto":
         inner = int(text.get("mamba_d_ssm") or int(text.get("mamba_expand") or 2) * hidden(text))
@@ -112,7 +122,7 @@ def mamba2(text: Fields) -> MambaSizes:
         num_heads=heads,
         head_dim=int(dim),
         state_dim=int(text["mamba_d_state"]),
-        num_groups=int(text["mamba_n_groups"]),
+        num_groups=groups,
         conv_width=int(text["mamba_d_conv"]),
     )
 

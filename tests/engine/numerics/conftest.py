@@ -37,6 +37,9 @@ def make_oracle(family: str) -> Any:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif "A_log" not in name:
                 parameter.mul_(2.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # of routers: zero where nobody trained
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     return model
 
 

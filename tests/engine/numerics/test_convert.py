@@ -141,6 +141,7 @@ def test_what_is_left_alone_of_a_published_model(tmp_path):
         "model.language_model.layers.0.mlp.gate.weight": few,
         "model.language_model.layers.0.mlp.gate_proj.weight": "",
         "model.language_model.layers.0.mlp.shared_expert_gate.weight": few,
+        "model.layers.0.block_sparse_moe.router.layer.weight": few,
         "model.visual.blocks.0.attn.qkv.weight": None,
         "mtp.fc.weight": few,
         "mtp.layers.0.self_attn.q_proj.weight": "",
@@ -229,6 +230,7 @@ def test_command(oracles, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "files        int8 with a scale per output channel (compressed-tensors)" in shown
     config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] and "lm_head" in config["quantization_config"]["ignore"]
     gptq = tmp_path / "gptq.json"
     gptq.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     assert main(["inspect", str(gptq), "--json"]) == 0

@@ -8,6 +8,7 @@ import pytest
 from engine.run.model_config import ModelError
 from engine.run.models import read_model
 from hybridcache.geometry.model import ModelGeometry
+from tests.engine.numerics.families import qwen3
 
 LFM2 = {
     "model_type": "lfm2",
@@ -27,6 +28,7 @@ LFM2 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 65536,
 }
+QWEN3 = {"model_type": "qwen3", **qwen3.CONFIG}
 FULL = [4, 8, 12, 16, 20, 24, 27]
 KIMI_LINEAR = {
     "model_type": "kimi_linear",
@@ -106,6 +108,13 @@ def test_fields_that_a_family_names_for_itself() -> None:
         (LFM2, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' are not supported"),
         (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank is not supported"),
         (KIMI_LINEAR, {"num_expert_group": 8}, "num_expert_group must be 1"),
+        (KIMI_LINEAR, {"num_expert_group": None, "n_group": 8}, "num_expert_group must be 1"),
+        (QWEN3, {"use_sliding_window": True}, "sliding-window attention is not supported"),
+        (QWEN3, {"layer_types": ["sliding_attention"] * 4}, "sliding-window attention is not"),
+        (LFM2, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
+        (KIMI_LINEAR, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        (KIMI_LINEAR, {"moe_router_activation_func": "softmax"}, "'softmax' is not supported"),
+        (KIMI_LINEAR, {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; 1 is"),
         (KIMI_LINEAR, {"mla_use_nope": False}, "rotated latent attention is not supported"),
         (KIMI_LINEAR, {"mlp_layer_types": ["dense"]}, "mlp_layer_types .* must name 27 layers"),
         (KIMI_LINEAR, {"linear_attn_config": None}, "has no 'linear_num_heads'"),

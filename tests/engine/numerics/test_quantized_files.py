@@ -168,6 +168,28 @@ def test_fp8_by_channel(checkpoint, driver_class, random_tokens):
     assert torch.equal(driver_class(load(path)).cold(tokens), expected)
 
 
+def test_the_head_needs_no_list(checkpoint):
+    """Published files of dense models list no exceptions: all linear layers but the head."""
+    path = checkpoint("qwen3")
+    fp8(path)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]["modules_to_not_convert"]
+    (path / "config.json").write_text(json.dumps(config))
+    load(path)
+
+
+def test_the_head_may_be_listed_and_tied(checkpoint):
+    """Every list of compressed-tensors begins with the head, which no file of a tied model has."""
+    path = checkpoint("qwen3")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors")
+    int8(path, lambda left: eight_bit.compressed_section(["lm_head"]))
+    load(path)
+
+
 def test_parts_of_one_product_may_differ(checkpoint, driver_class, random_tokens):
     """Keys and up-projections left alone, and one expert of many."""
     path, tokens = checkpoint("qwen3_5_moe"), random_tokens(70, seed=7)
@@ -272,6 +294,10 @@ COMPRESSED = eight_bit.compressed_section(["lm_head"])
         (5, "quantization_config in config.json must be an object"),
         ({"quant_method": "fp8"}, "fp8 weights without weight_block_size are not served"),
         ({"quant_method": "fp8", "weight_block_size": [0]}, "must be two positive integers"),
+        (
+            {"quant_method": "fp8", "activation_scheme": "static"},
+            "fp8 weights with static activations are not served",
+        ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights in e5m2 are not served; e4m3 is"),
         (
             eight_bit.compressed_section([], weights={"num_bits": 4}),
