@@ -76,7 +76,7 @@ class TestCompiling:
             raise subprocess.CalledProcessError(1, "c++")
 
         monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
-        monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "t"))
+        monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
         monkeypatch.setattr(native, "_compile", fails)
         assert native.library.__wrapped__() is None
 

@@ -58,7 +58,7 @@ def test_every_kernel_in_one_engine(name, oracles, driver_class, random_tokens) 
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
-@pytest.mark.parametrize("quantization, error", [("int8", 0.05), ("fp8", 0.15)])
+@pytest.mark.parametrize("quantization, error", [("int8", 0.06), ("fp8", 0.15)])
 def test_8bit_weights_stay_near_and_exact(
     name, oracles, driver_class, random_tokens, quantization, error
 ) -> None:
