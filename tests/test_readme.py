@@ -42,7 +42,10 @@ def test_the_commands_parse() -> None:
     """Every `hybridcache` and `engine` command of the README is one that its parser knows."""
     for line in re.findall(r"^(?:hybridcache|engine) .*$", README, re.MULTILINE):
         words = line.split("  ")[0].split("#")[0].split()
-        assert words[1] in ("trace", "simulate", "optimum", "advise", "serve", "inspect"), line
+        assert words[1] in (
+            *("trace", "simulate", "optimum", "advise"),
+            *("serve", "inspect", "convert"),
+        ), line
         flags = {word for word in words if word.startswith("--")}
         depth = 3 if words[:2] == ["hybridcache", "trace"] else 2
         command = [sys.executable, "-m", words[0], *words[1:depth], "--help"]
