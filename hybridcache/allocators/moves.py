@@ -57,7 +57,7 @@ class Move(NamedTuple):
         ascending. O(k)."""
         size = len(self.new_rows)
         offsets = rows - np.int32(self.slab * size)
-        positions = np.flatnonzero(offsets.view(np.uint32) < size)
+        positions = (offsets.view(np.uint32) < size).nonzero()[0]
         if len(positions):
             rows[positions] = self.new_rows.take(offsets.take(positions))
         return positions

@@ -3,6 +3,7 @@ sentence."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -341,6 +342,16 @@ def test_a_class_of_ours_is_as_good_as_its_word(policy: type[EvictionPolicy]) ->
     mine = simulate("short?head=60", gib=0.3, policy=policy, bound=False).runs[0]
     theirs = simulate("short?head=60", gib=0.3, policy=word, bound=False).runs[0]
     assert mine.cached_tokens == theirs.cached_tokens
+
+
+@pytest.mark.parametrize("word", sorted(EVICTION))
+def test_an_instance_of_ours_can_be_copied_and_orders_as_before(word: str) -> None:
+    instance = make_eviction(word)()
+    orders = []
+    for policy in (copy.deepcopy(instance), instance):
+        items = [FakeItem(f"{n}", last_used=n, created=n, span=9 - n) for n in range(4)]
+        orders.append(offer(policy, *items))
+    assert orders[0] == orders[1] and len(orders[0]) == 4
 
 
 @pytest.mark.parametrize(

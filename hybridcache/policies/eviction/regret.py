@@ -15,6 +15,13 @@ was seen."""
 COMMON = frozenset({"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1"})
 """Labels of places where prompts are known to part; all others speculate."""
 SPECULATIVE_PRIOR = 0.125
+PRIORS = {
+    (False, False): 1.0,
+    (False, True): SPECULATIVE_PRIOR,
+    (True, False): SUPERSEDED_PRIOR,
+    (True, True): SUPERSEDED_PRIOR * SPECULATIVE_PRIOR,
+}
+"""By (superseded, speculative)."""
 MAX_TURN = 8
 """Generations of a lineage that are distinguished."""
 SAMPLE = 1024
@@ -215,9 +222,7 @@ class Regret(EvictionPolicy):
             memo.key = _class_of(item, memo.turn)
         else:
             memo.key = memo.demand
-        superseded, speculative = memo.key[0]
-        prior = SUPERSEDED_PRIOR if superseded else 1.0
-        row = self.survival.row(memo.key, prior * SPECULATIVE_PRIOR if speculative else prior)
+        row = self.survival.row(memo.key, PRIORS[memo.key[0]])
         memo.cell, memo.entered = row * NUM_BINS, memo.active
         memo.stage = self.survival.open(row, memo.active)
 
@@ -232,28 +237,31 @@ class Regret(EvictionPolicy):
             if count > SAMPLE:
                 first = self._random.randrange(count - SAMPLE)
                 last, rates = first + SAMPLE, None
-            worths = columns.worths[first:last]
             if rates is None:
                 bins = age_bins(self.now - columns.times[first:last], self.now)
                 bins += columns.cells[first:last]
                 rates = self.survival.index.take(bins)
-            place = int((rates * worths).argmin())
+                worths = columns.worths[first:last]
+                values = rates * worths
+            place = int(values.argmin())
             item = columns.items[first + place]
             worth = _worth(item)
             if worth <= worths.item(place) * 1.0001:
                 break
             worths[place] = worth
+            values[place] = rates.item(place) * worth
         return item
 
 
 def _class_of(item: Item, turn: int) -> Class:
     """From coarse to fine: each entry narrows the one before, and where evidence is short the
     coarser one speaks."""
+    label, uses = item.label, item.uses
     return (
-        (item.superseded, item.label not in COMMON),
-        item.label or item.kind,
-        min(item.uses, 2),
-        min(turn, MAX_TURN),
+        (item.superseded, label not in COMMON),
+        label or item.kind,
+        uses if uses < 2 else 2,
+        turn if turn < MAX_TURN else MAX_TURN,
         item.position.bit_length(),
     )
 

@@ -16,6 +16,7 @@ of the loop is kept.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -40,7 +41,7 @@ _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
-_BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.int8)
+_BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
 DOUBT = 2.0
 """Standard deviations by which a class's uses must differ from what its parent's hazard foretells
 before its level departs from it, and then only by what is left."""
@@ -58,7 +59,7 @@ def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
     """Bin of every age, none above ``oldest``; below 0 counts as 0. O(n)."""
     if oldest >= _SMALL:
         return np.searchsorted(EDGES, np.maximum(ages, 0), side="right") - 1
-    return _BIN_OF.take(ages, mode="clip").astype(np.intp)
+    return _BIN_OF.take(ages, mode="clip")
 
 
 class _Generation(NamedTuple):
@@ -95,13 +96,14 @@ class Survival:
         self.index: Floats = np.zeros((64, NUM_BINS))
         """Uses per request that keeping gives, by row and age bin; up to the bins that an age can
         reach before the next ``refresh``."""
-        self._open: Ints = np.full(max_open, -1, np.int64)
-        """When each open stage was entered and its row in one number; -1: unused. Thousands are
-        read at a time."""
-        self._codes = self._open.data  # numbers go in and out of it faster
+        self._open = array("q", [-1]) * max_open
+        """When each open stage was entered and its row in one number; -1: unused."""
         self._unused = list(range(max_open))
         self._places: dict[int, int] = {}
         """Where in ``_open`` a stage lies; the oldest first."""
+        self._oldest = 0
+        """No stage before it is open. The first key of a dictionary is not found in O(1) once many
+        before it were taken out."""
         self._num_opened = 0
         self._changes = 0
         self._refreshed_at = 0
@@ -135,9 +137,11 @@ class Survival:
         stage = self._num_opened
         self._num_opened = stage + 1
         if not self._unused:
-            self.close(next(iter(self._places)), now, used=False)
+            while self._oldest not in self._places:
+                self._oldest += 1
+            self.close(self._oldest, now, used=False)
         place = self._places[stage] = self._unused.pop()
-        self._codes[place] = now << _ROW_BITS | row
+        self._open[place] = now << _ROW_BITS | row
         return stage
 
     def close(self, stage: int, now: int, used: bool) -> None:
@@ -146,8 +150,8 @@ class Survival:
         place = self._places.pop(stage, None)
         if place is None:
             return
-        code = self._codes[place]
-        self._codes[place] = -1
+        code = self._open[place]
+        self._open[place] = -1
         self._unused.append(place)
         ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
@@ -216,7 +220,8 @@ class Survival:
 
     def _at_risk(self, now: int) -> Floats:
         """Time spent in each bin by all stages, ended or not, by row."""
-        codes = self._open[self._open >= 0]
+        codes = np.frombuffer(self._open, np.int64)
+        codes = codes[codes >= 0]
         reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
         reached += self._reached[: len(reached)]
         partial += self._partial[: len(partial)]
@@ -254,7 +259,9 @@ class Survival:
         assert sorted(taken + self._unused) == list(range(self._max_open)), (
             "a place is lost, or held twice"
         )
-        assert taken == np.flatnonzero(self._open >= 0).tolist(), "an unused place has a stage"
+        assert taken == [place for place, code in enumerate(self._open) if code >= 0], (
+            "an unused place has a stage"
+        )
         assert list(self._places) == sorted(self._places), "the oldest stage is not the first"
         for counts in (self._events, self._reached, self._partial):
             assert not counts[len(self._parents) :].any(), "something was counted in no class"
