@@ -79,12 +79,8 @@ class Attention:
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Attend to this step's and all earlier tokens; writes this step's KV. ``[T, HQ * D]``."""
-        tokens = inputs.num_tokens
         key_pool, value_pool = pools
-        _, query, key, value = projected[:tokens].split(self._widths, dim=-1)
-        query, key = self._prepare(query, key, inputs)
-        value = value.view(tokens, -1, self.sizes.head_dim)
-        self._cache_write.write_kv(key, value, key_pool, value_pool, inputs.kv_indices)
+        query = self.write(projected, inputs, pools)
         outs, verified = [], inputs.num_decode + inputs.num_verify
         if inputs.decode is not None:
             outs.append(
@@ -122,6 +118,15 @@ class Attention:
                 )
             )
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
+
+    def write(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Write this step's KV. The queries, ``[T, HQ, D]``."""
+        tokens = inputs.num_tokens
+        _, query, key, value = projected[:tokens].split(self._widths, dim=-1)
+        query, key = self._prepare(query, key, inputs)
+        value = value.view(tokens, -1, self.sizes.head_dim)
+        self._cache_write.write_kv(key, value, *pools, inputs.kv_indices)
+        return query
 
     def _prepare(
         self, query: torch.Tensor, key: torch.Tensor, inputs: LayerInputs

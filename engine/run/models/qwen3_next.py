@@ -12,11 +12,12 @@ import torch
 from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.linear import Part
 from engine.run.layers.mlp import ExpertsMLP
-from engine.run.layers.residual import FeedForward, Mixer
+from engine.run.layers.prediction import PredictionHead
+from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
 from engine.run.models.decoder import Decoder
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,26 @@ class Qwen3Next(Decoder):
             self.build,
             renormalises=self.config.renormalises,
             stacked_names=self.stacked_experts,
+        )
+
+    def prediction_head(self) -> PredictionHead:
+        """The head under ``mtp``, its weights not filled in: a layer of attention, with experts
+        where the model has any."""
+        sizes = self.config.sizes
+        mlps = [layer.mlp for layer in sizes.layers]
+        mlp = next((mlp for mlp in mlps if isinstance(mlp, ExpertsSizes)), mlps[-1])
+        layer = LayerSizes((mixer_of(sizes, AttentionSizes),), mlp)
+        attention, feed_forward = self.steps("mtp.layers.0", layer)
+        assert isinstance(attention, MixerStep) and isinstance(feed_forward, FeedForwardStep)
+        words = "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"
+        embedding, hidden, last = (self.norm_of(f"mtp.{word}") for word in words)
+        return PredictionHead(
+            "mtp",
+            self.config.hidden_size,
+            self.build,
+            norms=(embedding, hidden, last),
+            attention=attention,
+            mlp=feed_forward,
         )
 
 

@@ -1,0 +1,219 @@
+"""The multi-token head: its guesses are those of a plain reference on transformers' modules; its
+rows, and what it carries, are the same bits however a text was computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.run.layers.inputs import pad_rows
+from engine.run.model_runner import ModelRunner
+from engine.schedule.batch import Batch, Segment
+from hybridcache.geometry.sizes import KVSpec
+
+MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+SCRATCH = 32
+
+
+class Reference:
+    """Chained guesses for one sequence, every token computed anew."""
+
+    def __init__(self, model):
+        self.model, hidden = model, model.config.hidden_size
+        torch.manual_seed(11)
+        rank = model.config.layer_types.index("full_attention")
+        norm = type(model.model.norm)
+        self.parts = torch.nn.ModuleDict(
+            {
+                "fc": torch.nn.Linear(2 * hidden, hidden, bias=False),
+                "pre_fc_norm_embedding": norm(hidden),
+                "pre_fc_norm_hidden": norm(hidden),
+                "layers": torch.nn.ModuleList([type(model.model.layers[rank])(model.config, rank)]),
+                "norm": norm(hidden),
+            }
+        ).eval()
+        with torch.no_grad():
+            for name, parameter in self.parts.named_parameters():
+                size = 0.2 if "norm" in name else 0.15
+                parameter.copy_(torch.randn_like(parameter) * size)
+
+    @torch.inference_mode()
+    def guess(self, tokens, count):
+        """(logits [count, vocab]) of the ``count`` tokens behind the one that follows ``tokens``'
+        last, which is not computed."""
+        ids, body = torch.tensor([tokens]), self.model.model
+        before, logits = body(ids[:, :-1], use_cache=False).last_hidden_state, []
+        for _ in range(count):
+            parts = (
+                self.parts["pre_fc_norm_embedding"](body.embed_tokens(ids[:, 1:])),
+                self.parts["pre_fc_norm_hidden"](before),
+            )
+            x = self.parts["fc"](torch.cat(parts, dim=-1))
+            turns = body.rotary_emb(x, torch.arange(1, ids.shape[1])[None])
+            x = self.parts["layers"][0](x, position_embeddings=turns)
+            hidden = self.parts["norm"](x if isinstance(x, torch.Tensor) else x[0])[:, -1:]
+            logits.append(self.model.lm_head(hidden)[0, 0])
+            ids = torch.cat([ids, logits[-1].argmax().view(1, 1)], dim=1)
+            before = torch.cat([before, hidden], dim=1)
+        return torch.stack(logits)
+
+
+class Head:
+    """A head beside a driver's model, with pools of its own; begins as NaN."""
+
+    def __init__(self, driver, reference, monkeypatch):
+        self.runner = runner = driver.runner
+        model = runner.model
+        monkeypatch.setattr(model, "stacked_experts", True)
+        self.head = model.prediction_head()
+        tensors = {f"mtp.{name}": tensor for name, tensor in reference.parts.state_dict().items()}
+        for name, parameter in self.head.parameters():
+            parameter.fill(tensors.pop(name))
+        assert not tensors
+        self.head.seal()
+        memory = runner.memory
+        counts = {
+            True: memory.num_kv_tokens + SCRATCH,
+            False: memory.num_slots + 1 + runner.num_step_states,
+        }
+        self.pools = tuple(
+            torch.full((counts[isinstance(spec, KVSpec)], *spec.shape), torch.nan)
+            for spec in self.head.keeps
+        )
+        forward = model.forward
+
+        def follow(token_ids, inputs, pools):
+            hidden = forward(token_ids, inputs, pools)
+            self.head.follow(model.embedding(token_ids), hidden, inputs, self.pools)
+            return hidden
+
+        monkeypatch.setattr(model, "forward", follow)
+
+    @torch.inference_mode()
+    def guess(self, sequences, newest, count):
+        """Logits ``[count, B, vocab]``: of sequences computed up to their ``newest`` tokens."""
+        model, table = self.runner.model, self.runner.table.host
+        ends = [sequence.computed_len for sequence in sequences]
+        rows = np.zeros((len(ends), max(ends) + count), np.int32)
+        for b, (sequence, end) in enumerate(zip(sequences, ends, strict=True)):
+            first = self.runner.memory.num_kv_tokens + b * count
+            rows[b, : end - 1] = table[sequence.row, 1:end]
+            rows[b, end - 1 : end - 1 + count] = np.arange(first, first + count)
+        before = self.pools[2][[sequence.slot for sequence in sequences]]
+        tokens, logits = torch.tensor(newest), []
+        for step in range(count):
+            before = self.head.draft(
+                model.embedding(tokens),
+                before,
+                [end + step for end in ends],
+                torch.from_numpy(rows),
+                self.runner._rotary,
+                self.pools,
+            )
+            logits.append(model.head(pad_rows(before, 4))[: len(ends)])
+            tokens = logits[-1].argmax(-1)
+        return torch.stack(logits)
+
+    def rows_of(self, sequence, end):
+        """The head's keys and values of positions 1 .. ``end`` - 1."""
+        rows = self.runner.table.host[sequence.row, 1:end]
+        return torch.cat([pool[rows] for pool in self.pools[:2]])
+
+
+@pytest.fixture
+def make_head(drivers, driver_class, oracles, monkeypatch):
+    def make(name, draft="none"):
+        oracle = oracles(name)
+        driver, reference = drivers(name), Reference(oracle.model)
+        if draft != "none":
+            sizes = {"kv_gib": 0.02, "state_gib": 0.02}
+            config = EngineConfig(model=str(oracle.path), device="cpu", draft=draft, **sizes)
+            driver = driver_class(ModelRunner(config))
+        return driver, Head(driver, reference, monkeypatch), reference
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_guesses_are_the_references(name, make_head, random_tokens) -> None:
+    """One to four tokens ahead, of two sequences side by side, after prefills and after decodes."""
+    driver, head, reference = make_head(name)
+    texts = random_tokens(90, 1), random_tokens(7, 2)
+    begun = [driver.begin(text[:-3]) for text in texts]
+    sequences = [sequence for sequence, _ in begun]
+    prefills = [driver.prefill_segment(sequence, 1000) for sequence in sequences]
+    driver.runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in begun)))
+    for place in (-3, -2, -1):
+        newest = [text[place] for text in texts]
+        found = head.guess(sequences, newest, 4)
+        for b, text in enumerate(texts):
+            expected = reference.guess(text[: len(text) + place + 1], 4)
+            torch.testing.assert_close(found[:, b], expected, rtol=2e-3, atol=2e-3)
+            assert found[:, b].argmax(-1).tolist() == expected.argmax(-1).tolist()
+        decodes = [
+            driver.decode_segment(sequence, token)
+            for sequence, token in zip(sequences, newest, strict=True)
+        ]
+        driver.runner.forward(Batch(tuple(decodes)))
+
+
+@pytest.mark.parametrize("name", MODELS[:2])
+def test_a_hit_guesses_as_a_cold_run(name, make_head, random_tokens) -> None:
+    """At every grid position, and however the rest is cut; another request wrote the rows before,
+    with another token behind them."""
+    driver, head, _ = make_head(name)
+    text = random_tokens(200, 3)
+    cold, write = driver.begin(text)
+    driver.runner.forward(Batch((driver.prefill_segment(cold, 1000),), (), (write,)))
+    expected, rows = head.guess([cold], [5], 3), head.rows_of(cold, 200)
+    assert not rows.isnan().any()
+    for position in (64, 128, 192):
+        other = [*text[:position], (text[position] + 1) % 199, 3]
+        writer, write = driver.begin(other)
+        slot = driver.slot()
+        segment = driver.prefill_segment(writer, 1000, exports=((position, slot),))
+        driver.runner.forward(Batch((segment,), (), (write,)))
+        shared = driver.runner.table.host[writer.row, :position].copy()
+        hit, write = driver.begin(text, shared)
+        head.pools[2][hit.slot] = head.pools[2][slot]
+        restores, writes = ((slot, hit.slot),), (write,)
+        while hit.computed_len < len(text):
+            segment = driver.prefill_segment(hit, 64)
+            driver.runner.forward(Batch((segment,), restores, writes))
+            restores = writes = ()
+        assert torch.equal(head.rows_of(hit, 200), rows)
+        assert torch.equal(head.guess([hit], [5], 3), expected)
+        assert hit.slot != cold.slot
+
+
+def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> None:
+    """A rejected token leaves no trace: its row is written again, h is that of the last taken."""
+    driver, head, _ = make_head("qwen3_next", "tree:4")
+    runner = driver.runner
+    text, answer = random_tokens(30, 4), random_tokens(5, 5)
+    pair = [driver.begin(text) for _ in range(2)]
+    prefills = [driver.prefill_segment(sequence, 1000) for sequence, _ in pair]
+    runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in pair)))
+    (single, _), (verified, _) = pair
+    for token in answer:
+        runner.forward(Batch((driver.decode_segment(single, token),)))
+    steps = runner.tensors.step_slots
+    for start, tokens, taken in ((30, [*answer[:3], 7, 8], 3), (33, [*answer[3:], 9], 2)):
+        segment = Segment(
+            verified.row,
+            verified.slot,
+            np.array(tokens, np.int32),
+            start,
+            True,
+            logits="all",
+            num_drafts=len(tokens) - 1,
+        )
+        batch = Batch((segment,))
+        runner.forward(batch)
+        runner.commit(batch, (taken,))
+        head.pools[2][verified.slot] = head.pools[2][steps[taken - 1]]
+    verified.computed_len = 35
+    assert torch.equal(head.rows_of(verified, 35), head.rows_of(single, 35))
+    assert torch.equal(head.guess([verified], [1], 3), head.guess([single], [1], 3))
