@@ -1,0 +1,260 @@
+"""Made-up tasks with answers that can be checked, drawn from a seed: word problems in one to three
+steps, look-ups in a table, copying, short chats with tool calls.
+
+Every text is what the server's built-in chat template or a plain completion would hold, so that a
+model trained on it is asked in the very form it has seen. Names, things and numbers are drawn;
+nothing is taken from any person's text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Ada Ben Cleo Dan Eva Finn Gina Hugo Ines Jan Kira Leo Mia Nils Olga Paul Rosa Sam Tara Uwe "
+    "Vera Will Yara Zoe"
+)
+THINGS = _words(
+    "apples pens books coins stamps shells cards eggs plums cups nails seeds tickets marbles "
+    "buttons candles"
+)
+PLACES = _words("box bag shelf basket drawer tin crate jar")
+KEYS = _words(
+    "amber birch cedar delta ember fjord grove heron ivory jasper karst lotus maple north opal "
+    "pearl quartz raven slate tulip umber violet willow xenon yarrow zinc"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question whose answer is one whole number."""
+
+    question: str
+    working: str
+    """The steps, ending in ``#### answer`` as GSM8K's do."""
+    answer: int
+    num_steps: int
+
+
+def word_problem(rng: random.Random, num_steps: int) -> Problem:
+    """One to three additions, subtractions and small multiplications about a person's things."""
+    name, other = rng.sample(NAMES, 2)
+    thing, place = rng.choice(THINGS), rng.choice(PLACES)
+    value = rng.randint(2, 40)
+    told = [rng.choice(_BEGINNINGS).format(n=name, v=value, t=thing, p=place)]
+    working = []
+    for _ in range(num_steps):
+        sentence, sign, amount = _step(rng, value, name, other, thing, place)
+        after = {"+": value + amount, "-": value - amount, "*": value * amount}[sign]
+        told.append(sentence)
+        working.append(f"{value} {sign} {amount} = {after}.")
+        value = after
+    ask = rng.choice(_QUESTIONS).format(n=name, t=thing)
+    return Problem(" ".join([*told, ask]), " ".join([*working, f"#### {value}"]), value, num_steps)
+
+
+_BEGINNINGS = (
+    "{n} has {v} {t}.",
+    "There are {v} {t} in {n}'s {p}.",
+    "{n} starts with {v} {t}.",
+    "{n} keeps {v} {t} in a {p}.",
+)
+_QUESTIONS = (
+    "How many {t} does {n} have now?",
+    "How many {t} are there in the end?",
+    "How many {t} does that make?",
+)
+_GAINS = (
+    "{n} buys {a} more.",
+    "{o} gives {n} {a} more {t}.",
+    "{n} finds {a} {t} in a {p}.",
+    "Then {a} {t} are added.",
+)
+_LOSSES = (
+    "{n} gives {a} to {o}.",
+    "{n} loses {a} {t}.",
+    "{o} takes {a} of them.",
+    "Then {a} {t} are sold.",
+)
+_TIMES = (
+    "Then {n} gets {a} times as many.",
+    "The number of {t} grows {a} times.",
+)
+
+
+def _step(
+    rng: random.Random, value: int, name: str, other: str, thing: str, place: str
+) -> tuple[str, str, int]:
+    """(sentence, sign, amount); the value stays between 0 and 200."""
+    signs = ["+", "+"]
+    if value > 3:
+        signs += ["-", "-"]
+    if 2 <= value <= 30:
+        signs.append("*")
+    sign = rng.choice(signs)
+    if sign == "+":
+        amount, forms = rng.randint(2, 40), _GAINS
+    elif sign == "-":
+        amount, forms = rng.randint(2, min(value - 1, 40)), _LOSSES
+    else:
+        amount, forms = rng.randint(2, 4), _TIMES
+    words = {"n": name, "o": other, "t": thing, "p": place, "a": amount}
+    return rng.choice(forms).format(**words), sign, amount
+
+
+def few_shot(rng: random.Random, shots: int, num_steps: int | None = None) -> tuple[str, Problem]:
+    """(a prompt of ``shots`` solved problems and one open one, that one). The steps of each are
+    drawn where ``num_steps`` is None."""
+    steps = [num_steps or rng.choice((1, 1, 2, 2, 3)) for _ in range(shots + 1)]
+    solved = [word_problem(rng, count) for count in steps[:-1]]
+    problem = word_problem(rng, steps[-1])
+    blocks = [f"Question: {p.question}\nAnswer: {p.working}\n" for p in solved]
+    return "\n".join([*blocks, f"Question: {problem.question}\nAnswer:"]), problem
+
+
+def answer_of(text: str) -> int | None:
+    """The number after the first ``####``; None where there is none."""
+    _, mark, rest = text.partition("####")
+    digits = rest.strip().split()[:1]
+    number = digits[0].rstrip(".,").replace(",", "") if mark and digits else ""
+    return int(number) if number.lstrip("-").isdecimal() else None
+
+
+def look_up(rng: random.Random, rows: int) -> tuple[str, str]:
+    """(a table of ``rows`` keys and a question for one of them, its value)."""
+    keys = [f"{rng.choice(KEYS)}-{rng.randint(10, 99)}" for _ in range(rows)]
+    keys = list(dict.fromkeys(keys))
+    values = [str(rng.randint(100, 999)) for _ in keys]
+    rank = rng.randrange(len(keys))
+    table = "\n".join(f"{key} = {value}" for key, value in zip(keys, values, strict=True))
+    return f"Table:\n{table}\n\nLook up: {keys[rank]} =", f" {values[rank]}"
+
+
+def copying(rng: random.Random) -> tuple[str, str]:
+    """(a text to repeat, the text again)."""
+    words = [rng.choice((*KEYS, *THINGS, *NAMES)) for _ in range(rng.randint(4, 24))]
+    text = " ".join(words) + f" {rng.randint(1000, 9999)}"
+    return f"Repeat exactly: {text}\nRepeated:", f" {text}"
+
+
+TOOLS = (
+    ("get_count", "how many of a thing a person has", ("person", "thing")),
+    ("look_up", "the value of a key in the table", ("key",)),
+    ("add", "the sum of two numbers", ("a", "b")),
+)
+
+
+def tool_system(names: tuple[str, ...] = tuple(tool[0] for tool in TOOLS)) -> str:
+    """The system message that offers tools: one JSON object a line."""
+    offered = "\n".join(
+        json.dumps({"name": name, "description": about, "parameters": list(fields)})
+        for name, about, fields in TOOLS
+        if name in names
+    )
+    return (
+        "You are a helpful assistant. You may call tools:\n"
+        f"{offered}\nA call is <tool_call>JSON with name and arguments</tool_call>."
+    )
+
+
+def tool_chat(rng: random.Random) -> list[dict[str, str]]:
+    """Messages: a question, a call, its result, the answer."""
+    name, arguments, question, result, answer = rng.choice((_ask_count, _ask_key, _ask_sum))(rng)
+    call = json.dumps({"name": name, "arguments": arguments})
+    return [
+        {"role": "system", "content": tool_system()},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
+        {"role": "tool", "content": result},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+Asked = tuple[str, dict[str, str | int], str, str, str]
+
+
+def _ask_count(rng: random.Random) -> Asked:
+    person, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, 99)
+    return (
+        "get_count",
+        {"person": person, "thing": thing},
+        f"How many {thing} does {person} have?",
+        str(count),
+        f"{person} has {count} {thing}.",
+    )
+
+
+def _ask_key(rng: random.Random) -> Asked:
+    key, value = f"{rng.choice(KEYS)}-{rng.randint(10, 99)}", rng.randint(100, 999)
+    return (
+        "look_up",
+        {"key": key},
+        rng.choice(("What is the value of {}?", "Look up {}, please.")).format(key),
+        str(value),
+        f"The value of {key} is {value}.",
+    )
+
+
+def _ask_sum(rng: random.Random) -> Asked:
+    a, b = rng.randint(2, 99), rng.randint(2, 99)
+    return (
+        "add",
+        {"a": a, "b": b},
+        rng.choice(("What is {} plus {}?", "Add {} and {}.")).format(a, b),
+        str(a + b),
+        f"{a} plus {b} is {a + b}.",
+    )
+
+
+def chat(rng: random.Random) -> list[dict[str, str]]:
+    """Messages: one to three small questions about what was said."""
+    person, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 99)
+    turns = [
+        (f"My name is {person}.", f"Hello {person}, how can I help you?"),
+        (f"I have {count} {thing}.", f"You have {count} {thing}."),
+        ("What is my name?", f"Your name is {person}."),
+        (f"How many {thing} do I have?", f"You have {count} {thing}."),
+        ("Thank you.", "You are welcome."),
+    ]
+    messages = [{"role": "system", "content": "You are a helpful assistant."}]
+    for question, answer in turns[: rng.randint(2, 5)]:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def problem_chat(rng: random.Random) -> list[dict[str, str]]:
+    """Messages: a word problem and its working."""
+    problem = word_problem(rng, rng.choice((1, 1, 2, 2, 3)))
+    return [
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": problem.working},
+    ]
+
+
+Render = Callable[[list[dict[str, str]]], str]
+
+
+def sample(rng: random.Random, render: Render) -> str:
+    """One text of a task drawn by its share; ``render`` writes messages as the chat template
+    does."""
+    kind = rng.choices(
+        ("problems", "problem_chat", "look_up", "copying", "tools", "chat"), (12, 2, 3, 1, 2, 1)
+    )[0]
+    if kind == "problems":
+        prompt, problem = few_shot(rng, rng.choice((0, 2, 4)))
+        return f"{prompt} {problem.working}\n<|endoftext|>"
+    if kind == "look_up":
+        return "".join(look_up(rng, rng.choice((4, 8, 16, 24)))) + "\n<|endoftext|>"
+    if kind == "copying":
+        return "".join(copying(rng)) + "\n<|endoftext|>"
+    messages = {"problem_chat": problem_chat, "tools": tool_chat, "chat": chat}[kind](rng)
+    return render(messages)

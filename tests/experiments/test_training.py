@@ -1,0 +1,124 @@
+"""The training model is Qwen3-Next, the tasks' answers are right, and a run can be stopped."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from experiments import train_builtin
+from experiments.training import corpus, tasks
+from experiments.training.model import Model, delta_rule, losses
+from kernels.gdn.reference import gates
+
+TINY = train_builtin.CONFIG | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+
+def test_logits_are_those_of_qwen3_next(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model(TINY)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.normal_(weight, 0.1, 0.1)
+    train_builtin.export(model, tmp_path, {}, TINY | {"dtype": "float32"})
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    token_ids = torch.randint(0, 261, (2, 77))
+    model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    with torch.inference_mode():
+        ours, theirs = model(token_ids)[0], oracle(token_ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_delta_rule_is_the_recurrence() -> None:
+    torch.manual_seed(1)
+    batch, heads, length, key_dim, value_dim = 2, 3, 45, 8, 5
+    query, key = torch.randn(2, batch, heads, length, key_dim)
+    key = torch.nn.functional.normalize(key, dim=-1)
+    value = torch.randn(batch, heads, length, value_dim)
+    logits, zeros = torch.randn(2, length, heads), torch.zeros(heads)
+    gate, beta = gates(logits[0], logits[1], zeros, zeros)
+    gate, beta = (x.float().mT.expand(batch, heads, length) for x in (gate, beta))
+    state = torch.zeros(batch, heads, key_dim, value_dim)
+    outs = []
+    for t in range(length):
+        state = state * gate[..., t, None, None].exp()
+        new = (value[:, :, t] - (key[:, :, t, None] @ state)[:, :, 0]) * beta[..., t, None]
+        state = state + key[:, :, t, :, None] * new[:, :, None]
+        outs.append((query[:, :, t, None] @ state)[:, :, 0])
+    torch.testing.assert_close(
+        delta_rule(query, key, value, gate, beta), torch.stack(outs, 2), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_deeper_logit_speaks_of_a_later_token() -> None:
+    """The head at depth d sees tokens up to d later, no further."""
+    torch.manual_seed(2)
+    model = Model(TINY)
+    token_ids = torch.randint(0, 261, (1, 20))
+    changed = token_ids.clone()
+    changed[0, 10] += 1
+    for depth, (a, b) in enumerate(zip(model(token_ids, 2), model(changed, 2), strict=True)):
+        differs = (a != b).any(-1)[0].nonzero().flatten()
+        assert int(differs[0]) == 10 - depth
+    assert losses(model(token_ids, 2), token_ids).shape == (3,)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_word_problems_add_up(num_steps: int) -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        problem = tasks.word_problem(rng, num_steps)
+        steps = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)\.", problem.working)
+        assert len(steps) == num_steps
+        for before, (a, sign, b, result) in enumerate(steps):
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(
+                result
+            )
+            assert before == 0 or steps[before - 1][3] == a
+            assert b in re.findall(r"\d+", problem.question)
+        assert tasks.answer_of(problem.working) == problem.answer == int(steps[-1][3]) >= 0
+
+
+def test_samples_are_seeded_and_of_every_kind() -> None:
+    def draw(seed: int) -> list[str]:
+        rng = random.Random(seed)
+        return [tasks.sample(rng, str) for _ in range(200)]
+
+    assert draw(5) == draw(5) != draw(6)
+    joined = "\n".join(draw(5))
+    for word in ("Question:", "Table:", "Repeat exactly:", "<tool_call>", "My name is"):
+        assert word in joined
+
+
+def test_held_out_sources_are_never_trained_on() -> None:
+    trained = {text.partition("\n")[0] for text in corpus.sources(held_out=False)}
+    held_out = {text.partition("\n")[0] for text in corpus.sources(held_out=True)}
+    assert held_out and trained and not held_out & trained
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(train_builtin, "CONFIG", TINY)
+    data = train_builtin.Data(2, 64, seed=0)
+
+    def run(path: Path, stops: bool) -> torch.Tensor:
+        training = train_builtin.Training(data, path, seed=0)
+        for step in range(4):
+            training.one_step(0.5)
+            if stops and step == 1:
+                training.save()
+                training = train_builtin.Training(data, path, seed=0)
+        assert training.step == 4
+        return training.model.lm_head.weight.detach().clone()
+
+    assert torch.equal(run(tmp_path / "a.pt", False), run(tmp_path / "b.pt", True))
