@@ -33,12 +33,12 @@ def rms_norm_kernel(
     x_stride_h,
     gate_stride_t,
     gate_stride_h,
-    weight_stride_h,
     eps,
     N: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     GATE_FIRST: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_n = tl.arange(0, BN)
@@ -60,8 +60,11 @@ def rms_norm_kernel(
         if GATE_FIRST:
             b_x *= b_gate
     b_rstd = tl.math.rsqrt(tl.sum(b_x * b_x, axis=1) / N + eps)
-    p_weight = weight + (o_h * weight_stride_h)[:, None] + o_n[None, :]
-    b_w = tl.load(p_weight, mask=mask, other=0.0).to(tl.float32)
+    if BY_HEAD:
+        p_weight = weight + (o_h * N)[:, None] + o_n[None, :]
+        b_w = tl.load(p_weight, mask=mask, other=0.0).to(tl.float32)
+    else:
+        b_w = tl.load(weight + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     b_y = b_x * b_rstd[:, None] * b_w
     if gate is not None and not GATE_FIRST:
         b_y *= b_gate
@@ -138,12 +141,12 @@ def _launch(
         x.stride(1),
         gate.stride(0) if gate is not None else 0,
         gate.stride(1) if gate is not None else 0,
-        size if weight.dim() == 2 else 0,
         eps,
         N=size,
         BN=block,
         BR=rows,
         GATE_FIRST=gate_first,
+        BY_HEAD=weight.dim() == 2,
         **{"num_warps": 4 if block <= 4096 else 8, **tuned("norm.rms_norm_kernel", size)},
     )
 
