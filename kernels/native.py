@@ -41,7 +41,7 @@ LANES = 16
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def shared_library() -> ctypes.CDLL | None:
     """The library, compiled if it is not there yet (seconds); None where that is not possible."""
     sources = sorted(SOURCES.glob("*/native.cpp"))
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL | None:
 
 def has(name: str) -> bool:
     """Whether the library is there and has this function: not every processor gets all of them."""
-    found = library()
+    found = shared_library()
     return found is not None and hasattr(found, name)
 
 
@@ -70,7 +70,7 @@ def has(name: str) -> bool:
 def function(name: str, kinds: str) -> Callable[..., None]:
     """An exported function with the types of its arguments: ``p`` an address or None, ``i`` int64,
     ``f`` float, ``t`` a number of threads."""
-    found = library()
+    found = shared_library()
     assert found is not None
     exported = getattr(found, name)
     exported.restype = None

@@ -53,7 +53,7 @@ class Kernels(Mapping[str, ModuleType]):
         word: Backend = "reference"
         if device.traits.has_triton and importlib.util.find_spec("triton") is not None:
             word = "fused"
-        elif device.is_cpu and native.library() is not None:
+        elif device.is_cpu and native.shared_library() is not None:
             word = "native"
         words: dict[str, Backend] = {
             name: word if word in backends else "reference"
@@ -106,7 +106,7 @@ def parse_overrides(text: str) -> dict[str, Backend]:
 
 
 def _load(name: str, word: Backend) -> ModuleType:
-    if word == "native" and native.library() is None:
+    if word == "native" and native.shared_library() is None:
         raise ModelError(f"kernel {name} can not be loaded as native: no C++ compiler works here.")
     try:
         return importlib.import_module(f"kernels.{name}.{word}")

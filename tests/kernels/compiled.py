@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kernels.native import library
+from kernels.native import shared_library
 
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -16,7 +16,7 @@ ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 def native(name: str) -> Any:
     """``kernels.NAME.native`` as a parameter; skipped where nothing compiles it, or tensors are on
     a GPU."""
-    usable = ON_CPU and library() is not None
+    usable = ON_CPU and shared_library() is not None
     return pytest.param(
         importlib.import_module(f"kernels.{name}.native"),
         id="native",

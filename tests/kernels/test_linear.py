@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels.linear import int8, reference
 from kernels.linear import native as compiled
-from kernels.native import library
+from kernels.native import shared_library
 from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.linear.fused")
@@ -140,7 +140,7 @@ class TestEightBitsOnBothSides:
         assert (error <= allowed + 2.0**-7 * expected.abs().amax(dim=1)).all()
         alone = torch.cat([quantized_product(reference, weight, bias)(row[None]) for row in x])
         assert torch.equal(alone, product)
-        if library() is not None:
+        if shared_library() is not None:
             assert torch.equal(quantized_product(compiled, weight, bias)(x), product)
         monkeypatch.setattr(int8, "is_exact", lambda: False)
         assert torch.equal(quantized_product(reference, weight, bias)(x), product)
@@ -156,14 +156,14 @@ class TestEightBitsOnBothSides:
         x[1] = -x[1]
         exact = (x.double() @ weight.double().T).float() / 1.0
         for layer in (int8.Int8Linear, compiled.NativeInt8Linear):
-            if layer is int8.Int8Linear or library() is not None:
+            if layer is int8.Int8Linear or shared_library() is not None:
                 assert torch.equal(layer(weight, torch.ones(65), None)(x), exact)
 
     def test_rows_that_are_zero_or_no_number(self) -> None:
         weight = torch.randn(40, 64)
         x = torch.randn(3, 64)
         x[1], x[2, 5] = 0.0, torch.nan
-        for backend in (reference, *([compiled] if library() is not None else [])):
+        for backend in (reference, *([compiled] if shared_library() is not None else [])):
             product = quantized_product(backend, weight)
             out = product(x)
             assert torch.equal(out[1], torch.zeros(40))

@@ -12,7 +12,7 @@ import torch
 from kernels import native
 from kernels.recording import NotRecordableError, record
 
-COMPILED = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+COMPILED = pytest.mark.skipif(native.shared_library() is None, reason="no C++ compiler")
 
 
 FOLDERS = sorted(path.parent.name for path in native.SOURCES.glob("*/native.py"))
@@ -68,7 +68,7 @@ def test_other_operations_are_refused(operation) -> None:
 class TestCompiling:
     def test_no_compiler(self, monkeypatch) -> None:
         monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
-        assert native.library.__wrapped__() is None
+        assert native.shared_library.__wrapped__() is None
 
     @COMPILED
     def test_a_compiler_that_fails(self, monkeypatch, tmp_path) -> None:
@@ -78,7 +78,7 @@ class TestCompiling:
         monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
         monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
         monkeypatch.setattr(native, "_compile", fails)
-        assert native.library.__wrapped__() is None
+        assert native.shared_library.__wrapped__() is None
 
     @COMPILED
     def test_a_home_that_can_not_be_written(self, monkeypatch, tmp_path) -> None:
@@ -90,7 +90,7 @@ class TestCompiling:
         (tmp_path / "one").mkdir()
         source = tmp_path / "one" / "native.cpp"
         source.write_text('extern "C" __attribute__((visibility("default"))) void one() {}')
-        found = native.library.__wrapped__()
+        found = native.shared_library.__wrapped__()
         assert found is not None and hasattr(found, "one") and not hasattr(found, "two")
         assert list(tmp_path.glob("hybridcache-*/native-*.so"))
 

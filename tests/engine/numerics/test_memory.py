@@ -29,7 +29,7 @@ from engine.run.models import read_model
 from engine.run.models.builtin import BUILTIN_CONFIG
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
-from kernels.native import library
+from kernels.native import shared_library
 
 MODEL = read_model(BUILTIN_CONFIG)[1].sizes
 ATTENTION_ONLY = read_model({**BUILTIN_CONFIG, "model_type": "qwen3"})[1].sizes
@@ -195,7 +195,7 @@ def test_kernels_are_chosen_by_word():
     chosen = Kernels.choose(CPU, "attention=fused, norm=reference")
     assert chosen.words() == {}  # none is in use
     assert chosen["attention"].__name__ == "kernels.attention.fused"
-    word = "reference" if library() is None else "native"
+    word = "reference" if shared_library() is None else "native"
     assert chosen["gdn"].__name__ == f"kernels.gdn.{word}"
     assert chosen.words() == {"attention": "fused", "gdn": word}
     assert {"moe", "norm", "state_copy"} < set(chosen)

@@ -12,9 +12,9 @@ from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from experiments.count_ops import count
-from kernels.native import library
+from kernels.native import shared_library
 
-COMPILED = pytest.mark.skipif(library() is None, reason="no C++ compiler")
+COMPILED = pytest.mark.skipif(shared_library() is None, reason="no C++ compiler")
 FORMATS = pytest.mark.parametrize(
     "dtype, quantization",
     [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "fp8")],
@@ -105,7 +105,7 @@ def test_a_plain_kernel_among_them_is_not_recorded(driver_class, random_tokens) 
 
 
 def test_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:
-    monkeypatch.setattr(backends.native, "library", lambda: None)
+    monkeypatch.setattr(backends.native, "shared_library", lambda: None)
     runner = make_runner()
     assert set(runner.kernels.words().values()) == {"reference"}
     [[logits]] = decoded(driver_class, runner, [random_tokens(10, 1)], 1)
