@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Links = list[tuple[Tensor, Tensor]]
+"""Keys and values ``[B, heads, T - n, D]`` of pass n of the multi-token head."""
+
 CHUNK = 32
 """Tokens of the delta rule's chunks here; any size gives the same function."""
 
@@ -103,6 +106,7 @@ class GatedDeltaNet(nn.Module):
         return query, key, value.reshape(heads), z.reshape(heads), b.flatten(2), a.flatten(2)
 
 
+@torch.autocast("cpu", enabled=False)
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor) -> Tensor:
     """``[B, H, T, V]`` from a zero state. ``query``, ``key`` ``[B, H, T, K]``, keys of unit length;
     ``gate`` log decays and ``beta`` ``[B, H, T]``. float32."""
@@ -157,18 +161,29 @@ class Attention(nn.Module):
         self.rotated = int(dim * config["partial_rotary_factor"])
         self.theta = config["rope_theta"]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, links: Links | None = None) -> Tensor:
+        """``links``: keys and values of the passes before this one over the same sequence, shifted
+        by one token each; this pass's are added. A query sees the first pass's keys as far as they
+        were known when its chain began, and of each later pass its own chain's."""
+        links = [] if links is None else links
         shape = (*x.shape[:2], -1, self.head_dim)
         query, gate = self.q_proj(x).view(*x.shape[:2], self.heads, -1).chunk(2, dim=-1)
-        query = self._rotate(self.q_norm(query).transpose(1, 2))
-        key = self._rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2))
-        value = self.v_proj(x).view(shape).transpose(1, 2)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        query = self._rotate(self.q_norm(query).transpose(1, 2), len(links))
+        key = self._rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), len(links))
+        links.append((key, self.v_proj(x).view(shape).transpose(1, 2)))
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*links, strict=True))
+        first, *own = (
+            torch.ones(x.shape[1], key.shape[2], dtype=torch.bool).tril() for key, _ in links
+        )
+        mask = torch.cat([first, *(part.triu() for part in own)], dim=1) if own else None
+        out = F.scaled_dot_product_attention(
+            query, keys, values, mask, is_causal=mask is None, enable_gqa=True
+        )
         return self.o_proj((out.transpose(1, 2) * gate.sigmoid()).flatten(2))
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, first: int) -> Tensor:
         rates = self.theta ** (-torch.arange(0, self.rotated, 2) / self.rotated)
-        angles = torch.arange(x.shape[2])[:, None] * rates
+        angles = torch.arange(first, first + x.shape[2])[:, None] * rates
         cos, sin = (torch.cat([f(angles)] * 2, dim=-1).to(x.dtype) for f in (torch.cos, torch.sin))
         turned, rest = x[..., : self.rotated], x[..., self.rotated :]
         first, second = turned.chunk(2, dim=-1)
@@ -201,8 +216,8 @@ class DecoderLayer(nn.Module):
             self.linear_attn = self._mixer = GatedDeltaNet(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._mixer(self.input_layernorm(x))
+    def forward(self, x: Tensor, *links: Links) -> Tensor:
+        x = x + self._mixer(self.input_layernorm(x), *links)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -219,9 +234,9 @@ class Draft(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(config, is_full=True)])
         self.norm = CentredNorm(hidden, eps)
 
-    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, links: Links) -> Tensor:
         parts = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
-        return self.norm(self.layers[0](self.fc(torch.cat(parts, dim=-1))))
+        return self.norm(self.layers[0](self.fc(torch.cat(parts, dim=-1)), links))
 
 
 class Backbone(nn.Module):
@@ -262,9 +277,10 @@ class Model(nn.Module):
         the multi-token head chained d times."""
         hidden = self.model(token_ids)
         logits = [self.lm_head(hidden)]
+        links: Links = []
         for d in range(1, depth + 1):
             embedded = self.model.embed_tokens(token_ids[:, d:])
-            hidden = self.mtp(hidden[:, :-1], embedded)
+            hidden = self.mtp(hidden[:, :-1], embedded, links)
             logits.append(self.lm_head(hidden))
         return logits
 

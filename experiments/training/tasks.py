@@ -1,5 +1,5 @@
 """Made-up tasks with answers that can be checked, drawn from a seed: word problems in one to three
-steps, look-ups in a table, copying, short chats with tool calls.
+steps, sums, look-ups in a table, copying, short chats with tool calls.
 
 Every text is what the server's built-in chat template or a plain completion would hold, so that a
 model trained on it is asked in the very form it has seen. Names, things and numbers are drawn;
@@ -8,10 +8,10 @@ nothing is taken from any person's text.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -138,6 +138,17 @@ def look_up(rng: random.Random, rows: int) -> tuple[str, str]:
     return f"Table:\n{table}\n\nLook up: {keys[rank]} =", f" {values[rank]}"
 
 
+def sums(rng: random.Random) -> str:
+    """Lines of a word problem's working, from drawn numbers."""
+    lines = []
+    for _ in range(rng.randint(6, 16)):
+        value = rng.randint(2, rng.choice((40, 80, 160)))
+        _, sign, amount = _step(rng, value, "", "", "", "")
+        after = {"+": value + amount, "-": value - amount, "*": value * amount}[sign]
+        lines.append(f"{value} {sign} {amount} = {after}.\n")
+    return "".join(lines)
+
+
 def copying(rng: random.Random) -> tuple[str, str]:
     """(a text to repeat, the text again)."""
     words = [rng.choice((*KEYS, *THINGS, *NAMES)) for _ in range(rng.randint(4, 24))]
@@ -145,37 +156,40 @@ def copying(rng: random.Random) -> tuple[str, str]:
     return f"Repeat exactly: {text}\nRepeated:", f" {text}"
 
 
+ASSISTANT = "You are a helpful assistant."
+
+
+def _tool(name: str, about: str, **fields: str) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": {field: {"type": kind} for field, kind in fields.items()},
+        "required": list(fields),
+    }
+    function = {"name": name, "description": about, "parameters": schema}
+    return {"type": "function", "function": function}
+
+
 TOOLS = (
-    ("get_count", "how many of a thing a person has", ("person", "thing")),
-    ("look_up", "the value of a key in the table", ("key",)),
-    ("add", "the sum of two numbers", ("a", "b")),
+    _tool("get_count", "How many of a thing a person has.", person="string", thing="string"),
+    _tool("look_up", "The value of a key in the table.", key="string"),
+    _tool("add", "The sum of two numbers.", a="integer", b="integer"),
 )
+"""As in a request's ``tools``."""
 
 
-def tool_system(names: tuple[str, ...] = tuple(tool[0] for tool in TOOLS)) -> str:
-    """The system message that offers tools: one JSON object a line."""
-    offered = "\n".join(
-        json.dumps({"name": name, "description": about, "parameters": list(fields)})
-        for name, about, fields in TOOLS
-        if name in names
-    )
-    return (
-        "You are a helpful assistant. You may call tools:\n"
-        f"{offered}\nA call is <tool_call>JSON with name and arguments</tool_call>."
-    )
-
-
-def tool_chat(rng: random.Random) -> list[dict[str, str]]:
-    """Messages: a question, a call, its result, the answer."""
-    name, arguments, question, result, answer = rng.choice((_ask_count, _ask_key, _ask_sum))(rng)
-    call = json.dumps({"name": name, "arguments": arguments})
-    return [
-        {"role": "system", "content": tool_system()},
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"},
-        {"role": "tool", "content": result},
-        {"role": "assistant", "content": answer},
-    ]
+def tool_chat(rng: random.Random) -> list[dict[str, Any]]:
+    """Messages: one to three times a question, a call, its result, the answer."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": ASSISTANT}]
+    for ask in rng.sample((_ask_count, _ask_key, _ask_sum), rng.randint(1, 3)):
+        name, arguments, question, result, answer = ask(rng)
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": result},
+            {"role": "assistant", "content": answer},
+        ]
+    return messages
 
 
 Asked = tuple[str, dict[str, str | int], str, str, str]
@@ -214,7 +228,7 @@ def _ask_sum(rng: random.Random) -> Asked:
     )
 
 
-def chat(rng: random.Random) -> list[dict[str, str]]:
+def chat(rng: random.Random) -> list[dict[str, Any]]:
     """Messages: one to three small questions about what was said."""
     person, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 99)
     turns = [
@@ -224,14 +238,14 @@ def chat(rng: random.Random) -> list[dict[str, str]]:
         (f"How many {thing} do I have?", f"You have {count} {thing}."),
         ("Thank you.", "You are welcome."),
     ]
-    messages = [{"role": "system", "content": "You are a helpful assistant."}]
+    messages = [{"role": "system", "content": ASSISTANT}]
     for question, answer in turns[: rng.randint(2, 5)]:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def problem_chat(rng: random.Random) -> list[dict[str, str]]:
+def problem_chat(rng: random.Random) -> list[dict[str, Any]]:
     """Messages: a word problem and its working."""
     problem = word_problem(rng, rng.choice((1, 1, 2, 2, 3)))
     return [
@@ -240,21 +254,26 @@ def problem_chat(rng: random.Random) -> list[dict[str, str]]:
     ]
 
 
-Render = Callable[[list[dict[str, str]]], str]
+Render = Callable[..., str]
+"""As ``ChatTemplate.render``: messages, and ``tools=``."""
 
 
 def sample(rng: random.Random, render: Render) -> str:
     """One text of a task drawn by its share; ``render`` writes messages as the chat template
     does."""
     kind = rng.choices(
-        ("problems", "problem_chat", "look_up", "copying", "tools", "chat"), (12, 2, 3, 1, 2, 1)
+        ("problems", "problem_chat", "sums", "look_up", "copying", "tools", "chat"),
+        (12, 2, 3, 3, 1, 2, 1),
     )[0]
     if kind == "problems":
         prompt, problem = few_shot(rng, rng.choice((0, 2, 4)))
         return f"{prompt} {problem.working}\n<|endoftext|>"
+    if kind == "sums":
+        return sums(rng) + "<|endoftext|>"
     if kind == "look_up":
         return "".join(look_up(rng, rng.choice((4, 8, 16, 24)))) + "\n<|endoftext|>"
     if kind == "copying":
         return "".join(copying(rng)) + "\n<|endoftext|>"
-    messages = {"problem_chat": problem_chat, "tools": tool_chat, "chat": chat}[kind](rng)
-    return render(messages)
+    if kind == "tools":
+        return render(tool_chat(rng), tools=rng.sample(TOOLS, len(TOOLS)))
+    return render({"problem_chat": problem_chat, "chat": chat}[kind](rng))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from engine.text.byte_tokenizer import ByteTokenizer
 from experiments import train_builtin
 from experiments.training import corpus, tasks
 from experiments.training.model import Model, delta_rule, losses
@@ -91,9 +92,12 @@ def test_word_problems_add_up(num_steps: int) -> None:
 
 
 def test_samples_are_seeded_and_of_every_kind() -> None:
+    template = ByteTokenizer().chat_template
+    assert template is not None
+
     def draw(seed: int) -> list[str]:
         rng = random.Random(seed)
-        return [tasks.sample(rng, str) for _ in range(200)]
+        return [tasks.sample(rng, template.render) for _ in range(200)]
 
     assert draw(5) == draw(5) != draw(6)
     joined = "\n".join(draw(5))
