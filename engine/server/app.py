@@ -20,9 +20,10 @@ from engine import Engine
 from engine.async_engine import AsyncEngine
 from engine.server import errors
 from engine.server.body import BodyReader, to_json
-from engine.server.chat import chat, render
+from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
+from engine.server.dialects.exchange import render
 from engine.server.errors import APIError
 from engine.server.front import ServingContext
 from engine.server.operator import Operator

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -29,8 +29,8 @@ Message = Mapping[str, Any]
 PROBE = "\ue000"
 """Stands for words not yet said. Private use: no template and no tokenizer's merges begin with
 it."""
-
-
+THINK = "<think>"
+"""Opens reasoning."""
 MARKS = range(0xE001, 0xF900)
 """Characters that may stand inside a control token that is text. Private use, as the probe."""
 
@@ -92,6 +92,15 @@ class ChatTemplate:
             raise TemplateError(str(error)) from error
 
 
+class Cut(NamedTuple):
+    """A place in a chat that whoever sent it says later chats will share."""
+
+    message: int | None
+    """Behind this message, or in it; None: behind the tools."""
+    content: str | None = None
+    """The beginning of its content that is shared; None: all."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """A chat as the model reads it."""
@@ -101,6 +110,9 @@ class ChatPrompt:
     """Positions that will still be a prefix of later prompts, ascending: the end of the system
     segment, where the next turn leaves this prompt, and in a tool loop where the tool's answer
     does."""
+
+    is_thinking: bool = False
+    """It ends inside of reasoning, which the answer goes on with."""
 
     @property
     def answer_survives(self) -> bool:
@@ -118,9 +130,10 @@ def render_chat(
     variables: Mapping[str, Any] | None = None,
     special_in_content: bool = False,
     namespace: Hashable = None,
+    cuts: Sequence[Cut] = (),
 ) -> ChatPrompt:
-    """Render and encode a chat. At most four renders, one encoding of the whole and a few of its
-    ends.
+    """Render and encode a chat. At most four renders and one for each of ``cuts``, one encoding of
+    the whole and a few of its ends.
 
     What the chat's own texts (contents, names, arguments, tools) hold of
     ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
@@ -132,9 +145,11 @@ def render_chat(
         raise TemplateError("This model has no chat template: use /v1/completions.")
     mark: str | None = None
     if not special_in_content:
-        mark, (messages, tools, variables) = mark_control_tokens(
-            tokenizer.control_tokens, (messages, tools, variables)
+        contents = [cut.content for cut in cuts]
+        mark, (messages, tools, variables, contents) = mark_control_tokens(
+            tokenizer.control_tokens, (messages, tools, variables, contents)
         )
+        cuts = [Cut(cut.message, text) for cut, text in zip(cuts, contents, strict=True)]
 
     def render(chat: Sequence[Message]) -> str:
         return template.render(
@@ -149,14 +164,16 @@ def render_chat(
     text = render(messages)
     token_ids = encode(text)
     boundaries = set()
-    for future in _futures(messages, with_tools=bool(tools)):
+    futures = _futures(messages, with_tools=bool(tools))
+    for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
             later = render(future)
         except TemplateError:
             continue  # This future can not happen with this template.
         special = tokenizer.special_tokens
         boundaries.add(common_token_prefix(encode, special, text, token_ids, later))
-    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})))
+    is_thinking = add_generation_prompt and text[-len(THINK) - 8 :].rstrip().endswith(THINK)
+    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})), is_thinking)
 
 
 def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message]]:
@@ -173,6 +190,20 @@ def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message
         result: Message = {"role": "tool", "tool_call_id": PROBE, "name": PROBE, "content": PROBE}
         futures.append([*messages, tool_turn, result])
     return futures
+
+
+def _future_behind(cut: Cut, messages: Sequence[Message]) -> list[Message]:
+    """A chat that shares with this one what lies before ``cut``, and no more."""
+    ask: Message = {"role": "user", "content": PROBE}
+    if cut.message is None:
+        return [{"role": "system", "content": PROBE}, ask]
+    before, last = list(messages[: cut.message]), messages[cut.message]
+    if cut.content is None and last["role"] == "assistant":
+        after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ask
+        return [*before, last, after]
+    content = last["content"] if cut.content is None else cut.content
+    chat: list[Message] = [*before, {**last, "content": content + PROBE}]
+    return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
 def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:
