@@ -24,6 +24,7 @@ from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
 from engine.server.dialects.exchange import render
+from engine.server.dialects.routes import add_messages
 from engine.server.errors import APIError
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
@@ -66,6 +67,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, front, reader)
+    add_messages(app, front, reader)
     _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     _add_administration(app, front, Operator.of(config))

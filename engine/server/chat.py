@@ -137,7 +137,11 @@ class _Deltas:
                 case TextDelta(text):
                     texts.setdefault("content", []).append(text)
                 case CallBegin(name):
-                    head = {"id": new_id("call"), "type": "function", "function": {"name": name}}
+                    head = {
+                        "id": new_id("call", "_"),
+                        "type": "function",
+                        "function": {"name": name},
+                    }
                     calls.append({"index": self._num_calls, **head})
                     arguments.append([])
                     self._num_calls += 1

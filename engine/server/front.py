@@ -174,8 +174,8 @@ def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:
     return tokens
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+def new_id(kind: str, joint: str = "-") -> str:
+    return f"{kind}{joint}{uuid.uuid4().hex}"
 
 
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:

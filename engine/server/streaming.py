@@ -17,6 +17,7 @@ from engine import RequestOutput
 from engine.async_engine import RequestStream
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -27,6 +28,35 @@ class ClientGone(Exception):
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+def named_event(data: dict[str, Any]) -> bytes:
+    """One server-sent event that is called what its ``type`` says."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
+
+
+async def with_pauses(items: AsyncIterator[Item], pause_s: float) -> AsyncIterator[Item | None]:
+    """``items``, and None whenever none came for ``pause_s``."""
+    waiting = asyncio.ensure_future(anext(items))
+    try:
+        while True:
+            done, _ = await asyncio.wait((waiting,), timeout=pause_s)
+            if not done:
+                yield None
+                continue
+            try:
+                item = waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = asyncio.ensure_future(anext(items))
+            yield item
+    finally:
+        waiting.cancel()
+        with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+            await waiting
+        close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
 
 
 async def interleave(

@@ -111,6 +111,9 @@ class ChatPrompt:
     segment, where the next turn leaves this prompt, and in a tool loop where the tool's answer
     does."""
 
+    cuts: tuple[int, ...] = ()
+    """Positions of the cuts that were asked for, in their order; where the template does not take
+    the chat before one, none."""
     is_thinking: bool = False
     """It ends inside of reasoning, which the answer goes on with."""
 
@@ -164,6 +167,7 @@ def render_chat(
     text = render(messages)
     token_ids = encode(text)
     boundaries = set()
+    cut_at = []
     futures = _futures(messages, with_tools=bool(tools))
     for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
@@ -171,9 +175,12 @@ def render_chat(
         except TemplateError:
             continue  # This future can not happen with this template.
         special = tokenizer.special_tokens
-        boundaries.add(common_token_prefix(encode, special, text, token_ids, later))
+        shared = common_token_prefix(encode, special, text, token_ids, later)
+        boundaries.add(shared)
+        if not any(future is known for known in futures):
+            cut_at.append(shared)
     is_thinking = add_generation_prompt and text[-len(THINK) - 8 :].rstrip().endswith(THINK)
-    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})), is_thinking)
+    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})), tuple(cut_at), is_thinking)
 
 
 def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message]]:

@@ -14,6 +14,8 @@ from engine.text.answers import marks
 from hybridcache import units
 
 
-@pytest.mark.parametrize("module", [flags, inspect, marks, pace, suffix, templates, tokenizer, units])
+@pytest.mark.parametrize(
+    "module", [flags, inspect, marks, pace, suffix, templates, tokenizer, units]
+)
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0

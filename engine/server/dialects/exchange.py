@@ -77,8 +77,11 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in tool.items() if name != "cache_control"}
 
 
-async def ask(front: ServingContext, body: ChatRequest, size: int) -> Exchange:
-    """Submit a chat of ``size`` bytes. APIError: it is refused."""
+async def ask(
+    front: ServingContext, body: ChatRequest, size: int, fits_context: bool = False
+) -> Exchange:
+    """Submit a chat of ``size`` bytes; with ``fits_context`` an answer may be shorter than its
+    limit, where the context holds no more. APIError: it is refused."""
     front.check_model(body.model)
     front.check_number(body.n)
     template = front.tokenizer.chat_template
@@ -87,6 +90,9 @@ async def ask(front: ServingContext, body: ChatRequest, size: int) -> Exchange:
     namespace = front.namespace_of(body.cache_salt)
     prompt = await render(front, body, size, namespace)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if fits_context and limit is not None:
+        has_room = len(prompt.token_ids) + limit <= front.engine.max_model_len
+        limit = limit if has_room else None
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
     streams = await front.submit(

@@ -1,0 +1,20 @@
+"""From the body of a dialect to the one chat request that is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.server.errors import of_validation
+from engine.server.schemas import ChatRequest
+
+
+def chat_request(fields: dict[str, Any]) -> ChatRequest:
+    """``fields`` as a chat request, without those that say nothing. APIError 400: what they ask for
+    is not served."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return ChatRequest.model_validate(given)
+    except ValidationError as error:
+        raise of_validation(error) from None
