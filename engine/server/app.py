@@ -24,7 +24,8 @@ from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
 from engine.server.dialects.exchange import render
-from engine.server.dialects.routes import add_messages
+from engine.server.dialects.response_store import ResponseStore
+from engine.server.dialects.routes import add_messages, add_responses
 from engine.server.errors import APIError
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
@@ -68,6 +69,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
 
     _add_generation(app, front, reader)
     add_messages(app, front, reader)
+    add_responses(app, front, reader, ResponseStore(int(config.responses_mib * 2**20)))
     _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     _add_administration(app, front, Operator.of(config))

@@ -91,6 +91,12 @@ class ServerConfig:
             "none: they answer this machine only"
         },
     )
+    responses_mib: float = field(
+        default=64.0,
+        metadata={
+            "help": "memory for responses that a later request may go on from (/v1/responses), MiB"
+        },
+    )
     drain_s: float = field(
         default=30.0,
         metadata={"help": "after SIGTERM, seconds that running requests may take to finish"},
@@ -108,6 +114,10 @@ class ServerConfig:
         if not 0 < self.body_timeout_s < math.inf:
             raise ValueError(
                 f"--body-timeout-s {self.body_timeout_s:g} must be finite and above 0."
+            )
+        if not 0 <= self.responses_mib < math.inf:
+            raise ValueError(
+                f"--responses-mib {self.responses_mib:g} must be finite and not negative."
             )
         for name in COUNTS:
             if (count := getattr(self, name)) < 1:

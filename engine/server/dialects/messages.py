@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from engine import RequestOutput
 from engine.server.body import to_json
 from engine.server.dialects.exchange import Answer, Exchange, Finish, ask, render
 from engine.server.dialects.messages_body import CountRequest, MessagesRequest
+from engine.server.dialects.translated import parsed_arguments
 from engine.server.errors import ANTHROPIC, of_failure
 from engine.server.front import ServingContext, new_id
 from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
@@ -27,8 +27,6 @@ from engine.text.answers.events import (
 
 PING_S = 10.0
 """Silence after which a stream says that it lives."""
-BROKEN = "INVALID_JSON"
-"""Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
 REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -159,20 +157,12 @@ def _content(events: Sequence[Event]) -> list[dict[str, Any]]:
             case CallArguments(text):
                 arguments += text
             case CallEnd():
-                blocks[-1]["input"] = _input(arguments)
+                blocks[-1]["input"] = parsed_arguments(arguments)
     return blocks
 
 
 def _tool_use(name: str) -> dict[str, Any]:
     return {"type": "tool_use", "id": new_id("toolu", "_"), "name": name, "input": {}}
-
-
-def _input(arguments: str) -> dict[str, Any]:
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {BROKEN: arguments}
 
 
 def _signature(digest: Any) -> str:
