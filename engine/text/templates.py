@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jinja2
@@ -63,6 +64,21 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"The chat template does not parse: {error}.") from error
+
+    @cached_property
+    def takes_late_system(self) -> bool:
+        """Whether a system message may follow others. One render, the first time."""
+        chat: list[Message] = [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "c"},
+            {"role": "system", "content": PROBE},
+            {"role": "user", "content": "d"},
+        ]
+        try:
+            return PROBE in self.render(chat)
+        except TemplateError:
+            return False
 
     def render(
         self,

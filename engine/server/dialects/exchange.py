@@ -72,6 +72,21 @@ async def render(
         raise APIError(400, str(error), param="messages") from error
 
 
+def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
+    """The same chat, in which system messages after the first others are the user's where the
+    template takes none there: where they stand, since a prompt that changes at its front is not in
+    the cache."""
+    template = front.tokenizer.chat_template
+    if template is None or template.takes_late_system:
+        return body
+    roles = [message.role for message in body.messages]
+    first = next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+    for message in body.messages[max(first, 1) :]:
+        if message.role == "system":
+            message.role = "user"
+    return body
+
+
 def _plain(tool: dict[str, object]) -> dict[str, object]:
     """A tool without what is said to the cache."""
     return {name: value for name, value in tool.items() if name != "cache_control"}

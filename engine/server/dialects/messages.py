@@ -10,7 +10,7 @@ from fastapi import Request, Response
 
 from engine import RequestOutput
 from engine.server.body import to_json
-from engine.server.dialects.exchange import Answer, Exchange, Finish, ask, render
+from engine.server.dialects.exchange import Answer, Exchange, Finish, ask, render, settle_system
 from engine.server.dialects.messages_body import CountRequest, MessagesRequest
 from engine.server.dialects.translated import parsed_arguments
 from engine.server.errors import ANTHROPIC, of_failure
@@ -34,7 +34,7 @@ async def messages(front: ServingContext, request: Request, body: MessagesReques
     """Answer one request."""
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
-    exchange = await ask(front, chat, size, fits_context=True)
+    exchange = await ask(front, settle_system(front, chat), size, fits_context=True)
     writer = _Writer(front, body, exchange)
     if body.stream:
         return EventStream(writer.events())
@@ -50,7 +50,8 @@ async def count_tokens(front: ServingContext, request: Request, body: CountReque
     front.check_model(body.model)
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
-    prompt = await render(front, chat, size, front.namespace_of(body.cache_salt))
+    namespace = front.namespace_of(body.cache_salt)
+    prompt = await render(front, settle_system(front, chat), size, namespace)
     return Response(to_json({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 

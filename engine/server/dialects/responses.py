@@ -10,7 +10,7 @@ from fastapi import Request, Response
 
 from engine import RequestOutput
 from engine.server.body import to_json
-from engine.server.dialects.exchange import Exchange, Finish, ask
+from engine.server.dialects.exchange import Exchange, Finish, ask, settle_system
 from engine.server.dialects.response_items import ResponseItems
 from engine.server.dialects.response_store import ResponseStore, StoredResponse
 from engine.server.dialects.responses_body import ResponsesRequest
@@ -49,7 +49,7 @@ class Responses:
             size += before.num_bytes
         earlier = [] if before is None else before.items
         chat = await front.workers.run(size, lambda: body.as_chat(earlier))
-        exchange = await ask(front, chat, size)
+        exchange = await ask(front, settle_system(front, chat), size)
         writer = _Writer(front, body, exchange)
 
         def keep(response: dict[str, Any], num_tokens: int) -> None:

@@ -229,6 +229,47 @@ def test_thinking_is_switched(say: Say) -> None:
     assert off["content"] == [{"type": "text", "text": "a</think>b"}]
 
 
+FIRST_ONLY = """\
+{%- for m in messages %}
+{%- if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be first.') }}{% endif %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
+
+
+def test_a_system_message_in_the_middle_stays_where_it_is(say: Say) -> None:
+    """As the user's, where the template takes none there."""
+    late = {"role": "system", "content": "Hurry."}
+    chat = [*ASK["messages"], {"role": "assistant", "content": "Hm."}, late, ASK["messages"][0]]
+    body = {"model": "builtin", "messages": chat, "system": "Be brief."}
+    for template, role in ((FIRST_ONLY, "user"), (None, "system")):
+        live = say("x", template)
+        same = [{"role": "system", "content": "Be brief."}, *chat]
+        same[3] = late | {"role": role}
+        count = live.post("/tokenize", {"messages": same}).json()["count"]
+        assert live.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
+    live = say("Yes.", FIRST_ONLY)
+    developer = {"role": "developer", "content": "Be exact."}
+    items = [developer, *chat]
+    answer = live.client.responses.create(model="builtin", instructions="Be brief.", input=items)
+    assert answer.output_text == "Yes."
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
+def test_who_hangs_up_leaves_nothing_behind(serve_oracle: Callable[..., Live], path: str) -> None:
+    live = serve_oracle(step_s=0.01)
+    question = {"messages": ASK["messages"]} | {"input": "x"}
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+    taken = "input" if path.endswith("responses") else "messages"
+    body = {"model": "builtin", limit: 3000, "stream": True, taken: question[taken]}
+    for read in (0, 300):
+        connection = live.send(path, body)
+        live.wait_for(lambda report: report["kv"]["held"] > 0)
+        if read:
+            connection.recv(read)
+        connection.close()
+        live.wait_until_idle()
+    live.check_conserved()
+
+
 def test_the_client_itself(say: Say) -> None:
     """Whole, streamed, counted and refused through Anthropic's own package."""
     anthropic = pytest.importorskip("anthropic")
