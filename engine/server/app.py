@@ -171,6 +171,20 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
 
         return await front.engine.call(read)
 
+    @app.get("/v1/cache/explanations/{answer_id}")
+    async def explanation(
+        request: Request, answer_id: str, compared_with: str | None = None
+    ) -> dict[str, Any]:
+        operator.check(request)
+        told = front.explanations.look_up(answer_id, compared_with)
+        if told is None:
+            raise APIError(
+                404,
+                "This answer, or the one it is compared with, is not remembered: raise "
+                "--explain-mib to remember more.",
+            )
+        return told
+
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> dict[str, bool]:
         operator.check(request)

@@ -97,6 +97,13 @@ class ServerConfig:
             "help": "memory for responses that a later request may go on from (/v1/responses), MiB"
         },
     )
+    explain_mib: float = field(
+        default=64.0,
+        metadata={
+            "help": "memory for what is remembered of requests, to say why a later one missed the "
+            "cache, MiB"
+        },
+    )
     drain_s: float = field(
         default=30.0,
         metadata={"help": "after SIGTERM, seconds that running requests may take to finish"},
@@ -119,6 +126,8 @@ class ServerConfig:
             raise ValueError(
                 f"--responses-mib {self.responses_mib:g} must be finite and not negative."
             )
+        if not 0 <= self.explain_mib < math.inf:
+            raise ValueError(f"--explain-mib {self.explain_mib:g} must be finite and not negative.")
         for name in COUNTS:
             if (count := getattr(self, name)) < 1:
                 raise ValueError(f"{flag(name)} {count} must be 1 or more.")
