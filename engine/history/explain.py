@@ -20,7 +20,7 @@ Change = Literal[
     "variables",  # the template's switches, such as enable_thinking
     "messages",  # an earlier message
     "answer",  # the answer came back other than it was sampled
-    "template",  # nothing that was sent: the template writes the same messages otherwise
+    "template",  # the same messages, which the template writes, or the tokenizer cuts, otherwise
 ]
 How = Literal["changed", "added", "removed", "reordered"]
 CAUSES = (
@@ -228,9 +228,12 @@ def _change(
         how = "changed" if min(names) in known else "added"
         how = how if min(names) in dict(later.variables) else "removed"
         return "variables", how, f"chat_template_kwargs.{min(names)}"
-    if at >= earlier.turn_start:
-        return "answer", "changed", f"messages[{len(earlier.messages)}]"
-    return "template", "changed", None
+    if at < earlier.turn_start:
+        return "template", "changed", None
+    index = len(earlier.messages)
+    echo = later.messages[index].said if index < len(later.messages) else None
+    is_echoed = echo is not None and echo == earlier.answer
+    return "template" if is_echoed else "answer", "changed", f"messages[{index}]"
 
 
 def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[MessageOutline]]:

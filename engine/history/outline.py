@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.history.answers import said_by
 from hybridcache.tokens import Tokens
 
 Marks = npt.NDArray[np.int32] | npt.NDArray[np.uint64]
@@ -28,6 +29,8 @@ class MessageOutline:
 
     role: str
     fields: tuple[tuple[str, Digest], ...]
+    said: Digest
+    """Of what it says, in whatever spelling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Outline:
     prompt_len: int
     turn_start: int
     """Where the header of the answer begins: what is past it is the answer's own turn."""
+    answer: Digest | None = None
+    """Of what the answer said, as ``MessageOutline.said``; None: not known."""
 
     @property
     def is_hashed(self) -> bool:
@@ -92,11 +97,15 @@ class Outliner:
             int(ends[-1]) if len(ends) else len(tokens),
         )
 
-    def answered(self, outline: Outline, answer: Tokens) -> Outline:
-        """``outline`` with the ids of its answer. O(its tokens)."""
+    def answered(
+        self, outline: Outline, answer: Tokens, message: Mapping[str, Any] | None = None
+    ) -> Outline:
+        """``outline`` with the ids of its answer, and with what it said as a ``message``. O(its
+        tokens)."""
         kept = self._kept(answer, outline.namespace, outline.prompt_len)
         tokens: Any = np.concatenate((outline.tokens[: outline.prompt_len], kept))
-        return replace(outline, tokens=tokens)
+        said = None if message is None else self._digest(said_by(message))
+        return replace(outline, tokens=tokens, answer=said)
 
     def _message(self, message: Mapping[str, Any]) -> MessageOutline:
         fields = []
@@ -108,7 +117,8 @@ class Outliner:
                 fields += [(f"{name}[{index}]", self._digest(entry)) for index, entry in entries]
             else:
                 fields.append((name, self._digest(value)))
-        return MessageOutline(str(message.get("role")), tuple(fields))
+        said = self._digest(said_by(message))
+        return MessageOutline(str(message.get("role")), tuple(fields), said)
 
     def _digest(self, value: Any) -> Digest:
         """Of ``value`` as JSON in its own order, which is what a template prints."""

@@ -65,11 +65,14 @@ class Explanations:
         chat = ChatParts(messages, tools, variables, size) if namespace is None else None
         return AskedChat(answer_id, outline, chat)
 
-    def end(self, asked: AskedChat, output: RequestOutput) -> None:
-        """Remember ``asked`` with its answer. O(its tokens)."""
+    def end(
+        self, asked: AskedChat, output: RequestOutput, message: Mapping[str, Any] | None = None
+    ) -> None:
+        """Remember ``asked`` with its answer, which was given as ``message``. O(its tokens)."""
         self.saw(asked, output)
         if asked.found is not None:
-            outline = self._outliner.answered(asked.outline, np.asarray(output.output, np.int32))
+            answer = np.asarray(output.output, np.int32)
+            outline = self._outliner.answered(asked.outline, answer, message)
             self.memory.put(asked.answer_id, Remembered(outline, asked.found, asked.chat))
 
     def saw(self, asked: AskedChat, output: RequestOutput) -> None:
@@ -150,8 +153,10 @@ class Inquiry:
             self._explanations.saw(self._asked, output)
             if self._compared_with is not None:
                 self.explanation = self._explanations.compare(self._asked, self._compared_with)
-        if output.is_finished:
-            self._explanations.end(self._asked, output)
+
+    def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
+        """The last output of the first answer, and what it said."""
+        self._explanations.end(self._asked, output, message)
 
     def headers(self) -> dict[str, str]:
         """What the cache had, in short; nothing before the first output."""

@@ -21,6 +21,7 @@ from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.explanations import Explanations
 from engine.server.metrics import Metrics
+from engine.server.replays import Replays
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
 from engine.text.outputs import DraftCounts
@@ -38,6 +39,7 @@ class ServingContext:
         self.workers = workers
         self._salt_key = secrets.token_bytes(32)
         self.metrics = Metrics()
+        self.replays = Replays(self.tokenizer, config)
         self.explanations = Explanations(self.tokenizer, int(config.explain_mib * 2**20))
         self.created = int(time.time())
 

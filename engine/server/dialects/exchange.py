@@ -15,6 +15,7 @@ from engine.server.dialects.tools import callable_tools
 from engine.server.errors import APIError
 from engine.server.explanations import Inquiry
 from engine.server.front import ServingContext, new_id
+from engine.server.replays import as_message
 from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
 from engine.text.answers.events import CallBegin, CallEnd, Event, joined
 from engine.text.answers.forms import AnswerForm, AnswerReader
@@ -56,15 +57,19 @@ async def render(
     refuses it."""
 
     def work() -> ChatPrompt:
+        messages = [message.as_template_input() for message in body.messages or ()]
+        chat = front.replays.prepare(messages, body.chat_template_kwargs, namespace)
         return render_chat(
             front.tokenizer,
-            [message.as_template_input() for message in body.messages or ()],
+            chat.messages,
             tools=None if body.tools is None else [_plain(tool) for tool in body.tools] or None,
             add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
+            variables=chat.variables,
             special_in_content=front.special_in_content,
             namespace=namespace,
             cuts=cuts_of(body.messages, body.tools),
+            sampled=chat.sampled,
+            keeps_thinking=chat.keeps_thinking,
         )
 
     try:
@@ -133,7 +138,8 @@ async def ask(
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single = not body.parallel_tool_calls
     readings = [_Reading(each, is_single) for each in readers]
-    return Exchange(front, prompt, streams, readings, inquiry)
+    place = len(body.messages), namespace
+    return Exchange(front, prompt, streams, readings, inquiry, place)
 
 
 async def _inquire(
@@ -170,8 +176,11 @@ class Exchange:
         streams: Sequence[RequestStream],
         readings: Sequence[_Reading],
         inquiry: Inquiry,
+        place: tuple[int, str | None],
     ) -> None:
+        """``place``: (messages of the chat, its namespace)."""
         self._front = front
+        self._place = place
         self.inquiry = inquiry
         self.prompt = prompt
         self._streams = streams
@@ -195,6 +204,12 @@ class Exchange:
             finish = reading.finish(output)
             if reading.is_over and finish is None:
                 self._streams[index].abort()
+            if finish is not None:
+                message = as_message(reading.events)
+                if not reading.is_over:
+                    self._front.replays.remember(self.prompt, *self._place, message, output)
+                if index == 0:
+                    self.inquiry.end(output, message)
             yield News(index, events, output, finish)
 
     async def answers(self) -> list[Answer]:
@@ -218,6 +233,8 @@ class _Reading:
         self._reader = reader
         self._is_single = is_single
         self._has_calls = False
+        self.events: list[Event] = []
+        """All so far."""
         self.is_over = False
         """The first call ended, and no more is read."""
         self.num_reasoning_tokens = 0
@@ -237,6 +254,7 @@ class _Reading:
             end = next((at for at, one in enumerate(events, 1) if isinstance(one, CallEnd)), None)
             self.is_over = end is not None
             events = events[:end]
+        self.events += events
         return events
 
     def finish(self, output: RequestOutput) -> Finish | None:

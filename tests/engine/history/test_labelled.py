@@ -17,9 +17,8 @@ from engine.history.memory import Remembered
 from engine.server.explanations import Explanations
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat
+from experiments.agents.scripted import ScriptedEngine
 from hybridcache.results import Losses
-
-from .scripted import ScriptedEngine
 
 THINKING = """\
 {%- set ns = namespace(last=-1) %}

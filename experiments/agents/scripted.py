@@ -1,14 +1,20 @@
 """An engine whose answers are written beforehand, token by token, over a runner that proves every
-read."""
+read; and a server in front of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
+from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.requests.sampling_params import SamplingInput
 from engine.run.oracle import Fingerprints, OracleDrawn, OracleRunner
+from engine.server.app import Server
+from engine.server.config import ServerConfig
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import Tokenizer
@@ -52,8 +58,27 @@ class ScriptedEngine:
         )
 
     def answer(self, spec: RequestSpec, answer: Sequence[int]) -> RequestOutput:
+        """The last output of one request."""
         sampling = SamplingParams(max_tokens=len(answer), seed=self.sampler.add(answer))
         options = {name: getattr(spec, name) for name in ("namespace", "boundaries")}
         options["answer_survives"] = spec.answer_survives
         [output] = self.engine.generate([spec.prompt], sampling, **options)
         return output
+
+    @contextlib.contextmanager
+    def serving(self, config: ServerConfig | None = None) -> Iterator[str]:
+        """The address of a server of its own, in a thread."""
+        server = Server(AsyncEngine(self.engine), config or ServerConfig())
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            thread = threading.Thread(
+                target=server.run, kwargs={"sockets": [listener]}, daemon=True
+            )
+            thread.start()
+            while not server.started:
+                time.sleep(0.005)
+            try:
+                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                thread.join(30)
