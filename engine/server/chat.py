@@ -95,10 +95,7 @@ class _Writer:
 
     def _told(self) -> dict[str, Any]:
         """Why it missed, where that was asked."""
-        told = self._inquiry.told()
-        if self._body.diagnostics is not None:
-            told["diagnostics"] = self._inquiry.diagnostics()
-        return told
+        return self._inquiry.told() | self._inquiry.diagnostics()
 
     def _delta(self, deltas: _Deltas, news: News) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)

@@ -133,8 +133,15 @@ class Inquiry:
     """What one chat learns of itself while it is answered, and what it was asked to say of it."""
 
     def __init__(
-        self, explanations: Explanations, asked: AskedChat, compared_with: str | None
+        self,
+        explanations: Explanations,
+        asked: AskedChat,
+        compared_with: str | None,
+        is_asked: bool,
     ) -> None:
+        """``compared_with``: the earlier answer; ``is_asked``: Anthropic's form is wanted, also
+        where there is no earlier one."""
+        self._is_asked = is_asked
         self._explanations = explanations
         self._asked = asked
         self._compared_with = compared_with
@@ -172,9 +179,12 @@ class Inquiry:
             "cache_explanation": whole,
         }
 
-    def diagnostics(self) -> dict[str, Any] | None:
+    def diagnostics(self) -> dict[str, Any]:
         """The same in Anthropic's form."""
-        return None if self._compared_with is None else for_anthropic(self.explanation)
+        if not self._is_asked:
+            return {}
+        is_compared = self._compared_with is not None
+        return {"diagnostics": for_anthropic(self.explanation) if is_compared else None}
 
 
 def cache_headers(output: RequestOutput, explanation: Explanation | None = None) -> dict[str, str]:

@@ -161,7 +161,8 @@ async def _inquire(
             variables=body.chat_template_kwargs,
             size=size,
         )
-        return Inquiry(front.explanations, asked, body.compared_with)
+        is_asked = body.diagnostics is not None
+        return Inquiry(front.explanations, asked, body.compared_with, is_asked)
 
     return await front.workers.run(size, work)
 

@@ -76,6 +76,58 @@ def test_a_stream_says_it_in_its_last_event(live: Live) -> None:
     assert answer.headers["x-cache-parted"] == "no"
 
 
+def test_messages_say_it_as_anthropic_does(live: Live) -> None:
+    user = {"role": "user", "content": "Why?"}
+    asked = {"model": live.engine.model_name, "max_tokens": 4, "messages": [user]}
+    first = live.post(
+        "/v1/messages",
+        {**asked, "system": SYSTEM + "M", "diagnostics": {"previous_message_id": None}},
+    )
+    assert first.json()["diagnostics"] is None
+    assert int(first.headers["x-cache-prompt-tokens"]) > 300
+    later = {"diagnostics": {"previous_message_id": first.json()["id"]}}
+    changed = live.post("/v1/messages", {**asked, "system": "B" + SYSTEM + "M", **later})
+    reason = changed.json()["diagnostics"]["cache_miss_reason"]
+    assert reason["type"] == "system_changed"
+    at = int(changed.headers["x-cache-parted"].partition("at=")[2])
+    total = int(changed.headers["x-cache-prompt-tokens"])
+    assert reason["cache_missed_input_tokens"] == total - at
+    streamed = {**asked, "system": "B" + SYSTEM + "M", "stream": True, **later}
+    with httpx.stream("POST", live.url + "/v1/messages", json=streamed, timeout=60) as answer:
+        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
+    assert json.loads(lines[0])["message"]["diagnostics"]["cache_miss_reason"] == reason
+    assert int(answer.headers["x-cache-hit-tokens"]) > 0
+    assert "diagnostics" not in live.post("/v1/messages", {**asked, "system": "C"}).json()
+
+
+def test_responses_say_it_as_openai_does(live: Live) -> None:
+    create = live.client.responses.create
+    model = live.engine.model_name
+    first = create(model=model, input="Why?", instructions=SYSTEM + "R", max_output_tokens=4)
+    assert first.prompt_cache_diagnostics is None
+    body = {"prompt_cache_options": {"comparison_response_id": first.id}}
+    second = create(
+        model=model,
+        input="Why?",
+        instructions="R" + SYSTEM + "R",
+        max_output_tokens=4,
+        extra_body=body,
+    )
+    told = second.prompt_cache_diagnostics
+    assert told is not None and told.type == "cache_miss" and told.reason == "input_changed"
+    stream = create(
+        model=model,
+        input="Why?",
+        instructions=SYSTEM + "R",
+        max_output_tokens=4,
+        stream=True,
+        extra_body=body,
+    )
+    assert int(stream.response.headers["x-cache-hit-tokens"]) > 0
+    last = list(stream)[-1]
+    assert last.response.prompt_cache_diagnostics.type == "cache_hit"
+
+
 @pytest.mark.parametrize(("salt", "later"), [("a", "b"), ("a", None), (None, "a")])
 def test_nobody_learns_of_another_tenants_request(
     live: Live, salt: str | None, later: str | None
