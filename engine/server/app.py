@@ -20,9 +20,12 @@ from engine import Engine
 from engine.async_engine import AsyncEngine
 from engine.server import errors
 from engine.server.body import BodyReader, to_json
-from engine.server.chat import chat, render
+from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
+from engine.server.dialects.exchange import render
+from engine.server.dialects.response_store import ResponseStore
+from engine.server.dialects.routes import add_messages, add_responses
 from engine.server.errors import APIError
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
@@ -65,6 +68,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, front, reader)
+    add_messages(app, front, reader)
+    add_responses(app, front, reader, ResponseStore(int(config.responses_mib * 2**20)))
     _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     _add_administration(app, front, Operator.of(config))
@@ -165,6 +170,20 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
             return engine.cache_report() | {"tree": engine.outline().splitlines()}
 
         return await front.engine.call(read)
+
+    @app.get("/v1/cache/explanations/{answer_id}")
+    async def explanation(
+        request: Request, answer_id: str, compared_with: str | None = None
+    ) -> dict[str, Any]:
+        operator.check(request)
+        told = front.explanations.look_up(answer_id, compared_with)
+        if told is None:
+            raise APIError(
+                404,
+                "This answer, or the one it is compared with, is not remembered: raise "
+                "--explain-mib to remember more.",
+            )
+        return told
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> dict[str, bool]:

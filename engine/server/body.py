@@ -101,23 +101,24 @@ class BodyReader:
 
     def _check_lists(self, body: dict[str, Any]) -> None:
         """Refuse what is longer than a setting allows, whatever it holds. O(messages + prompts)."""
-        prompt, messages, stop = (body.get(name) for name in ("prompt", "messages", "stop"))
+        prompt, messages = body.get("prompt"), body.get("messages")
         if isinstance(prompt, list):
             num_ids = sum(len(part) if isinstance(part, list) else 1 for part in prompt)
             self._check("max_prompt_ids", num_ids, "token ids or prompts", "prompt")
         if isinstance(tokens := body.get("tokens"), list):
             self._check("max_detokenize_ids", len(tokens), "token ids", "tokens")
-        if isinstance(messages, list):
-            self._check("max_messages", len(messages), "messages", "messages")
-            contents = (entry.get("content") for entry in messages if isinstance(entry, dict))
-            num_parts = sum(len(content) for content in contents if isinstance(content, list))
-            self._check("max_parts", num_parts, "text parts", "messages")
-        for name in ("stop", "stop_token_ids"):
+        for name, entries in (("messages", messages), ("input", body.get("input"))):
+            if isinstance(entries, list):
+                self._check("max_messages", len(entries), "messages", name)
+                contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
+                num_parts = sum(len(content) for content in contents if isinstance(content, list))
+                self._check("max_parts", num_parts, "text parts", name)
+        for name in ("stop", "stop_sequences", "stop_token_ids"):
             if isinstance(stops := body.get(name), list):
                 self._check("max_stops", len(stops), "of them", name)
-        for text in stop if isinstance(stop, list) else (stop,):
-            if isinstance(text, str):
-                self._check("max_stop_chars", len(text), "characters in a string", "stop")
+            for text in stops if isinstance(stops, list) else (stops,):
+                if isinstance(text, str):
+                    self._check("max_stop_chars", len(text), "characters in a string", name)
 
     def _check(self, setting: str, number: int, of_what: str, param: str) -> None:
         limit = getattr(self._config, setting)

@@ -1,5 +1,4 @@
-"""POST /v1/chat/completions: a chat rendered by the model's template, with the boundaries that
-survive into the next turn."""
+"""POST /v1/chat/completions: OpenAI's dialect of a chat."""
 
 from __future__ import annotations
 
@@ -9,119 +8,98 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput, RequestSpec
-from engine.async_engine import RequestStream
+from engine import RequestOutput
 from engine.server import logprobs
-from engine.server.errors import APIError, of_failure
+from engine.server.dialects.exchange import Answer, Exchange, News, ask
+from engine.server.errors import of_failure
+from engine.server.explanations import Inquiry
 from engine.server.front import ServingContext, new_id, usage
-from engine.server.schemas import ChatRequest, TokenizeRequest
+from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
+from engine.text.answers.events import (
+    CallArguments,
+    CallBegin,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+)
 from engine.text.outputs import SampledToken
-from engine.text.templates import ChatPrompt, TemplateError, render_chat
 
 
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
-    front.check_model(body.model)
-    front.check_number(body.n)
-    namespace = front.namespace_of(body.cache_salt)
-    prompt = await render(front, body, len(await request.body()), namespace)
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    num_top = (body.top_logprobs or 0) if body.logprobs else None
-    [token_ids] = await front.as_arrays([prompt.token_ids])
-    streams = await front.submit(
-        RequestSpec(
-            token_ids,
-            sampling,
-            namespace=namespace,
-            boundaries=prompt.boundaries,
-            answer_survives=prompt.answer_survives,
-        )
-        for sampling in body.samplings(limit, num_top, front.engine.sampling_defaults)
-    )
-    answer = _Answer(front, body)
+    exchange = await ask(front, body, len(await request.body()))
+    inquiry = exchange.inquiry
+    writer = _Writer(front, body, inquiry)
     if body.stream:
-        return EventStream(answer.events(streams))
-    outputs = await unless_gone(request, front.finals(streams))
-    return await front.answer(outputs, lambda: answer.whole(outputs))
+        return EventStream(writer.events(exchange), inquiry.headers)
+    answers = await unless_gone(request, exchange.answers())
+    outputs = [answer.output for answer in answers]
+    headers = inquiry.headers()
+    return await front.answer(outputs, lambda: writer.whole(answers), headers=headers)
 
 
-async def render(
-    front: ServingContext,
-    body: ChatRequest | TokenizeRequest,
-    size: int,
-    namespace: str | None = None,
-) -> ChatPrompt:
-    """The chat of a ``body`` of ``size`` bytes as the model reads it. APIError 400: the template
-    refuses it."""
+class _Writer:
+    """Writes a chat's answers, whole or in events."""
 
-    def work() -> ChatPrompt:
-        return render_chat(
-            front.tokenizer,
-            [message.as_template_input() for message in body.messages or ()],
-            tools=body.tools,
-            add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
-            special_in_content=front.special_in_content,
-            namespace=namespace,
-        )
-
-    try:
-        return await front.workers.run(size, work)
-    except TemplateError as error:
-        raise APIError(400, f"The chat template refuses these messages: {error}") from error
-    except ValueError as error:
-        raise APIError(400, str(error), param="messages") from error
-
-
-class _Answer:
-    """One chat's answer, whole or in events."""
-
-    def __init__(self, front: ServingContext, body: ChatRequest) -> None:
+    def __init__(self, front: ServingContext, body: ChatRequest, inquiry: Inquiry) -> None:
         self._front = front
+        self._inquiry = inquiry
         self._body = body
         self._head = {
-            "id": new_id("chatcmpl"),
+            "id": inquiry.answer_id,
             "created": int(time.time()),
             "model": front.model_name,
         }
 
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
-                "logprobs": self._scores(output.logprobs),
-                "finish_reason": output.finish_reason,
+                "message": _message(answer.events),
+                "logprobs": self._scores(answer.output.logprobs),
+                "finish_reason": answer.finish,
             }
-            for index, output in enumerate(outputs)
+            for index, answer in enumerate(answers)
         ]
+        outputs = [answer.output for answer in answers]
         return {
             **self._head,
             "object": "chat.completion",
             "choices": choices,
             "usage": usage(outputs, self._body.n),
+            **self._told(),
         }
 
-    async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
+    async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
         """The role of each choice, then one event an output. Text that was sent is never taken
         back."""
-        for index in range(len(streams)):
-            yield self._event([_delta(index, {"role": "assistant", "content": ""})])
         last: dict[int, RequestOutput] = {}
+        deltas = [_Deltas() for _ in range(exchange.num_answers)]
         try:
-            async for index, output in self._front.outputs(streams):
-                last[index] = output
-                delta = {"content": output.new_text} if output.new_text else {}
-                scores = self._scores(output.new_logprobs)
-                yield self._event([_delta(index, delta, scores, output.finish_reason)])
+            async for news in exchange.news():
+                if not last:
+                    for index in range(exchange.num_answers):
+                        yield self._event([_choice(index, {"role": "assistant", "content": ""})])
+                last[news.index] = news.output
+                yield self._event([self._delta(deltas[news.index], news)])
         except Exception as error:
             yield event(of_failure(error).body())
             return
         if self._body.includes_usage:
-            outputs = [last[index] for index in range(len(streams))]
-            yield self._event([], usage=usage(outputs, self._body.n))
+            outputs = [last[index] for index in range(exchange.num_answers)]
+            yield self._event([], usage=usage(outputs, self._body.n), **self._told())
+        elif told := self._told():
+            yield self._event([], **told)
         yield DONE
+
+    def _told(self) -> dict[str, Any]:
+        """Why it missed, where that was asked."""
+        return self._inquiry.told() | self._inquiry.diagnostics()
+
+    def _delta(self, deltas: _Deltas, news: News) -> dict[str, Any]:
+        scores = self._scores(news.output.new_logprobs)
+        return _choice(news.index, deltas.write(news.events), scores, news.finish)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
@@ -132,10 +110,59 @@ class _Answer:
         return logprobs.for_chat(self._front.tokenizer, scores or (), self._body.top_logprobs or 0)
 
 
-def _delta(
+def _choice(
     index: int,
     delta: dict[str, Any],
     scores: dict[str, Any] | None = None,
     finish_reason: str | None = None,
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish_reason}
+
+
+def _message(events: Sequence[Event]) -> dict[str, Any]:
+    """An answer as a message that can be sent back as it is."""
+    delta = _Deltas().write(events)
+    message = {"role": "assistant", "content": delta.pop("content", ""), "refusal": None, **delta}
+    for call in message.get("tool_calls", ()):
+        del call["index"]
+        if not message["content"]:
+            message["content"] = None
+    return message
+
+
+class _Deltas:
+    """Writes the events of one answer as deltas of its message: calls are numbered, and named
+    where they begin."""
+
+    def __init__(self) -> None:
+        self._num_calls = 0
+
+    def write(self, events: Sequence[Event]) -> dict[str, Any]:
+        """All of ``events`` in one delta. O(their length)."""
+        texts: dict[str, list[str]] = {}
+        calls: list[dict[str, Any]] = []
+        arguments: list[list[str]] = []
+        for one in events:
+            match one:
+                case ReasoningDelta(text):
+                    texts.setdefault("reasoning_content", []).append(text)
+                case TextDelta(text):
+                    texts.setdefault("content", []).append(text)
+                case CallBegin(name):
+                    head = {
+                        "id": new_id("call", "_"),
+                        "type": "function",
+                        "function": {"name": name},
+                    }
+                    calls.append({"index": self._num_calls, **head})
+                    arguments.append([])
+                    self._num_calls += 1
+                case CallArguments(text):
+                    if not calls:
+                        calls.append({"index": self._num_calls - 1, "function": {}})
+                        arguments.append([])
+                    arguments[-1].append(text)
+        for call, pieces in zip(calls, arguments, strict=True):
+            call["function"]["arguments"] = "".join(pieces)
+        delta: dict[str, Any] = {name: "".join(pieces) for name, pieces in texts.items()}
+        return delta | ({"tool_calls": calls} if calls else {})

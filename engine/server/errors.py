@@ -16,6 +16,18 @@ from engine.async_engine import EngineStopped, StepFailed
 
 MAX_QUOTED, MAX_MESSAGE = 60, 280
 """Characters of what a client sent that an answer quotes, and of the whole message."""
+ANTHROPIC = "/v1/messages"
+"""Paths below it answer in Anthropic's shape."""
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -37,14 +49,19 @@ class APIError(Exception):
         self.code = code
         self.headers = headers
 
-    def body(self) -> dict[str, Any]:
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The answer of ``path``, in the shape that its clients read."""
+        if path.startswith(ANTHROPIC):
+            kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
+            error = {"type": kind, "message": str(self)}
+            return {"type": "error", "error": error, "request_id": None}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         }
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+    def response(self, path: str = "") -> JSONResponse:
+        return JSONResponse(self.body(path), self.status, headers=self.headers)
 
 
 def install(app: FastAPI) -> None:
@@ -52,12 +69,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(APIError)
     async def _api_error(request: Request, error: APIError) -> JSONResponse:
-        return error.response()
+        return error.response(request.url.path)
 
     @app.exception_handler(EngineStopped)
     @app.exception_handler(StepFailed)
     async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
-        return of_failure(error).response()
+        return of_failure(error).response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -65,16 +82,20 @@ def install(app: FastAPI) -> None:
             404: f"There is no {request.url.path} here: see /docs for what there is.",
             405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
         }.get(error.status_code, str(error.detail))
-        return APIError(error.status_code, message, headers=error.headers).response()
+        return APIError(error.status_code, message, headers=error.headers).response(
+            request.url.path
+        )
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        return APIError(500, "The server failed on this request; its log says why.").response()
+        failed = APIError(500, "The server failed on this request; its log says why.")
+        return failed.response(request.url.path)
 
 
 def of_validation(error: ValidationError) -> APIError:
-    """The first thing that is wrong with a body, in one sentence."""
-    first = error.errors(include_url=False)[0]
+    """What is wrong with a body, in one sentence: the first of the errors that lie deepest, since
+    those above them say only that one of several forms does not fit."""
+    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
     parts = [str(part) for part in first["loc"] if str(part) != "str"]
     param = ".".join(part for part in parts if not part.startswith("list[")) or None
     where = "A name in the body" if param is None else quoted(param)
@@ -132,7 +153,7 @@ class BodyLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if int(announced) > self._max_bytes:
-            await self._refusal().response()(scope, receive, send)
+            await self._refusal().response(scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 

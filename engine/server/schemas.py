@@ -8,13 +8,22 @@ A parameter that would change the answer and is not served is refused by name; o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from engine import SamplingParams
 from engine.server.errors import APIError, quoted
+from engine.text.templates import Cut
 
 IGNORED = frozenset(
     {
@@ -25,7 +34,6 @@ IGNORED = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",
         "reasoning_effort",
         "verbosity",
     }
@@ -35,7 +43,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "modalities": (["text"],),
@@ -49,6 +56,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 MAX_NAMES = 64
 """Names that an object of a fixed form may have: each that it should not have is an error of its
 own."""
+MAX_CUTS = 4
+"""Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 Entry = TypeVar("Entry")
 Listed = Annotated[list[Entry], Field(fail_fast=True)]
 """A list of which the first wrong entry is the only error."""
@@ -192,9 +201,18 @@ def _are_ids(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)
 
 
+class CacheControl(Strict):
+    """Anthropic's: later prompts will share what lies before. Where a state is kept, and how long,
+    is the cache's to decide: ``ttl`` changes nothing."""
+
+    type: Literal["ephemeral"]
+    ttl: str | None = None
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    cache_control: CacheControl | None = None
 
 
 class ChatMessage(BaseModel):
@@ -205,6 +223,7 @@ class ChatMessage(BaseModel):
     role: str
     content: str | Listed[TextPart] | None = None
     tool_calls: Listed[dict[str, Any]] | None = None
+    cache_control: CacheControl | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -221,13 +240,43 @@ class ChatMessage(BaseModel):
         extra = self.model_extra or {}
         message: dict[str, Any] = {"role": self.role}
         message |= {name: value for name, value in extra.items() if value is not None}
+        if "reasoning" in message:
+            message.setdefault("reasoning_content", message["reasoning"])
         content = self.content
-        message["content"] = (
-            "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
-        )
+        message["content"] = _text(content) if isinstance(content, list) else content or ""
         if self.tool_calls is not None:
             message["tool_calls"] = [_call(call) for call in self.tool_calls]
         return message
+
+    def cuts(self, index: int) -> Iterator[Cut]:
+        """Where the message, the one with this ``index``, says that later chats will share it."""
+        parts = self.content if isinstance(self.content, list) else []
+        for end, part in enumerate(parts[:-1], 1):
+            if part.cache_control is not None:
+                yield Cut(index, _text(parts[:end]))
+        if self.cache_control is not None or (parts and parts[-1].cache_control is not None):
+            yield Cut(index)
+
+
+def _text(parts: Sequence[TextPart]) -> str:
+    return "\n".join(part.text for part in parts)
+
+
+def cuts_of(
+    messages: Sequence[ChatMessage] | None, tools: Sequence[Mapping[str, Any]] | None
+) -> list[Cut]:
+    """The places that ``cache_control`` marks, the end of the chat apart: it is known. ValueError:
+    more than there may be."""
+    cuts = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
+    for index, message in enumerate(messages or ()):
+        cuts.extend(message.cuts(index))
+    if len(cuts) > MAX_CUTS:
+        raise ValueError(
+            f"'cache_control' stands in {len(cuts)} places of this chat, more than {MAX_CUTS}: "
+            "mark fewer."
+        )
+    last = Cut(len(messages or ()) - 1)
+    return [cut for cut in cuts if cut != last]
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -247,6 +296,57 @@ def _arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
+def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if (kind := tool.get("type", "function")) != "function":
+        raise ValueError(f"Tools of the type {quoted(str(kind))} are not served: offer functions.")
+    function = tool.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("A tool must have a 'function' with a 'name'.")
+    if not isinstance(function.get("parameters") or {}, dict):
+        raise ValueError("The 'parameters' of a tool must be a JSON schema.")
+    return tool
+
+
+Tools = Listed[Annotated[dict[str, Any], AfterValidator(_is_tool)]]
+"""Functions, as they reach the template."""
+
+
+class FunctionName(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _is_choice(choice: Any) -> Any:
+    if choice not in ("none", "auto", "required") and not isinstance(choice, dict):
+        raise ValueError(
+            "'tool_choice' must be 'none', 'auto', 'required', or an object that names a function."
+        )
+    return choice
+
+
+ToolChoice = Annotated[NamedTool | Literal["none", "auto", "required"], BeforeValidator(_is_choice)]
+
+
+class CacheOptions(Strict):
+    """OpenAI's ``prompt_cache_options``. What is kept here, and how long, is the cache's own to
+    decide: ``mode`` and ``ttl`` change nothing."""
+
+    mode: Literal["implicit"] | None = None
+    ttl: str | None = None
+    comparison_response_id: str | None = None
+    """Say in the answer why it missed the cache, beside this earlier one."""
+
+
+class Diagnostics(Strict):
+    """Anthropic's ``diagnostics``."""
+
+    previous_message_id: str | None = None
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -255,10 +355,23 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: Listed[dict[str, Any]] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    """False: the answer ends behind its first call."""
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     """The template's own switches, such as ``enable_thinking``."""
+    prompt_cache_options: CacheOptions | None = None
+    diagnostics: Diagnostics | None = None
+
+    @property
+    def compared_with(self) -> str | None:
+        """The earlier answer that this one is to be compared with."""
+        options, asked = self.prompt_cache_options, self.diagnostics
+        if options is not None and options.comparison_response_id is not None:
+            return options.comparison_response_id
+        return None if asked is None else asked.previous_message_id
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
@@ -273,7 +386,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Listed[ChatMessage] | None = None
-    tools: Listed[dict[str, Any]] | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.text.answers.forms import MARKS
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.piece_memory import PieceMemory
 from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
@@ -43,7 +44,11 @@ class HFTokenizer:
             if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
         )
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._hidden = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._hidden = frozenset(
+            token_id
+            for token_id, token in added.items()
+            if token.special and token.content not in MARKS
+        )
         self.eos_token_ids = self._find_eos(model_dir, settings)
         self.chat_template = _find_template(model_dir, settings)
         described = json.loads(self._backend.to_str())

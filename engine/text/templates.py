@@ -14,7 +14,8 @@ import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -22,6 +23,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from engine.text.splice import SampledTurn, find_splices, header_of
 from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
 
 Message = Mapping[str, Any]
@@ -29,8 +31,8 @@ Message = Mapping[str, Any]
 PROBE = "\ue000"
 """Stands for words not yet said. Private use: no template and no tokenizer's merges begin with
 it."""
-
-
+THINK, END_THINK = "<think>", "</think>"
+"""Open and close reasoning."""
 MARKS = range(0xE001, 0xF900)
 """Characters that may stand inside a control token that is text. Private use, as the probe."""
 
@@ -64,6 +66,21 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"The chat template does not parse: {error}.") from error
 
+    @cached_property
+    def takes_late_system(self) -> bool:
+        """Whether a system message may follow others. One render, the first time."""
+        chat: list[Message] = [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "c"},
+            {"role": "system", "content": PROBE},
+            {"role": "user", "content": "d"},
+        ]
+        try:
+            return PROBE in self.render(chat)
+        except TemplateError:
+            return False
+
     def render(
         self,
         messages: Sequence[Message],
@@ -92,6 +109,15 @@ class ChatTemplate:
             raise TemplateError(str(error)) from error
 
 
+class Cut(NamedTuple):
+    """A place in a chat that whoever sent it says later chats will share."""
+
+    message: int | None
+    """Behind this message, or in it; None: behind the tools."""
+    content: str | None = None
+    """The beginning of its content that is shared; None: all."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """A chat as the model reads it."""
@@ -101,6 +127,16 @@ class ChatPrompt:
     """Positions that will still be a prefix of later prompts, ascending: the end of the system
     segment, where the next turn leaves this prompt, and in a tool loop where the tool's answer
     does."""
+
+    cuts: tuple[int, ...] = ()
+    """Positions of the cuts that were asked for, in their order; where the template does not take
+    the chat before one, none."""
+    is_thinking: bool = False
+    """It ends inside of reasoning, which the answer goes on with."""
+    header: str = ""
+    """What it ends with, from its last control token on: how the turn of the answer begins."""
+    num_replayed: int = 0
+    """Messages that the tokens sampled for them stand for."""
 
     @property
     def answer_survives(self) -> bool:
@@ -118,9 +154,16 @@ def render_chat(
     variables: Mapping[str, Any] | None = None,
     special_in_content: bool = False,
     namespace: Hashable = None,
+    cuts: Sequence[Cut] = (),
+    sampled: Mapping[int, SampledTurn] | None = None,
+    keeps_thinking: bool = False,
 ) -> ChatPrompt:
-    """Render and encode a chat. At most four renders, one encoding of the whole and a few of its
-    ends.
+    """Render and encode a chat. At most five renders and one for each of ``cuts``, one encoding of
+    the whole and a few of its ends.
+
+    ``sampled`` has, by the index of its message, what was sampled for it: those tokens are used
+    where ``engine/text/splice.py`` allows it. ``keeps_thinking``: also where the template drops
+    reasoning from history; the prompt is then not what the template alone would write.
 
     What the chat's own texts (contents, names, arguments, tools) hold of
     ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
@@ -132,9 +175,11 @@ def render_chat(
         raise TemplateError("This model has no chat template: use /v1/completions.")
     mark: str | None = None
     if not special_in_content:
-        mark, (messages, tools, variables) = mark_control_tokens(
-            tokenizer.control_tokens, (messages, tools, variables)
+        contents = [cut.content for cut in cuts]
+        mark, (messages, tools, variables, contents) = mark_control_tokens(
+            tokenizer.control_tokens, (messages, tools, variables, contents)
         )
+        cuts = [Cut(cut.message, text) for cut, text in zip(cuts, contents, strict=True)]
 
     def render(chat: Sequence[Message]) -> str:
         return template.render(
@@ -143,24 +188,38 @@ def render_chat(
 
     how = EncodeOptions(add_special_tokens=False, mark=mark, namespace=namespace)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, how)
+    written = render(messages)
+    splices = find_splices(tokenizer, render, messages, written, sampled or {}, keeps_thinking)
 
-    text = render(messages)
+    def encode(text: str) -> list[int]:
+        return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
+
+    text = splices.apply(written)
     token_ids = encode(text)
-    boundaries = set()
-    for future in _futures(messages, with_tools=bool(tools)):
+    boundaries = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
+    cut_at = []
+    ending = written[-64:].rstrip() if add_generation_prompt else ""
+    is_thinking = ending.endswith(THINK)
+    has_thought = ending.endswith(END_THINK)
+    futures = _futures(messages, with_tools=bool(tools), thinks=not has_thought)
+    for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
-            later = render(future)
+            later = splices.apply(render(future))
         except TemplateError:
             continue  # This future can not happen with this template.
         special = tokenizer.special_tokens
-        boundaries.add(common_token_prefix(encode, special, text, token_ids, later))
-    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})))
+        shared = common_token_prefix(encode, special, text, token_ids, later)
+        boundaries.add(shared)
+        if not any(future is known for known in futures):
+            cut_at.append(shared)
+    header = header_of(tokenizer, text) if add_generation_prompt else ""
+    kept = tuple(sorted(boundaries - {0}))
+    return ChatPrompt(token_ids, kept, tuple(cut_at), is_thinking, header, splices.num_turns)
 
 
-def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message]]:
-    """The chats that may come and share a beginning with this one."""
+def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
+    """The chats that may come and share a beginning with this one; ``thinks``: the answer may have
+    reasoning."""
     system = list(
         itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
     )
@@ -169,10 +228,25 @@ def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message
     futures = [[*system, ask], [*messages, answer, ask]]
     if with_tools or messages[-1]["role"] == "tool":
         call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
-        tool_turn: Message = {**answer, "reasoning_content": PROBE, "tool_calls": [call]}
+        thoughts = {"reasoning_content": PROBE} if thinks else {}
+        tool_turn: Message = {**answer, **thoughts, "tool_calls": [call]}
         result: Message = {"role": "tool", "tool_call_id": PROBE, "name": PROBE, "content": PROBE}
         futures.append([*messages, tool_turn, result])
     return futures
+
+
+def _future_behind(cut: Cut, messages: Sequence[Message]) -> list[Message]:
+    """A chat that shares with this one what lies before ``cut``, and no more."""
+    ask: Message = {"role": "user", "content": PROBE}
+    if cut.message is None:
+        return [{"role": "system", "content": PROBE}, ask]
+    before, last = list(messages[: cut.message]), messages[cut.message]
+    if cut.content is None and last["role"] == "assistant":
+        after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ask
+        return [*before, last, after]
+    content = last["content"] if cut.content is None else cut.content
+    chat: list[Message] = [*before, {**last, "content": content + PROBE}]
+    return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
 def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:

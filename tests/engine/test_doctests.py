@@ -10,9 +10,12 @@ import pytest
 from engine.command import flags, inspect
 from engine.drafts import pace, suffix
 from engine.text import templates, tokenizer
+from engine.text.answers import marks
 from hybridcache import units
 
 
-@pytest.mark.parametrize("module", [flags, inspect, pace, suffix, templates, tokenizer, units])
+@pytest.mark.parametrize(
+    "module", [flags, inspect, marks, pace, suffix, templates, tokenizer, units]
+)
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,14 @@ import openai
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.requests.sampling_params import SamplingInput
+from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.outputs import SampledToken
+from engine.text.templates import ChatTemplate
 
 
 @dataclass
@@ -124,6 +127,57 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
     return Engine(
         EngineConfig(**config), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
     )
+
+
+class ScriptedSampler(OracleSampler):
+    """Says ``script``, byte for byte, whatever the model thinks; then that the answer ends."""
+
+    script = b""
+
+    def launch(
+        self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> OracleDrawn:
+        return OracleDrawn(
+            [
+                SampledToken([*self.script, 258][min(r.draw, len(self.script))], -1.0)
+                for r in requests
+            ]
+        )
+
+
+@dataclass
+class Scripted:
+    """A server whose answers are written beforehand."""
+
+    live: Live
+    sampler: ScriptedSampler
+    template: ChatTemplate
+
+    def say(self, text: str, template: str | None = None) -> Live:
+        """The server, which will answer ``text``; with the chat template of that source, or the
+        built-in one."""
+        self.sampler.script = text.encode()
+        tokenizer = self.live.engine.tokenizer
+        assert tokenizer is not None
+        tokenizer.chat_template = self.template if template is None else ChatTemplate(template)
+        return self.live
+
+
+@pytest.fixture(scope="session")
+def scripted_server() -> Iterator[Scripted]:
+    sampler, tokenizer = ScriptedSampler(), ByteTokenizer()
+    template = tokenizer.chat_template
+    assert template is not None
+    runner = OracleRunner(8192, 16, max_model_len=4096)
+    engine = Engine(EngineConfig(), runner=runner, sampler=sampler, tokenizer=tokenizer)
+    with serving(engine) as live:
+        yield Scripted(live, sampler, template)
+
+
+@pytest.fixture
+def say(scripted_server: Scripted) -> Callable[..., Live]:
+    """A server that answers what it is told to; see ``Scripted.say``."""
+    return scripted_server.say
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from engine.server.config import ServerConfig
 from .conftest import Live
 
 CHAT = [{"role": "user", "content": "hi"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+EPHEMERAL = {"type": "ephemeral"}
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({}, "'prompt' is missing: add it."),
@@ -89,7 +91,24 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         {"messages": CHAT, "response_format": {"type": "json_object"}},
         "'response_format' is not served here",
     ),
-    ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' is not served here"),
+    ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' needs 'tools'"),
+    ({"messages": CHAT, "tool_choice": "required", "tools": TOOLS}, "is not served here"),
+    ({"messages": CHAT, "tool_choice": "maybe", "tools": TOOLS}, "'none', 'auto', 'required'"),
+    (
+        {
+            "messages": CHAT,
+            "tool_choice": {"type": "function", "function": {"name": "g"}},
+            "tools": TOOLS,
+        },
+        "no tool 'g' among",
+    ),
+    ({"messages": CHAT, "tools": [{"type": "web_search"}]}, "of the type 'web_search' are not"),
+    ({"messages": CHAT, "tools": [{"type": "function"}]}, "a 'function' with a 'name'"),
+    ({"messages": CHAT, "parallel_tool_calls": "no"}, "'parallel_tool_calls' can not be"),
+    (
+        {"messages": [{"role": "user", "content": "x", "cache_control": EPHEMERAL}] * 6},
+        "in 6 places of this chat, more than 4",
+    ),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "shorten the prompt"),
 ]
 

@@ -1,0 +1,267 @@
+"""One chat and its answers, whatever dialect it came in: a request is rendered and submitted, and
+what comes back is events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine import RequestOutput, RequestSpec
+from engine.async_engine import RequestStream
+from engine.server.dialects.tools import callable_tools
+from engine.server.errors import APIError
+from engine.server.explanations import Inquiry
+from engine.server.front import ServingContext, new_id
+from engine.server.replays import as_message
+from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
+from engine.text.answers.events import CallBegin, CallEnd, Event, joined
+from engine.text.answers.forms import AnswerForm, AnswerReader
+from engine.text.templates import ChatPrompt, TemplateError, render_chat
+
+Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What one step of the engine added to one answer."""
+
+    index: int
+    """Which of the request's answers."""
+    events: list[Event]
+    output: RequestOutput
+    finish: Finish | None
+    """Why the answer ended, with its last news."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, whole."""
+
+    events: list[Event]
+    """No two neighbours are of one kind, but for calls."""
+    output: RequestOutput
+    finish: Finish
+    num_reasoning_tokens: int
+
+
+async def render(
+    front: ServingContext,
+    body: ChatRequest | TokenizeRequest,
+    size: int,
+    namespace: str | None = None,
+) -> ChatPrompt:
+    """The chat of a ``body`` of ``size`` bytes as the model reads it. APIError 400: the template
+    refuses it."""
+
+    def work() -> ChatPrompt:
+        messages = [message.as_template_input() for message in body.messages or ()]
+        chat = front.replays.prepare(messages, body.chat_template_kwargs, namespace)
+        return render_chat(
+            front.tokenizer,
+            chat.messages,
+            tools=None if body.tools is None else [_plain(tool) for tool in body.tools] or None,
+            add_generation_prompt=body.add_generation_prompt,
+            variables=chat.variables,
+            special_in_content=front.special_in_content,
+            namespace=namespace,
+            cuts=cuts_of(body.messages, body.tools),
+            sampled=chat.sampled,
+            keeps_thinking=chat.keeps_thinking,
+        )
+
+    try:
+        return await front.workers.run(size, work)
+    except TemplateError as error:
+        raise APIError(400, f"The chat template refuses these messages: {error}") from error
+    except ValueError as error:
+        raise APIError(400, str(error), param="messages") from error
+
+
+def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
+    """The same chat, in which system messages after the first others are the user's where the
+    template takes none there: where they stand, since a prompt that changes at its front is not in
+    the cache."""
+    template = front.tokenizer.chat_template
+    if template is None or template.takes_late_system:
+        return body
+    roles = [message.role for message in body.messages]
+    first = next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+    for message in body.messages[max(first, 1) :]:
+        if message.role == "system":
+            message.role = "user"
+    return body
+
+
+def _plain(tool: dict[str, object]) -> dict[str, object]:
+    """A tool without what is said to the cache."""
+    return {name: value for name, value in tool.items() if name != "cache_control"}
+
+
+async def ask(
+    front: ServingContext,
+    body: ChatRequest,
+    size: int,
+    fits_context: bool = False,
+    answer_id: str | None = None,
+) -> Exchange:
+    """Submit a chat of ``size`` bytes; with ``fits_context`` an answer may be shorter than its
+    limit, where the context holds no more. ``answer_id``: how clients know it; None: as one of
+    /v1/chat/completions. APIError: it is refused."""
+    front.check_model(body.model)
+    front.check_number(body.n)
+    template = front.tokenizer.chat_template
+    form = AnswerForm.of("" if template is None else template.source)
+    tools = None if template is None else callable_tools(body, form)
+    namespace = front.namespace_of(body.cache_salt)
+    prompt = await render(front, body, size, namespace)
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if fits_context and limit is not None:
+        has_room = len(prompt.token_ids) + limit <= front.engine.max_model_len
+        limit = limit if has_room else None
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    [token_ids] = await front.as_arrays([prompt.token_ids])
+    answer_id = answer_id or new_id("chatcmpl")
+    inquiry = await _inquire(front, body, np.asarray(token_ids), namespace, size, answer_id)
+    streams = await front.submit(
+        RequestSpec(
+            token_ids,
+            sampling,
+            namespace=namespace,
+            boundaries=prompt.boundaries,
+            answer_survives=prompt.answer_survives,
+        )
+        for sampling in body.samplings(limit, num_top, front.engine.sampling_defaults)
+    )
+    readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
+    is_single = not body.parallel_tool_calls
+    readings = [_Reading(each, is_single) for each in readers]
+    place = len(body.messages), namespace
+    return Exchange(front, prompt, streams, readings, inquiry, place)
+
+
+async def _inquire(
+    front: ServingContext,
+    body: ChatRequest,
+    token_ids: np.ndarray,
+    namespace: str | None,
+    size: int,
+    answer_id: str,
+) -> Inquiry:
+    def work() -> Inquiry:
+        asked = front.explanations.begin(
+            answer_id,
+            token_ids.astype(np.int32, copy=False),
+            model=front.model_name,
+            namespace=namespace,
+            messages=[message.as_template_input() for message in body.messages],
+            tools=body.tools,
+            variables=body.chat_template_kwargs,
+            size=size,
+        )
+        is_asked = body.diagnostics is not None
+        return Inquiry(front.explanations, asked, body.compared_with, is_asked)
+
+    return await front.workers.run(size, work)
+
+
+class Exchange:
+    """A chat that is being answered."""
+
+    def __init__(
+        self,
+        front: ServingContext,
+        prompt: ChatPrompt,
+        streams: Sequence[RequestStream],
+        readings: Sequence[_Reading],
+        inquiry: Inquiry,
+        place: tuple[int, str | None],
+    ) -> None:
+        """``place``: (messages of the chat, its namespace)."""
+        self._front = front
+        self._place = place
+        self.inquiry = inquiry
+        self.prompt = prompt
+        self._streams = streams
+        self._readings = readings
+
+    @property
+    def num_answers(self) -> int:
+        return len(self._streams)
+
+    def num_reasoning_tokens(self, index: int = 0) -> int:
+        """Tokens so far that came while the answer was reasoning."""
+        return self._readings[index].num_reasoning_tokens
+
+    async def news(self) -> AsyncIterator[News]:
+        """What comes, of all answers, until all have ended."""
+        async for index, output in self._front.outputs(self._streams):
+            if index == 0:
+                self.inquiry.see(output)
+            reading = self._readings[index]
+            events = reading.read(output)
+            finish = reading.finish(output)
+            if reading.is_over and finish is None:
+                self._streams[index].abort()
+            if finish is not None:
+                message = as_message(reading.events)
+                if not reading.is_over:
+                    self._front.replays.remember(self.prompt, *self._place, message, output)
+                if index == 0:
+                    self.inquiry.end(output, message)
+            yield News(index, events, output, finish)
+
+    async def answers(self) -> list[Answer]:
+        """All answers, in order."""
+        events: list[list[Event]] = [[] for _ in self._streams]
+        ends: dict[int, tuple[RequestOutput, Finish]] = {}
+        async for news in self.news():
+            events[news.index].extend(news.events)
+            if news.finish is not None:
+                ends[news.index] = news.output, news.finish
+        return [
+            Answer(joined(each), *ends[index], self.num_reasoning_tokens(index))
+            for index, each in enumerate(events)
+        ]
+
+
+class _Reading:
+    """Reads one answer, no further than its first call where there shall be no more."""
+
+    def __init__(self, reader: AnswerReader, is_single: bool) -> None:
+        self._reader = reader
+        self._is_single = is_single
+        self._has_calls = False
+        self.events: list[Event] = []
+        """All so far."""
+        self.is_over = False
+        """The first call ended, and no more is read."""
+        self.num_reasoning_tokens = 0
+
+    def read(self, output: RequestOutput) -> list[Event]:
+        """What ``output`` adds."""
+        if self.is_over:
+            return []
+        was_thinking = self._reader.is_thinking
+        events = self._reader.push(output.new_text)
+        if was_thinking or self._reader.is_thinking:
+            self.num_reasoning_tokens += len(output.new_token_ids)
+        if output.is_finished:
+            events = joined([*events, *self._reader.flush(output.finish_reason != "stop")])
+        self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
+        if self._is_single:
+            end = next((at for at, one in enumerate(events, 1) if isinstance(one, CallEnd)), None)
+            self.is_over = end is not None
+            events = events[:end]
+        self.events += events
+        return events
+
+    def finish(self, output: RequestOutput) -> Finish | None:
+        """Why the answer ended, if it did."""
+        if output.finish_reason is None:
+            return None
+        if self.is_over or (self._has_calls and output.finish_reason == "stop"):
+            return "tool_calls"
+        return output.finish_reason

@@ -1,0 +1,58 @@
+"""Responses that a later request may go on from: in memory, bounded, each tenant's its own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+MAX_RESPONSES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One response, and the conversation that it ends."""
+
+    items: list[dict[str, Any]]
+    """All items from the beginning; entries may be those of the response before."""
+    response: dict[str, Any]
+    num_bytes: int
+    """About what it takes, as if it shared nothing with others."""
+
+
+class ResponseStore:
+    """The responses used last, in ``limit_bytes``."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._stored: OrderedDict[tuple[Hashable, str], StoredResponse] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def put(self, namespace: Hashable, response_id: str, stored: StoredResponse) -> None:
+        """Keep ``stored``, and forget what was not used for longest; one that is larger than all
+        there is room for is not kept. O(1) a response."""
+        if stored.num_bytes > self._limit_bytes:
+            return
+        self.delete(namespace, response_id)
+        self._stored[namespace, response_id] = stored
+        self.num_bytes += stored.num_bytes
+        while self.num_bytes > self._limit_bytes or len(self._stored) > MAX_RESPONSES:
+            _, oldest = self._stored.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+
+    def get(self, namespace: Hashable, response_id: str) -> StoredResponse | None:
+        """A response, to requests of its own namespace alone. O(1)."""
+        stored = self._stored.get((namespace, response_id))
+        if stored is not None:
+            self._stored.move_to_end((namespace, response_id))
+        return stored
+
+    def delete(self, namespace: Hashable, response_id: str) -> bool:
+        """Forget a response; those that went on from it stay whole. False: there is none. O(1)."""
+        stored = self._stored.pop((namespace, response_id), None)
+        self.num_bytes -= 0 if stored is None else stored.num_bytes
+        return stored is not None

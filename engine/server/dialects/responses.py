@@ -1,0 +1,220 @@
+"""/v1/responses: OpenAI's dialect of a conversation that the server may hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+
+from engine import RequestOutput
+from engine.server.body import to_json
+from engine.server.dialects.exchange import Exchange, Finish, ask, settle_system
+from engine.server.dialects.response_items import ResponseItems
+from engine.server.dialects.response_store import ResponseStore, StoredResponse
+from engine.server.dialects.responses_body import ResponsesRequest
+from engine.server.errors import APIError, of_failure, quoted
+from engine.server.front import ServingContext, new_id
+from engine.server.streaming import EventStream, named_event, unless_gone
+
+SALT = "x-cache-salt"
+"""The header that names a tenant where there is no body to do so."""
+TOKEN_BYTES = 8
+"""About what a token of an answer takes in a stored response."""
+
+
+class Responses:
+    """Answers requests, and holds what they may go on from."""
+
+    def __init__(self, front: ServingContext, store: ResponseStore) -> None:
+        self._front = front
+        self._store = store
+
+    async def create(self, request: Request, body: ResponsesRequest) -> Response:
+        """Answer one request. APIError 400: the response that it goes on from is not held."""
+        front, size = self._front, len(await request.body())
+        namespace = front.namespace_of(body.cache_salt)
+        before = None
+        if body.previous_response_id is not None:
+            before = self._store.get(namespace, body.previous_response_id)
+            if before is None:
+                raise APIError(
+                    400,
+                    f"Previous response with id {quoted(body.previous_response_id)} not found: "
+                    "send the conversation as 'input'.",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            size += before.num_bytes
+        earlier = [] if before is None else before.items
+        chat = await front.workers.run(size, lambda: body.as_chat(earlier))
+        chat = settle_system(front, chat)
+        exchange = await ask(front, chat, size, answer_id=new_id("resp", "_"))
+        writer = _Writer(front, body, exchange)
+
+        def keep(response: dict[str, Any], num_tokens: int) -> None:
+            if body.store:
+                items = [*earlier, *body.items, *response["output"]]
+                num_bytes = size + num_tokens * TOKEN_BYTES
+                stored = StoredResponse(items, response, num_bytes)
+                self._store.put(namespace, response["id"], stored)
+
+        if body.stream:
+            return EventStream(writer.events(keep), exchange.inquiry.headers)
+        [answer] = await unless_gone(request, exchange.answers())
+        num_tokens = len(answer.output.output)
+
+        def work() -> dict[str, Any]:
+            for _ in writer.items.write(answer.events):
+                pass
+            return writer.ended(answer.finish, answer.output)
+
+        response = await front.workers.run(num_tokens, work)
+        keep(response, num_tokens)
+        content = await front.workers.run(num_tokens, lambda: to_json(response))
+        headers = exchange.inquiry.headers()
+        return Response(content, media_type="application/json", headers=headers)
+
+    async def retrieve(self, request: Request, response_id: str) -> Response:
+        """A stored response. APIError 404: there is none, or it is another tenant's."""
+        if request.query_params.get("stream", "false").lower() == "true":
+            raise APIError(400, "'stream' is not served here: leave it out.", param="stream")
+        stored = self._store.get(self._namespace(request), response_id)
+        if stored is None:
+            raise self._unknown(response_id)
+        content = await self._front.workers.run(stored.num_bytes, lambda: to_json(stored.response))
+        return Response(content, media_type="application/json")
+
+    def delete(self, request: Request, response_id: str) -> dict[str, Any]:
+        """Forget a stored response. APIError as ``retrieve``."""
+        if not self._store.delete(self._namespace(request), response_id):
+            raise self._unknown(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    def _namespace(self, request: Request) -> str | None:
+        return self._front.namespace_of(request.headers.get(SALT))
+
+    def _unknown(self, response_id: str) -> APIError:
+        return APIError(
+            404,
+            f"Response with id {quoted(response_id)} not found: it was not stored, or had to make "
+            "room.",
+        )
+
+
+class _Writer:
+    """Writes one response, whole or in events."""
+
+    def __init__(self, front: ServingContext, body: ResponsesRequest, exchange: Exchange) -> None:
+        self._body = body
+        self._exchange = exchange
+        self.items = ResponseItems()
+        self._num_events = 0
+        choice = body.tool_choice
+        self._head = {
+            "id": exchange.inquiry.answer_id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "background": False,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": front.model_name,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {
+                "effort": None if body.reasoning is None else body.reasoning.effort,
+                "summary": None,
+            },
+            "store": body.store,
+            "temperature": body.temperature,
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [_tool(tool.model_dump()) for tool in body.tools or ()],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+        }
+
+    async def events(self, keep: Callable[[dict[str, Any], int], None]) -> AsyncIterator[bytes]:
+        """``response.created`` with the first output, whose headers say what the cache had, the
+        items as they come, and the whole response at the end."""
+        has_begun = False
+        try:
+            async for news in self._exchange.news():
+                if not has_begun:
+                    has_begun = True
+                    yield self._started()
+                said = b"".join(map(self._event, self.items.write(news.events)))
+                if said:
+                    yield said
+                if news.finish is not None:
+                    closing = self._close(news.finish)
+                    response = self.ended(news.finish, news.output)
+                    keep(response, len(news.output.output))
+                    last = {"type": f"response.{response['status']}", "response": response}
+                    yield b"".join(map(self._event, [*closing, last]))
+        except Exception as error:
+            if not has_begun:
+                yield self._started()
+            failure = of_failure(error)
+            said_so = {"code": failure.code or "server_error", "message": str(failure)}
+            failed = self._response("failed", self.items.output, None) | {"error": said_so}
+            yield self._event({"type": "response.failed", "response": failed})
+
+    def _started(self) -> bytes:
+        response = self._response("in_progress", [], None)
+        names = ("created", "in_progress")
+        events = ({"type": f"response.{name}", "response": response} for name in names)
+        return b"".join(map(self._event, events))
+
+    def ended(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:
+        """The response with all that was written."""
+        self._close(finish)
+        status = "incomplete" if finish == "length" else "completed"
+        return self._response(status, self.items.output, self._usage(output))
+
+    def _close(self, finish: Finish) -> list[dict[str, Any]]:
+        return list(self.items.close("incomplete" if finish == "length" else "completed"))
+
+    def _response(
+        self, status: str, output: Sequence[dict[str, Any]], usage: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        is_cut = status == "incomplete"
+        return {
+            **self._head,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": list(output),
+            "usage": usage,
+            **({} if usage is None else self._exchange.inquiry.told()),
+        }
+
+    def _event(self, data: dict[str, Any]) -> bytes:
+        number = self._num_events
+        self._num_events += 1
+        return named_event({**data, "sequence_number": number})
+
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+        """``cache_write_tokens``: what was computed up to the last place that later prompts are
+        known to share."""
+        num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
+        shared = max(self._exchange.prompt.boundaries, default=0)
+        return {
+            "input_tokens": num_prompt,
+            "input_tokens_details": {
+                "cached_tokens": output.cached_len,
+                "cache_write_tokens": max(0, shared - output.cached_len),
+            },
+            "output_tokens": num_new,
+            "output_tokens_details": {
+                "reasoning_tokens": self._exchange.num_reasoning_tokens(),
+            },
+            "total_tokens": num_prompt + num_new,
+        }
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """As it is given back, where a schema that is not there is empty."""
+    return tool | {"parameters": tool["parameters"] or {}, "strict": bool(tool["strict"])}

@@ -1,0 +1,254 @@
+"""Reasoning and calls in a text: what each form says, broken ones too, in whatever pieces."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.text.answers.events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    joined,
+)
+from engine.text.answers.forms import AnswerForm, AnswerReader
+from engine.text.answers.hermes import HermesReader
+from engine.text.answers.qwen_xml import QwenXMLReader
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "deep": {"type": "object"},
+        "sure": {"type": "boolean"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "either": {"type": ["number", "string"]},
+    },
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+HERMES = AnswerForm(thinks=True, offers_tools=True, calls=HermesReader)
+XML = AnswerForm(thinks=True, offers_tools=True, calls=QwenXMLReader)
+
+
+def read(
+    form: AnswerForm, text: str, size: int | None = None, **options: Any
+) -> tuple[str, str, list[tuple[str, str]]]:
+    """(reasoning, text, calls as (name, arguments)) of an answer that comes ``size`` characters at
+    a time."""
+    is_cut = options.pop("is_cut", False)
+    reader = AnswerReader(form, **{"tools": TOOLS} | options)
+    size = size or max(1, len(text))
+    events = [event for at in range(0, len(text), size) for event in reader.push(text[at:][:size])]
+    return summed([*events, *reader.flush(is_cut)])
+
+
+def summed(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
+    reasoning = text = ""
+    calls: list[tuple[str, str]] = []
+    is_open = False
+    for event in joined(events):
+        match event:
+            case ReasoningDelta(more):
+                reasoning += more
+            case TextDelta(more):
+                assert not is_open, "text within a call"
+                text += more
+            case CallBegin(name):
+                assert not is_open, "a call within a call"
+                calls.append((name, ""))
+                is_open = True
+            case CallArguments(more):
+                assert is_open, "arguments of no call"
+                calls[-1] = (calls[-1][0], calls[-1][1] + more)
+            case CallEnd():
+                assert is_open
+                is_open = False
+    assert not is_open, "a call that never ends"
+    return reasoning, text, calls
+
+
+def hermes(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def xml(name: str, **values: str) -> str:
+    inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "expected"),
+    [
+        (HERMES, "<think>\nhm\n</think>\n\nHello", ("hm", "Hello", [])),
+        (HERMES, "  \n<think>hm</think>", ("hm", "", [])),
+        (HERMES, "<think>never closed ", ("never closed", "", [])),
+        (HERMES, "a <think>b</think>", ("", "a <think>b</think>", [])),
+        (HERMES, " <thin", ("", " <thin", [])),
+        (HERMES, "Ends. \n", ("", "Ends. \n", [])),
+        (HERMES, hermes("f", '{"city": "Bonn"}'), ("", "", [("f", '{"city": "Bonn"}')])),
+        (
+            HERMES,
+            "Both:\n" + hermes("f", "{}") + "\n" + hermes("g", '{"a": {"b": ["}</tool_call>"]}}'),
+            ("", "Both:", [("f", "{}"), ("g", '{"a": {"b": ["}</tool_call>"]}}')]),
+        ),
+        (HERMES, hermes("f", "{}") + "\n\nDone. ", ("", "\n\nDone.", [("f", "{}")])),
+        (HERMES, hermes("f", r'{"a": "\"}\\"}'), ("", "", [("f", r'{"a": "\"}\\"}')])),
+        (
+            HERMES,
+            '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>',
+            ("", "", [("f", '{"a": 1}')]),
+        ),
+        (
+            HERMES,
+            '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>',
+            ("", "", [("f", '{"a": 1}')]),
+        ),
+        (HERMES, '<tool_call>{"name": "f"}</tool_call>', ("", "", [("f", "{}")])),
+        (HERMES, "x <tool_call>no</tool_call> y", ("", "x <tool_call>no</tool_call> y", [])),
+        (
+            HERMES,
+            "<tool_call>no " + hermes("f", "{}"),
+            ("", "<tool_call>no", [("f", "{}")]),
+        ),
+        (HERMES, '<tool_call>{"name": "f"', ("", '<tool_call>{"name": "f"', [])),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a', ("", "", [("f", '{"a')])),
+        (
+            HERMES,
+            '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>!',
+            ("", "!", [("f", '{"a": 1')]),
+        ),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {}} x', ("", "x", [("f", "{}")])),
+        (HERMES, "<tool_call>" + "[" * 5000, ("", "<tool_call>" + "[" * 5000, [])),
+        (
+            XML,
+            "Look:\n\n" + xml("weather", city="Bonn\nam Rhein", days="3"),
+            ("", "Look:", [("weather", '{"city": "Bonn\\nam Rhein", "days": 3}')]),
+        ),
+        (
+            XML,
+            xml("weather", deep='{"a": [1]}', sure="True", maybe="null", either="1.5"),
+            ("", "", [("weather", '{"deep": {"a": [1]}, "sure": true, "maybe": null, "either": 1.5}')]),
+        ),
+        (
+            XML,
+            xml("weather", days="soon", maybe="[1]", either="x", other="5"),
+            ("", "", [("weather", '{"days": "soon", "maybe": "[1]", "either": "x", "other": "5"}')]),
+        ),
+        (XML, xml("weather", days="NaN"), ("", "", [("weather", '{"days": "NaN"}')])),
+        (XML, xml("f") + "\n" + xml("g"), ("", "", [("f", "{}"), ("g", "{}")])),
+        (XML, "<function=f>\n</function>", ("", "", [("f", "{}")])),
+        (XML, "<function=f></function><function=g>", ("", "", [("f", "{}"), ("g", "{}")])),
+        (
+            XML,
+            "<function=f><parameter=a>1<parameter=b>2</function>!",
+            ("", "!", [("f", '{"a": "1", "b": "2"}')]),
+        ),
+        (XML, "<tool_call>words", ("", "<tool_call>words", [])),
+        (XML, "<tool_call>\n<tool_call>\n<function=f>", ("", "<tool_call>", [("f", "{}")])),
+        (XML, "a <function=b c\n> d", ("", "a <function=b c\n> d", [])),
+        (XML, "<function=f>stray </function>", ("", "stray </function>", [("f", "{}")])),
+        (XML, xml("weather", city='say "<b>" é'), ("", "", [("weather", '{"city": "say \\"<b>\\" é"}')])),
+        (XML, "<function=f><parameter=a", ("", "<parameter=a", [("f", "")])),
+    ],
+)  # fmt: skip
+def test_what_a_text_says_in_any_pieces(
+    form: AnswerForm, text: str, expected: tuple[str, str, list[tuple[str, str]]]
+) -> None:
+    assert read(form, text) == expected
+    for size in (1, 2, 3, 7) if len(text) < 1000 else (1000,):
+        assert read(form, text, size) == expected
+
+
+def test_a_prompt_that_opens_the_reasoning() -> None:
+    assert read(XML, "so\n</think>\n\nYes", is_thinking=True) == ("so", "Yes", [])
+    assert read(XML, "so ", is_thinking=True) == ("so", "", [])
+    plain = AnswerForm(thinks=False, offers_tools=True, calls=None)
+    assert read(plain, "<think>a</think>b") == ("", "<think>a</think>b", [])
+
+
+def test_calls_of_nobodys_tools_are_text() -> None:
+    text = hermes("f", "{}")
+    assert read(HERMES, text, tools=None) == ("", text, [])
+
+
+def test_a_call_that_was_cut_is_left_open() -> None:
+    text = xml("weather", city="Bonn")
+    cut = text[: text.index("</function>")]
+    assert read(XML, cut, is_cut=True)[2] == [("weather", '{"city": "Bonn"')]
+    assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')]
+    inside = text[: text.index("nn")]
+    assert read(XML, inside, is_cut=True)[2] == [("weather", '{"city": "Bo')]
+
+
+PIECES = st.sampled_from(
+    [
+        "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>",
+        "city>", "days>", "weather>", "<think>", "</think>", "\n", "  ", "<", "</", ">", "f", '"',
+        "\\", "{", "}", '{"name": "f"', ', "arguments": {', '"arguments"', "[1]", "x" * 300, " " * 300,
+        "é", "null",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from([HERMES, XML]),
+    st.lists(PIECES, max_size=14).map("".join),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+def test_any_cuts_give_the_same(
+    form: AnswerForm, text: str, thinking: bool, is_cut: bool, data: st.DataObject
+) -> None:
+    options = {"is_thinking": thinking, "is_cut": is_cut}
+    whole = read(form, text, **options)
+    assert read(form, text, 1, **options) == whole
+    size = data.draw(st.integers(1, max(1, len(text))))
+    assert read(form, text, size, **options) == whole
+
+
+@settings(max_examples=200)
+@given(st.sampled_from([HERMES, XML]), st.lists(PIECES, max_size=14).map("".join))
+def test_no_word_is_lost(form: AnswerForm, text: str) -> None:
+    """Letters come out again, in reasoning, text, names or arguments, whatever was broken."""
+    reasoning, said, calls = read(form, "<think>" + text)
+    everything = "".join((reasoning, said, *(name + given for name, given in calls)))
+    assert everything.count("x") >= text.count("x")
+    assert everything.count("[1]") >= (text.count("[1]") if not calls else 0)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=3))
+def test_hermes_arguments_come_back_as_they_were(arguments: dict[str, Any]) -> None:
+    text = hermes("f", json.dumps(arguments, ensure_ascii=False))
+    [(_, given_back)] = read(HERMES, text, 1)[2]
+    assert json.loads(given_back) == arguments
+
+
+@pytest.mark.parametrize(
+    ("source", "reader"),
+    [
+        ("{{ tools }} <tool_call> <function=x> </think>", QwenXMLReader),
+        ('{{ tools }} <tool_call>{"name"', HermesReader),
+        ("{{ messages }}", None),
+    ],
+)
+def test_the_template_tells_the_form(source: str, reader: type | None) -> None:
+    form = AnswerForm.of(source)
+    assert form.calls is reader
+    assert (form.thinks, form.offers_tools) == ("</think>" in source, "tools" in source)

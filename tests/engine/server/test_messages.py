@@ -1,0 +1,298 @@
+"""Anthropic's dialect: blocks in, blocks and their events out; held by its client where that is
+installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.server.config import ServerConfig
+
+from .conftest import Live
+from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
+
+Say = Callable[..., Live]
+
+ASK: dict[str, Any] = {
+    "model": "builtin",
+    "max_tokens": 400,
+    "messages": [{"role": "user", "content": "Rain in Bonn?"}],
+}
+TOOLS = [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}]
+EPHEMERAL = {"type": "ephemeral"}
+LONG = "The quick brown fox jumps over the lazy dog. " * 6
+
+
+def message(live: Live, **changes: Any) -> dict[str, Any]:
+    answer = live.post("/v1/messages", ASK | changes)
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def events(live: Live, **changes: Any) -> list[dict[str, Any]]:
+    """Events of a stream, each named by its type."""
+    text = live.post("/v1/messages", ASK | changes | {"stream": True}).text
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "opening"),
+    [(None, HERMES_CALL, "<think>"), (QWEN_XML, XML_CALL, "")],
+    ids=["hermes", "xml"],
+)
+def test_thinking_text_and_tools_whole_and_streamed(
+    say: Say, template: str | None, call: str, opening: str
+) -> None:
+    live = say(f"{opening}Hm.\n</think>\n\nLet me look.\n{call}\n{call}", template)
+    whole = message(live, tools=TOOLS)
+    assert (whole["type"], whole["role"], whole["stop_reason"]) == (
+        "message",
+        "assistant",
+        "tool_use",
+    )
+    thinking, text, *uses = whole["content"]
+    assert (thinking["type"], thinking["thinking"]) == ("thinking", "Hm.")
+    assert text == {"type": "text", "text": "Let me look."}
+    assert [use["input"] for use in uses] == [BONN, BONN] and uses[0]["id"] != uses[1]["id"]
+    streamed = events(live, tools=TOOLS)
+    kinds = [one["type"] for one in streamed]
+    assert kinds[:3] == ["message_start", "ping", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    blocks: list[dict[str, Any]] = []
+    for one in streamed:
+        if one["type"] == "content_block_start":
+            assert one["index"] == len(blocks)
+            blocks.append(one["content_block"] | {"partial": ""})
+        elif one["type"] == "content_block_delta":
+            assert one["index"] == len(blocks) - 1
+            for name, value in one["delta"].items():
+                field = {"partial_json": "partial"}.get(name, name)
+                if field != "type":
+                    blocks[-1][field] += value
+    assert blocks[0]["thinking"] == "Hm." and blocks[0]["signature"] == thinking["signature"] != ""
+    assert blocks[1]["text"] == "Let me look."
+    assert [json.loads(block["partial"]) for block in blocks[2:]] == [BONN, BONN]
+    last = streamed[-2]
+    assert last["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+    assert last["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
+def test_the_conversation_that_comes_back(say: Say) -> None:
+    """Thinking, uses and results reach the template; an error says that it is one."""
+    live = say(f"Hm.</think>Now.\n{XML_CALL}", QWEN_XML)
+    content = message(live, tools=TOOLS)["content"]
+    result = {
+        "type": "tool_result",
+        "tool_use_id": content[-1]["id"],
+        "content": [{"type": "text", "text": "no such city"}],
+        "is_error": True,
+    }
+    more = {"type": "text", "text": "Hurry."}
+    chat = [
+        *ASK["messages"],
+        {"role": "assistant", "content": content},
+        {"role": "user", "content": [result, more]},
+    ]
+    body = {"model": "builtin", "messages": chat, "tools": TOOLS, "system": "Be brief."}
+    counted = live.post("/v1/messages/count_tokens", body).json()
+    call = {"function": {"name": "weather", "arguments": json.dumps(BONN)}}
+    same = [
+        {"role": "system", "content": "Be brief."},
+        *ASK["messages"],
+        {
+            "role": "assistant",
+            "content": "Now.",
+            "reasoning_content": "Hm.",
+            "tool_calls": [call],
+        },
+        {"role": "tool", "content": "Error: no such city"},
+        {"role": "user", "content": "Hurry."},
+    ]
+    function = {"name": "weather", "description": "Tells it.", "parameters": SCHEMA}
+    tools = [{"type": "function", "function": function}]
+    assert counted == {
+        "input_tokens": live.post("/tokenize", {"messages": same, "tools": tools}).json()["count"]
+    }
+
+
+def test_usage_says_what_was_read_and_what_was_made(say: Say) -> None:
+    live = say("Yes.")
+    system = [{"type": "text", "text": "Marked. " + LONG, "cache_control": EPHEMERAL}]
+    plain = {"system": LONG + "other", "messages": [{"role": "user", "content": "a" * 90}]}
+    marked = {"system": system, "messages": [{"role": "user", "content": "b" * 90}]}
+    for options, is_marked in ((plain, False), (marked, True)):
+        first, second = (message(live, **options)["usage"] for _ in range(2))
+        count = live.post(
+            "/v1/messages/count_tokens", {"model": "builtin", **ASK | options, "max_tokens": None}
+        ).json()["input_tokens"]
+        for usage in (first, second):
+            names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+            assert sum(usage[name] for name in names) == count
+        assert second["cache_read_input_tokens"] > 0
+        made = first["cache_creation_input_tokens"]
+        assert len(LONG) <= made < count - 90 if is_marked else made == 0
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_why_an_answer_stopped(say: Say, tools: Any) -> None:
+    live = say("One STOP two")
+    options = {"stop_sequences": ["never", "STOP"]} | ({"tools": tools} if tools else {})
+    stopped = message(live, **options)
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "STOP")
+    assert stopped["content"] == [{"type": "text", "text": "One "}] or tools
+    assert message(live)["stop_reason"] == "end_turn"
+    assert message(live, max_tokens=3)["stop_reason"] == "max_tokens"
+    live = say("x" * 5000)
+    full = message(live, max_tokens=10**6)
+    assert full["stop_reason"] == "model_context_window_exceeded"
+    live = say(HERMES_CALL)
+    cut = message(live, tools=TOOLS, max_tokens=60)
+    assert cut["stop_reason"] == "max_tokens"
+    [use] = cut["content"]
+    assert json.dumps(BONN).startswith(use["input"]["INVALID_JSON"])
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": None}, "'max_tokens' is missing"),
+    ({"max_tokens": 0}, "'max_tokens' can not be 0"),
+    ({"messages": []}, "'messages' can not be"),
+    ({"container": "x"}, "'container' is not a parameter of this endpoint"),
+    ({"messages": [{"role": "assistant", "content": "I"}]}, "end with the user's"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+        "'image' blocks are not read here",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+        "text' can not be 5",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "thinking", "thinking": "a", "signature": ""}]}
+            ]
+        },
+        "A 'thinking' is the assistant's",
+    ),
+    ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "'web_search_20250305' tools do"),
+    ({"tools": TOOLS, "tool_choice": {"type": "any"}}, "is not served here"),
+    ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no tool 'g'"),
+    ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "has a 'name'"),
+    (
+        {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+        "'response_format' is not served here",
+    ),
+    ({"thinking": {"type": "enabled", "display": "omitted"}}, "'thinking.display' can not be"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": EPHEMERAL}] * 6}]},
+        "more than 4",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD, ids=[said for _, said in BAD])
+def test_refusals_in_their_shape(say: Say, changes: dict[str, Any], said: str) -> None:
+    answer = say("x").post("/v1/messages", ASK | changes)
+    assert answer.status_code == 400, answer.text
+    body = answer.json()
+    assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
+    assert said in body["error"]["message"], body
+
+
+def test_other_errors_have_their_kinds(say: Say, serve_oracle: Callable[..., Live]) -> None:
+    live = say("x")
+    unknown = live.post("/v1/messages", ASK | {"model": "claude"})
+    assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
+    assert live.get("/v1/messages").json()["type"] == "error"
+    broken = httpx.post(f"{live.url}/v1/messages", content=b"{")
+    assert broken.json()["error"]["type"] == "invalid_request_error"
+    small = serve_oracle(ServerConfig(max_body_mib=0.001))
+    large = small.post("/v1/messages", ASK | {"system": LONG * 10})
+    assert (large.status_code, large.json()["error"]["type"]) == (413, "request_too_large")
+
+
+def test_thinking_is_switched(say: Say) -> None:
+    live = say("a</think>b")
+    on = message(live, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert [block["type"] for block in on["content"]] == ["thinking", "text"]
+    off = message(live, thinking={"type": "disabled"}, metadata={"user_id": "me"})
+    assert off["content"] == [{"type": "text", "text": "a</think>b"}]
+
+
+FIRST_ONLY = """\
+{%- for m in messages %}
+{%- if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be first.') }}{% endif %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
+
+
+def test_a_system_message_in_the_middle_stays_where_it_is(say: Say) -> None:
+    """As the user's, where the template takes none there."""
+    late = {"role": "system", "content": "Hurry."}
+    chat = [*ASK["messages"], {"role": "assistant", "content": "Hm."}, late, ASK["messages"][0]]
+    body = {"model": "builtin", "messages": chat, "system": "Be brief."}
+    for template, role in ((FIRST_ONLY, "user"), (None, "system")):
+        live = say("x", template)
+        same = [{"role": "system", "content": "Be brief."}, *chat]
+        same[3] = late | {"role": role}
+        count = live.post("/tokenize", {"messages": same}).json()["count"]
+        assert live.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
+    live = say("Yes.", FIRST_ONLY)
+    developer = {"role": "developer", "content": "Be exact."}
+    items = [developer, *chat]
+    answer = live.client.responses.create(model="builtin", instructions="Be brief.", input=items)
+    assert answer.output_text == "Yes."
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
+def test_who_hangs_up_leaves_nothing_behind(serve_oracle: Callable[..., Live], path: str) -> None:
+    live = serve_oracle(step_s=0.01)
+    question = {"messages": ASK["messages"]} | {"input": "x"}
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+    taken = "input" if path.endswith("responses") else "messages"
+    body = {"model": "builtin", limit: 3000, "stream": True, taken: question[taken]}
+    for read in (0, 300):
+        connection = live.send(path, body)
+        live.wait_for(lambda report: report["kv"]["held"] > 0)
+        if read:
+            connection.recv(read)
+        connection.close()
+        live.wait_until_idle()
+    live.check_conserved()
+
+
+def test_the_client_itself(say: Say) -> None:
+    """Whole, streamed, counted and refused through Anthropic's own package."""
+    anthropic = pytest.importorskip("anthropic")
+    live = say(f"<think>Hm.</think>Look.\n{HERMES_CALL}")
+    client = anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0)
+    whole = client.messages.create(**ASK, tools=TOOLS)
+    assert [block.type for block in whole.content] == ["thinking", "text", "tool_use"]
+    assert whole.content[2].input == BONN and whole.usage.cache_read_input_tokens >= 0
+    with client.messages.stream(**ASK, tools=TOOLS) as stream:
+        assert "".join(stream.text_stream) == "Look."
+        final = stream.get_final_message()
+    assert final.content[2].input == BONN and final.stop_reason == "tool_use"
+    assert final.content[0].signature == whole.content[0].signature
+    result = {"type": "tool_result", "tool_use_id": whole.content[2].id, "content": "dry"}
+    chat = [
+        *ASK["messages"],
+        {"role": "assistant", "content": whole.content},
+        {"role": "user", "content": [result]},
+    ]
+    counted = client.messages.count_tokens(model="builtin", messages=chat, tools=TOOLS)
+    assert counted.input_tokens > 100
+    say("It is dry.")
+    told = client.messages.create(**ASK | {"messages": chat}, tools=TOOLS)
+    assert told.content[0].text == "It is dry." and told.stop_reason == "end_turn"
+    with pytest.raises(anthropic.NotFoundError, match="use 'builtin'"):
+        client.messages.create(**ASK | {"model": "claude"})

@@ -1,0 +1,217 @@
+"""OpenAI's /v1/responses: items in, items and their events out, conversations that are held;
+through its own client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from engine.server.dialects.response_store import ResponseStore, StoredResponse
+
+from .conftest import Live
+from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
+
+Say = Callable[..., Live]
+
+ASK: dict[str, Any] = {"model": "builtin", "input": "Rain in Bonn?"}
+TOOLS: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}]
+FORMS = [(None, HERMES_CALL, "<think>"), (QWEN_XML, XML_CALL, "")]
+
+
+@pytest.mark.parametrize(("template", "call", "opening"), FORMS, ids=["hermes", "xml"])
+def test_reasoning_text_and_calls_whole_and_streamed(
+    say: Say, template: str | None, call: str, opening: str
+) -> None:
+    live = say(f"{opening}Hm.\n</think>\n\nLook.\n{call}\n{call}", template)
+    whole = live.client.responses.create(**ASK, tools=TOOLS)
+    assert (whole.status, whole.output_text) == ("completed", "Look.")
+    kinds = ["reasoning", "message", "function_call", "function_call"]
+    assert [item.type for item in whole.output] == kinds
+    assert whole.output[0].content[0].text == "Hm."
+    assert [json.loads(item.arguments) for item in whole.output[2:]] == [BONN, BONN]
+    assert len({item.call_id for item in whole.output[2:]}) == 2
+    usage = whole.usage
+    assert usage is not None and usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert 0 < usage.output_tokens_details.reasoning_tokens < usage.output_tokens
+    with live.client.responses.stream(**ASK, tools=TOOLS) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[-1].type == "response.completed"
+
+    def bare(items: Any) -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in item.model_dump().items() if "id" not in name}
+            for item in items
+        ]
+
+    plain = "parsed", "parsed_arguments"
+    streamed = [{k: v for k, v in item.items() if k not in plain} for item in bare(final.output)]
+    for item in streamed:
+        for part in item.get("content") or ():
+            part.pop("parsed", None)
+    assert streamed == bare(whole.output)
+    assert final.usage is not None and final.usage.output_tokens == usage.output_tokens
+
+
+def test_events_say_how_each_item_came_to_be(say: Say) -> None:
+    live = say(f"<think>H</think>L{HERMES_CALL}")
+    added: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for event in live.client.responses.create(**ASK, tools=TOOLS, stream=True):
+        if event.type == "response.output_item.added":
+            assert event.output_index == len(added) and event.item.id is not None
+            added[event.item.id] = event.item
+            texts[event.item.id] = ""
+        elif event.type.endswith(".delta"):
+            texts[event.item_id] += event.delta
+        elif event.type.endswith("_text.done"):
+            assert event.text == texts[event.item_id]
+        elif event.type == "response.function_call_arguments.done":
+            assert event.arguments == texts[event.item_id] and event.name == "weather"
+    assert list(texts.values()) == ["H", "L", json.dumps(BONN)]
+
+
+def test_a_conversation_that_the_server_holds(say: Say) -> None:
+    """Turn by turn the prompt is that of the conversation sent whole; tools in between."""
+    live = say(f"<think>Hm.</think>{HERMES_CALL}")
+    client = live.client
+    options: dict[str, Any] = {"model": "builtin", "tools": TOOLS, "instructions": "Be brief."}
+    first = client.responses.create(input="Rain in Bonn?", **options)
+    result: Any = {
+        "type": "function_call_output",
+        "call_id": first.output[-1].call_id,
+        "output": "dry",
+    }
+    say("It is dry.")
+    second = client.responses.create(input=[result], previous_response_id=first.id, **options)
+    assert second.previous_response_id == first.id and second.output_text == "It is dry."
+    third = client.responses.create(input="Sure?", previous_response_id=second.id, **options)
+    whole = [
+        {"role": "user", "content": "Rain in Bonn?"},
+        *(item.model_dump() for item in first.output),
+        result,
+        *(item.model_dump() for item in second.output),
+        {"role": "user", "content": "Sure?"},
+    ]
+    same = client.responses.create(input=whole, **options)
+    assert third.usage is not None and same.usage is not None
+    assert third.usage.input_tokens == same.usage.input_tokens
+    assert same.usage.input_tokens_details.cached_tokens >= third.usage.input_tokens // 64 * 64 - 64
+
+
+def test_what_is_stored_is_retrieved_and_deleted(say: Say) -> None:
+    client = say("Yes.").client
+    kept = client.responses.create(**ASK, metadata={"a": "b"})
+    with client.responses.stream(**ASK) as stream:
+        streamed = stream.get_final_response()
+    for response in (kept, streamed):
+        found = client.responses.retrieve(response.id)
+        assert (found.output_text, found.metadata) == ("Yes.", response.metadata)
+        client.responses.delete(response.id)
+        with pytest.raises(openai.NotFoundError, match="not found"):
+            client.responses.retrieve(response.id)
+        with pytest.raises(openai.NotFoundError, match="not found"):
+            client.responses.delete(response.id)
+    unkept = client.responses.create(**ASK, store=False)
+    with pytest.raises(openai.BadRequestError, match="not found"):
+        client.responses.create(**ASK, previous_response_id=unkept.id)
+
+
+def test_a_tenant_sees_its_own_alone(say: Say) -> None:
+    client = say("Yes.").client
+    mine = client.responses.create(**ASK, extra_body={"cache_salt": "me"})
+    for salt in ({}, {"cache_salt": "you"}):
+        with pytest.raises(openai.BadRequestError, match="not found"):
+            client.responses.create(**ASK, previous_response_id=mine.id, extra_body=salt)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(mine.id)
+    assert client.responses.retrieve(mine.id, extra_headers={"x-cache-salt": "me"}).id == mine.id
+
+
+def test_an_answer_that_the_limit_cuts(say: Say) -> None:
+    client = say("Yes and more").client
+    for stream in (False, True):
+        if stream:
+            with client.responses.stream(**ASK, max_output_tokens=3) as events:
+                cut = list(events)[-1].response
+        else:
+            cut = client.responses.create(**ASK, max_output_tokens=3)
+        assert (cut.status, cut.output_text) == ("incomplete", "Yes")
+        assert cut.incomplete_details.reason == "max_output_tokens"
+        assert cut.output[0].status == "incomplete"
+
+
+def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
+    client = say(HERMES_CALL).client
+    cut = client.responses.create(**ASK, tools=TOOLS, max_output_tokens=60)
+    assert cut.output[0].type == "function_call"
+    say("Again.")
+    more = client.responses.create(**ASK, tools=TOOLS, previous_response_id=cut.id)
+    assert more.output_text == "Again."
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input": None}, "'input' is missing"),
+        ({"input": [{"type": "web_search_call"}]}, "'web_search_call' items are not read here"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference' items are not"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "drop the 'input_image' part",
+        ),
+        ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "encrypted can not be"),
+        ({"tools": [{"type": "web_search"}]}, "'web_search' tools do not run here"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "is not served here"),
+        ({"background": True}, "'background' is not served here"),
+        ({"truncation": "auto"}, "'truncation' is not served here"),
+        ({"conversation": "c"}, "'conversation' is not served here"),
+        ({"text": {"format": {"type": "json_object"}}}, "'response_format' is not served here"),
+        ({"max_output_tokens": 0}, "'max_output_tokens' can not be 0"),
+        ({"nonsense": 1}, "'nonsense' is not a parameter of this endpoint"),
+        ({"input": []}, "'messages' can not be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals(say: Say, changes: dict[str, Any], said: str) -> None:
+    answer = say("x").post("/v1/responses", ASK | changes)
+    assert answer.status_code == 400, answer.text
+    assert said in answer.json()["error"]["message"]
+
+
+def test_what_changes_nothing_is_accepted(say: Say) -> None:
+    answer = say("a</think>b").client.responses.create(
+        **ASK,
+        include=["reasoning.encrypted_content"],
+        reasoning={"effort": "low", "summary": "auto"},
+        text={"format": {"type": "text"}},
+        truncation="disabled",
+        user="me",
+        prompt_cache_key="k",
+    )
+    assert [item.type for item in answer.output] == ["reasoning", "message"]
+
+
+def stored(num_bytes: int) -> StoredResponse:
+    return StoredResponse([], {}, num_bytes)
+
+
+def test_the_store_keeps_what_was_used_last() -> None:
+    store = ResponseStore(100)
+    for name in "abc":
+        store.put(None, name, stored(40))
+    assert store.get(None, "a") is None and len(store) == 2
+    assert store.get(None, "b") is not None
+    store.put(None, "d", stored(40))
+    assert store.get(None, "c") is None and store.get(None, "b") is not None
+    store.put(None, "e", stored(101))
+    assert store.get(None, "e") is None and store.num_bytes == 80
+    store.put(None, "b", stored(10))
+    assert store.num_bytes == 50 and store.delete(None, "b") and not store.delete("x", "d")
+    assert store.num_bytes == 40
