@@ -14,7 +14,7 @@ import torch
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
+from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
 from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart, VerifyPart
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
@@ -171,6 +171,7 @@ class ModelRunner:
         it was captured with.
         """
         self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
+        self.verify_graphs: VerifyGraphs | None = None
         if word == "off":
             return
         if record is None and self.device.is_cpu and word != "all" and self._record_decode():
@@ -204,12 +205,16 @@ class ModelRunner:
     @torch.inference_mode()
     def _record_decode(self) -> bool:
         """Have decode steps recorded, where all they compute are native kernels; whether they
-        are."""
+        are. Of those that verify, too."""
         if self.kernels.words().get("linear") != "native":
             return False
         decodes = self._decode_graphs(record_native)
+        verifies = VerifyGraphs(self.model, self.tensors, self.table, self._rotary, record_native)
         try:
             decodes.capture(decodes.buckets[-1])
+            if self.num_step_states:
+                verifies.capture()
+                self.verify_graphs = verifies
         except NotRecordableError:
             return False
         self.graphs = decodes, None
@@ -275,8 +280,13 @@ class ModelRunner:
 
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
-        if decodes is not None and all(s.is_decode and not s.num_drafts for s in batch.segments):
-            logits = decodes.run(batch.segments, patch)
+        if all(segment.is_decode for segment in batch.segments):
+            logits: torch.Tensor | None = None
+            if any(segment.num_drafts for segment in batch.segments):
+                if self.verify_graphs is not None and not batch.late_tokens:
+                    logits = self.verify_graphs.run(batch.segments)
+            elif decodes is not None:
+                logits = decodes.run(batch.segments, patch)
             if logits is not None:
                 return logits if len(rows) == len(logits) else logits[self._int64(rows)]
         token_ids, step = self._step(batch)

@@ -118,7 +118,8 @@ def _decode(
     num_rows, num_heads, key_dim = query.shape
     num_value_heads, value_dim = value.shape[1:]
     out = torch.empty(value.shape, dtype=value.dtype)
-    function(f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}", "ppppppppippppiiiiiiiifft")(
+    name = f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}"
+    function(name, "ppppppppippppiiiiiiiifft")(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
         slots.data_ptr(), step_slots.data_ptr(), address(cu_seqlens), out.data_ptr(),
