@@ -39,6 +39,8 @@ from kernels.upload import upload
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], None]], Replay]
 """Captures what a function launches; the result launches it again."""
+Forward = Callable[[torch.Tensor, LayerInputs], torch.Tensor]
+"""Hidden states ``[num_rows, H]`` of token ids ``[num_rows]``; moves the pools on."""
 
 KV_BOUNDS = (2048, 8192, 32768, 131072)
 """A decode graph attends to at most this many tokens; more bounds than one, or every step would
@@ -79,6 +81,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Decoder,
+        forward: Forward,
         memory: Memory,
         table: RequestTable,
         rotary: RotaryTable,
@@ -87,7 +90,7 @@ class DecodeGraphs:
         max_running: int,
         max_model_len: int,
     ) -> None:
-        self._model, self._pools = model, memory.pools
+        self._forward, self._head = forward, model.head
         self._table, self._rotary, self._record = table, rotary, record
         self._sizes = decode_buckets(max_running)
         self._bounds = (*(b for b in KV_BOUNDS if b < max_model_len), max_model_len)
@@ -169,8 +172,7 @@ class DecodeGraphs:
                 decode=DecodePart(sequences, slots.int()),
                 prefill=None,
             )
-            hidden = self._model.forward(token_ids, step, self._pools)
-            self._logits[:size].copy_(self._model.head(hidden))
+            self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 
         self._replays[bucket] = self._record(work)
 
@@ -316,7 +318,8 @@ class PrefillGraphs:
         self._token_ids[step.num_tokens : size].zero_()
         step = replace(step, num_rows=size)
         *replays, last = self._replays[size]
-        for replay, mixer, pools in zip(replays, self._mixers, self._pools, strict=True):
+        pools_of = self._pools[: len(replays)]
+        for replay, mixer, pools in zip(replays, self._mixers, pools_of, strict=True):
             replay()
             projected, mixed = self._buffers_of(mixer)
             mixed[: step.num_tokens].copy_(mix(mixer, projected[:size], step, pools))

@@ -37,9 +37,6 @@ from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum
 from kernels.upload import upload
 
-ROWS = 4
-"""As ``model_runner.ROWS``."""
-
 
 class PredictionHead:
     """One layer of attention and an MLP, between a product that takes in the next token and a norm.
@@ -59,6 +56,7 @@ class PredictionHead:
         assert isinstance(attention.block, Attention)
         self._attention, self._mlp = attention, mlp
         self._embedding_norm, self._hidden_norm, self._norm = norms
+        self._row_multiple: int = build.kernels["linear"].ROWS
         self._fc = Linear(2 * hidden_size, [Part(f"{name}.fc", hidden_size)], build)
         self.keeps: tuple[Spec, ...] = (
             *attention.block.keeps,
@@ -89,22 +87,24 @@ class PredictionHead:
         """Write the rows of a step's tokens, and h of every sequence where its states go.
 
         ``embedded``, ``hidden``: ``[num_rows, H]``, the tokens' embeddings and what ``forward``
-        left of them. Costs two small products a token: no attention.
+        left of them. Costs two small products a token: no attention. A step of nothing but decoding
+        sequences reads no number on the host, so that it can be captured with the model's.
         """
         *kv, carried = pools
-        places = _Places.of(inputs)
-        device = hidden.device
-        firsts = upload(places.firsts, torch.int64, device)
-        earlier = carried[upload(places.slots, torch.int64, device)]
-        earlier = torch.where(places.resumed(device)[:, None], earlier, 0)
-        before = hidden.roll(1, 0)
-        before[firsts] = earlier
+        if inputs.decode is not None and inputs.num_decode == inputs.num_tokens:
+            slots = inputs.decode.slots.long()
+            before, kept = pad_rows(carried[slots], len(hidden)), hidden[: len(slots)]
+        else:
+            places = _Places.of(inputs)
+            earlier, slots = carried[places.slots()], places.saves()
+            before = hidden.roll(1, 0)
+            before[places.firsts()] = torch.where(places.resumed()[:, None], earlier, 0)
+            kept = hidden[places.saved()]
         projected, _ = self._attention.project(self._enter(embedded, before), None)
         block = self._attention.block
         assert isinstance(block, Attention)
         block.write(projected, inputs, (kv[0], kv[1]))
-        rows, slots = (upload(list(part), torch.int64, device) for part in places.saves)
-        carried[slots] = hidden[rows]
+        carried[slots] = kept
 
     def draft(
         self,
@@ -122,7 +122,7 @@ class PredictionHead:
         rows of positions 1, 2, ... lie; that of the token is written.
         """
         count, device = len(positions), embedded.device
-        num_rows = -(-count // ROWS) * ROWS
+        num_rows = -(-count // self._row_multiple) * self._row_multiple
         at = upload(positions, torch.int64, device)
         cos, sin = rotary(at)
         inputs = LayerInputs(
@@ -148,49 +148,66 @@ class PredictionHead:
 
 
 class _Places:
-    """Which tokens of a step begin a sequence's part of it, and whose h is kept where. Of the
-    host's numbers: O(sequences + tokens to verify)."""
+    """Which tokens of a step begin a sequence's part of it, and whose h is kept where. Tokens are
+    the host's numbers, slots the device's: nothing waits for it."""
 
-    def __init__(self) -> None:
-        self.firsts: list[int] = []
-        self.slots: list[int] = []
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._firsts: list[int] = []
+        self._slots: list[torch.Tensor] = []
         self._resumed: list[torch.Tensor] = []
-        self.saves: tuple[list[int], list[int]] = [], []
-        """(token, slot)."""
+        self._saved: list[int] = []
+        self._saves: list[torch.Tensor] = []
 
     @classmethod
     def of(cls, inputs: LayerInputs) -> _Places:
-        made = cls()
+        made = cls(inputs.kv_indices.device)
         if inputs.decode is not None:
             made._add(range(inputs.num_decode), inputs.decode.slots, None)
-            made._save(range(inputs.num_decode), inputs.decode.slots.tolist())
+            made._save(range(inputs.num_decode), inputs.decode.slots)
         if inputs.verify is not None:
             part, first = inputs.verify, inputs.num_decode
             starts = running_sum(part.packed.lengths)[:-1]
             made._add([first + start for start in starts], part.slots, None)
-            made._save(range(first, first + inputs.num_verify), part.step_slots.tolist())
+            made._save(range(first, first + inputs.num_verify), part.step_slots)
         if inputs.prefill is not None:
             filled, first = inputs.prefill, inputs.num_decode + inputs.num_verify
             bounds = [first + bound for bound in running_sum(filled.packed.lengths)]
             made._add(bounds[:-1], filled.slots, filled.resumed)
-            made._save([end - 1 for end in bounds[1:]], filled.slots.tolist())
+            made._save([end - 1 for end in bounds[1:]], filled.slots)
             if filled.exports is not None:
                 exports = filled.exports
                 ends = zip(exports.sequences, exports.ends, strict=True)
-                made._save([bounds[rank] + end - 1 for rank, end in ends], exports.slots)
+                made._save([bounds[rank] + end - 1 for rank, end in ends], exports.tables.slots)
         return made
 
     def _add(
         self, firsts: Sequence[int], slots: torch.Tensor, resumed: torch.Tensor | None
     ) -> None:
-        self.firsts += firsts
-        self.slots += slots.tolist()
+        self._firsts += firsts
+        self._slots.append(slots)
         self._resumed.append(torch.ones_like(slots).bool() if resumed is None else resumed)
 
-    def _save(self, tokens: Sequence[int], slots: Sequence[int]) -> None:
-        self.saves[0].extend(tokens)
-        self.saves[1].extend(slots)
+    def _save(self, tokens: Sequence[int], slots: torch.Tensor) -> None:
+        self._saved += tokens
+        self._saves.append(slots)
 
-    def resumed(self, device: torch.device) -> torch.Tensor:
-        """bool[sequences]: its slot holds the h before."""
-        return torch.cat(self._resumed).to(device)
+    def firsts(self) -> torch.Tensor:
+        """int64[sequences]: the first token of each."""
+        return upload(self._firsts, torch.int64, self._device)
+
+    def slots(self) -> torch.Tensor:
+        """int64[sequences]: where the h before that token is."""
+        return torch.cat(self._slots).long()
+
+    def resumed(self) -> torch.Tensor:
+        """bool[sequences]: there is one."""
+        return torch.cat(self._resumed)
+
+    def saved(self) -> torch.Tensor:
+        """int64[S]: tokens whose h is kept."""
+        return upload(self._saved, torch.int64, self._device)
+
+    def saves(self) -> torch.Tensor:
+        """int64[S]: the slots it goes to."""
+        return torch.cat(self._saves).long()
