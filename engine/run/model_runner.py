@@ -72,7 +72,7 @@ class ModelRunner:
         if self._head is not None:
             sizes = replace(self.config.sizes, beside=self._head.keeps)
             self.config = replace(self.config, sizes=sizes)
-        self._num_guesses = config.drafters.get("mtp", 0)
+        self.num_guesses = config.drafters.get("mtp", 0)
         self.geometry = ModelGeometry.from_sizes(
             self.name,
             self.config.sizes,
@@ -144,7 +144,7 @@ class ModelRunner:
             self.state_dtype,
             self.device,
             num_step_states=self.num_step_states,
-            num_scratch_rows=self._num_guesses * self.max_running_rows,
+            num_scratch_rows=self.num_guesses * self.max_running_rows,
         )
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device

@@ -44,6 +44,7 @@ from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from engine.run.tensor_files import WeightsError
+from engine.run.warm_up import guesses as guesses_of
 from engine.run.weights import Dummy
 from engine.text.byte_tokenizer import ByteTokenizer
 from tests.engine.test_drafts import MODEL, assert_same, prompts
@@ -292,6 +293,18 @@ def test_the_plan_counts_the_head(make_engine: Make) -> None:
     rows = drafted.tensors.rows
     assert rows is not None
     assert len(rows) == drafted.tensors.padding_row + 1 + 3 * drafted.max_running_rows
+
+
+def test_a_warm_up_rehearses_guesses(make_engine: Make) -> None:
+    """On padding: nobody's row or state is touched."""
+    runner = make_engine("mtp:3").runner
+    before = runner.tensors.rows[: runner.memory.num_kv_tokens].clone()
+    rehearsed = guesses_of(runner)
+    assert [len(newest) for newest in rehearsed] == [4, 3, 2, 1]
+    for newest in rehearsed:
+        assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
+    assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
+    assert guesses_of(make_engine("tree").runner) == []
 
 
 def test_what_can_not_work_says_so(tmp_path: Path, make_engine: Make) -> None:
