@@ -25,7 +25,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.run.layers.inputs import DecodePart, LayerInputs, VerifyPart
+from engine.run.layers.inputs import DecodePart, LayerInputs, VerifyPart, tokens_before
 from engine.run.layers.residual import Mixer
 from engine.run.layers.rotary import RotaryTable
 from engine.run.layers.stepwise import mix
@@ -189,17 +189,18 @@ class VerifyGraphs:
     def __init__(
         self,
         model: Decoder,
+        forward: Forward,
         memory: Memory,
         table: RequestTable,
         rotary: RotaryTable,
         record: Record,
     ) -> None:
-        self._model, self._memory = model, memory
+        self._forward, self._head, self._memory = forward, model.head, memory
         self._table, self._rotary, self._record = table, rotary, record
         self._replays: dict[int, Replay] = {}
         most = VERIFY_BUCKETS[-1]
-        self._tokens = torch.zeros(3, most, dtype=torch.int64)
-        """Id, position and KV index of each token."""
+        self._tokens = torch.zeros(4, most, dtype=torch.int64)
+        """Id, position and KV index of each token, and which one comes before it."""
         self._tables = torch.zeros(5, most + 1, dtype=torch.int32)
         """The slot of the state after each token; row, KV length and slot of each sequence; and
         where the sequences begin."""
@@ -241,7 +242,8 @@ class VerifyGraphs:
                 first_step += len(segment.token_ids)
             tables[1:4, b] = segment.row, segment.end, slot
         count, slot = firsts[-1], memory.padding_slot or 0
-        for part, padding in zip(tokens, (0, 0, memory.padding_row), strict=True):
+        tokens[3, :count] = tokens_before([len(segment.token_ids) for segment in segments], size)
+        for part, padding in zip(tokens, (0, 0, memory.padding_row, 0), strict=True):
             part[count:size] = padding
         tables[0, count:size] = slot
         columns = (self._table.padding_row, size - count, slot)
@@ -252,7 +254,7 @@ class VerifyGraphs:
 
     def _recorded(self, size: int) -> Replay:
         """Compute the step that is filled in; what computes another one."""
-        token_ids, positions, kv_indices = self._tokens[:, :size].unbind()
+        token_ids, positions, kv_indices, before = self._tokens[:, :size].unbind()
         step_slots, rows, kv_lens, slots = self._tables[:4, :size].unbind()
         ones = (1,) * size
         packed = replace(Packed.from_lengths(ones), cu_seqlens=self._tables[4, : size + 1])
@@ -271,10 +273,9 @@ class VerifyGraphs:
                 decode=None,
                 prefill=None,
                 num_verify=size,
-                verify=VerifyPart(packed, sequences, slots, step_slots),
+                verify=VerifyPart(packed, sequences, slots, step_slots, before),
             )
-            hidden = self._model.forward(token_ids, step, self._memory.pools)
-            self._logits[:size].copy_(self._model.head(hidden))
+            self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 
         return self._record(work)
 

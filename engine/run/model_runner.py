@@ -16,7 +16,13 @@ from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
-from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart, VerifyPart
+from engine.run.layers.inputs import (
+    DecodePart,
+    LayerInputs,
+    PrefillPart,
+    VerifyPart,
+    tokens_before,
+)
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
 from engine.run.loading import DTYPES, load_model, resolve_dtype
@@ -27,7 +33,7 @@ from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
 from engine.run.warm_up import WarmUp, measure, warm_up
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.batch import Batch, Segment, logit_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices, Tokens
@@ -219,7 +225,8 @@ class ModelRunner:
         if self.kernels.words().get("linear") != "native":
             return False
         decodes = self._decode_graphs(record_native)
-        verifies = VerifyGraphs(self.model, self.tensors, self.table, self._rotary, record_native)
+        parts = self.tensors, self.table, self._rotary, record_native
+        verifies = VerifyGraphs(self.model, self._forward, *parts)
         try:
             decodes.capture(decodes.buckets[-1])
             if self.num_step_states:
@@ -375,6 +382,7 @@ class ModelRunner:
             sequences=self._sequences(segments),
             slots=self._slots(segments),
             step_slots=upload(list(steps), torch.int32, device),
+            before=self._int64(tokens_before(lengths, sum(lengths))),
         )
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
@@ -435,19 +443,6 @@ class ModelRunner:
                 f"there is room for {counted(longest, 'token')}."
             )
         return asked
-
-
-def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
-    """The rows of the hidden states whose logits are wanted."""
-    rows: list[npt.NDArray[np.int64]] = []
-    offset = 0
-    for segment in segments:
-        end = offset + len(segment.token_ids)
-        if segment.logits != "none":
-            first = offset if segment.logits == "all" else end - 1
-            rows.append(np.arange(first, end))
-        offset = end
-    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
 
 
 def _bytes(gib: float | None) -> int | None:

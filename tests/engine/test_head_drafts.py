@@ -233,6 +233,7 @@ def test_recorded_steps_are_followed_too(
     assert_same(*outputs)
     native = engine.runner.kernels.words().get("linear") == "native"
     assert (engine.runner.graphs[0] is not None) == native
+    assert (engine.runner.verify_graphs is not None) == native
 
 
 def count_moves(runner: Any) -> list[Any]:

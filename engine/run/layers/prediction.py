@@ -87,24 +87,19 @@ class PredictionHead:
         """Write the rows of a step's tokens, and h of every sequence where its states go.
 
         ``embedded``, ``hidden``: ``[num_rows, H]``, the tokens' embeddings and what ``forward``
-        left of them. Costs two small products a token: no attention. A step of nothing but decoding
-        sequences reads no number on the host, so that it can be captured with the model's.
+        left of them. Costs two small products a token: no attention. Reads no number of the device
+        on the host, so that it can be captured with the model's step.
         """
         *kv, carried = pools
-        if inputs.decode is not None and inputs.num_decode == inputs.num_tokens:
-            slots = inputs.decode.slots.long()
-            before, kept = pad_rows(carried[slots], len(hidden)), hidden[: len(slots)]
-        else:
-            places = _Places.of(inputs)
-            earlier, slots = carried[places.slots()], places.saves()
-            before = hidden.roll(1, 0)
-            before[places.firsts()] = torch.where(places.resumed()[:, None], earlier, 0)
-            kept = hidden[places.saved()]
-        projected, _ = self._attention.project(self._enter(embedded, before), None)
+        befores, kept = _trail(hidden, inputs, carried)
+        before = befores[0] if len(befores) == 1 else torch.cat(befores)
+        entered = self._enter(embedded, pad_rows(before, len(hidden)))
+        projected, _ = self._attention.project(entered, None)
         block = self._attention.block
         assert isinstance(block, Attention)
         block.write(projected, inputs, (kv[0], kv[1]))
-        carried[slots] = kept
+        for slots, last in kept:
+            carried[slots] = last
 
     def draft(
         self,
@@ -147,67 +142,41 @@ class PredictionHead:
         return self._norm.add(hidden, residual)[0][:count]
 
 
-class _Places:
-    """Which tokens of a step begin a sequence's part of it, and whose h is kept where. Tokens are
-    the host's numbers, slots the device's: nothing waits for it."""
+Kept = list[tuple[torch.Tensor, torch.Tensor]]
+"""(slots, vectors for them)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._firsts: list[int] = []
-        self._slots: list[torch.Tensor] = []
-        self._resumed: list[torch.Tensor] = []
-        self._saved: list[int] = []
-        self._saves: list[torch.Tensor] = []
 
-    @classmethod
-    def of(cls, inputs: LayerInputs) -> _Places:
-        made = cls(inputs.kv_indices.device)
-        if inputs.decode is not None:
-            made._add(range(inputs.num_decode), inputs.decode.slots, None)
-            made._save(range(inputs.num_decode), inputs.decode.slots)
-        if inputs.verify is not None:
-            part, first = inputs.verify, inputs.num_decode
-            starts = running_sum(part.packed.lengths)[:-1]
-            made._add([first + start for start in starts], part.slots, None)
-            made._save(range(first, first + inputs.num_verify), part.step_slots)
-        if inputs.prefill is not None:
-            filled, first = inputs.prefill, inputs.num_decode + inputs.num_verify
-            bounds = [first + bound for bound in running_sum(filled.packed.lengths)]
-            made._add(bounds[:-1], filled.slots, filled.resumed)
-            made._save([end - 1 for end in bounds[1:]], filled.slots)
-            if filled.exports is not None:
-                exports = filled.exports
-                ends = zip(exports.sequences, exports.ends, strict=True)
-                made._save([bounds[rank] + end - 1 for rank, end in ends], exports.tables.slots)
-        return made
-
-    def _add(
-        self, firsts: Sequence[int], slots: torch.Tensor, resumed: torch.Tensor | None
-    ) -> None:
-        self._firsts += firsts
-        self._slots.append(slots)
-        self._resumed.append(torch.ones_like(slots).bool() if resumed is None else resumed)
-
-    def _save(self, tokens: Sequence[int], slots: torch.Tensor) -> None:
-        self._saved += tokens
-        self._saves.append(slots)
-
-    def firsts(self) -> torch.Tensor:
-        """int64[sequences]: the first token of each."""
-        return upload(self._firsts, torch.int64, self._device)
-
-    def slots(self) -> torch.Tensor:
-        """int64[sequences]: where the h before that token is."""
-        return torch.cat(self._slots).long()
-
-    def resumed(self) -> torch.Tensor:
-        """bool[sequences]: there is one."""
-        return torch.cat(self._resumed)
-
-    def saved(self) -> torch.Tensor:
-        """int64[S]: tokens whose h is kept."""
-        return upload(self._saved, torch.int64, self._device)
-
-    def saves(self) -> torch.Tensor:
-        """int64[S]: the slots it goes to."""
-        return torch.cat(self._saves).long()
+def _trail(
+    hidden: torch.Tensor, inputs: LayerInputs, carried: torch.Tensor
+) -> tuple[list[torch.Tensor], Kept]:
+    """Of a step that left ``hidden``, with each sequence's h before it in ``carried``: the h before
+    each token, in parts, and what is to be carried on."""
+    befores: list[torch.Tensor] = []
+    kept: Kept = []
+    first, verified = inputs.num_decode, inputs.num_decode + inputs.num_verify
+    if inputs.decode is not None:
+        slots = inputs.decode.slots.long()
+        befores.append(carried[slots])
+        kept.append((slots, hidden[:first]))
+    if inputs.verify is not None:
+        part, own = inputs.verify, hidden[first:verified]
+        befores.append(torch.cat([own, carried[part.slots.long()]])[part.before])
+        kept.append((part.step_slots.long(), own))
+    if inputs.prefill is not None:
+        filled, own = inputs.prefill, hidden[verified : inputs.num_tokens]
+        slots, bounds = filled.slots.long(), running_sum(filled.packed.lengths)
+        firsts, lasts = (
+            upload(ends, torch.int64, hidden.device)
+            for ends in (bounds[:-1], [end - 1 for end in bounds[1:]])
+        )
+        before = own.roll(1, 0)
+        before[firsts] = torch.where(filled.resumed[:, None], carried[slots], 0)
+        befores.append(before)
+        kept.append((slots, own[lasts]))
+        if filled.exports is not None:
+            exports = filled.exports
+            ends = zip(exports.sequences, exports.ends, strict=True)
+            tokens = [bounds[rank] + end - 1 for rank, end in ends]
+            saved = own[upload(tokens, torch.int64, hidden.device)]
+            kept.append((exports.tables.slots.long(), saved))
+    return befores, kept
