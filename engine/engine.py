@@ -104,7 +104,7 @@ class Engine:
         self._cache = build_prefix_cache(built)
         self._manager = self._make_manager(config, runner)
         if drafting is None and config.drafters:
-            drafting = Drafting.of(config.drafters, config.draft_len, config.num_step_states)
+            drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
         self._scheduler = Scheduler(
             self._manager,
             max_running=config.max_running,

@@ -89,8 +89,8 @@ MAY_IMPORT = {
     "engine/requests": "text",
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests text",
-    "engine/interfaces.py": "requests schedule text",
-    "engine/run": "config environment interfaces requests schedule text",
+    "engine/interfaces.py": "drafts requests schedule text",
+    "engine/run": "config drafts environment interfaces requests schedule text",
     "engine/server": "async_engine engine history schedule text",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may

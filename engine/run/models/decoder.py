@@ -16,6 +16,7 @@ from engine.run.layers.linear import Linear, Part
 from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
+from engine.run.layers.prediction import PredictionHead
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.stepwise import mix
 from engine.run.memory import Pools
@@ -113,6 +114,11 @@ class Decoder(ABC):
             eps=config.norm_eps,
             centred=self.centred_norms,
         )
+
+    def prediction_head(self) -> PredictionHead | None:
+        """The multi-token head of the family's checkpoints, its weights not filled in; None: they
+        have none that is served."""
+        return None
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every checkpoint tensor of the model; only before it is sealed."""
