@@ -255,7 +255,13 @@ def _summary(output: RequestOutput) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from engine.command.inspect import as_record, as_text, describe_files, load_geometry
+    from engine.command.inspect import (
+        as_record,
+        as_text,
+        describe_files,
+        describe_refusal,
+        load_geometry,
+    )
 
     if not all(0 < gib < math.inf for gib in arguments.budget_gib):
         raise ValueError("--budget-gib must be finite and above 0.")
@@ -265,9 +271,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     geometry = load_geometry(arguments.model, **dtypes)
-    files = describe_files(arguments.model)
+    notes = describe_files(arguments.model), describe_refusal(arguments.model)
     if arguments.json:
-        print(json.dumps(as_record(geometry, arguments.budget_gib, files)))
+        print(json.dumps(as_record(geometry, arguments.budget_gib, *notes)))
     else:
-        print(as_text(geometry, arguments.budget_gib, files))
+        print(as_text(geometry, arguments.budget_gib, *notes))
     return 0
