@@ -79,9 +79,11 @@ MAY_IMPORT = {
     "hybridcache/lease.py": "allocators interface policies results saving tokens",
     "hybridcache/lease_log.py": "interface lease policies",
     "hybridcache/geometry": "units",
+    "hybridcache/watch": "listener policies radix",
     "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
     "tokens",
-    "hybridcache/lab": "build extras geometry interface lease policies results tokens units",
+    "hybridcache/lab": "build extras geometry interface lease listener policies results tokens "
+    "units watch",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
@@ -90,7 +92,8 @@ MAY_IMPORT = {
     "engine/schedule": "config drafts requests text",
     "engine/interfaces.py": "requests schedule text",
     "engine/run": "config environment interfaces requests schedule text",
-    "engine/server": "async_engine engine schedule text",
+    "engine/watch.py": "engine requests",
+    "engine/server": "async_engine engine schedule text watch",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may
 not."""

@@ -9,10 +9,13 @@ import pytest
 
 from engine.command import flags, inspect
 from engine.drafts import pace, suffix
+from engine.requests import conversations
 from engine.text import templates, tokenizer
 from hybridcache import units
 
+MODULES = [conversations, flags, inspect, pace, suffix, templates, tokenizer, units]
 
-@pytest.mark.parametrize("module", [flags, inspect, pace, suffix, templates, tokenizer, units])
+
+@pytest.mark.parametrize("module", MODULES)
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
