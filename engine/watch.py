@@ -10,13 +10,12 @@ from engine.requests.conversations import Conversations
 from engine.requests.recent import Ended, stable_len
 from engine.requests.request import Request
 from hybridcache.watch.page import FORM
-from hybridcache.watch.recorder import Record, Recorder, node_id, show_namespace
+from hybridcache.watch.recorder import Record, Recorder, node_id
+from hybridcache.watch.records import RequestShown, slabs_record
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-MAX_SLABS = 2048
-"""Slabs that are shown one by one; of more, a few share a cell."""
 SLABS_EVERY_S = 0.5
 
 
@@ -127,24 +126,23 @@ class Watch:
         if talk is None:
             talk = self._talks.of(prompt, ended.stable_len, ended.namespace)
         node = self._engine.cache.match(ended.tokens, ended.namespace).node
-        record = {
-            "id": ended.request_id,
-            "conversation": talk,
-            "namespace": show_namespace(ended.namespace),
-            "state": ended.reason,
-            "prompt": ended.prompt_len,
-            "computed": len(ended.tokens),
-            "answer": len(ended.tokens) - ended.prompt_len,
-            "cached": ended.cached_len,
-            "losses": None if ended.losses is None else ended.losses._asdict(),
-            "node": node_id(node),
-            "preemptions": ended.num_preemptions,
-            "arrived_s": ended.arrival_s,
-            "scheduled_s": ended.scheduled_s,
-            "first_token_s": ended.first_token_s,
-            "finished_s": ended.finished_s,
-        }
-        return ["request", record]
+        return RequestShown(
+            id=ended.request_id,
+            conversation=talk,
+            namespace=ended.namespace,
+            state=ended.reason,
+            prompt=ended.prompt_len,
+            computed=len(ended.tokens),
+            answer=len(ended.tokens) - ended.prompt_len,
+            cached=ended.cached_len,
+            losses=ended.losses,
+            node=node_id(node),
+            preemptions=ended.num_preemptions,
+            arrived_s=ended.arrival_s,
+            scheduled_s=ended.scheduled_s,
+            first_token_s=ended.first_token_s,
+            finished_s=ended.finished_s,
+        ).record()
 
     def _of_request(self, request: Request) -> Record:
         id_ = request.request_id
@@ -153,24 +151,23 @@ class Watch:
             talk = self._talks.of(prompt, stable_len(request), request.namespace)
             self._conversations[id_] = talk
         state, computed_len, answer_len, node = _progress(request)
-        record = {
-            "id": id_,
-            "conversation": self._conversations[id_],
-            "namespace": show_namespace(request.namespace),
-            "state": state,
-            "prompt": request.prompt_len,
-            "computed": computed_len,
-            "answer": answer_len,
-            "cached": request.cached_len,
-            "losses": None if request.losses is None else request.losses._asdict(),
-            "node": node,
-            "preemptions": request.num_preemptions,
-            "arrived_s": request.arrival_s,
-            "scheduled_s": request.scheduled_s,
-            "first_token_s": request.first_token_s,
-            "finished_s": None,
-        }
-        return ["request", record]
+        return RequestShown(
+            id=id_,
+            conversation=self._conversations[id_],
+            namespace=request.namespace,
+            state=state,
+            prompt=request.prompt_len,
+            computed=computed_len,
+            answer=answer_len,
+            cached=request.cached_len,
+            losses=request.losses,
+            node=node,
+            preemptions=request.num_preemptions,
+            arrived_s=request.arrival_s,
+            scheduled_s=request.scheduled_s,
+            first_token_s=request.first_token_s,
+            finished_s=None,
+        ).record()
 
     def _memory_changes(self) -> list[Record]:
         engine = self._engine
@@ -195,19 +192,12 @@ class Watch:
             changes.append(memory)
         now_s = engine.clock()
         if engine.cache.arena is not None and now_s - self._slabs_s >= SLABS_EVERY_S:
-            slabs = self._slab_record()
+            slabs = slabs_record(engine.cache.arena)
             self._slabs_s = now_s
             if slabs != self._slabs:
                 self._slabs = slabs
                 changes.append(slabs)
         return changes
-
-    def _slab_record(self) -> Record:
-        arena = self._engine.cache.arena
-        assert arena is not None
-        percent = (100 * arena.occupancy() // arena.slab_rows)[:MAX_SLABS]
-        states = sorted(slot for slot in arena.slots.states if slot < MAX_SLABS)
-        return ["slabs", percent.tolist(), states]
 
 
 def _progress(request: Request) -> tuple[str, int, int, int | None]:

@@ -79,11 +79,10 @@ MAY_IMPORT = {
     "hybridcache/lease.py": "allocators interface policies results saving tokens",
     "hybridcache/lease_log.py": "interface lease policies",
     "hybridcache/geometry": "units",
-    "hybridcache/watch": "listener policies radix",
+    "hybridcache/watch": "allocators listener policies radix results",
     "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
     "tokens",
-    "hybridcache/lab": "build extras geometry interface lease listener policies results tokens "
-    "units watch",
+    "hybridcache/lab": "build extras geometry interface lease policies results tokens units watch",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",

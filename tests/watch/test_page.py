@@ -86,10 +86,10 @@ def test_the_page_draws_what_the_records_say(tab: Any, tmp_path: Path) -> None:
         assert shown == nodes, moment
 
 
-def _times(records: list[Record]) -> list[float]:
-    now, times = 0.0, []
+def _times(records: list[Record]) -> list[int]:
+    now, times = 0, []
     for record in records:
-        now = record[1] if record[0] == "time" else now
+        now = record[2] if record[0] == "time" else now
         times.append(now)
     return times
 

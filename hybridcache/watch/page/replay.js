@@ -1,13 +1,13 @@
 // A recording: the same picture at any moment, one run or two beside each other.
 const KEYFRAMES = 24;
 
-// One run that can be set to any record; forward is cheap, back begins at the keyframe before.
+// One run that can be set to any moment, which is a number of requests; forward is cheap, back begins at the keyframe before.
 class Run {
   constructor({ meta, records }) {
     Object.assign(this, { meta, records });
     this.times = [];
     let now = 0;
-    for (const record of records) { if (record[0] === "time") [, now] = record; this.times.push(now); }
+    for (const record of records) { if (record[0] === "time") [, , now] = record; this.times.push(now); }
     this.end = now;
     this.every = Math.max(500, Math.ceil(records.length / KEYFRAMES));
     this.frames = new Map([[0, new Model(meta)]]);
@@ -117,7 +117,7 @@ class Replay {
       if (view.model !== model) view.show(model); else view.update();
     }
     const model = this.views[0].model;
-    this.output.textContent = `${seconds(moment)} · request ${whole.format(model.time)}`;
+    this.output.textContent = `request ${whole.format(model.time)} · ${seconds(model.clock)}`;
     this.slider.setAttribute("aria-valuetext", this.output.textContent);
   }
 }
