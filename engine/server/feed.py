@@ -1,6 +1,6 @@
 """GET /v1/cache/events: one stream of changes for all who watch, as server-sent events.
 
-While somebody watches, the engine is asked ten times a second what changed; the answers are encoded
+While somebody watches, the engine is asked twenty times a second what changed; the answers are encoded
 once and kept, up to a bound. A reader that falls behind further than that, or comes back with a
 ``Last-Event-ID`` from before, gets the whole state anew instead of what it missed.
 """
@@ -21,7 +21,7 @@ from engine.server.workers import Workers
 from engine.watch import Watch
 from hybridcache.watch.recorder import Record
 
-EVERY_S = 0.1
+EVERY_S = 0.05
 """Between two times that the engine is asked."""
 LINGER_S = 5.0
 """After the last reader left: for so long one that comes back needs only what it missed."""

@@ -3,6 +3,7 @@ const STEPS = 14;
 const AXIS = 20;
 const LANE = 24;
 const THIN = 0.5;
+const CELLS = 512; // Columns in which thin bars cover each other.
 const COLOURS = ["age", "hits", "bytes"];
 
 class TreeCanvas {
@@ -205,6 +206,7 @@ class TreeCanvas {
     if (this.by === "bytes") for (const node of this.items) this.largest = Math.max(this.largest, (node.end - node.start) * (this.model.meta.kv_bytes ?? 1) + (node.saved ? this.model.meta.state_bytes : 0));
     const gap = lane >= 6 ? 2 : lane >= 3 ? 1 : 0;
     const stateful = (this.model.meta.state_bytes ?? 0) > 0;
+    const covered = lane < 2 ? new Uint8Array(Math.ceil(this.height) * CELLS) : null;
     for (const node of this.items) {
       if (node.cy0 !== node.y0 || node.cy1 !== node.y1) {
         const ease = isCalm ? 1 : 0.28;
@@ -222,6 +224,7 @@ class TreeCanvas {
       box.top = top;
       box.width = Math.max(right - left - (right - left > 4 ? 1 : 0), 0.7);
       box.height = Math.max(bottom - top, 0.7);
+      if (covered && box.height < 1 && this.isCovered(covered, box)) continue;
       if (node.ghost !== null) { ghosts.push(node); continue; }
       bins[this.step(node)].push(node);
       if (stateful && !node.hasState && box.width > 2 && box.height > 2) hatched.push(node);
@@ -250,6 +253,16 @@ class TreeCanvas {
     this.outline(context, this.hovered, this.colour.soft, 1.5);
     this.outline(context, this.selected, this.colour.ink, 2.5);
     return moves;
+  }
+
+  // Whether others, drawn before, fill all the pixels of a bar thinner than one; if not, it does.
+  isCovered(covered, box) {
+    const row = Math.max(0, Math.floor(box.top)) * CELLS;
+    const first = row + Math.max(0, Math.floor(box.left / this.width * CELLS));
+    const last = row + Math.min(CELLS - 1, Math.floor((box.left + box.width) / this.width * CELLS));
+    let isFull = true;
+    for (let at = first; at <= last; at += 1) if (!covered[at]) { isFull = false; covered[at] = 1; }
+    return isFull;
   }
 
   ghostBars(context, ghosts) {
