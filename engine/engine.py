@@ -155,6 +155,10 @@ class Engine:
         holds."""
         return min(self.runner.max_model_len, self.runner.memory.max_request_len)
 
+    def observe(self, observer: Observer) -> None:
+        """Notify ``observer`` of every step from now on, in place of the one that was given."""
+        self._observer = observer
+
     def submit(
         self,
         prompt: Prompt | RequestSpec,

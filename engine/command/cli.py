@@ -184,12 +184,17 @@ def _serve(arguments: argparse.Namespace) -> int:
         from engine.async_engine import AsyncEngine
         from engine.command.screen import start_screen
         from engine.engine import Engine
+        from engine.trace import start_trace
 
-        engine = Engine(engine_config)
+        engine, trace = Engine(engine_config), None
+        if server_config.trace is not None:
+            trace = start_trace(engine, server_config.trace)
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(start_screen(engine, f"http://{host}:{port}/v1"), flush=True)
         serve(AsyncEngine(engine), server_config, listener)
+        if trace is not None:
+            trace.close()
     return 0
 
 

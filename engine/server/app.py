@@ -60,6 +60,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan)
     app.state.feed = feed = Feed(engine, workers)
+    app.state.metrics = front.metrics
     errors.install(app)
     app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
 

@@ -1,8 +1,8 @@
 """GET /v1/cache/events: one stream of changes for all who watch, as server-sent events.
 
-While somebody watches, the engine is asked twenty times a second what changed; the answers are encoded
-once and kept, up to a bound. A reader that falls behind further than that, or comes back with a
-``Last-Event-ID`` from before, gets the whole state anew instead of what it missed.
+While somebody watches, the engine is asked twenty times a second what changed; the answers are
+encoded once and kept, up to a bound. A reader that falls behind further than that, or comes back
+with a ``Last-Event-ID`` from before, gets the whole state anew instead of what it missed.
 """
 
 from __future__ import annotations
