@@ -78,11 +78,19 @@ class Details {
     this.explained(one);
   }
 
+  // Why it missed, beside the request before it that shares most; where the server remembers that.
   async explained(one) {
-    if (!this.ask || !this.view.explains || !one.losses) return;
+    if (!this.ask || !one.losses) return;
+    let found;
     try {
-      const found = await this.ask(`/v1/cache/requests/${encodeURIComponent(one.id)}/explanation`);
-      if (this.view.selectedRequest === one.id && found.words) this.body.append(element("pre.text", {}, found.words));
-    } catch { /* The causes above say it. */ }
+      found = await this.ask(`/v1/cache/explanations/${encodeURIComponent(one.id)}`);
+    } catch { return; } // The causes above say what there is to say.
+    if (this.view.selectedRequest !== one.id || !found.text) return;
+    const parts = [element("h3", { style: "font-size: 13px" }, "Why it missed"), element("p", {}, found.text)];
+    const { parted } = found;
+    if (parted?.before != null) {
+      parts.push(element("pre.text", { tabindex: 0, "aria-label": "Where the prompts part" }, element("span.soft", {}, `… ${parted.before}`), ...(parted.was ? [element("del", {}, parted.was)] : []), ...(parted.now ? [element("ins", {}, parted.now)] : [])));
+    }
+    this.body.append(...parts);
   }
 }

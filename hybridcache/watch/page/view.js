@@ -3,7 +3,6 @@ class View {
   constructor(model, { ask = null, title = null, details = true } = {}) {
     this.model = model;
     this.selectedRequest = null;
-    this.explains = false;
     this.stats = element("dl.stats");
     this.meter = element("div.meter", { role: "img" });
     this.tree = new TreeCanvas(this);
