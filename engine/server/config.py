@@ -130,6 +130,13 @@ class ServerConfig:
             "cache, MiB"
         },
     )
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "file to write steps and requests to as they go, for ui.perfetto.dev; up to "
+            "1 GiB"
+        },
+    )
     drain_s: float = field(
         default=30.0,
         metadata={"help": "after SIGTERM, seconds that running requests may take to finish"},

@@ -194,6 +194,9 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--max-running", type=int, help="serve so many requests at once instead of in turn")
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
     add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
+    add(
+        "--page", type=Path, help="HTML file to write: the runs to look at, side by side, over time"
+    )
     parser.set_defaults(run=_simulate)
 
 
@@ -211,10 +214,14 @@ def _simulate(options: argparse.Namespace) -> int:
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
     _check_figure(options.figure)
+    if options.page and len(options.trace) > 1:
+        raise ValueError("--page shows the runs of one trace: name one")
     results: list[SimulationResult] = []
     drawn: list[Path] = []
     for spec in options.trace:
         trace = _open(spec, options)
+        if options.page:
+            _write_page(trace, options)
         with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
 
             def show(done: int, total: int, bar: tqdm = bar) -> None:
@@ -256,6 +263,30 @@ def _simulate(options: argparse.Namespace) -> int:
     for path in drawn:
         print(f"figure: {path}")
     return 0
+
+
+def _write_page(trace: Trace, options: argparse.Namespace) -> None:
+    from hybridcache.lab.recording import page_of
+    from hybridcache.lab.simulation.simulate import Sweep
+    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+
+    sweep = Sweep(
+        model=options.model,
+        gib=options.gib,
+        policy=_split(options.policy),
+        checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
+        baseline=_split(options.baseline),
+        tiers=options.tiers,
+        memory=options.memory,
+        kv_share=options.kv_share,
+        state_dtype=options.state_dtype,
+        page_size=options.page_size,
+        grid=options.grid,
+        servers=options.servers,
+        max_running=options.max_running,
+        times=options.times,
+    )
+    options.page.write_text(page_of(trace, sweep), encoding="utf-8")
 
 
 def _draw(
