@@ -4,12 +4,15 @@ resumed."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from math import lcm
 from typing import ClassVar
 
 from hybridcache.export.events import Event
-from hybridcache.export.mirror import Mirror
+from hybridcache.export.mirror import Mirror, MirrorMatch
+from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
+from hybridcache.routing.on_the_way import OnTheWay
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 
 
@@ -33,7 +36,27 @@ class MirrorRouter(Router):
         self.mirrors.pop(replica, None)
         return super().left(replica, now)
 
-    def on_events(self, replica: ReplicaId, sequence: int, events: Iterable[Event]) -> None:
+    def num_held(self, replica: ReplicaId) -> int:
+        """Ids whose KV it has. O(1)."""
+        return self.mirrors[replica].num_tokens
+
+    def used_bytes(self, replica: ReplicaId) -> int:
+        """Of its KV and checkpoints. O(1)."""
+        mirror, spec = self.mirrors[replica], self.spec
+        return mirror.num_tokens * spec.kv_bytes + mirror.num_checkpoints * spec.state_bytes
+
+    def used(self, replica: ReplicaId) -> float:
+        """Share of its memory, 0 to 1; 0 where that is not known. O(1)."""
+        capacity = self.spec.capacity_bytes
+        return min(self.used_bytes(replica) / capacity, 1.0) if capacity else 0.0
+
+    def on_events(
+        self,
+        replica: ReplicaId,
+        sequence: int,
+        events: Iterable[Event],
+        covered: Iterable[Hashable] = (),
+    ) -> None:
         """Batch 0 begins anew: a replica sends it first, and again when it was asked to repeat what
         it no longer has. A replica that has left is not listened to."""
         if replica not in self.mirrors:
@@ -73,8 +96,7 @@ class KVScores(MirrorRouter):
             kv_len = mirror.match(request.tokens, request.namespace).kv_len
             share = kv_len / max(len(request.tokens), 1)
             shortness = (most - load.num_waiting) / span if span else 1.0
-            used = mirror.num_tokens / self.spec.num_kv_tokens if self.spec.num_kv_tokens else 0.0
-            parts = share, shortness, 1.0 - min(used, 1.0)
+            parts = share, shortness, 1.0 - self.used(replica)
             score = sum(w * part for w, part in zip(self._weights, parts, strict=True))
             if score > best_score:
                 best, best_score = [], score
@@ -84,42 +106,123 @@ class KVScores(MirrorRouter):
 
 
 class CheckpointSeconds(MirrorRouter):
-    """The replica where the first token is due soonest: seconds until it has done what it has, and
-    of the prefill from the deepest checkpoint that it can resume. A token of depth counts what its
-    prefill takes, a second of queue a second; there is nothing to set.
+    """The replica that a request costs least, in seconds; there is nothing to set. What counts:
 
-    Where several are equal, as when nobody has seen the prompt, consistent hashing of the branch
-    (the tokens that follow what the fleet can resume) chooses: prompts that will share it meet
-    before any event says so. O(replicas x tokens that they hold of the prompt).
+    - until the replica has done what it has, as it was estimated when it was sent there;
+    - the prefill from the deepest checkpoint that will be there by then: one that events told of,
+      or that a prompt on its way there will leave, by the replicas' own placement;
+    - what others lose: each token that is stored past what fits in free memory takes the place of
+      one, and that takes as long to compute again.
+
+    Where several cost the same, as when nobody has seen the prompt, consistent hashing of the
+    branch (the tokens that follow what the fleet can resume) chooses: prompts that will share it
+    meet before any event says so. O(replicas x what they hold of the prompt).
     """
 
-    def depth(self, request: RouteRequest, replica: ReplicaId) -> int:
-        """Ids of the prompt that need not be computed on ``replica``."""
-        return self.mirrors[replica].match(request.tokens, request.namespace).cached_len
+    def __init__(self, spec: ReplicaSpec) -> None:
+        super().__init__(spec)
+        self.on_the_way: dict[ReplicaId, OnTheWay] = {}
+        self._without_first_token: set[Hashable] = set()
+
+    def joined(self, replica: ReplicaId, now: float) -> None:
+        super().joined(replica, now)
+        self.on_the_way[replica] = OnTheWay()
+
+    def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
+        self.on_the_way.pop(replica, None)
+        lost = super().left(replica, now)
+        self._without_first_token.difference_update(lost)
+        return lost
+
+    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
+        """What ``replica`` has of a prompt."""
+        return self.mirrors[replica].match(request.tokens, request.namespace)
+
+    def wait_s(self, replica: ReplicaId, now: float) -> float:
+        """Until ``replica`` has done what it has."""
+        return self.loads[replica].wait_s(now)
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         num_ids = len(request.tokens)
-        depths = {replica: self.depth(request, replica) for replica in self.loads}
-        due = {
-            replica: load.wait_s(now) + self.seconds(depths[replica], num_ids)
-            for replica, load in self.loads.items()
-        }
-        soonest = min(due.values())
-        equal = [replica for replica, seconds in due.items() if seconds <= soonest]
+        depths: dict[ReplicaId, int] = {}
+        cost: dict[ReplicaId, float] = {}
+        per_id = self.seconds(0, num_ids) / max(num_ids, 1)
+        for replica in self.loads:
+            found = self.find(replica, request)
+            depth = max(found.cached_len, self.on_the_way[replica].depth(request))
+            depths[replica] = depth
+            cost[replica] = self.wait_s(replica, now) + self.seconds(depth, num_ids)
+            num_new = num_ids - max(found.kv_len, depth)
+            cost[replica] += per_id * self.displaced(replica, num_new)
+        least = min(cost.values())
+        equal = [replica for replica, seconds in cost.items() if seconds <= least]
         chosen = rendezvous(self._branch(request, max(depths.values())), equal)
         return Choice(chosen, depths[chosen])
 
+    def displaced(self, replica: ReplicaId, num_new: int) -> float:
+        """Ids that others lose there when ``num_new`` more are stored. O(1)."""
+        return num_new * self.used(replica)
+
     def _branch(self, request: RouteRequest, depth: int) -> bytes:
-        """What names the branch that leaves the known at ``depth``: its tokens up to the next grid
-        position but one, the namespace with them."""
+        """What names the branch that leaves the known at ``depth``: the tokens that follow, one
+        step of the grid, and the namespace."""
         end = depth + self.spec.grid
         return repr((request.namespace, depth, request.tokens[depth:end])).encode()
+
+    def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
+        found = self.find(choice.replica, request)
+        num_new = len(request.tokens) - max(found.kv_len, choice.expected_len)
+        positions = self.forecast(request, choice.expected_len, found.kv_len)
+        self.on_the_way[choice.replica].sent(request, positions, num_new)
+        self._without_first_token.add(request.id)
+
+    def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
+        """Where computing a prompt from ``cached_len`` leaves checkpoints."""
+        placement, step = self.spec.placement, lcm(self.spec.grid, self.spec.page_size)
+        if placement is None or not self.spec.stateful:
+            return [len(request.tokens)]
+        known = max(cached_len, kv_len)
+        prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
+        floored = (prefill.floor(placed.position) for placed in placement.positions(prefill))
+        return [position for position in floored if position is not None]
+
+    def prefilled(self, request: Hashable, now: float) -> None:
+        super().prefilled(request, now)
+        self._without_first_token.discard(request)
+
+    def ended(self, request: Hashable, now: float) -> None:
+        where = self._where.get(request)
+        super().ended(request, now)
+        if request in self._without_first_token and where is not None:
+            self._without_first_token.discard(request)
+            self.on_the_way[where].over(request)
+
+    def on_events(
+        self,
+        replica: ReplicaId,
+        sequence: int,
+        events: Iterable[Event],
+        covered: Iterable[Hashable] = (),
+    ) -> None:
+        super().on_events(replica, sequence, events)
+        for request in covered if replica in self.on_the_way else ():
+            self.on_the_way[replica].over(request)
+
+    def check(self) -> None:
+        super().check()
+        assert self.on_the_way.keys() == self.loads.keys()
+        assert self._without_first_token <= self._where.keys()
+        for way in self.on_the_way.values():
+            way.check()
 
 
 class KVSeconds(CheckpointSeconds):
     """The same rule believing in KV: what it promises where no state is, it does not get. A
     control."""
 
-    def depth(self, request: RouteRequest, replica: ReplicaId) -> int:
-        found = self.mirrors[replica].match(request.tokens, request.namespace)
-        return min(found.kv_len, max(len(request.tokens) - 1, 0))
+    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
+        kv_len = super().find(replica, request).kv_len
+        return MirrorMatch(min(kv_len, max(len(request.tokens) - 1, 0)), kv_len)
+
+    def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
+        return list(range(self.spec.grid, len(request.tokens), self.spec.grid))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 from hybridcache.export.events import Event
+from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.routing.load import Load
 
 ReplicaId = int | str
@@ -32,10 +33,15 @@ class ReplicaSpec:
     page_size: int = 1
     """In ids, and so the next two."""
     grid: int = 64
-    num_kv_tokens: int | None = None
-    """KV that one holds at most; None: not known."""
+    kv_bytes: int = 0
+    """Of one id's KV."""
+    state_bytes: int = 0
+    capacity_bytes: int | None = None
+    """For KV and states of one replica; None: not known, and never full."""
     stateful: bool = True
     """False: attention only, any position of the grid can be resumed."""
+    placement: PlacementPolicy | None = None
+    """Where the replicas save states, numbers in ids; None: not known."""
     seed: int = 0
     """For those that draw lots."""
 
@@ -49,6 +55,8 @@ class RouteRequest(NamedTuple):
     namespace: Hashable = None
     session: Hashable = None
     """What a client says belongs together; None: it does not say."""
+    boundaries: tuple[int, ...] = ()
+    """Positions known to survive into later prompts, as the cache's placement is given them."""
 
 
 class Choice(NamedTuple):
@@ -96,7 +104,11 @@ class Router:
             )
         load.sent(request.id, self.seconds(choice.expected_len, len(request.tokens)), now)
         self._where[request.id] = choice.replica
+        self.routed(request, choice, now)
         return choice
+
+    def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
+        """``request`` was counted where ``choose`` sent it: for routers that remember more."""
 
     def prefilled(self, request: Hashable, now: float) -> None:
         """The first token of a request's answer has come. O(1)."""
@@ -125,9 +137,16 @@ class Router:
             del self._where[request]
         return lost
 
-    def on_events(self, replica: ReplicaId, sequence: int, events: Iterable[Event]) -> None:
+    def on_events(
+        self,
+        replica: ReplicaId,
+        sequence: int,
+        events: Iterable[Event],
+        covered: Iterable[Hashable] = (),
+    ) -> None:
         """Batch number ``sequence`` of what changed in a replica's cache, late perhaps, each once
-        and in order. EventsLost: it can not follow those before it."""
+        and in order. ``covered``: requests whose prompts were computed since the batch before, so
+        that what they left is in it. EventsLost: it can not follow those before it."""
 
     def seconds(self, start: int, end: int) -> float:
         """Of computing ids [start, end) of a prompt."""

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
-from hybridcache.routing.hashing import rendezvous
-from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
+import numpy as np
 
-Look = Callable[[ReplicaId, RouteRequest], int]
-"""Ids of a request's prompt that a replica could resume at this moment."""
-Wait = Callable[[ReplicaId, float], float]
-"""Seconds of prefill that a replica has to do, at a time."""
+from hybridcache.export.mirror import MirrorMatch
+from hybridcache.interface import PrefixCache
+from hybridcache.routing.precise import CheckpointSeconds
+from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 
 
-class Oracle(Router):
-    """The replica where the first token really is due soonest. It knows no future: what a choice
-    does to later requests it does not ask."""
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What the oracle asks of the replicas themselves."""
 
-    def __init__(self, spec: ReplicaSpec, look: Look, wait_s: Wait) -> None:
+    cache: Callable[[ReplicaId], PrefixCache]
+    wait_s: Callable[[ReplicaId, float], float]
+
+
+class Oracle(CheckpointSeconds):
+    """The rule of ``CheckpointSeconds`` on what is true instead of what events tell. It knows no
+    future: what its choice costs later requests is as uncertain to it as to anybody."""
+
+    follows_events: ClassVar[bool] = False
+
+    def __init__(self, spec: ReplicaSpec, truth: Truth) -> None:
         super().__init__(spec)
-        self._look, self._wait_s = look, wait_s
+        self._truth = truth
 
-    def choose(self, request: RouteRequest, now: float) -> Choice:
-        depths = {replica: self._look(replica, request) for replica in self.loads}
-        num_ids = len(request.tokens)
-        due = {
-            replica: self._wait_s(replica, now) + self.seconds(depth, num_ids)
-            for replica, depth in depths.items()
-        }
-        soonest = min(due.values())
-        end = max(depths.values()) + self.spec.grid
-        branch = repr((request.namespace, request.tokens[:end][-self.spec.grid :])).encode()
-        chosen = rendezvous(branch, [each for each, s in due.items() if s <= soonest])
-        return Choice(chosen, depths[chosen])
+    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
+        tokens = np.array(request.tokens, np.int32)
+        found = self._truth.cache(replica).match(tokens, request.namespace)
+        return MirrorMatch(found.cached_len, found.kv_len)
+
+    def wait_s(self, replica: ReplicaId, now: float) -> float:
+        return self._truth.wait_s(replica, now)
+
+    def num_held(self, replica: ReplicaId) -> int:
+        return self._truth.cache(replica).cached_tokens
+
+    def used_bytes(self, replica: ReplicaId) -> int:
+        cache, spec = self._truth.cache(replica), self.spec
+        return cache.cached_tokens * spec.kv_bytes + cache.num_checkpoints * spec.state_bytes

@@ -61,9 +61,17 @@ def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
     times = times_of(fleet, span, config.geometry, job.times)
     cache = config.cache_config(unit)
     stateful = bool(config.geometry.num_linear_layers)
-    num_kv_tokens = (config.budget_bytes or 0) // config.geometry.kv_bytes_per_token
     spec = ReplicaSpec(
-        times, unit, cache.page_size, cache.grid, num_kv_tokens // unit, stateful, fleet.seed
+        times,
+        unit,
+        cache.page_size,
+        cache.grid,
+        cache.kv_bytes_per_token,
+        config.geometry.state_bytes if stateful else 0,
+        config.budget_bytes,
+        stateful,
+        config.placement(unit),
+        fleet.seed,
     )
     make = cast(Callable[[], LeaseTarget], partial(build_target, config, unit))
     log = serve_fleet(make, trace, unit, fleet, times, span, spec)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from hybridcache.export.events import Event, EventStream
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.lab.replicas.fleet import FleetConfig, Span
-from hybridcache.lab.replicas.oracle import Oracle
+from hybridcache.lab.replicas.oracle import Oracle, Truth
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, Served
 from hybridcache.lab.trace import TraceRequest
@@ -52,6 +52,7 @@ class _Replica:
         self.load = Load()
         """The true one, for the oracle."""
         self.outbox: list[Event] = []
+        self.covered: list[int] = []
         self.num_batches = 0
         self.busy_s = 0.0
         self.num_requests = 0
@@ -126,14 +127,11 @@ class _Fleet:
         if self._config.router != "oracle":
             return find_router(self._config.router)(spec)
 
-        def look(replica: ReplicaId, request: RouteRequest) -> int:
-            import numpy as np
-
-            tokens = np.array(request.tokens, np.int32)
-            cache = self._replicas[replica].target.cache
-            return cache.match(tokens, request.namespace).cached_len
-
-        return Oracle(spec, look, lambda replica, now: self._replicas[replica].load.wait_s(now))
+        truth = Truth(
+            lambda replica: self._replicas[replica].target.cache,
+            lambda replica, now: self._replicas[replica].load.wait_s(now),
+        )
+        return Oracle(spec, truth)
 
     def _join(self, place: int, now: float) -> None:
         replica = _Replica(self._num_replicas, self._make_target())
@@ -202,7 +200,11 @@ class _Fleet:
             return
         request = asked.request
         known = RouteRequest(
-            asked.number, tuple(request.tokens.tolist()), request.namespace, request.session
+            asked.number,
+            tuple(request.tokens.tolist()),
+            request.namespace,
+            request.session,
+            request.boundaries,
         )
         choice = self.router.route(known, now)
         replica = self._replicas[choice.replica]
@@ -240,6 +242,7 @@ class _Fleet:
         replica.load.prefilled(asked.number, now)
         replica.prefilling = None
         replica.decoding[asked.number] = asked
+        replica.covered.append(asked.number)
         self._publish(replica, now)
         decode_s = len(asked.request.output) * self._unit * self._config.tpot_s
         self._push(now + decode_s, lambda then: self._finished(asked, replica, then))
@@ -266,20 +269,22 @@ class _Fleet:
             del self._later[session]
 
     def _publish(self, replica: _Replica, now: float) -> None:
-        if not replica.outbox:
+        if not replica.outbox and not replica.covered:
             return
-        events, sequence = tuple(replica.outbox), replica.num_batches
+        sequence = replica.num_batches
+        events, covered = tuple(replica.outbox), tuple(replica.covered)
         replica.outbox.clear()
+        replica.covered.clear()
         replica.num_batches += 1
-        if not self._config.delay_s:
-            self.router.on_events(replica.id, sequence, events)
-            return
 
         def deliver(then: float) -> None:
             if replica.is_up:
-                self.router.on_events(replica.id, sequence, events)
+                self.router.on_events(replica.id, sequence, events, covered)
 
-        self._push(now + self._config.delay_s, deliver)
+        if self._config.delay_s:
+            self._push(now + self._config.delay_s, deliver)
+        else:
+            deliver(now)
 
     def _die(self, place: int, now: float) -> None:
         replica = self._places[place]
