@@ -28,8 +28,8 @@ class OnTheWay:
         return len(self._prompts)
 
     def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
-        """``request`` goes here, and will leave a checkpoint at each of ``positions``. O(n log n) in
-        them."""
+        """``request`` goes here, and will leave a checkpoint at each of ``positions``. O(n log n)
+        in them."""
         self._prompts[request.id] = request, tuple(sorted(positions, reverse=True)), num_new
         self.num_new += num_new
 

@@ -152,16 +152,18 @@ class CheckpointSeconds(MirrorRouter):
             depth = max(found.cached_len, self.on_the_way[replica].depth(request))
             depths[replica] = depth
             cost[replica] = self.wait_s(replica, now) + self.seconds(depth, num_ids)
-            num_new = num_ids - max(found.kv_len, depth)
-            cost[replica] += per_id * self.displaced(replica, num_new)
+            new_bytes = (num_ids - max(found.kv_len, depth)) * self.spec.kv_bytes
+            new_bytes += len(self.forecast(request, depth, found.kv_len)) * self.spec.state_bytes
+            cost[replica] += per_id * self.displaced(replica, new_bytes)
         least = min(cost.values())
         equal = [replica for replica, seconds in cost.items() if seconds <= least]
         chosen = rendezvous(self._branch(request, max(depths.values())), equal)
         return Choice(chosen, depths[chosen])
 
-    def displaced(self, replica: ReplicaId, num_new: int) -> float:
-        """Ids that others lose there when ``num_new`` more are stored. O(1)."""
-        return num_new * self.used(replica)
+    def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
+        """Ids that others lose there when so many bytes are stored. O(1)."""
+        capacity = self.spec.capacity_bytes
+        return new_bytes * self.num_held(replica) / capacity if capacity else 0.0
 
     def _branch(self, request: RouteRequest, depth: int) -> bytes:
         """What names the branch that leaves the known at ``depth``: the tokens that follow, one
