@@ -81,7 +81,9 @@ MAY_IMPORT = {
     "hybridcache/geometry": "units",
     "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
     "tokens",
-    "hybridcache/lab": "build extras geometry interface lease policies results tokens units",
+    "hybridcache/routing": "export policies tokens",
+    "hybridcache/lab": "build export extras geometry interface lease policies results routing "
+    "tokens units",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
