@@ -23,9 +23,9 @@ longer step only keeps decoding requests waiting."""
 BUILTIN_NAME = "builtin"
 """Of the model that comes with the engine."""
 
-DRAFTERS = ("tree",)
-DRAFT_LEN, MAX_DRAFT_LEN = 8, 32
-"""Tokens drafted for a sequence at a time: where no number is given, and at most."""
+DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
+"""Drafter to the tokens that it drafts for a sequence at a time: where no number is given, and at
+most."""
 DRAFTED_FULLY = 4
 """Sequences that may be drafted for in full length in one step; more share what these would
 verify."""
@@ -126,7 +126,9 @@ class EngineConfig:
     draft: str = _setting(
         "none",
         "tokens guessed ahead and verified together, so that a step may give several: tree:8 (what "
-        "followed here before, in the cache or in the request itself; at most 8 tokens), or none",
+        "followed here before, in the cache or in the request itself; at most 8 tokens), mtp:3 "
+        "(the model's own multi-token head), tree,mtp (the head where the tree has nothing), or "
+        "none",
     )
 
     max_running: int = _setting(16, "requests computed at the same time")
@@ -160,14 +162,15 @@ class EngineConfig:
         return max(self.token_budget, self.max_running + TILE) + self.num_step_states
 
     @property
-    def drafters(self) -> tuple[str, ...]:
-        """Names of the drafters in the order in which they are asked."""
-        return () if self.draft == "none" else tuple(name for name, _ in _drafters(self.draft))
+    def drafters(self) -> dict[str, int]:
+        """Drafters in the order in which they are asked, and the most tokens that each drafts for a
+        sequence in one step."""
+        return {} if self.draft == "none" else _drafters(self.draft)
 
     @property
     def draft_len(self) -> int:
         """Most tokens drafted for one sequence in one step."""
-        return 0 if self.draft == "none" else max(most for _, most in _drafters(self.draft))
+        return max(self.drafters.values(), default=0)
 
     @property
     def num_step_states(self) -> int:
@@ -211,18 +214,23 @@ class EngineConfig:
         object.__setattr__(self, "checkpoints", tuple(places))
 
 
-def _drafters(text: str) -> list[tuple[str, int]]:
-    """(name, most tokens) of every word of ``tree:8,...``. ConfigError."""
-    words = []
+def _drafters(text: str) -> dict[str, int]:
+    """Most tokens of every word of ``tree:8,mtp``. ConfigError."""
+    words: dict[str, int] = {}
     for word in text.split(","):
         name, colon, number = word.partition(":")
-        most = DRAFT_LEN if not colon else int(number) if number.isdecimal() else 0
-        if name not in DRAFTERS or not 1 <= most <= MAX_DRAFT_LEN:
-            raise ConfigError(
-                f"draft must be none, or {' or '.join(DRAFTERS)} with a number of tokens from 1 to "
-                f"{MAX_DRAFT_LEN}, as in {DRAFTERS[0]}:{DRAFT_LEN}; not {text!r}."
+        usual, limit = DRAFT_LENS.get(name, (0, 0))
+        most = usual if not colon else int(number) if number.isdecimal() else 0
+        if name in words or not 1 <= most <= limit:
+            known = " and ".join(
+                f"{name} (1 to {limit} tokens, as in {name}:{usual})"
+                for name, (usual, limit) in DRAFT_LENS.items()
             )
-        words.append((name, most))
+            raise ConfigError(
+                f"draft must be none, or drafters joined by a comma, each once: {known}; not "
+                f"{text!r}."
+            )
+        words[name] = most
     return words
 
 

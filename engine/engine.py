@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from engine.drafts.drafting import Drafting
 from engine.interfaces import Runner, TokenSampler
 from engine.mailboxes import Mailboxes
 from engine.requests.intake import Intake
+from engine.requests.recent import RecentRequests
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
@@ -29,6 +30,7 @@ from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
 from hybridcache.build import build_prefix_cache
+from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.words import parse_placement
 
@@ -98,13 +100,14 @@ class Engine:
         self._sampler = sampler
         self._observer = observer
         self._log = log
-        self._clock = clock
+        self.clock = clock
+        self.recent = RecentRequests()
         built = cache_config(config, runner)
         self._cache_kind = built.prefix_cache
         self._cache = build_prefix_cache(built)
         self._manager = self._make_manager(config, runner)
         if drafting is None and config.drafters:
-            drafting = Drafting.of(config.drafters, config.draft_len, config.num_step_states)
+            drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
         self._scheduler = Scheduler(
             self._manager,
             max_running=config.max_running,
@@ -152,6 +155,10 @@ class Engine:
         holds."""
         return min(self.runner.max_model_len, self.runner.memory.max_request_len)
 
+    def observe(self, observer: Observer) -> None:
+        """Notify ``observer`` of every step from now on, in place of the one that was given."""
+        self._observer = observer
+
     def submit(
         self,
         prompt: Prompt | RequestSpec,
@@ -191,6 +198,16 @@ class Engine:
         return self._scheduler.num_waiting
 
     @property
+    def cache(self) -> PrefixCache:
+        """The cache itself, for whoever follows its changes; not to be changed."""
+        return self._cache
+
+    @property
+    def requests(self) -> Collection[Request]:
+        """Those that wait or run."""
+        return self._requests.values()
+
+    @property
     def has_room(self) -> bool:
         """Whether one more request may wait."""
         return self._scheduler.num_waiting < self.config.max_queue
@@ -202,6 +219,7 @@ class Engine:
         if request is None:
             return None
         self._scheduler.abort(request)
+        self.recent.add(request, self.clock())
         output = request.report()
         self._mailboxes.deliver([output])
         return output
@@ -241,9 +259,9 @@ class Engine:
             raise
 
     def _schedule(self) -> Plan:
-        self._laps = [self._clock()]
+        self._laps = [self.clock()]
         plan = self._scheduler.schedule()
-        self._laps.append(self._clock())
+        self._laps.append(self.clock())
         return plan
 
     def _forward(self, plan: Plan) -> Any:
@@ -253,12 +271,12 @@ class Engine:
             logits = self.runner.forward(plan.batch, before.tokens)
         elif plan.tasks or plan.batch.moves:
             logits = self.runner.forward(plan.batch)
-        self._laps.append(self._clock())
+        self._laps.append(self.clock())
         return logits
 
     def _sample(self, plan: Plan, logits: Any) -> InFlight:
         in_flight = sample_step(plan, logits, self._sampler)
-        self._laps.append(self._clock())
+        self._laps.append(self.clock())
         return in_flight
 
     def _due(self, in_flight: InFlight) -> InFlight:
@@ -273,7 +291,7 @@ class Engine:
         plan, drawn, scores = in_flight
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
-        self._laps.append(self._clock())
+        self._laps.append(self.clock())
         taken = self._scheduler.commit(plan, tokens, scored)
         if taken:
             self.runner.commit(plan.batch, taken)
@@ -290,7 +308,9 @@ class Engine:
         outputs = [request.report() for request in self._scheduler.take_progressed()]
         for output in outputs:
             if output.is_finished:
-                self._requests.pop(output.request_id, None)
+                request = self._requests.pop(output.request_id, None)
+                if request is not None:
+                    self.recent.add(request, self.clock())
         self._mailboxes.deliver(outputs)
         return outputs
 
@@ -304,7 +324,7 @@ class Engine:
                 forward_s=computed - scheduled,
                 sample_s=launched - computed,
                 wait_s=waited - launched,
-                commit_s=self._clock() - waited,
+                commit_s=self.clock() - waited,
                 num_prefill_tokens=plan.num_prefill_tokens,
                 num_decode_tokens=plan.num_decode_tokens,
                 num_running=self._scheduler.num_running,

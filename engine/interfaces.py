@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from engine.drafts.drafter import Newest
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
 from engine.schedule.memory import MemorySizes
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.tokens import Indices
+from hybridcache.tokens import Indices, Tokens
 
 
 class Runner(Protocol):
@@ -44,6 +45,12 @@ class Runner(Protocol):
         """Of the ``batch`` computed last, each segment with drafts keeps so many of its tokens (0:
         nobody wants its state): its state moves on by them, and the states that it exports at
         positions up to there are in their slots after. Not called for a batch without drafts."""
+        ...
+
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
+        """What the model's own multi-token head takes to follow each newest token, which is not
+        computed yet: int32, at most as many as ``most`` says, 1 or more. Between the ``commit`` of
+        a batch and the next ``forward``."""
         ...
 
     def table_row(self, row: int, end: int) -> Indices:

@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
+from engine.run.backends import Kernels
+from engine.run.device import Device
 from engine.run.model_runner import ModelRunner
 from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.schedule.batch import Batch, Segment
@@ -54,6 +56,10 @@ GEOMETRY_530M = {
 """Qwen3.5-0.8B's layers with a smaller vocabulary."""
 NUM_SLOTS = 9
 """The first so many state slots are used."""
+
+STATE_BYTES = 4096, 39936
+"""Of a layer and sequence: a few KiB, and what the built-in model's Gated DeltaNet keeps in
+float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +317,43 @@ def step_overhead(num_steps: int = 200) -> Result:
     )
 
 
+def commit_cost(turns: Turns, layer_bytes: int) -> Result:
+    """Taking over the accepted states of 64 sequences, each of 36 layers of so many bytes: one copy
+    of an arena's slabs, against a copy of the window and one of the recurrent state for every layer
+    and sequence."""
+    streams, layers = 64, 36
+    slabs = torch.zeros(2 * streams, layers * layer_bytes, dtype=torch.uint8)
+    window_bytes = layer_bytes // 8
+    layered = slabs.unflatten(1, (layers, layer_bytes))
+    windows, states = layered.split([window_bytes, layer_bytes - window_bytes], dim=2)
+    views = [*windows.unbind(1), *states.unbind(1)]
+    sources = torch.arange(streams, dtype=torch.int32)
+    pairs = [(rank, streams + rank) for rank in range(streams)]
+    kernel = Kernels.choose(Device.resolve("cpu"))["state_copy"]
+
+    def by_layer() -> None:
+        for view in views:
+            for source, target in pairs:
+                view[target] = view[source]
+
+    one, many = turns.time(
+        lambda: kernel.copy_states([slabs[None]], sources, sources + streams), by_layer, 15
+    )
+    ratio = statistics.median(many) / statistics.median(one)
+    return Result(
+        f"commit of 64, {layer_bytes / 1024:.3g} KiB a layer",
+        "36 l.",
+        "bytes",
+        1e3 * statistics.median(one),
+        1e3 * statistics.median(many),
+        "ms",
+        ratio,
+        ">= 10",
+        ratio >= 10,
+        spread_of([m / o for m, o in zip(many, one, strict=True)]),
+    )
+
+
 def server_start() -> Result:
     """Seconds from the command to the first healthy answer."""
     with socket.socket() as probe:
@@ -372,7 +415,7 @@ def main() -> None:
     turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
     results: list[Result] = []
     pairs = [(size, dtype) for size in args.sizes.split(",") for dtype in args.dtypes.split(",")]
-    with tqdm(total=len(pairs) + 6, unit="part") as progress, torch.inference_mode():
+    with tqdm(total=len(pairs) + 8, unit="part") as progress, torch.inference_mode():
         for size, dtype in pairs:
             progress.set_description(f"{size} {dtype}")
             results += against_transformers(size, dtype, turns)
@@ -382,6 +425,9 @@ def main() -> None:
             for measure in (checkpoint_cost, hit_cost):
                 results.append(measure(dtype, turns))
                 progress.update()
+        for layer_bytes in STATE_BYTES:
+            results.append(commit_cost(turns, layer_bytes))
+            progress.update()
         for once in (step_overhead, server_start):
             results.append(once())
             progress.update()

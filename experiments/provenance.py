@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "experiments" / "figures"
-CODE = (".py", ".jinja", ".json")
+CODE = (".py", ".cpp", ".h", ".jinja", ".json")
 PACKAGES = ("torch", "triton", "transformers", "numpy", "hybridcache")
 
 

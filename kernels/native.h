@@ -76,6 +76,16 @@ static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+// b where one of them is no number.
+static inline Lanes larger(Lanes a, Lanes b) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    for (int i = 0; i < LANES; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
+    return b;
+#endif
+}
+
 static inline float sum(Lanes x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);

@@ -22,8 +22,6 @@ from pathlib import Path
 
 import torch
 
-from kernels.packed import Packed, running_sum
-
 SOURCES = Path(__file__).resolve().parent
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
@@ -116,20 +114,6 @@ def has_whole_rows(x: torch.Tensor) -> bool:
 def whole_rows(x: torch.Tensor) -> torch.Tensor:
     """x itself if its rows are contiguous, else a copy."""
     return x if has_whole_rows(x) else x.contiguous()
-
-
-def verified_steps(
-    packed: Packed, states: torch.Tensor, slots: torch.Tensor, step_slots: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The packed tokens of each step of a verification, int64, and the slots, int32, in which a
-    decoding step is to be made of them: what stood before it was copied there."""
-    firsts = running_sum(packed.lengths)
-    for step in range(max(packed.lengths, default=0)):
-        going = [b for b, length in enumerate(packed.lengths) if length > step]
-        rows = torch.tensor([firsts[b] + step for b in going])
-        targets = step_slots[rows]
-        states[targets.long()] = states[(step_slots[rows - 1] if step else slots[going]).long()]
-        yield rows, targets
 
 
 def address(x: torch.Tensor | None) -> int | None:

@@ -28,6 +28,7 @@ REPEATED = {
     aten.embedding.default,
     aten.fill_.Scalar,
     aten.index.Tensor,
+    aten.index_put_.default,
     aten.to.dtype,
     aten._to_copy.default,
 }

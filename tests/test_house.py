@@ -79,18 +79,23 @@ MAY_IMPORT = {
     "hybridcache/lease.py": "allocators interface policies results saving tokens",
     "hybridcache/lease_log.py": "interface lease policies",
     "hybridcache/geometry": "units",
+    "hybridcache/watch": "allocators listener policies radix results",
     "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
     "tokens",
-    "hybridcache/lab": "build extras geometry interface lease policies results tokens units",
+    "hybridcache/lab": "build export extras geometry interface lease policies results routing "
+    "tokens units watch",
+    "hybridcache/routing": "export policies tokens",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
+    "engine/history": "text",
     "engine/requests": "text",
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests text",
-    "engine/interfaces.py": "requests schedule text",
-    "engine/run": "config environment interfaces requests schedule text",
-    "engine/server": "async_engine engine schedule text",
+    "engine/interfaces.py": "drafts requests schedule text",
+    "engine/run": "config drafts environment interfaces requests schedule text",
+    "engine/server": "async_engine engine history schedule text watch",
+    "engine/watch.py": "engine requests",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may
 not."""

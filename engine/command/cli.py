@@ -1,5 +1,5 @@
-"""The command ``engine``: serve, generate, inspect, convert. Wrong input ends with exit code 2 and
-one sentence."""
+"""The command ``engine``: serve, generate, inspect, top, convert. Wrong input ends with exit code 2
+and one sentence."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def _parser() -> Parser:
             "say what a model's prefixes weigh and what a budget holds",
         )
     )
+    _add_top(add("top", _top, "[options]", "watch a server's cache in this terminal"))
     _add_convert(
         add(
             "convert",
@@ -175,6 +176,20 @@ def _add_convert(convert: Parser) -> None:
     convert.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_top(top: Parser) -> None:
+    top.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
+    )
+    top.add_argument("--key-file", metavar="FILE", help="the server's --admin-key-file")
+    top.add_argument("--once", action="store_true", help="print one screen and end")
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from engine.command.top import top
+
+    return top(arguments.url, arguments.key_file, arguments.once)
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments)
@@ -184,12 +199,17 @@ def _serve(arguments: argparse.Namespace) -> int:
         from engine.async_engine import AsyncEngine
         from engine.command.screen import start_screen
         from engine.engine import Engine
+        from engine.trace import start_trace
 
-        engine = Engine(engine_config)
+        engine, trace = Engine(engine_config), None
+        if server_config.trace is not None:
+            trace = start_trace(engine, server_config.trace)
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(start_screen(engine, f"http://{host}:{port}/v1"), flush=True)
         serve(AsyncEngine(engine), server_config, listener)
+        if trace is not None:
+            trace.close()
     return 0
 
 
@@ -255,7 +275,13 @@ def _summary(output: RequestOutput) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from engine.command.inspect import as_record, as_text, describe_files, load_geometry
+    from engine.command.inspect import (
+        as_record,
+        as_text,
+        describe_files,
+        describe_refusal,
+        load_geometry,
+    )
 
     if not all(0 < gib < math.inf for gib in arguments.budget_gib):
         raise ValueError("--budget-gib must be finite and above 0.")
@@ -265,9 +291,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     geometry = load_geometry(arguments.model, **dtypes)
-    files = describe_files(arguments.model)
+    notes = describe_files(arguments.model), describe_refusal(arguments.model)
     if arguments.json:
-        print(json.dumps(as_record(geometry, arguments.budget_gib, files)))
+        print(json.dumps(as_record(geometry, arguments.budget_gib, *notes)))
     else:
-        print(as_text(geometry, arguments.budget_gib, files))
+        print(as_text(geometry, arguments.budget_gib, *notes))
     return 0

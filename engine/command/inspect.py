@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.config import BUILTIN_NAME
-from engine.run.quantization.names import MODEL_SLIM_FILE
+from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
+from hybridcache.geometry.families import model_types, text_part
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB, format_bytes, format_count
 
@@ -57,15 +58,12 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
 def describe_files(word: str | None) -> str | None:
     """How the weights of a model directory, or of the one that a config.json lies in, are
     quantised, or why that is not served; None: they are not. Imports torch if they are."""
-    if word is None:
+    config = _config_file(word)
+    if config is None:
         return None
-    path = Path(word)
-    directory = path if path.is_dir() else path.parent
-    config = directory / "config.json" if path.is_dir() else path
-    if config.suffix != ".json" or not config.is_file():
-        return None
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    if "quantization_config" not in json.dumps(raw) and not (directory / MODEL_SLIM_FILE).is_file():
+    directory, raw = config.parent, json.loads(config.read_text(encoding="utf-8"))
+    files = (directory / MODEL_SLIM_FILE, directory / MODEL_OPT_FILE)
+    if "quantization_config" not in json.dumps(raw) and not any(map(Path.is_file, files)):
         return None
     from engine.run.model_config import ModelError
     from engine.run.quantization.formats import read_quantization
@@ -75,6 +73,27 @@ def describe_files(word: str | None) -> str | None:
     except ModelError as error:
         return str(error)
     return None if found is None else f"{found.describe()} ({found.label})"
+
+
+def describe_refusal(word: str | None) -> str | None:
+    """Why ``engine serve`` refuses the model of a directory or a config.json though its sizes can
+    be read; None: it serves the type, or there is none to ask about."""
+    config = _config_file(word)
+    if config is None:
+        return None
+    model_type = text_part(json.loads(config.read_text(encoding="utf-8"))).get("model_type")
+    if model_type in model_types():
+        return None
+    return f"models of type {model_type!r} are not supported"
+
+
+def _config_file(word: str | None) -> Path | None:
+    """Of what ``load_geometry`` reads as a file."""
+    if word is None:
+        return None
+    path = Path(word)
+    config = path / "config.json" if path.is_dir() else path
+    return config if config.suffix == ".json" and config.is_file() else None
 
 
 def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
@@ -92,12 +111,16 @@ def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
 
 
 def as_record(
-    geometry: ModelGeometry, budgets_gib: Sequence[float], files: str | None = None
+    geometry: ModelGeometry,
+    budgets_gib: Sequence[float],
+    files: str | None = None,
+    refusal: str | None = None,
 ) -> dict[str, object]:
     """Everything ``as_text`` says, for machines."""
     return {
         **asdict(geometry),
         "files": files,
+        "refusal": refusal,
         "state_bytes": geometry.state_bytes,
         "recurrent_bytes": geometry.recurrent_bytes,
         "state_tokens": geometry.state_tokens,
@@ -108,8 +131,14 @@ def as_record(
     }
 
 
-def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float], files: str | None = None) -> str:
-    """One screen about ``geometry``; ``files`` as ``describe_files`` says."""
+def as_text(
+    geometry: ModelGeometry,
+    budgets_gib: Sequence[float],
+    files: str | None = None,
+    refusal: str | None = None,
+) -> str:
+    """One screen about ``geometry``; ``files`` as ``describe_files`` says, ``refusal`` as
+    ``describe_refusal``."""
     lines = [
         geometry.name,
         f"  mixers       {geometry.num_full_layers} with KV, "
@@ -117,6 +146,7 @@ def as_text(geometry: ModelGeometry, budgets_gib: Sequence[float], files: str | 
         f"  weights      {format_count(geometry.total_params)}, "
         f"{format_count(geometry.active_params)} active (embeddings not counted)",
         *([] if files is None else [f"  files        {files}"]),
+        *([] if refusal is None else [f"  served       no: {refusal}"]),
         f"  KV           {format_bytes(geometry.kv_bytes_per_token)} a token",
     ]
     if geometry.state_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import TYPE_CHECKING, cast
 
 from engine.config import EngineConfig
@@ -52,6 +53,7 @@ def start_screen(engine: Engine, address: str) -> str:
         rows.append(("drafts", _draft_words(config, runner.step_state_bytes)))
     rows += [
         ("prefix cache", _cache_words(engine)),
+        *_smallest_prefix(engine),
         (
             "requests",
             f"{config.max_running} running, {config.max_queue:,} waiting, "
@@ -104,6 +106,18 @@ def _cache_words(engine: Engine) -> str:
     if config.exact:
         words.append("reuses prefilled tokens only")
     return "; ".join(words)
+
+
+def _smallest_prefix(engine: Engine) -> list[tuple[str, str]]:
+    """What is shorter never hits, whoever asks for it again."""
+    config = engine.config
+    if config.prefix_cache == "none":
+        return []
+    is_stateful = engine.report().slots.total > 0
+    smallest = lcm(config.grid, config.page_size) if is_stateful else config.page_size
+    every = f", and then every {smallest:,}" if smallest > 1 else ""
+    words = f"{counted(smallest, 'token')} of a longer prompt{every}"
+    return [("smallest hit", words)]
 
 
 def _kernel_words(chosen: dict[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.requests.request import Request
 from hybridcache.tokens import Tokens
@@ -20,15 +20,28 @@ class Draft:
     """The name of the drafter."""
 
 
+class Newest(NamedTuple):
+    """A request's newest token, which is not computed yet, and where the device has what came
+    before it."""
+
+    row: int
+    """Of the request table."""
+    slot: int
+    """Of its state."""
+    token_id: int
+    position: int
+    """1 or more."""
+
+
 class Drafter(Protocol):
     """Guesses tokens. A wrong guess costs time, never a token: what the model chooses is what
     counts.
 
     It is asked between two steps, for all requests at once that may take drafts: so one that
     computes (a model's own prediction head) makes one pass over the batch. Such a one reads what
-    the last step left on the device for each request, by the row and slot in its ``claims``: a
-    hidden vector declared as a state of the sequence is saved in checkpoints, kept for each
-    verified token and moved on by what was taken, as every other state.
+    the last step left on the device for each request: a hidden vector declared as a state of the
+    sequence is saved in checkpoints, kept for each verified token and moved on by what was taken,
+    as every other state.
     """
 
     @property

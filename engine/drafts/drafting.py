@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from typing import NamedTuple
 
 from engine.drafts.drafter import Draft, Drafter
+from engine.drafts.mtp import Guess, HeadDrafter
+from engine.drafts.odds import Odds
 from engine.drafts.pace import Pace
 from engine.drafts.tree import SuffixDrafter, TreeDrafter
 from engine.requests.request import Request
 from engine.text.outputs import DraftCounts
 
-WORDS: dict[str, tuple[type[TreeDrafter] | type[SuffixDrafter], ...]] = {
-    "tree": (TreeDrafter, SuffixDrafter)
-}
+
+class Source(NamedTuple):
+    """A drafter, and what makes the pace of a request that it drafts for."""
+
+    drafter: Drafter
+    make_pace: Callable[[], Pace | Odds]
+
+
+def _tree(max_tokens: int, guess: Guess) -> list[Source]:
+    pace = partial(Pace, max_tokens)
+    return [Source(TreeDrafter(), pace), Source(SuffixDrafter(), pace)]
+
+
+def _mtp(max_tokens: int, guess: Guess) -> list[Source]:
+    return [Source(HeadDrafter(guess), partial(Odds, max_tokens))]
+
+
+WORDS: dict[str, Callable[[int, Guess], list[Source]]] = {"tree": _tree, "mtp": _mtp}
 """What each word of ``EngineConfig.draft`` asks, in order."""
 
 
 class Drafting:
-    """Asks the drafters, shares out what a step may verify, and keeps each request's pace."""
+    """Asks the drafters, shares out what a step may verify, and keeps each request's pace with
+    each of them."""
 
-    def __init__(self, drafters: Sequence[Drafter], *, max_tokens: int, max_verified: int) -> None:
-        """``max_tokens`` drafted for a request at a time; ``max_verified`` tokens, sure ones
-        included, of all requests with drafts in one step."""
-        self._drafters = drafters
-        self._max_tokens = max_tokens
+    def __init__(self, sources: Sequence[Source], *, max_verified: int) -> None:
+        """``max_verified`` tokens, sure ones included, of all requests with drafts in one step."""
+        self._sources = sources
         self._max_verified = max_verified
-        self._paces: dict[Request, Pace] = {}
+        self._paces: dict[Request, dict[str, Pace | Odds]] = {}
 
     @classmethod
-    def of(cls, words: Sequence[str], max_tokens: int, max_verified: int) -> Drafting:
-        """With the drafters that ``words`` name."""
-        drafters = [drafter() for word in words for drafter in WORDS[word]]
-        return cls(drafters, max_tokens=max_tokens, max_verified=max_verified)
+    def of(cls, words: Mapping[str, int], max_verified: int, guess: Guess) -> Drafting:
+        """With the drafters that ``words`` name, and the most tokens of each; ``guess`` is what
+        ``Runner.guess`` does."""
+        sources = [source for word, most in words.items() for source in WORDS[word](most, guess)]
+        return cls(sources, max_verified=max_verified)
 
     @property
     def requests(self) -> Set[Request]:
@@ -41,16 +60,19 @@ class Drafting:
     def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
         """Drafts for some of the (request, most tokens that still fit) that decode: the first
         drafter that has any. The more want some, the fewer each gets."""
-        lengths: dict[Request, int] = {}
+        wanted: dict[Request, list[int]] = {}
         for request, room in decoding:
-            length = min(self._pace(request).next(), room)
-            if length > 0:
-                lengths[request] = length
-        share = max(1, self._max_verified // len(lengths) - 1) if lengths else 0
-        wanted = [(request, min(length, share)) for request, length in lengths.items()]
+            lengths = [min(pace.next(), room) for pace in self._paces_of(request).values()]
+            if max(lengths) > 0:
+                wanted[request] = lengths
+        share = max(1, self._max_verified // len(wanted) - 1) if wanted else 0
         drafts: dict[Request, Draft] = {}
-        for drafter in self._drafters:
-            missing = [pair for pair in wanted if pair[0] not in drafts]
+        for rank, (drafter, _) in enumerate(self._sources):
+            missing = [
+                (request, min(lengths[rank], share))
+                for request, lengths in wanted.items()
+                if lengths[rank] > 0 and request not in drafts
+            ]
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
                 if len(tokens):
                     drafts[request] = Draft(tokens, drafter.name)
@@ -67,7 +89,7 @@ class Drafting:
 
     def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
         """What became of the draft of the last step."""
-        self._pace(request).learn(len(draft.tokens), num_accepted)
+        self._paces_of(request)[draft.source].learn(len(draft.tokens), num_accepted)
         counts = request.drafts
         assert counts is not None
         counts.count(draft.source, len(draft.tokens), num_accepted)
@@ -75,12 +97,14 @@ class Drafting:
     def forget(self, request: Request) -> None:
         """``request`` has ended."""
         self._paces.pop(request, None)
-        for drafter in self._drafters:
+        for drafter, _ in self._sources:
             drafter.forget(request)
 
-    def _pace(self, request: Request) -> Pace:
-        pace = self._paces.get(request)
-        if pace is None:
-            pace = self._paces[request] = Pace(self._max_tokens)
+    def _paces_of(self, request: Request) -> dict[str, Pace | Odds]:
+        """By drafter, in the order in which they are asked."""
+        paces = self._paces.get(request)
+        if paces is None:
+            paces = {drafter.name: make_pace() for drafter, make_pace in self._sources}
+            self._paces[request] = paces
             request.drafts = request.drafts or DraftCounts()
-        return pace
+        return paces

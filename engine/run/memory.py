@@ -172,15 +172,17 @@ class Memory:
         device: Device,
         *,
         num_step_states: int = 0,
+        num_scratch_rows: int = 0,
     ) -> Memory:
         """Zeros, for mixers that keep what ``keeps`` says, with room for the states of
-        ``num_step_states`` verified tokens. Raises ModelError where there is no memory."""
+        ``num_step_states`` verified tokens, and for ``num_scratch_rows`` behind the padding row.
+        Raises ModelError where there is no memory."""
         kept = [
             [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
             for specs in keeps
         ]
         make = _allocate_arena if plan.memory == "arena" else _allocate_pools
-        return make(plan, kept, device, num_step_states)
+        return make(plan, kept, device, num_step_states, num_scratch_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +203,16 @@ def _kind(spec: Spec) -> str:
 
 
 def _allocate_pools(
-    plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device, num_step_states: int
+    plan: MemorySizes,
+    mixers: Sequence[Sequence[_Kept]],
+    device: Device,
+    num_step_states: int,
+    num_scratch_rows: int,
 ) -> Memory:
     """Tensors of one name, shape and dtype lie side by side, so that few hold all states."""
     groups = Counter(kept for mixer in mixers for kept in mixer)
-    units = {True: plan.num_kv_tokens + 1, False: plan.num_slots + 1 + num_step_states}
+    num_rows = plan.num_kv_tokens + 1 + num_scratch_rows
+    units = {True: num_rows, False: plan.num_slots + 1 + num_step_states}
     made = {
         kept: allocate(
             (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, device
@@ -223,15 +230,20 @@ def _allocate_pools(
 
 
 def _allocate_arena(
-    plan: MemorySizes, mixers: Sequence[Sequence[_Kept]], device: Device, num_step_states: int
+    plan: MemorySizes,
+    mixers: Sequence[Sequence[_Kept]],
+    device: Device,
+    num_step_states: int,
+    num_scratch_rows: int,
 ) -> Memory:
-    """Rows side by side; behind the last, the first whole slab is padding's, the steps' follow, and
-    the row after them is padding's. In a slot all conv states come first."""
+    """Rows side by side; behind the last, the first whole slab is padding's, the steps' follow, the
+    row after them is padding's, and scratch rows come last. In a slot all conv states come
+    first."""
     slab, row_bytes = plan.slab_rows, plan.row_bytes
     padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
     num_slots = padding_slot + 1 + num_step_states
     padding_row = num_slots * slab if slab else plan.num_kv_tokens
-    rows = allocate((padding_row + 1, row_bytes), torch.uint8, device)
+    rows = allocate((padding_row + 1 + num_scratch_rows, row_bytes), torch.uint8, device)
     sizes = Counter[str]()
     for kept in (kept for mixer in mixers for kept in mixer):
         sizes[_kind(kept.spec)] += kept.num_bytes

@@ -12,32 +12,37 @@ import numpy.typing as npt
 import torch
 
 from engine.config import BUILTIN_NAME, EngineConfig
+from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.device import Device
-from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
-from engine.run.layers.inputs import DecodePart, LayerInputs, PrefillPart, VerifyPart
+from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
+from engine.run.layers.inputs import (
+    DecodePart,
+    LayerInputs,
+    PrefillPart,
+    VerifyPart,
+    tokens_before,
+)
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
+from engine.run.loading import DTYPES, load_model, resolve_dtype
 from engine.run.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
-from engine.run.model_config import ModelConfig, ModelError, read_config
+from engine.run.model_config import ModelError, read_config
 from engine.run.models import read_model
 from engine.run.models.builtin import BUILTIN_CONFIG
-from engine.run.models.decoder import Decoder
+from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
 from engine.run.warm_up import WarmUp, measure, warm_up
-from engine.run.weights import Dummy, WeightFiles
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.batch import Batch, Segment, logit_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.tokens import Indices
+from hybridcache.tokens import Indices, Tokens
 from hybridcache.units import GIB, counted
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ModelRunner:
@@ -60,7 +65,7 @@ class ModelRunner:
         self.state_dtype = DTYPES[config.state_dtype]
         self.num_step_states = config.num_step_states
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
-        self.model, self.weights_note = load_model(
+        self.model, self._head, self.weights_note = load_model(
             Path(config.model) if config.model else None,
             family,
             self.config,
@@ -68,7 +73,12 @@ class ModelRunner:
             load_format=config.load_format,
             num_workers=config.load_workers,
             seed=config.seed,
+            with_head="mtp" in config.drafters,
         )
+        if self._head is not None:
+            sizes = replace(self.config.sizes, beside=self._head.keeps)
+            self.config = replace(self.config, sizes=sizes)
+        self.num_guesses = config.drafters.get("mtp", 0)
         self.geometry = ModelGeometry.from_sizes(
             self.name,
             self.config.sizes,
@@ -126,26 +136,31 @@ class ModelRunner:
         smallest = MemoryPlan.smallest(self.config.sizes, self.dtype, self.state_dtype)
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.tensors, self.table, self._rotary, self.graphs
+        del self.tensors, self.table, self._rotary, self._predictor, self.graphs
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
         """The pools, and the tables and graphs that go with them."""
         self.memory, self.max_model_len = plan, max_model_len
-        keeps = [step.block.keeps for step in self.model.mixers]
+        mixers = [step.block.keeps for step in self.model.mixers]
         self.tensors = Memory.allocate(
             plan,
-            keeps,
+            mixers if self._head is None else [*mixers, self._head.keeps],
             self.dtype,
             self.state_dtype,
             self.device,
             num_step_states=self.num_step_states,
+            num_scratch_rows=self.num_guesses * self.max_running_rows,
         )
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
         )
         rope, device = self.config.rope, self.device.torch_device
         self._rotary = RotaryTable(rope, max_model_len, device, self.dtype)
+        self._predictor: Predictor | None = None
+        if self._head is not None:
+            parts = self.model, self._head, self.tensors, self.table, self._rotary
+            self._predictor = Predictor(*parts, row_multiple=self.kernels["linear"].ROWS)
         self.use_graphs(graphs)
 
     @property
@@ -171,6 +186,7 @@ class ModelRunner:
         it was captured with.
         """
         self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
+        self.verify_graphs: VerifyGraphs | None = None
         if word == "off":
             return
         if record is None and self.device.is_cpu and word != "all" and self._record_decode():
@@ -193,6 +209,7 @@ class ModelRunner:
     def _decode_graphs(self, record: Record) -> DecodeGraphs:
         return DecodeGraphs(
             self.model,
+            self._forward,
             self.tensors,
             self.table,
             self._rotary,
@@ -204,12 +221,17 @@ class ModelRunner:
     @torch.inference_mode()
     def _record_decode(self) -> bool:
         """Have decode steps recorded, where all they compute are native kernels; whether they
-        are."""
+        are. Of those that verify, too."""
         if self.kernels.words().get("linear") != "native":
             return False
         decodes = self._decode_graphs(record_native)
+        parts = self.tensors, self.table, self._rotary, record_native
+        verifies = VerifyGraphs(self.model, self._forward, *parts)
         try:
             decodes.capture(decodes.buckets[-1])
+            if self.num_step_states:
+                verifies.capture()
+                self.verify_graphs = verifies
         except NotRecordableError:
             return False
         self.graphs = decodes, None
@@ -275,8 +297,13 @@ class ModelRunner:
 
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
-        if decodes is not None and all(s.is_decode and not s.num_drafts for s in batch.segments):
-            logits = decodes.run(batch.segments, patch)
+        if all(segment.is_decode for segment in batch.segments):
+            logits: torch.Tensor | None = None
+            if any(segment.num_drafts for segment in batch.segments):
+                if self.verify_graphs is not None and not batch.late_tokens:
+                    logits = self.verify_graphs.run(batch.segments)
+            elif decodes is not None:
+                logits = decodes.run(batch.segments, patch)
             if logits is not None:
                 return logits if len(rows) == len(logits) else logits[self._int64(rows)]
         token_ids, step = self._step(batch)
@@ -285,8 +312,27 @@ class ModelRunner:
         if prefills is not None:
             hidden = prefills.run(token_ids, step)
         if hidden is None:
-            hidden = self.model.forward(token_ids, step, self.tensors.pools)
+            hidden = self._forward(token_ids, step)
+        elif self._predictor is not None:
+            self._predictor.follow(token_ids, hidden, step)
         return self.model.head(hidden[self._int64(rows)])
+
+    def _forward(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
+        """Hidden states of a step, which the multi-token head follows."""
+        mixers = self.tensors.pools[: len(self.model.mixers)]
+        hidden = self.model.forward(token_ids, step, mixers)
+        if self._predictor is not None:
+            self._predictor.follow(token_ids, hidden, step)
+        return hidden
+
+    @torch.inference_mode()
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
+        """What the model's multi-token head takes to follow each newest token, which is not
+        computed yet: int32, as many as ``most`` says, 1 or more. Between a commit and the next
+        forward."""
+        assert self._predictor is not None, "no head was asked for"
+        self.device.make_current()
+        return self._predictor.guess(newest, most)
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Token ids ``[num_rows]`` and everything the layers read."""
@@ -336,6 +382,7 @@ class ModelRunner:
             sequences=self._sequences(segments),
             slots=self._slots(segments),
             step_slots=upload(list(steps), torch.int32, device),
+            before=self._int64(tokens_before(lengths, sum(lengths))),
         )
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
@@ -396,57 +443,6 @@ class ModelRunner:
                 f"there is room for {counted(longest, 'token')}."
             )
         return asked
-
-
-def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
-    """The rows of the hidden states whose logits are wanted."""
-    rows: list[npt.NDArray[np.int64]] = []
-    offset = 0
-    for segment in segments:
-        end = offset + len(segment.token_ids)
-        if segment.logits != "none":
-            first = offset if segment.logits == "all" else end - 1
-            rows.append(np.arange(first, end))
-        offset = end
-    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-
-
-def load_model(
-    model_dir: Path | None,
-    family: type[Decoder],
-    config: ModelConfig,
-    build: Build,
-    *,
-    load_format: str,
-    num_workers: int,
-    seed: int,
-) -> tuple[Decoder, str]:
-    """A model with its weights, and a line on where they came from. Without a directory the weights
-    are seeded.
-
-    Raises WeightsError before any tensor is read if the weight files do not fit the config.
-    """
-    if model_dir is None or load_format == "dummy":
-        dummy = Dummy(seed)
-        model = family(config, build, dummy.fill)
-        return model, f"seeded weights (seed {seed}), untrained"
-    weight_files = WeightFiles(model_dir, num_workers, build.weights.files)
-    is_stacked = weight_files.has_stacked_experts
-    outline = Build(build.kernels, replace(build.weights, device=torch.device("meta")))
-    plan = family(config, outline, stacked_experts=is_stacked)
-    weight_files.check(plan.parameters(), tied=config.tie_embeddings)
-    model = family(config, build, weight_files.fill, stacked_experts=is_stacked)
-    return model, weight_files.close() + build.weights.note()
-
-
-def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:
-    """``auto`` is the weight files' own where the device computes in it. Raises ModelError."""
-    name = config.dtype if word == "auto" else word
-    if name not in DTYPES:
-        if word == "auto":
-            return device.traits.default_dtype
-        raise ModelError(f"dtype {name!r} is not supported; float32 and bfloat16 are.")
-    return DTYPES[name]
 
 
 def _bytes(gib: float | None) -> int | None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from engine.drafts.drafter import Newest
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.memory import MemorySizes
@@ -30,7 +31,7 @@ from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.tokens import Indices
+from hybridcache.tokens import Indices, Tokens
 
 Fingerprints = npt.NDArray[np.int64]
 MASK = (1 << 62) - 1
@@ -216,6 +217,28 @@ class OracleRunner:
             if count:
                 self._move_on(segment, new[:count])
         self._verified = []
+
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
+        """Prove that each request's rows and state are those of the tokens before its newest one.
+        What it gives is right up to a place that changes with every prefix."""
+        assert not self._verified, "a guess from states that wait for their commit"
+        found = []
+        for request, count in zip(newest, most, strict=True):
+            held = self._states[request.slot]
+            assert held is not None, "a guess from a slot that was never written"
+            token = np.array([request.token_id], np.int32)
+            segment = Segment(
+                request.row, request.slot, token, request.position, True, namespace=held.namespace
+            )
+            before = int(self._prove_kv(segment)[-1])
+            self._prove_state(segment, before)
+            tokens, token_id = np.empty(count, np.int32), request.token_id
+            for place in range(count):
+                before = fingerprint(before, token_id, self._exact)
+                token_id = tokens[place] = before % self.vocab_size
+            tokens[before % 97 % (count + 1) :] ^= 1
+            found.append(tokens)
+        return found
 
     def _move_on(self, segment: Segment, new: Fingerprints) -> None:
         """The state has taken ``new`` in; checkpoints past them are not written."""

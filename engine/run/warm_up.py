@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import MAX_SCORED, TILE
+from engine.drafts.drafter import Newest
 from engine.schedule.batch import Batch, Segment
 from hybridcache.units import counted, format_bytes, format_seconds
 
@@ -58,7 +59,10 @@ def warm_up(runner: ModelRunner) -> WarmUp:
     beside them."""
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
     decodes, prefills = captures(runner)
-    steps = [partial(runner.forward, batch) for batch in rehearsals(runner)]
+    steps: list[Callable[[], object]] = [
+        partial(runner.forward, batch) for batch in rehearsals(runner)
+    ]
+    steps += [partial(runner.guess, newest, [1] * len(newest)) for newest in guesses(runner)]
     for work in tqdm([*decodes, *prefills, *steps], desc="warm-up", leave=False, disable=None):
         work()
     runner.device.synchronize()
@@ -89,6 +93,8 @@ def measure(runner: ModelRunner) -> int:
             capture()
         num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
     runner.forward(next(rehearsals(runner)))
+    for newest in guesses(runner):
+        runner.guess(newest, [1] * len(newest))
     device.synchronize()
     return num_bytes + max(0, before - device.free_bytes())
 
@@ -105,6 +111,15 @@ def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], list[Callab
 def lengths(most: int) -> list[int]:
     """From ``most`` down to 1: it and the powers of two below."""
     return [most, *(2**power for power in reversed(range((most - 1).bit_length())))]
+
+
+def guesses(runner: ModelRunner) -> list[list[Newest]]:
+    """What a multi-token head is asked for, if there is one."""
+    slot = runner.tensors.padding_slot
+    if not runner.num_guesses or slot is None:
+        return []
+    newest = Newest(runner.table.padding_row, slot, 0, runner.max_model_len - 1)
+    return [[newest] * count for count in (4, 3, 2, 1) if count <= runner.max_running_rows]
 
 
 def rehearsals(runner: ModelRunner) -> Iterator[Batch]:

@@ -27,9 +27,10 @@ from engine.run.tensor_files import (
     open_file,
 )
 
-SKIPPED = ("mtp.", "model.mtp.", "model.visual.", "visual.")
-"""Parts of a model's files that are known and not served: multi-token prediction heads, the visual
-tower."""
+HEAD = "mtp."
+"""A multi-token prediction head, which is read where it is asked for."""
+SKIPPED = ("model.visual.", "visual.")
+"""Parts of a model's files that are known and not served: the visual tower."""
 TIED_HEAD = "lm_head.weight"
 """A copy of the embedding where a model ties them: files may have it or not, and lists of modules
 name it either way."""
@@ -45,8 +46,14 @@ class WeightFiles:
     ``fill``."""
 
     def __init__(
-        self, model_dir: Path, num_workers: int, quantization: Quantization | None = None
+        self,
+        model_dir: Path,
+        num_workers: int,
+        quantization: Quantization | None = None,
+        *,
+        with_head: bool = False,
     ) -> None:
+        """Raises WeightsError where the head is asked for and there is none."""
         self._quantization = quantization
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="weights")
         self._started = time.monotonic()
@@ -57,17 +64,23 @@ class WeightFiles:
         self._files: dict[Path, io.FileIO] = {}
         for tensor in (tensor for header in headers for tensor in header):
             self._files[tensor.path] = tensor.file
-            if tensor.name.startswith(SKIPPED):
+            is_of_head = tensor.name.startswith(HEAD)
+            if (is_of_head and not with_head) or tensor.name.startswith(SKIPPED):
                 self.skipped.append(tensor.name)
             else:
                 self.tensors[model_name(tensor.name)] = tensor
+        if with_head and not any(name.startswith(HEAD) for name in self.tensors):
+            raise WeightsError(
+                "draft mtp needs a multi-token head, and the checkpoint has none (no tensor "
+                f"{HEAD}*): use draft tree, or none."
+            )
         if quantization is not None:
             names = (*self.tensors, *self.skipped, TIED_HEAD)
             quantization.check_ignored(name.rpartition(".")[0] for name in names)
 
     @property
     def has_stacked_experts(self) -> bool:
-        """Whether all experts of a layer come as one tensor."""
+        """Whether all experts of a layer come as one tensor, in the model and in its head."""
         return any(name.endswith("experts.gate_up_proj") for name in self.tensors)
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:

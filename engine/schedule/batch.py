@@ -3,7 +3,7 @@ no policy."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,3 +78,16 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments)
+
+
+def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
+    """The rows of the hidden states whose logits are wanted."""
+    rows: list[npt.NDArray[np.int64]] = []
+    offset = 0
+    for segment in segments:
+        end = offset + len(segment.token_ids)
+        if segment.logits != "none":
+            first = offset if segment.logits == "all" else end - 1
+            rows.append(np.arange(first, end))
+        offset = end
+    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)

@@ -27,8 +27,10 @@ from engine.server.dialects.exchange import render
 from engine.server.dialects.response_store import ResponseStore
 from engine.server.dialects.routes import add_messages, add_responses
 from engine.server.errors import APIError
+from engine.server.feed import Feed
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
+from engine.server.page import add_page
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -60,6 +62,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         workers.close()
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan)
+    app.state.feed = feed = Feed(engine, workers)
+    app.state.metrics = front.metrics
     errors.install(app)
     app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
 
@@ -72,7 +76,9 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     add_responses(app, front, reader, ResponseStore(int(config.responses_mib * 2**20)))
     _add_tokens(app, front, reader, config)
     _add_watching(app, front)
-    _add_administration(app, front, Operator.of(config))
+    operator = Operator.of(config)
+    _add_administration(app, front, operator)
+    add_page(app, front, feed, operator)
     return app
 
 
@@ -171,6 +177,20 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
 
         return await front.engine.call(read)
 
+    @app.get("/v1/cache/explanations/{answer_id}")
+    async def explanation(
+        request: Request, answer_id: str, compared_with: str | None = None
+    ) -> dict[str, Any]:
+        operator.check(request)
+        told = front.explanations.look_up(answer_id, compared_with)
+        if told is None:
+            raise APIError(
+                404,
+                "This answer, or the one it is compared with, is not remembered: raise "
+                "--explain-mib to remember more.",
+            )
+        return told
+
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> dict[str, bool]:
         operator.check(request)
@@ -201,18 +221,21 @@ class Server(uvicorn.Server):
     learns why."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
-                create_app(engine, config),
+                app,
                 log_level=logging.WARNING,
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
             )
         )
         self._engine = engine
+        self._feed: Feed = app.state.feed
         self._drain_s = config.drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._feed.close()  # or open pages would hold the server up
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         ending.cancel()

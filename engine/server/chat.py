@@ -12,6 +12,7 @@ from engine import RequestOutput
 from engine.server import logprobs
 from engine.server.dialects.exchange import Answer, Exchange, News, ask
 from engine.server.errors import of_failure
+from engine.server.explanations import Inquiry
 from engine.server.front import ServingContext, new_id, usage
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
@@ -28,22 +29,25 @@ from engine.text.outputs import SampledToken
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
     exchange = await ask(front, body, len(await request.body()))
-    writer = _Writer(front, body)
+    inquiry = exchange.inquiry
+    writer = _Writer(front, body, inquiry)
     if body.stream:
-        return EventStream(writer.events(exchange))
+        return EventStream(writer.events(exchange), inquiry.headers)
     answers = await unless_gone(request, exchange.answers())
     outputs = [answer.output for answer in answers]
-    return await front.answer(outputs, lambda: writer.whole(answers))
+    headers = inquiry.headers()
+    return await front.answer(outputs, lambda: writer.whole(answers), headers=headers)
 
 
 class _Writer:
     """Writes a chat's answers, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: ChatRequest) -> None:
+    def __init__(self, front: ServingContext, body: ChatRequest, inquiry: Inquiry) -> None:
         self._front = front
+        self._inquiry = inquiry
         self._body = body
         self._head = {
-            "id": new_id("chatcmpl"),
+            "id": inquiry.answer_id,
             "created": int(time.time()),
             "model": front.model_name,
         }
@@ -64,17 +68,19 @@ class _Writer:
             "object": "chat.completion",
             "choices": choices,
             "usage": usage(outputs, self._body.n),
+            **self._told(),
         }
 
     async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
         """The role of each choice, then one event an output. Text that was sent is never taken
         back."""
-        for index in range(exchange.num_answers):
-            yield self._event([_choice(index, {"role": "assistant", "content": ""})])
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(exchange.num_answers)]
         try:
             async for news in exchange.news():
+                if not last:
+                    for index in range(exchange.num_answers):
+                        yield self._event([_choice(index, {"role": "assistant", "content": ""})])
                 last[news.index] = news.output
                 yield self._event([self._delta(deltas[news.index], news)])
         except Exception as error:
@@ -82,8 +88,14 @@ class _Writer:
             return
         if self._body.includes_usage:
             outputs = [last[index] for index in range(exchange.num_answers)]
-            yield self._event([], usage=usage(outputs, self._body.n))
+            yield self._event([], usage=usage(outputs, self._body.n), **self._told())
+        elif told := self._told():
+            yield self._event([], **told)
         yield DONE
+
+    def _told(self) -> dict[str, Any]:
+        """Why it missed, where that was asked."""
+        return self._inquiry.told() | self._inquiry.diagnostics()
 
     def _delta(self, deltas: _Deltas, news: News) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)

@@ -13,6 +13,7 @@ from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server import logprobs
 from engine.server.errors import of_failure
+from engine.server.explanations import cache_headers
 from engine.server.front import ServingContext, new_id, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, event, unless_gone
@@ -38,9 +39,14 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     )
     answer = _Answer(front, body)
     if body.stream:
-        return EventStream(answer.events(streams))
+        return EventStream(answer.events(streams), answer.headers)
     outputs = await unless_gone(request, front.finals(streams))
-    return await front.answer(outputs, lambda: answer.whole(outputs), echoes=body.echo)
+    return await front.answer(
+        outputs,
+        lambda: answer.whole(outputs),
+        echoes=body.echo,
+        headers=cache_headers(outputs[0]),
+    )
 
 
 class _Answer:
@@ -49,6 +55,7 @@ class _Answer:
     def __init__(self, front: ServingContext, body: CompletionRequest) -> None:
         self._front = front
         self._body = body
+        self._first: RequestOutput | None = None
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -65,6 +72,10 @@ class _Answer:
         ]
         return {**self._head, "choices": choices, "usage": usage(outputs, self._body.n)}
 
+    def headers(self) -> dict[str, str]:
+        """What the cache had of the first prompt, in short; nothing before the first output."""
+        return {} if self._first is None else cache_headers(self._first)
+
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
         """One event an output. Text that was sent is never taken back."""
         choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
@@ -72,6 +83,7 @@ class _Answer:
         try:
             async for index, output in self._front.outputs(streams):
                 is_first = index not in last
+                self._first = self._first or output
                 last[index] = output
                 yield await self._event(choices[index], output, is_first)
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 MAX_STOPS = 64
 """As many as the engine takes."""
@@ -97,6 +98,45 @@ class ServerConfig:
             "help": "memory for responses that a later request may go on from (/v1/responses), MiB"
         },
     )
+    replay_mib: float = field(
+        default=64.0,
+        metadata={
+            "help": "memory for the tokens that were sampled for answers: they stand for an answer "
+            "that a client sends back, MiB; 0: it is tokenized anew"
+        },
+    )
+    preserve_thinking: bool = field(
+        default=False,
+        metadata={
+            "help": "keep reasoning in history, as it was sampled, also where the chat template "
+            "or the client drops it; a request says otherwise with chat_template_kwargs"
+        },
+    )
+    volatile_line: str | None = field(
+        default=None,
+        metadata={
+            "help": "regular expression of lines of the system message that change with every "
+            "request, such as ^x-anthropic-billing-header:|^Today's date"
+        },
+    )
+    volatile: Literal["move", "drop"] = field(
+        default="move",
+        metadata={"help": "what becomes of such lines: moved to the system message's end"},
+    )
+    explain_mib: float = field(
+        default=64.0,
+        metadata={
+            "help": "memory for what is remembered of requests, to say why a later one missed the "
+            "cache, MiB"
+        },
+    )
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "file to write steps and requests to as they go, for ui.perfetto.dev; up to "
+            "1 GiB"
+        },
+    )
     drain_s: float = field(
         default=30.0,
         metadata={"help": "after SIGTERM, seconds that running requests may take to finish"},
@@ -115,10 +155,11 @@ class ServerConfig:
             raise ValueError(
                 f"--body-timeout-s {self.body_timeout_s:g} must be finite and above 0."
             )
-        if not 0 <= self.responses_mib < math.inf:
-            raise ValueError(
-                f"--responses-mib {self.responses_mib:g} must be finite and not negative."
-            )
+        for name in ("responses_mib", "replay_mib", "explain_mib"):
+            if not 0 <= (size := getattr(self, name)) < math.inf:
+                raise ValueError(f"{flag(name)} {size:g} must be finite and not negative.")
+        if self.volatile not in ("move", "drop"):
+            raise ValueError(f"--volatile must be move or drop, not {self.volatile!r}.")
         for name in COUNTS:
             if (count := getattr(self, name)) < 1:
                 raise ValueError(f"{flag(name)} {count} must be 1 or more.")

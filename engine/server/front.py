@@ -9,7 +9,7 @@ import hmac
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from fastapi import Response
@@ -19,7 +19,9 @@ from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestSt
 from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
+from engine.server.explanations import Explanations
 from engine.server.metrics import Metrics
+from engine.server.replays import Replays
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
 from engine.text.outputs import DraftCounts
@@ -37,6 +39,8 @@ class ServingContext:
         self.workers = workers
         self._salt_key = secrets.token_bytes(32)
         self.metrics = Metrics()
+        self.replays = Replays(self.tokenizer, config)
+        self.explanations = Explanations(self.tokenizer, int(config.explain_mib * 2**20))
         self.created = int(time.time())
 
     @property
@@ -155,13 +159,14 @@ class ServingContext:
         outputs: Sequence[RequestOutput],
         whole: Callable[[], dict[str, object]],
         echoes: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> Response:
         """What ``whole`` makes of ``outputs`` as an answer; a long one is written in a thread."""
         size = sum(len(output.output) * (1 + (output.logprobs is not None)) for output in outputs)
         if echoes:
             size += sum(len(output.prompt_token_ids) for output in outputs)
         content = await self.workers.run(size, lambda: to_json(whole()))
-        return Response(content, media_type="application/json")
+        return Response(content, media_type="application/json", headers=headers)
 
 
 def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:

@@ -338,6 +338,22 @@ def _is_choice(choice: Any) -> Any:
 ToolChoice = Annotated[NamedTool | Literal["none", "auto", "required"], BeforeValidator(_is_choice)]
 
 
+class CacheOptions(Strict):
+    """OpenAI's ``prompt_cache_options``. What is kept here, and how long, is the cache's own to
+    decide: ``mode`` and ``ttl`` change nothing."""
+
+    mode: Literal["implicit"] | None = None
+    ttl: str | None = None
+    comparison_response_id: str | None = None
+    """Say in the answer why it missed the cache, beside this earlier one."""
+
+
+class Diagnostics(Strict):
+    """Anthropic's ``diagnostics``."""
+
+    previous_message_id: str | None = None
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -353,6 +369,16 @@ class ChatRequest(Sampling):
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     """The template's own switches, such as ``enable_thinking``."""
+    prompt_cache_options: CacheOptions | None = None
+    diagnostics: Diagnostics | None = None
+
+    @property
+    def compared_with(self) -> str | None:
+        """The earlier answer that this one is to be compared with."""
+        options, asked = self.prompt_cache_options, self.diagnostics
+        if options is not None and options.comparison_response_id is not None:
+            return options.comparison_response_id
+        return None if asked is None else asked.previous_message_id
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:

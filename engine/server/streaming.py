@@ -5,7 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -116,11 +123,25 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        late_headers: Callable[[], Mapping[str, str]] | None = None,
+    ) -> None:
+        """``late_headers`` are asked for when the first event is there."""
+        self._late_headers = late_headers
         super().__init__(
             _one_at_a_time(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         self._events = events
+
+    async def stream_response(self, send: Send) -> None:
+        if self._late_headers is not None:
+            rest = aiter(self.body_iterator)
+            first = [one async for one in _head(rest)]
+            self.headers.update(self._late_headers())
+            self.body_iterator = _joined(first, rest)
+        await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self.stream_response(send))
@@ -146,6 +167,20 @@ async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     async for one in events:
         yield one
         await asyncio.sleep(0)
+
+
+async def _head(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The first event alone."""
+    async for one in events:
+        yield one
+        return
+
+
+async def _joined(first: Sequence[Any], rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    for one in first:
+        yield one
+    async for one in rest:
+        yield one
 
 
 async def _hang_up(receive: Receive) -> None:

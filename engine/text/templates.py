@@ -23,6 +23,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from engine.text.splice import SampledTurn, find_splices, header_of
 from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
 
 Message = Mapping[str, Any]
@@ -30,8 +31,8 @@ Message = Mapping[str, Any]
 PROBE = "\ue000"
 """Stands for words not yet said. Private use: no template and no tokenizer's merges begin with
 it."""
-THINK = "<think>"
-"""Opens reasoning."""
+THINK, END_THINK = "<think>", "</think>"
+"""Open and close reasoning."""
 MARKS = range(0xE001, 0xF900)
 """Characters that may stand inside a control token that is text. Private use, as the probe."""
 
@@ -132,6 +133,10 @@ class ChatPrompt:
     the chat before one, none."""
     is_thinking: bool = False
     """It ends inside of reasoning, which the answer goes on with."""
+    header: str = ""
+    """What it ends with, from its last control token on: how the turn of the answer begins."""
+    num_replayed: int = 0
+    """Messages that the tokens sampled for them stand for."""
 
     @property
     def answer_survives(self) -> bool:
@@ -150,9 +155,15 @@ def render_chat(
     special_in_content: bool = False,
     namespace: Hashable = None,
     cuts: Sequence[Cut] = (),
+    sampled: Mapping[int, SampledTurn] | None = None,
+    keeps_thinking: bool = False,
 ) -> ChatPrompt:
-    """Render and encode a chat. At most four renders and one for each of ``cuts``, one encoding of
+    """Render and encode a chat. At most five renders and one for each of ``cuts``, one encoding of
     the whole and a few of its ends.
+
+    ``sampled`` has, by the index of its message, what was sampled for it: those tokens are used
+    where ``engine/text/splice.py`` allows it. ``keeps_thinking``: also where the template drops
+    reasoning from history; the prompt is then not what the template alone would write.
 
     What the chat's own texts (contents, names, arguments, tools) hold of
     ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
@@ -177,17 +188,23 @@ def render_chat(
 
     how = EncodeOptions(add_special_tokens=False, mark=mark, namespace=namespace)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, how)
+    written = render(messages)
+    splices = find_splices(tokenizer, render, messages, written, sampled or {}, keeps_thinking)
 
-    text = render(messages)
+    def encode(text: str) -> list[int]:
+        return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
+
+    text = splices.apply(written)
     token_ids = encode(text)
-    boundaries = set()
+    boundaries = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
     cut_at = []
-    futures = _futures(messages, with_tools=bool(tools))
+    ending = written[-64:].rstrip() if add_generation_prompt else ""
+    is_thinking = ending.endswith(THINK)
+    has_thought = ending.endswith(END_THINK)
+    futures = _futures(messages, with_tools=bool(tools), thinks=not has_thought)
     for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
-            later = render(future)
+            later = splices.apply(render(future))
         except TemplateError:
             continue  # This future can not happen with this template.
         special = tokenizer.special_tokens
@@ -195,12 +212,14 @@ def render_chat(
         boundaries.add(shared)
         if not any(future is known for known in futures):
             cut_at.append(shared)
-    is_thinking = add_generation_prompt and text[-len(THINK) - 8 :].rstrip().endswith(THINK)
-    return ChatPrompt(token_ids, tuple(sorted(boundaries - {0})), tuple(cut_at), is_thinking)
+    header = header_of(tokenizer, text) if add_generation_prompt else ""
+    kept = tuple(sorted(boundaries - {0}))
+    return ChatPrompt(token_ids, kept, tuple(cut_at), is_thinking, header, splices.num_turns)
 
 
-def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message]]:
-    """The chats that may come and share a beginning with this one."""
+def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
+    """The chats that may come and share a beginning with this one; ``thinks``: the answer may have
+    reasoning."""
     system = list(
         itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
     )
@@ -209,7 +228,8 @@ def _futures(messages: Sequence[Message], with_tools: bool) -> list[list[Message
     futures = [[*system, ask], [*messages, answer, ask]]
     if with_tools or messages[-1]["role"] == "tool":
         call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
-        tool_turn: Message = {**answer, "reasoning_content": PROBE, "tool_calls": [call]}
+        thoughts = {"reasoning_content": PROBE} if thinks else {}
+        tool_turn: Message = {**answer, **thoughts, "tool_calls": [call]}
         result: Message = {"role": "tool", "tool_call_id": PROBE, "name": PROBE, "content": PROBE}
         futures.append([*messages, tool_turn, result])
     return futures

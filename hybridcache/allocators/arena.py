@@ -125,6 +125,14 @@ class ArenaAllocator(BaseAllocator):
         """Notice the KV slabs that have lost their last row: they are free. O(slabs + holes)."""
         self._collect(*self._count_holes())
 
+    def occupancy(self) -> npt.NDArray[np.int64]:
+        """Living KV rows of each slab; a free one has none, and so has one with a state. O(slabs +
+        holes)."""
+        _, counts = self._count_holes()
+        living = (self._slab_pages - counts[:-1]) * self.page_size
+        living[[*self._free_slabs, *self.slots.states]] = 0
+        return living.astype(np.int64, copy=False)
+
     def _count_holes(self) -> tuple[Indices, npt.NDArray[np.intp]]:
         """(the slab of each hole, in the stack's order; holes by slab, the tail's last)."""
         slabs = self.pages.stacked() // np.int32(self._slab_pages)

@@ -66,6 +66,14 @@ class Mirror:
         self._pieces: dict[int, _Piece] = {}
         self._roots: dict[Namespace, dict[tuple[int, ...], int]] = {}
         self._next_sequence = 0
+        self.num_tokens = 0
+        """Of which the cache has KV."""
+        self.num_checkpoints = 0
+
+    @property
+    def next_sequence(self) -> int:
+        """Number of the batch that is due."""
+        return self._next_sequence
 
     def apply_batch(self, sequence: int, events: Iterable[Event]) -> None:
         """Follow what ``decode`` gave. O(tokens). EventsLost: it is not the batch after the last
@@ -92,15 +100,19 @@ class Mirror:
                 piece = _Piece(event, event.tokens[: self.page_size])
                 self._pieces[event.id] = piece
                 self._siblings(piece)[piece.key] = event.id
+                self.num_tokens += len(event.tokens)
             case KVSplit():
                 self._split(event)
             case KVRemoved():
                 piece = self._pieces.pop(event.id)
+                self.num_tokens -= len(piece.tokens)
                 del self._siblings(piece)[piece.key]
                 if piece.parent is None and not self._roots[piece.namespace]:
                     del self._roots[piece.namespace]
             case CheckpointStored() | CheckpointRemoved():
-                self._pieces[event.id].checkpoint = isinstance(event, CheckpointStored)
+                is_stored = isinstance(event, CheckpointStored)
+                self._pieces[event.id].checkpoint = is_stored
+                self.num_checkpoints += 1 if is_stored else -1
 
     def _follows(self, event: Event) -> bool:
         """Whether ``event`` is possible after what is known. O(page)."""
@@ -156,8 +168,9 @@ class Mirror:
         upper.children[lower.key] = event.id
 
     def match(self, tokens: Sequence[int], namespace: Hashable = None) -> MirrorMatch:
-        """How much of ``tokens`` the cache has. O(len(tokens))."""
-        ids = tuple(int(token) for token in tokens)
+        """How much of ``tokens`` the cache has. O(len(tokens)); a tuple is taken as it is, and only
+        what the cache has of it is read."""
+        ids = tokens if type(tokens) is tuple else tuple(int(token) for token in tokens)
         children = self._roots.get(write_namespace(namespace), {})
         end = cached_len = 0
         while (found := children.get(ids[end : end + self.page_size])) is not None:

@@ -127,11 +127,14 @@ class ModelSizes:
     hidden: int
     vocab: int
     layers: tuple[LayerSizes, ...]
+    beside: tuple[Spec, ...] = ()
+    """What is kept beside the layers: a multi-token head's keys, values and hidden vector."""
 
     def specs(self) -> Iterator[Spec]:
-        """What all layers keep, in their order."""
+        """What all layers keep, in their order, and what is kept beside them."""
         for layer in self.layers:
             yield from layer.keeps
+        yield from self.beside
 
     @property
     def mixers(self) -> tuple[MixerSizes, ...]:
@@ -140,11 +143,11 @@ class ModelSizes:
 
     @property
     def row_size(self) -> int:
-        """Numbers of one token's KV in all layers."""
+        """Numbers of one token's KV in all layers, and beside them."""
         return sum(spec.size for spec in self.specs() if isinstance(spec, KVSpec))
 
     def state_size(self, dtype: Literal["conv", "recurrent"]) -> int:
-        """Numbers of one sequence's states of one kind in all layers."""
+        """Numbers of one sequence's states of one kind in all layers, and beside them."""
         return sum(
             spec.size
             for spec in self.specs()

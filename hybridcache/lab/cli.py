@@ -93,6 +93,9 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--servers": {"type": int, "default": 1, "help": "prefills at the same time, for the TTFT"},
     "--times": {"help": "file of measured prefill times; default: a roofline of H100s"},
     "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
+    "--ray": {
+        "help": "spread the runs over the Ray cluster at this address (auto: this machine's)"
+    },
     "--skip-bad": {"action": "store_true", "help": "count records that can not be read"},
 }
 """Options of more than one command."""
@@ -149,6 +152,7 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from hybridcache.lab.baselines import BASELINES
+    from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, MEMORIES
     from hybridcache.policies.words import eviction_words, placement_words
@@ -157,7 +161,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add = parser.add_argument
     add("--trace", required=True, action="append", help=_TRACE_HELP + "; may be repeated")
     _share(parser, "--model", "--gib", "--state-dtype", "--grid", "--servers", "--times")
-    _share(parser, "--processes", "--skip-bad")
+    _share(parser, "--processes", "--ray", "--skip-bad")
     add(
         "--policy",
         default="lru",
@@ -192,14 +196,23 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     add("--page-size", type=int, default=1, help="tokens of a KV page")
     add("--max-running", type=int, help="serve so many requests at once instead of in turn")
+    add_fleet(parser)
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
     add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
+    add(
+        "--page", type=Path, help="HTML file to write: the runs to look at, side by side, over time"
+    )
     parser.set_defaults(run=_simulate)
 
 
 def _simulate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from hybridcache.lab.replicas.command import refuse_without_replicas, simulate_fleets
+
+    if options.replicas is not None:
+        return simulate_fleets(options, lambda spec: _open(spec, options))
+    refuse_without_replicas(options)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
     from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
@@ -211,10 +224,14 @@ def _simulate(options: argparse.Namespace) -> int:
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
     _check_figure(options.figure)
+    if options.page and len(options.trace) > 1:
+        raise ValueError("--page shows the runs of one trace: name one")
     results: list[SimulationResult] = []
     drawn: list[Path] = []
     for spec in options.trace:
         trace = _open(spec, options)
+        if options.page:
+            _write_page(trace, options)
         with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
 
             def show(done: int, total: int, bar: tqdm = bar) -> None:
@@ -240,6 +257,7 @@ def _simulate(options: argparse.Namespace) -> int:
                 max_running=options.max_running,
                 times=options.times,
                 processes=options.processes,
+                ray=options.ray,
                 resume_from=options.output,
                 progress=show,
             )
@@ -256,6 +274,30 @@ def _simulate(options: argparse.Namespace) -> int:
     for path in drawn:
         print(f"figure: {path}")
     return 0
+
+
+def _write_page(trace: Trace, options: argparse.Namespace) -> None:
+    from hybridcache.lab.recording import page_of
+    from hybridcache.lab.simulation.simulate import Sweep
+    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+
+    sweep = Sweep(
+        model=options.model,
+        gib=options.gib,
+        policy=_split(options.policy),
+        checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
+        baseline=_split(options.baseline),
+        tiers=options.tiers,
+        memory=options.memory,
+        kv_share=options.kv_share,
+        state_dtype=options.state_dtype,
+        page_size=options.page_size,
+        grid=options.grid,
+        servers=options.servers,
+        max_running=options.max_running,
+        times=options.times,
+    )
+    options.page.write_text(page_of(trace, sweep), encoding="utf-8")
 
 
 def _draw(

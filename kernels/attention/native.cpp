@@ -1,68 +1,134 @@
-// Attention of one token per sequence over KV rows where they lie: see reference.decode_attention.
-// A sequence and KV head are one piece of work, positions are taken in order.
+// Attention of the newest tokens of each sequence over KV rows where they lie: see
+// reference.decode_attention and verify_attention. A sequence and KV head are one piece of work;
+// for every query positions are taken in order.
 #include "../native.h"
 
-constexpr int64_t MAX_HEAD = 512;
+#include <algorithm>
 
-// G queries of one KV head; weights [G, length].
+constexpr int64_t MAX_HEAD = 512;
+constexpr int64_t MAX_QUERIES = 4;  // that share what is loaded
+
+struct Cached {
+    int64_t stride;       // of a pool, from a row to the next
+    const int32_t* rows;  // of the positions
+    int64_t D;
+    float scale;
+};
+
+// A query, how many positions it sees, and where its weights and its result go.
+template <class T>
+struct Query {
+    const T* from;
+    int64_t length;
+    float* weights;  // as many as positions, up to the next multiple of LANES
+    T* to;
+};
+
+static void soften(float* weights, int64_t length, float* factor) {
+    int64_t padded = (length + LANES - 1) / LANES * LANES;
+    for (int64_t j = length; j < padded; j++) weights[j] = weights[0];
+    Lanes most = load(weights), totals = {};
+    for (int64_t j = LANES; j < padded; j += LANES) most = larger(load(weights + j), most);
+    float largest = most[0];
+    for (int l = 1; l < LANES; l++) largest = most[l] > largest ? most[l] : largest;
+    for (int64_t j = 0; j < padded; j++) weights[j] = exponential(weights[j] - largest);
+    for (int64_t j = length; j < padded; j++) weights[j] = 0.0f;
+    for (int64_t j = 0; j < padded; j += LANES) totals += load(weights + j);
+    *factor = 1.0f / sum(totals);
+}
+
+// BLOCKS * 16 numbers of a value, from the one at d on.
+template <class T, int G, int BLOCKS>
+static void blend(
+    const Query<T>* queries, const T* values, const Cached& cached, const float* factors,
+    int64_t d) {
+    Lanes sums[G][BLOCKS] = {};
+    int64_t shared = queries[0].length;
+    for (int64_t j = 0; j < shared; j++) {
+        const T* value = values + cached.rows[j] * cached.stride + d;
+        for (int i = 0; i < BLOCKS; i++) {
+            Lanes part = load(value + i * LANES);
+            for (int g = 0; g < G; g++)
+                sums[g][i] = multiply_add(all(queries[g].weights[j]), part, sums[g][i]);
+        }
+    }
+    for (int g = 0; g < G; g++) {
+        for (int64_t j = shared; j < queries[g].length; j++) {
+            const T* value = values + cached.rows[j] * cached.stride + d;
+            for (int i = 0; i < BLOCKS; i++)
+                sums[g][i] =
+                    multiply_add(all(queries[g].weights[j]), load(value + i * LANES), sums[g][i]);
+        }
+        for (int i = 0; i < BLOCKS; i++)
+            store(queries[g].to + d + i * LANES, sums[g][i] * factors[g]);
+    }
+}
+
+// G queries of one KV head, none of which sees less than the first.
 template <class T, int G>
 static void attend(
-    const T* query, const T* keys, const T* values, int64_t stride, const int32_t* rows,
-    int64_t length, int64_t D, float scale, float* weights, T* out) {
-    float wide[G * MAX_HEAD];
-    for (int64_t i = 0; i < G * D; i++) wide[i] = widen(query[i]) * scale;
-    for (int64_t j = 0; j < length; j++) {
-        const T* key = keys + int64_t(rows[j]) * stride;
+    const Query<T>* queries, const T* keys, const T* values, const Cached& cached) {
+    int64_t D = cached.D, shared = queries[0].length;
+    float wide[G * MAX_HEAD], factors[G];
+    for (int g = 0; g < G; g++)
+        for (int64_t d = 0; d < D; d++) wide[g * D + d] = widen(queries[g].from[d]) * cached.scale;
+    for (int64_t j = 0; j < shared; j++) {
+        const T* key = keys + cached.rows[j] * cached.stride;
         Lanes products[G] = {};
         for (int64_t d = 0; d < D; d += LANES) {
             Lanes part = load(key + d);
             for (int g = 0; g < G; g++)
                 products[g] = multiply_add(load(wide + g * D + d), part, products[g]);
         }
-        for (int g = 0; g < G; g++) weights[g * length + j] = sum(products[g]);
+        for (int g = 0; g < G; g++) queries[g].weights[j] = sum(products[g]);
     }
-    float factors[G];
     for (int g = 0; g < G; g++) {
-        float *row = weights + g * length, largest = row[0], total = 0.0f;
-        for (int64_t j = 1; j < length; j++) largest = row[j] > largest ? row[j] : largest;
-        for (int64_t j = 0; j < length; j++) row[j] = exponential(row[j] - largest);
-        for (int64_t j = 0; j < length; j++) total += row[j];
-        factors[g] = 1.0f / total;
-    }
-    for (int64_t d = 0; d < D; d += LANES) {
-        Lanes sums[G] = {};
-        for (int64_t j = 0; j < length; j++) {
-            Lanes part = load(values + int64_t(rows[j]) * stride + d);
-            for (int g = 0; g < G; g++)
-                sums[g] = multiply_add(all(weights[g * length + j]), part, sums[g]);
+        for (int64_t j = shared; j < queries[g].length; j++) {
+            const T* key = keys + cached.rows[j] * cached.stride;
+            Lanes products = {};
+            for (int64_t d = 0; d < D; d += LANES)
+                products = multiply_add(load(wide + g * D + d), load(key + d), products);
+            queries[g].weights[j] = sum(products);
         }
-        for (int g = 0; g < G; g++) store(out + g * D + d, sums[g] * factors[g]);
+        soften(queries[g].weights, queries[g].length, factors + g);
     }
+    int64_t d = 0;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) blend<T, G, 4>(queries, values, cached, factors, d);
+    for (; d < D; d += LANES) blend<T, G, 1>(queries, values, cached, factors, d);
 }
 
+// lengths: of the sequences with this step's tokens; cu_seqlens: null where that is one of each.
 template <class T>
 static void decode(
     const T* query, int64_t query_stride, const T* keys, const T* values, int64_t stride,
     const int32_t* table, int64_t table_stride, const int32_t* rows, const int32_t* lengths,
-    T* out, int64_t sequences, int64_t kv_heads, int64_t G, int64_t D, float scale,
-    int threads) {
+    const int32_t* cu_seqlens, T* out, int64_t sequences, int64_t kv_heads, int64_t G, int64_t D,
+    float scale, int threads) {
     int64_t cycles = 0;
     for (int64_t b = 0; b < sequences; b++) cycles += lengths[b] * kv_heads * G * D / 4;
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(cycles, threads))
     for (int64_t item = 0; item < sequences * kv_heads; item++) {
         static thread_local std::vector<float> weights;
         int64_t b = item / kv_heads, head = item % kv_heads;
-        weights.resize(4 * lengths[b]);
-        auto some = [&](auto function, int64_t g) {
-            function(
-                query + b * query_stride + (head * G + g) * D, keys + head * D,
-                values + head * D, stride, table + rows[b] * table_stride, lengths[b], D, scale,
-                weights.data(), out + (item * G + g) * D);
-        };
-        int64_t g = 0;
-        for (; g + 4 <= G; g += 4) some(attend<T, 4>, g);
-        for (; g + 2 <= G; g += 2) some(attend<T, 2>, g);
-        for (; g < G; g++) some(attend<T, 1>, g);
+        int64_t first = cu_seqlens ? cu_seqlens[b] : b;
+        int64_t tokens = cu_seqlens ? cu_seqlens[b + 1] - first : 1;
+        int64_t room = (lengths[b] + LANES - 1) / LANES * LANES;
+        weights.resize(MAX_QUERIES * room);
+        Cached cached = {stride, table + rows[b] * table_stride, D, scale};
+        Query<T> queries[MAX_QUERIES];
+        for (int64_t q = 0, count; q < tokens * G; q += count) {
+            count = std::min(MAX_QUERIES, tokens * G - q);
+            if (count == 3) count = 2;
+            for (int64_t i = 0; i < count; i++) {
+                int64_t token = (q + i) / G, place = head * G + (q + i) % G;
+                queries[i] = {
+                    query + (first + token) * query_stride + place * D,
+                    lengths[b] - tokens + token + 1, weights.data() + i * room,
+                    out + ((first + token) * kv_heads * G + place) * D};
+            }
+            auto* some = count == 4 ? attend<T, 4> : count == 2 ? attend<T, 2> : attend<T, 1>;
+            some(queries, keys + head * D, values + head * D, cached);
+        }
     }
 }
 
@@ -70,11 +136,11 @@ static void decode(
     EXPORT void decode_attention_##NAME(                                                          \
         const T* query, int64_t query_stride, const T* keys, const T* values, int64_t stride,     \
         const int32_t* table, int64_t table_stride, const int32_t* rows, const int32_t* lengths,  \
-        T* out, int64_t sequences, int64_t kv_heads, int64_t G, int64_t D, float scale,           \
-        int threads) {                                                                            \
+        const int32_t* cu_seqlens, T* out, int64_t sequences, int64_t kv_heads, int64_t G,        \
+        int64_t D, float scale, int threads) {                                                    \
         decode(                                                                                   \
-            query, query_stride, keys, values, stride, table, table_stride, rows, lengths, out,   \
-            sequences, kv_heads, G, D, scale, threads);                                           \
+            query, query_stride, keys, values, stride, table, table_stride, rows, lengths,        \
+            cu_seqlens, out, sequences, kv_heads, G, D, scale, threads);                          \
     }
 
 ATTENTION(float, float32)

@@ -1,4 +1,5 @@
-"""The causal convolution with its decoding step by ``native.cpp``; see ``reference``."""
+"""The causal convolution with its decoding and verifying steps by ``native.cpp``; see
+``reference``."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 
 from kernels.conv1d import reference
 from kernels.conv1d.reference import check_window, prefill_conv1d
-from kernels.native import DTYPES, address, function, has_whole_rows, verified_steps
+from kernels.native import DTYPES, address, function, has_whole_rows
 from kernels.packed import Packed
 
 __all__ = ["decode_conv1d", "prefill_conv1d", "verify_conv1d"]
@@ -27,7 +28,7 @@ def decode_conv1d(
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
         return reference.decode_conv1d(x, weight, bias, states=states, slots=slots, silu=silu)
-    return _decode(x, weight, bias, states, slots, silu)
+    return _decode(x, weight, bias, states, slots, slots, None, silu)
 
 
 def verify_conv1d(
@@ -41,7 +42,8 @@ def verify_conv1d(
     step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """As ``reference.verify_conv1d``; the bits are `decode_conv1d`'s."""
+    """As ``reference.verify_conv1d``; the bits are `decode_conv1d`'s. Lengths are those of
+    ``packed.cu_seqlens``."""
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
         return reference.verify_conv1d(
@@ -54,10 +56,7 @@ def verify_conv1d(
             step_slots=step_slots,
             silu=silu,
         )
-    out = torch.empty(x.shape, dtype=x.dtype)
-    for rows, targets in verified_steps(packed, states, slots, step_slots):
-        out[rows] = _decode(x[rows], weight, bias, states, targets, silu)
-    return out
+    return _decode(x, weight, bias, states, slots, step_slots, packed.cu_seqlens, silu)
 
 
 def _is_served(
@@ -78,14 +77,17 @@ def _decode(
     bias: torch.Tensor | None,
     states: torch.Tensor,
     slots: torch.Tensor,
+    step_slots: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     silu: bool,
 ) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     weight, out = weight.contiguous(), x.new_empty(x.shape)
-    function(f"decode_conv1d_{DTYPES[x.dtype]}", "pipppippiiiit")(
+    function(f"decode_conv1d_{DTYPES[x.dtype]}", "pipppippppiiiiit")(
         x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias),
-        states.data_ptr(), states.stride(0), slots.data_ptr(), out.data_ptr(), *x.shape,
-        weight.shape[1], silu, torch.get_num_threads(),
+        states.data_ptr(), states.stride(0), slots.data_ptr(), step_slots.data_ptr(),
+        address(cu_seqlens), out.data_ptr(), len(x), len(slots), x.shape[1], weight.shape[1],
+        silu, torch.get_num_threads(),
     )  # fmt: skip
     return out

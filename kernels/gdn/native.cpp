@@ -1,5 +1,5 @@
-// One token of the gated delta rule: see reference.decode_gdn. A value head's state is read twice,
-// the second time from the cache, and written once.
+// The gated delta rule token by token: see reference.decode_gdn and verify_gdn. For each token a
+// value head's state is read twice, the second time from the cache, and written once.
 #include "../native.h"
 
 constexpr float L2_EPS = 1e-6f;
@@ -17,15 +17,15 @@ static float unit(const T* from, float* to, int64_t size, float scale) {
     return factor;
 }
 
-// COLUMNS * 16 columns of a state [K, V].
+// COLUMNS * 16 columns of a state [K, V]: `after` may be `before`.
 template <class T, class S, int COLUMNS>
 static void step(
-    S* state, int64_t V, int64_t K, const float* key, const float* query, float overlap,
-    float decay, float beta, const T* value, T* out) {
+    const S* before, S* after, int64_t V, int64_t K, const float* key, const float* query,
+    float overlap, float decay, float beta, const T* value, T* out) {
     Lanes recalled[COLUMNS] = {}, read[COLUMNS] = {};
     for (int64_t k = 0; k < K; k++)
         for (int c = 0; c < COLUMNS; c++) {
-            Lanes s = load(state + k * V + c * LANES) * decay;
+            Lanes s = load(before + k * V + c * LANES) * decay;
             recalled[c] = multiply_add(s, all(key[k]), recalled[c]);
             read[c] = multiply_add(s, all(query[k]), read[c]);
         }
@@ -36,49 +36,69 @@ static void step(
     }
     for (int64_t k = 0; k < K; k++)
         for (int c = 0; c < COLUMNS; c++) {
-            S* at = state + k * V + c * LANES;
-            store(at, multiply_add(delta[c], all(key[k]), load(at) * decay));
+            int64_t at = k * V + c * LANES;
+            store(after + at, multiply_add(delta[c], all(key[k]), load(before + at) * decay));
         }
 }
 
-struct Token {
-    int64_t stride;       // of query, key and value, from a sequence to the next
+struct Tokens {
+    int64_t stride;       // of query, key and value, from a token to the next
     int64_t gate_stride;  // of a and b
-    int64_t rows, H, HV, K, V;
+    int64_t rows, sequences, H, HV, K, V;
     float scale, max_beta;
 };
 
+// One token of one value head.
+template <class T, class S>
+static void advance(
+    const T* query, const T* key, const T* value, float a, float b, float A_log, float dt_bias,
+    const S* before, S* after, T* out, const Tokens& tokens) {
+    int64_t K = tokens.K, V = tokens.V;
+    float unit_key[MAX_KEY], unit_query[MAX_KEY];
+    unit(key, unit_key, K, 1.0f);
+    unit(query, unit_query, K, tokens.scale);
+    Lanes products = {};
+    for (int64_t k = 0; k < K; k += LANES)
+        products = multiply_add(load(unit_key + k), load(unit_query + k), products);
+    float overlap = sum(products), x = a + dt_bias;
+    float softplus = (x > 0.0f ? x : 0.0f) + log1pf(expf(-__builtin_fabsf(x)));
+    float decay = expf(-expf(A_log) * softplus);
+    float beta = tokens.max_beta / (1.0f + expf(-b));
+    int64_t v = 0;
+    for (; v + 4 * LANES <= V; v += 4 * LANES)
+        step<T, S, 4>(
+            before + v, after + v, V, K, unit_key, unit_query, overlap, decay, beta, value + v,
+            out + v);
+    for (; v < V; v += LANES)
+        step<T, S, 1>(
+            before + v, after + v, V, K, unit_key, unit_query, overlap, decay, beta, value + v,
+            out + v);
+}
+
+// cu_seqlens: null where every sequence is one token. The state after row r goes to step_slots[r].
 template <class T, class S>
 static void decode(
     const T* query, const T* key, const T* value, const T* a, const T* b, const float* A_log,
-    const float* dt_bias, S* states, int64_t slot_stride, const int32_t* slots, T* out,
-    const Token& token, int threads) {
-    int64_t K = token.K, V = token.V, HV = token.HV, group = HV / token.H;
-#pragma omp parallel for schedule(static) num_threads(threads_for(token.rows * HV * K * V / 2, threads))
-    for (int64_t item = 0; item < token.rows * HV; item++) {
-        int64_t row = item / HV, head = item % HV, key_head = head / group;
-        float unit_key[MAX_KEY], unit_query[MAX_KEY];
-        unit(key + row * token.stride + key_head * K, unit_key, K, 1.0f);
-        unit(query + row * token.stride + key_head * K, unit_query, K, token.scale);
-        Lanes products = {};
-        for (int64_t k = 0; k < K; k += LANES)
-            products = multiply_add(load(unit_key + k), load(unit_query + k), products);
-        float x = widen(a[row * token.gate_stride + head]) + dt_bias[head];
-        float softplus = (x > 0.0f ? x : 0.0f) + log1pf(expf(-__builtin_fabsf(x)));
-        float decay = expf(-expf(A_log[head]) * softplus);
-        float beta = token.max_beta / (1.0f + expf(-widen(b[row * token.gate_stride + head])));
-        S* state = states + slots[row] * slot_stride + head * K * V;
-        const T* from = value + row * token.stride + head * V;
-        T* to = out + item * V;
-        int64_t v = 0;
-        for (; v + 4 * LANES <= V; v += 4 * LANES)
-            step<T, S, 4>(
-                state + v, V, K, unit_key, unit_query, sum(products), decay, beta, from + v,
-                to + v);
-        for (; v < V; v += LANES)
-            step<T, S, 1>(
-                state + v, V, K, unit_key, unit_query, sum(products), decay, beta, from + v,
-                to + v);
+    const float* dt_bias, S* states, int64_t slot_stride, const int32_t* slots,
+    const int32_t* step_slots, const int32_t* cu_seqlens, T* out, const Tokens& tokens,
+    int threads) {
+    int64_t K = tokens.K, V = tokens.V, HV = tokens.HV, group = HV / tokens.H;
+#pragma omp parallel for schedule(static) num_threads(threads_for(tokens.rows * HV * K * V / 2, threads))
+    for (int64_t item = 0; item < tokens.sequences * HV; item++) {
+        int64_t sequence = item / HV, head = item % HV, key_head = head / group;
+        int64_t row = cu_seqlens ? cu_seqlens[sequence] : sequence;
+        int64_t end = cu_seqlens ? cu_seqlens[sequence + 1] : sequence + 1;
+        S* first = states + head * K * V;
+        const S* before = first + slots[sequence] * slot_stride;
+        for (; row < end; row++) {
+            S* after = first + step_slots[row] * slot_stride;
+            int64_t at = row * tokens.stride, gate = row * tokens.gate_stride + head;
+            advance(
+                query + at + key_head * K, key + at + key_head * K, value + at + head * V,
+                widen(a[gate]), widen(b[gate]), A_log[head], dt_bias[head], before, after,
+                out + (row * HV + head) * V, tokens);
+            before = after;
+        }
     }
 }
 
@@ -86,11 +106,13 @@ static void decode(
     EXPORT void decode_gdn_##NAME(                                                               \
         const T* query, const T* key, const T* value, const T* a, const T* b,                    \
         const float* A_log, const float* dt_bias, S* states, int64_t slot_stride,                \
-        const int32_t* slots, T* out, int64_t stride, int64_t gate_stride, int64_t rows,         \
-        int64_t H, int64_t HV, int64_t K, int64_t V, float scale, float max_beta, int threads) {                 \
+        const int32_t* slots, const int32_t* step_slots, const int32_t* cu_seqlens, T* out,      \
+        int64_t stride, int64_t gate_stride, int64_t rows, int64_t sequences, int64_t H,         \
+        int64_t HV, int64_t K, int64_t V, float scale, float max_beta, int threads) {            \
         decode(                                                                                  \
-            query, key, value, a, b, A_log, dt_bias, states, slot_stride, slots, out,            \
-            {stride, gate_stride, rows, H, HV, K, V, scale, max_beta}, threads);                           \
+            query, key, value, a, b, A_log, dt_bias, states, slot_stride, slots, step_slots,     \
+            cu_seqlens, out,                                                                     \
+            {stride, gate_stride, rows, sequences, H, HV, K, V, scale, max_beta}, threads);      \
     }
 
 DECODES(float, float, float32_float32)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet with its decoding step by ``native.cpp``; see ``reference``."""
+"""Gated DeltaNet with its decoding and verifying steps by ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from kernels.gdn import reference
 from kernels.gdn.reference import chunk_gdn, gates
-from kernels.native import DTYPES, LANES, function, has_whole_rows, verified_steps
+from kernels.native import DTYPES, LANES, address, function, has_whole_rows
 from kernels.packed import Packed
 
 __all__ = ["chunk_gdn", "decode_gdn", "gates", "verify_gdn"]
@@ -42,7 +42,7 @@ def decode_gdn(
         )
     if scale is None:
         scale = key.shape[-1] ** -0.5
-    return _decode(tokens, A_log, dt_bias, states, slots, scale, max_beta)
+    return _decode(tokens, A_log, dt_bias, states, slots, slots, None, scale, max_beta)
 
 
 def verify_gdn(
@@ -61,7 +61,8 @@ def verify_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """As ``reference.verify_gdn``; the bits are `decode_gdn`'s."""
+    """As ``reference.verify_gdn``; the bits are `decode_gdn`'s. Lengths are those of
+    ``packed.cu_seqlens``."""
     tokens = query, key, value, a, b
     if not _is_served(tokens, A_log, dt_bias, states):
         return reference.verify_gdn(
@@ -77,11 +78,9 @@ def verify_gdn(
         )
     if scale is None:
         scale = key.shape[-1] ** -0.5
-    out = torch.empty(value.shape, dtype=value.dtype)
-    for rows, targets in verified_steps(packed, states, slots, step_slots):
-        now = tuple(x[rows] for x in tokens)
-        out[rows] = _decode(now, A_log, dt_bias, states, targets, scale, max_beta)
-    return out
+    return _decode(
+        tokens, A_log, dt_bias, states, slots, step_slots, packed.cu_seqlens, scale, max_beta
+    )
 
 
 def _is_served(
@@ -109,6 +108,8 @@ def _decode(
     dt_bias: torch.Tensor,
     states: torch.Tensor,
     slots: torch.Tensor,
+    step_slots: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     scale: float,
     max_beta: float,
 ) -> torch.Tensor:
@@ -117,11 +118,13 @@ def _decode(
     num_rows, num_heads, key_dim = query.shape
     num_value_heads, value_dim = value.shape[1:]
     out = torch.empty(value.shape, dtype=value.dtype)
-    function(f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}", "ppppppppippiiiiiiifft")(
+    name = f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}"
+    function(name, "ppppppppippppiiiiiiiifft")(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
-        slots.data_ptr(), out.data_ptr(), value.stride(0), a.stride(0), num_rows, num_heads,
-        num_value_heads, key_dim, value_dim, scale, max_beta, torch.get_num_threads(),
+        slots.data_ptr(), step_slots.data_ptr(), address(cu_seqlens), out.data_ptr(),
+        value.stride(0), a.stride(0), num_rows, len(slots), num_heads, num_value_heads, key_dim,
+        value_dim, scale, max_beta, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

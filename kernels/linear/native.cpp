@@ -45,6 +45,27 @@ struct Int8Fours {
 };
 #endif
 
+// Rows of words, as many as outputs, to panels; the outputs that the last one misses are 0.
+EXPORT void pack_words(
+    const int32_t* rows, int32_t* packed, int64_t outputs, int64_t words, int threads) {
+    constexpr int64_t STEPS = 64;  // of all rows at a time: rows may lie 4 KiB apart
+    int64_t panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads_for(outputs * words, threads))
+    for (int64_t p = 0; p < panels; p++) {
+        int32_t block[PANEL * STEPS] = {};
+        const int32_t* from = rows + p * PANEL * words;
+        int64_t count = outputs - p * PANEL < PANEL ? outputs - p * PANEL : PANEL;
+        for (int64_t begin = 0; begin < words; begin += STEPS) {
+            int64_t steps = words - begin < STEPS ? words - begin : STEPS;
+            for (int64_t o = 0; o < count; o++)
+                memcpy(block + o * STEPS, from + o * words + begin, steps * 4);
+            int32_t* to = packed + (p * words + begin) * PANEL;
+            for (int64_t s = 0; s < steps; s++)
+                for (int64_t o = 0; o < PANEL; o++) to[s * PANEL + o] = block[o * STEPS + s];
+        }
+    }
+}
+
 template <class Op, int ROWS>
 static void tile(
     const int32_t* x, int64_t stride, const int32_t* w, int64_t steps, int32_t* sums, bool first) {

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from kernels.huge_pages import ask_for
 from kernels.linear import reference
 from kernels.linear.reference import PRODUCTS, linear, linear_8bit, quantize, widened
 from kernels.native import DTYPES, address, function, has
@@ -110,5 +111,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """``[M, N]`` in panels of 64 outputs, word by word: int32 ``[panels, words, 64]``, with zeros
     for the outputs that the last one misses."""
     words = weight.contiguous().view(torch.int32)
-    words = F.pad(words, (0, 0, 0, -len(words) % PANEL))
-    return words.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    num_outputs, num_words = words.shape
+    packed = ask_for(words.new_empty(-(-num_outputs // PANEL), num_words, PANEL))
+    function("pack_words", "ppiit")(
+        words.data_ptr(), packed.data_ptr(), num_outputs, num_words, torch.get_num_threads()
+    )
+    return packed

@@ -21,6 +21,9 @@ MODULES = (
     "kv_only",
     "null",
     "policies.words",
+    "routing.hashing",
+    "routing.load",
+    "routing.on_the_way",
     "tokens",
     "stats",
 )

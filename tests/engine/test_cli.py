@@ -258,7 +258,31 @@ def test_inspect_reads_directories_files_and_attention_only_models(
             {"interval": None, "num_tokens": GIB // 384, "num_checkpoints": 0, "state_share": 0.0}
         ]
     assert run("inspect", str(tmp_path)) == 0
-    assert "any prefix of the KV can be resumed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "any prefix of the KV can be resumed" in shown and "served" not in shown
+
+
+def test_inspect_says_what_serve_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model_type": "mistral9",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run("inspect", str(tmp_path)) == 0
+    assert "served       no: models of type 'mistral9' are not supported" in capsys.readouterr().out
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    assert run("inspect", str(tmp_path), "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["refusal"] and record["files"].startswith("ModelOpt (NVFP4, FP8) weights, which")
+    del config["intermediate_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run("inspect", str(tmp_path)) == 2
+    assert "intermediate_size must be" in capsys.readouterr().err
 
 
 def test_holdings_fill_the_budget_and_no_more() -> None:

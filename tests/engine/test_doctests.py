@@ -9,13 +9,14 @@ import pytest
 
 from engine.command import flags, inspect
 from engine.drafts import pace, suffix
+from engine.requests import conversations
 from engine.text import templates, tokenizer
 from engine.text.answers import marks
 from hybridcache import units
 
+MODULES = [conversations, flags, inspect, marks, pace, suffix, templates, tokenizer, units]
 
-@pytest.mark.parametrize(
-    "module", [flags, inspect, marks, pace, suffix, templates, tokenizer, units]
-)
+
+@pytest.mark.parametrize("module", MODULES)
 def test_examples(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0

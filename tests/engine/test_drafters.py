@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import RequestSpec
-from engine.drafts.drafting import Drafting
+from engine.drafts.drafting import Drafting, Source
 from engine.drafts.pace import MAX_MISSES, MAX_REST, MIN_REST, Pace
 from engine.drafts.suffix import SIZES, SuffixIndex
 from engine.requests.request import Request
@@ -97,11 +98,12 @@ def requests(count: int) -> list[Request]:
 
 def test_a_full_step_gives_each_fewer() -> None:
     for count, lengths in [(1, [4]), (4, [4] * 4), (6, [2] * 6), (10, [1] * 10), (20, [1] * 10)]:
-        drafting = Drafting([Nothing(), Ones()], max_tokens=4, max_verified=20)
+        sources = [Source(drafter, partial(Pace, 4)) for drafter in (Nothing(), Ones())]
+        drafting = Drafting(sources, max_verified=20)
         drafts = drafting.propose([(request, 50) for request in requests(count)])
         assert [len(draft.tokens) for draft in drafts.values()] == lengths
         assert {draft.source for draft in drafts.values()} == {"ones"}
-    drafting = Drafting([Ones()], max_tokens=4, max_verified=20)
+    drafting = Drafting([Source(Ones(), partial(Pace, 4))], max_verified=20)
     one, other = requests(2)
     drafts = drafting.propose([(one, 0), (other, 2)])
     assert [len(draft.tokens) for draft in drafts.values()] == [2] and other in drafts

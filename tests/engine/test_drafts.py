@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.command.screen import start_screen
 from engine.config import ConfigError
 from engine.drafts.drafter import Draft
-from engine.drafts.drafting import Drafting
+from engine.drafts.drafting import Drafting, Source
+from engine.drafts.pace import Pace
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingInput
 from engine.run.model_runner import ModelRunner
@@ -125,7 +127,8 @@ def make_engine(tmp_path: Path) -> MakeEngine:
             runner.tensors.rows.fill_(255)
         drafting = None
         if guesses is not None:
-            drafting = Drafting([guesses], max_tokens=5, max_verified=config.num_step_states)
+            source = Source(guesses, partial(Pace, 5))
+            drafting = Drafting([source], max_verified=config.num_step_states)
         return Engine(
             config,
             runner=runner,
@@ -361,9 +364,12 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
     assert ((pairs - count * likely) ** 2 / (count * likely)).sum() < 37.7  # p = 0.001
 
 
-@pytest.mark.parametrize("word", ["tre", "tree:0", "tree:33", "tree:x", "tree:", "tree,", ""])
+@pytest.mark.parametrize(
+    "word",
+    ["tre", "tree:0", "tree:33", "tree:x", "tree:", "tree,", "", "mtp:5", "tree,tree", "none,mtp"],
+)
 def test_a_wrong_word_says_what_would_work(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"tree .*1 to 32, as in tree:8; not"):
+    with pytest.raises(ConfigError, match=r"tree .1 to 32 .*mtp .1 to 4 tokens, as in mtp:3.; not"):
         EngineConfig(draft=word)
 
 
@@ -373,6 +379,7 @@ def test_drafts_and_overlap_exclude_each_other() -> None:
     assert EngineConfig(overlap="on").num_step_states == 0
     assert EngineConfig(draft="tree").num_step_states == 4 * 9
     assert EngineConfig(draft="tree:3", max_running=2).num_step_states == 8
+    assert EngineConfig(draft="tree,mtp:4").drafters == {"tree": 8, "mtp": 4}
 
 
 def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: MakeEngine) -> None:
@@ -403,7 +410,7 @@ def test_a_guess_takes_no_memory_from_others() -> None:
 
     plain = serve(None)
     guesses.learn(plain)
-    outputs = serve(Drafting([guesses], max_tokens=4, max_verified=20))
+    outputs = serve(Drafting([Source(guesses, partial(Pace, 4))], max_verified=20))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
     assert outputs[0].drafts.accepted.total() > 40

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.drafts.drafting import Drafting
+from engine.drafts.drafter import Newest
+from engine.drafts.drafting import Drafting, Source
+from engine.drafts.pace import Pace
 from engine.requests.request import Request
 from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
 from engine.schedule.batch import Batch
@@ -169,20 +172,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
         slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),
-        drafts=st.sampled_from(["none", "guesses", "tree"]),
+        drafts=st.sampled_from(["none", "guesses", "tree", "mtp", "tree,mtp"]),
         draft_len=st.sampled_from([1, 5, 32]),
     )
     def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
         if drafts != "none":
             settings["overlap"] = "off"
+        if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
+            drafts = "guesses"  # A head keeps a state.
         self.guesses = Guesses()
-        room = {"max_tokens": draft_len, "max_verified": 2 * (1 + draft_len)}
+        room, pace = 2 * (1 + draft_len), partial(Pace, draft_len)
         drafting = {
             "none": None,
-            "guesses": Drafting([self.guesses], **room),
-            "tree": Drafting.of(["tree"], *room.values()),
+            "guesses": Drafting([Source(self.guesses, pace)], max_verified=room),
+            "tree": Drafting.of({"tree": draft_len}, room, self.guess),
+            "mtp": Drafting.of({"mtp": draft_len}, room, self.guess),
+            "tree,mtp": Drafting.of({"tree": 3, "mtp": draft_len}, room, self.guess),
         }[drafts]
         self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
+
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[np.ndarray]:
+        return self.engine.runner.guess(newest, most)
 
     def serve(self, engine: Engine) -> None:
         self.engine = engine

@@ -10,6 +10,7 @@ import pkgutil
 import pytest
 
 import kernels
+from kernels.native import SOURCES
 
 pytest.importorskip("triton")
 REFERENCE_ONLY = {"mamba1"}
@@ -40,9 +41,15 @@ def test_no_kernel_has_many_parameters(folder: str) -> None:
     assert {name: count for name, count in counts.items() if count > 20} == {}
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_twins_have_one_signature(folder: str) -> None:
-    fused = importlib.import_module(f"kernels.{folder}.fused")
+NATIVE = sorted(path.parent.name for path in SOURCES.glob("*/native.py"))
+
+
+@pytest.mark.parametrize(
+    "folder, word",
+    [(folder, "fused") for folder in FOLDERS] + [(folder, "native") for folder in NATIVE],
+)
+def test_twins_have_one_signature(folder: str, word: str) -> None:
+    twin = importlib.import_module(f"kernels.{folder}.{word}")
     reference = importlib.import_module(f"kernels.{folder}.reference")
     shared = [
         name
@@ -50,10 +57,10 @@ def test_twins_have_one_signature(folder: str) -> None:
         if not name.startswith("_")
         and inspect.isfunction(getattr(reference, name))
         and getattr(reference, name).__module__ == reference.__name__
-        and inspect.isfunction(getattr(fused, name, None))
+        and inspect.isfunction(getattr(twin, name, None))
     ]
     assert shared
     for name in shared:
-        ours, plain = (inspect.signature(getattr(module, name)) for module in (fused, reference))
+        ours, plain = (inspect.signature(getattr(module, name)) for module in (twin, reference))
         assert list(ours.parameters) == list(plain.parameters), name
-        assert inspect.getdoc(getattr(fused, name)), name
+        assert inspect.getdoc(getattr(twin, name)), name

@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.state_copy import reference
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.state_copy.fused")
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "copy_states", [reference.copy_states, fused.copy_states], ids=["reference", "fused"]
+    "kernel",
+    [
+        pytest.param(reference, id="reference"),
+        pytest.param(fused, id="fused"),
+        native("state_copy"),
+    ],
 )
 
 
@@ -24,9 +30,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     num_copies=st.integers(0, 3),
     seed=st.integers(0, 9),
 )
-def test_moves_exactly_what_is_asked(
-    copy_states, num_layers, width, order, num_copies, seed
-) -> None:
+def test_moves_exactly_what_is_asked(kernel, num_layers, width, order, num_copies, seed) -> None:
     torch.manual_seed(seed)
     pools = [
         torch.randn(num_layers, 7, 2, width, 5),
@@ -35,7 +39,7 @@ def test_moves_exactly_what_is_asked(
     ]
     before = [pool.clone() for pool in pools]
     sources, targets = order[:num_copies], order[num_copies : 2 * num_copies]
-    copy_states(
+    kernel.copy_states(
         pools, torch.tensor(sources, dtype=torch.int32), torch.tensor(targets, dtype=torch.int32)
     )
     for pool, old in zip(pools, before, strict=True):
@@ -44,11 +48,11 @@ def test_moves_exactly_what_is_asked(
 
 
 @IMPLEMENTATIONS
-def test_layers_and_slots_may_be_strided(copy_states, device) -> None:
+def test_layers_and_slots_may_be_strided(kernel, device) -> None:
     storage = torch.randn(9, 4, 2, 6, 8, device=device)
     pool = storage[::2, :, 1].transpose(0, 1)  # [L=4, S=5, 6, 8], slots outermost in memory
     before, untouched = pool.clone(), storage[1::2].clone()
-    copy_states([pool], _int32([4, 0], device), _int32([1, 2], device))
+    kernel.copy_states([pool], _int32([4, 0], device), _int32([1, 2], device))
     before[:, [1, 2]] = before[:, [4, 0]]
     assert torch.equal(pool, before)
     assert torch.equal(storage[1::2], untouched)

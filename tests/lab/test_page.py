@@ -17,6 +17,7 @@ from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS, open_trace
 from hybridcache.policies.words import EVICTION_WORDS, PLACEMENT_WORDS
+from hybridcache.routing.words import ROUTERS
 
 PAGE = (Path(hybridcache.lab.__file__).parent / "README.md").read_text(encoding="utf-8")
 
@@ -43,6 +44,7 @@ def _words() -> set[str]:
         METRICS,
         READERS,
         GENERATORS,
+        ROUTERS,
     ],
 )
 def test_every_word_is_on_it(registry: dict[str, object]) -> None:

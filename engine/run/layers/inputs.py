@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from kernels.attention.sequences import Sequences
-from kernels.packed import Exports, Packed
+from kernels.packed import Exports, Packed, running_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,17 @@ class VerifyPart:
     """int32[B], only read; empty for an attention-only model."""
     step_slots: torch.Tensor
     """int32[V]: where the state after each token goes; empty for an attention-only model."""
+    before: torch.Tensor
+    """int64[V]: which of the V tokens comes before each; V and the sequence's rank for its
+    first."""
+
+
+def tokens_before(lengths: Sequence[int], num_tokens: int) -> npt.NDArray[np.int64]:
+    """``VerifyPart.before`` of sequences of ``lengths``, where ``num_tokens`` are the V tokens:
+    int64[sum of lengths]."""
+    before = np.arange(-1, sum(lengths) - 1)
+    before[running_sum(lengths)[:-1]] = num_tokens + np.arange(len(lengths))
+    return before
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,6 @@ from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum
 from kernels.upload import upload
 
-ROWS = 4
-"""As ``model_runner.ROWS``."""
-
 
 class PredictionHead:
     """One layer of attention and an MLP, between a product that takes in the next token and a norm.
@@ -59,6 +56,7 @@ class PredictionHead:
         assert isinstance(attention.block, Attention)
         self._attention, self._mlp = attention, mlp
         self._embedding_norm, self._hidden_norm, self._norm = norms
+        self._row_multiple: int = build.kernels["linear"].ROWS
         self._fc = Linear(2 * hidden_size, [Part(f"{name}.fc", hidden_size)], build)
         self.keeps: tuple[Spec, ...] = (
             *attention.block.keeps,
@@ -89,22 +87,19 @@ class PredictionHead:
         """Write the rows of a step's tokens, and h of every sequence where its states go.
 
         ``embedded``, ``hidden``: ``[num_rows, H]``, the tokens' embeddings and what ``forward``
-        left of them. Costs two small products a token: no attention.
+        left of them. Costs two small products a token: no attention. Reads no number of the device
+        on the host, so that it can be captured with the model's step.
         """
         *kv, carried = pools
-        places = _Places.of(inputs)
-        device = hidden.device
-        firsts = upload(places.firsts, torch.int64, device)
-        earlier = carried[upload(places.slots, torch.int64, device)]
-        earlier = torch.where(places.resumed(device)[:, None], earlier, 0)
-        before = hidden.roll(1, 0)
-        before[firsts] = earlier
-        projected, _ = self._attention.project(self._enter(embedded, before), None)
+        befores, kept = _trail(hidden, inputs, carried)
+        before = befores[0] if len(befores) == 1 else torch.cat(befores)
+        entered = self._enter(embedded, pad_rows(before, len(hidden)))
+        projected, _ = self._attention.project(entered, None)
         block = self._attention.block
         assert isinstance(block, Attention)
         block.write(projected, inputs, (kv[0], kv[1]))
-        rows, slots = (upload(list(part), torch.int64, device) for part in places.saves)
-        carried[slots] = hidden[rows]
+        for slots, last in kept:
+            carried[slots] = last
 
     def draft(
         self,
@@ -122,7 +117,7 @@ class PredictionHead:
         rows of positions 1, 2, ... lie; that of the token is written.
         """
         count, device = len(positions), embedded.device
-        num_rows = -(-count // ROWS) * ROWS
+        num_rows = -(-count // self._row_multiple) * self._row_multiple
         at = upload(positions, torch.int64, device)
         cos, sin = rotary(at)
         inputs = LayerInputs(
@@ -147,50 +142,41 @@ class PredictionHead:
         return self._norm.add(hidden, residual)[0][:count]
 
 
-class _Places:
-    """Which tokens of a step begin a sequence's part of it, and whose h is kept where. Of the
-    host's numbers: O(sequences + tokens to verify)."""
+Kept = list[tuple[torch.Tensor, torch.Tensor]]
+"""(slots, vectors for them)."""
 
-    def __init__(self) -> None:
-        self.firsts: list[int] = []
-        self.slots: list[int] = []
-        self._resumed: list[torch.Tensor] = []
-        self.saves: tuple[list[int], list[int]] = [], []
-        """(token, slot)."""
 
-    @classmethod
-    def of(cls, inputs: LayerInputs) -> _Places:
-        made = cls()
-        if inputs.decode is not None:
-            made._add(range(inputs.num_decode), inputs.decode.slots, None)
-            made._save(range(inputs.num_decode), inputs.decode.slots.tolist())
-        if inputs.verify is not None:
-            part, first = inputs.verify, inputs.num_decode
-            starts = running_sum(part.packed.lengths)[:-1]
-            made._add([first + start for start in starts], part.slots, None)
-            made._save(range(first, first + inputs.num_verify), part.step_slots.tolist())
-        if inputs.prefill is not None:
-            filled, first = inputs.prefill, inputs.num_decode + inputs.num_verify
-            bounds = [first + bound for bound in running_sum(filled.packed.lengths)]
-            made._add(bounds[:-1], filled.slots, filled.resumed)
-            made._save([end - 1 for end in bounds[1:]], filled.slots.tolist())
-            if filled.exports is not None:
-                exports = filled.exports
-                ends = zip(exports.sequences, exports.ends, strict=True)
-                made._save([bounds[rank] + end - 1 for rank, end in ends], exports.slots)
-        return made
-
-    def _add(
-        self, firsts: Sequence[int], slots: torch.Tensor, resumed: torch.Tensor | None
-    ) -> None:
-        self.firsts += firsts
-        self.slots += slots.tolist()
-        self._resumed.append(torch.ones_like(slots).bool() if resumed is None else resumed)
-
-    def _save(self, tokens: Sequence[int], slots: Sequence[int]) -> None:
-        self.saves[0].extend(tokens)
-        self.saves[1].extend(slots)
-
-    def resumed(self, device: torch.device) -> torch.Tensor:
-        """bool[sequences]: its slot holds the h before."""
-        return torch.cat(self._resumed).to(device)
+def _trail(
+    hidden: torch.Tensor, inputs: LayerInputs, carried: torch.Tensor
+) -> tuple[list[torch.Tensor], Kept]:
+    """Of a step that left ``hidden``, with each sequence's h before it in ``carried``: the h before
+    each token, in parts, and what is to be carried on."""
+    befores: list[torch.Tensor] = []
+    kept: Kept = []
+    first, verified = inputs.num_decode, inputs.num_decode + inputs.num_verify
+    if inputs.decode is not None:
+        slots = inputs.decode.slots.long()
+        befores.append(carried[slots])
+        kept.append((slots, hidden[:first]))
+    if inputs.verify is not None:
+        part, own = inputs.verify, hidden[first:verified]
+        befores.append(torch.cat([own, carried[part.slots.long()]])[part.before])
+        kept.append((part.step_slots.long(), own))
+    if inputs.prefill is not None:
+        filled, own = inputs.prefill, hidden[verified : inputs.num_tokens]
+        slots, bounds = filled.slots.long(), running_sum(filled.packed.lengths)
+        firsts, lasts = (
+            upload(ends, torch.int64, hidden.device)
+            for ends in (bounds[:-1], [end - 1 for end in bounds[1:]])
+        )
+        before = own.roll(1, 0)
+        before[firsts] = torch.where(filled.resumed[:, None], carried[slots], 0)
+        befores.append(before)
+        kept.append((slots, own[lasts]))
+        if filled.exports is not None:
+            exports = filled.exports
+            ends = zip(exports.sequences, exports.ends, strict=True)
+            tokens = [bounds[rank] + end - 1 for rank, end in ends]
+            saved = own[upload(tokens, torch.int64, hidden.device)]
+            kept.append((exports.tables.slots.long(), saved))
+    return befores, kept

@@ -16,7 +16,9 @@ from engine.run.layers.linear import Linear, Part
 from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
+from engine.run.layers.prediction import PredictionHead
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.run.layers.sealing import Sealing
 from engine.run.layers.stepwise import mix
 from engine.run.memory import Pools
 from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
@@ -53,6 +55,7 @@ class Decoder(ABC):
     ) -> None:
         self.config, self.build, self.stacked_experts = config, build, stacked_experts
         self._parts: list[Layer] = []
+        self._sealing = Sealing(beside=build.weights.device.type == "cpu")
         self.embedding = self._add(Embedding(self.embedding_name, config, build), fill)
         self.mixers: list[MixerStep] = []
         self._between: list[list[FeedForwardStep]] = [[]]
@@ -67,6 +70,7 @@ class Decoder(ABC):
                     self._between[-1].append(step)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
         self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
+        self._sealing.wait()
 
     @classmethod
     def read(cls, text: Fields) -> ModelConfig:
@@ -114,6 +118,11 @@ class Decoder(ABC):
             centred=self.centred_norms,
         )
 
+    def prediction_head(self) -> PredictionHead | None:
+        """The multi-token head of the family's checkpoints, its weights not filled in; None: they
+        have none that is served."""
+        return None
+
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Every checkpoint tensor of the model; only before it is sealed."""
         for part in self._parts:
@@ -160,7 +169,7 @@ class Decoder(ABC):
         self._parts.append(part)
         if fill is not None:
             fill(part)
-            part.seal()
+            self._sealing.seal(part)
         return part
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.run.model_config import ModelError
-from engine.run.quantization.names import MODEL_SLIM_FILE, Names
+from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE, Names
 from engine.run.quantization.scheme import Group, Quantization, Scheme
 
 REMEDY = (
@@ -39,6 +39,11 @@ def read_quantization(
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     section = config.get("quantization_config") or nested
     if not section:
+        if model_dir is not None and (model_dir / MODEL_OPT_FILE).is_file():
+            raise ModelError(
+                f"{REFUSED['modelopt']} weights, which {MODEL_OPT_FILE} describes, are not served; "
+                f"{REMEDY}."
+            )
         return _model_slim(model_dir / MODEL_SLIM_FILE) if model_dir is not None else None
     if not isinstance(section, Mapping):
         raise ModelError("quantization_config in config.json must be an object.")

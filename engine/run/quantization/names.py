@@ -12,6 +12,7 @@ WRAPPINGS = ("model.language_model.", "language_model.model.")
 """What multimodal checkpoints have in place of ``model.`` around their text part."""
 
 MODEL_SLIM_FILE = "quant_model_description.json"
+MODEL_OPT_FILE = "hf_quant_config.json"
 """Ascend's list of what each tensor is."""
 
 

@@ -7,11 +7,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server.dialects.tools import callable_tools
 from engine.server.errors import APIError
-from engine.server.front import ServingContext
+from engine.server.explanations import Inquiry
+from engine.server.front import ServingContext, new_id
+from engine.server.replays import as_message
 from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
 from engine.text.answers.events import CallBegin, CallEnd, Event, joined
 from engine.text.answers.forms import AnswerForm, AnswerReader
@@ -53,15 +57,19 @@ async def render(
     refuses it."""
 
     def work() -> ChatPrompt:
+        messages = [message.as_template_input() for message in body.messages or ()]
+        chat = front.replays.prepare(messages, body.chat_template_kwargs, namespace)
         return render_chat(
             front.tokenizer,
-            [message.as_template_input() for message in body.messages or ()],
+            chat.messages,
             tools=None if body.tools is None else [_plain(tool) for tool in body.tools] or None,
             add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
+            variables=chat.variables,
             special_in_content=front.special_in_content,
             namespace=namespace,
             cuts=cuts_of(body.messages, body.tools),
+            sampled=chat.sampled,
+            keeps_thinking=chat.keeps_thinking,
         )
 
     try:
@@ -93,10 +101,15 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
 
 
 async def ask(
-    front: ServingContext, body: ChatRequest, size: int, fits_context: bool = False
+    front: ServingContext,
+    body: ChatRequest,
+    size: int,
+    fits_context: bool = False,
+    answer_id: str | None = None,
 ) -> Exchange:
     """Submit a chat of ``size`` bytes; with ``fits_context`` an answer may be shorter than its
-    limit, where the context holds no more. APIError: it is refused."""
+    limit, where the context holds no more. ``answer_id``: how clients know it; None: as one of
+    /v1/chat/completions. APIError: it is refused."""
     front.check_model(body.model)
     front.check_number(body.n)
     template = front.tokenizer.chat_template
@@ -110,6 +123,8 @@ async def ask(
         limit = limit if has_room else None
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
+    answer_id = answer_id or new_id("chatcmpl")
+    inquiry = await _inquire(front, body, np.asarray(token_ids), namespace, size, answer_id)
     streams = await front.submit(
         RequestSpec(
             token_ids,
@@ -122,7 +137,34 @@ async def ask(
     )
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single = not body.parallel_tool_calls
-    return Exchange(front, prompt, streams, [_Reading(each, is_single) for each in readers])
+    readings = [_Reading(each, is_single) for each in readers]
+    place = len(body.messages), namespace
+    return Exchange(front, prompt, streams, readings, inquiry, place)
+
+
+async def _inquire(
+    front: ServingContext,
+    body: ChatRequest,
+    token_ids: np.ndarray,
+    namespace: str | None,
+    size: int,
+    answer_id: str,
+) -> Inquiry:
+    def work() -> Inquiry:
+        asked = front.explanations.begin(
+            answer_id,
+            token_ids.astype(np.int32, copy=False),
+            model=front.model_name,
+            namespace=namespace,
+            messages=[message.as_template_input() for message in body.messages],
+            tools=body.tools,
+            variables=body.chat_template_kwargs,
+            size=size,
+        )
+        is_asked = body.diagnostics is not None
+        return Inquiry(front.explanations, asked, body.compared_with, is_asked)
+
+    return await front.workers.run(size, work)
 
 
 class Exchange:
@@ -134,8 +176,13 @@ class Exchange:
         prompt: ChatPrompt,
         streams: Sequence[RequestStream],
         readings: Sequence[_Reading],
+        inquiry: Inquiry,
+        place: tuple[int, str | None],
     ) -> None:
+        """``place``: (messages of the chat, its namespace)."""
         self._front = front
+        self._place = place
+        self.inquiry = inquiry
         self.prompt = prompt
         self._streams = streams
         self._readings = readings
@@ -151,11 +198,19 @@ class Exchange:
     async def news(self) -> AsyncIterator[News]:
         """What comes, of all answers, until all have ended."""
         async for index, output in self._front.outputs(self._streams):
+            if index == 0:
+                self.inquiry.see(output)
             reading = self._readings[index]
             events = reading.read(output)
             finish = reading.finish(output)
             if reading.is_over and finish is None:
                 self._streams[index].abort()
+            if finish is not None:
+                message = as_message(reading.events)
+                if not reading.is_over:
+                    self._front.replays.remember(self.prompt, *self._place, message, output)
+                if index == 0:
+                    self.inquiry.end(output, message)
             yield News(index, events, output, finish)
 
     async def answers(self) -> list[Answer]:
@@ -179,6 +234,8 @@ class _Reading:
         self._reader = reader
         self._is_single = is_single
         self._has_calls = False
+        self.events: list[Event] = []
+        """All so far."""
         self.is_over = False
         """The first call ended, and no more is read."""
         self.num_reasoning_tokens = 0
@@ -198,6 +255,7 @@ class _Reading:
             end = next((at for at, one in enumerate(events, 1) if isinstance(one, CallEnd)), None)
             self.is_over = end is not None
             events = events[:end]
+        self.events += events
         return events
 
     def finish(self, output: RequestOutput) -> Finish | None:

@@ -34,15 +34,18 @@ async def messages(front: ServingContext, request: Request, body: MessagesReques
     """Answer one request."""
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
-    exchange = await ask(front, settle_system(front, chat), size, fits_context=True)
+    answer_id = new_id("msg", "_")
+    chat = settle_system(front, chat)
+    exchange = await ask(front, chat, size, fits_context=True, answer_id=answer_id)
     writer = _Writer(front, body, exchange)
     if body.stream:
-        return EventStream(writer.events())
+        return EventStream(writer.events(), exchange.inquiry.headers)
     [answer] = await unless_gone(request, exchange.answers())
     content = await front.workers.run(
         len(answer.output.output), lambda: to_json(writer.whole(answer))
     )
-    return Response(content, media_type="application/json")
+    headers = exchange.inquiry.headers()
+    return Response(content, media_type="application/json", headers=headers)
 
 
 async def count_tokens(front: ServingContext, request: Request, body: CountRequest) -> Response:
@@ -62,7 +65,6 @@ class _Writer:
         self._front = front
         self._body = body
         self._exchange = exchange
-        self._id = new_id("msg", "_")
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         ending = self._ending(answer.finish, answer.output)
@@ -100,13 +102,14 @@ class _Writer:
         self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self._exchange.inquiry.answer_id,
             "type": "message",
             "role": "assistant",
             "model": self._front.model_name,
             "content": content,
             **ending,
             "usage": usage,
+            **self._exchange.inquiry.diagnostics(),
         }
 
     def _ending(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:

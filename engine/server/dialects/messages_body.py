@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
-from engine.server.schemas import CacheControl, ChatRequest, Listed, Strict
+from engine.server.schemas import CacheControl, ChatRequest, Diagnostics, Listed, Strict
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
 IGNORED = frozenset({"metadata", "service_tier"})
@@ -218,6 +218,7 @@ class CountRequest(Strict):
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     """Later prompts will share all of this one."""
+    diagnostics: Diagnostics | None = None
     cache_salt: str | None = None
     """Requests with different salts share nothing of the cache."""
 
@@ -258,6 +259,7 @@ class CountRequest(Strict):
         return {
             "model": self.model,
             "messages": messages,
+            "diagnostics": self.diagnostics and self.diagnostics.model_dump(),
             "tools": None if self.tools is None else [tool.as_tool() for tool in self.tools],
             "tool_choice": None if choice is None else choice.as_choice(),
             "parallel_tool_calls": choice is None or not choice.disable_parallel_tool_use,

@@ -49,7 +49,8 @@ class Responses:
             size += before.num_bytes
         earlier = [] if before is None else before.items
         chat, new = await front.workers.run(size, lambda: (body.as_chat(earlier), body.items))
-        exchange = await ask(front, settle_system(front, chat), size)
+        chat = settle_system(front, chat)
+        exchange = await ask(front, chat, size, answer_id=new_id("resp", "_"))
         writer = _Writer(front, body, exchange)
 
         def keep(response: dict[str, Any], num_tokens: int) -> None:
@@ -60,7 +61,7 @@ class Responses:
                 self._store.put(namespace, response["id"], stored)
 
         if body.stream:
-            return EventStream(writer.events(keep))
+            return EventStream(writer.events(keep), exchange.inquiry.headers)
         [answer] = await unless_gone(request, exchange.answers())
         num_tokens = len(answer.output.output)
 
@@ -72,7 +73,8 @@ class Responses:
         response = await front.workers.run(num_tokens, work)
         keep(response, num_tokens)
         content = await front.workers.run(num_tokens, lambda: to_json(response))
-        return Response(content, media_type="application/json")
+        headers = exchange.inquiry.headers()
+        return Response(content, media_type="application/json", headers=headers)
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
         """A stored response. APIError 404: there is none, or it is another tenant's."""
@@ -111,7 +113,7 @@ class _Writer:
         self._num_events = 0
         choice = body.tool_choice
         self._head = {
-            "id": new_id("resp", "_"),
+            "id": exchange.inquiry.answer_id,
             "object": "response",
             "created_at": int(time.time()),
             "background": False,
@@ -135,12 +137,14 @@ class _Writer:
         }
 
     async def events(self, keep: Callable[[dict[str, Any], int], None]) -> AsyncIterator[bytes]:
-        """``response.created``, the items as they come, and the whole response at the end."""
-        for name in ("created", "in_progress"):
-            started = self._response("in_progress", [], None)
-            yield self._event({"type": f"response.{name}", "response": started})
+        """``response.created`` with the first output, whose headers say what the cache had, the
+        items as they come, and the whole response at the end."""
+        has_begun = False
         try:
             async for news in self._exchange.news():
+                if not has_begun:
+                    has_begun = True
+                    yield self._started()
                 said = b"".join(map(self._event, self.items.write(news.events)))
                 if said:
                     yield said
@@ -151,10 +155,18 @@ class _Writer:
                     last = {"type": f"response.{response['status']}", "response": response}
                     yield b"".join(map(self._event, [*closing, last]))
         except Exception as error:
+            if not has_begun:
+                yield self._started()
             failure = of_failure(error)
             said_so = {"code": failure.code or "server_error", "message": str(failure)}
             failed = self._response("failed", self.items.output, None) | {"error": said_so}
             yield self._event({"type": "response.failed", "response": failed})
+
+    def _started(self) -> bytes:
+        response = self._response("in_progress", [], None)
+        names = ("created", "in_progress")
+        events = ({"type": f"response.{name}", "response": response} for name in names)
+        return b"".join(map(self._event, events))
 
     def ended(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:
         """The response with all that was written."""
@@ -176,6 +188,7 @@ class _Writer:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "output": list(output),
             "usage": usage,
+            **({} if usage is None else self._exchange.inquiry.told()),
         }
 
     def _event(self, data: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from engine.server.dialects.translated import chat_request, parsed_arguments
 from engine.server.errors import APIError, of_validation, quoted
-from engine.server.schemas import ChatRequest, Listed, StreamOptions, Strict
+from engine.server.schemas import CacheOptions, ChatRequest, Listed, StreamOptions, Strict
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")
@@ -182,6 +182,7 @@ class ResponsesRequest(Strict):
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     metadata: dict[str, str] | None = None
+    prompt_cache_options: CacheOptions | None = None
     cache_salt: str | None = None
     """Requests with different salts share nothing: of the cache, and of what is stored."""
 
@@ -214,6 +215,7 @@ class ResponsesRequest(Strict):
         except ValidationError as error:
             raise of_validation(error) from None
         choice: Any = self.tool_choice
+        options = self.prompt_cache_options
         if isinstance(choice, NamedFunction):
             choice = {"type": "function", "function": {"name": choice.name}}
         try:
@@ -230,6 +232,7 @@ class ResponsesRequest(Strict):
                     "chat_template_kwargs": self._switches() or None,
                     "response_format": self._format(),
                     "cache_salt": self.cache_salt,
+                    "prompt_cache_options": options and options.model_dump(),
                 }
             )
         except ValueError as error:

@@ -41,6 +41,11 @@ def sizes_of(text: Fields) -> ModelSizes:
     return read(text)
 
 
+def model_types() -> frozenset[str]:
+    """Those that a file of their own reads."""
+    return frozenset(_readers()[0]) - {""}
+
+
 @cache
 def _readers() -> tuple[dict[str, Reader], dict[str, Reader]]:
     """By ``model_type``, and by mark."""

@@ -24,7 +24,8 @@ Fields = Mapping[str, Any]
 
 
 def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
-    """A model of these layers. Raises SizesError where one keeps nothing or less."""
+    """A model of these layers. Raises SizesError where one keeps nothing or less, or has an MLP
+    without width."""
     made = ModelSizes(hidden(text), int(text.get("vocab_size", 0)), layers)
     for spec in made.specs():
         if min(spec.shape) < 1:
@@ -33,6 +34,9 @@ def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
                 f"sizes in config.json must be at least 1: a layer would keep {shape} numbers "
                 f"({spec.name})."
             )
+    for layer in layers:
+        if isinstance(layer.mlp, MLPSizes):
+            check_size("intermediate_size", layer.mlp.intermediate)
     return made
 
 

@@ -173,6 +173,8 @@ class Sweep:
     hold the model."""
     processes: int = 1
     """Changes no result."""
+    ray: str | None = None
+    """Address of a Ray cluster that computes the runs, in place of ``processes``."""
     resume_from: str | Path | None = None
     """JSON lines: runs that it has are read, new ones appended."""
     progress: Callable[[int, int], None] | None = None
@@ -245,7 +247,12 @@ def simulate(trace: str | Trace, sweep: Sweep | None = None, **options: Any) -> 
     ]
     kept = Path(sweep.resume_from) if sweep.resume_from else None
     runs = run_sweep(
-        opened, jobs, processes=sweep.processes, resume_from=kept, progress=sweep.progress
+        opened,
+        jobs,
+        processes=sweep.processes,
+        ray=sweep.ray,
+        resume_from=kept,
+        progress=sweep.progress,
     )
     is_known = isinstance(serving.times, Roofline | MeasuredTimes)
     result = SimulationResult(

@@ -3,6 +3,7 @@ not, and never needed."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from engine.config import EngineConfig
 from engine.run import backends
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
-from engine.schedule.batch import Batch
+from engine.schedule.batch import Batch, Segment
 from experiments.count_ops import count
 from kernels.native import shared_library
 
@@ -31,11 +32,7 @@ def make_runner(dtype: str = "float32", **options) -> ModelRunner:
 
 def decoded(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]]:
     """Logits of every step in which all prompts decode together."""
-    driver = driver_class(runner, scatter_seed=3)
-    begun = [driver.begin(prompt) for prompt in prompts]
-    sequences = [sequence for sequence, _ in begun]
-    segments = [driver.prefill_segment(s, len(s.tokens)) for s in sequences]
-    runner.forward(Batch(tuple(segments), (), tuple(write for _, write in begun)))
+    driver, sequences = prefilled(driver_class, runner, prompts)
     return [
         list(runner.forward(Batch(tuple(driver.decode_segment(s, step) for s in sequences))))
         for step in range(num_steps)
@@ -57,6 +54,70 @@ def test_company_and_recording_change_no_bit(
         alone = decoded(driver_class, runner, [prompt], 3)
         for step, [logits] in enumerate(alone):
             assert torch.equal(logits, together[step][rank])
+
+
+@COMPILED
+@FORMATS
+def test_recorded_verification_gives_the_bits_of_single_steps(
+    driver_class, random_tokens, dtype, quantization
+) -> None:
+    """Sequences without drafts and with, as many tokens as a graph has and fewer; a graph is used
+    for other lengths than it was recorded with."""
+    runner = make_runner(dtype, quantization=quantization, draft="tree:8")
+    assert runner.verify_graphs is not None
+    prompts = [random_tokens(length, length) for length in (100, 64, 7)]
+    answers = [random_tokens(20, length) for length in range(3)]
+    runner.use_graphs("off")
+    assert runner.verify_graphs is None
+    driver, sequences = prefilled(driver_class, runner, prompts)
+    logits, states = [], []
+    for tokens in zip(*answers, strict=True):
+        segments = map(driver.decode_segment, sequences, tokens)
+        logits.append(runner.forward(Batch(tuple(segments))))
+        states.append([states_of(runner, sequence) for sequence in sequences])
+    runner.use_graphs("auto")
+    _, sequences = prefilled(driver_class, runner, prompts)
+    done = [0, 0, 0]
+    # Of each sequence: (tokens, taken).
+    for step in ([(1, 1), (4, 4), (8, 3)], [(1, 1), (8, 8), (4, 1)], [(2, 1), (1, 1), (9, 9)]):
+        order = sorted(range(3), key=lambda b: step[b][0] > 1)
+        segments = []
+        for b in order:
+            tokens = np.array(answers[b][done[b] :][: step[b][0]], np.int32)
+            sequence, drafts = sequences[b], len(tokens) - 1
+            segments.append(
+                Segment(
+                    sequence.row,
+                    sequence.slot,
+                    tokens,
+                    len(prompts[b]) + done[b],
+                    True,
+                    logits="all" if drafts else "last",
+                    num_drafts=drafts,
+                )
+            )
+        rows = list(runner.forward(Batch(tuple(segments))))
+        for b in order:
+            for t in range(step[b][0]):
+                assert torch.equal(rows.pop(0), logits[done[b] + t][b])
+        runner.commit(Batch(tuple(segments)), [step[b][1] for b in order if step[b][0] > 1])
+        for b in range(3):
+            done[b] += step[b][1]
+            found = states_of(runner, sequences[b])
+            assert all(map(torch.equal, found, states[done[b] - 1][b]))
+
+
+def prefilled(driver_class, runner, prompts):
+    driver = driver_class(runner, scatter_seed=3)
+    begun = [driver.begin(prompt) for prompt in prompts]
+    sequences = [sequence for sequence, _ in begun]
+    segments = [driver.prefill_segment(s, len(s.tokens)) for s in sequences]
+    runner.forward(Batch(tuple(segments), (), tuple(write for _, write in begun)))
+    return driver, sequences
+
+
+def states_of(runner, sequence) -> list[torch.Tensor]:
+    return [pool[:, sequence.slot].clone() for pool in runner.tensors.states]
 
 
 @COMPILED

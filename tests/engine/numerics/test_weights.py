@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from engine.run.device import Device
 from engine.run.layers.parameters import Build, Parameter, WeightSpec
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
-from engine.run.models import read_model
+from engine.run.models import decoder, read_model
 from engine.run.weights import Dummy, WeightsError
 from experiments.gpu_models import TINY
 
@@ -150,6 +151,20 @@ def test_tensors_larger_than_a_chunk(checkpoint, drivers, random_tokens, monkeyp
     same_as_whole(path, "qwen3_next", drivers, random_tokens)
     monkeypatch.setattr(weights, "LEAST_READ_BYTES", 1)
     same_as_whole(path, "qwen3_next", drivers, random_tokens)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["another follows", "the last"])
+def test_a_part_that_can_not_be_sealed_ends_the_load(checkpoint, monkeypatch, last):
+    path, _ = checkpoint("qwen3")
+    part = decoder.Head if last else decoder.Embedding
+
+    def fails(self):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(part, "seal", fails)
+    with pytest.raises(MemoryError, match="none left"):
+        load(path)
+    assert not [thread for thread in threading.enumerate() if thread.name == "sealing"]
 
 
 def test_rows_that_lie_together():

@@ -1,0 +1,1 @@
+"""What the server remembers of earlier chats, bounded: to say why one missed the cache."""

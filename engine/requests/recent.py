@@ -1,0 +1,87 @@
+"""The requests that ended last: for whoever opens the page later, and for the trace of a run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+
+from engine.requests.request import Request
+from engine.text.outputs import FinishReason
+from hybridcache.results import Losses
+from hybridcache.tokens import Tokens
+
+MAX_REQUESTS = 256
+MAX_TOKENS = 1 << 21
+"""Of all together: 8 MiB, for their ids are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One request that ended. Times are the engine's clock's; None: not reached."""
+
+    request_id: str
+    arrival: int
+    namespace: Hashable
+    tokens: Tokens
+    """Prompt and answer: a view of the request's."""
+    prompt_len: int
+    stable_len: int
+    """What of the prompt its conversation's next one begins with."""
+    cached_len: int
+    losses: Losses | None
+    num_preemptions: int
+    reason: FinishReason
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    finished_s: float
+
+    @classmethod
+    def of(cls, request: Request, now_s: float) -> Ended:
+        return cls(
+            request.request_id,
+            request.arrival,
+            request.namespace,
+            request.tokens,
+            request.prompt_len,
+            stable_len(request),
+            request.cached_len,
+            request.losses,
+            request.num_preemptions,
+            request.finish_reason or "abort",
+            request.arrival_s,
+            request.scheduled_s,
+            request.first_token_s,
+            now_s if request.finished_s is None else request.finished_s,
+        )
+
+
+def stable_len(request: Request) -> int:
+    """What of its prompt the next one of its conversation begins with: up to the last boundary
+    where a template told, else all."""
+    return request.boundaries[-1] if request.boundaries else request.prompt_len
+
+
+class RecentRequests:
+    """A bounded queue of them, and who is notified of each. O(1) a request."""
+
+    def __init__(self) -> None:
+        self._ended: deque[Ended] = deque()
+        self._num_tokens = 0
+        self.num_ended = 0
+        self.listeners: list[Callable[[Ended], None]] = []
+
+    def __iter__(self) -> Iterator[Ended]:
+        return iter(self._ended)
+
+    def add(self, request: Request, now_s: float) -> None:
+        """``request`` has ended."""
+        ended = Ended.of(request, now_s)
+        self.num_ended += 1
+        self._ended.append(ended)
+        self._num_tokens += len(ended.tokens)
+        while len(self._ended) > MAX_REQUESTS or self._num_tokens > MAX_TOKENS:
+            self._num_tokens -= len(self._ended.popleft().tokens)
+        for listener in self.listeners:
+            listener(ended)

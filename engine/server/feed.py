@@ -1,0 +1,186 @@
+"""GET /v1/cache/events: one stream of changes for all who watch, as server-sent events.
+
+While somebody watches, the engine is asked twenty times a second what changed; the answers are
+encoded once and kept, up to a bound. A reader that falls behind further than that, or comes back
+with a ``Last-Event-ID`` from before, gets the whole state anew instead of what it missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from engine.async_engine import AsyncEngine, EngineStopped
+from engine.server.errors import APIError
+from engine.server.workers import Workers
+from engine.watch import Watch
+from hybridcache.watch.recorder import Record
+
+EVERY_S = 0.05
+"""Between two times that the engine is asked."""
+LINGER_S = 5.0
+"""After the last reader left: for so long one that comes back needs only what it missed."""
+ALIVE_S = 10.0
+"""A reader hears something at least so often."""
+MAX_KEPT_BYTES = 4 << 20
+MAX_READERS = 32
+BYTES = 40
+"""Of a record as JSON, about."""
+
+
+class _Change(NamedTuple):
+    number: int
+    data: bytes
+
+
+class Feed:
+    """Who watches one engine, and the changes that they may still ask for. Lives in the server's
+    event loop."""
+
+    def __init__(
+        self, engine: AsyncEngine, workers: Workers, max_kept_bytes: int = MAX_KEPT_BYTES
+    ) -> None:
+        self._engine, self._workers = engine, workers
+        self._max_kept_bytes = max_kept_bytes
+        self._watch: Watch | None = None
+        self._name = ""
+        """Of this watch: numbers of another one's changes mean nothing here."""
+        self._kept: deque[_Change] = deque()
+        self._num_kept_bytes = 0
+        self._last = 0
+        self._num_readers = 0
+        self._news = asyncio.Event()
+        self._asking: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """The server stops: every stream ends."""
+        self._is_closed = True
+        self._tell()
+
+    async def subscribe(self, after: str | None) -> AsyncIterator[bytes]:
+        """The whole state, or what came since the event called ``after``, and then every change.
+        APIError 429: as many watch as may; EngineStopped: there is nothing to see any more."""
+        if self._num_readers >= MAX_READERS:
+            raise APIError(429, f"{MAX_READERS} pages watch already: close one.")
+        async with self._turn:
+            if self._asking is None or self._asking.done():
+                await self._begin()
+        return self._events(after)
+
+    async def node(self, id_: int) -> dict[str, Any] | None:
+        """What is asked of one node; None: nobody watches, or it is gone."""
+        watch = self._watch
+        if watch is None:
+            return None
+        return await self._engine.call(lambda engine: watch.node(id_))
+
+    async def _begin(self) -> None:
+        self._watch = await self._engine.call(Watch)
+        self._name, self._last = secrets.token_hex(4), 0
+        self._kept.clear()
+        self._num_kept_bytes = 0
+        self._asking = asyncio.create_task(self._ask(self._watch))
+
+    async def _events(self, after: str | None) -> AsyncIterator[bytes]:
+        self._num_readers += 1
+        try:
+            at = self._number_of(after)
+            while not self._is_closed:
+                if at is None or not self._has_all_since(at):
+                    at, data = await self._whole()
+                    yield data
+                for change in [change for change in self._kept if change.number > at]:
+                    if change.number > at + 1 or not self._has_all_since(at):
+                        break
+                    at = change.number
+                    yield change.data
+                if at == self._last and not await self._wait():
+                    yield b": nothing new\n\n"
+        except EngineStopped as error:
+            yield _event("ended", None, _dump(str(error)))
+        finally:
+            self._num_readers -= 1
+
+    def _number_of(self, after: str | None) -> int | None:
+        name, _, number = (after or "").partition("-")
+        if name != self._name or not number.isdecimal() or len(number) > 15:
+            return None
+        return int(number) if int(number) <= self._last else None
+
+    def _has_all_since(self, number: int) -> bool:
+        return number == self._last or (bool(self._kept) and self._kept[0].number <= number + 1)
+
+    async def _ask(self, watch: Watch) -> None:
+        """Ask for changes, and keep them, until nobody has watched for a while or the engine has
+        ended."""
+        idle_s = 0.0
+        try:
+            while idle_s < LINGER_S and not self._is_closed:
+                async with self._turn:
+                    await self._keep(await self._engine.call(lambda engine: watch.take()))
+                await asyncio.sleep(EVERY_S)
+                idle_s = 0.0 if self._num_readers else idle_s + EVERY_S
+        finally:
+            self._watch = None
+            self._tell()
+            with suppress(EngineStopped):
+                await self._engine.call(lambda engine: watch.close())
+
+    async def _keep(self, records: list[Record]) -> None:
+        if not records:
+            return
+        data = await self._workers.run(BYTES * len(records), lambda: _dump({"records": records}))
+        self._last += 1
+        self._kept.append(_Change(self._last, _event("changes", self._id(), data)))
+        self._num_kept_bytes += len(self._kept[-1].data)
+        while self._num_kept_bytes > self._max_kept_bytes:
+            self._num_kept_bytes -= len(self._kept.popleft().data)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake all who wait."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _id(self) -> str:
+        return f"{self._name}-{self._last}"
+
+    async def _whole(self) -> tuple[int, bytes]:
+        """(the number of the last change in it, the event)."""
+        async with self._turn:
+            watch = self._watch
+            if watch is None:
+                raise EngineStopped("The engine has stopped.")
+            missed, state = await self._engine.call(lambda engine: (watch.take(), watch.whole()))
+            await self._keep(missed)
+            number, id_ = self._last, self._id()
+        data = await self._workers.run(BYTES * len(state["records"]), lambda: _dump(state))
+        return number, _event("whole", id_, data)
+
+    async def _wait(self) -> bool:
+        """Until there is news; False: there was none for a while. EngineStopped: there will be
+        none."""
+        news = self._news
+        if self._asking is not None and self._asking.done() and not self._is_closed:
+            raise EngineStopped("The engine has stopped.")
+        try:
+            await asyncio.wait_for(news.wait(), ALIVE_S)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _dump(data: object) -> bytes:
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
+def _event(name: str, id_: str | None, data: bytes) -> bytes:
+    head = f"event: {name}\n" + (f"id: {id_}\n" if id_ is not None else "")
+    return head.encode() + b"data: " + data + b"\n\n"

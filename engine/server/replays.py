@@ -1,0 +1,145 @@
+"""Prompts that keep the beginning of earlier ones: sampled tokens for the answers that come back,
+and lines that change with every request out of the way."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine import RequestOutput
+from engine.history.answers import AnswerMemory
+from engine.server.config import ServerConfig
+from engine.text.answers.events import (
+    CallArguments,
+    CallBegin,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+)
+from engine.text.answers.forms import MARKS as PARTS
+from engine.text.splice import SampledTurn
+from engine.text.templates import ChatPrompt
+from engine.text.tokenizer import Tokenizer
+
+KEEPS_THINKING = "preserve_thinking"
+"""The switch that newer templates know, and that is ours where they do not."""
+logger = logging.getLogger(__name__)
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A chat as it is rendered."""
+
+    messages: list[Message]
+    variables: Mapping[str, Any] | None
+    sampled: Mapping[int, SampledTurn]
+    """What was sampled for the messages that are answers of ours, by their index."""
+    keeps_thinking: bool
+
+
+class Replays:
+    """Makes what comes in into what was said before, as far as it is the same."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ServerConfig) -> None:
+        self._tokenizer = tokenizer
+        self._keeps_thinking = config.preserve_thinking
+        self._volatile = VolatileLines(config.volatile_line, config.volatile)
+        self.answers = AnswerMemory(int(config.replay_mib * 2**20))
+        control = [text for text in tokenizer.control_tokens if text not in PARTS]
+        self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None,
+        namespace: str | None,
+    ) -> ChatInput:
+        """A chat as it is to be rendered. O(its size)."""
+        keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
+        if keeps:
+            variables = {**(variables or {}), KEEPS_THINKING: True}
+        chat, sampled = self._volatile.settle(messages), {}
+        for index, message in enumerate(chat):
+            turn = self.answers.find(namespace, index, message, keeps)
+            if turn is not None:
+                sampled[index] = turn
+                if turn.reasoning and not message.get("reasoning_content"):
+                    chat[index] = {**message, "reasoning_content": turn.reasoning}
+        return ChatInput(chat, variables, sampled, keeps)
+
+    def remember(
+        self,
+        prompt: ChatPrompt,
+        num_messages: int,
+        namespace: str | None,
+        message: Message,
+        output: RequestOutput,
+    ) -> None:
+        """Keep the tokens of an answer, given as ``message``, that the model ended itself or that
+        was cut by its length: one that a client can send back whole. O(its size)."""
+        token_ids = output.output.tolist()
+        if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
+            token_ids.pop()
+        elif output.finish_reason != "length":
+            return
+        if not prompt.header or not self._control_ids.isdisjoint(token_ids):
+            return
+        turn = SampledTurn(prompt.header, token_ids, message["reasoning_content"])
+        self.answers.put(namespace, num_messages, message, turn)
+
+
+def as_message(events: Sequence[Event]) -> Message:
+    """An answer as a template takes it. O(length)."""
+    texts: dict[type[Event], str] = {}
+    calls: list[dict[str, str]] = []
+    for one in events:
+        if isinstance(one, ReasoningDelta | TextDelta):
+            texts[type(one)] = texts.get(type(one), "") + one.text
+        elif isinstance(one, CallBegin):
+            calls.append({"name": one.name, "arguments": ""})
+        elif isinstance(one, CallArguments):
+            calls[-1]["arguments"] += one.text
+    return {
+        "role": "assistant",
+        "content": texts.get(TextDelta, ""),
+        "reasoning_content": texts.get(ReasoningDelta, ""),
+        "tool_calls": [{"type": "function", "function": call} for call in calls],
+    }
+
+
+class VolatileLines:
+    """Lines of the system message that change with every request, so that nothing below hits."""
+
+    def __init__(self, pattern: str | None, what: Literal["move", "drop"]) -> None:
+        """ValueError: ``pattern`` is no regular expression."""
+        self._drops = what == "drop"
+        try:
+            self._pattern = None if pattern is None else re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"--volatile-line {pattern!r} can not be read ({error}).") from error
+        if pattern is not None:
+            done = "dropped from" if self._drops else "moved to the end of"
+            logger.warning("Lines that match %r are %s the system message.", pattern, done)
+
+    def settle(self, messages: Sequence[Message]) -> list[Message]:
+        """``messages`` with these lines at the end of the system message that has them, or without
+        them. O(its size)."""
+        chat = list(messages)
+        if self._pattern is None:
+            return chat
+        for index, message in enumerate(chat):
+            if message.get("role") not in ("system", "developer"):
+                break
+            lines = str(message.get("content") or "").split("\n")
+            moved = [line for line in lines if self._pattern.search(line)]
+            if moved:
+                kept = [line for line in lines if not self._pattern.search(line)]
+                told = "dropped" if self._drops else "moved"
+                logger.info("%d lines of message %d were %s.", len(moved), index, told)
+                text = "\n".join(kept if self._drops else [*kept, *moved])
+                chat[index] = {**message, "content": text}
+        return chat

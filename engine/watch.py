@@ -1,0 +1,210 @@
+"""What the page is told of an engine: changes of the tree, requests, memory. Made when somebody
+looks, and gone when nobody does; until then the cache has no listener and a step does nothing for
+it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from engine.requests.conversations import Conversations
+from engine.requests.recent import Ended, stable_len
+from engine.requests.request import Request
+from hybridcache.watch.page import FORM
+from hybridcache.watch.recorder import Record, Recorder, node_id
+from hybridcache.watch.records import RequestShown, slabs_record
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+SLABS_EVERY_S = 0.5
+
+
+class Watch:
+    """Follows one engine for all who look. Called in the engine's thread, between two steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._recorder = Recorder()
+        self._talks = Conversations()
+        self._ended: list[Record] = []
+        self._shown: dict[str, tuple[Any, ...]] = {}
+        """Of each request that goes on, what was last told of it."""
+        self._conversations: dict[str, int] = {}
+        self._memory: Record = []
+        self._slabs: Record = []
+        self._slabs_s = 0.0
+        self._recent = [self._of_ended(ended) for ended in engine.recent]
+        engine.cache.subscribe(self._recorder)
+        engine.recent.listeners.append(self._on_end)
+        self.take()
+
+    def close(self) -> None:
+        """Nobody looks any more."""
+        self._engine.cache.unsubscribe(self._recorder)
+        self._engine.recent.listeners.remove(self._on_end)
+
+    def whole(self) -> dict[str, Any]:
+        """All there is now, as ``take`` left it: what a page begins with. O(tree)."""
+        now = Recorder()
+        self._engine.cache.subscribe(now)
+        self._engine.cache.unsubscribe(now)
+        running = [self._of_request(request) for request in self._engine.requests]
+        records = [self._time(), *now.take(), *self._recent, *running, self._memory]
+        if self._slabs:
+            records.append(self._slabs)
+        return {"form": FORM, "meta": self._meta(), "records": records}
+
+    def take(self) -> list[Record]:
+        """What changed since the last time; empty: nothing. O(changes + requests), and twice a
+        second O(slabs)."""
+        records = self._recorder.take()
+        records += self._ended
+        self._recent = [*self._recent, *self._ended][-256:]
+        self._ended = []
+        going = {}
+        for request in self._engine.requests:
+            state = _progress(request)
+            going[request.request_id] = state
+            if self._shown.get(request.request_id) != state:
+                records.append(self._of_request(request))
+        self._shown = going
+        self._conversations = {
+            id_: talk for id_, talk in self._conversations.items() if id_ in going
+        }
+        records += self._memory_changes()
+        return [self._time(), *records] if records else []
+
+    def node(self, id_: int) -> dict[str, Any] | None:
+        """What is asked of one node; None: it is not resident. ``tokens`` are its ids, None where
+        they are a tenant's. O(path)."""
+        node = self._recorder.nodes.get(id_)
+        if node is None or node.kv is None:
+            return None
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        item = node.kv if node.checkpoint is None else node.checkpoint
+        arena = self._engine.cache.arena
+        rows = node.kv.indices
+        return {
+            "id": id_,
+            "start": node.start,
+            "end": node.end,
+            "tokens": None if root.key is not None else node.tokens[-4096:].copy(),
+            "locks": node.locks,
+            "frees_bytes": item.size_bytes,
+            "recompute_tokens": item.span,
+            "slabs": [] if arena is None else sorted(set((rows // arena.slab_rows).tolist())),
+        }
+
+    def _time(self) -> Record:
+        engine = self._engine
+        return ["time", round(engine.clock(), 4), engine.cache.stats.total.requests]
+
+    def _meta(self) -> dict[str, Any]:
+        engine = self._engine
+        memory, config, arena = engine.runner.memory, engine.config, engine.cache.arena
+        return {
+            "title": engine.model_name,
+            "kv_bytes": memory.row_bytes,
+            "state_bytes": memory.state_bytes if memory.is_stateful else 0,
+            "total_bytes": memory.total_bytes,
+            "memory": memory.memory,
+            "slab_rows": arena.slab_rows if arena is not None and arena.num_slabs else None,
+            "num_slabs": 0 if arena is None else arena.num_slabs,
+            "grid": engine.cache.grid,
+            "eviction": config.eviction,
+            "checkpoints": list(config.checkpoints),
+        }
+
+    def _on_end(self, ended: Ended) -> None:
+        self._ended.append(self._of_ended(ended))
+
+    def _of_ended(self, ended: Ended) -> Record:
+        prompt = ended.tokens[: ended.prompt_len]
+        talk = self._conversations.get(ended.request_id)
+        if talk is None:
+            talk = self._talks.of(prompt, ended.stable_len, ended.namespace)
+        node = self._engine.cache.match(ended.tokens, ended.namespace).node
+        return RequestShown(
+            id=ended.request_id,
+            conversation=talk,
+            namespace=ended.namespace,
+            state=ended.reason,
+            prompt=ended.prompt_len,
+            computed=len(ended.tokens),
+            answer=len(ended.tokens) - ended.prompt_len,
+            cached=ended.cached_len,
+            losses=ended.losses,
+            node=node_id(node),
+            preemptions=ended.num_preemptions,
+            arrived_s=ended.arrival_s,
+            scheduled_s=ended.scheduled_s,
+            first_token_s=ended.first_token_s,
+            finished_s=ended.finished_s,
+        ).record()
+
+    def _of_request(self, request: Request) -> Record:
+        id_ = request.request_id
+        if id_ not in self._conversations:
+            prompt = request.tokens[: request.prompt_len]
+            talk = self._talks.of(prompt, stable_len(request), request.namespace)
+            self._conversations[id_] = talk
+        state, computed_len, answer_len, node = _progress(request)
+        return RequestShown(
+            id=id_,
+            conversation=self._conversations[id_],
+            namespace=request.namespace,
+            state=state,
+            prompt=request.prompt_len,
+            computed=computed_len,
+            answer=answer_len,
+            cached=request.cached_len,
+            losses=request.losses,
+            node=node,
+            preemptions=request.num_preemptions,
+            arrived_s=request.arrival_s,
+            scheduled_s=request.scheduled_s,
+            first_token_s=request.first_token_s,
+            finished_s=None,
+        ).record()
+
+    def _memory_changes(self) -> list[Record]:
+        engine = self._engine
+        report = engine.report()
+        memory: Record = [
+            "memory",
+            {
+                "bytes": [report.bytes.free, report.bytes.cached, report.bytes.held],
+                "kv": [report.kv.free, report.kv.cached, report.kv.held],
+                "slots": [report.slots.free, report.slots.cached, report.slots.held],
+                "running": report.num_running,
+                "waiting": report.num_waiting,
+                "prompt_tokens": report.usage["prompt_tokens"],
+                "cached_tokens": report.usage["cached_tokens"],
+                "evicted_tokens": report.usage["evicted_tokens"],
+                "evicted_checkpoints": report.usage["evicted_slots"],
+            },
+        ]
+        changes = []
+        if memory != self._memory:
+            self._memory = memory
+            changes.append(memory)
+        now_s = engine.clock()
+        if engine.cache.arena is not None and now_s - self._slabs_s >= SLABS_EVERY_S:
+            slabs = slabs_record(engine.cache.arena)
+            self._slabs_s = now_s
+            if slabs != self._slabs:
+                self._slabs = slabs
+                changes.append(slabs)
+        return changes
+
+
+def _progress(request: Request) -> tuple[str, int, int, int | None]:
+    """(what it does, tokens computed, tokens answered, the node it stands on)."""
+    node = None if request.lease is None else node_id(request.lease.node)
+    answer_len = request.num_tokens - request.prompt_len
+    if request.lease is None:
+        return "waiting", 0, answer_len, None
+    state = "prefill" if request.is_prefilling else "decode"
+    return state, request.computed_len, answer_len, node

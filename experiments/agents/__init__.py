@@ -1,0 +1,2 @@
+"""Scripted agents: what they say is written beforehand, how it is tokenized is not the tokenizer's
+way."""

@@ -1,0 +1,102 @@
+"""What is simulated when a trace is served by replicas: how many, of what speed, behind which
+router, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import PrefillTimes
+from hybridcache.lab.trace import TraceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """A prefill takes its FLOPs at a constant rate: what a server reaches that computes prompts in
+    large batches, so that reading weights costs none of them anything by itself."""
+
+    geometry: ModelGeometry
+    flops_per_s: float
+
+    def seconds(self, start: int, end: int) -> float:
+        if end <= start:
+            return 0.0
+        return self.geometry.flops(start, end) / self.flops_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class FleetConfig:
+    """Replicas and their router."""
+
+    replicas: int = 8
+    router: str = "checkpoint"
+    """A word, ``oracle`` too, or ``module:Class``."""
+    load: float | None = None
+    """The replicas' speed is such that all prompts computed cold would keep them busy for this
+    share of the trace's time; None: as fast as the prefill times say."""
+    delay_s: float = 0.0
+    """From a change in a cache until its router knows."""
+    failures: int = 0
+    """So many replicas die, evenly over the trace, each replaced by an empty one."""
+    replaced_s: float = 30.0
+    """Until the one that replaces it is up."""
+    tpot_s: float = 0.02
+    """Seconds an answer token takes; decoding delays no prefill."""
+    seed: int = 0
+    """For routers that draw lots."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"--replicas must be at least 1, got {self.replicas}")
+        if self.load is not None and not self.load > 0:
+            raise ValueError(f"--load must be above 0, got {self.load}")
+        if self.delay_s < 0 or self.replaced_s < 0 or self.tpot_s < 0:
+            raise ValueError("--event-delay, replaced_s and tpot_s can not be negative")
+        if self.failures < 0:
+            raise ValueError(f"--failures must be at least 0, got {self.failures}")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a trace asks of a fleet in all."""
+
+    first_s: float
+    last_s: float
+    cold_flops: int
+    """Of computing every prompt from its first token."""
+    requests: int
+
+    @classmethod
+    def of(cls, requests: Iterable[TraceRequest], unit: int, geometry: ModelGeometry) -> Span:
+        """O(requests). ValueError: there is none."""
+        first_s = last_s = 0.0
+        flops = count = 0
+        for request in requests:
+            if not count:
+                first_s = request.timestamp_s
+            last_s = request.timestamp_s
+            flops += geometry.flops(0, request.num_tokens(unit))
+            count += 1
+        if not count:
+            raise ValueError("there is no request in the trace")
+        return cls(first_s, last_s, flops, count)
+
+    @property
+    def seconds(self) -> float:
+        return self.last_s - self.first_s
+
+
+def times_of(
+    config: FleetConfig, span: Span, geometry: ModelGeometry, times: PrefillTimes
+) -> PrefillTimes:
+    """``times``, or with a load an arithmetic of the speed that makes it so. ValueError: a load of
+    a trace that takes no time."""
+    if config.load is None:
+        return times
+    if span.seconds <= 0:
+        raise ValueError(
+            "--load is a share of the trace's time, and all its requests come at once: name starts "
+            "(starts=poisson:2), or leave the load out"
+        )
+    return Arithmetic(geometry, span.cold_flops / (config.load * config.replicas * span.seconds))

@@ -1,0 +1,107 @@
+"""The figures of one fleet over one trace."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from hybridcache.geometry.times import PrefillTimes, describe_times
+from hybridcache.lab.replicas.fleet import Arithmetic, FleetConfig
+from hybridcache.lab.replicas.serving import FleetLog
+from hybridcache.lab.simulation.result import PERCENTILES
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class FleetResult:
+    """One cell. Tokens are tokens, whatever the trace's unit; sizes are one replica's."""
+
+    trace: str
+    model: str
+    gib: float
+    policy: str
+    checkpoints: str
+    fleet: FleetConfig
+    times: str
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    overpromised_tokens: int
+    """That the router expected on the replica it chose and that were computed."""
+    underpromised_tokens: int
+    """That were there beyond what it expected."""
+    ttft_s: dict[int, float]
+    """Percentiles of the time from when a request could be asked to its first token."""
+    ttft_mean_s: float
+    cold_mean_s: float
+    """Mean prefill of a prompt of which nothing is cached: what to hold the others against."""
+    busy_share: float
+    """Of the fleet's time, spent in prefills."""
+    imbalance: float
+    """Prefill seconds of the busiest place over the mean; 1 is perfect."""
+    rerouted: int
+    """Requests that lost their replica before the first token, and were routed again."""
+    broken: int
+    """Those that lost it later: their answers ended early."""
+    bypassed: int
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"token_hit_rate": self.token_hit_rate}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> FleetResult:
+        """The inverse of ``as_record`` after a trip through JSON."""
+        values = {field.name: record[field.name] for field in fields(cls)}
+        values["fleet"] = FleetConfig(**record["fleet"])
+        values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
+        return cls(**values)
+
+
+def summarise_fleet(
+    config: RunConfig, fleet: FleetConfig, log: FleetLog, times: PrefillTimes, trace: str
+) -> FleetResult:
+    """O(requests)."""
+    requests = log.requests
+    lengths = np.frombuffer(requests.prompt_tokens, np.int64)
+    cached = np.frombuffer(requests.cached_tokens, np.int64)
+    expected = np.frombuffer(log.expected_tokens, np.int64)
+    ttft = np.frombuffer(requests.ttft_s, np.float64)
+    cold = [times.seconds(0, length) for length in lengths.tolist()]
+    busy = np.array(log.busy_s)
+    assert config.budget_bytes is not None
+    return FleetResult(
+        trace=trace,
+        model=config.geometry.name,
+        gib=config.budget_bytes / GIB,
+        policy=str(config.policy),
+        checkpoints=str(config.checkpoints),
+        fleet=fleet,
+        times=_described(times),
+        requests=len(lengths),
+        prompt_tokens=int(lengths.sum()),
+        cached_tokens=int(cached.sum()),
+        overpromised_tokens=int(np.maximum(expected - cached, 0).sum()),
+        underpromised_tokens=int(np.maximum(cached - expected, 0).sum()),
+        ttft_s={rank: float(np.percentile(ttft, rank)) for rank in PERCENTILES},
+        ttft_mean_s=float(ttft.mean()),
+        cold_mean_s=float(np.mean(cold)),
+        busy_share=float(busy.sum() / (fleet.replicas * log.seconds)) if log.seconds else 0.0,
+        imbalance=float(busy.max() / busy.mean()) if busy.sum() else 1.0,
+        rerouted=log.rerouted,
+        broken=log.broken,
+        bypassed=requests.num_bypassed,
+    )
+
+
+def _described(times: PrefillTimes) -> str:
+    if isinstance(times, Arithmetic):
+        return f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
+    return describe_times(times)

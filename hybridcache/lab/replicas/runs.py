@@ -1,0 +1,135 @@
+"""Fleets over one trace: every router at every size and delay, resumable as sweeps are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from hybridcache.geometry.times import PrefillTimes
+from hybridcache.lab.replicas.fleet import FleetConfig, Span, times_of
+from hybridcache.lab.replicas.result import FleetResult, summarise_fleet
+from hybridcache.lab.replicas.serving import serve_fleet
+from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.sweep import identity_of
+from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target, check_words
+from hybridcache.lab.trace import Trace
+from hybridcache.policies.user import source_of
+from hybridcache.routing.protocol import ReplicaSpec
+from hybridcache.routing.words import find_router
+
+
+@dataclass(frozen=True, slots=True)
+class FleetJob:
+    """One cell."""
+
+    config: RunConfig
+    """Of one replica."""
+    fleet: FleetConfig
+    times: PrefillTimes
+
+    def key(self, trace_identity: bytes) -> str:
+        """What tells whether a results file has this run: all that its figures depend on but this
+        project's own code."""
+        words = (self.config.policy, self.config.checkpoints, self.fleet.router)
+        own = "".join(source_of(word) for word in words if isinstance(word, str)).encode()
+        text = repr((self.config, self.fleet, self.times)).encode() + own + trace_identity
+        return hashlib.sha256(text).hexdigest()[:16]
+
+
+def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:
+    """ValueError, in a sentence, for what can not be run."""
+    if config.baseline is not None:
+        raise ValueError(
+            f"baseline {config.baseline}: rebuilt peers publish no events, and routers would know "
+            "nothing of them: leave out --baseline with --replicas"
+        )
+    check_words(config)
+    if fleet.router != "oracle":
+        find_router(fleet.router)
+
+
+def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
+    """One cell, over a trace that is best held in memory (``Trace.kept``)."""
+    config, fleet, unit = job.config, job.fleet, trace.unit
+    span = Span.of(trace, unit, config.geometry)
+    times = times_of(fleet, span, config.geometry, job.times)
+    cache = config.cache_config(unit)
+    stateful = bool(config.geometry.num_linear_layers)
+    spec = ReplicaSpec(
+        times,
+        unit,
+        cache.page_size,
+        cache.grid,
+        cache.kv_bytes_per_token,
+        config.geometry.state_bytes if stateful else 0,
+        config.budget_bytes,
+        stateful,
+        config.placement(unit),
+        fleet.seed,
+    )
+    make = cast(Callable[[], LeaseTarget], partial(build_target, config, unit))
+    log = serve_fleet(make, trace, unit, fleet, times, span, spec)
+    return summarise_fleet(config, fleet, log, times, trace.full_name)
+
+
+def run_fleets(
+    trace: Trace,
+    jobs: Sequence[FleetJob],
+    *,
+    place: Place | None = None,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FleetResult]:
+    """Results in the order of ``jobs``; see ``run_grid``. ValueError before anything runs for a
+    cell that can not be."""
+    for job in jobs:
+        check_fleet(job.config, job.fleet)
+    identity = identity_of(trace) if resume_from else b""
+    keys = [job.key(identity) for job in jobs] if resume_from else []
+    return run_grid(
+        trace,
+        jobs,
+        run_fleet,
+        keys=keys,
+        read=FleetResult.from_record,
+        write=FleetResult.as_record,
+        place=place or Place(),
+        resume_from=resume_from,
+        progress=progress,
+    )
+
+
+def fleet_jobs(
+    config: RunConfig,
+    fleet: FleetConfig,
+    times: PrefillTimes,
+    routers: Sequence[str],
+    gib: Sequence[float],
+) -> list[FleetJob]:
+    """Every router at every size (one replica's, GiB)."""
+    return [
+        FleetJob(
+            replace(config, budget_bytes=budget_bytes(size)),
+            replace(fleet, router=router),
+            times,
+        )
+        for router in routers
+        for size in gib
+    ]
+
+
+def read_results(path: Path) -> list[FleetResult]:
+    """What a results file has; a half line at its end is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(FleetResult.from_record(json.loads(line)))
+        except json.JSONDecodeError:
+            continue
+    return found

@@ -1,0 +1,251 @@
+"""A grid of runs over one trace: here, in several processes, or spread over a Ray cluster;
+resumable, the same results in the same order wherever they ran."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hybridcache.lab.trace import BadRecords, Trace, TraceRequest
+
+_KEEP_BYTES = 256 << 20
+"""A trace whose ids fit in this is held in memory between runs."""
+_LATER = 2
+"""Tasks that wait for each that runs on a cluster, so that no worker is idle for long."""
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Run = Callable[[Trace, Job], Result]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a grid is computed; changes no result."""
+
+    processes: int = 1
+    ray: str | None = None
+    """Address of a Ray cluster (``auto``: the one that runs on this machine); None: none."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes must be at least 1, got {self.processes}")
+        if self.ray is not None and self.processes > 1:
+            raise ValueError(
+                "--ray spreads the runs over a cluster, --processes over this machine: name one"
+            )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all is computed in this process."""
+        return self.processes == 1 and self.ray is None
+
+
+def run_grid(
+    trace: Trace,
+    jobs: Sequence[Job],
+    run: Run[Job, Result],
+    *,
+    keys: Sequence[str],
+    read: Callable[[dict[str, Any]], Result],
+    write: Callable[[Result], dict[str, Any]],
+    place: Place,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """``run(trace, job)`` of each of ``jobs``, in their order. With ``resume_from``, runs that file
+    has under a job's key are read from it and new ones are appended as they are done, a JSON line
+    each; ``progress`` is called with (done, all).
+
+    ``run`` is a function of a module's top level. ValueError for a trace or a job that can not be
+    sent where it is to be computed.
+    """
+    if not place.is_here:
+        pickled(f"trace {trace.name!r}", trace)
+        for job in jobs:
+            pickled(str(getattr(getattr(job, "config", job), "label", job)), job)
+    results: dict[int, Result] = {}
+    known = dict(_read(resume_from, set(keys), read)) if resume_from else {}
+    for number, key in enumerate(keys):
+        if key in known:
+            results[number] = known[key]
+    todo = [(number, job) for number, job in enumerate(jobs) if number not in results]
+    if resume_from:
+        _end_last_line(resume_from)
+    with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
+        for number, result in _results(trace, todo, run, place):
+            results[number] = result
+            if file is not None:
+                file.write(json.dumps({"key": keys[number]} | write(result)) + "\n")
+                file.flush()
+            if progress:
+                progress(len(results), len(jobs))
+    return [results[number] for number in range(len(jobs))]
+
+
+def pickled(name: str, value: object) -> bytes:
+    """ValueError, naming it, for what can not be sent to another process."""
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{name} can not be sent to another process, nor distinguished from another when "
+            f"runs are kept ({error}): define what makes it at the top of "
+            "a module, or use one process and keep no runs"
+        ) from error
+
+
+def _read(
+    path: Path, wanted: set[str], read: Callable[[dict[str, Any]], Result]
+) -> Iterator[tuple[str, Result]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # half a line, left by a process that was killed
+            if record.get("key") in wanted:
+                yield record["key"], read(record)
+
+
+def _end_last_line(path: Path) -> None:
+    """So that what is appended to a file that was cut begins a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
+def _results(
+    trace: Trace, todo: Sequence[tuple[int, Job]], run: Run[Job, Result], place: Place
+) -> Iterator[tuple[int, Result]]:
+    if place.ray is not None and todo:
+        yield from _on_ray(trace, todo, run, place.ray)
+    elif place.processes <= 1 or len(todo) <= 1:
+        worker = _Worker(trace, run)
+        for number, job in todo:
+            yield number, worker.run(job)
+    else:
+        yield from _in_processes(trace, todo, run, place.processes)
+
+
+def _in_processes(
+    trace: Trace, todo: Sequence[tuple[int, Job]], run: Run[Job, Result], processes: int
+) -> Iterator[tuple[int, Result]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(processes, len(todo)), context, initializer=_start_worker, initargs=(trace, run)
+    ) as pool:
+        others = multiprocessing.active_children()
+        futures = [pool.submit(_run_job, numbered) for numbered in todo]
+        try:
+            for future in futures:
+                yield future.result()
+        except KeyboardInterrupt:  # do not wait for what runs
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            raise
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _on_ray(
+    trace: Trace, todo: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
+) -> Iterator[tuple[int, Result]]:
+    """As Ray tasks of a core each, results as they come; a task whose machine dies is started
+    again by Ray."""
+    import ray
+
+    try:
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    except ConnectionError as error:
+        raise ValueError(
+            f"--ray {address}: no cluster answers there ({error}): start one with "
+            "`ray start --head`, or name another address"
+        ) from error
+    try:
+        here = ray.put(trace)
+        task = ray.remote(num_cpus=1)(_run_far)
+        queue = list(reversed(todo))
+        running: list[Any] = []
+        while queue or running:
+            slots = max(1, int(ray.cluster_resources().get("CPU", 1))) * _LATER
+            while queue and len(running) < slots:
+                running.append(task.remote(here, run, queue.pop()))
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    finally:
+        ray.shutdown()
+
+
+def _run_far(trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]) -> tuple[int, Result]:
+    number, job = numbered
+    return number, run(trace, job)
+
+
+def collect_seldom() -> None:
+    """For a process that does nothing but simulate, never for the caller's: let the garbage
+    collector look after 20,000 new objects rather than 700, and not at what is there already.
+    Nearly all that a run makes is part of a tree and stays for long, so that looking takes 8 % of a
+    sweep and finds next to nothing."""
+    gc.set_threshold(20_000, 20, 20)
+    gc.freeze()
+
+
+class _Worker:
+    """Runs jobs over one trace, which it holds in memory if it is small."""
+
+    def __init__(self, trace: Trace, run: Run[Any, Any]) -> None:
+        self._trace = trace
+        self._run = run
+        self._is_kept = self._too_large = False
+
+    def run(self, job: Any) -> Any:
+        self._keep()
+        return self._run(self._trace, job)
+
+    def _keep(self) -> None:
+        if self._is_kept or self._too_large:
+            return
+        kept: list[TraceRequest] = []
+        num_bytes = 0
+        for request in self._trace:
+            kept.append(request)
+            num_bytes += request.tokens.nbytes + request.output.nbytes
+            if num_bytes > _KEEP_BYTES:
+                self._too_large = True
+                return
+        # What was skipped in reading stays counted with the trace that was read.
+        own = BadRecords(skip=False)
+        self._trace = replace(self._trace, source=tuple(kept).__iter__, bad=own)
+        self._is_kept = True
+
+
+_worker: _Worker | None = None
+"""Of this process, where it is one of a pool."""
+
+
+def _start_worker(trace: Trace, run: Run[Any, Any]) -> None:
+    global _worker
+    # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    collect_seldom()
+    _worker = _Worker(trace, run)
+
+
+def _run_job(numbered: tuple[int, Any]) -> tuple[int, Any]:
+    assert _worker is not None
+    number, job = numbered
+    return number, _worker.run(job)

@@ -1,0 +1,59 @@
+"""What a replica is about to hold: prompts that were sent to it and that its events do not cover
+yet, with the checkpoints that each will leave."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+from hybridcache.routing.protocol import RouteRequest
+
+
+class OnTheWay:
+    """Of one replica. As many as run there, and those that ended since its last events.
+
+    >>> way = OnTheWay()
+    >>> way.sent(RouteRequest("a", (1, 2, 3, 4, 5)), (2, 4), num_new=5)
+    >>> way.depth(RouteRequest("b", (1, 2, 3, 9)))
+    2
+    """
+
+    __slots__ = ("_prompts", "num_new")
+
+    def __init__(self) -> None:
+        self._prompts: dict[Hashable, tuple[RouteRequest, tuple[int, ...], int]] = {}
+        self.num_new = 0
+        """Ids that they store there beyond what was there."""
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
+        """``request`` goes here, and will leave a checkpoint at each of ``positions``. O(n log n)
+        in them."""
+        self._prompts[request.id] = request, tuple(sorted(positions, reverse=True)), num_new
+        self.num_new += num_new
+
+    def over(self, request: Hashable) -> None:
+        """Events cover what it left, or it leaves nothing; one that is not here changes nothing."""
+        found = self._prompts.pop(request, None)
+        if found is not None:
+            self.num_new -= found[2]
+
+    def depth(self, request: RouteRequest) -> int:
+        """Ids of ``request`` that can be resumed here once all that is on the way has come.
+        O(positions + the longest prefix that one of them shares with it)."""
+        tokens, deepest = request.tokens, 0
+        for other, positions, _ in self._prompts.values():
+            if other.namespace != request.namespace:
+                continue
+            for position in positions:
+                if position <= deepest:
+                    break
+                if position < len(tokens) and tokens[:position] == other.tokens[:position]:
+                    deepest = position
+                    break
+        return deepest
+
+    def check(self) -> None:
+        """AssertionError unless its sum is that of what is here."""
+        assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())

@@ -1,0 +1,230 @@
+"""Routers that know what each replica holds, from its events: by its KV, or by what of it can be
+resumed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Iterable
+from math import lcm
+from typing import ClassVar
+
+from hybridcache.export.events import Event
+from hybridcache.export.mirror import Mirror, MirrorMatch
+from hybridcache.policies.protocol import Prefill
+from hybridcache.routing.hashing import rendezvous
+from hybridcache.routing.on_the_way import OnTheWay
+from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
+
+
+class MirrorRouter(Router):
+    """Keeps a mirror of each replica's cache: as many tokens in all as the replicas hold."""
+
+    follows_events: ClassVar[bool] = True
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        super().__init__(spec)
+        self.mirrors: dict[ReplicaId, Mirror] = {}
+
+    def joined(self, replica: ReplicaId, now: float) -> None:
+        super().joined(replica, now)
+        self.mirrors[replica] = self._empty_mirror()
+
+    def _empty_mirror(self) -> Mirror:
+        return Mirror(self.spec.page_size, None if self.spec.stateful else self.spec.grid)
+
+    def left(self, replica: ReplicaId, now: float) -> tuple[object, ...]:
+        self.mirrors.pop(replica, None)
+        return super().left(replica, now)
+
+    def num_held(self, replica: ReplicaId) -> int:
+        """Ids whose KV it has. O(1)."""
+        return self.mirrors[replica].num_tokens
+
+    def used_bytes(self, replica: ReplicaId) -> int:
+        """Of its KV and checkpoints. O(1)."""
+        mirror, spec = self.mirrors[replica], self.spec
+        return mirror.num_tokens * spec.kv_bytes + mirror.num_checkpoints * spec.state_bytes
+
+    def used(self, replica: ReplicaId) -> float:
+        """Share of its memory, 0 to 1; 0 where that is not known. O(1)."""
+        capacity = self.spec.capacity_bytes
+        return min(self.used_bytes(replica) / capacity, 1.0) if capacity else 0.0
+
+    def on_events(
+        self,
+        replica: ReplicaId,
+        sequence: int,
+        events: Iterable[Event],
+        covered: Iterable[Hashable] = (),
+    ) -> None:
+        """Batch 0 begins anew: a replica sends it first, and again when it was asked to repeat what
+        it no longer has. A replica that has left is not listened to."""
+        if replica not in self.mirrors:
+            return
+        if sequence == 0:
+            self.mirrors[replica] = self._empty_mirror()
+        self.mirrors[replica].apply_batch(sequence, events)
+
+    def check(self) -> None:
+        super().check()
+        assert self.mirrors.keys() == self.loads.keys()
+        for mirror in self.mirrors.values():
+            segments = mirror.segments()
+            assert mirror.num_tokens == sum(len(segment[4]) for segment in segments)
+            assert mirror.num_checkpoints == sum(segment[5] for segment in segments)
+
+
+class KVScores(MirrorRouter):
+    """llm-d's endpoint picker with the precise scorer: 3 x the share of the prompt whose KV is
+    there, 2 x how short the queue is, 2 x how empty the KV cache is, each from 0 to 1; of equal
+    ones one by lot."""
+
+    def __init__(
+        self, spec: ReplicaSpec, *, prefix: float = 3.0, queue: float = 2.0, free: float = 2.0
+    ) -> None:
+        super().__init__(spec)
+        self._weights = prefix, queue, free
+        self._lots = random.Random(spec.seed)
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        waiting = [load.num_waiting for load in self.loads.values()]
+        most, span = max(waiting), max(waiting) - min(waiting)
+        best: list[Choice] = []
+        best_score = float("-inf")
+        for replica, load in self.loads.items():
+            mirror = self.mirrors[replica]
+            kv_len = mirror.match(request.tokens, request.namespace).kv_len
+            share = kv_len / max(len(request.tokens), 1)
+            shortness = (most - load.num_waiting) / span if span else 1.0
+            parts = share, shortness, 1.0 - self.used(replica)
+            score = sum(w * part for w, part in zip(self._weights, parts, strict=True))
+            if score > best_score:
+                best, best_score = [], score
+            if score == best_score:
+                best.append(Choice(replica, min(kv_len, max(len(request.tokens) - 1, 0))))
+        return self._lots.choice(best)
+
+
+class CheckpointSeconds(MirrorRouter):
+    """The replica that a request costs least, in seconds; there is nothing to set. What counts:
+
+    - until the replica has done what it has, as it was estimated when it was sent there;
+    - the prefill from the deepest checkpoint that will be there by then: one that events told of,
+      or that a prompt on its way there will leave, by the replicas' own placement;
+    - what others lose: each token that is stored past what fits in free memory takes the place of
+      one, and that takes as long to compute again.
+
+    Where several cost the same, as when nobody has seen the prompt, consistent hashing of the
+    branch (the tokens that follow what the fleet can resume) chooses: prompts that will share it
+    meet before any event says so. O(replicas x what they hold of the prompt).
+    """
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        super().__init__(spec)
+        self.on_the_way: dict[ReplicaId, OnTheWay] = {}
+        self._without_first_token: set[Hashable] = set()
+
+    def joined(self, replica: ReplicaId, now: float) -> None:
+        super().joined(replica, now)
+        self.on_the_way[replica] = OnTheWay()
+
+    def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
+        self.on_the_way.pop(replica, None)
+        lost = super().left(replica, now)
+        self._without_first_token.difference_update(lost)
+        return lost
+
+    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
+        """What ``replica`` has of a prompt."""
+        return self.mirrors[replica].match(request.tokens, request.namespace)
+
+    def wait_s(self, replica: ReplicaId, now: float) -> float:
+        """Until ``replica`` has done what it has."""
+        return self.loads[replica].wait_s(now)
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        num_ids = len(request.tokens)
+        depths: dict[ReplicaId, int] = {}
+        cost: dict[ReplicaId, float] = {}
+        per_id = self.seconds(0, num_ids) / max(num_ids, 1)
+        for replica in self.loads:
+            found = self.find(replica, request)
+            depth = max(found.cached_len, self.on_the_way[replica].depth(request))
+            depths[replica] = depth
+            cost[replica] = self.wait_s(replica, now) + self.seconds(depth, num_ids)
+            new_bytes = (num_ids - max(found.kv_len, depth)) * self.spec.kv_bytes
+            new_bytes += len(self.forecast(request, depth, found.kv_len)) * self.spec.state_bytes
+            cost[replica] += per_id * self.displaced(replica, new_bytes)
+        least = min(cost.values())
+        equal = [replica for replica, seconds in cost.items() if seconds <= least]
+        chosen = rendezvous(self._branch(request, max(depths.values())), equal)
+        return Choice(chosen, depths[chosen])
+
+    def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
+        """Ids that others lose there when so many bytes are stored. O(1)."""
+        capacity = self.spec.capacity_bytes
+        return new_bytes * self.num_held(replica) / capacity if capacity else 0.0
+
+    def _branch(self, request: RouteRequest, depth: int) -> bytes:
+        """What names the branch that leaves the known at ``depth``: the tokens that follow, one
+        step of the grid, and the namespace."""
+        end = depth + self.spec.grid
+        return repr((request.namespace, depth, request.tokens[depth:end])).encode()
+
+    def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
+        found = self.find(choice.replica, request)
+        num_new = len(request.tokens) - max(found.kv_len, choice.expected_len)
+        positions = self.forecast(request, choice.expected_len, found.kv_len)
+        self.on_the_way[choice.replica].sent(request, positions, num_new)
+        self._without_first_token.add(request.id)
+
+    def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
+        """Where computing a prompt from ``cached_len`` leaves checkpoints."""
+        placement, step = self.spec.placement, lcm(self.spec.grid, self.spec.page_size)
+        if placement is None or not self.spec.stateful:
+            return [len(request.tokens)]
+        known = max(cached_len, kv_len)
+        prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
+        floored = (prefill.floor(placed.position) for placed in placement.positions(prefill))
+        return [position for position in floored if position is not None]
+
+    def prefilled(self, request: Hashable, now: float) -> None:
+        super().prefilled(request, now)
+        self._without_first_token.discard(request)
+
+    def ended(self, request: Hashable, now: float) -> None:
+        where = self._where.get(request)
+        super().ended(request, now)
+        if request in self._without_first_token and where is not None:
+            self._without_first_token.discard(request)
+            self.on_the_way[where].over(request)
+
+    def on_events(
+        self,
+        replica: ReplicaId,
+        sequence: int,
+        events: Iterable[Event],
+        covered: Iterable[Hashable] = (),
+    ) -> None:
+        super().on_events(replica, sequence, events)
+        for request in covered if replica in self.on_the_way else ():
+            self.on_the_way[replica].over(request)
+
+    def check(self) -> None:
+        super().check()
+        assert self.on_the_way.keys() == self.loads.keys()
+        assert self._without_first_token <= self._where.keys()
+        for way in self.on_the_way.values():
+            way.check()
+
+
+class KVSeconds(CheckpointSeconds):
+    """The same rule believing in KV: what it promises where no state is, it does not get. A
+    control."""
+
+    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
+        kv_len = super().find(replica, request).kv_len
+        return MirrorMatch(min(kv_len, max(len(request.tokens) - 1, 0)), kv_len)
+
+    def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
+        return list(range(self.spec.grid, len(request.tokens), self.spec.grid))

@@ -1,0 +1,103 @@
+"""Routers that guess from what they sent: SGLang's gateway and Ray Serve's, by their published
+rules. Where those count characters, these count tokens."""
+
+from __future__ import annotations
+
+import random
+
+from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
+from hybridcache.routing.text_tree import TextTree
+
+CHARACTERS_PER_TOKEN = 4
+
+
+class _Guessing(Router):
+    """Keeps the tree of what it sent."""
+
+    def __init__(self, spec: ReplicaSpec, max_tokens: int) -> None:
+        super().__init__(spec)
+        self.tree = TextTree(max(1, max_tokens // spec.unit))
+
+    def left(self, replica: ReplicaId, now: float) -> tuple[object, ...]:
+        self.tree.forget(replica)
+        return super().left(replica, now)
+
+    def smallest(self) -> ReplicaId:
+        """The replica with the smallest record."""
+        return min(self.loads, key=lambda replica: self.tree.num_tokens.get(replica, 0))
+
+    def check(self) -> None:
+        super().check()
+        self.tree.check()
+        assert self.tree.num_tokens.keys() <= self.loads.keys()
+
+
+class CacheAware(_Guessing):
+    """SGLang's gateway, ``cache_aware``: the longest match where it is above a share of the prompt,
+    else the smallest record; while the busiest replica has both more than ``balance_abs`` requests
+    over the idlest and more than ``balance_rel`` times as many, the idlest. Its defaults."""
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        *,
+        cache_threshold: float = 0.3,
+        balance_abs: int = 64,
+        balance_rel: float = 1.5,
+        max_tree_characters: int = 1 << 26,
+    ) -> None:
+        super().__init__(spec, max_tree_characters // CHARACTERS_PER_TOKEN)
+        self._threshold = cache_threshold
+        self._balance_abs, self._balance_rel = balance_abs, balance_rel
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        counts = [load.num_running for load in self.loads.values()]
+        most, fewest = max(counts), min(counts)
+        expected = 0
+        if most - fewest > self._balance_abs and most > self._balance_rel * fewest:
+            chosen = self.least_loaded()
+        else:
+            _, reached = self.tree.match(request.tokens, request.namespace)
+            chosen = max(reached, key=lambda each: reached[each], default=self.smallest())
+            expected = reached.get(chosen, 0)
+            if expected <= self._threshold * len(request.tokens):
+                chosen, expected = self.smallest(), 0
+        self.tree.insert(request.tokens, chosen, request.namespace)
+        return Choice(chosen, expected)
+
+
+class PrefixAffinity(_Guessing):
+    """Ray Serve's ``PrefixCacheAffinityRouter``: while queues differ by less than ``imbalanced``,
+    those that match best where that is a share of ``threshold`` of the prompt, else those with the
+    smallest record; of these, and of all where queues differ by more, the less loaded of two drawn
+    by lot. Its defaults."""
+
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        *,
+        threshold: float = 0.1,
+        imbalanced: int = 10,
+        max_characters: int = 400_000,
+    ) -> None:
+        super().__init__(spec, max_characters // CHARACTERS_PER_TOKEN)
+        self._threshold, self._imbalanced = threshold, imbalanced
+        self._lots = random.Random(spec.seed)
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        counts = [load.num_running for load in self.loads.values()]
+        candidates = list(self.loads)
+        reached: dict[ReplicaId, int] = {}
+        if max(counts) - min(counts) < self._imbalanced:
+            _, reached = self.tree.match(request.tokens, request.namespace)
+            best = max(reached.values(), default=0)
+            if best >= max(1, self._threshold * len(request.tokens)):
+                candidates = [each for each, length in reached.items() if length == best]
+            else:
+                held = self.tree.num_tokens
+                fewest = min(held.get(each, 0) for each in self.loads)
+                candidates = [each for each in self.loads if held.get(each, 0) == fewest]
+        drawn = self._lots.sample(candidates, min(2, len(candidates)))
+        chosen = min(drawn, key=lambda each: self.loads[each].num_running)
+        self.tree.insert(request.tokens, chosen, request.namespace)
+        return Choice(chosen, reached.get(chosen, 0))

@@ -1,0 +1,161 @@
+"""What was sent where: an approximate radix tree over prompts, as routers keep that are told
+nothing by their replicas. It knows no eviction but its own, so it promises more than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import numpy as np
+
+from hybridcache.routing.protocol import ReplicaId
+from hybridcache.tokens import common_prefix_len
+
+KEPT = 0.9
+"""Share of its limit to which a replica's record is cut when it passes it."""
+
+
+class _Node:
+    __slots__ = ("children", "last_use", "parent", "tokens")
+
+    def __init__(self, tokens: tuple[int, ...], parent: _Node | None) -> None:
+        self.tokens = tokens
+        self.parent = parent
+        self.children: dict[int, _Node] = {}
+        self.last_use: dict[ReplicaId, int] = {}
+        """By replica that was sent a prompt through here."""
+
+
+class TextTree:
+    """Prompts by replica, at most ``max_tokens`` for each: what was longest unused goes, leaves
+    first.
+
+    ``insert`` O(len(tokens)), amortised with what it evicts; ``match`` O(len(tokens)).
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        self.max_tokens = max_tokens
+        self.num_tokens: dict[ReplicaId, int] = {}
+        """By replica that has any."""
+        self._roots: dict[Hashable, _Node] = {}
+        self._uses = 0
+
+    def match(
+        self, tokens: tuple[int, ...], namespace: Hashable = None
+    ) -> tuple[int, dict[ReplicaId, int]]:
+        """(how much of ``tokens`` is known at all, and how much was sent to each replica, those
+        with nothing left out)."""
+        reached: dict[ReplicaId, int] = {}
+        node = self._roots.get(namespace)
+        end = 0
+        while node is not None and end < len(tokens):
+            child = node.children.get(tokens[end])
+            if child is None:
+                break
+            common = _common(child.tokens, tokens, end)
+            end += common
+            for replica in child.last_use:
+                reached[replica] = end
+            if common < len(child.tokens):
+                break
+            node = child
+        return end, reached
+
+    def insert(
+        self, tokens: tuple[int, ...], replica: ReplicaId, namespace: Hashable = None
+    ) -> None:
+        """``tokens`` were sent to ``replica``."""
+        self._uses += 1
+        node = self._roots.setdefault(namespace, _Node((), None))
+        end = 0
+        while end < len(tokens):
+            child = node.children.get(tokens[end])
+            if child is None:
+                child = node.children[tokens[end]] = _Node(tokens[end:], node)
+            else:
+                common = _common(child.tokens, tokens, end)
+                if common < len(child.tokens):
+                    child = self._split(child, common)
+            if replica not in child.last_use:
+                held = self.num_tokens.get(replica, 0)
+                self.num_tokens[replica] = held + len(child.tokens)
+            child.last_use[replica] = self._uses
+            end += len(child.tokens)
+            node = child
+        if self.num_tokens.get(replica, 0) > self.max_tokens:
+            self._evict(replica)
+
+    def forget(self, replica: ReplicaId) -> None:
+        """All that was sent to ``replica``. O(tree)."""
+        for node in list(self._leaves_first()):
+            self._discard(node, replica)
+        self._prune()
+
+    def _split(self, lower: _Node, at: int) -> _Node:
+        """The new node that holds the first ``at`` tokens of ``lower``, above it."""
+        assert lower.parent is not None
+        upper = _Node(lower.tokens[:at], lower.parent)
+        upper.last_use = dict(lower.last_use)
+        lower.parent.children[lower.tokens[0]] = upper
+        lower.tokens, lower.parent = lower.tokens[at:], upper
+        upper.children[lower.tokens[0]] = lower
+        return upper
+
+    def _evict(self, replica: ReplicaId) -> None:
+        """Cut what ``replica`` has to ``KEPT`` of the limit. O(tree log tree), once in a tenth of
+        the limit."""
+        wanted = int(KEPT * self.max_tokens)
+        nodes = [node for node in self._leaves_first() if replica in node.last_use]
+        # A node is used whenever one below it is: sorting keeps leaves before what is above them.
+        nodes.sort(key=lambda node: node.last_use[replica])
+        for node in nodes:
+            if self.num_tokens.get(replica, 0) <= wanted:
+                break
+            self._discard(node, replica)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Namespaces without a prompt go."""
+        self._roots = {name: root for name, root in self._roots.items() if root.children}
+
+    def _discard(self, node: _Node, replica: ReplicaId) -> None:
+        if node.last_use.pop(replica, None) is None:
+            return
+        self.num_tokens[replica] -= len(node.tokens)
+        if not self.num_tokens[replica]:
+            del self.num_tokens[replica]
+        if not node.last_use:
+            assert node.parent is not None and not node.children
+            del node.parent.children[node.tokens[0]]
+
+    def _leaves_first(self) -> Iterator[_Node]:
+        stack = [child for root in self._roots.values() for child in root.children.values()]
+        found = []
+        while stack:
+            node = stack.pop()
+            found.append(node)
+            stack.extend(node.children.values())
+        return reversed(found)
+
+    def check(self) -> None:
+        """AssertionError unless its records add up and keep to their limit. O(tree)."""
+        held: dict[ReplicaId, int] = {}
+        for node in self._leaves_first():
+            assert node.tokens and node.last_use
+            for replica, use in node.last_use.items():
+                held[replica] = held.get(replica, 0) + len(node.tokens)
+                parent = node.parent
+                assert parent is not None and use <= parent.last_use.get(replica, self._uses)
+                assert parent.parent is None or replica in parent.last_use
+            for first, child in node.children.items():
+                assert child.tokens[0] == first and child.parent is node
+        assert held == self.num_tokens
+        assert all(num_tokens <= self.max_tokens for num_tokens in held.values())
+
+
+def _common(known: tuple[int, ...], tokens: tuple[int, ...], start: int) -> int:
+    theirs = tokens[start : start + len(known)]
+    if theirs == known:
+        return len(known)
+    return common_prefix_len(np.array(known[: len(theirs)]), np.array(theirs))

@@ -1,0 +1,44 @@
+"""Routers by word, or ``module:Class`` of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+from hybridcache.policies.user import load
+from hybridcache.routing.precise import CheckpointSeconds, KVScores, KVSeconds
+from hybridcache.routing.protocol import ReplicaSpec, Router
+from hybridcache.routing.simple import LeastLoaded, RoundRobin, Sticky
+from hybridcache.routing.text import CacheAware, PrefixAffinity
+
+ROUTERS: dict[str, type[Router]] = {
+    "round_robin": RoundRobin,
+    "least_loaded": LeastLoaded,
+    "session": Sticky,
+    "text": CacheAware,
+    "text-ray": PrefixAffinity,
+    "kv": KVScores,
+    "kv-seconds": KVSeconds,
+    "checkpoint": CheckpointSeconds,
+}
+
+
+def find_router(word: str) -> Callable[[ReplicaSpec], Router]:
+    """What makes the router that ``word`` names. ValueError: there is none."""
+    if word in ROUTERS:
+        return ROUTERS[word]
+    if ":" not in word:
+        raise ValueError(f"no router {word!r}; known: {', '.join(ROUTERS)}, or module:Class")
+    own = load(word, _Rule)
+    made = own.make.func if isinstance(own.make, partial) else own.make
+    if not (isinstance(made, type) and issubclass(made, Router)):
+        raise ValueError(f"{word!r}: a router is a subclass of hybridcache.routing.protocol.Router")
+    return cast(Callable[[ReplicaSpec], Router], own.make)
+
+
+class _Rule:
+    """What a router of one's own has beside its base class."""
+
+    def choose(self, *arguments: object) -> object:
+        """See ``Router.choose``."""

@@ -1,0 +1,96 @@
+// What is known of the node or the request that was chosen.
+class Details {
+  constructor(view, ask = null) {
+    this.view = view;
+    this.ask = ask; // (path) => Promise of JSON, where there is a server
+    this.title = element("h2", {}, "Details");
+    this.body = element("div.body");
+    this.element = element("section.card.details", { "aria-label": "Details" }, element("header", {}, this.title), this.body);
+    this.hint();
+  }
+
+  hint() {
+    this.title.textContent = "Details";
+    this.body.replaceChildren(element("p.soft", {}, "Choose a node of the tree, or a request's bar."));
+  }
+
+  facts(pairs) {
+    return element("dl.facts", {}, ...pairs.filter(([, value]) => value !== null).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+  }
+
+  node(node) {
+    const { model } = this.view;
+    const cost = model.cost(node);
+    const state = node.saved ? `checkpoint${node.saved.label ? ` (${node.saved.label})` : ""}` : node.lost ? "checkpoint evicted" : "none at its end";
+    this.title.textContent = node.ghost !== null ? "Ghost" : `Node ${whole.format(node.start)}–${whole.format(node.end)}`;
+    const text = element("pre.text", { hidden: true, tabindex: 0 });
+    const exact = element("div");
+    const pairs = [
+      ["tokens", `${whole.format(node.start)}–${whole.format(node.end)}, ${count(node.end - node.start, "token")}`],
+      node.ghost !== null ? ["resident", `no: its tokens are remembered, its KV went ${ago(model.time - node.ghost)}`] : ["KV", size(cost.kvBytes)],
+      ["state", model.meta.state_bytes ? state : null],
+      ["resumed through it", count(node.hits ?? node.uses, "request")],
+      ["last used", ago(model.time - (node.recent ?? node.last))],
+      ["namespace", node.namespace === null ? null : `tenant ${node.namespace.slice(0, 8)}`],
+    ];
+    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)} (its state; KV with branches below stays)` : "nothing: branches below need its KV"], ["and costs the next that resumes here", `${count(cost.recompute, "token")} again`]);
+    this.body.replaceChildren(this.facts(pairs), exact, this.talks(model.users(node)), text);
+    if (this.ask && node.ghost === null) this.asked(node, text, exact);
+  }
+
+  talks(users) {
+    if (!users.size) return element("p.soft", {}, "No request that is shown used it.");
+    const chips = [...users].slice(-24).map(([talk, times]) => element("button", { type: "button", title: count(times, "request"), onclick: () => this.view.selectRequest(this.view.model.talks.get(talk)?.ids.at(-1)) }, typeof talk === "number" ? `conversation ${talk}` : talk));
+    return element("div", {}, element("p.soft", {}, `Used by ${count(users.size, "conversation")}`), element("div.chips", {}, ...chips));
+  }
+
+  async asked(node, text, exact) {
+    const { id } = node;
+    try {
+      const found = await this.ask(`/v1/cache/nodes/${id}`);
+      if (this.view.tree.selected !== node) return;
+      const pairs = [["locked by", found.locks ? count(found.locks, "request") : null], ["the cache would free", `${size(found.frees_bytes)} with its tail`], ["slabs", found.slabs.length ? count(found.slabs.length, "slab") : null]];
+      exact.replaceChildren(this.facts(pairs));
+      this.view.strip.mark([...found.slabs, ...(node.saved ? [node.saved.slot] : [])]);
+      text.hidden = false;
+      text.textContent = found.text === null ? "A tenant's text (cache_salt) is not shown." : `${found.is_cut ? "… " : ""}${found.text}`;
+    } catch (error) {
+      exact.replaceChildren(element("p.soft", {}, error.message));
+    }
+  }
+
+  request(one) {
+    this.title.textContent = `Request ${one.id}`;
+    const items = one.losses ? [["hit", "reused", "Taken from the cache.", one.cached], ...CAUSES.map(([name, label, said]) => [name, label, said, one.losses[name]])] : [];
+    const why = element("ul.why", {}, ...items.filter(([, , , tokens]) => tokens).map(([name, label, said, tokens]) => element("li", {}, element("i", { style: `background: var(--${name})` }), element("b", {}, whole.format(tokens)), element("span", {}, `${label} · ${percent(tokens, one.prompt)}`), element("em", {}, said))));
+    const rate = speed(one);
+    const queue = one.scheduled_s === null ? null : one.scheduled_s - one.arrived_s;
+    const node = this.view.model.nodes.get(one.node);
+    this.body.replaceChildren(
+      this.facts([
+        ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], ["state", one.state],
+        ["waited", queue === null ? null : seconds(queue)], ["time to first token", seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)], ["tokens a second", rate ? rate.toFixed(1) : null],
+        ["preempted", one.preemptions ? count(one.preemptions, "time") : null], ["namespace", one.namespace === null ? null : `tenant ${one.namespace.slice(0, 8)}`],
+      ]),
+      element("h3", { style: "font-size: 13px" }, "Where its prompt tokens came from"), why,
+      ...(node ? [element("p", {}, element("button.plain", { type: "button", onclick: () => { this.view.select(node); this.view.tree.reveal(node); } }, "Show in the tree"))] : []),
+    );
+    this.explained(one);
+  }
+
+  // Why it missed, beside the request before it that shares most; where the server remembers that.
+  async explained(one) {
+    if (!this.ask || !one.losses) return;
+    let found;
+    try {
+      found = await this.ask(`/v1/cache/explanations/${encodeURIComponent(one.id)}`);
+    } catch { return; } // The causes above say what there is to say.
+    if (this.view.selectedRequest !== one.id || !found.text) return;
+    const parts = [element("h3", { style: "font-size: 13px" }, "Why it missed"), element("p", {}, found.text)];
+    const { parted } = found;
+    if (parted?.before != null) {
+      parts.push(element("pre.text", { tabindex: 0, "aria-label": "Where the prompts part" }, element("span.soft", {}, `… ${parted.before}`), ...(parted.was ? [element("del", {}, parted.was)] : []), ...(parted.now ? [element("ins", {}, parted.now)] : [])));
+    }
+    this.body.append(...parts);
+  }
+}

@@ -1,0 +1,90 @@
+// Words, numbers and small elements.
+const CAUSES = [
+  ["never_seen", "new", "No request ever brought these tokens in this place."],
+  ["kv_evicted", "KV evicted", "They were here; their KV was evicted."],
+  ["checkpoint_evicted", "checkpoint evicted", "Their KV is here; the checkpoint that would have reached them was evicted."],
+  ["never_checkpointed", "never checkpointed", "Their KV is here; no state was ever saved at or past them."],
+  ["below_grid", "below the grid", "Between the last position a checkpoint may take and the prompt's end."],
+  ["refused", "refused", "A checkpoint was here, but no memory to resume from it."],
+];
+const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+const brief = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
+
+function count(number, noun) {
+  return `${whole.format(number)} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+function size(bytes) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let at = 0;
+  while (bytes >= 1024 && at < units.length - 1) { bytes /= 1024; at += 1; }
+  return `${bytes >= 100 || at === 0 ? bytes.toFixed(0) : bytes.toPrecision(3)} ${units[at]}`;
+}
+
+function seconds(value) {
+  if (value == null) return "–";
+  if (value < 0.0995) return `${(1000 * value).toFixed(value < 0.00995 ? 1 : 0)} ms`;
+  if (value < 1) return `${(1000 * value).toFixed(0)} ms`;
+  return value < 60 ? `${value.toPrecision(3)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+}
+
+function percent(part, all) {
+  if (!all) return "–";
+  const share = 100 * part / all;
+  return `${share.toFixed(share > 0 && share < 99.95 ? 1 : 0)} %`;
+}
+
+// element("p.soft", {title: "…"}, "text", child): names in props that begin with "on" are listeners.
+function element(kind, props = {}, ...children) {
+  const [tag, ...classes] = kind.split(".");
+  const made = document.createElement(tag);
+  if (classes.length) made.className = classes.join(" ");
+  for (const [name, value] of Object.entries(props)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name.startsWith("aria-")) made.setAttribute(name, value);
+    else if (value === false || value == null) continue;
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+function speak(text) {
+  document.getElementById("spoken").textContent = text;
+}
+
+// What CSS makes of a custom property now, in the theme that is on.
+function resolved(names) {
+  const probe = element("span", { hidden: true });
+  document.body.append(probe);
+  const found = {};
+  for (const name of names) {
+    probe.style.color = `var(--${name})`;
+    found[name] = getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number);
+  }
+  probe.remove();
+  return found;
+}
+
+const rgb = ([r, g, b], alpha = 1) => `rgb(${r} ${g} ${b} / ${alpha})`;
+
+// Steps from one colour to another through OKLab, where equal steps look equal.
+function ramp(from, to, steps) {
+  const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+  const gamma = (c) => 255 * Math.min(1, Math.max(0, c <= 0.0031308 ? 12.92 * c : 1.055 * c ** (1 / 2.4) - 0.055));
+  const lab = (colour) => {
+    const [r, g, b] = colour.map(linear);
+    const l = Math.cbrt(0.4122 * r + 0.5363 * g + 0.0514 * b);
+    const m = Math.cbrt(0.2119 * r + 0.6807 * g + 0.1074 * b);
+    const s = Math.cbrt(0.0883 * r + 0.2817 * g + 0.63 * b);
+    return [0.2105 * l + 0.7936 * m - 0.0041 * s, 1.978 * l - 2.4286 * m + 0.4506 * s, 0.0259 * l + 0.7828 * m - 0.8087 * s];
+  };
+  const back = ([L, a, b]) => {
+    const l = (L + 0.3963 * a + 0.2158 * b) ** 3;
+    const m = (L - 0.1056 * a - 0.0639 * b) ** 3;
+    const s = (L - 0.0895 * a - 1.2915 * b) ** 3;
+    return [4.0767 * l - 3.3077 * m + 0.231 * s, -1.2684 * l + 2.6098 * m - 0.3413 * s, -0.0042 * l - 0.7034 * m + 1.7076 * s].map(gamma).map(Math.round);
+  };
+  const [start, end] = [lab(from), lab(to)];
+  return Array.from({ length: steps }, (_, at) => back(start.map((value, axis) => value + (end[axis] - value) * at / (steps - 1))));
+}

@@ -1,0 +1,126 @@
+// A lane for each conversation, a bar for each request: what was reused, and why the rest was not.
+const MAX_LANES = 80;
+const MAX_BARS = 40;
+
+class Lanes {
+  constructor(view) {
+    this.view = view;
+    this.rows = new Map();
+    this.list = element("ul.lanes");
+    this.empty = element("p.empty", {}, "No request yet.");
+    this.more = element("span.soft");
+    this.title = element("h2", {}, "Conversations");
+    this.element = element("section.card", { "aria-label": "Conversations" }, element("header", {}, this.title, this.more), this.list, this.empty, this.legend());
+    this.list.addEventListener("click", (event) => {
+      const bar = event.target.closest(".bar");
+      if (bar) this.view.selectRequest(bar.dataset.id);
+    });
+    this.list.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  legend() {
+    const swatch = (name, label, title) => element("span", { title }, element("i", { style: `background: var(--${name})` }), label);
+    return element("div.legend", {}, swatch("hit", "reused", "Taken from the cache."), ...CAUSES.map(([name, label, title]) => swatch(name, label, title)));
+  }
+
+  update() {
+    const model = this.view.model;
+    const talks = [...model.talks.values()].reverse();
+    const shown = talks.slice(0, MAX_LANES);
+    const all = shown.map((talk) => talk.ids.slice(-MAX_BARS).map((id) => model.requests.get(id)));
+    const longest = Math.max(64, ...all.map((requests) => requests.reduce((sum, one) => sum + one.prompt, 0)));
+    const room = Math.max(120, (this.list.clientWidth || 600) - (innerWidth <= 560 ? 26 : innerWidth <= 1020 ? 318 : 350));
+    const scale = Math.min(room / longest, 0.5);
+    this.empty.hidden = talks.length > 0;
+    this.list.hidden = talks.length === 0;
+    this.more.textContent = talks.length > MAX_LANES ? `the latest ${MAX_LANES} of ${whole.format(talks.length)}` : talks.length ? whole.format(talks.length) : "";
+    const rows = new Map();
+    let before = null;
+    for (const [at, talk] of shown.entries()) {
+      const row = this.rows.get(talk.id) ?? this.row(talk);
+      rows.set(talk.id, row);
+      this.fill(row, talk, all[at], scale);
+      const following = before ? before.element.nextSibling : this.list.firstChild;
+      if (following !== row.element) this.list.insertBefore(row.element, following);
+      before = row;
+    }
+    for (const [id, row] of this.rows) if (!rows.has(id)) row.element.remove();
+    this.rows = rows;
+  }
+
+  row(talk) {
+    const who = element("span.who", {}, `conversation ${talk.id}`);
+    if (talk.namespace !== null) { who.textContent = `${talk.id} · ${talk.namespace.slice(0, 6)}`; who.title = `tenant ${talk.namespace}`; }
+    if (typeof talk.id === "string") { who.textContent = talk.id; who.title = talk.id; }
+    const bars = element("div.bars");
+    const last = element("span.last");
+    return { element: element("li.lane", {}, who, bars, last), bars, last, drawn: new Map() };
+  }
+
+  fill(row, talk, requests, scale) {
+    const chosen = this.view.selectedRequest;
+    const drawn = new Map();
+    let before = null;
+    for (const one of requests) {
+      const isOn = one.id === chosen;
+      const state = `${one.state} ${one.computed} ${one.cached} ${scale.toFixed(4)} ${isOn}`;
+      let bar = row.drawn.get(one.id);
+      if (!bar) { bar = { element: element("button.bar", { type: "button", "data-id": one.id }), state: "" }; }
+      if (bar.state !== state) { this.bar(bar.element, one, scale, isOn); bar.state = state; }
+      drawn.set(one.id, bar);
+      const following = before ? before.nextSibling : row.bars.firstChild;
+      if (following !== bar.element) row.bars.insertBefore(bar.element, following);
+      before = bar.element;
+    }
+    for (const [id, bar] of row.drawn) if (!drawn.has(id)) bar.element.remove();
+    row.drawn = drawn;
+    const latest = requests.at(-1);
+    row.last.textContent = latest ? this.told(latest) : "";
+  }
+
+  told(one) {
+    if (one.state === "waiting") return "waiting";
+    if (!ENDED.has(one.state)) return one.state === "prefill" ? `prefill ${percent(one.computed, one.prompt)}` : count(one.answer, "token");
+    const parts = [`${percent(one.cached, one.prompt)} hit`];
+    if (one.first_token_s !== null) parts.push(seconds(one.first_token_s - one.arrived_s));
+    const rate = speed(one);
+    if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tok/s`);
+    return parts.join(" · ");
+  }
+
+  bar(bar, one, scale, isOn) {
+    const isRunning = !ENDED.has(one.state);
+    const parts = [];
+    const add = (name, tokens) => { if (tokens > 0) parts.push(element(name === "rest" ? "i.rest" : "i", { style: `width: ${(tokens * scale).toFixed(2)}px;${name === "rest" ? "" : ` background: var(--${name})`}` })); };
+    if (one.losses) {
+      add("hit", one.cached);
+      for (const [cause] of CAUSES) add(cause, one.losses[cause]);
+    } else add("rest", one.prompt);
+    bar.className = `bar${isRunning ? " running" : ""}${one.state === "error" ? " bad" : ""}`;
+    bar.style.width = `${Math.max(one.prompt * scale, 4).toFixed(2)}px`;
+    bar.setAttribute("aria-pressed", isOn);
+    bar.setAttribute("aria-label", `${count(one.prompt, "token")}, ${percent(one.cached, one.prompt)} reused, ${one.state}`);
+    bar.title = `${count(one.prompt, "token")} · ${percent(one.cached, one.prompt)} reused · TTFT ${seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)}`;
+    bar.replaceChildren(...parts);
+  }
+
+  key(event) {
+    const bar = event.target.closest(".bar");
+    if (!bar) return;
+    const lane = bar.closest(".lane");
+    const to = {
+      ArrowRight: () => bar.nextElementSibling, ArrowLeft: () => bar.previousElementSibling,
+      ArrowDown: () => lane.nextElementSibling?.querySelector(".bar:last-child"),
+      ArrowUp: () => lane.previousElementSibling?.querySelector(".bar:last-child"),
+    }[event.key]?.();
+    if (!to) return;
+    event.preventDefault();
+    to.focus();
+  }
+}
+
+// Tokens a second after the first; null where there were not two.
+function speed(one) {
+  const spent = one.finished_s !== null && one.first_token_s !== null ? one.finished_s - one.first_token_s : 0;
+  return one.answer > 1 && spent > 0 ? (one.answer - 1) / spent : null;
+}

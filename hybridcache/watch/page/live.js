@@ -1,0 +1,134 @@
+// The server's side: changes as they come, reconnecting for as long as the page is open.
+const RETRY_S = [0.3, 1, 2, 4, 8];
+const SILENT_MS = 25000;
+
+// {event, id, data} of a stream of server-sent events.
+async function* serverEvents(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let [rest, one] = ["", { event: "message", id: null, data: null }];
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line === "") {
+          if (one.data !== null) yield one;
+          else yield { event: "alive", id: null, data: "" };
+          one = { event: "message", id: null, data: null };
+        } else if (line.startsWith("data: ")) one.data = one.data === null ? line.slice(6) : `${one.data}\n${line.slice(6)}`;
+        else if (line.startsWith("event: ")) one.event = line.slice(7);
+        else if (line.startsWith("id: ")) one.id = line.slice(4);
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+class Live {
+  constructor(main) {
+    this.main = main;
+    this.link = document.getElementById("link");
+    this.last = null;
+    this.tries = 0;
+    this.view = new View(new Model(), { ask: (path) => this.json(path) });
+    this.chat = new Chat((path, options) => this.ask(path, options));
+    main.className = "live";
+    main.append(this.view.element, element("div.aside", {}, this.view.details.element, this.chat.element));
+    this.view.tree.note.hidden = false;
+    this.view.tree.note.replaceChildren(element("strong", {}, "Loading the cache …"));
+    this.follow();
+  }
+
+  async ask(path, options = {}) {
+    const key = sessionStorage.getItem("key");
+    const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+    const response = await fetch(path, { ...options, headers });
+    if (response.ok) return response;
+    let message = `The server answered ${response.status}.`;
+    try { message = (await response.json()).error.message; } catch { /* no JSON: the number says it */ }
+    throw Object.assign(new Error(message), { status: response.status });
+  }
+
+  async json(path) { return (await this.ask(path)).json(); }
+
+  async follow() {
+    for (;;) {
+      const stop = new AbortController();
+      let timer = null;
+      const listen = () => { clearTimeout(timer); timer = setTimeout(() => stop.abort(), SILENT_MS); };
+      let reason = "The connection broke off";
+      try {
+        listen();
+        const headers = this.last ? { "Last-Event-ID": this.last } : {};
+        const response = await this.ask("/v1/cache/events", { signal: stop.signal, headers });
+        this.tries = 0;
+        for await (const one of serverEvents(response.body)) {
+          listen();
+          if (one.event === "ended") { reason = JSON.parse(one.data); break; }
+          if (one.event !== "alive") this.take(one);
+        }
+      } catch (error) {
+        if (error.status === 401 || error.status === 403) { await this.askForKey(error); continue; }
+        if (error.status) reason = error.message;
+      } finally { clearTimeout(timer); }
+      await this.pause(reason);
+    }
+  }
+
+  take({ event, id, data }) {
+    const message = JSON.parse(data);
+    this.last = id;
+    if (event === "whole") {
+      const model = new Model(message.meta);
+      for (const record of message.records) model.apply(record, true);
+      document.getElementById("title").textContent = message.meta.title;
+      document.title = `${message.meta.title} · hybridcache`;
+      this.view.show(model);
+    } else {
+      for (const record of message.records) this.view.model.apply(record);
+      this.later();
+    }
+    this.say("live", "live");
+    this.main.classList.remove("stale");
+  }
+
+  // At most one update a frame, however many changes come.
+  later() {
+    if (this.due) return;
+    this.due = true;
+    requestAnimationFrame(() => { this.due = false; this.view.update(); this.view.refresh(); this.updated = performance.now(); });
+  }
+
+  say(state, text) {
+    if (this.link.dataset.state === state && this.link.textContent === text) return;
+    this.link.dataset.state = state;
+    this.link.textContent = text;
+  }
+
+  async pause(reason) {
+    const wait = RETRY_S[Math.min(this.tries, RETRY_S.length - 1)];
+    this.tries += 1;
+    this.main.classList.add("stale");
+    this.since ??= new Date();
+    this.say("broken", `${reason.replace(/\.$/, "")}; trying again${wait >= 2 ? ` in ${wait} s` : ""}`);
+    if (!this.view.tree.items.length) this.view.tree.note.replaceChildren(element("strong", {}, "No connection"), element("span", {}, "The page goes on as soon as the server answers."));
+    await new Promise((done) => { setTimeout(done, 1000 * wait); addEventListener("online", done, { once: true }); });
+  }
+
+  askForKey(error) {
+    this.say("broken", "not allowed");
+    const input = element("input", { type: "password", "aria-label": "Key", placeholder: "key of --admin-key-file", autocomplete: "off" });
+    const form = element("form.key.card", {}, element("p", {}, error.message), input, element("button.main", {}, "Open"));
+    this.view.element.prepend(form);
+    return new Promise((done) => form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      sessionStorage.setItem("key", input.value.trim());
+      form.remove();
+      this.say("loading", "connecting");
+      done();
+    }));
+  }
+}

@@ -1,0 +1,18 @@
+// Which page this is, and its theme.
+try { const kept = localStorage.getItem("theme"); if (kept) document.documentElement.dataset.theme = kept; } catch { /* a file may have no storage */ }
+const recording = document.getElementById("recording").textContent;
+const main = document.getElementById("main");
+const isReplay = recording.trimStart().startsWith("{");
+const page = isReplay ? new Replay(main, JSON.parse(recording)) : new Live(main);
+const views = page.views ?? [page.view];
+const theme = () => views.forEach((view) => view.theme());
+
+document.getElementById("theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = isDark ? "light" : "dark";
+  try { localStorage.setItem("theme", root.dataset.theme); } catch { /* as above */ }
+  theme();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", theme);
+window.hybridcache = { page, views };

@@ -1,0 +1,107 @@
+"""A cache's changes as records: what the page draws.
+
+>>> import numpy as np
+>>> from hybridcache import CacheConfig, build_prefix_cache
+>>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=1))
+>>> recorder = Recorder()
+>>> cache.subscribe(recorder)
+>>> prompt = np.arange(10, dtype=np.int32)
+>>> result = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
+>>> for record in recorder.take():
+...     print(record)
+['kv', 0, None, None, 0, 8, 4108050209, 0, 0]
+['kv', 1, 0, None, 8, 10, 4194326291, 0, 0]
+['checkpoint', 0, 0, '', 0, 0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+from zlib import crc32
+
+from hybridcache.listener import Listener
+from hybridcache.policies.protocol import Item
+from hybridcache.radix.node import RadixNode
+
+Record = list[Any]
+"""A name, then what happened, as plain data; README.md has all of them."""
+
+MAX_LETTERS = 80
+"""Of a namespace or a label; what is longer is cut."""
+
+
+class Recorder(Listener):
+    """Keeps what changed until ``take``. O(1) for each change, but for a new segment's key.
+
+    ``scale``: tokens that one id of the cache's stands for.
+    """
+
+    def __init__(self, scale: int = 1) -> None:
+        self._scale = scale
+        self._records: list[Record] = []
+        self._names: dict[int, str | None] = {}
+        self.nodes: dict[int, RadixNode] = {}
+        """The resident nodes by id."""
+
+    def take(self) -> list[Record]:
+        """What changed since the last time."""
+        records, self._records = self._records, []
+        return records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def kv_stored(self, node: RadixNode) -> None:
+        parent, kv = node.parent, node.kv
+        assert parent is not None and kv is not None
+        above = node_id(parent)
+        name = show_namespace(parent.key) if above is None else self._names[above]
+        self._names[kv.serial], self.nodes[kv.serial] = name, node
+        start, end = node.start * self._scale, node.end * self._scale
+        record = ["kv", kv.serial, above, name, start, end, _key(node), kv.uses, kv.last_used]
+        self._records.append(record)
+
+    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
+        id_, new = _id(lower), _id(upper)
+        self._names[new], self.nodes[new] = self._names[id_], upper
+        self._records.append(["split", id_, new, upper.end * self._scale, _key(lower)])
+
+    def kv_removed(self, node: RadixNode) -> None:
+        id_ = _id(node)
+        del self._names[id_], self.nodes[id_]
+        self._records.append(["kv-gone", id_])
+
+    def checkpoint_stored(self, node: RadixNode) -> None:
+        saved = node.checkpoint
+        assert saved is not None
+        label = saved.label[:MAX_LETTERS]
+        record = ["checkpoint", _id(node), saved.slot, label, saved.uses, saved.last_used]
+        self._records.append(record)
+
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        self._records.append(["checkpoint-gone", _id(node)])
+
+    def chosen(self, item: Item) -> None:
+        """What goes is recorded when it goes."""
+
+
+def node_id(node: RadixNode | None) -> int | None:
+    """How records name a node: None for a root and for what was evicted."""
+    return None if node is None or node.kv is None else node.kv.serial
+
+
+def show_namespace(namespace: Hashable) -> str | None:
+    """As the page shows it: None for the unnamed one."""
+    return None if namespace is None else str(namespace)[:MAX_LETTERS]
+
+
+def _id(node: RadixNode) -> int:
+    assert node.kv is not None
+    return node.kv.serial
+
+
+def _key(node: RadixNode) -> int:
+    """Tells a node from its siblings without its tokens: by it the page finds the ghost that came
+    back."""
+    return crc32(repr(node.key).encode())

@@ -1,0 +1,391 @@
+"""Pairs of requests, each labelled with why the second one missed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from engine import RequestSpec
+from engine.history.dialects import for_anthropic, for_openai
+from engine.history.explain import CAUSES, Change, Explanation, Found, How
+from engine.history.memory import Remembered
+from engine.server.explanations import Explanations
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.templates import ChatTemplate, render_chat
+from experiments.agents.scripted import ScriptedEngine
+from hybridcache.results import Losses
+
+THINKING = """\
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t|tojson ~ '\\n' }}{% endfor %}
+{%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}{{ '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' ~ messages[0].content ~ '<|im_end|>\\n' }}
+{%- endif %}
+{%- if shout %}{{ '!' }}{% endif %}
+{%- for m in messages %}{% if m.role != 'system' %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\\n' ~ (m.reasoning_content or '') ~ '\\n</think>\\n\\n' }}{% endif %}
+{{- m.content }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' ~ c.function.name ~ c.function.arguments|tojson ~ '</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- else %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
+"""As Qwen3.5's: tools before the system message, thoughts kept since the last question."""
+COUNTING = "{{ messages|length }} messages\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+Chat = dict[str, Any]
+
+
+def tool(name: str, **more: Any) -> Chat:
+    parameters = {"type": "object", "properties": {"path": {"type": "string"}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+def say(role: str, content: str, **more: Any) -> Chat:
+    return {"role": role, "content": content, **more}
+
+
+def call(name: str, **arguments: Any) -> Chat:
+    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+BASE: Chat = {
+    "tools": [tool("read", description="Read a file."), tool("write"), tool("list")],
+    "messages": [
+        say("system", "You are a careful engineer. Today is Monday. " * 4),
+        say("user", "What is in a.txt? " * 5),
+        say(
+            "assistant", "", reasoning_content="I read it.", tool_calls=[call("read", path="a.txt")]
+        ),
+        say("tool", "alpha beta gamma " * 6, tool_call_id="call_1"),
+        say("assistant", "", reasoning_content="And b.", tool_calls=[call("read", path="b.txt")]),
+        say("tool", "delta epsilon " * 6, tool_call_id="call_2"),
+    ],
+    "variables": {},
+}
+ANSWER = "two files\n</think>\n\nBoth are Greek letters.<|im_end|>"
+ECHO = say("assistant", "Both are Greek letters.", reasoning_content="two files")
+GO_ON = [ECHO, say("user", "Write them down.")]
+TOOL_LOOP = [
+    say("assistant", "", reasoning_content="so", tool_calls=[call("write", path="c")]),
+    say("tool", "done", tool_call_id="call_3"),
+]
+PLAIN: Chat = {
+    "messages": [
+        say("system", "Be brief. " * 12),
+        *(say("user", f"Question {n}. " * 9) for n in "ab"),
+    ],
+}
+Edit = Callable[[Chat], None]
+Prepare = Callable[[ScriptedEngine], None]
+
+
+@dataclass
+class Pair:
+    """Two requests, and why the second one missed."""
+
+    name: str
+    edit: Edit
+    change: str | None
+    how: str | None = None
+    path: str | None = None
+    cause: str | None = ""
+    """"": the change."""
+    base: Chat = field(default_factory=lambda: BASE)
+    template: str | None = THINKING
+    answer: str = ANSWER
+    prepare: Prepare = lambda engine: None
+    engine: dict[str, Any] = field(default_factory=dict)
+    model: str = "m"
+    anthropic: str | None = None
+    openai: str = "cache_hit"
+
+
+def message(index: int, **fields: Any) -> Edit:
+    return lambda chat: chat["messages"][index].update(fields)
+
+
+def turns(*more: Chat) -> Edit:
+    return lambda chat: chat["messages"].extend(copy.deepcopy(more))
+
+
+def both(*edits: Edit) -> Edit:
+    def edit(chat: Chat) -> None:
+        for one in edits:
+            one(chat)
+
+    return edit
+
+
+def system(how: str, text: str) -> Pair:
+    edit = both(message(0, content=text), turns(*TOOL_LOOP))
+    return Pair(f"system {how}", edit, "system", "changed", "messages[0].content",
+                anthropic="system_changed", openai="input_changed")  # fmt: skip
+
+
+def tools(name: str, how: str, path: str, edit: Callable[[list[Chat]], Any]) -> Pair:
+    return Pair(f"tools {name}", lambda chat: (edit(chat["tools"]), None)[1], "tools", how, path,
+                anthropic="tools_changed", openai="tools_changed")  # fmt: skip
+
+
+def messages(name: str, how: str, path: str, edit: Edit, openai: str = "input_changed") -> Pair:
+    return Pair(f"messages {name}", edit, "messages", how, path,
+                anthropic="messages_changed", openai=openai)  # fmt: skip
+
+
+def variables(name: str, how: str, key: str, before: Chat, after: Chat, openai: str) -> Pair:
+    base = {**BASE, "variables": before}
+    return Pair(f"variables {name}", lambda chat: chat.update(variables=after), "variables", how,
+                f"chat_template_kwargs.{key}", base=base,
+                anthropic="unavailable", openai=openai)  # fmt: skip
+
+
+def answered(name: str, echo: Chat) -> Pair:
+    edit = turns(echo, say("tool", "ok", tool_call_id="call_9"))
+    return Pair(f"answer {name}", edit, "answer", "changed", "messages[6]")
+
+
+def lost(name: str, cause: str | None, **more: Any) -> Pair:
+    more = {
+        "edit": turns(say("assistant", "Yes."), say("user", "More.")),
+        "change": None,
+        "answer": "Yes.<|im_end|>",
+    } | more
+    return Pair(f"cache {name}", cause=cause, base=PLAIN, template=None, **more)
+
+
+def crowd(num_chats: int, size: int) -> Prepare:
+    """Other prompts, which need the memory."""
+
+    def prepare(engine: ScriptedEngine) -> None:
+        for number in range(num_chats):
+            prompt = engine.tokenizer.encode(f"{number} another matter entirely " * size)
+            engine.answer(RequestSpec(prompt[: 24 * size]), [10])
+
+    return prepare
+
+
+def forget(engine: ScriptedEngine) -> None:
+    engine.engine.reset_prefix_cache()
+
+
+INPUT = {"anthropic": "messages_changed", "openai": "input_changed"}
+PAIRS = [
+    system("with the date", "You are a careful engineer. Today is Tuesday. " * 4),
+    system("longer", BASE["messages"][0]["content"] + "Be quick."),
+    system("shorter", BASE["messages"][0]["content"][:90]),
+    system("with a blank more", BASE["messages"][0]["content"] + " "),
+    system("with a header in front", "billing: cch=9f\n" + BASE["messages"][0]["content"]),
+    Pair("system removed", lambda chat: chat["messages"].pop(0), "system", "removed", "messages[0]",
+         anthropic="system_changed", openai="input_changed"),
+    Pair("system added", lambda chat: chat["messages"].insert(0, say("system", "Hello.")), "system",
+         "added", "messages[0]", base={**BASE, "messages": BASE["messages"][1:]},
+         anthropic="system_changed", openai="input_changed"),
+    Pair("system and tools", both(message(0, content="x"), lambda chat: chat["tools"].pop(0)), "tools",
+         "removed", "tools[0]", anthropic="tools_changed", openai="tools_changed"),
+    tools("added at the end", "added", "tools[3]", lambda t: t.append(tool("grep"))),
+    tools("added in front", "added", "tools[0]", lambda t: t.insert(0, tool("grep"))),
+    tools("removed at the end", "removed", "tools[2]", lambda t: t.pop()),
+    tools("removed in the middle", "removed", "tools[1]", lambda t: t.pop(1)),
+    tools("reordered", "reordered", "tools[0]", lambda t: t.reverse()),
+    tools("described otherwise", "changed", "tools[0]", lambda t: t[0]["function"].update(description="R.")),
+    tools("with the keys in another order", "changed", "tools[1]",
+          lambda t: t[1].update(function=dict(reversed(t[1]["function"].items())))),
+    tools("gone", "removed", "tools[0]", lambda t: t.clear()),
+    messages("question edited", "changed", "messages[1].content", message(1, content="And c?")),
+    messages("tool result edited", "changed", "messages[3].content", message(3, content="[cut]")),
+    messages("last result edited", "changed", "messages[5].content", message(5, content="[cut]")),
+    messages("arguments edited", "changed", "messages[2].tool_calls[0]",
+             message(2, tool_calls=[call("read", path="./a.txt")])),
+    messages("another tool named", "changed", "messages[4].tool_calls[0]",
+             message(4, tool_calls=[call("list", path="b.txt")])),
+    messages("a call more", "changed", "messages[4].tool_calls[1]",
+             message(4, tool_calls=[call("read", path="b.txt"), call("list")])),
+    messages("thoughts edited", "changed", "messages[2].reasoning_content",
+             message(2, reasoning_content="Hm.")),
+    messages("thoughts left out", "changed", "messages[4].reasoning_content",
+             message(4, reasoning_content=None)),
+    messages("content edited", "changed", "messages[2].content", message(2, content="Well.")),
+    messages("another role", "changed", "messages[3].role", message(3, role="user")),
+    messages("one left out", "removed", "messages[2]",
+             lambda chat: chat["messages"].__delitem__(slice(2, 4)), "context_compacted"),
+    messages("compacted", "changed", "messages[1].content",
+             lambda chat: chat["messages"].__setitem__(slice(1, 6), [say("user", "Summary.")])),
+    messages("one put in", "added", "messages[3]",
+             lambda chat: chat["messages"].insert(3, say("user", "Wait."))),
+    messages("two exchanged", "reordered", "messages[2]",
+             lambda chat: chat["messages"].__setitem__(slice(2, 6), [BASE["messages"][i] for i in (4, 5, 2, 3)])),
+    variables("thinking off", "added", "enable_thinking", {}, {"enable_thinking": False},
+              "reasoning_effort_changed"),
+    variables("thinking off again", "changed", "enable_thinking", {"enable_thinking": True},
+              {"enable_thinking": False}, "reasoning_effort_changed"),
+    variables("one left out", "removed", "shout", {"shout": True}, {}, "unavailable"),
+    answered("edited", {**ECHO, "content": "Both are letters."}),
+    answered("without its thoughts", say("assistant", "Both are Greek letters.")),
+    answered("trimmed", {**ECHO, "content": "Both are Greek letters"}),
+    answered("with a call written otherwise",
+             {**ECHO, "tool_calls": [call("write", path="c", mode="a")]}),
+    Pair("template drops thoughts", turns(*GO_ON), "template", "changed", "messages[2].content"),
+    Pair("template drops the header's thoughts", turns(ECHO, say("user", "Go on.")), "answer", "changed",
+         "messages[2]", base={**BASE, "messages": BASE["messages"][:2]}, cause="answer"),
+    Pair("template counts messages", turns(say("assistant", "Yes."), say("user", "More.")), "template",
+         "changed", None, base=PLAIN, template=COUNTING, answer="Yes.<|im_end|>"),
+    Pair("another model", turns(*GO_ON), "model", "changed", "model", model="other",
+         anthropic="model_changed", openai="model_changed"),
+    Pair("another model, the same chat", lambda chat: None, "model", "changed", "model", model="other",
+         anthropic="model_changed", openai="model_changed"),
+    lost("goes on", "below_grid"),
+    lost("the same again", "below_grid", edit=lambda chat: None),
+    lost("a question less", "messages", edit=lambda chat: chat["messages"].pop(), change="messages",
+         how="removed", path="messages[2]", openai="context_compacted", anthropic="messages_changed"),
+    lost("was emptied", "forgotten", prepare=forget),
+    lost("was emptied, the same again", "forgotten", prepare=forget, edit=lambda chat: None),
+    lost("evicted KV", "kv_evicted", prepare=crowd(6, 20), engine={"num_kv_tokens": 1024}),
+    lost("evicted KV, the same again", "kv_evicted", prepare=crowd(6, 20), edit=lambda chat: None,
+         engine={"num_kv_tokens": 1024}),
+    lost("evicted the state", "checkpoint_evicted", prepare=crowd(6, 6), engine={"num_slots": 3}),
+    lost("evicted the state, the same again", "checkpoint_evicted", prepare=crowd(6, 6),
+         edit=lambda chat: None, engine={"num_slots": 3}),
+    lost("saved no state", "never_checkpointed", engine={"checkpoints": ("branch",)}),
+    lost("saved no state, the same again", "never_checkpointed", edit=lambda chat: None,
+         engine={"checkpoints": ("branch",)}),
+    lost("has no slot but the one", "refused", engine={"num_slots": 1}, answer="Yes, yes, yes.<|im_end|>",
+         edit=turns(say("assistant", "Yes, yes, yes."), say("user", "More."))),
+    lost("evicted KV, and the system changed", "system", prepare=crowd(6, 20), change="system",
+         how="changed", path="messages[0].content", edit=message(0, content="Be long."),
+         engine={"num_kv_tokens": 1024}, anthropic="system_changed", openai="input_changed"),
+    lost("evicted the state, and the answer edited", "checkpoint_evicted", prepare=crowd(6, 6),
+         engine={"num_slots": 3}, change="answer", how="changed", path="messages[3]",
+         edit=turns(say("assistant", "Yes!"), say("user", "More."))),
+    lost("saves every 128", "below_grid", engine={"grid": 128}),
+    lost("was emptied, and the question edited", "forgotten", prepare=forget, change="messages",
+         how="changed", path="messages[2].content",
+         edit=both(message(2, content="Question b. " * 8 + "Really?")), **INPUT),
+    lost("was emptied, and the system changed", "system", prepare=forget, change="system", how="changed",
+         path="messages[0].content", edit=message(0, content="Be long."), anthropic="system_changed",
+         openai="input_changed"),
+    lost("saved no state, and the question edited", "messages", change="messages",
+         how="changed", path="messages[2].content", engine={"checkpoints": ("branch",)},
+         edit=message(2, content="Question b. " * 8 + "Really?"), **INPUT),
+]  # fmt: skip
+
+
+def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation | None, Explanations]:
+    """The second request of a pair beside the first."""
+    tokenizer = ByteTokenizer()
+    if pair.template is not None:
+        tokenizer.chat_template = ChatTemplate(pair.template)
+    engine = ScriptedEngine(tokenizer, **pair.engine)
+    explanations = Explanations(tokenizer, 1 << 20)
+    chat = copy.deepcopy(pair.base)
+    later = copy.deepcopy(pair.base)
+    pair.edit(later)
+    explanation = None
+    for name, body, model in (("first", chat, "m"), ("second", later, pair.model)):
+        if name == "second":
+            pair.prepare(engine)
+        parts = {"tools": body.get("tools"), "variables": body.get("variables")}
+        prompt = render_chat(tokenizer, body["messages"], **parts)
+        spec = RequestSpec(
+            prompt.token_ids,
+            namespace=namespace,
+            boundaries=prompt.boundaries,
+            answer_survives=prompt.answer_survives,
+        )
+        output = engine.answer(spec, tokenizer.encode(pair.answer))
+        asked = explanations.begin(
+            name,
+            output.prompt_token_ids,
+            model=model,
+            namespace=namespace,
+            messages=body["messages"],
+            size=100,
+            **parts,
+        )
+        explanations.saw(asked, output)
+        explanation = explanations.compare(asked, "first")
+        explanations.end(asked, output)
+    return explanation, explanations
+
+
+def _check(pair: Pair, explanation: Explanation) -> None:
+    parting = explanation.parting
+    assert (parting and parting.change) == pair.change, explanation.text
+    if parting is not None:
+        assert (parting.how, parting.path) == (pair.how, pair.path), explanation.text
+    assert explanation.cause == (pair.change if pair.cause == "" else pair.cause), explanation.lost
+    told = for_anthropic(explanation)
+    assert (told and told["cache_miss_reason"]["type"]) == pair.anthropic
+    openai = for_openai(explanation)
+    assert openai.get("reason", openai["type"]) == pair.openai
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_every_miss_of_the_labelled_set_is_explained(pair: Pair) -> None:
+    explanation, explanations = run(pair)
+    assert explanation is not None
+    _check(pair, explanation)
+    assert explanation.cached_len + sum(explanation.lost.values()) >= explanation.shared_len
+    if explanation.parting is not None and pair.model == "m":
+        assert explanation.parting.was is not None and explanation.parting.now is not None
+        assert explanation.parting.was != explanation.parting.now
+    explanations.memory.check()
+
+
+def test_the_set_has_sixty_pairs_and_every_cause() -> None:
+    assert len(PAIRS) == len({pair.name for pair in PAIRS}) == 60
+    assert {pair.change for pair in PAIRS} == {None, *get_args(Change)}
+    assert {pair.how for pair in PAIRS} == {None, *get_args(How)}
+    assert {pair.cause for pair in PAIRS} >= set(CAUSES)
+
+
+@pytest.mark.parametrize("pair", PAIRS[:42:6], ids=lambda pair: pair.name)
+def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair) -> None:
+    explanation, explanations = run(pair, namespace="tenant")
+    assert explanation is not None and explanation.parting is not None
+    open_one, _ = run(pair)
+    assert open_one is not None and open_one.parting is not None
+    found = explanation.parting
+    assert (found.at, found.change, found.how) == tuple(
+        getattr(open_one.parting, name) for name in ("at", "change", "how")
+    )
+    assert found.before is found.was is found.now is None
+    kept = explanations.memory.find("first")
+    assert kept is not None and kept.chat is None
+    ids = set(ByteTokenizer().encode(ANSWER))
+    assert not ids & set(kept.outline.tokens.tolist())
+    assert explanations.memory.get("first", "tenant") is kept
+    assert (
+        explanations.memory.get("first", "another")
+        is explanations.memory.get("first", None)
+        is None
+    )
+
+
+def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
+    explanations = Explanations(ByteTokenizer(), 20_000)
+    tokens = np.arange(1000, dtype=np.int32) % 250
+    none = {"messages": (), "tools": None, "variables": None}
+    for number in range(10):
+        asked = explanations.begin(
+            str(number), tokens[number:], model="m", namespace=None, size=100, **none
+        )
+        asked.found = Found(0, Losses(1000, 0, 0, 0, 0))
+        explanations.memory.put(asked.answer_id, Remembered(asked.outline, asked.found, asked.chat))
+        explanations.memory.check()
+    memory = explanations.memory
+    assert memory.find("9") is not None and memory.find("0") is None
+    assert memory.num_bytes > 15_000
+    assert memory.nearest("9") is None, "no two of them begin the same"
+
+
+def test_an_answer_that_is_not_known_is_said_to_be_none() -> None:
+    assert for_openai(None) == {"type": "comparison_response_not_found"}
+    assert for_anthropic(None) == {"cache_miss_reason": {"type": "previous_message_not_found"}}

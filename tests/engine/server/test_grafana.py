@@ -1,0 +1,73 @@
+"""The dashboard asks for metrics that the server has."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import engine.server
+
+from .conftest import Live
+
+DASHBOARD: dict[str, Any] = json.loads(
+    (Path(engine.server.__file__).parent / "grafana.json").read_text()
+)
+PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
+NAME = re.compile(r"\bengine_\w+")
+LABELS = re.compile(r"by \(([\w, ]+)\)")
+
+
+@pytest.fixture(scope="module")
+def served(live: Live) -> dict[str, set[str]]:
+    """Labels of each sample that a server has after a request, by name; those of counters that
+    nothing has counted yet from the metrics themselves."""
+    live.post("/v1/completions", {"prompt": "a dashboard's request", "max_tokens": 3})
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(live.get("/metrics").text):
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket"]}.get(family.type, [""])
+        for suffix in suffixes:
+            found[family.name + suffix] = set()
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    for counter in vars(live.server.config.app.state.metrics).values():
+        if hasattr(counter, "_labelnames"):
+            found.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
+    return found
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
+def test_a_panel_names_metrics_and_labels_that_are_there(
+    panel: dict[str, Any], served: dict[str, set[str]]
+) -> None:
+    for target in panel["targets"]:
+        names = NAME.findall(target["expr"])
+        assert names
+        for name in names:
+            assert name in served, name
+        for labels in LABELS.findall(target["expr"]):
+            assert set(labels.split(", ")) <= set.union(*(served[name] for name in names))
+
+
+def test_panels_do_not_overlap_and_ids_are_their_own() -> None:
+    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
+    taken: set[tuple[int, int]] = set()
+    for place in (panel["gridPos"] for panel in PANELS):
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken and place["x"] + place["w"] <= 24
+        taken |= cells
+
+
+def test_the_hit_rate_is_weighted_by_tokens() -> None:
+    [panel] = [panel for panel in PANELS if panel["title"] == "Prompt tokens reused"]
+    [target] = panel["targets"]
+    names = NAME.findall(target["expr"])
+    assert names == ["engine_cached_tokens_total", "engine_prompt_tokens_total"]

@@ -1,0 +1,232 @@
+"""The page and its stream of changes: whole, resumed, bounded, and nobody else's business."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.server import feed
+from engine.server.config import ServerConfig
+from hybridcache.listener import members_of
+from tests.watch.follower import follow, truth
+
+from .conftest import Live, oracle_engine, serving
+
+PROMPT = "the same beginning for all who ask here, "
+
+
+class Reader:
+    """Reads /v1/cache/events as a page does, in a thread."""
+
+    def __init__(self, live: Live, after: str | None = None) -> None:
+        self.events: list[tuple[str, str | None, Any]] = []
+        headers = {} if after is None else {"Last-Event-ID": after}
+        self._connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=30)
+        self._connection.request("GET", "/v1/cache/events", headers=headers)
+        self._lines = self._connection.getresponse()
+        self.has_ended = False
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        name, id_ = "", None
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for line in self._lines:
+                key, _, value = line.decode().rstrip("\n").partition(": ")
+                if key == "event":
+                    name = value
+                elif key == "id":
+                    id_ = value
+                elif key == "data":
+                    self.events.append((name, id_, json.loads(value)))
+        self.has_ended = True
+
+    def close(self) -> None:
+        if self._connection.sock is not None:
+            with contextlib.suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, condition: Callable[[Reader], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition(self):
+            assert time.monotonic() < deadline, [(name, id_) for name, id_, _ in self.events]
+            time.sleep(0.01)
+
+    @property
+    def records(self) -> list[list[Any]]:
+        """All since the last whole state."""
+        start = max(at for at, (name, _, _) in enumerate(self.events) if name == "whole")
+        return [record for _, _, data in self.events[start:] for record in data["records"]]
+
+    @property
+    def nodes(self) -> dict[int, dict[str, Any]]:
+        nodes: dict[int, dict[str, Any]] = {}
+        follow(nodes, self.records)
+        return nodes
+
+    @property
+    def num_ended(self) -> int:
+        return sum(one["state"] == "length" for one in self.requests.values())
+
+    @property
+    def requests(self) -> dict[str, dict[str, Any]]:
+        return {one["id"]: one for kind, *rest in self.records if kind == "request" for one in rest}
+
+
+@pytest.fixture
+def read() -> Iterator[Callable[..., Reader]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(live: Live, after: str | None = None) -> Reader:
+            reader = Reader(live, after)
+            stack.callback(reader.close)
+            return reader
+
+        yield start
+
+
+def ask(live: Live, text: str, **more: Any) -> None:
+    answer = live.post("/v1/completions", {"prompt": text, "max_tokens": 3} | more)
+    assert answer.status_code == 200, answer.text
+
+
+def listeners(live: Live) -> int:
+    return len(members_of(live.engine.cache._residency.listener))  # type: ignore[attr-defined]
+
+
+def test_the_page_is_served_and_loads_nothing(live: Live) -> None:
+    answer = live.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_reader_knows_the_tree_and_the_requests(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle(num_kv_tokens=2048)
+    ask(live, PROMPT * 5)
+    reader = read(live)
+    reader.wait(lambda reader: bool(reader.events))
+    assert len(reader.requests) == 1, "what ended before is shown too"
+    for number in range(12):
+        ask(live, PROMPT * 5 + f"{number} " * 40, cache_salt="tenant" if number % 3 else None)
+    reader.wait(lambda reader: reader.num_ended == 13)
+    assert reader.nodes == truth(live.engine.cache)
+    for one in reader.requests.values():
+        assert one["cached"] + sum(one["losses"].values()) == one["prompt"]
+        assert one["state"] == "length" and one["answer"] == 3 and one["node"] in reader.nodes
+    again = read(live)
+    again.wait(lambda again: bool(again.events))
+    assert again.nodes == reader.nodes and again.requests == reader.requests
+
+
+def test_one_that_comes_back_gets_what_it_missed_or_the_whole(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle()
+    first = read(live)
+    ask(live, PROMPT)
+    first.wait(lambda first: first.num_ended == 1 and first.events[-1][0] == "changes")
+    last = first.events[-1][1]
+    first.close()
+    ask(live, PROMPT * 2)
+    back = read(live, last)
+    back.wait(lambda back: bool(back.events))
+    assert {name for name, _, _ in back.events} == {"changes"}
+    for wrong in ("", "other-1", f"{last}9", "x"):
+        stranger = read(live, wrong)
+        stranger.wait(lambda stranger: bool(stranger.events))
+        assert stranger.events[0][0] == "whole"
+
+
+def test_a_slow_reader_is_given_the_whole_instead_of_all_it_missed(
+    serve_oracle: Callable[..., Live],
+    read: Callable[..., Reader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is kept for those behind is bounded, and so what a server holds for them."""
+    monkeypatch.setattr(feed.Feed.__init__, "__defaults__", (2000,))
+    live = serve_oracle()
+    first = read(live)
+    first.wait(lambda first: bool(first.events))
+    begin = first.events[0][1]
+    for number in range(6):
+        ask(live, PROMPT + f"{number} " * 30)
+        first.wait(lambda first, num_asked=number + 1: first.num_ended == num_asked)
+    kept = live.server._feed._kept
+    assert sum(len(change.data) for change in kept) <= 2000
+    back = read(live, begin)
+    back.wait(lambda back: bool(back.events))
+    assert back.events[0][0] == "whole" and back.nodes == truth(live.engine.cache)
+
+
+def test_nothing_listens_where_nobody_watches(
+    serve_oracle: Callable[..., Live],
+    read: Callable[..., Reader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feed, "LINGER_S", 0.2)
+    live = serve_oracle()
+    ask(live, PROMPT)
+    assert listeners(live) == 0 and live.engine.recent.listeners == []
+    readers = [read(live), read(live)]
+    for reader in readers:
+        reader.wait(lambda reader: bool(reader.events))
+    assert listeners(live) == 1 and len(live.engine.recent.listeners) == 1
+    for reader in readers:
+        reader.close()
+    deadline = time.monotonic() + 10
+    while listeners(live):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert live.engine.recent.listeners == []
+
+
+def test_only_so_many_may_watch(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_READERS", 0)
+    answer = live.get("/v1/cache/events")
+    assert answer.status_code == 429 and "close one" in answer.json()["error"]["message"]
+
+
+def test_an_open_page_does_not_hold_a_server_up(read: Callable[..., Reader]) -> None:
+    with serving(oracle_engine(), ServerConfig(drain_s=20)) as live:
+        reader = read(live)
+        reader.wait(lambda reader: bool(reader.events))
+        started = time.monotonic()
+    assert time.monotonic() - started < 10
+    reader.wait(lambda reader: reader.has_ended)
+
+
+def test_a_node_shows_its_text_but_no_tenants(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle()
+    reader = read(live)
+    ask(live, PROMPT * 3)
+    ask(live, "what a tenant asks, " * 9, cache_salt="secret")
+    reader.wait(lambda reader: reader.num_ended == 2)
+    open_, tenants = {}, {}
+    for id_, node in reader.nodes.items():
+        found = live.get(f"/v1/cache/nodes/{id_}").json()
+        (open_ if node["namespace"] is None else tenants)[id_] = found
+    assert any("same beginning" in found["text"] for found in open_.values())
+    assert tenants and all(found["text"] is None for found in tenants.values())
+    assert "what a tenant" not in json.dumps([tenants, reader.records])
+    assert "secret" not in json.dumps([tenants, reader.records])
+    assert live.get("/v1/cache/nodes/99999").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/cache/events", "/v1/cache/nodes/1"])
+def test_what_the_page_asks_for_is_the_operators(live: Live, path: str) -> None:
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+        answer = httpx.get(live.url + path, headers=headers, timeout=60)
+        assert answer.status_code == 403, headers

@@ -1,0 +1,67 @@
+"""``engine top`` against a live server."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich", reason="pip install 'hybridcache[top]' brings rich")
+
+from rich.console import Console
+
+from engine.command import top
+from engine.command.cli import main
+from engine.server.config import ServerConfig
+
+from .conftest import Live, oracle_engine, serving
+
+
+def test_one_screen_of_a_live_server(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        prompt = "what top shows, " * 20 + str(number)
+        live.post("/v1/completions", {"prompt": prompt, "max_tokens": 4})
+    assert main(["top", "--url", live.url, "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "prompt tokens reused" in shown and "checkpoints" in shown
+    assert "never seen" in shown and "length" in shown
+
+
+def test_it_follows_what_goes_on(live: Live) -> None:
+    watched = top.Watched()
+    threading.Thread(target=top.follow, args=(watched, live.url, None), daemon=True).start()
+    _until(lambda: watched.num_events > 0)
+    before = len(watched.requests)
+    live.post("/v1/completions", {"prompt": "one more for top " * 9, "max_tokens": 4})
+    _until(lambda: len(watched.requests) > before and len(watched.ended()) > before)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(top.screen(watched, 30))
+    assert "length" in console.export_text()
+
+
+def _until(condition: Any) -> None:
+    import time
+
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_server_with_a_key_asks_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text("s3cret\n")
+    config = ServerConfig(admin_key_file=str(tmp_path / "key"))
+    with serving(oracle_engine(), config) as live:
+        assert main(["top", "--url", live.url, "--once"]) == 2
+        assert "--admin-key-file" in capsys.readouterr().err
+        asked = ["top", "--url", live.url, "--once", "--key-file", str(tmp_path / "key")]
+        assert main(asked) == 0
+
+
+def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "--url", "http://127.0.0.1:9", "--once"]) == 2
+    assert "does not answer" in capsys.readouterr().err

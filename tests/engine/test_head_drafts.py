@@ -1,0 +1,366 @@
+"""Drafts of a model's own multi-token head: no token and no bit of a log-probability differs from
+those of one token a step, and a guess is a function of the tokens before it alone, whether these
+were computed in one piece or resumed, alone or in company, verified or one by one.
+
+Faults that other engines had or have where such a head meets a prefix cache of states, and what
+would notice each here (g: a_guess_depends_on_the_tokens_alone, p: numerics/test_prediction.py, m:
+test_scheduler_machine.py; those that have nothing to do with a head are in test_drafts.py):
+
+| fault | test |
+|---|---|
+| the last matched block is given up for the head: no hit | hits_are_those_without_drafts |
+| the head's own KV is not cached: drafts of nothing after a hit | g |
+| the head's own KV is not rolled back | g, p |
+| the vector it begins from is lost in a checkpoint | a_right_head_is_right_after_a_hit, p |
+| it is read from before the final norm, or of the wrong position | p |
+| what it begins from is that of guesses, after a preemption | what_happens_to_a_request, m |
+| a state of guesses is published: the next turn is poisoned | what_happens_to_a_request, m |
+| rows of guesses are shared by requests that run together | g |
+| rows that an arena moved are looked for where they were | what_happens_to_a_request |
+| an abort in the middle leaves rows or slots behind | what_happens_to_a_request, m |
+| decode graphs leave the head without its rows | recorded_steps_are_followed_too |
+| the head's pools are not counted: out of memory later | the_plan_counts_the_head |
+| the wrong weights, or none, and drafts that are never right | p, what_can_not_work_says_so |
+| a drafter that is never right makes serving slow | test_drafters.py |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.drafts.mtp import HeadDrafter
+from engine.requests.request import Request
+from engine.run.layers.parameters import Parameter
+from engine.run.loading import load_model
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+from engine.run.tensor_files import WeightsError
+from engine.run.warm_up import guesses as guesses_of
+from engine.run.weights import Dummy
+from engine.text.byte_tokenizer import ByteTokenizer
+from tests.engine.test_drafts import MODEL, assert_same, prompts
+
+Make = Callable[..., Engine]
+GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
+ASKED = {
+    "greedy": GREEDY,
+    "penalties": SamplingParams(
+        max_tokens=20, temperature=0, logprobs=2, frequency_penalty=0.7, repetition_penalty=1.3
+    ),
+    "sampled": SamplingParams(max_tokens=20, temperature=0.3, logprobs=2, top_p=0.9, seed=5),
+}
+
+
+@pytest.fixture
+def guesses(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, list[int]]:
+    """Tokens so far -> what was guessed to follow. AssertionError for two guesses of the same
+    tokens that differ, as far as both go."""
+    seen: dict[bytes, list[int]] = {}
+    propose = HeadDrafter.propose
+
+    def spy(self: HeadDrafter, wanted: Sequence[tuple[Request, int]]) -> Any:
+        found = propose(self, wanted)
+        for (request, most), tokens in zip(wanted, found, strict=True):
+            assert len(tokens) <= most
+            new, before = tokens.tolist(), seen.setdefault(request.tokens.tobytes(), [])
+            assert all(one == other for one, other in zip(new, before, strict=False))
+            before.extend(new[len(before) :])
+        return found
+
+    monkeypatch.setattr(HeadDrafter, "propose", spy)
+    return seen
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> Make:
+    """An engine on seeded weights. Memory begins as NaN."""
+
+    def make(draft: str = "mtp", model: dict[str, Any] | None = None, **settings: Any) -> Engine:
+        (tmp_path / "config.json").write_text(json.dumps(MODEL | (model or {})))
+        settings = {"cache_gib": 0.01, "check": True, "load_format": "dummy", **settings}
+        config = EngineConfig(model=str(tmp_path), device="cpu", draft=draft, **settings)
+        runner = ModelRunner(config)
+        if runner.tensors.rows is not None:
+            runner.tensors.rows.fill_(255)
+        sampler = Sampler(runner.vocab_size)
+        return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
+
+    return make
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are made even where none was ever right."""
+    monkeypatch.setattr("engine.drafts.odds.MIN_ODDS", 0.0)
+
+
+@pytest.fixture
+def right_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a model in which each token has one successor, and whose head says so too: nothing
+    but embeddings reaches the residual stream, and the head passes on that of the next token."""
+    draw = Dummy.draw
+
+    def write(self: Dummy, name: str, parameter: Parameter) -> None:
+        target = parameter.target
+        generator = torch.Generator().manual_seed(3)
+        embeddings = torch.randn(MODEL["vocab_size"], MODEL["hidden_size"], generator=generator)
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+            target.zero_()
+        elif name == "model.embed_tokens.weight":
+            target.copy_(embeddings)
+        elif name == "lm_head.weight":
+            target.copy_(torch.nn.functional.normalize(embeddings).roll(64, 0))
+        elif name == "mtp.fc.weight":
+            target.copy_(torch.eye(len(target), 2 * len(target)))
+        else:
+            draw(self, name, parameter)
+
+    monkeypatch.setattr(Dummy, "draw", write)
+
+
+def accepted(outputs: Sequence[RequestOutput]) -> int:
+    return sum(output.drafts.accepted.total() for output in outputs)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("draft", ["mtp:4", "tree,mtp:2"])
+def test_drafts_of_a_head_change_nothing(
+    asked: str, draft: str, make_engine: Make, guesses: Any, eager: None
+) -> None:
+    params, plain, drafted = ASKED[asked], make_engine("none"), make_engine(draft)
+    for _ in range(2):
+        expected = plain.generate(prompts(), params)
+        outputs = drafted.generate(prompts(), params)
+        assert_same(outputs, expected)
+    assert drafted.report().kv.held == drafted.report().slots.held == 0
+    assert len(guesses) > 20
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"dtype": "bfloat16", "state_dtype": "bfloat16", "model": {"num_experts": 0}},
+        {"cache_gib": None, "kv_gib": 0.01, "state_gib": 0.005},
+        {
+            "model": {"num_experts": 0},
+            "kernels": "linear=reference,attention=reference,gdn=reference,conv1d=reference",
+        },
+    ],
+    ids=["bfloat16", "pools", "reference"],
+)
+def test_a_guess_depends_on_the_tokens_alone(
+    numbers: dict[str, Any], make_engine: Make, guesses: dict[bytes, list[int]], eager: None
+) -> None:
+    """Cold and after hits, in company of many and of few, one token ahead and four, after
+    verifications of few and of many tokens: what is seen again is compared by ``guesses``."""
+    plain = make_engine("none", **numbers).generate(prompts(), GREEDY)
+    for draft, settings in (
+        ("mtp:4", {}),
+        ("tree:6,mtp:3", {}),
+        ("mtp:1", {"max_running": 2, "prefix_cache": "none", "token_budget": 64}),
+    ):
+        engine = make_engine(draft, **numbers, **settings)
+        for _ in range(2 if "prefix_cache" not in settings else 1):
+            assert_same_answers(engine.generate(prompts(), GREEDY), plain)
+    assert 80 < len(guesses) < 6 * 20
+
+
+def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
+    """Whatever was found in the cache."""
+    for one, other in zip(some, others, strict=True):
+        assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+
+
+def test_hits_are_those_without_drafts(make_engine: Make) -> None:
+    reports = []
+    for draft in ("none", "mtp", "tree,mtp"):
+        engine = make_engine(draft)
+        for _ in range(2):
+            outputs = engine.generate(prompts(), GREEDY)
+        reports.append(([output.cached_len for output in outputs], engine.report().usage))
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[0][0][0] == 128
+
+
+def test_a_right_head_is_right_after_a_hit(make_engine: Make, right_head: None) -> None:
+    """Three of three guesses from the first step on, cold and resumed; what was resumed from is not
+    computed again."""
+    engine = make_engine("mtp:3")
+    segments: list[Any] = []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch, *drawn: (  # type: ignore[method-assign]
+        segments.extend(batch.segments),
+        forward(batch, *drawn),
+    )[1]
+    (prompt,) = [prompts()[0]]
+    params = SamplingParams(max_tokens=30, temperature=0)
+    for cached_len in (0, 128):
+        segments.clear()
+        (output,) = engine.generate([prompt], params)
+        assert output.cached_len == cached_len == segments[0].start
+        assert output.token_ids == [(prompt[-1] + 64 * k) % 320 for k in range(1, 31)]
+        lengths = [segment.num_drafts for segment in segments if segment.is_decode]
+        assert lengths[0] == 2 and set(lengths[3:-1]) == {3}
+        assert accepted([output]) == sum(lengths)
+        assert output.drafts.acceptance_len > 3.4
+    turn = prompt + output.token_ids + [9]
+    (output,) = engine.generate([turn], params)
+    assert output.cached_len == 128  # 161 tokens: the grid's 128 is the last below them
+    assert accepted([output]) == output.drafts.drafted.total()
+
+
+def test_recorded_steps_are_followed_too(
+    make_engine: Make, guesses: dict[bytes, list[int]]
+) -> None:
+    """A drafter that is never right rests: the steps in between are single ones, recorded where
+    kernels are native. Then it tries again, and guesses as where nothing was recorded."""
+    params = SamplingParams(max_tokens=50, temperature=0, logprobs=1)
+    outputs = []
+    for settings in ({"graphs": "off"}, {}):
+        engine = make_engine("mtp:2", model={"num_experts": 0}, **settings)
+        outputs.append(engine.generate(prompts()[:3], params))
+        rested = sum(len(o.output) - 1 - o.drafts.num_verified - accepted([o]) for o in outputs[-1])
+        assert rested > 40
+    assert_same(*outputs)
+    native = engine.runner.kernels.words().get("linear") == "native"
+    assert (engine.runner.graphs[0] is not None) == native
+    assert (engine.runner.verify_graphs is not None) == native
+
+
+def count_moves(runner: Any) -> list[Any]:
+    """The moves that it makes from here on."""
+    moves: list[Any] = []
+    forward = runner.forward
+
+    def spy(batch: Any, *drawn: Any) -> Any:
+        moves.extend(batch.moves)
+        return forward(batch, *drawn)
+
+    runner.forward = spy
+    return moves
+
+
+@pytest.mark.parametrize("head", ["random", "right"])
+def test_what_happens_to_a_request(
+    head: str, make_engine: Make, guesses: Any, request: pytest.FixtureRequest
+) -> None:
+    """Preemptions, rows that move, stops inside an accepted run, aborts, and a next turn."""
+    if head == "right":
+        request.getfixturevalue("right_head")
+    params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
+    model = {"num_experts": 0}
+    plain = make_engine("none", model=model, prefix_cache="none").generate(prompts(), params)
+    tight = {"cache_gib": None, "kv_gib": 0.0001, "state_gib": 0.001, "exact": True}
+    for settings in (tight, {"cache_gib": 0.00014, "exact": True}):
+        engine = make_engine("mtp:3", model=model, **settings)
+        moves = count_moves(engine.runner)
+        outputs = engine.generate(prompts(), params)
+        assert_same_answers(outputs, plain)
+        assert moves or sum(output.num_preemptions for output in outputs) > 0
+        for place in (1, 5, 6, 7):
+            stopped = SamplingParams(
+                max_tokens=60, temperature=0, stop_token_ids=(plain[0].token_ids[place],)
+            )
+            (output,) = engine.generate(prompts()[:1], stopped)
+            end = plain[0].token_ids.index(plain[0].token_ids[place])
+            assert output.token_ids == plain[0].token_ids[: end + 1]
+        request_id = engine.submit(prompts()[0], params)
+        for _ in range(5):
+            engine.step()
+        assert engine.abort(request_id).drafts.num_verified > 0
+        engine.check()
+        assert engine.report().kv.held == engine.report().slots.held == 0
+
+
+def test_the_plan_counts_the_head(make_engine: Make) -> None:
+    plain, drafted = (make_engine(draft).runner for draft in ("none", "mtp:3"))
+    head, hidden = 2 * MODEL["head_dim"], MODEL["hidden_size"]
+    before, after = plain.geometry, drafted.geometry
+    assert after.kv_bytes_per_token - before.kv_bytes_per_token == 4 * head
+    assert after.state_bytes - before.state_bytes == 4 * hidden
+    assert after.num_full_layers == before.num_full_layers == 2
+    assert after.num_linear_layers == before.num_linear_layers == 2
+    assert drafted.memory.row_bytes == after.kv_bytes_per_token
+    assert drafted.memory.state_bytes == after.state_bytes
+    rows = drafted.tensors.rows
+    assert rows is not None
+    assert len(rows) == drafted.tensors.padding_row + 1 + 3 * drafted.max_running_rows
+
+
+def test_a_warm_up_rehearses_guesses(make_engine: Make) -> None:
+    """On padding: nobody's row or state is touched."""
+    runner = make_engine("mtp:3").runner
+    before = runner.tensors.rows[: runner.memory.num_kv_tokens].clone()
+    rehearsed = guesses_of(runner)
+    assert [len(newest) for newest in rehearsed] == [4, 3, 2, 1]
+    for newest in rehearsed:
+        assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
+    assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
+    assert guesses_of(make_engine("tree").runner) == []
+
+
+def test_what_can_not_work_says_so(tmp_path: Path, make_engine: Make) -> None:
+    config = {**MODEL, "model_type": "qwen3", "num_experts": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
+    with pytest.raises(ModelError, match="Qwen3 is served without: use draft tree, or none"):
+        ModelRunner(EngineConfig(draft="mtp", load_format="dummy", **settings))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use draft tree, or none"):
+        ModelRunner(EngineConfig(draft="mtp", **settings))
+    assert make_engine("none").runner.geometry.num_full_layers == 2
+
+
+def test_files_give_the_head_its_weights(tmp_path: Path, make_engine: Make) -> None:
+    """Every ``mtp.*`` tensor is read, and one too many or too few is named."""
+    runner = make_engine("mtp").runner
+    family, build = type(runner.model), runner.model.build
+    options = {"load_format": "dummy", "num_workers": 1, "seed": 5}
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(self: Dummy, layer: Any) -> None:
+        for name, parameter in layer.parameters():
+            self.draw(name, parameter)
+            tensors[name] = parameter.target.clone()
+            if parameter.rows is not None:
+                tensors[name][parameter.rows] = parameter.target
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dummy, "fill", keep)
+        seeded = load_model(None, family, runner.config, build, with_head=True, **options)
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
+    loaded = ModelRunner(EngineConfig(**settings))
+    embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
+    ours, theirs = (head._enter(embedded, before) for head in (loaded._head, seeded.head))
+    assert torch.equal(ours, theirs)
+    save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):
+        ModelRunner(EngineConfig(**settings))
+    del tensors["mtp.layers.0.self_attn.k_norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"1 missing: mtp\.layers\.0\.self_attn\.k_norm\.weight"):
+        ModelRunner(EngineConfig(**settings))
+    plain = ModelRunner(EngineConfig(**(settings | {"draft": "none"})))
+    assert "tensors left alone (mtp.fc.weight" in plain.weights_note
+
+
+def test_sampled_answers_are_those_of_their_seeds(make_engine: Make, right_head: None) -> None:
+    """A guess is taken where the draw falls on it, and draws are by seed and place: so with a head
+    that is often right the tokens are those without drafts, in company too."""
+    params = [SamplingParams(max_tokens=25, temperature=1.5, seed=seed) for seed in range(6)]
+    plain = make_engine("none").generate(prompts(), params)
+    outputs = make_engine("mtp:3").generate(prompts(), params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    drafted = sum(output.drafts.drafted.total() for output in outputs)
+    assert 0 < accepted(outputs) < drafted

@@ -1,0 +1,82 @@
+"""A Chrome trace of steps and requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.trace import Trace, start_trace
+
+
+def an_engine() -> Engine:
+    return Engine(
+        EngineConfig(),
+        runner=OracleRunner(4096, 16, max_model_len=2048),
+        sampler=OracleSampler(),
+        tokenizer=ByteTokenizer(),
+    )
+
+
+def test_a_trace_has_every_step_and_request(tmp_path: Path) -> None:
+    engine = an_engine()
+    trace = start_trace(engine, str(tmp_path / "trace.json"))
+    prompts = ["the same beginning " * 20 + end for end in ("one", "two", "three")]
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
+    trace.close()
+    events: list[dict[str, Any]] = json.loads((tmp_path / "trace.json").read_text())
+    assert all({"name", "ph", "pid", "tid"} <= event.keys() for event in events)
+    steps = [event for event in events if event["name"] == "step"]
+    computed = sum(len(out.prompt_token_ids) - out.cached_len for out in outputs)
+    assert sum(step["args"]["prefill"] for step in steps) == computed
+    # The last token of an answer is never computed.
+    assert sum(step["args"]["decode"] for step in steps) == 3 * 4
+    for step in steps:
+        inside = [
+            event
+            for event in events
+            if event["ph"] == "X"
+            and event is not step
+            and step["ts"] <= event["ts"] <= step["ts"] + step["dur"]
+            and event["name"] != "step"
+        ]
+        assert {event["name"] for event in inside} >= {"schedule", "forward", "sample"}
+    begun = {event["id"]: event for event in events if event["ph"] == "b" and "args" in event}
+    for output in outputs:
+        told = begun[output.request_id]["args"]
+        assert told["cached tokens"] == output.cached_len and told["ended by"] == "length"
+        names = [e["name"] for e in events if e["ph"] == "b" and e["id"] == output.request_id]
+        assert names == [output.request_id, "queue", "prefill", "decode"]
+    assert sum(event["ph"] == "b" for event in events) == sum(e["ph"] == "e" for e in events)
+
+
+def test_a_trace_ends_at_its_bound_and_is_valid_still(tmp_path: Path) -> None:
+    engine, file = an_engine(), tmp_path / "trace.json"
+    trace = Trace(file, engine.clock, max_bytes=3000)
+    engine.observe(trace.step)
+    engine.generate(["a" * 300], SamplingParams(max_tokens=200, ignore_eos=True))
+    trace.close()
+    assert file.stat().st_size < 6000 and json.loads(file.read_text())[-1]["ph"] == "i"
+
+
+def test_a_disk_that_fails_ends_the_trace_and_not_the_step(tmp_path: Path) -> None:
+    engine = an_engine()
+    trace = start_trace(engine, str(tmp_path / "trace.json"))
+
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    trace._file = Full()  # type: ignore[assignment]
+    [output] = engine.generate(["a" * 300], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert len(output.output) == 3
+
+
+def test_a_path_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can not be written"):
+        start_trace(an_engine(), str(tmp_path / "nowhere" / "trace.json"))

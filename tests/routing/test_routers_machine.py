@@ -1,0 +1,326 @@
+"""State machine: every router, with replicas that join and leave, requests in every state, real
+caches behind it and events that come late; and the rule of ``checkpoint`` beside a plain one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hybridcache.export.events import EventStream
+from hybridcache.export.mirror import EventsLost
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.words import parse_placement
+from hybridcache.routing.precise import CheckpointSeconds, KVSeconds, MirrorRouter
+from hybridcache.routing.protocol import (
+    Choice,
+    NoReplica,
+    ReplicaSpec,
+    Router,
+    RouteRequest,
+)
+from hybridcache.routing.words import ROUTERS, find_router
+from tests.cache.serving import hybrid
+
+GRID, KV_BYTES, STATE_BYTES = 4, 10, 50
+PLACEMENT = "branch,boundary,backoff"
+
+
+class PerToken:
+    """A second for four tokens."""
+
+    def seconds(self, start, end):
+        return max(end - start, 0) / 4
+
+
+def spec(**more):
+    facts = {"times": PerToken(), "grid": GRID, "kv_bytes": KV_BYTES, "state_bytes": STATE_BYTES}
+    facts |= {"capacity_bytes": 96 * KV_BYTES + 8 * STATE_BYTES}
+    return ReplicaSpec(placement=parse_placement(PLACEMENT), **facts | more)
+
+
+class Replica:
+    """A cache that publishes what changes in it."""
+
+    def __init__(self):
+        self.cache = hybrid(num_kv_tokens=96, num_slots=8, grid=GRID)
+        self.events, self.covered, self.batches, self.num_batches = [], [], [], 0
+        self.cache.subscribe(EventStream(self.events.append))
+
+    def compute(self, request):
+        """Prefill a prompt and end."""
+        tokens = np.array(request.tokens, np.int32)
+        asked = LeaseRequest(tokens, request.namespace, request.boundaries)
+        lease = Lease.begin(self.cache, parse_placement(PLACEMENT), asked)
+        if lease is not None and lease.extend(len(tokens)):
+            lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+            lease.finish(tokens, len(tokens))
+        elif lease is not None:
+            lease.abort()
+        self.covered.append(request.id)
+        self.batches.append((self.num_batches, tuple(self.events), tuple(self.covered)))
+        self.num_batches += 1
+        self.events.clear()
+        self.covered.clear()
+
+
+class RoutersMachine(RuleBasedStateMachine):
+    @initialize(word=st.sampled_from(sorted(ROUTERS)), replicas=st.integers(1, 3))
+    def make(self, word, replicas):
+        self.router = find_router(word)(spec())
+        self.replicas, self.requests, self.prompts, self.now = {}, {}, [()], 0.0
+        self.num_replicas = self.num_requests = 0
+        for _ in range(replicas):
+            self.join()
+
+    @rule()
+    def join(self):
+        self.replicas[self.num_replicas] = Replica()
+        self.router.joined(self.num_replicas, self.now)
+        self.num_replicas += 1
+
+    @precondition(lambda self: self.replicas)
+    @rule(which=st.integers(0, 9))
+    def leave(self, which):
+        replica = sorted(self.replicas)[which % len(self.replicas)]
+        del self.replicas[replica]
+        lost = set(self.router.left(replica, self.now))
+        assert lost == {number for number, (_, at, _) in self.requests.items() if at == replica}
+        self.requests = {n: each for n, each in self.requests.items() if each[1] != replica}
+
+    @rule(
+        known=st.integers(0, 99),
+        kept=st.integers(0, 20),
+        more=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+    )
+    def route(self, known, kept, more):
+        tokens = (*self.prompts[known % len(self.prompts)][:kept], *more)
+        self.num_requests += 1
+        request = RouteRequest(self.num_requests, tokens, None, known % 3)
+        if not self.replicas:
+            with pytest.raises(NoReplica):
+                self.router.route(request, self.now)
+            return
+        expected = plain_choice(self.router, request, self.now)
+        choice = self.router.route(request, self.now)
+        assert choice.replica in self.replicas
+        assert expected is None or choice == expected
+        self.prompts.append(tokens)
+        self.requests[request.id] = request, choice.replica, False
+
+    @precondition(lambda self: self.requests)
+    @rule(which=st.integers(0, 99), answers=st.booleans())
+    def go_on(self, which, answers):
+        """The prompt is computed, or the request ends."""
+        number = sorted(self.requests)[which % len(self.requests)]
+        request, at, is_prefilled = self.requests[number]
+        if is_prefilled or not answers:
+            self.router.ended(number, self.now)
+            del self.requests[number]
+        else:
+            self.replicas[at].compute(request)
+            self.router.prefilled(number, self.now)
+            self.requests[number] = request, at, True
+
+    @precondition(lambda self: self.replicas)
+    @rule(which=st.integers(0, 9))
+    def deliver(self, which):
+        """A replica's oldest batch arrives."""
+        replica = sorted(self.replicas)[which % len(self.replicas)]
+        if self.replicas[replica].batches:
+            self.router.on_events(replica, *self.replicas[replica].batches.pop(0))
+
+    @rule(seconds=st.floats(0, 3))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @invariant()
+    def adds_up(self):
+        if hasattr(self, "router"):
+            self.router.check()
+            assert self.router.loads.keys() == self.replicas.keys()
+            running = sum(load.num_running for load in self.router.loads.values())
+            assert running == len(self.requests)
+
+    @invariant()
+    def mirrors_are_the_caches_once_all_has_come(self):
+        if not hasattr(self, "router") or not isinstance(self.router, MirrorRouter):
+            return
+        for name, replica in self.replicas.items():
+            if not replica.batches:
+                assert self.router.num_held(name) == replica.cache.cached_tokens
+                assert self.router.mirrors[name].num_checkpoints == replica.cache.num_checkpoints
+
+    def teardown(self):
+        """Once everything has ended and come, nothing is on the way."""
+        if not hasattr(self, "router") or not isinstance(self.router, CheckpointSeconds):
+            return
+        for number in tuple(self.requests):
+            self.router.ended(number, self.now)
+        for name, replica in self.replicas.items():
+            for batch in replica.batches:
+                self.router.on_events(name, *batch)
+            assert len(self.router.on_the_way[name]) == 0
+
+
+def plain_choice(router, request, now):
+    """The rule of ``checkpoint`` written down once more, without hashing: None where that
+    decides."""
+    if type(router) is not CheckpointSeconds:
+        return None
+    num_ids, costs = len(request.tokens), {}
+    for replica, load in router.loads.items():
+        mirror = router.mirrors[replica]
+        found = mirror.match(request.tokens)
+        depth = max(found.cached_len, router.on_the_way[replica].depth(request))
+        held = sum(len(segment[4]) for segment in mirror.segments())
+        known = max(depth, found.kv_len)
+        saved = [p for p in ((num_ids - 1) // GRID * GRID, known // GRID * GRID) if p > depth]
+        new = (num_ids - known) * KV_BYTES + len(saved) * STATE_BYTES
+        lost = new * held / router.spec.capacity_bytes
+        costs[replica] = load.wait_s(now) + (num_ids - depth) / 4 + lost / 4, depth
+    least = min(cost for cost, _ in costs.values())
+    near = [each for each, (cost, _) in costs.items() if cost <= least + 1e-9]
+    return Choice(near[0], costs[near[0]][1]) if len(near) == 1 else None
+
+
+TestRouters = RoutersMachine.TestCase
+
+
+def fleet(word: str, count: int = 3, **more: object) -> Router:
+    router = find_router(word)(spec(**more))
+    for replica in range(count):
+        router.joined(replica, 0.0)
+    return router
+
+
+def test_prompts_that_will_share_a_branch_meet_before_any_event() -> None:
+    router = fleet("checkpoint", 8)
+    chosen = set()
+    for number in range(6):
+        request = RouteRequest(number, (*range(40), 100 + number))
+        chosen.add(router.route(request, 10.0 * number).replica)
+        router.ended(number, 10.0 * number)
+    assert len(chosen) == 1
+
+
+def test_kv_without_a_state_promises_what_is_not_there() -> None:
+    replica = Replica()
+    request = RouteRequest("first", tuple(range(20)))
+    replica.compute(request)
+    batch = replica.batches[0]
+    told = {}
+    for word in ("checkpoint", "kv-seconds"):
+        router = fleet(word, 1)
+        router.on_events(0, *batch)
+        told[word] = router.route(RouteRequest(1, (*range(11), 99)), 0.0).expected_len
+    real = replica.cache.match(np.array((*range(11), 99), np.int32))
+    assert told == {"checkpoint": real.cached_len, "kv-seconds": 11} and real.cached_len == 0
+
+
+def test_a_queue_is_weighed_in_seconds() -> None:
+    """Computing four tokens takes a second: a prefix of 16 is worth a queue of less than four."""
+    replica = Replica()
+    replica.compute(RouteRequest("first", tuple(range(17))))
+    for queued_s, is_worth_it in ((3.0, True), (5.0, False)):
+        router = fleet("checkpoint", 2, capacity_bytes=None)
+        router.on_events(0, *replica.batches[0])
+        router.loads[0].sent("other", queued_s, 0.0)
+        router._where["other"] = 0
+        choice = router.route(RouteRequest(1, tuple(range(18))), 0.0)
+        assert (choice.replica == 0) == is_worth_it
+
+
+def test_memory_in_use_costs() -> None:
+    """Nothing known of a prompt: it goes where it takes nobody's place."""
+    replica = Replica()
+    replica.compute(RouteRequest("first", tuple(range(60))))
+    router = fleet("checkpoint", 2)
+    router.on_events(0, *replica.batches[0])
+    for number in range(8):
+        request = RouteRequest(number, tuple(range(100 + number, 110 + number)))
+        assert router.route(request, 10.0 * number).replica == 1
+        router.ended(number, 10.0 * number)
+
+
+def test_sgl_rules_at_their_thresholds() -> None:
+    router = fleet("text", 2)
+    assert router.route(RouteRequest(1, tuple(range(10))), 0).replica == 0
+    assert router.route(RouteRequest(2, (0, 1, 2, *range(50, 57))), 0) == (1, 0)  # 30 %: not above
+    assert router.route(RouteRequest(3, (0, 1, 2, 3, *range(60, 66))), 0) == (0, 4)
+    for number in range(4, 4 + 64):
+        router.route(RouteRequest(number, (*range(10), number)), 0)
+    assert router.loads[0].num_running - router.loads[1].num_running == 65
+    assert router.route(RouteRequest("last", (*range(10), 5)), 0).replica == 1
+
+
+def test_llm_d_adds_three_scores() -> None:
+    replica = Replica()
+    replica.compute(RouteRequest("first", tuple(range(40))))
+    router = fleet("kv", 2, capacity_bytes=None)
+    router.on_events(0, *replica.batches[0])
+    assert router.route(RouteRequest(1, tuple(range(40))), 0) == (0, 39)
+    # 3 x 10 / 40 for the prefix is less than 2 for the shorter queue.
+    assert router.route(RouteRequest(2, (*range(10), *range(100, 130))), 0).replica == 1
+
+
+@pytest.mark.parametrize("word", ["session", "round_robin", "least_loaded"])
+def test_simple_rules(word: str) -> None:
+    router = fleet(word)
+    chosen = [router.route(RouteRequest(n, (1,), None, n % 3), 0).replica for n in range(9)]
+    if word == "session":
+        assert chosen[:3] * 3 == chosen
+        router.left(next(each for each in range(3) if each not in chosen[:1]), 0)
+        assert router.route(RouteRequest("x", (1,), None, 0), 0).replica == chosen[0]
+    else:
+        assert sorted(chosen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_lost_batch_is_noticed_and_batch_0_begins_anew() -> None:
+    replica = Replica()
+    for number in range(3):
+        replica.compute(RouteRequest(number, (number,) * 9))
+    router = fleet("checkpoint", 1)
+    router.on_events(0, *replica.batches[0])
+    with pytest.raises(EventsLost):
+        router.on_events(0, *replica.batches[2])
+    everything = []
+    replica.cache.subscribe(EventStream(everything.append))
+    router.on_events(0, 0, everything)
+    assert router.num_held(0) == replica.cache.cached_tokens
+    router.check()
+
+
+class Mine(Router):
+    """Always the youngest."""
+
+    def choose(self, request, now):
+        return Choice(max(self.loads))
+
+
+class NoRouter:
+    def choose(self, request, now):
+        return None
+
+
+def test_a_router_of_ones_own() -> None:
+    here = "tests.routing.test_routers_machine"
+    router = find_router(f"{here}:Mine")(spec())
+    router.joined(0, 0)
+    router.joined(1, 0)
+    assert router.route(RouteRequest(1, (1,)), 0).replica == 1
+    with pytest.raises(ValueError, match="no router 'best'; known: round_robin, "):
+        find_router("best")
+    with pytest.raises(ValueError, match="subclass of"):
+        find_router(f"{here}:NoRouter")
+    with pytest.raises(ValueError, match="joined already"):
+        router.joined(0, 0)
+    with pytest.raises(TypeError, match="override choose"):
+        fleet_of_nothing = Router(spec())
+        fleet_of_nothing.joined(0, 0)
+        fleet_of_nothing.route(RouteRequest(1, (1,)), 0)
+
+
+def test_kv_seconds_is_only_another_depth() -> None:
+    assert KVSeconds.choose is CheckpointSeconds.choose

@@ -1,0 +1,5 @@
+"""Chromium for all tests of this folder."""
+
+from .browser import chromium, errors, tab
+
+__all__ = ["chromium", "errors", "tab"]

@@ -1,0 +1,60 @@
+"""What a page does with records, in Python: the twin of ``model.js``'s nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybridcache.radix.node import RadixNode, members
+
+
+def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:
+    """Change ``nodes`` as ``records`` say. KeyError: they name a node that is not there."""
+    for kind, *rest in records:
+        match kind:
+            case "kv":
+                id_, parent, namespace, start, end, *_ = rest
+                assert parent is None or nodes[parent]["end"] == start
+                nodes[id_] = {
+                    "parent": parent,
+                    "namespace": namespace,
+                    "start": start,
+                    "end": end,
+                    "slot": None,
+                }
+            case "split":
+                id_, upper, position, _ = rest
+                lower = nodes[id_]
+                nodes[upper] = lower | {"end": position, "slot": None}
+                lower |= {"start": position, "parent": upper}
+            case "kv-gone":
+                assert nodes.pop(rest[0])["slot"] is None
+            case "checkpoint":
+                nodes[rest[0]]["slot"] = rest[1]
+            case "checkpoint-gone":
+                assert nodes[rest[0]]["slot"] is not None
+                nodes[rest[0]]["slot"] = None
+            case _:
+                assert kind in ("time", "memory", "slabs", "request")
+
+
+def truth(cache: Any, scale: int = 1) -> dict[int, dict[str, Any]]:
+    """The resident nodes of ``cache`` by id."""
+    found = {}
+    waiting: list[RadixNode] = [
+        child for root in cache._tree.roots.values() for child in members(root.children)
+    ]
+    while waiting:
+        node = waiting.pop()
+        waiting += members(node.children)
+        assert node.kv is not None and node.parent is not None
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        found[node.kv.serial] = {
+            "parent": None if node.parent.kv is None else node.parent.kv.serial,
+            "namespace": None if root.key is None else str(root.key)[:80],
+            "start": node.start * scale,
+            "end": node.end * scale,
+            "slot": None if node.checkpoint is None else node.checkpoint.slot,
+        }
+    return found

@@ -1,0 +1,150 @@
+"""The page as a file, and in Chromium: it draws what the records say, at every moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridcache.watch.page import FORM, SCRIPTS, Recording, live_page, recorded_page
+from hybridcache.watch.recorder import Record, Recorder
+from tests.cache.serving import hybrid, serve, traffic
+from tests.watch.follower import follow, truth
+
+NODES = """() => Object.fromEntries([...hybridcache.views[0].model.nodes.values()].map((node) => [
+    node.id, {parent: node.parent.isRoot ? null : node.parent.id, namespace: node.namespace,
+              start: node.start, end: node.end, slot: node.saved ? node.saved.slot : null}]))"""
+META = {"title": "a run", "kv_bytes": 24576, "state_bytes": 77_000_000}
+
+
+def records_of(num_requests: int) -> tuple[list[Record], Any]:
+    """A cache's records, a time before each request; and the cache."""
+    cache, told = hybrid(num_kv_tokens=500), Recorder()
+    cache.subscribe(told)
+    records: list[Record] = []
+    for number, tokens in enumerate(traffic(5, num_requests)):
+        n = len(tokens)
+        match = serve(cache, tokens, sorted({n, n // 2} - {0}), (None, "tenant")[number % 2])
+        records += [["time", float(number), number + 1], *told.take()]
+        request = {
+            "id": str(number),
+            "conversation": number % 7,
+            "namespace": None,
+            "state": "stop",
+            "prompt": n,
+            "computed": n,
+            "answer": 5,
+            "cached": match.cached_len,
+            "losses": match.losses._asdict(),
+            "node": None,
+            "preemptions": 0,
+            "arrived_s": float(number),
+            "scheduled_s": float(number),
+            "first_token_s": number + 0.25,
+            "finished_s": number + 0.75,
+        }
+        records.append(["request", request])
+    return records, cache
+
+
+def opened(tab: Any, tmp_path: Path, *runs: Recording) -> None:
+    file = tmp_path / "run.html"
+    file.write_text(recorded_page(runs), encoding="utf-8")
+    tab.goto(file.as_uri())
+
+
+def test_the_page_is_one_file_that_loads_nothing() -> None:
+    page = live_page()
+    assert "/*" + "STYLE*/" not in page and "/*" + "SCRIPT*/" not in page
+    for word in ("src=", "@import", "http://127", "https://", "import("):
+        assert word not in page, word
+    assert len(page) < 128 * 1024
+    folder = Path(__file__).parents[2] / "hybridcache" / "watch" / "page"
+    assert {path.name for path in folder.glob("*.js")} == set(SCRIPTS)
+    assert page == live_page()
+
+
+def test_nothing_recorded_can_end_the_element_it_stands_in() -> None:
+    page = recorded_page([Recording({"title": "</script><b>"}, [])])
+    assert "</script><b>" not in page and FORM in page
+
+
+def test_the_page_draws_what_the_records_say(tab: Any, tmp_path: Path) -> None:
+    """The whole run, then every fifth moment backwards: the same nodes as a twin of its own."""
+    records, cache = records_of(90)
+    opened(tab, tmp_path, Recording(META, records))
+    shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
+    assert shown == truth(cache)
+    for moment in range(85, -1, -17):
+        nodes: dict[int, dict[str, Any]] = {}
+        follow(
+            nodes, [one for at, one in zip(_times(records), records, strict=True) if at <= moment]
+        )
+        tab.evaluate("(moment) => hybridcache.page.go(moment)", moment)
+        shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
+        assert shown == nodes, moment
+
+
+def _times(records: list[Record]) -> list[int]:
+    now, times = 0, []
+    for record in records:
+        now = record[2] if record[0] == "time" else now
+        times.append(now)
+    return times
+
+
+def test_two_runs_beside_each_other_share_a_slider(tab: Any, tmp_path: Path) -> None:
+    records, _ = records_of(40)
+    runs = [Recording(META | {"title": name}, records) for name in ("lru", "regret", "fifo")]
+    opened(tab, tmp_path, *runs)
+    assert tab.locator(".view").count() == 2
+    tab.get_by_label("Time", exact=True).last.fill("3")
+    assert tab.evaluate("hybridcache.views.map((view) => view.model.time)") == [4, 4]
+    tab.get_by_label("Run").first.select_option("2")
+    assert tab.evaluate("hybridcache.views[0].model.meta.title") == "fifo"
+    tab.get_by_role("button", name="One step on").click()
+    assert tab.evaluate("hybridcache.views[1].model.time") == 5
+
+
+def test_the_keyboard_walks_tree_bars_and_table(tab: Any, tmp_path: Path) -> None:
+    records, _ = records_of(40)
+    opened(tab, tmp_path, Recording(META, records))
+    tab.locator(".tree canvas").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "+", "Enter", "0"):
+        tab.keyboard.press(key)
+    chosen = tab.evaluate("hybridcache.views[0].tree.selected.end")
+    assert f"–{chosen:,}" in tab.locator("#spoken").inner_text()
+    assert "evicting it frees" in tab.locator(".details").inner_text()
+    tab.locator(".bar").first.focus()
+    tab.keyboard.press("Enter")
+    details = tab.locator(".details").inner_text()
+    assert "time to first token" in details and "Where its prompt tokens came from" in details
+    tab.get_by_role("button", name="table").click()
+    rows = tab.locator("tbody tr")
+    assert rows.count() == tab.evaluate("hybridcache.views[0].tree.items.length")
+    rows.first.focus()
+    tab.keyboard.press("ArrowDown")
+    assert rows.nth(1).get_attribute("aria-selected") == "true"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1600])
+def test_it_fits_its_window_in_both_themes(
+    chromium: Any, tmp_path: Path, scheme: Any, width: int
+) -> None:
+    records, _ = records_of(30)
+    page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened(page, tmp_path, Recording(META, records), Recording(META, records))
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(ground.split("(")[1].split(",")[0]) > 128) == (scheme == "light")
+    page.get_by_role("button", name="Switch between dark and light").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+    page.close()
+
+
+def test_an_empty_run_says_so(tab: Any, tmp_path: Path) -> None:
+    opened(tab, tmp_path, Recording(META, []))
+    assert "Nothing is cached yet" in tab.locator(".note").inner_text()
+    assert "No request yet." in tab.locator("body").inner_text()
