@@ -59,6 +59,12 @@ def _raw(before: str, entry: str, number: int, after: str) -> Callable[[], bytes
 
 EMPTY, USER = '{"role":"user"}', {"role": "user", "content": "hi"}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+ITEM, PART = '{"role":"developer","content":"x"}', '{"type":"text","text":"x"}'
+LONG_PART = '{"type":"text","text":"' + "x" * 1_000_000 + '"}'
+USE = '{"type":"tool_use","id":"1","name":"f","input":{}}'
+TURN = '{"model":"builtin","max_tokens":1,"messages":[{"role":"assistant","content":['
+RESULT = TURN.replace("assistant", "user") + '{"type":"tool_result","tool_use_id":"1","content":['
 PROMPT = '{"max_tokens":1,"prompt":['
 BODIES: tuple[Hostile, ...] = (
     Hostile("no body", COMPLETIONS, lambda: b""),
@@ -95,6 +101,11 @@ BODIES: tuple[Hostile, ...] = (
     Hostile("1.6M stop tokens", COMPLETIONS, _raw('{"stop_token_ids":[', '"x"', 1_600_000, "]}")),
     Hostile("64 stops of 1,024", COMPLETIONS, lambda: _stops(64, 1024)),
     Hostile("64 stops of 30,000", COMPLETIONS, lambda: _stops(64, 30_000)),
+    Hostile("4,096 empty items", RESPONSES, _raw('{"input":[', ITEM, 4096, "]}")),
+    Hostile("20k uses of tools", MESSAGES, _raw(TURN, USE, 20_000, "]}]}")),
+    Hostile("16k parts of a result", MESSAGES, _raw(RESULT, PART, 16_000, "]}]}]}")),
+    Hostile("results of 3.9 MiB", MESSAGES, _raw(RESULT, LONG_PART, 4, "]}]}]}")),
+    Hostile("an item of 3.9 MiB", RESPONSES, _body(input="<" * 4_080_000)),
     Hostile("260k token ids", "/detokenize", _body(tokens=[65] * 260_000)),
     Hostile("1.3M token ids", "/detokenize", _body(tokens=[65] * 1_300_000)),
     Hostile("4 MiB of brackets", COMPLETIONS, lambda: b"[" * 4_190_000),
@@ -104,12 +115,13 @@ BODIES: tuple[Hostile, ...] = (
 
 def _tools(entry: str, number: int) -> bytes:
     listed = ",".join([entry] * number)
-    tool = f'{{"type":"function","function":{{"name":"f","parameters":[{listed}]}}}}'
+    tool = f'{{"type":"function","function":{{"name":"f","parameters":{{"enum":[{listed}]}}}}}}'
     return f'{{"max_tokens":1,"messages":[{json.dumps(USER)}],"tools":[{tool}]}}'.encode()
 
 
 def _names(number: int) -> bytes:
-    tool = {f"{index:x}": 1 for index in range(number)}
+    names = {f"{index:x}": 1 for index in range(number)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": names}}
     return json.dumps({"max_tokens": 1, "messages": [USER], "tools": [tool]}).encode()
 
 

@@ -248,14 +248,20 @@ class ChatMessage(BaseModel):
             message["tool_calls"] = [_call(call) for call in self.tool_calls]
         return message
 
-    def cuts(self, index: int) -> Iterator[Cut]:
-        """Where the message, the one with this ``index``, says that later chats will share it."""
+    def marks(self) -> Iterator[int | None]:
+        """After how many of its parts it says that later chats will share it; None: after all."""
         parts = self.content if isinstance(self.content, list) else []
         for end, part in enumerate(parts[:-1], 1):
             if part.cache_control is not None:
-                yield Cut(index, _text(parts[:end]))
+                yield end
         if self.cache_control is not None or (parts and parts[-1].cache_control is not None):
-            yield Cut(index)
+            yield None
+
+    def cut(self, index: int, end: int | None) -> Cut:
+        """The place after its first ``end`` parts, of the message with this ``index``."""
+        if end is None or not isinstance(self.content, list):
+            return Cut(index)
+        return Cut(index, _text(self.content[:end]))
 
 
 def _text(parts: Sequence[TextPart]) -> str:
@@ -267,16 +273,17 @@ def cuts_of(
 ) -> list[Cut]:
     """The places that ``cache_control`` marks, the end of the chat apart: it is known. ValueError:
     more than there may be."""
-    cuts = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
-    for index, message in enumerate(messages or ()):
-        cuts.extend(message.cuts(index))
-    if len(cuts) > MAX_CUTS:
+    chat = messages or ()
+    marks = [(index, end) for index, message in enumerate(chat) for end in message.marks()]
+    has_tools = any(tool.get("cache_control") for tool in tools or ())
+    if (number := len(marks) + has_tools) > MAX_CUTS:
         raise ValueError(
-            f"'cache_control' stands in {len(cuts)} places of this chat, more than {MAX_CUTS}: "
+            f"'cache_control' stands in {number} places of this chat, more than {MAX_CUTS}: "
             "mark fewer."
         )
-    last = Cut(len(messages or ()) - 1)
-    return [cut for cut in cuts if cut != last]
+    last = len(chat) - 1, None
+    cuts = [chat[index].cut(index, end) for index, end in marks if (index, end) != last]
+    return [Cut(None), *cuts] if has_tools else cuts
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

@@ -48,14 +48,14 @@ class Responses:
                 )
             size += before.num_bytes
         earlier = [] if before is None else before.items
-        chat = await front.workers.run(size, lambda: body.as_chat(earlier))
+        chat, new = await front.workers.run(size, lambda: (body.as_chat(earlier), body.items))
         chat = settle_system(front, chat)
         exchange = await ask(front, chat, size, answer_id=new_id("resp", "_"))
         writer = _Writer(front, body, exchange)
 
         def keep(response: dict[str, Any], num_tokens: int) -> None:
             if body.store:
-                items = [*earlier, *body.items, *response["output"]]
+                items = [*earlier, *new, *response["output"]]
                 num_bytes = size + num_tokens * TOKEN_BYTES
                 stored = StoredResponse(items, response, num_bytes)
                 self._store.put(namespace, response["id"], stored)

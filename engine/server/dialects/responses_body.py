@@ -6,7 +6,8 @@ A conversation is a flat list of items. What an assistant did between two of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -252,16 +253,23 @@ class ResponsesRequest(Strict):
         return {"type": "json_schema", "json_schema": schema}
 
 
-def _messages(instructions: str | None, items: Iterable[AnyItem]) -> list[dict[str, Any]]:
-    messages = [] if instructions is None else [{"role": "system", "content": instructions}]
-    for item in items:
+def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[str, Any]]:
+    """As chats have them. Templates know one system message at the beginning: instructions, and
+    what developers say before anybody else, are one."""
+    beginning = list(itertools.takewhile(_is_system, items))
+    texts = [] if instructions is None else [instructions]
+    texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
+    messages: list[dict[str, Any]] = []
+    if texts:
+        messages.append({"role": "system", "content": "\n\n".join(texts)})
+    for item in items[len(beginning) :]:
         match item:
             case MessageItem(role="assistant"):
                 _add_to_assistant(messages, "content", _text(item.content))
             case MessageItem(role="user"):
                 messages.append({"role": "user", "content": _text(item.content)})
             case MessageItem():
-                _add_system(messages, _text(item.content))
+                messages.append({"role": "system", "content": _text(item.content)})
             case ReasoningItem():
                 thoughts = "\n".join(part.text for part in item.content or item.summary)
                 _add_to_assistant(messages, "reasoning_content", thoughts)
@@ -279,12 +287,8 @@ def _text(content: str | list[Part]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-def _add_system(messages: list[dict[str, Any]], text: str) -> None:
-    """Templates know one system message at most, at the beginning."""
-    if len(messages) == 1 and messages[0]["role"] == "system":
-        messages[0]["content"] += "\n\n" + text
-    else:
-        messages.append({"role": "system", "content": text})
+def _is_system(item: AnyItem) -> bool:
+    return isinstance(item, MessageItem) and item.role in ("system", "developer")
 
 
 ORDER = ("reasoning_content", "content", "tool_calls")

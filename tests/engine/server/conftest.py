@@ -133,6 +133,8 @@ class ScriptedSampler(OracleSampler):
     """Says ``script``, byte for byte, whatever the model thinks; then that the answer ends."""
 
     script = b""
+    later: tuple[bytes, ...] = ()
+    """What it says when it is asked again."""
 
     def launch(
         self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
@@ -153,10 +155,11 @@ class Scripted:
     sampler: ScriptedSampler
     template: ChatTemplate
 
-    def say(self, text: str, template: str | None = None) -> Live:
-        """The server, which will answer ``text``; with the chat template of that source, or the
-        built-in one."""
+    def say(self, text: str, template: str | None = None, then: str | None = None) -> Live:
+        """The server, which will answer ``text``, and the second time ``then``; with the chat
+        template of that source, or the built-in one."""
         self.sampler.script = text.encode()
+        self.sampler.later = () if then is None else (text.encode(), then.encode())
         tokenizer = self.live.engine.tokenizer
         assert tokenizer is not None
         tokenizer.chat_template = self.template if template is None else ChatTemplate(template)
