@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 TILE = 64
@@ -21,7 +22,9 @@ tokens or 8,192, so on a device that computes quickly more of them share the rea
 longer step only keeps decoding requests waiting."""
 
 BUILTIN_NAME = "builtin"
-"""Of the model that comes with the engine."""
+BUILTIN_DIR = Path(__file__).parent / "run" / "models" / BUILTIN_NAME
+"""Of the model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes, trained
+by ``experiments/train_builtin.py``; its ``training.json`` says on what and how well."""
 
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter to the tokens that it drafts for a sequence at a time: where no number is given, and at
@@ -47,7 +50,9 @@ class EngineConfig:
     """Every choice of one engine; see each field's help. A bad value is a ConfigError."""
 
     model: str | None = _setting(
-        None, "model directory in Hugging Face form; none: the built-in, untrained byte model"
+        None,
+        "model directory in Hugging Face form; none: the built-in byte model, small, trained on "
+        "code and made-up tasks",
     )
     tokenizer: str | None = _setting(
         None, "directory of the tokenizer, where it is not the model's"
@@ -154,6 +159,11 @@ class EngineConfig:
         if self.token_budget is not None:
             return self
         return dataclasses.replace(self, token_budget=CPU_BUDGET if on_cpu else DEVICE_BUDGET)
+
+    @property
+    def model_dir(self) -> Path:
+        """Where config.json and weights lie."""
+        return Path(self.model) if self.model else BUILTIN_DIR
 
     @property
     def most_step_tokens(self) -> int:

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from engine import EngineConfig
 from engine.run.model_runner import ModelRunner
-from engine.run.models.builtin import BUILTIN_CONFIG
 from experiments import llama as rival
 from experiments.bench_engine import (
+    GEOMETRY_7M,
     GEOMETRY_530M,
     Decode,
     Result,
@@ -45,17 +45,17 @@ from experiments.provenance import RESULTS, write_json_lines
 NOT_DENSE_QWEN35 = {"model_type", "full_attention_interval", "num_experts", "dtype"}
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "7m": {
-        **{name: value for name, value in BUILTIN_CONFIG.items() if name not in NOT_DENSE_QWEN35},
+        **{name: value for name, value in GEOMETRY_7M.items() if name not in NOT_DENSE_QWEN35},
         "model_type": "qwen3_5_text",
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": BUILTIN_CONFIG["rope_theta"],
-            "partial_rotary_factor": BUILTIN_CONFIG["partial_rotary_factor"],
+            "rope_theta": GEOMETRY_7M["rope_theta"],
+            "partial_rotary_factor": GEOMETRY_7M["partial_rotary_factor"],
         },
     },
     "530m": GEOMETRY_530M,
 }
-"""The built-in model in Qwen3.5's names: llama.cpp's Qwen3-Next has experts in every layer."""
+"""The small geometry in Qwen3.5's names: llama.cpp's Qwen3-Next has experts in every layer."""
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 GOALS = {
     ("530m", "one stream"): 1.0,

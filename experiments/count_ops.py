@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import EngineConfig
 from engine.run.backends import all_plain
 from engine.run.model_runner import ModelRunner
-from engine.run.models.builtin import BUILTIN_CONFIG
 from experiments.bench_engine import Decode
 from experiments.provenance import RESULTS, write_json_lines
 from kernels.native import recorded
@@ -74,7 +73,7 @@ def count(way: str, streams: int) -> Counted:
         way,
         streams,
         names.total(),
-        names.total() / BUILTIN_CONFIG["num_hidden_layers"],
+        names.total() / len(runner.model.mixers),
         len(calls),
         ", ".join(f"{name} {number}" for name, number in names.most_common(3)),
     )

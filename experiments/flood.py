@@ -28,10 +28,8 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.command.flags import Parser
-from engine.config import BUILTIN_NAME
-from engine.run.models.builtin import BUILTIN_CONFIG
+from engine.command.inspect import load_geometry
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
 
 TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
@@ -94,7 +92,7 @@ def _sizes(tight: bool) -> list[str]:
     short that a prompt is let in before it is known to find no memory for its end."""
     if not tight:
         return ["--cache-gib", "0.1", "--max-model-len", "2048"]
-    sizes = ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, kv_dtype="float32")
+    sizes = load_geometry(None)
     kv_gib = TIGHT_TOKENS * sizes.kv_bytes_per_token / GIB
     state_gib = TIGHT_SLOTS * sizes.state_bytes / GIB
     return [

@@ -133,7 +133,7 @@ def test_what_the_engine_studies_and_serves_with_knows_no_laboratory() -> None:
 
 
 SHARED = {
-    "engine.run.models": {"decoder", "builtin"},
+    "engine.run.models": {"decoder"},
     "hybridcache.geometry.families": {"fields", "by_layer_types"},
 }
 """Packages of families: what in them is none."""

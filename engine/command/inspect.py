@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine.config import BUILTIN_NAME
+from engine.config import BUILTIN_DIR
 from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.families import model_types, text_part
@@ -36,10 +36,7 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
     ValueError says what could not be found.
     """
     if word is None:
-        from engine.run.models.builtin import BUILTIN_CONFIG
-
-        own = {"kv_dtype": BUILTIN_CONFIG["dtype"], "conv_dtype": BUILTIN_CONFIG["dtype"]}
-        return ModelGeometry.from_config(BUILTIN_CONFIG, BUILTIN_NAME, **(own | dtypes))
+        word = str(BUILTIN_DIR)
     try:
         geometry = ModelGeometry.load(word, **dtypes)
     except KeyError as error:

@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    model_dir: Path | None,
+    model_dir: Path,
     family: type[Decoder],
     config: ModelConfig,
     build: Build,
@@ -40,13 +40,12 @@ def load_model(
     seed: int,
     with_head: bool = False,
 ) -> Loaded:
-    """A model with its weights, and with its multi-token head if that is asked for. Without a
-    directory the weights are seeded.
+    """A model with its weights, and with its multi-token head if that is asked for.
 
     Raises WeightsError before any tensor is read if the weight files do not fit the config or have
     no head, ModelError where the family's is not served.
     """
-    if model_dir is None or load_format == "dummy":
+    if load_format == "dummy":
         dummy = Dummy(seed)
         model = family(config, build, dummy.fill)
         head = _head(model, dummy.fill) if with_head else None

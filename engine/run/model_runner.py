@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.config import BUILTIN_NAME, EngineConfig
+from engine.config import EngineConfig
 from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.device import Device
@@ -29,7 +28,6 @@ from engine.run.loading import DTYPES, load_model, resolve_dtype
 from engine.run.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
 from engine.run.model_config import ModelError, read_config
 from engine.run.models import read_model
-from engine.run.models.builtin import BUILTIN_CONFIG
 from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
 from engine.run.warm_up import WarmUp, measure, warm_up
@@ -58,15 +56,15 @@ class ModelRunner:
         self._state_copy = self.kernels["state_copy"]
         if not self.device.supports(config.quantization):
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
-        raw = read_config(Path(config.model)) if config.model else BUILTIN_CONFIG
+        raw = read_config(config.model_dir)
         family, self.config = read_model(raw)
-        self.name = Path(config.model).name if config.model else BUILTIN_NAME
+        self.name = config.model_dir.name
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
         self.num_step_states = config.num_step_states
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.model, self._head, self.weights_note = load_model(
-            Path(config.model) if config.model else None,
+            config.model_dir,
             family,
             self.config,
             Build(self.kernels, self._weight_spec(config, raw)),
@@ -109,14 +107,14 @@ class ModelRunner:
     def _weight_spec(self, config: EngineConfig, raw: Mapping[str, Any]) -> WeightSpec:
         """Raises ModelError where the files are quantised in a way that is not served."""
         place = self.device.torch_device, self.dtype, config.quantization
-        if config.model is None or config.load_format == "dummy":
+        if config.load_format == "dummy":
             return WeightSpec(*place)
         products = {
             (format, columns)
             for format, columns in self.kernels["linear"].PRODUCTS
             if self.device.supports(format)
         }
-        files = read_quantization(raw, Path(config.model))
+        files = read_quantization(raw, config.model_dir)
         return WeightSpec(*place, files, frozenset(products))
 
     def _warm_up(self) -> WarmUp:

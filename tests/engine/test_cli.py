@@ -365,7 +365,7 @@ def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
     for word in (
-        "untrained",
+        "MiB of weights in",
         "one arena for KV and states, 51.2 MiB: 51.2 MiB free, 0 B cached",
         "tokens at most",
         "hybrid",

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import EngineConfig
+from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
-from engine.run.models.builtin import BUILTIN_CONFIG
+from engine.run.model_config import read_config
 from engine.run.oracle import OracleRunner, OracleSampler
 from hybridcache.build import build_prefix_cache
 from hybridcache.core.residency import Residency
@@ -117,8 +117,8 @@ def same_in_the_simulator(
 @pytest.mark.parametrize(
     "memory",
     [
-        {"kv_gib": 1200 * 2048 / 2**30, "state_gib": 7 * 233472 / 2**30},
-        {"cache_gib": (1200 * 2048 + 7 * 233472) / 2**30},
+        {"kv_gib": 1200 * 640 / 2**30, "state_gib": 7 * 215040 / 2**30},
+        {"cache_gib": (1200 * 640 + 7 * 215040) / 2**30},
     ],
     ids=["pools", "arena"],
 )
@@ -130,8 +130,8 @@ def test_in_turn_with_the_built_in_model(memory: dict[str, float], evictions: li
 
 
 def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
-    """Of a small model, whose states weigh as much as the KV of 114 tokens."""
-    geometry = ModelGeometry.from_config(BUILTIN_CONFIG)
+    """Of a small model, whose states weigh as much as the KV of 105 tokens."""
+    geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
     return OracleRunner(num_rows, None, geometry=geometry, page_size=page_size)
 
 

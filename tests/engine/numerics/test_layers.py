@@ -217,7 +217,7 @@ def test_gate_and_up_as_one_matrix_of_another_name():
 
 def test_every_family_is_found_by_its_file():
     files = {path.stem for path in Path("engine/run/models").glob("*.py")}
-    helpers = {"__init__", "builtin", "decoder"}
+    helpers = {"__init__", "decoder"}
     assert {family.__module__.rpartition(".")[2] for family in families().values()} == (
         files - helpers
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
 from engine.run.backends import Kernels
 from engine.run.device import TRAITS, Device
 from engine.run.memory import (
@@ -23,16 +23,16 @@ from engine.run.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.run.model_config import ModelError
+from engine.run.model_config import ModelError, read_config
 from engine.run.model_runner import ModelRunner
 from engine.run.models import read_model
-from engine.run.models.builtin import BUILTIN_CONFIG
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
 from kernels.native import shared_library
 
-MODEL = read_model(BUILTIN_CONFIG)[1].sizes
-ATTENTION_ONLY = read_model({**BUILTIN_CONFIG, "model_type": "qwen3"})[1].sizes
+BUILTIN = read_config(BUILTIN_DIR)
+MODEL = read_model(BUILTIN)[1].sizes
+ATTENTION_ONLY = read_model({**BUILTIN, "model_type": "qwen3"})[1].sizes
 CPU = Device.resolve("cpu")
 NO_BUDGET = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
 
@@ -63,7 +63,7 @@ SIXTY_FOUR = pytest.mark.parametrize("page_size", [1, 64])
 def test_rows_and_slots_weigh_what_the_geometry_says(dtype, state_dtype):
     words = (str(one).removeprefix("torch.") for one in (dtype, dtype, state_dtype))
     dtypes = dict(zip(("kv_dtype", "conv_dtype", "state_dtype"), words, strict=True))
-    geometry = ModelGeometry.from_config(BUILTIN_CONFIG, **dtypes)
+    geometry = ModelGeometry.from_config(BUILTIN, **dtypes)
     assert kv_row_bytes(MODEL, dtype) == geometry.kv_bytes_per_token
     assert state_slot_bytes(MODEL, dtype, state_dtype) == geometry.state_bytes
 
@@ -165,9 +165,9 @@ def test_budgets_of_their_own_are_two_pools():
         (
             MODEL,
             {"cache_bytes": 5 * 10**5},
-            "0.000466 GiB hold 488 tokens .* 256 tokens and 3 states, ",
+            "0.000466 GiB hold 781 tokens .* 256 tokens and 3 states, ",
         ),
-        (ATTENTION_ONLY, {"cache_bytes": 10**5}, "hold 24 tokens .* 256 tokens, .*, are needed"),
+        (ATTENTION_ONLY, {"cache_bytes": 10**5}, "hold 39 tokens .* 256 tokens, .*, are needed"),
         (MODEL, {"kv_bytes": 10**5}, "for KV hold .* at least 256 tokens, "),
         (MODEL, {"kv_bytes": GIB, "state_bytes": 10**5}, "for states hold 0 .* at least 2, "),
     ],
@@ -269,4 +269,4 @@ def test_memory_kept_for_graphs_is_no_memory_for_pools(monkeypatch):
 
 def test_more_layers_than_any_model_has_are_refused_at_once():
     with pytest.raises(ModelError, match="num_hidden_layers can not be 1000000000"):
-        read_model({**BUILTIN_CONFIG, "num_hidden_layers": 10**9})
+        read_model({**BUILTIN, "num_hidden_layers": 10**9})
