@@ -65,6 +65,21 @@ static inline void store(BFloat16* to, Lanes x) {
     *(Halves*)to = __builtin_convertvector(rounded, Halves);
 }
 
+// The first count of 16 numbers, and zeros.
+template <class T>
+static inline Lanes load_part(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    Lanes x = {};
+    for (int64_t i = 0; i < count; i++) x[i] = widen(from[i]);
+    return x;
+}
+
+template <class T>
+static inline void store_part(T* to, Lanes x, int64_t count) {
+    if (count >= LANES) return store(to, x);
+    for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(x[i]);
+}
+
 static inline Lanes all(float x) { return Lanes{} + x; }
 
 static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {

@@ -35,7 +35,7 @@ KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ct
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the functions compute with, and how their names end."""
 LANES = 16
-"""Elements of a register: heads whose sizes are multiples of it are computed here."""
+"""Elements of a register: states whose heads are multiples of it are computed here."""
 
 
 @cache

@@ -37,17 +37,18 @@ static void soften(float* weights, int64_t length, float* factor) {
     *factor = 1.0f / sum(totals);
 }
 
-// BLOCKS * 16 numbers of a value, from the one at d on.
-template <class T, int G, int BLOCKS>
+// BLOCKS * 16 numbers of a value, from the one at d on; fewer than 16 where IS_PART.
+template <class T, int G, int BLOCKS, bool IS_PART = false>
 static void blend(
     const Query<T>* queries, const T* values, const Cached& cached, const float* factors,
     int64_t d) {
+    int64_t count = IS_PART ? cached.D - d : LANES;
     Lanes sums[G][BLOCKS] = {};
     int64_t shared = queries[0].length;
     for (int64_t j = 0; j < shared; j++) {
         const T* value = values + cached.rows[j] * cached.stride + d;
         for (int i = 0; i < BLOCKS; i++) {
-            Lanes part = load(value + i * LANES);
+            Lanes part = load_part(value + i * LANES, count);
             for (int g = 0; g < G; g++)
                 sums[g][i] = multiply_add(all(queries[g].weights[j]), part, sums[g][i]);
         }
@@ -56,11 +57,11 @@ static void blend(
         for (int64_t j = shared; j < queries[g].length; j++) {
             const T* value = values + cached.rows[j] * cached.stride + d;
             for (int i = 0; i < BLOCKS; i++)
-                sums[g][i] =
-                    multiply_add(all(queries[g].weights[j]), load(value + i * LANES), sums[g][i]);
+                sums[g][i] = multiply_add(
+                    all(queries[g].weights[j]), load_part(value + i * LANES, count), sums[g][i]);
         }
         for (int i = 0; i < BLOCKS; i++)
-            store(queries[g].to + d + i * LANES, sums[g][i] * factors[g]);
+            store_part(queries[g].to + d + i * LANES, sums[g][i] * factors[g], count);
     }
 }
 
@@ -69,17 +70,22 @@ template <class T, int G>
 static void attend(
     const Query<T>* queries, const T* keys, const T* values, const Cached& cached) {
     int64_t D = cached.D, shared = queries[0].length;
+    int64_t whole = D / LANES * LANES, padded = (D + LANES - 1) / LANES * LANES;
     float wide[G * MAX_HEAD], factors[G];
-    for (int g = 0; g < G; g++)
-        for (int64_t d = 0; d < D; d++) wide[g * D + d] = widen(queries[g].from[d]) * cached.scale;
+    for (int g = 0; g < G; g++) {
+        float* to = wide + g * padded;
+        for (int64_t d = 0; d < D; d++) to[d] = widen(queries[g].from[d]) * cached.scale;
+        for (int64_t d = D; d < padded; d++) to[d] = 0.0f;
+    }
     for (int64_t j = 0; j < shared; j++) {
         const T* key = keys + cached.rows[j] * cached.stride;
         Lanes products[G] = {};
-        for (int64_t d = 0; d < D; d += LANES) {
-            Lanes part = load(key + d);
+        auto take = [&](Lanes part, int64_t d) {
             for (int g = 0; g < G; g++)
-                products[g] = multiply_add(load(wide + g * D + d), part, products[g]);
-        }
+                products[g] = multiply_add(load(wide + g * padded + d), part, products[g]);
+        };
+        for (int64_t d = 0; d < whole; d += LANES) take(load(key + d), d);
+        if (whole < D) take(load_part(key + whole, D - whole), whole);
         for (int g = 0; g < G; g++) queries[g].weights[j] = sum(products[g]);
     }
     for (int g = 0; g < G; g++) {
@@ -87,14 +93,16 @@ static void attend(
             const T* key = keys + cached.rows[j] * cached.stride;
             Lanes products = {};
             for (int64_t d = 0; d < D; d += LANES)
-                products = multiply_add(load(wide + g * D + d), load(key + d), products);
+                products = multiply_add(
+                    load(wide + g * padded + d), load_part(key + d, D - d), products);
             queries[g].weights[j] = sum(products);
         }
         soften(queries[g].weights, queries[g].length, factors + g);
     }
     int64_t d = 0;
     for (; d + 4 * LANES <= D; d += 4 * LANES) blend<T, G, 4>(queries, values, cached, factors, d);
-    for (; d < D; d += LANES) blend<T, G, 1>(queries, values, cached, factors, d);
+    for (; d < whole; d += LANES) blend<T, G, 1>(queries, values, cached, factors, d);
+    if (d < D) blend<T, G, 1, true>(queries, values, cached, factors, d);
 }
 
 // lengths: of the sequences with this step's tokens; cu_seqlens: null where that is one of each.

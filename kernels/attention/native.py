@@ -8,7 +8,7 @@ import torch
 from kernels.attention import reference
 from kernels.attention.reference import prefill_attention
 from kernels.attention.sequences import Sequences
-from kernels.native import DTYPES, LANES, address, function, has_whole_rows, whole_rows
+from kernels.native import DTYPES, address, function, has_whole_rows, whole_rows
 from kernels.packed import Packed
 
 __all__ = ["decode_attention", "prefill_attention", "verify_attention"]
@@ -63,7 +63,6 @@ def _is_served(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Te
     return (
         query.dtype in DTYPES
         and query.dtype is key_pool.dtype
-        and head_dim % LANES == 0
         and head_dim <= MAX_HEAD
         and key_pool.stride() == value_pool.stride()
         and key_pool.shape == value_pool.shape

@@ -2,15 +2,6 @@
 // which only the outer stride is free.
 #include "../native.h"
 
-// In float32, with zeros past the row's end.
-template <class T>
-static inline Lanes load_part(const T* from, int64_t count) {
-    if (count >= LANES) return load(from);
-    Lanes x = {};
-    for (int64_t i = 0; i < count; i++) x[i] = widen(from[i]);
-    return x;
-}
-
 template <class T>
 static float factor_of(const T* x, int64_t size, float eps) {
     Lanes squares[4] = {};
