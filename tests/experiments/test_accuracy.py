@@ -1,0 +1,79 @@
+"""Answers that changed are found and fail the script, and the task files ask what training drew."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import accuracy
+from experiments.accuracy import Outcome, Setting, differences
+from experiments.training.evaluation import KINDS, TEMPLATE, called, questions
+from experiments.training.harness import PROBLEMS, write_problems
+from experiments.training.tasks import TOOLS, tool_chat
+
+
+def test_only_answers_of_one_format_are_held_against_each_other() -> None:
+    def outcome(*answers: str) -> Outcome:
+        return Outcome({"t": 1.0}, {"t": answers})
+
+    plain, cached = Setting(cache="none"), Setting()
+    small, small_cached = Setting(cache="none", states="bfloat16"), Setting(states="bfloat16")
+    same = {plain: outcome("a", "b"), cached: outcome("a", "b"), small: outcome("x", "b")}
+    assert differences(same) == []
+    assert differences(same | {small_cached: outcome("x", "y")}) == [(small_cached, "t", 1)]
+
+
+def test_every_format_is_asked_without_a_cache_first() -> None:
+    seen = set()
+    for setting in accuracy.settings(quick=False):
+        if (setting.weights, setting.states) not in seen:
+            assert (setting.cache, setting.draft) == ("none", "none")
+        seen.add((setting.weights, setting.states))
+    assert {weights for weights, _ in seen} == set(accuracy.WEIGHTS)
+    assert {states for _, states in seen} == set(accuracy.STATES)
+
+
+def test_task_files(tmp_path: Path) -> None:
+    write_problems(tmp_path, 5)
+    for name in PROBLEMS:
+        text = (tmp_path / f"{name}.yaml").read_text()
+        [pattern] = re.findall(r'regex_pattern: "(.*)"', text)
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+        assert len({row["prompt"] for row in rows}) == 5
+        shots = {row["prompt"].rpartition("Question:")[0] for row in rows}
+        assert len(shots) == 1 and len(re.findall(pattern, shots.pop())) == 4
+        assert all(row["prompt"].endswith("\nAnswer:") and int(row["answer"]) >= 0 for row in rows)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is here")
+def test_without_lm_eval_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    assert accuracy.main(["--quick"]) == 2
+    assert "pip install 'lm-eval[api]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_are_seeded_and_judged(kind: str) -> None:
+    asked = [question.prompt for question in questions(kind, 4)]
+    assert asked == [question.prompt for question in questions(kind, 4)] and len(set(asked)) == 4
+    assert not any(question.is_right("no") for question in questions(kind, 4))
+
+
+def test_a_look_up_and_a_call_are_right() -> None:
+    [question] = questions("look-ups in 8 rows", 1)
+    key = question.prompt.rpartition("Look up: ")[2]
+    [value] = re.findall(rf"^{key} (\d+)$", question.prompt, re.M)
+    assert question.is_right(f" {value}\n") and not question.is_right(f" {value}0")
+    call = {"name": "get_count", "arguments": {"person": "Ada", "thing": "pens"}}
+    assert called(f"<tool_call>\n{json.dumps(call)}\n</tool_call>") == call
+    assert called("<tool_call>\n{}") is None
+
+
+def test_a_call_is_asked_for_in_the_form_it_was_trained_in() -> None:
+    messages = tool_chat(random.Random(1))
+    asked = TEMPLATE.render(messages[:2], tools=TOOLS, add_generation_prompt=True)
+    assert TEMPLATE.render(messages, tools=TOOLS).startswith(asked + "<tool_call>")
