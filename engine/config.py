@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from hybridcache.geometry.checkpoints import CheckpointFormat
+
 TILE = 64
 """Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of
 it."""
@@ -69,6 +71,11 @@ class EngineConfig:
         "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens "
         "of a prompt, "
         "every token of an answer",
+    )
+    checkpoint_dtype: str = _setting(
+        "auto",
+        "number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two "
+        "with a scale per head, or as in int8:row; auto: as they are, exact",
     )
     quantization: Literal["int8", "fp8"] | None = _setting(
         None, "8-bit weights, made while loading"
@@ -208,6 +215,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a positive number of GiB, not {size}.")
         if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
             raise ConfigError("give cache_gib alone, or kv_gib and state_gib, not both.")
+        try:
+            CheckpointFormat.parse(self.checkpoint_dtype)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 allowed = ", ".join("none" if word is None else word for word in words)

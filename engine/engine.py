@@ -142,6 +142,7 @@ class Engine:
             stateful=runner.memory.is_stateful,
             exact=config.exact,
             log=self._log,
+            owns_states=runner.memory.owns_states,
         )
 
     @property

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from engine.command.flags import Parser
-from engine.config import DRAFTERS, EngineConfig
+from engine.config import DRAFT_LENS, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -72,7 +72,7 @@ class Outcome:
 
 def settings(quick: bool) -> list[Setting]:
     """No cache first in every format; ``quick``: of the first format alone."""
-    drafts = ["none", *DRAFTERS]
+    drafts = ["none", *DRAFT_LENS]
     found = [Setting(cache="none"), *(Setting(draft=draft) for draft in drafts)]
     if not quick:
         for states in STATES[1:]:

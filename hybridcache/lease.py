@@ -81,6 +81,9 @@ class LeaseRequest(NamedTuple):
     """False: later prompts are known to leave this one before its end (a chat template that drops
     the reasoning). A state saved in decode would never be used, and would make the boundary's look
     superseded: none is saved."""
+    own_slot: int | None = None
+    """Slot of its state where running states lie beside the cache's memory; None: one of the
+    cache's is taken, and may be donated."""
 
 
 class Lease:
@@ -156,8 +159,8 @@ class Lease:
         found = cache.match(request.tokens, request.namespace)
         match = found if request.reuse else cache.match(readable, request.namespace)
         receipt = cache.lock(match.node)
-        slot: int | None = None
-        if request.stateful:
+        slot = request.own_slot if request.stateful else None
+        if request.stateful and slot is None:
             slot = cache.allocate_slot()
             if slot is None and match.cached_len:
                 cache.unlock(receipt)
@@ -250,7 +253,12 @@ class Lease:
 
     @property
     def held_slots(self) -> int:
-        return (self.state_slot is not None) + len(self._saving.slots)
+        return (self._cached_slot is not None) + len(self._saving.slots)
+
+    @property
+    def _cached_slot(self) -> int | None:
+        """The own slot, where it is one of the cache's."""
+        return self.state_slot if self._request.own_slot is None else None
 
     def plan_checkpoint(self, position: int, label: str) -> None:
         """Plan a checkpoint at ``position``, floored to the grid; one that is planned, has its slot
@@ -409,7 +417,7 @@ class Lease:
     def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
         cache = self._cache
         published_len = self._publishable(computed_len)
-        own_slot, label = self.state_slot, self._saving.label(computed_len)
+        own_slot, label = self._cached_slot, self._saving.label(computed_len)
         donate &= computed_len == published_len and computed_len % self._step == 0
         donate &= computed_len > self.match.cached_len
         if own_slot is not None and not donate:
@@ -426,8 +434,8 @@ class Lease:
     def abort(self) -> None:
         """Give everything back and end the lease; what was published stays the tree's."""
         self._saving.abort()
-        if self.state_slot is not None:
-            self._cache.free_slot(self.state_slot)
+        if self._cached_slot is not None:
+            self._cache.free_slot(self._cached_slot)
         self._close(self.published_len)
 
     def _close(self, first_held: int) -> None:

@@ -180,6 +180,11 @@ def _add_inspect(inspect: Parser) -> None:
         choices=("float32", "bfloat16", "int8"),
         help="number format of recurrent states",
     )
+    inspect.add_argument(
+        "--checkpoint-dtype",
+        metavar="WORD",
+        help="number format of recurrent states in checkpoints: bfloat16, int8, fp8, int8:row ...",
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -328,7 +333,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         raise ValueError("--budget-gib must be finite and above 0.")
     dtypes = {
         name: value
-        for name in ("kv_dtype", "state_dtype")
+        for name in ("kv_dtype", "state_dtype", "checkpoint_dtype")
         if (value := getattr(arguments, name)) is not None
     }
     geometry = load_geometry(arguments.model, **dtypes)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.run.checkpoints import Checkpoints
 from engine.run.device import Device
 from engine.run.model_config import ModelError
 from engine.schedule.memory import SLOTS_OF_ONE, MemorySizes
 from hybridcache.allocators.arena import slab_rows
+from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
 from hybridcache.units import GIB
 from kernels.upload import upload
@@ -30,8 +32,6 @@ gaps."""
 MIN_KV_TOKENS = 256
 MIN_SLOTS = 2
 """Of a pool: one for a running request, one for a checkpoint."""
-ALIGNMENT = 16
-"""Bytes. Rows, and what lies in a slot, begin at multiples of it."""
 
 
 class MemoryPlan(MemorySizes):
@@ -53,23 +53,27 @@ class MemoryPlan(MemorySizes):
         page_size: int = 1,
         state_dtype: torch.dtype = torch.float32,
         reserved_bytes: int = 0,
+        checkpoints: CheckpointFormat | None = None,
     ) -> MemoryPlan:
         """The rule: one arena of ``cache_bytes``, or two pools where bytes are given for one of
         them; the other then has what is given for it, or half the default. The default is a quarter
         of the memory that is free without the ``reserved_bytes``, at most 4 GiB, on a CPU, and
         elsewhere 90 % of it. Raises ModelError naming the bytes a budget would need."""
-        row, state = kv_row_bytes(sizes, dtype), state_slot_bytes(sizes, dtype, state_dtype)
+        row = kv_row_bytes(sizes, dtype)
+        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
+        owns = checkpoints is not None and state > 0
         if not row:
             raise ModelError("a model without a single attention layer is not supported.")
         if kv_bytes is None and state_bytes is None:
             if cache_bytes is None:
                 cache_bytes = default_cache_bytes(device, reserved_bytes)
-            return cls._arena(cache_bytes, row, state, page_size)
+            return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
         if kv_bytes is None or (state_bytes is None and state):
             other = default_cache_bytes(device, reserved_bytes) // (2 if state else 1)
             kv_bytes = other if kv_bytes is None else kv_bytes
             state_bytes = other if state_bytes is None else state_bytes
-        return cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
+        plan = cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
+        return replace(plan, owns_states=owns)
 
     @classmethod
     def _arena(cls, num_bytes: int, row: int, state: int, page_size: int) -> MemoryPlan:
@@ -105,12 +109,18 @@ class MemoryPlan(MemorySizes):
 
     @classmethod
     def smallest(
-        cls, sizes: ModelSizes, dtype: torch.dtype, state_dtype: torch.dtype
+        cls,
+        sizes: ModelSizes,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        checkpoints: CheckpointFormat | None = None,
     ) -> MemoryPlan:
         """Enough to rehearse steps with."""
-        row, state = kv_row_bytes(sizes, dtype), state_slot_bytes(sizes, dtype, state_dtype)
+        row = kv_row_bytes(sizes, dtype)
+        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
         slab = slab_rows(state, row) if state else 0
-        return cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
+        plan = cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
+        return replace(plan, owns_states=checkpoints is not None and state > 0)
 
 
 def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
@@ -119,16 +129,17 @@ def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
 
 
 def state_slot_bytes(
-    sizes: ModelSizes, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype = torch.float32,
+    checkpoints: CheckpointFormat | None = None,
 ) -> int:
-    """Of one sequence's conv and recurrent states in all layers; 0 for an attention-only model."""
+    """Of one sequence's conv and recurrent states in all layers, or of a checkpoint in the format
+    ``checkpoints``; 0 for an attention-only model."""
     num_conv, num_recurrent = sizes.state_size("conv"), sizes.state_size("recurrent")
+    if checkpoints is not None:
+        return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
     return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
-
-
-def aligned(num_bytes: int) -> int:
-    """Up to the next multiple of what a wide load takes at once."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
@@ -161,6 +172,13 @@ class Memory:
     rows: torch.Tensor | None
     """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none
     does."""
+    checkpoints: Checkpoints | None = None
+    """In a format of their own; None: checkpoints are states in slots like any other."""
+
+    @property
+    def padding_checkpoint(self) -> int | None:
+        """The slot to save what nobody wants."""
+        return self.padding_slot if self.checkpoints is None else len(self.checkpoints.slots) - 1
 
     @classmethod
     def allocate(
@@ -173,16 +191,52 @@ class Memory:
         *,
         num_step_states: int = 0,
         num_scratch_rows: int = 0,
+        checkpoints: CheckpointFormat | None = None,
+        num_own_states: int = 0,
+        num_staged: int = 0,
     ) -> Memory:
         """Zeros, for mixers that keep what ``keeps`` says, with room for the states of
         ``num_step_states`` verified tokens, and for ``num_scratch_rows`` behind the padding row.
-        Raises ModelError where there is no memory."""
+        With ``checkpoints`` in a format of their own, ``num_own_states`` running ones lie beside
+        them, and ``num_staged`` that a step exports. Raises ModelError where there is no memory."""
         kept = [
             [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
             for specs in keeps
         ]
         make = _allocate_arena if plan.memory == "arena" else _allocate_pools
-        return make(plan, kept, device, num_step_states, num_scratch_rows)
+        if checkpoints is None or not plan.owns_states:
+            return make(plan, kept, device, num_step_states, num_scratch_rows)
+        cached = make(plan, _part(kept, of_tokens=True), device, 0, num_scratch_rows)
+        own = _allocate_pools(
+            replace(plan, num_slots=num_own_states),
+            _part(kept, of_tokens=False),
+            device,
+            num_step_states + num_staged,
+            0,
+        )
+        slots = cached.states[0][0] if cached.states else None
+        if slots is None:
+            slots = allocate((plan.num_slots + 1, plan.state_bytes), torch.uint8, device)
+        kinds = [_kind(one.spec) for one in dict.fromkeys(k for mixer in kept for k in mixer)]
+        recurrent = [kind == "recurrent" for kind in kinds if kind != "kv"]
+        steps = own.step_slots
+        return Memory(
+            tuple(
+                _in_order(mixer, *both)
+                for mixer, *both in zip(kept, cached.pools, own.pools, strict=True)
+            ),
+            cached.padding_row,
+            own.padding_slot,
+            steps[:num_step_states],
+            own.states,
+            cached.rows,
+            Checkpoints(
+                slots,
+                tuple(zip(own.states, recurrent, strict=True)),
+                checkpoints,
+                steps[num_step_states:],
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +250,16 @@ class _Kept:
     def num_bytes(self) -> int:
         """Of one token or sequence."""
         return self.spec.size * self.dtype.itemsize
+
+
+def _part(mixers: Sequence[Sequence[_Kept]], *, of_tokens: bool) -> list[list[_Kept]]:
+    """What mixers keep of each token, or of each sequence."""
+    return [[k for k in mixer if isinstance(k.spec, KVSpec) == of_tokens] for mixer in mixers]
+
+
+def _in_order(mixer: Sequence[_Kept], of_tokens: Pools, of_sequences: Pools) -> Pools:
+    parts = {True: iter(of_tokens), False: iter(of_sequences)}
+    return tuple(next(parts[isinstance(kept.spec, KVSpec)]) for kept in mixer)
 
 
 def _kind(spec: Spec) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.config import EngineConfig
+from engine.config import TILE, EngineConfig
 from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.device import Device
@@ -33,6 +33,7 @@ from engine.run.quantization.formats import read_quantization
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, Segment, logit_rows
 from hybridcache.allocators.moves import Move
+from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices, Tokens
 from hybridcache.units import GIB, counted
@@ -61,6 +62,7 @@ class ModelRunner:
         self.name = config.model_dir.name
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
+        self.checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
         self.num_step_states = config.num_step_states
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.model, self._head, self.weights_note = load_model(
@@ -83,12 +85,17 @@ class ModelRunner:
             kv_dtype=str(self.dtype).removeprefix("torch."),
             conv_dtype=str(self.dtype).removeprefix("torch."),
             state_dtype=config.state_dtype,
+            checkpoint_dtype=config.checkpoint_dtype,
         )
         state_bytes = state_slot_bytes(self.config.sizes, self.dtype, self.state_dtype)
         self.step_state_bytes = self.num_step_states * state_bytes
         """Of the states after each verified token, beside the cache's memory."""
+        self._num_staged = self.most_step_tokens // TILE + self.max_running_rows
+        beside = self.step_state_bytes
+        if self.checkpoints is not None:
+            beside += (self._num_staged + self.max_running_rows) * state_bytes
         warms_up = config.warm_up and not self.device.is_cpu
-        reserved_bytes = self._rehearse(config) if warms_up else self.step_state_bytes
+        reserved_bytes = self._rehearse(config) if warms_up else beside
         plan = MemoryPlan.fit(
             self.config.sizes,
             self.dtype,
@@ -99,6 +106,7 @@ class ModelRunner:
             page_size=config.page_size,
             state_dtype=self.state_dtype,
             reserved_bytes=reserved_bytes,
+            checkpoints=self.checkpoints,
         )
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
         self.warmed: WarmUp | None = self._warm_up() if warms_up else None
@@ -131,7 +139,9 @@ class ModelRunner:
         with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
         free_bytes = self.device.unused_bytes()
-        smallest = MemoryPlan.smallest(self.config.sizes, self.dtype, self.state_dtype)
+        smallest = MemoryPlan.smallest(
+            self.config.sizes, self.dtype, self.state_dtype, self.checkpoints
+        )
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
         del self.tensors, self.table, self._rotary, self._predictor, self.graphs
@@ -149,6 +159,9 @@ class ModelRunner:
             self.device,
             num_step_states=self.num_step_states,
             num_scratch_rows=self.num_guesses * self.max_running_rows,
+            checkpoints=self.checkpoints,
+            num_own_states=self.max_running_rows,
+            num_staged=self._num_staged,
         )
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
@@ -255,34 +268,41 @@ class ModelRunner:
         self.device.make_current()  # The thread that calls may be another than the one that loaded.
         self._move_rows(batch.moves)
         self.table.write(batch.row_writes)
-        self._copy_states(batch.restores)
+        self._restore(batch.restores)
         logits = self._logits(batch, drawn)
-        self._copy_states(
-            [
-                (segment.slot, slot)
-                for segment in batch.segments
-                if segment.is_decode and not segment.num_drafts and segment.slot is not None
-                for position, slot in segment.exports
-                if position == segment.end
-            ]
-        )
+        saved = [
+            (segment.slot, slot)
+            for segment in batch.segments
+            if segment.is_decode and not segment.num_drafts and segment.slot is not None
+            for position, slot in segment.exports
+            if position == segment.end
+        ]
+        if self.tensors.checkpoints is not None:
+            exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
+            saved += zip(self.tensors.checkpoints.staging, exports, strict=False)
+        self._save(saved)
         return logits
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
         """Move the states of the segments with drafts on by the tokens ``taken`` of each, and save
         those they export up to there: one copy for all layers."""
-        copies, first = [], self.tensors.step_slots.start
+        copies, saved = [], []
+        first = self.tensors.step_slots.start
         verified = [segment for segment in batch.segments if segment.num_drafts]
         for segment, count in zip(verified, taken, strict=True):
-            ends = [(segment.start + count, segment.slot), *segment.exports]
-            copies += [
+            if segment.slot is not None and count:
+                copies.append((first + count - 1, segment.slot))
+            saved += [
                 (first + position - segment.start - 1, slot)
-                for position, slot in ends
-                if slot is not None and segment.start < position <= segment.start + count
+                for position, slot in segment.exports
+                if segment.start < position <= segment.start + count
             ]
             first += len(segment.token_ids)
+        if self.tensors.checkpoints is None:
+            copies, saved = copies + saved, []
         self._copy_states(copies)
+        self._save(saved)
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
@@ -391,6 +411,9 @@ class ModelRunner:
             for rank, segment in enumerate(segments)
             for position, slot in segment.exports
         ]
+        if self.tensors.checkpoints is not None:
+            staging = self.tensors.checkpoints.staging
+            exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
         return PrefillPart(
             packed=packed,
             sequences=self._sequences(segments),
@@ -418,6 +441,20 @@ class ModelRunner:
             pairs = np.stack([move.src, move.dst])
             sources, targets = upload(pairs, torch.int32, self.device.torch_device)
             self._cache_write.move_rows(rows, sources, targets)
+
+    def _restore(self, copies: Sequence[tuple[int, int]]) -> None:
+        """(checkpoint slot, own slot)."""
+        if self.tensors.checkpoints is None:
+            self._copy_states(copies)
+        else:
+            self.tensors.checkpoints.restore(copies)
+
+    def _save(self, copies: Sequence[tuple[int, int]]) -> None:
+        """(slot of a state, checkpoint slot)."""
+        if self.tensors.checkpoints is None:
+            self._copy_states(copies)
+        else:
+            self.tensors.checkpoints.save(copies)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or not self.tensors.states:

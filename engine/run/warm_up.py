@@ -125,12 +125,12 @@ def guesses(runner: ModelRunner) -> list[list[Newest]]:
 def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     """Steps of every kind, the largest first."""
     row = runner.table.padding_row
-    slot = runner.tensors.padding_slot
+    slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
     longest = runner.max_model_len
 
     def prefill(length: int, logits: Literal["all", "last"]) -> Segment:
         last = length // TILE * TILE
-        exports = ((last, slot),) if last and slot is not None else ()
+        exports = ((last, saved),) if last and saved is not None else ()
         return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, logits)
 
     def prefills(length: int, logits: Literal["all", "last"]) -> Iterator[Segment]:
@@ -138,7 +138,7 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
             yield prefill(min(longest, length - start), logits)
 
     def decode() -> Segment:
-        exports = () if slot is None else ((longest, slot),)
+        exports = () if saved is None else ((longest, saved),)
         return Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
 
     def verified(num_drafts: int) -> Segment:
@@ -150,7 +150,7 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
         yield Batch((*prefills(num_scored, "all"), *prefills(length - num_scored, "last")))
     for count in (4, 3, 2, 1):
         if count <= runner.max_running_rows:
-            copies = ((slot, slot),) * count if slot is not None else ()
+            copies = () if slot is None or saved is None else ((saved, slot),) * count
             yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
             yield Batch((decode(),) * count)
             if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):

@@ -51,12 +51,16 @@ class CacheManager:
         stateful: bool,
         exact: bool = False,
         log: LeaseLog | None = None,
+        owns_states: bool = False,
     ) -> None:
+        """``owns_states``: a request's state has the slot of its row's number, beside the cache's
+        memory."""
         self.cache = cache
         self._make_placement = make_placement
         self._placement = make_placement()
         self._stateful = stateful
         self._exact = exact
+        self._owns_states = owns_states
         self._log = log
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints sit on multiples of it."""
@@ -84,6 +88,7 @@ class CacheManager:
             exact=self._exact,
             stateful=self._stateful,
             answer_survives=request.answer_survives,
+            own_slot=self._free_rows[-1] if self._owns_states else None,
         )
         lease = Lease.begin(self.cache, self._placement, asked)
         if self._log is not None:

@@ -28,6 +28,9 @@ class MemorySizes:
     state_bytes: int
     """Of one state; 0: an attention-only model."""
     page_size: int = 1
+    owns_states: bool = False
+    """Running states lie beside this memory, one a row of the request table, and the slots hold
+    checkpoints alone."""
 
     @property
     def is_stateful(self) -> bool:

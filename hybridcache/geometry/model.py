@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import sizes_of, text_part
 from hybridcache.geometry.shapes import preset_name, presets, sizes_of_shape
 from hybridcache.geometry.sizes import KVSpec, ModelSizes, SizesError, StateSpec
@@ -53,6 +54,11 @@ class ModelGeometry:
     """Of the linear layers' recurrences: 6 per state number."""
     attention_flops_per_pair: int
     """Of one query with one key, QK and PV, all full layers and heads."""
+    checkpoint_dtype: str = "auto"
+    """Of recurrent states in checkpoints, as ``CheckpointFormat.parse`` reads it; running states
+    then lie beside the cache's memory."""
+    checkpoint_bytes: int | None = None
+    """Of one checkpoint in such a format; None: it is a state like any other."""
 
     @classmethod
     def preset(cls, name: str, **dtypes: str) -> ModelGeometry:
@@ -78,8 +84,8 @@ class ModelGeometry:
         """From a Hugging Face ``config.json`` as a dict, nested ``text_config`` or not.
 
         ``dtypes``: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype``
-        (bfloat16). Raises ValueError when it is no config of a language model, or has layers of a
-        sort this project does not know.
+        (bfloat16), ``checkpoint_dtype`` (auto: as states are). Raises ValueError when it is no
+        config of a language model, or has layers of a sort this project does not know.
         """
         text = text_part(config)
         try:
@@ -125,23 +131,28 @@ class ModelGeometry:
         kv_dtype: str = "bfloat16",
         state_dtype: str = "float32",
         conv_dtype: str = "bfloat16",
+        checkpoint_dtype: str = "auto",
     ) -> ModelGeometry:
         """The sums over what all layers declare."""
         _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
         active, total = sizes.num_params()
         num_recurrent = sizes.state_size("recurrent")
+        conv_bytes = sizes.state_size("conv") * DTYPE_BYTES[conv_dtype]
+        format = CheckpointFormat.parse(checkpoint_dtype) if num_recurrent else None
         return cls(
             name=name,
             num_full_layers=_how_many(sizes, KVSpec),
             num_linear_layers=_how_many(sizes, StateSpec),
             kv_bytes_per_token=sizes.row_size * DTYPE_BYTES[kv_dtype],
             recurrent_elements=num_recurrent,
-            conv_bytes=sizes.state_size("conv") * DTYPE_BYTES[conv_dtype],
+            conv_bytes=conv_bytes,
             state_dtype=state_dtype,
             active_params=active,
             total_params=total,
             scan_flops_per_token=6 * num_recurrent,
             attention_flops_per_pair=sum(mixer.pair_flops for mixer in sizes.mixers),
+            checkpoint_dtype=checkpoint_dtype,
+            checkpoint_bytes=None if format is None else format.num_bytes(sizes, conv_bytes),
         )
 
     @property
@@ -154,6 +165,8 @@ class ModelGeometry:
     def state_bytes(self) -> int:
         """Of one checkpoint: conv + recurrent state of all linear layers. 0 for an attention-only
         model."""
+        if self.checkpoint_bytes is not None:
+            return self.checkpoint_bytes
         return self.recurrent_bytes + self.conv_bytes
 
     @property

@@ -223,7 +223,8 @@ def build_target(config: RunConfig, unit: int) -> Target:
         return BaselineTarget(config.baseline, config.baseline_config(unit))
     cache = build_prefix_cache(config.cache_config(unit))
     stateful = bool(config.geometry.num_linear_layers)
-    return LeaseTarget(cache, config.placement(unit), stateful, unit, config.steps)
+    own_slot = None if config.geometry.checkpoint_bytes is None else 0
+    return LeaseTarget(cache, config.placement(unit), stateful, unit, config.steps, own_slot)
 
 
 class LeaseTarget:
@@ -236,7 +237,9 @@ class LeaseTarget:
         stateful: bool = True,
         unit: int = 1,
         steps: EngineSteps | None = None,
+        own_slot: int | None = None,
     ) -> None:
+        """``own_slot``: any number, where running states lie beside the cache's memory."""
         self.cache = cache
         self.placement = placement
         self.steps = steps
@@ -244,7 +247,7 @@ class LeaseTarget:
         self.uncomputed = 1 if unit == 1 else 0
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
         units of many tokens it is within the last one."""
-        self._stateful = stateful
+        self._stateful, self._own_slot = stateful, own_slot
         self.tiers: bool | None = in_tiers(getattr(cache, "policy", None))
 
     def begin(self, request: TraceRequest) -> Served | None:
@@ -256,6 +259,7 @@ class LeaseTarget:
             False,
             self._stateful,
             request.answer_survives,
+            self._own_slot,
         )
         lease = Lease.begin(self.cache, self.placement, asked)
         if lease is None:

@@ -1,0 +1,115 @@
+"""Checkpoints in fewer bits: exact where nothing is rounded, the same in any company where
+something is, and as heavy as the geometry says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.config import ConfigError
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+from hybridcache.geometry.checkpoints import CODE_BYTES, SCALINGS, CheckpointFormat
+from hybridcache.units import GIB
+from kernels.state_copy.narrow import LARGEST, narrow, widen
+from tests.engine.test_hits_change_nothing import HYBRID, SIDE_BY_SIDE, prompts
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=2)
+
+
+def make_engine(folder: Path, model: dict[str, object], **settings: object) -> Engine:
+    (folder / "config.json").write_text(json.dumps(model))
+    settings = {"cache_gib": 0.004} | settings
+    config = EngineConfig(
+        model=str(folder), load_format="dummy", device="cpu", check=True, **settings
+    )
+    runner = ModelRunner(config)
+    if runner.tensors.rows is not None:
+        runner.tensors.rows.fill_(255)
+    return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+
+
+def facts(outputs: list[RequestOutput]) -> list[object]:
+    return [(output.token_ids, output.logprobs) for output in outputs]
+
+
+@pytest.mark.parametrize("model", [HYBRID, SIDE_BY_SIDE], ids=["hybrid", "side-by-side"])
+def test_what_rounds_nothing_changes_no_bit(tmp_path: Path, model: dict[str, object]) -> None:
+    """16-bit checkpoints of 16-bit states: all the copies, none of the rounding."""
+    numbers = {"state_dtype": "bfloat16", "exact": True}
+    cold = make_engine(tmp_path, model, **numbers, prefix_cache="none", max_running=1)
+    expected = facts(cold.generate(prompts(), GREEDY))
+    for settings in (
+        {"token_budget": 64},
+        {"max_running": 3, "draft": "tree", "exact": False},
+        {"cache_gib": None, "kv_gib": 0.002, "state_gib": 0.002},
+    ):
+        engine = make_engine(tmp_path, model, checkpoint_dtype="bfloat16", **(numbers | settings))
+        assert facts(engine.generate(prompts(), GREEDY)) == expected
+        again = engine.generate(prompts(), GREEDY)
+        assert facts(again) == expected
+        assert sum(output.cached_len for output in again) > 1000
+
+
+@pytest.mark.parametrize("word", ["int8", "fp8:row"])
+def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> None:
+    runs = []
+    for together in (False, True):
+        engine = make_engine(tmp_path, HYBRID, checkpoint_dtype=word, exact=True)
+        for prompt in prompts():
+            engine.generate([prompt], GREEDY)
+        groups = [prompts()] if together else [[prompt] for prompt in prompts()]
+        runs.append([output for group in groups for output in engine.generate(group, GREEDY)])
+    alone, company = runs
+    assert facts(alone) == facts(company)
+    assert [o.cached_len for o in alone] == [o.cached_len for o in company]
+    assert sum(output.cached_len for output in alone) > 1000
+
+
+@pytest.mark.parametrize("memory", ["arena", "pools"])
+@pytest.mark.parametrize("word", ["bfloat16", "int8:head", "fp8:row", "int8:column"])
+def test_a_slot_is_as_large_as_the_geometry_says(tmp_path: Path, memory: str, word: str) -> None:
+    budget: dict[str, object] = {"checkpoint_dtype": word, "cache_gib": 0.002}
+    if memory == "pools":
+        budget |= {"cache_gib": None, "kv_gib": 0.001, "state_gib": 0.001}
+    runner = make_engine(tmp_path, HYBRID, **budget).runner
+    held = runner.tensors.checkpoints
+    assert runner.memory.state_bytes == runner.geometry.state_bytes == held.slots.shape[1]
+    conv, recurrent = (states for states, _ in held.states)
+    format = CheckpointFormat.parse(word)
+    size = recurrent[:, 0].numel() * CODE_BYTES[format.dtype]
+    size += 4 * len(recurrent) * format.num_scales(tuple(recurrent.shape[2:]))
+    size += conv[:, 0].numel() * conv.element_size()
+    assert size <= runner.memory.state_bytes < size + 48
+    native = make_engine(tmp_path, HYBRID, **(budget | {"checkpoint_dtype": "auto"})).runner
+    assert native.tensors.checkpoints is None
+    assert native.memory.num_slots < runner.memory.num_slots or memory == "arena"
+    total = (GIB // 1000 if memory == "pools" else 2 * GIB // 1000) / runner.memory.slot_bytes
+    assert runner.memory.num_slots == pytest.approx(total, abs=2)
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("per", SCALINGS)
+def test_codes_are_near_and_their_own(dtype: torch.dtype, per: str) -> None:
+    x = torch.randn(3, 4, 16, 8) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None, None]
+    x[1, 2] = 0.0
+    dims = (0, *(1 + dim for dim in CheckpointFormat("int8", per).kept_dims(3)))
+    codes, scales = narrow(x, dtype, dims)
+    others = tuple(dim for dim in range(4) if dim not in dims)
+    largest = x.abs().amax(others, keepdim=True)
+    assert scales.shape == largest.shape
+    step = 0.51 / 127 if dtype is torch.int8 else 1 / 28
+    assert ((widen(codes, scales) - x).abs() <= step * largest + 1e-28).all()
+    alone = narrow(x[1:2], dtype, dims)
+    assert torch.equal(alone[0].view(torch.uint8), codes[1:2].view(torch.uint8))
+    assert torch.equal(alone[1], scales[1:2])
+
+
+@pytest.mark.parametrize("word", ["int4", "bfloat16:row", "int8:", "int8:layer", "float32"])
+def test_a_wrong_word_is_one_sentence(word: str) -> None:
+    with pytest.raises(ConfigError, match="checkpoint_dtype must be auto, bfloat16, int8 or fp8"):
+        EngineConfig(checkpoint_dtype=word)
