@@ -287,17 +287,18 @@ class ModelRunner:
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
         """Move the states of the segments with drafts on by the tokens ``taken`` of each, and save
         those they export up to there: one copy for all layers."""
-        copies, saved = [], []
+        copies: list[tuple[int, int]] = []
+        saved: list[tuple[int, int]] = []
         first = self.tensors.step_slots.start
         verified = [segment for segment in batch.segments if segment.num_drafts]
         for segment, count in zip(verified, taken, strict=True):
-            if segment.slot is not None and count:
-                copies.append((first + count - 1, segment.slot))
-            saved += [
-                (first + position - segment.start - 1, slot)
-                for position, slot in segment.exports
-                if segment.start < position <= segment.start + count
-            ]
+            own = ((segment.start + count, segment.slot),)
+            for ends, found in ((own, copies), (segment.exports, saved)):
+                found += [
+                    (first + position - segment.start - 1, slot)
+                    for position, slot in ends
+                    if slot is not None and segment.start < position <= segment.start + count
+                ]
             first += len(segment.token_ids)
         if self.tensors.checkpoints is None:
             copies, saved = copies + saved, []

@@ -191,8 +191,8 @@ BREAKS_OF_MEMORY = (
         "rows move after the state copies",
         RUNNER,
         "        self._move_rows(batch.moves)\n        self.table.write(batch.row_writes)\n"
-        "        self._copy_states(batch.restores)\n",
-        "        self.table.write(batch.row_writes)\n        self._copy_states(batch.restores)\n"
+        "        self._restore(batch.restores)\n",
+        "        self.table.write(batch.row_writes)\n        self._restore(batch.restores)\n"
         "        self._move_rows(batch.moves)\n",
         BITS,
     ),

@@ -390,9 +390,9 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a state moves on by all that was guessed",
         "engine/run/model_runner.py",
-        "            ends = [(segment.start + count, segment.slot), *segment.exports]\n",
-        "            ends = [(segment.start + count, segment.slot), *segment.exports]\n"
-        "            count = len(segment.token_ids)\n",
+        "            for ends, found in ((own, copies), (segment.exports, saved)):\n",
+        "            count = len(segment.token_ids)\n"
+        "            for ends, found in ((own, copies), (segment.exports, saved)):\n",
         VERIFIED,
     ),
     Mutation(
