@@ -49,6 +49,11 @@ def start_screen(engine: Engine, address: str) -> str:
                 f"{geometry.state_tokens:,.0f} tokens",
             )
         )
+    if runner.own_state_bytes:
+        beside = format_bytes(runner.own_state_bytes)
+        rows.append(
+            ("checkpoints", f"in {config.checkpoint_dtype}; running states beside: {beside}")
+        )
     if config.draft_len:
         rows.append(("drafts", _draft_words(config, runner.step_state_bytes)))
     rows += [

@@ -62,7 +62,8 @@ class ModelRunner:
         self.name = config.model_dir.name
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
-        self.checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
+        has_sums = self.config.sizes.state_size("recurrent") > 0
+        self.checkpoints = CheckpointFormat.parse(config.checkpoint_dtype) if has_sums else None
         self.num_step_states = config.num_step_states
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.model, self._head, self.weights_note = load_model(
@@ -91,11 +92,14 @@ class ModelRunner:
         self.step_state_bytes = self.num_step_states * state_bytes
         """Of the states after each verified token, beside the cache's memory."""
         self._num_staged = self.most_step_tokens // TILE + self.max_running_rows
-        beside = self.step_state_bytes
-        if self.checkpoints is not None:
-            beside += (self._num_staged + self.max_running_rows) * state_bytes
+        num_own = 0 if self.checkpoints is None else self._num_staged + self.max_running_rows
+        self.own_state_bytes = num_own * state_bytes
+        """Of running states, and of those that a step exports, where they lie beside that memory
+        too."""
         warms_up = config.warm_up and not self.device.is_cpu
-        reserved_bytes = self._rehearse(config) if warms_up else beside
+        reserved_bytes = (
+            self._rehearse(config) if warms_up else self.step_state_bytes + self.own_state_bytes
+        )
         plan = MemoryPlan.fit(
             self.config.sizes,
             self.dtype,
