@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from engine.command.flags import Parser
-from engine.config import DRAFT_LENS, EngineConfig
+from engine.config import BUILTIN_NAME, DRAFT_LENS, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -94,16 +94,18 @@ def serving(flags: Sequence[str]) -> Iterator[int]:
             server.terminate()
 
 
-def ask(port: int, tasks: Sequence[str], folder: Path, limit: int | None, clients: int) -> Outcome:
-    """Have lm-eval ask the server, so many ``clients`` at a time; ``folder`` has tasks of our
-    own."""
+def ask(
+    port: int, model: str, tasks: Sequence[str], folder: Path, limit: int | None, clients: int
+) -> Outcome:
+    """Have lm-eval ask the server for its ``model``, so many ``clients`` at a time; ``folder`` has
+    tasks of our own."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
-            "model": "served",
+            "model": model,
             "base_url": f"http://127.0.0.1:{port}/v1/completions",
             "tokenizer_backend": None,
             "tokenized_requests": False,
@@ -217,14 +219,15 @@ def _evaluate(options: argparse.Namespace) -> dict[Setting, Outcome]:
     import lm_eval  # noqa: F401  # before a server is started
 
     model = ["--model", options.model] if options.model else []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    name = Path(options.model).resolve().name if options.model else BUILTIN_NAME
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
         write_problems(folder, options.problems)
         outcomes = {}
         for setting in settings(options.quick):
             with serving([*model, *setting.flags()]) as port:
                 outcomes[setting] = ask(
-                    port, options.tasks or PROBLEMS, folder, options.limit, options.clients
+                    port, name, options.tasks or PROBLEMS, folder, options.limit, options.clients
                 )
     return outcomes
 
