@@ -197,6 +197,32 @@ def test_only_so_many_may_watch(live: Live, monkeypatch: pytest.MonkeyPatch) -> 
     assert answer.status_code == 429 and "close one" in answer.json()["error"]["message"]
 
 
+def test_a_tree_too_large_to_show_is_refused(
+    serve_oracle: Callable[..., Live],
+    read: Callable[..., Reader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live = serve_oracle()
+    ask(live, PROMPT)
+    monkeypatch.setattr("engine.watch.MAX_NODES", 1)
+    answer = live.get("/v1/cache/events")
+    assert answer.status_code == 503 and "1 at most" in answer.json()["error"]["message"]
+    assert listeners(live) == 0
+    monkeypatch.undo()
+    reader = read(live)
+    reader.wait(lambda reader: bool(reader.events))
+
+
+def test_a_server_without_a_cache_shows_its_requests(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle(prefix_cache="none")
+    reader = read(live)
+    ask(live, PROMPT)
+    reader.wait(lambda reader: bool(reader.events) and reader.num_ended == 1)
+    assert reader.nodes == {}
+
+
 def test_an_open_page_does_not_hold_a_server_up(read: Callable[..., Reader]) -> None:
     with serving(oracle_engine(), ServerConfig(drain_s=20)) as live:
         reader = read(live)
