@@ -19,7 +19,8 @@ class View {
 
   toolbar(title) {
     const name = `by${Math.random()}`;
-    const choices = COLOURS.map((by, at) => element("label", {}, element("input", { type: "radio", name, value: by, checked: at === 0, onchange: () => this.colourBy(by) }), by));
+    this.radios = COLOURS.map((by, at) => element("input", { type: "radio", name, value: by, checked: at === 0, onchange: () => (this.oncolour ? this.oncolour(by) : this.colourBy(by)) }));
+    const choices = this.radios.map((radio) => element("label", {}, radio, radio.value));
     const button = (text, label, act) => element("button.quiet", { type: "button", title: label, "aria-label": label, onclick: act }, text);
     const toggle = element("button.quiet", { type: "button", "aria-pressed": "false", onclick: () => this.toggleTable(toggle) }, "table");
     return element("header", {}, title ?? element("h2", {}, "Tree"), this.size, element("div.tools", {},
@@ -29,6 +30,7 @@ class View {
 
   colourBy(by) {
     this.tree.by = by;
+    for (const radio of this.radios) radio.checked = radio.value === by;
     this.tree.draw();
     this.showLegend();
   }
