@@ -64,7 +64,8 @@ class Details {
 
   request(one) {
     this.element.classList.remove("hint");
-    this.title.textContent = `Request ${one.id.replace(/^request-/, "")}`;
+    this.title.textContent = `Request ${one.id.replace(/^\w+-/, "").slice(0, 12)}`;
+    this.title.title = one.id;
     const items = one.losses ? [["hit", "reused", "Taken from the cache.", one.cached], ...CAUSES.map(([name, label, said]) => [name, label, said, one.losses[name]])] : [];
     const why = element("ul.why", {}, ...items.filter(([, , , tokens]) => tokens).map(([name, label, said, tokens]) => element("li", {}, element("i", { style: `background: var(--${name})` }), element("b", {}, whole.format(tokens)), element("span", {}, `${label} · ${percent(tokens, one.prompt)}`), element("em", {}, said))));
     const rate = speed(one);

@@ -87,7 +87,7 @@ class View {
   numbers() {
     const { model } = this;
     const { memory } = model;
-    const done = [...model.requests.values()].filter((one) => ENDED.has(one.state)).slice(-32);
+    const done = [...model.requests.values()].filter((one) => !GOING.has(one.state)).slice(-32);
     const middle = (values) => values.sort((a, b) => a - b)[Math.floor(values.length / 2)];
     const ttft = middle(done.filter((one) => one.first_token_s !== null).map((one) => one.first_token_s - one.arrived_s));
     const rate = middle(done.map(speed).filter((one) => one !== null));
