@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals llama sglang wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals llama sglang page wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -77,6 +77,10 @@ out/sglang/.installed: Makefile
 sglang: install out/sglang/.installed  ## SGLang on a CPU with our cache in it: its scheduler, both trees side by side
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.bench_sglang
+
+page: install  ## the page in a Chromium (pip install playwright first): how fast it is, and its pictures
+	$(BIN)/python -m experiments.bench_page
+	$(BIN)/python -m experiments.page_figures
 
 wheels: install  ## what is published: the cache with its laboratory, and the engine
 	$(BIN)/python -m experiments.wheels

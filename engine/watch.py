@@ -16,7 +16,15 @@ from hybridcache.watch.records import RequestShown, slabs_record
 if TYPE_CHECKING:
     from engine.engine import Engine
 
+MEMORY_EVERY_S = 0.25
 SLABS_EVERY_S = 0.5
+MAX_NODES = 100_000
+"""Of a tree that is shown: to tell a page of so many takes a fifth of a second, between two
+steps."""
+
+
+class TooLarge(ValueError):
+    """The tree has more nodes than a page shows."""
 
 
 class Watch:
@@ -30,9 +38,14 @@ class Watch:
         self._shown: dict[str, tuple[Any, ...]] = {}
         """Of each request that goes on, what was last told of it."""
         self._conversations: dict[str, int] = {}
-        self._memory: Record = []
+        self._memory = _memory_record(engine)
         self._slabs: Record = []
-        self._slabs_s = 0.0
+        self._memory_s = self._slabs_s = 0.0
+        if _num_nodes(engine) > MAX_NODES:
+            raise TooLarge(
+                f"The tree has {_num_nodes(engine):,} nodes, and a page shows {MAX_NODES:,} at "
+                "most: /v1/cache has an outline."
+            )
         self._recent = [self._of_ended(ended) for ended in engine.recent]
         engine.cache.subscribe(self._recorder)
         engine.recent.listeners.append(self._on_end)
@@ -99,7 +112,9 @@ class Watch:
 
     def _time(self) -> Record:
         engine = self._engine
-        return ["time", round(engine.clock(), 4), engine.cache.stats.total.requests]
+        stats = engine.cache.stats
+        counted = sum(usage.requests for usage in stats.by_namespace.values())
+        return ["time", round(engine.clock(), 4), counted + stats.folded.requests]
 
     def _meta(self) -> dict[str, Any]:
         engine = self._engine
@@ -170,34 +185,45 @@ class Watch:
         ).record()
 
     def _memory_changes(self) -> list[Record]:
-        engine = self._engine
-        report = engine.report()
-        memory: Record = [
-            "memory",
-            {
-                "bytes": [report.bytes.free, report.bytes.cached, report.bytes.held],
-                "kv": [report.kv.free, report.kv.cached, report.kv.held],
-                "slots": [report.slots.free, report.slots.cached, report.slots.held],
-                "running": report.num_running,
-                "waiting": report.num_waiting,
-                "prompt_tokens": report.usage["prompt_tokens"],
-                "cached_tokens": report.usage["cached_tokens"],
-                "evicted_tokens": report.usage["evicted_tokens"],
-                "evicted_checkpoints": report.usage["evicted_slots"],
-            },
-        ]
+        engine, now_s = self._engine, self._engine.clock()
         changes = []
-        if memory != self._memory:
-            self._memory = memory
-            changes.append(memory)
-        now_s = engine.clock()
+        if now_s - self._memory_s >= MEMORY_EVERY_S:
+            self._memory_s, memory = now_s, _memory_record(engine)
+            if memory != self._memory:
+                self._memory = memory
+                changes.append(memory)
         if engine.cache.arena is not None and now_s - self._slabs_s >= SLABS_EVERY_S:
-            slabs = slabs_record(engine.cache.arena)
-            self._slabs_s = now_s
+            self._slabs_s, slabs = now_s, slabs_record(engine.cache.arena)
             if slabs != self._slabs:
                 self._slabs = slabs
                 changes.append(slabs)
         return changes
+
+
+def _memory_record(engine: Engine) -> Record:
+    report = engine.report()
+    pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
+    shown: dict[str, Any] = {
+        name: [pool.free, pool.cached, pool.held] for name, pool in pools.items()
+    }
+    usage = report.usage
+    return [
+        "memory",
+        shown
+        | {
+            "running": report.num_running,
+            "waiting": report.num_waiting,
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["cached_tokens"],
+            "evicted_tokens": usage["evicted_tokens"],
+            "evicted_checkpoints": usage["evicted_slots"],
+        },
+    ]
+
+
+def _num_nodes(engine: Engine) -> int:
+    """0 where nothing is kept."""
+    return getattr(engine.cache, "num_nodes", 0)
 
 
 def _progress(request: Request) -> tuple[str, int, int, int | None]:

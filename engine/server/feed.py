@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from engine.async_engine import AsyncEngine, EngineStopped
 from engine.server.errors import APIError
 from engine.server.workers import Workers
-from engine.watch import Watch
+from engine.watch import TooLarge, Watch
 from hybridcache.watch.recorder import Record
 
 EVERY_S = 0.05
@@ -66,7 +66,8 @@ class Feed:
 
     async def subscribe(self, after: str | None) -> AsyncIterator[bytes]:
         """The whole state, or what came since the event called ``after``, and then every change.
-        APIError 429: as many watch as may; EngineStopped: there is nothing to see any more."""
+        APIError 429: as many watch as may; 503: the tree is too large; EngineStopped: there is
+        nothing to see any more."""
         if self._num_readers >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages watch already: close one.")
         async with self._turn:
@@ -82,7 +83,10 @@ class Feed:
         return await self._engine.call(lambda engine: watch.node(id_))
 
     async def _begin(self) -> None:
-        self._watch = await self._engine.call(Watch)
+        try:
+            self._watch = await self._engine.call(Watch)
+        except TooLarge as error:
+            raise APIError(503, str(error)) from error
         self._name, self._last = secrets.token_hex(4), 0
         self._kept.clear()
         self._num_kept_bytes = 0

@@ -132,8 +132,11 @@ async def ask(
             namespace=namespace,
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
+            request_id=answer_id if not choice else f"{answer_id}-{choice}",
         )
-        for sampling in body.samplings(limit, num_top, front.engine.sampling_defaults)
+        for choice, sampling in enumerate(
+            body.samplings(limit, num_top, front.engine.sampling_defaults)
+        )
     )
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single = not body.parallel_tool_calls

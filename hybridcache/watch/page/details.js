@@ -5,11 +5,13 @@ class Details {
     this.ask = ask; // (path) => Promise of JSON, where there is a server
     this.title = element("h2", {}, "Details");
     this.body = element("div.body");
-    this.element = element("section.card.details", { "aria-label": "Details" }, element("header", {}, this.title), this.body);
+    const close = element("button.quiet", { type: "button", onclick: () => this.view.select(null) }, "close");
+    this.element = element("section.card.details", { "aria-label": "Details" }, element("header", {}, this.title, element("div.tools", {}, close)), this.body);
     this.hint();
   }
 
   hint() {
+    this.element.classList.add("hint");
     this.title.textContent = "Details";
     this.body.replaceChildren(element("p.soft", {}, "Choose a node of the tree, or a request's bar."));
   }
@@ -19,6 +21,7 @@ class Details {
   }
 
   node(node) {
+    this.element.classList.remove("hint");
     const { model } = this.view;
     const cost = model.cost(node);
     const state = node.saved ? `checkpoint${node.saved.label ? ` (${node.saved.label})` : ""}` : node.lost ? "checkpoint evicted" : "none at its end";
@@ -60,7 +63,9 @@ class Details {
   }
 
   request(one) {
-    this.title.textContent = `Request ${one.id.replace(/^request-/, "")}`;
+    this.element.classList.remove("hint");
+    this.title.textContent = `Request ${one.id.replace(/^\w+-/, "").slice(0, 12)}`;
+    this.title.title = one.id;
     const items = one.losses ? [["hit", "reused", "Taken from the cache.", one.cached], ...CAUSES.map(([name, label, said]) => [name, label, said, one.losses[name]])] : [];
     const why = element("ul.why", {}, ...items.filter(([, , , tokens]) => tokens).map(([name, label, said, tokens]) => element("li", {}, element("i", { style: `background: var(--${name})` }), element("b", {}, whole.format(tokens)), element("span", {}, `${label} · ${percent(tokens, one.prompt)}`), element("em", {}, said))));
     const rate = speed(one);

@@ -80,7 +80,7 @@ class Lanes {
 
   told(one) {
     if (one.state === "waiting") return "waiting";
-    if (!ENDED.has(one.state)) return one.state === "prefill" ? `prefill ${percent(one.computed, one.prompt)}` : count(one.answer, "token");
+    if (GOING.has(one.state)) return one.state === "prefill" ? `prefill ${percent(one.computed, one.prompt)}` : count(one.answer, "token");
     const parts = [`${percent(one.cached, one.prompt)} hit`];
     if (one.first_token_s !== null) parts.push(seconds(one.first_token_s - one.arrived_s));
     const rate = speed(one);
@@ -89,7 +89,7 @@ class Lanes {
   }
 
   bar(bar, one, scale, isOn) {
-    const isRunning = !ENDED.has(one.state);
+    const isRunning = GOING.has(one.state);
     const parts = [];
     const add = (name, tokens) => { if (tokens > 0) parts.push(element(name === "rest" ? "i.rest" : "i", { style: `width: ${(tokens * scale).toFixed(2)}px;${name === "rest" ? "" : ` background: var(--${name})`}` })); };
     if (one.losses) {

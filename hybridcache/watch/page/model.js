@@ -1,7 +1,7 @@
 // One cache as its records tell of it. README.md of hybridcache/watch describes the records.
 const MAX_GHOSTS = 1500;
 const FADE = 32; // A ghost is gone from the picture after so many requests.
-const ENDED = new Set(["stop", "length", "tool_calls", "abort", "error"]);
+const GOING = new Set(["waiting", "prefill", "decode"]); // Every other state is why a request ended.
 
 class Model {
   constructor(meta = {}) {
@@ -153,7 +153,7 @@ class Model {
   }
 
   running() {
-    return [...this.requests.values()].filter((one) => !ENDED.has(one.state));
+    return [...this.requests.values()].filter((one) => GOING.has(one.state));
   }
 
   // The nodes from the root down to one, without the root.

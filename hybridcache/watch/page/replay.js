@@ -50,7 +50,7 @@ class Replay {
     link.textContent = "a recorded run";
     this.views = this.shown.map((number, side) => this.view(number, side));
     this.details = new Details(this.views[0]);
-    for (const view of this.views) { view.details = this.details; view.onselect = (one) => this.chose(one); }
+    for (const view of this.views) { view.details = this.details; view.onselect = (one) => this.chose(one); view.oncolour = (by) => this.views.forEach((other) => other.colourBy(by)); }
     main.append(this.player(), ...this.views.map((view) => view.element), element("div.aside", {}, this.details.element));
     this.go(this.end);
   }

@@ -26,13 +26,14 @@ class TreeTable {
     const { model, tree } = this.view;
     this.nodes = tree.items.slice(0, MAX_ROWS);
     const focused = [...this.body.children].indexOf(document.activeElement);
-    const depth = new Map();
+    const [depth, forks] = [new Map(), new Map()]; // only a fork is indented, as in the outline
     this.body.replaceChildren(...this.nodes.map((node) => {
       const level = node.parent.isRoot ? 1 : depth.get(node.parent) + 1;
       depth.set(node, level);
+      forks.set(node, level === 1 ? 0 : forks.get(node.parent) + (node.parent.kids.length > 1 ? 1 : 0));
       const state = node.ghost !== null ? "ghost" : node.saved ? `checkpoint ${node.saved.slot ?? ""}${node.saved.label ? ` · ${node.saved.label}` : ""}` : node.lost ? "checkpoint evicted" : node.hasState || !model.meta.state_bytes ? "–" : "KV without a state";
       const cells = [
-        element("td", { style: `padding-left: ${12 + 14 * Math.min(level - 1, 12)}px` }, `${whole.format(node.start)}–${whole.format(node.end)}`),
+        element("td", { style: `padding-left: ${12 + 14 * Math.min(forks.get(node), 12)}px` }, `${whole.format(node.start)}–${whole.format(node.end)}`),
         ...[whole.format(node.end - node.start), state, node.ghost !== null ? "–" : size((node.end - node.start) * model.meta.kv_bytes), whole.format(node.hits), ago(model.time - node.recent)].map((text) => element("td", {}, text)),
       ];
       return element("tr", { role: "row", tabindex: node === tree.selected || (!tree.selected && node === this.nodes[0]) ? 0 : -1, "aria-level": level, "aria-selected": node === tree.selected }, ...cells);

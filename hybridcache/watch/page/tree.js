@@ -1,7 +1,7 @@
 // The tree on a canvas: a node is as wide as its tokens, branches stand below each other.
 const STEPS = 14;
 const AXIS = 20;
-const LANE = 24;
+const LANE = 44;
 const THIN = 0.5;
 const CELLS = 512; // Columns in which thin bars cover each other.
 const COLOURS = ["age", "hits", "bytes"];
@@ -89,7 +89,9 @@ class TreeCanvas {
         const node = waiting.pop();
         items.push(node);
         node.y0 = lanes;
-        if (!node.kids.length) lanes += node.hasState ? 1 : THIN;
+        const isAlone = node.parent.kids.length === 1 && !node.parent.isRoot;
+        node.isUsed = node.hasState || (isAlone && node.parent.isUsed); // back to the nearest fork
+        if (!node.kids.length) lanes += node.isUsed ? 1 : THIN;
         node.y1 = lanes;
         if (node.end > deepest) deepest = node.end;
         open(node.kids);
@@ -420,7 +422,7 @@ class TreeCanvas {
     const shown = this.shown;
     const width = shown.width / factor;
     const fit = Math.min(LANE, (this.height - AXIS - 6) / this.lanes);
-    const lane = Math.max(fit, Math.min(fit < LANE ? shown.lane * factor : shown.lane, Math.max(fit, 40)));
+    const lane = Math.max(fit, Math.min(fit < LANE ? shown.lane * factor : shown.lane, LANE));
     const token = shown.x + x * shown.width / this.width;
     const row = shown.y + (y - AXIS - 4) / shown.lane;
     this.move({ width, lane, x: token - x * width / this.width, y: row - (y - AXIS - 4) / lane });

@@ -19,7 +19,8 @@ class View {
 
   toolbar(title) {
     const name = `by${Math.random()}`;
-    const choices = COLOURS.map((by, at) => element("label", {}, element("input", { type: "radio", name, value: by, checked: at === 0, onchange: () => this.colourBy(by) }), by));
+    this.radios = COLOURS.map((by, at) => element("input", { type: "radio", name, value: by, checked: at === 0, onchange: () => (this.oncolour ? this.oncolour(by) : this.colourBy(by)) }));
+    const choices = this.radios.map((radio) => element("label", {}, radio, radio.value));
     const button = (text, label, act) => element("button.quiet", { type: "button", title: label, "aria-label": label, onclick: act }, text);
     const toggle = element("button.quiet", { type: "button", "aria-pressed": "false", onclick: () => this.toggleTable(toggle) }, "table");
     return element("header", {}, title ?? element("h2", {}, "Tree"), this.size, element("div.tools", {},
@@ -29,6 +30,7 @@ class View {
 
   colourBy(by) {
     this.tree.by = by;
+    for (const radio of this.radios) radio.checked = radio.value === by;
     this.tree.draw();
     this.showLegend();
   }
@@ -85,7 +87,7 @@ class View {
   numbers() {
     const { model } = this;
     const { memory } = model;
-    const done = [...model.requests.values()].filter((one) => ENDED.has(one.state)).slice(-32);
+    const done = [...model.requests.values()].filter((one) => !GOING.has(one.state)).slice(-32);
     const middle = (values) => values.sort((a, b) => a - b)[Math.floor(values.length / 2)];
     const ttft = middle(done.filter((one) => one.first_token_s !== null).map((one) => one.first_token_s - one.arrived_s));
     const rate = middle(done.map(speed).filter((one) => one !== null));

@@ -197,6 +197,49 @@ def test_only_so_many_may_watch(live: Live, monkeypatch: pytest.MonkeyPatch) -> 
     assert answer.status_code == 429 and "close one" in answer.json()["error"]["message"]
 
 
+def test_a_chat_goes_by_its_answers_id_and_is_explained(
+    live: Live, read: Callable[..., Reader]
+) -> None:
+    reader = read(live)
+    reader.wait(lambda reader: bool(reader.events))
+    system = {"role": "system", "content": "You are asked about what is kept. " * 9}
+    ids = []
+    for question in ("What is kept?", "What was lost?"):
+        messages = [system, {"role": "user", "content": question}]
+        body = {"messages": messages, "max_tokens": 3, "n": 2}
+        ids.append(live.post("/v1/chat/completions", body).json()["id"])
+    reader.wait(lambda reader: all(f"{id_}-1" in reader.requests for id_ in ids))
+    assert set(ids) <= reader.requests.keys()
+    told = live.get(f"/v1/cache/explanations/{ids[1]}").json()
+    assert told["compared_with"] == ids[0] and told["text"]
+
+
+def test_a_tree_too_large_to_show_is_refused(
+    serve_oracle: Callable[..., Live],
+    read: Callable[..., Reader],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live = serve_oracle()
+    ask(live, PROMPT)
+    monkeypatch.setattr("engine.watch.MAX_NODES", 1)
+    answer = live.get("/v1/cache/events")
+    assert answer.status_code == 503 and "1 at most" in answer.json()["error"]["message"]
+    assert listeners(live) == 0
+    monkeypatch.undo()
+    reader = read(live)
+    reader.wait(lambda reader: bool(reader.events))
+
+
+def test_a_server_without_a_cache_shows_its_requests(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle(prefix_cache="none")
+    reader = read(live)
+    ask(live, PROMPT)
+    reader.wait(lambda reader: bool(reader.events) and reader.num_ended == 1)
+    assert reader.nodes == {}
+
+
 def test_an_open_page_does_not_hold_a_server_up(read: Callable[..., Reader]) -> None:
     with serving(oracle_engine(), ServerConfig(drain_s=20)) as live:
         reader = read(live)
