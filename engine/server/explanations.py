@@ -17,6 +17,7 @@ from engine.history.explain import Explanation, Found, explain
 from engine.history.locate import locate, writes_tools_first
 from engine.history.memory import ChatParts, Remembered, RequestMemory
 from engine.history.outline import Outline, Outliner
+from engine.server.workers import Workers
 from engine.text.tokenizer import Tokenizer
 from hybridcache.tokens import Tokens
 
@@ -153,13 +154,19 @@ class Inquiry:
     def answer_id(self) -> str:
         return self._asked.answer_id
 
-    def see(self, output: RequestOutput) -> None:
-        """The next output of the first answer."""
-        if self._first is None:
-            self._first = output
-            self._explanations.saw(self._asked, output)
-            if self._compared_with is not None:
-                self.explanation = self._explanations.compare(self._asked, self._compared_with)
+    async def see(self, output: RequestOutput, workers: Workers) -> None:
+        """The next output of the first answer. O(tokens of the prompt) with the first one, where a
+        comparison was asked for."""
+        if self._first is not None:
+            return
+        self._first = output
+        self._explanations.saw(self._asked, output)
+        earlier_id = self._compared_with
+        if earlier_id is not None:
+            self.explanation = await workers.run(
+                len(output.prompt_token_ids),
+                lambda: self._explanations.compare(self._asked, earlier_id),
+            )
 
     def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
         """The last output of the first answer, and what it said."""

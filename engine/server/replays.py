@@ -94,20 +94,25 @@ class Replays:
 
 def as_message(events: Sequence[Event]) -> Message:
     """An answer as a template takes it. O(length)."""
-    texts: dict[type[Event], str] = {}
-    calls: list[dict[str, str]] = []
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: list[tuple[str, list[str]]] = []
     for one in events:
-        if isinstance(one, ReasoningDelta | TextDelta):
-            texts[type(one)] = texts.get(type(one), "") + one.text
-        elif isinstance(one, CallBegin):
-            calls.append({"name": one.name, "arguments": ""})
-        elif isinstance(one, CallArguments):
-            calls[-1]["arguments"] += one.text
+        match one:
+            case TextDelta(text):
+                content.append(text)
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case CallBegin(name):
+                calls.append((name, []))
+            case CallArguments(text):
+                calls[-1][1].append(text)
+    functions = [{"name": name, "arguments": "".join(pieces)} for name, pieces in calls]
     return {
         "role": "assistant",
-        "content": texts.get(TextDelta, ""),
-        "reasoning_content": texts.get(ReasoningDelta, ""),
-        "tool_calls": [{"type": "function", "function": call} for call in calls],
+        "content": "".join(content),
+        "reasoning_content": "".join(reasoning),
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
     }
 
 

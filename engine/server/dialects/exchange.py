@@ -202,7 +202,7 @@ class Exchange:
         """What comes, of all answers, until all have ended."""
         async for index, output in self._front.outputs(self._streams):
             if index == 0:
-                self.inquiry.see(output)
+                await self.inquiry.see(output, self._front.workers)
             reading = self._readings[index]
             events = reading.read(output)
             finish = reading.finish(output)

@@ -4,11 +4,14 @@ changes."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from engine.config import BUILTIN_NAME
 from engine.history.answers import AnswerMemory
 from engine.server.config import ServerConfig
 from engine.server.replays import VolatileLines
@@ -17,6 +20,7 @@ from engine.text.hugging_face import HFTokenizer
 from engine.text.splice import SampledTurn
 from engine.text.templates import ChatPrompt, ChatTemplate, render_chat
 from experiments import run_agent
+from experiments.agents.scripted import ScriptedEngine
 from experiments.agents.templates import TEMPLATES
 from experiments.agents.tokenizers import make_model_dir, sampled_like
 
@@ -192,6 +196,69 @@ def test_an_agent_computes_what_is_new_and_at_most_a_grid_more(tmp_path: Path) -
         if one.prompt_len - one.cached_len > added + 64
     ]
     assert lost == ["template"] * 3, "it drops reasoning where a question comes"
+
+
+XML = (
+    "<tool_call>\n<function=read>\n<parameter=path>\na.txt\n</parameter>\n</function>\n</tool_call>"
+)
+THOUGHTS = "I should look into it before I say anything about it. " * 8
+SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
+Ask = Callable[[str, dict[str, Any] | None], tuple[dict[str, Any], int, int]]
+
+
+def _by_messages(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
+    """(the answer, tokens of its prompt that were read, tokens known with it) as of Anthropic."""
+    messages: list[Any] = [{"role": "user", "content": "Look into a.txt, please. " * 9}]
+    if before is not None:
+        [call] = [block for block in before["content"] if block["type"] == "tool_use"]
+        result = {"type": "tool_result", "tool_use_id": call["id"], "content": "alpha"}
+        messages += [
+            {"role": "assistant", "content": before["content"]},
+            {"role": "user", "content": [result]},
+        ]
+    body = {
+        "model": BUILTIN_NAME,
+        "max_tokens": 999,
+        "messages": messages,
+        "tools": [{"name": "read", "input_schema": SCHEMA}],
+    }
+    answer = httpx.post(f"{url}/v1/messages", json=body, timeout=60).json()
+    usage = answer["usage"]
+    num_read = usage["cache_read_input_tokens"]
+    known = num_read + usage["input_tokens"] + usage["cache_creation_input_tokens"]
+    return answer, num_read, known + usage["output_tokens"] - 1
+
+
+def _by_responses(url: str, before: dict[str, Any] | None) -> tuple[dict[str, Any], int, int]:
+    """The same as of OpenAI, where the server holds the conversation."""
+    body: dict[str, Any] = {
+        "model": BUILTIN_NAME,
+        "input": "Look into a.txt, please. " * 9,
+        "tools": [{"type": "function", "name": "read", "parameters": SCHEMA}],
+    }
+    if before is not None:
+        [call] = [item for item in before["output"] if item["type"] == "function_call"]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "alpha"}
+        body |= {"input": [result], "previous_response_id": before["id"]}
+    answer = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()
+    usage = answer["usage"]
+    known = usage["input_tokens"] + usage["output_tokens"] - 1
+    return answer, usage["input_tokens_details"]["cached_tokens"], known
+
+
+@pytest.mark.parametrize("ask", [_by_messages, _by_responses])
+def test_in_the_other_dialects_the_hit_reaches_the_end_of_the_answer_too(
+    tmp_path: Path, ask: Ask
+) -> None:
+    tokenizer = HFTokenizer(make_model_dir(tmp_path, TEMPLATES["thinking"]))
+    engine = ScriptedEngine(tokenizer)
+    said = f"{THOUGHTS.strip()}\n</think>\n\nLet me.\n\n{XML}<|im_end|>"
+    for text in (said, "So.\n</think>\n\nIt is alpha.<|im_end|>"):
+        engine.sampler.add(sampled_like(tokenizer, text, seed=5))
+    with engine.serving() as url:
+        first, _, known = ask(url, None)
+        _, num_read, _ = ask(url, first)
+    assert num_read >= known - 64
 
 
 def test_volatile_lines_are_moved_or_dropped_and_that_is_logged(
