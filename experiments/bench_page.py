@@ -1,5 +1,5 @@
-"""How fast the page is, in a real Chromium: frames with ten thousand nodes, its first paint, and
-how long a request takes to show.
+"""How fast the page is, in a real Chromium: frames with ten thousand nodes, its first paint,
+how long a request takes to show, and what that costs the engine.
 
 python -m experiments.bench_page [--nodes 10000] [--requests 20]
 
@@ -9,6 +9,7 @@ Needs playwright and a Chromium, which nothing else here does.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -23,6 +24,10 @@ from typing import Any
 import httpx
 import numpy as np
 
+from engine import Engine, EngineConfig, SamplingParams
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.server.feed import EVERY_S
+from engine.watch import Watch
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.watch.page import Recording, recorded_page
@@ -152,6 +157,38 @@ def _delay(page: Any, client: httpx.Client, number: int) -> float:
     return _until(page, "window.shown") - ended_ms
 
 
+def measure_cost(num_rounds: int) -> dict[str, Any]:
+    """What a request costs an engine whose model computes nothing, microseconds: without even the
+    queue of requests that ended; as it is while nobody watches; and watched."""
+    engine = Engine(
+        EngineConfig(), runner=OracleRunner(16_384, 64, max_model_len=4096), sampler=OracleSampler()
+    )
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 200, 600).tolist() for _ in range(40)]
+    add, sampling = engine.recent.add, SamplingParams(max_tokens=16, ignore_eos=True)
+    spent: dict[str, list[float]] = {"bare": [], "unwatched": [], "watched": []}
+    for _ in range(num_rounds):
+        for case, times in spent.items():
+            engine.recent.add = (lambda *_: None) if case == "bare" else add  # type: ignore
+            watch = Watch(engine) if case == "watched" else None
+            began = taken = time.perf_counter()
+            for prompt in prompts:
+                engine.generate([prompt], sampling)
+                if watch is not None and time.perf_counter() - taken > EVERY_S:
+                    json.dumps(watch.take())
+                    taken = time.perf_counter()
+            times.append(1e6 * (time.perf_counter() - began) / len(prompts))
+            if watch is not None:
+                watch.close()
+    bare = statistics.median(spent["bare"])
+    return {
+        "case": "cost",
+        "requests": num_rounds * len(prompts),
+        "request_us": {case: round(statistics.median(times), 1) for case, times in spent.items()},
+        "ratio": {case: round(statistics.median(times) / bare, 4) for case, times in spent.items()},
+    }
+
+
 def _until(page: Any, expression: str) -> float:
     """The number that ``expression`` becomes. The page's policy lets nothing of playwright's wait
     inside it."""
@@ -182,11 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=4.0)
     options = parser.parse_args()
     with chromium() as browser:
         records = [measure_frames(browser, options.nodes, options.seconds)]
         records += measure_live(browser, options.requests)
+    records.append(measure_cost(options.rounds))
     write_json_lines(RESULTS_FILE, records, vars(options))
     for record in records:
         print(record)

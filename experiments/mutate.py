@@ -1,6 +1,8 @@
-"""Would the tests notice? Breaks cache, arena or engine in small ways, and runs its tests.
+"""Would the tests notice? Breaks cache, arena, engine or native kernels in small ways, and runs
+their tests.
 
-python -m experiments.mutate [cache] [arena] [engine] [--only WORD] [--timeout 240] [--machines]
+python -m experiments.mutate [cache] [arena] [engine] [native] [--only WORD]
+    [--timeout 240] [--machines]
 
 Each mutation is one edit of one file in a copy of the packages; a mutation that no test catches
 ("survived") makes the script fail. Writes results/mutate_cache.jsonl and so on: what
@@ -26,9 +28,10 @@ from experiments.mutations import Mutation
 from experiments.mutations.arena import ARENA
 from experiments.mutations.cache import CACHE
 from experiments.mutations.engine import ENGINE
+from experiments.mutations.native import NATIVE
 from experiments.provenance import RESULTS, ROOT, write_json_lines
 
-LISTS = {"cache": CACHE, "arena": ARENA, "engine": ENGINE}
+LISTS = {"cache": CACHE, "arena": ARENA, "engine": ENGINE, "native": NATIVE}
 
 
 class Outcome(NamedTuple):
@@ -114,7 +117,9 @@ def try_all(name: str, only: str, machines: bool, timeout_s: float) -> list[Outc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lists", nargs="*", metavar="LIST", help="cache, arena, engine; none: all")
+    parser.add_argument(
+        "lists", nargs="*", metavar="LIST", help="cache, arena, engine, native; none: all"
+    )
     parser.add_argument("--only", default="", help="only mutations whose description has this")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds a mutation may take")
     parser.add_argument("--machines", action="store_true", help="the state machines alone")

@@ -58,7 +58,7 @@ CONFIG: dict[str, Any] = {
 DEPTH = 3
 """Tokens that the multi-token head is trained to see ahead."""
 DRAFT_WEIGHT = 0.3
-TASK_SHARE = 0.6
+TASK_SHARE = 0.7
 """Of the tokens; the rest is code."""
 WARM_UP = 100
 SAVE_EVERY = 200

@@ -11,6 +11,7 @@ EXTRAS = {
     "sglang": ("sglang",),
     "engine": (
         "fastapi",
+        "httpx",
         "jinja2",
         "prometheus_client",
         "pydantic",

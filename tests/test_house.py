@@ -89,6 +89,7 @@ MAY_IMPORT = {
     "engine/environment.py": "config",
     "engine/text": "",
     "engine/history": "text",
+    "engine/record": "text",
     "engine/requests": "text",
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests text",

@@ -1,5 +1,5 @@
-"""The command ``engine``: serve, generate, inspect, top, convert. Wrong input ends with exit code 2
-and one sentence."""
+"""The command ``engine``: serve, generate, inspect, top, convert, record. Wrong input ends with
+exit code 2 and one sentence."""
 
 from __future__ import annotations
 
@@ -103,7 +103,35 @@ def _parser() -> Parser:
             "write a model's weights in eight bits",
         )
     )
+    _add_record(
+        add(
+            "record",
+            _record_trace,
+            "--to URL --out FILE [options]",
+            "pass requests on to any OpenAI-compatible server and write them as a trace",
+        )
+    )
     return parser
+
+
+def _add_record(record: Parser) -> None:
+    record.add_argument("--to", required=True, metavar="URL", help="the server to pass on to")
+    record.add_argument("--out", required=True, metavar="FILE", help="the trace to make")
+    record.add_argument(
+        "--text",
+        choices=("hash", "keep"),
+        default="hash",
+        help="hash: only which prompts begin alike can be told from the trace; keep: all that was "
+        "said is in it (default: hash)",
+    )
+    record.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="directory of the served model's tokenizer and chat template; without it four "
+        "characters count as a token",
+    )
+    record.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    record.add_argument("--port", type=int, default=8001, help="port to listen on (default: 8001)")
 
 
 def _add_generate(generate: Parser) -> None:
@@ -248,6 +276,19 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(as_record(done)) if arguments.json else as_text(done))
     return 0
+
+
+def _record_trace(arguments: argparse.Namespace) -> int:
+    from engine.command.record import record
+
+    return record(
+        arguments.to,
+        Path(arguments.out),
+        host=arguments.host,
+        port=arguments.port,
+        keeps_text=arguments.text == "keep",
+        tokenizer=arguments.tokenizer,
+    )
 
 
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:

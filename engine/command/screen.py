@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def start_screen(engine: Engine, address: str) -> str:
-    """Model, memory and its bytes, cache, kernels, and the address."""
+    """Model, memory and its bytes, cache, kernels, the page and the address."""
     config, report = engine.config, engine.report()
     runner = cast("ModelRunner", engine.runner)
     geometry = runner.geometry
@@ -59,6 +59,7 @@ def start_screen(engine: Engine, address: str) -> str:
             f"{config.max_running} running, {config.max_queue:,} waiting, "
             f"{counted(config.most_step_tokens, 'token')} a step at most",
         ),
+        ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
     return "\n".join(f"  {name:<13}{words}" for name, words in rows)

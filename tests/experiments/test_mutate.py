@@ -15,7 +15,8 @@ def test_what_a_mutation_breaks_stands_once_in_its_file(name: str) -> None:
         path = mutation.path
         text = texts.setdefault(path, (ROOT / path).read_text(encoding="utf-8"))
         assert text.count(mutation.old) == 1, f"{path}: {mutation.what}"
-        compile(text.replace(mutation.old, mutation.new), path, "exec")
+        if path.endswith(".py"):
+            compile(text.replace(mutation.old, mutation.new), path, "exec")
         assert mutation.new != mutation.old
 
 

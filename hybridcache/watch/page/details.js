@@ -33,7 +33,7 @@ class Details {
       ["last used", ago(model.time - (node.recent ?? node.last))],
       ["namespace", node.namespace === null ? null : `tenant ${node.namespace.slice(0, 8)}`],
     ];
-    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)} (its state; KV with branches below stays)` : "nothing: branches below need its KV"], ["and costs the next that resumes here", `${count(cost.recompute, "token")} again`]);
+    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)}: its state` : "nothing: others below need its KV"], ["and then costs", `${count(cost.recompute, "token")} to compute again`]);
     this.body.replaceChildren(this.facts(pairs), exact, this.talks(model.users(node)), text);
     if (this.ask && node.ghost === null) this.asked(node, text, exact);
   }
@@ -49,7 +49,7 @@ class Details {
     try {
       const found = await this.ask(`/v1/cache/nodes/${id}`);
       if (this.view.tree.selected !== node) return;
-      const pairs = [["locked by", found.locks ? count(found.locks, "request") : null], ["the cache would free", `${size(found.frees_bytes)} with its tail`], ["slabs", found.slabs.length ? count(found.slabs.length, "slab") : null]];
+      const pairs = [["locked by", found.locks ? count(found.locks, "request") : null], ["with the tail above", size(found.frees_bytes)], ["slabs", found.slabs.length ? count(found.slabs.length, "slab") : null]];
       exact.replaceChildren(this.facts(pairs));
       this.view.strip.mark([...found.slabs, ...(node.saved ? [node.saved.slot] : [])]);
       text.hidden = false;
@@ -60,7 +60,7 @@ class Details {
   }
 
   request(one) {
-    this.title.textContent = `Request ${one.id}`;
+    this.title.textContent = `Request ${one.id.replace(/^request-/, "")}`;
     const items = one.losses ? [["hit", "reused", "Taken from the cache.", one.cached], ...CAUSES.map(([name, label, said]) => [name, label, said, one.losses[name]])] : [];
     const why = element("ul.why", {}, ...items.filter(([, , , tokens]) => tokens).map(([name, label, said, tokens]) => element("li", {}, element("i", { style: `background: var(--${name})` }), element("b", {}, whole.format(tokens)), element("span", {}, `${label} · ${percent(tokens, one.prompt)}`), element("em", {}, said))));
     const rate = speed(one);

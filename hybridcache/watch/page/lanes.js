@@ -29,7 +29,7 @@ class Lanes {
     const shown = talks.slice(0, MAX_LANES);
     const all = shown.map((talk) => talk.ids.slice(-MAX_BARS).map((id) => model.requests.get(id)));
     const longest = Math.max(64, ...all.map((requests) => requests.reduce((sum, one) => sum + one.prompt, 0)));
-    const room = Math.max(120, (this.list.clientWidth || 600) - (innerWidth <= 560 ? 26 : innerWidth <= 1020 ? 318 : 350));
+    const room = Math.max(120, (this.list.clientWidth || 600) - (innerWidth <= 560 ? 26 : innerWidth <= 1020 ? 344 : 350));
     const scale = Math.min(room / longest, 0.5);
     this.empty.hidden = talks.length > 0;
     this.list.hidden = talks.length === 0;

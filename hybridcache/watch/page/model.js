@@ -70,7 +70,7 @@ class Model {
   split([id, upperId, position, key]) {
     const lower = this.nodes.get(id);
     if (!lower) return;
-    const upper = { ...lower, id: upperId, end: position, uses: 0, kids: [lower], saved: null, lost: false, isNew: false };
+    const upper = { ...lower, id: upperId, end: position, uses: 0, kids: [lower], saved: null, lost: false, isNew: false, box: null };
     lower.parent.kids[lower.parent.kids.indexOf(lower)] = upper;
     Object.assign(lower, { start: position, key, parent: upper });
     this.nodes.set(upperId, upper);
@@ -193,7 +193,7 @@ class Model {
     const waiting = [...this.roots.values()].map((root) => [root, null]);
     for (let pair; (pair = waiting.pop());) {
       const [node, parent] = pair;
-      const twin = { ...node, parent, kids: [], saved: node.saved ? { ...node.saved } : null };
+      const twin = { ...node, parent, box: null, kids: [], saved: node.saved ? { ...node.saved } : null };
       twins.set(node, twin);
       if (parent) parent.kids.push(twin); else copy.roots.set(node.namespace, twin);
       if (node.ghost === null && !node.isRoot) copy.nodes.set(node.id, twin);

@@ -1,0 +1,63 @@
+"""Ways to break the kernels in C++."""
+
+from __future__ import annotations
+
+from experiments.mutations import Mutation, Mutations
+
+GDN, CONV = "kernels/gdn/native.cpp", "kernels/conv1d/native.cpp"
+ATTENTION, COPY = "kernels/attention/native.cpp", "kernels/state_copy/native.cpp"
+LINEAR = "kernels/linear/native.cpp"
+NOUNS = "gdn", "conv1d", "attention", "state_copy", "linear"
+TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in NOUNS)
+
+BREAKAGES = (
+    Mutation(
+        "natively, every verified token starts from the sequence's own state",
+        GDN,
+        "            before = after;\n",
+        "",
+        ("tests/kernels/test_gdn.py",),
+    ),
+    Mutation(
+        "natively, every verified token starts from the sequence's own window",
+        CONV,
+        "            before = after;\n",
+        "",
+        ("tests/kernels/test_conv1d.py",),
+    ),
+    Mutation(
+        "natively, a verified token sees those drafted after it",
+        ATTENTION,
+        "lengths[b] - tokens + token + 1, weights",
+        "lengths[b], weights",
+        ("tests/kernels/test_attention.py",),
+    ),
+    Mutation(
+        "natively, what fills the last register up is attended to",
+        ATTENTION,
+        "    for (int64_t j = length; j < padded; j++) weights[j] = 0.0f;\n",
+        "",
+        ("tests/kernels/test_attention.py",),
+    ),
+    Mutation(
+        "natively, only the first layer's states are copied",
+        COPY,
+        "pool + item / copies * layer_stride",
+        "pool",
+        ("tests/kernels/test_state_copy.py",),
+    ),
+    Mutation(
+        "natively, the last output of a panel is packed as zeros",
+        LINEAR,
+        "for (int64_t o = 0; o < count; o++)\n                memcpy",
+        "for (int64_t o = 0; o + 1 < count; o++)\n                memcpy",
+        ("tests/kernels/test_linear.py",),
+    ),
+)
+
+NATIVE = Mutations(
+    breakages=BREAKAGES,
+    tests=TESTS,
+    machines=TESTS,
+    copied=("kernels", "experiments", "tests", "pyproject.toml"),
+)
