@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack hostile mutate rivals llama sglang page wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack clients hostile mutate rivals llama sglang page wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,17 @@ stress: install  ## ten million random operations on the cache, its invariants c
 
 attack: install  ## cache, engine, server and files against models and clients of their own, nine minutes
 	$(BIN)/python -m experiments.attack
+
+# Beside .venv and not in it: what they bring along is theirs.
+CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents
+
+out/clients/.installed: Makefile
+	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients -c constraints.txt $(CLIENTS)
+	@touch $@
+
+clients: install out/clients/.installed  ## published clients and frameworks for agents against the server
+	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/server/test_agents.py \
+		tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
 
 hostile: install  ## how long another client waits for a token, whatever body somebody sends
 	$(BIN)/python -m experiments.hostile
