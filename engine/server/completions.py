@@ -32,8 +32,15 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     num_scores = (body.logprobs or 0) if scores_prompt else None
     samplings = body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults)
+    grammar = await front.grammar_of(body)
     streams = await front.submit(
-        RequestSpec(prompt, sampling, namespace=namespace, prompt_logprobs=num_scores)
+        RequestSpec(
+            prompt,
+            sampling,
+            namespace=namespace,
+            prompt_logprobs=num_scores,
+            grammar=grammar,
+        )
         for prompt in await front.as_arrays(token_ids)
         for sampling in samplings
     )

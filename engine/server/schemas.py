@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from engine import SamplingParams
+from engine import Grammar, SamplingParams
+from engine.guided.grammar import grammar_of_calls
 from engine.server.errors import APIError, quoted
+from engine.server.guided import Guided
+from engine.server.strict import Listed, Strict
 from engine.text.templates import Cut
 
 IGNORED = frozenset(
@@ -42,7 +45,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "modalities": (["text"],),
@@ -53,30 +55,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI's that are not served, with the values that ask for nothing."""
 
 
-MAX_NAMES = 64
-"""Names that an object of a fixed form may have: each that it should not have is an error of its
-own."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
-Entry = TypeVar("Entry")
-Listed = Annotated[list[Entry], Field(fail_fast=True)]
-"""A list of which the first wrong entry is the only error."""
-
-
-class Strict(BaseModel):
-    """No unknown names, no guessed types, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    HOLDS_IDS: ClassVar[bool] = False
-    """It may be a long list of token ids."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_names(cls, body: Any) -> Any:
-        if isinstance(body, dict) and len(body) > MAX_NAMES:
-            raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
-        return body
 
 
 class StreamOptions(Strict):
@@ -84,7 +64,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class Sampling(Strict):
+class Sampling(Guided):
     """The part of a request that says how tokens are chosen; None: the engine's default."""
 
     model: str | None = None
@@ -379,6 +359,26 @@ class ChatRequest(Sampling):
         if options is not None and options.comparison_response_id is not None:
             return options.comparison_response_id
         return None if asked is None else asked.previous_message_id
+
+    @property
+    def demands_call(self) -> bool:
+        """The answer must be a call."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def is_guided(self) -> bool:
+        return self.demands_call or super().is_guided
+
+    def demanded_calls(self) -> Grammar | None:
+        """The calls that the answer must be, in Hermes' form; None: it need not be any. ValueError:
+        a tool's schema can not be served, or a form is asked for beside it."""
+        if not self.demands_call:
+            return None
+        if super().is_guided:
+            raise ValueError("an answer that must be a call has its form: ask for no other.")
+        choice = self.tool_choice
+        name = choice.function.name if isinstance(choice, NamedTool) else "required"
+        return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:

@@ -123,6 +123,7 @@ async def ask(
         limit = limit if has_room else None
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
+    grammar = await front.grammar_of(body, body.demanded_calls, is_thinking=prompt.is_thinking)
     answer_id = answer_id or new_id("chatcmpl")
     inquiry = await _inquire(front, body, np.asarray(token_ids), namespace, size, answer_id)
     streams = await front.submit(
@@ -132,6 +133,7 @@ async def ask(
             namespace=namespace,
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
+            grammar=grammar,
         )
         for sampling in body.samplings(limit, num_top, front.engine.sampling_defaults)
     )

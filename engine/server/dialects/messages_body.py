@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
-from engine.server.schemas import CacheControl, ChatRequest, Diagnostics, Listed, Strict
+from engine.server.schemas import CacheControl, ChatRequest, Diagnostics
+from engine.server.strict import Listed, Strict
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
 IGNORED = frozenset({"metadata", "service_tier"})

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from engine.server.dialects.translated import chat_request, parsed_arguments
 from engine.server.errors import APIError, of_validation, quoted
-from engine.server.schemas import CacheOptions, ChatRequest, Listed, StreamOptions, Strict
+from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions
+from engine.server.strict import Listed, Strict
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")

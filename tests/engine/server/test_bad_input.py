@@ -88,11 +88,19 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "max_tokens": 0}, "at least 1"),
     ({"messages": CHAT, "max_completion_tokens": 10**7}, "lower max_tokens"),
     (
-        {"messages": CHAT, "response_format": {"type": "json_object"}},
-        "'response_format' is not served here",
+        {"messages": CHAT, "response_format": {"type": "structural_tag"}},
+        "'response_format.type' can not be",
     ),
     ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' needs 'tools'"),
-    ({"messages": CHAT, "tool_choice": "required", "tools": TOOLS}, "is not served here"),
+    (
+        {
+            "messages": CHAT,
+            "tool_choice": "required",
+            "tools": TOOLS,
+            "response_format": {"type": "json_object"},
+        },
+        "has its form: ask for no other",
+    ),
     ({"messages": CHAT, "tool_choice": "maybe", "tools": TOOLS}, "'none', 'auto', 'required'"),
     (
         {
@@ -109,6 +117,19 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": "x", "cache_control": EPHEMERAL}] * 6},
         "in 6 places of this chat, more than 4",
     ),
+    (
+        {"messages": CHAT, "response_format": {"type": "json_schema"}},
+        "needs 'json_schema.schema'",
+    ),
+    (
+        {"messages": CHAT, "guided_choice": ["a"], "guided_regex": "a"},
+        "an answer has one form",
+    ),
+    ({"messages": CHAT, "guided_choice": []}, "among 1 to 4096 texts"),
+    ({"messages": CHAT, "guided_json": {"type": "foo"}}, "can not be served: Invalid type: foo"),
+    ({"messages": CHAT, "guided_json": "{"}, "must be an object, or the text of one"),
+    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "can not be served"),
+    ({"messages": CHAT, "structured_outputs": {"structural_tag": "{}"}}, "structural_tag"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "shorten the prompt"),
 ]
 
