@@ -96,7 +96,7 @@ MAY_IMPORT = {
     "engine/schedule": "config drafts requests text",
     "engine/interfaces.py": "drafts requests schedule text",
     "engine/run": "config drafts environment interfaces requests schedule text",
-    "engine/server": "async_engine engine guided history schedule text watch",
+    "engine/server": "async_engine engine guided history requests schedule text watch",
     "engine/watch.py": "engine requests",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may

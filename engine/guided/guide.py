@@ -203,9 +203,9 @@ def _matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
         text = json.dumps({"grammars": parts})
     matcher = library.LLMatcher(vocabulary, text, log_level=0, limits=limits)
     if matcher.is_error():
-        error = matcher.get_error()
+        message = matcher.get_error()
         # Where in a text of our own making means nothing to whoever asked.
-        raise _wrong(error if grammar.kind == "given" else OUR_PLACE.sub("", error))
+        raise _wrong(message if grammar.kind == "given" else OUR_PLACE.sub("", message))
     return matcher
 
 

@@ -28,6 +28,8 @@ ANTHROPIC_KINDS = {
     500: "api_error",
     503: "overloaded_error",
 }
+FORMS = ("str", "constrained-str")
+"""What pydantic calls forms of a value, in between the names of a body."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -96,8 +98,8 @@ def of_validation(error: ValidationError) -> APIError:
     """What is wrong with a body, in one sentence: the first of the errors that lie deepest, since
     those above them say only that one of several forms does not fit."""
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    parts = [str(part) for part in first["loc"] if str(part) != "str"]
-    param = ".".join(part for part in parts if not part.startswith("list[")) or None
+    parts = [str(part) for part in first["loc"] if str(part) not in FORMS]
+    param = ".".join(part for part in parts if not part.startswith(("list[", "function-"))) or None
     where = "A name in the body" if param is None else quoted(param)
     match first["type"]:
         case "missing":

@@ -207,8 +207,9 @@ def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:
     return tokens
 
 
-def new_id(kind: str, joint: str = "-") -> str:
-    return f"{kind}{joint}{uuid.uuid4().hex}"
+def new_id(kind: str, joint: str = "-", name: str | None = None) -> str:
+    """An id for an answer; by the ``name`` that the client has for its request."""
+    return f"{kind}{joint}{name or uuid.uuid4().hex}"
 
 
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
