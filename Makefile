@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 lock: install  ## requirements.lock anew: every package with the hashes of its files (minutes)
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
-		-c constraints.txt $(addprefix --extra ,dev engine events figures lab top) -o requirements.lock pyproject.toml
+		-c constraints.txt $(addprefix --extra ,dev engine events figures guided lab top) -o requirements.lock pyproject.toml
 
 demo: install  ## conversations through the engine, with and without the cache: a table and a figure
 	$(BIN)/python -m experiments.run_sharegpt --name demo --out out

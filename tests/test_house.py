@@ -90,12 +90,13 @@ MAY_IMPORT = {
     "engine/text": "",
     "engine/history": "text",
     "engine/record": "text",
-    "engine/requests": "text",
+    "engine/guided": "text",
+    "engine/requests": "guided text",
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests text",
     "engine/interfaces.py": "drafts requests schedule text",
     "engine/run": "config drafts environment interfaces requests schedule text",
-    "engine/server": "async_engine engine history schedule text watch",
+    "engine/server": "async_engine engine guided history requests schedule text watch",
     "engine/watch.py": "engine requests",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from engine.text.outputs import RequestOutput
 
 Command = Callable[[argparse.Namespace], int]
+SKIPPED = ("seed", "stop", "logit_bias")
+"""Sampling parameters that are no flags of ``generate``, or have one of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +144,7 @@ def _add_generate(generate: Parser) -> None:
         "--chat", action="store_true", help="take each prompt for a user's message"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    add_flags(generate, SamplingParams, "sampling", skip=("seed", "stop"), only_given=True)
+    add_flags(generate, SamplingParams, "sampling", skip=SKIPPED, only_given=True)
     sampling = generate.add_argument_group("sampling")
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"

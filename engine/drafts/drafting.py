@@ -74,6 +74,7 @@ class Drafting:
                 if lengths[rank] > 0 and request not in drafts
             ]
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
+                tokens = request.possible(tokens)
                 if len(tokens):
                     drafts[request] = Draft(tokens, drafter.name)
         return self._as_fits(drafts)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.guided.guide import Guides
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
+from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
+from engine.text.tokenizer import EncodeOptions
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 50
+AS_WORD = EncodeOptions(add_special_tokens=False)
 
 
 class Intake:
@@ -43,6 +47,7 @@ class Intake:
         self._seed = seed
         self._clock = clock
         self._arrivals = itertools.count()
+        self.guides = Guides(tokenizer, vocab_size)
 
     def prepare(self, spec: RequestSpec) -> Request:
         """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
@@ -54,6 +59,9 @@ class Intake:
                 f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
             )
         max_len = self._max_len(len(tokens), sampling, num_scores)
+        if spec.grammar is not None and sampling.allowed_token_ids is not None:
+            raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")
+        end_token_ids = self._end_token_ids(sampling)
         arrival = next(self._arrivals)
         return Request(
             replace(
@@ -66,8 +74,10 @@ class Intake:
             arrival_s=self._clock(),
             max_len=max_len,
             seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
-            end_token_ids=self._end_token_ids(sampling),
+            end_token_ids=end_token_ids,
             text_stream=self._text_stream(sampling),
+            rules=self._rules(sampling, end_token_ids),
+            guide=None if spec.grammar is None else self.guides.guide(spec.grammar),
         )
 
     def _tokens(self, prompt: Prompt) -> Tokens:
@@ -117,9 +127,42 @@ class Intake:
             return own
         return own | self._tokenizer.eos_token_ids
 
+    def _rules(self, sampling: SamplingParams, end_token_ids: frozenset[int]) -> TokenRules:
+        """ValueError: a token that there is not."""
+        allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
+        for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
+            if tokens and max(tokens) >= self._vocab_size:
+                raise ValueError(f"{name} must hold token ids from 0 to {self._vocab_size - 1}.")
+        rules = TokenRules(
+            bias=sampling.logit_bias,
+            ends=tuple(token for token in sorted(end_token_ids) if token < self._vocab_size),
+            min_tokens=sampling.min_tokens,
+            bad_words=self._bad_words(sampling.bad_words),
+            allowed=None if allowed is None else packed(allowed, self._vocab_size),
+        )
+        is_used = rules.bias or rules.min_tokens or rules.bad_words or allowed is not None
+        return rules if is_used else NO_RULES
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word as it begins an answer, and behind a space where these are as
+        many and others (vLLM's rule)."""
+        if words and self._tokenizer is None:
+            raise ValueError("there is no tokenizer here: bad_words can not be found.")
+        runs: list[tuple[int, ...]] = []
+        for word in words:
+            assert self._tokenizer is not None
+            plain, spaced = (
+                tuple(self._tokenizer.encode(space + word.lstrip(), AS_WORD)) for space in ("", " ")
+            )
+            runs.append(plain)
+            if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+                runs.append(spaced)
+        return tuple(run for run in runs if run)
+
     def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
         if self._tokenizer is None:
             if sampling.stop:
                 raise ValueError("there is no tokenizer here: stop strings can not be found.")
             return None
-        return TextStream(self._tokenizer.stream_decoder(), sampling.stop)
+        decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens)
+        return TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
+from engine.requests.token_rules import NO_RULES, TokenRules
 from engine.text.outputs import (
     DraftCounts,
     FinishReason,
@@ -23,6 +24,8 @@ from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
+    from engine.guided.guide import Guide, Mask
+    from engine.requests.token_rules import Additions
     from hybridcache.lease import Lease
 
 
@@ -38,6 +41,7 @@ class Request:
         "_counts",
         "_new_text",
         "_reported",
+        "_rules",
         "answer_survives",
         "arrival",
         "arrival_s",
@@ -51,6 +55,7 @@ class Request:
         "finish_reason",
         "finished_s",
         "first_token_s",
+        "guide",
         "lease",
         "logprobs",
         "losses",
@@ -83,6 +88,8 @@ class Request:
         seed: int,
         end_token_ids: frozenset[int] = frozenset(),
         text_stream: TextStream | None = None,
+        rules: TokenRules = NO_RULES,
+        guide: Guide | None = None,
     ) -> None:
         """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
         prompt = np.asarray(spec.prompt, np.int32)
@@ -109,6 +116,9 @@ class Request:
         """Which row of the newest step's drawn tokens is this request's."""
         self.drafts: DraftCounts | None = None
         self.end_token_ids = end_token_ids
+        self._rules = rules
+        self.guide = guide
+        """Where the answer stands in its grammar; None: it has none."""
         self.lease: Lease | None = None
         """Its claims on the cache: while it runs, not while it waits."""
         self.row: int | None = None
@@ -171,22 +181,52 @@ class Request:
         yet."""
         return self.num_drawn > 0 and self.params.needs_history
 
-    def sampling_inputs(self, drafts: Tokens) -> list[SamplingInput]:
+    def possible(self, drafts: Tokens) -> Tokens:
+        """As many of ``drafts`` as may follow what it has."""
+        if self.guide is None or not len(drafts):
+            return drafts
+        return self.guide.cut(self.output, drafts)
+
+    def sampling_inputs(
+        self, drafts: Tokens, drawn: Callable[[], int] | None = None
+    ) -> list[SamplingInput]:
         """What the sampler must know to draw the token that was scheduled last, and one after each
-        of ``drafts``, as if these were the answer's."""
+        of ``drafts``, as if these were the answer's. ``drawn`` waits for the token drawn before it,
+        where the host does not know that yet; it is asked where a grammar depends on it."""
         draw, counts = self.known_len - 1 - self.prompt_len, self._count()
+        rules = self._rules_after(draw, drafts, drawn)
         return [
             SamplingInput(
                 self.params,
                 self.seed,
                 counts.ahead(drafts[:place]) if counts is not None and place else counts,
                 draw + place,
+                *rules[place],
             )
             for place in range(1 + len(drafts))
         ]
 
+    def _rules_after(
+        self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
+    ) -> list[tuple[Mask | None, Additions | None]]:
+        """For the token with number ``draw``, and one after each of ``drafts``."""
+        num_rows = 1 + len(drafts)
+        if self.guide is None and self._rules is NO_RULES:
+            return [(None, None)] * num_rows
+        answer = self.output
+        masks: list[Mask | None] = [None] * num_rows
+        if self.guide is not None:
+            if drawn is not None:
+                answer = np.append(answer, np.int32(drawn()))
+            masks = [*self.guide.masks(answer, drafts)]
+        known = np.concatenate([answer, drafts])
+        return [
+            self._rules.at(draw + place, known[: len(answer) + place], masks[place])
+            for place in range(num_rows)
+        ]
+
     def _count(self) -> TokenCounts | None:
-        if not self.params.needs_history:
+        if not self.params.has_penalties:
             return None
         if self._counts is None:
             repeats = self.params.repetition_penalty != 1
@@ -216,13 +256,16 @@ class Request:
             self.finish("stop", now_s)
         elif self._read_on(token_id):
             self.finish("stop", now_s, flush=False)
+        elif self.guide is not None and self.guide.is_done(self.output):
+            self.finish("stop", now_s)
         elif self.num_tokens >= self.max_len:
             self.finish("length", now_s)
 
     def _read_on(self, token_id: int) -> bool:
         if self.text_stream is None:
             return False
-        text, stopped = self.text_stream.push(token_id)
+        may_stop = len(self.output) >= self.params.min_tokens
+        text, stopped = self.text_stream.push(token_id, may_stop)
         self._new_text += text
         return stopped
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from engine.guided.guide import Mask
 from engine.requests.token_counts import TokenCounts
+from engine.requests.token_rules import Additions
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it divide logits out of float32's range: they mean the most likely token."""
 MAX_STOPS = 64
-"""Stop strings, or stop token ids, that one request may bring."""
+"""Stop strings, stop token ids or bad words that one request may bring."""
+MAX_BIASES = 1024
+"""Tokens whose logits one request may change."""
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,25 @@ class SamplingParams:
     """Taken once from the logit of every token in the answer."""
     frequency_penalty: float = 0.0
     """Taken from the logit of a token for every time it is in the answer."""
+    min_tokens: int = 0
+    """Nothing but ``max_tokens`` ends an answer that is shorter; a grammar does."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit, from -100 to 100); may be given as a dict."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that an answer may have; None: all."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose tokens never stand in the answer in this order."""
+    skip_special_tokens: bool = True
+    """Leave tokens such as the one that ends a turn out of the text."""
+    include_stop_str_in_output: bool = False
+    """End the text behind the stop string, not before it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        for name in ("stop", "stop_token_ids", "bad_words"):
             given = getattr(self, name)
             if not isinstance(given, Iterable):
                 raise ValueError(f"{name} must be a list, not {given!r}.")
@@ -61,10 +80,11 @@ class SamplingParams:
                     f"{name} may hold at most {MAX_STOPS}: each is looked for at every token."
                 )
         self._check_numbers()
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise ValueError("stop must hold non-empty strings.")
-        if any(not _is_int(token) or token < 0 for token in self.stop_token_ids):
-            raise ValueError("stop_token_ids must hold token ids of 0 or more.")
+        for name in ("stop", "bad_words"):
+            if any(not isinstance(text, str) or not text for text in getattr(self, name)):
+                raise ValueError(f"{name} must hold non-empty strings.")
+        _check_ids("stop_token_ids", self.stop_token_ids)
+        self._check_tokens()
 
     @property
     def is_greedy(self) -> bool:
@@ -72,9 +92,29 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
-    def needs_history(self) -> bool:
-        """A penalty looks at every token before."""
+    def has_penalties(self) -> bool:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def needs_history(self) -> bool:
+        """A penalty looks at every token before, or bad words at the last."""
+        return self.has_penalties or bool(self.bad_words)
+
+    def _check_tokens(self) -> None:
+        """What names tokens."""
+        allowed = self.allowed_token_ids
+        if allowed is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(allowed))
+            _check_ids("allowed_token_ids", tuple(allowed))
+            if not tuple(allowed):
+                raise ValueError("allowed_token_ids must name at least one token, or be left out.")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias may name at most {MAX_BIASES} tokens.")
+        _check_ids("logit_bias", tuple(token for token, _ in self.logit_bias))
+        for token, value in self.logit_bias:
+            _check_range(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS)
+        if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):
+            raise ValueError("min_tokens must not be above max_tokens.")
 
     def _check_numbers(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -85,6 +125,7 @@ class SamplingParams:
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_int("top_k", self.top_k, 1)
         _check_int("max_tokens", self.max_tokens, 0)
+        _check_int("min_tokens", self.min_tokens, 0)
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_int("logprobs", self.logprobs, 0, 50)
 
@@ -97,9 +138,18 @@ class SamplingInput:
     seed: int
     """The request's own where it brought one."""
     counts: TokenCounts | None
-    """Of all tokens before, where ``params.needs_history``; else None."""
+    """Of all tokens before, where ``params.has_penalties``; else None."""
     draw: int
     """Number of the draw: how many tokens were generated before."""
+    mask: Mask | None = None
+    """The tokens that may be drawn; None: all."""
+    added: Additions | None = None
+    """To logits, before the penalties."""
+
+
+def _check_ids(name: str, tokens: Iterable[object]) -> None:
+    if any(not _is_int(token) or int(token) < 0 for token in tokens):  # type: ignore[call-overload]
+        raise ValueError(f"{name} must hold token ids of 0 or more.")
 
 
 def _is_int(value: object) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -34,6 +35,8 @@ class RequestSpec:
     read; None: do not."""
     request_id: str | None = None
     """None: one is given."""
+    grammar: Grammar | None = None
+    """What the answer must be; None: anything."""
 
     @classmethod
     def of(

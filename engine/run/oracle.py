@@ -330,11 +330,19 @@ class OracleSampler:
         for request in requests:
             num_seen = request.draw if request.counts is None else request.counts.num_counted
             assert num_seen == request.draw, "a sampling rule that did not see every token"
-        return OracleDrawn([self.choose(int(logits[row])) for row in rows])
+        pairs = zip(rows, requests, strict=True)
+        return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
 
-    def choose(self, logits: int) -> SampledToken:
-        """The one token that follows a prefix."""
-        return SampledToken(logits % self._vocab_size, -(logits % 9973) / 1000)
+    def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
+        """The one token that follows a prefix, among those that ``request`` may have."""
+        possible = np.arange(self._vocab_size)
+        if request is not None and request.mask is not None:
+            possible = possible[np.unpackbits(request.mask, bitorder="little")[possible] == 1]
+        if request is not None and request.added is not None:
+            ids, values = request.added
+            possible = np.setdiff1d(possible, ids[np.isneginf(values)])
+        token = int(possible[logits % len(possible)])
+        return SampledToken(token, -(logits % 9973) / 1000)
 
     def score(self, logits: Fingerprints, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
         """A log-probability that depends on the prefix and on the token."""

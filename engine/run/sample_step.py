@@ -4,6 +4,7 @@ scored."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from engine.interfaces import PendingTokens, TokenSampler
@@ -25,23 +26,34 @@ class InFlight(NamedTuple):
 NO_STEP = InFlight(EMPTY, None, ())
 
 
-def sample_step(plan: Plan, logits: Any, sampler: TokenSampler) -> InFlight:
+def sample_step(
+    plan: Plan, logits: Any, sampler: TokenSampler, before: InFlight | None = None
+) -> InFlight:
     """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for
-    nothing."""
+    nothing; but where a grammar depends on a token that the step ``before`` draws, for that,
+    while the device computes this step."""
+    late = dict(plan.batch.late_tokens)
     inputs: list[SamplingInput] = []
     rows: list[int] = []
     scores: list[PendingTokens] = []
     num_rows = 0
-    for task, segment in zip(plan.tasks, plan.batch.segments, strict=True):
+    for index, (task, segment) in enumerate(zip(plan.tasks, plan.batch.segments, strict=True)):
         first, num_rows = num_rows, num_rows + segment.num_logits
         if task.scores:
             scores.append(_score(task, logits[first:num_rows], sampler))
         if task.samples:
-            inputs += task.request.sampling_inputs(task.drafts)
+            drawn = partial(_token, before, late[index]) if index in late else None
+            inputs += task.request.sampling_inputs(task.drafts, drawn)
             rows += range(num_rows - 1 - len(task.drafts), num_rows)
     if not inputs:
         return InFlight(plan, None, scores)
     return InFlight(plan, sampler.launch(logits, inputs, rows), scores)
+
+
+def _token(before: InFlight | None, row: int) -> int:
+    """The token in ``row`` of those that the step ``before`` draws, waited for."""
+    assert before is not None and before.drawn is not None
+    return before.drawn.wait()[row].token_id
 
 
 def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:

@@ -96,7 +96,7 @@ class Sampler:
         return Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-        scores = _penalised(logits, requests)
+        scores = _masked(_penalised(_added(logits, requests), requests), requests)
         if all(request.params.is_greedy for request in requests):
             return scores.argmax(dim=-1)
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
@@ -134,6 +134,37 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
             (width for width in TOP_WIDTHS if params.top_k <= width < vocab_size), vocab_size
         )
     return vocab_size if params.top_p < 1 else None
+
+
+def _added(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    """Logits with what each row's rules add to some: float32 where any do. O(1) uploads."""
+    additions = [(row, q.added) for row, q in enumerate(requests) if q.added is not None]
+    if not additions:
+        return logits
+    places = np.concatenate([ids + row * logits.shape[-1] for row, (ids, _) in additions])
+    values = np.concatenate([values for _, (_, values) in additions])
+    changed = logits.to(torch.float32, copy=True)
+    changed.view(-1).index_add_(
+        0,
+        upload(places, torch.int64, logits.device),
+        upload(values, torch.float32, logits.device),
+    )
+    return changed
+
+
+def _masked(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
+    """Scores of the tokens that each row's mask allows; minus infinity elsewhere. O(1) uploads."""
+    rows = [row for row, q in enumerate(requests) if q.mask is not None]
+    if not rows:
+        return scores
+    device, size = scores.device, scores.shape[-1]
+    masks = np.stack([q.mask for q in requests if q.mask is not None])
+    bits = upload(masks, torch.uint8, device)[:, :, None] >> torch.arange(
+        8, dtype=torch.uint8, device=device
+    )
+    forbidden = (bits & 1 == 0).flatten(1)[:, :size]
+    index = _index(rows, device)
+    return scores.index_copy(0, index, scores[index].masked_fill(forbidden, -torch.inf))
 
 
 def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:

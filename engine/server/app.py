@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 
 from engine import Engine
 from engine.async_engine import AsyncEngine
-from engine.server import errors
+from engine.server import access, errors, openapi
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.completions import complete
@@ -31,6 +31,7 @@ from engine.server.feed import Feed
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
 from engine.server.page import add_page
+from engine.server.peers_paths import add_peers_paths
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -79,6 +80,9 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     operator = Operator.of(config)
     _add_administration(app, front, operator)
     add_page(app, front, feed, operator)
+    add_peers_paths(app, front, operator)
+    access.install(app, config)
+    openapi.install(app)
     return app
 
 

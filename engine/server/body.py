@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from engine.server.config import ServerConfig, flag
 from engine.server.errors import APIError, of_validation
-from engine.server.schemas import Strict
+from engine.server.strict import Strict
 from engine.server.workers import Workers, give_way
 
 SLICE = 256

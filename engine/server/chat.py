@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from engine import RequestOutput
-from engine.server import logprobs
+from engine.server import logprobs, reported
 from engine.server.dialects.exchange import Answer, Exchange, News, ask
 from engine.server.errors import of_failure
 from engine.server.explanations import Inquiry
@@ -59,6 +59,7 @@ class _Writer:
                 "message": _message(answer.events),
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
+                **reported.token_ids(self._body, answer.output, answer.output.token_ids, False),
             }
             for index, answer in enumerate(answers)
         ]
@@ -68,8 +69,16 @@ class _Writer:
             "object": "chat.completion",
             "choices": choices,
             "usage": usage(outputs, self._body.n),
+            **self._of_prompt(outputs[0]),
+            **reported.cache_details(self._body, outputs),
             **self._told(),
         }
+
+    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """What is told of the prompt, which all answers share."""
+        ids = reported.token_ids(self._body, output, (), True)
+        ids.pop("token_ids", None)
+        return ids | reported.prompt_scores(self._front.tokenizer, self._body, output)
 
     async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
         """The role of each choice, then one event an output. Text that was sent is never taken
@@ -78,16 +87,22 @@ class _Writer:
         deltas = [_Deltas() for _ in range(exchange.num_answers)]
         try:
             async for news in exchange.news():
-                if not last:
+                is_first = not last
+                if is_first:
                     for index in range(exchange.num_answers):
                         yield self._event([_choice(index, {"role": "assistant", "content": ""})])
                 last[news.index] = news.output
-                yield self._event([self._delta(deltas[news.index], news)])
+                more = self._of_prompt(news.output) if is_first else {}
+                if self._body.repeats_usage:
+                    more["usage"] = usage(list(last.values()), len(last))
+                yield self._event([self._delta(deltas[news.index], news)], **more)
         except Exception as error:
             yield event(of_failure(error).body())
             return
+        outputs = [last[index] for index in range(exchange.num_answers)]
+        if details := reported.cache_details(self._body, outputs):
+            yield self._event([], **details)
         if self._body.includes_usage:
-            outputs = [last[index] for index in range(exchange.num_answers)]
             yield self._event([], usage=usage(outputs, self._body.n), **self._told())
         elif told := self._told():
             yield self._event([], **told)
@@ -99,7 +114,9 @@ class _Writer:
 
     def _delta(self, deltas: _Deltas, news: News) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)
-        return _choice(news.index, deltas.write(news.events), scores, news.finish)
+        choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
+        new = news.output.new_token_ids
+        return choice | reported.token_ids(self._body, news.output, new, False)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})

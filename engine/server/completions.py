@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
-from engine.server import logprobs
+from engine.server import logprobs, reported
 from engine.server.errors import of_failure
 from engine.server.explanations import cache_headers
 from engine.server.front import ServingContext, new_id, usage
@@ -30,10 +30,19 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     how = EncodeOptions(body.add_special_tokens, namespace=namespace)
     token_ids = await front.encode(prompts, how)
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    num_scores = (body.logprobs or 0) if scores_prompt else None
+    num_scores = (body.logprobs or 0) if scores_prompt else body.prompt_logprobs
+    if scores_prompt and body.prompt_logprobs is not None:
+        num_scores = max(body.logprobs or 0, body.prompt_logprobs)
     samplings = body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults)
+    grammar = await front.grammar_of(body)
     streams = await front.submit(
-        RequestSpec(prompt, sampling, namespace=namespace, prompt_logprobs=num_scores)
+        RequestSpec(
+            prompt,
+            sampling,
+            namespace=namespace,
+            prompt_logprobs=num_scores,
+            grammar=grammar,
+        )
         for prompt in await front.as_arrays(token_ids)
         for sampling in samplings
     )
@@ -41,10 +50,11 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     if body.stream:
         return EventStream(answer.events(streams), answer.headers)
     outputs = await unless_gone(request, front.finals(streams))
+    shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await front.answer(
         outputs,
         lambda: answer.whole(outputs),
-        echoes=body.echo,
+        echoes=shows_prompt,
         headers=cache_headers(outputs[0]),
     )
 
@@ -57,7 +67,7 @@ class _Answer:
         self._body = body
         self._first: RequestOutput | None = None
         self._head = {
-            "id": new_id("cmpl"),
+            "id": new_id("cmpl", name=body.request_id),
             "object": "text_completion",
             "created": int(time.time()),
             "model": front.model_name,
@@ -70,7 +80,12 @@ class _Answer:
             )
             for index, output in enumerate(outputs)
         ]
-        return {**self._head, "choices": choices, "usage": usage(outputs, self._body.n)}
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage(outputs, self._body.n),
+            **reported.cache_details(self._body, outputs),
+        }
 
     def headers(self) -> dict[str, str]:
         """What the cache had of the first prompt, in short; nothing before the first output."""
@@ -85,23 +100,36 @@ class _Answer:
                 is_first = index not in last
                 self._first = self._first or output
                 last[index] = output
-                yield await self._event(choices[index], output, is_first)
+                so_far = list(last.values()) if self._body.repeats_usage else []
+                yield await self._event(choices[index], output, is_first, so_far)
         except Exception as error:
             yield event(of_failure(error).body())
             return
+        outputs = [last[index] for index in range(len(streams))]
+        if details := reported.cache_details(self._body, outputs):
+            yield event({**self._head, "choices": [], **details})
         if self._body.includes_usage:
-            outputs = [last[index] for index in range(len(streams))]
             yield event({**self._head, "choices": [], "usage": usage(outputs, self._body.n)})
         yield DONE
 
-    async def _event(self, choice: _Choice, output: RequestOutput, is_first: bool) -> bytes:
+    async def _event(
+        self,
+        choice: _Choice,
+        output: RequestOutput,
+        is_first: bool,
+        so_far: Sequence[RequestOutput],
+    ) -> bytes:
+        """``so_far``: the outputs that the usage is told of; none: it is not."""
         write = choice.first if is_first else choice.next
 
         def work() -> bytes:
             piece = write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-            return event({**self._head, "choices": [piece]})
+            told = {"usage": usage(so_far, 1)} if so_far else {}
+            return event({**self._head, "choices": [piece], **told})
 
-        echoed = len(output.prompt_token_ids) if is_first and self._body.echo else 0
+        body = self._body
+        shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
+        echoed = len(output.prompt_token_ids) if is_first and shows_prompt else 0
         return await self._front.workers.run(echoed, work)
 
 
@@ -110,6 +138,7 @@ class _Choice:
 
     def __init__(self, front: ServingContext, body: CompletionRequest, index: int) -> None:
         self._tokenizer = front.tokenizer
+        self._body = body
         self._index = index
         self._echo = body.echo
         self._scores = (
@@ -126,13 +155,15 @@ class _Choice:
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
         """The beginning of an answer, or all of it: with the prompt where it is echoed."""
+        told = reported.token_ids(self._body, output, token_ids, True)
+        told |= reported.prompt_scores(self._tokenizer, self._body, output)
         if self._echo:
             prompt = output.prompt_token_ids.tolist()
             text = self._tokenizer.decode(prompt) + text
             if output.prompt_logprobs is not None:
                 token_ids = (*prompt, *token_ids)
                 scores = (*output.prompt_logprobs, *scores)
-        return self.next(output, text, token_ids, scores)
+        return self.next(output, text, token_ids, scores) | told
 
     def next(
         self,
@@ -147,4 +178,5 @@ class _Choice:
             "text": text,
             "logprobs": None if self._scores is None else self._scores.write(token_ids, scores),
             "finish_reason": output.finish_reason,
+            **reported.token_ids(self._body, output, token_ids, False),
         }

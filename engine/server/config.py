@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
+"""Of the environment."""
 MAX_STOPS = 64
 """As many as the engine takes."""
 COUNTS = (
@@ -136,6 +138,17 @@ class ServerConfig:
             "help": "file to write steps and requests to as they go, for ui.perfetto.dev; up to "
             "1 GiB"
         },
+    )
+    api_key_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "file with the key that clients then need (Authorization: Bearer KEY, or "
+            f"x-api-key), but for /health and /metrics; also by {API_KEY_VARIABLE}"
+        },
+    )
+    cors_origin: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "origins whose pages may ask this server, or *; none: no other's"},
     )
     drain_s: float = field(
         default=30.0,

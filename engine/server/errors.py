@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -28,6 +29,8 @@ ANTHROPIC_KINDS = {
     500: "api_error",
     503: "overloaded_error",
 }
+FORMS = ("str", "constrained-str")
+"""What pydantic calls forms of a value, in between the names of a body."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -76,6 +79,12 @@ def install(app: FastAPI) -> None:
     async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
         return of_failure(error).response(request.url.path)
 
+    @app.exception_handler(RequestValidationError)
+    async def _path(request: Request, error: RequestValidationError) -> JSONResponse:
+        field = str(error.errors()[0]["loc"][-1])
+        refusal = APIError(400, f"{quoted(field)} in the address is not of its kind.", param=field)
+        return refusal.response(request.url.path)
+
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = {
@@ -96,8 +105,8 @@ def of_validation(error: ValidationError) -> APIError:
     """What is wrong with a body, in one sentence: the first of the errors that lie deepest, since
     those above them say only that one of several forms does not fit."""
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    parts = [str(part) for part in first["loc"] if str(part) != "str"]
-    param = ".".join(part for part in parts if not part.startswith("list[")) or None
+    parts = [str(part) for part in first["loc"] if str(part) not in FORMS]
+    param = ".".join(part for part in parts if not part.startswith(("list[", "function-"))) or None
     where = "A name in the body" if param is None else quoted(param)
     match first["type"]:
         case "missing":

@@ -14,16 +14,18 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 import numpy as np
 from fastapi import Response
 
-from engine import RequestOutput, RequestSpec
+from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
 from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.explanations import Explanations
+from engine.server.guided import Guided
 from engine.server.metrics import Metrics
 from engine.server.replays import Replays
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
+from engine.text.answers.reasoning import CLOSE
 from engine.text.outputs import DraftCounts
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
@@ -85,6 +87,32 @@ class ServingContext:
 
         try:
             return await self.workers.run(sum(map(len, prompts)), work)
+        except ValueError as error:
+            raise APIError(400, str(error)) from error
+
+    async def grammar_of(
+        self,
+        body: Guided,
+        calls: Callable[[], Grammar | None] = lambda: None,
+        is_thinking: bool = False,
+    ) -> Grammar | None:
+        """What the answer must be, ready to be used: by the ``body``, or the ``calls`` that are
+        demanded, and behind its reasoning where it begins inside of it; None: anything. APIError
+        400: it can not be served."""
+
+        def work() -> Grammar | None:
+            grammar = calls() or body.grammar()
+            if grammar is None:
+                return None
+            if is_thinking:
+                grammar = grammar.behind(CLOSE)
+            self.engine.compile(grammar)
+            return grammar
+
+        if not body.is_guided:
+            return None
+        try:
+            return await self.workers.compile(work)
         except ValueError as error:
             raise APIError(400, str(error)) from error
 
@@ -179,8 +207,9 @@ def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:
     return tokens
 
 
-def new_id(kind: str, joint: str = "-") -> str:
-    return f"{kind}{joint}{uuid.uuid4().hex}"
+def new_id(kind: str, joint: str = "-", name: str | None = None) -> str:
+    """An id for an answer; by the ``name`` that the client has for its request."""
+    return f"{kind}{joint}{name or uuid.uuid4().hex}"
 
 
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:

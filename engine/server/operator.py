@@ -6,11 +6,11 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
+from engine.server.access import read_key
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
 
@@ -29,15 +29,7 @@ class Operator:
         """ValueError: the file of the key is not there, or empty."""
         if config.admin_key_file is None:
             return cls(None)
-        try:
-            key = Path(config.admin_key_file).read_bytes().strip()
-        except OSError as error:
-            raise ValueError(
-                f"--admin-key-file {config.admin_key_file} can not be read ({error.strerror})."
-            ) from error
-        if not key:
-            raise ValueError(f"--admin-key-file {config.admin_key_file} is empty: put a key there.")
-        return cls(key)
+        return cls(read_key("admin_key_file", config.admin_key_file))
 
     def check(self, request: Request) -> None:
         """APIError 401, 403: it is not the operator who asks.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,12 +17,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from engine import SamplingParams
+from engine import Grammar, SamplingParams
+from engine.guided.grammar import grammar_of_calls
+from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
+from engine.server.rendering import Rendering
+from engine.server.strict import Listed, Strict, whole_numbers, with_defaults
+from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
 from engine.text.templates import Cut
 
 IGNORED = frozenset(
@@ -39,76 +45,56 @@ IGNORED = frozenset(
     }
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "chat_template": (),
 }
 """Parameters of OpenAI's that are not served, with the values that ask for nothing."""
 
 
-MAX_NAMES = 64
-"""Names that an object of a fixed form may have: each that it should not have is an error of its
-own."""
+IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
+PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
-Entry = TypeVar("Entry")
-Listed = Annotated[list[Entry], Field(fail_fast=True)]
-"""A list of which the first wrong entry is the only error."""
-
-
-class Strict(BaseModel):
-    """No unknown names, no guessed types, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    HOLDS_IDS: ClassVar[bool] = False
-    """It may be a long list of token ids."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_names(cls, body: Any) -> Any:
-        if isinstance(body, dict) and len(body) > MAX_NAMES:
-            raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
-        return body
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Usage so far with every event."""
     include_obfuscation: bool = False
 
 
-class Sampling(Strict):
+class Sampling(TokenOptions):
     """The part of a request that says how tokens are chosen; None: the engine's default."""
 
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = None
-    stop: str | Listed[str] | None = None
-    stop_token_ids: Listed[int] | None = None
+    stop: Text | Texts | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     cache_salt: str | None = None
     """Requests with different salts share nothing of the cache."""
 
     GIVEN: ClassVar[tuple[str, ...]] = (
         "temperature",
         "top_p",
-        "top_k",
         "min_p",
         "ignore_eos",
         "repetition_penalty",
@@ -138,6 +124,7 @@ class Sampling(Strict):
         APIError 400: a value out of range."""
         given = dict(defaults)
         given |= {name: value for name in self.GIVEN if (value := getattr(self, name)) is not None}
+        given |= self.options()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
             return [
@@ -145,8 +132,7 @@ class Sampling(Strict):
                     max_tokens=max_tokens,
                     stop=stop,
                     stop_token_ids=tuple(self.stop_token_ids or ()),
-                    # Choices of one request must differ, and must be the same ones the next time.
-                    seed=None if self.seed is None else self.seed + choice,
+                    seed=seed_of(self.seed, choice),
                     logprobs=logprobs,
                     **given,
                 )
@@ -159,15 +145,20 @@ class Sampling(Strict):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def repeats_usage(self) -> bool:
+        """Every event has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
 
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     HOLDS_IDS: ClassVar[bool] = True
 
-    prompt: Any
+    prompt: Annotated[Any, WithJsonSchema(PROMPT)]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
-    max_tokens: int = 16
+    max_tokens: int = Field(default=16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     add_special_tokens: bool = True
@@ -175,6 +166,9 @@ class CompletionRequest(Sampling):
     @field_validator("prompt")
     @classmethod
     def _is_a_prompt(cls, prompt: Any) -> Any:
+        prompt = whole_numbers(prompt)
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], list):
+            prompt = [whole_numbers(part) for part in prompt]
         if isinstance(prompt, str) or (
             isinstance(prompt, list)
             and prompt
@@ -231,7 +225,7 @@ class ChatMessage(BaseModel):
         if isinstance(content, list):
             for part in content:
                 if isinstance(part, dict) and part.get("type", "text") != "text":
-                    kind = quoted(part["type"])
+                    kind = quoted(str(part["type"]))
                     raise ValueError(f"This model reads text only: drop the {kind} part.")
         return content
 
@@ -354,21 +348,18 @@ class Diagnostics(Strict):
     previous_message_id: str | None = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, Rendering):
     """POST /v1/chat/completions."""
 
     messages: Listed[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     """False: the answer ends behind its first call."""
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
-    """The template's own switches, such as ``enable_thinking``."""
     prompt_cache_options: CacheOptions | None = None
     diagnostics: Diagnostics | None = None
 
@@ -380,14 +371,39 @@ class ChatRequest(Sampling):
             return options.comparison_response_id
         return None if asked is None else asked.previous_message_id
 
+    @property
+    def demands_call(self) -> bool:
+        """The answer must be a call."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def is_guided(self) -> bool:
+        return self.demands_call or super().is_guided
+
+    def demanded_calls(self) -> Grammar | None:
+        """The calls that the answer must be, in Hermes' form; None: it need not be any. ValueError:
+        a tool's schema can not be served, or a form is asked for beside it."""
+        if not self.demands_call:
+            return None
+        if super().is_guided:
+            raise ValueError("an answer that must be a call has its form: ask for no other.")
+        choice = self.tool_choice
+        name = choice.function.name if isinstance(choice, NamedTool) else "required"
+        return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)
+
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': set it to true.")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "'continue_final_message' goes on in the last message: leave out "
+                "'add_generation_prompt', which begins another."
+            )
         return self
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Rendering):
     """POST /tokenize: a text, or a chat as /v1/chat/completions would render it."""
 
     model: str | None = None
@@ -395,8 +411,11 @@ class TokenizeRequest(Strict):
     messages: Listed[ChatMessage] | None = None
     tools: Tools | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, body: Any) -> Any:
+        return with_defaults(body)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
@@ -411,10 +430,11 @@ class DetokenizeRequest(Strict):
     HOLDS_IDS: ClassVar[bool] = True
 
     model: str | None = None
-    tokens: Listed[int]
+    tokens: TokenIds
 
 
 def described(kind: type[BaseModel]) -> dict[str, Any]:
     """What /docs says of a body of this kind."""
-    content = {"application/json": {"schema": kind.model_json_schema()}}
+    refs = f"#/components/schemas/{kind.__name__}.{{model}}"
+    content = {"application/json": {"schema": kind.model_json_schema(ref_template=refs)}}
     return {"requestBody": {"required": True, "content": content}}

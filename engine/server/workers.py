@@ -34,6 +34,14 @@ class Workers:
         self._threads = ThreadPoolExecutor(
             NUM_WORKERS, thread_name_prefix="server", initializer=_become_worker
         )
+        self._compiler = ThreadPoolExecutor(
+            1, thread_name_prefix="grammars", initializer=_become_worker
+        )
+
+    async def compile(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns, done in a thread of its own kind: who waits for a grammar keeps
+        nobody waiting who brings a long body."""
+        return await asyncio.get_running_loop().run_in_executor(self._compiler, work)
 
     async def run(self, size: int, work: Callable[[], Result]) -> Result:
         """What ``work`` returns: done here where its ``size`` is small, else in a thread."""
@@ -42,7 +50,8 @@ class Workers:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._compiler):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _become_worker() -> None:

@@ -71,5 +71,9 @@ class ByteTokenizer:
         rank = token_id - 256
         return self.special_tokens[rank].encode() if rank < len(self.special_tokens) else b""
 
-    def stream_decoder(self) -> StreamDecoder:
-        return ByteStreamDecoder(self.token_bytes, self._hidden)
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        hidden = self._hidden if skip_special_tokens else frozenset()
+        return ByteStreamDecoder(self.token_bytes, hidden)
+
+    def as_json(self) -> None:
+        return None

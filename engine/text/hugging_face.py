@@ -7,6 +7,7 @@ import json
 import re
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +125,15 @@ class HFTokenizer:
         except KeyError:  # Not of the byte alphabet: it stands for itself, as in HF's decoder.
             return token.encode()
 
-    def stream_decoder(self) -> StreamDecoder:
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         if self._is_byte_level:
-            return ByteStreamDecoder(self.token_bytes, self._hidden)
-        return WindowStreamDecoder(self.decode)
+            hidden = self._hidden if skip_special_tokens else frozenset()
+            return ByteStreamDecoder(self.token_bytes, hidden)
+        return WindowStreamDecoder(partial(self.decode, skip_special_tokens=skip_special_tokens))
+
+    def as_json(self) -> str:
+        described: str = self._backend.to_str()
+        return described
 
 
 def load_tokenizer(model_dir: str | Path | None) -> Tokenizer:

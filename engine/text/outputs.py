@@ -125,17 +125,22 @@ class TextStream:
     What could still become a stop string is held back, so that nothing sent is ever taken back.
     """
 
-    __slots__ = ("_decoder", "_held", "_stops")
+    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stops")
 
-    def __init__(self, decoder: StreamDecoder, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decoder: StreamDecoder, stop: Sequence[str] = (), keeps_stop: bool = False
+    ) -> None:
+        """``keeps_stop``: it is cut behind the stop string."""
         self._decoder = decoder
+        self._keeps_stop = keeps_stop
         self._stops = tuple(map(_Stop, stop))
         self._held = ""
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """(the text that became certain, whether a stop string was met). O(new text) per stop
-        string, over an answer."""
-        return self._read(self._decoder.push((token_id,)))
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
+        """(the text that became certain, whether a stop string was met, which one that begins
+        before it ``may_stop`` is not). O(new text) per stop string, over an answer."""
+        new = self._decoder.push((token_id,))
+        return self._read(new) if may_stop else (new, False)
 
     def flush(self) -> tuple[str, bool]:
         """(all that was held, whether it met a stop string): there are no more tokens."""
@@ -147,12 +152,15 @@ class TextStream:
     def _read(self, new: str) -> tuple[str, bool]:
         if not self._stops:
             return new, False
-        starts = [start for stop in self._stops if (start := stop.read(new)) is not None]
+        found = [
+            (start, len(stop.text)) for stop in self._stops if (start := stop.read(new)) is not None
+        ]
         num_before = len(self._held)
         text = self._held + new
-        if starts:
+        if found:
             self._held = ""
-            return text[: num_before + min(starts)], True
+            start, length = min(found)
+            return text[: num_before + start + length * self._keeps_stop], True
         cut = len(text) - max(stop.matched for stop in self._stops)
         self._held = text[cut:]
         return text[:cut], False

@@ -60,7 +60,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self.source = source
-        self._special_tokens = dict(special_tokens or {})
+        self.special_tokens = dict(special_tokens or {})
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -93,7 +93,7 @@ class ChatTemplate:
         TemplateError: refused."""
         try:
             return self._template.render(
-                self._special_tokens
+                self.special_tokens
                 | dict(variables or {})
                 | {
                     "messages": messages,
@@ -157,6 +157,7 @@ def render_chat(
     cuts: Sequence[Cut] = (),
     sampled: Mapping[int, SampledTurn] | None = None,
     keeps_thinking: bool = False,
+    continues_last: bool = False,
 ) -> ChatPrompt:
     """Render and encode a chat. At most five renders and one for each of ``cuts``, one encoding of
     the whole and a few of its ends.
@@ -168,6 +169,7 @@ def render_chat(
     What the chat's own texts (contents, names, arguments, tools) hold of
     ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
     ``special_in_content`` it becomes those tokens. ``namespace`` as in ``EncodeOptions``.
+    ``continues_last``: the prompt ends with the last message's content, and no turn after it.
     TemplateError: the model has no chat template, or it refuses this chat.
     """
     template = tokenizer.chat_template
@@ -189,12 +191,17 @@ def render_chat(
     how = EncodeOptions(add_special_tokens=False, mark=mark, namespace=namespace)
 
     written = render(messages)
-    splices = find_splices(tokenizer, render, messages, written, sampled or {}, keeps_thinking)
+    sampled = dict(sampled or {})
+    if continues_last:
+        sampled.pop(len(messages) - 1, None)
+    splices = find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
 
     def encode(text: str) -> list[int]:
         return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
 
     text = splices.apply(written)
+    if continues_last:
+        text = _up_to_content(text, messages[-1])
     token_ids = encode(text)
     boundaries = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
     cut_at = []
@@ -215,6 +222,15 @@ def render_chat(
     header = header_of(tokenizer, text) if add_generation_prompt else ""
     kept = tuple(sorted(boundaries - {0}))
     return ChatPrompt(token_ids, kept, tuple(cut_at), is_thinking, header, splices.num_turns)
+
+
+def _up_to_content(text: str, message: Message) -> str:
+    """The rendered ``text`` as far as the content of its last ``message`` goes."""
+    content = str(message.get("content") or "").strip()
+    at = text.rfind(content)
+    if not content or at < 0:
+        raise TemplateError("the last message has no content that could be continued")
+    return text[: at + len(content)]
 
 
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:

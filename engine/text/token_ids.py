@@ -41,5 +41,8 @@ class IdTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return self.decode([token_id]).encode()
 
-    def stream_decoder(self) -> StreamDecoder:
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         return ByteStreamDecoder(self.token_bytes, frozenset())
+
+    def as_json(self) -> None:
+        return None

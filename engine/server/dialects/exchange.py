@@ -63,7 +63,8 @@ async def render(
             front.tokenizer,
             chat.messages,
             tools=None if body.tools is None else [_plain(tool) for tool in body.tools] or None,
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.begins_answer,
+            continues_last=body.continue_final_message,
             variables=chat.variables,
             special_in_content=front.special_in_content,
             namespace=namespace,
@@ -123,7 +124,8 @@ async def ask(
         limit = limit if has_room else None
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
-    answer_id = answer_id or new_id("chatcmpl")
+    grammar = await front.grammar_of(body, body.demanded_calls, is_thinking=prompt.is_thinking)
+    answer_id = answer_id or new_id("chatcmpl", name=body.request_id)
     inquiry = await _inquire(front, body, np.asarray(token_ids), namespace, size, answer_id)
     streams = await front.submit(
         RequestSpec(
@@ -133,6 +135,8 @@ async def ask(
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
             request_id=answer_id if not choice else f"{answer_id}-{choice}",
+            grammar=grammar,
+            prompt_logprobs=body.prompt_logprobs,
         )
         for choice, sampling in enumerate(
             body.samplings(limit, num_top, front.engine.sampling_defaults)

@@ -13,7 +13,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
-from engine.server.schemas import CacheControl, ChatRequest, Diagnostics, Listed, Strict
+from engine.server.schemas import CacheControl, ChatRequest, Diagnostics
+from engine.server.strict import Listed, Strict
+from engine.server.token_options import Texts
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
 IGNORED = frozenset({"metadata", "service_tier"})
@@ -293,10 +295,10 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int = Field(ge=1)
     stream: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: Listed[str] | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    stop_sequences: Texts | None = None
 
     def fields(self) -> dict[str, Any]:
         return super().fields() | {

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from engine.server.dialects.translated import chat_request, parsed_arguments
 from engine.server.errors import APIError, of_validation, quoted
-from engine.server.schemas import CacheOptions, ChatRequest, Listed, StreamOptions, Strict
+from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions
+from engine.server.strict import Listed, Strict
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")
@@ -174,8 +175,8 @@ class ResponsesRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True

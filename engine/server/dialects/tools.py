@@ -8,6 +8,7 @@ from typing import Any
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import ChatRequest, NamedTool
 from engine.text.answers.forms import AnswerForm
+from engine.text.answers.hermes import HermesReader
 
 
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
@@ -32,14 +33,14 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
             "'tool_choice' 'none' and read them in the text.",
             param="tools",
         )
-    if body.tool_choice not in (None, "auto"):
-        _demand_call(body)
+    if body.demands_call:
+        _check_demand(body, form)
     return body.tools
 
 
-def _demand_call(body: ChatRequest) -> None:
-    """Make the answer a call of any tool, or of the one that is named: a matter of the grammar
-    that its tokens are sampled by."""
+def _check_demand(body: ChatRequest, form: AnswerForm) -> None:
+    """Whether an answer can be made a call of any tool, or of the one that is named, by the
+    grammar that its tokens are sampled by."""
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         name = choice.function.name
@@ -47,8 +48,10 @@ def _demand_call(body: ChatRequest) -> None:
             raise APIError(
                 400, f"There is no tool {quoted(name)} among 'tools'.", param="tool_choice"
             )
-    raise APIError(
-        400,
-        "A 'tool_choice' other than 'auto' and 'none' is not served here: leave it out.",
-        param="tool_choice",
-    )
+    if form.calls is not HermesReader:
+        raise APIError(
+            400,
+            "A 'tool_choice' other than 'auto' and 'none' is not served for the form in which this "
+            "model writes calls: leave it out.",
+            param="tool_choice",
+        )

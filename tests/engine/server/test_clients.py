@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -307,3 +309,55 @@ def test_tokens_both_ways(live: Live) -> None:
     }
     chat = live.post("/tokenize", {"messages": CHAT}).json()
     assert chat["count"] == len(chat["tokens"]) == chat["boundaries"][-1]
+
+
+def test_answers_follow_the_form_that_is_asked_for(live: Live) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["a", "b"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    }
+    named = {"name": "kinds", "schema": schema, "strict": True}
+    chat = live.client.chat.completions.create(
+        model="builtin",
+        messages=[{"role": "user", "content": "Which?"}],
+        response_format={"type": "json_schema", "json_schema": named},
+        max_tokens=600,
+        n=2,
+    )
+    assert all(json.loads(c.message.content or "")["kind"] in "ab" for c in chat.choices)
+    for form, expected in (
+        ({"guided_json": json.dumps(schema)}, r'\{\s*"kind"\s*:\s*"[ab]"\s*\}'),
+        ({"guided_regex": "x[0-9]{2}"}, "x[0-9]{2}"),
+        ({"guided_choice": ["up", "down"]}, "up|down"),
+        ({"guided_grammar": 'root ::= "l" | "r"'}, "l|r"),
+        ({"structured_outputs": {"choice": ["up", "down"]}}, "up|down"),
+        ({"structured_outputs": {"json": schema}}, r'\{\s*"kind"\s*:\s*"[ab]"\s*\}'),
+    ):
+        stream = live.client.completions.create(
+            model="builtin", prompt="Which?", max_tokens=600, stream=True, extra_body=form
+        )
+        text = "".join(event.choices[0].text for event in stream)
+        assert re.fullmatch(expected, text), (form, text)
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "pick", "description": "Pick one.", "parameters": schema},
+        }
+    ]
+    for choice in ("required", {"type": "function", "function": {"name": "pick"}}):
+        chat = live.client.chat.completions.create(
+            model="builtin",
+            messages=[{"role": "user", "content": "Pick!"}],
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_tokens=600,
+        )
+        assert chat.choices[0].finish_reason == "tool_calls"
+        [call] = chat.choices[0].message.tool_calls
+        assert call.function.name == "pick"
+        assert json.loads(call.function.arguments)["kind"] in "ab"
+    live.check_conserved()

@@ -1,0 +1,195 @@
+"""What an answer must look like: a JSON schema, a regular expression, a choice or a grammar.
+
+Whoever asks for one is not to keep others waiting: what would take long to compile is refused
+before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from math import prod
+from typing import Any, Literal
+
+MAX_CHARS = 256 * 1024
+"""Of a schema, an expression or all choices."""
+MAX_GRAMMAR_CHARS = 16 * 1024
+"""Of a grammar."""
+MAX_CHOICES = 4096
+MAX_DEPTH = 60
+"""Of a schema; the library stops at about twice that."""
+MAX_MULTIPLE = 10_000
+"""The product of the ``multipleOf`` in a schema, without their tens: the states of what checks
+them are as many, and the time to find them grows as the square."""
+WHITESPACE = r"[ \t\r\n]{0,64}"
+"""Between the parts of a JSON answer: bounded, for a model may go on with it for ever."""
+AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As ``json.dumps`` writes, and chat templates: so a call that comes back has the same tokens."""
+NESTED = ("%json", "%regex")
+
+
+class GrammarError(ValueError):
+    """A grammar that can not be served, in one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a whole answer must be. Equal ones are compiled once."""
+
+    kind: Literal["lark", "regex", "given"]
+    """In which form: ``lark`` in llguidance's dialect; ``given``: in that, or in GBNF."""
+    text: str
+    end_of_reasoning: str | None = None
+    """What comes first is free, up to this text; None: nothing does."""
+
+    def behind(self, end_of_reasoning: str) -> Grammar:
+        """The same, behind reasoning that ends so."""
+        return replace(self, end_of_reasoning=end_of_reasoning)
+
+    @classmethod
+    def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
+        """JSON that a schema (an object, or its text) allows. GrammarError: it is none."""
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError):
+                schema = ""
+        if not isinstance(schema, bool | Mapping):
+            raise GrammarError("a JSON schema must be an object, or the text of one.")
+        return cls("lark", f"start: {_json(schema, {'whitespace_pattern': WHITESPACE})}")
+
+    @classmethod
+    def of_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.of_schema({"type": "object"})
+
+    @classmethod
+    def of_regex(cls, regex: str) -> Grammar:
+        """Text that a regular expression matches as a whole. GrammarError: it is too long."""
+        return cls("regex", _bounded("a regular expression", regex, MAX_CHARS))
+
+    @classmethod
+    def of_choices(cls, choices: Sequence[str]) -> Grammar:
+        """One of the texts given. GrammarError: there is none, or an empty one."""
+        if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
+            raise GrammarError(
+                f"a choice is made among 1 to {MAX_CHOICES} texts, none of them empty."
+            )
+        texts = _bounded("a choice", " | ".join(map(_quoted, choices)), MAX_CHARS)
+        return cls("lark", f"start: CHOICE\nCHOICE: {texts}")
+
+    @classmethod
+    def of_text(cls, text: str) -> Grammar:
+        """What ``start`` (of GBNF ``root``) derives in a grammar in llguidance's Lark, or in GBNF.
+        GrammarError: it is too long, or nests a schema or an expression in a form of its own."""
+        _bounded("a grammar", text, MAX_GRAMMAR_CHARS)
+        if any(word in text for word in NESTED):
+            raise GrammarError(
+                f"a grammar may not hold {' or '.join(NESTED)}: ask for a JSON schema or a regular "
+                "expression by itself."
+            )
+        return cls("given", text)
+
+
+def grammar_of_calls(
+    tools: Sequence[Mapping[str, Any]],
+    choice: str = "required",
+    form: Literal["hermes"] = "hermes",
+    *,
+    in_parallel: bool = True,
+) -> Grammar:
+    """An answer that is one call of one of ``tools`` (as OpenAI describes them), or several where
+    they may be made ``in_parallel``: ``tool_choice`` "required", or the name of the tool to call.
+
+    ``hermes`` writes a call as ``{"name": ..., "arguments": ...}`` between ``<tool_call>`` marks.
+    GrammarError: no tool has this name, or the schema of one can not be served.
+    """
+    functions = [tool.get("function", {}) for tool in tools]
+    names = [function.get("name") for function in functions]
+    if not all(isinstance(name, str) and name for name in names):
+        raise GrammarError("each tool must have a function with a name.")
+    wanted = [f for f in functions if choice in ("required", f["name"])]
+    if not wanted:
+        raise GrammarError(f"tool_choice must be one of {', '.join(names) or 'no tools'}.")
+    assert form == "hermes"
+    more = '("\\n" call)*' if in_parallel and choice == "required" else ""
+    bodies = [f"call_{number}: {_json(_call(f), AS_DUMPED)}" for number, f in enumerate(wanted)]
+    kinds = " | ".join(f"call_{number}" for number in range(len(wanted)))
+    lines = [
+        f"start: call {more}",
+        f'call: "<tool_call>\\n" ({kinds}) "\\n</tool_call>"',
+        *bodies,
+    ]
+    return Grammar("lark", _bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
+
+
+def _call(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call. A tool without parameters takes none."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(parameters, Mapping):
+        raise GrammarError("the parameters of a tool must be a JSON schema.")
+    fields = {"name": {"const": function["name"]}, "arguments": {"type": "object", **parameters}}
+    # References point from a schema's root, which is here one of its parts.
+    lifted = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(fields),
+        "additionalProperties": False,
+    } | lifted
+
+
+def _json(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """JSON that ``schema`` allows, as part of a Lark grammar."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    _check(schema)
+    text = json.dumps({**schema, "x-guidance": dict(options)})
+    return f"%json {_bounded('a JSON schema', text, MAX_CHARS)}"
+
+
+def _check(schema: Mapping[str, Any]) -> None:
+    """GrammarError: the schema is nested too deep, or would take long for its ``multipleOf``."""
+    multiples: set[int] = set()
+    for value in _multiples(schema):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise GrammarError("multipleOf must be a number above 0.")
+        digits = Decimal(str(value)).normalize().as_tuple().digits
+        multiples.add(int("".join(map(str, digits))))
+    if prod(multiples) > MAX_MULTIPLE:
+        raise GrammarError(
+            f"the multipleOf of a schema, multiplied, must stay within {MAX_MULTIPLE} without "
+            "their tens: leave some out."
+        )
+
+
+def _multiples(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """Every ``multipleOf``, wherever it stands."""
+    left: list[tuple[Any, int]] = [(schema, 0)]
+    while left:
+        value, depth = left.pop()
+        if depth > 2 * MAX_DEPTH:
+            raise GrammarError(f"a schema may be nested {MAX_DEPTH} deep, not deeper.")
+        if isinstance(value, Mapping):
+            if "multipleOf" in value:
+                yield value["multipleOf"]
+            left += [(part, depth + 1) for part in value.values()]
+        elif isinstance(value, list):
+            left += [(part, depth + 1) for part in value]
+
+
+def _bounded(what: str, text: str, most: int) -> str:
+    if len(text) > most:
+        raise GrammarError(f"{what} may have {most} characters here, not {len(text)}.")
+    return text
+
+
+def _quoted(text: str) -> str:
+    """A string of Lark. GrammarError: a lone surrogate, which no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise GrammarError("a choice must be text that has a UTF-8 form.") from None
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,229 @@
+"""Which tokens can come next for an answer to become what its grammar allows, by llguidance.
+
+Of the library a Lark grammar, a JSON schema or an expression becomes a matcher, which knows after
+any tokens which may follow; its work and its memory are bounded by ``LIMITS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.guided.grammar import Grammar, GrammarError
+from hybridcache.extras import how_to_install
+from hybridcache.tokens import Tokens
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+LIMITS = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 8_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 20_000,
+    "verbose_errors": False,
+}
+"""Milliseconds a step, and tens of MiB, for the worst that was tried; a schema of a thousand
+objects still passes."""
+NUM_REMEMBERED = 64
+"""Compiled grammars."""
+MARK = b"\xff"
+"""Begins the bytes of a token that no text has, in the library's own form."""
+OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+
+Mask = npt.NDArray[np.uint8]
+"""Bit ``i % 8`` of byte ``i // 8``: whether token i is allowed."""
+
+
+class Guides:
+    """Compiles grammars for one vocabulary. Safe to call from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._num_bytes = -(-vocab_size // 8)
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+
+    def guide(self, grammar: Grammar) -> Guide:
+        """The state of a new answer. GrammarError: see ``compile``, which takes its time where
+        the grammar is not one of the last that were compiled."""
+        return Guide(self.compile(grammar), self._ends(), self._num_bytes)
+
+    def compile(self, grammar: Grammar) -> Any:
+        """The library's matcher of ``grammar`` at its beginning, remembered: it is copied, never
+        moved on. GrammarError: there is no library, or the grammar is wrong, too large, or one that
+        only the empty answer fits."""
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar]
+            library, vocabulary = self._load()
+        # Not under the lock: it may take a tenth of a second, and others have theirs compiled.
+        matcher = _matcher(library, vocabulary, grammar)
+        _check_beginning(matcher, self._ends())
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > NUM_REMEMBERED:
+                self._compiled.popitem(last=False)
+        return matcher
+
+    def _ends(self) -> Tokens:
+        """Of the vocabulary's tokens those that end an answer."""
+        assert self._tokenizer is not None
+        return np.array(sorted(self._tokenizer.eos_token_ids), np.int32)
+
+    def _load(self) -> tuple[Any, Any]:
+        try:
+            library = importlib.import_module("llguidance")
+        except ModuleNotFoundError as error:
+            missing = how_to_install(error)
+            raise GrammarError(f"an answer can not be guided here: {missing}.") from None
+        if self._vocabulary is None:
+            self._vocabulary = self._make_vocabulary(library)
+        return library, self._vocabulary
+
+    def _make_vocabulary(self, library: Any) -> Any:
+        """The vocabulary as the library keeps it. O(its tokens): a second for 150,000."""
+        tokenizer = self._tokenizer
+        if tokenizer is None or not tokenizer.eos_token_ids:
+            raise GrammarError(
+                "an answer can not be guided without a tokenizer that has a token for its end."
+            )
+        size = max(self._vocab_size, tokenizer.vocab_size)
+        ends = sorted(tokenizer.eos_token_ids)
+        if (described := tokenizer.as_json()) is not None:
+            return library.LLTokenizer(described, n_vocab=size, eos_token=ends)
+        wrapped = library.TokenizerWrapper(_ByteVocabulary(tokenizer, size))
+        return library.LLTokenizer(wrapped, n_vocab=size, eos_token=ends)
+
+
+class Guide:
+    """Where one answer stands in its grammar. Of the engine's thread."""
+
+    __slots__ = ("_beginning", "_ends", "_matcher", "_num_bytes", "_num_taken")
+
+    def __init__(self, beginning: Any, ends: Tokens, num_bytes: int) -> None:
+        """``beginning`` is copied at the first token: who waits needs no matcher of its own."""
+        self._beginning = beginning
+        self._ends = ends
+        self._matcher: Any = None
+        self._num_bytes = num_bytes
+        self._num_taken = 0
+
+    def masks(self, answer: Tokens, drafts: Tokens) -> list[Mask]:
+        """What may follow ``answer``, and it with each beginning of ``drafts``, which ``cut`` has
+        left: 1 + d masks. O(new tokens) and the library's time for each."""
+        self._go_to(answer)
+        masks = [self._mask()]
+        for token in drafts.tolist():
+            self._matcher.consume_token(token)
+            masks.append(self._mask())
+        self._num_taken += len(drafts)
+        self._go_to(answer)
+        return masks
+
+    def cut(self, answer: Tokens, drafts: Tokens) -> Tokens:
+        """As many of ``drafts`` as the grammar allows after ``answer``; none that ends it."""
+        self._go_to(answer)
+        drafts = drafts[: self._matcher.validate_tokens(drafts.tolist())]
+        ends = np.isin(drafts, self._ends)
+        return drafts[: int(ends.argmax())] if ends.any() else drafts
+
+    def is_done(self, answer: Tokens) -> bool:
+        """Whether nothing can follow ``answer``. RuntimeError: it is not what the grammar
+        allows, or the grammar became too complex to tell."""
+        self._go_to(answer)
+        if self._matcher.is_error():
+            why = _first_line(self._matcher.get_error())
+            raise RuntimeError(f"the answer's grammar could not be followed further ({why})")
+        return bool(self._matcher.is_stopped())
+
+    def _go_to(self, answer: Tokens) -> None:
+        """Have taken just ``answer``, which begins or goes on as what was taken. O(difference)."""
+        if self._matcher is None:
+            self._matcher = self._beginning.deep_copy()
+        surplus = self._num_taken - len(answer)
+        if surplus > 0:
+            self._matcher.rollback(surplus)
+        elif surplus < 0:
+            self._matcher.consume_tokens(answer[self._num_taken :].tolist())
+        self._num_taken = len(answer)
+
+    def _mask(self) -> Mask:
+        """Everything, where the grammar became too much for its limits: ``is_done`` then says
+        so."""
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
+        return np.full_like(mask, 0xFF) if self._matcher.is_error() else mask
+
+
+class _ByteVocabulary:
+    """A tokenizer whose tokens are bytes, as the library wants it."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
+        ends = tokenizer.eos_token_ids
+        controls = {tokenizer.encode(text)[0] for text in tokenizer.control_tokens}
+        self.special_token_ids = sorted(controls | ends)
+        self.eos_token_id, self.bos_token_id = min(ends), None
+        self.tokens = [
+            MARK + tokenizer.token_bytes(token)
+            if token in controls or token in ends
+            else tokenizer.token_bytes(token)
+            for token in range(tokenizer.vocab_size)
+        ]
+        self.tokens += [b""] * (size - len(self.tokens))
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+
+
+def _matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
+    text, limits = grammar.text, library.LLParserLimits(**LIMITS)
+    if grammar.kind == "regex":
+        text = json.loads(library.LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+    elif grammar.kind == "given":
+        try:
+            text = library.grammar_from("grammar", text)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(str(error)) from None
+    if grammar.end_of_reasoning is not None:
+        end = json.dumps(grammar.end_of_reasoning)
+        first = f"start: thought /\\s*/ @answer\nthought[suffix={end}]: /(?s:.*)/"
+        parts = [{"lark_grammar": first}, {"name": "answer", "lark_grammar": text}]
+        text = json.dumps({"grammars": parts})
+    matcher = library.LLMatcher(vocabulary, text, log_level=0, limits=limits)
+    if matcher.is_error():
+        message = matcher.get_error()
+        # Where in a text of our own making means nothing to whoever asked.
+        raise _wrong(message if grammar.kind == "given" else OUR_PLACE.sub("", message))
+    return matcher
+
+
+def _check_beginning(matcher: Any, ends: Tokens) -> None:
+    """GrammarError: no token can begin an answer, or what can took too long to find."""
+    tried = matcher.deep_copy()
+    allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
+    if tried.is_error():
+        raise _wrong(tried.get_error())
+    allowed[ends] = 0
+    if not allowed.any():
+        raise GrammarError("no answer fits this grammar, or only the empty one.")
+
+
+def _wrong(message: str) -> GrammarError:
+    return GrammarError(f"this grammar can not be served: {_first_line(message)}.")
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return (lines[0] if lines else "no reason given").rstrip(".")

@@ -1,0 +1,113 @@
+"""Who may come in, and what every answer carries: keys, other origins, the request's name."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.server.config import API_KEY_VARIABLE, ServerConfig
+from engine.server.errors import APIError
+
+OPEN = ("/", "/health", "/metrics")
+"""Paths that ask for no key."""
+NAME = re.compile(rb"[\x21-\x7e]{1,128}")
+"""What a client may call its request in ``X-Request-Id``."""
+
+
+def install(app: FastAPI, config: ServerConfig) -> None:
+    """Put them around ``app``, the last one outermost. ValueError: a file of a key is not there, or
+    empty."""
+    keys = api_keys(config, os.environ)
+    if keys:
+        app.add_middleware(Keys, keys=keys)
+    if config.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origin),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestNames)
+
+
+def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
+    """The keys that clients may have; none: nobody needs one. The operator's is one of them."""
+    named = environment.get(API_KEY_VARIABLE, "").strip().encode()
+    keys = [named] if named else []
+    if config.api_key_file is not None:
+        keys.append(read_key("api_key_file", config.api_key_file))
+    if keys and config.admin_key_file is not None:
+        keys.append(read_key("admin_key_file", config.admin_key_file))
+    return keys
+
+
+def read_key(setting: str, file: str) -> bytes:
+    """ValueError: the ``file`` of this ``setting`` is not there, or empty."""
+    name = "--" + setting.replace("_", "-")
+    try:
+        key = Path(file).read_bytes().strip()
+    except OSError as error:
+        raise ValueError(f"{name} {file} can not be read ({error.strerror}).") from error
+    if not key:
+        raise ValueError(f"{name} {file} is empty: put a key there.")
+    return key
+
+
+class Keys:
+    """ASGI middleware: answers 401 to whoever brings none of ``keys``."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes]) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN or self._is_right(scope):
+            await self._app(scope, receive, send)
+            return
+        refusal = APIError(
+            401,
+            "This server asks for a key: send it as Authorization: Bearer KEY.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await refusal.response(scope["path"])(scope, receive, send)
+
+    def _is_right(self, scope: Scope) -> bool:
+        """In time that says nothing of the keys."""
+        headers = dict(scope["headers"])
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            given = headers.get(b"x-api-key", b"")  # as Anthropic's clients send it
+        # All are compared, whichever fits.
+        return sum(hmac.compare_digest(given.strip(), key) for key in self._keys) > 0
+
+
+class RequestNames:
+    """ASGI middleware: every answer has an ``X-Request-Id``, the one that the client sent or a new
+    one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
+            await send(message)
+
+        await self._app(scope, receive, named)

@@ -1,0 +1,63 @@
+"""What an answer tells beside its text where it is asked for: token ids, the prompt's
+log-probabilities, and SGLang's word on the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine import RequestOutput
+from engine.server.logprobs import PIECE, token_text
+from engine.server.token_options import TokenOptions
+from engine.server.workers import give_way
+from engine.text.outputs import SampledToken
+from engine.text.tokenizer import Tokenizer
+
+
+def token_ids(
+    body: TokenOptions, output: RequestOutput, new: Sequence[int], is_first: bool
+) -> dict[str, Any]:
+    """As vLLM has them in each choice: ids of the ``new`` tokens, the prompt's with the first."""
+    if not body.return_token_ids:
+        return {}
+    prompt = {"prompt_token_ids": output.prompt_token_ids.tolist()} if is_first else {}
+    return {**prompt, "token_ids": [int(token) for token in new]}
+
+
+def prompt_scores(
+    tokenizer: Tokenizer, body: TokenOptions, output: RequestOutput
+) -> dict[str, Any]:
+    """vLLM's form: for each prompt token an object by id, with the alternatives that were asked
+    for; null for the first."""
+    scores = output.prompt_logprobs
+    if body.prompt_logprobs is None or scores is None:
+        return {}
+    written: list[dict[str, Any] | None] = []
+    for number, score in enumerate(scores):
+        if number % PIECE == PIECE - 1:
+            give_way()
+        written.append(None if score is None else _entry(tokenizer, score, body.prompt_logprobs))
+    return {"prompt_logprobs": written}
+
+
+def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str, Any]:
+    best = list(score.top_logprobs[:num_top])
+    ranks = {token: rank for rank, (token, _) in enumerate(best, 1)}
+    if score.token_id not in ranks:
+        best.append((score.token_id, score.logprob or 0.0))
+    return {
+        str(token): {
+            "logprob": logprob,
+            # Of a token below those that were asked for it is not known.
+            "rank": ranks.get(token),
+            "decoded_token": token_text(tokenizer, token),
+        }
+        for token, logprob in best
+    }
+
+
+def cache_details(body: TokenOptions, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """SGLang's ``sglext``: where the cached tokens of the first answer's prompt were."""
+    if not body.return_cached_tokens_details:
+        return {}
+    return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len, "host": 0}}}

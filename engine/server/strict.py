@@ -1,0 +1,53 @@
+"""What every body is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_NAMES = 64
+"""Names that an object of a fixed form may have: each that it should not have is an error of its
+own."""
+Entry = TypeVar("Entry")
+Listed = Annotated[list[Entry], Field(fail_fast=True)]
+"""A list of which the first wrong entry is the only error."""
+
+
+class Strict(BaseModel):
+    """No unknown names, no guessed types, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    HOLDS_IDS: ClassVar[bool] = False
+    """It may be a long list of token ids."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_names(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_NAMES:
+            raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
+        return {name: _whole(value) for name, value in body.items()} if _has_floats(body) else body
+
+
+def with_defaults(body: Any) -> Any:
+    """``body`` without its nulls: null means "your default" everywhere in this API."""
+    if not isinstance(body, dict):
+        return body
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def whole_numbers(values: Any) -> Any:
+    """A list with 3 for 3.0, which is an integer in JSON's own word for it. O(len(values))."""
+    if isinstance(values, list) and float in set(map(type, values)):
+        return [_whole(value) for value in values]
+    return values
+
+
+def _has_floats(body: Any) -> bool:
+    return isinstance(body, dict) and any(type(value) is float for value in body.values())
+
+
+def _whole(value: Any) -> Any:
+    is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
+    return int(value) if is_whole else value

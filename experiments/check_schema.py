@@ -1,0 +1,151 @@
+"""Does the server do what its OpenAPI document says? schemathesis (installed apart: ``pip install
+schemathesis`` into an environment of its own) makes requests from the document, right ones and
+wrong ones, against a server on the oracle; every check of its own is on, and for one that it can
+not make, whether a right request is refused, there is one here: a document can not say what the
+tokens of a text are, so such a request may be refused, but only for a reason in ``REASONS``.
+
+    python -m experiments.check_schema --schemathesis PATH/bin/schemathesis
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REASONS = (
+    "do not fit the",
+    "shorten the prompt",
+    "token ids from 0 to",
+    "must be ids from 0 to",
+    "token ids must be from",
+    "the prompt is empty",
+    "at least 1, but for prompt",
+    "template refuses",
+    "could be continued",
+    "no content that could be",
+    "this grammar can not be served",
+    "no answer fits this grammar",
+    "an answer has one form",
+    "has its form",
+    "JSON schema",
+    "multipleOf",
+    "a grammar may",
+    "a regular expression may have",
+    "texts, none of them empty",
+    "UTF-8 form",
+    "can not go together",
+    "must not be above max_tokens",
+    "'top_logprobs' needs",
+    "'json_schema.schema'",
+    "'tool_choice'",
+    "must be one of",
+    "There is no tool",
+    "schema can not be",
+    "A tool must have",
+    "arguments of a tool call",
+    "parameters",
+    "Send either",
+    "goes on in the last message",
+    "answers at once are more",
+    "more than",
+    "The last message is the assistant's",
+    "tool_use",
+    "is the assistant's",
+    "is the user's",
+    "reads text only",
+    "is not served",
+    "are not served",
+    "must follow",
+    "grammar",
+)
+"""Parts of sentences that refuse what the document allows."""
+HOOKS = """
+import schemathesis
+from schemathesis import GenerationMode
+
+REASONS = {reasons!r}
+
+
+@schemathesis.check
+def a_right_request_is_refused_for_what_it_says(ctx, response, case):
+    mode = case.meta.generation.mode if case.meta is not None else None
+    if mode == GenerationMode.POSITIVE and response.status_code == 400:
+        error = response.json()["error"]["message"]
+        assert any(reason in error for reason in REASONS), error
+"""
+
+
+@contextlib.contextmanager
+def oracle_server() -> Iterator[str]:
+    """A server on a runner that computes nothing; its address."""
+    from engine import AsyncEngine, Engine, EngineConfig
+    from engine.run.oracle import OracleRunner, OracleSampler
+    from engine.server.app import Server
+    from engine.server.config import ServerConfig
+    from engine.text.byte_tokenizer import ByteTokenizer
+
+    engine = Engine(
+        EngineConfig(max_queue=256),
+        runner=OracleRunner(16_384, 32, max_model_len=512),
+        sampler=OracleSampler(),
+        tokenizer=ByteTokenizer(),
+    )
+    server = Server(AsyncEngine(engine), ServerConfig())
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--schemathesis", default="schemathesis", help="the program")
+    parser.add_argument("--examples", type=int, default=1200, help="of each operation and phase")
+    parser.add_argument("--phases", default="examples,coverage,fuzzing")
+    parser.add_argument("--only", help="operations whose path matches this expression")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, oracle_server() as address:
+        report, hooks = Path(folder) / "report.json", Path(folder) / "schema_hooks.py"
+        hooks.write_text(HOOKS.format(reasons=REASONS))
+        command = [options.schemathesis, "run", f"{address}/openapi.json", "--checks", "all"]
+        command += ["--continue-on-failure"]
+        command += ["--exclude-checks", "positive_data_acceptance"]
+        command += ["--phases", options.phases, "--max-examples", str(options.examples)]
+        command += ["--seed", str(options.seed), "--report-json-path", str(report), "--no-color"]
+        command += ["--suppress-health-check", "all", "--max-failures", "60", "--warnings", "off"]
+        command += ["--request-timeout", "30", "--exclude-path-regex", "/v1/cache/events"]
+        if options.only:
+            command += ["--include-path-regex", options.only]
+        places = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": places, "SCHEMATHESIS_HOOKS": "schema_hooks"}
+        code = subprocess.run(command, env=environment, cwd=folder).returncode
+        found = json.loads(report.read_text()) if report.exists() else {}
+    print(
+        json.dumps({"exit": code, **{k: v for k, v in found.items() if k in ("stats", "summary")}})
+    )
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

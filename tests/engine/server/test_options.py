@@ -1,0 +1,155 @@
+"""What clients of vLLM and SGLang ask beside OpenAI's parameters: it is served as they do, or
+refused by name (test_bad_input.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.server.config import API_KEY_VARIABLE, ServerConfig
+
+from .conftest import Live
+
+CHAT = [{"role": "user", "content": "Say something."}]
+
+
+def complete(live: Live, **body: Any) -> dict[str, Any]:
+    answer = live.post("/v1/completions", {"prompt": "tell me", "max_tokens": 12} | body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def ids(answer: dict[str, Any]) -> list[int]:
+    found: list[int] = answer["choices"][0]["token_ids"]
+    return found
+
+
+def events(live: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = live.post(path, body | {"stream": True}).text.splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def test_which_tokens_may_come(live: Live) -> None:
+    plain = ids(complete(live, return_token_ids=True, ignore_eos=True))
+    asked = {"return_token_ids": True, "ignore_eos": True}
+    assert set(ids(complete(live, allowed_token_ids=[65, 66], **asked))) <= {65, 66}
+    assert plain[0] not in ids(complete(live, bad_words=[chr(plain[0])], **asked)) or plain[0] > 127
+    assert ids(complete(live, top_k=-1, **asked)) == plain
+    ended = complete(live, allowed_token_ids=[65, 256], min_tokens=9, return_token_ids=True)
+    assert 256 not in ids(ended)[:9]
+
+
+def test_a_bias_moves_the_draw(builtin: Live) -> None:
+    body = {"temperature": 0, "return_token_ids": True}
+    assert ids(complete(builtin, logit_bias={"65": 100}, **body)) == [65] * 12
+    first = ids(complete(builtin, **body))[0]
+    assert ids(complete(builtin, logit_bias={str(first): -100}, **body))[0] != first
+
+
+def test_what_is_told_of_an_answer(live: Live) -> None:
+    body = {"return_token_ids": True, "prompt_logprobs": 2, "return_cached_tokens_details": True}
+    answer = complete(live, request_id="mine", n=2, **body)
+    assert answer["id"] == "cmpl-mine"
+    [choice, _] = answer["choices"]
+    assert choice["prompt_token_ids"] == list(b"tell me") and len(choice["token_ids"]) == 12
+    assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == 7
+    assert set(choice["prompt_logprobs"][1]["101"]) == {"logprob", "rank", "decoded_token"}
+    details = {"device": answer["usage"]["prompt_tokens_details"]["cached_tokens"], "host": 0}
+    assert answer["sglext"] == {"cached_tokens_details": details}
+    chat = live.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, **body}).json()
+    assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"])
+    assert len(chat["choices"][0]["token_ids"]) <= 4 and "sglext" in chat
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_is_told_in_a_stream(live: Live, path: str) -> None:
+    said = events(
+        live,
+        path,
+        {"prompt" if path == "/v1/completions" else "messages": "x" if "chat" not in path else CHAT}
+        | {"max_tokens": 5, "ignore_eos": True, "return_token_ids": True}
+        | {"return_cached_tokens_details": True}
+        | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    )
+    sent = [c["token_ids"] for e in said for c in e["choices"] if "token_ids" in c]
+    assert sum(map(len, sent)) == 5
+    counts = [e["usage"]["completion_tokens"] for e in said if "usage" in e]
+    assert counts == sorted(counts) and counts[-1] == 5 and len(counts) >= 5
+    prompts = [e for e in said if "prompt_token_ids" in (e if "chat" in path else json.dumps(e))]
+    assert len(prompts) == 1
+    assert sum("sglext" in e for e in said) == 1
+
+
+def test_the_text_keeps_what_it_is_asked_to(live: Live) -> None:
+    plain = complete(live, max_tokens=40, ignore_eos=True)["choices"][0]["text"]
+    stop = next(c for c in plain[3:] if c.isascii())
+    kept = complete(
+        live, max_tokens=40, ignore_eos=True, stop=[stop], include_stop_str_in_output=True
+    )
+    at = plain.index(stop)
+    assert kept["choices"][0]["text"] == plain[: at + 1]
+    later = complete(live, max_tokens=40, ignore_eos=True, stop=[stop], min_tokens=40)
+    assert later["choices"][0]["text"] == plain
+    body = {"allowed_token_ids": [65, 258], "ignore_eos": True, "max_tokens": 8}
+    shown = complete(live, skip_special_tokens=False, **body)["choices"][0]["text"]
+    assert shown.replace("<|im_end|>", "").strip("A") == ""
+    hidden = complete(live, **body)["choices"][0]["text"]
+    assert hidden == shown.replace("<|im_end|>", "") and hidden != shown
+
+
+def test_an_answer_goes_on_in_the_last_message(live: Live) -> None:
+    messages = [*CHAT, {"role": "assistant", "content": "Once upon a"}]
+    body = {"messages": messages, "continue_final_message": True}
+    prompt = live.post("/tokenize", body).json()["tokens"]
+    assert bytes(prompt[-11:]) == b"Once upon a"
+    answer = live.post(
+        "/v1/chat/completions", body | {"max_tokens": 3, "return_token_ids": True}
+    ).json()
+    assert answer["prompt_token_ids"] == prompt
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_seeds_at_the_ends_of_their_range_have_choices(live: Live, seed: int) -> None:
+    assert len(complete(live, seed=seed, n=3)["choices"]) == 3
+
+
+def test_paths_that_peers_have(live: Live) -> None:
+    assert live.get("/version").json()["version"]
+    info = live.get("/tokenizer_info").json()
+    assert info["eos_token"] == "<|im_end|>" and "{%" in info["chat_template"]
+    assert live.post("/flush_cache", {}).json() == {"reset": True}
+    assert (
+        httpx.get(live.url + "/health", headers={"x-request-id": "seven"}).headers["x-request-id"]
+        == "seven"
+    )
+    assert len(live.get("/nowhere").headers["x-request-id"]) == 32
+    assert "access-control-allow-origin" not in live.get("/health").headers
+
+
+def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
+    serve_oracle: Callable[..., Live], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, "other")
+    (tmp_path / "key").write_text("secret\n")
+    config = ServerConfig(api_key_file=str(tmp_path / "key"), cors_origin=("https://a.example",))
+    live = serve_oracle(config)
+
+    def status(path: str = "/v1/models", **headers: str) -> int:
+        return httpx.get(live.url + path, headers=headers).status_code
+
+    assert status() == 401 and status(authorization="Bearer wrong") == 401
+    assert status(authorization="secret") == 401
+    assert status(authorization="Bearer secret") == status(authorization="Bearer other") == 200
+    assert status(**{"x-api-key": "secret"}) == 200
+    assert status("/health") == 200 and status("/metrics") == 200
+    asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    preflight = httpx.options(live.url + "/v1/models", headers=asked)
+    assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    with pytest.raises(ValueError, match="--api-key-file"):
+        serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
