@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "tokens",
     "hybridcache/lab": "build export extras geometry interface lease policies results routing "
     "tokens units watch",
-    "hybridcache/routing": "export policies tokens",
+    "hybridcache/routing": "export interface policies tokens",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
