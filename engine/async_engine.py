@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.config import EngineConfig
 from engine.guided.grammar import Grammar
@@ -28,9 +28,17 @@ from engine.text.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.schedule.report import CacheReport
     from engine.text.tokenizer import Tokenizer
 
-__all__ = ["AsyncEngine", "EngineStopped", "QueueFull", "RequestStream", "StepFailed"]
+__all__ = [
+    "AsyncEngine",
+    "EngineStopped",
+    "QueueFull",
+    "RequestStream",
+    "ServedEngine",
+    "StepFailed",
+]
 
 Result = TypeVar("Result")
 STOPPED = "The engine stopped before the answer was done."
@@ -85,6 +93,31 @@ class RequestStream:
     def put(self, output: RequestOutput | Ending) -> None:
         """Hand ``output`` to the reader; called in the stream's event loop."""
         self._outputs.put_nowait(output)
+
+
+class ServedEngine(Protocol):
+    """What a server needs of an engine: one in a thread, or replicas of it; see ``AsyncEngine``."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def sampling_defaults(self) -> dict[str, float]: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def is_alive(self) -> bool: ...
+    def start(self) -> None: ...
+    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream: ...
+    async def report(self) -> CacheReport: ...
+    async def call(self, function: Callable[[Engine], Result]) -> Result: ...
+    async def cache_view(self) -> dict[str, Any]: ...
+    async def reset_prefix_cache(self) -> None: ...
+    async def drain(self) -> None: ...
+    def stop(self) -> None: ...
 
 
 class AsyncEngine:
@@ -198,6 +231,16 @@ class AsyncEngine:
                 raise EngineStopped("The engine has stopped.")
             self._order(run)
         return await asyncio.wrap_future(answer)
+
+    async def report(self) -> CacheReport:
+        """See ``Engine.report``."""
+        return await self.call(lambda engine: engine.report())
+
+    async def cache_view(self) -> dict[str, Any]:
+        """The report as plain data, with an outline of the tree."""
+        return await self.call(
+            lambda engine: engine.cache_report() | {"tree": engine.outline().splitlines()}
+        )
 
     async def cache_report(self) -> dict[str, Any]:
         return await self.call(lambda engine: engine.cache_report())

@@ -20,10 +20,11 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
     from engine.run.sampler import Sampler
 
     runner = ModelRunner(config)
-    return runner, Sampler(runner.vocab_size), _tokenizer(config, runner.vocab_size)
+    return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
 
 
-def _tokenizer(config: EngineConfig, vocab_size: int) -> Tokenizer:
+def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer that ``config`` names, or token ids as they are. Imports no torch by itself."""
     from engine.text.hugging_face import has_tokenizer, load_tokenizer, named_eos
     from engine.text.token_ids import IdTokenizer
 

@@ -29,7 +29,7 @@ from hybridcache.lab.simulation.target import RunConfig
 REPLICAS = 8
 LOAD = 1.0
 TIED = 0.01
-"""Of the token hit rate: runs of one router over other seeds of a trace differ by more."""
+"""Of the token hit rate: within a point, or within a twentieth of the mean TTFT, is a tie."""
 TTFT_TIED = 0.05
 ROUTERS = (
     "round_robin",

@@ -145,6 +145,10 @@ class CacheStats:
     def token_hit_rate(self) -> float:
         return self.total.token_hit_rate
 
+    def clear(self) -> None:
+        """Count from here on."""
+        vars(self).update(vars(CacheStats()))
+
     def as_dict(self) -> dict[str, int]:
         """All counters, namespaces added up."""
         return self.total.as_dict() | {

@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "tokens",
     "hybridcache/lab": "build export extras geometry interface lease policies results routing "
     "tokens units watch",
-    "hybridcache/routing": "export policies tokens",
+    "hybridcache/routing": "export interface policies tokens",
     "engine/config.py": "",
     "engine/environment.py": "config",
     "engine/text": "",
@@ -98,6 +98,7 @@ MAY_IMPORT = {
     "engine/run": "config drafts environment interfaces requests schedule text",
     "engine/server": "async_engine engine guided history requests schedule text watch",
     "engine/watch.py": "engine requests",
+    "engine/fleet": "async_engine build config engine requests schedule text",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may
 not."""

@@ -27,6 +27,7 @@ from hybridcache.extras import how_to_install
 from hybridcache.units import counted, format_seconds
 
 if TYPE_CHECKING:
+    from engine.async_engine import ServedEngine
     from engine.text.outputs import RequestOutput
 
 Command = Callable[[argparse.Namespace], int]
@@ -230,7 +231,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     engine_config = read_config(EngineConfig, arguments)
     from engine.server.app import bind, serve
 
+    served: ServedEngine
     with bind(server_config) as listener:  # Before anything slow: a taken port is reported at once.
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        address = f"http://{host}:{port}/v1"
+        if server_config.replicas > 1:
+            from engine.command.replicas import start_replicas
+
+            served, screen = start_replicas(engine_config, server_config, address)
+            print(screen, flush=True)
+            serve(served, server_config, listener)
+            return 0
         from engine.async_engine import AsyncEngine
         from engine.command.screen import start_screen
         from engine.engine import Engine
@@ -239,9 +251,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         engine, trace = Engine(engine_config), None
         if server_config.trace is not None:
             trace = start_trace(engine, server_config.trace)
-        host, port = listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        print(start_screen(engine, f"http://{host}:{port}/v1"), flush=True)
+        print(start_screen(engine, address), flush=True)
         serve(AsyncEngine(engine), server_config, listener)
         if trace is not None:
             trace.close()

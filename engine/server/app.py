@@ -16,8 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from engine import Engine
-from engine.async_engine import AsyncEngine
+from engine.async_engine import ServedEngine
 from engine.server import access, errors, openapi
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
@@ -49,7 +48,7 @@ FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     """The application that serves ``engine``, which starts and stops with it."""
     workers = Workers()
     front = ServingContext(engine, config, workers)
@@ -165,7 +164,7 @@ def _add_watching(app: FastAPI, front: ServingContext) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        report = await front.engine.call(lambda engine: engine.report())
+        report = await front.engine.report()
         return Response(front.metrics.render(report), media_type=front.metrics.content_type)
 
 
@@ -175,11 +174,7 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
     @app.get("/v1/cache")
     async def cache(request: Request) -> dict[str, Any]:
         operator.check(request)
-
-        def read(engine: Engine) -> dict[str, Any]:
-            return engine.cache_report() | {"tree": engine.outline().splitlines()}
-
-        return await front.engine.call(read)
+        return await front.engine.cache_view()
 
     @app.get("/v1/cache/explanations/{answer_id}")
     async def explanation(
@@ -224,7 +219,7 @@ class Server(uvicorn.Server):
     """Ends what still runs ``drain_s`` after it was asked to stop, so that whoever waits for it
     learns why."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
         app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
@@ -249,7 +244,7 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._engine.stop)
 
 
-def serve(engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> None:
+def serve(engine: ServedEngine, config: ServerConfig, listener: socket.socket) -> None:
     """Serve on ``listener`` until SIGTERM or SIGINT; then finish what runs, for at most
     ``drain_s``."""
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.

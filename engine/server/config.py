@@ -34,6 +34,16 @@ class ServerConfig:
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    replicas: int = field(
+        default=1, metadata={"help": "so many engines on Ray Serve, a core each, behind one router"}
+    )
+    router: str = field(
+        default="checkpoint",
+        metadata={
+            "help": "with replicas: which one a request goes to: checkpoint, kv, text, session, "
+            "least_loaded, round_robin, module:Class"
+        },
+    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "name clients use; default: the model directory's name"}
     )
@@ -162,6 +172,8 @@ class ServerConfig:
             )
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
+        if self.replicas < 1:
+            raise ValueError(f"--replicas {self.replicas} must be 1 or more.")
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
         if not 0 < self.body_timeout_s < math.inf:

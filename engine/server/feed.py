@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from engine.async_engine import AsyncEngine, EngineStopped
+from engine.async_engine import EngineStopped, ServedEngine
 from engine.server.errors import APIError
 from engine.server.workers import Workers
 from engine.watch import TooLarge, Watch
@@ -43,7 +43,7 @@ class Feed:
     event loop."""
 
     def __init__(
-        self, engine: AsyncEngine, workers: Workers, max_kept_bytes: int = MAX_KEPT_BYTES
+        self, engine: ServedEngine, workers: Workers, max_kept_bytes: int = MAX_KEPT_BYTES
     ) -> None:
         self._engine, self._workers = engine, workers
         self._max_kept_bytes = max_kept_bytes

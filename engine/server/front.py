@@ -15,7 +15,7 @@ import numpy as np
 from fastapi import Response
 
 from engine import Grammar, RequestOutput, RequestSpec
-from engine.async_engine import AsyncEngine, EngineStopped, QueueFull, RequestStream
+from engine.async_engine import EngineStopped, QueueFull, RequestStream, ServedEngine
 from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
@@ -34,7 +34,7 @@ from hybridcache.results import Losses
 class ServingContext:
     """One engine behind one model name."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, workers: Workers) -> None:
+    def __init__(self, engine: ServedEngine, config: ServerConfig, workers: Workers) -> None:
         self.engine = engine
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content

@@ -3,6 +3,7 @@ yet, with the checkpoints that each will leave."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable
 
 from hybridcache.routing.protocol import RouteRequest
@@ -30,7 +31,7 @@ class OnTheWay:
     def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
         """``request`` goes here, and will leave a checkpoint at each of ``positions``. O(n log n)
         in them."""
-        self._prompts[request.id] = request, tuple(sorted(positions, reverse=True)), num_new
+        self._prompts[request.id] = request, tuple(sorted(positions)), num_new
         self.num_new += num_new
 
     def over(self, request: Hashable) -> None:
@@ -41,19 +42,33 @@ class OnTheWay:
 
     def depth(self, request: RouteRequest) -> int:
         """Ids of ``request`` that can be resumed here once all that is on the way has come.
-        O(positions + the longest prefix that one of them shares with it)."""
-        tokens, deepest = request.tokens, 0
+        O(requests on the way + what they share with it)."""
+        deepest = 0
         for other, positions, _ in self._prompts.values():
-            if other.namespace != request.namespace:
-                continue
-            for position in positions:
-                if position <= deepest:
-                    break
-                if position < len(tokens) and tokens[:position] == other.tokens[:position]:
-                    deepest = position
-                    break
+            if other.namespace == request.namespace and positions and positions[-1] > deepest:
+                shared = min(_shared(other.tokens, request.tokens), len(request.tokens) - 1)
+                number = bisect_right(positions, shared)
+                if number:
+                    deepest = max(deepest, positions[number - 1])
         return deepest
 
     def check(self) -> None:
         """AssertionError unless its sum is that of what is here."""
         assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())
+
+
+_BLOCK = 256
+"""Ids that are compared at once."""
+
+
+def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """How long both begin alike."""
+    shorter, start = min(len(left), len(right)), 0
+    while start < shorter:
+        end = min(start + _BLOCK, shorter)
+        if left[start:end] != right[start:end]:
+            break
+        start = end
+    while start < shorter and left[start] == right[start]:
+        start += 1
+    return start

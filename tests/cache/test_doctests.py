@@ -24,6 +24,7 @@ MODULES = (
     "routing.hashing",
     "routing.load",
     "routing.on_the_way",
+    "routing.outbox",
     "tokens",
     "stats",
 )

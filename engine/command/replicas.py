@@ -1,0 +1,29 @@
+"""``engine serve --replicas``: the engines behind the server, and what it says of them."""
+
+from __future__ import annotations
+
+import os
+
+from engine.config import EngineConfig
+from engine.fleet.front import FleetEngine
+from engine.fleet.start import start_fleet
+from engine.server.config import ServerConfig
+
+
+def start_replicas(
+    config: EngineConfig, server: ServerConfig, address: str
+) -> tuple[FleetEngine, str]:
+    """(replicas that have loaded, the start screen)."""
+    name = f"engine-{os.getpid()}"
+    fleet = start_fleet(config, server.replicas, server.router, name)
+    facts = fleet.facts
+    rows = [
+        ("model", fleet.model_name),
+        ("replicas", f"{server.replicas} on Ray Serve, a core each"),
+        ("router", server.router),
+        ("context", f"{facts.max_model_len:,} tokens"),
+        ("memory", f"{facts.capacity_bytes / 2**20:,.0f} MiB each"),
+        ("prefill", f"{facts.prefill_tokens_per_s:,.0f} tokens/s, measured"),
+        ("address", address),
+    ]
+    return fleet, "\n".join(f"{name:<10}{value}" for name, value in rows)

@@ -1,0 +1,97 @@
+"""Who is there and where requests go: the router behind a lock, for Ray Serve asks in a thread of
+its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+
+from engine.fleet.order import Order
+from hybridcache.routing.outbox import EventBatch
+from hybridcache.routing.protocol import Router
+
+FLEETS: dict[str, Fleet] = {}
+"""By name: Ray Serve makes its request router itself, from a class and plain values, and so the
+class finds here what it serves. A process that is no server has none."""
+
+
+class Fleet:
+    """The replicas of one server. All verbs from any thread."""
+
+    def __init__(self, make: Callable[[], Router], on_join: Callable[[str], None]) -> None:
+        self._make, self._on_join = make, on_join
+        self._router: Router | None = None
+        self._lock = threading.Lock()
+        self._members: list[str] = []
+        self._placed: dict[Hashable, str] = {}
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Replicas that are up, the oldest first."""
+        with self._lock:
+            return tuple(self._members)
+
+    def begin(self) -> None:
+        """The router can be made: the replicas have said what they are."""
+        with self._lock:
+            self._router = self._make()
+            for replica in self._members:
+                self._router.joined(replica, time.monotonic())
+
+    def set_members(self, replicas: Iterable[str]) -> None:
+        """These are up, no others."""
+        found = set(replicas)
+        with self._lock:
+            gone = [replica for replica in self._members if replica not in found]
+            new = sorted(found.difference(self._members))
+            self._members = [each for each in self._members if each in found] + new
+            now = time.monotonic()
+            for replica in gone if self._router is not None else ():
+                assert self._router is not None
+                for request in self._router.left(replica, now):
+                    self._placed.pop(request, None)
+            for replica in new if self._router is not None else ():
+                assert self._router is not None
+                self._router.joined(replica, now)
+        for replica in new:
+            self._on_join(replica)
+
+    def left(self, replica: str) -> None:
+        """One is gone."""
+        self.set_members(each for each in self.members if each != replica)
+
+    def place(self, order: Order, candidates: Iterable[str]) -> str | None:
+        """Where ``order`` goes; asked again for the same request it answers the same while that
+        replica is up. None: not now. An order for a replica that is gone goes to another, which
+        refuses it."""
+        found = set(candidates)
+        with self._lock:
+            if order.replica is not None:
+                return order.replica if order.replica in found else next(iter(found), None)
+            if order.route is None or self._router is None:
+                return next((each for each in self._members if each in found), None)
+            where = self._placed.get(order.request_id)
+            if where is None and self._router.loads:
+                choice = self._router.route(order.route, time.monotonic())
+                where = self._placed[order.request_id] = str(choice.replica)
+            return where if where in found else None
+
+    def prefilled(self, request: str) -> None:
+        """Its first token has come."""
+        with self._lock:
+            if self._router is not None:
+                self._router.prefilled(request, time.monotonic())
+
+    def ended(self, request: str) -> None:
+        """It is over, or begins anew."""
+        with self._lock:
+            self._placed.pop(request, None)
+            if self._router is not None:
+                self._router.ended(request, time.monotonic())
+
+    def on_events(self, replica: str, batch: EventBatch) -> None:
+        """EventsLost: it is not the batch that is due."""
+        with self._lock:
+            if self._router is not None:
+                self._router.on_events(replica, *batch)

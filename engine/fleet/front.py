@@ -1,0 +1,248 @@
+"""Replicas as a server sees them: what ``AsyncEngine`` is for one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from engine.async_engine import EngineStopped, QueueFull, RequestStream, StepFailed
+from engine.build import load_tokenizer_of, sampling_defaults
+from engine.config import EngineConfig
+from engine.fleet.answer import Answer
+from engine.fleet.fleet import Fleet
+from engine.fleet.order import Order, ReplicaFacts
+from engine.fleet.reports import summed
+from engine.requests.intake import Intake
+from engine.requests.spec import Prompt, RequestSpec
+from engine.schedule.report import CacheReport
+from engine.text.tokenizer import Tokenizer
+from hybridcache.routing.outbox import EventsLost
+from hybridcache.routing.protocol import RouteRequest
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+Result = TypeVar("Result")
+CALL_S = 30.0
+"""How long a replica may take to report."""
+RETRY_S = 0.2
+logger = logging.getLogger(__name__)
+
+
+class FleetEngine:
+    """Several engines. ``submit``, ``drain`` and what is awaited belong to one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        handle: Any,
+        fleet: Fleet,
+        facts: ReplicaFacts,
+        model_name: str,
+        shut_down: Callable[[], None],
+        is_death: Callable[[Exception], bool],
+    ) -> None:
+        """``handle``: Ray Serve's, of ``EngineReplica``; ``is_death`` tells what it raises where a
+        replica goes from what the replica itself raised."""
+        self.config = config
+        self.facts = facts
+        self.model_name = model_name
+        self.sampling_defaults = sampling_defaults(config)
+        self.tokenizer: Tokenizer | None = load_tokenizer_of(config, facts.vocab_size)
+        self._handle, self._fleet = handle, fleet
+        self._shut_down, self._is_death = shut_down, is_death
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            sampling_defaults=self.sampling_defaults,
+            seed=config.seed,
+            clock=time.perf_counter,
+        )
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._waiting: set[str] = set()
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_open = True
+
+    @property
+    def max_model_len(self) -> int:
+        return self.facts.max_model_len
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a replica is up."""
+        return self._is_open and bool(self._fleet.members)
+
+    def start(self) -> None:
+        """Follow the events of those that are up, and of those that join."""
+        self._loop = asyncio.get_running_loop()
+        for replica in self._fleet.members:
+            self.follow(replica)
+
+    def joined(self, replica: str) -> None:
+        """A replica is up; called from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.follow, replica)
+
+    def follow(self, replica: str) -> None:
+        """Hand a replica's events to the router for as long as it is up."""
+        if replica not in self._followers:
+            self._followers[replica] = asyncio.ensure_future(self._follow(replica))
+
+    async def _follow(self, replica: str) -> None:
+        due = 0
+        try:
+            while replica in self._fleet.members:
+                follow = self._handle.options(method_name="events", stream=True)
+                batches = follow.remote(Order(replica=replica, sequence=due))
+                try:
+                    async for batch in batches:
+                        self._fleet.on_events(replica, batch)
+                        due = batch.sequence + 1
+                except EventsLost:
+                    batches.cancel()
+                    due = 0  # a mirror that contradicts itself is made anew
+                except Exception as error:  # whatever Ray raises while a replica goes
+                    logger.info("the events of replica %s broke off: %s", replica, error)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            del self._followers[replica]
+
+    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
+        """See ``AsyncEngine.submit``."""
+        if not self._is_open:
+            raise EngineStopped("The engine is stopping and takes no more requests.")
+        asked = RequestSpec.of(prompt, None, {})
+        request = self._intake.prepare(asked)
+        if len(self._waiting) >= self.config.max_queue:
+            raise QueueFull(self.config.max_queue)
+        request_id = request.request_id
+        stream = RequestStream(request_id, self._abort)
+        spec = replace(
+            asked,
+            prompt=request.report().prompt_token_ids.copy(),
+            sampling=replace(request.params, seed=request.seed),
+            boundaries=request.boundaries,
+            request_id=request_id,
+        )
+        self._waiting.add(request_id)
+        task = asyncio.ensure_future(self._answer(request_id, spec, stream))
+        self._tasks[request_id] = task
+        return stream
+
+    def _abort(self, request_id: str) -> None:
+        task = self._tasks.get(request_id)
+        if task is not None:
+            task.cancel()
+
+    async def _answer(self, request_id: str, spec: RequestSpec, stream: RequestStream) -> None:
+        tokens = np.asarray(spec.prompt)
+        answer = Answer(tokens)
+        route = RouteRequest(
+            request_id,
+            tuple(tokens.tolist()),
+            spec.namespace,
+            boundaries=tuple(spec.boundaries),
+        )
+        order = Order(request_id, spec, route)
+        generate = self._handle.options(method_name="generate", stream=True)
+        try:
+            while True:
+                outputs = generate.remote(order)
+                try:
+                    async for output in outputs:
+                        if not answer.num_tokens and output.new_token_ids:
+                            self._waiting.discard(request_id)
+                            self._fleet.prefilled(request_id)
+                        stream.put(
+                            StepFailed(output.error) if output.error else answer.whole(output)
+                        )
+                    return
+                except asyncio.CancelledError:
+                    outputs.cancel()
+                    raise
+                except Exception as error:
+                    if not self._is_death(error):
+                        stream.put(StepFailed(_cause(error)))
+                        return
+                    if answer.num_tokens:
+                        stream.put(StepFailed(answer.broken_off))
+                        return
+                    logger.warning("request %s lost its replica and begins anew", request_id)
+                    self._fleet.ended(request_id)
+        except asyncio.CancelledError:
+            if not self._is_open:
+                stream.put(EngineStopped("The engine stopped before the answer was done."))
+        finally:
+            self._fleet.ended(request_id)
+            self._waiting.discard(request_id)
+            del self._tasks[request_id]
+
+    async def _each(self, method: str) -> dict[str, Any]:
+        """What a method says on each replica that is up and answers."""
+        asked = {
+            replica: self._handle.options(method_name=method).remote(Order(replica=replica))
+            for replica in self._fleet.members
+        }
+        found = {}
+        for replica, response in asked.items():
+            try:
+                found[replica] = await asyncio.wait_for(response, CALL_S)
+            except Exception as error:  # whatever Ray raises while a replica goes
+                logger.info("replica %s did not answer %s: %s", replica, method, error)
+        if not found:
+            raise EngineStopped("No replica answers.")
+        return found
+
+    async def report(self) -> CacheReport:
+        """The replicas' reports as one. EngineStopped: none answers."""
+        return summed(list((await self._each("report")).values()))
+
+    async def call(self, function: Callable[[Engine], Result]) -> Result:
+        """EngineStopped: what reads one engine's tree, as the page does, has none to read here."""
+        raise EngineStopped(
+            "This server has replicas and no engine of its own: /v1/cache has what each holds."
+        )
+
+    async def cache_view(self) -> dict[str, Any]:
+        """The sum, and each replica's own."""
+        replicas = await self._each("view")
+        total = (await self.report()).as_dict()
+        return total | {"replicas": replicas}
+
+    async def reset_prefix_cache(self) -> None:
+        """On every replica."""
+        await self._each("reset")
+
+    async def drain(self) -> None:
+        """Take no more requests, finish those there are, and end the replicas."""
+        self._is_open = False
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks.values()))
+        for follower in tuple(self._followers.values()):
+            follower.cancel()
+        await asyncio.to_thread(self._shut_down)
+
+    def stop(self) -> None:
+        """Requests that are not done fail with EngineStopped. From any thread."""
+        self._is_open = False
+        if self._loop is not None and not self._loop.is_closed():
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        for task in tuple(self._tasks.values()):
+            task.cancel()
+
+
+def _cause(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__

@@ -1,0 +1,37 @@
+"""The reports of several caches as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+from engine.schedule.report import CacheReport, PoolReport
+
+
+def summed(reports: Sequence[CacheReport]) -> CacheReport:
+    """Sizes and counts added up, rates of the sums; settings are those of the first.
+
+    ValueError: there is no report."""
+    if not reports:
+        raise ValueError("no replica is up")
+    usage = {name: sum(each.usage[name] for each in reports) for name in reports[0].usage}
+    return replace(
+        reports[0],
+        bytes=_pool([each.bytes for each in reports]),
+        kv=_pool([each.kv for each in reports]),
+        slots=_pool([each.slots for each in reports]),
+        num_running=sum(each.num_running for each in reports),
+        num_waiting=sum(each.num_waiting for each in reports),
+        token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
+        request_hit_rate=_rate(usage["hits"], usage["requests"]),
+        usage=usage,
+    )
+
+
+def _pool(pools: Sequence[PoolReport]) -> PoolReport:
+    names = [field.name for field in fields(PoolReport)]
+    return PoolReport(**{name: sum(getattr(pool, name) for pool in pools) for name in names})
+
+
+def _rate(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

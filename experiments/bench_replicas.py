@@ -1,0 +1,109 @@
+"""Two replicas of the built-in model on Ray Serve, a chat load with the engine's own answers: the
+hit rate beside the simulator's forecast for the very requests that were asked.
+
+    python -m experiments.bench_replicas [--replicas 2] [--routers checkpoint,text-ray]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+
+from engine import EngineConfig, SamplingParams
+from engine.command.inspect import load_geometry
+from engine.fleet.front import FleetEngine
+from engine.fleet.start import PerToken, start_fleet
+from engine.requests.spec import RequestSpec
+from experiments.lab import keep, rounded
+from hybridcache import RunConfig, Trace, TraceRequest
+from hybridcache.lab.replicas.fleet import FleetConfig
+from hybridcache.lab.replicas.runs import FleetJob, run_fleet
+
+SYSTEMS, SYSTEM, QUESTION, ANSWER = 4, 320, 60, 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--routers", default="checkpoint")
+    parser.add_argument("--conversations", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--cache-gib", type=float, default=0.05)
+    parser.add_argument(
+        "--pause", type=float, default=1.0, help="seconds between turns, on average"
+    )
+    options = parser.parse_args()
+    records = []
+    for router in options.routers.split(","):
+        config = EngineConfig(cache_gib=options.cache_gib, max_model_len=2048)
+        fleet = start_fleet(config, options.replicas, router, f"bench-{router}")
+        records.append(asyncio.run(_measure(fleet, router, options)))
+        print(records[-1], flush=True)
+    keep("bench_replicas", records)
+
+
+async def _measure(fleet: FleetEngine, router: str, options: argparse.Namespace) -> dict[str, Any]:
+    fleet.start()
+    asked: list[TraceRequest] = []
+    rng = np.random.default_rng(0)
+    vocab = fleet.facts.vocab_size
+    systems = [rng.integers(0, vocab, SYSTEM, dtype=np.int32) for _ in range(SYSTEMS)]
+    start = time.perf_counter()
+    hits: list[tuple[int, int, float]] = []
+
+    async def talk(number: int) -> None:
+        own = np.random.default_rng((1, number))
+        history = systems[number % SYSTEMS]
+        await asyncio.sleep(own.uniform(0, options.pause * options.conversations / 4))
+        for _ in range(options.turns):
+            question = own.integers(0, vocab, QUESTION, dtype=np.int32)
+            prompt = np.concatenate((history, question))
+            sampling = SamplingParams(max_tokens=ANSWER, ignore_eos=True, temperature=0.0)
+            spec = RequestSpec(prompt, sampling, boundaries=(SYSTEM,))
+            began = time.perf_counter()
+            first = 0.0
+            outputs = []
+            async for output in fleet.submit(spec):
+                first = first or time.perf_counter() - began
+                outputs.append(output)
+            hits.append((outputs[-1].cached_len, len(prompt), first))
+            answer = outputs[-1].output.copy()
+            asked.append(TraceRequest(began - start, number, None, prompt, answer, (SYSTEM,)))
+            history = np.concatenate((prompt, answer))
+            await asyncio.sleep(own.exponential(options.pause))
+
+    await asyncio.gather(*map(talk, range(options.conversations)))
+    facts = fleet.facts
+    await fleet.drain()
+    asked.sort(key=lambda request: request.timestamp_s)
+    times = PerToken(facts.prefill_tokens_per_s)
+    forecast = run_fleet(
+        Trace("bench_replicas", 1, tuple(asked).__iter__),
+        FleetJob(
+            RunConfig(load_geometry(None), budget_bytes=facts.capacity_bytes),
+            FleetConfig(options.replicas, router),
+            times,
+        ),
+    )
+    cached, tokens = sum(hit[0] for hit in hits), sum(hit[1] for hit in hits)
+    return rounded(
+        {
+            "router": router,
+            "replicas": options.replicas,
+            "requests": len(hits),
+            "token_hit_rate": cached / tokens,
+            "forecast_token_hit_rate": forecast.token_hit_rate,
+            "ttft_p50_s": float(np.median([hit[2] for hit in hits])),
+            "forecast_ttft_p50_s": forecast.ttft_s[50],
+            "prefill_tokens_per_s": facts.prefill_tokens_per_s,
+            "cache_mib": facts.capacity_bytes / 2**20,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
