@@ -134,6 +134,7 @@ def main() -> int:
         command += ["--phases", options.phases, "--max-examples", str(options.examples)]
         command += ["--seed", str(options.seed), "--report-json-path", str(report), "--no-color"]
         command += ["--suppress-health-check", "all", "--max-failures", "60", "--warnings", "off"]
+        command += ["--request-timeout", "30", "--exclude-path-regex", "/v1/cache/events"]
         if options.only:
             command += ["--include-path-regex", options.only]
         places = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])

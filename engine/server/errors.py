@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -77,6 +78,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(StepFailed)
     async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
         return of_failure(error).response(request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def _path(request: Request, error: RequestValidationError) -> JSONResponse:
+        field = str(error.errors()[0]["loc"][-1])
+        refusal = APIError(400, f"{quoted(field)} in the address is not of its kind.", param=field)
+        return refusal.response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:

@@ -11,20 +11,24 @@ from fastapi.openapi.utils import get_openapi
 from engine.server.errors import ANTHROPIC
 from engine.server.schemas import IGNORED, NEUTRAL
 
-OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
+OPERATORS = ("/reset_prefix_cache", "/flush_cache")
 STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
 REASONS = {
     "400": "The request is wrong, or asks for what can not be served.",
     "401": "A key is asked for.",
     "403": "Only the operator may ask.",
-    "404": "There is no such model.",
+    "404": "There is no such model, or nothing of this name.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "429": "As many requests wait as may.",
     "500": "The engine failed on this request.",
     "503": "The engine has stopped.",
 }
-PLAIN = {"/metrics": "text/plain", "/": "text/html"}
+PLAIN = {
+    "/metrics": "text/plain",
+    "/": "text/html",
+    "/v1/cache/events": "text/event-stream",
+}
 TEXT_OR_NULL = {"type": ["string", "null"]}
 ERROR = {
     "type": "object",
@@ -93,14 +97,14 @@ def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, An
     codes = ["401", "500", "503"]
     if has_body:
         codes += ["400", "404", "408", "413", "429"]
-    if path in OPERATORS:
+    if path in OPERATORS or path.startswith("/v1/cache"):
         codes.append("403")
-    if path.startswith("/v1/models/"):
-        codes.append("404")
+    if "{" in path:
+        codes += ["400", "404"]
     shape = "AnthropicError" if path.startswith(ANTHROPIC) else "Error"
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
     return answers | {
-        code: {"description": REASONS[code], "content": content} for code in sorted(codes)
+        code: {"description": REASONS[code], "content": content} for code in sorted(set(codes))
     }
 
 

@@ -175,8 +175,8 @@ class ResponsesRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True
