@@ -11,9 +11,9 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A browser of playwright's."""
+    """A browser of playwright's; a module long, for its event loop is in the way of others."""
     playwright = pytest.importorskip(
         "playwright.sync_api",
         reason="playwright is not installed: pip install playwright, and a Chromium on the PATH",
