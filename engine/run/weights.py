@@ -31,6 +31,8 @@ HEAD = "mtp."
 """A multi-token prediction head, which is read where it is asked for."""
 SKIPPED = ("model.visual.", "visual.")
 """Parts of a model's files that are known and not served: the visual tower."""
+STACKED_EXPERTS = "experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
+"""How names end of what all experts of a layer have in one tensor."""
 TIED_HEAD = "lm_head.weight"
 """A copy of the embedding where a model ties them: files may have it or not, and lists of modules
 name it either way."""
@@ -81,7 +83,7 @@ class WeightFiles:
     @property
     def has_stacked_experts(self) -> bool:
         """Whether all experts of a layer come as one tensor, in the model and in its head."""
-        return any(name.endswith("experts.gate_up_proj") for name in self.tensors)
+        return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
         """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming

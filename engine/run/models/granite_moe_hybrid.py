@@ -38,7 +38,8 @@ class GraniteMoeHybridConfig(ModelConfig):
 
 
 class GraniteMoeHybrid(Decoder):
-    """Experts come as two tensors of all; gate and up of every MLP as one."""
+    """Experts come as two tensors of all, or one by one where ``engine convert`` wrote them; gate
+    and up of every MLP as one."""
 
     model_types = ("granitemoehybrid",)
     config: GraniteMoeHybridConfig
@@ -97,7 +98,8 @@ class GraniteMoeHybrid(Decoder):
             return self.shared(name, sizes.intermediate)
         hidden, stem = self.config.hidden_size, f"{name}.block_sparse_moe"
         router = SoftmaxRouter(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
-        names = ExpertNames((f"{stem}.input_linear.weight",), f"{stem}.output_linear.weight")
+        each = stem if self.stacked_experts else f"{stem}.experts.{{}}"
+        names = ExpertNames((f"{each}.input_linear.weight",), f"{each}.output_linear.weight")
         experts = RoutedExperts(stem, hidden, sizes, router, names, self.build)
         return Beside([experts, self.shared(name, sizes.shared_intermediate)])
 

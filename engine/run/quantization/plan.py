@@ -27,7 +27,10 @@ LEFT_ALONE = (
 attention, the head, what joins the tokens of multi-token prediction."""
 OTHER_KINDS = re.compile(r"(.*\.)?(\w*embed\w*|wte|visual\..*|vision_tower\..*|vision_model\..*)")
 """Matrices that are no linear layer, and those of towers that see."""
-STACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+STACKED = re.compile(
+    r"(.*\.experts)\.(gate_up_proj|down_proj)|"
+    r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,16 @@ def plan_pieces(tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]
 
 
 def _parts(tensor: Tensor) -> list[Piece]:
-    """The tensor itself, or each expert's gate, up and down projection of a stacked one."""
+    """The tensor itself, or each expert's gate, up and down projection of a stacked one; of
+    Granite's, gate and up in one."""
     stacked = STACKED.fullmatch(tensor.name)
     if stacked is None or len(tensor.shape) != 3:
         return [Piece(tensor, tensor.name, tensor.shape)]
-    stem, kind = stacked.groups()
+    stem, kind = stacked.group(1, 2) if stacked.group(1) else stacked.group(3, 4)
+    if stacked.group(3):
+        stem += ".experts"
     count, rows, columns = tensor.shape
-    words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
     height = rows // len(words)
     return [
         Piece(

@@ -52,7 +52,10 @@ def widened(path):
     return plain
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2_moe", "nemotron_h"])
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2_moe", "nemotron_h", "granite_moe_hybrid"],
+)
 def test_int8_files_are_what_loading_makes(kind, oracles, driver_class, random_tokens, tmp_path):
     """The same bits as ``--quantization int8`` of the full-precision directory; experts that come
     stacked are written one by one."""
