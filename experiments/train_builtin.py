@@ -195,7 +195,7 @@ def export(
 ) -> None:
     """The model directory that ``engine serve`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.to(torch.bfloat16).contiguous() for name, w in model.state_dict().items()}
+    weights = {name: w.to(torch.bfloat16).contiguous() for name, w in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

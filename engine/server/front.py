@@ -201,14 +201,20 @@ def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, objec
             "cached_tokens": sum(output.cached_len for output in firsts),
             "lost_tokens": lost,
         },
-    } | ({"completion_tokens_details": _drafted(drafts)} if drafts else {})
+    } | ({"completion_tokens_details": _drafted(drafts, num_new)} if drafts else {})
 
 
-def _drafted(drafts: Sequence[DraftCounts]) -> dict[str, int]:
-    """What became of the tokens guessed ahead. ``verifications`` (ours): steps that had some."""
+def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | None]:
+    """What became of the tokens guessed ahead. Ours are ``verifications``, steps that had some,
+    ``acceptance_length``, mean tokens that such a step gave, and ``tokens_per_step``, of all steps
+    that gave any of the ``num_new`` tokens; null before the first."""
     num_accepted = sum(counts.accepted.total() for counts in drafts)
+    num_verified = sum(counts.num_verified for counts in drafts)
+    num_steps = num_new - num_accepted
     return {
         "accepted_prediction_tokens": num_accepted,
         "rejected_prediction_tokens": sum(c.drafted.total() for c in drafts) - num_accepted,
-        "verifications": sum(counts.num_verified for counts in drafts),
+        "verifications": num_verified,
+        "acceptance_length": 1 + num_accepted / num_verified if num_verified else None,
+        "tokens_per_step": num_new / num_steps if num_steps > 0 else None,
     }

@@ -53,6 +53,9 @@ class Metrics:
             "verifications",
             "Steps of a request that verified guesses: each gives one token and those accepted.",
         )
+        self.giving_steps = counter(
+            "token_steps", "Steps of a request that gave tokens: 1 each, and accepted guesses."
+        )
         self.preemptions = counter("preemptions", "Times a request gave up its memory to others.")
         self.queue_s = histogram("queue_seconds", "From arrival to being scheduled.", SLOW_S)
         self.ttft_s = histogram("ttft_seconds", "From arrival to the first token.", SLOW_S)
@@ -77,7 +80,9 @@ class Metrics:
                 for (source, place), number in tokens.items():
                     metric.labels(source, place).inc(number)
         num_tokens = len(output.output)
+        num_accepted = 0 if output.drafts is None else output.drafts.accepted.total()
         self.generated_tokens.inc(num_tokens)
+        self.giving_steps.inc(max(0, num_tokens - num_accepted))
         timings = output.timings
         for histogram, duration_s in (
             (self.queue_s, timings.queue_s),

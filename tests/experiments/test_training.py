@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from engine import Engine, EngineConfig, SamplingParams
+from engine.drafts.mtp import HeadDrafter
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments import train_builtin
 from experiments.training import corpus, tasks
@@ -126,3 +129,42 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch)
         return training.model.lm_head.weight.detach().clone()
 
     assert torch.equal(run(tmp_path / "a.pt", False), run(tmp_path / "b.pt", True))
+
+
+def test_the_engine_drafts_what_the_training_model_chains(tmp_path: Path) -> None:
+    """Guesses chained three deep are the likeliest tokens of the depths it was trained at, where
+    the text goes on as guessed: in float32, after a prompt, after decodes and after a hit."""
+    torch.manual_seed(4)
+    model = Model(TINY)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.normal_(weight, 0.1, 0.1)
+        elif weight.ndim == 2:
+            weight.data.mul_(4)
+    model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
+    train_builtin.export(model, tmp_path, {}, TINY | {"dtype": "float32"})
+    config = EngineConfig(model=str(tmp_path), device="cpu", cache_gib=0.02, draft="mtp:3")
+    engine = Engine(config)
+    asked: list[tuple[list[int], list[int]]] = []
+    propose = HeadDrafter.propose
+
+    def spy(self: HeadDrafter, wanted: Any) -> Any:
+        found = propose(self, [(request, 3) for request, _ in wanted])
+        for (request, _), tokens in zip(wanted, found, strict=True):
+            asked.append((request.tokens.tolist(), tokens.tolist()))
+        return [tokens[:most] for tokens, (_, most) in zip(found, wanted, strict=True)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeadDrafter, "propose", spy)
+        patch.setattr("engine.drafts.odds.MIN_ODDS", 0.0)
+        prompts = [torch.randint(0, 250, (length,)).tolist() for length in (5, 70, 70)]
+        prompts[2][:66] = prompts[1][:66]
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        outputs = [engine.generate([prompt], params)[0] for prompt in prompts]
+    assert [output.cached_len for output in outputs] == [0, 0, 64]
+    assert len(asked) > 9
+    for tokens, guesses in asked:
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens + guesses]), 3)
+        chained = [int(logits[d][0, len(tokens) - 2].argmax()) for d in (1, 2, 3)]
+        assert guesses == chained
