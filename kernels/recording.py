@@ -23,6 +23,7 @@ ALLOCATIONS = {
     aten.empty_like.default,
 }
 REPEATED = {
+    aten.argmax.default,
     aten.cat.default,
     aten.copy_.default,
     aten.embedding.default,

@@ -157,10 +157,8 @@ class ModelRunner:
         )
         rope, device = self.config.rope, self.device.torch_device
         self._rotary = RotaryTable(rope, max_model_len, device, self.dtype)
-        self._predictor: Predictor | None = None
-        if self._head is not None:
-            parts = self.model, self._head, self.tensors, self.table, self._rotary
-            self._predictor = Predictor(*parts, row_multiple=self.kernels["linear"].ROWS)
+        parts = self.model, self.tensors, self.table, self._rotary
+        self._predictor = None if self._head is None else Predictor(self._head, *parts)
         self.use_graphs(graphs)
 
     @property
@@ -225,13 +223,15 @@ class ModelRunner:
         if self.kernels.words().get("linear") != "native":
             return False
         decodes = self._decode_graphs(record_native)
-        parts = self.tensors, self.table, self._rotary, record_native
-        verifies = VerifyGraphs(self.model, self._forward, *parts)
+        parts = self.model, self._forward, self.tensors, self.table, self._rotary
+        verifies = VerifyGraphs(*parts, record_native)
         try:
             decodes.capture(decodes.buckets[-1])
             if self.num_step_states:
                 verifies.capture()
                 self.verify_graphs = verifies
+            if self._predictor is not None:
+                self._predictor.record(record_native)
         except NotRecordableError:
             return False
         self.graphs = decodes, None

@@ -3,17 +3,21 @@ guesses what comes next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.drafts.drafter import Newest
+from engine.run.graphs import Record, Replay
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.prediction import PredictionHead
+from engine.run.layers.prediction import PredictionHead, ahead
 from engine.run.layers.rotary import RotaryTable
-from engine.run.memory import Memory, RequestTable
+from engine.run.memory import Memory, Pools, RequestTable
 from engine.run.models.decoder import Decoder
 from hybridcache.tokens import Tokens
+from kernels.attention.sequences import Sequences
 from kernels.upload import upload
 
 
@@ -23,19 +27,29 @@ class Predictor:
 
     def __init__(
         self,
-        model: Decoder,
         head: PredictionHead,
+        model: Decoder,
         memory: Memory,
         table: RequestTable,
         rotary: RotaryTable,
-        *,
-        row_multiple: int,
     ) -> None:
         """``memory``'s last pools are the head's, and what lies behind its padding row is for
         guesses."""
         self._model, self._head = model, head
         self._pools, self._table, self._rotary = memory.pools[-1], table, rotary
-        self._first_row, self._row_multiple = memory.padding_row + 1, row_multiple
+        self._first_row = memory.padding_row + 1
+        self._row_multiple: int = model.build.kernels["linear"].ROWS
+        self._passes: Passes | None = None
+
+    def record(self, record: Record) -> None:
+        """Have passes of the head recorded; what NotRecordableError is raised for is not."""
+        passes = Passes(
+            self._model, self._head, self._pools, self._rotary, record,
+            num_requests=len(self._table.host) - 1, max_len=self._table.host.shape[1],
+            first_row=self._first_row,
+        )  # fmt: skip
+        passes.capture()
+        self._passes = passes
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
         """Take in a step that the model has computed; ``hidden`` is what it left."""
@@ -48,6 +62,18 @@ class Predictor:
         want one."""
         order = sorted(range(len(newest)), key=lambda rank: -most[rank])
         requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
+        if self._passes is not None:
+            guessed = self._passes.run(requests, wanted, self._table.host)
+        else:
+            guessed = self._run(requests, wanted)
+        columns = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
+        found: list[Tokens] = [columns[0]] * len(newest)
+        for place, rank in enumerate(order):
+            found[rank] = columns[place, : most[rank]]
+        return found
+
+    def _run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> list[torch.Tensor]:
+        """Tokens of each pass."""
         device = self._table.device.device
         tokens = upload([request.token_id for request in requests], torch.int64, device)
         slots = upload([request.slot for request in requests], torch.int64, device)
@@ -66,11 +92,7 @@ class Predictor:
             padded = -(-count // self._row_multiple) * self._row_multiple
             tokens = self._model.head(pad_rows(before, padded))[:count].argmax(-1)
             guessed.append(tokens)
-        columns = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
-        found: list[Tokens] = [columns[0]] * len(newest)
-        for place, rank in enumerate(order):
-            found[rank] = columns[place, : most[rank]]
-        return found
+        return guessed
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
         """int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest token, then
@@ -85,3 +107,83 @@ class Predictor:
         own = torch.arange(count, device=device)[:, None] * depth + ahead + self._first_row
         columns = upload(ends, torch.int64, device)[:, None] + ahead
         return rows.scatter_(1, columns, own.int())
+
+
+class Passes:
+    """Passes of the head on a CPU, recorded: one graph for each number of requests, which reads
+    lengths where they lie."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        head: PredictionHead,
+        pools: Pools,
+        rotary: RotaryTable,
+        record: Record,
+        *,
+        num_requests: int,
+        max_len: int,
+        first_row: int,
+    ) -> None:
+        self._model, self._head, self._pools = model, head, pools
+        self._rotary, self._record, self._first_row = rotary, record, first_row
+        self._replays: dict[int, Replay] = {}
+        self._columns = torch.zeros(3, num_requests, dtype=torch.int64)
+        """Newest token, its position and its row, of each request."""
+        self._lengths = torch.ones(num_requests, dtype=torch.int32)
+        self._ranks = torch.arange(num_requests, dtype=torch.int32)
+        self._rows = torch.zeros(num_requests, max_len, dtype=torch.int32)
+        """Those of positions 1, 2, ... of each request."""
+        self._before = pools[-1].new_zeros(num_requests, pools[-1].shape[1])
+
+    def capture(self) -> None:
+        """Make the graph of one request. Computes on what is nobody's."""
+        self._columns[1], self._columns[2] = 1, self._first_row
+        self._rows[0, 0] = self._first_row
+        self._replays[1] = self._record(self._work(1))
+
+    def run(
+        self, requests: Sequence[Newest], wanted: Sequence[int], table: npt.NDArray[np.int32]
+    ) -> list[torch.Tensor]:
+        """Tokens of each pass over the ``requests`` that still want one; ``wanted`` descends."""
+        columns, rows, depth = self._columns.numpy(), self._rows.numpy(), wanted[0]
+        for b, request in enumerate(requests):
+            end, own = request.position - 1, self._first_row + b * depth
+            rows[b, :end] = table[request.row, 1 : 1 + end]
+            rows[b, end : end + wanted[b]] = np.arange(own, own + wanted[b])
+            columns[:, b] = request.token_id, request.position, own
+        count = len(requests)
+        slots = torch.tensor([request.slot for request in requests])
+        self._before[:count] = self._pools[-1][slots]
+        self._lengths[:count] = self._columns[1, :count]
+        guessed = []
+        for step in range(depth):
+            count = sum(length > step for length in wanted)
+            if count in self._replays:
+                self._replays[count]()
+            else:
+                self._replays[count] = self._record(self._work(count))
+            guessed.append(self._columns[0, :count].clone())
+            columns[1:] += 1
+            self._lengths += 1
+        return guessed
+
+    def _work(self, count: int) -> Callable[[], None]:
+        tokens, positions, kv_indices = self._columns[:, :count].unbind()
+        sequences = Sequences(
+            rows=tuple(range(count)),
+            kv_lens=(1,) * count,
+            row_table=self._ranks[:count],
+            kv_len_table=self._lengths[:count],
+        )
+
+        def work() -> None:
+            inputs = ahead(
+                positions, kv_indices, self._rows, sequences, self._rotary, num_rows=count
+            )
+            embedded, before = self._model.embedding(tokens), self._before[:count]
+            hidden = self._head.advance(embedded, before, inputs, self._pools)
+            before.copy_(hidden)
+            tokens.copy_(self._model.head(hidden).argmax(-1))
+
+        return work

@@ -117,29 +117,51 @@ class PredictionHead:
         rows of positions 1, 2, ... lie; that of the token is written.
         """
         count, device = len(positions), embedded.device
-        num_rows = -(-count // self._row_multiple) * self._row_multiple
         at = upload(positions, torch.int64, device)
-        cos, sin = rotary(at)
-        inputs = LayerInputs(
-            num_tokens=count,
-            num_decode=count,
-            num_rows=num_rows,
-            cos=cos,
-            sin=sin,
-            kv_indices=rows.gather(1, at[:, None] - 1)[:, 0].long(),
-            table=rows,
-            decode=DecodePart(
-                Sequences.of(range(count), positions, device),
-                torch.empty(0, dtype=torch.int32, device=device),
-            ),
-            prefill=None,
-        )
+        inputs = ahead(
+            at, rows.gather(1, at[:, None] - 1)[:, 0].long(), rows,
+            Sequences.of(range(count), positions, device), rotary,
+            num_rows=-(-count // self._row_multiple) * self._row_multiple,
+        )  # fmt: skip
+        return self.advance(embedded, before, inputs, pools)
+
+    def advance(
+        self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> torch.Tensor:
+        """``draft``, with ``inputs`` as `ahead` makes them."""
+        count, num_rows = inputs.num_tokens, inputs.num_rows
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
         projected, residual = self._attention.project(entered, None)
         mixed = self._attention.block.mix(projected, inputs, pools[:2])
         hidden = self._attention.finish(mixed, projected)
         hidden, residual = self._mlp(hidden, residual, count)
         return self._norm.add(hidden, residual)[0][:count]
+
+
+def ahead(
+    positions: torch.Tensor,
+    kv_indices: torch.Tensor,
+    rows: torch.Tensor,
+    sequences: Sequences,
+    rotary: RotaryTable,
+    *,
+    num_rows: int,
+) -> LayerInputs:
+    """What the head's layer reads where one token of each sequence is taken to be at
+    ``positions``: int64 ``[B]``, as the rows ``kv_indices`` that are written."""
+    cos, sin = rotary(positions)
+    slots = torch.empty(0, dtype=torch.int32, device=positions.device)
+    return LayerInputs(
+        num_tokens=len(positions),
+        num_decode=len(positions),
+        num_rows=num_rows,
+        cos=cos,
+        sin=sin,
+        kv_indices=kv_indices,
+        table=rows,
+        decode=DecodePart(sequences, slots),
+        prefill=None,
+    )
 
 
 Kept = list[tuple[torch.Tensor, torch.Tensor]]

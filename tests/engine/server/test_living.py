@@ -331,6 +331,10 @@ def test_drafts_are_counted_for_the_client_and_in_the_metrics(
         == rejected + (both[0]["rejected_prediction_tokens"])
     )
     assert metrics["engine_verifications_total"] == sum(u["verifications"] for u in both)
+    assert used["acceptance_length"] == 1 + accepted / used["verifications"]
+    assert used["tokens_per_step"] == 50 / (50 - accepted) > 3
+    accepted += both[0]["accepted_prediction_tokens"]
+    assert metrics["engine_token_steps_total"] == 100 - accepted
     assert any(
         name.startswith("engine_accepted_tokens_total.") and "tree" in name for name in metrics
     )
