@@ -6,6 +6,7 @@ from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
+from experiments.mutations.engine.prediction import BREAKS_OF_PREDICTION
 from experiments.mutations.engine.schedule import BREAKS_OF_SCHEDULE
 from experiments.mutations.engine.tests import (
     ARENA_TESTS,
@@ -14,6 +15,7 @@ from experiments.mutations.engine.tests import (
     COUNTS,
     DRAWS,
     FAIRNESS_TESTS,
+    HEADS,
     LEASE_TESTS,
     MACHINES,
     MEMORY,
@@ -28,6 +30,7 @@ ENGINE = Mutations(
         *BREAKS_OF_SCHEDULE,
         *BREAKS_OF_MEMORY,
         *BREAKS_OF_LAYERS,
+        *BREAKS_OF_PREDICTION,
         *BREAKS_OF_ANSWERS,
         *BREAKS_OF_THREAD,
     ),
@@ -42,6 +45,7 @@ ENGINE = Mutations(
         *THREAD,
         *POOL,
         *VERIFIED,
+        *HEADS,
         LEASE_TESTS,
     ),
     machines=MACHINES,

@@ -17,6 +17,8 @@ LAYER_TESTS = "tests/engine/numerics/test_layers.py"
 POOLS_TESTS = "tests/engine/numerics/test_memory.py"
 DRAFT_TESTS = "tests/engine/test_drafts.py"
 VERIFY_TESTS = "tests/engine/numerics/test_verify.py"
+HEAD_TESTS = "tests/engine/test_head_drafts.py"
+PREDICTION_TESTS = "tests/engine/numerics/test_prediction.py"
 LEASE_TESTS = "tests/cache/test_lease.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
@@ -33,3 +35,4 @@ LAYERS = (LAYER_TESTS,)
 POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)
+HEADS = (HEAD_TESTS, PREDICTION_TESTS)

@@ -1,0 +1,62 @@
+"""Ways to break drafts of a multi-token head: what it follows, what it carries, what it reads."""
+
+from __future__ import annotations
+
+from experiments.mutations import Mutation
+from experiments.mutations.engine.tests import HEADS
+
+HEAD, PREDICT = "engine/run/layers/prediction.py", "engine/run/predict.py"
+RUNNER, INPUTS = "engine/run/model_runner.py", "engine/run/layers/inputs.py"
+
+BREAKS_OF_PREDICTION = (
+    Mutation(
+        "the head does not follow what is computed",
+        RUNNER,
+        "        hidden = self.model.forward(token_ids, step, mixers)\n"
+        "        if self._predictor is not None:\n",
+        "        hidden = self.model.forward(token_ids, step, mixers)\n        if False:\n",
+        HEADS,
+    ),
+    Mutation(
+        "the vector that a verification ends with is that of its last guess",
+        HEAD,
+        "        kept.append((part.step_slots.long(), own))\n",
+        "        kept.append((part.step_slots.long(), own[-1:].expand_as(own)))\n",
+        HEADS,
+    ),
+    Mutation(
+        "a checkpoint inside a prefill has no vector",
+        HEAD,
+        "            kept.append((exports.tables.slots.long(), saved))\n",
+        "",
+        HEADS,
+    ),
+    Mutation(
+        "a resumed prefill begins from nothing",
+        HEAD,
+        "torch.where(filled.resumed[:, None], carried[slots], 0)",
+        "torch.zeros_like(carried[slots])",
+        HEADS,
+    ),
+    Mutation(
+        "the first token of a verification follows its neighbour's last",
+        INPUTS,
+        "    before[running_sum(lengths)[:-1]] = num_tokens + np.arange(len(lengths))\n",
+        "    before[0] = num_tokens\n",
+        HEADS,
+    ),
+    Mutation(
+        "requests share the rows of their guesses",
+        PREDICT,
+        "end, own = request.position - 1, self._first_row + b * depth",
+        "end, own = request.position - 1, self._first_row",
+        HEADS,
+    ),
+    Mutation(
+        "a guess is written over the row before it",
+        PREDICT,
+        "            columns[1:] += 1\n",
+        "            columns[1] += 1\n",
+        HEADS,
+    ),
+)
