@@ -19,6 +19,7 @@ from engine.fleet.answer import Answer
 from engine.fleet.fleet import Fleet
 from engine.fleet.order import Order, ReplicaFacts
 from engine.fleet.reports import summed
+from engine.guided.grammar import Grammar
 from engine.requests.intake import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
@@ -115,6 +116,10 @@ class FleetEngine:
                     await asyncio.sleep(RETRY_S)
         finally:
             del self._followers[replica]
+
+    def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``; replicas compile it once more, when it reaches them."""
+        self._intake.guides.compile(grammar)
 
     def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
         """See ``AsyncEngine.submit``."""
