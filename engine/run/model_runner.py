@@ -15,13 +15,7 @@ from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
-from engine.run.layers.inputs import (
-    DecodePart,
-    LayerInputs,
-    PrefillPart,
-    VerifyPart,
-    tokens_before,
-)
+from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
 from engine.run.loading import DTYPES, load_model, resolve_dtype
@@ -30,15 +24,14 @@ from engine.run.model_config import ModelError, read_config
 from engine.run.models import read_model
 from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
+from engine.run.step_inputs import StepInputs
 from engine.run.warm_up import WarmUp, measure, warm_up
-from engine.schedule.batch import Batch, Segment, logit_rows
+from engine.schedule.batch import Batch, logit_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices, Tokens
 from hybridcache.units import GIB, counted
-from kernels.attention.sequences import Sequences
-from kernels.packed import Exports, Packed
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
@@ -148,7 +141,7 @@ class ModelRunner:
         )
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.tensors, self.table, self._rotary, self._predictor, self.graphs
+        del self.tensors, self.table, self._rotary, self.step_inputs, self._predictor, self.graphs
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
@@ -172,6 +165,9 @@ class ModelRunner:
         )
         rope, device = self.config.rope, self.device.torch_device
         self._rotary = RotaryTable(rope, max_model_len, device, self.dtype)
+        self.step_inputs = StepInputs(
+            self.tensors, self.table, self._rotary, multiple=self.kernels["linear"].ROWS
+        )
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor = None if self._head is None else Predictor(self._head, *parts)
         self.use_graphs(graphs)
@@ -329,7 +325,7 @@ class ModelRunner:
                 logits = decodes.run(batch.segments, patch)
             if logits is not None:
                 return logits if len(rows) == len(logits) else logits[self._int64(rows)]
-        token_ids, step = self._step(batch)
+        token_ids, step = self.step_inputs.of(batch)
         patch(token_ids)
         hidden: torch.Tensor | None = None
         if prefills is not None:
@@ -356,87 +352,6 @@ class ModelRunner:
         assert self._predictor is not None, "no head was asked for"
         self.device.make_current()
         return self._predictor.guess(newest, most)
-
-    def _step(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
-        """Token ids ``[num_rows]`` and everything the layers read."""
-        segments = batch.segments
-        num_tokens = batch.num_tokens
-        multiple = self.kernels["linear"].ROWS
-        num_rows = -(-num_tokens // multiple) * multiple
-        decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
-        verified = [segment for segment in segments if segment.num_drafts]
-        prefills = list(segments[len(decodes) + len(verified) :])
-        token_ids = np.zeros(num_rows, dtype=np.int64)
-        positions = np.empty(num_tokens, dtype=np.int64)
-        kv_indices = np.empty(num_tokens, dtype=np.int64)
-        offset = 0
-        for segment in segments:
-            span = slice(offset, offset + len(segment.token_ids))
-            token_ids[span] = segment.token_ids
-            positions[span] = np.arange(segment.start, segment.end)
-            kv_indices[span] = self.table.host[segment.row, segment.start : segment.end]
-            offset = span.stop
-        cos, sin = self._rotary(self._int64(positions))
-        step = LayerInputs(
-            num_tokens=num_tokens,
-            num_decode=len(decodes),
-            num_rows=num_rows,
-            cos=cos,
-            sin=sin,
-            kv_indices=self._int64(kv_indices),
-            table=self.table.device,
-            decode=self._decode_part(decodes) if decodes else None,
-            prefill=self._prefill_part(prefills) if prefills else None,
-            num_verify=sum(len(segment.token_ids) for segment in verified),
-            verify=self._verify_part(verified) if verified else None,
-        )
-        return self._int64(token_ids), step
-
-    def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
-        return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
-
-    def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
-        device = self.device.torch_device
-        lengths = [len(segment.token_ids) for segment in segments]
-        assert sum(lengths) <= self.num_step_states, "more tokens to verify than were planned"
-        steps = self.tensors.step_slots[: sum(lengths)]
-        return VerifyPart(
-            packed=Packed.from_lengths(lengths, device),
-            sequences=self._sequences(segments),
-            slots=self._slots(segments),
-            step_slots=upload(list(steps), torch.int32, device),
-            before=self._int64(tokens_before(lengths, sum(lengths))),
-        )
-
-    def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
-        device = self.device.torch_device
-        packed = Packed.from_lengths([len(segment.token_ids) for segment in segments], device)
-        exports = [
-            (rank, position - segment.start, slot)
-            for rank, segment in enumerate(segments)
-            for position, slot in segment.exports
-        ]
-        if self.tensors.checkpoints is not None:
-            staging = self.tensors.checkpoints.staging
-            exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
-        return PrefillPart(
-            packed=packed,
-            sequences=self._sequences(segments),
-            slots=self._slots(segments),
-            resumed=upload([segment.start > 0 for segment in segments], torch.bool, device),
-            exports=Exports.plan(packed, exports),
-        )
-
-    def _sequences(self, segments: Sequence[Segment]) -> Sequences:
-        return Sequences.of(
-            [segment.row for segment in segments],
-            [segment.end for segment in segments],
-            self.device.torch_device,
-        )
-
-    def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
-        slots = [segment.slot for segment in segments if segment.slot is not None]
-        return upload(slots, torch.int32, self.device.torch_device)
 
     def _move_rows(self, moves: Sequence[Move]) -> None:
         """Move after move, since one may read what another wrote."""

@@ -157,7 +157,7 @@ def test_steps_are_taken_in_their_order(make, random_tokens):
     sequence, write = driver.begin(random_tokens(70, seed=3, vocab_size=97))
     batch = Batch((driver.prefill_segment(sequence, 70, logits="all"),), (), (write,))
     logits = runner.forward(batch)
-    token_ids, inputs = runner._step(batch)
+    token_ids, inputs = runner.step_inputs.of(batch)
     stream, pools = model.embedding(token_ids), iter(runner.tensors.pools)
     _, *steps, norm, head = model._parts
     assert [type(step).__name__[0] for step in steps] == list("FMFMMFMF")
