@@ -88,7 +88,12 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": "positions of checkpoints are its multiples, tokens",
     },
     "--state-dtype": {
-        "help": "precision of checkpoints: float32, bfloat16, int8 (default: the model's own)"
+        "help": "precision of states: float32, bfloat16, int8 (default: the model's own)"
+    },
+    "--checkpoint-dtype": {
+        "default": "auto",
+        "help": "of checkpoints alone: bfloat16, int8 or fp8, the last two with :head, :row or "
+        ":column; running states then lie beside the memory (default: as states are)",
     },
     "--servers": {"type": int, "default": 1, "help": "prefills at the same time, for the TTFT"},
     "--times": {"help": "file of measured prefill times; default: a roofline of H100s"},
@@ -160,8 +165,8 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
     add = parser.add_argument
     add("--trace", required=True, action="append", help=_TRACE_HELP + "; may be repeated")
-    _share(parser, "--model", "--gib", "--state-dtype", "--grid", "--servers", "--times")
-    _share(parser, "--processes", "--ray", "--skip-bad")
+    _share(parser, "--model", "--gib", "--state-dtype", "--checkpoint-dtype", "--grid")
+    _share(parser, "--servers", "--times", "--processes", "--ray", "--skip-bad")
     add(
         "--policy",
         default="lru",
@@ -215,7 +220,6 @@ def _simulate(options: argparse.Namespace) -> int:
     refuse_without_replicas(options)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
-    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
 
     metrics = options.metric.split(",")
     for word in metrics:
@@ -240,22 +244,9 @@ def _simulate(options: argparse.Namespace) -> int:
 
             result = simulate(
                 trace,
-                model=options.model,
-                gib=options.gib,
-                policy=_split(options.policy),
-                checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
-                baseline=_split(options.baseline),
-                tiers=options.tiers,
+                **_asked(options),
                 bound=options.bound,
                 optimum=options.optimum,
-                memory=options.memory,
-                kv_share=options.kv_share,
-                state_dtype=options.state_dtype,
-                page_size=options.page_size,
-                grid=options.grid,
-                servers=options.servers,
-                max_running=options.max_running,
-                times=options.times,
                 processes=options.processes,
                 ray=options.ray,
                 resume_from=options.output,
@@ -276,28 +267,36 @@ def _simulate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a ``Sweep`` that say who competes, with what memory and on which machine."""
+    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+
+    as_they_are = [
+        "model",
+        "gib",
+        "tiers",
+        "memory",
+        "kv_share",
+        "state_dtype",
+        "checkpoint_dtype",
+        "page_size",
+        "grid",
+        "servers",
+        "max_running",
+        "times",
+    ]
+    return {name: getattr(options, name) for name in as_they_are} | {
+        "policy": _split(options.policy),
+        "checkpoints": options.checkpoints or DEFAULT_CHECKPOINTS,
+        "baseline": _split(options.baseline),
+    }
+
+
 def _write_page(trace: Trace, options: argparse.Namespace) -> None:
     from hybridcache.lab.recording import page_of
     from hybridcache.lab.simulation.simulate import Sweep
-    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
 
-    sweep = Sweep(
-        model=options.model,
-        gib=options.gib,
-        policy=_split(options.policy),
-        checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
-        baseline=_split(options.baseline),
-        tiers=options.tiers,
-        memory=options.memory,
-        kv_share=options.kv_share,
-        state_dtype=options.state_dtype,
-        page_size=options.page_size,
-        grid=options.grid,
-        servers=options.servers,
-        max_running=options.max_running,
-        times=options.times,
-    )
-    options.page.write_text(page_of(trace, sweep), encoding="utf-8")
+    options.page.write_text(page_of(trace, Sweep(**_asked(options))), encoding="utf-8")
 
 
 def _draw(

@@ -313,7 +313,12 @@ def test_only_what_the_engine_serves_is_advised_unless_more_is_asked_for(
 
 
 def test_advice_for_a_model_without_states() -> None:
-    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = ModelGeometry.from_config(config)
     advice = advise(short().head(40), model=model, gib=0.1, policies=("lru",))
     assert advice.kv_share == 1.0 and "0 GiB for states" in advice.text()

@@ -104,7 +104,12 @@ def test_a_peer_never_beats_the_bound_and_forgets_nothing_it_holds(baseline: str
 
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
 def test_peers_are_refused_for_a_model_without_states(baseline: str) -> None:
-    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = ModelGeometry.from_config(config, "plain")
     with pytest.raises(ValueError, match="plain has no linear layers"):
         simulate("short?head=20", model=model, gib=1, policy=(), baseline=baseline)
@@ -479,3 +484,19 @@ if __name__ == "__main__":
             for trace in GOLDEN_TRACES
         ]
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def test_checkpoints_in_fewer_bits_hold_more(tmp_path: Path) -> None:
+    """The format is part of a run's identity, so a file of one format's runs is not the other's."""
+    found = {
+        word: simulate(
+            "short",
+            gib=1.0,
+            bound=False,
+            checkpoint_dtype=word,
+            resume_from=tmp_path / "runs.jsonl",
+        ).runs[0]
+        for word in ("auto", "int8")
+    }
+    assert found["int8"].token_hit_rate > found["auto"].token_hit_rate
+    assert [run.config.checkpoint_dtype for run in found.values()] == ["auto", "int8"]

@@ -43,6 +43,7 @@ class RunIdentity:
     tpot_s: float
     times: str
     """What gives the prefill times."""
+    checkpoint_dtype: str = "auto"
 
 
 SIZES = ("gib", "num_kv_tokens", "num_slots")
@@ -72,6 +73,7 @@ def identify(config: RunConfig, serving: Serving, trace: str, tiers: bool | None
         max_running=serving.max_running,
         tpot_s=serving.tpot_s,
         times=describe_times(serving.times),
+        checkpoint_dtype=geometry.checkpoint_dtype,
     )
 
 

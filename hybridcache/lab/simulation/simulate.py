@@ -163,6 +163,8 @@ class Sweep:
     kv_share: float | None = None
     state_dtype: str | None = None
     """None keeps the model's own."""
+    checkpoint_dtype: str = "auto"
+    """Of checkpoints alone, as the engine's ``--checkpoint-dtype``; for a model by name or path."""
     page_size: int = 1
     grid: int = GRID
     servers: int = 1
@@ -182,7 +184,9 @@ class Sweep:
 
     def geometry(self) -> ModelGeometry:
         """The model, with states of the precision asked for."""
-        found = ModelGeometry.load(self.model) if isinstance(self.model, str) else self.model
+        found = self.model
+        if isinstance(found, str):
+            found = ModelGeometry.load(found, checkpoint_dtype=self.checkpoint_dtype)
         if found.num_linear_layers and self.state_dtype is not None:
             return found.with_state_dtype(self.state_dtype)
         return found
