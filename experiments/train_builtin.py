@@ -130,7 +130,7 @@ class Training:
     def __init__(self, data: Data, path: Path, *, seed: int) -> None:
         torch.manual_seed(seed)
         self.model = Model(CONFIG)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, float]] = []
         self._data, self._path, self._seed = data, path, seed
         hidden = [p for n, p in self.model.named_parameters() if _is_matrix(n, p)]
@@ -160,6 +160,7 @@ class Training:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        self.tokens += token_ids.numel()
         return [float(loss) for loss in found.detach()]
 
     @torch.inference_mode()
@@ -181,6 +182,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
             "step": self.step,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "curve": self.curve,
         }
@@ -192,7 +194,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.seconds, self.curve = state["seconds"], state["curve"]
 
 
 def _is_matrix(name: str, weight: Tensor) -> bool:
@@ -223,7 +226,7 @@ def finish(training: Training, out: Path, settings: argparse.Namespace) -> dict[
         },
         "seed": settings.seed,
         "steps": training.step,
-        "tokens": training.step * settings.batch * settings.length,
+        "tokens": training.tokens,
         "seconds": round(training.seconds),
         "parameters": sum(weight.numel() for weight in training.model.parameters()),
         "held_out_bits_per_byte": training.evaluate(64),
@@ -321,7 +324,7 @@ def train(training: Training, args: argparse.Namespace) -> None:
             bar.n = round(training.seconds)
             bar.set_postfix(step=training.step, loss=f"{found[0]:.3f}")
             if training.step % EVALUATE_EVERY == 0:
-                row = {"step": training.step, "tokens": training.step * args.batch * args.length}
+                row = {"step": training.step, "tokens": training.tokens}
                 training.curve.append(row | training.evaluate(16))
             if training.step % SAVE_EVERY == 0:
                 training.save()

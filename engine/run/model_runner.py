@@ -166,7 +166,11 @@ class ModelRunner:
         rope, device = self.config.rope, self.device.torch_device
         self._rotary = RotaryTable(rope, max_model_len, device, self.dtype)
         self.step_inputs = StepInputs(
-            self.tensors, self.table, self._rotary, multiple=self.kernels["linear"].ROWS
+            self.tensors,
+            self.table,
+            self._rotary,
+            multiple=self.kernels["linear"].ROWS,
+            most_verified=self.num_step_states,
         )
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor = None if self._head is None else Predictor(self._head, *parts)

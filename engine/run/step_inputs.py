@@ -27,10 +27,17 @@ class StepInputs:
     """Lays out the tokens of a batch, its decodes first, in rows of a ``multiple``."""
 
     def __init__(
-        self, tensors: Memory, table: RequestTable, rotary: RotaryTable, multiple: int
+        self,
+        tensors: Memory,
+        table: RequestTable,
+        rotary: RotaryTable,
+        *,
+        multiple: int,
+        most_verified: int,
     ) -> None:
         self._tensors, self._table, self._rotary = tensors, table, rotary
-        self._multiple, self._device = multiple, table.device.device
+        self._multiple, self._most_verified = multiple, most_verified
+        self._device = table.device.device
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Token ids ``[num_rows]`` and everything the layers read."""
@@ -71,8 +78,8 @@ class StepInputs:
 
     def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
         lengths = [len(segment.token_ids) for segment in segments]
+        assert sum(lengths) <= self._most_verified, "more tokens to verify than were planned"
         steps = self._tensors.step_slots[: sum(lengths)]
-        assert len(steps) == sum(lengths), "more tokens to verify than were planned"
         return VerifyPart(
             packed=Packed.from_lengths(lengths, self._device),
             sequences=self._sequences(segments),

@@ -41,10 +41,10 @@ class SometimesBroken(ByteTokenizer):
         self._broken = broken
         self._num_decoders = 0
 
-    def stream_decoder(self) -> StreamDecoder:
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         self._num_decoders += 1
         fails_on = self._broken.get(self._num_decoders - 1)
-        return BrokenDecoder(fails_on) if fails_on else super().stream_decoder()
+        return BrokenDecoder(fails_on) if fails_on else super().stream_decoder(skip_special_tokens)
 
 
 def make_engine(

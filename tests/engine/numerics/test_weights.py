@@ -220,7 +220,7 @@ def test_unsupported_models_are_named():
     with pytest.raises(ModelError, match="no 'hidden_size'"):
         read_model({"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2})
     shape = {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1}
+    shape |= {"hidden_size": 64, "vocab_size": 9, "num_key_value_heads": 1, "intermediate_size": 8}
     with pytest.raises(ModelError, match="'yarn' are not supported"):
         read_model({**shape, "rope_scaling": {"rope_type": "yarn"}})
     for wrong, message in (
