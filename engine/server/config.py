@@ -174,6 +174,10 @@ class ServerConfig:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
         if self.replicas < 1:
             raise ValueError(f"--replicas {self.replicas} must be 1 or more.")
+        if self.trace is not None and self.replicas > 1:
+            raise ValueError(
+                f"--trace writes the steps of one engine: leave --replicas {self.replicas} out."
+            )
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
         if not 0 < self.body_timeout_s < math.inf:

@@ -153,3 +153,9 @@ def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     with pytest.raises(ValueError, match="--api-key-file"):
         serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
+
+
+def test_a_trace_is_of_one_engine() -> None:
+    with pytest.raises(ValueError, match="--trace writes the steps of one engine: leave --repl"):
+        ServerConfig(trace="trace.json", replicas=2)
+    assert ServerConfig(trace="trace.json").trace == "trace.json"
