@@ -91,7 +91,7 @@ class HermesReader(CallReader):
             self._read("".join((*self._pieces, self._close.flush())), "")
         elif self._state in (self._arguments, self._behind):
             self._finish()
-        elif self._state == self._closing:
+        elif self._state == self._closing and not is_cut:
             self._give_back(self._held)
 
 

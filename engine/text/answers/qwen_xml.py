@@ -156,7 +156,7 @@ class QwenXMLReader(CallReader):
             self._add_value(self._ends.flush())
             self._add("".join(self._pieces))
             self._finish()
-        elif self._state == self._closing:
+        elif self._state == self._closing and not is_cut:
             self._give_back(self._held)
 
 

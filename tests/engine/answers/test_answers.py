@@ -186,6 +186,13 @@ def test_a_call_that_was_cut_is_left_open() -> None:
     assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')]
     inside = text[: text.index("nn")]
     assert read(XML, inside, is_cut=True)[2] == [("weather", '{"city": "Bo')]
+    assert read(XML, text[:-3], is_cut=True)[1] == "", "the closing mark was cut, not written"
+
+
+def test_a_closing_mark_that_was_cut_is_no_text() -> None:
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": true}}\n</tool_call>'
+    assert read(HERMES, text[:-3], is_cut=True) == ("", "", [("f", '{"a": true}')])
+    assert read(HERMES, text[:-3])[1] == "</tool_ca"
 
 
 PIECES = st.sampled_from(
