@@ -44,7 +44,7 @@ def test_the_commands_parse() -> None:
         words = line.split("  ")[0].split("#")[0].split()
         assert words[1] in (
             *("trace", "simulate", "optimum", "advise"),
-            *("serve", "inspect", "convert"),
+            *("serve", "inspect", "convert", "record", "top"),
         ), line
         flags = {word for word in words if word.startswith("--")}
         depth = 3 if words[:2] == ["hybridcache", "trace"] else 2
