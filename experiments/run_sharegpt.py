@@ -133,8 +133,8 @@ def _add_caches(parser: Parser) -> None:
         "--cache-gib",
         type=float,
         nargs="+",
-        default=[0.125],
-        help="memory for KV and states, GiB (default: 0.125)",
+        default=[0.03],
+        help="memory for KV and states, GiB (default: 0.03)",
     )
     caches(
         "--checkpoints",
