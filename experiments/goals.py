@@ -228,10 +228,10 @@ class Rates:
         self._rates: dict[RunConfig, float] = {}
 
     def work_out(self, configs: Iterable[RunConfig]) -> None:
-        todo = list(dict.fromkeys(configs))
-        jobs = [Job(config, self._serving) for config in todo]
+        due = list(dict.fromkeys(configs))
+        jobs = [Job(config, self._serving) for config in due]
         results = run_sweep(self._trace, jobs, resume_from=self._path)
-        for config, result in zip(todo, results, strict=True):
+        for config, result in zip(due, results, strict=True):
             self._rates[config] = result.token_hit_rate
 
     def of(self, config: RunConfig) -> float:

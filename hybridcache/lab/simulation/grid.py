@@ -77,11 +77,11 @@ def run_grid(
     for number, key in enumerate(keys):
         if key in known:
             results[number] = known[key]
-    todo = [(number, job) for number, job in enumerate(jobs) if number not in results]
+    due = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if resume_from:
         _end_last_line(resume_from)
     with resume_from.open("a", encoding="utf-8") if resume_from else nullcontext() as file:
-        for number, result in _results(trace, todo, run, place):
+        for number, result in _results(trace, due, run, place):
             results[number] = result
             if file is not None:
                 file.write(json.dumps({"key": keys[number]} | write(result)) + "\n")
@@ -127,27 +127,27 @@ def _end_last_line(path: Path) -> None:
 
 
 def _results(
-    trace: Trace, todo: Sequence[tuple[int, Job]], run: Run[Job, Result], place: Place
+    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], place: Place
 ) -> Iterator[tuple[int, Result]]:
-    if place.ray is not None and todo:
-        yield from _on_ray(trace, todo, run, place.ray)
-    elif place.processes <= 1 or len(todo) <= 1:
+    if place.ray is not None and due:
+        yield from _on_ray(trace, due, run, place.ray)
+    elif place.processes <= 1 or len(due) <= 1:
         worker = _Worker(trace, run)
-        for number, job in todo:
+        for number, job in due:
             yield number, worker.run(job)
     else:
-        yield from _in_processes(trace, todo, run, place.processes)
+        yield from _in_processes(trace, due, run, place.processes)
 
 
 def _in_processes(
-    trace: Trace, todo: Sequence[tuple[int, Job]], run: Run[Job, Result], processes: int
+    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], processes: int
 ) -> Iterator[tuple[int, Result]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        min(processes, len(todo)), context, initializer=_start_worker, initargs=(trace, run)
+        min(processes, len(due)), context, initializer=_start_worker, initargs=(trace, run)
     ) as pool:
         others = multiprocessing.active_children()
-        futures = [pool.submit(_run_job, numbered) for numbered in todo]
+        futures = [pool.submit(_run_job, numbered) for numbered in due]
         try:
             for future in futures:
                 yield future.result()
@@ -162,7 +162,7 @@ def _in_processes(
 
 
 def _on_ray(
-    trace: Trace, todo: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
+    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
 ) -> Iterator[tuple[int, Result]]:
     """As Ray tasks of a core each, results as they come; a task whose machine dies is started
     again by Ray."""
@@ -178,7 +178,7 @@ def _on_ray(
     try:
         here = ray.put(trace)
         task = ray.remote(num_cpus=1)(_run_far)
-        queue = list(reversed(todo))
+        queue = list(reversed(due))
         running: list[Any] = []
         while queue or running:
             slots = max(1, int(ray.cluster_resources().get("CPU", 1))) * _LATER
