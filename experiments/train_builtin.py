@@ -68,10 +68,17 @@ DEPTH = 3
 DRAFT_WEIGHT = 0.3
 TASK_SHARE = 0.7
 """Of the tokens; the rest is code."""
+ANSWER_WEIGHT, DRAWN_WEIGHT, CODE_WEIGHT = 1.0, 0.1, 0.5
+"""What a token counts in the loss: answers can be told from the text before them, what a task draws
+can not."""
 WARM_UP = 100
 SAVE_EVERY = 200
 EVALUATE_EVERY = 1000
 FILES = ("config.json", "model.safetensors", "training.json")
+
+
+Row = list[tuple[int, float]]
+"""Token ids, each with its weight in the loss."""
 
 
 class Data:
@@ -85,13 +92,15 @@ class Data:
             dtype=np.int16,
         )
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Token ids and their weights."""
         rng = random.Random(f"{self._seed} {step}")
         rows = [
             self._task(rng) if rng.random() < TASK_SHARE else self._piece(rng)
             for _ in range(self._batch)
         ]
-        return torch.tensor(np.array(rows), dtype=torch.int64)
+        both = np.array(rows)
+        return torch.tensor(both[..., 0], dtype=torch.int64), torch.tensor(both[..., 1]).float()
 
     def held_out(self, rows: int) -> dict[str, Tensor]:
         """Kind to ``[rows, length]``."""
@@ -100,22 +109,24 @@ class Data:
         rng = random.Random(f"{self._seed} held out")
         return {
             "code": torch.tensor([code[s : s + self._length] for s in starts]),
-            "tasks": torch.tensor([self._task(rng) for _ in range(rows)]),
+            "tasks": torch.tensor([[i for i, _ in self._task(rng)] for _ in range(rows)]),
         }
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
-    def _piece(self, rng: random.Random) -> list[int]:
+    def _piece(self, rng: random.Random) -> Row:
         start = rng.randrange(len(self._code) - self._length)
-        return self._code[start : start + self._length].tolist()
+        return [(i, CODE_WEIGHT) for i in self._code[start : start + self._length].tolist()]
 
-    def _task(self, rng: random.Random) -> list[int]:
+    def _task(self, rng: random.Random) -> Row:
         template = self._tokenizer.chat_template
         assert template is not None
-        row: list[int] = []
+        row: Row = []
         while len(row) < self._length:
-            row.extend(self._ids(tasks.sample(rng, template.render)))
+            for text, is_answer in tasks.parts(tasks.sample(rng, template.render)):
+                weight = ANSWER_WEIGHT if is_answer else DRAWN_WEIGHT
+                row += [(i, weight) for i in self._ids(text)]
         return row[: self._length]
 
 
@@ -145,7 +156,7 @@ class Training:
 
     def one_step(self, progress: float) -> list[float]:
         """Losses of one batch in nats a token, by depth."""
-        token_ids = self._data.batch(self.step)
+        token_ids, weights = self._data.batch(self.step)
         depth = random.Random(f"{self._seed} depth {self.step}").randint(1, DEPTH)
         ramp = min(1.0, (self.step + 1) / WARM_UP)
         for optimiser, peak in zip(self._optimisers, self._peaks, strict=True):
@@ -153,7 +164,7 @@ class Training:
                 group["lr"] = ramp * learning_rate(progress, peak)
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(token_ids, depth)
-        found = losses(logits, token_ids)
+        found = losses(logits, token_ids, weights)
         (found[0] + DRAFT_WEIGHT * found[1:].mean()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self._optimisers:

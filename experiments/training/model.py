@@ -285,11 +285,13 @@ class Model(nn.Module):
         return logits
 
 
-def losses(logits: list[Tensor], token_ids: Tensor) -> Tensor:
-    """Mean cross entropy in nats a token at every depth, ``[depth + 1]``."""
-    return torch.stack(
-        [
-            F.cross_entropy(of[:, :-1].flatten(0, 1).float(), token_ids[:, d + 1 :].flatten())
-            for d, of in enumerate(logits)
-        ]
-    )
+def losses(logits: list[Tensor], token_ids: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy in nats a token at every depth, ``[depth + 1]``; ``weights`` ``[B, T]``
+    say what each token of ``token_ids`` counts."""
+    weights = torch.ones(token_ids.shape) if weights is None else weights
+    found = []
+    for d, of in enumerate(logits):
+        each = F.cross_entropy(of[:, :-1].mT.float(), token_ids[:, d + 1 :], reduction="none")
+        counts = weights[:, d + 1 :]
+        found.append((each * counts).sum() / counts.sum())
+    return torch.stack(found)

@@ -9,6 +9,7 @@ nothing is taken from any person's text.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ THINGS = _words(
     "buttons candles"
 )
 PLACES = _words("box bag shelf basket drawer tin crate jar")
+MOST = 99
+"""No number of a word problem is larger: a model of a few million weights learns these."""
 KEYS = _words(
     "amber birch cedar delta ember fjord grove heron ivory jasper karst lotus maple north opal "
     "pearl quartz raven slate tulip umber violet willow xenon yarrow zinc"
@@ -93,17 +96,19 @@ _TIMES = (
 def _step(
     rng: random.Random, value: int, name: str, other: str, thing: str, place: str
 ) -> tuple[str, str, int]:
-    """(sentence, sign, amount); the value stays between 0 and 200."""
-    signs = ["+", "+"]
+    """(sentence, sign, amount); the value stays between 0 and ``MOST``."""
+    signs = []
+    if value < MOST - 1:
+        signs += ["+", "+"]
     if value > 3:
         signs += ["-", "-"]
-    if 2 <= value <= 30:
+    if 2 <= value <= MOST // 4:
         signs.append("*")
     sign = rng.choice(signs)
     if sign == "+":
-        amount, forms = rng.randint(2, 40), _GAINS
+        amount, forms = rng.randint(2, min(MOST - value, 20)), _GAINS
     elif sign == "-":
-        amount, forms = rng.randint(2, min(value - 1, 40)), _LOSSES
+        amount, forms = rng.randint(2, min(value - 1, 20)), _LOSSES
     else:
         amount, forms = rng.randint(2, 4), _TIMES
     words = {"n": name, "o": other, "t": thing, "p": place, "a": amount}
@@ -128,21 +133,24 @@ def answer_of(text: str) -> int | None:
     return int(number) if number.lstrip("-").isdecimal() else None
 
 
-def look_up(rng: random.Random, rows: int) -> tuple[str, str]:
-    """(a table of ``rows`` keys and a question for one of them, its value)."""
+def look_up(rng: random.Random, rows: int, answered: int = 0) -> tuple[str, str]:
+    """(a table of ``rows`` keys and a question for one of them, its value); before it ``answered``
+    questions with their answers."""
     keys = [f"{rng.choice(KEYS)}-{rng.randint(10, 99)}" for _ in range(rows)]
     keys = list(dict.fromkeys(keys))
     values = [str(rng.randint(100, 999)) for _ in keys]
+    table = [f"{key} = {value}" for key, value in zip(keys, values, strict=True)]
+    before = [f"Look up: {row}" for row in rng.choices(table, k=answered)]
     rank = rng.randrange(len(keys))
-    table = "\n".join(f"{key} = {value}" for key, value in zip(keys, values, strict=True))
-    return f"Table:\n{table}\n\nLook up: {keys[rank]} =", f" {values[rank]}"
+    lines = ["Table:", *table, "", *before, f"Look up: {keys[rank]} ="]
+    return "\n".join(lines), f" {values[rank]}"
 
 
 def sums(rng: random.Random) -> str:
     """Lines of a word problem's working, from drawn numbers."""
     lines = []
     for _ in range(rng.randint(6, 16)):
-        value = rng.randint(2, rng.choice((40, 80, 160)))
+        value = rng.randint(2, rng.choice((MOST // 4, MOST)))
         _, sign, amount = _step(rng, value, "", "", "", "")
         after = {"+": value + amount, "-": value - amount, "*": value * amount}[sign]
         lines.append(f"{value} {sign} {amount} = {after}.\n")
@@ -271,9 +279,27 @@ def sample(rng: random.Random, render: Render) -> str:
     if kind == "sums":
         return sums(rng) + "<|endoftext|>"
     if kind == "look_up":
-        return "".join(look_up(rng, rng.choice((4, 8, 16, 24)))) + "\n<|endoftext|>"
+        table = look_up(rng, rng.choice((4, 8, 16, 24)), answered=rng.randint(4, 12))
+        return "".join(table) + "\n<|endoftext|>"
     if kind == "copying":
         return "".join(copying(rng)) + "\n<|endoftext|>"
     if kind == "tools":
         return render(tool_chat(rng), tools=rng.sample(TOOLS, len(TOOLS)))
     return render({"problem_chat": problem_chat, "chat": chat}[kind](rng))
+
+
+_ANSWER = re.compile(
+    r"(?:Answer:|Repeated:|Look up: \S+ =)(.*\n)|\d = (\d+\.\n)"
+    r"|<\|im_start\|>assistant\n((?s:.*?)<\|im_end\|>)|(<\|endoftext\|>)"
+)
+
+
+def parts(text: str) -> list[tuple[str, bool]]:
+    """A text of ``sample`` in pieces, each with whether it is an answer: what can be told from the
+    text before it. The rest is drawn, and a model can only guess it."""
+    found, end = [], 0
+    for match in _ANSWER.finditer(text):
+        start, stop = match.span(match.lastindex or 0)
+        found += [(text[end:start], False), (text[start:stop], True)]
+        end = stop
+    return [(piece, is_answer) for piece, is_answer in [*found, (text[end:], False)] if piece]
