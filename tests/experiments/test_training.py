@@ -108,6 +108,38 @@ def test_samples_are_seeded_and_of_every_kind() -> None:
         assert word in joined
 
 
+def test_answers_are_what_the_text_before_them_tells() -> None:
+    tokenizer, rng = ByteTokenizer(), random.Random(2)
+    assert tokenizer.chat_template is not None
+    answers = []
+    for _ in range(100):
+        text = tasks.sample(rng, tokenizer.chat_template.render)
+        pieces = tasks.parts(text)
+        assert "".join(piece for piece, _ in pieces) == text
+        assert tokenizer.encode(text) == [i for piece, _ in pieces for i in tokenizer.encode(piece)]
+        answers += [piece for piece, is_answer in pieces if is_answer]
+        drawn = "".join(piece for piece, is_answer in pieces if not is_answer)
+        assert not re.search(r"####|\d = \d+\.|<tool_call>\n", drawn)
+    for form in (r" \d+ . \d+ = .*#### \d+\n", r"\d+\.\n", r" \d{3}\n", r"<tool_call>\n.*"):
+        assert any(re.fullmatch(form, answer, re.DOTALL) for answer in answers), form
+
+
+def test_what_a_task_draws_hardly_counts() -> None:
+    token_ids, weights = train_builtin.Data(8, 128, seed=0).batch(0)
+    assert token_ids.shape == weights.shape
+    assert set(weights.unique().tolist()) == set(
+        torch.tensor(
+            [train_builtin.ANSWER_WEIGHT, train_builtin.DRAWN_WEIGHT, train_builtin.CODE_WEIGHT]
+        ).tolist()
+    )
+    logits, counts = [torch.randn(8, 128, 320)], weights[:, 1:].flatten()
+    mean = losses(logits, token_ids, weights)[0]
+    each = torch.nn.functional.cross_entropy(
+        logits[0][:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none"
+    )
+    torch.testing.assert_close(mean, (each * counts).sum() / counts.sum())
+
+
 def test_held_out_sources_are_never_trained_on() -> None:
     trained = {text.partition("\n")[0] for text in corpus.sources(held_out=False)}
     held_out = {text.partition("\n")[0] for text in corpus.sources(held_out=True)}
