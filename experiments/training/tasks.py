@@ -271,7 +271,7 @@ def sample(rng: random.Random, render: Render) -> str:
     does."""
     kind = rng.choices(
         ("problems", "problem_chat", "sums", "look_up", "copying", "tools", "chat"),
-        (10, 2, 6, 3, 2, 2, 1),
+        (10, 2, 24, 3, 2, 1, 1),
     )[0]
     if kind == "problems":
         prompt, problem = few_shot(rng, rng.choice((0, 2, 4)))
