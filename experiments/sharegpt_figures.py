@@ -29,6 +29,7 @@ CAUSES = {
     "never_checkpointed": ("never checkpointed", "#edae49"),
     "below_grid": ("below the grid", "#8d6a9f"),
     "refused": ("refused", "#3d3d3d"),
+    "not_fetched": ("not fetched", "#6a9a5b"),
 }
 """Where prompt tokens went: the words and colours of the stacked bars."""
 STYLE: dict[Any, Any] = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hybridcache.allocators.arena import ArenaAllocator
+from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.orders import DISK, HOST
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.core.lower import Tier
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.interface import PrefixCache
 from hybridcache.kv_only import RadixCache
@@ -18,6 +20,7 @@ from hybridcache.policies.eviction.tiers import Tiers
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
+from hybridcache.tiered import TieredRadixCache
 
 GRID = 64
 """Positions a checkpoint may take are its multiples, unless set otherwise: the kernels' chunk."""
@@ -61,6 +64,12 @@ class CacheConfig:
         default=True,
         metadata={"help": "evict checkpoints with a deeper one on their unforked path first"},
     )
+    host_bytes: int = field(
+        default=0, metadata={"help": "host memory for what leaves the device, bytes; 0: none"}
+    )
+    disk_bytes: int = field(
+        default=0, metadata={"help": "disk for what leaves the tier above it, bytes; 0: none"}
+    )
     ghost_bytes: int = field(
         default=16 << 20, metadata={"help": "host bytes for tokens remembered after their KV went"}
     )
@@ -92,11 +101,33 @@ class CacheConfig:
             )
         make_eviction(self.eviction)
         self._refuse_unknown_bytes()
+        self._refuse_bad_tiers()
+
+    def _refuse_bad_tiers(self) -> None:
+        """ValueError for lower tiers that can hold nothing."""
+        for word, num_bytes in self.lower_bytes.items():
+            if self.prefix_cache != "hybrid":
+                raise ValueError(
+                    f"{word}_bytes are for a hybrid cache, whose states decide what they are worth;"
+                    f" prefix_cache is {self.prefix_cache}: leave them 0"
+                )
+            if num_bytes < self.state_bytes + self.page_size * self.kv_bytes_per_token:
+                raise ValueError(
+                    f"{word}_bytes {num_bytes} hold no state of {self.state_bytes} bytes with a "
+                    "page of KV: give more, or 0"
+                )
+
+    @property
+    def lower_bytes(self) -> dict[str, int]:
+        """Bytes of each tier below the device, by its word, the nearest first."""
+        sizes = {HOST: self.host_bytes, DISK: self.disk_bytes}
+        return {word: size for word, size in sizes.items() if size}
 
     def _refuse_unknown_bytes(self) -> None:
         """ValueError where bytes decide and the defaults stand: a state never weighs what a token
         does."""
         decide = self.total_bytes is not None or self.eviction not in ("lru", LRU)
+        decide |= bool(self.lower_bytes)
         unknown = self.kv_bytes_per_token == 1 and self.state_bytes == 1
         if self.prefix_cache == "hybrid" and decide and unknown:
             raise ValueError(
@@ -151,7 +182,8 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
 
 
 def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
-    return HybridRadixCache(
+    make = TieredRadixCache if config.lower_bytes else HybridRadixCache
+    cache = make(
         pages,
         slots,
         build_policy(config),
@@ -159,6 +191,19 @@ def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocato
         item_bytes=ItemBytes(config.kv_bytes_per_token, config.state_bytes),
         ghost_bytes=config.ghost_bytes,
     )
+    if isinstance(cache, TieredRadixCache):
+        _attach_tiers(cache, config)
+    return cache
+
+
+def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
+    row_bytes, page_size = config.kv_bytes_per_token, config.page_size
+    tiers = []
+    for word, num_bytes in config.lower_bytes.items():
+        num_rows = num_bytes // row_bytes
+        pages = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
+        tiers.append(Tier(word, pages, build_policy(config)))
+    cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
 
 
 def _build_radix(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:

@@ -13,6 +13,7 @@ from hybridcache.core.check import check_cache
 from hybridcache.core.insertion import append, place, refresh, refuse_bad_insert
 from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
 from hybridcache.core.residency import Residency
+from hybridcache.interface import LowerMemory
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
@@ -22,6 +23,7 @@ from hybridcache.results import (
     InsertResult,
     Losses,
     PrefixMatch,
+    Resumable,
 )
 from hybridcache.stats import CacheStats
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
@@ -84,6 +86,7 @@ class HybridRadixCache:
         self.stats = CacheStats()
         self._step = lcm(grid, pages.page_size)
         self.arena = pages.arena
+        self.lower: LowerMemory | None = None
         self._pages = pages
         self._slots = slots
         self._num_slots = slots.capacity
@@ -214,6 +217,10 @@ class HybridRadixCache:
         rows.setflags(write=False)
         self._gathered.keep(kv, rows, extends, self._residency.cached_tokens)
         return rows
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """False: nothing lies below the device."""
+        return False
 
     def touch(self, match: PrefixMatch) -> None:
         """Count one request: refresh what it resumes from, record hits and losses. O(1)."""

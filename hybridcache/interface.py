@@ -21,13 +21,28 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hybridcache.results import Eviction, InsertResult, PrefixMatch
+from hybridcache.results import Eviction, InsertResult, PrefixMatch, Resumable
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
     from hybridcache.allocators.arena import ArenaAllocator
+    from hybridcache.allocators.orders import Orders
     from hybridcache.listener import Listener
     from hybridcache.stats import CacheStats
+
+
+class LowerMemory(Protocol):
+    """The tiers below the device (``core.lower``), as their owner sees them."""
+
+    words: tuple[str, ...]
+    """The tiers that there are, the nearest first: ``host``, ``disk``."""
+    row_bytes: int
+    state_rows: int
+    """Rows of any tier that a state takes."""
+    orders: Orders
+    """The copies that are still to be made."""
+    copied_rows: dict[tuple[str, str], int]
+    """Rows that went from one tier to another, by their words, so far."""
 
 
 class PrefixCache(Protocol):
@@ -43,6 +58,8 @@ class PrefixCache(Protocol):
     arena: ArenaAllocator | None
     """Where rows and slots are of one memory: what tells holders of moves. None: rows never
     move."""
+    lower: LowerMemory | None
+    """The tiers below the device; None: what is evicted is gone."""
 
     @property
     def free_tokens(self) -> int:
@@ -83,6 +100,11 @@ class PrefixCache(Protocol):
 
     def gather(self, node: Any) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position]. O(position)."""
+        ...
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """Bring to the device what lies in lower tiers; see ``TieredRadixCache.fetch``. False: it
+        is there no more, or there is no room."""
         ...
 
     def touch(self, match: PrefixMatch) -> None:

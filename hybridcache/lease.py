@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache.allocators.moves import Move
+from hybridcache.fetching import bring_up
 from hybridcache.interface import PrefixCache
-from hybridcache.policies.protocol import PlacementPolicy, Prefill
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.results import Losses, PrefixMatch
 from hybridcache.saving import Saved, Saving
 from hybridcache.tokens import Indices, Tokens
@@ -147,13 +148,19 @@ class Lease:
 
     @classmethod
     def begin(
-        cls, cache: PrefixCache, placement: PlacementPolicy, request: LeaseRequest
+        cls,
+        cache: PrefixCache,
+        placement: PlacementPolicy,
+        request: LeaseRequest,
+        exchange: FetchRule | None = None,
     ) -> Lease | None:
-        """Match, lock, take a state slot. None: no slot is available; nothing is held.
+        """Match, lock, take a state slot; bring up what is worth it. None: no slot is available;
+        nothing is held.
 
         Where the only available slot is the checkpoint the request would resume from, the request
         starts further up without it, and ``losses.refused`` counts the tokens; with ``reuse=False``
-        it counts all that was not read. O(len(tokens)).
+        it counts all that was not read. What is fetched is the cache's from then on, and resumed
+        from like all else; without an ``exchange`` nothing is. O(len(tokens)).
         """
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
@@ -179,6 +186,8 @@ class Lease:
                 node=match.node,
                 resumed=match.resumed,
             )
+        if match.lower and request.reuse:
+            match, receipt = bring_up(cache, match, receipt, readable, exchange)
         return cls(cache, placement, request, match, receipt, slot)
 
     def _count(self) -> None:

@@ -14,6 +14,7 @@ from hybridcache.results import (
     InsertResult,
     Losses,
     PrefixMatch,
+    Resumable,
 )
 from hybridcache.stats import CacheStats
 from hybridcache.tokens import Indices, Tokens, require_int32
@@ -36,6 +37,7 @@ class NullCache(PrefixCache):
         self.grid = grid
         self.stats = CacheStats()
         self.arena = pages.arena
+        self.lower = None
         self._pages = pages
         self._slots = slots
 
@@ -52,6 +54,10 @@ class NullCache(PrefixCache):
         require_int32(tokens, "tokens")
         n = len(tokens)
         return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """Nothing is anywhere: False. O(1)."""
+        return False
 
     def continuation(
         self, tokens: Tokens, max_tokens: int, namespace: Hashable = None, after: Any = None

@@ -25,6 +25,28 @@ class Losses(NamedTuple):
     skipped."""
     refused: int = 0
     """A checkpoint was there, but no memory was available to resume from it."""
+    not_fetched: int = 0
+    """A state and all KV are there, in lower tiers in part, and were not fetched: computing anew
+    was quicker, or no memory was available on the device."""
+
+    def reached(self, num_tokens: int) -> Losses:
+        """These, had ``num_tokens`` more tokens been reused: what lies nearest goes first."""
+        found = list(self)
+        for cause in (2, 3, 4, 1, 0):
+            less = min(num_tokens, found[cause])
+            found[cause] -= less
+            num_tokens -= less
+        return Losses(*found)
+
+
+class Resumable(NamedTuple):
+    """A position that could be resumed from if what lies in lower tiers were fetched."""
+
+    position: int
+    rows: tuple[int, ...]
+    """By tier, the nearest first: rows to copy to the device."""
+    node: Any
+    """Opaque: what ``fetch`` works on."""
 
 
 class PrefixMatch(NamedTuple):
@@ -54,6 +76,8 @@ class PrefixMatch(NamedTuple):
     resumed: Any = None
     """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only
     caches."""
+    lower: tuple[Resumable, ...] = ()
+    """Past ``cached_len``, ascending: what ``fetch`` could bring."""
 
 
 class InsertResult(NamedTuple):

@@ -29,6 +29,7 @@ class Usage:
         "missed_tokens",
         "never_checkpointed",
         "never_seen",
+        "not_fetched",
         "prompt_tokens",
         "refused",
         "requests",
@@ -46,6 +47,7 @@ class Usage:
         self.never_checkpointed = 0
         self.below_grid = 0
         self.refused = 0
+        self.not_fetched = 0
         self.missed = 0
         """Requests that would have resumed deeper from a checkpoint that was evicted."""
         self.missed_tokens = 0
@@ -65,6 +67,7 @@ class Usage:
         self.never_checkpointed += losses[3]
         self.below_grid += losses[4]
         self.refused += losses[5]
+        self.not_fetched += losses[6]
         if match.missed is not None:
             self.missed += 1
             self.missed_tokens += match.missed.position - cached_len

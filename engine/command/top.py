@@ -30,6 +30,7 @@ COLOURS = {
     "never_checkpointed": "magenta",
     "below_grid": "blue",
     "refused": "bright_magenta",
+    "not_fetched": "green",
 }
 WORDS = {name: name.replace("_", " ") for name in COLOURS} | {"cached": "reused"}
 GOING = ("waiting", "prefill", "decode")

@@ -25,6 +25,7 @@ Change = Literal[
 How = Literal["changed", "added", "removed", "reordered"]
 CAUSES = (
     "refused",
+    "not_fetched",
     "checkpoint_evicted",
     "never_checkpointed",
     "below_grid",
@@ -128,6 +129,7 @@ class Explanation:
 
 WORDS = {
     "refused": "found no memory to be resumed in",
+    "not_fetched": "lie in a lower tier and were not worth fetching",
     "checkpoint_evicted": "lie past a state that was evicted",
     "never_checkpointed": "lie past the last state that was saved",
     "below_grid": "lie past the last position at which a state may be saved",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hybridcache.core.check_lower import check_lower
 from hybridcache.core.residency import Residency
 from hybridcache.policies.protocol import candidates_of
 from hybridcache.radix.check import check_tree
@@ -37,6 +38,8 @@ def check_cache(residency: Residency, step: int) -> None:
         assert item.node.locks, f"{item} is withheld but not locked"
         assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
     _check_candidates(residency)
+    if residency.lower is not None:
+        check_lower(residency.lower, list(tree.nodes()), [*tree.roots.values()])
     serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
     assert len(set(serials)) == len(serials), "two items share a serial"
     assert all(serial < residency.num_items for serial in serials), "a serial from the future"

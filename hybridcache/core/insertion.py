@@ -83,6 +83,8 @@ def append(
         if inside is not None and length > node.end:
             upper = residency.split(inside, length)
             residency.tree.revive(upper)
+            if residency.lower is not None:
+                residency.lower.drop_kv(upper)
             residency.store_rows(upper, rows[node.end - first : length - first].copy())
             node = upper
     start, num_tokens = node.end - first, len(tokens)

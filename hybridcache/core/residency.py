@@ -29,6 +29,7 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.core.gathers import GatherCache
 from hybridcache.core.locks import NEW, LockedPaths
+from hybridcache.core.lower import LowerTiers
 from hybridcache.core.owners import RowOwners
 from hybridcache.listener import Listener
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
@@ -68,6 +69,8 @@ class Residency:
         self.policy = policy
         self.item_bytes = item_bytes
         self.stats = stats
+        self.lower: LowerTiers | None = None
+        """Where what is evicted may go; None costs a comparison."""
         self.listener: Listener | None = None
         """Notified of every change; None costs a comparison."""
         self.now = 0
@@ -123,7 +126,8 @@ class Residency:
         upper = self.tree.split(lower, position)
         kv = lower.kv
         if kv is None:
-            self.ghosts.shrink(len(upper.edge))
+            if self.lower is None or not self.lower.split(upper, lower):
+                self.ghosts.shrink(len(upper.edge))
             return upper
         if lower.deeper is not None:
             link(upper, lower.deeper)
@@ -140,15 +144,24 @@ class Residency:
 
     def revive(self, ghost: RadixNode, rows: Indices) -> None:
         """A ghost's tokens came again with ``rows``. ``offer_leaf`` is owed if it stays a leaf."""
-        self.ghosts.discard(ghost)
+        if self.lower is not None and self.lower.is_stored(ghost):
+            self.lower.drop_kv(ghost)
+        else:
+            self.ghosts.discard(ghost)
         self.tree.revive(ghost)
         self.store_rows(ghost, rows)
 
     def store_checkpoint(
-        self, node: RadixNode, slot: int, label: str, offered: bool, before: Link | None = None
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        before: Link | None = None,
+        uses: int = 0,
     ) -> Link:
-        """``slot`` becomes ``node``'s checkpoint. ``offered``: the policy knows ``node``'s KV if it
-        is a leaf.
+        """``slot`` becomes ``node``'s checkpoint, used ``uses`` times before. ``offered``: the
+        policy knows ``node``'s KV if it is a leaf.
 
         Returns what it follows in its run, for the next checkpoint above it to be given as
         ``before``: else each of many that come together would look for it past all the others'
@@ -157,6 +170,7 @@ class Residency:
         serial = self.num_items
         self.num_items = serial + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
+        checkpoint.uses = uses
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1
         revives = node.kv if offered and not node.children else None
@@ -176,6 +190,8 @@ class Residency:
         if node.locks:
             self.locked_paths.checkpoint_stored(node)
         node.lost_checkpoint = None
+        if node.below is not None and self.lower is not None:
+            self.lower.drop_state(node)
         self.policy.add(checkpoint)
         if revives is not None:
             self.policy.add(revives)
@@ -226,6 +242,8 @@ class Residency:
         node.lost_checkpoint = checkpoint
         self.num_checkpoints -= 1
         self.stats.evicted_slots += 1
+        if self.lower is not None:
+            self.lower.spill_state(node, checkpoint)
         self.slots.free(checkpoint.slot)
 
     def _drop_leaf(self, leaf: RadixNode) -> None:
@@ -291,7 +309,8 @@ class Residency:
         leaf.kv = None
         kv.indices = NO_ROWS  # a policy's queue may hold the segment for a while yet
         self.tree.fade(leaf)
-        self.ghosts.add(leaf)
+        if leaf.below is None or self.lower is None or not self.lower.spill_kv(leaf, rows):
+            self.ghosts.add(leaf)
         return parent
 
     def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:

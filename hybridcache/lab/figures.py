@@ -126,7 +126,7 @@ def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
 LOSSES = dict(
     zip(
         Losses._fields,
-        ("#d9d9d9", "#1b6ca8", "#c8553d", "#d99a1c", "#8a5a9e", "#555555"),
+        ("#d9d9d9", "#1b6ca8", "#c8553d", "#d99a1c", "#8a5a9e", "#555555", "#6a9a5b"),
         strict=True,
     )
 )

@@ -245,7 +245,7 @@ def losses_table(runs: Sequence[RunResult]) -> str:
     for run in runs:
         if run.losses is None:
             continue
-        parts = [run.cached_tokens, *(run.losses[cause] for cause in Losses._fields)]
+        parts = [run.cached_tokens, *(run.losses.get(cause, 0) for cause in Losses._fields)]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, size_label(run), *shares])
     return f"{text_table(header, rows)}\n{LOSSES_NOTE}"

@@ -6,7 +6,7 @@ sees the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 Kind = Literal["kv", "checkpoint"]
@@ -144,6 +144,19 @@ def candidates_of(policy: EvictionPolicy) -> Iterable[Item] | None:
     """What ``policy`` says that it holds; None where it can not tell."""
     tell: Callable[[], Iterable[Item] | None] | None = getattr(policy, "candidates", None)
     return None if tell is None else tell()
+
+
+class FetchRule(Protocol):
+    """Whether what lies in a lower tier is worth its copy: one exchange rate, seconds against
+    seconds."""
+
+    def seconds_saved(
+        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
+    ) -> float:
+        """Seconds that a prompt of ``prompt_len`` tokens is sooner computed where it resumes at
+        ``position`` after copying ``num_bytes`` from each tier, than where it resumes at
+        ``cached_len`` at once. 0 or less: not worth it."""
+        ...
 
 
 class Prefill(NamedTuple):

@@ -10,7 +10,7 @@ from hybridcache.radix.tree import RadixTree
 
 def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
     """AssertionError names the first invariant that fails. O(tree)."""
-    num_nodes = 0
+    num_nodes = num_stored = 0
     ghost_bytes = 0
     listed = {ghost: place for place, ghost in enumerate(ghosts.oldest_first())}
     for namespace, root in tree.roots.items():
@@ -21,14 +21,17 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
     for node in tree.nodes():
         num_nodes += 1
         _check_node(node, tree.page_size)
-        if node.kv is None:
+        if node.kv is None and node.below is not None and node.below.kv is not None:
+            assert node not in listed, f"{node} is in the ghost list, and its KV is in a tier"
+            num_stored += 1
+        elif node.kv is None:
             assert node in listed, f"ghost {node} is not in the ghost list"
             ghost_bytes += len(node.edge) + ghosts.node_bytes
             for child in members(node.ghosts):
                 assert listed[child] < listed[node], f"ghost {child} outlives its parent {node}"
         _check_run(node)
     assert num_nodes == tree.num_nodes, f"{num_nodes} nodes, counted {tree.num_nodes}"
-    num_ghosts = sum(node.kv is None for node in tree.nodes())
+    num_ghosts = sum(node.kv is None for node in tree.nodes()) - num_stored
     assert num_ghosts == len(listed), f"{len(listed)} ghosts listed, {num_ghosts} in the tree"
     assert ghost_bytes == ghosts.num_bytes, f"ghosts take {ghost_bytes}, counted {ghosts.num_bytes}"
     assert ghosts.num_bytes <= ghosts.limit_bytes, "ghosts are over their limit"

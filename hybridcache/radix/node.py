@@ -8,10 +8,13 @@ node without a segment is a *ghost*: its tokens are remembered, nothing can be r
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from hybridcache.radix.key import Edge, edge_tokens
 from hybridcache.tokens import Indices, Tokens
+
+if TYPE_CHECKING:
+    from hybridcache.radix.stored import Below, StoredState
 
 Family: TypeAlias = "RadixNode | dict[Hashable, RadixNode] | None"
 """The children of a node: None, the one child itself, or a dict of two and more by their keys. Most
@@ -32,6 +35,7 @@ class RadixNode:
     ``ghosts`` of its parent."""
 
     __slots__ = (
+        "below",
         "checkpoint",
         "children",
         "deeper",
@@ -69,6 +73,8 @@ class RadixNode:
         """At the top of a run: its first checkpoint (``radix.forks``)."""
         self.pins = 0
         """See ``locked_paths``."""
+        self.below: Below | None = None
+        """What lower memory holds of it (``radix.stored``)."""
 
     @property
     def start(self) -> int:
@@ -154,6 +160,7 @@ class Checkpoint:
         "serial",
         "shallower",
         "slot",
+        "stored",
         "superseded",
         "uses",
     )
@@ -181,6 +188,8 @@ class Checkpoint:
         self.shallower: RadixNode | Checkpoint | None = None
         self.deeper: Checkpoint | None = None
         """Its neighbours on its run (``radix.forks``); None and None once it was evicted."""
+        self.stored: StoredState | None = None
+        """What it became in a lower tier when it was evicted, if one let it in."""
         self.memo: Any = None
 
     @property

@@ -6,6 +6,7 @@ const CAUSES = [
   ["never_checkpointed", "never checkpointed", "Their KV is here; no state was ever saved at or past them."],
   ["below_grid", "below the grid", "Between the last position a checkpoint may take and the prompt's end."],
   ["refused", "refused", "A checkpoint was here, but no memory to resume from it."],
+  ["not_fetched", "not fetched", "In a lower tier, and not worth fetching."],
 ];
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 const brief = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });

@@ -1,0 +1,351 @@
+"""Memory below the device's: what is evicted from one tier is offered to the next.
+
+The tree stays as it is: what left the device is a tombstone or a ghost, whose KV and state may now
+lie in a lower tier (``RadixNode.below``). A thing lies in one tier alone: what comes back to the
+device, fetched or computed anew, leaves the tier it was in.
+
+A tier is rows, and nothing in it ever moves: a token's KV takes one, a state as many as hold its
+bytes, anywhere. Rules:
+
+- KV in tier t has its parent's KV in t or nearer, so a path is resumable from wherever it lies;
+- KV is in a tier only for something that needs it there: a state of that tier or nearer, at it or
+  below it. So what a tier's policy orders are its states, and KV follows them: when the last that
+  needs it goes a tier down, so does the KV; when that goes for good, the KV is freed;
+- a state that is offered is a candidate at once, and is let in unless it is itself the one that the
+  tier's policy would let go: admission is the eviction policy's word, ghosts and all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from hybridcache.allocators.orders import DEVICE, DISK, Copy, Drop, Orders
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.policies.protocol import EvictionPolicy, Item
+from hybridcache.radix.ghosts import GhostList
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, members
+from hybridcache.radix.stored import Below, StoredState
+from hybridcache.tokens import Indices, Tokens
+
+NO_ROWS: Indices = np.empty(0, np.int32)
+
+
+class Tier(NamedTuple):
+    """One lower memory."""
+
+    word: str
+    pages: PageAllocator
+    """Its rows."""
+    policy: EvictionPolicy
+    """Orders the states that it holds, and them alone."""
+
+
+class Taken(NamedTuple):
+    """What was on its way to the device and belongs to no node for the moment."""
+
+    nodes: tuple[RadixNode, ...]
+    """Ghosts, parents first; the last is the target unless that is resident."""
+    pieces: tuple[tuple[int, Indices], ...]
+    """(tier, rows) of the KV of each."""
+    state: StoredState
+
+
+class LowerTiers:
+    """The lower parts of one cache's nodes. Every change is also an order (``allocators.orders``),
+    and the numbers are in force at once.
+
+    An eviction costs O(log of the tier) in its policy, and O(1) a node that goes with it.
+    """
+
+    def __init__(
+        self, tiers: tuple[Tier, ...], ghosts: GhostList, item_bytes: ItemBytes, state_rows: int
+    ) -> None:
+        self.tiers = tiers
+        self.words = tuple(tier.word for tier in tiers)
+        """Of the tiers, the nearest first."""
+        self.state_rows = state_rows
+        self.row_bytes = item_bytes.kv_token
+        self.orders = Orders()
+        self.copied_rows: dict[tuple[str, str], int] = {}
+        """Rows that went from one tier to another, by their words, so far."""
+        self._ghosts = ghosts
+
+    def spill_state(self, node: RadixNode, checkpoint: Checkpoint) -> None:
+        """``checkpoint`` is about to leave the device: offer it to the nearest tier, and so on."""
+        src = np.array([checkpoint.slot], np.int32)
+        self._offer_state(checkpoint, 0, DEVICE, src)
+        below = node.below
+        checkpoint.stored = None if below is None else below.state
+
+    def _offer_state(
+        self, was: Checkpoint | StoredState, number: int, src_tier: str, src: Indices
+    ) -> bool:
+        """Let ``was`` into tier ``number`` or a lower one. False: none has it."""
+        while number < len(self.tiers):
+            node, tier = was.node, self.tiers[number]
+            state = StoredState.offered(was, number, NO_ROWS)
+            below = self._below(node)
+            below.state = state
+            tier.policy.add(state)
+            while tier.pages.num_free < self.state_rows:
+                victim = tier.policy.victim("checkpoint")
+                if victim is None or victim is state:
+                    break
+                self._evict(victim)
+            if tier.pages.num_free >= self.state_rows:
+                rows = tier.pages.allocate(self.state_rows)
+                assert rows is not None
+                state.rows = rows
+                self._copy("checkpoint", src_tier, src, tier.word, rows, node)
+                return True
+            tier.policy.discard(state, evicted=True)
+            below.state = None
+            self._tidy(node)
+            number += 1
+        return False
+
+    def spill_kv(self, ghost: RadixNode, rows: Indices) -> bool:
+        """``ghost`` has just left the device with ``rows``: keep its KV where something below it
+        needs it. False: nothing does, or there is no room, and then nothing below it stays
+        either."""
+        return self._offer_kv(ghost, 0, DEVICE, rows)
+
+    def _offer_kv(self, node: RadixNode, first: int, src_tier: str, src: Indices) -> bool:
+        """Let ``node``'s KV into the tier that needs it, ``first`` or below."""
+        while node.below is not None and (number := node.below.nearest) is not None:
+            number = max(number, first)
+            tier = self.tiers[number]
+            if tier.pages.num_free >= len(src):
+                rows = tier.pages.allocate(len(src))
+                assert rows is not None
+                self.hold_kv(node, number, rows)
+                self._copy("kv", src_tier, src, tier.word, rows, node)
+                return True
+            victim = tier.policy.victim("checkpoint")
+            if victim is None:
+                self._prune(node)
+                break
+            self._evict(victim)
+        return False
+
+    def _evict(self, item: Item) -> None:
+        """``item``, its tier's victim, goes a tier down or for good, and the KV with it that its
+        tier held for it alone."""
+        assert isinstance(item, StoredState)
+        node, number = item.node, item.tier
+        tier, below = self.tiers[number], node.below
+        assert below is not None and below.state is item
+        tier.policy.discard(item, evicted=True)
+        below.state = None
+        self._offer_state(item, number + 1, tier.word, item.rows)
+        self._release(number, item.rows)
+        self._sink(node, number)
+
+    def _sink(self, node: RadixNode, number: int) -> None:
+        """KV of tier ``number`` that nothing in it needs any more, from ``node`` upward, goes a
+        tier down with what needs it there, or is freed."""
+        above: RadixNode | None = node
+        while above is not None:
+            node, above = above, above.parent
+            below = node.below
+            if below is None:
+                return
+            if below.kv is None or below.kv_tier != number:
+                self._tidy(node)
+                return
+            nearest = below.nearest
+            if nearest is not None and nearest <= number:
+                return
+            rows = below.kv
+            self._let_go_of_kv(node)
+            if not self._offer_kv(node, number + 1, self.words[number], rows):
+                self._prune(node)
+                self._forget(node)
+            self._release(number, rows)
+
+    def _prune(self, node: RadixNode) -> None:
+        """Free all that lies at ``node`` and below it, but for its own KV."""
+        found = [node]
+        for one in found:
+            found += [child for child in members(one.ghosts) if child.below is not None]
+        for one in reversed(found):
+            below = one.below
+            if below is None:
+                continue
+            if below.state is not None:
+                self.drop_state(one)
+            if one is not node and below.kv is not None:
+                number, rows = below.kv_tier, below.kv
+                self._let_go_of_kv(one)
+                self._release(number, rows)
+                self._forget(one)
+            self._tidy(one)
+
+    def drop_state(self, node: RadixNode) -> None:
+        """``node``'s stored state goes: it is on the device again, or can not be resumed from."""
+        below = node.below
+        if below is None or below.state is None:
+            return
+        state = below.state
+        self.tiers[state.tier].policy.discard(state, evicted=False)
+        below.state = None
+        self._release(state.tier, state.rows)
+        self._tidy(node)
+
+    def drop_kv(self, node: RadixNode) -> None:
+        """``node``'s KV is on the device again, computed anew; it is a ghost still, or was one."""
+        below = node.below
+        if below is None or below.kv is None:
+            return
+        number, rows = below.kv_tier, below.kv
+        self._let_go_of_kv(node)
+        self._release(number, rows)
+        self._tidy(node)
+
+    def split(self, upper: RadixNode, lower: RadixNode) -> bool:
+        """A ghost was cut in two. False: it holds no KV here. O(tokens)."""
+        below = lower.below
+        if below is None or below.kv is None:
+            return False
+        cut = upper.end - upper.start
+        above = self._below(upper)
+        above.kv, above.kv_tier = below.kv[:cut].copy(), below.kv_tier
+        above.num_children[below.kv_tier] = 1
+        below.kv = below.kv[cut:].copy()
+        return True
+
+    def take(self, target: RadixNode) -> Taken:
+        """Part the state at ``target`` and the KV down to it from their nodes, before room is made
+        for them on the device, which may need theirs. ``put_back`` or ``give`` is owed. O(path)."""
+        assert target.below is not None and target.below.state is not None
+        state = target.below.state
+        self.tiers[state.tier].policy.discard(state, evicted=False)
+        target.below.state = None
+        nodes, node = [], target
+        while node.kv is None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        pieces = []
+        for node in nodes:
+            assert node.below is not None and node.below.kv is not None
+            pieces.append((node.below.kv_tier, node.below.kv))
+            self._let_go_of_kv(node)
+        return Taken(tuple(reversed(nodes)), tuple(reversed(pieces)), state)
+
+    def put_back(self, taken: Taken) -> None:
+        """There was no room on the device: all is where it was. O(path)."""
+        for node, (number, rows) in zip(taken.nodes, taken.pieces, strict=True):
+            self.hold_kv(node, number, rows)
+        self.hold_state(taken.state)
+
+    def give(self, taken: Taken, rows: Indices, slot: int) -> None:
+        """What was taken goes to ``rows``, the KV of all its nodes one after the other, and to
+        ``slot`` on the device. O(rows)."""
+        start = 0
+        for node, (number, src) in zip(taken.nodes, taken.pieces, strict=True):
+            end = start + len(src)
+            self._copy("kv", self.words[number], src, DEVICE, rows[start:end], node)
+            self._release(number, src)
+            self._tidy(node)
+            start = end
+        state = taken.state
+        dst = np.array([slot], np.int32)
+        self._copy("checkpoint", self.words[state.tier], state.rows, DEVICE, dst, state.node)
+        self._release(state.tier, state.rows)
+        self._tidy(state.node)
+
+    def used(self, state: StoredState, now: int) -> None:
+        """A request resumes from ``state``, which is about to be fetched."""
+        state.last_used = now
+        state.uses += 1
+        self.tiers[state.tier].policy.touch(state)
+
+    def missed(self, checkpoint: Checkpoint) -> None:
+        """A request would have resumed from ``checkpoint``: if a tier had it, and let it go, its
+        policy is told."""
+        state = checkpoint.stored
+        if state is None:
+            return
+        below = state.node.below
+        if below is None or below.state is not state:
+            self.tiers[state.tier].policy.missed(state)
+
+    def clear(self) -> None:
+        """Free everything. O(stored)."""
+        for number, tier in enumerate(self.tiers):
+            while (victim := tier.policy.victim("checkpoint")) is not None:
+                assert isinstance(victim, StoredState)
+                node = victim.node
+                self.drop_state(node)
+                self._prune(node)
+                self._sink(node, number)
+
+    def is_stored(self, node: RadixNode) -> bool:
+        """Whether the KV of ``node``, a ghost, lies here. O(1)."""
+        return node.below is not None and node.below.kv is not None
+
+    def _below(self, node: RadixNode) -> Below:
+        if node.below is None:
+            node.below = Below(len(self.tiers))
+        return node.below
+
+    def _tidy(self, node: RadixNode) -> None:
+        if node.below is not None and node.below.is_empty:
+            node.below = None
+
+    def hold_state(self, state: StoredState) -> None:
+        """``state``, whose rows are its tier's already, hangs on its node from now on."""
+        self._below(state.node).state = state
+        self.tiers[state.tier].policy.add(state)
+
+    def hold_kv(self, node: RadixNode, number: int, rows: Indices) -> None:
+        """``rows`` of tier ``number`` are those of ``node``, a ghost, from now on."""
+        below, parent = self._below(node), node.parent
+        assert below.kv is None and parent is not None
+        below.kv, below.kv_tier = rows, number
+        self._below(parent).num_children[number] += 1
+
+    def _let_go_of_kv(self, node: RadixNode) -> None:
+        """``node``'s rows are the caller's."""
+        below, parent = node.below, node.parent
+        assert below is not None and parent is not None and parent.below is not None
+        below.kv = None
+        parent.below.num_children[below.kv_tier] -= 1
+        self._tidy(parent)
+
+    def _forget(self, ghost: RadixNode) -> None:
+        """Only the tokens of ``ghost`` are left."""
+        self._tidy(ghost)
+        self._ghosts.add(ghost)
+
+    def _release(self, number: int, rows: Indices) -> None:
+        tier = self.tiers[number]
+        tier.pages.release(rows)
+        if tier.word == DISK:
+            self.orders.add(Drop(DISK, rows))
+
+    def _copy(
+        self,
+        kind: Literal["kv", "checkpoint"],
+        src_tier: str,
+        src: Indices,
+        dst_tier: str,
+        dst: Indices,
+        node: RadixNode,
+    ) -> None:
+        num_rows = len(src) if kind == "kv" else self.state_rows
+        key = src_tier, dst_tier
+        self.copied_rows[key] = self.copied_rows.get(key, 0) + num_rows
+        path = path_of(node) if dst_tier == DISK else None
+        self.orders.add(Copy(kind, src_tier, src.copy(), dst_tier, dst.copy(), node.end, path))
+
+
+def path_of(node: RadixNode) -> tuple[object, Tokens]:
+    """(namespace, tokens from the root to the end of ``node``). O(position)."""
+    parts = []
+    while node.parent is not None:
+        parts.append(node.tokens)
+        node = node.parent
+    return node.key, np.concatenate(parts[::-1])

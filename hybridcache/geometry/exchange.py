@@ -1,0 +1,51 @@
+"""The one exchange rate between tiers: seconds of copy against seconds of prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hybridcache.geometry.times import PrefillTimes
+
+PCIE_BYTES_PER_S = 50e9
+"""What PCIe 5.0 x16 carries one way from pinned memory: 63 GB/s by its data sheet, less its
+protocol."""
+DISK_BYTES_PER_S = 6e9
+"""What one NVMe drive of that generation reads in sequence."""
+LATENCY_S = {"host": 20e-6, "disk": 200e-6}
+"""Of a copy of any size."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Copy times by tier beside the prefill times of a model on a machine: a ``FetchRule``."""
+
+    times: PrefillTimes
+    bytes_per_s: Mapping[str, float] = field(
+        default_factory=lambda: {"host": PCIE_BYTES_PER_S, "disk": DISK_BYTES_PER_S}
+    )
+    """By tier, to the device: measured, or from data sheets."""
+    latency_s: Mapping[str, float] = field(default_factory=lambda: dict(LATENCY_S))
+    unit: int = 1
+    """Tokens of one id, where a cache counts in units of many."""
+
+    def __post_init__(self) -> None:
+        for tier, rate in self.bytes_per_s.items():
+            if not rate > 0:
+                raise ValueError(f"{tier} carries {rate} bytes a second: it must be more than 0")
+
+    def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
+        """To bring so many bytes of each tier to the device, one tier after the other."""
+        return sum(
+            self.latency_s.get(tier, 0.0) + size / self.bytes_per_s[tier]
+            for tier, size in num_bytes.items()
+            if size
+        )
+
+    def seconds_saved(
+        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
+    ) -> float:
+        """See ``policies.protocol.FetchRule``."""
+        unit, seconds = self.unit, self.times.seconds
+        without = seconds(cached_len * unit, prompt_len * unit)
+        return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)

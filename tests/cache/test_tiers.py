@@ -1,0 +1,230 @@
+"""Tiers below the device: what goes where, what comes back, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.geometry.exchange import Exchange
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.words import parse_placement
+from hybridcache.tiered import TieredRadixCache
+from hybridcache.tokens import Tokens
+from tests.cache.serving import ids, serve
+from tests.cache.tiers import TieredMemory
+
+
+def churn(seed: int, num_requests: int, eviction: str = "lru") -> Counter[tuple[str, str, str]]:
+    """Traffic over a device, a host and a disk of a few nodes each; what was copied how often."""
+    rng = np.random.default_rng(seed)
+    config = CacheConfig(
+        total_bytes=int(rng.integers(40, 120)),
+        memory=str(rng.choice(["arena", "budget"])),
+        kv_bytes_per_token=2,
+        state_bytes=int(rng.choice([3, 8, 20])),
+        grid=int(rng.choice([1, 4])),
+        eviction=eviction,
+        host_bytes=int(rng.integers(40, 160)),
+        disk_bytes=int(rng.integers(60, 240)),
+        ghost_bytes=int(rng.choice([0, 5000, 1 << 20])),
+    )
+    memory = TieredMemory(config)
+    step, seen = memory.cache._step, [np.empty(0, np.int32)]
+    for _ in range(num_requests):
+        before = seen[rng.integers(max(0, len(seen) - 12), len(seen))]
+        kept = before[: rng.integers(len(before) + 1) if rng.random() < 0.4 else len(before)]
+        tokens = np.concatenate([kept, rng.integers(0, 2, rng.integers(1, 8), np.int32)])[:24]
+        seen.append(tokens)
+        places = {len(tokens) // step * step, int(rng.integers(0, len(tokens))) // step * step}
+        memory.serve(tokens, None, sorted(places - {0}), int(rng.integers(0, 3)))
+        memory.check()
+    return Counter((order.kind, order.src_tier, order.dst_tier) for order in memory.copied)
+
+
+@pytest.mark.parametrize("eviction", ["lru", "regret"])
+def test_a_stream_of_requests_keeps_every_byte_in_its_place(eviction: str):
+    copied: Counter[tuple[str, str, str]] = Counter()
+    for seed in range(4):
+        copied += churn(seed, 40, eviction)
+    ways = {("device", "host"), ("host", "disk"), ("host", "device"), ("disk", "device")}
+    assert set(copied) >= {(kind, *way) for kind in ("kv", "checkpoint") for way in ways}
+
+
+def tiered(**options: object) -> TieredRadixCache:
+    """Ten tokens of KV and two states on the device, and twice that on the host."""
+    sizes = {"num_kv_tokens": 20, "num_slots": 2, "host_bytes": 160}
+    given = {"kv_bytes_per_token": 2, "state_bytes": 10, "grid": 1}
+    cache = build_prefix_cache(CacheConfig(**(sizes | given | options)))
+    assert isinstance(cache, TieredRadixCache)
+    return cache
+
+
+def lower(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[int, ...]]]:
+    return [(one.position, one.rows) for one in cache.match(tokens).lower]
+
+
+def test_without_lower_tiers_nothing_is_lower():
+    config = CacheConfig(num_kv_tokens=20, num_slots=2, grid=1, state_bytes=10)
+    cache = build_prefix_cache(config)
+    serve(cache, ids("abcd"), [4])
+    assert cache.lower is None and cache.match(ids("abcd")).lower == ()
+
+
+def test_what_leaves_the_device_lies_on_the_host_state_and_kv():
+    cache = tiered()
+    serve(cache, ids("abcd"), [4])
+    cache.evict(num_tokens=4)
+    assert lower(cache, ids("abcdX")) == [(4, (4 + 5,))]
+    assert lower(cache, ids("abcX")) == []
+
+
+def test_kv_that_no_state_needs_is_not_kept():
+    cache = tiered()
+    serve(cache, ids("abcd"), [2])
+    cache.evict(num_tokens=1)
+    assert [order.kind for order in cache.lower.orders.take()] == []
+    assert cache.match(ids("abcd")).kv_len == 2
+    cache.evict(num_tokens=1)
+    assert [order.kind for order in cache.lower.orders.take()] == ["checkpoint", "kv"]
+
+
+def test_a_tombstone_is_resumed_by_its_state_alone():
+    cache = tiered(num_slots=1)
+    serve(cache, ids("abcd"), [2])
+    cache.evict(num_slots=1)
+    assert lower(cache, ids("abX")) == [(2, (5,))]
+    assert cache.fetch(cache.match(ids("abX")).lower[0])
+    assert cache.match(ids("abX")).cached_len == 2
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_what_is_computed_anew_leaves_the_host():
+    cache = tiered()
+    serve(cache, ids("abcd"), [4])
+    cache.evict(num_tokens=4)
+    serve(cache, ids("abcd"), [4])
+    assert cache.match(ids("abcdX")).cached_len == 4
+    assert all(tier.pages.num_taken == 0 for tier in cache.lower.tiers)
+
+
+def test_a_fetch_that_finds_no_room_changes_nothing():
+    cache = tiered(num_slots=1)
+    serve(cache, ids("abcd"), [4])
+    cache.evict(num_tokens=4)
+    slot = cache.allocate_slot()
+    before = lower(cache, ids("abcdX"))
+    assert not cache.fetch(cache.match(ids("abcdX")).lower[0])
+    assert slot is not None and lower(cache, ids("abcdX")) == before
+    cache.check(held_tokens=0, held_slots=1)
+
+
+def test_the_host_lets_its_own_policy_s_victim_go_and_the_disk_takes_it():
+    cache = tiered(host_bytes=2 * 9, disk_bytes=200)
+    for prompt in ("abcd", "efgh"):
+        serve(cache, ids(prompt), [4])
+    cache.evict(num_tokens=8)
+    assert cache.match(ids("abcdX")).lower[0].rows == (0, 9)
+    assert cache.match(ids("efghX")).lower[0].rows == (9, 0)
+    written = [order for order in cache.lower.orders.take() if getattr(order, "path", None)]
+    assert {order.kind for order in written} == {"kv", "checkpoint"}
+    assert all(order.path[1].tolist() == ids("abcd").tolist() for order in written)
+
+
+def test_what_the_host_would_let_go_first_is_not_let_in():
+    """A superseded state goes first in every tier, the newcomer among them."""
+    cache = tiered(num_slots=3, host_bytes=2 * 9)
+    serve(cache, ids("wxyz"), [4])
+    cache.evict(num_tokens=4)
+    serve(cache, ids("abcd"), [2, 4])
+    cache.lower.orders.take()
+    cache.evict(num_slots=1)
+    assert not len(cache.lower.orders)
+    assert lower(cache, ids("abX")) == [] and lower(cache, ids("wxyzX"))
+
+
+class Rate:
+    """A fetch rule of the test's own."""
+
+    def __init__(self, seconds_a_byte: float) -> None:
+        self.seconds_a_byte = seconds_a_byte
+
+    def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
+        return position - cached_len - self.seconds_a_byte * sum(num_bytes.values())
+
+
+@pytest.mark.parametrize(
+    ("rate", "cached_len", "not_fetched"), [(0.01, 4, 0), (0.19, 4, 0), (1.0, 0, 4), (None, 0, 4)]
+)
+def test_a_lease_fetches_what_saves_time_and_says_what_it_left(
+    rate: float | None, cached_len: int, not_fetched: int
+):
+    cache = tiered()
+    serve(cache, ids("abcd"), [2, 4])
+    cache.evict(num_tokens=4, num_slots=2)
+    asked = LeaseRequest(ids("abcdX"))
+    rule = None if rate is None else Rate(rate)
+    lease = Lease.begin(cache, parse_placement("end"), asked, rule)
+    assert lease is not None and lease.cached_len == cached_len
+    assert lease.losses.not_fetched == not_fetched
+    assert lease.cached_len + sum(lease.losses) == 5
+    lease.abort()
+    cache.check(held_tokens=0, held_slots=0)
+
+
+class Linear:
+    """A second for four tokens."""
+
+    def seconds(self, start: int, end: int) -> float:
+        return (end - start) / 4
+
+
+def test_one_exchange_rate_seconds_of_copy_against_seconds_of_prefill():
+    exchange = Exchange(Linear(), {"host": 100.0, "disk": 10.0}, {"disk": 0.5})
+    assert exchange.seconds_saved(0, 8, 12, {"host": 100, "disk": 0}) == 1.0
+    assert exchange.seconds_saved(4, 8, 12, {"host": 100, "disk": 0}) == 0.0
+    assert exchange.seconds_saved(0, 8, 12, {"host": 0, "disk": 20}) == -0.5
+    with pytest.raises(ValueError, match="host carries 0"):
+        Exchange(Linear(), {"host": 0.0})
+
+
+def test_what_an_earlier_process_left_is_adopted_and_fetched():
+    memory = TieredMemory(
+        CacheConfig(
+            num_kv_tokens=20,
+            num_slots=2,
+            grid=2,
+            kv_bytes_per_token=2,
+            state_bytes=10,
+            disk_bytes=100,
+        )
+    )
+    memory.adopt(ids("abcd"), None, "disk")
+    memory.adopt(ids("abcdef"), None, "disk")
+    memory.adopt(ids("abxy"), None, "disk")
+    memory.check()
+    assert lower(memory.cache, ids("abcdefX")) == [(4, (9,)), (6, (11,))]
+    assert lower(memory.cache, ids("abxyX")) == [(4, (9,))]
+    memory.serve(ids("abcdefX"), None, [], 1)
+    memory.check()
+    assert memory.cache.match(ids("abcdefX")).cached_len == 6
+    assert memory.cache.adopt(ids("abcd"), None, "disk") is None
+    with pytest.raises(ValueError, match="no tier 'host'"):
+        memory.cache.adopt(ids("ab"), None, "host")
+    with pytest.raises(ValueError, match="multiple of 2"):
+        memory.cache.adopt(ids("abc"), None, "disk")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"host_bytes": 5}, "host_bytes 5 hold no state"),
+        ({"prefix_cache": "radix"}, "are for a hybrid cache"),
+        ({"kv_bytes_per_token": 1, "state_bytes": 1}, "give kv_bytes_per_token"),
+    ],
+)
+def test_tiers_that_can_not_be_are_refused(options: dict[str, object], why: str):
+    with pytest.raises(ValueError, match=why):
+        tiered(**options)

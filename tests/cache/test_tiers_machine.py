@@ -1,0 +1,108 @@
+"""A state machine for a cache with tiers: whatever happens, every byte is where the tree says."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hybridcache.build import CacheConfig
+from tests.cache.test_machine import at_least
+from tests.cache.tiers import TieredMemory
+
+NAMESPACES = st.sampled_from([None, "tenant"])
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> CacheConfig:
+    """A device of a few pages, and tiers of a few more."""
+    page_size, grid = draw(st.sampled_from([(1, 1), (1, 4), (2, 4), (4, 2)]))
+    unit = max(page_size, grid)
+    state_bytes = draw(st.sampled_from([2, 5, 16])) * unit
+    if draw(st.booleans()):
+        pools = {
+            "total_bytes": unit * 2 * draw(st.integers(4, 16)) + 3 * state_bytes,
+            "memory": draw(st.sampled_from(["arena", "budget"])),
+        }
+    else:
+        pools = {
+            "num_kv_tokens": unit * draw(st.integers(4, 16)),
+            "num_slots": draw(st.integers(1, 4)),
+        }
+    sizes = st.integers(1, 12).map(lambda units: units * 2 * unit + 2 * state_bytes)
+    host_bytes = draw(st.just(0) | sizes)
+    return CacheConfig(
+        page_size=page_size,
+        grid=grid,
+        kv_bytes_per_token=2,
+        state_bytes=state_bytes,
+        eviction=draw(st.sampled_from(["lru", "regret", "fifo"])),
+        ghost_bytes=draw(st.sampled_from([0, 2000, 1 << 20])),
+        host_bytes=host_bytes,
+        disk_bytes=draw(sizes if not host_bytes else st.just(0) | sizes),
+        **pools,
+    )
+
+
+class TieredMachine(RuleBasedStateMachine):
+    @initialize(data=st.data())
+    def make(self, data: st.DataObject) -> None:
+        config = data.draw(configs())
+        self.memory = TieredMemory(config)
+        self.step = self.memory.cache._step
+        self.seen = [np.empty(0, np.int32)]
+
+    def draw_prompt(self, data: st.DataObject) -> np.ndarray:
+        before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
+        kept = before[: data.draw(st.integers(0, len(before)))]
+        blocks = data.draw(st.lists(st.sampled_from([0, 1]), max_size=3))
+        after = np.repeat(np.array(blocks, np.int32), data.draw(st.sampled_from([1, self.step])))
+        prompt = np.concatenate([kept, after])
+        assume(0 < len(prompt) <= 8 * self.step)
+        self.seen.append(prompt)
+        return prompt
+
+    @rule(data=st.data(), namespace=NAMESPACES, fetch=st.integers(0, 2))
+    def serve(self, data: st.DataObject, namespace: object, fetch: int) -> None:
+        prompt = self.draw_prompt(data)
+        places = st.integers(1, max(len(prompt) // self.step, 1))
+        wanted = data.draw(st.sets(places, max_size=2))
+        self.memory.serve(prompt, namespace, sorted(self.step * at for at in wanted), fetch)
+
+    @rule(tokens=st.integers(0, 40), slots=st.integers(0, 2))
+    def evict(self, tokens: int, slots: int) -> None:
+        self.memory.cache.evict(tokens, slots)
+
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def adopt(self, data: st.DataObject, namespace: object) -> None:
+        prompt = self.draw_prompt(data)
+        whole = prompt[: len(prompt) // self.step * self.step]
+        assume(len(whole))
+        tier = data.draw(st.sampled_from(self.memory.cache.lower.words))
+        self.memory.adopt(whole, namespace, tier)
+
+    @rule()
+    def reset(self) -> None:
+        self.memory.cache.reset()
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "memory"):
+            self.memory.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "memory"):
+            self.memory.cache.reset()
+            self.memory.check()
+            assert self.memory.cache.num_nodes == 0
+
+
+def test_every_byte_is_where_the_tree_says():
+    run_state_machine_as_test(TieredMachine, settings=at_least(60))
