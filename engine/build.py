@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
+from engine.schedule.cache_manager import CacheManager
+from engine.schedule.memory import MemorySizes
 from hybridcache.build import CacheConfig
+from hybridcache.interface import PrefixCache
+from hybridcache.lease_log import LeaseLog
+from hybridcache.policies.words import parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -61,4 +66,20 @@ def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
         eviction=config.eviction,
         kv_bytes_per_token=memory.row_bytes,
         state_bytes=max(memory.state_bytes, 1),
+    )
+
+
+def make_manager(
+    config: EngineConfig, cache: PrefixCache, memory: MemorySizes, log: LeaseLog | None
+) -> CacheManager:
+    """What gives requests their leases on ``cache``."""
+    words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
+    return CacheManager(
+        cache,
+        lambda: parse_placement(words),
+        num_rows=config.max_running,
+        stateful=memory.is_stateful,
+        exact=config.exact,
+        log=log,
+        owns_states=memory.owns_states,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.build import cache_config, load, sampling_defaults
+from engine.build import cache_config, load, make_manager, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
 from engine.guided.grammar import Grammar
@@ -25,8 +25,8 @@ from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
-from engine.schedule.cache_manager import CacheManager
-from engine.schedule.plan import Plan
+from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
@@ -77,13 +77,15 @@ class Engine:
         observer: Observer | None = None,
         log: LeaseLog | None = None,
         drafting: Drafting | None = None,
+        fetcher: Fetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Load what ``config`` names, or serve with the ``runner``, ``sampler`` and ``tokenizer``
         given.
 
         ``observer`` is notified of every step, ``log`` records every lease, ``drafting`` stands in
-        place of what ``config.draft`` names. ConfigError: settings
+        place of what ``config.draft`` names, ``fetcher`` has prefixes that the cache has not.
+        ConfigError: settings
         that can not work together; what loading refuses is a ValueError of one sentence too.
         """
         config = config or EngineConfig()
@@ -106,7 +108,8 @@ class Engine:
         built = cache_config(config, runner)
         self._cache_kind = built.prefix_cache
         self._cache = build_prefix_cache(built)
-        self._manager = self._make_manager(config, runner)
+        self._manager = make_manager(config, self._cache, runner.memory, log)
+        self._fetching = None if fetcher is None else Fetching(self._manager, fetcher)
         if drafting is None and config.drafters:
             drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
         self._scheduler = Scheduler(
@@ -115,6 +118,7 @@ class Engine:
             token_budget=config.token_budget,
             shares=config.prefix_cache != "none",
             drafting=drafting,
+            fetching=self._fetching,
             clock=clock,
         )
         self._overlaps = drafting is None and (
@@ -132,18 +136,6 @@ class Engine:
             sampling_defaults=self.sampling_defaults,
             seed=config.seed,
             clock=clock,
-        )
-
-    def _make_manager(self, config: EngineConfig, runner: Runner) -> CacheManager:
-        words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
-        return CacheManager(
-            self._cache,
-            lambda: parse_placement(words),
-            num_rows=config.max_running,
-            stateful=runner.memory.is_stateful,
-            exact=config.exact,
-            log=self._log,
-            owns_states=runner.memory.owns_states,
         )
 
     @property
@@ -249,6 +241,8 @@ class Engine:
         call, or from ``take_outputs``.
         """
         with self._recovering():
+            if self._fetching is not None:
+                self._fetching.advance()
             plan = self._schedule()
             logits = self._forward(plan)
             in_flight = self._sample(plan, logits)
@@ -263,12 +257,16 @@ class Engine:
             self._in_flight = None
             self.interrupted = tuple(r.request_id for r in self._scheduler.recover())
             if self._manager.lost_moves():
+                if self._fetching is not None:
+                    self._fetching.give_up()
                 self.reset_prefix_cache()
             raise
 
     def _schedule(self) -> Plan:
         self._laps = [self.clock()]
         plan = self._scheduler.schedule()
+        if plan is EMPTY and self._in_flight is None and self._fetching is not None:
+            self._fetching.wait()
         self._laps.append(self.clock())
         return plan
 

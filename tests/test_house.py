@@ -81,6 +81,7 @@ MAY_IMPORT = {
     "hybridcache/saving.py": "interface policies",
     "hybridcache/lease.py": "allocators fetching interface policies results saving tokens",
     "hybridcache/lease_log.py": "interface lease policies",
+    "hybridcache/arrival.py": "allocators interface tokens",
     "hybridcache/geometry": "units",
     "hybridcache/watch": "allocators listener policies radix results",
     "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "

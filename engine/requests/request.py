@@ -52,6 +52,7 @@ class Request:
         "drawn_row",
         "end_token_ids",
         "error",
+        "fetched_len",
         "finish_reason",
         "finished_s",
         "first_token_s",
@@ -70,6 +71,7 @@ class Request:
         "prompt_logprobs",
         "request_id",
         "row",
+        "save_at",
         "scheduled_len",
         "scheduled_s",
         "scores",
@@ -99,6 +101,7 @@ class Request:
         self.namespace = spec.namespace
         self.boundaries = tuple(spec.boundaries)
         self.answer_survives = spec.answer_survives
+        self.save_at = tuple(spec.save_at)
         self.arrival = arrival
         """Rank among all requests: older is smaller."""
         self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)
@@ -131,6 +134,8 @@ class Request:
         self.scores: list[SampledToken] = []
         """Those reported: of prompt tokens 1, 2, ..."""
         self.cached_len = 0
+        self.fetched_len: int | None = None
+        """Tokens of KV that came for it from outside the cache; None: nobody has looked."""
         self.losses: Losses | None = None
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None

@@ -30,6 +30,9 @@ class RequestSpec:
     answer_survives: bool = True
     """False: later prompts are known to leave this one before its end, and no state is saved past
     it."""
+    save_at: Sequence[int] = ()
+    """Positions of the prompt where its state is saved whatever the placement says, floored to the
+    grid."""
     prompt_logprobs: int | None = None
     """Report the prompt's own log-probabilities with this many alternatives, for which no cache is
     read; None: do not."""

@@ -7,7 +7,7 @@ a request gets one, and what changes in it becomes work for the next batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -15,11 +15,13 @@ import numpy as np
 
 from engine.requests.request import Request
 from hybridcache.allocators.moves import Move, PendingMoves
+from hybridcache.arrival import Arrival
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
-from hybridcache.tokens import Indices
+from hybridcache.results import PrefixMatch
+from hybridcache.tokens import Indices, Tokens
 
 RowWrite = tuple[int, int, Indices]
 TableRow = Callable[[int, int], Indices]
@@ -67,6 +69,7 @@ class CacheManager:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
         self._requests: dict[int, Request] = {}
+        self._arrivals: dict[Arrival, None] = {}
         self._restores: dict[int, tuple[int, int]] = {}
         self._row_writes: list[RowWrite] = []
         self._moves = PendingMoves()
@@ -95,6 +98,8 @@ class CacheManager:
             self._log.begin(lease, asked)
         if lease is None:
             return False
+        for position in request.save_at:
+            lease.plan_checkpoint(position, "asked")
         row = self._free_rows.pop()
         self._requests[row] = request
         request.lease, request.row = lease, row
@@ -165,9 +170,29 @@ class CacheManager:
             return num_wanted
         return min(len(arena.free_slabs) + MAX_MOVES - len(self._moves), num_wanted)
 
+    def match(self, request: Request) -> PrefixMatch:
+        """What the cache has of waiting ``request`` now. O(its length)."""
+        return self.cache.match(request.tokens, request.namespace)
+
     def cached_len(self, request: Request) -> int:
         """What waiting ``request`` could resume from now. O(its length)."""
-        return self.cache.match(request.tokens, request.namespace).cached_len
+        return self.match(request).cached_len
+
+    def begin_arrival(self, tokens: Tokens, namespace: Hashable) -> Arrival | None:
+        """Memory for what is missing of ``tokens``, whole grid steps, which come from elsewhere
+        (see ``Arrival.begin``); to be ended by ``end_arrival``."""
+        arrival = Arrival.begin(self.cache, tokens, namespace, stateful=self._stateful)
+        if arrival is not None:
+            self._arrivals[arrival] = None
+        return arrival
+
+    def end_arrival(self, arrival: Arrival, *, is_whole: bool) -> None:
+        """Publish what came, or give its memory back."""
+        del self._arrivals[arrival]
+        if is_whole:
+            arrival.publish()
+        else:
+            arrival.abort()
 
     def can_save(self, request: Request, position: int) -> bool:
         """Whether ``request`` will have published what is needed to resume at ``position``, but has
@@ -281,9 +306,10 @@ class CacheManager:
         return (position for position, _ in self._make_placement().positions(prefill))
 
     def held(self) -> tuple[int, int]:
-        """(KV rows, slots) that running requests hold."""
+        """(KV rows, slots) that running requests hold, and prefixes that are on their way."""
         leases = [request.claims[0] for request in self._requests.values()]
-        return sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases)
+        holders: list[Lease | Arrival] = [*leases, *self._arrivals]
+        return sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders)
 
     def check(self, table_row: TableRow) -> None:
         """Recompute every invariant of the cache and of the rows, and ``free + cached + held ==

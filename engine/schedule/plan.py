@@ -15,6 +15,8 @@ from hybridcache.tokens import Tokens
 
 NO_TOKENS: Tokens = np.empty(0, np.int32)
 NO_TOKENS.setflags(write=False)
+UNKNOWN: Tokens = np.zeros(1, np.int32)
+"""Stands for a token that is drawn but not known to the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,14 @@ class Task:
     def sure_end(self) -> int:
         """``end`` without the draft."""
         return self.end - len(self.drafts)
+
+    @property
+    def token_ids(self) -> Tokens:
+        """What is computed, int32[end - start]."""
+        if self.sure_end > self.request.num_tokens:
+            return UNKNOWN
+        tokens = self.request.tokens[self.start : self.sure_end]
+        return tokens if self.draft is None else np.concatenate([tokens, self.draft.tokens])
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """The tokens that the step gave it: as many as its draft is right for, and one more. Takes

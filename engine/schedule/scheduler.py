@@ -24,8 +24,6 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
 from engine.config import TILE
 from engine.drafts.drafter import Draft
 from engine.drafts.drafting import Drafting
@@ -33,15 +31,13 @@ from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.budget import Budget
 from engine.schedule.cache_manager import CacheManager
+from engine.schedule.fetching import Fetching
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
-from hybridcache.tokens import Tokens
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
-UNKNOWN = np.zeros(1, np.int32)
-"""Stands for a token that is drawn but not known to the host."""
 
 
 class QueueFull(RuntimeError):
@@ -62,16 +58,19 @@ class Scheduler:
         token_budget: int,
         shares: bool = True,
         drafting: Drafting | None = None,
+        fetching: Fetching | None = None,
         clock: Callable[[], float],
     ) -> None:
         """``shares``: the cache keeps what is published, so that it can pay to wait for another
         request's prefix. ``drafting``: decoding requests may get several tokens in a step; then
-        each is committed before the next is made."""
+        each is committed before the next is made. ``fetching``: what a waiting request lacks may be
+        elsewhere."""
         self._manager = manager
         self._max_running = max_running
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
         self._drafting = drafting
+        self._fetching = fetching
         self._clock = clock
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -115,6 +114,8 @@ class Scheduler:
             self._waiting.remove(request)
             if self._sharing is not None:
                 self._sharing.forget(request)
+            if self._fetching is not None:
+                self._fetching.forget(request)
         self._forget_drafts(request)
         with self._failing_alone(request):
             request.finish("abort", self._clock())
@@ -268,9 +269,15 @@ class Scheduler:
         num_unled = 0
         for request in self._waiting[: 8 * self._max_running]:
             yield request
-            num_unled += self._sharing is None or not self._sharing.follows(request)
+            num_unled += not self._is_led(request)
             if num_unled == 2 * self._max_running:
                 return
+
+    def _is_led(self, request: Request) -> bool:
+        """Whether waiting ``request`` was found to wait for another, or for its prefix."""
+        if self._fetching is not None and self._fetching.is_pending(request):
+            return True
+        return self._sharing is not None and self._sharing.follows(request)
 
     def _admit(
         self, candidates: Iterable[Request], ends: dict[Request, int], budget: Budget
@@ -286,11 +293,16 @@ class Scheduler:
         for request in candidates:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
-            if self._is_full or budget.is_spent or num_taken >= self._max_running:
+            has_turn = not budget.is_spent and num_taken < self._max_running
+            if self._is_full or not (has_turn or self._fetching is not None):
                 continue
             if self._manager.must_wait_for_slab:
                 continue
             if goal and self._manager.cached_len(request) < goal:
+                continue
+            if self._fetching is not None and self._fetching.holds(request):
+                continue
+            if not has_turn:
                 continue
             if not self._fits(request, budget):
                 passed.append(request)
@@ -340,7 +352,7 @@ class Scheduler:
         return Segment(
             row=row,
             slot=lease.state_slot,
-            token_ids=_token_ids(task),
+            token_ids=task.token_ids,
             start=task.start,
             is_decode=task.is_decode,
             exports=exports,
@@ -428,14 +440,6 @@ class Scheduler:
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
         known = set(self._waiting) | set(self._running)
         assert self._drafting is None or self._drafting.requests <= known
-
-
-def _token_ids(task: Task) -> Tokens:
-    request = task.request
-    if task.sure_end > request.num_tokens:
-        return UNKNOWN
-    tokens = request.tokens[task.start : task.sure_end]
-    return tokens if task.draft is None else np.concatenate([tokens, task.draft.tokens])
 
 
 def _age(request: Request) -> int:

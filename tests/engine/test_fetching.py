@@ -1,0 +1,197 @@
+"""Requests that wait for a prefix from elsewhere, on memory that proves its reads: the others run
+on, and whatever becomes of the fetch, answers stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.requests.request import Request
+from engine.run.oracle import OracleRunner, OracleSampler, State, fingerprint
+from hybridcache.arrival import Arrival
+from hybridcache.geometry.model import ModelGeometry
+from tests.engine.test_scheduler_machine import answer, pattern
+
+GREEDY = SamplingParams(max_tokens=5)
+
+
+class SlowFetch:
+    """Comes after some steps, or never."""
+
+    def __init__(self, fetcher: SlowFetcher, arrival: Arrival, request: Request) -> None:
+        self.fetcher, self.arrival, self.request = fetcher, arrival, request
+        self.end, self.num_fetched = arrival.end, 0
+        self.has_ended = False
+        self.steps_left = fetcher.delay
+
+    def settle(self, is_whole: bool) -> None:
+        self.num_fetched = len(self.arrival.rows) if is_whole else 0
+        self.fetcher.engine._manager.end_arrival(self.arrival, is_whole=is_whole)
+        self.fetcher.pending.remove(self)
+        self.has_ended = True
+
+    def cancel(self) -> None:
+        if not self.has_ended:
+            self.settle(False)
+
+
+class SlowFetcher:
+    """Knows every prefix, ``delay`` steps away; every third is lost on its way if it ``fails``."""
+
+    def __init__(self, delay: int, fails: bool = False, most: int = 4) -> None:
+        self.delay, self.fails, self.most = delay, fails, most
+        self.engine: Engine = None  # type: ignore[assignment]
+        self.pending: list[SlowFetch] = []
+        self.num_begun = self.num_waits = self.num_closed = 0
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.pending) < self.most
+
+    def begin(self, request: Request, cached_len: int) -> SlowFetch | None:
+        end = (request.num_tokens - 1) // 64 * 64
+        if end - cached_len < 64:
+            return None
+        arrival = self.engine._manager.begin_arrival(request.tokens[:end], request.namespace)
+        if arrival is None:
+            return None
+        self.num_begun += 1
+        self.pending.append(SlowFetch(self, arrival, request))
+        return self.pending[-1]
+
+    def advance(self) -> None:
+        assert not self.engine._manager.has_moves
+        for fetch in tuple(self.pending):
+            fetch.steps_left -= 1
+            if not fetch.steps_left:
+                is_whole = not (self.fails and self.num_begun % 3 == 0)
+                if is_whole:
+                    write(self.engine.runner, fetch.arrival, fetch.request)
+                fetch.settle(is_whole)
+
+    def wait(self, timeout_s: float) -> None:
+        self.num_waits += 1
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def write(runner: OracleRunner, arrival: Arrival, request: Request) -> None:
+    before, prints = 0, []
+    for token in request.tokens[: arrival.end].tolist():
+        before = fingerprint(before, token)
+        prints.append(before)
+    rows = arrival.rows
+    runner._fingerprints[rows] = prints[arrival.start :]
+    runner._tokens[rows, 0] = request.tokens[arrival.start : arrival.end]
+    runner._tokens[rows, 1] = 0
+    runner._writers[rows] = runner._writer(request.namespace)
+    runner._forget_states(rows)
+    if arrival.slot is not None:
+        runner._write_state(arrival.slot, State(arrival.end, before, request.namespace))
+
+
+MakeEngine = Callable[..., Engine]
+
+
+def make(
+    fetcher: SlowFetcher, kv: int = 4096, slots: int = 16, slab: int = 0, **settings: object
+) -> Engine:
+    geometry = ModelGeometry.preset("qwen3-next")
+    if slab:
+        geometry = dataclasses.replace(
+            geometry, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=10 * slab - 3
+        )
+    runner = OracleRunner(kv, None if slab else slots, geometry=geometry, exact=True)
+    config = EngineConfig(check=True, exact=True, **settings)
+    engine = Engine(config, runner=runner, sampler=OracleSampler(320), fetcher=fetcher)
+    fetcher.engine = engine
+    return engine
+
+
+def test_a_request_waits_for_its_prefix_while_others_run() -> None:
+    fetcher = SlowFetcher(delay=6)
+    engine = make(fetcher)
+    far = engine.submit(pattern(0, 300), GREEDY)
+    near = engine.submit(pattern(1, 60), GREEDY)
+    finished = {}
+    for step in range(40):
+        for output in engine.step():
+            if output.is_finished:
+                finished[output.request_id] = (step, output)
+    assert finished[near][0] < 6 <= finished[far][0]
+    assert finished[far][1].cached_len == 256 and finished[near][1].cached_len == 0
+    for name, prompt in ((far, pattern(0, 300)), (near, pattern(1, 60))):
+        assert finished[name][1].output.tolist() == answer(prompt, GREEDY, True)[0]
+    assert fetcher.num_waits > 0
+    engine.check()
+
+
+def test_who_shares_what_is_on_its_way_waits_for_it_and_asks_for_the_rest_alone() -> None:
+    fetcher = SlowFetcher(delay=3)
+    engine = make(fetcher)
+    prompts = [pattern(0, 256) + pattern(k, 100) for k in (3, 4, 4)]
+    begun: list[tuple[int, int]] = []
+    begin = fetcher.begin
+
+    def noting(request: Request, cached_len: int) -> SlowFetch | None:
+        fetch = begin(request, cached_len)
+        if fetch is not None:
+            begun.append((fetch.arrival.start, fetch.end))
+        return fetch
+
+    fetcher.begin = noting  # type: ignore[method-assign]
+    outputs = engine.generate(prompts, GREEDY)
+    assert begun == [(0, 320), (256, 320)]
+    assert [output.cached_len for output in outputs] == [320, 320, 320]
+
+
+@pytest.mark.parametrize("slab", [0, 40], ids=["pools", "arena"])
+@pytest.mark.parametrize("fails", [False, True], ids=["whole", "lossy"])
+def test_answers_stay_whatever_becomes_of_a_fetch(slab: int, fails: bool) -> None:
+    """In short memory, with requests that leave while theirs is on its way."""
+    fetcher, rng = SlowFetcher(delay=4, fails=fails), np.random.default_rng(5)
+    engine = make(fetcher, kv=900, slots=6, slab=slab, max_running=4)
+    prompts = [
+        pattern(int(rng.integers(3)), int(rng.integers(1, 300)))
+        + pattern(10 + int(rng.integers(4)), int(rng.integers(1, 200)))
+        for _ in range(60)
+    ]
+    wanted, finals = {}, {}
+    while prompts or engine.has_work():
+        if prompts and rng.random() < 0.5:
+            prompt = prompts.pop()
+            wanted[engine.submit(prompt, GREEDY)] = prompt
+        if rng.random() < 0.05 and fetcher.pending:
+            name = fetcher.pending[0].request.request_id
+            del wanted[name]
+            engine.abort(name)
+        finals |= {output.request_id: output for output in engine.step() if output.is_finished}
+    engine.check()
+    assert fetcher.num_begun > 10 and not fetcher.pending
+    for name, prompt in wanted.items():
+        assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
+
+
+def test_rows_that_nobody_can_trust_end_every_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetcher = SlowFetcher(delay=1000)
+    engine = make(fetcher)
+    prompt = pattern(0, 300)
+    name = engine.submit(prompt, GREEDY)
+    engine.step()
+    assert fetcher.pending
+    engine.submit(pattern(1, 10), GREEDY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine._manager, "lost_moves", lambda: True)
+        patch.setattr(engine.runner, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        engine.step()
+    assert not fetcher.pending
+    finals = {}
+    while engine.has_work():
+        finals |= {output.request_id: output for output in engine.step() if output.is_finished}
+    assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
+    assert finals[name].cached_len == 0
