@@ -5,7 +5,8 @@ which are handed to the caller's event loop. A step never waits for a caller; a 
 slowly finds its outputs queued up.
 
 A step that fails (for want of memory, say) takes the requests that ran along with it, and the
-engine goes on; if the next one fails too, the engine ends, and says so to everybody.
+engine goes on; if the next one fails too, or what computes has gone, the engine ends, and says so
+to everybody.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.config import EngineConfig
 from engine.guided.grammar import Grammar
+from engine.interfaces import RunnerLost
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.scheduler import QueueFull
@@ -291,6 +293,9 @@ class AsyncEngine:
                 self._step()
             for request_id in tuple(self._streams):
                 self._engine.abort(request_id)
+        except RunnerLost as error:
+            self._has_failed = True
+            logger.error("The engine ended: %s", error)
         except BaseException:
             self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
@@ -302,6 +307,8 @@ class AsyncEngine:
         too."""
         try:
             outputs = self._engine.step()
+        except RunnerLost:
+            raise
         except Exception:
             if self._last_step_failed:
                 raise

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
     """Model, sampler and tokenizer that ``config`` names. Imports torch."""
     from engine.run.model_runner import ModelRunner
+    from engine.run.ranks.leader import LeadingRunner
     from engine.run.sampler import Sampler
 
-    runner = ModelRunner(config)
+    runner = ModelRunner(config) if config.tp == 1 else LeadingRunner(config)
     return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
 
 

@@ -84,6 +84,11 @@ class EngineConfig:
     kernels: str = _setting(
         "", "kernel backends, as in attention=reference,gdn=fused; empty: the device's best"
     )
+    tp: int = _setting(
+        1,
+        "processes that compute the model together, each with its part of every layer, and on a "
+        "device of its own where there are any",
+    )
     graphs: Literal["auto", "off", "decode", "all"] = _setting(
         "auto", "device graphs: of decode steps, or of prefills too"
     )
@@ -196,7 +201,7 @@ class EngineConfig:
         return (1 + self.draft_len) * min(self.max_running, DRAFTED_FULLY) if self.draft_len else 0
 
     def __post_init__(self) -> None:
-        for name in ("load_workers", "grid", "page_size", "max_running", "max_queue"):
+        for name in ("load_workers", "tp", "grid", "page_size", "max_running", "max_queue"):
             _check_positive_int(name, getattr(self, name))
         budget = self.token_budget
         if budget is not None and (not isinstance(budget, int) or budget < TILE):
@@ -223,6 +228,8 @@ class EngineConfig:
             if getattr(self, name) not in words:
                 allowed = ", ".join("none" if word is None else word for word in words)
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+        if self.tp > 1:
+            self._check_shared()
         if self.draft_len and self.overlap == "on":
             raise ConfigError(
                 "drafts need a step's tokens before the next is made: leave overlap at auto or off."
@@ -233,6 +240,19 @@ class EngineConfig:
         if isinstance(places, str):
             places = tuple(places.split(","))
         object.__setattr__(self, "checkpoints", tuple(places))
+
+    def _check_shared(self) -> None:
+        """What several processes can not do together."""
+        if "mtp" in self.drafters:
+            raise ConfigError(
+                "--tp is served without the multi-token head: use draft tree, or none."
+            )
+        if self.graphs in ("decode", "all"):
+            raise ConfigError("--tp is served without graphs: leave graphs at auto or off.")
+        if self.device is not None and ":" in self.device:
+            raise ConfigError(
+                f"--tp gives every rank a device of its own: leave out the number of {self.device}."
+            )
 
 
 def _drafters(text: str) -> dict[str, int]:

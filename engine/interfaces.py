@@ -14,6 +14,10 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices, Tokens
 
 
+class RunnerLost(RuntimeError):
+    """The runner can compute nothing any more, in one sentence that says why."""
+
+
 class Runner(Protocol):
     """What the engine asks of a model runner."""
 

@@ -20,6 +20,7 @@ from engine.command.flags import (
 )
 from engine.config import EngineConfig
 from engine.environment import check_no_foreign_kernels
+from engine.interfaces import RunnerLost
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.server.config import ServerConfig
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"engine {parsed.verb}: {how_to_install(error)}", file=sys.stderr)
         return 2
+    except RunnerLost as error:
+        print(f"engine {parsed.verb}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # as of `| head -1`: whoever reads has all that is wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         return 141

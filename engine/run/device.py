@@ -65,6 +65,19 @@ class Device:
                 device = torch.device(device.type, module.current_device())
         return cls(device, TRAITS.get(device.type, OTHER))
 
+    def of_rank(self, number: int) -> Device:
+        """Where one of several ranks computes: each has a device of its own, but for the CPU, which
+        they share. Raises ModelError."""
+        if self.is_cpu:
+            return self
+        try:
+            return Device.resolve(f"{self.torch_device.type}:{number}")
+        except ModelError:
+            raise ModelError(
+                f"--tp needs a {self.torch_device.type} device for every rank, and there is none "
+                f"for rank {number}: lower it, or take --device cpu."
+            ) from None
+
     @property
     def is_cpu(self) -> bool:
         return self.torch_device.type == "cpu"

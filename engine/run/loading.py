@@ -52,7 +52,7 @@ def load_model(
         return Loaded(model, head, f"seeded weights (seed {seed}), untrained")
     files = WeightFiles(model_dir, num_workers, build.weights.files, with_head=with_head)
     is_stacked = files.has_stacked_experts
-    outline = Build(build.kernels, replace(build.weights, device=torch.device("meta")))
+    outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
     plan = family(config, outline, stacked_experts=is_stacked)
     parameters = plan.parameters()
     if with_head:

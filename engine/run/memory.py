@@ -17,6 +17,7 @@ import torch
 from engine.run.checkpoints import Checkpoints
 from engine.run.device import Device
 from engine.run.model_config import ModelError
+from engine.run.ranks.rank import Rank
 from engine.schedule.memory import SLOTS_OF_ONE, MemorySizes
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
@@ -54,26 +55,41 @@ class MemoryPlan(MemorySizes):
         state_dtype: torch.dtype = torch.float32,
         reserved_bytes: int = 0,
         checkpoints: CheckpointFormat | None = None,
+        num_ranks: int = 1,
     ) -> MemoryPlan:
-        """The rule: one arena of ``cache_bytes``, or two pools where bytes are given for one of
-        them; the other then has what is given for it, or half the default. The default is a quarter
-        of the memory that is free without the ``reserved_bytes``, at most 4 GiB, on a CPU, and
-        elsewhere 90 % of it. Raises ModelError naming the bytes a budget would need."""
+        """Of one rank; what is given is for all ``num_ranks``. The rule: one arena of
+        ``cache_bytes``, or two pools where bytes are given for one of them; the other then has what
+        is given for it, or half the default. The default is a quarter of the memory that is free
+        without the ``reserved_bytes``, at most 4 GiB, on a CPU, and elsewhere 90 % of it. Raises
+        ModelError naming the bytes a budget would need."""
         row = kv_row_bytes(sizes, dtype)
         state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
         owns = checkpoints is not None and state > 0
         if not row:
             raise ModelError("a model without a single attention layer is not supported.")
+        kv_bytes, state_bytes, cache_bytes = (
+            None if given is None else given // num_ranks
+            for given in (kv_bytes, state_bytes, cache_bytes)
+        )
         if kv_bytes is None and state_bytes is None:
             if cache_bytes is None:
-                cache_bytes = default_cache_bytes(device, reserved_bytes)
+                cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
             return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
         if kv_bytes is None or (state_bytes is None and state):
-            other = default_cache_bytes(device, reserved_bytes) // (2 if state else 1)
+            other = default_cache_bytes(device, reserved_bytes, num_ranks) // (2 if state else 1)
             kv_bytes = other if kv_bytes is None else kv_bytes
             state_bytes = other if state_bytes is None else state_bytes
         plan = cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
         return replace(plan, owns_states=owns)
+
+    def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
+        """The same on every rank: what the one with the least room holds."""
+        if rank.group is None:
+            return self
+        own = [self.num_kv_tokens, self.num_slots]
+        counts = torch.tensor(own, dtype=torch.int64, device=device.torch_device)
+        tokens, slots = torch.stack(rank.group.gather(counts)).amin(0).tolist()
+        return replace(self, num_kv_tokens=tokens, num_slots=slots)
 
     @classmethod
     def _arena(cls, num_bytes: int, row: int, state: int, page_size: int) -> MemoryPlan:
@@ -142,10 +158,12 @@ def state_slot_bytes(
     return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
 
 
-def default_cache_bytes(device: Device, reserved_bytes: int = 0) -> int:
-    """For KV and states together where nothing was asked for."""
+def default_cache_bytes(device: Device, reserved_bytes: int = 0, num_ranks: int = 1) -> int:
+    """For KV and states together where nothing was asked for. Ranks share a CPU, and have other
+    devices for themselves."""
     if device.is_cpu:
-        return min(int((device.free_bytes() - reserved_bytes) * CPU_SHARE), CPU_MAX_BYTES)
+        free_bytes = device.free_bytes() - reserved_bytes
+        return min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
     return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 

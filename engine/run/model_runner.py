@@ -24,12 +24,15 @@ from engine.run.model_config import ModelError, read_config
 from engine.run.models import read_model
 from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
+from engine.run.ranks.rank import ALONE, Rank
 from engine.run.step_inputs import StepInputs
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, logit_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.shares import share_of
+from hybridcache.geometry.sizes import ModelSizes, SizesError
 from hybridcache.tokens import Indices, Tokens
 from hybridcache.units import GIB, counted
 from kernels.recording import NotRecordableError
@@ -41,8 +44,11 @@ class ModelRunner:
     """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no
     request."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.device = Device.resolve(config.device)
+    def __init__(self, config: EngineConfig, rank: Rank = ALONE) -> None:
+        self.rank, self.device = rank, Device.resolve(config.device)
+        if rank.count > 1:
+            self.device = self.device.of_rank(rank.number)
+            config = replace(config, graphs="off")
         self.device.make_current()
         config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
@@ -52,10 +58,12 @@ class ModelRunner:
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
         raw = read_config(config.model_dir)
         family, self.config = read_model(raw)
+        self.sizes = _share_of(self.config.sizes, rank.count)
+        """What this rank computes and keeps."""
         self.name = config.model_dir.name
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
-        has_sums = self.config.sizes.state_size("recurrent") > 0
+        has_sums = self.sizes.state_size("recurrent") > 0
         self.checkpoints = CheckpointFormat.parse(config.checkpoint_dtype) if has_sums else None
         self.num_step_states = config.num_step_states
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
@@ -63,7 +71,7 @@ class ModelRunner:
             config.model_dir,
             family,
             self.config,
-            Build(self.kernels, self._weight_spec(config, raw)),
+            Build(self.kernels, self._weight_spec(config, raw), rank),
             load_format=config.load_format,
             num_workers=config.load_workers,
             seed=config.seed,
@@ -72,6 +80,7 @@ class ModelRunner:
         if self._head is not None:
             sizes = replace(self.config.sizes, beside=self._head.keeps)
             self.config = replace(self.config, sizes=sizes)
+            self.sizes = sizes
         self.num_guesses = config.drafters.get("mtp", 0)
         self.geometry = ModelGeometry.from_sizes(
             self.name,
@@ -81,7 +90,7 @@ class ModelRunner:
             state_dtype=config.state_dtype,
             checkpoint_dtype=config.checkpoint_dtype,
         )
-        state_bytes = state_slot_bytes(self.config.sizes, self.dtype, self.state_dtype)
+        state_bytes = state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
         self.step_state_bytes = self.num_step_states * state_bytes
         """Of the states after each verified token, beside the cache's memory."""
         self._num_staged = self.most_step_tokens // TILE + self.max_running_rows
@@ -94,7 +103,7 @@ class ModelRunner:
             self._rehearse(config) if warms_up else self.step_state_bytes + self.own_state_bytes
         )
         plan = MemoryPlan.fit(
-            self.config.sizes,
+            self.sizes,
             self.dtype,
             self.device,
             kv_bytes=_bytes(config.kv_gib),
@@ -104,7 +113,8 @@ class ModelRunner:
             state_dtype=self.state_dtype,
             reserved_bytes=reserved_bytes,
             checkpoints=self.checkpoints,
-        )
+            num_ranks=rank.count,
+        ).agreed(rank, self.device)
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
         self.warmed: WarmUp | None = self._warm_up() if warms_up else None
         """What the start took; None: no warm-up (disabled, or a CPU)."""
@@ -136,9 +146,7 @@ class ModelRunner:
         with the smallest pools."""
         longest = config.max_model_len or self.config.max_position
         free_bytes = self.device.unused_bytes()
-        smallest = MemoryPlan.smallest(
-            self.config.sizes, self.dtype, self.state_dtype, self.checkpoints
-        )
+        smallest = MemoryPlan.smallest(self.sizes, self.dtype, self.state_dtype, self.checkpoints)
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
         del self.tensors, self.table, self._rotary, self.step_inputs, self._predictor, self.graphs
@@ -402,6 +410,13 @@ class ModelRunner:
                 f"there is room for {counted(longest, 'token')}."
             )
         return asked
+
+
+def _share_of(sizes: ModelSizes, num_ranks: int) -> ModelSizes:
+    try:
+        return share_of(sizes, num_ranks)
+    except SizesError as error:
+        raise ModelError(f"--tp {num_ranks} does not suit this model: {error}.") from None
 
 
 def _bytes(gib: float | None) -> int | None:

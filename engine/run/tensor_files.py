@@ -69,6 +69,12 @@ class Tensor:
         """None: torch has none such."""
         return TORCH_DTYPES.get(self.dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """In the file. Of a dtype that torch has."""
+        assert self.torch_dtype is not None
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
     def read(self) -> torch.Tensor:
         """All of it. Raises WeightsError."""
         return self.read_part(0, self.shape)

@@ -17,6 +17,7 @@ import torch
 from engine.run.layers.parameters import Layer, Parameter
 from engine.run.quantization.names import model_name
 from engine.run.quantization.scheme import Quantization, Scheme
+from engine.run.ranks.rank import Cut
 from engine.run.tensor_files import (
     FILE_DTYPES,
     FULL_DTYPES,
@@ -91,10 +92,11 @@ class WeightFiles:
         wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
         schemes: dict[str, Scheme | None] = {}
         for name, parameter in parameters:
-            shape, scheme = tuple(parameter.target.shape), parameter.scheme
+            shape, scheme = parameter.shape, parameter.scheme
             wanted[name], schemes[name] = (shape,), scheme
             if scheme is not None:
                 wanted[scale_name(name, scheme)] = scale_shapes(scheme, *shape)
+            _check_whole_blocks(name, parameter)
         self._check_dtypes(schemes)
         offsets = {offset_name(name) for name, scheme in schemes.items() if scheme is not None}
         unexpected = sorted(set(self.tensors) - set(wanted) - offsets)
@@ -156,9 +158,17 @@ class WeightFiles:
         source, target = self.tensors[name], parameter.target
         runs = parameter.runs() if is_place_for(source, parameter) else []
         if not runs or target.nbytes < LEAST_READ_BYTES * len(runs):
-            yield partial(self._convert, name, parameter)
+            if parameter.cut is None or parameter.scheme is not None:
+                yield partial(self._convert, name, parameter)
+            elif parameter.cut.dim == 0:
+                yield partial(_read_rows, source, parameter)
+            else:
+                band = max(1, CHUNK_BYTES // (source.num_bytes // len(target)))
+                for first in range(0, len(target), band):
+                    rows = range(first, min(first + band, len(target)))
+                    yield partial(_read_columns, source, parameter.cut, target, rows)
             return
-        flat, width = target.view(-1), target[0].numel()
+        flat, width = target.view(-1), parameter.row_size
         size = CHUNK_BYTES // target.element_size()
         for row, source_row, num_rows in runs:
             for first in range(0, num_rows * width, size):
@@ -190,6 +200,25 @@ class WeightFiles:
         return line
 
 
+def _read_rows(source: Tensor, parameter: Parameter) -> int:
+    """The rows that a rank has of a tensor that is not wanted as it lies in the file."""
+    assert source.torch_dtype is not None
+    staged = torch.empty(parameter.target.shape, dtype=source.torch_dtype)
+    flat, width = staged.view(-1), parameter.row_size
+    for row, source_row, num_rows in parameter.runs():
+        source.read_into(flat[row * width : (row + num_rows) * width], source_row * width)
+    parameter.target.copy_(staged)
+    return staged.nbytes
+
+
+def _read_columns(source: Tensor, cut: Cut, target: torch.Tensor, rows: range) -> int:
+    """The columns that a rank has, of some rows, which are read whole."""
+    shape = len(rows), *source.shape[1:]
+    found = source.read_part(rows.start * math.prod(shape[1:]), shape)
+    target[rows.start : rows.stop].copy_(cut.of(found))
+    return found.nbytes
+
+
 def is_place_for(source: Tensor, parameter: Parameter) -> bool:
     """Whether the file's bytes can be read into the target, maybe with rows in another order."""
     target = parameter.target
@@ -200,6 +229,20 @@ def is_place_for(source: Tensor, parameter: Parameter) -> bool:
         and target.is_contiguous()
         and target.numel() > 0
     )
+
+
+def _check_whole_blocks(name: str, parameter: Parameter) -> None:
+    """Raises WeightsError where a rank would have part of a block of columns."""
+    cut, scheme = parameter.cut, parameter.scheme
+    columns = None if scheme is None else scheme.block[1]
+    if cut is None or cut.dim == 0 or columns is None:
+        return
+    first, end = int(cut.index[0]), int(cut.index[-1]) + 1
+    if first % columns or (end % columns and end != cut.size):
+        raise WeightsError(
+            f"--tp would cut blocks of {columns} columns, which share a scale: {name} has "
+            f"{cut.size} columns, {len(cut)} a rank; use fewer ranks."
+        )
 
 
 def scale_name(name: str, scheme: Scheme) -> str:
@@ -233,6 +276,11 @@ class Dummy:
 
     def draw(self, name: str, parameter: Parameter) -> None:
         """Magnitudes as a model has them at its first training step."""
+        if parameter.cut is not None:  # The same numbers, however many ranks share them.
+            whole = parameter.target.new_empty(parameter.shape)
+            self.draw(name, Parameter(whole, parameter.role))
+            parameter.target.copy_(parameter.cut.of(whole))
+            return
         target = parameter.target
         generator = torch.Generator(target.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))

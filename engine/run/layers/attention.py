@@ -3,16 +3,19 @@ output."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
 from engine.run.memory import Pools
+from engine.run.model_config import ModelError
 from hybridcache.geometry.mixers import AttentionSizes
+from hybridcache.geometry.shares import share
 
 
 class Attention:
@@ -37,24 +40,30 @@ class Attention:
         """``norms``: of queries and keys, each as wide as a head or as all of them. ``output``: the
         last product's name; its bias as the others' where ``output_bias`` is None. ``scale``: of
         the products with keys; None: ``head_dim ** -0.5``."""
-        self.sizes, self.keeps, self._rotates = sizes, sizes.keeps, rotates
-        heads, kv_heads = (
-            count * sizes.head_dim for count in (sizes.num_heads, sizes.num_kv_heads)
-        )
-        self._widths = [heads * sizes.gated, heads, kv_heads, kv_heads]
-        self.projected_size, self.mixed_shape = sum(self._widths), (heads,)
+        if build.rank.count > 1 and norms is not None and norms[0].size != sizes.head_dim:
+            raise ModelError(
+                f"--tp is not served where a norm runs over all heads, as in {name}: leave it out."
+            )
+        heads, keys = ((n, sizes.head_dim) for n in (sizes.num_heads, sizes.num_kv_heads))
+        kinds = [heads] * (1 + sizes.gated) + [keys, keys]
         inputs = [
-            Part(f"{name}.q_proj", sum(self._widths[:2]), _gate_first(sizes)),
-            Part(f"{name}.k_proj", kv_heads),
-            Part(f"{name}.v_proj", kv_heads),
+            Part(f"{name}.q_proj", math.prod(heads) * (1 + sizes.gated), _gate_first(sizes)),
+            Part(f"{name}.k_proj", math.prod(keys)),
+            Part(f"{name}.v_proj", math.prod(keys)),
         ]
-        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        self._projection = Linear(hidden_size, shared(inputs, kinds, build.rank), build, bias=bias)
         self._output = Linear(
-            heads,
+            math.prod(heads),
             [Part(f"{name}.{output}", hidden_size)],
             build,
             bias=bias if output_bias is None else output_bias,
+            shares_inputs=True,
         )
+        self.sizes = sizes = share(sizes, build.rank.count)
+        self.keeps, self._rotates = sizes.keeps, rotates
+        queries, kept = (n * sizes.head_dim for n in (sizes.num_heads, sizes.num_kv_heads))
+        self._widths = [queries * sizes.gated, queries, kept, kept]
+        self.projected_size, self.mixed_shape = sum(self._widths), (queries,)
         self._norms = norms
         self._scale = sizes.head_dim**-0.5 if scale is None else scale
         self._attention, self._cache_write = (

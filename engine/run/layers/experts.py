@@ -9,6 +9,7 @@ import torch
 
 from engine.run.layers.linear import as_kernels_take
 from engine.run.layers.parameters import Build, Parameter, Storage
+from hybridcache.geometry.shares import part
 from hybridcache.geometry.sizes import ExpertsSizes
 
 Scales = torch.Tensor | None
@@ -34,10 +35,12 @@ class Experts:
         """``name``: of all of them, by which their precision is chosen. ``width``: of their
         input."""
         self._names, self._weights = names, build.weights
-        self._count, self._inner = sizes.num_experts, (sizes.matrices - 1) * sizes.intermediate
+        self._rank, own = build.rank, part(sizes.intermediate, build.rank.count, "units")
+        self._count, self._inner = sizes.num_experts, (sizes.matrices - 1) * own
+        self._kinds = [(sizes.intermediate, 1)] * ((sizes.matrices - 1) // len(names.inputs))
         self._storage = self._stored_as(name)
         self._w13, self._w13_scale = self._allocate(self._inner, width)
-        self._w2, self._w2_scale = self._allocate(width, sizes.intermediate)
+        self._w2, self._w2_scale = self._allocate(width, own)
         self._moe = build.kernels["moe"]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -47,14 +50,19 @@ class Experts:
         if self._w13_scale is not None and self._w2_scale is not None:
             scales = *self._w13_scale.split(size, dim=1), self._w2_scale
         for name, weight, scale in zip((*names.inputs, names.output), weights, scales, strict=True):
-            if "{}" not in name:
-                yield name, Parameter(weight)
+            is_each, kinds = "{}" in name, self._kinds
+            dim = 0 if is_each else 1
+            if name == names.output:
+                kinds, dim = kinds[:1], dim + 1
+            cut = self._rank.cut(*kinds, dim=dim)
+            if not is_each:
+                yield name, Parameter(weight, cut=cut)
                 continue
             for expert in range(self._count):
                 own = name.format(expert)
                 scheme = self._weights.scheme(own.removesuffix(".weight"))
                 factor = None if scale is None else scale[expert]
-                yield own, Parameter(weight[expert], scheme=scheme, scale=factor)
+                yield own, Parameter(weight[expert], scheme=scheme, scale=factor, cut=cut)
 
     def _stored_as(self, name: str) -> Storage:
         weights, names = self._weights, (*self._names.inputs, self._names.output)
@@ -93,6 +101,7 @@ class Experts:
     def __call__(
         self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
     ) -> torch.Tensor:
-        """``[T, width]`` of ``x`` alike; ``weights``, ``experts`` ``[T, k]``."""
+        """``[T, width]`` of ``x`` alike, this rank's summand of it; ``weights``, ``experts``
+        ``[T, k]``."""
         out: torch.Tensor = self._product(x, weights, experts)
         return out

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.parameters import Build, Parameter
 from engine.run.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
+from hybridcache.geometry.shares import share
 
 
 class GatedDeltaNet:
@@ -37,18 +38,34 @@ class GatedDeltaNet:
         convolutions' names, with the channels of each; None: ``conv1d``, one. ``output``, ``norm``:
         what the last product and the norm before it are called. ``eps``: that norm's.
         ``max_beta``: largest step of the delta rule."""
-        self.name, self.sizes, self.keeps, self.eps = name, sizes, sizes.keeps, eps
+        rank = build.rank
+        keys, values = (
+            (sizes.num_key_heads, sizes.key_dim),
+            (sizes.num_value_heads, sizes.value_dim),
+        )
+        each = sizes.num_value_heads, 1
+        inputs = shared(inputs, [keys, keys, values, values, each, each], rank)
+        self._projection = Linear(hidden_size, inputs, build)
+        outputs = [Part(f"{name}.{output}", hidden_size)]
+        self._output = Linear(sizes.value_width, outputs, build, shares_inputs=True)
+        convs = convs or {"conv1d": sizes.conv_channels}
+        channels = list(convs.values())
+        self._convs = dict(zip(convs, rank.cuts(channels, [keys, keys, values]), strict=True))
+        self._heads_cut = rank.cut(each)
+        self.sizes = sizes = share(sizes, rank.count)
+        self._channels = [
+            size if cut is None else len(cut)
+            for size, cut in zip(channels, self._convs.values(), strict=True)
+        ]
+        self.name, self.keeps, self.eps = name, sizes.keeps, eps
         heads = sizes.num_value_heads
         self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
         self.projected_size = sum(self._widths)
         self.mixed_shape = heads, sizes.value_dim
-        self._projection = Linear(hidden_size, inputs, build)
-        self._output = Linear(sizes.value_width, [Part(f"{name}.{output}", hidden_size)], build)
         weights = build.weights
         self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
-        self._convs = convs or {"conv1d": sizes.conv_channels}
         self._norm_name, self._max_beta = norm, max_beta
         self._norm_weight = weights.empty(sizes.value_dim)
         self._conv1d, self._gdn = build.kernels["conv1d"], build.kernels["gdn"]
@@ -56,11 +73,12 @@ class GatedDeltaNet:
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
-        weights = self._conv_weight.unsqueeze(1).split(list(self._convs.values()))
-        for conv, weight in zip(self._convs, weights, strict=True):
-            yield f"{self.name}.{conv}.weight", Parameter(weight)
-        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay")
-        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias")
+        weights = self._conv_weight.unsqueeze(1).split(self._channels)
+        for (conv, cut), weight in zip(self._convs.items(), weights, strict=True):
+            yield f"{self.name}.{conv}.weight", Parameter(weight, cut=cut)
+        heads = self._heads_cut
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=heads)
+        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=heads)
         yield f"{self.name}.{self._norm_name}.weight", Parameter(self._norm_weight, "norm")
         yield from self._output.parameters()
 

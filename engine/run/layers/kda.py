@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Parameter
 from engine.run.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
+from hybridcache.geometry.shares import share
 
 
 class KimiDeltaAttention:
@@ -22,18 +23,26 @@ class KimiDeltaAttention:
         self, name: str, hidden_size: int, sizes: DeltaSizes, build: Build, norm: RMSNorm
     ) -> None:
         """``norm``: of a head, before the output's gate."""
-        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
         heads, head, width = sizes.num_value_heads, sizes.value_dim, sizes.value_width
-        self._widths = [sizes.conv_channels, width, width, heads]
-        self.projected_size, self.mixed_shape = sum(self._widths), (heads, head)
+        rank, by_head, all_of_it = build.rank, (heads, head), (1, head)
         inputs = [Part(f"{name}.{word}_proj", width) for word in "qkv"]
         inputs += [Part(f"{name}.{word}_a_proj", head) for word in "gf"]
         inputs += [Part(f"{name}.b_proj", heads)]
+        kinds = [*[by_head] * 3, all_of_it, all_of_it, (heads, 1)]
+        self._projection = Linear(hidden_size, shared(inputs, kinds, rank), build)
+        self._decay, self._gate = (
+            Linear(head, shared([Part(f"{name}.{word}_b_proj", width)], [by_head], rank), build)
+            for word in "fg"
+        )
+        outputs = [Part(f"{name}.o_proj", hidden_size)]
+        self._output = Linear(width, outputs, build, shares_inputs=True)
+        self._channels_cut, self._heads_cut = rank.cut(by_head), rank.cut((heads, 1), dim=2)
+        sizes = share(sizes, rank.count)
+        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
+        heads, width = sizes.num_value_heads, sizes.value_width
         self._narrow_widths = [sizes.conv_channels, head, head, heads]
-        self._projection = Linear(hidden_size, inputs, build)
-        self._decay = Linear(head, [Part(f"{name}.f_b_proj", width)], build)
-        self._gate = Linear(head, [Part(f"{name}.g_b_proj", width)], build)
-        self._output = Linear(width, [Part(f"{name}.o_proj", hidden_size)], build)
+        self._widths = [sizes.conv_channels, width, width, heads]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads, head)
         weights = build.weights
         self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
         self._A_log = weights.empty(heads, dtype=torch.float32)
@@ -46,9 +55,16 @@ class KimiDeltaAttention:
         for layer in self._layers():
             yield from layer.parameters()
         for word, weight in zip("qkv", self._conv_weight.chunk(3), strict=True):
-            yield f"{self.name}.{word}_conv1d.weight", Parameter(weight.unsqueeze(1))
-        yield f"{self.name}.A_log", Parameter(self._A_log.view(1, 1, -1, 1), "log_decay")
-        yield f"{self.name}.dt_bias", Parameter(self._dt_bias.flatten(), "time_bias")
+            taps = Parameter(weight.unsqueeze(1), cut=self._channels_cut)
+            yield f"{self.name}.{word}_conv1d.weight", taps
+        yield (
+            f"{self.name}.A_log",
+            Parameter(self._A_log.view(1, 1, -1, 1), "log_decay", cut=self._heads_cut),
+        )
+        yield (
+            f"{self.name}.dt_bias",
+            Parameter(self._dt_bias.flatten(), "time_bias", cut=self._channels_cut),
+        )
 
     def seal(self) -> None:
         for layer in self._layers():

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Layer, Parameter
 from engine.run.memory import Pools
 from hybridcache.geometry.mixers import MambaSizes
+from hybridcache.geometry.shares import share
 
 
 class Mamba1:
@@ -32,16 +33,19 @@ class Mamba1:
     ) -> None:
         """``rank``: of the time steps' product. ``eps``: of the norms. ``bias``: of input and
         output products."""
-        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
         inner, state, weights = sizes.inner, sizes.state_dim, build.weights
+        self._widths, channels = [rank, state, state], (inner, 1)
+        inputs = shared([Part(f"{name}.in_proj", 2 * inner)], [channels] * 2, build.rank)
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        selected = [Part(f"{name}.x_proj", sum(self._widths))]
+        self._selection = Linear(inner, selected, build, shares_inputs=True)
+        steps = shared([Part(f"{name}.dt_proj", inner)], [channels], build.rank)
+        self._steps = Linear(rank, steps, build)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._output = Linear(inner, outputs, build, bias=bias, shares_inputs=True)
+        self._cut, sizes = build.rank.cut(channels), share(sizes, build.rank.count)
+        self.name, self.sizes, self.keeps, inner = name, sizes, sizes.keeps, sizes.inner
         self.projected_size, self.mixed_shape = 2 * inner, (inner,)
-        self._widths = [rank, state, state]
-        self._projection = Linear(
-            hidden_size, [Part(f"{name}.in_proj", 2 * inner)], build, bias=bias
-        )
-        self._selection = Linear(inner, [Part(f"{name}.x_proj", sum(self._widths))], build)
-        self._steps = Linear(rank, [Part(f"{name}.dt_proj", inner)], build)
-        self._output = Linear(inner, [Part(f"{name}.out_proj", hidden_size)], build, bias=bias)
         self._norms = [
             RMSNorm(f"{name}.{word}_layernorm", size, build, eps=eps)
             for word, size in zip(("dt", "b", "c"), self._widths, strict=True)
@@ -60,12 +64,12 @@ class Mamba1:
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for layer in self._layers():
             yield from layer.parameters()
-        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1))
+        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1), cut=self._cut)
         if self._conv_bias is not None:
-            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias)
-        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay")
-        yield f"{self.name}.dt_proj.bias", Parameter(self._dt_bias, "time_bias")
-        yield f"{self.name}.D", Parameter(self._D, "skip")
+            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias, cut=self._cut)
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=self._cut)
+        yield f"{self.name}.dt_proj.bias", Parameter(self._dt_bias, "time_bias", cut=self._cut)
+        yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._cut)
 
     def seal(self) -> None:
         for layer in self._layers():

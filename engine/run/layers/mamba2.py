@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.parameters import Build, Parameter
 from engine.run.memory import Pools
+from engine.run.model_config import ModelError
 from hybridcache.geometry.mixers import MambaSizes
+from hybridcache.geometry.shares import share
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,27 @@ class Mamba2:
         """``norm`` None: the output is gated as it is. ``limits``: of time steps. ``bias``,
         ``output_bias``, ``conv_bias``: which products and convolution have one. ``multipliers``: of
         z, x, B, C and dt."""
+        if norm is not None and sizes.num_groups % build.rank.count:
+            raise ModelError(
+                f"--tp {build.rank.count} is not served where the norm behind a scan runs over the "
+                f"parts of several ranks: {name} norms {sizes.num_groups} groups of channels."
+            )
+        rank, groups = build.rank, (sizes.num_groups, sizes.state_dim)
+        by_head, each = (sizes.num_heads, sizes.head_dim), (sizes.num_heads, 1)
+        inputs = [Part(f"{name}.in_proj", sizes.inner + sizes.conv_channels + sizes.num_heads)]
+        inputs = shared(inputs, [by_head, by_head, groups, groups, each], rank)
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._output = Linear(sizes.inner, outputs, build, bias=output_bias, shares_inputs=True)
+        self._conv_cut = rank.cut(by_head, groups, groups)
+        self._heads_cut, self._channels_cut = rank.cut(each), rank.cut(by_head)
+        sizes = share(sizes, rank.count)
         self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
         self._limits, self._gated_norm = limits, norm
         heads, keys = sizes.num_heads, sizes.num_groups * sizes.state_dim
         self._widths = [sizes.inner, sizes.conv_channels, heads]
         self._mixed_widths = [sizes.inner, keys, keys]
         self.projected_size, self.mixed_shape = sum(self._widths), (heads, sizes.head_dim)
-        inputs = [Part(f"{name}.in_proj", self.projected_size)]
-        self._projection = Linear(hidden_size, inputs, build, bias=bias)
-        outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._output = Linear(sizes.inner, outputs, build, bias=output_bias)
         weights = build.weights
         self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
         self._conv_bias = weights.empty(sizes.conv_channels) if conv_bias else None
@@ -71,14 +84,20 @@ class Mamba2:
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
-        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1))
+        yield (
+            f"{self.name}.conv1d.weight",
+            Parameter(self._conv_weight.unsqueeze(1), cut=self._conv_cut),
+        )
         if self._conv_bias is not None:
-            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias)
-        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay")
-        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias")
-        yield f"{self.name}.D", Parameter(self._D, "skip")
+            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias, cut=self._conv_cut)
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=self._heads_cut)
+        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=self._heads_cut)
+        yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._heads_cut)
         if self._norm_weight is not None:
-            yield f"{self.name}.norm.weight", Parameter(self._norm_weight, "norm")
+            yield (
+                f"{self.name}.norm.weight",
+                Parameter(self._norm_weight, "norm", cut=self._channels_cut),
+            )
         yield from self._output.parameters()
 
     def seal(self) -> None:

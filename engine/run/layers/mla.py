@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.parameters import Build, Parameter
 from engine.run.memory import Pools
 from hybridcache.geometry.mixers import LatentAttentionSizes
+from hybridcache.geometry.shares import share
 
 
 class LatentAttention:
     """Queries and the latent row are one product, laid out ``[query | latent | shared key]``. The
     matrices that would expand a latent into keys and values multiply queries and outputs instead,
-    in full precision: a prompt and a decode, a hit and a cold run all read latents."""
+    in full precision: a prompt and a decode, a hit and a cold run all read latents. Ranks share the
+    heads, and all of them keep the latent row."""
 
     def __init__(
         self,
@@ -30,20 +33,29 @@ class LatentAttention:
         bias: bool,
     ) -> None:
         """``norm``: of the latent. ``bias``: of the latent's product and of the output's."""
-        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
-        heads, shared = sizes.num_heads, sizes.rope_dim
-        self._widths = [heads * (sizes.nope_dim + shared), sizes.rank, shared]
-        self.projected_size, self.mixed_shape = sum(self._widths), (heads * sizes.value_dim,)
-        latent = Part(f"{name}.kv_a_proj_with_mqa", sizes.rank + shared)
-        self._query = Linear(hidden_size, [Part(f"{name}.q_proj", self._widths[0])], build)
+        rank, beside = build.rank, sizes.rope_dim
+        by_head = sizes.num_heads, sizes.nope_dim + beside
+        expanded = sizes.num_heads, sizes.nope_dim + sizes.value_dim
+        queries = shared([Part(f"{name}.q_proj", math.prod(by_head))], [by_head], rank)
+        self._query = Linear(hidden_size, queries, build)
+        latent = Part(f"{name}.kv_a_proj_with_mqa", sizes.rank + beside)
         self._latent = Linear(hidden_size, [latent], build, bias=bias)
+        self._output = Linear(
+            sizes.num_heads * sizes.value_dim,
+            [Part(f"{name}.o_proj", hidden_size)],
+            build,
+            bias=bias,
+            shares_inputs=True,
+        )
+        self._expand_cut, sizes = rank.cut(expanded), share(sizes, rank.count)
+        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
+        heads = sizes.num_heads
+        self._widths = [heads * by_head[1], sizes.rank, beside]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads * sizes.value_dim,)
         self._norm = norm
         self._expand_scheme = build.weights.scheme(f"{name}.kv_b_proj")
-        self._expand = build.weights.empty(heads, sizes.nope_dim + sizes.value_dim, sizes.rank)
-        self._output = Linear(
-            heads * sizes.value_dim, [Part(f"{name}.o_proj", hidden_size)], build, bias=bias
-        )
-        self._scale = (sizes.nope_dim + shared) ** -0.5
+        self._expand = build.weights.empty(heads, expanded[1], sizes.rank)
+        self._scale = by_head[1] ** -0.5
         self._mla, self._cache_write = build.kernels["mla"], build.kernels["cache_write"]
 
     def _layers(self) -> tuple[Linear | RMSNorm, ...]:
@@ -54,7 +66,7 @@ class LatentAttention:
             yield from layer.parameters()
         yield (
             f"{self.name}.kv_b_proj.weight",
-            Parameter(self._expand.flatten(0, 1), scheme=self._expand_scheme),
+            Parameter(self._expand.flatten(0, 1), scheme=self._expand_scheme, cut=self._expand_cut),
         )
 
     def seal(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from engine.run.layers.experts import ExpertNames, Experts
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.parameters import Build, Parameter
 from hybridcache.geometry.sizes import ExpertsSizes
 
@@ -26,14 +26,18 @@ class MLP:
         output: str = "down_proj",
         bias: bool = False,
         gate_multiplier: float = 1.0,
+        sums: bool = True,
     ) -> None:
         """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
-        ``gate_multiplier``: of what silu is applied to."""
+        ``gate_multiplier``: of what silu is applied to. ``sums``: as ``Linear``'s."""
         rows = 2 * intermediate_size // len(inputs)
         parts = [Part(f"{name}.{word}", rows) for word in inputs]
+        parts = shared(parts, [(intermediate_size, 1)] * 2, build.rank)
         self.gate_up = Linear(hidden_size, parts, build, bias=bias)
         outputs = [Part(f"{name}.{output}", hidden_size)]
-        self.down = Linear(intermediate_size, outputs, build, bias=bias)
+        self.down = Linear(
+            intermediate_size, outputs, build, bias=bias, shares_inputs=True, sums=sums
+        )
         self._gate_multiplier = gate_multiplier
         self._activate = build.kernels["activation"].silu_and_mul
 
@@ -63,8 +67,9 @@ class SquaredReluMLP:
             [Part(f"{name}.{word}", size)]
             for word, size in (("up_proj", intermediate_size), ("down_proj", hidden_size))
         ]
+        inputs = shared(inputs, [(intermediate_size, 1)], build.rank)
         self.up = Linear(hidden_size, inputs, build, bias=bias)
-        self.down = Linear(intermediate_size, outputs, build, bias=bias)
+        self.down = Linear(intermediate_size, outputs, build, bias=bias, shares_inputs=True)
         self._activate = build.kernels["activation"].relu_squared
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -107,7 +112,10 @@ class ExpertsMLP:
         # Router and shared gate read the same input: one product.
         gates = [Part(f"{name}.gate", sizes.num_experts), Part(f"{name}.shared_expert_gate", 1)]
         self._router = Linear(hidden_size, gates, build)
-        self._shared = MLP(f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build)
+        self._shared = MLP(
+            f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build, sums=False
+        )
+        self._rank = build.rank
         self._route = build.kernels["moe"].route
         self._gate = build.kernels["activation"].sigmoid_mul
 
@@ -126,4 +134,4 @@ class ExpertsMLP:
         weights, experts = self._route(logits[:num_tokens], self._k, self._renormalises)
         out = self._gate(self._shared(x, num_tokens), shared_gate)
         out[:num_tokens] += self._experts(x[:num_tokens], weights, experts)
-        return out
+        return self._rank.sum(out)

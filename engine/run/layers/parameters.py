@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,7 @@ import torch
 from engine.run.backends import Kernels
 from engine.run.model_config import ModelError
 from engine.run.quantization.scheme import Quantization, Scheme, widen
+from engine.run.ranks.rank import ALONE, Cut, Rank
 from kernels.huge_pages import ask_for
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
@@ -40,7 +42,7 @@ class Parameter:
     """One tensor of the weight files and its destination."""
 
     target: torch.Tensor
-    """The view to fill; its shape is the file's tensor's."""
+    """The view to fill; without a cut its shape is the file's tensor's."""
     role: Role = "matrix"
     rows: torch.Tensor | None = None
     """Order in which the file's rows are taken: ``target = tensor[rows]``; None: as they are."""
@@ -49,33 +51,76 @@ class Parameter:
     scale: torch.Tensor | None = None
     """Where the scales of the target's rows go, if they stay quantised: float32 ``[M, blocks of
     columns]``."""
+    cut: Cut | None = None
+    """What the target is of ``tensor[rows]``; None: all of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the file's tensor."""
+        shape = tuple(self.target.shape)
+        return shape if self.cut is None else self.cut.whole(shape)
+
+    @property
+    def row_size(self) -> int:
+        """Numbers in one row of ``runs``: of what lies behind the dimension that is cut."""
+        return math.prod(self.target.shape[1 if self.cut is None else self.cut.dim + 1 :])
 
     def runs(self) -> list[tuple[int, int, int]]:
         """(first row of the target, first row in the file, rows) of what lies together in both."""
-        if self.rows is None:
+        cut = self.cut
+        if cut is not None and cut.dim and cut.span is not None:
+            count, first = len(cut), cut.span.start
+            stacks = range(math.prod(self.target.shape[: cut.dim]))
+            return [(i * count, i * cut.size + first, count) for i in stacks]
+        rows = self._file_rows()
+        if rows is None:
             return [(0, 0, len(self.target))]
-        starts = [0, *(1 + self.rows.diff().ne(1).nonzero()[:, 0]).tolist(), len(self.rows)]
-        firsts = self.rows[starts[:-1]].tolist()
+        starts = [0, *(1 + rows.diff().ne(1).nonzero()[:, 0]).tolist(), len(rows)]
+        firsts = rows[starts[:-1]].tolist()
         pairs = zip(pairwise(starts), firsts, strict=True)
         return [(start, first, end - start) for (start, end), first in pairs]
+
+    def _file_rows(self) -> torch.Tensor | None:
+        """The file's row of each of the target's; None: they are the same."""
+        cut = self.cut
+        if cut is None:
+            return self.rows
+        if cut.dim == 0:
+            return cut.index if self.rows is None else self.rows[cut.index]
+        assert self.rows is None, "rows in another order are cut as rows"
+        stacked = torch.arange(math.prod(self.target.shape[: cut.dim]))
+        return (stacked[:, None] * cut.size + cut.index).flatten()
 
     @torch.inference_mode()
     def fill(self, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Copy a file's tensor of the target's shape, in the target's dtype. With a scheme
         ``scale`` is the file's, and a target without scales of its own gets what it stands for."""
-        rows = slice(None) if self.rows is None else self.rows
         if self.scheme is None:
-            self.target.copy_(tensor[rows])
+            self.target.copy_(self._part(tensor))
             return
         assert scale is not None
         device = self.target.device
-        row_scales = self.scheme.row_scales(scale, *tensor.shape)[rows].to(device)
-        stored = tensor[rows].to(device)
+        row_scales = self._part_of_scales(self.scheme.row_scales(scale, *tensor.shape)).to(device)
+        stored = self._part(tensor).to(device)
         if self.scale is None:
             widen(self.target, stored, row_scales, self.scheme.block[1])
         else:
             self.target.copy_(stored)
             self.scale.copy_(row_scales)
+
+    def _part(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        return tensor if self.cut is None else self.cut.of(tensor)
+
+    def _part_of_scales(self, row_scales: torch.Tensor) -> torch.Tensor:
+        """Of the scales of all rows, ``[M, blocks of columns]``."""
+        cut, scheme = self.cut, self.scheme
+        if cut is None or cut.dim == 0:
+            return self._part(row_scales)
+        columns = None if scheme is None else scheme.block[1]
+        if columns is None:
+            return row_scales
+        return row_scales[:, int(cut.index[0]) // columns : int(cut.index[-1]) // columns + 1]
 
 
 class Layer(Protocol):
@@ -172,3 +217,5 @@ class Build:
 
     kernels: Kernels
     weights: WeightSpec
+    rank: Rank = ALONE
+    """Whose part of the model is built."""

@@ -114,6 +114,7 @@ class RoutedExperts:
         self._router, self._experts = router, Experts(name, width, sizes, names, build)
         self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
         self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
+        self._rank = build.rank
 
     def _layers(self) -> list[Layer]:
         layers = self._router, self._experts, self._narrow, self._widen
@@ -131,7 +132,8 @@ class RoutedExperts:
         """Padding rows meet no expert: each would wake experts that nobody needs."""
         weights, experts = self._router(x, num_tokens)
         inner = x if self._narrow is None else self._narrow(x)
-        out = pad_rows(self._experts(inner[:num_tokens], weights, experts), len(x))
+        out = self._rank.sum(self._experts(inner[:num_tokens], weights, experts))
+        out = pad_rows(out, len(x))
         return out if self._widen is None else self._widen(out)
 
 

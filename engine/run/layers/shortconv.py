@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from engine.run.layers.inputs import LayerInputs, pad_rows
-from engine.run.layers.linear import Linear, Part
+from engine.run.layers.linear import Linear, Part, shared
 from engine.run.layers.parameters import Build, Parameter
 from engine.run.memory import Pools
 from hybridcache.geometry.mixers import ShortConvSizes
+from hybridcache.geometry.shares import share
 
 
 class ShortConv:
@@ -20,22 +21,24 @@ class ShortConv:
         self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
     ) -> None:
         """``bias``: of both products and of the convolution."""
+        channels = sizes.channels, 1
+        inputs = shared([Part(f"{name}.in_proj", 3 * sizes.channels)], [channels] * 3, build.rank)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        self._output = Linear(sizes.channels, outputs, build, bias=bias, shares_inputs=True)
+        self._cut, sizes = build.rank.cut(channels), share(sizes, build.rank.count)
         self.name, self.keeps = name, sizes.keeps
         width = sizes.channels
         self.projected_size, self.mixed_shape = 3 * width, (width,)
-        inputs = [Part(f"{name}.in_proj", 3 * width)]
-        outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._projection = Linear(hidden_size, inputs, build, bias=bias)
-        self._output = Linear(width, outputs, build, bias=bias)
         self._weight = build.weights.empty(width, sizes.conv_width)
         self._bias = build.weights.empty(width) if bias else None
         self._conv1d = build.kernels["conv1d"]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
-        yield f"{self.name}.conv.weight", Parameter(self._weight.unsqueeze(1))
+        yield f"{self.name}.conv.weight", Parameter(self._weight.unsqueeze(1), cut=self._cut)
         if self._bias is not None:
-            yield f"{self.name}.conv.bias", Parameter(self._bias)
+            yield f"{self.name}.conv.bias", Parameter(self._bias, cut=self._cut)
         yield from self._output.parameters()
 
     def seal(self) -> None:

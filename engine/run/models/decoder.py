@@ -22,6 +22,7 @@ from engine.run.layers.sealing import Sealing
 from engine.run.layers.stepwise import mix
 from engine.run.memory import Pools
 from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.ranks.rank import Cut
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 
@@ -173,21 +174,37 @@ class Decoder(ABC):
         return part
 
 
+def vocabulary_cut(config: ModelConfig, build: Build) -> Cut | None:
+    """The tokens whose rows of embedding and head this rank has; None: all."""
+    if build.rank.count == 1:
+        return None
+    span = build.rank.span(config.vocab_size)
+    return Cut(config.vocab_size, torch.arange(span.start, span.stop))
+
+
 class Embedding:
     """Token ids to hidden states."""
 
     def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
         self.name, self._multiplier = name, config.embedding_multiplier
-        self.weight = build.weights.empty(config.vocab_size, config.hidden_size)
+        self._rank, self._ids = build.rank, build.rank.span(config.vocab_size)
+        self.weight = build.weights.empty(len(self._ids), config.hidden_size)
+        self.cut = vocabulary_cut(config, build)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield f"{self.name}.weight", Parameter(self.weight)
+        yield f"{self.name}.weight", Parameter(self.weight, cut=self.cut)
 
     def seal(self) -> None:
         pass
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = F.embedding(token_ids, self.weight)
+        if self._rank.count == 1:
+            hidden = F.embedding(token_ids, self.weight)
+        else:
+            own = token_ids - self._ids.start
+            is_own = (own >= 0) & (own < len(self._ids))
+            hidden = F.embedding(own.where(is_own, 0), self.weight)
+            hidden = self._rank.sum(hidden.where(is_own[:, None], 0.0))
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
 
 
@@ -196,9 +213,10 @@ class Head:
 
     def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
         self._is_tied, self._multiplier = config.tie_embeddings, config.logit_multiplier
+        self._rank, self._vocab_size = build.rank, config.vocab_size
         self._linear = Linear(
             config.hidden_size,
-            [Part(name, config.vocab_size)],
+            [Part(name, config.vocab_size, cut=embedding.cut)],
             build,
             weight=embedding.weight if self._is_tied else None,
         )
@@ -211,5 +229,5 @@ class Head:
         self._linear.seal()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._linear(hidden)
+        logits = self._rank.join(self._linear(hidden), self._vocab_size)
         return logits if self._multiplier == 1.0 else logits * self._multiplier

@@ -1,0 +1,62 @@
+"""What every rank but the first runs: it loads its part, and then computes the batches that the
+first one does."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from engine.interfaces import RunnerLost
+from engine.run.device import Device
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.ranks.group import TorchGroup
+from engine.run.ranks.line import Line
+from engine.run.ranks.orders import Commit, Failed, Forward, Here, Lost, Ready, Refused, Start
+from engine.run.ranks.rank import Rank
+
+
+def main(descriptor: int) -> None:
+    """Run the rank whose end of the line is open as ``descriptor``, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first rank's to handle.
+    line = Line(socket.socket(fileno=descriptor))
+    try:
+        _follow(line)
+    except EOFError:
+        pass
+    except ModelError as error:
+        line.send(Refused(str(error)))
+        sys.exit(1)
+    except RunnerLost as error:
+        line.send(Lost(str(error)))
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        line.send(Failed(f"{type(error).__name__}: {error}"))
+        sys.exit(1)
+
+
+def _follow(line: Line) -> None:
+    start: Start = line.receive()
+    line.send(Here())
+    device = Device.resolve(start.config.device).of_rank(start.number)
+    if device.is_cpu:
+        torch.set_num_threads(start.num_threads)
+    device.make_current()
+    group = TorchGroup(start.number, start.count, Path(start.meeting), device)
+    runner = ModelRunner(start.config, Rank(start.number, start.count, group))
+    line.send(Ready())
+    while True:
+        order: Forward | Commit = line.receive()
+        if isinstance(order, Commit):
+            runner.commit(order.batch, order.taken)
+        elif order.num_drawn is None:
+            runner.forward(order.batch)
+        else:
+            place = torch.empty(order.num_drawn, dtype=torch.int64, device=device.torch_device)
+            runner.forward(order.batch, group.gather(place)[0])

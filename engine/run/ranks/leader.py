@@ -1,0 +1,83 @@
+"""The runner of the first rank, which has the others compute every batch beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from engine.config import EngineConfig
+from engine.interfaces import RunnerLost
+from engine.run.device import Device
+from engine.run.model_runner import ModelRunner
+from engine.run.ranks.followers import Followers
+from engine.run.ranks.group import TorchGroup
+from engine.run.ranks.orders import Commit, Forward, Ready
+from engine.run.ranks.rank import Rank
+from engine.schedule.batch import Batch
+
+
+class LeadingRunner(ModelRunner):
+    """``--tp N``: scheduler and cache know this runner alone. What it allocates, moves and saves,
+    every rank does with its own part, so that a row and a slot mean the same on each."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Starts the other processes and loads all parts. ModelError; RunnerLost: one ended."""
+        self._followers: Followers | None = None
+        device = Device.resolve(config.device).of_rank(0)
+        num_threads = torch.get_num_threads()
+        if device.is_cpu:
+            num_threads = max(1, num_threads // config.tp)
+            torch.set_num_threads(num_threads)
+        followers = Followers(config, num_threads)
+        try:
+            self._group = TorchGroup(0, config.tp, followers.meeting, device)
+            super().__init__(config, Rank(0, config.tp, self._group))
+            followers.wait_for(Ready)
+        except RunnerLost as error:
+            raise followers.lost(error) from error
+        except BaseException:
+            followers.close()
+            raise
+        self._followers = followers
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """See ``Runner.forward``. RunnerLost: a rank has gone; nothing can be computed any more."""
+        num_drawn = None if drawn is None else len(drawn)
+        with self._together(Forward(batch, num_drawn)):
+            if drawn is not None:
+                self._group.gather(drawn.contiguous())
+            return super().forward(batch, drawn)
+
+    @torch.inference_mode()
+    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
+        """See ``Runner.commit``."""
+        with self._together(Commit(batch, tuple(taken))):
+            super().commit(batch, taken)
+
+    @contextmanager
+    def _together(self, order: Forward | Commit) -> Iterator[None]:
+        """Have all ranks do what is done within. While they load they do it by themselves."""
+        if self._followers is None:
+            yield
+            return
+        self._followers.order(order)
+        try:
+            yield
+        except Exception as error:
+            raise self._followers.lost(error) from error
+        except BaseException as error:
+            self._followers.lost(error)
+            raise
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Process ids of ranks 1, 2, ..."""
+        return () if self._followers is None else self._followers.processes
+
+    def close(self) -> None:
+        """End the other processes."""
+        if self._followers is not None:
+            self._followers.close()

@@ -1,0 +1,67 @@
+"""``--tp 2``: two processes and the whole engine. What each family's parts are is in
+``tests/engine/numerics/test_ranks.py``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.interfaces import RunnerLost
+from engine.run.ranks.leader import LeadingRunner
+
+PARAMS = SamplingParams(max_tokens=6, temperature=0, logprobs=2)
+BEGINNING = "The same beginning, again and again. " * 8
+
+
+def make(tp: int, **settings: object) -> Engine:
+    config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "check": True}
+    return Engine(EngineConfig(**(config | settings), tp=tp))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    made = make(2)
+    yield made
+    made.runner.close()
+
+
+def test_a_hit_changes_no_bit_and_ranks_no_token(engine: Engine) -> None:
+    prompts = [BEGINNING + word for word in ("one", "two")]
+    together = engine.generate(prompts, PARAMS)
+    assert [output.cached_len for output in together] == [0, 256]
+    hits = engine.generate(prompts, PARAMS)
+    assert [output.cached_len for output in hits] == [256, 256]
+    engine.reset_prefix_cache()
+    cold = [engine.generate([prompt], PARAMS)[0] for prompt in prompts[:1]]
+    assert [output.logprobs for output in together] == [output.logprobs for output in hits]
+    assert cold[0].logprobs == hits[0].logprobs
+    alone = make(1).generate(prompts[:1], PARAMS)[0]
+    assert alone.token_ids == cold[0].token_ids
+    pairs = zip(alone.logprobs, cold[0].logprobs, strict=True)
+    assert all(abs(one.logprob - two.logprob) < 1e-4 for one, two in pairs)
+
+
+def test_two_ranks_hold_as_much_as_one(engine: Engine) -> None:
+    memory, alone = engine.runner.memory, make(1).runner.memory
+    assert (memory.num_kv_tokens, memory.num_slots) == (alone.num_kv_tokens, alone.num_slots)
+    assert 2 * memory.state_bytes == alone.state_bytes
+
+
+def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
+    assert isinstance(engine.runner, LeadingRunner)
+    (process,) = engine.runner.processes
+    os.kill(process, signal.SIGSTOP)  # so that the step is under way
+    killer = threading.Timer(0.5, os.kill, (process, signal.SIGKILL))
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(RunnerLost, match=r"^rank 1 of 2 was ended by SIGKILL; start .* again\.$"):
+        engine.generate([BEGINNING], PARAMS)
+    with pytest.raises(RunnerLost, match="rank 1 of 2 was ended by SIGKILL"):
+        engine.generate([BEGINNING], PARAMS)
+    assert time.monotonic() - began < 60
