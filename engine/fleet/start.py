@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,7 @@ def start_fleet(config: EngineConfig, num_replicas: int, router: str, name: str)
     from engine.fleet.ray_router import FleetRequestRouter
     from engine.fleet.replica import EngineReplica
 
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        ray.init(include_dashboard=False, log_to_driver=False)
+    is_ours = _join_ray()
     num_cores = int(ray.cluster_resources().get("CPU", 0))
     if num_cores < num_replicas:
         if is_ours:
@@ -72,7 +71,7 @@ def start_fleet(config: EngineConfig, num_replicas: int, router: str, name: str)
 
     try:
         handle = _run(serve, EngineReplica, FleetRequestRouter, config, num_replicas, name)
-        facts.append(handle.options(method_name="facts").remote(Order()).result(START_S))
+        facts.append(handle.options(method_name="facts").remote(Order()).result(timeout_s=START_S))
         fleet.begin()
     except BaseException:
         shut_down()
@@ -80,6 +79,25 @@ def start_fleet(config: EngineConfig, num_replicas: int, router: str, name: str)
     model = Path(config.model).resolve().name if config.model else BUILTIN_NAME
     found.append(FleetEngine(config, handle, fleet, facts[0], model, shut_down, is_death))
     return found[0]
+
+
+def _join_ray() -> bool:
+    """Join the cluster that runs here, or start one; whether it was started."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        return False
+    except ConnectionError:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        return True
 
 
 def _run(
