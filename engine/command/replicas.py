@@ -15,7 +15,7 @@ def start_replicas(
 ) -> tuple[FleetEngine, str]:
     """(replicas that have loaded, the start screen)."""
     name = f"engine-{os.getpid()}"
-    size = FleetSize(server.replicas, server.max_replicas, server.drain_s)
+    size = FleetSize(server.replicas, server.max_replicas, server.drain_s, server.ray)
     fleet = start_fleet(config, size, server.router, name)
     facts = fleet.facts
     number = str(server.replicas)

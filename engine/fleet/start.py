@@ -48,12 +48,14 @@ class FleetSize:
     """Under load; None: no more."""
     drain_s: float = 30.0
     """How long one that is not needed any more may take to finish what it computes."""
+    ray: str | None = None
+    """Address of a cluster; None: one of its own on this machine."""
 
 
 def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -> FleetEngine:
-    """Engines of ``config``, a core each, on the Ray cluster that runs here or a new one. ``name``
-    tells fleets of one cluster apart. ValueError: a router that does not exist, or too few cores.
-    Waits until all have loaded."""
+    """Engines of ``config``, a core each, on a Ray cluster. ``name`` tells fleets of one cluster
+    apart. ValueError: a router or a cluster that does not exist, or too few cores. Waits until all
+    have loaded."""
     make = find_router(router)
     import ray
     from ray import serve
@@ -61,14 +63,14 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
     from engine.fleet.ray_router import FleetRequestRouter
     from engine.fleet.replica import EngineReplica
 
-    is_ours = _join_ray()
+    is_ours = _join_ray(size.ray)
     num_cores = int(ray.cluster_resources().get("CPU", 0))
     if num_cores < size.num_replicas:
         if is_ours:
             ray.shutdown()
         raise ValueError(
             f"--replicas {size.num_replicas} want a core each, and Ray has {num_cores} here: "
-            "lower it, or join more machines with `ray start`."
+            "lower it, or name a larger cluster with --ray."
         )
     found: list[FleetEngine] = []
     facts: list[ReplicaFacts] = []
@@ -101,23 +103,24 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
     return found[0]
 
 
-def _join_ray() -> bool:
-    """Join the cluster that runs here, or start one; whether it was started."""
+def _join_ray(address: str | None) -> bool:
+    """Join a cluster, or start one; whether it was started. ValueError: there is none."""
     import ray
 
     if ray.is_initialized():
         return False
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
-        return False
-    except ConnectionError:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, **quiet)
         return True
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise ValueError(
+            f"--ray {address}: no cluster answers there: start one with `ray start --head`, or "
+            "leave --ray out."
+        ) from error
+    return False
 
 
 def _run(

@@ -44,6 +44,13 @@ class ServerConfig:
             "more finishes what it computes, and goes; default: as many as --replicas, always"
         },
     )
+    ray: str | None = field(
+        default=None,
+        metadata={
+            "help": "with replicas: address of the Ray cluster they run on (auto: the one that "
+            "`ray start` made here); default: one of its own on this machine"
+        },
+    )
     router: str = field(
         default="checkpoint",
         metadata={

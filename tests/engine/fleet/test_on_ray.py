@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import subprocess
@@ -43,10 +42,8 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def url(cluster: str) -> Iterator[str]:
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--replicas", "2"]
-    command += ["--cache-gib", "0.05", "--max-model-len", "8192"]
-    server = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": cluster}, stdout=subprocess.PIPE
-    )
+    command += ["--ray", cluster, "--cache-gib", "0.05", "--max-model-len", "8192"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert server.stdout is not None
     try:
         screen = ""
