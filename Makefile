@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack clients hostile mutate rivals llama sglang page wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack clients hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,6 +88,13 @@ out/sglang/.installed: Makefile
 sglang: install out/sglang/.installed  ## SGLang on a CPU with our cache in it: its scheduler, both trees side by side
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.bench_sglang
+
+out/ray/.installed: Makefile
+	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray[serve]>=2.60,<3' -c constraints.txt
+	@touch $@
+
+replicas: install out/ray/.installed  ## replicas on Ray Serve: a death, scaling, a grid of runs on a cluster (two minutes)
+	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet tests/lab/test_on_ray.py
 
 page: install  ## the page in a Chromium (pip install playwright first): how fast it is, and its pictures
 	$(BIN)/python -m experiments.bench_page

@@ -16,7 +16,7 @@ import numpy as np
 from engine import EngineConfig, SamplingParams
 from engine.command.inspect import load_geometry
 from engine.fleet.front import FleetEngine
-from engine.fleet.start import PerToken, start_fleet
+from engine.fleet.start import FleetSize, PerToken, start_fleet
 from engine.requests.spec import RequestSpec
 from experiments.lab import keep, rounded
 from hybridcache import RunConfig, Trace, TraceRequest
@@ -40,7 +40,7 @@ def main() -> None:
     records = []
     for router in options.routers.split(","):
         config = EngineConfig(cache_gib=options.cache_gib, max_model_len=2048)
-        fleet = start_fleet(config, options.replicas, router, f"bench-{router}")
+        fleet = start_fleet(config, FleetSize(options.replicas), router, f"bench-{router}")
         records.append(asyncio.run(_measure(fleet, router, options)))
         print(records[-1], flush=True)
     keep("bench_replicas", records)

@@ -240,7 +240,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
-        if server_config.replicas > 1:
+        if server_config.has_replicas:
             from engine.command.replicas import start_replicas
 
             served, screen = start_replicas(engine_config, server_config, address)

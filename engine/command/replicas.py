@@ -6,7 +6,7 @@ import os
 
 from engine.config import EngineConfig
 from engine.fleet.front import FleetEngine
-from engine.fleet.start import start_fleet
+from engine.fleet.start import FleetSize, start_fleet
 from engine.server.config import ServerConfig
 
 
@@ -15,11 +15,15 @@ def start_replicas(
 ) -> tuple[FleetEngine, str]:
     """(replicas that have loaded, the start screen)."""
     name = f"engine-{os.getpid()}"
-    fleet = start_fleet(config, server.replicas, server.router, name)
+    size = FleetSize(server.replicas, server.max_replicas, server.drain_s, server.ray)
+    fleet = start_fleet(config, size, server.router, name)
     facts = fleet.facts
+    number = str(server.replicas)
+    if server.max_replicas is not None:
+        number += f" to {server.max_replicas}"
     rows = [
         ("model", fleet.model_name),
-        ("replicas", f"{server.replicas} on Ray Serve, a core each"),
+        ("replicas", f"{number} on Ray Serve, a core each"),
         ("router", server.router),
         ("context", f"{facts.max_model_len:,} tokens"),
         ("memory", f"{facts.capacity_bytes / 2**20:,.0f} MiB each"),

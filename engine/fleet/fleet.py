@@ -19,8 +19,9 @@ class finds here what it serves. A process that is no server has none."""
 class Fleet:
     """The replicas of one server. All verbs from any thread."""
 
-    def __init__(self, make: Callable[[], Router], on_join: Callable[[str], None]) -> None:
-        self._make, self._on_join = make, on_join
+    def __init__(self, make: Callable[[], Router], on_change: Callable[[], None]) -> None:
+        """``on_change`` is called, from any thread, when ``members`` are others."""
+        self._make, self._on_change = make, on_change
         self._router: Router | None = None
         self._lock = threading.Lock()
         self._members: list[str] = []
@@ -54,8 +55,8 @@ class Fleet:
             for replica in new if self._router is not None else ():
                 assert self._router is not None
                 self._router.joined(replica, now)
-        for replica in new:
-            self._on_join(replica)
+        if gone or new:
+            self._on_change()
 
     def left(self, replica: str) -> None:
         """One is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,8 @@ Result = TypeVar("Result")
 CALL_S = 30.0
 """How long a replica may take to report."""
 RETRY_S = 0.2
+MAX_DEATHS = 3
+"""Replicas that one request may lose before its first token: it may be what ends them."""
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +72,8 @@ class FleetEngine:
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiting: set[str] = set()
+        self._reports: dict[str, CacheReport] = {}
+        self._gone: Counter[str] = Counter()
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = True
@@ -85,18 +90,23 @@ class FleetEngine:
     def start(self) -> None:
         """Follow the events of those that are up, and of those that join."""
         self._loop = asyncio.get_running_loop()
-        for replica in self._fleet.members:
-            self.follow(replica)
+        self._follow_members()
 
-    def joined(self, replica: str) -> None:
-        """A replica is up; called from any thread."""
+    def members_changed(self) -> None:
+        """Replicas came or went; called from any thread."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.follow, replica)
+            self._loop.call_soon_threadsafe(self._follow_members)
 
-    def follow(self, replica: str) -> None:
-        """Hand a replica's events to the router for as long as it is up."""
-        if replica not in self._followers:
-            self._followers[replica] = asyncio.ensure_future(self._follow(replica))
+    def _follow_members(self) -> None:
+        """Hand the events of each replica to the router for as long as it is up; one that finishes
+        its last requests is waited for no longer."""
+        members = self._fleet.members
+        for replica in members if self._is_open else ():
+            if replica not in self._followers:
+                self._followers[replica] = asyncio.ensure_future(self._follow(replica))
+        for replica, follower in self._followers.items():
+            if replica not in members:
+                follower.cancel()
 
     async def _follow(self, replica: str) -> None:
         due = 0
@@ -111,6 +121,9 @@ class FleetEngine:
                 except EventsLost:
                     batches.cancel()
                     due = 0  # a mirror that contradicts itself is made anew
+                except asyncio.CancelledError:
+                    batches.cancel()
+                    raise
                 except Exception as error:  # whatever Ray raises while a replica goes
                     logger.info("the events of replica %s broke off: %s", replica, error)
                     await asyncio.sleep(RETRY_S)
@@ -159,6 +172,7 @@ class FleetEngine:
         )
         order = Order(request_id, spec, route)
         generate = self._handle.options(method_name="generate", stream=True)
+        num_deaths = 0
         try:
             while True:
                 outputs = generate.remote(order)
@@ -178,7 +192,8 @@ class FleetEngine:
                     if not self._is_death(error):
                         stream.put(StepFailed(_cause(error)))
                         return
-                    if answer.num_tokens:
+                    num_deaths += 1
+                    if answer.num_tokens or num_deaths == MAX_DEATHS:
                         stream.put(StepFailed(answer.broken_off))
                         return
                     logger.warning("request %s lost its replica and begins anew", request_id)
@@ -208,8 +223,14 @@ class FleetEngine:
         return found
 
     async def report(self) -> CacheReport:
-        """The replicas' reports as one. EngineStopped: none answers."""
-        return summed(list((await self._each("report")).values()))
+        """The replicas' reports as one; what those that are gone had counted stays counted.
+        EngineStopped: none answers."""
+        found = await self._each("report")
+        members = self._fleet.members
+        for replica in [each for each in self._reports if each not in members]:
+            self._gone.update(self._reports.pop(replica).usage)
+        self._reports |= {each: report for each, report in found.items() if each in members}
+        return summed(list(found.values()), self._gone)
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """EngineStopped: what reads one engine's tree, as the page does, has none to read here."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from engine.schedule.report import CacheReport, PoolReport
 
 
-def summed(reports: Sequence[CacheReport]) -> CacheReport:
-    """Sizes and counts added up, rates of the sums; settings are those of the first.
+def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
+    """Sizes and counts added up, rates of the sums; settings are those of the first. ``gone`` is
+    what replicas that are no more had counted in ``usage``: a counter never falls.
 
     ValueError: there is no report."""
     if not reports:
         raise ValueError("no replica is up")
-    usage = {name: sum(each.usage[name] for each in reports) for name in reports[0].usage}
+    usage = {
+        name: gone.get(name, 0) + sum(each.usage[name] for each in reports)
+        for name in reports[0].usage
+    }
     return replace(
         reports[0],
         bytes=_pool([each.bytes for each in reports]),

@@ -37,6 +37,20 @@ class ServerConfig:
     replicas: int = field(
         default=1, metadata={"help": "so many engines on Ray Serve, a core each, behind one router"}
     )
+    max_replicas: int | None = field(
+        default=None,
+        metadata={
+            "help": "under load up to so many engines on Ray Serve; one that is not needed any "
+            "more finishes what it computes, and goes; default: as many as --replicas, always"
+        },
+    )
+    ray: str | None = field(
+        default=None,
+        metadata={
+            "help": "with replicas: address of the Ray cluster they run on (auto: the one that "
+            "`ray start` made here); default: one of its own on this machine"
+        },
+    )
     router: str = field(
         default="checkpoint",
         metadata={
@@ -174,9 +188,13 @@ class ServerConfig:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
         if self.replicas < 1:
             raise ValueError(f"--replicas {self.replicas} must be 1 or more.")
-        if self.trace is not None and self.replicas > 1:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(
-                f"--trace writes the steps of one engine: leave --replicas {self.replicas} out."
+                f"--max-replicas {self.max_replicas} must not be below --replicas {self.replicas}."
+            )
+        if self.trace is not None and self.has_replicas:
+            raise ValueError(
+                "--trace writes the steps of one engine: leave --replicas and --max-replicas out."
             )
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
@@ -198,3 +216,8 @@ class ServerConfig:
             )
         if not 0 <= self.drain_s < math.inf:
             raise ValueError(f"--drain-s {self.drain_s:g} must be finite and not negative.")
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether there is a router in front of engines of Ray Serve."""
+        return self.replicas > 1 or self.max_replicas is not None

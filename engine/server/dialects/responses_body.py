@@ -215,6 +215,11 @@ class ResponsesRequest(Strict):
             items = _ITEMS.validate_python([*before, *self.items])
         except ValidationError as error:
             raise of_validation(error) from None
+        messages = _messages(self.instructions, items)
+        if not messages:
+            raise APIError(
+                400, "'input' has nothing to answer: send at least one item.", param="input"
+            )
         choice: Any = self.tool_choice
         options = self.prompt_cache_options
         if isinstance(choice, NamedFunction):
@@ -223,7 +228,7 @@ class ResponsesRequest(Strict):
             return chat_request(
                 {
                     "model": self.model,
-                    "messages": _messages(self.instructions, items),
+                    "messages": messages,
                     "tools": None if not self.tools else [tool.as_tool() for tool in self.tools],
                     "tool_choice": choice,
                     "parallel_tool_calls": self.parallel_tool_calls,

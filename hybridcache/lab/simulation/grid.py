@@ -168,6 +168,7 @@ def _on_ray(
     again by Ray."""
     import ray
 
+    is_ours = not ray.is_initialized()
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except ConnectionError as error:
@@ -187,7 +188,8 @@ def _on_ray(
             done, running = ray.wait(running)
             yield from ray.get(done)
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def _run_far(trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]) -> tuple[int, Result]:

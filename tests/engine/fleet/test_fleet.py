@@ -96,7 +96,7 @@ async def fleet_of(count: int, router: str = "checkpoint") -> tuple[FleetEngine,
     found: list[FleetEngine] = []
     fleet = handle.fleet = Fleet(
         lambda: find_router(router)(spec_of(facts, CONFIG)),
-        lambda replica: found[0].joined(replica) if found else None,
+        lambda: found[0].members_changed() if found else None,
     )
     fleet.set_members(handle.replicas)
     fleet.begin()
@@ -231,4 +231,4 @@ def test_aborts_limits_and_bad_requests() -> None:
 
 def test_no_report_is_no_sum() -> None:
     with pytest.raises(ValueError, match="no replica is up"):
-        summed([])
+        summed([], {})

@@ -1,0 +1,196 @@
+"""Replicas on a real Ray, where one is installed: ``make replicas``."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from engine import EngineConfig, SamplingParams
+from engine.fleet import start
+from engine.fleet.start import FleetSize, start_fleet
+from engine.requests.spec import RequestSpec
+
+ray = pytest.importorskip("ray")
+ROOT = Path(__file__).parents[3]
+CHAT = [{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": "Hello"}]
+Found = TypeVar("Found")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster of its own with four cores, whatever this machine has; its address."""
+    context = ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="test"
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(cluster: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--replicas", "2"]
+    command += ["--ray", cluster, "--cache-gib", "0.05", "--max-model-len", "8192"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    try:
+        screen = ""
+        while (found := re.search(r"http://[\d.:]+", screen)) is None:
+            line = server.stdout.readline().decode()
+            assert line, screen
+            screen += line
+        assert re.search(r"replicas +2 on Ray Serve", screen)
+        yield found[0]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def until(ask: Callable[[], Found | None], timeout_s: float = 60) -> Found:
+    deadline = time.monotonic() + timeout_s
+    while (found := ask()) is None or found is False:
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
+    return found
+
+
+def replicas(url: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = httpx.get(f"{url}/v1/cache", timeout=60).json()["replicas"]
+    return found
+
+
+def busy(url: str) -> str | None:
+    return next((name for name, each in replicas(url).items() if each["num_running"]), None)
+
+
+def kill(replica: str) -> None:
+    [actor] = [
+        each
+        for each in ray.util.list_named_actors(all_namespaces=True)
+        if each["name"].endswith(replica)
+    ]
+    ray.kill(ray.get_actor(**actor))
+
+
+def counted(url: str) -> float:
+    """Prompt tokens of all requests, by /metrics."""
+    text = httpx.get(f"{url}/metrics", timeout=60).text
+    found = re.search(r"^engine_prompt_tokens_total (\S+)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_server_lives_through_a_death(url: str) -> None:
+    """Answers, streams, hits, sums; a client that hangs up; a replica killed before and after the
+    first token, and another in its place."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    until(lambda: httpx.get(f"{url}/health").status_code == 200)
+    asked: dict[str, Any] = {"model": "builtin", "messages": CHAT, "max_tokens": 8}
+    asked |= {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    first, second = (client.chat.completions.create(**asked) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens >= 384
+    pieces = [
+        event.choices[0].delta.content or ""
+        for event in client.chat.completions.create(stream=True, **asked)
+    ]
+    assert "".join(pieces) == first.choices[0].message.content
+    view = httpx.get(f"{url}/v1/cache").json()
+    assert len(view["replicas"]) == 2
+    for name in ("prompt_tokens", "cached_tokens", "requests"):
+        assert view["usage"][name] == sum(each["usage"][name] for each in view["replicas"].values())
+    assert counted(url) == view["usage"]["prompt_tokens"] == 3 * first.usage.prompt_tokens
+
+    def begun(prompt: str) -> Iterator[Any]:
+        return iter(
+            client.completions.create(
+                model="builtin",
+                prompt=prompt,
+                max_tokens=4000,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+        )
+
+    left = begun("x" * 300)
+    next(left)
+    left.close()
+    until(lambda: busy(url) is None)
+
+    answer = begun("y" * 300)
+    next(answer)
+    kill(until(lambda: busy(url)))
+    with pytest.raises(openai.APIError, match=r"died after \d+ tokens? of the answer; send"):
+        for _ in answer:
+            pass
+    before = counted(url)
+    assert client.chat.completions.create(**asked).choices[0].message.content == (
+        first.choices[0].message.content
+    )
+    assert before < counted(url), "what the dead one had counted stays counted"
+    until(lambda: len(replicas(url)) == 2)
+
+    found: list[Any] = []
+    prompt = "long " * 1600
+    asking = threading.Thread(
+        target=lambda: found.append(
+            client.completions.create(model="builtin", prompt=prompt, max_tokens=1)
+        )
+    )
+    asking.start()
+    kill(until(lambda: busy(url)))
+    asking.join()
+    assert found and found[0].usage.completion_tokens == 1
+
+
+def test_replicas_come_with_load_and_finish_before_they_go(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "UPSCALE_S", 1.0)
+    monkeypatch.setattr(start, "DOWNSCALE_S", 1.0)
+    config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=4)
+    fleet = start_fleet(config, FleetSize(1, 2), "least_loaded", "scaled")
+
+    async def ask(number: int) -> None:
+        prompt = np.full(64, number, np.int32)
+        sampling = SamplingParams(max_tokens=1000, ignore_eos=True, temperature=0.0)
+        outputs = [output async for output in fleet.submit(RequestSpec(prompt, sampling))]
+        assert len(outputs[-1].output) == 1000
+
+    def members() -> int:
+        return len(fleet._fleet.members)
+
+    async def ask_while(alone: Callable[[], bool]) -> int:
+        number = 0
+        while alone():
+            await ask(number)
+            number += 1
+        return number
+
+    async def live() -> None:
+        fleet.start()
+        async with asyncio.timeout(120):
+            asked = await asyncio.gather(*(ask_while(lambda: members() < 2) for _ in range(8)))
+        before = (await fleet.report()).usage["requests"]
+        assert before == sum(asked)
+        # One of the two is chosen to go while both compute.
+        async with asyncio.timeout(120):
+            more = await asyncio.gather(*(ask_while(lambda: members() > 1) for _ in range(2)))
+        assert (await fleet.report()).usage["requests"] >= before and min(more) > 0
+        assert len(fleet._followers) == 1
+        await fleet.drain()
+
+    asyncio.run(live())
