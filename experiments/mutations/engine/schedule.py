@@ -158,7 +158,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "followers hide who stands behind them",
         SCHEDULER,
-        "num_unled += self._sharing is None or not self._sharing.follows(request)",
+        "num_unled += not self._is_led(request)",
         "num_unled += 1",
         FAIR,
     ),
