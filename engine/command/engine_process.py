@@ -28,6 +28,9 @@ BOOT = (
     "from engine.command.engine_process import main; sys.exit(main(*sys.argv[2:]))"
 )
 POLL_S = 0.1
+MEET_S = 10.0
+"""From the process's first message until it can be sent one: milliseconds, but for a machine that
+swaps."""
 
 
 def start_engine(
@@ -63,7 +66,9 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
         message = channel.receive() if channel.wait(0.0 if has_ended else POLL_S) else None
         match message:
             case Ready():
-                return message
+                if channel.meet(MEET_S):
+                    return message
+                process.kill()
             case Refused():
                 raise ValueError(message.reason)
         if has_ended:

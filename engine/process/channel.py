@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -47,11 +48,16 @@ class Channel(Generic[Received]):
         return int(self._in.getsockopt(zmq.FD))
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """ValueError: a text in it has no UTF-8 form. O(its size)."""
+        """Nothing happens where the other side has gone. ValueError: a text in it has no UTF-8
+        form. O(its size)."""
         data = self._encoder.encode(message)
-        with self._lock:
+        with self._lock, suppress(zmq.Again):
             if not self._out.closed:
-                self._out.send(data)
+                self._out.send(data, zmq.NOBLOCK)
+
+    def meet(self, timeout_s: float) -> bool:
+        """Whether the other side can be sent to; waits for so long."""
+        return bool(self._out.poll(round(1e3 * timeout_s), zmq.POLLOUT))
 
     def receive(self) -> Received | None:
         """The next message; None: nothing has come."""

@@ -83,7 +83,7 @@ class ProcessEngine:
         self._num_sent = self._num_received = self._num_waiting = 0
         self._is_open = True
         self._ended = threading.Event()
-        self._was_killed = False
+        self._was_killed = self._is_released = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -95,7 +95,8 @@ class ProcessEngine:
         """Follow the process in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
-        self._loop.add_reader(self._channel.fd, self._read)
+        self._fd = self._channel.fd
+        self._loop.add_reader(self._fd, self._read)
         self._read()
         threading.Thread(target=self._wait, name="engine process", daemon=True).start()
 
@@ -177,7 +178,7 @@ class ProcessEngine:
             return
         self._send(End(at_once=False))
         await self._closed.wait()
-        self._loop.remove_reader(self._channel.fd)
+        self._loop.remove_reader(self._fd)
         self._release()
 
     def stop(self) -> None:
@@ -202,6 +203,9 @@ class ProcessEngine:
         self._release()
 
     def _release(self) -> None:
+        if self._is_released:
+            return
+        self._is_released = True
         self._channel.close()
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):
