@@ -31,12 +31,20 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer that ``config`` names, or token ids as they are. Imports no torch by itself."""
-    from engine.text.hugging_face import has_tokenizer, load_tokenizer, named_eos
+    from engine.text.hugging_face import load_tokenizer, named_eos
     from engine.text.token_ids import IdTokenizer
 
-    if config.tokenizer is None and config.model and not has_tokenizer(Path(config.model)):
+    if config.model and not names_tokenizer(config):
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))
     return load_tokenizer(config.tokenizer or config.model)
+
+
+def names_tokenizer(config: EngineConfig) -> bool:
+    """Whether ``config`` names a tokenizer; else prompts are token ids."""
+    from engine.text.hugging_face import has_tokenizer
+
+    named = config.tokenizer is not None or config.model is None
+    return named or has_tokenizer(Path(str(config.model)))
 
 
 def sampling_defaults(config: EngineConfig) -> dict[str, float]:

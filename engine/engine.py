@@ -16,6 +16,7 @@ from tqdm import tqdm
 from engine.build import cache_config, load, make_manager, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
+from engine.engine_loop import taken
 from engine.guided.grammar import Grammar
 from engine.interfaces import Runner, TokenSampler
 from engine.mailboxes import Mailboxes
@@ -170,9 +171,7 @@ class Engine:
         if not self.has_room:
             raise QueueFull(self.config.max_queue)
         if spec.request_id in self._requests:
-            raise ValueError(
-                f"there is a request {spec.request_id!r} already; give each its own id."
-            )
+            raise ValueError(taken(spec.request_id))
         request = self.prepare(spec)
         self.enqueue(request)
         return request.request_id
@@ -429,6 +428,10 @@ class Engine:
     def cache_report(self) -> dict[str, Any]:
         """``report`` as plain data."""
         return self.report().as_dict()
+
+    def cache_view(self) -> dict[str, Any]:
+        """The same with an outline of the tree."""
+        return self.cache_report() | {"tree": self.outline().splitlines()}
 
     def check(self) -> None:
         """AssertionError unless every invariant of the cache holds, ``free + cached + held ==

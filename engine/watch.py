@@ -23,14 +23,11 @@ MAX_NODES = 100_000
 steps."""
 
 
-class TooLarge(ValueError):
-    """The tree has more nodes than a page shows."""
-
-
 class Watch:
     """Follows one engine for all who look. Called in the engine's thread, between two steps."""
 
     def __init__(self, engine: Engine) -> None:
+        """ValueError: the tree has more nodes than a page shows."""
         self._engine = engine
         self._recorder = Recorder()
         self._talks = Conversations()
@@ -42,7 +39,7 @@ class Watch:
         self._slabs: Record = []
         self._memory_s = self._slabs_s = 0.0
         if _num_nodes(engine) > MAX_NODES:
-            raise TooLarge(
+            raise ValueError(
                 f"The tree has {_num_nodes(engine):,} nodes, and a page shows {MAX_NODES:,} at "
                 "most: /v1/cache has an outline."
             )
@@ -88,8 +85,8 @@ class Watch:
         return [self._time(), *records] if records else []
 
     def node(self, id_: int) -> dict[str, Any] | None:
-        """What is asked of one node; None: it is not resident. ``tokens`` are its ids, None where
-        they are a tenant's. O(path)."""
+        """What is asked of one node; None: it is not resident. ``tokens`` are its ids, the last
+        4,096, None where they are a tenant's. O(path)."""
         node = self._recorder.nodes.get(id_)
         if node is None or node.kv is None:
             return None
@@ -103,7 +100,7 @@ class Watch:
             "id": id_,
             "start": node.start,
             "end": node.end,
-            "tokens": None if root.key is not None else node.tokens[-4096:].copy(),
+            "tokens": None if root.key is not None else node.tokens[-4096:].tolist(),
             "locks": node.locks,
             "frees_bytes": item.size_bytes,
             "recompute_tokens": item.span,

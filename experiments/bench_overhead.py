@@ -25,6 +25,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
 from engine.run.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
+from engine.schedule.memory import MemorySizes
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from experiments.provenance import RESULTS, write_json_lines
@@ -41,14 +42,15 @@ STAGES = ("schedule_s", "sample_s", "commit_s")
 class IdleRunner:
     """Memory that nobody reads, and logits that are always the same."""
 
-    num_kv_tokens = 1_000_000
-    num_slots = 512
     max_model_len = 8_192
     vocab_size = 320
     is_asynchronous = False
 
     def __init__(self) -> None:
-        self.geometry = ModelGeometry.preset("qwen3-next")
+        self.geometry = geometry = ModelGeometry.preset("qwen3-next")
+        self.memory = MemorySizes(
+            "pools", 1_000_000, 512, geometry.kv_bytes_per_token, geometry.state_bytes
+        )
         self._logits = torch.randn(256, self.vocab_size)
 
     def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:

@@ -99,6 +99,9 @@ MAY_IMPORT = {
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests text",
     "engine/interfaces.py": "drafts requests schedule text",
+    "engine/engine_loop.py": "engine requests schedule text",
+    "engine/process": "async_engine build config engine engine_loop guided requests schedule text "
+    "watch",
     "engine/run": "config drafts environment interfaces requests schedule text",
     "engine/server": "async_engine engine guided history requests schedule text watch",
     "engine/watch.py": "engine requests",

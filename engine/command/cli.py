@@ -233,6 +233,7 @@ def _top(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments)
+    from engine.command.engine_process import start_engine
     from engine.server.app import bind, serve
 
     served: ServedEngine
@@ -247,18 +248,15 @@ def _serve(arguments: argparse.Namespace) -> int:
             print(screen, flush=True)
             serve(served, server_config, listener)
             return 0
-        from engine.async_engine import AsyncEngine
-        from engine.command.screen import start_screen
-        from engine.engine import Engine
-        from engine.trace import start_trace
-
-        engine, trace = Engine(engine_config), None
-        if server_config.trace is not None:
-            trace = start_trace(engine, server_config.trace)
-        print(start_screen(engine, address), flush=True)
-        serve(AsyncEngine(engine), server_config, listener)
-        if trace is not None:
-            trace.close()
+        engine, screen = start_engine(engine_config, address, server_config.trace)
+        try:
+            print(screen, flush=True)
+            serve(engine, server_config, listener, lambda: engine.failure is not None)
+        finally:
+            engine.stop()
+    if engine.failure is not None:
+        print(f"engine serve: {engine.failure}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -9,11 +9,17 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from engine.async_engine import EngineStopped, QueueFull, RequestStream, StepFailed
+from engine.async_engine import (
+    EngineStopped,
+    QueueFull,
+    RequestStream,
+    StepFailed,
+    Watching,
+)
 from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
 from engine.fleet.answer import Answer
@@ -28,10 +34,6 @@ from engine.text.tokenizer import Tokenizer
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
 
-if TYPE_CHECKING:
-    from engine.engine import Engine
-
-Result = TypeVar("Result")
 CALL_S = 30.0
 """How long a replica may take to report."""
 RETRY_S = 0.2
@@ -232,8 +234,8 @@ class FleetEngine:
         self._reports |= {each: report for each, report in found.items() if each in members}
         return summed(list(found.values()), self._gone)
 
-    async def call(self, function: Callable[[Engine], Result]) -> Result:
-        """EngineStopped: what reads one engine's tree, as the page does, has none to read here."""
+    async def watch(self) -> Watching:
+        """EngineStopped: the page reads one engine's tree, and there is none to read here."""
         raise EngineStopped(
             "This server has replicas and no engine of its own: /v1/cache has what each holds."
         )

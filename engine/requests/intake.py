@@ -52,24 +52,12 @@ class Intake:
     def prepare(self, spec: RequestSpec) -> Request:
         """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
         the prompt)."""
-        tokens = self._tokens(spec.prompt)
-        sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
-        if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
-            raise ValueError(
-                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
-            )
-        max_len = self._max_len(len(tokens), sampling, num_scores)
-        if spec.grammar is not None and sampling.allowed_token_ids is not None:
-            raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")
+        spec, max_len = self._checked(spec)
+        sampling = spec.sampling or self._default_sampling
         end_token_ids = self._end_token_ids(sampling)
         arrival = next(self._arrivals)
         return Request(
-            replace(
-                spec,
-                prompt=tokens,
-                sampling=sampling,
-                boundaries=tuple(sorted(b for b in spec.boundaries if 0 < b <= len(tokens))),
-            ),
+            spec,
             arrival=arrival,
             arrival_s=self._clock(),
             max_len=max_len,
@@ -79,6 +67,34 @@ class Intake:
             rules=self._rules(sampling, end_token_ids),
             guide=None if spec.grammar is None else self.guides.guide(spec.grammar),
         )
+
+    def check(self, spec: RequestSpec) -> RequestSpec:
+        """``spec`` as ``prepare`` takes it: token ids, and sampling parameters whatever it says.
+        ValueError as there, but for what is wrong with a grammar. O(length of the prompt)."""
+        spec, _ = self._checked(spec)
+        sampling = spec.sampling or self._default_sampling
+        self._text_stream(sampling)
+        self._rules(sampling, self._end_token_ids(sampling))
+        return spec
+
+    def _checked(self, spec: RequestSpec) -> tuple[RequestSpec, int]:
+        """(the spec, how long prompt and answer may be together)."""
+        tokens = self._tokens(spec.prompt)
+        sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
+        if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
+            raise ValueError(
+                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
+            )
+        max_len = self._max_len(len(tokens), sampling, num_scores)
+        if spec.grammar is not None and sampling.allowed_token_ids is not None:
+            raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")
+        settled = replace(
+            spec,
+            prompt=tokens,
+            sampling=sampling,
+            boundaries=tuple(sorted(b for b in spec.boundaries if 0 < b <= len(tokens))),
+        )
+        return settled, max_len
 
     def _tokens(self, prompt: Prompt) -> Tokens:
         if isinstance(prompt, str):

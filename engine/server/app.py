@@ -9,7 +9,7 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -219,7 +219,13 @@ class Server(uvicorn.Server):
     """Ends what still runs ``drain_s`` after it was asked to stop, so that whoever waits for it
     learns why."""
 
-    def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        engine: ServedEngine,
+        config: ServerConfig,
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``must_end`` is asked ten times a second whether there is nothing left to serve."""
         app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
@@ -232,6 +238,10 @@ class Server(uvicorn.Server):
         self._engine = engine
         self._feed: Feed = app.state.feed
         self._drain_s = config.drain_s
+        self._must_end = must_end
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._must_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._feed.close()  # or open pages would hold the server up
@@ -244,9 +254,14 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._engine.stop)
 
 
-def serve(engine: ServedEngine, config: ServerConfig, listener: socket.socket) -> None:
-    """Serve on ``listener`` until SIGTERM or SIGINT; then finish what runs, for at most
-    ``drain_s``."""
+def serve(
+    engine: ServedEngine,
+    config: ServerConfig,
+    listener: socket.socket,
+    must_end: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve on ``listener`` until SIGTERM or SIGINT, or until it ``must_end``; then finish what
+    runs, for at most ``drain_s``."""
     # uvicorn raises the signal again once it has shut down: a drained server has ended well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -255,4 +270,4 @@ def serve(engine: ServedEngine, config: ServerConfig, listener: socket.socket) -
     # quarter of a second.
     gc.collect()
     gc.freeze()
-    Server(engine, config).run(sockets=[listener])
+    Server(engine, config, must_end).run(sockets=[listener])

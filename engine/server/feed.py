@@ -15,10 +15,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from engine.async_engine import EngineStopped, ServedEngine
+from engine.async_engine import EngineStopped, ServedEngine, Watching
 from engine.server.errors import APIError
 from engine.server.workers import Workers
-from engine.watch import TooLarge, Watch
 from hybridcache.watch.recorder import Record
 
 EVERY_S = 0.05
@@ -47,7 +46,7 @@ class Feed:
     ) -> None:
         self._engine, self._workers = engine, workers
         self._max_kept_bytes = max_kept_bytes
-        self._watch: Watch | None = None
+        self._watch: Watching | None = None
         self._name = ""
         """Of this watch: numbers of another one's changes mean nothing here."""
         self._kept: deque[_Change] = deque()
@@ -80,12 +79,12 @@ class Feed:
         watch = self._watch
         if watch is None:
             return None
-        return await self._engine.call(lambda engine: watch.node(id_))
+        return await watch.node(id_)
 
     async def _begin(self) -> None:
         try:
-            self._watch = await self._engine.call(Watch)
-        except TooLarge as error:
+            self._watch = await self._engine.watch()
+        except ValueError as error:
             raise APIError(503, str(error)) from error
         self._name, self._last = secrets.token_hex(4), 0
         self._kept.clear()
@@ -121,21 +120,21 @@ class Feed:
     def _has_all_since(self, number: int) -> bool:
         return number == self._last or (bool(self._kept) and self._kept[0].number <= number + 1)
 
-    async def _ask(self, watch: Watch) -> None:
+    async def _ask(self, watch: Watching) -> None:
         """Ask for changes, and keep them, until nobody has watched for a while or the engine has
         ended."""
         idle_s = 0.0
         try:
             while idle_s < LINGER_S and not self._is_closed:
                 async with self._turn:
-                    await self._keep(await self._engine.call(lambda engine: watch.take()))
+                    await self._keep(await watch.take())
                 await asyncio.sleep(EVERY_S)
                 idle_s = 0.0 if self._num_readers else idle_s + EVERY_S
         finally:
             self._watch = None
             self._tell()
             with suppress(EngineStopped):
-                await self._engine.call(lambda engine: watch.close())
+                await watch.close()
 
     async def _keep(self, records: list[Record]) -> None:
         if not records:
@@ -162,7 +161,7 @@ class Feed:
             watch = self._watch
             if watch is None:
                 raise EngineStopped("The engine has stopped.")
-            missed, state = await self._engine.call(lambda engine: (watch.take(), watch.whole()))
+            missed, state = await watch.whole()
             await self._keep(missed)
             number, id_ = self._last, self._id()
         data = await self._workers.run(BYTES * len(state["records"]), lambda: _dump(state))

@@ -44,7 +44,7 @@ def add_page(app: FastAPI, front: ServingContext, feed: Feed, operator: Operator
         if tokens is not None:
 
             def decode() -> str:
-                return front.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+                return front.tokenizer.decode(tokens, skip_special_tokens=False)
 
             text = await front.workers.run(len(tokens), decode)
         return found | {"text": text, "is_cut": tokens is not None and len(tokens) == 4096}

@@ -64,22 +64,22 @@ def run(*arguments: str) -> int:
         ("serve --port 0 --max-running 0", "max_running must be an integer of 1 or more"),
         ("serve --port 0 --cache-gib -1", "cache_gib must be a positive number of GiB"),
         ("serve --port 0 --cache-gib 1 --kv-gib 1", "not both"),
-        ("serve --port 0 --checkpoints branch,wherever", "'wherever'"),
-        ("serve --port 0 --checkpoints every:x", "'every' needs a whole number"),
-        ("serve --port 0 --eviction oracle", "unknown eviction policy 'oracle'"),
+        ("generate x --checkpoints branch,wherever", "'wherever'"),
+        ("generate x --checkpoints every:x", "'every' needs a whole number"),
+        ("generate x --eviction oracle", "unknown eviction policy 'oracle'"),
         ("serve --port 0 --model /no/such/model", "/no/such/model"),
-        ("serve --port 0 --device banana", "there is no device 'banana'"),
-        ("serve --port 0 --kernels attention=banana", "no backend 'banana'"),
-        ("serve --port 0 --cache-gib 0.0001", "are needed"),
-        ("serve --port 0 --prefix-cache radix", "use hybrid, or none"),
+        ("generate x --device banana", "there is no device 'banana'"),
+        ("generate x --kernels attention=banana", "no backend 'banana'"),
+        ("generate x --cache-gib 0.0001", "are needed"),
+        ("generate x --prefix-cache radix", "use hybrid, or none"),
         ("generate x --temperature -1", "temperature must be at least 0"),
         ("generate x --max-tokens 10000000", "shorten the prompt or lower max_tokens"),
         ("inspect no-such-model", "No model directory, config.json or preset 'no-such-model'"),
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
         ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),
         ("inspect --budget-gib inf", "--budget-gib must be finite and above 0"),
-        ("serve --port 0 --kv-gib 100000", "GiB left: give less memory"),
-        ("serve --port 0 --cache-gib 0.1 --max-running 100000000", "have fewer requests run"),
+        ("generate x --kv-gib 100000", "GiB left: give less memory"),
+        ("generate x --cache-gib 0.1 --max-running 100000000", "have fewer requests run"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(
@@ -137,7 +137,7 @@ def test_broken_model_directories(
 ) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    assert run("serve", "--port", "0", "--model", str(tmp_path)) == 2
+    assert run("generate", "x", "--model", str(tmp_path)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
 
@@ -147,7 +147,7 @@ def test_a_directory_named_for_its_tokenizer_must_have_one(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--tokenizer", str(tmp_path))
-    assert run("serve", "--port", "0", "--model", str(tmp_path), *flags) == 2
+    assert run("generate", "x", "--model", str(tmp_path), *flags) == 2
     assert "put the model's tokenizer.json there" in capsys.readouterr().err
 
 
@@ -345,6 +345,7 @@ def server() -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     yield process
     process.kill()
@@ -388,10 +389,66 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
         events = answer.iter_lines()
         first = next(events)
-        server.send_signal(signal.SIGTERM)
+        os.killpg(server.pid, signal.SIGTERM)  # to both processes, as service managers do
         rest = [line for line in events if line]
     assert first.startswith("data: ") and rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     assert server.wait(30) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
+
+
+def _is_gone(pid: int) -> bool:
+    """Ended, whether or not somebody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def _engine_of(server: subprocess.Popen[str]) -> int:
+    """The process of its engine."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if stat.read_text().rpartition(")")[2].split()[1] == str(server.pid):
+                return int(stat.parent.name)
+    raise AssertionError("the server has no engine")
+
+
+LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_a_killed_engine_ends_every_stream_and_the_server_with_one_sentence(
+    server: subprocess.Popen[str],
+) -> None:
+    _, url = _address(server)
+    with httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as answer:
+        events = answer.iter_lines()
+        next(events)
+        os.kill(_engine_of(server), signal.SIGKILL)
+        rest = [line for line in events if line]
+    error = json.loads(rest[-1].removeprefix("data: "))["error"]
+    assert "The engine's process was ended by SIGKILL" in error["message"]
+    assert server.wait(30) == 1
+    assert server.stderr is not None
+    said = server.stderr.read()
+    assert said.startswith("engine serve: The engine's process") and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_the_engine_of_a_killed_server_ends_itself(server: subprocess.Popen[str]) -> None:
+    _, url = _address(server)
+    engine = _engine_of(server)
+    with (
+        pytest.raises(httpx.HTTPError),
+        httpx.stream("POST", url + "/v1/completions", json=LONG, timeout=60) as answer,
+    ):
+        for number, _ in enumerate(answer.iter_lines()):
+            if number == 2:
+                server.kill()
+    server.wait(30)
+    deadline = time.monotonic() + 30
+    while not _is_gone(engine):
+        assert time.monotonic() < deadline, "the engine goes on without its server"
+        time.sleep(0.02)

@@ -1,0 +1,109 @@
+"""The engine of ``engine serve``: in a process of its own, so that no step waits for the
+interpreter that reads and writes HTTP.
+
+The process is a fresh interpreter, not a fork: neither torch nor a device outlives one. It ignores
+the signals that ask a server to end, which a terminal or a service manager sends to both, and ends
+when the server says so or has gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+
+import msgspec
+
+from engine.build import load_tokenizer_of, names_tokenizer
+from engine.config import EngineConfig
+from engine.process.channel import Channel, make_folder, remove_folder
+from engine.process.front import ProcessEngine
+from engine.process.messages import FromEngine, Ready, Refused
+from hybridcache.extras import how_to_install
+
+BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from engine.command.engine_process import main; sys.exit(main(*sys.argv[2:]))"
+)
+POLL_S = 0.1
+MEET_S = 10.0
+"""From the process's first message until it can be sent one: milliseconds, but for a machine that
+swaps."""
+
+
+def start_engine(
+    config: EngineConfig, address: str, trace: str | None = None, boot: str = BOOT
+) -> tuple[ProcessEngine, str]:
+    """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs.
+    ValueError: what loading refuses."""
+    folder = make_folder()
+    try:
+        channel: Channel[FromEngine] = Channel(folder, is_server=True)
+        facts = [folder, msgspec.json.encode(config).decode(), address, trace or ""]
+        process = subprocess.Popen(
+            [sys.executable, "-c", boot, json.dumps(sys.path), *facts], stdin=subprocess.PIPE
+        )
+        try:
+            # While the model is loaded over there.
+            tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
+            ready = _wait_for(process, channel)
+            tokenizer = tokenizer or load_tokenizer_of(config, ready.vocab_size)
+            return ProcessEngine(config, process, channel, ready, tokenizer), ready.screen
+        except BaseException:
+            process.kill()
+            process.communicate()
+            channel.close()
+            raise
+    finally:
+        remove_folder(folder)
+
+
+def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) -> Ready:
+    while True:
+        has_ended = process.poll() is not None
+        message = channel.receive() if channel.wait(0.0 if has_ended else POLL_S) else None
+        match message:
+            case Ready():
+                if channel.meet(MEET_S):
+                    return message
+                process.kill()
+            case Refused():
+                raise ValueError(message.reason)
+        if has_ended:
+            raise ValueError(
+                f"the engine's process ended with code {process.returncode} before it had loaded; "
+                "what it printed says why."
+            )
+
+
+def main(folder: str, config: str, address: str, trace: str) -> int:
+    """The process itself; its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    from engine.command.screen import start_screen
+    from engine.engine import Engine
+    from engine.process.host import Host
+    from engine.server.workers import SWITCH_S
+    from engine.trace import start_trace
+
+    host = Host(folder, sys.stdin.fileno())
+    try:
+        engine = Engine(msgspec.json.decode(config, type=EngineConfig))
+        written = start_trace(engine, trace) if trace else None
+        screen = start_screen(engine, address)
+    except ModuleNotFoundError as error:
+        host.refuse(how_to_install(error))
+        return 2
+    except (ValueError, FileNotFoundError) as error:
+        host.refuse(str(error))
+        return 2
+    sys.setswitchinterval(SWITCH_S)
+    # What was made at the start stays: collecting garbage need not look at it again.
+    gc.collect()
+    gc.freeze()
+    has_ended_well = host.run(engine, screen)
+    if written is not None:
+        written.close()
+    return 0 if has_ended_well else 1

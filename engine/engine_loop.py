@@ -1,0 +1,225 @@
+"""An engine that steps for others: their orders are done between two steps, and what a step made is
+delivered to whoever follows its requests.
+
+One thread calls ``run``. Callers share nothing with it but an inbox of orders; a step never waits
+for a caller.
+
+A step that fails (for want of memory, say) takes the requests that ran along with it, and the
+engine goes on; if the next one fails too, or what computes has gone, the engine ends, and says so
+to everybody.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from engine.interfaces import RunnerLost
+from engine.schedule.scheduler import QueueFull
+from engine.text.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.requests.request import Request
+
+Reader = TypeVar("Reader")
+"""Who follows a request."""
+STOPPED = "The engine stopped before the answer was done."
+STOPPING = "The engine is stopping and takes no more requests."
+FAILED = "The engine has failed, its log says why: restart it."
+logger = logging.getLogger(__name__)
+
+
+def taken(request_id: str) -> str:
+    """What is said of a request whose id another has."""
+    return f"there is a request {request_id!r} already; give each its own id."
+
+
+class EngineStopped(RuntimeError):
+    """The engine takes no more requests, or ended before this one was done."""
+
+
+class StepFailed(RuntimeError):
+    """What computed this request broke off; others may go on."""
+
+
+Ending = EngineStopped | StepFailed
+
+
+class EngineLoop(Generic[Reader]):
+    """Steps an ``Engine`` for as long as there is work, and waits for orders where there is
+    none."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[Sequence[tuple[Reader, RequestOutput | Ending]]], None],
+    ) -> None:
+        """``deliver`` is called in the engine's thread after every step, also with nothing."""
+        self._engine = engine
+        self._deliver = deliver
+        self._streams: dict[str, Reader] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        self._arriving: set[str] = set()
+        self.num_arrived = 0
+        """Requests that were queued so far. The engine's thread counts."""
+        self._wake = threading.Condition()
+        self._is_open = True
+        self._must_stop = False
+        self._is_closed = False
+        self._has_failed = self._last_step_failed = False
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended because it could not go on."""
+        return self._has_failed
+
+    def enqueue(self, request: Request, reader: Reader) -> None:
+        """Have a prepared request queued before the next step. From any thread; raises before
+        anything is queued: QueueFull, EngineStopped where the engine is stopping, or ValueError
+        where a request of the same id goes on."""
+        request_id = request.request_id
+
+        def arrive() -> None:
+            self._streams[request_id] = reader
+            self._engine.enqueue(request)
+            self.num_arrived += 1
+            with self._wake:
+                self._arriving.remove(request_id)
+
+        with self._wake:
+            if self._has_failed:
+                raise EngineStopped(FAILED)
+            if not self._is_open:
+                raise EngineStopped(STOPPING)
+            if request_id in self._streams or request_id in self._arriving:
+                raise ValueError(taken(request_id))
+            if self._engine.num_waiting + len(self._arriving) >= self._engine.config.max_queue:
+                raise QueueFull(self._engine.config.max_queue)
+            self._arriving.add(request_id)
+            self._order(arrive)
+
+    def order(self, order: Callable[[], None]) -> None:
+        """Have ``order`` done before the next step. From any thread. EngineStopped: it has
+        ended."""
+        with self._wake:
+            if self._is_closed:
+                raise EngineStopped("The engine has stopped.")
+            self._order(order)
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; nothing happens to one that has ended. From any
+        thread."""
+
+        def leave() -> None:
+            output = self._engine.abort(request_id)
+            if output is not None:
+                self._hand_out([output])
+
+        with self._wake:
+            if not self._is_closed:
+                self._order(leave)
+
+    def end(self, *, at_once: bool) -> None:
+        """Take no more requests; ``run`` returns when those there are have finished, or ``at_once``
+        after its step. From any thread."""
+        with self._wake:
+            self._is_open = False
+            self._must_stop = self._must_stop or at_once
+            self._wake.notify()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Have ``order`` done by the thread before its next step. The caller holds ``_wake``."""
+        self._orders.append(order)
+        self._wake.notify()
+
+    def run(self) -> None:
+        """Step until ``end``, or until the engine fails; afterwards nobody waits any more."""
+        try:
+            while self._run_commands():
+                self._step()
+            for request_id in tuple(self._streams):
+                self._engine.abort(request_id)
+        except RunnerLost as error:
+            self._has_failed = True
+            logger.error("The engine ended: %s", error)
+        except BaseException:
+            self._has_failed = True
+            logger.exception("The engine failed; it answers nothing from here on.")
+        finally:
+            self._close()
+
+    def _step(self) -> None:
+        """One step, or what one that failed leaves to do. Raises where the one before it failed
+        too."""
+        try:
+            outputs = self._engine.step()
+        except RunnerLost:
+            raise
+        except Exception:
+            if self._last_step_failed:
+                raise
+            self._last_step_failed = True
+            logger.exception(
+                "A step failed, and the requests that ran with it; the engine goes on."
+            )
+            self._hand_out(self._engine.take_outputs())
+            self._give_up(self._engine.interrupted)
+        else:
+            self._last_step_failed = False
+            self._hand_out(outputs)
+
+    def _give_up(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+            reader = self._streams.pop(request_id, None)
+            if reader is not None:
+                self._deliver([(reader, StepFailed("the step that computed it broke off"))])
+
+    def _run_commands(self) -> bool:
+        """Do all orders, and wait for one where there is nothing to compute. False: the thread
+        ends."""
+        engine = self._engine
+        while True:
+            with self._wake:
+                if not self._orders and not engine.has_work() and self._is_open:
+                    self._wake.wait()
+                num_orders = len(self._orders)
+                is_open, must_stop = self._is_open, self._must_stop
+            for _ in range(num_orders):
+                self._orders.popleft()()  # If it raises, those after it are left to _close.
+            if must_stop:
+                return False
+            if engine.has_work():
+                return True
+            if engine.config.check:
+                engine.check()
+            if not is_open and not self._orders:
+                return False
+
+    def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
+        mail: list[tuple[Reader, RequestOutput | Ending]] = []
+        for output in outputs:
+            reader = self._streams.get(output.request_id)
+            if reader is not None:
+                mail.append((reader, output if output.error is None else StepFailed(output.error)))
+            if output.is_finished:
+                self._streams.pop(output.request_id, None)
+        self._deliver(mail)
+
+    def _close(self) -> None:
+        """Tell everybody who waits that nothing will come."""
+        with self._wake:
+            self._is_open, self._is_closed = False, True
+            orders, self._orders = self._orders, deque()
+        for order in orders:
+            try:
+                order()
+            except Exception:
+                logger.exception("An order failed that was left when the engine ended.")
+        ended = EngineStopped(FAILED if self._has_failed else STOPPED)
+        self._deliver([(reader, ended) for reader in self._streams.values()])
+        self._streams.clear()

@@ -1,0 +1,280 @@
+"""The engine in a process of its own: the same outputs as in a thread, and either side's death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from engine import Engine, EngineConfig, QueueFull, RequestOutput, RequestSpec, SamplingParams
+from engine.async_engine import EngineStopped, RequestStream, StepFailed
+from engine.command.engine_process import start_engine
+from engine.process import front
+from engine.process.front import ProcessEngine
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.text.byte_tokenizer import ByteTokenizer
+
+BOOT = """
+import json, sys, time
+sys.path[:] = json.loads(sys.argv[1])
+import engine.command.screen, engine.engine
+from engine.command.engine_process import main
+from engine.run.oracle import OracleRunner, OracleSampler
+from engine.text.byte_tokenizer import ByteTokenizer
+
+class Runner(OracleRunner):
+    num_steps = 0
+    def forward(self, batch):
+        self.num_steps += 1
+        {step}
+        return super().forward(batch)
+
+Made = engine.engine.Engine
+def make(config):
+    runner = Runner({kv_tokens}, 16, max_model_len=4096)
+    return Made(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
+engine.engine.Engine = make
+engine.command.screen.start_screen = lambda made, address: "oracle at " + address
+sys.exit(main(*sys.argv[2:]))
+"""
+"""An oracle in place of a model, so that the process is there at once."""
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=3000, ignore_eos=True)
+
+
+def run(
+    scenario: Callable[[ProcessEngine], Awaitable[None]],
+    step: str = "pass",
+    kv_tokens: int = 8192,
+    **settings: object,
+) -> ProcessEngine:
+    """``scenario`` against a started engine, which is stopped afterwards; ``step`` stands before
+    every step."""
+    boot = BOOT.format(step=step, kv_tokens=kv_tokens)
+    engine, screen = start_engine(EngineConfig(check=True, **settings), "here", boot=boot)
+    assert screen == "oracle at here"
+
+    async def main() -> None:
+        engine.start()
+        try:
+            await asyncio.wait_for(scenario(engine), 60)
+        finally:
+            await asyncio.to_thread(engine.stop)
+            await engine.drain()
+
+    asyncio.run(main())
+    assert not engine.is_alive and not _lives(engine.pid)
+    return engine
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+async def read(stream: RequestStream) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+async def nothing_held(engine: ProcessEngine) -> None:
+    report = await engine.report()
+    assert report.num_running == report.num_waiting == report.kv.held == report.slots.held == 0
+    for pool in (report.kv, report.slots, report.bytes):
+        assert pool.free + pool.cached + pool.held == pool.total
+
+
+SPECS = (
+    RequestSpec([*range(200)], LONG),
+    RequestSpec([*range(200), 7], SamplingParams(max_tokens=9, logprobs=2), namespace="tenant"),
+    RequestSpec([5] * 70, SamplingParams(max_tokens=4), prompt_logprobs=1, boundaries=(64,)),
+    RequestSpec("text", SamplingParams(max_tokens=60, stop=("x", "\n"), seed=2**63 - 1)),
+    RequestSpec([9] * 90, SamplingParams(max_tokens=5, logit_bias={3: 1.0}, bad_words=("no",))),
+)
+
+
+OTHERWISE = ("request_id", "timings", "all_logprobs", "drafts")
+"""Fields that differ, or that change while a request goes on."""
+
+
+def test_a_process_answers_as_a_thread_does() -> None:
+    """Every field of every output but its times, drafts among them."""
+    runner = OracleRunner(8192, 16, max_model_len=4096)
+    settings = {"draft": "tree:4"}
+    alone = Engine(
+        EngineConfig(**settings), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
+    )
+
+    async def scenario(engine: ProcessEngine) -> None:
+        for spec in (*SPECS, SPECS[0]):
+            expected = [*alone.stream(spec)]
+            for ours, theirs in zip(await read(engine.submit(spec)), expected, strict=True):
+                for field in fields(RequestOutput):
+                    if field.name not in OTHERWISE:
+                        pair = getattr(ours, field.name), getattr(theirs, field.name)
+                        is_array = isinstance(pair[1], np.ndarray)
+                        assert np.array_equal(*pair) if is_array else pair[0] == pair[1], field.name
+                assert ours.logprobs == theirs.logprobs
+            assert ours.drafts == theirs.drafts
+            assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 60
+        assert ours.drafts is not None and ours.drafts.accepted.total() > 100
+        assert json.dumps(await engine.cache_view()) == json.dumps(alone.cache_view())
+        await engine.reset_prefix_cache()
+        assert (await engine.report()).kv.cached == 0
+        await nothing_held(engine)
+
+    run(scenario, **settings)
+
+
+def test_256_streams_at_once_lose_no_token() -> None:
+    async def scenario(engine: ProcessEngine) -> None:
+        sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+        streams = [engine.submit(RequestSpec([i, i], sampling)) for i in range(256)]
+        for outputs in await asyncio.gather(*map(read, streams)):
+            assert sum(len(output.new_token_ids) for output in outputs) == 40
+            assert outputs[-1].finish_reason == "length" and len(outputs[-1].output) == 40
+        await nothing_held(engine)
+
+    run(scenario, kv_tokens=32_768, max_running=256, max_queue=256)
+
+
+def test_what_is_refused_is_refused_at_once() -> None:
+    async def scenario(engine: ProcessEngine) -> None:
+        with pytest.raises(ValueError, match="empty"):
+            engine.submit([])
+        with pytest.raises(ValueError, match="from 0 to"):
+            engine.submit(RequestSpec([1], SamplingParams(logit_bias={9999: 1.0})))
+        with pytest.raises(ValueError, match="half surrogates"):
+            engine.submit(RequestSpec([1], SamplingParams(stop=("\ud800",))))
+        streams = [engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))]
+        with pytest.raises(ValueError, match="there is a request 'mine' already"):
+            engine.submit(RequestSpec([2], ENDLESS, request_id="mine"))
+        await anext(streams[0])
+        streams += [engine.submit(RequestSpec([i], ENDLESS)) for i in range(3)]
+        with pytest.raises(QueueFull):
+            engine.submit([9])
+        await asyncio.sleep(0.1)
+        with pytest.raises(QueueFull):
+            engine.submit([9])
+        for stream in streams:
+            stream.abort()
+        assert [(await read(s))[-1].finish_reason for s in streams] == ["abort"] * 4
+        assert (await read(engine.submit(RequestSpec([2], request_id="mine"))))[-1].is_finished
+        await nothing_held(engine)
+
+    run(scenario, step="time.sleep(0.01)", max_queue=3, max_running=1)
+
+
+def test_a_step_that_fails_costs_the_requests_that_ran_and_the_second_ends_the_engine() -> None:
+    step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
+
+    async def scenario(engine: ProcessEngine) -> None:
+        with pytest.raises(StepFailed, match="broke off"):
+            await read(engine.submit(RequestSpec([1], LONG)))
+        few = SamplingParams(max_tokens=3, ignore_eos=True)
+        assert (await read(engine.submit(RequestSpec([1], few))))[-1].finish_reason == "length"
+        await nothing_held(engine)
+        streams = [engine.submit(RequestSpec([i], LONG)) for i in range(2)]
+        ends = await asyncio.gather(*map(read, streams), return_exceptions=True)
+        assert isinstance(ends[0], StepFailed | EngineStopped)
+        with pytest.raises(EngineStopped, match="has failed, its log says why"):
+            for _ in range(100):
+                await read(engine.submit(RequestSpec([1], few)))
+        while engine.failure is None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineStopped):
+            await engine.report()
+
+    assert "has failed" in str(run(scenario, step=step, max_running=2).failure)
+
+
+def test_a_killed_process_is_told_to_everybody_who_waits() -> None:
+    async def scenario(engine: ProcessEngine) -> None:
+        stream = engine.submit(RequestSpec([1], ENDLESS))
+        await anext(stream)
+        asked = asyncio.ensure_future(engine.report())
+        await asyncio.sleep(0)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineStopped, match="ended by SIGKILL"):
+            await read(stream)
+        await asyncio.gather(asked, return_exceptions=True)
+        with pytest.raises(EngineStopped, match="SIGKILL"):
+            engine.submit([1])
+        with pytest.raises(EngineStopped, match="SIGKILL"):
+            await engine.report()
+
+    assert "SIGKILL" in str(run(scenario, step="time.sleep(0.02)").failure)
+
+
+def test_a_step_that_never_ends_does_not_hold_the_server_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(front, "PATIENCE_S", 0.2)
+
+    async def scenario(engine: ProcessEngine) -> None:
+        stream = engine.submit(RequestSpec([1], ENDLESS))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(EngineStopped, match="stopped before the answer was done"):
+            await read(stream)
+
+    started = time.monotonic()
+    assert run(scenario, step="time.sleep(600)").failure is None
+    assert time.monotonic() - started < 60
+
+
+def test_signals_to_both_are_left_to_the_server_and_a_drain_finishes() -> None:
+    async def scenario(engine: ProcessEngine) -> None:
+        stream = engine.submit(RequestSpec([1], LONG))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(engine.pid, number)
+        drained = asyncio.ensure_future(engine.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(EngineStopped, match="takes no more"):
+            engine.submit([1])
+        assert len((await read(stream))[-1].output) == 200
+        await drained
+
+    assert run(scenario).failure is None
+
+
+@contextlib.asynccontextmanager
+async def closing(stream: RequestStream) -> AsyncIterator[RequestStream]:
+    try:
+        yield stream
+    finally:
+        stream.abort()
+
+
+def test_what_the_page_shows_comes_across() -> None:
+    async def scenario(engine: ProcessEngine) -> None:
+        watch = await engine.watch()
+        async with closing(engine.submit(RequestSpec([1] * 300, LONG))) as stream:
+            assert len(await read(stream)) == 200
+        kinds = {record[0] for record in await watch.take()}
+        missed, state = await watch.whole()
+        assert {"time", "request"} <= kinds | {record[0] for record in missed}
+        assert state["meta"]["title"] == "builtin" and len(state["records"]) > 3
+        nodes = [await watch.node(number) for number in range(1, 9)]
+        assert any(found and found["tokens"][:3] == [1, 1, 1] for found in nodes)
+        await watch.close()
+        with pytest.raises(RuntimeError):
+            await watch.take()
+
+    run(scenario)
+
+
+def test_what_can_not_be_loaded_is_said_in_one_sentence(tmp_path: object) -> None:
+    with pytest.raises(ValueError, match=r"no config.json"):
+        start_engine(EngineConfig(model=str(tmp_path)), "here")
+    with pytest.raises(ValueError, match="ended with code 7 before it had loaded"):
+        start_engine(EngineConfig(), "here", boot="raise SystemExit(7)")
