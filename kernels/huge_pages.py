@@ -4,10 +4,8 @@ thread)."""
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
-from collections.abc import Callable
-from functools import cache
 
 import torch
 
@@ -15,24 +13,26 @@ PAGE = 1 << 21
 """Bytes."""
 
 
-def ask_for(x: torch.Tensor) -> torch.Tensor:
-    """``x``, newly allocated and not touched yet, whose memory comes in huge pages where the system
-    gives any: those that lie in it whole."""
-    advise = _madvise()
-    if x.device.type != "cpu" or x.nbytes < PAGE or advise is None:
-        return x
-    first = -(-x.data_ptr() // PAGE) * PAGE
-    end = (x.data_ptr() + x.nbytes) // PAGE * PAGE
-    if first < end:
-        advise(first, end - first, mmap.MADV_HUGEPAGE)  # What it answers is no matter.
-    return x
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """None: the system has no such thing."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    found = ctypes.CDLL(None).madvise
-    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return found
+def empty(
+    *shape: int, dtype: torch.dtype, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """As ``torch.empty``. On a CPU what fills half a huge page or more is a mapping of its own,
+    which begins with one: what an allocator gives may lie between others, in pages already in use.
+    Raises RuntimeError where there is no memory for it."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = (num_bytes + PAGE // 2) // PAGE  # The last one too, if half of it is filled.
+    place = torch.device("cpu" if device is None else device)
+    if place.type != "cpu" or pages == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        memory = mmap.mmap(-1, max(num_bytes, pages * PAGE) + PAGE, flags=kind)
+    except OSError:
+        return torch.empty(shape, dtype=dtype, device=device)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -whole.data_ptr() % PAGE
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE, first, pages * PAGE)
+    except OSError:  # A system that has none: the memory is as good as any.
+        pass
+    return whole[first : first + num_bytes].view(dtype).view(shape)

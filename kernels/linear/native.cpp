@@ -138,13 +138,12 @@ static void multiply_float(
         [=](int64_t row, int64_t panel, const int32_t* sums) {
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
             T* to = y + row * outputs + first;
-            float wide[PANEL];
-            memcpy(wide, sums, sizeof wide);
-            if (scale)
-                for (int64_t i = 0; i < count; i++) wide[i] *= scale[first + i];
-            if (bias)
-                for (int64_t i = 0; i < count; i++) wide[i] += widen(bias[first + i]);
-            for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(wide[i]);
+            for (int64_t i = 0; i < count; i += LANES) {
+                Lanes wide = load((const float*)sums + i);
+                if (scale) wide *= load_part(scale + first + i, count - i);
+                if (bias) wide += load_part(bias + first + i, count - i);
+                store_part(to + i, wide, count - i);
+            }
         });
 }
 
@@ -167,27 +166,22 @@ EXPORT void linear_bfloat16(
 template <class T>
 static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, float* scale) {
     Lanes most = {}, nothing = {};  // nothing stays 0, unless an element is infinite or no number
-    int64_t i = 0;
-    float largest = 0.0f, rest = 0.0f;
-    for (; i + LANES <= size; i += LANES) {
-        Lanes b = load(x + i);
+    for (int64_t i = 0; i < size; i += LANES) {
+        Lanes b = load_part(x + i, size - i);
         nothing += b * 0.0f;
-        for (int l = 0; l < LANES; l++) {
-            float magnitude = __builtin_fabsf(b[l]);
-            most[l] = magnitude > most[l] ? magnitude : most[l];
-        }
+        most = larger((Lanes)((Words)b & 0x7fffffff), most);
     }
-    for (int l = 0; l < LANES; l++) largest = most[l] > largest ? most[l] : largest;
-    for (; i < size; i++) {
-        float magnitude = __builtin_fabsf(widen(x[i]));
-        largest = magnitude > largest ? magnitude : largest;
-        rest += magnitude * 0.0f;
-    }
+    float largest = _mm512_reduce_max_ps((__m512)most);
     float step = (largest > 1.17549435e-38f ? largest : 1.17549435e-38f) / 127.0f;
-    for (i = 0; i < size; i++)
-        to[i] = uint8_t(int32_t(__builtin_rintf(widen(x[i]) / step)) + 128);
-    memset(to + size, 128, padded - size);
-    *scale = step + (sum(nothing) + rest);
+    __m512i raised = _mm512_set1_epi32(128);
+    memset(to + size / LANES * LANES, 128, padded - size / LANES * LANES);
+    for (int64_t i = 0; i < size; i += LANES) {
+        Lanes b = load_part(x + i, size - i) / step;
+        __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)b), raised);
+        __mmask16 mask = size - i < LANES ? (1u << (size - i)) - 1 : 0xffff;
+        _mm512_mask_cvtepi32_storeu_epi8(to + i, mask, whole);
+    }
+    *scale = step + sum(nothing);
 }
 
 template <class T>
@@ -212,9 +206,14 @@ static void multiply_int8(
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
             T* to = y + row * outputs + first;
             float factor = row_scale[row];
-            for (int64_t i = 0; i < count; i++) {
-                float wide = float(sums[i] - offsets[first + i]) * scale[first + i] * factor;
-                to[i] = narrow<T>(bias ? wide + widen(bias[first + i]) : wide);
+            for (int64_t i = 0; i < count; i += LANES) {
+                __mmask16 mask = count - i < LANES ? (1u << (count - i)) - 1 : 0xffff;
+                __m512i offset = _mm512_maskz_loadu_epi32(mask, offsets + first + i);
+                __m512i whole = _mm512_sub_epi32(_mm512_load_si512(sums + i), offset);
+                Lanes wide = (Lanes)_mm512_cvtepi32_ps(whole);
+                wide = wide * load_part(scale + first + i, count - i) * factor;
+                if (bias) wide += load_part(bias + first + i, count - i);
+                store_part(to + i, wide, count - i);
             }
         });
 }

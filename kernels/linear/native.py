@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels.huge_pages import ask_for
+from kernels import huge_pages
 from kernels.linear import reference
 from kernels.linear.reference import PRODUCTS, linear, linear_8bit, quantize, widened
 from kernels.native import DTYPES, address, function, has
@@ -112,7 +112,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     for the outputs that the last one misses."""
     words = weight.contiguous().view(torch.int32)
     num_outputs, num_words = words.shape
-    packed = ask_for(words.new_empty(-(-num_outputs // PANEL), num_words, PANEL))
+    panels = -(-num_outputs // PANEL)
+    packed = huge_pages.empty(panels, num_words, PANEL, dtype=torch.int32)
     function("pack_words", "ppiit")(
         words.data_ptr(), packed.data_ptr(), num_outputs, num_words, torch.get_num_threads()
     )

@@ -12,7 +12,7 @@ import torch
 from engine.run.backends import Kernels
 from engine.run.model_config import ModelError
 from engine.run.quantization.scheme import Quantization, Scheme, widen
-from kernels.huge_pages import ask_for
+from kernels import huge_pages
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
 """What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
@@ -157,7 +157,7 @@ class WeightSpec:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Raises ModelError where there is no memory for it."""
         try:
-            return ask_for(torch.empty(shape, dtype=dtype or self.dtype, device=self.device))
+            return huge_pages.empty(*shape, dtype=dtype or self.dtype, device=self.device)
         except RuntimeError:  # All that torch's CPU allocator raises.
             sizes = " x ".join(map(str, shape))
             raise ModelError(

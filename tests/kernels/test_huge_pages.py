@@ -1,0 +1,31 @@
+"""Memory for weights, in pages of 2 MiB."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from kernels import huge_pages
+from kernels.huge_pages import PAGE
+
+
+@pytest.mark.parametrize("rows", [0, 3, 1024, 1536, 2049])
+def test_it_is_a_tensor_of_its_own(rows: int):
+    x = huge_pages.empty(rows, 1024, dtype=torch.bfloat16)
+    other = huge_pages.empty(rows, 1024, dtype=torch.bfloat16)
+    assert x.shape == (rows, 1024) and x.dtype is torch.bfloat16 and x.is_contiguous()
+    x.fill_(1), other.fill_(2)
+    assert (x == 1).all() and (other == 2).all()
+    if x.nbytes >= PAGE // 2 and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert x.data_ptr() % PAGE == 0
+
+
+def test_a_tensor_that_is_no_cpu_s_is_made_where_it_should_be():
+    assert huge_pages.empty(4096, 4096, dtype=torch.float32, device="meta").is_meta
+
+
+def test_what_does_not_fit_is_an_error_of_the_allocator():
+    with pytest.raises(RuntimeError):
+        huge_pages.empty(1 << 40, 1 << 10, dtype=torch.float32)
