@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -31,8 +32,6 @@ def empty(
         return torch.empty(shape, dtype=dtype, device=device)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % PAGE
-    try:
+    with suppress(OSError):  # A system that has none: the memory is as good as any.
         memory.madvise(mmap.MADV_HUGEPAGE, first, pages * PAGE)
-    except OSError:  # A system that has none: the memory is as good as any.
-        pass
     return whole[first : first + num_bytes].view(dtype).view(shape)

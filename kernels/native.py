@@ -1,4 +1,4 @@
-"""The native kernels: every ``native.cpp`` of this package in one library, compiled where it is
+"""The native kernels: every ``native*.cpp`` of this package in one library, compiled where it is
 first asked for and kept for the next time.
 
 Nothing needs them: without a C++ compiler the references serve. They give other bits than the
@@ -41,7 +41,7 @@ LANES = 16
 @cache
 def shared_library() -> ctypes.CDLL | None:
     """The library, compiled if it is not there yet (seconds); None where that is not possible."""
-    sources = sorted(SOURCES.glob("*/native.cpp"))
+    sources = sorted(SOURCES.glob("*/native*.cpp"))
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or not sources:
         return None
@@ -145,7 +145,7 @@ def _fingerprint(compiler: str, sources: list[Path]) -> str:
     digest = hashlib.sha256(" ".join([*FLAGS, *_openmp(), torch.__version__]).encode())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest.update(version + platform.machine().encode() + _processor())
-    for path in (SOURCES / "native.h", *sources):
+    for path in (*sorted(SOURCES.glob("*.h")), *sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

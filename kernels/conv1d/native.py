@@ -1,18 +1,56 @@
-"""The causal convolution with its decoding and verifying steps by ``native.cpp``; see
-``reference``."""
+"""The causal convolution by ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels.conv1d import reference
-from kernels.conv1d.reference import check_window, prefill_conv1d
+from kernels.conv1d.reference import check_window
 from kernels.native import DTYPES, address, function, has_whole_rows
-from kernels.packed import Packed
+from kernels.packed import Exports, Packed
 
 __all__ = ["decode_conv1d", "prefill_conv1d", "verify_conv1d"]
 
 WIDTHS = (2, 3, 4)
+
+
+def prefill_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+    silu: bool = True,
+) -> torch.Tensor:
+    """As ``reference.prefill_conv1d``; a token has the bits that `decode_conv1d` gives it."""
+    check_window(x, weight, states)
+    if not _is_served(x, weight, bias, states):
+        return reference.prefill_conv1d(
+            x,
+            weight,
+            bias,
+            states=states,
+            packed=packed,
+            slots=slots,
+            resumed=resumed,
+            exports=exports,
+            silu=silu,
+        )
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
+    weight, out = weight.contiguous(), x.new_empty(x.shape)
+    function(f"prefill_conv1d_{DTYPES[x.dtype]}", "pipppipppppppiiiit")(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias), states.data_ptr(),
+        states.stride(0), slots.data_ptr(), resumed.data_ptr(), packed.cu_seqlens.data_ptr(),
+        ends.data_ptr(), export_slots.data_ptr(), cu_exports.data_ptr(), out.data_ptr(),
+        len(slots), x.shape[1], weight.shape[1], silu, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def decode_conv1d(

@@ -1,17 +1,61 @@
-"""Gated DeltaNet with its decoding and verifying steps by ``native.cpp``; see ``reference``."""
+"""Gated DeltaNet by ``native.cpp`` and ``native_chunk.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels.gdn import reference
-from kernels.gdn.reference import chunk_gdn, gates
-from kernels.native import DTYPES, LANES, address, function, has_whole_rows
-from kernels.packed import Packed
+from kernels.gdn.reference import gates
+from kernels.native import DTYPES, LANES, address, function, has, has_whole_rows
+from kernels.packed import Exports, Packed
 
 __all__ = ["chunk_gdn", "decode_gdn", "gates", "verify_gdn"]
 
 MAX_KEY = 512
+
+
+def chunk_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    packed: Packed,
+    slots: torch.Tensor,
+    resumed: torch.Tensor,
+    exports: Exports | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """As ``reference.chunk_gdn``; a head of a sequence is one piece of work."""
+    tokens = query, key, value
+    name = f"chunk_gdn_{DTYPES.get(query.dtype)}_{DTYPES.get(states.dtype)}"
+    if not _fits(tokens, states) or not has(name):
+        return reference.chunk_gdn(
+            *tokens,
+            gate,
+            beta,
+            states=states,
+            packed=packed,
+            slots=slots,
+            resumed=resumed,
+            exports=exports,
+            scale=scale,
+        )
+    query, key, value = _same_stride(tokens)
+    gate, beta = gate.float().contiguous(), beta.float().contiguous()
+    ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
+    out = torch.empty(value.shape, dtype=value.dtype)
+    function(name, "ppppppipppppppiiiiiift")(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), beta.data_ptr(),
+        states.data_ptr(), states.stride(0), slots.data_ptr(), resumed.data_ptr(),
+        packed.cu_seqlens.data_ptr(), ends.data_ptr(), export_slots.data_ptr(),
+        cu_exports.data_ptr(), out.data_ptr(), value.stride(0), len(slots), key.shape[1],
+        value.shape[1], *states.shape[2:], scale or key.shape[-1] ** -0.5,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def decode_gdn(
@@ -89,12 +133,15 @@ def _is_served(
     dt_bias: torch.Tensor,
     states: torch.Tensor,
 ) -> bool:
+    return A_log.dtype is dt_bias.dtype is torch.float32 and _fits(tokens, states)
+
+
+def _fits(tokens: tuple[torch.Tensor, ...], states: torch.Tensor) -> bool:
     dtype, key_dim, value_dim = tokens[0].dtype, states.shape[2], states.shape[3]
     return (
         dtype in DTYPES
         and states.dtype in DTYPES
         and all(x.dtype is dtype for x in tokens)
-        and A_log.dtype is dt_bias.dtype is torch.float32
         and key_dim % LANES == 0
         and value_dim % LANES == 0
         and key_dim <= MAX_KEY

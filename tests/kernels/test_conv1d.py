@@ -18,6 +18,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     "conv1d",
     [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("conv1d")],
 )
+COMPILED = pytest.mark.parametrize("conv1d", [native("conv1d")])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 LENGTHS = (1, 63, 0, 64, 2, 130)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -267,3 +268,17 @@ def test_a_window_is_overwritten_behind_a_barrier(kind, device, monkeypatch) -> 
     read_for_output = events.index("barrier")
     assert events[:read_for_output].count("read") >= 3
     assert "write" not in events[:read_for_output] and "write" in events
+
+
+@COMPILED
+@DTYPES
+def test_natively_prompts_and_decoding_have_the_same_bits(conv1d, dtype, device) -> None:
+    torch.manual_seed(4)
+    x, weight = draw(70, 40, dtype=dtype, device=device), draw(40, 3, dtype=dtype, device=device)
+    states = torch.zeros(5, 40, 2, dtype=dtype, device=device)
+    out, after = run(conv1d, x, weight, [70], states[:1], [0], [])
+    slots = int32([4], device)
+    for t in range(70):
+        row = conv1d.decode_conv1d(x[t : t + 1], weight, None, states=states, slots=slots)
+        assert torch.equal(row[0], out[t])
+    assert torch.equal(states[4], after[0])

@@ -119,8 +119,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 
 @pytest.mark.parametrize(
     ("gdn", "num_threads"),
-    [(reference, 1), (reference, 2), (fused, 1)],
-    ids=["reference", "reference-2-threads", "fused"],
+    [(reference, 1), (reference, 2), (fused, 1), (native("gdn").values[0], 2)],
+    ids=["reference", "reference-2-threads", "fused", "native-2-threads"],
 )
 @DTYPES
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
