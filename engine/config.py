@@ -4,6 +4,7 @@ fields."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +23,9 @@ CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
 """Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024
 tokens or 8,192, so on a device that computes quickly more of them share the reading; on a CPU a
 longer step only keeps decoding requests waiting."""
+
+MAX_LOAD_WORKERS = 16
+"""Unless more are asked for."""
 
 BUILTIN_NAME = "builtin"
 BUILTIN_DIR = Path(__file__).parent / "run" / "models" / BUILTIN_NAME
@@ -62,7 +66,9 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = _setting(
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
     )
-    load_workers: int = _setting(16, "threads that read weights")
+    load_workers: int | None = _setting(
+        None, "threads that read weights; none: one for every two cores, 16 at most"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto", "number format of weights and KV; auto: the model's own"
     )
@@ -167,10 +173,13 @@ class EngineConfig:
     )
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:
-        """With what is left to the device chosen."""
-        if self.token_budget is not None:
-            return self
-        return dataclasses.replace(self, token_budget=CPU_BUDGET if on_cpu else DEVICE_BUDGET)
+        """With what is left to the device and the machine chosen."""
+        budget = CPU_BUDGET if on_cpu else DEVICE_BUDGET
+        return dataclasses.replace(
+            self,
+            token_budget=self.token_budget or budget,
+            load_workers=self.load_workers or default_load_workers(),
+        )
 
     @property
     def model_dir(self) -> Path:
@@ -201,8 +210,10 @@ class EngineConfig:
         return (1 + self.draft_len) * min(self.max_running, DRAFTED_FULLY) if self.draft_len else 0
 
     def __post_init__(self) -> None:
-        for name in ("load_workers", "tp", "grid", "page_size", "max_running", "max_queue"):
+        for name in ("tp", "grid", "page_size", "max_running", "max_queue"):
             _check_positive_int(name, getattr(self, name))
+        if self.load_workers is not None:
+            _check_positive_int("load_workers", self.load_workers)
         budget = self.token_budget
         if budget is not None and (not isinstance(budget, int) or budget < TILE):
             raise ConfigError(
@@ -253,6 +264,16 @@ class EngineConfig:
             raise ConfigError(
                 f"--tp gives every rank a device of its own: leave out the number of {self.device}."
             )
+
+
+def default_load_workers() -> int:
+    """One for every two cores: on two, 16 took 1.2 to 1.7 times as long as one and 1.7 times the
+    processor's time, for packing wants the cores too (``experiments/bench_load.py``)."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # Linux alone knows what a process may use.
+        cores = os.cpu_count() or 1
+    return min(max(cores // 2, 1), MAX_LOAD_WORKERS)
 
 
 def _drafters(text: str) -> dict[str, int]:

@@ -133,6 +133,11 @@ static inline float exponential(float x) {
 
 static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
+// By libm: for the few numbers on which a whole state hangs.
+static inline float softplus(float x) {
+    return (x > 0.0f ? x : 0.0f) + log1pf(expf(-__builtin_fabsf(x)));
+}
+
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // Work of fewer cycles than this, as far as they can be told, is not worth a second thread.

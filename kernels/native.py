@@ -116,6 +116,22 @@ def whole_rows(x: torch.Tensor) -> torch.Tensor:
     return x if has_whole_rows(x) else x.contiguous()
 
 
+def same_stride(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Parts ``[B, ...]`` of one stride between sequences, contiguous in each: as they are, if they
+    are slices of one tensor, else copied into one."""
+    stride = parts[0].stride(0)
+    if all(has_whole_rows(part) for part in parts) and (
+        len(parts[0]) == 1 or all(part.stride(0) == stride for part in parts)
+    ):
+        return parts
+    together = torch.cat([part.flatten(1) for part in parts], dim=1)
+    sizes = [part[0].numel() for part in parts]
+    return tuple(
+        slice.unflatten(1, part.shape[1:])
+        for slice, part in zip(together.split(sizes, dim=1), parts, strict=True)
+    )
+
+
 def address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 

@@ -23,13 +23,22 @@ ALLOCATIONS = {
     aten.empty_like.default,
 }
 REPEATED = {
+    aten.add.Tensor,
+    aten.add_.Tensor,
     aten.argmax.default,
     aten.cat.default,
     aten.copy_.default,
+    aten.div.Tensor,
     aten.embedding.default,
+    aten.exp_.default,
     aten.fill_.Scalar,
     aten.index.Tensor,
     aten.index_put_.default,
+    aten.mul.Tensor,
+    aten.mul_.Tensor,
+    aten.neg.default,
+    aten.pow_.Scalar,
+    aten.relu.default,
     aten.to.dtype,
     aten._to_copy.default,
 }

@@ -73,7 +73,7 @@ class ModelRunner:
             self.config,
             Build(self.kernels, self._weight_spec(config, raw), rank),
             load_format=config.load_format,
-            num_workers=config.load_workers,
+            num_workers=config.load_workers or 1,
             seed=config.seed,
             with_head="mtp" in config.drafters,
         )

@@ -1,45 +1,5 @@
-// The gated delta rule token by token: see reference.decode_gdn and verify_gdn. For each token a
-// value head's state is read twice, the second time from the cache, and written once.
-#include "../native.h"
-
-constexpr float L2_EPS = 1e-6f;
-constexpr int64_t MAX_KEY = 512;
-
-template <class T>
-static float unit(const T* from, float* to, int64_t size, float scale) {
-    Lanes squares = {};
-    for (int64_t i = 0; i < size; i += LANES) {
-        Lanes b = load(from + i);
-        squares = multiply_add(b, b, squares);
-    }
-    float factor = scale / __builtin_sqrtf(sum(squares) + L2_EPS);
-    for (int64_t i = 0; i < size; i++) to[i] = widen(from[i]) * factor;
-    return factor;
-}
-
-// COLUMNS * 16 columns of a state [K, V]: `after` may be `before`.
-template <class T, class S, int COLUMNS>
-static void step(
-    const S* before, S* after, int64_t V, int64_t K, const float* key, const float* query,
-    float overlap, float decay, float beta, const T* value, T* out) {
-    Lanes recalled[COLUMNS] = {}, read[COLUMNS] = {};
-    for (int64_t k = 0; k < K; k++)
-        for (int c = 0; c < COLUMNS; c++) {
-            Lanes s = load(before + k * V + c * LANES) * decay;
-            recalled[c] = multiply_add(s, all(key[k]), recalled[c]);
-            read[c] = multiply_add(s, all(query[k]), read[c]);
-        }
-    Lanes delta[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) {
-        delta[c] = (load(value + c * LANES) - recalled[c]) * beta;
-        store(out + c * LANES, multiply_add(delta[c], all(overlap), read[c]));
-    }
-    for (int64_t k = 0; k < K; k++)
-        for (int c = 0; c < COLUMNS; c++) {
-            int64_t at = k * V + c * LANES;
-            store(after + at, multiply_add(delta[c], all(key[k]), load(before + at) * decay));
-        }
-}
+// The gated delta rule token by token: see reference.decode_gdn and verify_gdn.
+#include "../delta.h"
 
 struct Tokens {
     int64_t stride;       // of query, key and value, from a token to the next
@@ -53,26 +13,11 @@ template <class T, class S>
 static void advance(
     const T* query, const T* key, const T* value, float a, float b, float A_log, float dt_bias,
     const S* before, S* after, T* out, const Tokens& tokens) {
-    int64_t K = tokens.K, V = tokens.V;
-    float unit_key[MAX_KEY], unit_query[MAX_KEY];
-    unit(key, unit_key, K, 1.0f);
-    unit(query, unit_query, K, tokens.scale);
-    Lanes products = {};
-    for (int64_t k = 0; k < K; k += LANES)
-        products = multiply_add(load(unit_key + k), load(unit_query + k), products);
-    float overlap = sum(products), x = a + dt_bias;
-    float softplus = (x > 0.0f ? x : 0.0f) + log1pf(expf(-__builtin_fabsf(x)));
-    float decay = expf(-expf(A_log) * softplus);
+    float decay = expf(-expf(A_log) * softplus(a + dt_bias));
     float beta = tokens.max_beta / (1.0f + expf(-b));
-    int64_t v = 0;
-    for (; v + 4 * LANES <= V; v += 4 * LANES)
-        step<T, S, 4>(
-            before + v, after + v, V, K, unit_key, unit_query, overlap, decay, beta, value + v,
-            out + v);
-    for (; v < V; v += LANES)
-        step<T, S, 1>(
-            before + v, after + v, V, K, unit_key, unit_query, overlap, decay, beta, value + v,
-            out + v);
+    recall_and_write(
+        query, key, value, OneDecay{decay}, beta, tokens.scale, before, after, out, tokens.K,
+        tokens.V);
 }
 
 // cu_seqlens: null where every sequence is one token. The state after row r goes to step_slots[r].

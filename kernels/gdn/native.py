@@ -6,7 +6,15 @@ import torch
 
 from kernels.gdn import reference
 from kernels.gdn.reference import gates
-from kernels.native import DTYPES, LANES, address, function, has, has_whole_rows
+from kernels.native import (
+    DTYPES,
+    LANES,
+    address,
+    function,
+    has,
+    has_whole_rows,
+    same_stride,
+)
 from kernels.packed import Exports, Packed
 
 __all__ = ["chunk_gdn", "decode_gdn", "gates", "verify_gdn"]
@@ -43,7 +51,7 @@ def chunk_gdn(
             exports=exports,
             scale=scale,
         )
-    query, key, value = _same_stride(tokens)
+    query, key, value = same_stride(tokens)
     gate, beta = gate.float().contiguous(), beta.float().contiguous()
     ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
     out = torch.empty(value.shape, dtype=value.dtype)
@@ -160,8 +168,8 @@ def _decode(
     scale: float,
     max_beta: float,
 ) -> torch.Tensor:
-    query, key, value = _same_stride(tokens[:3])
-    a, b = _same_stride(tokens[3:])
+    query, key, value = same_stride(tokens[:3])
+    a, b = same_stride(tokens[3:])
     num_rows, num_heads, key_dim = query.shape
     num_value_heads, value_dim = value.shape[1:]
     out = torch.empty(value.shape, dtype=value.dtype)
@@ -174,19 +182,3 @@ def _decode(
         value_dim, scale, max_beta, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _same_stride(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Parts ``[B, ...]`` of one stride between sequences, contiguous in each: as they are, if they
-    are slices of one tensor, else copied into one."""
-    stride = parts[0].stride(0)
-    if all(has_whole_rows(part) for part in parts) and (
-        len(parts[0]) == 1 or all(part.stride(0) == stride for part in parts)
-    ):
-        return parts
-    together = torch.cat([part.flatten(1) for part in parts], dim=1)
-    sizes = [part[0].numel() for part in parts]
-    return tuple(
-        slice.unflatten(1, part.shape[1:])
-        for slice, part in zip(together.split(sizes, dim=1), parts, strict=True)
-    )

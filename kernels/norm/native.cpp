@@ -35,19 +35,32 @@ static void rms_norm(
     }
 }
 
+// weight_stride: from the weight of an inner row to the next one's. gate_first: the gate is part of
+// what is normed.
 template <class T>
 static void gated_rms_norm(
-    const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight, T* out,
-    int64_t outer, int64_t inner, int64_t size, float eps, int threads) {
+    const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight,
+    int64_t weight_stride, T* out, int64_t outer, int64_t inner, int64_t size, float eps,
+    bool gate_first, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(2 * outer * inner * size, threads))
     for (int64_t row = 0; row < outer * inner; row++) {
+        static thread_local std::vector<float> gated;
         int64_t place = row % inner * size;
         const T* from = x + row / inner * stride + place;
         const T* open = gate + row / inner * gate_stride + place;
-        float factor = factor_of(from, size, eps);
+        const float* own = weight + row % inner * weight_stride;
         T* to = out + row * size;
-        for (int64_t i = 0; i < size; i++)
-            to[i] = narrow<T>(widen(from[i]) * factor * weight[i] * silu(widen(open[i])));
+        if (gate_first) {
+            gated.resize(size);
+            float* wide = gated.data();
+            for (int64_t i = 0; i < size; i++) wide[i] = silu(widen(open[i])) * widen(from[i]);
+            float factor = factor_of(wide, size, eps);
+            for (int64_t i = 0; i < size; i++) to[i] = narrow<T>(wide[i] * factor * own[i]);
+        } else {
+            float factor = factor_of(from, size, eps);
+            for (int64_t i = 0; i < size; i++)
+                to[i] = narrow<T>(widen(from[i]) * factor * own[i] * silu(widen(open[i])));
+        }
     }
 }
 
@@ -62,9 +75,11 @@ static void gated_rms_norm(
     }                                                                                             \
     EXPORT void gated_rms_norm_##NAME(                                                            \
         const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight,      \
-        T* out, int64_t outer, int64_t inner, int64_t size, float eps, int threads) {             \
+        int64_t weight_stride, T* out, int64_t outer, int64_t inner, int64_t size, float eps,     \
+        int64_t gate_first, int threads) {                                                        \
         gated_rms_norm(                                                                           \
-            x, stride, gate, gate_stride, weight, out, outer, inner, size, eps, threads);         \
+            x, stride, gate, gate_stride, weight, weight_stride, out, outer, inner, size, eps,    \
+            gate_first, threads);                                                                 \
     }
 
 NORMS(float, float32)

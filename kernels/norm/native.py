@@ -52,16 +52,21 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """As ``reference.gated_rms_norm``."""
     word = DTYPES.get(x.dtype)
-    if gate_first or weight.dim() != 1:
-        word = None
-    if word is None or weight.dtype is not torch.float32 or gate.dtype is not x.dtype:
+    by_head = weight.dim() == 2 and x.dim() == 3 and len(weight) == x.shape[1]
+    if (
+        word is None
+        or not (weight.dim() == 1 or by_head)
+        or weight.dtype is not torch.float32
+        or gate.dtype is not x.dtype
+    ):
         return reference.gated_rms_norm(x, weight, gate, eps, gate_first=gate_first)
     x, outer, inner = _rows(x)
     gate, _, _ = _rows(gate)
-    out = x.new_empty(x.shape)
-    function(f"gated_rms_norm_{word}", "pipippiiift")(
+    weight, out = weight.contiguous(), x.new_empty(x.shape)
+    function(f"gated_rms_norm_{word}", "pipipipiiifit")(
         x.data_ptr(), x.stride(0), gate.data_ptr(), gate.stride(0), weight.data_ptr(),
-        out.data_ptr(), outer, inner, x.shape[-1], eps, torch.get_num_threads(),
+        weight.stride(0) if by_head else 0, out.data_ptr(), outer, inner, x.shape[-1], eps,
+        gate_first, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -23,6 +23,7 @@ from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import Parser, add_flags, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
+from engine.config import ConfigError
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.units import GIB
@@ -452,3 +453,12 @@ def test_the_engine_of_a_killed_server_ends_itself(server: subprocess.Popen[str]
     while not _is_gone(engine):
         assert time.monotonic() < deadline, "the engine goes on without its server"
         time.sleep(0.02)
+
+
+def test_as_many_threads_load_as_the_machine_has_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, workers in ((1, 1), (2, 1), (8, 4), (96, 16)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
+        assert EngineConfig().settled(on_cpu=True).load_workers == workers
+        assert EngineConfig(load_workers=3).settled(on_cpu=True).load_workers == 3
+    with pytest.raises(ConfigError, match="load_workers must be an integer of 1 or more, not 0"):
+        EngineConfig(load_workers=0)

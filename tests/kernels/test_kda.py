@@ -10,9 +10,13 @@ import torch
 
 from kernels.kda import reference
 from kernels.packed import Exports, Packed
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.kda.fused")
-IMPLEMENTATIONS = pytest.mark.parametrize("kda", [reference, fused], ids=["reference", "fused"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "kda",
+    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("kda")],
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 STATE_DTYPES = pytest.mark.parametrize(
     "state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"]
@@ -260,8 +264,13 @@ def test_decoding_follows_the_recurrence(kda, dtype, sizes, device) -> None:
 
 @pytest.mark.parametrize(
     ("kda", "sizes"),
-    [(reference, (4, 32, 16)), (reference, (2, 128, 128)), (fused, (2, 32, 16))],
-    ids=["reference", "reference-in-place", "fused"],
+    [
+        (reference, (4, 32, 16)),
+        (reference, (2, 128, 128)),
+        (fused, (2, 32, 16)),
+        (native("kda").values[0], (2, 32, 16)),
+    ],
+    ids=["reference", "reference-in-place", "fused", "native"],
 )
 @STATE_DTYPES
 def test_decoding_in_company_no_bit_differs(kda, state_dtype, sizes, device) -> None:

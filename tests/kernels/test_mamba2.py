@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from kernels import tuning
 from kernels.mamba2 import reference
 from kernels.packed import Exports, Packed
+from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.mamba2.fused")
-IMPLEMENTATIONS = pytest.mark.parametrize("mamba2", [reference, fused], ids=["reference", "fused"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "mamba2",
+    [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("mamba2")],
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 STATE_DTYPES = pytest.mark.parametrize(
     "state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"]
@@ -118,8 +122,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 
 @pytest.mark.parametrize(
     ("mamba2", "num_threads"),
-    [(reference, 1), (reference, 2), (fused, 1)],
-    ids=["reference", "reference-2-threads", "fused"],
+    [(reference, 1), (reference, 2), (fused, 1), (native("mamba2").values[0], 2)],
+    ids=["reference", "reference-2-threads", "fused", "native-2-threads"],
 )
 @DTYPES
 @STATE_DTYPES

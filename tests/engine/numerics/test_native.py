@@ -57,6 +57,20 @@ def test_company_and_recording_change_no_bit(
 
 
 @COMPILED
+@pytest.mark.parametrize("name", ["granite_moe_hybrid_dense", "lfm2"])
+def test_steps_of_other_families_are_recorded(driver_class, random_tokens, oracles, name) -> None:
+    runner = make_runner(model=str(oracles(name).path))
+    assert runner.graphs[0] is not None
+    prompts = [random_tokens(length, length, runner.vocab_size) for length in (70, 7)]
+    together = decoded(driver_class, runner, prompts, 3)
+    runner.use_graphs("off")
+    for rank, prompt in enumerate(prompts):
+        alone = decoded(driver_class, runner, [prompt], 3)
+        for step, [logits] in enumerate(alone):
+            assert torch.equal(logits, together[step][rank])
+
+
+@COMPILED
 @FORMATS
 def test_recorded_verification_gives_the_bits_of_single_steps(
     driver_class, random_tokens, dtype, quantization

@@ -4,7 +4,7 @@ CLASSES = "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM"
 SHARED = SMALL | {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
-    "mamba_d_state": 20,
+    "mamba_d_state": 32,
     "mamba_n_groups": 1,
     "mamba_d_conv": 4,
     "mamba_chunk_size": 64,

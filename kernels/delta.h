@@ -1,0 +1,72 @@
+// One token of the delta rule, whose state may decay as a whole or row by row. A state is read
+// twice, the second time from the cache, and written once.
+#pragma once
+
+#include "native.h"
+
+constexpr float L2_EPS = 1e-6f;
+constexpr int64_t MAX_KEY = 512;
+
+template <class T>
+static float unit(const T* from, float* to, int64_t size, float scale) {
+    Lanes squares = {};
+    for (int64_t i = 0; i < size; i += LANES) {
+        Lanes b = load(from + i);
+        squares = multiply_add(b, b, squares);
+    }
+    float factor = scale / __builtin_sqrtf(sum(squares) + L2_EPS);
+    for (int64_t i = 0; i < size; i++) to[i] = widen(from[i]) * factor;
+    return factor;
+}
+
+struct OneDecay {
+    float value;
+    float operator[](int64_t) const { return value; }
+};
+
+// COLUMNS * 16 columns of a state [K, V]: `after` may be `before`. decay[k]: of row k.
+template <class T, class S, int COLUMNS, class Decay>
+static void step(
+    const S* before, S* after, int64_t V, int64_t K, const float* key, const float* query,
+    float overlap, Decay decay, float beta, const T* value, T* out) {
+    Lanes recalled[COLUMNS] = {}, read[COLUMNS] = {};
+    for (int64_t k = 0; k < K; k++)
+        for (int c = 0; c < COLUMNS; c++) {
+            Lanes s = load(before + k * V + c * LANES) * decay[k];
+            recalled[c] = multiply_add(s, all(key[k]), recalled[c]);
+            read[c] = multiply_add(s, all(query[k]), read[c]);
+        }
+    Lanes delta[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) {
+        delta[c] = (load(value + c * LANES) - recalled[c]) * beta;
+        store(out + c * LANES, multiply_add(delta[c], all(overlap), read[c]));
+    }
+    for (int64_t k = 0; k < K; k++)
+        for (int c = 0; c < COLUMNS; c++) {
+            int64_t at = k * V + c * LANES;
+            store(after + at, multiply_add(delta[c], all(key[k]), load(before + at) * decay[k]));
+        }
+}
+
+// One token of a head: key and query of length 1, and of `scale`.
+template <class T, class S, class Decay>
+static void recall_and_write(
+    const T* query, const T* key, const T* value, Decay decay, float beta, float scale,
+    const S* before, S* after, T* out, int64_t K, int64_t V) {
+    float unit_key[MAX_KEY], unit_query[MAX_KEY];
+    unit(key, unit_key, K, 1.0f);
+    unit(query, unit_query, K, scale);
+    Lanes products = {};
+    for (int64_t k = 0; k < K; k += LANES)
+        products = multiply_add(load(unit_key + k), load(unit_query + k), products);
+    float overlap = sum(products);
+    int64_t v = 0;
+    for (; v + 4 * LANES <= V; v += 4 * LANES)
+        step<T, S, 4>(
+            before + v, after + v, V, K, unit_key, unit_query, overlap, decay, beta, value + v,
+            out + v);
+    for (; v < V; v += LANES)
+        step<T, S, 1>(
+            before + v, after + v, V, K, unit_key, unit_query, overlap, decay, beta, value + v,
+            out + v);
+}
