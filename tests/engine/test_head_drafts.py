@@ -37,7 +37,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, EngineConfig, Grammar, RequestOutput, RequestSpec, SamplingParams
 from engine.drafts.drafter import Newest
 from engine.drafts.mtp import HeadDrafter
 from engine.requests.request import Request
@@ -176,6 +176,37 @@ def test_a_guess_depends_on_the_tokens_alone(
         for _ in range(2 if "prefix_cache" not in settings else 1):
             assert_same_answers(engine.generate(prompts(), GREEDY), plain)
     assert 80 < len(guesses) < 6 * 20
+
+
+@pytest.mark.parametrize("head", ["random", "right"])
+@pytest.mark.parametrize("draft", ["mtp:3", "tree,mtp"])
+def test_grammars_and_a_head(
+    head: str, draft: str, make_engine: Make, eager: None, request: pytest.FixtureRequest
+) -> None:
+    """Guesses that a grammar forbids are cut, and what is left changes no answer, guided or not:
+    the second time, with the tree full of the first answers, too."""
+    pytest.importorskip("llguidance")
+    if head == "right":
+        request.getfixturevalue("right_head")
+    grammars = (
+        Grammar.of_regex("[0-9]{3}-[a-c]{1,20}z"),
+        Grammar.of_regex("[ -~@`]{9,20}"),
+        Grammar.of_choices(["red", "blue and green"]),
+        None,
+    )
+    params = SamplingParams(max_tokens=24, temperature=0, logprobs=2)
+    specs = [
+        RequestSpec(prompt[:70] + [33], params, grammar=grammar)
+        for prompt, grammar in zip(prompts(), grammars, strict=False)
+    ]
+    plain, drafted = make_engine("none"), make_engine(draft)
+    for _ in range(2):
+        expected = plain.generate(specs)
+        outputs = drafted.generate(specs)
+        assert_same(outputs, expected)
+    assert [output.finish_reason for output in outputs[:3]] == ["stop"] * 3
+    if head == "right" or "tree" in draft:
+        assert accepted(outputs[:3]) > 0
 
 
 def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
