@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from engine.drafts.drafter import Draft, Drafter
 from engine.drafts.mtp import Guess, HeadDrafter
-from engine.drafts.odds import Odds
+from engine.drafts.odds import Luck, Odds
 from engine.drafts.pace import Pace
 from engine.drafts.tree import SuffixDrafter, TreeDrafter
 from engine.requests.request import Request
@@ -28,7 +28,7 @@ def _tree(max_tokens: int, guess: Guess) -> list[Source]:
 
 
 def _mtp(max_tokens: int, guess: Guess) -> list[Source]:
-    return [Source(HeadDrafter(guess), partial(Odds, max_tokens))]
+    return [Source(HeadDrafter(guess), partial(Odds, max_tokens, Luck()))]
 
 
 WORDS: dict[str, Callable[[int, Guess], list[Source]]] = {"tree": _tree, "mtp": _mtp}
@@ -65,7 +65,9 @@ class Drafting:
             lengths = [min(pace.next(), room) for pace in self._paces_of(request).values()]
             if max(lengths) > 0:
                 wanted[request] = lengths
-        share = max(1, self._max_verified // len(wanted) - 1) if wanted else 0
+        if not wanted:
+            return {}
+        share = max(1, self._max_verified // len(wanted) - 1)
         drafts: dict[Request, Draft] = {}
         for rank, (drafter, _) in enumerate(self._sources):
             missing = [
@@ -74,6 +76,8 @@ class Drafting:
                 if lengths[rank] > 0 and request not in drafts
             ]
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
+                if not len(tokens):
+                    self._paces[request][drafter.name].learn(0, 0)
                 tokens = request.possible(tokens)
                 if len(tokens):
                     drafts[request] = Draft(tokens, drafter.name)

@@ -9,7 +9,19 @@ FIRST_ODDS = 0.7
 MIN_ODDS = 0.4
 """A token that is right less often costs more than it gives."""
 WEIGHT = 1 / 8
-"""Of the newest draft."""
+"""Of the newest draft of a request; half as much among those of all."""
+
+
+class Luck:
+    """How often the first token of a draft was right lately, whoever's."""
+
+    __slots__ = ("right",)
+
+    def __init__(self) -> None:
+        self.right = FIRST_ODDS
+
+    def learn(self, is_right: bool) -> None:
+        self.right += (is_right - self.right) * WEIGHT / 2
 
 
 class Odds:
@@ -19,7 +31,8 @@ class Odds:
     even the first token's does, there are no drafts for 16 steps, then one try of one token, and
     where that is wrong too, twice as many steps without, up to 512. A try that is right ends that.
     A place that is not drafted is forgiven a little with every draft that is right as far as it
-    goes.
+    goes. A new request begins with the ``luck`` of those before it: so a head that is never right
+    here is tried a few times a request, not anew.
 
     >>> odds = Odds(3)
     >>> odds.next()
@@ -29,12 +42,13 @@ class Odds:
     3
     """
 
-    __slots__ = ("_is_trying", "_rest", "_resting", "_right")
+    __slots__ = ("_is_trying", "_luck", "_rest", "_resting", "_right")
 
-    def __init__(self, max_tokens: int) -> None:
-        self._right = [FIRST_ODDS] * max_tokens
-        self._resting = 0
-        self._rest = MIN_REST
+    def __init__(self, max_tokens: int, luck: Luck | None = None) -> None:
+        self._luck = luck or Luck()
+        self._right = [self._luck.right] + [FIRST_ODDS] * (max_tokens - 1)
+        self._resting = MIN_REST if self._luck.right < MIN_ODDS else 0
+        self._rest = 2 * MIN_REST if self._resting else MIN_REST
         self._is_trying = False
 
     def next(self) -> int:
@@ -54,7 +68,10 @@ class Odds:
         return length
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """What became of a draft."""
+        """What became of a draft; of none: nothing."""
+        if not num_drafted:
+            return
+        self._luck.learn(num_accepted > 0)
         for place in range(min(num_accepted + 1, num_drafted)):
             self._move(place, float(place < num_accepted))
         if num_accepted == num_drafted < len(self._right):

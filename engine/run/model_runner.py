@@ -278,6 +278,8 @@ class ModelRunner:
         ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's
         ``late_tokens``."""
         self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        if self._predictor is not None:
+            self._predictor.pending.admit(batch)
         self._move_rows(batch.moves)
         self.table.write(batch.row_writes)
         self._restore(batch.restores)
@@ -326,6 +328,8 @@ class ModelRunner:
                 places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
                 token_ids[places] = drawn[rows]
 
+        if self._predictor is not None:
+            self._predictor.pending.hold(batch, drawn)
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
         if all(segment.is_decode for segment in batch.segments):

@@ -11,6 +11,7 @@ import torch
 
 from engine.drafts.drafter import Newest
 from engine.run.graphs import Record, Replay
+from engine.run.head_rows import PendingRows
 from engine.run.layers.inputs import LayerInputs, pad_rows
 from engine.run.layers.prediction import PredictionHead, ahead
 from engine.run.layers.rotary import RotaryTable
@@ -39,6 +40,8 @@ class Predictor:
         self._pools, self._table, self._rotary = memory.pools[-1], table, rotary
         self._first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
+        self.pending = PendingRows(head, model, memory, table, rotary)
+        """Rows of steps that were followed by `carry` alone."""
         self._passes: Passes | None = None
 
     def record(self, record: Record) -> None:
@@ -50,9 +53,14 @@ class Predictor:
         )  # fmt: skip
         passes.capture()
         self._passes = passes
+        self.pending.record(record)
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Take in a step that the model has computed; ``hidden`` is what it left."""
+        """Take in a step that the model has computed; ``hidden`` is what it left. The rows of one
+        that only decodes are ``pending``."""
+        if step.decode is not None and step.num_decode == step.num_tokens:
+            self._head.carry(hidden, step.decode, self._pools)
+            return
         hidden = hidden[: len(token_ids)]
         self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)
 
@@ -60,6 +68,7 @@ class Predictor:
         """For each request the ``most`` (1 or more) likeliest tokens behind its newest one, each as
         if those before it were right. One pass of the head a token, over all requests that still
         want one."""
+        self.pending.settle()
         order = sorted(range(len(newest)), key=lambda rank: -most[rank])
         requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
         if self._passes is not None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from engine import RequestSpec
 from engine.drafts.drafting import Drafting, Source
-from engine.drafts.pace import MAX_MISSES, MAX_REST, MIN_REST, Pace
+from engine.drafts.odds import Luck, Odds
+from engine.drafts.pace import MAX_IDLE, MAX_MISSES, MAX_REST, MIN_REST, Pace
 from engine.drafts.suffix import SIZES, SuffixIndex
 from engine.requests.request import Request
 
@@ -68,6 +69,40 @@ def test_a_pace_recovers_with_the_first_that_is_right() -> None:
     assert lengths == [1, 2, 4, 8, 8]
     pace.learn(8, 3)
     assert pace.next() == 4
+
+
+def test_a_drafter_that_has_nothing_is_asked_less() -> None:
+    pace, asked = Pace(8), []
+    for step in range(20):
+        if pace.next():
+            asked.append(step)
+            pace.learn(0, 0)
+    assert asked == [0, 1, 3, 7, 11, 15, 19]
+    assert [pace.next() for _ in range(MAX_IDLE)] == [0] * (MAX_IDLE - 1) + [4]
+    pace.learn(4, 2)
+    assert pace.next() == 3
+    pace.learn(0, 0)
+    assert pace.next() == 3
+
+
+def test_a_new_request_begins_with_the_luck_of_others() -> None:
+    luck = Luck()
+    tries = []
+    for _ in range(8):
+        odds, num_tries = Odds(3, luck), 0
+        for _ in range(200):
+            length = odds.next()
+            num_tries += length > 0
+            odds.learn(length, 0)
+        tries.append(num_tries)
+    assert tries[0] == 8 and tries[-1] == 3
+    # One that is always right is found out at its first try, and mends the luck of the next.
+    odds, lengths = Odds(3, luck), []
+    for _ in range(60):
+        lengths.append(odds.next())
+        odds.learn(lengths[-1], lengths[-1])
+    assert lengths[: MIN_REST + 1] == [0] * MIN_REST + [1] and lengths[-1] == 3
+    assert Odds(3, luck).next() > 0
 
 
 class Ones:

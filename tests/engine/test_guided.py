@@ -111,6 +111,8 @@ def test_any_of_the_tools_may_be_called(engine: Engine) -> None:
     "how",
     [
         {"draft": "tree:4"},
+        {"draft": "mtp"},
+        {"draft": "tree,mtp"},
         {"asynchronous": True, "overlap": "on"},
         {"num_kv_tokens": 512, "prefix_cache": "none"},
         {"exact": True, "token_budget": 64},

@@ -19,6 +19,7 @@ test_scheduler_machine.py; those that have nothing to do with a head are in test
 | rows that an arena moved are looked for where they were | what_happens_to_a_request |
 | an abort in the middle leaves rows or slots behind | what_happens_to_a_request, m |
 | decode graphs leave the head without its rows | recorded_steps_are_followed_too |
+| rows that wait to be computed go where another's are by then | rows_that_waited_are_those |
 | the head's pools are not counted: out of memory later | the_plan_counts_the_head |
 | the wrong weights, or none, and drafts that are never right | p, what_can_not_work_says_so |
 | a drafter that is never right makes serving slow | test_drafters.py |
@@ -31,11 +32,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, EngineConfig, Grammar, RequestOutput, RequestSpec, SamplingParams
+from engine.drafts.drafter import Newest
 from engine.drafts.mtp import HeadDrafter
 from engine.requests.request import Request
 from engine.run.layers.parameters import Parameter
@@ -46,6 +49,7 @@ from engine.run.sampler import Sampler
 from engine.run.tensor_files import WeightsError
 from engine.run.warm_up import guesses as guesses_of
 from engine.run.weights import Dummy
+from engine.schedule.batch import Batch, Segment
 from engine.text.byte_tokenizer import ByteTokenizer
 from tests.engine.test_drafts import MODEL, assert_same, prompts
 
@@ -174,6 +178,37 @@ def test_a_guess_depends_on_the_tokens_alone(
     assert 80 < len(guesses) < 6 * 20
 
 
+@pytest.mark.parametrize("head", ["random", "right"])
+@pytest.mark.parametrize("draft", ["mtp:3", "tree,mtp"])
+def test_grammars_and_a_head(
+    head: str, draft: str, make_engine: Make, eager: None, request: pytest.FixtureRequest
+) -> None:
+    """Guesses that a grammar forbids are cut, and what is left changes no answer, guided or not:
+    the second time, with the tree full of the first answers, too."""
+    pytest.importorskip("llguidance")
+    if head == "right":
+        request.getfixturevalue("right_head")
+    grammars = (
+        Grammar.of_regex("[0-9]{3}-[a-c]{1,20}z"),
+        Grammar.of_regex("[ -~@`]{9,20}"),
+        Grammar.of_choices(["red", "blue and green"]),
+        None,
+    )
+    params = SamplingParams(max_tokens=24, temperature=0, logprobs=2)
+    specs = [
+        RequestSpec(prompt[:70] + [33], params, grammar=grammar)
+        for prompt, grammar in zip(prompts(), grammars, strict=False)
+    ]
+    plain, drafted = make_engine("none"), make_engine(draft)
+    for _ in range(2):
+        expected = plain.generate(specs)
+        outputs = drafted.generate(specs)
+        assert_same(outputs, expected)
+    assert [output.finish_reason for output in outputs[:3]] == ["stop"] * 3
+    if head == "right" or "tree" in draft:
+        assert accepted(outputs[:3]) > 0
+
+
 def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
     """Whatever was found in the cache."""
     for one, other in zip(some, others, strict=True):
@@ -209,7 +244,7 @@ def test_a_right_head_is_right_after_a_hit(make_engine: Make, right_head: None) 
         assert output.cached_len == cached_len == segments[0].start
         assert output.token_ids == [(prompt[-1] + 64 * k) % 320 for k in range(1, 31)]
         lengths = [segment.num_drafts for segment in segments if segment.is_decode]
-        assert lengths[0] == 2 and set(lengths[3:-1]) == {3}
+        assert lengths[0] == (3 if cached_len else 2) and set(lengths[3:-1]) == {3}
         assert accepted([output]) == sum(lengths)
         assert output.drafts.acceptance_len > 3.4
     turn = prompt + output.token_ids + [9]
@@ -234,6 +269,78 @@ def test_recorded_steps_are_followed_too(
     native = engine.runner.kernels.words().get("linear") == "native"
     assert (engine.runner.graphs[0] is not None) == native
     assert (engine.runner.verify_graphs is not None) == native
+
+
+@pytest.mark.parametrize("graphs", ["off", "auto"])
+def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Make) -> None:
+    """Bit for bit, whatever made an end of the waiting: a guess, a step that does something else,
+    a row that goes to another request, or that no more may wait."""
+    pools: list[list[torch.Tensor]] = []
+    for waits in (False, True):
+        runner = make_engine("mtp:1", model={"num_experts": 0}, graphs=graphs).runner
+        pending = runner._predictor.pending
+        counts: list[int] = []
+
+        def forward(
+            *segments: Segment,
+            writes: Any = (),
+            runner: Any = runner,
+            pending: Any = pending,
+            waits: bool = waits,
+            counts: Any = counts,
+        ) -> None:
+            runner.forward(Batch(segments, (), writes))
+            counts.append(pending._count)
+            if not waits:
+                pending.settle()
+
+        ids = (np.arange(128, dtype=np.int32).reshape(2, 64) * 7) % 320
+        rows = np.arange(200, dtype=np.int32).reshape(2, 100) + 100
+        forward(
+            *(Segment(b, b + 20, ids[b], 0, False) for b in range(2)),
+            writes=[(b, 0, rows[b]) for b in range(2)],
+        )
+        decodes = [
+            [Segment(b, b + 20, ids[b, at : at + 1], 64 + at, True) for b in range(2)]
+            for at in range(34)
+        ]
+        for step in decodes[:5]:
+            forward(*step)
+        forward(decodes[5][0])
+        forward(decodes[5][1])
+        # Row 1 is another's from here on: what waited goes where it belonged.
+        forward(decodes[6][0], writes=[(1, 0, rows[1] + 100)])
+        runner.guess([Newest(0, 20, 5, 71)], [1])
+        assert not pending._count
+        for step in decodes[7:9]:
+            forward(step[0])
+        forward(
+            Segment(0, 20, ids[0, 9:11], 73, True, logits="all", num_drafts=1),
+        )
+        runner.commit(Batch((Segment(0, 20, ids[0, 9:11], 73, True, num_drafts=1),)), [2])
+        for step in decodes[11:30]:
+            forward(step[0])
+        pending.settle()
+        head = [pool[100:300].clone() for pool in runner.tensors.pools[-1][:2]]
+        pools.append([*head, runner.tensors.pools[-1][2][20:22].clone()])
+        assert counts == [0, 2, 4, 6, 8, 10, 1, 1, 1, 1, 2, 0, *range(1, 20)] or not waits
+    for one, other in zip(*pools, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        assert one.isfinite().any()
+
+
+def test_no_more_rows_wait_than_there_is_room_for(
+    make_engine: Make, guesses: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for one step of all, and with room for many: the guesses after a rest are those of
+    the same tokens."""
+    params = SamplingParams(max_tokens=45, temperature=0)
+    for capacity in (1, 64):
+        monkeypatch.setattr("engine.run.head_rows.CAPACITY", capacity)
+        engine = make_engine("mtp:2", model={"num_experts": 0})
+        engine.generate(prompts()[:3], params)
+    assert len(engine.runner._predictor.pending._befores) == 64
+    assert len(guesses) > 10
 
 
 def count_moves(runner: Any) -> list[Any]:
@@ -274,7 +381,8 @@ def test_what_happens_to_a_request(
             end = plain[0].token_ids.index(plain[0].token_ids[place])
             assert output.token_ids == plain[0].token_ids[: end + 1]
         request_id = engine.submit(prompts()[0], params)
-        for _ in range(5):
+        (running,) = engine.requests
+        while not running.drafts or not running.drafts.num_verified:
             engine.step()
         assert engine.abort(request_id).drafts.num_verified > 0
         engine.check()

@@ -11,9 +11,10 @@ on nothing else: not on the token after, nor (there is one layer) on other rows 
   carries h[s - 1], from which a request that resumes there writes row s as a cold one does;
 - position 0 has no such row. What lies there is never read: the head's keys begin at 1.
 
-``follow`` writes the rows of a step that the model has computed, and moves ``hidden`` on. ``draft``
-guesses, from a state that has taken all but the newest token in: it writes to rows of its own, so
-nothing has to be rolled back.
+``follow`` writes the rows of a step that the model has computed, and moves ``hidden`` on; where the
+rows can wait, ``carry`` does the second alone, and ``write`` the first later. ``draft`` guesses,
+from a state that has taken all but the newest token in: it writes to rows of its own, so nothing
+has to be rolled back.
 
 Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2, for one head that is chained.
 """
@@ -87,19 +88,29 @@ class PredictionHead:
         """Write the rows of a step's tokens, and h of every sequence where its states go.
 
         ``embedded``, ``hidden``: ``[num_rows, H]``, the tokens' embeddings and what ``forward``
-        left of them. Costs two small products a token: no attention. Reads no number of the device
-        on the host, so that it can be captured with the model's step.
+        left of them. Reads no number of the device on the host, so that it can be captured with the
+        model's step.
         """
-        *kv, carried = pools
+        carried = pools[-1]
         befores, kept = _trail(hidden, inputs, carried)
         before = befores[0] if len(befores) == 1 else torch.cat(befores)
-        entered = self._enter(embedded, pad_rows(before, len(hidden)))
-        projected, _ = self._attention.project(entered, None)
-        block = self._attention.block
-        assert isinstance(block, Attention)
-        block.write(projected, inputs, (kv[0], kv[1]))
+        self.write(embedded, pad_rows(before, len(hidden)), inputs, pools)
         for slots, last in kept:
             carried[slots] = last
+
+    def write(
+        self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> None:
+        """Write the rows of tokens, of their embeddings and h before each: ``[num_rows, H]``. Costs
+        two small products a token: no attention."""
+        projected, _ = self._attention.project(self._enter(embedded, before), None)
+        block = self._attention.block
+        assert isinstance(block, Attention)
+        block.write(projected, inputs, pools[:2])
+
+    def carry(self, hidden: torch.Tensor, part: DecodePart, pools: Pools) -> None:
+        """Keep h of a step that decodes and does nothing else; its rows are left for `write`."""
+        pools[-1][part.slots] = hidden[: len(part.slots)]
 
     def draft(
         self,

@@ -6,6 +6,7 @@ from experiments.mutations import Mutation
 from experiments.mutations.engine.tests import HEADS
 
 HEAD, PREDICT = "engine/run/layers/prediction.py", "engine/run/predict.py"
+WAITING = "engine/run/head_rows.py"
 RUNNER, INPUTS = "engine/run/model_runner.py", "engine/run/layers/inputs.py"
 
 BREAKS_OF_PREDICTION = (
@@ -57,6 +58,27 @@ BREAKS_OF_PREDICTION = (
         PREDICT,
         "            columns[1:] += 1\n",
         "            columns[1] += 1\n",
+        HEADS,
+    ),
+    Mutation(
+        "rows wait whatever comes",
+        WAITING,
+        "        if changes or rows != self._rows or",
+        "        if not rows or",
+        HEADS,
+    ),
+    Mutation(
+        "a guess does not wait for rows that wait",
+        PREDICT,
+        "        self.pending.settle()\n",
+        "",
+        HEADS,
+    ),
+    Mutation(
+        "a row that waits takes in its neighbour's vector",
+        WAITING,
+        "        torch.index_select(self._pools[-1], 0, self._slots, out=self._befores[new])\n",
+        "        self._befores[new] = self._pools[-1][self._slots].roll(1, 0)\n",
         HEADS,
     ),
 )
