@@ -86,8 +86,8 @@ MAY_IMPORT = {
     "hybridcache/watch": "allocators listener policies radix results",
     "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
     "tokens",
-    "hybridcache/lab": "build export extras geometry interface lease policies results routing "
-    "tokens units watch",
+    "hybridcache/lab": "allocators build export extras geometry interface lease policies results "
+    "routing tokens units watch",
     "hybridcache/routing": "export interface policies tokens",
     "engine/config.py": "",
     "engine/environment.py": "config",

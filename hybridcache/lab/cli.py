@@ -156,6 +156,7 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
     from hybridcache.lab.baselines import BASELINES
     from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
@@ -193,6 +194,9 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "pools",
     )
     add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
+    for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
+        add(f"--{word}-gib", type=float, default=0.0, help=f"{word} memory below the device's")
+        add(f"--{word}-gb-s", type=float, default=rate / 1e9, help=f"GB/s from {word} to a device")
     add(
         "--tiers",
         action=argparse.BooleanOptionalAction,
@@ -277,6 +281,10 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "tiers",
         "memory",
         "kv_share",
+        "host_gib",
+        "disk_gib",
+        "host_gb_s",
+        "disk_gb_s",
         "state_dtype",
         "checkpoint_dtype",
         "page_size",

@@ -168,7 +168,7 @@ class _Recorded:
     def __init__(self, target: _RecordedTarget, request: TraceRequest, served: Served) -> None:
         self._target, self._request, self._served = target, request, served
         self.cached_len, self.losses = served.cached_len, served.losses
-        self.missed_len = served.missed_len
+        self.missed_len, self.copy_s = served.missed_len, served.copy_s
 
     def prefilled(self) -> None:
         self._served.prefilled()

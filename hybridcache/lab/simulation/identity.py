@@ -44,6 +44,11 @@ class RunIdentity:
     times: str
     """What gives the prefill times."""
     checkpoint_dtype: str = "auto"
+    host_gib: float = 0.0
+    disk_gib: float = 0.0
+    host_bytes_per_s: float | None = None
+    """None where there is no such tier."""
+    disk_bytes_per_s: float | None = None
 
 
 SIZES = ("gib", "num_kv_tokens", "num_slots")
@@ -74,6 +79,10 @@ def identify(config: RunConfig, serving: Serving, trace: str, tiers: bool | None
         tpot_s=serving.tpot_s,
         times=describe_times(serving.times),
         checkpoint_dtype=geometry.checkpoint_dtype,
+        host_gib=config.host_bytes / GIB,
+        disk_gib=config.disk_bytes / GIB,
+        host_bytes_per_s=config.host_bytes_per_s if config.host_bytes else None,
+        disk_bytes_per_s=config.disk_bytes_per_s if config.disk_bytes else None,
     )
 
 

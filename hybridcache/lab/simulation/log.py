@@ -22,6 +22,8 @@ class RequestLog:
         """Further tokens that a checkpoint which was evicted would have saved."""
         self.turns = array("i")
         """How many requests of the same session came before."""
+        self.copy_s = array("d")
+        """Seconds of copies from lower tiers."""
         self.ttft_s = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
@@ -39,6 +41,7 @@ class RequestLog:
         unit = self.unit
         length = request.num_tokens(unit)
         cached = missed = 0
+        self.copy_s.append(0.0 if served is None else served.copy_s)
         if served is None:
             self.num_bypassed += 1
             self._bypassed_tokens += length

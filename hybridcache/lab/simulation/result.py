@@ -47,7 +47,7 @@ class RunResult:
     flops: int
     flops_saved: int
     seconds: float
-    """Prefill time that was spent."""
+    """Prefill time that was spent, with the copies from lower tiers that it waited for."""
     seconds_saved: float
     ttft_s: dict[int, float]
     """Percentiles of the time to first token, waiting included."""
@@ -77,6 +77,10 @@ class RunResult:
     """Slabs that were emptied for a state; None, here and below, where memory is no arena."""
     moved_kv_bytes: int | None = None
     """KV that was copied for that."""
+    copy_seconds: float = 0.0
+    """Of ``seconds``, what went into copies from lower tiers."""
+    tier_bytes: dict[str, int] | None = None
+    """Copied between tiers, by ``source_to_destination_bytes``; None where there is one tier."""
     bound_tokens: int | None = None
     """What an infinite token-granular cache would reuse."""
     optimum_tokens: int | None = None
@@ -154,7 +158,8 @@ def summarise(
     made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
     moved = counters.get("moved_tokens")
     written, evicted = counters.get("inserted_tokens"), counters.get("evicted_tokens")
-    spent = sum(prefill_seconds(serving.times, cached, lengths))
+    copied = sum(log.copy_s)
+    spent = sum(prefill_seconds(serving.times, cached, lengths)) + copied
     cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
     return RunResult(
         config=identify(config, serving, trace, target.tiers),
@@ -183,10 +188,16 @@ def summarise(
         evicted_checkpoints=counters.get("evicted_slots"),
         moved_slabs=counters.get("moved_slabs"),
         moved_kv_bytes=None if moved is None else moved * log.unit * geometry.kv_bytes_per_token,
+        copy_seconds=copied,
+        tier_bytes=_tier_bytes(counters) if config.host_bytes or config.disk_bytes else None,
         by_length=_bins(lengths, lengths, cached, first=256),
         by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
     )
+
+
+def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in counters.items() if name.endswith("_bytes")}
 
 
 def _flops(config: RunConfig, ends: Any) -> int:

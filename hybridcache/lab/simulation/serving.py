@@ -83,10 +83,10 @@ def _queue(log: RequestLog, serving: Serving) -> array[float]:
     cached = np.frombuffer(log.cached_tokens, np.int64)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
     found = array("d")
-    for arrival, spent in zip(
-        log.arrival_s, prefill_seconds(serving.times, cached, lengths), strict=True
+    for arrival, copied, spent in zip(
+        log.arrival_s, log.copy_s, prefill_seconds(serving.times, cached, lengths), strict=True
     ):
-        done = max(arrival, free_at[0]) + spent
+        done = max(arrival, free_at[0]) + copied + spent
         heapq.heapreplace(free_at, done)
         found.append(done - arrival)
     return found
@@ -152,7 +152,8 @@ class _Concurrent:
             self._free_servers -= 1
             cached = self._log.cached_tokens[place]
             length = self._log.prompt_tokens[place]
-            self._push(now + self._serving.times.seconds(cached, length), "prefilled", running)
+            spent = self._log.copy_s[place] + self._serving.times.seconds(cached, length)
+            self._push(now + spent, "prefilled", running)
 
     def _next_turn(self, session: Hashable, now: float) -> None:
         later = self._later[session]

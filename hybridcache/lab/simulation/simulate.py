@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.build import GRID
+from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
@@ -24,7 +25,7 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
 from hybridcache.lab.trace import Trace
@@ -161,6 +162,12 @@ class Sweep:
     """How KV and states share it: ``arena``, as in the engine; ``budget``, the ideal, where only
     bytes count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
     kv_share: float | None = None
+    host_gib: float = 0.0
+    """Host memory below the device's ``gib``; 0: none. Peers keep nothing there."""
+    disk_gib: float = 0.0
+    host_gb_s: float = PCIE_BYTES_PER_S / 1e9
+    """From host memory to the device, GB/s."""
+    disk_gb_s: float = DISK_BYTES_PER_S / 1e9
     state_dtype: str | None = None
     """None keeps the model's own."""
     checkpoint_dtype: str = "auto"
@@ -208,6 +215,10 @@ class Sweep:
             grid=self.grid,
             dead_first=self.tiers,
             demote_superseded=self.tiers,
+            host_bytes=tier_bytes("host", self.host_gib),
+            disk_bytes=tier_bytes("disk", self.disk_gib),
+            host_bytes_per_s=self.host_gb_s * 1e9,
+            disk_bytes_per_s=self.disk_gb_s * 1e9,
         )
         found = [
             replace(common, policy=policy, checkpoints=placement)
@@ -215,7 +226,8 @@ class Sweep:
             for placement in _policies(self.checkpoints)
         ]
         peers = (self.baseline,) if isinstance(self.baseline, str) else self.baseline
-        found += [replace(common, baseline=word) for word in peers]
+        alone = replace(common, host_bytes=0, disk_bytes=0)
+        found += [replace(alone, baseline=word) for word in peers]
         if not found:
             raise ValueError("nothing to simulate: no policy, and no baseline")
         labels = [config.label for config in found]

@@ -44,3 +44,10 @@ def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
 
 def budget_bytes(gib: float) -> int:
     return int(gib * GIB)
+
+
+def tier_bytes(word: str, gib: float) -> int:
+    """Of a tier below the device, which may be left out. ValueError unless 0 or more."""
+    if not 0 <= gib < float("inf"):
+        raise ValueError(f"--{word}-gib {gib}: GiB of 0 (none) or more are needed")
+    return budget_bytes(gib)

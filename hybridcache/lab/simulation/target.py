@@ -8,8 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from hybridcache.allocators.orders import DEVICE, DISK, HOST
 from hybridcache.build import GRID, CacheConfig, build_prefix_cache
+from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.interface import PrefixCache
 from hybridcache.lab.baselines import (
     BASELINES,
@@ -24,6 +27,7 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.policies.words import in_units, make_eviction, parse_placement
 from hybridcache.results import Losses
+from hybridcache.units import GIB
 
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
 
@@ -78,6 +82,14 @@ class RunConfig:
     steps: EngineSteps | None = None
     """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single
     tokens."""
+    host_bytes: int = 0
+    """Of host memory below the device's; 0: none."""
+    disk_bytes: int = 0
+    host_bytes_per_s: float = PCIE_BYTES_PER_S
+    """From host memory to one device. Those of a roofline share the bytes as they share the work,
+    and each has a link of its own."""
+    disk_bytes_per_s: float = DISK_BYTES_PER_S
+    """From disk to all devices together."""
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.grid < 1:
@@ -99,6 +111,9 @@ class RunConfig:
         name = str(self.policy)
         if self.checkpoints != DEFAULT_CHECKPOINTS:
             name = f"{name} @ {self.checkpoints}"
+        for word, size in ((HOST, self.host_bytes), (DISK, self.disk_bytes)):
+            if size:
+                name = f"{name} + {size / GIB:.3g} GiB {word}"
         if self.budget_bytes is None or self.memory == "arena":
             return name
         if self.kv_share is None:
@@ -141,7 +156,18 @@ class RunConfig:
             eviction=self.policy,
             dead_first=self.dead_first,
             demote_superseded=self.demote_superseded,
+            host_bytes=self.host_bytes,
+            disk_bytes=self.disk_bytes,
         )
+
+    def exchange(self, unit: int, times: PrefillTimes) -> Exchange | None:
+        """Seconds of copy against seconds of prefill, for lengths in units; None: nothing lies
+        below the device."""
+        if not self.host_bytes and not self.disk_bytes:
+            return None
+        num_links = times.devices if isinstance(times, Roofline) else 1
+        rates = {HOST: num_links * self.host_bytes_per_s, DISK: self.disk_bytes_per_s}
+        return Exchange(times, rates, unit=unit)
 
     def placement(self, unit: int) -> PlacementPolicy:
         """The placement rules, their numbers in units."""
@@ -175,6 +201,8 @@ class Served(Protocol):
     missed_len: int | None
     """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was
     none, None where the target does not say."""
+    copy_s: float
+    """Seconds in which what it resumes from came to the device from lower tiers."""
 
     def prefilled(self) -> None:
         """The prompt is computed: publish it."""
@@ -217,14 +245,17 @@ def check_words(config: RunConfig) -> None:
         )
 
 
-def build_target(config: RunConfig, unit: int) -> Target:
-    """A fresh, empty target."""
+def build_target(config: RunConfig, unit: int, times: PrefillTimes | None = None) -> Target:
+    """A fresh, empty target. ``times``: what a copy from a lower tier is weighed against; None: a
+    roofline."""
     if config.baseline is not None:
         return BaselineTarget(config.baseline, config.baseline_config(unit))
     cache = build_prefix_cache(config.cache_config(unit))
     stateful = bool(config.geometry.num_linear_layers)
     own_slot = None if config.geometry.checkpoint_bytes is None else 0
-    return LeaseTarget(cache, config.placement(unit), stateful, unit, config.steps, own_slot)
+    exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
+    placement = config.placement(unit)
+    return LeaseTarget(cache, placement, stateful, unit, config.steps, own_slot, exchange)
 
 
 class LeaseTarget:
@@ -238,9 +269,11 @@ class LeaseTarget:
         unit: int = 1,
         steps: EngineSteps | None = None,
         own_slot: int | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         """``own_slot``: any number, where running states lie beside the cache's memory."""
         self.cache = cache
+        self.exchange = exchange
         self.placement = placement
         self.steps = steps
         self.num_exports = 0
@@ -261,25 +294,54 @@ class LeaseTarget:
             request.answer_survives,
             self._own_slot,
         )
-        lease = Lease.begin(self.cache, self.placement, asked)
+        before = self._fetched_bytes()
+        lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
             return None
         served = _LeasedRequest(self, lease, request)
+        if self.exchange is not None:
+            after = self._fetched_bytes()
+            copied = {word: after[word] - before[word] for word in after}
+            served.copy_s = self.exchange.copy_seconds(copied)
         if not served.claim(lease.cached_len):
             lease.abort()
             return None
         return served
 
+    def _fetched_bytes(self) -> dict[str, int]:
+        """By tier, what went from it to the device so far."""
+        lower = self.cache.lower
+        if lower is None:
+            return {}
+        lower.orders.take()
+        rows = lower.copied_rows
+        return {word: rows.get((word, DEVICE), 0) * lower.row_bytes for word in lower.words}
+
     def counters(self) -> dict[str, int]:
+        lower, copied = self.cache.lower, {}
+        if lower is not None:
+            copied = {
+                f"{src}_to_{dst}_bytes": rows * lower.row_bytes
+                for (src, dst), rows in lower.copied_rows.items()
+            }
         arena = self.cache.arena
         moved = {}
         if arena is not None:
             moved = {"moved_slabs": arena.num_moves, "moved_tokens": arena.num_moved_rows}
-        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports} | moved
+        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports} | moved | copied
 
 
 class _LeasedRequest:
-    __slots__ = ("_end", "_lease", "_request", "_target", "cached_len", "losses", "missed_len")
+    __slots__ = (
+        "_end",
+        "_lease",
+        "_request",
+        "_target",
+        "cached_len",
+        "copy_s",
+        "losses",
+        "missed_len",
+    )
 
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
@@ -287,6 +349,7 @@ class _LeasedRequest:
         self.losses: Losses | None = lease.losses
         missed = lease.match.missed
         self.missed_len: int | None = missed.position if missed is not None else 0
+        self.copy_s = 0.0
 
     def claim(self, start: int) -> bool:
         """Memory for the piece of the prompt that begins at ``start``. False: refused."""
@@ -362,13 +425,14 @@ class BaselineTarget:
 
 
 class _BaselineRequest:
-    __slots__ = ("_request", "_session", "cached_len", "losses", "missed_len")
+    __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses", "missed_len")
 
     def __init__(self, session: Session, request: TraceRequest) -> None:
         self._session, self._request = session, request
         self.cached_len = session.cached_len
         self.losses: Losses | None = None
         self.missed_len: int | None = None
+        self.copy_s = 0.0
 
     def prefilled(self) -> None:
         """Peers publish when they finish."""
