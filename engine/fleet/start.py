@@ -34,6 +34,11 @@ def start_fleet(config: EngineConfig, num_replicas: int, router: str, name: str)
     new one. ``name`` tells fleets of one cluster apart. ValueError: a router that does not exist,
     or too few cores. Waits until all have loaded."""
     make = find_router(router)
+    if config.tp > 1:
+        raise ValueError(
+            f"--replicas are engines of one process each: leave out --tp {config.tp}, or serve one "
+            "engine."
+        )
     import ray
     from ray import serve
 
