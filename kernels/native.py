@@ -75,11 +75,16 @@ def function(name: str, kinds: str) -> Callable[..., None]:
     exported.argtypes = [KINDS[kind] for kind in kinds]
 
     def call(*arguments: float | None) -> None:
-        if _observer.notes is not None:
-            _observer.notes(partial(exported, *arguments))
+        note(partial(exported, *arguments))
         exported(*arguments)
 
     return call
+
+
+def note(step: Callable[[], object]) -> None:
+    """To be repeated with what is being recorded in this thread, if anything is."""
+    if _observer.notes is not None:
+        _observer.notes(step)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels.native import recorded
+from kernels.native import note, recorded
 
 aten = torch.ops.aten
 ALLOCATIONS = {
@@ -66,6 +66,14 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
     # The tensors live as long as what repeats the calls on them.
     replay.kept = watch.kept  # type: ignore[attr-defined]
     return replay
+
+
+def repeated(work: Callable[..., object], *arguments: object) -> None:
+    """Do ``work``, and again whenever what is being recorded is repeated, whatever it computes: it
+    must read and write nothing but tensors that stay where they are, as ``arguments`` do."""
+    note(partial(work, *arguments))
+    with _disable_current_modes():
+        work(*arguments)
 
 
 class _Watch(TorchDispatchMode):

@@ -30,6 +30,7 @@ def start_screen(engine: Engine, address: str) -> str:
         ),
         ("weights", runner.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
+        *_said_of_ranks(config),
         ("kernels", _kernel_words(runner.kernels.words())),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
         *_said_of_text(engine),
@@ -80,6 +81,13 @@ def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
     )
     total = format_bytes(memory.total_bytes)
     return f"{where[memory.memory]}, {total}: {free} free, {cached} cached, {held} held"
+
+
+def _said_of_ranks(config: EngineConfig) -> list[tuple[str, str]]:
+    if config.tp == 1:
+        return []
+    words = f"{config.tp}, each with its part of every layer; memory is what one of them has"
+    return [("ranks", words)]
 
 
 def _said_of_text(engine: Engine) -> list[tuple[str, str]]:

@@ -57,6 +57,11 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
     apart. ValueError: a router or a cluster that does not exist, or too few cores. Waits until all
     have loaded."""
     make = find_router(router)
+    if config.tp > 1:
+        raise ValueError(
+            f"--replicas are engines of one process each: leave out --tp {config.tp}, or serve one "
+            "engine."
+        )
     import ray
     from ray import serve
 

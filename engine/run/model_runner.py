@@ -20,7 +20,7 @@ from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
 from engine.run.loading import DTYPES, load_model, resolve_dtype
 from engine.run.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
-from engine.run.model_config import ModelError, read_config
+from engine.run.model_config import ModelConfig, ModelError, read_config
 from engine.run.models import read_model
 from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
@@ -48,7 +48,7 @@ class ModelRunner:
         self.rank, self.device = rank, Device.resolve(config.device)
         if rank.count > 1:
             self.device = self.device.of_rank(rank.number)
-            config = replace(config, graphs="off")
+            config = config if self.device.is_cpu else replace(config, graphs="off")
         self.device.make_current()
         config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
@@ -58,7 +58,7 @@ class ModelRunner:
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
         raw = read_config(config.model_dir)
         family, self.config = read_model(raw)
-        self.sizes = _share_of(self.config.sizes, rank.count)
+        self.sizes = shared_sizes(self.config, rank.count)
         """What this rank computes and keeps."""
         self.name = config.model_dir.name
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
@@ -416,9 +416,11 @@ class ModelRunner:
         return asked
 
 
-def _share_of(sizes: ModelSizes, num_ranks: int) -> ModelSizes:
+def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
+    """What each of ``num_ranks`` computes and keeps. Raises ModelError where there is no even
+    share."""
     try:
-        return share_of(sizes, num_ranks)
+        return share_of(config.sizes, num_ranks)
     except SizesError as error:
         raise ModelError(f"--tp {num_ranks} does not suit this model: {error}.") from None
 

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import ConfigError, Engine, EngineConfig, SamplingParams
 from engine.interfaces import RunnerLost
+from engine.run.model_config import ModelError
+from engine.run.ranks import followers
 from engine.run.ranks.leader import LeadingRunner
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0, logprobs=2)
@@ -26,7 +28,7 @@ def make(tp: int, **settings: object) -> Engine:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    made = make(2)
+    made = make(2, overlap="on")  # so that tokens go from rank to rank, too
     yield made
     made.runner.close()
 
@@ -65,3 +67,44 @@ def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
     with pytest.raises(RunnerLost, match="rank 1 of 2 was ended by SIGKILL"):
         engine.generate([BEGINNING], PARAMS)
     assert time.monotonic() - began < 60
+
+
+def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make(2, draft="tree:4")
+    runner = engine.runner
+    assert isinstance(runner, LeadingRunner)
+    params = SamplingParams(max_tokens=24, temperature=0)
+    (drafted,) = engine.generate([BEGINNING], params)
+    assert drafted.drafts is not None and drafted.drafts.accepted.total() > 0
+    assert drafted.token_ids == make(1).generate([BEGINNING], params)[0].token_ids
+    (process,) = runner.processes
+    os.kill(process, signal.SIGSTOP)
+    runner.group.timeout_s = 1.0
+    monkeypatch.setattr(followers, "LAST_WORDS_S", 0.5)
+    with pytest.raises(RunnerLost, match=r"^rank 1 of 2 did not answer in time .* again\.$"):
+        engine.generate([BEGINNING], params)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+@pytest.mark.parametrize(
+    "settings, error, sentence",
+    [
+        ({"tp": 0}, ConfigError, "tp must be an integer of 1 or more, not 0"),
+        ({"tp": 2, "draft": "mtp"}, ConfigError, "--tp is served without the multi-token head"),
+        ({"tp": 2, "graphs": "all"}, ConfigError, "--tp is served without graphs"),
+        ({"tp": 2, "device": "cuda:0"}, ConfigError, "leave out the number of cuda:0"),
+        (
+            {"tp": 3},
+            ModelError,
+            "^--tp 3 does not suit this model: 3 ranks can not share",
+        ),
+    ],
+)
+def test_what_is_not_served_is_named(
+    settings: dict[str, object], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        Engine(EngineConfig(**settings))

@@ -25,6 +25,7 @@ from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
 from engine.run.ranks.rank import Cut
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from kernels.recording import repeated
 
 T = TypeVar("T", bound=Layer)
 
@@ -201,11 +202,17 @@ class Embedding:
         if self._rank.count == 1:
             hidden = F.embedding(token_ids, self.weight)
         else:
-            own = token_ids - self._ids.start
-            is_own = (own >= 0) & (own < len(self._ids))
-            hidden = F.embedding(own.where(is_own, 0), self.weight)
-            hidden = self._rank.sum(hidden.where(is_own[:, None], 0.0))
+            hidden = self.weight.new_empty(len(token_ids), self.weight.shape[1])
+            repeated(self._look_up, token_ids, hidden)
+            hidden = self._rank.sum(hidden)
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
+
+    def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """The rows of this rank's tokens, zeros for others'."""
+        own = token_ids - self._ids.start
+        is_own = (own >= 0) & (own < len(self._ids))
+        found = F.embedding(own.where(is_own, 0), self.weight)
+        out.copy_(found.where(is_own[:, None], 0.0))
 
 
 class Head:

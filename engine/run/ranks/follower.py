@@ -15,7 +15,7 @@ from engine.interfaces import RunnerLost
 from engine.run.device import Device
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
-from engine.run.ranks.group import TorchGroup
+from engine.run.ranks.group import TIMEOUT_S, TorchGroup
 from engine.run.ranks.line import Line
 from engine.run.ranks.orders import Commit, Failed, Forward, Here, Lost, Ready, Refused, Start
 from engine.run.ranks.rank import Rank
@@ -51,6 +51,7 @@ def _follow(line: Line) -> None:
     group = TorchGroup(start.number, start.count, Path(start.meeting), device)
     runner = ModelRunner(start.config, Rank(start.number, start.count, group))
     line.send(Ready())
+    group.timeout_s = TIMEOUT_S
     while True:
         order: Forward | Commit = line.receive()
         if isinstance(order, Commit):

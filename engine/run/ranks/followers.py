@@ -19,12 +19,10 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.interfaces import RunnerLost
 from engine.run.model_config import ModelError
-from engine.run.ranks.group import TIMEOUT_S
+from engine.run.ranks.group import START_TIMEOUT_S, TIMEOUT_S
 from engine.run.ranks.line import Line
 from engine.run.ranks.orders import Failed, Here, Lost, Ready, Refused, Start
 
-START_TIMEOUT_S = 600.0
-"""How long a rank may take to load its part."""
 LAST_WORDS_S = 5.0
 """How long the others are listened to when an exchange broke off: whoever died says nothing, and
 whoever is silent and alive is the one that did not answer."""
@@ -98,6 +96,8 @@ class Followers:
                         said[one.number] = answer
         refused = [answer.sentence for answer in said.values() if isinstance(answer, Refused)]
         self._sentence = self._what_happened(error, is_own, said)
+        for one in self._all:
+            one.process.kill()
         self.close()
         return ModelError(refused[0]) if refused else RunnerLost(self._sentence)
 
@@ -115,7 +115,7 @@ class Followers:
                 how = _ending(one.process.returncode)
                 return f"rank {one.number} of {self._count} {how}; start the engine again."
         names = " and ".join(f"rank {one.number}" for one in silent) or "a rank"
-        return f"{names} of {self._count} did not answer in {TIMEOUT_S:.0f} s: {error}."
+        return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
 
     @property
     def processes(self) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ from engine.run.model_config import ModelError
 TIMEOUT_S = 120.0
 """After which a rank that does not answer counts as lost: a step's longest layer is far shorter,
 compilation of kernels included."""
+START_TIMEOUT_S = 600.0
+"""The same while ranks load their parts, which one may do faster than another."""
 HERE = "127.0.0.1"
 """All ranks are processes of one machine."""
 
@@ -29,13 +31,15 @@ class TorchGroup:
     def __init__(self, number: int, count: int, meeting: Path, device: Device) -> None:
         """Waits for all ranks. RunnerLost: one did not come; ModelError: this build of PyTorch
         has no backend for the device."""
-        timeout = timedelta(seconds=TIMEOUT_S)
+        self.timeout_s, timeout = START_TIMEOUT_S, timedelta(seconds=START_TIMEOUT_S)
+        """Of one exchange."""
         backend = "ProcessGroupGloo" if device.is_cpu else "ProcessGroupNCCL"
         made = getattr(torch.distributed, backend, None)
         if made is None:
             raise ModelError(f"--tp needs {backend}, which this build of PyTorch does not have.")
-        from torch._C._distributed_c10d import FileStore
+        from torch._C._distributed_c10d import AllgatherOptions, FileStore
 
+        self._make_options = AllgatherOptions
         self._count = count
         try:
             store = FileStore(str(meeting), count)
@@ -55,8 +59,10 @@ class TorchGroup:
         """See ``Group``. RunnerLost: a rank has gone, or did not answer in time."""
         parts = [torch.empty_like(x) for _ in range(self._count)]
         places = [part.view(-1).view(torch.uint8) for part in parts]
+        options = self._make_options()
+        options.timeout = timedelta(seconds=self.timeout_s)
         try:
-            self._group.allgather([places], [x.view(-1).view(torch.uint8)]).wait()
+            self._group.allgather([places], [x.view(-1).view(torch.uint8)], options).wait()
         except RuntimeError as error:
             raise RunnerLost(f"an exchange between ranks broke off: {error}") from None
         return parts

@@ -10,9 +10,11 @@ import torch
 from engine.config import EngineConfig
 from engine.interfaces import RunnerLost
 from engine.run.device import Device
-from engine.run.model_runner import ModelRunner
+from engine.run.model_config import read_config
+from engine.run.model_runner import ModelRunner, shared_sizes
+from engine.run.models import read_model
 from engine.run.ranks.followers import Followers
-from engine.run.ranks.group import TorchGroup
+from engine.run.ranks.group import TIMEOUT_S, TorchGroup
 from engine.run.ranks.orders import Commit, Forward, Ready
 from engine.run.ranks.rank import Rank
 from engine.schedule.batch import Batch
@@ -25,16 +27,20 @@ class LeadingRunner(ModelRunner):
     def __init__(self, config: EngineConfig) -> None:
         """Starts the other processes and loads all parts. ModelError; RunnerLost: one ended."""
         self._followers: Followers | None = None
-        device = Device.resolve(config.device).of_rank(0)
+        _, model = read_model(read_config(config.model_dir))
+        shared_sizes(model, config.tp)  # What is refused is before any process starts.
+        places = [Device.resolve(config.device).of_rank(number) for number in range(config.tp)]
+        device = places[0]
         num_threads = torch.get_num_threads()
         if device.is_cpu:
             num_threads = max(1, num_threads // config.tp)
             torch.set_num_threads(num_threads)
         followers = Followers(config, num_threads)
         try:
-            self._group = TorchGroup(0, config.tp, followers.meeting, device)
-            super().__init__(config, Rank(0, config.tp, self._group))
+            self.group = TorchGroup(0, config.tp, followers.meeting, device)
+            super().__init__(config, Rank(0, config.tp, self.group))
             followers.wait_for(Ready)
+            self.group.timeout_s = TIMEOUT_S
         except RunnerLost as error:
             raise followers.lost(error) from error
         except BaseException:
@@ -48,7 +54,7 @@ class LeadingRunner(ModelRunner):
         num_drawn = None if drawn is None else len(drawn)
         with self._together(Forward(batch, num_drawn)):
             if drawn is not None:
-                self._group.gather(drawn.contiguous())
+                self.group.gather(drawn.contiguous())
             return super().forward(batch, drawn)
 
     @torch.inference_mode()

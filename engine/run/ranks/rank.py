@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from kernels.recording import repeated
+
 Kinds = Sequence[tuple[int, int]]
 """Units of each kind, and numbers in one of them."""
 
@@ -105,21 +107,33 @@ class Rank:
         rounded once."""
         if self.group is None:
             return x
-        first, *others = self.group.gather(x.contiguous())
-        total = first.float()
-        for other in others:
-            total = total + other.float()
-        return total.to(x.dtype)
+        out = x.new_empty(x.shape)
+        repeated(_sum, self.group, x, out)
+        return out
 
     def join(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """``[T, size]`` of every rank's columns ``x [T, span(size)]``."""
         if self.group is None:
             return x
-        width = -(-size // self.count)
-        parts = self.group.gather(F.pad(x, (0, width - x.shape[1])))
-        own = [len(Rank(number, self.count).span(size)) for number in range(self.count)]
-        columns = [part[:, :count] for part, count in zip(parts, own, strict=True)]
-        return torch.cat(columns, dim=-1)
+        counts = [len(Rank(number, self.count).span(size)) for number in range(self.count)]
+        out = x.new_empty(len(x), size)
+        repeated(_join, self.group, x, counts, out)
+        return out
+
+
+def _sum(group: Group, x: torch.Tensor, out: torch.Tensor) -> None:
+    first, *others = group.gather(x.contiguous())
+    total = first.float()
+    for other in others:
+        total = total + other.float()
+    out.copy_(total)
+
+
+def _join(group: Group, x: torch.Tensor, counts: Sequence[int], out: torch.Tensor) -> None:
+    """All parts are exchanged as wide as the widest."""
+    parts = group.gather(F.pad(x, (0, max(counts) - x.shape[1])))
+    columns = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
+    torch.cat(columns, dim=-1, out=out)
 
 
 ALONE = Rank()

@@ -3,19 +3,27 @@ a hit changes no bit. What processes add to it is in ``tests/engine/test_tensor_
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.config import EngineConfig
+from engine.run import weights
+from engine.run.layers.parameters import Parameter
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
-from engine.run.ranks.rank import Rank
+from engine.run.quantization.scheme import Scheme
+from engine.run.ranks.rank import Cut, Rank
+from engine.run.tensor_files import WeightsError
 from engine.schedule.batch import Batch
+from tests.engine.numerics import eight_bit
 
 NOT_SHARED = {
     "granite_moe_hybrid": "norms 1 groups of channels",
@@ -117,3 +125,108 @@ def test_two_ranks_compute_what_one_does(family, oracles, driver_class, random_t
     assert torch.equal(cold, hit)
     assert torch.equal(cold, other)
     assert (cold - alone).abs().max() < 1e-4
+
+
+def test_fewer_heads_of_keys_than_ranks(oracles, driver_class, random_tokens) -> None:
+    """Two ranks each keep the same one; sums have four summands."""
+    config = config_of(oracles("qwen3").path)
+    work = cold_and_hit(driver_class, random_tokens(80, 4))
+    ((alone, _),) = together(1, config, work)
+    (cold, hit), *others = together(4, config, work)
+    assert torch.equal(cold, hit)
+    assert all(torch.equal(cold, other) for other, _ in others)
+    assert (cold - alone).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bits_are_shared_with_their_scales(
+    kind, oracles, tmp_path, driver_class, random_tokens
+) -> None:
+    """fp8 stands for the weights that it is widened to; int8 rounds each rank's activations by
+    themselves, which is a bound."""
+    path = tmp_path / "model"
+    shutil.copytree(oracles("qwen3_next").path, path)
+    if kind == "int8":
+        code = partial(eight_bit.channels, dtype=torch.int8)
+        eight_bit.rewrite(path, code, "weight_scale", eight_bit.compressed_section)
+    else:
+        code = partial(eight_bit.fp8_blocks, block=(16, 2), scale_dtype=torch.bfloat16)
+        section = partial(eight_bit.fp8_section, block=(16, 2))
+        eight_bit.rewrite(path, code, "weight_scale_inv", section)
+    work = cold_and_hit(driver_class, random_tokens(90, 5))
+    ((alone, _),) = together(1, config_of(path), work)
+    (cold, hit), _ = together(2, config_of(path), work)
+    assert torch.equal(cold, hit)
+    if kind == "int8":
+        assert (cold - alone).norm() < 0.1 * alone.norm()
+    else:
+        assert (cold - alone).abs().max() < 1e-4
+
+
+def test_blocks_that_would_be_cut_are_named(oracles, tmp_path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(oracles("qwen3_next").path, path)
+    code = partial(eight_bit.fp8_blocks, block=(16, 48), scale_dtype=torch.bfloat16)
+    section = partial(eight_bit.fp8_section, block=(16, 48))
+    eight_bit.rewrite(path, code, "weight_scale_inv", section)
+    sentence = r"^--tp would cut blocks of 48 columns, which share a scale: .* use fewer ranks\.$"
+    with pytest.raises(WeightsError, match=sentence):
+        together(2, config_of(path), lambda runner: None)
+
+
+@pytest.mark.parametrize("least", [1, 2**30], ids=["run by run", "band by band"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_reads_its_part(dtype, least, tmp_path, monkeypatch) -> None:
+    """Of rows no others; of columns the rows they lie in, a few at a time."""
+    monkeypatch.setattr(weights, "LEAST_READ_BYTES", least)
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 64)
+    order = torch.randperm(8)
+    tensors = {
+        "rows": torch.randn(8, 3),
+        "stacked": torch.randn(4, 6, 5),
+        "cols": torch.randn(9, 8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    cuts = {
+        "rows": Cut(8, torch.tensor([1, 2, 6])),
+        "stacked": Cut(6, torch.tensor([1, 2, 4]), 1),
+        "cols": Cut(8, torch.arange(4, 8), 1),
+    }
+    expected = {name: cut.of(tensors[name]) for name, cut in cuts.items()}
+    expected["rows"] = cuts["rows"].of(tensors["rows"][order])
+    parameters = {
+        name: Parameter(
+            torch.empty(part.shape, dtype=dtype),
+            rows=order if name == "rows" else None,
+            cut=cuts[name],
+        )
+        for name, part in expected.items()
+    }
+
+    class Part:
+        def parameters(self) -> Any:
+            return parameters.items()
+
+        def seal(self) -> None:
+            pass
+
+    files = weights.WeightFiles(tmp_path, 2)
+    files.check(parameters.items(), tied=False)
+    files.fill(Part())
+    files.close()
+    for name, part in expected.items():
+        assert torch.equal(parameters[name].target, part.to(dtype)), name
+
+
+def test_scales_go_with_their_columns_and_rows() -> None:
+    scheme = Scheme("fp8", (4, 2), "weight_scale_inv")
+    stored = torch.randn(8, 12).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 6)
+    for cut in (Cut(12, torch.arange(6, 12), 1), Cut(8, torch.tensor([2, 3, 6]))):
+        shape = list(stored.shape)
+        shape[cut.dim] = len(cut)
+        target, kept = torch.empty(shape).to(stored.dtype), torch.empty(shape[0], shape[1] // 2)
+        Parameter(target, scheme=scheme, scale=kept, cut=cut).fill(stored, scale)
+        whole = stored.float() * scale.repeat_interleave(4, 0).repeat_interleave(2, 1)
+        own = target.float() * kept.repeat_interleave(2, 1)
+        assert torch.equal(own, cut.of(whole))
