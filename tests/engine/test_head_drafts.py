@@ -196,7 +196,7 @@ def test_grammars_and_a_head(
     )
     params = SamplingParams(max_tokens=24, temperature=0, logprobs=2)
     specs = [
-        RequestSpec(prompt[:70] + [33], params, grammar=grammar)
+        RequestSpec([*prompt[:70], 33], params, grammar=grammar)
         for prompt, grammar in zip(prompts(), grammars, strict=False)
     ]
     plain, drafted = make_engine("none"), make_engine(draft)
