@@ -153,7 +153,8 @@ class EngineConfig:
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     overlap: Literal["auto", "on", "off"] = _setting(
         "auto",
-        "make the next step while the device computes this one; auto: where it computes by itself",
+        "make the next step while the device computes this one, but for steps with drafts; auto: "
+        "where it computes by itself",
     )
     check: bool = _setting(
         False,
@@ -223,10 +224,6 @@ class EngineConfig:
             if getattr(self, name) not in words:
                 allowed = ", ".join("none" if word is None else word for word in words)
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
-        if self.draft_len and self.overlap == "on":
-            raise ConfigError(
-                "drafts need a step's tokens before the next is made: leave overlap at auto or off."
-            )
         if self.model == "":
             raise ConfigError("model must name a directory; leave it out for the built-in one.")
         places = self.checkpoints

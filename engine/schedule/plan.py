@@ -15,6 +15,7 @@ from hybridcache.tokens import Tokens
 
 NO_TOKENS: Tokens = np.empty(0, np.int32)
 NO_TOKENS.setflags(write=False)
+UNKNOWN: Tokens = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,19 @@ class Task:
     def sure_end(self) -> int:
         """``end`` without the draft."""
         return self.end - len(self.drafts)
+
+    @property
+    def is_late(self) -> bool:
+        """Its token is drawn, but not known to the host."""
+        return self.sure_end > self.request.num_tokens
+
+    @property
+    def token_ids(self) -> Tokens:
+        """Those it computes; a late one is not among them, something stands in its place."""
+        if self.is_late:
+            return UNKNOWN
+        tokens = self.request.tokens[self.start : self.sure_end]
+        return tokens if self.draft is None else np.concatenate([tokens, self.draft.tokens])
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """The tokens that the step gave it: as many as its draft is right for, and one more. Takes

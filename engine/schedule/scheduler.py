@@ -24,8 +24,6 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
 from engine.config import TILE
 from engine.drafts.drafter import Draft
 from engine.drafts.drafting import Drafting
@@ -36,12 +34,9 @@ from engine.schedule.cache_manager import CacheManager
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.schedule.sharing import Sharing
 from engine.text.outputs import SampledToken
-from hybridcache.tokens import Tokens
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
-UNKNOWN = np.zeros(1, np.int32)
-"""Stands for a token that is drawn but not known to the host."""
 
 
 class QueueFull(RuntimeError):
@@ -65,8 +60,7 @@ class Scheduler:
         clock: Callable[[], float],
     ) -> None:
         """``shares``: the cache keeps what is published, so that it can pay to wait for another
-        request's prefix. ``drafting``: decoding requests may get several tokens in a step; then
-        each is committed before the next is made."""
+        request's prefix. ``drafting``: decoding requests may get several tokens in a step."""
         self._manager = manager
         self._max_running = max_running
         self._token_budget = token_budget
@@ -77,7 +71,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._is_full = False
         self._num_in_flight = 0
-        self._must_wait = False
+        self._must_wait = self._verifies = False
         self._progressed: list[Request] = []
 
     @property
@@ -147,9 +141,11 @@ class Scheduler:
         Steps may be made before the one before them is committed (one at most). Then requests go on
         from ``scheduled_len``, with tokens that the host does not know; but nobody is preempted,
         and where memory is short the step is empty: commit first. A request whose sampling rule
-        must see every token sits the step out.
+        must see every token sits the step out. Empty too: where the step before has drafts, since
+        what is taken of them decides where their requests stand; and where somebody is to be
+        drafted for, since a guess follows the newest token.
         """
-        if self._num_in_flight and self._must_wait:
+        if self._num_in_flight and (self._must_wait or self._verifies or self._may_guess()):
             return EMPTY
         self._must_wait = False
         budget = self._budget()
@@ -177,14 +173,13 @@ class Scheduler:
             # What publish changed in a request's row waits for a batch that the runner is given.
             return EMPTY
         self._num_in_flight += bool(ready)
+        self._verifies = bool(drafts)
         return Plan(self._batch(ready), tuple(task for task, _ in ready))
 
     def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
         """What the runner must do for the tasks, with every copy that is due before it."""
         late_tokens = tuple(
-            (index, task.request.drawn_row)
-            for index, (task, _) in enumerate(ready)
-            if task.sure_end > task.request.num_tokens
+            (index, task.request.drawn_row) for index, (task, _) in enumerate(ready) if task.is_late
         )
         segments = tuple(self._segment(task, exports) for task, exports in ready)
         for row, request in enumerate(task.request for task, _ in ready if task.samples):
@@ -196,6 +191,9 @@ class Scheduler:
         """What is guessed to follow for those that compute their newest token, where there is
         memory for it; nobody is preempted for a guess."""
         if self._drafting is None:
+            return {}
+        if self._num_in_flight:
+            self._drafting.pass_over(self._decoding())
             return {}
         decoding = [
             (request, request.max_len - 1 - end)
@@ -209,12 +207,18 @@ class Scheduler:
             if self._manager.extend(request, ends[request] + len(draft.tokens))
         }
 
+    def _decoding(self) -> list[Request]:
+        return [r for r in self._running if r.scheduled_len >= r.prefill_len]
+
+    def _may_guess(self) -> bool:
+        return self._drafting is not None and self._drafting.may_guess(self._decoding())
+
     def _forget_drafts(self, request: Request) -> None:
         if self._drafting is not None:
             self._drafting.forget(request)
 
     def _budget(self) -> Budget:
-        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
+        num_decodes = len(self._decoding())
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
         return Budget.of(tokens, is_shared=not is_alone)
@@ -340,7 +344,7 @@ class Scheduler:
         return Segment(
             row=row,
             slot=lease.state_slot,
-            token_ids=_token_ids(task),
+            token_ids=task.token_ids,
             start=task.start,
             is_decode=task.is_decode,
             exports=exports,
@@ -428,14 +432,6 @@ class Scheduler:
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
         known = set(self._waiting) | set(self._running)
         assert self._drafting is None or self._drafting.requests <= known
-
-
-def _token_ids(task: Task) -> Tokens:
-    request = task.request
-    if task.sure_end > request.num_tokens:
-        return UNKNOWN
-    tokens = request.tokens[task.start : task.sure_end]
-    return tokens if task.draft is None else np.concatenate([tokens, task.draft.tokens])
 
 
 def _age(request: Request) -> int:
