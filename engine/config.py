@@ -164,7 +164,8 @@ class EngineConfig:
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     overlap: Literal["auto", "on", "off"] = _setting(
         "auto",
-        "make the next step while the device computes this one; auto: where it computes by itself",
+        "make the next step while the device computes this one, but for steps with drafts; auto: "
+        "where it computes by itself",
     )
     check: bool = _setting(
         False,
@@ -241,10 +242,6 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
         if self.tp > 1:
             self._check_shared()
-        if self.draft_len and self.overlap == "on":
-            raise ConfigError(
-                "drafts need a step's tokens before the next is made: leave overlap at auto or off."
-            )
         if self.model == "":
             raise ConfigError("model must name a directory; leave it out for the built-in one.")
         places = self.checkpoints

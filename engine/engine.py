@@ -122,8 +122,8 @@ class Engine:
             fetching=self._fetching,
             clock=clock,
         )
-        self._overlaps = drafting is None and (
-            config.overlap == "on" or (config.overlap == "auto" and runner.is_asynchronous)
+        self._overlaps = config.overlap == "on" or (
+            config.overlap == "auto" and runner.is_asynchronous
         )
         self._in_flight: InFlight | None = None
         self.interrupted: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -82,6 +82,17 @@ class Drafting:
                 if len(tokens):
                     drafts[request] = Draft(tokens, drafter.name)
         return self._as_fits(drafts)
+
+    def may_guess(self, decoding: Iterable[Request]) -> bool:
+        """Whether any of them is to be drafted for in its next step."""
+        paces = (pace for request in decoding for pace in self._paces_of(request).values())
+        return not all(pace.is_resting for pace in paces)
+
+    def pass_over(self, decoding: Iterable[Request]) -> None:
+        """A step of those that ``may_guess`` denied, made without ``propose``."""
+        for request in decoding:
+            for pace in self._paces_of(request).values():
+                pace.next()
 
     def _as_fits(self, drafts: dict[Request, Draft]) -> dict[Request, Draft]:
         """The first of ``drafts`` that a step has room for."""

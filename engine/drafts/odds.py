@@ -67,6 +67,11 @@ class Odds:
             length += 1
         return length
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether ``next`` is going to be 0, for a rest."""
+        return self._resting > 0
+
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """What became of a draft; of none: nothing."""
         if not num_drafted:

@@ -44,6 +44,11 @@ class Pace:
             return 0
         return self._length
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether ``next`` is going to be 0."""
+        return self._resting > 0
+
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """What became of a draft; of none: that nothing was found to guess."""
         if not num_drafted:

@@ -63,9 +63,14 @@ class Task:
         return self.end - len(self.drafts)
 
     @property
+    def is_late(self) -> bool:
+        """Its token is drawn, but not known to the host."""
+        return self.sure_end > self.request.num_tokens
+
+    @property
     def token_ids(self) -> Tokens:
-        """What is computed, int32[end - start]."""
-        if self.sure_end > self.request.num_tokens:
+        """Those it computes; a late one is not among them, something stands in its place."""
+        if self.is_late:
             return UNKNOWN
         tokens = self.request.tokens[self.start : self.sure_end]
         return tokens if self.draft is None else np.concatenate([tokens, self.draft.tokens])

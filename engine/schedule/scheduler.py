@@ -62,9 +62,8 @@ class Scheduler:
         clock: Callable[[], float],
     ) -> None:
         """``shares``: the cache keeps what is published, so that it can pay to wait for another
-        request's prefix. ``drafting``: decoding requests may get several tokens in a step; then
-        each is committed before the next is made. ``fetching``: what a waiting request lacks may be
-        elsewhere."""
+        request's prefix. ``drafting``: decoding requests may get several tokens in a step.
+        ``fetching``: what a waiting request lacks may be elsewhere."""
         self._manager = manager
         self._max_running = max_running
         self._token_budget = token_budget
@@ -76,7 +75,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._is_full = False
         self._num_in_flight = 0
-        self._must_wait = False
+        self._must_wait = self._verifies = False
         self._progressed: list[Request] = []
 
     @property
@@ -148,9 +147,11 @@ class Scheduler:
         Steps may be made before the one before them is committed (one at most). Then requests go on
         from ``scheduled_len``, with tokens that the host does not know; but nobody is preempted,
         and where memory is short the step is empty: commit first. A request whose sampling rule
-        must see every token sits the step out.
+        must see every token sits the step out. Empty too: where the step before has drafts, since
+        what is taken of them decides where their requests stand; and where somebody is to be
+        drafted for, since a guess follows the newest token.
         """
-        if self._num_in_flight and self._must_wait:
+        if self._num_in_flight and (self._must_wait or self._verifies or self._may_guess()):
             return EMPTY
         self._must_wait = False
         budget = self._budget()
@@ -178,14 +179,13 @@ class Scheduler:
             # What publish changed in a request's row waits for a batch that the runner is given.
             return EMPTY
         self._num_in_flight += bool(ready)
+        self._verifies = bool(drafts)
         return Plan(self._batch(ready), tuple(task for task, _ in ready))
 
     def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
         """What the runner must do for the tasks, with every copy that is due before it."""
         late_tokens = tuple(
-            (index, task.request.drawn_row)
-            for index, (task, _) in enumerate(ready)
-            if task.sure_end > task.request.num_tokens
+            (index, task.request.drawn_row) for index, (task, _) in enumerate(ready) if task.is_late
         )
         segments = tuple(self._segment(task, exports) for task, exports in ready)
         for row, request in enumerate(task.request for task, _ in ready if task.samples):
@@ -197,6 +197,9 @@ class Scheduler:
         """What is guessed to follow for those that compute their newest token, where there is
         memory for it; nobody is preempted for a guess."""
         if self._drafting is None:
+            return {}
+        if self._num_in_flight:
+            self._drafting.pass_over(self._decoding())
             return {}
         decoding = [
             (request, request.max_len - 1 - end)
@@ -210,12 +213,18 @@ class Scheduler:
             if self._manager.extend(request, ends[request] + len(draft.tokens))
         }
 
+    def _decoding(self) -> list[Request]:
+        return [r for r in self._running if r.scheduled_len >= r.prefill_len]
+
+    def _may_guess(self) -> bool:
+        return self._drafting is not None and self._drafting.may_guess(self._decoding())
+
     def _forget_drafts(self, request: Request) -> None:
         if self._drafting is not None:
             self._drafting.forget(request)
 
     def _budget(self) -> Budget:
-        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
+        num_decodes = len(self._decoding())
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
         return Budget.of(tokens, is_shared=not is_alone)

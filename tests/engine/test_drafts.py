@@ -373,13 +373,40 @@ def test_a_wrong_word_says_what_would_work(word: str) -> None:
         EngineConfig(draft=word)
 
 
-def test_drafts_and_overlap_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="leave overlap at auto or off"):
-        EngineConfig(draft="tree", overlap="on")
+def test_states_are_planned_for_what_a_step_verifies() -> None:
     assert EngineConfig(overlap="on").num_step_states == 0
     assert EngineConfig(draft="tree").num_step_states == 4 * 9
     assert EngineConfig(draft="tree:3", max_running=2).num_step_states == 8
     assert EngineConfig(draft="tree,mtp:4").drafters == {"tree": 8, "mtp": 4}
+
+
+def test_only_steps_without_drafts_overlap(make_engine: MakeEngine) -> None:
+    """Where drafts do not pay the device is given the next step before this one is committed;
+    a step with drafts, and the one before it, are committed first. The answers are the same."""
+    params = SamplingParams(max_tokens=60, temperature=0, logprobs=2)
+    guesses = Guesses(lambda done, most: 0)
+    plain = make_engine().generate(prompts(), params)
+    guesses.learn(plain)
+    engine = make_engine(guesses, overlap="on")
+    told: list[tuple[bool, bool]] = []
+    forward = engine.runner.forward
+
+    def spy(batch: Any, *drawn: Any) -> Any:
+        drafts = any(segment.num_drafts for segment in batch.segments)
+        told.append((bool(batch.late_tokens), drafts))
+        return forward(batch, *drawn)
+
+    engine.runner.forward = spy  # type: ignore[method-assign]
+    (output,) = engine.generate(prompts()[:1], params)
+    assert (output.token_ids, output.logprobs) == (plain[0].token_ids, plain[0].logprobs)
+    assert output.drafts.drafted.total() >= 4
+    assert not any(is_late and drafts for is_late, drafts in told)
+    assert sum(is_late for is_late, _ in told) > 40
+    for (is_late, _), (_, drafts_before) in zip(told[1:], told, strict=False):
+        assert not (is_late and drafts_before)
+    outputs = engine.generate(prompts(), params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert [o.logprobs for o in outputs] == [o.logprobs for o in plain]
 
 
 def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: MakeEngine) -> None:
@@ -388,7 +415,7 @@ def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: Make
     screen = start_screen(engine, "")
     (line,) = [line for line in screen.splitlines() if line.startswith("  drafts")]
     assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line
-    assert line.endswith("steps do not overlap, and those that verify are no decode graphs")
+    assert line.endswith("those that verify overlap with no other, and are no decode graphs")
     assert "drafts" not in start_screen(make_engine(), "")
 
 

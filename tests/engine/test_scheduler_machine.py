@@ -176,8 +176,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         draft_len=st.sampled_from([1, 5, 32]),
     )
     def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
-        if drafts != "none":
-            settings["overlap"] = "off"
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
             drafts = "guesses"  # A head keeps a state.
         self.guesses = Guesses()
@@ -326,10 +324,13 @@ class TightMachine(SchedulerMachine):
         checkpoints=st.sampled_from(PLACEMENTS),
         exact=st.booleans(),
         slab_rows=st.sampled_from([None, None, 16, 50]),
+        drafts=st.booleans(),
     )
-    def start(self, **settings: object) -> None:
+    def start(self, drafts: bool, **settings: object) -> None:
         self.guesses = Guesses()
-        self.serve(make_engine(overlap="on", **settings))
+        source = Source(self.guesses, partial(Pace, 3))
+        drafting = Drafting([source], max_verified=8) if drafts else None
+        self.serve(make_engine(overlap="on", drafting=drafting, **settings))
 
     @rule(
         shared=st.integers(1, 63),
