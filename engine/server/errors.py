@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.async_engine import EngineStopped, StepFailed
@@ -91,14 +92,24 @@ def install(app: FastAPI) -> None:
             404: f"There is no {request.url.path} here: see /docs for what there is.",
             405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
         }.get(error.status_code, str(error.detail))
-        return APIError(error.status_code, message, headers=error.headers).response(
-            request.url.path
-        )
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the first route of this path, which refused, knows its own
+            headers["Allow"] = ", ".join(_methods(app, request))
+        return APIError(error.status_code, message, headers=headers).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         failed = APIError(500, "The server failed on this request; its log says why.")
         return failed.response(request.url.path)
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What the path of ``request`` answers."""
+    found: set[str] = set()
+    for route in app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)
 
 
 def of_validation(error: ValidationError) -> APIError:

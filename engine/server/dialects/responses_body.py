@@ -94,8 +94,8 @@ class MessageItem(Item):
 
 class ReasoningItem(Item):
     type: Literal["reasoning"]
-    summary: Listed[ReasoningPart] = Field(default_factory=list)
-    content: Listed[ReasoningPart] = Field(default_factory=list)
+    summary: Listed[ReasoningPart] | None = None
+    content: Listed[ReasoningPart] | None = None
     encrypted_content: str | None = None
 
     @model_validator(mode="after")
@@ -159,8 +159,15 @@ class Reasoning(Strict):
     generate_summary: str | None = None
 
 
+FORMAT: dict[str, Any] = {
+    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+    "required": ["type"],
+}
+"""Of ``text.format``, whose contents are the business of ``response_format``."""
+
+
 class TextConfig(Strict):
-    format: dict[str, Any] | None = None
+    format: Annotated[dict[str, Any], Field(json_schema_extra=FORMAT)] | None = None
     verbosity: str | None = None
 
 
@@ -253,6 +260,9 @@ class ResponsesRequest(Strict):
     def _format(self) -> dict[str, Any] | None:
         """``text.format`` as chats have it: a schema lies deeper there."""
         asked = None if self.text is None else self.text.format
+        if asked is not None and "type" not in asked:
+            name = "text.format.type"
+            raise APIError(400, f"'{name}' is missing: add it.", param=name)
         if asked is None or asked.get("type") != "json_schema":
             return asked
         schema = {name: value for name, value in asked.items() if name != "type"}
@@ -277,7 +287,7 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[s
             case MessageItem():
                 messages.append({"role": "system", "content": _text(item.content)})
             case ReasoningItem():
-                thoughts = "\n".join(part.text for part in item.content or item.summary)
+                thoughts = "\n".join(part.text for part in item.content or item.summary or ())
                 _add_to_assistant(messages, "reasoning_content", thoughts)
             case CallItem():
                 function = {"name": item.name, "arguments": parsed_arguments(item.arguments)}

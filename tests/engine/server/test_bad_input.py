@@ -221,6 +221,9 @@ def test_unknown_models_and_paths(live: Live) -> None:
     assert error["code"] == "model_not_found"
     check_error(live.get("/v2/completions"), 404, "There is no /v2/completions here")
     check_error(live.get("/v1/completions"), 405, "does not answer GET")
+    refused = live.post("/v1/responses/1", {})
+    check_error(refused, 405, "does not answer POST")
+    assert refused.headers["allow"] == "DELETE, GET"
 
 
 def test_three_megabytes_of_prompt(live: Live, serve_oracle: Callable[..., Live]) -> None:

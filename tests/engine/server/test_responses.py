@@ -160,6 +160,7 @@ def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
     ("changes", "said"),
     [
         ({"input": []}, "'input' has nothing to answer"),
+        ({"text": {"format": {}}}, "'text.format.type' is missing"),
         ({"input": None}, "'input' is missing"),
         ({"input": [{"type": "web_search_call"}]}, "'web_search_call' items are not read here"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference' items are not"),
