@@ -27,7 +27,7 @@ from engine.run.quantization.formats import read_quantization
 from engine.run.ranks.rank import ALONE, Rank
 from engine.run.step_inputs import StepInputs
 from engine.run.warm_up import WarmUp, measure, warm_up
-from engine.schedule.batch import Batch, logit_rows
+from engine.schedule.batch import Batch, logit_rows, pieces
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
@@ -38,6 +38,10 @@ from hybridcache.units import GIB, counted
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
+
+STAGING_BYTES = GIB
+"""For states that prefills export to checkpoints in a format of their own: a step with more of them
+is computed in pieces. Of one state at least."""
 
 
 class ModelRunner:
@@ -93,7 +97,8 @@ class ModelRunner:
         state_bytes = state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
         self.step_state_bytes = self.num_step_states * state_bytes
         """Of the states after each verified token, beside the cache's memory."""
-        self._num_staged = self.most_step_tokens // TILE + self.max_running_rows
+        most_staged = self.most_step_tokens // TILE + self.max_running_rows
+        self._num_staged = max(1, min(most_staged, STAGING_BYTES // max(state_bytes, 1)))
         num_own = 0 if self.checkpoints is None else self._num_staged + self.max_running_rows
         self.own_state_bytes = num_own * state_bytes
         """Of running states, and of those that a step exports, where they lie beside that memory
@@ -278,6 +283,12 @@ class ModelRunner:
         ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's
         ``late_tokens``."""
         self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        if self.checkpoints is None:
+            return self._forward_piece(batch, drawn)
+        parts = [self._forward_piece(one, drawn) for one in pieces(batch, self._num_staged)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if self._predictor is not None:
             self._predictor.pending.admit(batch)
         self._move_rows(batch.moves)

@@ -17,6 +17,7 @@ For tests, and for studies that want the engine's schedule without the cost of a
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from operator import is_
 from typing import NamedTuple
 
@@ -64,14 +65,16 @@ class OracleRunner:
         exact: bool = False,
         geometry: str | ModelGeometry = "qwen3-next",
         page_size: int = 1,
+        owns_states: bool = False,
     ) -> None:
         """Two pools; ``num_slots`` 0: an attention-only model. None: an arena of ``num_kv_tokens``
         rows. ``geometry``, or the preset of that name, has the sizes that the memory is said to
-        have."""
+        have. ``owns_states``: as ``MemorySizes.owns_states``."""
         if isinstance(geometry, str):
             geometry = ModelGeometry.preset(geometry)
         self.geometry = geometry
-        self.memory = _sizes(num_kv_tokens, num_slots, geometry, page_size)
+        sizes = _sizes(num_kv_tokens, num_slots, geometry, page_size)
+        self.memory = replace(sizes, owns_states=owns_states and sizes.is_stateful)
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self._exact = exact
@@ -83,6 +86,8 @@ class OracleRunner:
         it."""
         self._namespaces: list[Hashable] = []
         self._states: list[State | None] = [None] * self.memory.num_slots
+        self._own: dict[int, State | None] = {}
+        """Running states by their slots, where these are no slots of the memory."""
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
         self._verified: list[tuple[Segment, Fingerprints]] = []
@@ -98,7 +103,7 @@ class OracleRunner:
         for row, start, indices in batch.row_writes:
             self._write_row(row, start, indices)
         for source, target in batch.restores:
-            self._write_state(target, self._states[source])
+            self._write_own(target, self._states[source])
         kinds = [segment.is_decode for segment in batch.segments]
         assert kinds == sorted(kinds, reverse=True), "a prefill before a decode"
         self._prove_disjoint(batch)
@@ -115,7 +120,7 @@ class OracleRunner:
         """A step broke off before its commit: nobody knows those states."""
         for segment, _ in self._verified:
             if segment.slot is not None:
-                self._states[segment.slot] = None
+                self._write_own(segment.slot, None)
         self._verified = []
 
     def table_row(self, row: int, end: int) -> Indices:
@@ -137,6 +142,15 @@ class OracleRunner:
         self._states[slot] = state
         size = self.memory.slab_rows
         self._writers[slot * size : (slot + 1) * size] = -1
+
+    def _write_own(self, slot: int, state: State | None) -> None:
+        if self.memory.owns_states:
+            self._own[slot] = state
+        else:
+            self._write_state(slot, state)
+
+    def _read_own(self, slot: int) -> State | None:
+        return self._own.get(slot) if self.memory.owns_states else self._states[slot]
 
     def _slots_over(self, rows: Indices) -> set[int]:
         """The slots that share bytes with ``rows``."""
@@ -168,8 +182,12 @@ class OracleRunner:
         for segment in batch.segments:
             read = set(self._table[segment.row][: segment.start].tolist())
             assert not read & written, "a request writes a KV row that another reads"
-        slots = [segment.slot for segment in batch.segments if segment.slot is not None]
-        slots += [slot for segment in batch.segments for _, slot in segment.exports]
+        own = [segment.slot for segment in batch.segments if segment.slot is not None]
+        slots = [slot for segment in batch.segments for _, slot in segment.exports]
+        if self.memory.owns_states:
+            assert len(set(own)) == len(own), "two running states in one slot"
+        else:
+            slots += own
         assert len(set(slots)) == len(slots), "two states in one slot"
         for segment in batch.segments:
             under = self._slots_over(self._table[segment.row][: segment.end])
@@ -224,7 +242,7 @@ class OracleRunner:
         assert not self._verified, "a guess from states that wait for their commit"
         found = []
         for request, count in zip(newest, most, strict=True):
-            held = self._states[request.slot]
+            held = self._read_own(request.slot)
             assert held is not None, "a guess from a slot that was never written"
             token = np.array([request.token_id], np.int32)
             segment = Segment(
@@ -243,10 +261,15 @@ class OracleRunner:
     def _move_on(self, segment: Segment, new: Fingerprints) -> None:
         """The state has taken ``new`` in; checkpoints past them are not written."""
         end = segment.start + len(new)
-        for position, slot in (*segment.exports, (end, segment.slot)):
-            if slot is not None and position <= end:
-                saved = int(new[position - segment.start - 1])
-                self._write_state(slot, State(position, saved, segment.namespace))
+
+        def state(position: int) -> State:
+            return State(position, int(new[position - segment.start - 1]), segment.namespace)
+
+        for position, slot in segment.exports:
+            if position <= end:
+                self._write_state(slot, state(position))
+        if segment.slot is not None:
+            self._write_own(segment.slot, state(end))
 
     def _writer(self, namespace: Hashable) -> int:
         if namespace not in self._namespaces:
@@ -256,7 +279,7 @@ class OracleRunner:
     def _prove_state(self, segment: Segment, before: int) -> None:
         """The slot holds the state of the very tokens before ``segment``, made in its namespace."""
         assert segment.slot is not None
-        held = self._states[segment.slot]
+        held = self._read_own(segment.slot)
         assert held is not None, f"slot {segment.slot} was never written, but resumed from"
         assert held.namespace == segment.namespace, (
             f"namespace {segment.namespace!r} reads in slot {segment.slot} a state of "

@@ -4,7 +4,7 @@ no policy."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -78,6 +78,46 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments)
+
+
+def pieces(batch: Batch, max_exports: int) -> list[Batch]:
+    """The same work in as many batches, one after the other, as prefills need that export at most
+    ``max_exports`` checkpoints, 1 or more, in each. A prefill is cut behind a checkpoint: on the
+    grid, so no bit changes. Rows of logits follow each other as in ``batch``."""
+    parts: list[list[Segment]] = [[]]
+    room = max_exports
+    for segment in batch.segments:
+        rest = replace(segment, exports=tuple(sorted(segment.exports)))
+        while not rest.is_decode and len(rest.exports) > room:
+            if room:
+                position, _ = rest.exports[room - 1]
+                first, rest = _cut(rest, position)
+                parts[-1].append(first)
+            parts.append([])
+            room = max_exports
+        parts[-1].append(rest)
+        room -= 0 if rest.is_decode else len(rest.exports)
+    if len(parts) == 1:
+        return [batch]
+    return [replace(batch, segments=tuple(parts[0])), *(Batch(tuple(part)) for part in parts[1:])]
+
+
+def _cut(segment: Segment, position: int) -> tuple[Segment, Segment]:
+    """A prefill up to ``position``, and from there on."""
+    tokens, exports = segment.token_ids, segment.exports
+    first = replace(
+        segment,
+        token_ids=tokens[: position - segment.start],
+        exports=tuple(export for export in exports if export[0] <= position),
+        logits="all" if segment.logits == "all" else "none",
+    )
+    rest = replace(
+        segment,
+        token_ids=tokens[position - segment.start :],
+        start=position,
+        exports=tuple(export for export in exports if export[0] > position),
+    )
+    return first, rest
 
 
 def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:

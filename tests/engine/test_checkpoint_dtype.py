@@ -70,6 +70,26 @@ def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> No
     assert sum(output.cached_len for output in alone) > 1000
 
 
+@pytest.mark.parametrize("draft", ["none", "mtp:2"])
+def test_a_step_with_many_checkpoints_is_computed_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: str
+) -> None:
+    """Room for one exported state, or for two: the same bits, hits and scores as with room for
+    all."""
+    runs, staged = [], []
+    for num_bytes in (GIB, 1, 40_000):
+        monkeypatch.setattr("engine.run.model_runner.STAGING_BYTES", num_bytes)
+        settings = {"checkpoints": ("every:64",), "draft": draft, "cache_gib": 0.01}
+        engine = make_engine(tmp_path, HYBRID, checkpoint_dtype="int8", exact=True, **settings)
+        staged.append(len(engine.runner.tensors.checkpoints.staging))
+        outputs = engine.generate(prompts(), GREEDY, prompt_logprobs=0)
+        outputs += engine.generate(prompts(), GREEDY)
+        runs.append([*facts(outputs), *((o.cached_len, o.prompt_logprobs) for o in outputs)])
+        assert sum(output.cached_len for output in outputs) > 1000
+    assert runs[0] == runs[1] == runs[2]
+    assert staged[0] == 1024 // 64 + 16 and staged[1] == 1 and 1 < staged[2] < 8
+
+
 @pytest.mark.parametrize("memory", ["arena", "pools"])
 @pytest.mark.parametrize("word", ["bfloat16", "int8:head", "fp8:row", "int8:column"])
 def test_a_slot_is_as_large_as_the_geometry_says(tmp_path: Path, memory: str, word: str) -> None:

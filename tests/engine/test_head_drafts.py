@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from engine.run.layers.parameters import Parameter
 from engine.run.loading import load_model
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
+from engine.run.predict import Predictor
 from engine.run.sampler import Sampler
 from engine.run.tensor_files import WeightsError
 from engine.run.warm_up import guesses as guesses_of
@@ -278,9 +280,18 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
     """Bit for bit, whatever made an end of the waiting: a guess, a step that does something else,
     a row that goes to another request, or that no more may wait."""
     pools: list[list[torch.Tensor]] = []
+
+    def follow(self: Predictor, token_ids: torch.Tensor, hidden: torch.Tensor, step: Any) -> None:
+        embedded = self._model.embedding(token_ids)
+        self._head.follow(embedded, hidden[: len(token_ids)], step, self._pools)
+
     for waits in (False, True):
-        runner = make_engine("mtp:1", model={"num_experts": 0}, graphs=graphs).runner
+        word = graphs if waits else "off"
+        runner = make_engine("mtp:1", model={"num_experts": 0}, graphs=word).runner
         pending = runner._predictor.pending
+        if not waits:
+            runner._predictor.follow = MethodType(follow, runner._predictor)
+            pending.hold = lambda *_: None
         counts: list[int] = []
 
         def forward(
@@ -288,13 +299,10 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
             writes: Any = (),
             runner: Any = runner,
             pending: Any = pending,
-            waits: bool = waits,
             counts: Any = counts,
         ) -> None:
             runner.forward(Batch(segments, (), writes))
             counts.append(pending._count)
-            if not waits:
-                pending.settle()
 
         ids = (np.arange(128, dtype=np.int32).reshape(2, 64) * 7) % 320
         rows = np.arange(200, dtype=np.int32).reshape(2, 100) + 100

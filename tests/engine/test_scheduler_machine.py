@@ -63,9 +63,11 @@ def make_engine(
     slots: int = 6,
     slab_rows: int | None = None,
     drafting: Drafting | None = None,
+    owns_states: bool = False,
     **settings: object,
 ) -> Engine:
-    """Two pools, or, with ``slab_rows``, one arena of as many rows."""
+    """Two pools, or, with ``slab_rows``, one arena of as many rows; running states in it, or beside
+    it."""
     config = EngineConfig(prefix_cache=prefix_cache, **settings)
     geometry = ModelGeometry.preset("qwen3-next")
     num_slots: int | None = 0 if prefix_cache == "radix" else slots
@@ -81,6 +83,7 @@ def make_engine(
         exact=config.exact,
         geometry=geometry,
         page_size=config.page_size,
+        owns_states=owns_states,
     )
     return Engine(config, runner=runner, sampler=SAMPLER, drafting=drafting)
 
@@ -174,6 +177,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),
         drafts=st.sampled_from(["none", "guesses", "tree", "mtp", "tree,mtp"]),
         draft_len=st.sampled_from([1, 5, 32]),
+        owns_states=st.booleans(),
     )
     def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
@@ -325,6 +329,7 @@ class TightMachine(SchedulerMachine):
         exact=st.booleans(),
         slab_rows=st.sampled_from([None, None, 16, 50]),
         drafts=st.booleans(),
+        owns_states=st.booleans(),
     )
     def start(self, drafts: bool, **settings: object) -> None:
         self.guesses = Guesses()
