@@ -182,12 +182,12 @@ class OracleRunner:
         for segment in batch.segments:
             read = set(self._table[segment.row][: segment.start].tolist())
             assert not read & written, "a request writes a KV row that another reads"
-        own = [segment.slot for segment in batch.segments if segment.slot is not None]
+        running = [segment.slot for segment in batch.segments if segment.slot is not None]
         slots = [slot for segment in batch.segments for _, slot in segment.exports]
         if self.memory.owns_states:
-            assert len(set(own)) == len(own), "two running states in one slot"
+            assert len(set(running)) == len(running), "two running states in one slot"
         else:
-            slots += own
+            slots += running
         assert len(set(slots)) == len(slots), "two states in one slot"
         for segment in batch.segments:
             under = self._slots_over(self._table[segment.row][: segment.end])

@@ -359,6 +359,13 @@ BREAKS_OF_SCHEDULE = (
         DRAFTS,
     ),
     Mutation(
+        "a step is made ahead of what becomes of drafts",
+        SCHEDULER,
+        "(self._must_wait or self._verifies or self._may_guess())",
+        "(self._must_wait or self._may_guess())",
+        DRAFTS,
+    ),
+    Mutation(
         "guesses behind a stop count",
         SCHEDULER,
         "request.computed_len = request.scheduled_len = request.num_tokens - 1\n",
