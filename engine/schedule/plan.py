@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.drafts.drafter import Draft
 from engine.requests.request import Request
-from engine.schedule.batch import Batch
+from engine.schedule.batch import Batch, Segment
 from engine.text.outputs import SampledToken
 from hybridcache.tokens import Tokens
 
@@ -74,6 +74,21 @@ class Task:
             return UNKNOWN
         tokens = self.request.tokens[self.start : self.sure_end]
         return tokens if self.draft is None else np.concatenate([tokens, self.draft.tokens])
+
+    def segment(self, exports: tuple[tuple[int, int], ...]) -> Segment:
+        """What a runner must know of it; ``exports`` as there."""
+        lease, row = self.request.claims
+        return Segment(
+            row=row,
+            slot=lease.state_slot,
+            token_ids=self.token_ids,
+            start=self.start,
+            is_decode=self.is_decode,
+            exports=exports,
+            logits="all" if self.scores or self.draft else "last" if self.samples else "none",
+            namespace=self.request.namespace,
+            num_drafts=len(self.drafts),
+        )
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """The tokens that the step gave it: as many as its draft is right for, and one more. Takes

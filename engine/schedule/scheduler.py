@@ -354,21 +354,9 @@ class Scheduler:
 
     def _segment(self, task: Task, exports: Exports) -> Segment:
         """What the runner must know of ``task``; from here on it counts as scheduled."""
-        request = task.request
-        lease, row = request.claims
-        request.scheduled_len = task.end
-        request.num_drawn += task.samples
-        return Segment(
-            row=row,
-            slot=lease.state_slot,
-            token_ids=task.token_ids,
-            start=task.start,
-            is_decode=task.is_decode,
-            exports=exports,
-            logits="all" if task.scores or task.draft else "last" if task.samples else "none",
-            namespace=request.namespace,
-            num_drafts=len(task.drafts),
-        )
+        task.request.scheduled_len = task.end
+        task.request.num_drawn += task.samples
+        return task.segment(exports)
 
     def commit(
         self,

@@ -50,9 +50,9 @@ BREAKS_OF_SCHEDULE = (
     ),
     Mutation(
         "a token that the host knows is taken for a late one",
-        SCHEDULER,
-        "            if task.sure_end > task.request.num_tokens\n        )",
-        "            if task.sure_end >= task.request.num_tokens\n        )",
+        PLAN,
+        "return self.sure_end > self.request.num_tokens",
+        "return self.sure_end >= self.request.num_tokens",
         STEPS,
     ),
     Mutation(
@@ -332,7 +332,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a token in flight is not counted as drawn",
         SCHEDULER,
-        "        request.num_drawn += task.samples\n",
+        "        task.request.num_drawn += task.samples\n",
         "",
         STEPS,
     ),
@@ -345,8 +345,8 @@ BREAKS_OF_SCHEDULE = (
     ),
     Mutation(
         "segments do not say whose they are",
-        SCHEDULER,
-        "            namespace=request.namespace,\n",
+        PLAN,
+        "            namespace=self.request.namespace,\n",
         "            namespace=None,\n",
         STEPS,
     ),
