@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack clients hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench stress attack clients faults soak hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,12 @@ out/clients/.installed: Makefile
 clients: install out/clients/.installed  ## published clients and frameworks for agents against the server
 	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/server/test_agents.py \
 		tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
+
+faults: install  ## clients, sockets, processes, memory, clock and disk that fail: all memory is accounted for after
+	$(BIN)/python -m experiments.faults
+
+soak: install  ## 200,000 requests with everything on (hours): nothing grows, every count adds up
+	$(BIN)/python -m experiments.soak --requests 200000
 
 hostile: install  ## how long another client waits for a token, whatever body somebody sends
 	$(BIN)/python -m experiments.hostile

@@ -34,16 +34,17 @@ swaps."""
 
 
 def start_engine(
-    config: EngineConfig, address: str, trace: str | None = None, boot: str = BOOT
+    config: EngineConfig, address: str, trace: str | None = None, boot: str | None = None
 ) -> tuple[ProcessEngine, str]:
-    """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs.
-    ValueError: what loading refuses."""
+    """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs; None:
+    ``BOOT``. ValueError: what loading refuses."""
     folder = make_folder()
     try:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
         facts = [folder, msgspec.json.encode(config).decode(), address, trace or ""]
         process = subprocess.Popen(
-            [sys.executable, "-c", boot, json.dumps(sys.path), *facts], stdin=subprocess.PIPE
+            [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts],
+            stdin=subprocess.PIPE,
         )
         try:
             # While the model is loaded over there.

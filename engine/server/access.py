@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.config import API_KEY_VARIABLE, ServerConfig
-from engine.server.errors import APIError
+from engine.server.errors import ANTHROPIC, APIError
 
 OPEN = ("/", "/health", "/metrics")
 """Paths that ask for no key."""
@@ -79,7 +79,7 @@ class Keys:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await refusal.response(scope["path"])(scope, receive, send)
+        await refusal.response(scope)(scope, receive, send)
 
     def _is_right(self, scope: Scope) -> bool:
         """In time that says nothing of the keys."""
@@ -93,7 +93,7 @@ class Keys:
 
 class RequestNames:
     """ASGI middleware: every answer has an ``X-Request-Id``, the one that the client sent or a new
-    one."""
+    one. Anthropic's clients read it as ``request-id``."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -105,9 +105,14 @@ class RequestNames:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
 
+        scope.setdefault("state", {})["request_name"] = name.decode("ascii")
+        headers = [(b"x-request-id", name)]
+        if scope["path"].startswith(ANTHROPIC):
+            headers.append((b"request-id", name))
+
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
+                message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
         await self._app(scope, receive, named)

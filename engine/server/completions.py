@@ -35,18 +35,21 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
         num_scores = max(body.logprobs or 0, body.prompt_logprobs)
     samplings = body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults)
     grammar = await front.grammar_of(body)
+    answer = _Answer(front, body)
+    choices = (
+        (prompt, sampling) for prompt in await front.as_arrays(token_ids) for sampling in samplings
+    )
     streams = await front.submit(
         RequestSpec(
             prompt,
             sampling,
             namespace=namespace,
             prompt_logprobs=num_scores,
+            request_id=answer.id_of(number),
             grammar=grammar,
         )
-        for prompt in await front.as_arrays(token_ids)
-        for sampling in samplings
+        for number, (prompt, sampling) in enumerate(choices)
     )
-    answer = _Answer(front, body)
     if body.stream:
         return EventStream(answer.events(streams), answer.headers)
     outputs = await unless_gone(request, front.finals(streams))
@@ -72,6 +75,10 @@ class _Answer:
             "created": int(time.time()),
             "model": front.model_name,
         }
+
+    def id_of(self, number: int) -> str:
+        """Of the request for the choice of this ``number``."""
+        return f"{self._head['id']}-{number}" if number else str(self._head["id"])
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [

@@ -35,6 +35,12 @@ FORMS = ("str", "constrained-str")
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
+def request_name(scope: Scope) -> str | None:
+    """The ``X-Request-Id`` of a request, which ``RequestNames`` gave it."""
+    name: str | None = scope.get("state", {}).get("request_name")
+    return name
+
+
 class APIError(Exception):
     """An answer other than 200."""
 
@@ -53,19 +59,21 @@ class APIError(Exception):
         self.code = code
         self.headers = headers
 
-    def body(self, path: str = "") -> dict[str, Any]:
+    def body(self, path: str = "", request_name: str | None = None) -> dict[str, Any]:
         """The answer of ``path``, in the shape that its clients read."""
         if path.startswith(ANTHROPIC):
             kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
             error = {"type": kind, "message": str(self)}
-            return {"type": "error", "error": error, "request_id": None}
+            return {"type": "error", "error": error, "request_id": request_name}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         }
 
-    def response(self, path: str = "") -> JSONResponse:
-        return JSONResponse(self.body(path), self.status, headers=self.headers)
+    def response(self, scope: Scope) -> JSONResponse:
+        """To the request of ``scope``."""
+        body = self.body(scope["path"], request_name(scope))
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 def install(app: FastAPI) -> None:
@@ -73,18 +81,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(APIError)
     async def _api_error(request: Request, error: APIError) -> JSONResponse:
-        return error.response(request.url.path)
+        return error.response(request.scope)
 
     @app.exception_handler(EngineStopped)
     @app.exception_handler(StepFailed)
     async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
-        return of_failure(error).response(request.url.path)
+        return of_failure(error).response(request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def _path(request: Request, error: RequestValidationError) -> JSONResponse:
         field = str(error.errors()[0]["loc"][-1])
         refusal = APIError(400, f"{quoted(field)} in the address is not of its kind.", param=field)
-        return refusal.response(request.url.path)
+        return refusal.response(request.scope)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -95,12 +103,12 @@ def install(app: FastAPI) -> None:
         headers = dict(error.headers or {})
         if error.status_code == 405:  # the first route of this path, which refused, knows its own
             headers["Allow"] = ", ".join(_methods(app, request))
-        return APIError(error.status_code, message, headers=headers).response(request.url.path)
+        return APIError(error.status_code, message, headers=headers).response(request.scope)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         failed = APIError(500, "The server failed on this request; its log says why.")
-        return failed.response(request.url.path)
+        return failed.response(request.scope)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
@@ -173,7 +181,7 @@ class BodyLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if int(announced) > self._max_bytes:
-            await self._refusal().response(scope["path"])(scope, receive, send)
+            await self._refusal().response(scope)(scope, receive, send)
             return
         num_bytes = 0
 

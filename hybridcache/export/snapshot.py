@@ -8,6 +8,7 @@ code and loading runs none.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
     """Write ``cache`` to exactly ``path``. Locks, what requests hold, a policy's memory and the
     order of what is free are not part of it. O(tree).
 
-    ValueError, and nothing written: a namespace is not made of None, numbers, texts, bytes and
-    tuples of them, a token is below 0, or ``cache`` keeps nothing.
+    OSError: the disk is full, say; what ``path`` held before is there still, beside which the new
+    file is written. ValueError, and nothing written: a namespace is not made of None, numbers,
+    texts, bytes and tuples of them, a token is below 0, or ``cache`` keeps nothing.
     """
     _check_keeps(cache)
     residency = cache._residency
@@ -71,8 +73,22 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
         "lost": _table([node.lost_checkpoint for node in ordered]),
         "ghost": np.array([forgotten.get(node, -1) for node in ordered], np.int64),
     }
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    _write_whole(Path(path).resolve(), arrays)
+
+
+def _write_whole(path: Path, arrays: dict[str, Any]) -> None:
+    """All of it to ``path``, or what was there before stays. OSError: it can not be written."""
+    is_device = path.exists() and not path.is_file()
+    part = path if is_device else path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        if not is_device:
+            part.replace(path)
+    except BaseException:
+        if not is_device:
+            part.unlink(missing_ok=True)
+        raise
 
 
 def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from engine.server.body import to_json
 from engine.server.dialects.exchange import Answer, Exchange, Finish, ask, render, settle_system
 from engine.server.dialects.messages_body import CountRequest, MessagesRequest
 from engine.server.dialects.translated import parsed_arguments
-from engine.server.errors import ANTHROPIC, of_failure
+from engine.server.errors import ANTHROPIC, of_failure, request_name
 from engine.server.front import ServingContext, new_id
 from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
 from engine.text.answers.events import (
@@ -37,7 +37,7 @@ async def messages(front: ServingContext, request: Request, body: MessagesReques
     answer_id = new_id("msg", "_")
     chat = settle_system(front, chat)
     exchange = await ask(front, chat, size, fits_context=True, answer_id=answer_id)
-    writer = _Writer(front, body, exchange)
+    writer = _Writer(front, body, exchange, request_name(request.scope))
     if body.stream:
         return EventStream(writer.events(), exchange.inquiry.headers)
     [answer] = await unless_gone(request, exchange.answers())
@@ -61,8 +61,15 @@ async def count_tokens(front: ServingContext, request: Request, body: CountReque
 class _Writer:
     """Writes one answer, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: MessagesRequest, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        front: ServingContext,
+        body: MessagesRequest,
+        exchange: Exchange,
+        request_name: str | None,
+    ) -> None:
         self._front = front
+        self._request_name = request_name
         self._body = body
         self._exchange = exchange
 
@@ -96,7 +103,7 @@ class _Writer:
                     closing = [*blocks.close(), last, {"type": "message_stop"}]
                     yield b"".join(map(named_event, closing))
         except Exception as error:
-            yield named_event(of_failure(error).body(ANTHROPIC))
+            yield named_event(of_failure(error).body(ANTHROPIC, self._request_name))
 
     def _message(
         self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]

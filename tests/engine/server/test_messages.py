@@ -208,7 +208,11 @@ def test_other_errors_have_their_kinds(say: Say, serve_oracle: Callable[..., Liv
     live = say("x")
     unknown = live.post("/v1/messages", ASK | {"model": "claude"})
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
-    assert live.get("/v1/messages").json()["type"] == "error"
+    wrong = live.get("/v1/messages")
+    assert wrong.json()["type"] == "error"
+    assert (
+        wrong.json()["request_id"] == wrong.headers["request-id"] == wrong.headers["x-request-id"]
+    )
     broken = httpx.post(f"{live.url}/v1/messages", content=b"{")
     assert broken.json()["error"]["type"] == "invalid_request_error"
     small = serve_oracle(ServerConfig(max_body_mib=0.001))

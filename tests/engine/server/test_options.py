@@ -159,3 +159,19 @@ def test_a_trace_is_of_one_engine() -> None:
     with pytest.raises(ValueError, match="--trace writes the steps of one engine: leave --repl"):
         ServerConfig(trace="trace.json", replicas=2)
     assert ServerConfig(trace="trace.json").trace == "trace.json"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_two_at_once_can_not_have_one_id(serve_oracle: Callable[..., Live], path: str) -> None:
+    live = serve_oracle(step_s=0.01)
+    body = {"prompt": "x"} if "chat" not in path else {"messages": CHAT}
+    body |= {"max_tokens": 3000, "ignore_eos": True, "stream": True, "request_id": "mine"}
+    first = live.send(path, body)
+    live.wait_for(lambda report: report["num_running"] == 1)
+    second = live.post(path, body)
+    assert second.status_code == 400
+    assert "mine' already; give each its own id." in second.json()["error"]["message"]
+    assert live.report()["num_running"] == 1
+    first.close()
+    live.check_conserved()
+    assert live.post(path, {**body, "max_tokens": 2}).status_code == 200

@@ -1,0 +1,1 @@
+"""What goes wrong around a server, and whether its memory adds up afterwards."""
