@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,23 +26,30 @@ def main(descriptor: int) -> None:
     """Run the rank whose end of the line is open as ``descriptor``, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first rank's to handle.
     line = Line(socket.socket(fileno=descriptor))
+    last_words = _follow(line)
+    if last_words is not None:
+        with suppress(OSError):
+            line.send(last_words)
+        sys.exit(1)
+
+
+def _follow(line: Line) -> Refused | Lost | Failed | None:
+    """What ended it; None: the first rank closed the line."""
     try:
-        _follow(line)
-    except EOFError:
-        pass
+        _run(line)
+    except (EOFError, ConnectionError):
+        return None
     except ModelError as error:
-        line.send(Refused(str(error)))
-        sys.exit(1)
+        return Refused(str(error))
     except RunnerLost as error:
-        line.send(Lost(str(error)))
-        sys.exit(1)
+        return Lost(str(error))
     except Exception as error:
         traceback.print_exc()
-        line.send(Failed(f"{type(error).__name__}: {error}"))
-        sys.exit(1)
+        return Failed(f"{type(error).__name__}: {error}")
+    return None
 
 
-def _follow(line: Line) -> None:
+def _run(line: Line) -> None:
     start: Start = line.receive()
     line.send(Here())
     device = Device.resolve(start.config.device).of_rank(start.number)
