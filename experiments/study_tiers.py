@@ -27,12 +27,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.lab import WORKLOADS, figure_path, keep, rounded
+from experiments.provenance import read_json_lines, write_json_lines
 from hybridcache.core.lower import LowerTiers
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.times import PrefillTimes, Roofline
@@ -54,8 +56,17 @@ HOSTS = (4, 16, 64)
 GOAL = (16, 20)
 RATES = (1e9, 4e9, 12e9, 25e9, 200e9)
 """Bytes a second from host to device, beside PCIe 5.0."""
-SHORT = {"tau-bench": 300, "mooncake": 1500, "coding-agent": 600, "conversations": 1000}
+SHORT = {
+    "tau-bench": 250,
+    "mooncake": 1000,
+    "coding-agent": 400,
+    "conversations": 600,
+    "sharegpt-like": 300,
+    "sharegpt": 500,
+}
 """Requests of the traces that take long, with --few."""
+ALL_CELLS = "regret"
+"""The policy that is asked everything; others, the goal alone."""
 Change = Callable[[LeaseTarget], None]
 
 
@@ -117,9 +128,16 @@ def cells(config: RunConfig) -> dict[str, tuple[RunConfig, str, Change | None]]:
             host_bytes_per_s=rate,
         )
 
-    found: dict[str, tuple[RunConfig, str, Change | None]] = {
-        f"device {gib}": (replace(config, budget_bytes=gib * GIB), "shared", None) for gib in CURVE
-    }
+    found: dict[str, tuple[RunConfig, str, Change | None]] = {}
+    for gib in (DEVICE_GIB, GOAL[1]):
+        found[f"device {gib}"] = replace(config, budget_bytes=gib * GIB), "shared", None
+        found[f"device {gib}, alone"] = replace(config, budget_bytes=gib * GIB), "alone", None
+    found["host 16"] = tiered(GOAL[0]), "shared", None
+    found["host 16, alone"] = tiered(GOAL[0]), "alone", None
+    if config.policy != ALL_CELLS:
+        return found
+    for gib in CURVE:
+        found[f"device {gib}"] = replace(config, budget_bytes=gib * GIB), "shared", None
     for host in HOSTS:
         found[f"host {host}"] = tiered(host), "shared", None
     found["host 16, disk 64"] = tiered(16, 64), "shared", None
@@ -134,9 +152,6 @@ def cells(config: RunConfig) -> dict[str, tuple[RunConfig, str, Change | None]]:
                 "shared",
                 fetch_whatever,
             )
-    for gib in (DEVICE_GIB, GOAL[1]):
-        found[f"device {gib}, alone"] = replace(config, budget_bytes=gib * GIB), "alone", None
-    found["host 16, alone"] = tiered(GOAL[0]), "alone", None
     return found
 
 
@@ -150,7 +165,7 @@ def measure(word: str, policy: str, few: bool, bar: tqdm[Any]) -> list[dict[str,
     alone = Roofline.fitting(workload.geometry)
     clocks = {"alone": alone, "shared": replace(alone, bytes_per_s=1e30, overhead_s=0.0)}
     config = RunConfig(workload.geometry, policy=policy, grid=max(workload.grid, trace.unit))
-    if policy == "regret":
+    if policy == ALL_CELLS:
         config = replace(config, checkpoints="regret")
     records = []
     for name, (cell, clock, change) in cells(config).items():
@@ -188,7 +203,10 @@ def by_cell(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def share(known: dict[str, dict[str, Any]], cell: str, of: str) -> float | None:
-    """Seconds that ``cell`` saves, of those that ``of`` does; None where nothing can be saved."""
+    """Seconds that ``cell`` saves, of those that ``of`` does; None where nothing can be saved, or
+    it was not run."""
+    if cell not in known:
+        return None
     whole = known[of]["seconds_saved"]
     total = whole + known[of]["seconds"]
     return known[cell]["seconds_saved"] / whole if whole > 1e-3 * total else None
@@ -196,7 +214,9 @@ def share(known: dict[str, dict[str, Any]], cell: str, of: str) -> float | None:
 
 def worth_gib(known: dict[str, dict[str, Any]], cell: str) -> float | None:
     """GiB of device memory beyond ``DEVICE_GIB`` that save what ``cell`` does; None: no size tried
-    saves more than the smallest."""
+    saves more than the smallest, or it was not run."""
+    if cell not in known or f"device {CURVE[1]}" not in known:
+        return None
     saved = [known[f"device {gib}"]["seconds_saved"] for gib in CURVE]
     rising = np.maximum.accumulate(saved)
     if rising[-1] < 1.01 * rising[0] or rising[-1] <= 0:
@@ -314,14 +334,24 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="words of WORKLOADS")
     parser.add_argument("--policy", default="regret,lru", help="evictions, commas between")
     parser.add_argument("--few", action="store_true", help="the beginnings of long traces")
+    parser.add_argument("--resume", type=Path, help="folder of what is done")
     options = parser.parse_args()
+    if options.resume:
+        options.resume.mkdir(parents=True, exist_ok=True)
     words = [word for word in options.traces.split(",") if WORKLOADS[word].is_here]
     policies = options.policy.split(",")
     records: list[dict[str, Any]] = []
     for word in (bar := tqdm(words, disable=None)):
         bar.set_description(word)
         for policy in policies:
-            records += measure(word, policy, options.few, bar)
+            path = options.resume and options.resume / f"{word}-{policy}.jsonl"
+            if path is None or not path.exists():
+                found = measure(word, policy, options.few, bar)
+                if path is not None:
+                    write_json_lines(path, found)
+                records += found
+            else:
+                records += read_json_lines(path)[1]
     table = by_cell(records)
     if words == list(WORKLOADS):
         keep("study_tiers", records)
@@ -330,6 +360,8 @@ def main() -> None:
     for policy in policies:
         for clock in ("", ", alone"):
             found = shares(table, policy, f"host 16{clock}", f"device {GOAL[1]}{clock}")
+            if not found:
+                continue
             print(
                 f"{policy}{clock}: 4 GiB and 16 GiB of host memory save "
                 f"{100 * np.mean(found):.1f} % of what 20 GiB do, mean of {len(found)} traces; "
