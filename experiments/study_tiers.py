@@ -260,73 +260,104 @@ def draw(table: Table, policy: str) -> None:
     """Four panels: the goal, a byte's worth, what lies below, and bandwidths."""
     figure, axes = panels(4, 5.0, 3.6, columns=2)
     words = [word for word, name in table if name == policy]
-    goal = f"device {GOAL[1]}"
-    places = np.arange(len(words))
-    for number, (cell, label) in enumerate(
-        ((f"device {DEVICE_GIB}", "4 GiB"), ("host 16", "4 GiB and 16 GiB of host memory"))
-    ):
-        found = [share(table[word, policy], cell, goal) for word in words]
-        heights = [100 * (one or 0) for one in found]
-        axes[0].bar(places + 0.38 * number, heights, width=0.36, color=COLOURS[number], label=label)
-    axes[0].axhline(95, color="#555555", linewidth=0.8, linestyle="--")
-    axes[0].set_xticks(places + 0.19, words, rotation=60, ha="right", fontsize=6)
-    axes[0].set_ylabel("prefill seconds saved,\n% of what 20 GiB save")
-    for number, word in enumerate(words):
-        worth = [worth_gib(table[word, policy], f"host {host}") for host in HOSTS]
-        if None not in worth:
-            colour, style = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else ":"
-            values = [(one or 0) / host for one, host in zip(worth, HOSTS, strict=True)]
-            axes[1].plot(HOSTS, values, style, color=colour, marker="o", markersize=3, label=word)
-    axes[1].set_xscale("log", base=2)
-    axes[1].set_xticks(HOSTS, [str(host) for host in HOSTS])
-    axes[1].set_xlabel("GiB of host memory below 4 GiB")
-    axes[1].set_ylabel("GiB of device memory\nthat a GiB of it is worth")
-    kinds = ("host 16", "through", "states alone", "disk 64", "host 16, disk 64")
-    labels = ("on eviction", "written through", "states alone", "disk 64", "host 16 and disk 64")
-    for number, cell in enumerate(kinds):
-        found = shares(table, policy, cell, goal)
-        axes[2].plot(
-            [number] * len(found), [100 * one for one in found], "o", color="#9aa5b1", markersize=3
-        )
-        axes[2].plot([number], [100 * float(np.mean(found))], "D", color=COLOURS[0], markersize=6)
-    axes[2].set_xticks(range(len(kinds)), labels, rotation=20, ha="right", fontsize=7)
-    axes[2].set_ylabel("prefill seconds saved,\n% of what 20 GiB save")
-    rates = sorted((*RATES, PCIE_BYTES_PER_S))
-    slow = [rate for rate in rates if rate < PCIE_BYTES_PER_S]
-    for number, (label, values) in enumerate(
-        (
-            ("fetched where it is sooner", [_mean(table, policy, rate, "rate") for rate in rates]),
-            ("whatever there is", [_mean(table, policy, rate, "whatever") for rate in slow]),
-        )
-    ):
-        axes[3].plot(
-            [rate / 1e9 for rate in (rates if not number else slow)],
-            values,
-            color=COLOURS[number],
-            marker="o",
-            markersize=3,
-            label=label,
-        )
-    alone = 100 * float(np.mean(shares(table, policy, f"device {DEVICE_GIB}", goal)))
-    axes[3].axhline(alone, color="#555555", linewidth=0.8, linestyle="--", label="no host memory")
-    axes[3].set_xscale("log")
-    axes[3].set_xlabel("GB/s from host memory to a device")
-    axes[3].set_ylabel("prefill seconds saved,\n% of what 20 GiB save, mean")
-    for axis in (axes[0], axes[1], axes[3]):
-        axis.legend(fontsize=6)
+    _draw_goal(axes[0], table, policy, words)
+    _draw_worth(axes[1], table, policy, words)
+    _draw_kinds(axes[2], table, policy)
+    _draw_rates(axes[3], table, policy)
     caption = (
         "A device with 4 GiB for KV and states, and what lies below it: eviction and placement "
         f"`{policy}`. Left above: each trace beside 20 GiB on the device; dashed: the goal, 95 %. "
-        "Right above: what a GiB of host memory replaces; 1: as good as the device's own. Left "
-        "below: points are traces, diamonds means. Right below: 16 GiB of host memory at other "
-        "bandwidths. Prefills share their steps; copies are waited for."
+        f"Right above: what a GiB of host memory replaces, of up to {CURVE[-1] - DEVICE_GIB} GiB; "
+        "1: as good as the device's own. Left below: points are traces, diamonds means. Right "
+        "below: 16 GiB of host memory at other bandwidths, mean of the traces. Prefills share "
+        "their steps; copies are waited for."
     )
     save(figure, axes, figure_path("study_tiers"), caption)
 
 
+SAVED = "prefill seconds saved,\n% of what 20 GiB save"
+GOAL_CELL = f"device {GOAL[1]}"
+
+
+def _draw_goal(axis: Any, table: Table, policy: str, words: list[str]) -> None:
+    places = np.arange(len(words))
+    cells = {f"device {DEVICE_GIB}": "4 GiB", "host 16": "4 GiB and 16 GiB of host memory"}
+    bars = []
+    for number, cell in enumerate(cells):
+        found = [share(table[word, policy], cell, GOAL_CELL) for word in words]
+        heights = [100 * (one or 0) for one in found]
+        bars.append(axis.bar(places + 0.38 * number, heights, width=0.36, color=COLOURS[number]))
+    axis.axhline(95, color="#555555", linewidth=0.8, linestyle="--")
+    axis.set_xticks(places + 0.19, words, rotation=60, ha="right", fontsize=6)
+    axis.set_ylim(0, 122)
+    axis.set_ylabel(SAVED)
+    axis.legend(bars, cells.values(), fontsize=6, loc="upper left", ncol=2)
+
+
+def _draw_worth(axis: Any, table: Table, policy: str, words: list[str]) -> None:
+    lines: dict[str, Any] = {}
+    for word in words:
+        worth = [worth_gib(table[word, policy], f"host {host}") for host in HOSTS]
+        if None not in worth:
+            number = len(lines)
+            values = [(one or 0) / host for one, host in zip(worth, HOSTS, strict=True)]
+            (lines[word],) = axis.plot(
+                HOSTS,
+                values,
+                "-" if number < len(COLOURS) else ":",
+                color=COLOURS[number % len(COLOURS)],
+                marker="o",
+                markersize=3,
+            )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(HOSTS, [str(host) for host in HOSTS])
+    axis.set_xlabel("GiB of host memory below 4 GiB")
+    axis.set_ylabel("GiB of device memory\nthat a GiB of it is worth")
+    axis.legend(lines.values(), lines.keys(), fontsize=6, ncol=2, loc="upper right")
+    axis.set_ylim(-0.05, 2.1)
+
+
+def _draw_kinds(axis: Any, table: Table, policy: str) -> None:
+    kinds = {
+        "host 16": "host 16,\non eviction",
+        "through": "host 16,\nwritten through",
+        "states alone": "host 16,\nstates alone",
+        "disk 64": "disk 64",
+        "host 16, disk 64": "host 16\nand disk 64",
+    }
+    for number, cell in enumerate(kinds):
+        found = [100 * one for one in shares(table, policy, cell, GOAL_CELL)]
+        axis.plot([number] * len(found), found, "o", color="#9aa5b1", markersize=3)
+        axis.plot([number], [float(np.mean(found))], "D", color=COLOURS[0], markersize=6)
+    axis.set_xticks(range(len(kinds)), kinds.values(), fontsize=6)
+    axis.set_ylabel(SAVED)
+
+
+def _draw_rates(axis: Any, table: Table, policy: str) -> None:
+    rates = sorted((*RATES, PCIE_BYTES_PER_S))
+    slow = [rate for rate in rates if rate < PCIE_BYTES_PER_S]
+    drawn = {}
+    for number, (label, word, tried) in enumerate(
+        (("where it is sooner", "rate", rates), ("whatever there is", "whatever", slow))
+    ):
+        (drawn[f"fetch {label}"],) = axis.plot(
+            [rate / 1e9 for rate in tried],
+            [_mean(table, policy, rate, word) for rate in tried],
+            color=COLOURS[number],
+            marker="o",
+            markersize=3,
+        )
+    alone = 100 * float(np.mean(shares(table, policy, f"device {DEVICE_GIB}", GOAL_CELL)))
+    drawn["no host memory"] = axis.axhline(alone, color="#555555", linewidth=0.8, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_xlabel("GB/s from host memory to a device")
+    axis.set_ylabel(SAVED)
+    axis.legend(drawn.values(), drawn.keys(), fontsize=6)
+
+
 def _mean(table: Table, policy: str, rate: float, word: str) -> float:
     cell = "host 16" if rate == PCIE_BYTES_PER_S else f"{word} {rate / 1e9:g}"
-    return 100 * float(np.mean(shares(table, policy, cell, f"device {GOAL[1]}")))
+    return 100 * float(np.mean(shares(table, policy, cell, GOAL_CELL)))
 
 
 def main() -> None:
@@ -359,14 +390,25 @@ def main() -> None:
     print(text(table))
     for policy in policies:
         for clock in ("", ", alone"):
-            found = shares(table, policy, f"host 16{clock}", f"device {GOAL[1]}{clock}")
-            if not found:
+            reached = shares(table, policy, f"host 16{clock}", f"device {GOAL[1]}{clock}")
+            if not reached:
                 continue
             print(
                 f"{policy}{clock}: 4 GiB and 16 GiB of host memory save "
-                f"{100 * np.mean(found):.1f} % of what 20 GiB do, mean of {len(found)} traces; "
-                f"least {100 * min(found):.1f} %; disk at {DISK_BYTES_PER_S / 1e9:g} GB/s"
+                f"{100 * np.mean(reached):.1f} % of what 20 GiB do, mean of {len(reached)} traces; "
+                f"least {100 * min(reached):.1f} %; disk at {DISK_BYTES_PER_S / 1e9:g} GB/s"
             )
+        spilled = [
+            (known["host 16"]["tier_bytes"] or {}).get("device_to_host_bytes", 0)
+            / known["host 16"]["written_bytes"]
+            for (_, name), known in table.items()
+            if name == policy
+        ]
+        print(
+            f"{policy}: on eviction {100 * np.mean(spilled):.0f} % of what the cache is given goes "
+            f"to host memory, mean of the traces ({100 * min(spilled):.0f} to "
+            f"{100 * max(spilled):.0f} %); written through, all of it does"
+        )
 
 
 if __name__ == "__main__":
