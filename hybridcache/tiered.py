@@ -46,11 +46,13 @@ class TieredRadixCache(HybridRadixCache):
 
     lower: LowerTiers
 
-    def attach(self, tiers: tuple[Tier, ...], state_rows: int) -> None:
-        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. Once, while
-        the cache is empty."""
+    def attach(
+        self, tiers: tuple[Tier, ...], state_rows: int, make: type[LowerTiers] = LowerTiers
+    ) -> None:
+        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows, before
+        anything is cached. ``make``: another rule for what goes there, of a study."""
         residency = self._residency
-        lower = LowerTiers(tiers, residency.ghosts, residency.item_bytes, state_rows)
+        lower = make(tiers, residency.ghosts, residency.item_bytes, state_rows)
         self.lower = residency.lower = lower
         if self.arena is not None:
             self.arena.holders[lower.orders] = None

@@ -23,10 +23,10 @@ import numpy as np
 
 from hybridcache.allocators.orders import DEVICE, DISK, Copy, Drop, Orders
 from hybridcache.allocators.pages import PageAllocator
-from hybridcache.policies.protocol import EvictionPolicy, Item
+from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, members
-from hybridcache.radix.stored import Below, StoredState
+from hybridcache.radix.stored import Below, StoredState, is_superseded
 from hybridcache.tokens import Indices, Tokens
 
 NO_ROWS: Indices = np.empty(0, np.int32)
@@ -90,7 +90,7 @@ class LowerTiers:
             below.state = state
             tier.policy.add(state)
             while tier.pages.num_free < self.state_rows:
-                victim = tier.policy.victim("checkpoint")
+                victim = self._victim(number)
                 if victim is None or victim is state:
                     break
                 self._evict(victim)
@@ -99,6 +99,7 @@ class LowerTiers:
                 assert rows is not None
                 state.rows = rows
                 self._copy("checkpoint", src_tier, src, tier.word, rows, node)
+                self._supersede_above(node)
                 return True
             tier.policy.discard(state, evicted=True)
             below.state = None
@@ -123,17 +124,46 @@ class LowerTiers:
                 self.hold_kv(node, number, rows)
                 self._copy("kv", src_tier, src, tier.word, rows, node)
                 return True
-            victim = tier.policy.victim("checkpoint")
+            victim = self._victim(number)
             if victim is None:
                 self._prune(node)
                 break
             self._evict(victim)
         return False
 
-    def _evict(self, item: Item) -> None:
+    def _victim(self, number: int) -> StoredState | None:
+        """What tier ``number`` lets go first, by what is known of it now."""
+        policy = self.tiers[number].policy
+        while (item := policy.victim("checkpoint")) is not None:
+            assert isinstance(item, StoredState)
+            if not self._review(item):
+                return item
+        return None
+
+    def _review(self, state: StoredState) -> bool:
+        """Whether ``state`` has become superseded, or is so no more; its policy is told."""
+        superseded = is_superseded(state.node)
+        if superseded == state.superseded:
+            return False
+        policy = self.tiers[state.tier].policy
+        policy.discard(state, evicted=False)
+        state.superseded = superseded
+        policy.add(state)
+        return True
+
+    def _supersede_above(self, node: RadixNode) -> None:
+        """A state came to ``node``: the one above it on its path is superseded now, unless the path
+        forks between them. O(nodes between)."""
+        above = node.parent
+        while above is not None and above.checkpoint is None:
+            if above.below is not None and above.below.state is not None:
+                self._review(above.below.state)
+                return
+            above = above.parent
+
+    def _evict(self, item: StoredState) -> None:
         """``item``, its tier's victim, goes a tier down or for good, and the KV with it that its
         tier held for it alone."""
-        assert isinstance(item, StoredState)
         node, number = item.node, item.tier
         tier, below = self.tiers[number], node.below
         assert below is not None and below.state is item
@@ -276,8 +306,7 @@ class LowerTiers:
         """Free everything. O(stored)."""
         for number, tier in enumerate(self.tiers):
             while (victim := tier.policy.victim("checkpoint")) is not None:
-                assert isinstance(victim, StoredState)
-                node = victim.node
+                node: RadixNode = victim.node  # type: ignore[attr-defined]
                 self.drop_state(node)
                 self._prune(node)
                 self._sink(node, number)

@@ -18,9 +18,10 @@ from hybridcache.lab.defaults import MODEL
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
+from hybridcache.lab.tier_worth import TierWorth, tier_worth
 from hybridcache.lab.trace import Trace
 
 DEFAULT_POLICIES = ("regret", "lru")
@@ -77,6 +78,8 @@ class Advice:
     """Of the memory, if it has to be split once and for all."""
     result: RunResult
     """Of the advice, with one budget for both."""
+    tiers: TierWorth | None = None
+    """What the memory below the device would be worth, where it was asked."""
 
     def text(self) -> str:
         """The advice, then the table it rests on."""
@@ -91,6 +94,7 @@ class Advice:
             f"  forecast {FORECAST}",
             f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for "
             "states",
+            *([] if self.tiers is None else [f"  {self.tiers.text()}"]),
             "",
         ]
         rows = [
@@ -119,6 +123,7 @@ class Advice:
             "token_hit_rate": self.result.token_hit_rate,
             "ttft_s": self.result.ttft_s,
             "forecast": FORECAST,
+            "tiers": None if self.tiers is None else self.tiers.as_record(),
             "answers": [
                 {
                     "question": answer.question,
@@ -141,16 +146,20 @@ def advise(
     state_dtypes: Sequence[str] = SERVABLE_PRECISIONS,
     servers: int = 1,
     times: str | None = None,
+    host_gib: float = 0.0,
+    disk_gib: float = 0.0,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> Advice:
     """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most
     tokens is chosen, the first of equals; of intervals none, of precisions the finest, where that
     is within ``WORTH`` of the best. ``state_dtypes``: those to choose among beside the model's own.
+    ``host_gib``, ``disk_gib``: also what so much memory below the device would be worth.
 
     The figures are those of ``trace`` itself, not of later traffic. Raises what ``simulate``
     raises."""
     (size,) = sizes(gib)
+    host_bytes, disk_bytes = tier_bytes("host", host_gib), tier_bytes("disk", disk_gib)
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
     precisions(
         RunConfig(geometry), state_dtypes
@@ -171,7 +180,12 @@ def advise(
     result = adviser.chosen_run()
     split = adviser.ask("KV share of two pools", splits(config))
     assert split.kv_share is not None
-    return adviser.advice(config, size, split.kv_share, result)
+    advice = adviser.advice(config, size, split.kv_share, result)
+    if not host_bytes and not disk_bytes:
+        return advice
+    tiered = replace(config, host_bytes=host_bytes, disk_bytes=disk_bytes)
+    worth = tier_worth(trace, tiered, adviser.serving, processes=processes, progress=progress)
+    return replace(advice, tiers=worth)
 
 
 def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:
@@ -212,13 +226,13 @@ class _Adviser:
     def __init__(
         self, trace: Trace, serving: Serving, processes: int, progress: Progress | None
     ) -> None:
-        self._trace, self._serving = trace, serving
+        self._trace, self.serving = trace, serving
         self._processes, self._progress = processes, progress
         self.answers: list[Answer] = []
 
     def ask(self, question: str, options: dict[str, RunConfig], worth: float = 0.0) -> RunConfig:
         """The first of ``options`` whose token hit rate is within ``worth`` of the best."""
-        jobs = [Job(config, self._serving) for config in options.values()]
+        jobs = [Job(config, self.serving) for config in options.values()]
         runs = run_sweep(self._trace, jobs, processes=self._processes, progress=self._progress)
         least = max(run.token_hit_rate for run in runs) - worth
         best = next(number for number, run in enumerate(runs) if run.token_hit_rate >= least)

@@ -408,6 +408,8 @@ def _add_advise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="precisions of states to choose among, commas between (default %(default)s: what the "
         "engine serves)",
     )
+    for word in ("host", "disk"):
+        add(f"--{word}-gib", type=float, default=0.0, help=f"also what so much {word} is worth")
     add("--json", action="store_true", help="JSON lines instead of a table")
     parser.set_defaults(run=_advise)
 
@@ -427,6 +429,8 @@ def _advise(options: argparse.Namespace) -> int:
             state_dtypes=_split(options.state_dtypes),
             servers=options.servers,
             times=options.times,
+            host_gib=options.host_gib,
+            disk_gib=options.disk_gib,
             processes=options.processes,
             progress=lambda done, total: bar.update() and None,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, tail_bytes
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, members, tail_bytes
 from hybridcache.tokens import Indices
 
 
@@ -38,6 +38,28 @@ class Below:
             if num_children or (self.state is not None and self.state.tier == tier):
                 return tier
         return None
+
+
+def is_superseded(node: RadixNode) -> bool:
+    """Whether going down single children from ``node``, on the device or below, a state comes
+    before a fork or the end. O(nodes to it)."""
+    while (child := _only_child(node)) is not None:
+        if child.checkpoint is not None or (child.below is not None and child.below.state):
+            return True
+        node = child
+    return False
+
+
+def _only_child(node: RadixNode) -> RadixNode | None:
+    resident, below = members(node.children), node.below
+    num_stored = 0 if below is None else sum(below.num_children)
+    if len(resident) + num_stored != 1:
+        return None
+    if resident:
+        return next(iter(resident))
+    return next(
+        ghost for ghost in members(node.ghosts) if ghost.below and ghost.below.kv is not None
+    )
 
 
 class StoredState:
@@ -77,7 +99,8 @@ class StoredState:
         self.uses = 0
         self.serial = serial
         self.superseded = False
-        """As it was when it left the device."""
+        """A deeper state, in whatever tier, stands on its unforked path. Brought up to date where
+        it decides: when the item is let in, when a deeper one is, and before it goes."""
         self.label = ""
         self.item_bytes = item_bytes
         self.memo: Any = None
@@ -88,7 +111,7 @@ class StoredState:
         policy made it."""
         state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
         state.last_used, state.uses = was.last_used, was.uses
-        state.superseded, state.label = was.superseded, was.label
+        state.superseded, state.label = is_superseded(was.node), was.label
         return state
 
     @property

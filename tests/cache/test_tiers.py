@@ -228,3 +228,19 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
 def test_tiers_that_can_not_be_are_refused(options: dict[str, object], why: str):
     with pytest.raises(ValueError, match=why):
         tiered(**options)
+
+
+def test_a_state_is_superseded_below_only_as_long_as_something_supersedes_it():
+    """A deeper state that went for good supersedes nothing: what lies above it is worth its own."""
+    cache = tiered(num_slots=4, num_kv_tokens=40, host_bytes=2 * (4 + 5 + 5))
+    serve(cache, ids("abcd"), [2, 4])
+    cache.evict(num_tokens=4, num_slots=2)
+    (shallow, deep) = (one.node.below.state for one in cache.match(ids("abcdX")).lower)
+    assert (shallow.superseded, deep.superseded) == (True, False)
+    cache.lower.drop_state(deep.node)
+    assert cache.lower._victim(0) is shallow and not shallow.superseded
+    fork = tiered(num_slots=4, num_kv_tokens=40, host_bytes=200)
+    serve(fork, ids("abcd"), [2, 4])
+    serve(fork, ids("abxy"), [4])
+    fork.evict(num_tokens=6, num_slots=3)
+    assert not fork.match(ids("abX")).lower[0].node.below.state.superseded

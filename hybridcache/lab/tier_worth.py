@@ -1,0 +1,89 @@
+"""What host memory and disk are worth for a trace, in GiB of the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace
+from hybridcache.units import GIB
+
+NUM_SIZES = 8
+"""Of device memory, from what there is to what there would be were all of it the device's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierWorth:
+    """``host_gib`` and ``disk_gib`` save as many seconds of prefill as ``device_gib`` more on the
+    device would."""
+
+    host_gib: float
+    disk_gib: float
+    device_gib: float
+    alone: RunResult
+    """Without them."""
+    tiered: RunResult
+
+    def text(self) -> str:
+        """In a sentence."""
+        sizes = ((self.host_gib, "host memory"), (self.disk_gib, "disk"))
+        given = " and ".join(f"{gib:g} GiB of {word}" for gib, word in sizes if gib)
+        before, after = self.alone, self.tiered
+        total = before.seconds + before.seconds_saved
+        shares = [100 * run.seconds_saved / total for run in (before, after)] if total else [0, 0]
+        return (
+            f"{given} are worth {self.device_gib:.3g} GiB on the device here: "
+            f"token hit rate {100 * before.token_hit_rate:.1f} -> "
+            f"{100 * after.token_hit_rate:.1f} %, "
+            f"prefill seconds saved {shares[0]:.1f} -> {shares[1]:.1f} %"
+        )
+
+    def as_record(self) -> dict[str, float]:
+        """For JSON."""
+        return {
+            "host_gib": self.host_gib,
+            "disk_gib": self.disk_gib,
+            "device_gib": self.device_gib,
+            "token_hit_rate": self.tiered.token_hit_rate,
+            "seconds_saved_alone": self.alone.seconds_saved,
+            "seconds_saved": self.tiered.seconds_saved,
+        }
+
+
+def tier_worth(
+    trace: Trace,
+    config: RunConfig,
+    serving: Serving,
+    *,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> TierWorth:
+    """Replay ``config``, which has lower tiers, beside more and more memory on the device alone.
+
+    Between the sizes tried the seconds saved are taken as a straight line, and never as falling.
+    ``NUM_SIZES`` + 1 runs. ValueError: it has no lower tier, or no budget of bytes."""
+    if config.budget_bytes is None or not (config.host_bytes or config.disk_bytes):
+        raise ValueError("what tiers are worth needs a budget of bytes and host memory or disk")
+    most = config.budget_bytes + config.host_bytes + config.disk_bytes
+    sizes = np.geomspace(config.budget_bytes, most, NUM_SIZES).astype(np.int64).tolist()
+    alone = replace(config, host_bytes=0, disk_bytes=0)
+    jobs = [Job(config, serving)]
+    jobs += [Job(replace(alone, budget_bytes=size), serving) for size in sizes]
+    tiered, *runs = run_sweep(trace, jobs, processes=processes, progress=progress)
+    saved = np.maximum.accumulate([run.seconds_saved for run in runs])
+    # Of equal sizes the smallest: what a curve that has gone flat would add is worth nothing.
+    first = np.concatenate(([True], np.diff(saved) > 0))
+    size = float(np.interp(tiered.seconds_saved, saved[first], np.array(sizes)[first]))
+    return TierWorth(
+        config.host_bytes / GIB,
+        config.disk_bytes / GIB,
+        (size - config.budget_bytes) / GIB,
+        runs[0],
+        tiered,
+    )

@@ -1,0 +1,86 @@
+"""Memory below the device in the laboratory: what it brings, what its copies cost, what it is
+worth."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridcache import ModelGeometry, simulate
+from hybridcache.geometry.exchange import Exchange
+from hybridcache.geometry.times import Roofline
+from hybridcache.lab.advise import advise
+from hybridcache.lab.cli import main
+from hybridcache.lab.generators import agent
+from hybridcache.lab.simulation.result import RunResult
+
+GEOMETRY = ModelGeometry.preset("qwen3-next")
+SHARED = Roofline(GEOMETRY, 4, bytes_per_s=1e30, overhead_s=0.0)
+TRACE = agent().head(70)
+
+
+def run(**options: object) -> RunResult:
+    (found,) = simulate(TRACE, **({"gib": 2, "times": SHARED, "bound": False} | options)).runs
+    return found
+
+
+def test_host_memory_saves_what_the_device_has_no_room_for():
+    alone, tiered, whole = run(), run(host_gib=8), run(gib=10)
+    assert alone.seconds_saved < tiered.seconds_saved <= whole.seconds_saved * 1.001
+    assert tiered.token_hit_rate > alone.token_hit_rate + 0.2
+    assert tiered.losses is not None
+    assert sum(tiered.losses.values()) + tiered.cached_tokens == tiered.prompt_tokens
+
+
+def test_what_is_copied_is_waited_for_at_the_bandwidth_of_every_device():
+    tiered = run(host_gib=8, host_gb_s=10)
+    assert tiered.tier_bytes is not None
+    num_bytes = tiered.tier_bytes["host_to_device_bytes"]
+    assert num_bytes / 40e9 < tiered.copy_seconds < num_bytes / 40e9 + 70 * 20e-6
+    assert tiered.tier_bytes["device_to_host_bytes"] > 0
+
+
+def test_what_is_slower_than_computing_is_left_and_said():
+    alone, slow = run(), run(host_gib=8, host_gb_s=1e-4)
+    assert slow.cached_tokens == alone.cached_tokens and slow.copy_seconds == 0
+    assert slow.losses is not None and slow.losses["not_fetched"] > 0
+    assert alone.losses is not None and alone.losses["not_fetched"] == 0
+
+
+def test_disk_takes_what_host_memory_has_no_room_for():
+    host, both = run(host_gib=1), run(host_gib=1, disk_gib=8, disk_gb_s=100)
+    assert both.seconds_saved > host.seconds_saved
+    assert both.tier_bytes is not None and both.tier_bytes["host_to_disk_bytes"] > 0
+
+
+def test_a_record_says_which_tiers_there_were_and_peers_have_none():
+    result = simulate(TRACE, gib=2, host_gib=8, baseline="vllm", bound=False)
+    ours, peer = result.runs
+    assert (ours.config.host_gib, peer.config.host_gib) == (8, 0)
+    assert ours.label == "lru + 8 GiB host" and peer.tier_bytes is None
+    assert RunResult.from_record(ours.as_record()) == ours
+
+
+def test_the_exchange_counts_in_the_trace_s_units():
+    exchange = Exchange(SHARED, {"host": 1e9}, unit=64)
+    saved = exchange.seconds_saved(0, 10, 20, {"host": 1000})
+    whole, rest = SHARED.seconds(0, 1280), SHARED.seconds(640, 1280)
+    assert saved == pytest.approx(whole - rest - 20e-6 - 1e-6)
+
+
+def test_advice_says_what_a_tier_is_worth_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hybridcache.lab.tier_worth.NUM_SIZES", 4)
+    advice = advise(TRACE.head(25), gib=1, policies=("lru",), state_dtypes=(), host_gib=4)
+    assert advice.tiers is not None
+    assert 0 < advice.tiers.device_gib <= 4
+    assert "4 GiB of host memory are worth" in advice.text()
+    assert advice.as_record()["tiers"] == advice.tiers.as_record()
+
+
+def test_the_command_line_takes_tiers_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]):
+    command = ["simulate", "--trace", "short?head=20", "--gib", "0.3", "--host-gib"]
+    assert main([*command, "1"]) == 0
+    assert "lru + 1 GiB host" in capsys.readouterr().out
+    assert main([*command, "-1"]) == 2
+    assert "--host-gib -1.0: GiB of 0" in capsys.readouterr().err
+    assert main([*command, "0.001"]) == 2
+    assert "host_bytes" in capsys.readouterr().err
