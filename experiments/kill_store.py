@@ -47,8 +47,8 @@ def write_until_killed(folder: Path, seed: int) -> None:
             gone = living.pop(choose.randrange(len(living)))
             print("-", gone, flush=True)
             store.drop(gone)
-        number = store._next_id
-        store.append(1, str(number).encode(), [payload_of(number)])
+        number = store.next_id
+        store.append(number, 1, str(number).encode(), [payload_of(number)])
         living.append(number)
         print("+", number, flush=True)
 

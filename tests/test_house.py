@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "hybridcache/tokens.py": "",
     "hybridcache/extras.py": "",
     "hybridcache/units.py": "",
+    "hybridcache/namespaces.py": "",
     "hybridcache/results.py": "tokens",
     "hybridcache/radix": "tokens",
     "hybridcache/allocators": "tokens",
@@ -84,12 +85,13 @@ MAY_IMPORT = {
     "hybridcache/arrival.py": "allocators interface tokens",
     "hybridcache/geometry": "units",
     "hybridcache/watch": "allocators listener policies radix results",
-    "hybridcache/export": "allocators build core hybrid kv_only listener policies radix results "
-    "tokens",
+    "hybridcache/export": "allocators build core hybrid kv_only listener namespaces policies radix "
+    "results tokens",
     "hybridcache/lab": "allocators build export extras geometry interface lease policies results "
     "routing tokens units watch",
     "hybridcache/routing": "export interface policies tokens",
     "engine/config.py": "",
+    "engine/store": "",
     "engine/environment.py": "config",
     "engine/text": "",
     "engine/history": "text",

@@ -149,7 +149,13 @@ class Segment:
             RECORD_MAGIC, kind, number, len(meta), payload_bytes, zlib.crc32(meta)
         )
         tail = RECORD_TAIL.pack(TAIL_MAGIC, crc, number)
-        body = [_sealed(head), meta, _filling(len(meta)), *parts, _filling(payload_bytes)]
+        body: list[Bytes] = [
+            _sealed(head),
+            meta,
+            _filling(len(meta)),
+            *parts,
+            _filling(payload_bytes),
+        ]
         try:
             _write(self.file, body, place.first)
             _write(self.file, [_sealed(tail)], place.tail_first)

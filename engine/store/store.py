@@ -114,16 +114,20 @@ class SegmentStore:
             kind, meta = self._kinds[number]
             yield Record(number, kind, meta, self._places[number][1].payload_bytes)
 
-    def append(self, kind: int, meta: bytes, payload: Sequence[Bytes]) -> int:
-        """Write a record; its id, larger than all before. StoreFull: there is no room, and nothing
-        changed but that segments may have been cleaned."""
+    @property
+    def next_id(self) -> int:
+        """Larger than the id of every record that there is."""
+        return self._next_id
+
+    def append(self, number: int, kind: int, meta: bytes, payload: Sequence[Bytes]) -> None:
+        """Write a record with the id ``number``, ``next_id`` or larger. StoreFull: there is no
+        room, and nothing changed but that segments may have been cleaned."""
         assert not self.is_read_only, "another process writes to this store"
+        assert number >= self._next_id, "an id that was given"
         size = record_bytes(len(meta), sum(memoryview(part).nbytes for part in payload))
-        number = self._next_id
         self._make_room(size)
         self._write(number, kind, meta, payload, size)
         self._next_id = number + 1
-        return number
 
     def read(self, number: int, out: memoryview) -> bool:
         """The payload of record ``number`` into ``out``. False: it is not what was written; it is

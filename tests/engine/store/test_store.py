@@ -23,6 +23,12 @@ def payload_of(number: int, size: int) -> bytes:
     return bytes((number * 31 + 7 * i) % 251 for i in range(size))
 
 
+def append(store: SegmentStore, kind: int, meta: bytes, payload: list[bytes]) -> int:
+    number = store.next_id
+    store.append(number, kind, meta, payload)
+    return number
+
+
 def read(store: SegmentStore, number: int, size: int) -> bytes | None:
     out = bytearray(size)
     return bytes(out) if store.read(number, memoryview(out)) else None
@@ -52,7 +58,7 @@ class StoreMachine(RuleBasedStateMachine):
         need = record_bytes(len(meta), size)
         fits = self.store.live_bytes + need <= self.store.usable_bytes
         try:
-            number = self.store.append(kind, meta, [payload[: size // 2], payload[size // 2 :]])
+            number = append(self.store, kind, meta, [payload[: size // 2], payload[size // 2 :]])
         except StoreFull:
             assert not fits, "refused, though there was room"
             return
@@ -144,7 +150,7 @@ TestStore = StoreMachine.TestCase
 
 def filled(folder: Path) -> tuple[SegmentStore, list[int]]:
     store = SegmentStore.open(folder, OURS, MAX_BYTES)
-    return store, [store.append(1, b"meta", [payload_of(i, 1000)]) for i in range(6)]
+    return store, [append(store, 1, b"meta", [payload_of(i, 1000)]) for i in range(6)]
 
 
 def test_every_byte_where_the_newest_segment_may_end(tmp_path):
@@ -152,7 +158,7 @@ def test_every_byte_where_the_newest_segment_may_end(tmp_path):
     store = SegmentStore.open(tmp_path / "whole", OURS, MAX_BYTES)
     ends = {}
     for i in range(3):
-        number = store.append(i, b"m" * i, [payload_of(i, 70 * i)])
+        number = append(store, i, b"m" * i, [payload_of(i, 70 * i)])
         ends[number] = store.num_bytes
     store.close()
     (path,) = segments(tmp_path / "whole")
@@ -188,10 +194,10 @@ def test_a_second_process_reads_and_does_not_write(tmp_path):
     assert other.is_read_only and not store.is_read_only
     for number in numbers:
         store.drop(number)
-    store.append(1, b"", [bytes(8000)])
+    append(store, 1, b"", [bytes(8000)])
     assert read(other, numbers[0], 1000) == payload_of(0, 1000), "deleted files stay readable"
     with pytest.raises(AssertionError, match="another process"):
-        other.append(1, b"", [])
+        other.append(other.next_id, 1, b"", [])
     other.close()
     store.close()
     assert not SegmentStore.open(tmp_path, OURS, MAX_BYTES).is_read_only
@@ -215,11 +221,11 @@ def test_a_payload_that_changed_is_dropped_when_it_is_read(tmp_path):
 
 def test_a_record_larger_than_a_segment_has_one_of_its_own(tmp_path):
     store = SegmentStore.open(tmp_path, OURS, MAX_BYTES)
-    small, large = store.append(0, b"", [b"x"]), store.append(0, b"", [payload_of(1, 9000)])
+    small, large = append(store, 0, b"", [b"x"]), append(store, 0, b"", [payload_of(1, 9000)])
     assert len(segments(tmp_path)) == 2 and read(store, large, 9000) == payload_of(1, 9000)
     store.drop(small)
     with pytest.raises(StoreFull, match="no room for"):
-        store.append(0, b"", [bytes(MAX_BYTES)])
+        append(store, 0, b"", [bytes(MAX_BYTES)])
     with pytest.raises(ValueError, match="has 9000 bytes, not 1"):
         read(store, large, 1)
 
@@ -233,7 +239,7 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("engine.store.segment.os.pwrite", full)
         with pytest.raises(StoreFull, match="takes no more: No space left"):
-            store.append(1, b"", [bytes(10)])
+            append(store, 1, b"", [bytes(10)])
     assert store.live_bytes == 6 * record_bytes(4, 1000)
-    assert store.append(1, b"", [b"y"]) == numbers[-1] + 1
+    assert append(store, 1, b"", [b"y"]) == numbers[-1] + 1
     assert read(store, numbers[-1], 1000) == payload_of(5, 1000)
