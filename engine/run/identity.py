@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from engine.config import TILE, EngineConfig
+from engine.run.backends import Kernels
 from engine.run.tensor_files import find_files
 
 CHUNK_BYTES = 1 << 24
@@ -20,31 +19,37 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def json_digest(value: Mapping[str, Any]) -> str:
-    """Of plain data, whatever the order of its keys."""
-    return digest_of(json.dumps(value, sort_keys=True, default=str).encode())
-
-
-def weights_digest(model_dir: Path, num_workers: int, memo: Path | None = None) -> str:
-    """Of every byte of the model's weight files, not of their names. O(bytes) at the speed of
-    reading; where ``memo`` is given, that file remembers it for as long as size and time of each
-    are the same. WeightsError, OSError."""
-    files = find_files(model_dir)
-    stamps = [[str(file.resolve()), *_stamp(file)] for file in files]
-    known = _read_memo(memo)
-    if known is not None and known.get("stamps") == stamps:
-        return str(known.get("digest"))
+def weights_digest(model_dir: Path, num_workers: int) -> str:
+    """Of every byte of the model's weight files, not of their names. O(bytes), at the speed of
+    reading. WeightsError, OSError."""
+    chunks = [
+        (file, first)
+        for file in find_files(model_dir)
+        for first in range(0, file.stat().st_size, CHUNK_BYTES)
+    ]
     with ThreadPoolExecutor(num_workers) as pool:
-        chunks = [
-            (file, first)
-            for file in files
-            for first in range(0, file.stat().st_size, CHUNK_BYTES)
-        ]
-        digest = digest_of("".join(pool.map(_chunk_digest, chunks)).encode())
-    if memo is not None:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        memo.write_text(json.dumps({"stamps": stamps, "digest": digest}), encoding="utf-8")
-    return digest
+        return digest_of("".join(pool.map(_chunk_digest, chunks)).encode())
+
+
+def identity_of(
+    config: EngineConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
+    """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of the
+    weights)."""
+    dummy = f"dummy, seed {config.seed}"
+    is_dummy = config.load_format == "dummy"
+    return {
+        "weights": dummy if is_dummy else weights_digest(config.model_dir, config.load_workers),
+        "config": digest_of((config.model_dir / "config.json").read_bytes()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "state dtype": config.state_dtype,
+        "checkpoint dtype": config.checkpoint_dtype,
+        "quantization": config.quantization or "none",
+        "multi-token head": str("mtp" in config.drafters),
+        "tile": str(TILE),
+        "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),
+        **machine_words(device),
+    }
 
 
 def machine_words(device: torch.device) -> dict[str, str]:
@@ -54,19 +59,6 @@ def machine_words(device: torch.device) -> dict[str, str]:
     else:
         name = str(torch.get_device_module(device).get_device_name(device))
     return {"device": f"{device.type}, {name}", "torch": torch.__version__}
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _read_memo(memo: Path | None) -> dict[str, Any] | None:
-    try:
-        found = None if memo is None else json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _chunk_digest(chunk: tuple[Path, int]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
@@ -35,8 +36,10 @@ from hybridcache.tokens import Indices, Tokens
 Kind = Literal["kv", "checkpoint"]
 Rows = npt.NDArray[np.uint8]
 """``[n, row_bytes]``."""
-ReadRows = Callable[[int, int], Rows]
-"""The bytes of rows [first, end) of what is to be written, as the device has them now."""
+Coming = Callable[[], Rows]
+"""Bytes that may be on their way yet: it waits for them."""
+ReadRows = Callable[[int, int], Coming]
+"""The bytes of rows [first, end) of what is to be written, as they are now."""
 
 KV, STATE = 1, 2
 KV_HEAD, STATE_HEAD = struct.Struct("<QQI"), struct.Struct("<QQ")
@@ -44,6 +47,9 @@ MAX_RECORD_BYTES = 1 << 22
 """Of KV: a hit reads no more than one record that it needs a part of."""
 MAX_PENDING_BYTES = 1 << 28
 """What waits to be written; beyond it nothing is kept that need not be."""
+
+FADING = 0.95
+"""What one read says of the disk's speed counts for so much less after the next."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +73,28 @@ class Disk:
         self._offsets = np.zeros(num_rows, np.int32)
         self._pins: dict[int, int] = {}
         """Rows that point into a record."""
-        self._pending: dict[int, Rows] = {}
+        self._pending: dict[int, Coming] = {}
         self._pending_bytes = 0
         self._written = Condition()
         self._failed: deque[int] = deque()
         self._staged: dict[int, Future[Rows | None]] = {}
+        self.is_broken = store.is_read_only
+        """Nothing more can be written: what is moved here is lost."""
+        self._read_bytes = self._read_s = 0.0
         self.num_skipped = 0
         """What was not kept for want of room or time."""
         self._next_id = store.next_id
-        self._takes_more = not store.is_read_only
         for record in tuple(store.records()):
             what = self._parse(record.kind, record.meta, record.payload_bytes)
             if what is None or not self.prefixes.add(record.id, what):
                 store.drop(record.id)
                 continue
             self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast payloads were read, the latest most of all; None: none was."""
+        return self._read_bytes / self._read_s if self._read_s else None
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +122,7 @@ class Disk:
 
     def bind(self, rows: Indices, pieces: list[Piece]) -> None:
         """Let ``rows`` point into ``pieces``; those past their end, nowhere."""
+        self._unbind(rows)
         first = 0
         for piece in pieces:
             some = rows[first : first + piece.num_tokens]
@@ -116,7 +130,6 @@ class Disk:
             self._offsets[some] = np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)
             self._pins[piece.id] = self._pins.get(piece.id, 0) + len(some)
             first += piece.num_tokens
-        self._records[rows[first:]] = 0
 
     def forget(self, rows: Indices) -> None:
         """``rows`` point nowhere any more: what they pointed into goes first."""
@@ -171,6 +184,18 @@ class Disk:
     def touch(self, namespace: Hashable, tokens: Tokens) -> None:
         """A request resumed at the end of ``tokens``. O(len(tokens))."""
         self.prefixes.touch(self.prefixes.find(namespace, tokens), len(tokens))
+
+    def clear(self) -> None:
+        """Forget everything: no row points anywhere, and nothing is kept."""
+        self._records[:] = 0
+        self._pins.clear()
+        for number in sorted(self.prefixes.used, reverse=True):
+            self._drop(number)
+
+    def unbind_all(self) -> None:
+        """No row points anywhere; what is kept stays."""
+        self._records[:] = 0
+        self._pins.clear()
 
     def settle(self) -> None:
         """Take in what the disk thread could not write. O(what failed)."""
@@ -252,13 +277,13 @@ class Disk:
             parent, start = number, end
 
     def _write(
-        self, what: Run | State, kind: int, meta: bytes, read: Callable[[], Rows], must: bool
+        self, what: Run | State, kind: int, meta: bytes, read: Callable[[], Coming], must: bool
     ) -> int | None:
         """Its id; None: there is no room."""
         num_rows = len(what.tokens) if isinstance(what, Run) else self.state_rows
         num_bytes = num_rows * self.row_bytes
         size = record_bytes(len(meta), num_bytes)
-        if not self._takes_more or not self._has_time(num_bytes, must):
+        if self.is_broken or not self._has_time(num_bytes, must):
             self.num_skipped += 1
             return None
         number = self._next_id
@@ -275,21 +300,21 @@ class Disk:
         self._pending[number] = payload
         with self._written:
             self._pending_bytes += num_bytes
-        self._thread.do(lambda: self._append(number, kind, meta, payload))
+        self._thread.do(lambda: self._append(number, kind, meta, payload, num_bytes))
         return number
 
-    def _append(self, number: int, kind: int, meta: bytes, payload: Rows) -> None:
+    def _append(self, number: int, kind: int, meta: bytes, payload: Coming, num_bytes: int) -> None:
         """On the disk thread."""
         try:
-            self._store.append(number, kind, meta, [payload.data.cast("B")])
+            self._store.append(number, kind, meta, [payload().data.cast("B")])
         except StoreFull as error:
             logger.warning("Nothing more is kept on disk: %s", error)
-            self._takes_more = False
+            self.is_broken = True
             self._failed.append(number)
         finally:
             del self._pending[number]
             with self._written:
-                self._pending_bytes -= payload.nbytes
+                self._pending_bytes -= num_bytes
                 self._written.notify_all()
 
     def _has_time(self, num_bytes: int, must: bool) -> bool:
@@ -349,8 +374,8 @@ class Disk:
             return None
         pending = self._pending.get(number)
         if pending is not None:
-            return pending
-        staged = self._staged.pop(number, None)
+            return pending()
+        staged = self._staged.get(number)
         if staged is None:
             staged = self._thread.do(self._reader(number), urgent=True)
         payload = staged.result()
@@ -365,8 +390,11 @@ class Disk:
 
         def read() -> Rows | None:
             out = np.empty((num_rows, self.row_bytes), np.uint8)
-            is_there = number in self._store
-            return out if is_there and self._store.read(number, out.data.cast("B")) else None
+            start = time.perf_counter()
+            is_whole = number in self._store and self._store.read(number, out.data.cast("B"))
+            self._read_s = FADING * self._read_s + time.perf_counter() - start
+            self._read_bytes = FADING * self._read_bytes + out.nbytes
+            return out if is_whole else None
 
         return read
 

@@ -154,6 +154,29 @@ class Prefixes:
         for piece in reversed(pieces):
             self.used.move_to_end(piece.id)
 
+    def newest_states(self, room: int, state_rows: int) -> list[int]:
+        """The states used last, the newest first, as many as ``room`` rows hold with all KV under
+        them. O(states + runs on their paths)."""
+        covered: dict[int, int] = {}
+        found = []
+        for number, what in reversed(self.used.items()):
+            if not isinstance(what, State):
+                continue
+            room -= state_rows
+            above, end = what.parent, what.position
+            while above:
+                run = self.used[above]
+                assert isinstance(run, Run)
+                known = covered.get(above, 0)
+                if end - run.start > known:
+                    room -= end - run.start - known
+                    covered[above] = end - run.start
+                above, end = run.parent, run.start
+            if room < 0:
+                break
+            found.append(number)
+        return found
+
     def path(self, number: int) -> tuple[Hashable, Tokens]:
         """(namespace, tokens from the first to its end). O(position)."""
         what = self.used[number]

@@ -52,7 +52,7 @@ class SegmentStore:
         self._digest = digest
         self.max_bytes = max_bytes
         self._lock = lock
-        self._segment_bytes = min(max(max_bytes // SEGMENTS, MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
+        self._segment_bytes = _segment_bytes(max_bytes)
         self._segments: dict[int, Segment] = {}
         self._current: Segment | None = None
         self._places: dict[int, tuple[Segment, Place]] = {}
@@ -100,7 +100,12 @@ class SegmentStore:
     def usable_bytes(self) -> int:
         """Living bytes, ``record_bytes`` each, up to which no ``append`` of a record below a
         segment's size is refused but by the disk itself."""
-        return int((self.max_bytes - 2 * self._segment_bytes) * USABLE)
+        return self.usable_bytes_of(self.max_bytes)
+
+    @classmethod
+    def usable_bytes_of(cls, max_bytes: int) -> int:
+        """Of a store of ``max_bytes``."""
+        return int((max_bytes - 2 * _segment_bytes(max_bytes)) * USABLE)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -260,6 +265,10 @@ class SegmentStore:
         segment.path.unlink(missing_ok=True)
         segment.close()
         del self._segments[segment.number]
+
+
+def _segment_bytes(max_bytes: int) -> int:
+    return min(max(max_bytes // SEGMENTS, MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
 
 
 def _lock(folder: Path) -> int | None:

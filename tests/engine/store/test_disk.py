@@ -33,7 +33,7 @@ def rows_of(path, kind="kv"):
 
 def reader(path, num_rows, kind="kv"):
     data = rows_of(path, kind)[-num_rows:]
-    return lambda first, end: data[first:end].copy()
+    return lambda first, end: lambda: data[first:end].copy()
 
 
 def random_path(choose):
