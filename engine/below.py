@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Below, Runner
+from engine.schedule.batch import KEPT
 from engine.schedule.cache_manager import CacheManager
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.fetching import Fetcher
 from engine.schedule.keeping import Keeping
 from engine.schedule.memory import MemorySizes
+from engine.schedule.plan import Plan
 from engine.schedule.staging import Staging
 from engine.store.disk import Disk
 from engine.store.prefixes import Piece, covering
 from engine.store.store import SegmentStore
 from engine.store.whose import claim
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.orders import DISK, HOST
+from hybridcache.allocators.orders import DISK, HOST, Copy
 from hybridcache.tiered import TieredRadixCache
 from hybridcache.units import GIB
 
@@ -87,6 +89,9 @@ class LowerMemory:
                 num_rows=rows[DISK],
             )
             self.adopt()
+            if self.disk.is_broken:
+                cache.lower.close(DISK)
+                logger.warning("%s is another engine's: what is there is read.", self.folder)
         self._below: Below = runner.attach(rows.get(HOST, 0), self.disk)
         self.exchange = MeasuredExchange(runner.geometry, self._bytes_per_s)
         self.keeping: Keeping | None = None
@@ -102,8 +107,14 @@ class LowerMemory:
         disk = self.disk
         return {
             HOST: self._below.host_bytes_per_s,
-            DISK: None if disk is None else 0.0 if disk.is_broken else disk.bytes_per_s,
+            DISK: None if disk is None else disk.bytes_per_s,
         }
+
+    def step_done(self, plan: Plan, seconds: float) -> None:
+        """A step was computed in ``seconds``."""
+        self.exchange.learn(plan, seconds)
+        if self.disk is not None and self.disk.is_broken:
+            self._cache.lower.close(DISK)
 
     def adopt(self) -> int:
         """Let the cache, which has nothing of it, know what the disk holds, the newest at most that
@@ -129,7 +140,10 @@ class LowerMemory:
     def reset(self) -> None:
         """The cache was emptied because somebody wanted it: nothing is kept either."""
         if self.disk is not None:
-            self._cache.lower.orders.take()
+            orders = self._cache.lower.orders
+            for order in orders.take():
+                if not (isinstance(order, Copy) and order.dst_tier == KEPT):
+                    orders.add(order)
             self.disk.clear()
 
     def start_over(self) -> None:

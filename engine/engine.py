@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.batch import BytesLost
 from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import QueueFull, Scheduler
@@ -39,25 +39,6 @@ from hybridcache.policies.words import parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """Where one step's time went, and what it did."""
-
-    schedule_s: float
-    forward_s: float
-    sample_s: float
-    wait_s: float
-    """For the device: all that its work takes beyond the host's."""
-    commit_s: float
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_running: int
-    num_waiting: int
-
-
-Observer = Callable[[StepReport], None]
 
 
 class Engine:
@@ -308,7 +289,7 @@ class Engine:
         scored = [score.wait() for score in scores]
         self._laps.append(self.clock())
         if self._lower is not None:
-            self._lower.exchange.learn(plan, self._laps[-1] - self._laps[1])
+            self._lower.step_done(plan, self._laps[-1] - self._laps[1])
         taken = self._scheduler.commit(plan, tokens, scored)
         if taken:
             self.runner.commit(plan.batch, taken)
@@ -451,10 +432,13 @@ class Engine:
         return self.cache_report() | {"tree": self.outline().splitlines()}
 
     def close(self) -> None:
-        """Write what is still to be kept. Nothing else of an engine needs an end."""
+        """End all requests and write what is still to be kept. Without lower tiers nothing needs
+        it."""
+        for request_id in tuple(self._requests):
+            self.abort(request_id)
+        while self.has_work():
+            self.step()
         if self._lower is not None:
-            while self.has_work():
-                self.step()
             self._lower.close()
 
     def check(self) -> None:

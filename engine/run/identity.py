@@ -1,4 +1,4 @@
-"""What the bits of KV and states depend on: whoever reads them back must be the same in all of it."""
+"""What the bits of KV and states depend on: who reads them back must be the same in all of it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def weights_digest(model_dir: Path, num_workers: int) -> str:
 def identity_of(
     config: EngineConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
 ) -> dict[str, str]:
-    """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of the
-    weights)."""
+    """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of
+    the weights)."""
     dummy = f"dummy, seed {config.seed}"
     is_dummy = config.load_format == "dummy"
     return {

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.requests.request import Request
+from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.keeping import Keeping
 from hybridcache.allocators.moves import PendingMoves
 from hybridcache.allocators.orders import Order, Orders
@@ -57,7 +58,7 @@ class CacheManager:
         exact: bool = False,
         log: LeaseLog | None = None,
         owns_states: bool = False,
-        exchange: FetchRule | None = None,
+        exchange: MeasuredExchange | None = None,
         keeping: Keeping | None = None,
     ) -> None:
         """``owns_states``: a request's state has the slot of its row's number, beside the cache's
@@ -103,7 +104,10 @@ class CacheManager:
             answer_survives=request.answer_survives,
             own_slot=self._free_rows[-1] if self._owns_states else None,
         )
-        lease = Lease.begin(self.cache, self._placement, asked, self._exchange)
+        exchange: FetchRule | None = self._exchange
+        if self._exchange is not None and request.fetched_len:
+            exchange = self._exchange.after_reading
+        lease = Lease.begin(self.cache, self._placement, asked, exchange)
         if self._log is not None:
             self._log.begin(lease, asked)
         if lease is None:
