@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.below import LowerMemory, LowerSizes
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
@@ -14,6 +15,7 @@ from hybridcache.build import CacheConfig
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.words import parse_placement
+from hybridcache.tiered import TieredRadixCache
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -58,6 +60,7 @@ def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
     """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does
     not suit it."""
     memory, kind = runner.memory, config.prefix_cache
+    lower = LowerSizes.of(config, memory)
     if memory.is_stateful and kind == "radix":
         raise ConfigError(
             "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that "
@@ -75,11 +78,27 @@ def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
         eviction=config.eviction,
         kv_bytes_per_token=memory.row_bytes,
         state_bytes=max(memory.state_bytes, 1),
+        host_bytes=lower.host,
+        disk_bytes=lower.disk,
     )
 
 
+def make_lower(
+    config: EngineConfig, cache: PrefixCache, runner: Runner, tokenizer: Tokenizer | None
+) -> LowerMemory | None:
+    """The memory below the device's that ``config`` asks for, and what was in it. StoreError: a
+    folder that can not be used."""
+    if not isinstance(cache, TieredRadixCache):
+        return None
+    return LowerMemory(config, LowerSizes.of(config, runner.memory), cache, runner, tokenizer)
+
+
 def make_manager(
-    config: EngineConfig, cache: PrefixCache, memory: MemorySizes, log: LeaseLog | None
+    config: EngineConfig,
+    cache: PrefixCache,
+    memory: MemorySizes,
+    log: LeaseLog | None,
+    lower: LowerMemory | None = None,
 ) -> CacheManager:
     """What gives requests their leases on ``cache``."""
     words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
@@ -91,4 +110,6 @@ def make_manager(
         exact=config.exact,
         log=log,
         owns_states=memory.owns_states,
+        exchange=None if lower is None else lower.exchange,
+        keeping=None if lower is None else lower.keeping,
     )

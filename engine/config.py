@@ -142,6 +142,17 @@ class EngineConfig:
         "memory for states alone, those of running requests and checkpoints alike, GiB: two fixed "
         "pools, as with --kv-gib",
     )
+    host_gib: float | None = _setting(
+        None, "host memory for what leaves the device's, GiB; none: what is evicted is gone"
+    )
+    state_dir: str | None = _setting(
+        None,
+        "folder in which all that is cached is kept too: there is a tier below the others, and the "
+        "next start has it; none: nothing is written",
+    )
+    disk_gib: float | None = _setting(
+        None, "most that state_dir may take, GiB; none: 2.5 times device and host memory"
+    )
     max_model_len: int | None = _setting(
         None, "most tokens of prompt and answer; none: the model's own"
     )
@@ -210,6 +221,11 @@ class EngineConfig:
         after each is kept."""
         return (1 + self.draft_len) * min(self.max_running, DRAFTED_FULLY) if self.draft_len else 0
 
+    @property
+    def has_lower(self) -> bool:
+        """Whether there is memory below the device's."""
+        return self.host_gib is not None or self.state_dir is not None
+
     def __post_init__(self) -> None:
         for name in ("tp", "grid", "page_size", "max_running", "max_queue"):
             _check_positive_int(name, getattr(self, name))
@@ -226,12 +242,16 @@ class EngineConfig:
             _check_positive_int("max_model_len", self.max_model_len)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be between 0 and 2**63 - 1, not {self.seed}.")
-        for name in ("kv_gib", "state_gib", "cache_gib"):
+        for name in ("kv_gib", "state_gib", "cache_gib", "host_gib", "disk_gib"):
             size = getattr(self, name)
             if size is not None and not (isinstance(size, int | float) and 0 < size < 2**20):
                 raise ConfigError(f"{name} must be a positive number of GiB, not {size}.")
         if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
             raise ConfigError("give cache_gib alone, or kv_gib and state_gib, not both.")
+        if self.disk_gib is not None and self.state_dir is None:
+            raise ConfigError("disk_gib is the size of a folder: name it with state_dir.")
+        if self.state_dir == "":
+            raise ConfigError("state_dir must name a folder; leave it out to keep nothing.")
         try:
             CheckpointFormat.parse(self.checkpoint_dtype)
         except ValueError as error:

@@ -7,13 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.build import cache_config, load, make_manager, sampling_defaults
+from engine.build import cache_config, load, make_lower, make_manager, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
 from engine.engine_loop import taken
@@ -26,7 +25,9 @@ from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
+from engine.schedule.batch import BytesLost
 from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import QueueFull, Scheduler
@@ -38,25 +39,6 @@ from hybridcache.policies.words import parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """Where one step's time went, and what it did."""
-
-    schedule_s: float
-    forward_s: float
-    sample_s: float
-    wait_s: float
-    """For the device: all that its work takes beyond the host's."""
-    commit_s: float
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_running: int
-    num_waiting: int
-
-
-Observer = Callable[[StepReport], None]
 
 
 class Engine:
@@ -109,7 +91,10 @@ class Engine:
         built = cache_config(config, runner)
         self._cache_kind = built.prefix_cache
         self._cache = build_prefix_cache(built)
-        self._manager = make_manager(config, self._cache, runner.memory, log)
+        self._lower = make_lower(config, self._cache, runner, tokenizer)
+        self._manager = make_manager(config, self._cache, runner.memory, log, self._lower)
+        if fetcher is None and self._lower is not None:
+            fetcher = self._lower.fetcher(self._manager)
         self._fetching = None if fetcher is None else Fetching(self._manager, fetcher)
         if drafting is None and config.drafters:
             drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
@@ -229,6 +214,7 @@ class Engine:
             self._scheduler.has_work()
             or self._in_flight is not None
             or self._scheduler.has_progressed
+            or (self._lower is not None and self._manager.has_moves)
         )
 
     def step(self) -> list[RequestOutput]:
@@ -246,20 +232,25 @@ class Engine:
             logits = self._forward(plan)
             in_flight = self._sample(plan, logits)
             return self._commit(self._due(in_flight))
+        return self.take_outputs()
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
         """Whatever breaks a step off (an interrupt, say), the engine can go on with the next."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._in_flight = None
-            self.interrupted = tuple(r.request_id for r in self._scheduler.recover())
+            interrupted = tuple(r.request_id for r in self._scheduler.recover())
             if self._manager.lost_moves():
                 if self._fetching is not None:
                     self._fetching.give_up()
-                self.reset_prefix_cache()
-            raise
+                self._forget()
+                if self._lower is not None:
+                    self._lower.start_over()
+            if not isinstance(error, BytesLost):
+                self.interrupted = interrupted
+                raise
 
     def _schedule(self) -> Plan:
         self._laps = [self.clock()]
@@ -297,6 +288,8 @@ class Engine:
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
         self._laps.append(self.clock())
+        if self._lower is not None:
+            self._lower.step_done(plan, self._laps[-1] - self._laps[1])
         taken = self._scheduler.commit(plan, tokens, scored)
         if taken:
             self.runner.commit(plan.batch, taken)
@@ -404,7 +397,12 @@ class Engine:
             self.abort(request_id)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every prefix that no running request stands on."""
+        """Forget every prefix that no running request stands on, wherever it is kept."""
+        self._forget()
+        if self._lower is not None:
+            self._lower.reset()
+
+    def _forget(self) -> None:
         self._cache.reset()
         if self._log is not None:
             self._log.reset()
@@ -432,6 +430,16 @@ class Engine:
     def cache_view(self) -> dict[str, Any]:
         """The same with an outline of the tree."""
         return self.cache_report() | {"tree": self.outline().splitlines()}
+
+    def close(self) -> None:
+        """End all requests and write what is still to be kept. Without lower tiers nothing needs
+        it."""
+        for request_id in tuple(self._requests):
+            self.abort(request_id)
+        while self.has_work():
+            self.step()
+        if self._lower is not None:
+            self._lower.close()
 
     def check(self) -> None:
         """AssertionError unless every invariant of the cache holds, ``free + cached + held ==

@@ -143,6 +143,7 @@ class EngineLoop(Generic[Reader]):
                 self._step()
             for request_id in tuple(self._streams):
                 self._engine.abort(request_id)
+            self._engine.close()
         except RunnerLost as error:
             self._has_failed = True
             logger.error("The engine ended: %s", error)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from engine.drafts.drafter import Newest
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
 from engine.schedule.memory import MemorySizes
+from engine.store.disk import Disk
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices, Tokens
@@ -16,6 +17,13 @@ from hybridcache.tokens import Indices, Tokens
 
 class RunnerLost(RuntimeError):
     """The runner can compute nothing any more, in one sentence that says why."""
+
+
+class Below(Protocol):
+    """Memory below a runner's own."""
+
+    host_bytes_per_s: float | None
+    """To the device, measured; None: there is no host tier."""
 
 
 class Runner(Protocol):
@@ -55,6 +63,15 @@ class Runner(Protocol):
         """What the model's own multi-token head takes to follow each newest token, which is not
         computed yet: int32, at most as many as ``most`` says, 1 or more. Between the ``commit`` of
         a batch and the next ``forward``."""
+        ...
+
+    def attach(self, num_host_rows: int, disk: Disk | None) -> Below:
+        """Have so many rows of host memory, and ``disk``, below the arena; batches may then order
+        copies between them. ModelError: there is no such memory."""
+        ...
+
+    def identity(self) -> Mapping[str, str]:
+        """All that the bits it computes depend on, in words."""
         ...
 
     def table_row(self, row: int, end: int) -> Indices:

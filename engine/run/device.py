@@ -118,6 +118,13 @@ class Device:
         if not self.is_cpu:
             self.module.empty_cache()
 
+    def register(self, host: torch.Tensor) -> bool:
+        """Have copies between ``host``, ordinary memory, and the device go by themselves; False:
+        they make the host wait here."""
+        if not hasattr(self.module, "cudart") or not host.numel():
+            return False
+        return int(self.module.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) == 0
+
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """What captures graphs: it runs ``work`` once, then captures what it launches; its result
         launches that again, on the same memory. All graphs of one recorder work in one pool, each

@@ -15,10 +15,12 @@ from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
+from engine.run.identity import identity_of
 from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.parameters import Build, WeightSpec
 from engine.run.layers.rotary import RotaryTable
 from engine.run.loading import DTYPES, load_model, resolve_dtype
+from engine.run.lower import LowerRows
 from engine.run.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
 from engine.run.model_config import ModelConfig, ModelError, read_config
 from engine.run.models import read_model
@@ -28,7 +30,9 @@ from engine.run.ranks.rank import ALONE, Rank
 from engine.run.step_inputs import StepInputs
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, logit_rows, pieces
+from engine.store.disk import Disk
 from hybridcache.allocators.moves import Move
+from hybridcache.allocators.orders import Order
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.shares import share_of
@@ -48,11 +52,14 @@ class ModelRunner:
     """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no
     request."""
 
+    _lower: LowerRows | None
+
     def __init__(self, config: EngineConfig, rank: Rank = ALONE) -> None:
         self.rank, self.device = rank, Device.resolve(config.device)
         if rank.count > 1:
             self.device = self.device.of_rank(rank.number)
             config = config if self.device.is_cpu else replace(config, graphs="off")
+        self._config, self._lower = config, None
         self.device.make_current()
         config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
@@ -380,12 +387,38 @@ class ModelRunner:
         self.device.make_current()
         return self._predictor.guess(newest, most)
 
-    def _move_rows(self, moves: Sequence[Move]) -> None:
-        """Move after move, since one may read what another wrote."""
-        for move in moves:
+    def attach(self, num_host_rows: int, disk: Disk | None) -> LowerRows:
+        """Give the arena memory below it: so many rows of the host's, and a disk. ModelError: there
+        is no arena, or no such memory."""
+        if self.tensors.rows is None or not self.memory.slab_rows:
+            raise ModelError(
+                "host and disk tiers need one arena of KV and states: use --cache-gib."
+            )
+        self._lower = LowerRows(
+            self.tensors.rows,
+            self.memory.slab_rows,
+            self.device,
+            num_host_rows=num_host_rows,
+            disk=disk,
+        )
+        return self._lower
+
+    def identity(self) -> Mapping[str, str]:
+        """All that the bits it computes depend on, in words. O(bytes of the weights)."""
+        return identity_of(self._config, self.kernels, self.dtype, self.device.torch_device)
+
+    def _move_rows(self, orders: Sequence[Order]) -> None:
+        """One after the other, since one may read what another wrote."""
+        if self._lower is not None:
+            self._lower.settle()
+        for order in orders:
+            if not isinstance(order, Move):
+                assert self._lower is not None, "there is no memory below the device's"
+                self._lower.make(order)
+                continue
             rows = self.tensors.rows
             assert rows is not None, "rows of a pool do not move"
-            pairs = np.stack([move.src, move.dst])
+            pairs = np.stack([order.src, order.dst])
             sources, targets = upload(pairs, torch.int32, self.device.torch_device)
             self._cache_write.move_rows(rows, sources, targets)
 

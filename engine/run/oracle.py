@@ -16,7 +16,7 @@ For tests, and for studies that want the engine's schedule without the cost of a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
 from typing import NamedTuple
@@ -26,11 +26,13 @@ import numpy.typing as npt
 
 from engine.drafts.drafter import Newest
 from engine.requests.sampling_params import SamplingInput
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.batch import KEPT, Batch, Segment
 from engine.schedule.memory import MemorySizes
+from engine.store.disk import Disk
 from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import Move
+from hybridcache.allocators.orders import DEVICE, Copy, Drop, Order
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import Indices, Tokens
 
@@ -50,6 +52,18 @@ class State(NamedTuple):
     position: int
     fingerprint: int
     namespace: Hashable
+
+
+class RowMark(NamedTuple):
+    """What stands in a KV row."""
+
+    fingerprint: int
+    token: int
+    by_decode: int
+
+
+Stored = tuple[RowMark | State, int]
+"""In a row of a lower tier: that of a KV row and whose it is, or a piece of a state and which."""
 
 
 class OracleRunner:
@@ -88,6 +102,8 @@ class OracleRunner:
         self._states: list[State | None] = [None] * self.memory.num_slots
         self._own: dict[int, State | None] = {}
         """Running states by their slots, where these are no slots of the memory."""
+        self._below: dict[tuple[str, int], Stored] = {}
+        """What lies in rows of lower tiers."""
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
         self._verified: list[tuple[Segment, Fingerprints]] = []
@@ -98,8 +114,8 @@ class OracleRunner:
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
         self._forget_verified()
-        for move in batch.moves:
-            self._move(move)
+        for order in batch.moves:
+            self._make(order)
         for row, start, indices in batch.row_writes:
             self._write_row(row, start, indices)
         for source, target in batch.restores:
@@ -126,6 +142,68 @@ class OracleRunner:
     def table_row(self, row: int, end: int) -> Indices:
         """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any."""
         return self._table.get(row, np.empty(0, np.int32))[:end]
+
+    def attach(self, num_host_rows: int, disk: Disk | None) -> OracleRunner:
+        """What lies below is remembered, whatever ``disk`` does."""
+        return self
+
+    host_bytes_per_s: float | None = None
+
+    def identity(self) -> Mapping[str, str]:
+        """It computes like every other of its size."""
+        return {"runner": "oracle"}
+
+    def _make(self, order: Order) -> None:
+        """A move, or what goes from one tier to another, which must be what it is said to be."""
+        if isinstance(order, Move):
+            self._move(order)
+        elif isinstance(order, Drop):
+            for row in order.rows.tolist():
+                self._below.pop((order.tier, row), None)
+        else:
+            self._copy(order)
+
+    def _copy(self, order: Copy) -> None:
+        stored = self._stored(order)
+        if order.path is not None:
+            _prove_path(order, stored)
+        if order.dst_tier == KEPT:
+            return
+        if order.dst_tier != DEVICE:
+            assert len(stored) == len(order.dst), "rows that do not fit"
+            pairs = zip(order.dst.tolist(), stored, strict=True)
+            self._below.update({(order.dst_tier, row): one for row, one in pairs})
+        elif order.kind == "checkpoint":
+            state = stored[0][0]
+            whole = [(state, piece) for piece in range(len(stored))]
+            assert isinstance(state, State) and stored == whole, "pieces of several states"
+            self._write_state(int(order.dst[0]), state)
+        else:
+            for row, (token, place) in zip(order.dst.tolist(), stored, strict=True):
+                assert isinstance(token, RowMark), "a piece of a state in a KV row"
+                self._fingerprints[row], self._writers[row] = token.fingerprint, place
+                self._tokens[row] = token.token, token.by_decode
+            self._forget_states(order.dst)
+
+    def _stored(self, order: Copy) -> list[Stored]:
+        """What ``order`` finds at its source."""
+        rows = order.src.tolist()
+        if order.src_tier != DEVICE:
+            return [self._below[order.src_tier, row] for row in rows]
+        if order.kind == "checkpoint":
+            state = self._states[rows[0]]
+            assert state is not None, f"slot {rows[0]} is spilled, and was never written"
+            return [(state, piece) for piece in range(self._state_rows)]
+        assert (self._writers[order.src] >= 0).all(), "a KV row is spilled that nobody wrote"
+        return [
+            (RowMark(int(self._fingerprints[row]), *self._tokens[row].tolist()), writer)
+            for row, writer in zip(rows, self._writers[order.src].tolist(), strict=True)
+        ]
+
+    @property
+    def _state_rows(self) -> int:
+        sizes = self.memory
+        return slab_rows(sizes.state_bytes, sizes.row_bytes, sizes.page_size)
 
     def _move(self, move: Move) -> None:
         assert not set(move.src.tolist()) & set(move.dst.tolist()), "a row moves into its own slab"
@@ -327,6 +405,23 @@ def _sizes(
         return MemorySizes("pools", num_kv_tokens, num_slots, row, state, page_size)
     num_slots = num_kv_tokens // slab_rows(state, row, page_size) if state else 0
     return MemorySizes("arena", num_kv_tokens, num_slots, row, state, page_size)
+
+
+def _prove_path(order: Copy, stored: list[Stored]) -> None:
+    """What goes to disk is what its path says."""
+    assert order.path is not None
+    namespace, tokens = order.path
+    assert len(tokens) == order.position, "a path that ends elsewhere"
+    found = [mark for mark, _ in stored]
+    if order.kind == "checkpoint":
+        (state,) = set(found)
+        assert isinstance(state, State) and state.position == order.position, "another state"
+        assert state.namespace == namespace, "a state of another namespace"
+        return
+    first = order.position - len(found)
+    assert [mark.token for mark in found if isinstance(mark, RowMark)] == tokens[first:].tolist(), (
+        "KV of other tokens"
+    )
 
 
 class OracleDrawn:

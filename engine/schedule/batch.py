@@ -10,7 +10,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.orders import Order
+
+KEPT = "kept"
+"""The tier of what is copied to disk and stays where it is: what was published, against the end of
+the process."""
+
+
+class BytesLost(RuntimeError):
+    """What a batch had to bring is not there: nobody may read what it names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +76,9 @@ class Batch:
     late_tokens: tuple[tuple[int, int], ...] = ()
     """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step
     before)."""
-    moves: tuple[Move, ...] = ()
-    """Rows of an arena to move, one move after the other: ``hybridcache.allocators.moves``."""
+    moves: tuple[Order, ...] = ()
+    """Rows of an arena to move, and what is copied between tiers, one after the other:
+    ``hybridcache.allocators.orders``."""
 
     def __post_init__(self) -> None:
         copies = self.restores or self.row_writes

@@ -8,18 +8,22 @@ a request gets one, and what changes in it becomes work for the next batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.requests.request import Request
-from hybridcache.allocators.moves import Move, PendingMoves
+from engine.schedule.exchange import MeasuredExchange
+from engine.schedule.keeping import Keeping
+from hybridcache.allocators.moves import PendingMoves
+from hybridcache.allocators.orders import Order, Orders
 from hybridcache.arrival import Arrival
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog
-from hybridcache.policies.protocol import PlacementPolicy, Prefill
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Indices, Tokens
 
@@ -36,7 +40,7 @@ MAX_MOVES = 1
 class Copies(NamedTuple):
     """What the next batch has to copy before it computes, in this order."""
 
-    moves: tuple[Move, ...]
+    moves: tuple[Order, ...]
     row_writes: tuple[RowWrite, ...]
     restores: tuple[tuple[int, int], ...]
 
@@ -54,15 +58,20 @@ class CacheManager:
         exact: bool = False,
         log: LeaseLog | None = None,
         owns_states: bool = False,
+        exchange: MeasuredExchange | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         """``owns_states``: a request's state has the slot of its row's number, beside the cache's
-        memory."""
+        memory. ``exchange``: what of lower tiers is fetched; ``keeping`` has what is published
+        kept."""
         self.cache = cache
         self._make_placement = make_placement
         self._placement = make_placement()
         self._stateful = stateful
         self._exact = exact
         self._owns_states = owns_states
+        self._exchange = exchange
+        self._publishing = nullcontext if keeping is None else keeping.publishing
         self._log = log
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints sit on multiples of it."""
@@ -72,9 +81,11 @@ class CacheManager:
         self._arrivals: dict[Arrival, None] = {}
         self._restores: dict[int, tuple[int, int]] = {}
         self._row_writes: list[RowWrite] = []
-        self._moves = PendingMoves()
+        self._moves: PendingMoves | Orders = PendingMoves()
         self._has_given_moves = False
-        if cache.arena is not None:
+        if cache.lower is not None:
+            self._moves = cache.lower.orders
+        elif cache.arena is not None:
             cache.arena.holders[self._moves] = None
 
     def begin(self, request: Request) -> bool:
@@ -93,7 +104,10 @@ class CacheManager:
             answer_survives=request.answer_survives,
             own_slot=self._free_rows[-1] if self._owns_states else None,
         )
-        lease = Lease.begin(self.cache, self._placement, asked)
+        exchange: FetchRule | None = self._exchange
+        if self._exchange is not None and request.fetched_len:
+            exchange = self._exchange.after_reading
+        lease = Lease.begin(self.cache, self._placement, asked, exchange)
         if self._log is not None:
             self._log.begin(lease, asked)
         if lease is None:
@@ -168,7 +182,7 @@ class CacheManager:
         arena = self.cache.arena
         if arena is None:
             return num_wanted
-        return min(len(arena.free_slabs) + MAX_MOVES - len(self._moves), num_wanted)
+        return min(len(arena.free_slabs) + MAX_MOVES - self._moves.num_moves, num_wanted)
 
     def match(self, request: Request) -> PrefixMatch:
         """What the cache has of waiting ``request`` now. O(its length)."""
@@ -190,7 +204,8 @@ class CacheManager:
         """Publish what came, or give its memory back."""
         del self._arrivals[arrival]
         if is_whole:
-            arrival.publish()
+            with self._publishing():
+                arrival.publish()
         else:
             arrival.abort()
 
@@ -214,7 +229,8 @@ class CacheManager:
     def publish(self, request: Request) -> None:
         """Hand what ``request`` has computed to the tree."""
         lease, row = request.claims
-        changed = lease.publish(request.tokens, request.computed_len)
+        with self._publishing():
+            changed = lease.publish(request.tokens, request.computed_len)
         self._record("publish", lease, (request.tokens, request.computed_len))
         if changed is not None:
             start, end = changed
@@ -225,7 +241,8 @@ class CacheManager:
         made before this was known still moves its state on, the state is not donated."""
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
-        lease.finish(request.tokens, request.computed_len, donate=is_state_final)
+        with self._publishing():
+            lease.finish(request.tokens, request.computed_len, donate=is_state_final)
         self._record("finish", lease, (request.tokens, request.computed_len, is_state_final))
         self._release(request)
 
@@ -233,7 +250,8 @@ class CacheManager:
         """End a lease whose request will begin again: all it computed is published, its state kept
         where it can be."""
         lease, _ = request.claims
-        lease.preempt(request.tokens, request.computed_len)
+        with self._publishing():
+            lease.preempt(request.tokens, request.computed_len)
         self._record("preempt", lease, (request.tokens, request.computed_len))
         self._release(request)
         request.computed_len = request.scheduled_len = 0
@@ -262,7 +280,7 @@ class CacheManager:
 
     @property
     def has_moves(self) -> bool:
-        """Rows moved, and no batch took that yet."""
+        """Rows moved or were copied, and no batch took that yet."""
         return len(self._moves) > 0
 
     def take_copies(self) -> Copies:

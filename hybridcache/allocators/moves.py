@@ -86,6 +86,11 @@ class PendingMoves:
         the simulator does."""
         return len(self._moves)
 
+    @property
+    def num_moves(self) -> int:
+        """As ``len``."""
+        return len(self._moves)
+
     def rows_moved(self, move: Move) -> int:
         """Keep ``move`` for ``take``."""
         self._moves.append(move)

@@ -68,9 +68,15 @@ class LowerTiers:
         self.state_rows = state_rows
         self.row_bytes = item_bytes.kv_token
         self.orders = Orders()
+        self._closed: set[int] = set()
         self.copied_rows: dict[tuple[str, str], int] = {}
         """Rows that went from one tier to another, by their words, so far."""
         self._ghosts = ghosts
+
+    def close(self, word: str) -> None:
+        """Nothing more goes into the tier ``word``, which can not be written; what is there can be
+        fetched."""
+        self._closed.add(self.words.index(word))
 
     def spill_state(self, node: RadixNode, checkpoint: Checkpoint) -> None:
         """``checkpoint`` is about to leave the device: offer it to the nearest tier, and so on."""
@@ -84,6 +90,9 @@ class LowerTiers:
     ) -> bool:
         """Let ``was`` into tier ``number`` or a lower one. False: none has it."""
         while number < len(self.tiers):
+            if number in self._closed:
+                number += 1
+                continue
             node, tier = was.node, self.tiers[number]
             state = StoredState.offered(was, number, NO_ROWS)
             below = self._below(node)
@@ -118,6 +127,9 @@ class LowerTiers:
         while node.below is not None and (number := node.below.nearest) is not None:
             number = max(number, first)
             tier = self.tiers[number]
+            if number in self._closed:
+                self._prune(node)
+                break
             if tier.pages.num_free >= len(src):
                 rows = tier.pages.allocate(len(src))
                 assert rows is not None

@@ -19,12 +19,11 @@ from hybridcache.export.snapshot_file import (
     FORM,
     Arrays,
     Header,
-    read_namespace,
     read_snapshot,
-    write_namespace,
 )
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.listener import introduce
+from hybridcache.namespaces import read_namespace, write_namespace
 from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
 from hybridcache.radix.tree import RadixTree
 

@@ -3,17 +3,18 @@ is touched."""
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import math
 import zipfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+from hybridcache.namespaces import read_namespace
 
 FORM = "hybridcache snapshot 1"
 TABLES = {
@@ -112,31 +113,6 @@ def _read_array(raw: bytes) -> npt.NDArray[Any]:
         raise ValueError("an array is not as long as it says")
     flat = np.frombuffer(raw, dtype, offset=file.tell())
     return flat.reshape(shape, order="F" if is_fortran else "C")
-
-
-def read_namespace(text: str) -> Hashable:
-    """The namespace that ``write_namespace`` wrote. ValueError: it wrote no such text."""
-    try:
-        namespace: Hashable = ast.literal_eval(text)
-        if write_namespace(namespace) == text:
-            hash(namespace)
-            return namespace
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        pass
-    raise ValueError(f"{text[:40]!r} is no namespace")
-
-
-def write_namespace(namespace: Hashable) -> str:
-    """As text that ``read_namespace`` reads. ValueError: it is not made of None, numbers, texts,
-    bytes and tuples of them."""
-    text = repr(namespace)
-    try:
-        same = ast.literal_eval(text) == namespace
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        same = False
-    if not same:
-        raise ValueError(f"namespace {namespace!r} can not be written to a snapshot")
-    return text
 
 
 def _damages(header: Header, arrays: Arrays) -> Iterator[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,7 +23,9 @@ from engine.drafts.pace import Pace
 from engine.requests.request import Request
 from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
 from engine.schedule.batch import Batch
+from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.units import GIB
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)
@@ -42,7 +46,8 @@ class MachineRunner(OracleRunner):
     breaks_off: str | None = None
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
-        assert len(batch.moves) <= 1, "a step that waits for two slabs"
+        slabs = [order for order in batch.moves if isinstance(order, Move)]
+        assert len(slabs) <= 1, "a step that waits for two slabs"
         assert batch.segments or batch.moves, "a step without task"
         self.num_moves += len(batch.moves)
         word, self.breaks_off = self.breaks_off, None
@@ -64,11 +69,22 @@ def make_engine(
     slab_rows: int | None = None,
     drafting: Drafting | None = None,
     owns_states: bool = False,
+    host_rows: int | None = None,
+    disk_rows: int | None = None,
     **settings: object,
 ) -> Engine:
-    """Two pools, or, with ``slab_rows``, one arena of as many rows; running states in it, or beside
-    it."""
+    """Two pools, or, with ``slab_rows``, one arena of as many rows, and so many rows below it;
+    running states in it, or beside it."""
     config = EngineConfig(prefix_cache=prefix_cache, **settings)
+    if slab_rows is not None and prefix_cache == "hybrid":
+        least = 10 * (slab_rows + 2 * config.page_size)
+        if host_rows is not None:
+            config = dataclasses.replace(config, host_gib=(least + 10 * host_rows) / GIB)
+        if disk_rows is not None:
+            folder_bytes = 2 * (1 << 13) + 4 * (least + 10 * disk_rows)
+            config = dataclasses.replace(
+                config, state_dir=tempfile.mkdtemp(), disk_gib=folder_bytes / GIB
+            )
     geometry = ModelGeometry.preset("qwen3-next")
     num_slots: int | None = 0 if prefix_cache == "radix" else slots
     if slab_rows is not None and num_slots:
@@ -178,6 +194,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         drafts=st.sampled_from(["none", "guesses", "tree", "mtp", "tree,mtp"]),
         draft_len=st.sampled_from([1, 5, 32]),
         owns_states=st.booleans(),
+        host_rows=st.sampled_from([None, 0, 100, 1000]),
+        disk_rows=st.sampled_from([None, None, 200]),
     )
     def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
@@ -298,6 +316,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
+        try:
+            self.finish()
+        finally:
+            self.engine.close()
+            if self.engine.config.state_dir is not None:
+                shutil.rmtree(self.engine.config.state_dir)
+
+    def finish(self) -> None:
         for _ in range(20_000):
             if not self.engine.has_work():
                 break
@@ -330,6 +356,7 @@ class TightMachine(SchedulerMachine):
         slab_rows=st.sampled_from([None, None, 16, 50]),
         drafts=st.booleans(),
         owns_states=st.booleans(),
+        host_rows=st.sampled_from([None, 0, 300]),
     )
     def start(self, drafts: bool, **settings: object) -> None:
         self.guesses = Guesses()

@@ -206,8 +206,8 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "rows move the wrong way round",
         RUNNER,
-        "pairs = np.stack([move.src, move.dst])",
-        "pairs = np.stack([move.dst, move.src])",
+        "pairs = np.stack([order.src, order.dst])",
+        "pairs = np.stack([order.dst, order.src])",
         BITS,
     ),
     Mutation(

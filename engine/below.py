@@ -1,0 +1,179 @@
+"""The memory below the device's, put together: host rows, a folder on disk, and what was in it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.config import ConfigError, EngineConfig
+from engine.interfaces import Below, Runner
+from engine.schedule.batch import KEPT
+from engine.schedule.cache_manager import CacheManager
+from engine.schedule.exchange import MeasuredExchange
+from engine.schedule.fetching import Fetcher
+from engine.schedule.keeping import Keeping
+from engine.schedule.memory import MemorySizes
+from engine.schedule.plan import Plan
+from engine.schedule.staging import Staging
+from engine.store.disk import Disk
+from engine.store.prefixes import Piece, covering
+from engine.store.store import SegmentStore
+from engine.store.whose import claim
+from hybridcache.allocators.arena import slab_rows
+from hybridcache.allocators.orders import DISK, HOST, Copy
+from hybridcache.tiered import TieredRadixCache
+from hybridcache.units import GIB
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+USUAL_DISK = 2.5
+"""Bytes of a folder for one of device and host memory: all that these hold is kept there too, and
+as much again has room below them."""
+
+logger = logging.getLogger(__name__)
+
+
+class LowerSizes(NamedTuple):
+    """Bytes of the tiers below the device, and of the folder that has the last of them."""
+
+    host: int = 0
+    disk: int = 0
+    folder: int = 0
+
+    @classmethod
+    def of(cls, config: EngineConfig, memory: MemorySizes) -> LowerSizes:
+        """What ``config`` asks for below ``memory``. ConfigError: nothing can be below it."""
+        if not config.has_lower:
+            return cls()
+        if not memory.slab_rows or config.prefix_cache != "hybrid":
+            raise ConfigError(
+                "host and disk tiers are for a model with states, the hybrid prefix cache and one "
+                "arena: leave host_gib and state_dir out."
+            )
+        host = int((config.host_gib or 0) * GIB)
+        if config.state_dir is None:
+            return cls(host)
+        above = memory.total_bytes + host
+        folder = int(above * USUAL_DISK if config.disk_gib is None else config.disk_gib * GIB)
+        usable = SegmentStore.usable_bytes_of(folder)
+        return cls(host, max(usable // 2, usable - above), folder)
+
+
+class LowerMemory:
+    """What an engine with lower tiers has beside its cache and its runner."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        sizes: LowerSizes,
+        cache: TieredRadixCache,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """StoreError, in one sentence: the folder is another's, or can not be used."""
+        self._cache = cache
+        self.folder = None if config.state_dir is None else Path(config.state_dir)
+        rows = {tier.word: tier.pages.capacity for tier in cache.lower.tiers}
+        self.disk: Disk | None = None
+        if self.folder is not None:
+            memory = runner.memory
+            digest = claim(self.folder, words_of(config, runner, tokenizer))
+            self.disk = Disk(
+                SegmentStore.open(self.folder, digest, sizes.folder),
+                row_bytes=memory.row_bytes,
+                state_rows=slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size),
+                num_rows=rows[DISK],
+            )
+            self.adopt()
+            if self.disk.is_broken:
+                cache.lower.close(DISK)
+                logger.warning("%s is another engine's: what is there is read.", self.folder)
+        self._below: Below = runner.attach(rows.get(HOST, 0), self.disk)
+        self.exchange = MeasuredExchange(runner.geometry, self._bytes_per_s)
+        self.keeping: Keeping | None = None
+        if self.disk is not None:
+            self.keeping = Keeping(cache.lower.orders)
+            cache.subscribe(self.keeping)
+
+    def fetcher(self, manager: CacheManager) -> Fetcher | None:
+        """Reads from disk for requests that wait."""
+        return None if self.disk is None else Staging(manager, self.disk, self.exchange)
+
+    def _bytes_per_s(self) -> Mapping[str, float | None]:
+        disk = self.disk
+        return {
+            HOST: self._below.host_bytes_per_s,
+            DISK: None if disk is None else disk.bytes_per_s,
+        }
+
+    def step_done(self, plan: Plan, seconds: float) -> None:
+        """A step was computed in ``seconds``."""
+        self.exchange.learn(plan, seconds)
+        if self.disk is not None and self.disk.is_broken:
+            self._cache.lower.close(DISK)
+
+    def adopt(self) -> int:
+        """Let the cache, which has nothing of it, know what the disk holds, the newest at most that
+        its tier has room for; states adopted. O(records)."""
+        disk, cache = self.disk, self._cache
+        if disk is None:
+            return 0
+        prefixes, tier = disk.prefixes, cache.lower.tiers[cache.lower.words.index(DISK)]
+        newest = prefixes.newest_states(tier.pages.num_free, disk.state_rows)
+        num_adopted = 0
+        for number in reversed(newest):
+            namespace, tokens = prefixes.path(number)
+            taken = cache.adopt(tokens, namespace)
+            if taken is None:
+                continue
+            start, kv_rows, state_rows = taken
+            pieces = prefixes.find(namespace, tokens)
+            disk.bind(kv_rows, covering(pieces, start, len(tokens)))
+            disk.bind(state_rows, [Piece(number, 0, len(state_rows))])
+            num_adopted += 1
+        return num_adopted
+
+    def reset(self) -> None:
+        """The cache was emptied because somebody wanted it: nothing is kept either."""
+        if self.disk is not None:
+            orders = self._cache.lower.orders
+            for order in orders.take():
+                if not (isinstance(order, Copy) and order.dst_tier == KEPT):
+                    orders.add(order)
+            self.disk.clear()
+
+    def start_over(self) -> None:
+        """The cache was emptied because nobody knows what its rows hold: what is whole on disk is
+        known again."""
+        self._cache.lower.orders.take()
+        if self.disk is not None:
+            self.disk.unbind_all()
+            logger.warning("The cache begins anew with %d states from disk.", self.adopt())
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.disk is not None:
+            self.disk.close()
+
+
+def words_of(config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """All that the bits of KV and states, and the tokens that name them, depend on."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return {
+        **runner.identity(),
+        "row bytes": str(runner.memory.row_bytes),
+        "state bytes": str(runner.memory.state_bytes),
+        "page size": str(config.page_size),
+        "checkpoint grid": str(config.grid),
+        "exact": str(config.exact),
+        "tokenizer": _digest(None if tokenizer is None else tokenizer.as_json()),
+        "chat template": _digest(None if template is None else template.source),
+    }
+
+
+def _digest(text: str | None) -> str:
+    return "none" if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

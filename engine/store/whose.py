@@ -1,0 +1,64 @@
+"""Whose records a folder has: everything that their bits depend on, in words.
+
+The folder's ``whose.json`` is written once, before the first record. Who differs in one word is
+refused, and nothing is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.store.segment import SUFFIX
+from engine.store.store import StoreError
+
+NAME = "whose.json"
+FORM = "engine state 1"
+
+
+def claim(folder: Path, words: Mapping[str, str]) -> bytes:
+    """Give ``folder`` to whoever ``words`` describe, or see that it is theirs; a digest of them, 32
+    bytes. StoreError, in one sentence: it is another's, or can not be used."""
+    ours = {"form": FORM, **words}
+    path = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            theirs = _read(path)
+            differing = [name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)]
+            if differing:
+                named = dict.fromkeys(differing)
+                raise StoreError(
+                    f"{folder} holds the state of an engine with another {', '.join(named)}: start "
+                    "with the same, or give another folder."
+                )
+        elif any(folder.glob(f"*{SUFFIX}")):
+            raise StoreError(f"{folder} has segments, but no {NAME}: give another folder.")
+        else:
+            _write(path, ours)
+    except OSError as error:
+        raise StoreError(f"{folder} can not be used: {error.strerror}.") from error
+    return hashlib.blake2b(json.dumps(ours, sort_keys=True).encode(), digest_size=32).digest()
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise StoreError(f"{path} is damaged: give another folder, or delete this one.")
+    return found
+
+
+def _write(path: Path, words: Mapping[str, str]) -> None:
+    """All of it, or nothing, whenever the process ends."""
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8") as file:
+        json.dump(words, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
