@@ -39,7 +39,9 @@ def identity_of(
     dummy = f"dummy, seed {config.seed}"
     is_dummy = config.load_format == "dummy"
     return {
-        "weights": dummy if is_dummy else weights_digest(config.model_dir, config.load_workers),
+        "weights": dummy
+        if is_dummy
+        else weights_digest(config.model_dir, config.load_workers or 1),
         "config": digest_of((config.model_dir / "config.json").read_bytes()),
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,
