@@ -60,11 +60,15 @@ class Channel(Generic[Received]):
         return bool(self._out.poll(round(1e3 * timeout_s), zmq.POLLOUT))
 
     def receive(self) -> Received | None:
-        """The next message; None: nothing has come."""
+        """The next message; None: nothing has come. ChannelClosed: another thread has finished with
+        this end."""
         try:
             data = self._in.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
+        except zmq.ContextTerminated:
+            self._in.close()
+            raise ChannelClosed from None
         message: Received = self._decoder.decode(data)
         return message
 

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -73,17 +74,15 @@ class Host:
 
     def _follow(self) -> None:
         """Do what the server says, in a thread of its own; without a server, end."""
-        while True:
-            try:
-                if not self._channel.wait(None, self._lifeline):
-                    os._exit(LOST)
-            except ChannelClosed:
-                return
-            while (message := self._channel.receive()) is not None:
-                try:
+        try:
+            while self._channel.wait(None, self._lifeline):
+                while (message := self._channel.receive()) is not None:
                     self._obey(message)
-                except EngineStopped:
-                    logger.debug("the engine has ended; %s came too late", type(message).__name__)
+        except ChannelClosed:
+            return
+        except BaseException:
+            logger.exception("The engine can not hear its server any more, and ends.")
+        os._exit(LOST)
 
     def _obey(self, message: ToEngine) -> None:
         assert self._loop is not None and self._engine is not None
@@ -114,7 +113,9 @@ class Host:
             request = engine.prepare(spec)
             request.arrival_s = asked.arrival_s
             loop.enqueue(request, asked.request_id)
-        except (ValueError, QueueFull, EngineStopped) as error:
+        except Exception as error:
+            if not isinstance(error, ValueError | QueueFull | EngineStopped):
+                logger.exception("The request %s could not be begun.", asked.request_id)
             self._num_refused += 1
             ended = Ended(asked.request_id, str(error), isinstance(error, EngineStopped))
             self._send_outputs((), (ended,))
@@ -155,7 +156,8 @@ class Host:
         def work() -> None:
             self._reply(asked.number, lambda: engine.compile(asked.grammar))
 
-        self._compiler.submit(work)
+        with suppress(RuntimeError):  # The engine ends, and with it every question.
+            self._compiler.submit(work)
 
     def _reply(self, number: int, work: Callable[[], Any]) -> None:
         try:
