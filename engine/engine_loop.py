@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from engine.interfaces import RunnerLost
+from engine.interfaces import Losable, RunnerLost
 from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 
@@ -138,6 +138,8 @@ class EngineLoop(Generic[Reader]):
 
     def run(self) -> None:
         """Step until ``end``, or until the engine fails; afterwards nobody waits any more."""
+        if isinstance(self._engine.runner, Losable):
+            self._engine.runner.when_lost(self.order)
         try:
             while self._run_commands():
                 self._step()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from engine.drafts.drafter import Newest
 from engine.requests.sampling_params import SamplingInput
@@ -24,6 +24,16 @@ class Below(Protocol):
 
     host_bytes_per_s: float | None
     """To the device, measured; None: there is no host tier."""
+
+
+@runtime_checkable
+class Losable(Protocol):
+    """A runner whose parts may go while it has nothing to do."""
+
+    def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
+        """Where that happens ``order`` gets, from any thread, what is to be called between two
+        steps: it raises RunnerLost."""
+        ...
 
 
 class Runner(Protocol):

@@ -18,6 +18,7 @@ import msgspec
 
 from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
+from engine.interfaces import RunnerLost
 from engine.process.channel import Channel, make_folder, remove_folder
 from engine.process.front import ProcessEngine
 from engine.process.messages import FromEngine, Ready, Refused
@@ -97,7 +98,7 @@ def main(folder: str, config: str, address: str, trace: str) -> int:
     except ModuleNotFoundError as error:
         host.refuse(how_to_install(error))
         return 2
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RunnerLost) as error:
         host.refuse(str(error))
         return 2
     sys.setswitchinterval(SWITCH_S)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine import ConfigError, Engine, EngineConfig, SamplingParams
+from engine import AsyncEngine, ConfigError, Engine, EngineConfig, SamplingParams
+from engine.engine_loop import EngineStopped
 from engine.interfaces import RunnerLost
 from engine.run.model_config import ModelError
 from engine.run.ranks import followers
@@ -87,6 +89,28 @@ def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
         engine.generate([BEGINNING], params)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_a_rank_that_dies_while_nothing_runs_ends_the_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = make(2)
+    runner, engine = made.runner, AsyncEngine(made)
+    engine.start()
+    assert isinstance(runner, LeadingRunner)
+    (process,) = runner.processes
+    os.kill(process, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while engine.is_alive and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not engine.is_alive
+    assert "The engine ended: rank 1 of 2 was ended by SIGKILL" in caplog.text
+    with pytest.raises(EngineStopped):
+        asyncio.run(_submit(engine))
+
+
+async def _submit(engine: AsyncEngine) -> None:
+    engine.submit([1, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,20 @@ class Followers:
         """Their ids, in the order of ranks."""
         return tuple(one.process.pid for one in self._all)
 
+    def watch(self, order: Callable[[Callable[[], None]], None]) -> None:
+        """Have ``order`` called, in a thread, with what raises RunnerLost where one of them ends
+        that nobody ended. Keeps nothing alive."""
+        bound = weakref.WeakMethod(self._check), weakref.WeakMethod(order)
+        for one in self._all:
+            arguments = one.process, *bound
+            threading.Thread(target=_await, args=arguments, name="ranks", daemon=True).start()
+
+    def _check(self) -> None:
+        if self._sentence:
+            raise RunnerLost(self._sentence)
+        if self._end.alive:
+            raise self.lost(EOFError("one has ended"))
+
     def close(self) -> None:
         """End all processes."""
         self._end()
@@ -139,6 +154,16 @@ def _start(number: int) -> Follower:
             start_new_session=True,
         )
     return Follower(number, process, Line(ours, START_TIMEOUT_S))
+
+
+def _await(
+    process: subprocess.Popen[bytes], check: weakref.WeakMethod[Any], order: weakref.WeakMethod[Any]
+) -> None:
+    process.wait()
+    found, give = check(), order()
+    if found is not None and give is not None:
+        with suppress(RuntimeError):  # Whoever takes orders has stopped.
+            give(found)
 
 
 def _ending(code: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,6 +77,11 @@ class LeadingRunner(ModelRunner):
         except BaseException as error:
             self._followers.lost(error)
             raise
+
+    def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
+        """See ``Losable``."""
+        if self._followers is not None:
+            self._followers.watch(order)
 
     @property
     def processes(self) -> tuple[int, ...]:
