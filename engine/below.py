@@ -113,8 +113,10 @@ class LowerMemory:
     def step_done(self, plan: Plan, seconds: float) -> None:
         """A step was computed in ``seconds``."""
         self.exchange.learn(plan, seconds)
-        if self.disk is not None and self.disk.is_broken:
-            self._cache.lower.close(DISK)
+        if self.disk is not None:
+            self.disk.settle()
+            if self.disk.is_broken:
+                self._cache.lower.close(DISK)
 
     def adopt(self) -> int:
         """Let the cache, which has nothing of it, know what the disk holds, the newest at most that

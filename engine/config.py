@@ -248,6 +248,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a positive number of GiB, not {size}.")
         if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
             raise ConfigError("give cache_gib alone, or kv_gib and state_gib, not both.")
+        if self.tp > 1 and self.has_lower:
+            raise ConfigError("host_gib and state_dir are for one device: leave them out with tp.")
         if self.disk_gib is not None and self.state_dir is None:
             raise ConfigError("disk_gib is the size of a folder: name it with state_dir.")
         if self.state_dir == "":

@@ -37,11 +37,9 @@ def identity_of(
     """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of
     the weights)."""
     dummy = f"dummy, seed {config.seed}"
-    is_dummy = config.load_format == "dummy"
+    is_dummy, workers = config.load_format == "dummy", config.load_workers or 1
     return {
-        "weights": dummy
-        if is_dummy
-        else weights_digest(config.model_dir, config.load_workers or 1),
+        "weights": dummy if is_dummy else weights_digest(config.model_dir, workers),
         "config": digest_of((config.model_dir / "config.json").read_bytes()),
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,

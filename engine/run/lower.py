@@ -21,7 +21,9 @@ import torch
 
 from engine.run.device import Device
 from engine.run.memory import allocate
+from engine.run.model_config import ModelError
 from engine.schedule.batch import KEPT, BytesLost
+from engine.schedule.memory import MemorySizes
 from engine.store.disk import Coming, Disk
 from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.tokens import Indices
@@ -36,17 +38,18 @@ class LowerRows:
 
     def __init__(
         self,
-        rows: torch.Tensor,
-        slab_rows: int,
+        rows: torch.Tensor | None,
+        memory: MemorySizes,
         device: Device,
-        *,
         num_host_rows: int,
         disk: Disk | None,
     ) -> None:
-        """``rows``: the device's arena, uint8 ``[N, row_bytes]``. ModelError: there is no such host
-        memory."""
+        """``rows``: the device's arena, uint8 ``[N, row_bytes]``, of ``memory``. ModelError: there
+        is none, or no such host memory."""
+        if rows is None or not memory.slab_rows:
+            raise ModelError("host and disk tiers need one arena of KV and states: --cache-gib.")
         self._rows = rows
-        self._slab_rows = slab_rows
+        self._slab_rows = memory.slab_rows
         self._device = device
         self.host = allocate((num_host_rows, rows.shape[1]), torch.uint8, Device.resolve("cpu"))
         self.is_pinned = device.register(self.host)
@@ -78,11 +81,6 @@ class LowerRows:
             self.host[_long(dst)] = self._rows[_long(src)]
         else:
             self._spill(src, dst)
-
-    def settle(self) -> None:
-        """To be called before the orders of a step."""
-        if self.disk is not None:
-            self.disk.settle()
 
     def _rows_of(self, order: Copy, tier: str, what: Indices) -> Indices:
         """``what``, or the rows of the slab that a slot of the device is."""

@@ -388,29 +388,16 @@ class ModelRunner:
         return self._predictor.guess(newest, most)
 
     def attach(self, num_host_rows: int, disk: Disk | None) -> LowerRows:
-        """Give the arena memory below it: so many rows of the host's, and a disk. ModelError: there
-        is no arena, or no such memory."""
-        if self.tensors.rows is None or not self.memory.slab_rows:
-            raise ModelError(
-                "host and disk tiers need one arena of KV and states: use --cache-gib."
-            )
-        self._lower = LowerRows(
-            self.tensors.rows,
-            self.memory.slab_rows,
-            self.device,
-            num_host_rows=num_host_rows,
-            disk=disk,
-        )
+        """Give the arena memory below it; see ``LowerRows``. ModelError."""
+        self._lower = LowerRows(self.tensors.rows, self.memory, self.device, num_host_rows, disk)
         return self._lower
 
     def identity(self) -> Mapping[str, str]:
-        """All that the bits it computes depend on, in words. O(bytes of the weights)."""
+        """See ``Runner.identity``. O(bytes of the weights)."""
         return identity_of(self._config, self.kernels, self.dtype, self.device.torch_device)
 
     def _move_rows(self, orders: Sequence[Order]) -> None:
         """One after the other, since one may read what another wrote."""
-        if self._lower is not None:
-            self._lower.settle()
         for order in orders:
             if not isinstance(order, Move):
                 assert self._lower is not None, "there is no memory below the device's"
