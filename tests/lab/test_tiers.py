@@ -47,7 +47,7 @@ def test_what_is_slower_than_computing_is_left_and_said():
 
 
 def test_disk_takes_what_host_memory_has_no_room_for():
-    host, both = run(host_gib=1), run(host_gib=1, disk_gib=8, disk_gb_s=100)
+    host, both = run(host_gib=0.25), run(host_gib=0.25, disk_gib=8, disk_gb_s=100)
     assert both.seconds_saved > host.seconds_saved
     assert both.tier_bytes is not None and both.tier_bytes["host_to_disk_bytes"] > 0
 

@@ -36,9 +36,15 @@ class _Growing:
         self.sizes = [
             trie.span(position) * budget.kv_bytes_per_token for position in trie.positions
         ]
+        self.capacity_bytes = budget.capacity_bytes
+        """Of the tier that is being filled, whose ``usage`` it is."""
         self.usage = np.zeros(trie.num_requests, dtype=np.int64)
+        self.lower: list[tuple[set[Interval], set[Interval]]] = []
+        """What was put in each lower tier so far, the last the one being filled."""
         self.hit_depth = np.zeros(trie.num_requests, dtype=np.int64)
         self.hits: dict[int, int] = {}
+        self.paid: dict[int, float] = {}
+        """By request, the tokens that its copies cost."""
         self.ordinal_of = [
             dict(zip(path, ordinals, strict=True))
             for path, ordinals in zip(trie.paths, trie.ordinals, strict=True)
@@ -111,7 +117,45 @@ class _Growing:
             np.add.at(change, self.visits[index][which], size)
             np.add.at(change, self.visits[index][which + 1], -size)
         usage: npt.NDArray[np.int64] = self.usage + np.cumsum(change)[:-1]
-        return usage if usage.max(initial=0) <= self.budget.capacity_bytes else None
+        return usage if usage.max(initial=0) <= self.capacity_bytes else None
+
+    def open_tier(self, capacity_bytes: int) -> None:
+        """Put what comes into the next lower tier."""
+        self.capacity_bytes = capacity_bytes
+        self.usage = np.zeros(self.trie.num_requests, dtype=np.int64)
+        self.lower.append((set(), set()))
+
+    def copy_tokens(
+        self,
+        request: int,
+        index: int,
+        states: set[Interval],
+        added: list[tuple[int, int, npt.NDArray[np.intp]]],
+    ) -> float:
+        """What ``request`` pays, in tokens, to resume at ``index`` once ``added`` is in place."""
+        if not self.lower:
+            return 0.0
+        trie, budget = self.trie, self.budget
+        new = {
+            (at, int(interval))
+            for place, (at, _, which) in enumerate(added)
+            if place >= len(states)
+            for interval in which
+        }
+        spent, newest = 0.0, len(self.lower) - 1
+        path, ordinals = trie.paths[request], trie.ordinals[request]
+        for above, ordinal in zip(path, ordinals, strict=True):
+            interval = (above, ordinal - 1)
+            for number, (kv, _) in enumerate(self.lower):
+                if interval in kv or (number == newest and interval in new):
+                    spent += self.sizes[above] * budget.lower[number].tokens_per_byte
+            if above == index:
+                break
+        interval = (index, self.ordinal_of[request][index] - 1)
+        for number, (_, checkpoints) in enumerate(self.lower):
+            if interval in checkpoints or (number == newest and interval in states):
+                spent += budget.state_bytes * budget.lower[number].tokens_per_byte
+        return spent
 
     def add(
         self,
@@ -122,7 +166,10 @@ class _Growing:
         usage: npt.NDArray[np.int64],
     ) -> None:
         for place, (at, _, which) in enumerate(added):
-            (self.checkpoints if place < len(states) else self.kv)[at][which] = True
+            is_state = place < len(states)
+            (self.checkpoints if is_state else self.kv)[at][which] = True
+            if self.lower:
+                self.lower[-1][is_state].update((at, int(interval)) for interval in which)
         self.usage = usage
         self.hits[request] = index
         self.hit_depth[request] = self.trie.positions[index].depth
@@ -135,13 +182,23 @@ class _Growing:
                 for interval in np.flatnonzero(kept)
             }
 
-        return Plan(kept(self.kv), kept(self.checkpoints), self.hits)
+        return Plan(kept(self.kv), kept(self.checkpoints), self.hits, tuple(self.lower))
 
 
 def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
-    """Build a plan by density. Of the O(requests x depth) candidates only those that come to the
-    top are measured, each in O(depth + steps) in numpy."""
+    """Build a plan by density, the device first, then tier by tier what it left. Of the O(requests
+    x depth) candidates only those that come to the top are measured, each in O(depth + steps) in
+    numpy."""
     growing = _Growing(trie, budget)
+    _fill(growing, trie, budget)
+    for tier in budget.lower:
+        growing.open_tier(tier.capacity_bytes)
+        _fill(growing, trie, budget)
+    return growing.plan()
+
+
+def _fill(growing: _Growing, trie: VisitedTrie, budget: Budget) -> None:
+    """Add hits to the tier that is open, until none that is left pays or fits."""
 
     def first_density(index: int, interval: int) -> float:
         """Of an empty plan: all above the position was visited at both ends of the interval too."""
@@ -162,7 +219,11 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
             continue
         states = growing.needs(request, index)
         added = growing.missing(states)
-        gain = trie.positions[index].depth - int(growing.hit_depth[request])
+        gain = float(trie.positions[index].depth - int(growing.hit_depth[request]))
+        copied = growing.copy_tokens(request, index, states, added)
+        gain -= copied - growing.paid.get(request, 0.0)
+        if gain <= 0:
+            continue
         cost = growing.cost(added)
         now = gain / cost if cost else float("inf")
         if heap and now < -heap[0][0] * (1 - 1e-9):
@@ -171,4 +232,4 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
         usage = growing.fits(added)
         if usage is not None:
             growing.add(request, index, states, added, usage)
-    return growing.plan()
+            growing.paid[request] = copied

@@ -16,6 +16,15 @@ Interval = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class LowerBudget:
+    """A tier below the device."""
+
+    capacity_bytes: int
+    tokens_per_byte: float
+    """What bringing a byte to the device costs: tokens that are computed in the same time."""
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """Bytes that may be kept between two requests, and what things cost.
 
@@ -26,6 +35,9 @@ class Budget:
     capacity_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
+    lower: tuple[LowerBudget, ...] = ()
+    """Tiers below, the nearest first. An interval is kept on the device or in one of them, whole;
+    what a request needs of them is copied when it comes."""
 
 
 @dataclass(slots=True)
@@ -36,6 +48,8 @@ class Plan:
     kv: set[Interval] = field(default_factory=set)
     checkpoints: set[Interval] = field(default_factory=set)
     hits: dict[int, int] = field(default_factory=dict)
+    lower: tuple[tuple[set[Interval], set[Interval]], ...] = ()
+    """(KV, checkpoints) of those kept in each lower tier."""
 
     def cached_lens(self, trie: VisitedTrie) -> npt.NDArray[np.int64]:
         """Tokens each request skips: int64[requests]."""
@@ -45,9 +59,39 @@ class Plan:
         return lens
 
     def usage(self, trie: VisitedTrie, budget: Budget) -> npt.NDArray[np.int64]:
-        """Bytes kept between request t and t + 1: int64[requests]."""
+        """Bytes kept on the device between request t and t + 1: int64[requests]."""
+        kv, checkpoints = self.kv, self.checkpoints
+        for lower_kv, lower_checkpoints in self.lower:
+            kv, checkpoints = kv - lower_kv, checkpoints - lower_checkpoints
+        return self._usage(trie, budget, kv, checkpoints)
+
+    def copy_tokens(self, trie: VisitedTrie, budget: Budget) -> float:
+        """What all copies to the device cost, in tokens computed."""
+        spent = 0.0
+        for request, index in self.hits.items():
+            path = trie.paths[request]
+            where = path.index(index)
+            ordinals = trie.ordinals[request]
+            for (kv, checkpoints), tier in zip(self.lower, budget.lower, strict=True):
+                tokens = sum(
+                    trie.span(trie.positions[above])
+                    for above, ordinal in zip(path[: where + 1], ordinals, strict=False)
+                    if (above, ordinal - 1) in kv
+                )
+                state = (index, ordinals[where] - 1) in checkpoints
+                num_bytes = tokens * budget.kv_bytes_per_token + state * budget.state_bytes
+                spent += num_bytes * tier.tokens_per_byte
+        return spent
+
+    def _usage(
+        self,
+        trie: VisitedTrie,
+        budget: Budget,
+        kv: set[Interval],
+        checkpoints: set[Interval],
+    ) -> npt.NDArray[np.int64]:
         change = np.zeros(trie.num_requests + 1, dtype=np.int64)
-        for kept, is_kv in ((self.kv, True), (self.checkpoints, False)):
+        for kept, is_kv in ((kv, True), (checkpoints, False)):
             for index, interval in kept:
                 position = trie.positions[index]
                 size = (
@@ -62,6 +106,7 @@ class Plan:
         solver's tolerance). Raises AssertionError naming the rule that is broken."""
         most = self.usage(trie, budget).max(initial=0)
         assert most <= budget.capacity_bytes * (1 + 1e-6), "over capacity"
+        self._verify_lower(trie, budget)
         for request, index in self.hits.items():
             path = trie.paths[request]
             where = path.index(index)
@@ -91,6 +136,16 @@ class Plan:
                 parent.visits, position.visits[interval], position.visits[interval + 1]
             ):
                 assert (parent.index, overlap) in self.kv, "KV without its parent's"
+
+    def _verify_lower(self, trie: VisitedTrie, budget: Budget) -> None:
+        seen: tuple[set[Interval], set[Interval]] = (set(), set())
+        for lower, tier in zip(self.lower, budget.lower, strict=bool(self.lower)):
+            most = self._usage(trie, budget, *lower).max(initial=0)
+            assert most <= tier.capacity_bytes, "a lower tier is over its capacity"
+            for kept, known, all_kept in zip(lower, seen, (self.kv, self.checkpoints), strict=True):
+                assert kept <= all_kept, "a lower tier holds what is not kept"
+                assert not kept & known, "two tiers hold the same"
+                known |= kept
 
 
 def overlapping(visits: list[int], start: int, end: int) -> range:

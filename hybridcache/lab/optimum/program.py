@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
+from hybridcache.lab.optimum.lower import Kept, add_lower
 from hybridcache.lab.optimum.plan import (
     Budget,
     Interval,
@@ -84,13 +85,17 @@ class Program:
         self._add_columns()
         self._add_hits()
         self._add_residency()
+        self.lower: list[Kept] = []
+        """By lower tier, the columns of what it keeps."""
+        if budget.lower:
+            self.lower = add_lower(self)
         self._add_capacity()
 
-    def _column(self, gain: float = 0.0) -> int:
+    def column(self, gain: float = 0.0) -> int:
         self.gain.append(gain)
         return len(self.gain) - 1
 
-    def _row(self, terms: list[tuple[int, float]], upper: float) -> None:
+    def row(self, terms: list[tuple[int, float]], upper: float) -> None:
         """sum of value * column <= upper."""
         self.rows.extend([len(self.upper)] * len(terms))
         self.columns.extend(column for column, _ in terms)
@@ -100,9 +105,9 @@ class Program:
     def _add_columns(self) -> None:
         for position in self.trie.positions:
             for interval in range(position.num_intervals):
-                self.kv[position.index, interval] = self._column()
+                self.kv[position.index, interval] = self.column()
                 if position.is_candidate:
-                    self.checkpoint[position.index, interval] = self._column()
+                    self.checkpoint[position.index, interval] = self.column()
 
     def _add_hits(self) -> None:
         positions = self.trie.positions
@@ -111,18 +116,18 @@ class Program:
             above = 0
             for index, interval in usable:
                 depth = positions[index].depth
-                self.resume[request, index] = self._column(float(depth - above))
+                self.resume[request, index] = self.column(float(depth - above))
                 above = depth
-                self._row([(self.resume[request, index], 1), (self.kv[index, interval], -1)], 0)
+                self.row([(self.resume[request, index], 1), (self.kv[index, interval], -1)], 0)
             for place, (index, interval) in enumerate(usable):
                 mine = self.resume[request, index]
                 state = self.checkpoint[index, interval]
                 if place + 1 == len(usable):
-                    self._row([(mine, 1), (state, -1)], 0)
+                    self.row([(mine, 1), (state, -1)], 0)
                     continue
                 following = self.resume[request, usable[place + 1][0]]
-                self._row([(following, 1), (mine, -1)], 0)
-                self._row([(mine, 1), (following, -1), (state, -1)], 0)
+                self.row([(following, 1), (mine, -1)], 0)
+                self.row([(mine, 1), (following, -1), (state, -1)], 0)
                 self.deeper[index, interval + 1] = following
             self._add_holes(request, dict(usable))
 
@@ -134,17 +139,17 @@ class Program:
         for index, ordinal in zip(path, ordinals, strict=True):
             if index in usable:
                 for column in pending:
-                    self._row([(self.resume[request, index], 1), (column, -1)], 0)
+                    self.row([(self.resume[request, index], 1), (column, -1)], 0)
                 pending = []
             elif ordinal > 0:
                 pending.append(self.kv[index, ordinal - 1])
 
     def _add_residency(self) -> None:
         for (index, interval), column in self.checkpoint.items():
-            self._row([(column, 1), (self.kv[index, interval], -1)], 0)
+            self.row([(column, 1), (self.kv[index, interval], -1)], 0)
             if interval > 0 and (index, interval) in self.deeper:
                 before = self.checkpoint[index, interval - 1]
-                self._row([(column, 1), (before, -1), (self.deeper[index, interval], 1)], 1)
+                self.row([(column, 1), (before, -1), (self.deeper[index, interval], 1)], 1)
         for (index, interval), column in self.kv.items():
             position = self.trie.positions[index]
             if position.parent is None:
@@ -153,7 +158,7 @@ class Program:
             overlaps = overlapping(visits, position.visits[interval], position.visits[interval + 1])
             size = 1 << (len(overlaps).bit_length() - 1)
             for first in {overlaps.start, overlaps.stop - size}:
-                self._row([(column, 1), (self._throughout(position.parent, first, size), -1)], 0)
+                self.row([(column, 1), (self._throughout(position.parent, first, size), -1)], 0)
 
     def _throughout(self, index: int, first: int, size: int) -> int:
         """A column that is at most X over the ``size`` (a power of two) intervals from ``first``: a
@@ -163,28 +168,38 @@ class Program:
             return self.kv[index, first]
         key = (index, first, size)
         if key not in self.runs:
-            self.runs[key] = self._column()
+            self.runs[key] = self.column()
             for half in (first, first + size // 2):
                 part = self._throughout(index, half, size // 2)
-                self._row([(self.runs[key], 1), (part, -1)], 0)
+                self.row([(self.runs[key], 1), (part, -1)], 0)
         return self.runs[key]
 
     def _add_capacity(self) -> None:
-        """U[t] in units of the capacity, as equality rows appended last."""
-        changes: list[list[tuple[int, float]]] = [[] for _ in range(self.trie.num_requests)]
-        scale = 1.0 / self.budget.capacity_bytes
-        for columns, is_kv in ((self.kv, True), (self.checkpoint, False)):
-            for (index, interval), column in columns.items():
-                position = self.trie.positions[index]
-                tokens_bytes = self.trie.span(position) * self.budget.kv_bytes_per_token
-                size = scale * (tokens_bytes if is_kv else self.budget.state_bytes)
-                changes[position.visits[interval]].append((column, -size))
-                changes[position.visits[interval + 1]].append((column, size))
+        """U[t] in units of each tier's capacity, as equality rows appended last. What a lower tier
+        keeps is kept, but not on the device."""
         self.num_inequalities = len(self.upper)
-        self.usage = [self._column() for _ in range(self.trie.num_requests)]
+        here: Kept = self.kv, self.checkpoint
+        kept = [(here, 1.0), *((lower, -1.0) for lower in self.lower)]
+        self.usage = self._add_usage(kept, self.budget.capacity_bytes)
+        for lower, tier in zip(self.lower, self.budget.lower, strict=True):
+            self._add_usage([(lower, 1.0)], tier.capacity_bytes)
+
+    def _add_usage(self, kept: list[tuple[Kept, float]], capacity_bytes: int) -> list[int]:
+        changes: list[list[tuple[int, float]]] = [[] for _ in range(self.trie.num_requests)]
+        for (kv, checkpoints), sign in kept:
+            scale = sign / capacity_bytes
+            for columns, is_kv in ((kv, True), (checkpoints, False)):
+                for (index, interval), column in columns.items():
+                    position = self.trie.positions[index]
+                    tokens_bytes = self.trie.span(position) * self.budget.kv_bytes_per_token
+                    size = scale * (tokens_bytes if is_kv else self.budget.state_bytes)
+                    changes[position.visits[interval]].append((column, -size))
+                    changes[position.visits[interval + 1]].append((column, size))
+        usage = [self.column() for _ in range(self.trie.num_requests)]
         for time_step, terms in enumerate(changes):
-            before = [(self.usage[time_step - 1], -1.0)] if time_step else []
-            self._row([(self.usage[time_step], 1.0), *before, *terms], 0)
+            before = [(usage[time_step - 1], -1.0)] if time_step else []
+            self.row([(usage[time_step], 1.0), *before, *terms], 0)
+        return usage
 
     def solve(
         self,

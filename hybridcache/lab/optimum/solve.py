@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
-from hybridcache.lab.optimum.plan import Budget, Plan
+from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
 from hybridcache.lab.optimum.trie import Placement, build_trie
 from hybridcache.lab.trace import Trace
@@ -101,13 +101,16 @@ def optimum(
     placement: Placement = "shared",
     relative_gap: float = RELATIVE_GAP,
     limit_s: float = LIMIT_S,
+    lower: tuple[LowerBudget, ...] = (),
     on_progress: Callable[[str], None] | None = None,
 ) -> Optimum:
     """The offline optimum over what to keep, when, and where to checkpoint.
 
     ``greedy`` builds a plan (any length of trace); ``lp`` adds the relaxation's bound and the
     prices; ``milp`` improves the plan window by window, then as a whole, until the gap is
-    ``relative_gap`` or ``limit_s`` is over. ``grid`` in tokens. ValueError for a budget, a grid or
+    ``relative_gap`` or ``limit_s`` is over. ``lower``: tiers below the device, for ``greedy`` and
+    ``lp``; what is reached and bounded is then less what the copies cost, in tokens. ``grid`` in
+    tokens. ValueError for a budget, a grid or
     a time that is not positive and for a trace without a request; TimeoutError where ``limit_s``
     was too short for any bound; ImportError without the extra ``lab`` (not needed by ``greedy``).
 
@@ -127,13 +130,18 @@ def optimum(
         raise ValueError(
             f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
         )
+    if lower and method == "milp":
+        raise ValueError("plans with lower tiers are made by greedy and bounded by lp: take either")
     say = on_progress or (lambda _: None)
     began = time.perf_counter()
     requests = list(trace)
     if not requests:
         raise ValueError(f"{trace.name}: there is no request in it")
     trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
-    budget = Budget(capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes)
+    in_units = tuple(
+        LowerBudget(tier.capacity_bytes, tier.tokens_per_byte / trace.unit) for tier in lower
+    )
+    budget = Budget(capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes, in_units)
     prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)
     say(f"{len(requests)} requests, {len(trie.positions)} shared positions; greedy")
     plan = greedy = clairvoyant_greedy(trie, budget)
@@ -152,6 +160,7 @@ def optimum(
             )
     plan.verify(trie, budget)
     cached = plan.cached_lens(trie) * trace.unit
+    copied = plan.copy_tokens(trie, budget) * trace.unit if lower else 0.0
     return Optimum(
         trace=trace.name,
         capacity_bytes=capacity_bytes,
@@ -159,7 +168,7 @@ def optimum(
         plan_by="greedy" if plan is greedy else "milp",
         num_requests=len(requests),
         prompt_tokens=prompt_tokens,
-        reached=float(cached.sum()) / prompt_tokens,
+        reached=(float(cached.sum()) - copied) / prompt_tokens,
         bound=None if bound is None else bound * trace.unit / prompt_tokens,
         cached_tokens=cached,
         prices=prices,

@@ -1,0 +1,60 @@
+"""The optimum with tiers below the device: two capacities and a price of copies."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridcache.lab.generators import agent
+from hybridcache.lab.optimum import LowerBudget, Method, Optimum, optimum
+from hybridcache.units import GIB
+
+TRACE = agent().head(40)
+
+
+def best(device_gib: float, *lower: tuple[float, float], method: Method = "lp") -> Optimum:
+    return optimum(
+        TRACE,
+        capacity_bytes=int(device_gib * GIB),
+        kv_bytes_per_token=24576,
+        state_bytes=77_266_944,
+        grid=64,
+        method=method,
+        lower=tuple(LowerBudget(int(gib * GIB), price) for gib, price in lower),
+    )
+
+
+def bound(found: Optimum) -> float:
+    assert found.bound is not None
+    return found.bound
+
+
+@pytest.fixture(scope="module")
+def alone() -> Optimum:
+    return best(0.5)
+
+
+def test_where_copies_are_free_capacities_add_up(alone: Optimum):
+    tiered, whole = best(0.5, (0.5, 0.0)), best(1.0)
+    assert bound(tiered) == pytest.approx(bound(whole), abs=1e-6)
+    assert bound(whole) > bound(alone) + 0.05
+    three = best(0.5, (0.25, 0.0), (0.25, 0.0), method="greedy")
+    assert alone.reached < three.reached <= bound(whole) + 1e-9
+
+
+def test_where_a_copy_costs_more_than_computing_nothing_is_gained(alone: Optimum):
+    tiered = best(0.5, (8.0, 1.0))
+    assert bound(tiered) == pytest.approx(bound(alone), abs=1e-6)
+    assert tiered.reached == alone.reached
+
+
+def test_a_price_between_lies_between(alone: Optimum):
+    cheap, dear = best(0.5, (4.0, 1e-6)), best(0.5, (4.0, 1e-5))
+    assert bound(alone) < bound(dear) < bound(cheap)
+    for found in (cheap, dear):
+        assert alone.reached < found.reached <= bound(found)
+        assert found.reached < float(found.cached_tokens.sum()) / found.prompt_tokens
+
+
+def test_no_plan_with_tiers_is_improved_by_milp():
+    with pytest.raises(ValueError, match="greedy and bounded by lp"):
+        best(0.5, (1.0, 0.0), method="milp")
