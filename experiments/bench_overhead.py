@@ -7,13 +7,19 @@ with every step, and tokens are there when it is through. Conversations end and 
 time, so that matching, publishing and evicting are in the steps.
 
     python -m experiments.bench_overhead
+    python -m experiments.bench_overhead --starts 5    # how long `engine serve` takes to answer
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
+import socket
 import statistics
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,11 +188,38 @@ def run(num_steps: int) -> Iterator[dict[str, Any]]:
             )
 
 
+def start_s() -> float:
+    """From the command line of ``engine serve``, with the built-in model, to its first answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "engine", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
+                    return time.perf_counter() - begin
+            except OSError:
+                time.sleep(0.01)
+        raise RuntimeError(f"engine serve ended with code {process.returncode}")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--starts", type=int, default=0, help="only time so many starts")
     parser.add_argument("--steps", type=int, default=1000, help="steps measured for each row")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.jsonl")
     arguments = parser.parse_args()
+    if arguments.starts:
+        times = [start_s() for _ in range(arguments.starts)]
+        print(f"engine serve answers after {statistics.median(times):.2f} s: median of", end=" ")
+        print(*(f"{seconds:.2f}" for seconds in times))
+        return
     torch.set_num_threads(1)
     records = [
         {"running": n, "hidden_behind_ms": ms} | hidden(n, ms, arguments.steps)

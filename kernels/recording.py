@@ -83,6 +83,11 @@ class _Watch(TorchDispatchMode):
         self.others: set[str] = set()
         self._steps = steps
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, and to say so costs a second of imports."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -4,12 +4,14 @@ exit code 2 and one sentence."""
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from engine.command.flags import (
@@ -230,11 +232,16 @@ def _top(arguments: argparse.Namespace) -> int:
     return top(arguments.url, arguments.key_file, arguments.once)
 
 
+def _server() -> ModuleType:
+    """Half a second of imports, which the engine's process need not wait for."""
+    return importlib.import_module("engine.server.app")
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments)
     from engine.command.engine_process import start_engine
-    from engine.server.app import bind, serve
+    from engine.server.listening import bind
 
     served: ServedEngine
     with bind(server_config) as listener:  # Before anything slow: a taken port is reported at once.
@@ -246,12 +253,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
             served, screen = start_replicas(engine_config, server_config, address)
             print(screen, flush=True)
-            serve(served, server_config, listener)
+            _server().serve(served, server_config, listener)
             return 0
-        engine, screen = start_engine(engine_config, address, server_config.trace)
+        engine, screen = start_engine(
+            engine_config, address, server_config.trace, meanwhile=_server
+        )
         try:
             print(screen, flush=True)
-            serve(engine, server_config, listener, lambda: engine.failure is not None)
+            _server().serve(engine, server_config, listener, lambda: engine.failure is not None)
         finally:
             engine.stop()
     if engine.failure is not None:

@@ -13,6 +13,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import msgspec
 
@@ -35,10 +36,15 @@ swaps."""
 
 
 def start_engine(
-    config: EngineConfig, address: str, trace: str | None = None, boot: str | None = None
+    config: EngineConfig,
+    address: str,
+    trace: str | None = None,
+    boot: str | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> tuple[ProcessEngine, str]:
-    """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs; None:
-    ``BOOT``. ValueError: what loading refuses."""
+    """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs;
+    None: ``BOOT``. ``meanwhile`` is called while the model is loaded. ValueError: what loading
+    refuses."""
     folder = make_folder()
     try:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
@@ -49,6 +55,8 @@ def start_engine(
         )
         try:
             # While the model is loaded over there.
+            if meanwhile is not None:
+                meanwhile()
             tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
             ready = _wait_for(process, channel)
             tokenizer = tokenizer or load_tokenizer_of(config, ready.vocab_size)

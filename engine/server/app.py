@@ -28,6 +28,7 @@ from engine.server.dialects.routes import add_messages, add_responses
 from engine.server.errors import APIError
 from engine.server.feed import Feed
 from engine.server.front import ServingContext
+from engine.server.listening import BACKLOG
 from engine.server.operator import Operator
 from engine.server.page import add_page
 from engine.server.peers_paths import add_peers_paths
@@ -42,8 +43,6 @@ from engine.server.streaming import ClientGone
 from engine.server.workers import SWITCH_S, Workers
 from engine.text.tokenizer import EncodeOptions
 
-BACKLOG = 4096
-"""Connections that may wait to be accepted."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
@@ -195,24 +194,6 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
         operator.check(request)
         await front.engine.reset_prefix_cache()
         return {"reset": True}
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket at the configured address. Taken before the model is loaded: a port that
-    is in use is refused at once (ValueError), and a client that comes early waits."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ValueError(
-            f"Can not listen on {config.host}:{config.port} ({error.strerror}): choose another "
-            "--port or --host."
-        ) from error
-    return listener
 
 
 class Server(uvicorn.Server):

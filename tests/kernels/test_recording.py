@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import native
-from kernels.recording import NotRecordableError, record
+from kernels.recording import NotRecordableError, _Watch, record
 
 COMPILED = pytest.mark.skipif(native.shared_library() is None, reason="no C++ compiler")
 
@@ -100,3 +100,9 @@ class TestCompiling:
         source = tmp_path / "native.cpp"
         source.write_text("int f() { return 1; }")
         assert native._fingerprint("c++", [source]) != before
+
+
+def test_recording_imports_no_compiler() -> None:
+    """What torch wraps a mode's method in imports its compiler when it is first called: a second of
+    a start."""
+    assert not hasattr(_Watch.__torch_dispatch__, "__wrapped__")
