@@ -6,8 +6,8 @@ from experiments.mutations import Mutation, Mutations
 
 GDN, CONV = "kernels/gdn/native.cpp", "kernels/conv1d/native.cpp"
 ATTENTION, COPY = "kernels/attention/native.cpp", "kernels/state_copy/native.cpp"
-LINEAR = "kernels/linear/native.cpp"
-NOUNS = "gdn", "conv1d", "attention", "state_copy", "linear"
+LINEAR, TILE = "kernels/linear/native.cpp", "kernels/tile.h"
+NOUNS = "gdn", "mamba2", "conv1d", "attention", "state_copy", "linear"
 TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in NOUNS)
 
 BREAKAGES = (
@@ -24,6 +24,20 @@ BREAKAGES = (
         "            before = after;\n",
         "",
         ("tests/kernels/test_conv1d.py",),
+    ),
+    Mutation(
+        "natively, a prompt carries on with a state that its checkpoint could not hold",
+        TILE,
+        "sizeof(S) < 4 && i",
+        "sizeof(S) < 2 && i",
+        ("tests/kernels/test_gdn.py", "tests/kernels/test_mamba2.py"),
+    ),
+    Mutation(
+        "natively, a checkpoint is the state one tile later",
+        TILE,
+        "walk.ends[exported] != at + count - begin",
+        "walk.ends[exported] > at - begin",
+        ("tests/kernels/test_gdn.py", "tests/kernels/test_mamba2.py"),
     ),
     Mutation(
         "natively, a verified token sees those drafted after it",
