@@ -17,8 +17,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +43,7 @@ LANES = 16
 @cache
 def shared_library() -> ctypes.CDLL | None:
     """The library, compiled if it is not there yet (seconds); None where that is not possible."""
-    sources = sorted(SOURCES.glob("*/native*.cpp"))
+    sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*/native*.cpp")])
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or not sources:
         return None
@@ -75,10 +77,21 @@ def function(name: str, kinds: str) -> Callable[..., None]:
     exported.argtypes = [KINDS[kind] for kind in kinds]
 
     def call(*arguments: float | None) -> None:
-        note(partial(exported, *arguments))
+        note(Call(exported, arguments))
         exported(*arguments)
 
     return call
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A function of the library, and what it was called with."""
+
+    function: Any
+    arguments: tuple[float | None, ...]
+
+    def __call__(self) -> None:
+        self.function(*self.arguments)
 
 
 def note(step: Callable[[], object]) -> None:

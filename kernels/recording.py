@@ -7,14 +7,17 @@ memory: as a device graph does.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels.native import note, recorded
+from kernels.native import Call, function, has, note, recorded
 
 aten = torch.ops.aten
 ALLOCATIONS = {
@@ -45,6 +48,10 @@ REPEATED = {
 """Repeated as they are. None of them reads a number on the host."""
 
 
+CALL = np.dtype([("function", "i8"), ("words", "i8", 24), ("floats", "f4", 4)])
+"""As ``recording.cpp`` has it."""
+
+
 class NotRecordableError(Exception):
     """Something else than native calls, views and a few operations was computed."""
 
@@ -59,8 +66,10 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
         names = ", ".join(sorted(watch.others))
         raise NotRecordableError(f"{names} can not be repeated")
 
+    made = _in_runs(steps)
+
     def replay() -> None:
-        for step in steps:
+        for step in made:
             step()
 
     # The tensors live as long as what repeats the calls on them.
@@ -74,6 +83,36 @@ def repeated(work: Callable[..., object], *arguments: object) -> None:
     note(partial(work, *arguments))
     with _disable_current_modes():
         work(*arguments)
+
+
+def _in_runs(steps: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    """``steps`` with each run of native calls as one, where the library makes several at a time."""
+    if not has("make_calls"):
+        return steps
+    made: list[Callable[[], object]] = []
+    for is_native, run in groupby(steps, key=lambda step: isinstance(step, Call)):
+        some = list(run)
+        made += [_Calls(some)] if is_native else some  # type: ignore[arg-type]
+    return made
+
+
+class _Calls:
+    """Native calls that Python begins once."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self._table = np.zeros(len(calls), dtype=CALL)
+        for row, call in zip(self._table, calls, strict=True):
+            kinds = [kind is ctypes.c_float for kind in call.function.argtypes]
+            pairs = list(zip(kinds, call.arguments, strict=True))
+            words = [value or 0 for is_float, value in pairs if not is_float]
+            floats = [value for is_float, value in pairs if is_float]
+            row["function"] = ctypes.cast(call.function, ctypes.c_void_p).value or 0
+            row["words"][: len(words)], row["floats"][: len(floats)] = words, floats
+        self._address = self._table.ctypes.data
+        self._make = function("make_calls", "pi")
+
+    def __call__(self) -> None:
+        self._make(self._address, len(self._table))
 
 
 class _Watch(TorchDispatchMode):

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from kernels import native
+from kernels import native, recording
 from kernels.recording import NotRecordableError, _Watch, record
 
 COMPILED = pytest.mark.skipif(native.shared_library() is None, reason="no C++ compiler")
@@ -38,31 +38,37 @@ def test_native_kernels_have_what_the_others_have(name) -> None:
 
 
 @COMPILED
-def test_what_was_recorded_is_repeated_on_what_is_there_now() -> None:
-    from kernels.norm.native import rms_norm
+@pytest.mark.parametrize("in_runs", [True, False], ids=["in-runs", "one-by-one"])
+def test_what_was_recorded_is_repeated_on_what_is_there_now(in_runs, monkeypatch) -> None:
+    from kernels.norm.native import gated_rms_norm, rms_norm
 
+    if not in_runs:
+        monkeypatch.setattr(recording, "has", lambda name: False)
     table, weight = torch.randn(9, 32), torch.rand(32)
     rows, out = torch.tensor([3, 4]), torch.empty(2, 32)
 
     def work() -> None:
-        out.copy_(rms_norm(torch.cat([table[rows[:1]], table[rows[1:]]]), weight, 1e-6))
+        gate = rms_norm(torch.cat([table[rows[:1]], table[rows[1:]]]), weight, 1e-6)
+        out.copy_(gated_rms_norm(gate, weight, gate * 2, 0.5, gate_first=True))
 
     replay = record(work)
     for wanted in ([3, 4], [8, 0]):
         rows.copy_(torch.tensor(wanted))
         out.fill_(torch.nan)
         replay()
-        assert torch.equal(out, rms_norm(table[wanted], weight, 1e-6))
+        gate = rms_norm(table[wanted], weight, 1e-6)
+        assert torch.equal(out, gated_rms_norm(gate, weight, gate * 2, 0.5, gate_first=True))
 
 
 @pytest.mark.parametrize(
     "operation",
-    [lambda x: x + 1, lambda x: x.mul_(2), lambda x: x.sum(), lambda x: x.t().contiguous()],
-    ids=["add", "mul_", "sum", "contiguous"],
+    [lambda x: x.sort(), lambda x: x.clamp_(0), lambda x: x.sum(), lambda x: x.t().contiguous()],
+    ids=["sort", "clamp_", "sum", "contiguous"],
 )
 def test_other_operations_are_refused(operation) -> None:
+    x = torch.ones(2, 3)
     with pytest.raises(NotRecordableError, match="aten"):
-        record(lambda: operation(torch.ones(2, 3)))
+        record(lambda: operation(x))
 
 
 class TestCompiling:

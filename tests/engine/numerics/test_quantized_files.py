@@ -94,6 +94,17 @@ def test_fp8_in_blocks_is_what_it_stands_for(
     assert torch.equal(hit, cold[64:])
 
 
+@pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
+def test_the_one_input_product_of_mamba2(code, checkpoint, driver_class, random_tokens):
+    """Gate, x, B, C and time steps in the files' order, whose last block of rows is a part."""
+    path, tokens = checkpoint("granite_moe_hybrid_dense"), random_tokens(70, seed=6)
+    plain = code(path, is_quantized=lambda module: module.endswith("mamba.in_proj"))
+    cold, hit = cold_and_hit(driver_class, load(path), tokens)
+    expected, _ = cold_and_hit(driver_class, load(plain), tokens)
+    assert (cold - expected).norm() <= (0.05 if code is int8 else 0.0) * expected.norm()
+    assert torch.equal(hit, cold[64:])
+
+
 def test_qwen_names_every_exception_in_full(checkpoint):
     """One that is missing from the list, as conv1d and norms may be but a gate may not."""
     path = checkpoint("qwen3_next")
