@@ -1,5 +1,6 @@
-"""What a step costs beside the forward pass: scheduling, sampling and committing, with 1, 8 and 64
-requests decoding; and how much of that is hidden where a device computes by itself.
+"""What a step costs beside the forward pass: scheduling, sampling, committing, and sending its
+outputs to the server's process, with 1, 8 and 64 requests decoding; and how much of that is hidden
+where a device computes by itself.
 
 A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are
 the engine's own. For what is hidden there is a clock in place of a device: it is busy for so long
@@ -29,6 +30,9 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
+from engine.process.channel import Channel, make_folder, remove_folder
+from engine.process.host import news_of
+from engine.process.messages import FromEngine, Outputs
 from engine.run.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
 from engine.schedule.memory import MemorySizes
@@ -157,6 +161,10 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     """Median microseconds per stage of steps in which all requests decode, and their 99th
     percentile together."""
     reports: list[StepReport] = []
+    sending_s: list[float] = []
+    folder = make_folder()
+    server: Channel[FromEngine] = Channel(folder, is_server=True)
+    channel: Channel[Any] = Channel(folder, is_server=False)
     engine = Engine(
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
         runner=IdleRunner(),
@@ -167,7 +175,15 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     for i in range(num_running):
         engine.submit([i % 256] * PROMPT_LEN, sampling)
     while len(reports) < 50 + num_steps:
-        engine.step()
+        outputs = engine.step()
+        begin = time.perf_counter()
+        channel.send(Outputs(num_running, 0, tuple(map(news_of, outputs)), ()))
+        sending_s.append(time.perf_counter() - begin)
+        while server.receive() is not None:
+            pass  # The other side's work.
+    for end in (channel, server):
+        end.close()
+    remove_folder(folder)
     steps = [report for report in reports[50:] if report.num_decode_tokens == num_running]
     found = {
         stage.removesuffix("_s") + "_us": statistics.median(getattr(r, stage) for r in steps) * 1e6
@@ -175,7 +191,8 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     }
     totals = [sum(getattr(report, stage) for stage in STAGES) * 1e6 for report in steps]
     return found | {
-        "total_us": statistics.median(totals),
+        "send_us": statistics.median(sending_s[50:]) * 1e6,
+        "total_us": statistics.median(totals) + statistics.median(sending_s[50:]) * 1e6,
         "p99_us": statistics.quantiles(totals, n=100)[98],
     }
 
@@ -233,12 +250,13 @@ def main() -> None:
         )
     print(
         f"{'running':>7}  "
-        f"{'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'all':>9}{'p99':>9}  µs"
+        f"{'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'send':>9}{'all':>9}{'p99':>9}  "
+        "µs"
     )
     for record in run(arguments.steps):
         records.append(record)
         numbers = [
-            record[key] for key in ("schedule_us", "sample_us", "commit_us", "total_us", "p99_us")
+            record[f"{key}_us"] for key in ("schedule", "sample", "commit", "send", "total", "p99")
         ]
         print(
             f"{record['running']:7}  {record['sampling']:16}"
