@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.engine import Engine, StepReport
+    from engine.engine import Engine
     from engine.requests.recent import Ended
+    from engine.step_report import StepReport
 
 MAX_BYTES = 1 << 30
 """Where the file ends, whatever still comes."""

@@ -28,12 +28,13 @@ import numpy as np
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.engine import Engine, StepReport
+from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
 from engine.run.backends import all_fused
 from engine.run.device import Device
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
+from engine.step_report import StepReport
 from engine.text.outputs import RequestOutput
 from experiments import exact_price, interpreter
 from experiments.bench_serving import conversation_jobs, over_http, sweep, table

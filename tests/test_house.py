@@ -98,6 +98,7 @@ MAY_IMPORT = {
     "engine/requests": "guided text",
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests text",
+    "engine/transfer": "config requests run schedule",
     "engine/interfaces.py": "drafts requests schedule text",
     "engine/engine_loop.py": "engine requests schedule text",
     "engine/process": "async_engine build config engine engine_loop guided requests schedule text "
@@ -105,7 +106,7 @@ MAY_IMPORT = {
     "engine/run": "config drafts environment interfaces requests schedule text",
     "engine/server": "async_engine engine guided history requests schedule text watch",
     "engine/watch.py": "engine requests",
-    "engine/fleet": "async_engine build config engine guided requests schedule text",
+    "engine/fleet": "async_engine build config engine guided requests schedule step_report text",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may
 not."""
