@@ -162,7 +162,7 @@ class EngineConfig:
     )
     transfer_at: str | None = _setting(
         None,
-        "with role prefill: HOST:PORT to listen on for decode engines, in a network that is trusted",
+        "with role prefill: HOST:PORT to listen on for decode engines, in a trusted network",
     )
     prefill: tuple[str, ...] = _setting((), "with role decode: HOST:PORT of every prefill engine")
     fetch_above: int = _setting(

@@ -9,6 +9,7 @@ the request computes here.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -35,6 +36,8 @@ MAX_PIECES = 32
 """Received and not yet copied, of one prefix; the sender waits."""
 MAX_COPIED_BYTES = 32 << 20
 """Between two steps."""
+CLOSE_S = 2.0
+"""For the thread of a fetch to end in."""
 REST_S = 5.0
 """For which a prefill engine that failed is not asked again."""
 
@@ -191,6 +194,8 @@ class PeerFetcher:
         self._fetch_above, self.counts = fetch_above, counts
         self._active: list[PeerFetch] = []
         self._news = threading.Event()
+        self._threads: set[threading.Thread] = set()
+        atexit.register(self.close)
 
     @property
     def has_room(self) -> bool:
@@ -211,7 +216,9 @@ class PeerFetcher:
             return None
         fetch = PeerFetch(self, peer, arrival, tokens, request)
         self._active.append(fetch)
-        threading.Thread(target=self._follow, args=(fetch,), name="fetch", daemon=True).start()
+        thread = threading.Thread(target=self._follow, args=(fetch,), name="fetch", daemon=True)
+        self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+        thread.start()
         return fetch
 
     def _choose(self) -> Peer | None:
@@ -281,9 +288,12 @@ class PeerFetcher:
         self._news.wait(timeout_s)
 
     def close(self) -> None:
-        """See ``Fetcher``."""
-        for fetch in self._active:
-            fetch.is_cancelled = True
+        """See ``Fetcher``. Groups of torch.distributed must not be alive when the process ends."""
+        atexit.unregister(self.close)
+        for fetch in tuple(self._active):
+            fetch.cancel()
+        for thread in self._threads:
+            thread.join(CLOSE_S)
         for peer in self._peers:
             peer.close()
 

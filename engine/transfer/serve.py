@@ -7,6 +7,7 @@ engines in one network that trust each other.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 ALIVE_S = 1.0
 """An asker is told so often that its prefix is being computed."""
 IDLE_S = 0.01
+CLOSE_S = 2.0
+"""For a connection to end in."""
 
 
 class PrefillServer:
@@ -64,11 +67,13 @@ class PrefillServer:
         self._news = threading.Event()
         self._advanced_s = time.monotonic()
         self._wires: set[Wire] = set()
+        self._threads: set[threading.Thread] = set()
         self._is_closed = False
         self._rendezvous = Rendezvous.keep(timeout_s)
         self._listener = socket.create_server(address)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         threading.Thread(target=self._listen, name="transfers", daemon=True).start()
+        atexit.register(self.close)
 
     def _listen(self) -> None:
         while True:
@@ -77,7 +82,9 @@ class PrefillServer:
             except OSError:
                 return
             wire = Wire(connection, self._timeout_s)
-            threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True).start()
+            thread = threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True)
+            self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+            thread.start()
 
     def _talk(self, wire: Wire) -> None:
         """What the thread of one connection does."""
@@ -197,13 +204,17 @@ class PrefillServer:
         self._active = []
 
     def close(self) -> None:
-        """Listen no more, and break all connections off."""
+        """Listen no more, and break all connections off: groups of torch.distributed must not be
+        alive when the process ends."""
         self._is_closed = True
+        atexit.unregister(self.close)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for wire in tuple(self._wires):
             wire.close()
+        for thread in self._threads:
+            thread.join(CLOSE_S)
 
 
 def _read_ask(said: dict[str, Any], data: bytes) -> Outgoing:
