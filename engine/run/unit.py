@@ -86,7 +86,7 @@ class Unit:
         columns = data.split([_unit_bytes(pool) for pool in pools], 1)
         for pool, column in zip(pools, columns, strict=True):
             values = column.contiguous().view(pool.dtype).view(len(rows), *pool.shape[1:])
-            pool[index] = values.to(pool.device)
+            pool[index] = _to_device(values, pool.device)
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> Copied:
@@ -101,7 +101,7 @@ class Unit:
         for view in self._state(slot):
             num_bytes = view.numel() * view.itemsize
             piece = data[first : first + num_bytes].contiguous().view(view.dtype)
-            view.copy_(piece.view(view.shape))
+            view.copy_(_to_device(piece.view(view.shape), view.device))
             first += num_bytes
 
 
@@ -111,6 +111,13 @@ def _is_kv(spec: Spec) -> bool:
 
 def _unit_bytes(pool: torch.Tensor) -> int:
     return math.prod(pool.shape[1:]) * pool.itemsize
+
+
+def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As ``upload``: the host does not wait for what the device was told before."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(pieces: Sequence[torch.Tensor], dim: int) -> Copied:
