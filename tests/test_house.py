@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "engine/schedule": "config drafts requests text",
     "engine/transfer": "config requests run schedule",
     "engine/interfaces.py": "drafts requests schedule text",
-    "engine/engine_loop.py": "engine requests schedule text",
+    "engine/engine_loop.py": "engine interfaces requests schedule text",
     "engine/process": "async_engine build config engine engine_loop guided requests schedule text "
     "watch",
     "engine/run": "config drafts environment interfaces requests schedule text",
