@@ -107,7 +107,7 @@ def peer_fetcher(
     from engine.transfer.fingerprint import fingerprint
 
     assert counts is not None
-    model_runner = _model_runner(runner)
+    model_runner = _model_runner(runner, manager)
     own = fingerprint(config, model_runner)
     peers = [Peer(address, own, config.transfer_timeout_s) for address in config.addresses]
     return PeerFetcher(manager, model_runner.unit, peers, counts, fetch_above=config.fetch_above)
@@ -124,7 +124,7 @@ def prefill_server(
     from engine.transfer.fingerprint import fingerprint
     from engine.transfer.serve import PrefillServer
 
-    runner = _model_runner(engine.runner)
+    runner = _model_runner(engine.runner, manager)
     try:
         server = PrefillServer(
             manager,
@@ -143,9 +143,12 @@ def prefill_server(
     return server
 
 
-def _model_runner(runner: Runner) -> ModelRunner:
+def _model_runner(runner: Runner, manager: CacheManager) -> ModelRunner:
+    """A runner whose memory can be read and written between two steps. ConfigError."""
     from engine.run.model_runner import ModelRunner
 
+    if manager.cache.lower is not None:
+        raise ConfigError("a role is served without memory below the device's: leave that out.")
     if not isinstance(runner, ModelRunner):
         raise ConfigError("a role needs the runner of a model, whose memory can be read.")
     return runner

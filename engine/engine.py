@@ -33,10 +33,10 @@ from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.fetching import Fetcher, Fetching, Outside
+from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import QueueFull, Scheduler
-from engine.step_report import Observer, StepReport
 from engine.text.outputs import RequestOutput
 from engine.transfer.counts import TransferCounts
 from hybridcache.build import build_prefix_cache
@@ -229,7 +229,7 @@ class Engine:
             or any(part.has_work for part in self._outside)
         )
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         """End what is done for and by other processes."""
         for part in self._outside:
             part.close()

@@ -156,7 +156,7 @@ class EngineLoop(Generic[Reader]):
             self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
-            self._engine.close()
+            self._engine.disconnect()
             self._close()
 
     def _step(self) -> None:

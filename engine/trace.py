@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.requests.recent import Ended
-    from engine.step_report import StepReport
+    from engine.schedule.observed import StepReport
 
 MAX_BYTES = 1 << 30
 """Where the file ends, whatever still comes."""

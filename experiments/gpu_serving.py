@@ -34,7 +34,7 @@ from engine.run.backends import all_fused
 from engine.run.device import Device
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
-from engine.step_report import StepReport
+from engine.schedule.observed import StepReport
 from engine.text.outputs import RequestOutput
 from experiments import exact_price, interpreter
 from experiments.bench_serving import conversation_jobs, over_http, sweep, table

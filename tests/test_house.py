@@ -106,7 +106,7 @@ MAY_IMPORT = {
     "engine/run": "config drafts environment interfaces requests schedule text",
     "engine/server": "async_engine engine guided history requests schedule text watch",
     "engine/watch.py": "engine requests",
-    "engine/fleet": "async_engine build config engine guided requests schedule step_report text",
+    "engine/fleet": "async_engine build config engine guided requests schedule text",
 }
 """Room or file -> what it may import of its own package, itself apart; what is not listed, it may
 not."""

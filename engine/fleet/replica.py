@@ -15,8 +15,8 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.fleet.order import NO_TOKENS, Order, ReplicaFacts
 from engine.requests.sampling_params import SamplingParams
+from engine.schedule.observed import StepReport
 from engine.schedule.report import CacheReport
-from engine.step_report import StepReport
 from engine.text.outputs import RequestOutput
 from hybridcache.routing.outbox import EventBatch, Outbox
 

@@ -130,7 +130,8 @@ class Fetching:
         match = self._manager.match(request)
         if not self._fetcher.has_room or self._comes_for_another(request, match.kv_len):
             return True
-        fetch = self._fetcher.begin(request, match.cached_len)
+        resumable = match.lower[-1].position if match.lower else match.cached_len
+        fetch = self._fetcher.begin(request, resumable)
         if fetch is None:
             request.fetched_len = 0
             return False

@@ -22,7 +22,7 @@ from engine import (
 )
 from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
 from engine.schedule.batch import Batch
-from engine.step_report import StepReport
+from engine.schedule.observed import StepReport
 from engine.text.byte_tokenizer import ByteTokenizer
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.lease_log import LeaseLog, replay

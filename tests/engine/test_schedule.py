@@ -11,7 +11,7 @@ import pytest
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.sampling_params import SamplingInput
 from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
-from engine.step_report import StepReport
+from engine.schedule.observed import StepReport
 
 
 def make_engine(kv_tokens: int = 4096, slots: int = 16, **settings: Any) -> Engine:

@@ -7,16 +7,19 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.build import prefill_server
 from engine.config import ConfigError
 from engine.run.model_runner import ModelRunner
 from engine.server.metrics import Metrics
 from engine.transfer import outgoing
+from engine.transfer.counts import TransferCounts
 from engine.transfer.link import GroupTransfer
 from engine.transfer.wire import TransferError, Wire
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
@@ -196,6 +199,22 @@ def test_what_breaks_on_the_other_side_is_said_and_computed_here(
     settled(far)
 
 
+def test_an_engine_that_computes_nothing_counts_as_gone(
+    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection lives, and says so only as long as its engine steps."""
+    server = far.prefill_server
+    assert server is not None
+    engine = decode_engine(port_of(far), transfer_timeout_s=1.0)
+    monkeypatch.setattr(server, "_timeout_s", 1.0)
+    monkeypatch.setattr(server, "advance", lambda: time.sleep(0.05))
+    with caplog.at_level(logging.WARNING):
+        assert_same(plain, engine, [text(60, 300)])
+    assert counts_of(engine)["failed"] == 1 and "computed here" in caplog.text
+    monkeypatch.undo()
+    settled(far)
+
+
 def test_what_is_no_message_ends_the_connection_and_nothing_else(far: Engine) -> None:
     assert far.prefill_server is not None
     for said in ({"hello": 3}, {"hello": {}}):
@@ -224,11 +243,19 @@ def test_settings_that_can_not_work_are_one_sentence() -> None:
         ({"role": "prefill", "transfer_at": "host:99999"}, "HOST:PORT"),
         ({"role": "both"}, "role must be one of none, prefill, decode"),
         ({"role": "prefill", "transfer_at": "h:1", "prefix_cache": "none"}, "--prefix-cache none"),
+        ({"role": "prefill", "transfer_at": "h:1", "tp": 2}, "--tp is served without roles"),
         ({"fetch_above": 0}, "fetch_above"),
         ({"transfer_timeout_s": 0.0}, "transfer_timeout_s"),
     ):
         with pytest.raises(ConfigError, match=word):
             EngineConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_memory_below_is_refused(far: Engine) -> None:
+    """What the tree says is on the device may still be on its way there."""
+    manager = SimpleNamespace(cache=SimpleNamespace(lower=object()))
+    with pytest.raises(ConfigError, match="below the device's"):
+        prefill_server(far, manager, TransferCounts())  # type: ignore[arg-type]
 
 
 def test_an_address_in_use_is_one_sentence(far: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What whoever observes an engine is notified of."""
+"""What whoever observes an engine learns of each step."""
 
 from __future__ import annotations
 
