@@ -18,7 +18,12 @@ from hybridcache.policies.words import parse_placement
 from hybridcache.tiered import TieredRadixCache
 
 if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.run.model_runner import ModelRunner
+    from engine.schedule.fetching import Fetcher
     from engine.text.tokenizer import Tokenizer
+    from engine.transfer.counts import TransferCounts
+    from engine.transfer.serve import PrefillServer
 
 
 def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
@@ -113,3 +118,56 @@ def make_manager(
         exchange=None if lower is None else lower.exchange,
         keeping=None if lower is None else lower.keeping,
     )
+
+
+def peer_fetcher(
+    config: EngineConfig, runner: Runner, manager: CacheManager, counts: TransferCounts | None
+) -> Fetcher:
+    """What a decode engine has its prompts computed by. Imports torch."""
+    from engine.transfer.fetch import Peer, PeerFetcher
+    from engine.transfer.fingerprint import fingerprint
+
+    assert counts is not None
+    model_runner = _model_runner(runner)
+    own = fingerprint(config, model_runner)
+    peers = [Peer(address, own, config.transfer_timeout_s) for address in config.addresses]
+    return PeerFetcher(manager, model_runner.unit, peers, counts, fetch_above=config.fetch_above)
+
+
+def prefill_server(
+    engine: Engine, manager: CacheManager, counts: TransferCounts | None
+) -> PrefillServer | None:
+    """What computes prompts for decode engines, where that is the role of ``engine``: it listens
+    when this returns. ConfigError: the address can not be listened on. Imports torch."""
+    config = engine.config
+    if config.role != "prefill" or counts is None:
+        return None
+    from engine.transfer.fingerprint import fingerprint
+    from engine.transfer.serve import PrefillServer
+
+    runner = _model_runner(engine.runner)
+    try:
+        server = PrefillServer(
+            manager,
+            runner.unit,
+            config.addresses[0],
+            fingerprint(config, runner),
+            counts,
+            timeout_s=config.transfer_timeout_s,
+            prepare=engine.prepare,
+            enqueue=engine.enqueue,
+            abort=engine.abort,
+        )
+    except OSError as error:
+        raise ConfigError(f"--transfer-at {config.transfer_at}: {error}.") from error
+    runner.watch_layers(server.send_layer)
+    return server
+
+
+def _model_runner(runner: Runner) -> ModelRunner:
+    """A runner whose memory can be read and written between two steps. ConfigError."""
+    from engine.run.model_runner import ModelRunner
+
+    if not isinstance(runner, ModelRunner):
+        raise ConfigError("a role needs the runner of a model, whose memory can be read.")
+    return runner

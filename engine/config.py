@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -165,6 +166,23 @@ class EngineConfig:
         "none",
     )
 
+    role: Literal["prefill", "decode"] | None = _setting(
+        None,
+        "prefill: compute the prompts of decode engines beside its own; decode: have prompts "
+        "computed by prefill engines; none: on its own",
+    )
+    transfer_at: str | None = _setting(
+        None,
+        "with role prefill: HOST:PORT to listen on for decode engines, in a trusted network",
+    )
+    prefill: tuple[str, ...] = _setting((), "with role decode: HOST:PORT of every prefill engine")
+    fetch_above: int = _setting(
+        256, "with role decode: prompts that lack fewer tokens of what is cached are computed here"
+    )
+    transfer_timeout_s: float = _setting(
+        10.0, "with a role: seconds of silence after which the other engine counts as gone"
+    )
+
     max_running: int = _setting(16, "requests computed at the same time")
     token_budget: int | None = _setting(
         None,
@@ -226,6 +244,34 @@ class EngineConfig:
         """Whether there is memory below the device's."""
         return self.host_gib is not None or self.state_dir is not None
 
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) that its role needs: its own as a prefill engine, of all prefill engines as
+        a decode engine."""
+        return _addresses(self.prefill if self.transfer_at is None else (self.transfer_at,))
+
+    def _check_role(self) -> None:
+        needed = {"prefill": "transfer_at", "decode": "prefill"}
+        for role, name in needed.items():
+            if (self.role == role) != bool(getattr(self, name)):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"--role {role} and {flag} HOST:PORT go together: give both.")
+        _check_positive_int("fetch_above", self.fetch_above)
+        if not 0 < self.transfer_timeout_s < 1e6:
+            raise ConfigError(f"transfer_timeout_s must be above 0, not {self.transfer_timeout_s}.")
+        if self.role is not None and self.prefix_cache == "none":
+            raise ConfigError(
+                f"--role {self.role} moves prefixes between caches: --prefix-cache none has none."
+            )
+        if self.role is not None and self.has_lower:
+            raise ConfigError(
+                f"--role {self.role} is served without memory below the device's: leave host_gib "
+                "and state_dir out."
+            )
+        if not isinstance(self.prefill, tuple):
+            raise ConfigError("prefill must be a tuple of addresses.")
+        _ = self.addresses
+
     def __post_init__(self) -> None:
         for name in ("tp", "grid", "page_size", "max_running", "max_queue"):
             _check_positive_int(name, getattr(self, name))
@@ -266,6 +312,7 @@ class EngineConfig:
             self._check_shared()
         if self.model == "":
             raise ConfigError("model must name a directory; leave it out for the built-in one.")
+        self._check_role()
         places = self.checkpoints
         if isinstance(places, str):
             places = tuple(places.split(","))
@@ -279,6 +326,8 @@ class EngineConfig:
             )
         if self.graphs in ("decode", "all"):
             raise ConfigError("--tp is served without graphs: leave graphs at auto or off.")
+        if self.role is not None:
+            raise ConfigError(f"--tp is served without roles: leave --role {self.role} out.")
         if self.device is not None and ":" in self.device:
             raise ConfigError(
                 f"--tp gives every rank a device of its own: leave out the number of {self.device}."
@@ -293,6 +342,17 @@ def default_load_workers() -> int:
     except AttributeError:  # Linux alone knows what a process may use.
         cores = os.cpu_count() or 1
     return min(max(cores // 2, 1), MAX_LOAD_WORKERS)
+
+
+def _addresses(texts: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """(host, port) of each ``HOST:PORT``. ConfigError."""
+    found = []
+    for text in texts:
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ConfigError(f"{text!r} is no address: write HOST:PORT, as in 127.0.0.1:7000.")
+        found.append((host.strip("[]"), int(port)))
+    return tuple(found)
 
 
 def _drafters(text: str) -> dict[str, int]:
@@ -323,6 +383,7 @@ _WORDS: dict[str, tuple[str | None, ...]] = {
     "graphs": ("auto", "off", "decode", "all"),
     "prefix_cache": ("hybrid", "radix", "none"),
     "overlap": ("auto", "on", "off"),
+    "role": (None, "prefill", "decode"),
 }
 """The settings that are one of a few words. (``dtype`` is the model's to judge.)"""
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.build import cache_config, load, make_lower, make_manager, sampling_defaults
+from engine.build import (
+    cache_config,
+    load,
+    make_lower,
+    make_manager,
+    peer_fetcher,
+    prefill_server,
+    sampling_defaults,
+)
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
 from engine.engine_loop import taken
@@ -26,12 +34,13 @@ from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.batch import BytesLost
-from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.fetching import Fetcher, Fetching, Outside
 from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import QueueFull, Scheduler
 from engine.text.outputs import RequestOutput
+from engine.transfer.counts import TransferCounts
 from hybridcache.build import build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
@@ -93,9 +102,13 @@ class Engine:
         self._cache = build_prefix_cache(built)
         self._lower = make_lower(config, self._cache, runner, tokenizer)
         self._manager = make_manager(config, self._cache, runner.memory, log, self._lower)
-        if fetcher is None and self._lower is not None:
+        self.transfers = TransferCounts() if config.role is not None else None
+        """What went to or came from other engines; None: nothing does."""
+        if config.role == "decode":
+            fetcher = peer_fetcher(config, runner, self._manager, self.transfers)
+        elif fetcher is None and self._lower is not None:
             fetcher = self._lower.fetcher(self._manager)
-        self._fetching = None if fetcher is None else Fetching(self._manager, fetcher)
+        fetching = None if fetcher is None else Fetching(self._manager, fetcher)
         if drafting is None and config.drafters:
             drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
         self._scheduler = Scheduler(
@@ -104,7 +117,7 @@ class Engine:
             token_budget=config.token_budget,
             shares=config.prefix_cache != "none",
             drafting=drafting,
-            fetching=self._fetching,
+            fetching=fetching,
             clock=clock,
         )
         self._overlaps = config.overlap == "on" or (
@@ -123,6 +136,10 @@ class Engine:
             seed=config.seed,
             clock=clock,
         )
+        self.prefill_server = prefill_server(self, self._manager, self.transfers)
+        """What computes prefixes for other engines; None: it is none of its roles."""
+        parts: tuple[Outside | None, ...] = fetching, self.prefill_server
+        self._outside = tuple(part for part in parts if part is not None)
 
     @property
     def model_name(self) -> str:
@@ -215,7 +232,13 @@ class Engine:
             or self._in_flight is not None
             or self._scheduler.has_progressed
             or (self._lower is not None and self._manager.has_moves)
+            or any(part.has_work for part in self._outside)
         )
+
+    def disconnect(self) -> None:
+        """End what is done for and by other processes."""
+        for part in self._outside:
+            part.close()
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns what is new, per request.
@@ -226,8 +249,8 @@ class Engine:
         call, or from ``take_outputs``.
         """
         with self._recovering():
-            if self._fetching is not None:
-                self._fetching.advance()
+            for part in self._outside:
+                part.advance()
             plan = self._schedule()
             logits = self._forward(plan)
             in_flight = self._sample(plan, logits)
@@ -242,9 +265,9 @@ class Engine:
         except BaseException as error:
             self._in_flight = None
             interrupted = tuple(r.request_id for r in self._scheduler.recover())
+            for part in self._outside:
+                part.give_up()
             if self._manager.lost_moves():
-                if self._fetching is not None:
-                    self._fetching.give_up()
                 self._forget()
                 if self._lower is not None:
                     self._lower.start_over()
@@ -255,8 +278,9 @@ class Engine:
     def _schedule(self) -> Plan:
         self._laps = [self.clock()]
         plan = self._scheduler.schedule()
-        if plan is EMPTY and self._in_flight is None and self._fetching is not None:
-            self._fetching.wait()
+        if plan is EMPTY and self._in_flight is None:
+            for part in self._outside:
+                part.wait()
         self._laps.append(self.clock())
         return plan
 
@@ -416,6 +440,7 @@ class Engine:
             self.runner.memory,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            transfers=None if self.transfers is None else self.transfers.as_dict(),
         )
 
     def outline(self, max_nodes: int = 40) -> str:

@@ -71,6 +71,8 @@ class EngineLoop(Generic[Reader]):
         self._must_stop = False
         self._is_closed = False
         self._has_failed = self._last_step_failed = False
+        if engine.prefill_server is not None:
+            engine.prefill_server.wake = self._notify
 
     @property
     def has_failed(self) -> bool:
@@ -136,6 +138,10 @@ class EngineLoop(Generic[Reader]):
         self._orders.append(order)
         self._wake.notify()
 
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def run(self) -> None:
         """Step until ``end``, or until the engine fails; afterwards nobody waits any more."""
         if isinstance(self._engine.runner, Losable):
@@ -153,6 +159,7 @@ class EngineLoop(Generic[Reader]):
             self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
+            self._engine.disconnect()
             self._close()
 
     def _step(self) -> None:

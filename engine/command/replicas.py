@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.fleet.front import FleetEngine
 from engine.fleet.start import FleetSize, start_fleet
 from engine.server.config import ServerConfig
@@ -13,7 +13,12 @@ from engine.server.config import ServerConfig
 def start_replicas(
     config: EngineConfig, server: ServerConfig, address: str
 ) -> tuple[FleetEngine, str]:
-    """(replicas that have loaded, the start screen)."""
+    """(replicas that have loaded, the start screen). ConfigError: engines that have a role."""
+    if config.role is not None:
+        raise ConfigError(
+            f"--replicas {server.replicas} and --role {config.role} can not go together: start one "
+            "server a role, each without --replicas."
+        )
     name = f"engine-{os.getpid()}"
     size = FleetSize(server.replicas, server.max_replicas, server.drain_s, server.ray)
     fleet = start_fleet(config, size, server.router, name)

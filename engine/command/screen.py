@@ -65,10 +65,20 @@ def start_screen(engine: Engine, address: str) -> str:
             f"{config.max_running} running, {config.max_queue:,} waiting, "
             f"{counted(config.most_step_tokens, 'token')} a step at most",
         ),
+        *_role(engine),
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
     return "\n".join(f"  {name:<13}{words}" for name, words in rows)
+
+
+def _role(engine: Engine) -> list[tuple[str, str]]:
+    config, server = engine.config, engine.prefill_server
+    if server is not None:
+        return [("role", "prefill, for decode engines at {}:{}".format(*server.address))]
+    if config.role == "decode":
+        return [("role", f"decode, with prefill at {', '.join(config.prefill)}")]
+    return []
 
 
 def _memory_words(memory: MemorySizes, report: CacheReport) -> str:

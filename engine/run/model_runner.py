@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
 from engine.run.ranks.rank import ALONE, Rank
 from engine.run.step_inputs import StepInputs
+from engine.run.unit import Unit
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, logit_rows, pieces
 from engine.store.disk import Disk
@@ -161,16 +162,19 @@ class ModelRunner:
         smallest = MemoryPlan.smallest(self.sizes, self.dtype, self.state_dtype, self.checkpoints)
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.tensors, self.table, self._rotary, self.step_inputs, self._predictor, self.graphs
+        del self.tensors, self.table, self._rotary, self.step_inputs, self.unit
+        del self._predictor, self.graphs
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
         """The pools, and the tables and graphs that go with them."""
         self.memory, self.max_model_len = plan, max_model_len
-        mixers = [step.block.keeps for step in self.model.mixers]
+        keeps = [step.block.keeps for step in self.model.mixers]
+        if self._head is not None:
+            keeps.append(self._head.keeps)
         self.tensors = Memory.allocate(
             plan,
-            mixers if self._head is None else [*mixers, self._head.keeps],
+            keeps,
             self.dtype,
             self.state_dtype,
             self.device,
@@ -192,9 +196,14 @@ class ModelRunner:
             multiple=self.kernels["linear"].ROWS,
             most_verified=self.num_step_states,
         )
+        self.unit = Unit(self.tensors, keeps)
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor = None if self._head is None else Predictor(self._head, *parts)
         self.use_graphs(graphs)
+
+    def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
+        """Call ``on_mixed`` in every step with prompts in it: see ``LayerInputs``."""
+        self.step_inputs.on_mixed = on_mixed
 
     @property
     def is_asynchronous(self) -> bool:

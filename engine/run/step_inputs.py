@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ class StepInputs:
         self._tensors, self._table, self._rotary = tensors, table, rotary
         self._multiple, self._most_verified = multiple, most_verified
         self._device = table.device.device
+        self.on_mixed: Callable[[int], None] | None = None
+        """Called in steps with prompts in them: see ``LayerInputs``."""
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Token ids ``[num_rows]`` and everything the layers read."""
@@ -70,6 +72,7 @@ class StepInputs:
             prefill=self._prefill_part(prefills) if prefills else None,
             num_verify=sum(len(segment.token_ids) for segment in verified),
             verify=self._verify_part(verified) if verified else None,
+            on_mixed=self.on_mixed if prefills else None,
         )
         return self._int64(token_ids), step
 

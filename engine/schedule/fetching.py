@@ -16,6 +16,32 @@ from engine.requests.request import Request
 from engine.schedule.cache_manager import CacheManager
 from hybridcache.tokens import common_prefix_len
 
+
+class Outside(Protocol):
+    """Work beside the steps, for other processes or memories. The engine's thread calls it."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``advance`` has something to do though no request waits or runs."""
+        ...
+
+    def advance(self) -> None:
+        """Between two steps: do what has become possible, in a bounded time."""
+        ...
+
+    def wait(self) -> None:
+        """Nothing can be computed: sleep a little, or until something has become possible."""
+        ...
+
+    def give_up(self) -> None:
+        """A step broke off, and what it computed is not known."""
+        ...
+
+    def close(self) -> None:
+        """The engine ends."""
+        ...
+
+
 IDLE_S = 0.01
 """A step with nothing to compute waits so long for what is fetched: orders come between two
 steps."""
@@ -82,8 +108,9 @@ class Fetching:
         self._pending: dict[Request, Fetch] = {}
 
     @property
-    def num_pending(self) -> int:
-        return len(self._pending)
+    def has_work(self) -> bool:
+        """See ``Outside``: its requests wait."""
+        return False
 
     def is_pending(self, request: Request) -> bool:
         """Whether its fetch is under way. O(1)."""
@@ -103,7 +130,8 @@ class Fetching:
         match = self._manager.match(request)
         if not self._fetcher.has_room or self._comes_for_another(request, match.kv_len):
             return True
-        fetch = self._fetcher.begin(request, match.cached_len)
+        resumable = match.lower[-1].position if match.lower else match.cached_len
+        fetch = self._fetcher.begin(request, resumable)
         if fetch is None:
             request.fetched_len = 0
             return False
@@ -128,7 +156,7 @@ class Fetching:
             fetch.cancel()
 
     def give_up(self) -> None:
-        """Nobody knows what the rows hold any more: cancel all; those that wait compute."""
+        """Nobody may know what the rows hold any more: cancel all; those that wait compute."""
         for request in tuple(self._pending):
             self.forget(request)
             request.fetched_len = 0
@@ -141,3 +169,7 @@ class Fetching:
         """Nothing can be computed: sleep a little, or until something has come."""
         if self._pending:
             self._fetcher.wait(IDLE_S)
+
+    def close(self) -> None:
+        """The engine ends."""
+        self._fetcher.close()

@@ -47,6 +47,9 @@ class CacheReport:
     usage: dict[str, int]
     """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and
     what came and went."""
+    transfers: dict[str, int] | None = None
+    """What went to or came from other engines since the start, by the names of
+    ``TransferCounts``; None: nothing does."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -60,6 +63,7 @@ def cache_report(
     *,
     num_running: int,
     num_waiting: int,
+    transfers: dict[str, int] | None,
 ) -> CacheReport:
     """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running
     requests + namespaces)."""
@@ -83,6 +87,7 @@ def cache_report(
         token_hit_rate=total.token_hit_rate,
         request_hit_rate=total.request_hit_rate,
         usage=cache.stats.as_dict(),
+        transfers=transfers,
     )
 
 

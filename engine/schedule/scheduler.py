@@ -303,9 +303,8 @@ class Scheduler:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self._max_running
-            if self._is_full or not (has_turn or self._fetching is not None):
-                continue
-            if self._manager.must_wait_for_slab:
+            may_begin = has_turn or self._fetching is not None
+            if self._is_full or not may_begin or self._manager.must_wait_for_slab:
                 continue
             if goal and self._manager.cached_len(request) < goal:
                 continue

@@ -134,3 +134,12 @@ class _ReportCollector(Collector):
             ("allocation_refusals", "Allocations that found nothing to evict.", "refusals"),
         ):
             yield CounterMetricFamily(f"engine_{name}", help, report.usage[key])
+        if report.transfers is not None:
+            for name, help, key in (
+                ("transferred_prefixes", "Prefixes to or from other engines.", "prefixes"),
+                ("failed_transfers", "Prefixes that did not go over whole.", "failed"),
+                ("transferred_tokens", "Tokens whose KV went over.", "tokens"),
+                ("transfer_needed_bytes", "KV and states that went over.", "needed_bytes"),
+                ("transfer_wire_bytes", "All bytes to and from other engines.", "wire_bytes"),
+            ):
+                yield CounterMetricFamily(f"engine_{name}", help, report.transfers[key])

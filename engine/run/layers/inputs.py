@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,9 @@ class LayerInputs:
     prefill: PrefillPart | None
     num_verify: int = 0
     verify: VerifyPart | None = None
+    on_mixed: Callable[[int], None] | None = None
+    """Called with the rank of every mixer when its work is launched: rows and states up to there
+    are those after the step."""
 
 
 def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -138,6 +138,8 @@ class Decoder(ABC):
         out, residual = self.start(token_ids, inputs.num_tokens)
         for rank, step in enumerate(self.mixers):
             mixed = mix(step.block, out, inputs, pools[rank])
+            if inputs.on_mixed is not None:
+                inputs.on_mixed(rank)
             out, residual = self.resume(rank, mixed, out, residual, inputs.num_tokens)
         return out
 

@@ -1,0 +1,231 @@
+"""The prefill side: listens for decode engines, and has their prompts computed beside its own.
+
+A thread a connection: it takes one ask at a time, hands it to the engine's thread, and sends what
+that copies out of its memory. The wire is neither encrypted nor asks who is there: it is for
+engines in one network that trust each other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.requests.request import Request
+from engine.requests.spec import RequestSpec
+from engine.run.unit import Unit
+from engine.schedule.cache_manager import CacheManager
+from engine.transfer.counts import TransferCounts
+from engine.transfer.fingerprint import difference
+from engine.transfer.link import Rendezvous, Transfer
+from engine.transfer.outgoing import Outgoing
+from engine.transfer.wire import TransferError, Wire
+
+logger = logging.getLogger(__name__)
+ALIVE_S = 1.0
+"""An asker is told so often that its prefix is being computed."""
+IDLE_S = 0.01
+CLOSE_S = 2.0
+"""For a connection to end in."""
+
+
+class PrefillServer:
+    """Computes prefixes for other engines."""
+
+    def __init__(
+        self,
+        manager: CacheManager,
+        unit: Unit,
+        address: tuple[str, int],
+        own: Mapping[str, str],
+        counts: TransferCounts,
+        *,
+        timeout_s: float,
+        prepare: Callable[[RequestSpec], Request],
+        enqueue: Callable[[Request], None],
+        abort: Callable[[str], object],
+    ) -> None:
+        """Listens from here on; ``own`` is the engine's fingerprint, the callables are its own.
+        OSError: the address can not be listened on."""
+        self._manager, self._unit, self._own, self.counts = manager, unit, own, counts
+        self._prepare, self._enqueue, self._abort = prepare, enqueue, abort
+        self._timeout_s = timeout_s
+        self.wake: Callable[[], None] = lambda: None
+        """Called by any thread: there is work."""
+        self._asked: queue.Queue[Outgoing] = queue.Queue()
+        self._active: list[Outgoing] = []
+        self._numbers = itertools.count()
+        self._news = threading.Event()
+        self._advanced_s = time.monotonic()
+        self._wires: set[Wire] = set()
+        self._threads: set[threading.Thread] = set()
+        self._is_closed = False
+        self._rendezvous = Rendezvous.keep(timeout_s)
+        self._listener = socket.create_server(address)
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        threading.Thread(target=self._listen, name="transfers", daemon=True).start()
+        atexit.register(self.close)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            wire = Wire(connection, self._timeout_s)
+            thread = threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True)
+            self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+            thread.start()
+
+    def _talk(self, wire: Wire) -> None:
+        """What the thread of one connection does."""
+        transfer: Transfer | None = None
+        self._wires.add(wire)
+        try:
+            hello, _ = wire.receive()
+            unlike = difference(self._own, hello.get("hello"))
+            if unlike is not None:
+                wire.send({"refused": f"it is another engine: {unlike}"})
+                return
+            name = str(next(self._numbers))
+            wire.send({"port": self._rendezvous.port, "name": name})
+            transfer = self._rendezvous.link(name, 0, wire.own_host)
+            while not self._is_closed:
+                said, data = wire.receive(idles=True)
+                self._answer(_read_ask(said, data), wire, transfer)
+        except TransferError as error:
+            logger.debug("A connection ended: %s.", error)
+        except Exception:
+            logger.exception("A connection failed.")
+        finally:
+            self._wires.discard(wire)
+            self.counts.add(wire_bytes=wire.take_num_bytes())
+            wire.close()
+            if transfer is not None:
+                transfer.close()
+
+    def _answer(self, outgoing: Outgoing, wire: Wire, transfer: Transfer) -> None:
+        """Send one prefix as it comes. TransferError: the asker has gone."""
+        self._asked.put(outgoing)
+        self.wake()
+        try:
+            while True:
+                try:
+                    message = outgoing.messages.get(timeout=ALIVE_S)
+                except queue.Empty:
+                    if time.monotonic() - self._advanced_s > self._timeout_s:
+                        raise TransferError("the engine computes nothing") from None
+                    wire.send({"alive": True})
+                    continue
+                wire.send(message.said)
+                if message.copied is not None:
+                    transfer.send(message.copied.wait().view(-1))
+                    wire.num_bytes += message.num_bytes
+                    outgoing.num_taken_bytes += message.num_bytes
+                    self._news.set()
+                if "done" in message.said or "failed" in message.said:
+                    break
+        except BaseException:
+            outgoing.is_cancelled = True
+            self.wake()
+            raise
+        finally:
+            self.counts.add(wire_bytes=wire.take_num_bytes())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``advance`` has something to do."""
+        return bool(self._active) or not self._asked.empty()
+
+    def send_layer(self, rank: int) -> None:
+        """Mixer ``rank`` of the step that is being computed has written its KV."""
+        part = self._unit.part_of.get(rank)
+        if part is not None:
+            for outgoing in self._active:
+                outgoing.send_layer(self._unit, part)
+
+    def advance(self) -> None:
+        """Take in what is asked, hand out what is whole. Between two steps."""
+        self._advanced_s = time.monotonic()
+        self._news.clear()
+        while not self._asked.empty():
+            self._take_in(self._asked.get_nowait())
+        for outgoing in self._active:
+            if outgoing.is_cancelled and not outgoing.has_ended:
+                self._give_up(outgoing, "nobody wants it any more")
+            elif not self._manager.has_moves:
+                outgoing.advance(self._unit, self._manager)
+            if outgoing.has_ended:
+                self._count(outgoing)
+        self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
+
+    def _take_in(self, outgoing: Outgoing) -> None:
+        match = self._manager.cache.match(outgoing.tokens, outgoing.namespace)
+        if match.cached_len < outgoing.end:
+            try:
+                request_id = f"transfer-{next(self._numbers)}"
+                outgoing.request = self._prepare(outgoing.spec(request_id))
+            except ValueError as error:
+                outgoing.say({"failed": str(error).rstrip(".")})
+                return
+            self._enqueue(outgoing.request)
+        self._active.append(outgoing)
+
+    def _give_up(self, outgoing: Outgoing, why: str) -> None:
+        outgoing.give_up(why, self._manager.cache, self._abort)
+
+    def _count(self, outgoing: Outgoing) -> None:
+        if outgoing.is_whole:
+            num_tokens = outgoing.end - outgoing.start
+            needed = num_tokens * self._unit.row_bytes + self._unit.state_bytes
+            self.counts.add(prefixes=1, tokens=num_tokens, needed_bytes=needed)
+        else:
+            self.counts.add(failed=1)
+
+    def wait(self) -> None:
+        """Nothing can be computed: sleep a little, or until something was sent."""
+        if self._active:
+            self._news.wait(IDLE_S)
+
+    def give_up(self) -> None:
+        """A step broke off: nobody knows what was sent of it."""
+        for outgoing in self._active:
+            self._give_up(outgoing, "a step of the prefill engine broke off")
+            self._count(outgoing)
+        self._active = []
+
+    def close(self) -> None:
+        """Listen no more, and break all connections off: groups of torch.distributed must not be
+        alive when the process ends."""
+        self._is_closed = True
+        atexit.unregister(self.close)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for wire in tuple(self._wires):
+            wire.close()
+        for thread in self._threads:
+            thread.join(CLOSE_S)
+
+
+def _read_ask(said: dict[str, Any], data: bytes) -> Outgoing:
+    """TransferError: it asks for nothing that can be given."""
+    match said.get("ask"):
+        case {
+            "start": int(start),
+            "namespace": str() | None as namespace,
+            "boundaries": list(boundaries),
+        } if all(isinstance(one, int) for one in boundaries) and not len(data) % 4:
+            tokens = np.frombuffer(data, np.int32).copy()
+            if 0 <= start < len(tokens):
+                return Outgoing(tokens, start, namespace, tuple(boundaries))
+    raise TransferError("what was asked is no prefix")

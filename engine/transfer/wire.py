@@ -1,0 +1,102 @@
+"""Messages between two engines: a TCP connection on which a short JSON object goes at a time, with
+bytes behind it where it has some.
+
+torch.distributed moves tensors whose size both sides know between processes that found each other.
+What comes before that (who asks, for which tokens, what is coming, that somebody has gone) is said
+here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import struct
+from typing import Any
+
+FRAME = struct.Struct("!II")
+MAX_JSON, MAX_BYTES = 1 << 20, 1 << 28
+
+
+class TransferError(RuntimeError):
+    """A transfer that did not come about, in one sentence."""
+
+
+class Wire:
+    """One end of a connection, for one thread at a time."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        self._socket = connection
+        connection.settimeout(timeout_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.num_bytes = 0
+        """Sent and received; whoever moves tensors beside adds theirs."""
+
+    @classmethod
+    def connect(cls, address: tuple[str, int], timeout_s: float) -> Wire:
+        """TransferError: nobody answers."""
+        try:
+            return cls(socket.create_connection(address, timeout_s), timeout_s)
+        except OSError as error:
+            raise TransferError(f"nobody answers ({error})") from error
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing has come that was not received, nor has the other side gone."""
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def take_num_bytes(self) -> int:
+        """Bytes sent and received since the last time."""
+        count, self.num_bytes = self.num_bytes, 0
+        return count
+
+    @property
+    def own_host(self) -> str:
+        """This end's address."""
+        return str(self._socket.getsockname()[0])
+
+    def send(self, message: dict[str, Any], data: bytes = b"") -> None:
+        """TransferError: the other side has gone, or does not take it in time."""
+        text = json.dumps(message).encode()
+        frame = FRAME.pack(len(text), len(data)) + text + data
+        try:
+            self._socket.sendall(frame)
+        except OSError as error:
+            raise TransferError(f"the other side takes nothing ({error})") from error
+        self.num_bytes += len(frame)
+
+    def receive(self, *, idles: bool = False) -> tuple[dict[str, Any], bytes]:
+        """The next message. ``idles``: it may be long in coming. TransferError: the other side has
+        gone, or is silent for too long."""
+        timeout_s = self._socket.gettimeout()
+        try:
+            if idles:
+                self._socket.settimeout(None)
+            head = self._read(FRAME.size)
+            self._socket.settimeout(timeout_s)
+            num_text, num_data = FRAME.unpack(head)
+            if num_text > MAX_JSON or num_data > MAX_BYTES:
+                raise TransferError("what came is no message of this protocol")
+            message, data = json.loads(self._read(num_text)), self._read(num_data)
+        except (OSError, ValueError) as error:
+            raise TransferError(f"the other side is silent or unclear ({error})") from error
+        self.num_bytes += FRAME.size + num_text + num_data
+        if not isinstance(message, dict):
+            raise TransferError("what came is no message of this protocol")
+        return message, data
+
+    def _read(self, num_bytes: int) -> bytes:
+        data = bytearray()
+        while len(data) < num_bytes:
+            piece = self._socket.recv(min(num_bytes - len(data), 1 << 20))
+            if not piece:
+                raise TransferError("the other side has gone")
+            data += piece
+        return bytes(data)
+
+    def close(self) -> None:
+        """Whoever waits in ``receive`` is told."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()

@@ -1,0 +1,81 @@
+"""A prefill engine and decode engines that ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+
+ROOT = Path(__file__).resolve().parents[3]
+GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3)
+SMALL = {"cache_gib": 0.05, "check": True, "device": "cpu"}
+
+
+def decode_engine(port: int, **settings: object) -> Engine:
+    """Its memory begins as NaNs: what it reads was written."""
+    settings = SMALL | {"fetch_above": 64, "transfer_timeout_s": 5.0} | settings
+    config = EngineConfig(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
+    runner = ModelRunner(config)
+    if runner.tensors.rows is not None:
+        runner.tensors.rows.fill_(255)
+    return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+
+
+def prefill_config(**settings: object) -> EngineConfig:
+    settings = SMALL | {"transfer_timeout_s": 5.0} | settings
+    return EngineConfig(role="prefill", transfer_at="127.0.0.1:0", **settings)
+
+
+@contextlib.contextmanager
+def prefill_thread(**settings: object) -> Iterator[Engine]:
+    """A prefill engine in a thread of this process."""
+    engine = Engine(prefill_config(**settings))
+    running = AsyncEngine(engine)
+    running.start()
+    try:
+        yield engine
+    finally:
+        running.stop()
+
+
+@contextlib.contextmanager
+def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A prefill engine in a process of its own, and its port."""
+    code = (
+        "from tests.engine.transfer.pair import *\n"
+        "with prefill_thread() as engine:\n"
+        "    print(engine.prefill_server.address[1], flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def plain_engine(**settings: object) -> Engine:
+    return Engine(EngineConfig(**(SMALL | settings)))
+
+
+def assert_same(one: Engine, other: Engine, prompts: list[list[int]]) -> None:
+    """The same tokens, and the same log-probabilities bit for bit."""
+    for left, right in zip(
+        one.generate(prompts, GREEDY), other.generate(prompts, GREEDY), strict=True
+    ):
+        assert left.output.tolist() == right.output.tolist()
+        assert left.all_logprobs == right.all_logprobs

@@ -1,0 +1,87 @@
+"""Prefill in one process, decode in another: the same tokens bit for bit as one engine, whatever
+becomes of the other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from engine import Engine
+from engine.transfer import fetch
+from tests.engine.transfer.pair import (
+    GREEDY,
+    assert_same,
+    decode_engine,
+    plain_engine,
+    prefill_process,
+)
+
+
+def text(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(97, 122, length).tolist()
+
+
+@pytest.fixture(scope="module")
+def far() -> Iterator[tuple[int, int]]:
+    """(process id, port) of a prefill engine."""
+    with prefill_process() as (process, port):
+        yield process.pid, port
+
+
+@pytest.fixture(scope="module")
+def plain() -> Engine:
+    return plain_engine()
+
+
+def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
+    far: tuple[int, int], plain: Engine
+) -> None:
+    """What is sent is what was missing: KV that is here does not come again, and where a prompt
+    goes on from an answer only what follows."""
+    engine = decode_engine(far[1])
+    first, second = text(0, 700), text(0, 300) + text(1, 250)
+    assert_same(plain, engine, [first, second])
+    assert engine.transfers is not None
+    counts = engine.transfers.as_dict()
+    row, state = engine.runner.unit.row_bytes, engine.runner.unit.state_bytes
+    assert (counts["prefixes"], counts["failed"]) == (2, 0)
+    assert counts["tokens"] == 640 + 512 - 300
+    assert counts["needed_bytes"] == counts["tokens"] * row + 2 * state
+    assert counts["needed_bytes"] < counts["wire_bytes"] <= 1.05 * counts["needed_bytes"]
+    assert_same(plain, engine, [first, second, text(0, 290) + text(2, 30)])
+    longer = first + text(3, 400)
+    assert_same(plain, engine, [longer])
+    sent = engine.transfers.as_dict()["tokens"] - counts["tokens"]
+    assert sent == (len(longer) - 1) // 64 * 64 - len(first)
+    engine.check()
+
+
+def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
+    far: tuple[int, int], plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: object
+) -> None:
+    """The last test that ``far`` lives to see."""
+    engine = decode_engine(far[1])
+    hand_over, num_pieces = fetch.PeerFetch.hand_over, 0
+
+    def kill_at_the_third(self: fetch.PeerFetch, piece: fetch.Piece) -> None:
+        nonlocal num_pieces
+        num_pieces += 1
+        if num_pieces == 3:
+            os.kill(far[0], signal.SIGKILL)
+        hand_over(self, piece)
+
+    monkeypatch.setattr(fetch.PeerFetch, "hand_over", kill_at_the_third)
+    prompts = [text(10, 900), text(11, 200)]
+    with caplog.at_level(logging.WARNING):  # type: ignore[attr-defined]
+        assert_same(plain, engine, prompts)
+    assert engine.transfers is not None
+    assert engine.transfers.failed >= 1 and num_pieces >= 3
+    assert "computed here" in caplog.text  # type: ignore[attr-defined]
+    engine.check()
+    assert_same(plain, engine, [prompts[0] + text(12, 300)])  # nobody there any more
+    assert [out.cached_len for out in engine.generate([prompts[0]], GREEDY)] == [896]
