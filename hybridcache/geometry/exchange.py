@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hybridcache.geometry.times import PrefillTimes
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import PrefillTimes, Roofline
 
 PCIE_BYTES_PER_S = 50e9
 """What PCIe 5.0 x16 carries one way from pinned memory: 63 GB/s by its data sheet, less its
@@ -49,3 +50,11 @@ class Exchange:
         unit, seconds = self.unit, self.times.seconds
         without = seconds(cached_len * unit, prompt_len * unit)
         return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)
+
+
+def tokens_per_byte(geometry: ModelGeometry, bytes_per_s: float) -> float:
+    """Tokens that a device computes while its link carries a byte, by arithmetic alone, at half of
+    an H100's peak: the price of a copy in tokens. Of several devices each has a link and a
+    share."""
+    per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
+    return Roofline(geometry).flops_per_s / per_token / bytes_per_s

@@ -111,6 +111,15 @@ def _share(parser: argparse.ArgumentParser, *flags: str) -> None:
         parser.add_argument(flag, **_SHARED[flag])
 
 
+def _add_tiers(parser: argparse.ArgumentParser) -> None:
+    from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+
+    for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
+        size, speed = f"GiB of {word} below the device", f"GB/s from {word} to a device"
+        parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
+        parser.add_argument(f"--{word}-gb-s", type=float, default=rate / 1e9, help=speed)
+
+
 def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
     verbs = trace.add_subparsers(title="verbs", required=True)
@@ -156,7 +165,6 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
     from hybridcache.lab.baselines import BASELINES
     from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
@@ -194,9 +202,7 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "pools",
     )
     add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
-    for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
-        add(f"--{word}-gib", type=float, default=0.0, help=f"{word} memory below the device's")
-        add(f"--{word}-gb-s", type=float, default=rate / 1e9, help=f"GB/s from {word} to a device")
+    _add_tiers(parser)
     add(
         "--tiers",
         action=argparse.BooleanOptionalAction,
@@ -346,6 +352,7 @@ def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--gap", type=float, default=RELATIVE_GAP, help="stop when bound and plan are so close")
     add("--limit", type=float, default=LIMIT_S, help="seconds for one size")
+    _add_tiers(parser)
     add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
     add("--figure", type=Path, help="PNG or SVG to draw: plan and bound, and that price")
     parser.set_defaults(run=_optimum)
@@ -356,15 +363,20 @@ def _optimum(options: argparse.Namespace) -> int:
 
     from hybridcache.geometry.model import ModelGeometry
     from hybridcache.lab.figures import optimum_figure
-    from hybridcache.lab.optimum import optimum
+    from hybridcache.lab.optimum import lower_budgets, optimum
     from hybridcache.lab.report import optimum_table
-    from hybridcache.lab.simulation.sizes import budget_bytes, sizes
+    from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 
     _check_figure(options.figure)
     geometry = ModelGeometry.load(options.model)
     if options.state_dtype:
         geometry = geometry.with_state_dtype(options.state_dtype)
     trace = _open(options.trace, options).kept()
+    lower = lower_budgets(
+        geometry,
+        (tier_bytes("host", options.host_gib), options.host_gb_s * 1e9),
+        (tier_bytes("disk", options.disk_gib), options.disk_gb_s * 1e9),
+    )
     found = []
     with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:
         for size in bar:
@@ -378,6 +390,7 @@ def _optimum(options: argparse.Namespace) -> int:
                 placement=options.placement,
                 relative_gap=options.gap,
                 limit_s=options.limit,
+                lower=lower,
                 on_progress=bar.set_postfix_str,
             )
             found.append(best)

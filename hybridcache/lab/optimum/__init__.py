@@ -1,6 +1,7 @@
 """The best anyone could do: the offline optimum over KV segments, checkpoints and placement."""
 
 from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
+from hybridcache.lab.optimum.price import lower_budgets
 from hybridcache.lab.optimum.solve import Method, Optimum, optimum
 
-__all__ = ["Budget", "LowerBudget", "Method", "Optimum", "Plan", "optimum"]
+__all__ = ["Budget", "LowerBudget", "Method", "Optimum", "Plan", "lower_budgets", "optimum"]

@@ -50,6 +50,8 @@ class Optimum:
     num_variables: int
     num_nonzeros: int
     wall_s: float
+    lower: tuple[LowerBudget, ...] = ()
+    """Tiers below the device; ``reached`` and ``bound`` are then less what copies cost."""
 
     @property
     def gib_worth(self) -> float | None:
@@ -84,6 +86,11 @@ class Optimum:
             "num_nonzeros": self.num_nonzeros,
             "wall_s": self.wall_s,
         }
+        if self.lower:
+            record["lower"] = [
+                {"capacity_bytes": tier.capacity_bytes, "tokens_per_byte": tier.tokens_per_byte}
+                for tier in self.lower
+            ]
         if with_prices and self.prices is not None:
             prices = (GIB * self.prices).round(3).tolist()
             record["prices_tokens_per_gib"] = prices
@@ -175,6 +182,7 @@ def optimum(
         num_variables=size[0],
         num_nonzeros=size[1],
         wall_s=time.perf_counter() - began,
+        lower=lower,
     )
 
 

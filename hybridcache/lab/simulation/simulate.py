@@ -302,7 +302,7 @@ def _beside_the_optimum(
     """With the best plan at each size."""
     best = {
         budget_bytes(size) / GIB: _best_possible(
-            trace, result.geometry, budget_bytes(size), sweep.grid, method, sweep.optimum_limit_s
+            trace, result.geometry, budget_bytes(size), sweep, method
         )
         for size in sizes(sweep.gib)
     }
@@ -339,22 +339,27 @@ def _best_possible(
     trace: Trace,
     geometry: ModelGeometry,
     capacity_bytes: int,
-    grid: int,
+    sweep: Sweep,
     method: OptimumMethod,
-    limit_s: float,
 ) -> Optimum:
     """The offline plan at one size: proven best within the solver's gap for ``milp``, else the best
     known."""
-    from hybridcache.lab.optimum import optimum
+    from hybridcache.lab.optimum import lower_budgets, optimum
 
+    lower = lower_budgets(
+        geometry,
+        (tier_bytes("host", sweep.host_gib), sweep.host_gb_s * 1e9),
+        (tier_bytes("disk", sweep.disk_gib), sweep.disk_gb_s * 1e9),
+    )
     return optimum(
         trace,
         capacity_bytes=capacity_bytes,
         kv_bytes_per_token=geometry.kv_bytes_per_token,
         state_bytes=geometry.state_bytes,
-        grid=grid,
+        grid=sweep.grid,
         method=method,
-        limit_s=limit_s,
+        limit_s=sweep.optimum_limit_s,
+        lower=lower,
     )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from hybridcache import ModelGeometry
+from hybridcache.lab.cli import main
 from hybridcache.lab.generators import agent
-from hybridcache.lab.optimum import LowerBudget, Method, Optimum, optimum
+from hybridcache.lab.optimum import LowerBudget, Method, Optimum, lower_budgets, optimum
 from hybridcache.units import GIB
 
 TRACE = agent().head(40)
@@ -53,6 +58,23 @@ def test_a_price_between_lies_between(alone: Optimum):
     for found in (cheap, dear):
         assert alone.reached < found.reached <= bound(found)
         assert found.reached < float(found.cached_tokens.sum()) / found.prompt_tokens
+
+
+def test_the_price_of_a_byte_is_its_time_in_tokens():
+    geometry = ModelGeometry.preset("qwen3-next")
+    host, disk = lower_budgets(geometry, (1 << 30, 50e9), (1 << 40, 5e9))
+    state_tokens = geometry.state_bytes * host.tokens_per_byte
+    assert 100 < state_tokens < 150
+    assert disk.tokens_per_byte == pytest.approx(10 * host.tokens_per_byte)
+    assert lower_budgets(geometry, (0, 50e9)) == ()
+
+
+def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    output = tmp_path / "plans.jsonl"
+    command = ["optimum", "--trace", "agent?head=20", "--gib", "0.5", "--method", "greedy"]
+    assert main([*command, "--host-gib", "4", "--output", str(output)]) == 0
+    assert capsys.readouterr().out
+    assert json.loads(output.read_text())["lower"][0]["capacity_bytes"] == 4 * GIB
 
 
 def test_no_plan_with_tiers_is_improved_by_milp():

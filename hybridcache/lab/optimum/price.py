@@ -1,0 +1,17 @@
+"""What lower tiers hold and what their copies cost, from sizes and bandwidths."""
+
+from __future__ import annotations
+
+from hybridcache.geometry.exchange import tokens_per_byte
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.lab.optimum.plan import LowerBudget
+
+
+def lower_budgets(geometry: ModelGeometry, *tiers: tuple[int, float]) -> tuple[LowerBudget, ...]:
+    """``tiers``: (bytes, bytes a second to a device), the nearest first; those of no bytes are left
+    out."""
+    return tuple(
+        LowerBudget(num_bytes, tokens_per_byte(geometry, bytes_per_s))
+        for num_bytes, bytes_per_s in tiers
+        if num_bytes
+    )
