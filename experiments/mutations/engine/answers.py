@@ -58,8 +58,8 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a step that broke off is committed",
         ENGINE_LOOP,
-        "            self._in_flight = None\n            self.interrupted",
-        "            self.interrupted",
+        "            self._in_flight = None\n            interrupted",
+        "            interrupted",
         STEPS,
     ),
     Mutation(

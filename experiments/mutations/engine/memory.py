@@ -162,7 +162,7 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "two slabs are emptied in a step",
         MANAGER,
-        "MAX_MOVES - len(self._moves), num_wanted)",
+        "MAX_MOVES - self._moves.num_moves, num_wanted)",
         "MAX_MOVES, num_wanted)",
         MOVES,
     ),
