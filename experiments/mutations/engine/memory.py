@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import ARENA, BITS, MEMORY, MOVES, STEPS
+from experiments.mutations.engine.tests import ARENA, BITS, MEMORY, MOVES, STEPS, STORE, TIERS
 
 MANAGER = "engine/schedule/cache_manager.py"
 SHARING = "engine/schedule/sharing.py"
 ENGINE_LOOP = "engine/engine.py"
 RUNNER = "engine/run/model_runner.py"
+DISK = "engine/store/disk.py"
+SEGMENT = "engine/store/segment.py"
+LOWER = "engine/run/lower.py"
 
 BREAKS_OF_MEMORY = (
     Mutation(
@@ -216,6 +219,35 @@ BREAKS_OF_MEMORY = (
         "        elif plan.tasks or plan.batch.moves:\n",
         "        elif plan.tasks:\n",
         ARENA,
+    ),
+    # -- below the device
+    Mutation(
+        "what is fetched from host memory is not copied",
+        LOWER,
+        "            self._write(DEVICE, dst, self._bring(src))\n",
+        "            pass\n",
+        TIERS,
+    ),
+    Mutation(
+        "a record is whole without its end",
+        SEGMENT,
+        " or self._tail(place, number) is None:",
+        ":",
+        STORE,
+    ),
+    Mutation(
+        "a payload is read whatever its checksum",
+        SEGMENT,
+        "return self._tail(place, number) == zlib.crc32(out)",
+        "return True",
+        STORE,
+    ),
+    Mutation(
+        "rows point at the beginning of their record",
+        DISK,
+        "np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)",
+        "np.arange(len(some), dtype=np.int32)",
+        STORE,
     ),
     # -- sharing
     Mutation(

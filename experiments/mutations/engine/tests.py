@@ -19,6 +19,8 @@ DRAFT_TESTS = "tests/engine/test_drafts.py"
 VERIFY_TESTS = "tests/engine/numerics/test_verify.py"
 HEAD_TESTS = "tests/engine/test_head_drafts.py"
 PREDICTION_TESTS = "tests/engine/numerics/test_prediction.py"
+TIERS_TESTS = "tests/engine/test_tiers.py"
+STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.py"
 LEASE_TESTS = "tests/cache/test_lease.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
@@ -36,3 +38,5 @@ POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)
 HEADS = (HEAD_TESTS, PREDICTION_TESTS)
+TIERS = (TIERS_TESTS, *MACHINES)
+STORE = STORE_TESTS

@@ -1,0 +1,155 @@
+"""What memory below the device's costs and gives on the built-in model.
+
+- ``restart``: the next turn of conversations on an engine that never stopped, on one that was
+  started anew on the first one's ``state_dir``, and on one without a cache; time to first token,
+  medians, the first touch of the new engine apart. The fetch rule decides as it does when serving.
+- ``spilling``: tokens a second of prompts that are all new, so that every eviction spills, with a
+  host tier and without, in turns; the ratio.
+- ``memory``: what the process's resident memory grew by while a host tier of a given size was
+  filled, over that size.
+
+    python -m experiments.bench_tiers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from engine import Engine, EngineConfig, SamplingParams
+from hybridcache.units import GIB
+
+ONE = SamplingParams(max_tokens=1, temperature=0)
+
+
+def conversations(count: int, num_tokens: int, seed: int = 0) -> list[list[int]]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(32, 127, num_tokens).tolist() for _ in range(count)]
+
+
+def first_token_s(engine: Engine, prompt: list[int]) -> tuple[float, int]:
+    """(seconds to the first token, tokens reused)."""
+    start = time.perf_counter()
+    [output] = engine.generate([prompt], ONE)
+    return time.perf_counter() - start, output.cached_len
+
+
+def restart(count: int, num_tokens: int) -> dict[str, float]:
+    prompts = conversations(count, num_tokens)
+    turns = [prompt + [40 + place % 50] * 40 for place, prompt in enumerate(prompts)]
+    with tempfile.TemporaryDirectory() as name:
+        settings = {"cache_gib": 0.25, "state_dir": name}
+        kept = Engine(EngineConfig(**settings))
+        for prompt in prompts:
+            first_token_s(kept, prompt)
+        warm = [first_token_s(kept, turn) for turn in turns[: count // 2]]
+        kept.close()
+        start = time.perf_counter()
+        again = Engine(EngineConfig(**settings))
+        start_s = time.perf_counter() - start
+        restored = [first_token_s(again, turn) for turn in turns]
+        lower = again.cache.lower
+        fetched = 0 if lower is None else lower.copied_rows.get(("disk", "device"), 0)
+        again.close()
+    cold_engine = Engine(EngineConfig(cache_gib=0.25, prefix_cache="none"))
+    cold = [first_token_s(cold_engine, turn) for turn in turns[: count // 2]]
+    median = {
+        name: statistics.median(seconds for seconds, _ in found)
+        for name, found in (("warm", warm), ("restored", restored[1:]), ("cold", cold))
+    }
+    return {
+        **{f"{name}_ttft_s": seconds for name, seconds in median.items()},
+        "first_touch_s": restored[0][0],
+        "restored_over_warm": median["restored"] / median["warm"],
+        "cold_over_warm": median["cold"] / median["warm"],
+        "reused_warm": sum(hit for _, hit in warm) / (count // 2),
+        "reused_restored": sum(hit for _, hit in restored) / count,
+        "fetched_rows": fetched,
+        "start_s": start_s,
+    }
+
+
+def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        engines = {
+            "without": Engine(EngineConfig(cache_gib=0.01)),
+            "host": Engine(EngineConfig(cache_gib=0.01, host_gib=0.03)),
+            "disk": Engine(EngineConfig(cache_gib=0.01, host_gib=0.03, state_dir=name)),
+        }
+        seconds: dict[str, list[float]] = {word: [] for word in engines}
+        for turn in range(-2, rounds):
+            for place, (word, engine) in enumerate(engines.items()):
+                prompts = conversations(4, num_tokens, seed=100 + 10 * turn + place + 1000)
+                start = time.perf_counter()
+                engine.generate(prompts, ONE)
+                if turn >= 0:
+                    seconds[word].append(time.perf_counter() - start)
+        moved = {
+            word: sum(engine.cache.lower.copied_rows.values())
+            for word, engine in engines.items()
+            if engine.cache.lower is not None
+        }
+        for engine in engines.values():
+            engine.close()
+    without = statistics.median(seconds["without"])
+    return {
+        "tokens_per_s_without": 4 * num_tokens / without,
+        **{
+            f"{word}_over_without": without / statistics.median(seconds[word])
+            for word in ("host", "disk")
+        },
+        **{f"{word}_rows": float(count) for word, count in moved.items()},
+    }
+
+
+def memory(host_gib: float, num_tokens: int) -> dict[str, float]:
+    engine = Engine(EngineConfig(cache_gib=0.01, host_gib=host_gib))
+    for prompt in conversations(8, num_tokens, seed=7):
+        first_token_s(engine, prompt)  # what computing itself takes is there before
+    before, lower = resident_bytes(), engine.cache.lower
+    assert lower is not None
+    already = lower.copied_rows.get(("device", "host"), 0)
+    asked, seed = host_gib * GIB, 1000
+    while lower.copied_rows.get(("device", "host"), 0) * lower.row_bytes < 1.2 * asked:
+        for prompt in conversations(8, num_tokens, seed=seed):
+            first_token_s(engine, prompt)
+        seed += 1
+    grown = resident_bytes() - before + already * lower.row_bytes
+    engine.close()
+    return {"asked_bytes": asked, "grown_bytes": grown, "grown_over_asked": grown / asked}
+
+
+def resident_bytes() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("there is no VmRSS on this system")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100, help="conversations")
+    parser.add_argument("--tokens", type=int, default=1000, help="of a conversation")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--host-gib", type=float, default=0.1)
+    parser.add_argument("--parts", default="restart,spilling,memory")
+    arguments = parser.parse_args()
+    found: dict[str, float] = {}
+    parts = arguments.parts.split(",")
+    if "restart" in parts:
+        found |= restart(arguments.count, arguments.tokens)
+    if "spilling" in parts:
+        found |= spilling(arguments.rounds, arguments.tokens)
+    if "memory" in parts:
+        found |= memory(arguments.host_gib, arguments.tokens)
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
