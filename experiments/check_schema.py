@@ -30,6 +30,7 @@ REASONS = (
     "token ids must be from",
     "Previous response with id",
     "nothing to answer",
+    "encrypted can not be read",
     "the prompt is empty",
     "at least 1, but for prompt",
     "template refuses",

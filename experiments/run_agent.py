@@ -1,5 +1,6 @@
 """How much of an agent's prompt is computed again? Scripted agents with tools, through the openai
-client, over templates that treat reasoning as Qwen3's, Qwen3-Coder's and Qwen3.5's do.
+client and anthropic's, over templates that treat reasoning as Qwen3's, Qwen3-Coder's and Qwen3.5's
+do.
 
 python -m experiments.run_agent
 
@@ -12,18 +13,17 @@ client added since the last answer, ``beyond`` what was computed beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import openai
+from typing import Any
 
 from engine.server.config import ServerConfig
 from engine.text.hugging_face import HFTokenizer
 from experiments import provenance
 from experiments.agents import scripts
+from experiments.agents.clients import AGENTS, Asked
 from experiments.agents.scripted import ScriptedEngine
 from experiments.agents.templates import TEMPLATES
 from experiments.agents.tokenizers import make_model_dir, sampled_like
@@ -34,17 +34,6 @@ MODES = {
     "replayed": ServerConfig(),
     "tokenized anew": ServerConfig(replay_mib=0),
 }
-Message = dict[str, Any]
-
-
-class Asked(NamedTuple):
-    """One request of an agent, and what it cost."""
-
-    prompt_len: int
-    cached_len: int
-    known_len: int
-    """Tokens of the prompt and its answer that were computed."""
-    cause: str | None
 
 
 def main() -> None:
@@ -62,19 +51,20 @@ def main() -> None:
 def run_all(
     num_loops: int, templates: Path | None = None, tokenizer_file: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A record for each template, with thinking and without, and each way to treat answers."""
-    for name, template in _templates(templates).items():
+    """A record for each client and template, with thinking and without, and each way to treat
+    answers."""
+    for client, (name, template) in product(AGENTS, _templates(templates).items()):
         for thinks in (True, False) if "think" in template else (False,):
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer = HFTokenizer(make_model_dir(Path(folder), template, tokenizer_file))
             new: list[int] | None = None
             for mode, config in MODES.items():
-                asked = list(converse(tokenizer, name, thinks, config, num_loops))
+                asked = list(converse(tokenizer, client, thinks, config, num_loops))
                 if new is None:
                     # Nothing is dropped here: what a prompt has more than the one before is new.
                     known = [0, *(one.known_len for one in asked)]
                     new = [one.prompt_len - known[at] for at, one in enumerate(asked)]
-                yield record(name, thinks, mode, asked, new)
+                yield {"client": client} | record(name, thinks, mode, asked, new)
 
 
 def _templates(folder: Path | None) -> dict[str, str]:
@@ -104,7 +94,7 @@ def record(
 
 
 def converse(
-    tokenizer: HFTokenizer, template: str, thinks: bool, config: ServerConfig, num_loops: int
+    tokenizer: HFTokenizer, client: str, thinks: bool, config: ServerConfig, num_loops: int
 ) -> Iterator[Asked]:
     """One agent's requests, each after its answer."""
     source = tokenizer.chat_template
@@ -113,12 +103,10 @@ def converse(
     form = "thinking" if form == "coder" and "<think>" in source.source else form
     variables = {} if thinks else {"enable_thinking": False}
     engine = ScriptedEngine(tokenizer, num_kv_tokens=65536, num_slots=256)
-    messages: list[Message] = [{"role": "system", "content": scripts.SYSTEM}]
-    earlier: str | None = None
     with engine.serving(config) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        agent = AGENTS[client](url, engine.engine.model_name, thinks)
         for question, turns in scripts.questions(num_loops):
-            messages.append({"role": "user", "content": question})
+            agent.question(question)
             for turn in turns:
                 header = source.render(
                     [{"role": "user", "content": ""}],
@@ -127,66 +115,32 @@ def converse(
                 ).rpartition("<|im_start|>")[2]
                 text = scripts.written(turn, form, thinks, header)
                 ids = sampled_like(tokenizer, text, len(engine.sampler.scripts))
-                compared = {"comparison_response_id": earlier} if earlier else {}
-                answer = client.chat.completions.create(
-                    model=engine.engine.model_name,
-                    messages=messages,
-                    tools=scripts.TOOLS,
-                    seed=engine.sampler.add(ids),
-                    max_tokens=len(ids),
-                    extra_body={
-                        "chat_template_kwargs": variables,
-                        "prompt_cache_options": compared,
-                    },
-                )
-                said = answer.choices[0].message
-                assert len(said.tool_calls or ()) == len(turn.calls), said
-                messages.append(_echo(said))
-                messages += [
-                    {"role": "tool", "tool_call_id": call.id, "content": told.result}
-                    for call, told in zip(said.tool_calls or (), turn.calls, strict=True)
-                ]
-                yield _asked(answer)
-                earlier = answer.id
-
-
-def _echo(said: Any) -> Message:
-    """An answer as a client sends it back, its JSON parsed and written again."""
-    message: Message = {"role": "assistant", "content": said.content or ""}
-    if thoughts := getattr(said, "reasoning_content", None):
-        message["reasoning_content"] = thoughts
-    if said.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": json.dumps(json.loads(call.function.arguments), sort_keys=True),
-                },
-            }
-            for call in said.tool_calls
-        ]
-    return message
-
-
-def _asked(answer: Any) -> Asked:
-    usage = answer.usage
-    told = getattr(answer, "cache_explanation", None) or {}
-    known_len = usage.prompt_tokens + usage.completion_tokens - 1
-    cached_len = usage.prompt_tokens_details.cached_tokens
-    return Asked(usage.prompt_tokens, cached_len, known_len, told.get("cause"))
+                engine.sampler.add(ids)
+                asked, num_calls = agent.ask(len(ids))
+                assert num_calls == len(turn.calls), turn
+                agent.results([call.result for call in turn.calls])
+                yield asked
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """The worst and the mean of every conversation, after its first request."""
-    head = ["template", "thinking", "answers are", "requests", "new", "computed", "beyond: worst"]
+    head = [
+        "client",
+        "template",
+        "thinking",
+        "answers are",
+        "requests",
+        "new",
+        "computed",
+        "beyond: worst",
+    ]
     rows = []
     for one in records:
         beyond = one["beyond"][1:]
         causes = {cause for cause, cost in zip(one["causes"][1:], beyond, strict=True) if cost > 64}
         rows.append(
             [
+                one["client"],
                 one["template"],
                 "on" if one["thinks"] else "off",
                 one["mode"],
@@ -199,7 +153,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 ", ".join(sorted(map(str, causes))),
             ]
         )
-    return text_table([*head, "mean", "above 64", "causes of these"], rows)
+    return text_table([*head, "beyond: worst", "mean", "above 64", "causes of these"], rows)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Item(Strict):
 
 
 class MessageItem(Item):
-    type: Literal["message"]
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | Parts
     phase: str | None = None

@@ -20,6 +20,7 @@ from engine.text.hugging_face import HFTokenizer
 from engine.text.splice import SampledTurn
 from engine.text.templates import ChatPrompt, ChatTemplate, render_chat
 from experiments import run_agent
+from experiments.agents.clients import AGENTS
 from experiments.agents.scripted import ScriptedEngine
 from experiments.agents.templates import TEMPLATES
 from experiments.agents.tokenizers import make_model_dir, sampled_like
@@ -175,12 +176,13 @@ def test_of_answers_alike_the_one_at_its_place_is_taken_and_memory_is_bounded() 
     assert memory.find(None, 1, {**done, "content": "49"}, False) is not None
 
 
-def test_an_agent_computes_what_is_new_and_at_most_a_grid_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("client", AGENTS)
+def test_an_agent_computes_what_is_new_and_at_most_a_grid_more(tmp_path: Path, client: str) -> None:
     template = TEMPLATES["thinking"]
     tokenizer = HFTokenizer(make_model_dir(tmp_path, template))
 
     def asked(**config: Any) -> list[run_agent.Asked]:
-        told = run_agent.converse(tokenizer, "thinking", True, ServerConfig(**config), 1)
+        told = run_agent.converse(tokenizer, client, True, ServerConfig(**config), 1)
         return list(told)
 
     kept, replayed = asked(preserve_thinking=True), asked()
