@@ -58,15 +58,16 @@ attack: install  ## cache, engine, server and files against models and clients o
 	$(BIN)/python -m experiments.attack
 
 # Beside .venv and not in it: what they bring along is theirs.
-CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents
+CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents litellm instructor
 
 out/clients/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients -c constraints.txt $(CLIENTS)
+	if command -v npm; then npm install --no-save --prefix out/clients openai@6; fi
 	@touch $@
 
 clients: install out/clients/.installed  ## published clients and frameworks for agents against the server
 	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/server/test_agents.py \
-		tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
+		tests/engine/server/test_other_clients.py tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
 
 hostile: install  ## how long another client waits for a token, whatever body somebody sends
 	$(BIN)/python -m experiments.hostile
