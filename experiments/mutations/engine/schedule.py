@@ -172,8 +172,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a request begins though its slot takes a second slab",
         SCHEDULER,
-        "            if self._manager.must_wait_for_slab:\n                continue\n",
-        "",
+        "or not may_begin or self._manager.must_wait_for_slab:",
+        "or not may_begin:",
         ARENA,
     ),
     Mutation(
