@@ -58,7 +58,7 @@ attack: install  ## cache, engine, server and files against models and clients o
 	$(BIN)/python -m experiments.attack
 
 # Beside .venv and not in it: what they bring along is theirs.
-CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents litellm instructor
+CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents litellm mcp instructor
 
 out/clients/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients -c constraints.txt $(CLIENTS)

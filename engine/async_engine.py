@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncEngine",
     "EngineStopped",
+    "NoSingleEngine",
     "QueueFull",
     "RequestStream",
     "ServedEngine",
@@ -39,6 +40,10 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+
+
+class NoSingleEngine(RuntimeError):
+    """What reads one engine's tree was asked of several engines."""
 
 
 class RequestStream:

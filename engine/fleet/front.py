@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.async_engine import (
     EngineStopped,
+    NoSingleEngine,
     QueueFull,
     RequestStream,
     StepFailed,
@@ -235,9 +236,10 @@ class FleetEngine:
         return summed(list(found.values()), self._gone)
 
     async def watch(self) -> Watching:
-        """EngineStopped: the page reads one engine's tree, and there is none to read here."""
-        raise EngineStopped(
-            "This server has replicas and no engine of its own: /v1/cache has what each holds."
+        """NoSingleEngine: the page reads one engine's tree, and there is none to read here."""
+        raise NoSingleEngine(
+            "This page draws one engine's cache; of replicas it has the sums, and /v1/cache what "
+            "each holds."
         )
 
     async def cache_view(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from engine.async_engine import EngineStopped, ServedEngine, Watching
+from engine.async_engine import EngineStopped, NoSingleEngine, ServedEngine, Watching
 from engine.server.errors import APIError
 from engine.server.workers import Workers
 from hybridcache.watch.recorder import Record
@@ -65,7 +65,8 @@ class Feed:
 
     async def subscribe(self, after: str | None) -> AsyncIterator[bytes]:
         """The whole state, or what came since the event called ``after``, and then every change.
-        APIError 429: as many watch as may; 503: the tree is too large; EngineStopped: there is
+        APIError 429: as many watch as may; 501: these are replicas; 503: the tree is too large;
+        EngineStopped: there is
         nothing to see any more."""
         if self._num_readers >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages watch already: close one.")
@@ -86,6 +87,8 @@ class Feed:
             self._watch = await self._engine.watch()
         except ValueError as error:
             raise APIError(503, str(error)) from error
+        except NoSingleEngine as error:
+            raise APIError(501, str(error), code="replicas") from error
         self._name, self._last = secrets.token_hex(4), 0
         self._kept.clear()
         self._num_kept_bytes = 0

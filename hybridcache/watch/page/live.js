@@ -72,9 +72,28 @@ class Live {
         }
       } catch (error) {
         if (error.status === 401 || error.status === 403) { await this.askForKey(error); continue; }
+        if (error.status === 501) { await this.followSums(error.message); continue; }
         if (error.status) reason = error.message;
       } finally { clearTimeout(timer); }
       await this.pause(reason);
+    }
+  }
+
+  // Several engines: no tree, what they have together.
+  async followSums(message) {
+    for (;;) {
+      const { replicas, usage, bytes, num_running: running, num_waiting: waiting } = await this.json("/v1/cache");
+      const share = usage.prompt_tokens ? (100 * usage.cached_tokens) / usage.prompt_tokens : 0;
+      const used = (100 * (bytes.total - bytes.free)) / bytes.total;
+      this.view.tree.note.replaceChildren(
+        element("strong", {}, `${Object.keys(replicas).length} replicas · ${running} running · ${waiting} waiting`),
+        element("span", {}, `${share.toFixed(1)} % of ${usage.prompt_tokens.toLocaleString("en")} prompt tokens came from the cache; ${used.toFixed(0)} % of memory is in use.`),
+        element("span", {}, message),
+      );
+      this.say("live", "live");
+      this.main.classList.remove("stale");
+      this.tries = 0;
+      await new Promise((done) => setTimeout(done, 1000));
     }
   }
 

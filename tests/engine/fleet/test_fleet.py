@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams
-from engine.async_engine import EngineStopped, QueueFull, StepFailed
+from engine.async_engine import EngineStopped, NoSingleEngine, QueueFull, StepFailed
 from engine.fleet.fleet import Fleet
 from engine.fleet.front import FleetEngine
 from engine.fleet.order import Order
@@ -171,6 +171,8 @@ def test_a_life_of_two_replicas() -> None:
         handle.add("r2")
         engine._fleet.set_members(each for each in handle.replicas if each != home)
         await until(lambda: "r2" in engine._followers)
+        with pytest.raises(NoSingleEngine, match="of replicas it has the sums"):
+            await engine.watch()
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0
         await until(lambda: all(mirror.num_tokens == 0 for mirror in router.mirrors.values()))

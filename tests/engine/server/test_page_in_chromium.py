@@ -16,6 +16,8 @@ import pytest
 from engine import AsyncEngine
 from engine.server.app import Server
 from engine.server.config import ServerConfig
+from engine.server.errors import APIError
+from engine.server.feed import Feed
 from tests.watch.browser import chromium, errors, tab
 
 from .conftest import Live, oracle_engine, serving
@@ -151,3 +153,26 @@ def test_an_inline_script_of_another_page_reads_nothing(tab: Any, live: Live, pa
         "(url) => fetch(url).then(() => 'read', (error) => error.name)", live.url + path
     )
     assert found == "TypeError"
+
+
+def test_of_replicas_it_has_the_sums(
+    tab: Any, serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(feed: Feed) -> None:
+        raise APIError(501, "Several engines.", code="replicas")
+
+    async def two(engine: AsyncEngine) -> dict[str, Any]:
+        return (await engine.report()).as_dict() | {"replicas": {"a": {}, "b": {}}}
+
+    monkeypatch.setattr(Feed, "_begin", refuse)
+    monkeypatch.setattr(AsyncEngine, "cache_view", two)
+    live = serve_oracle()
+    tab.goto(live.url)
+    is_live(tab)
+    for _ in range(2):
+        ask(live, PROMPT)
+    tokens, cached = 2 * len(PROMPT), (len(PROMPT) - 1) // 64 * 64
+    said = f"{100 * cached / tokens:.1f} % of {tokens}"
+    until(tab, f"document.querySelector('.note').innerText.includes('{said}')")
+    text = tab.locator(".note").inner_text()
+    assert "2 replicas · 0 running" in text and "Several engines." in text
