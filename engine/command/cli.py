@@ -292,6 +292,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             print(json.dumps(_record(text, output), ensure_ascii=False))
         else:
             print(f"\n[{_summary(output)}]", file=sys.stderr)
+    engine.close()
     return 0
 
 
