@@ -55,5 +55,5 @@ ENGINE = Mutations(
         LEASE_TESTS,
     ),
     machines=MACHINES,
-    copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),
+    copied=("hybridcache", "kernels", "engine", "experiments/agents", "tests", "pyproject.toml"),
 )
