@@ -101,7 +101,8 @@ out/ray/.installed: Makefile
 	@touch $@
 
 replicas: install out/ray/.installed  ## replicas on Ray Serve: a death, scaling, a grid of runs on a cluster (two minutes)
-	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet tests/lab/test_on_ray.py
+	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet
+	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/lab/test_on_ray.py
 
 page: install  ## the page in a Chromium (pip install playwright first): how fast it is, and its pictures
 	$(BIN)/python -m experiments.bench_page

@@ -59,7 +59,7 @@ def _known_part(part: Any) -> Any:
 def _known_item(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
-    kind = item.get("type") or "message"
+    kind = item.get("type", "message")
     if kind not in ITEMS:
         raise ValueError(f"{quoted(str(kind))} items are not read here: leave them out.")
     return _without_nulls(item | {"type": kind})

@@ -8,6 +8,7 @@ from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
 from experiments.mutations.engine.prediction import BREAKS_OF_PREDICTION
 from experiments.mutations.engine.schedule import BREAKS_OF_SCHEDULE
+from experiments.mutations.engine.served import BREAKS_OF_SERVED
 from experiments.mutations.engine.tests import (
     ARENA_TESTS,
     BITS_TESTS,
@@ -19,7 +20,9 @@ from experiments.mutations.engine.tests import (
     LEASE_TESTS,
     MACHINES,
     MEMORY,
+    PAGE,
     POOL,
+    SEEN,
     THREAD,
     VERIFIED,
 )
@@ -33,6 +36,7 @@ ENGINE = Mutations(
         *BREAKS_OF_PREDICTION,
         *BREAKS_OF_ANSWERS,
         *BREAKS_OF_THREAD,
+        *BREAKS_OF_SERVED,
     ),
     tests=(
         *MEMORY,
@@ -46,8 +50,10 @@ ENGINE = Mutations(
         *POOL,
         *VERIFIED,
         *HEADS,
+        *PAGE,
+        *SEEN,
         LEASE_TESTS,
     ),
     machines=MACHINES,
-    copied=("hybridcache", "kernels", "engine", "tests", "pyproject.toml"),
+    copied=("hybridcache", "kernels", "engine", "experiments/agents", "tests", "pyproject.toml"),
 )

@@ -24,6 +24,10 @@ STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.
 LEASE_TESTS = "tests/cache/test_lease.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
+PAGE_TESTS = "tests/engine/server/test_page.py"
+LABELLED_TESTS = "tests/engine/history/test_labelled.py"
+EXPLAINED_TESTS = "tests/engine/server/test_explanations.py"
+
 STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
 MEMORY = (MANAGER_TESTS, *STEPS)
 FAIR = (BUDGET_TESTS, SCHEDULE_TESTS, FAIRNESS_TESTS)
@@ -37,6 +41,8 @@ LAYERS = (LAYER_TESTS,)
 POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)
+PAGE = (PAGE_TESTS,)
+SEEN = (LABELLED_TESTS, EXPLAINED_TESTS)
 HEADS = (HEAD_TESTS, PREDICTION_TESTS)
 TIERS = (TIERS_TESTS, *MACHINES)
 STORE = STORE_TESTS

@@ -160,6 +160,7 @@ def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
     ("changes", "said"),
     [
         ({"input": []}, "'input' has nothing to answer"),
+        ({"input": [{"type": {}, "role": "user", "content": "x"}]}, "items are not read here"),
         ({"text": {"format": {}}}, "'text.format.type' is missing"),
         ({"input": None}, "'input' is missing"),
         ({"input": [{"type": "web_search_call"}]}, "'web_search_call' items are not read here"),
