@@ -76,8 +76,8 @@ class EngineConfig:
     state_dtype: Literal["float32", "bfloat16"] = _setting(
         "float32",
         "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens "
-        "of a prompt, "
-        "every token of an answer",
+        "of a prompt, every token of an answer; 8 bits are for checkpoints only "
+        "(--checkpoint-dtype), since errors of a running state add up",
     )
     checkpoint_dtype: str = _setting(
         "auto",

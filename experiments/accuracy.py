@@ -4,10 +4,10 @@
     python -m experiments.accuracy --tasks gsm8k --limit 100 --model DIR
 
 Starts `engine serve --exact` on a free loopback port in one setting after the other, and has
-lm-eval ask it through its local-completions. Within one format of weights and states neither cache
-nor drafts may change an answer: where one did, the exit code is 1. Beside it stand bits per byte of
-held-out code by weight format, where the model is the built-in one. Needs the package lm-eval
-(`pip install 'lm-eval[api]'`).
+lm-eval ask it through its local-completions. Within one format of weights, states and checkpoints
+neither cache nor drafts may change an answer: where one did, the exit code is 1. Beside it stand
+bits per byte of held-out code by weight format, where the model is the built-in one. Needs the
+package lm-eval (`pip install 'lm-eval[api]'`).
 """
 
 from __future__ import annotations
@@ -42,21 +42,27 @@ WEIGHTS = {
     "fp8": ("--dtype", "bfloat16", "--quantization", "fp8"),
 }
 STATES = ("float32", "bfloat16")
+CHECKPOINTS = ("auto", "int8")
+"""A running state has no format of 8 bits: it would be rounded with every token of an answer, and
+the errors add up. A checkpoint is rounded once, where it is resumed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One server. Those of equal ``weights`` and ``states`` must give equal answers."""
+    """One server. Those of equal ``weights``, ``states`` and ``checkpoints`` must give equal
+    answers."""
 
     weights: str = "bfloat16"
     states: str = "float32"
     cache: str = "hybrid"
     draft: str = "none"
+    checkpoints: str = "auto"
 
     def flags(self) -> list[str]:
         return [
             *WEIGHTS[self.weights],
             *("--state-dtype", self.states, "--prefix-cache", self.cache, "--draft", self.draft),
+            *("--checkpoint-dtype", self.checkpoints),
         ]
 
 
@@ -77,6 +83,7 @@ def settings(quick: bool) -> list[Setting]:
     if not quick:
         for states in STATES[1:]:
             found += [Setting(states=states, cache=cache) for cache in ("none", "hybrid")]
+        found += [Setting(checkpoints=word) for word in CHECKPOINTS[1:]]
         for weights in WEIGHTS:
             if weights != Setting.weights:
                 found += [Setting(weights, cache=cache) for cache in ("none", "hybrid")]
@@ -147,11 +154,12 @@ def differences(
     outcomes: Mapping[Setting, Outcome],
 ) -> list[tuple[Setting, str, int]]:
     """(setting, task, number of answers) that differ from those of the first setting of the same
-    weights and states."""
-    firsts: dict[tuple[str, str], Outcome] = {}
+    weights, states and checkpoints."""
+    firsts: dict[tuple[str, ...], Outcome] = {}
     found = []
     for setting, outcome in outcomes.items():
-        first = firsts.setdefault((setting.weights, setting.states), outcome)
+        formats = setting.weights, setting.states, setting.checkpoints
+        first = firsts.setdefault(formats, outcome)
         for task, answers in outcome.answers.items():
             pairs = zip(first.answers[task], answers, strict=True)
             count = sum(expected != answer for expected, answer in pairs)

@@ -36,6 +36,8 @@ def test_every_format_is_asked_without_a_cache_first() -> None:
         seen.add((setting.weights, setting.states))
     assert {weights for weights, _ in seen} == set(accuracy.WEIGHTS)
     assert {states for _, states in seen} == set(accuracy.STATES)
+    checkpoints = {setting.checkpoints for setting in accuracy.settings(quick=False)}
+    assert checkpoints == set(accuracy.CHECKPOINTS)
 
 
 def test_task_files(tmp_path: Path) -> None:
