@@ -74,12 +74,6 @@ BREAKAGES = (
         "        if state.superseded or superseded == state.superseded:",
     ),
     Mutation(
-        "a hole in the KV is no hindrance",
-        TIERED,
-        "                if below is None or below.kv is None:\n                    break\n",
-        "                if below is None or below.kv is None:\n                    continue\n",
-    ),
-    Mutation(
         "all of a prompt is resumed",
         TIERED,
         "below.state is not None and node.end < num_tokens:",

@@ -121,6 +121,17 @@ def test_a_fetch_that_finds_no_room_changes_nothing():
     cache.check(held_tokens=0, held_slots=1)
 
 
+def test_making_room_for_a_fetch_spares_the_path_that_it_hangs_on():
+    cache = tiered(num_kv_tokens=6, num_slots=2)
+    serve(cache, ids("abcd"), [2, 4])
+    cache.evict(num_tokens=2)
+    serve(cache, ids("wxyz"), [4])
+    assert (cache.free_tokens, cache.free_slots) == (0, 0)
+    assert cache.fetch(cache.match(ids("abcdX")).lower[0])
+    assert cache.match(ids("abcdX")).cached_len == 4
+    cache.check(held_tokens=0, held_slots=0)
+
+
 def test_the_host_lets_its_own_policy_s_victim_go_and_the_disk_takes_it():
     cache = tiered(host_bytes=2 * 9, disk_bytes=200)
     for prompt in ("abcd", "efgh"):
