@@ -265,8 +265,8 @@ class EngineConfig:
             )
         if self.role is not None and self.has_lower:
             raise ConfigError(
-                f"--role {self.role} is served without memory below the device's: leave host_gib "
-                "and state_dir out."
+                f"--role {self.role} is served without memory below the device's: leave --host-gib "
+                "and --state-dir out."
             )
         if not isinstance(self.prefill, tuple):
             raise ConfigError("prefill must be a tuple of addresses.")

@@ -108,7 +108,7 @@ class Engine:
             fetcher = peer_fetcher(config, runner, self._manager, self.transfers)
         elif fetcher is None and self._lower is not None:
             fetcher = self._lower.fetcher(self._manager)
-        fetching = None if fetcher is None else Fetching(self._manager, fetcher)
+        self._fetching = None if fetcher is None else Fetching(self._manager, fetcher)
         if drafting is None and config.drafters:
             drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
         self._scheduler = Scheduler(
@@ -117,7 +117,7 @@ class Engine:
             token_budget=config.token_budget,
             shares=config.prefix_cache != "none",
             drafting=drafting,
-            fetching=fetching,
+            fetching=self._fetching,
             clock=clock,
         )
         self._overlaps = config.overlap == "on" or (
@@ -138,7 +138,7 @@ class Engine:
         )
         self.prefill_server = prefill_server(self, self._manager, self.transfers)
         """What computes prefixes for other engines; None: it is none of its roles."""
-        parts: tuple[Outside | None, ...] = fetching, self.prefill_server
+        parts: tuple[Outside | None, ...] = self._fetching, self.prefill_server
         self._outside = tuple(part for part in parts if part is not None)
 
     @property
@@ -265,9 +265,11 @@ class Engine:
         except BaseException as error:
             self._in_flight = None
             interrupted = tuple(r.request_id for r in self._scheduler.recover())
-            for part in self._outside:
-                part.give_up()
+            if self.prefill_server is not None:
+                self.prefill_server.give_up()
             if self._manager.lost_moves():
+                if self._fetching is not None:
+                    self._fetching.give_up()
                 self._forget()
                 if self._lower is not None:
                     self._lower.start_over()
