@@ -130,8 +130,7 @@ class Fetching:
         match = self._manager.match(request)
         if not self._fetcher.has_room or self._comes_for_another(request, match.kv_len):
             return True
-        resumable = match.lower[-1].position if match.lower else match.cached_len
-        fetch = self._fetcher.begin(request, resumable)
+        fetch = self._fetcher.begin(request, match.cached_len)
         if fetch is None:
             request.fetched_len = 0
             return False
