@@ -16,9 +16,13 @@ import numpy as np
 import torch
 
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
+from hybridcache.units import GIB
 from kernels.state_copy.narrow import narrow, widen
 from kernels.upload import upload
 
+STAGING_BYTES = GIB
+"""For states that prefills export, until they are narrowed: a step with more of them is computed in
+pieces. Of one state at least."""
 CODES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 

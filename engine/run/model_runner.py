@@ -13,6 +13,7 @@ import torch
 from engine.config import TILE, EngineConfig
 from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
+from engine.run.checkpoints import STAGING_BYTES
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
 from engine.run.identity import identity_of
@@ -43,10 +44,6 @@ from hybridcache.units import GIB, counted
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
-
-STAGING_BYTES = GIB
-"""For states that prefills export to checkpoints in a format of their own: a step with more of them
-is computed in pieces. Of one state at least."""
 
 
 class ModelRunner:
@@ -109,8 +106,7 @@ class ModelRunner:
         self._num_staged = max(1, min(most_staged, STAGING_BYTES // max(state_bytes, 1)))
         num_own = 0 if self.checkpoints is None else self._num_staged + self.max_running_rows
         self.own_state_bytes = num_own * state_bytes
-        """Of running states, and of those that a step exports, where they lie beside that memory
-        too."""
+        """Of running states and exported ones, where they lie beside that memory too."""
         warms_up = config.warm_up and not self.device.is_cpu
         reserved_bytes = (
             self._rehearse(config) if warms_up else self.step_state_bytes + self.own_state_bytes
@@ -311,13 +307,7 @@ class ModelRunner:
         self.table.write(batch.row_writes)
         self._restore(batch.restores)
         logits = self._logits(batch, drawn)
-        saved = [
-            (segment.slot, slot)
-            for segment in batch.segments
-            if segment.is_decode and not segment.num_drafts and segment.slot is not None
-            for position, slot in segment.exports
-            if position == segment.end
-        ]
+        saved = batch.saved_by_decodes
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
             saved += zip(self.tensors.checkpoints.staging, exports, strict=False)

@@ -88,6 +88,17 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments)
 
+    @property
+    def saved_by_decodes(self) -> list[tuple[int, int]]:
+        """(own slot, checkpoint slot) of decodes that have no drafts and end at a checkpoint."""
+        return [
+            (segment.slot, slot)
+            for segment in self.segments
+            if segment.is_decode and not segment.num_drafts and segment.slot is not None
+            for position, slot in segment.exports
+            if position == segment.end
+        ]
+
 
 def pieces(batch: Batch, max_exports: int) -> list[Batch]:
     """The same work in as many batches, one after the other, as prefills need that export at most
