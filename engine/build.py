@@ -125,11 +125,11 @@ def peer_fetcher(
 ) -> Fetcher:
     """What a decode engine has its prompts computed by. Imports torch."""
     from engine.transfer.fetch import Peer, PeerFetcher
-    from engine.transfer.fingerprint import fingerprint
+    from engine.transfer.identity import identity
 
     assert counts is not None
     model_runner = _model_runner(runner)
-    own = fingerprint(config, model_runner)
+    own = identity(config, model_runner)
     peers = [Peer(address, own, config.transfer_timeout_s) for address in config.addresses]
     return PeerFetcher(manager, model_runner.unit, peers, counts, fetch_above=config.fetch_above)
 
@@ -142,7 +142,7 @@ def prefill_server(
     config = engine.config
     if config.role != "prefill" or counts is None:
         return None
-    from engine.transfer.fingerprint import fingerprint
+    from engine.transfer.identity import identity
     from engine.transfer.serve import PrefillServer
 
     runner = _model_runner(engine.runner)
@@ -151,7 +151,7 @@ def prefill_server(
             manager,
             runner.unit,
             config.addresses[0],
-            fingerprint(config, runner),
+            identity(config, runner),
             counts,
             timeout_s=config.transfer_timeout_s,
             prepare=engine.prepare,

@@ -25,7 +25,7 @@ from engine.requests.spec import RequestSpec
 from engine.run.unit import Unit
 from engine.schedule.cache_manager import CacheManager
 from engine.transfer.counts import TransferCounts
-from engine.transfer.fingerprint import difference
+from engine.transfer.identity import difference
 from engine.transfer.link import Rendezvous, Transfer
 from engine.transfer.outgoing import Outgoing
 from engine.transfer.wire import TransferError, Wire
@@ -54,7 +54,7 @@ class PrefillServer:
         enqueue: Callable[[Request], None],
         abort: Callable[[str], object],
     ) -> None:
-        """Listens from here on; ``own`` is the engine's fingerprint, the callables are its own.
+        """Listens from here on; ``own`` is the engine's identity, the callables are its own.
         OSError: the address can not be listened on."""
         self._manager, self._unit, self._own, self.counts = manager, unit, own, counts
         self._prepare, self._enqueue, self._abort = prepare, enqueue, abort
@@ -94,7 +94,7 @@ class PrefillServer:
             hello, _ = wire.receive()
             unlike = difference(self._own, hello.get("hello"))
             if unlike is not None:
-                wire.send({"refused": f"it is another engine: {unlike}"})
+                wire.send({"refused": f"it differs in {unlike}"})
                 return
             name = str(next(self._numbers))
             wire.send({"port": self._rendezvous.port, "name": name})

@@ -137,9 +137,7 @@ def test_another_model_is_refused_in_one_sentence(
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(30, 300)])
     [said] = caplog.messages
-    assert said.endswith(
-        "it is another engine: places differ: give both the same grid, page_size and exact."
-    )
+    assert said.endswith("it differs in checkpoint grid: give both the same.")
     assert counts_of(engine)["failed"] == 1
 
 
