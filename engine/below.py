@@ -17,15 +17,17 @@ from engine.schedule.fetching import Fetcher
 from engine.schedule.keeping import Keeping
 from engine.schedule.memory import MemorySizes
 from engine.schedule.plan import Plan
+from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.schedule.staging import Staging
 from engine.store.disk import Disk
 from engine.store.prefixes import Piece, covering
 from engine.store.store import SegmentStore
 from engine.store.whose import claim
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.orders import DISK, HOST, Copy
+from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy
+from hybridcache.allocators.pages import MAX_ROWS
 from hybridcache.tiered import TieredRadixCache
-from hybridcache.units import GIB
+from hybridcache.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -55,12 +57,17 @@ class LowerSizes(NamedTuple):
                 "arena: leave host_gib and state_dir out."
             )
         host = int((config.host_gib or 0) * GIB)
+        state_rows = slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
+        least = (state_rows + memory.page_size) * memory.row_bytes
+        _check_tier("host_gib", config.host_gib, host, least, memory.row_bytes)
         if config.state_dir is None:
             return cls(host)
         above = memory.total_bytes + host
         folder = int(above * USUAL_DISK if config.disk_gib is None else config.disk_gib * GIB)
         usable = SegmentStore.usable_bytes_of(folder)
-        return cls(host, max(usable // 2, usable - above), folder)
+        disk = max(usable // 2, usable - above)
+        _check_tier("disk_gib", config.disk_gib, disk, least, memory.row_bytes)
+        return cls(host, disk, folder)
 
 
 class LowerMemory:
@@ -91,7 +98,11 @@ class LowerMemory:
             self.adopt()
             if self.disk.is_broken:
                 cache.lower.close(DISK)
-                logger.warning("%s is another engine's: what is there is read.", self.folder)
+                logger.warning(
+                    "Another engine writes to %s, or nobody may: what is there is read, and "
+                    "nothing of this engine is kept.",
+                    self.folder,
+                )
         self._below: Below = runner.attach(rows.get(HOST, 0), self.disk)
         self.exchange = MeasuredExchange(runner.geometry, self._bytes_per_s)
         self.keeping: Keeping | None = None
@@ -117,6 +128,27 @@ class LowerMemory:
             self.disk.settle()
             if self.disk.is_broken:
                 self._cache.lower.close(DISK)
+
+    def report(self) -> LowerReport:
+        """What lies where, in bytes. O(tiers)."""
+        disk, lower = self.disk, self._cache.lower
+        tiers = []
+        for tier in lower.tiers:
+            taken_in = sum(n for (_, to), n in lower.copied_rows.items() if to == tier.word)
+            rows = (
+                tier.pages.capacity,
+                tier.pages.num_free,
+                tier.pages.capacity - tier.pages.num_free,
+                taken_in,
+                lower.copied_rows.get((tier.word, DEVICE), 0),
+            )
+            tiers.append(TierReport(tier.word, *(n * lower.row_bytes for n in rows)))
+        folder = None
+        if disk is not None:
+            folder = FolderReport(
+                disk.max_bytes, disk.num_bytes, not disk.is_broken, disk.num_skipped
+            )
+        return LowerReport(tuple(tiers), folder)
 
     def adopt(self) -> int:
         """Let the cache, which has nothing of it, know what the disk holds, the newest at most that
@@ -160,6 +192,23 @@ class LowerMemory:
         """Write what is left."""
         if self.disk is not None:
             self.disk.close()
+
+
+def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: int) -> None:
+    """ConfigError: no tier of ``size`` bytes can be made, or it could hold nothing."""
+    if gib is None:
+        return
+    if size < least:
+        raise ConfigError(
+            f"{name} {gib:g} is too little for a single state with a page of KV, which take "
+            f"{format_bytes(least)}: give more, or leave it out."
+        )
+    if size // row_bytes >= MAX_ROWS:
+        most = MAX_ROWS * row_bytes / GIB
+        raise ConfigError(
+            f"{name} {gib:g} is more memory than can be numbered by tokens of "
+            f"{format_bytes(row_bytes)}: give at most {most:,.0f}."
+        )
 
 
 def words_of(config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None) -> dict[str, str]:

@@ -443,6 +443,7 @@ class Engine:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             transfers=None if self.transfers is None else self.transfers.as_dict(),
+            lower=None if self._lower is None else self._lower.report(),
         )
 
     def outline(self, max_nodes: int = 40) -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, cast
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.schedule.memory import MemorySizes
-from engine.schedule.report import CacheReport
+from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
+from hybridcache.allocators.orders import HOST
 from hybridcache.units import counted, format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def start_screen(engine: Engine, address: str) -> str:
         *_said_of_text(engine),
         ("context", counted(engine.max_model_len, "token")),
         ("memory", _memory_words(runner.memory, report)),
+        *_below(config, report.lower),
         (
             "KV",
             f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} each",
@@ -91,6 +93,25 @@ def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
     )
     total = format_bytes(memory.total_bytes)
     return f"{where[memory.memory]}, {total}: {free} free, {cached} cached, {held} held"
+
+
+def _below(config: EngineConfig, lower: LowerReport | None) -> list[tuple[str, str]]:
+    """What becomes of what leaves the memory above."""
+    if lower is None:
+        return []
+    rows = [
+        ("host", f"{format_bytes(tier.total)} for what leaves the memory above")
+        for tier in lower.tiers
+        if tier.tier == HOST
+    ]
+    folder = lower.folder
+    if folder is not None:
+        words = (
+            f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for the "
+            f"next start too, in {config.state_dir}"
+        )
+        rows.append(("disk", words if folder.is_written else f"{words}; read only"))
+    return rows
 
 
 def _said_of_ranks(config: EngineConfig) -> list[tuple[str, str]]:

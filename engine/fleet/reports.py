@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
-from engine.schedule.report import CacheReport, PoolReport
+from engine.schedule.report import CacheReport, LowerReport, PoolReport, TierReport
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
@@ -29,12 +29,25 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
         token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
         request_hit_rate=_rate(usage["hits"], usage["requests"]),
         usage=usage,
+        lower=_lower([each.lower for each in reports if each.lower is not None]),
     )
 
 
 def _pool(pools: Sequence[PoolReport]) -> PoolReport:
     names = [field.name for field in fields(PoolReport)]
     return PoolReport(**{name: sum(getattr(pool, name) for pool in pools) for name in names})
+
+
+def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
+    """Tiers added up; the folder, which replicas of one machine share, as the first sees it."""
+    if not reports:
+        return None
+    names = [field.name for field in fields(TierReport) if field.name != "tier"]
+    tiers = tuple(
+        replace(same[0], **{name: sum(getattr(tier, name) for tier in same) for name in names})
+        for same in zip(*(report.tiers for report in reports), strict=True)
+    )
+    return LowerReport(tiers, reports[0].folder)
 
 
 def _rate(part: int, whole: int) -> float:

@@ -27,6 +27,45 @@ class PoolReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TierReport:
+    """One memory below the device's, in bytes. ``free + cached == total``."""
+
+    tier: str
+    """``host`` or ``disk``."""
+    total: int
+    free: int
+    cached: int
+    """Of what left the memory above and is nowhere nearer."""
+    taken_in: int
+    """That came from above since the start."""
+    fetched: int
+    """That went back to the device since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderReport:
+    """The folder in which all that is cached is kept too, in bytes."""
+
+    total: int
+    """The most that it may take."""
+    kept: int
+    """Of what can be read: what lies in a nearer memory too is counted with the rest."""
+    is_written: bool
+    """Not where another engine writes to it, or the disk takes no more."""
+    skipped: int
+    """Things not kept since the start, for want of room or time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowerReport:
+    """What lies below the device's memory."""
+
+    tiers: tuple[TierReport, ...]
+    """The nearest first."""
+    folder: FolderReport | None
+
+
+@dataclass(frozen=True, slots=True)
 class CacheReport:
     """Sizes, rates and losses of one engine's cache."""
 
@@ -51,6 +90,9 @@ class CacheReport:
     """What went to or came from other engines since the start, by the names of
     ``TransferCounts``; None: nothing does."""
 
+    lower: LowerReport | None = None
+    """None: there is nothing below the device's memory."""
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -64,6 +106,7 @@ def cache_report(
     num_running: int,
     num_waiting: int,
     transfers: dict[str, int] | None,
+    lower: LowerReport | None,
 ) -> CacheReport:
     """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running
     requests + namespaces)."""
@@ -88,6 +131,7 @@ def cache_report(
         request_hit_rate=total.request_hit_rate,
         usage=cache.stats.as_dict(),
         transfers=transfers,
+        lower=lower,
     )
 
 

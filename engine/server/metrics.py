@@ -14,7 +14,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.schedule.report import CacheReport
+from engine.schedule.report import CacheReport, LowerReport
 from engine.text.outputs import RequestOutput
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -134,6 +134,8 @@ class _ReportCollector(Collector):
             ("allocation_refusals", "Allocations that found nothing to evict.", "refusals"),
         ):
             yield CounterMetricFamily(f"engine_{name}", help, report.usage[key])
+        if report.lower is not None:
+            yield from _lower_metrics(report.lower)
         if report.transfers is not None:
             for name, help, key in (
                 ("transferred_prefixes", "Prefixes to or from other engines.", "prefixes"),
@@ -143,3 +145,30 @@ class _ReportCollector(Collector):
                 ("transfer_wire_bytes", "All bytes to and from other engines.", "wire_bytes"),
             ):
                 yield CounterMetricFamily(f"engine_{name}", help, report.transfers[key])
+
+
+def _lower_metrics(lower: LowerReport) -> Iterator[Metric]:
+    held = GaugeMetricFamily(
+        "engine_tier_bytes", "Bytes of a tier below the device.", labels=["tier", "owner"]
+    )
+    moved = CounterMetricFamily(
+        "engine_tier_moved_bytes",
+        "Bytes into a tier from above (in), and from it to the device (fetched).",
+        labels=["tier", "way"],
+    )
+    for tier in lower.tiers:
+        held.add_metric([tier.tier, "free"], tier.free)
+        held.add_metric([tier.tier, "cached"], tier.cached)
+        moved.add_metric([tier.tier, "in"], tier.taken_in)
+        moved.add_metric([tier.tier, "fetched"], tier.fetched)
+    yield held
+    yield moved
+    folder = lower.folder
+    if folder is not None:
+        yield GaugeMetricFamily("engine_state_dir_bytes", "Bytes kept in --state-dir.", folder.kept)
+        yield GaugeMetricFamily(
+            "engine_state_dir_written", "1: --state-dir is written to.", int(folder.is_written)
+        )
+        yield CounterMetricFamily(
+            "engine_state_dir_skipped", "Things not kept there, for want of room.", folder.skipped
+        )

@@ -97,6 +97,11 @@ class Disk:
         return self._read_bytes / self._read_s if self._read_s else None
 
     @property
+    def max_bytes(self) -> int:
+        """The most that all files together take."""
+        return self._store.max_bytes
+
+    @property
     def num_bytes(self) -> int:
         """Of all that is kept."""
         return self._live_bytes

@@ -11,6 +11,7 @@ Not for two threads at a time.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -276,8 +277,10 @@ def _lock(folder: Path) -> int | None:
     nothing may be written there."""
     try:
         file = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    except PermissionError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return None
+        raise
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -25,6 +25,8 @@ def claim(folder: Path, words: Mapping[str, str]) -> bytes:
     ours = {"form": FORM, **words}
     path = folder / NAME
     try:
+        if folder.is_file():
+            raise StoreError(f"{folder} is a file: give a folder, or the name of a new one.")
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             theirs = _read(path)

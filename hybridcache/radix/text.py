@@ -1,9 +1,9 @@
 """A picture of the tree for people: an outline in text, and a Graphviz source; ``radix.icicle``
 draws an SVG.
 
-One way of seeing a node, in every form: its token range, whether its KV is resident or a ghost, its
-checkpoint or the tombstone of one, its locks. All are O(nodes drawn) and go no deeper than a stack
-on the heap.
+One way of seeing a node, in every form: its token range, whether its KV is resident, in a lower
+tier or a ghost, its checkpoint or the tombstone of one, its locks. All are O(nodes drawn) and go no
+deeper than a stack on the heap.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def describe(node: RadixNode) -> str:
     """One node in one line of printable letters."""
     words = [f"{node.start}..{node.end}"]
     if node.kv is None:
-        words.append("~ ghost")
+        stored = node.below is not None and node.below.kv is not None
+        words.append("v below" if stored else "~ ghost")
     if node.checkpoint is not None:
         superseded = " superseded" if node.checkpoint.superseded else ""
         label = f" {printable(node.checkpoint.label)}" if node.checkpoint.label else ""
         words.append(f"* slot {node.checkpoint.slot}{label}{superseded}")
+    elif node.below is not None and node.below.state is not None:
+        words.append("v checkpoint below")
     elif node.lost_checkpoint is not None:
         words.append("- checkpoint evicted")
     if node.locks:
@@ -90,7 +93,7 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
     """An outline, a line a node. An only child stands below its parent, no deeper; what was left
     out is counted at the end.
 
-    ``*`` checkpoint, ``-`` tombstone, ``~`` ghost.
+    ``*`` checkpoint, ``-`` tombstone, ``~`` ghost, ``v`` in a lower tier.
     """
     plan = plan_of(tree, max_nodes)
     lines: list[str] = []

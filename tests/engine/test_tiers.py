@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from engine import Engine, SamplingParams
+from engine.command.screen import start_screen
+from engine.config import ConfigError
+from engine.fleet.reports import summed
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.plan import Plan, Task
+from engine.server.metrics import Metrics
 from engine.store.segment import SUFFIX
 from engine.store.store import SegmentStore, StoreError
 from hybridcache.geometry.model import ModelGeometry
@@ -221,3 +225,53 @@ def test_reset_forgets_what_is_kept(make_engine: MakeEngine, tmp_path: Path) -> 
         assert one_by_one(engine, asked)[0].cached_len == 0
         engine.reset_prefix_cache()
         engine.close()
+
+
+@pytest.mark.usefixtures("always_fetches")
+def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    settings = {"state_dir": str(tmp_path / "state"), "host_gib": 2e-4, **SMALL}
+    first = make_engine(**settings)
+    one_by_one(first, prompts(12))
+    one_by_one(first, prompts(12))
+    first._lower.disk.flush()
+    report = first.report()
+    assert report.lower is not None and report.lower.folder is not None
+    assert [tier.tier for tier in report.lower.tiers] == ["host", "disk"]
+    for tier in report.lower.tiers:
+        assert tier.free + tier.cached == tier.total
+        assert tier.cached <= tier.taken_in and tier.fetched <= tier.taken_in
+    kept = sum(path.stat().st_size for path in (tmp_path / "state").glob(f"*{SUFFIX}"))
+    assert report.lower.tiers[0].cached and 0 < report.lower.folder.kept <= kept
+    assert any("v below" in line for line in first.outline().splitlines())
+    metrics = Metrics().render(report).decode()
+    assert f"engine_state_dir_bytes {float(report.lower.folder.kept)}" in metrics
+    assert 'engine_tier_bytes{owner="cached",tier="host"}' in metrics
+    assert summed([report, report], {}).lower.tiers[0].total == 2 * report.lower.tiers[0].total
+    second = make_engine(**settings)
+    assert not second.report().lower.folder.is_written
+    screen = start_screen(second, "http://here/v1")
+    assert "kept of" in screen and "; read only" in screen
+    for engine in (second, first):
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"host_gib": 1e-9}, "host_gib 1e-09 is too little for a single state"),
+        ({"disk_gib": 1e-9}, "disk_gib 1e-09 is too little for a single state"),
+        ({"host_gib": 1e6}, "host_gib 1e.06 is more memory than can be numbered"),
+    ],
+)
+def test_sizes_that_make_no_tier_are_refused_by_the_name_of_the_flag(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+    settings: dict[str, object],
+    sentence: str,
+) -> None:
+    folder = {"state_dir": str(tmp_path / "state")} if "disk_gib" in settings else {}
+    with pytest.raises(ConfigError, match=sentence):
+        make_engine(**settings, **folder)

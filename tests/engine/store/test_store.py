@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.store.segment import SUFFIX, record_bytes
-from engine.store.store import SegmentStore, StoreError, StoreFull
+from engine.store.store import LOCK_NAME, SegmentStore, StoreError, StoreFull
 from tests.engine.store.reference import ReferenceStore
 
 OURS, THEIRS = b"o" * 32, b"t" * 32
@@ -201,6 +203,25 @@ def test_a_second_process_reads_and_does_not_write(tmp_path):
     other.close()
     store.close()
     assert not SegmentStore.open(tmp_path, OURS, MAX_BYTES).is_read_only
+
+
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_takes_nothing_is_read(tmp_path, monkeypatch, why):
+    store = SegmentStore.open(tmp_path, OURS, MAX_BYTES)
+    number = append(store, 1, b"", [b"kept"])
+    store.close()
+    (tmp_path / LOCK_NAME).unlink()
+    opened = os.open
+
+    def refuse(path, flags, *args, **options):
+        if flags & (os.O_CREAT | os.O_RDWR):
+            raise OSError(why, os.strerror(why))
+        return opened(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    store = SegmentStore.open(tmp_path, OURS, MAX_BYTES)
+    assert store.is_read_only and read(store, number, 4) == b"kept"
+    store.close()
 
 
 def test_what_can_not_be_a_folder_is_refused(tmp_path):
