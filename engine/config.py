@@ -308,6 +308,7 @@ class EngineConfig:
             if getattr(self, name) not in words:
                 allowed = ", ".join("none" if word is None else word for word in words)
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}.")
+        _ = self.drafters
         if self.tp > 1:
             self._check_shared()
         if self.model == "":

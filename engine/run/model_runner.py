@@ -19,6 +19,7 @@ from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
 from engine.run.identity import identity_of
 from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.parameters import Build, WeightSpec
+from engine.run.layers.residual import verifies
 from engine.run.layers.rotary import RotaryTable
 from engine.run.loading import DTYPES, load_model, resolve_dtype
 from engine.run.lower import LowerRows
@@ -259,17 +260,18 @@ class ModelRunner:
     @torch.inference_mode()
     def _record_decode(self) -> bool:
         """Have decode steps recorded, where all they compute are native kernels; whether they
-        are. Of those that verify, too."""
+        are. Of those that verify, too, where all mixers can: ``stepwise`` reads lengths on the
+        host."""
         if self.kernels.words().get("linear") != "native":
             return False
         decodes = self._decode_graphs(record_native)
         parts = self.model, self._forward, self.tensors, self.table, self._rotary
-        verifies = VerifyGraphs(*parts, record_native)
+        verify_graphs = VerifyGraphs(*parts, record_native)
         try:
             decodes.capture(decodes.buckets[-1])
-            if self.num_step_states:
-                verifies.capture()
-                self.verify_graphs = verifies
+            if self.num_step_states and all(verifies(step.block) for step in self.model.mixers):
+                verify_graphs.capture()
+                self.verify_graphs = verify_graphs
             if self._predictor is not None:
                 self._predictor.record(record_native)
         except NotRecordableError:

@@ -178,11 +178,11 @@ class CacheManager:
 
     def _num_slots_at_hand(self, num_wanted: int) -> int:
         """How many of ``num_wanted`` slots can be taken without emptying more slabs than
-        ``MAX_MOVES`` for the next batch."""
+        ``MAX_MOVES`` for the next batch. None where fetches have emptied more already."""
         arena = self.cache.arena
         if arena is None:
             return num_wanted
-        return min(len(arena.free_slabs) + MAX_MOVES - self._moves.num_moves, num_wanted)
+        return max(0, min(len(arena.free_slabs) + MAX_MOVES - self._moves.num_moves, num_wanted))
 
     def match(self, request: Request) -> PrefixMatch:
         """What the cache has of waiting ``request`` now. O(its length)."""
