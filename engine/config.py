@@ -144,12 +144,14 @@ class EngineConfig:
         "pools, as with --kv-gib",
     )
     host_gib: float | None = _setting(
-        None, "host memory for what leaves the device's, GiB; none: what is evicted is gone"
+        None,
+        "host memory for what leaves the device's, GiB; none: what is evicted is gone, or "
+        "on disk (--state-dir)",
     )
     state_dir: str | None = _setting(
         None,
-        "folder in which all that is cached is kept too: there is a tier below the others, and the "
-        "next start has it; none: nothing is written",
+        "folder on disk in which all that is cached is kept too, so that the next start has it, "
+        "after a stop or a kill; also the tier below the others; none: nothing is written",
     )
     disk_gib: float | None = _setting(
         None, "most that state_dir may take, GiB; none: 2.5 times device and host memory"

@@ -397,4 +397,5 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torc
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.3g} GiB"
+    gib = num_bytes / GIB
+    return f"{gib:.3g} GiB" if gib < 1000 else f"{gib:,.0f} GiB"

@@ -115,7 +115,8 @@ def _add_tiers(parser: argparse.ArgumentParser) -> None:
     from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 
     for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
-        size, speed = f"GiB of {word} below the device", f"GB/s from {word} to a device"
+        size = f"GiB of {word} memory for what leaves the device; 0: none"
+        speed = f"GB/s from {word} to a device, which decide what is fetched (default: %(default)g)"
         parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
         parser.add_argument(f"--{word}-gb-s", type=float, default=rate / 1e9, help=speed)
 
@@ -343,7 +344,11 @@ def _add_optimum(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser("optimum", help="the best that any policy could have done")
     add = parser.add_argument
     _share(parser, "--trace", "--model", "--gib", "--state-dtype", "--grid", "--skip-bad")
-    add("--method", choices=("greedy", "lp", "milp"), default="milp", help="greedy for long traces")
+    add(
+        "--method",
+        choices=("greedy", "lp", "milp"),
+        help="greedy for long traces (default: milp; lp with a tier below the device)",
+    )
     add(
         "--placement",
         choices=("shared", "every"),
@@ -386,7 +391,7 @@ def _optimum(options: argparse.Namespace) -> int:
                 kv_bytes_per_token=geometry.kv_bytes_per_token,
                 state_bytes=geometry.state_bytes,
                 grid=options.grid,
-                method=options.method,
+                method=options.method or ("lp" if lower else "milp"),
                 placement=options.placement,
                 relative_gap=options.gap,
                 limit_s=options.limit,

@@ -113,6 +113,10 @@ def test_simulate_prints_a_table_and_draws(
         (["optimum", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["optimum", "--trace", "chat", "--limit", "0"], "positive time limit"),
         (["optimum", "--trace", "chat", "--gap", "-1"], "no negative gap"),
+        (
+            ["optimum", "--trace", "chat?head=5", "--host-gib", "1", "--method", "milp"],
+            "method milp knows no tiers below the device: take greedy",
+        ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
     ],
 )

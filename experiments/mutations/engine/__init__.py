@@ -23,7 +23,9 @@ from experiments.mutations.engine.tests import (
     PAGE,
     POOL,
     SEEN,
+    STORE,
     THREAD,
+    TIERS_TESTS,
     VERIFIED,
 )
 from experiments.mutations.engine.thread import BREAKS_OF_THREAD
@@ -52,6 +54,8 @@ ENGINE = Mutations(
         *HEADS,
         *PAGE,
         *SEEN,
+        TIERS_TESTS,
+        *STORE,
         LEASE_TESTS,
     ),
     machines=MACHINES,

@@ -138,7 +138,10 @@ def optimum(
             f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
         )
     if lower and method == "milp":
-        raise ValueError("plans with lower tiers are made by greedy and bounded by lp: take either")
+        raise ValueError(
+            "method milp knows no tiers below the device: take greedy, which makes a plan, or lp, "
+            "which also bounds it"
+        )
     say = on_progress or (lambda _: None)
     began = time.perf_counter()
     requests = list(trace)

@@ -125,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
         }
 
     def _restart(self) -> None:
-        whole = set(self.model.written) - self.damaged
+        whole = self.model.living - self.damaged  # where dropped ones lie, nobody knows
         self.store.close()
         self.store = SegmentStore.open(self.folder, OURS, MAX_BYTES)
         found = {record.id: record for record in self.store.records()}

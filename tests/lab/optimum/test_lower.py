@@ -71,12 +71,13 @@ def test_the_price_of_a_byte_is_its_time_in_tokens():
 
 def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     output = tmp_path / "plans.jsonl"
-    command = ["optimum", "--trace", "agent?head=20", "--gib", "0.5", "--method", "greedy"]
+    command = ["optimum", "--trace", "agent?head=20", "--gib", "0.5"]
     assert main([*command, "--host-gib", "4", "--output", str(output)]) == 0
     assert capsys.readouterr().out
-    assert json.loads(output.read_text())["lower"][0]["capacity_bytes"] == 4 * GIB
+    plan = json.loads(output.read_text())
+    assert plan["lower"][0]["capacity_bytes"] == 4 * GIB and plan["method"] == "lp"
 
 
 def test_no_plan_with_tiers_is_improved_by_milp():
-    with pytest.raises(ValueError, match="greedy and bounded by lp"):
+    with pytest.raises(ValueError, match="method milp knows no tiers"):
         best(0.5, (1.0, 0.0), method="milp")
