@@ -56,30 +56,28 @@ class Orders:
     """Orders that are still to be made. A holder of the device's arena that owns no rows, in place
     of ``PendingMoves``."""
 
-    __slots__ = ("_orders",)
+    __slots__ = ("_orders", "num_moves")
 
     def __init__(self) -> None:
         self._orders: list[Order] = []
+        self.num_moves = 0
+        """Slabs that were emptied since the last ``take``."""
 
     def __len__(self) -> int:
         return len(self._orders)
 
-    @property
-    def num_moves(self) -> int:
-        """Slabs that were emptied since the last ``take``. O(orders)."""
-        return sum(isinstance(order, Move) for order in self._orders)
-
     def rows_moved(self, move: Move) -> int:
         """Keep ``move`` for ``take``."""
-        self._orders.append(move)
+        self.add(move)
         return 0
 
     def add(self, order: Order) -> None:
         """Keep ``order`` for ``take``. O(1)."""
         self._orders.append(order)
+        self.num_moves += isinstance(order, Move)
 
     def take(self) -> tuple[Order, ...]:
         """All since the last time, given out once: the caller makes them, in this order, before
         anything else."""
-        orders, self._orders = tuple(self._orders), []
+        orders, self._orders, self.num_moves = tuple(self._orders), [], 0
         return orders
