@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation, Mutations
-from experiments.mutations.cache import COMPACT, RESIDENCY
+from experiments.mutations.cache.core import RESIDENCY
+from experiments.mutations.cache.parts import COMPACT
 
 ALLOCATOR, MOVES = "hybridcache/allocators/arena.py", "hybridcache/allocators/moves.py"
 OWNERS, LEASE = "hybridcache/core/owners.py", "hybridcache/lease.py"

@@ -6,6 +6,7 @@ from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
+from experiments.mutations.engine.plan import BREAKS_OF_PLAN
 from experiments.mutations.engine.prediction import BREAKS_OF_PREDICTION
 from experiments.mutations.engine.schedule import BREAKS_OF_SCHEDULE
 from experiments.mutations.engine.served import BREAKS_OF_SERVED
@@ -33,6 +34,7 @@ from experiments.mutations.engine.thread import BREAKS_OF_THREAD
 ENGINE = Mutations(
     breakages=(
         *BREAKS_OF_SCHEDULE,
+        *BREAKS_OF_PLAN,
         *BREAKS_OF_MEMORY,
         *BREAKS_OF_LAYERS,
         *BREAKS_OF_PREDICTION,

@@ -1,4 +1,4 @@
-"""Ways to break who computes what: the scheduler and what a step has for prefills."""
+"""Ways to break who computes what: the scheduler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from experiments.mutations.engine.tests import (
 )
 
 SCHEDULER = "engine/schedule/scheduler.py"
-PLAN = "engine/schedule/plan.py"
 REQUEST = "engine/requests/request.py"
-BUDGET = "engine/schedule/budget.py"
 
 BREAKS_OF_SCHEDULE = (
     Mutation(
@@ -46,13 +44,6 @@ BREAKS_OF_SCHEDULE = (
         SCHEDULER,
         "for row, request in enumerate(task.request for task, _ in ready if task.samples):",
         "for row, request in enumerate(task.request for task, _ in ready):",
-        STEPS,
-    ),
-    Mutation(
-        "a token that the host knows is taken for a late one",
-        PLAN,
-        "return self.sure_end > self.request.num_tokens",
-        "return self.sure_end >= self.request.num_tokens",
         STEPS,
     ),
     Mutation(
@@ -139,20 +130,6 @@ BREAKS_OF_SCHEDULE = (
         SCHEDULER,
         "num_taken = len(self._running) + len(passed)",
         "num_taken = len(self._running)",
-        FAIR,
-    ),
-    Mutation(
-        "a tile of a few tokens costs nothing",
-        BUDGET,
-        "self.tiles -= -(-num_tokens // TILE)",
-        "self.tiles -= num_tokens // TILE",
-        FAIR,
-    ),
-    Mutation(
-        "a step begins any number of tiles",
-        BUDGET,
-        "return self.tokens <= 0 or self.tiles <= 0",
-        "return self.tokens <= 0",
         FAIR,
     ),
     Mutation(
@@ -323,13 +300,6 @@ BREAKS_OF_SCHEDULE = (
         STEPS,
     ),
     Mutation(
-        "a late token is not drawn from",
-        PLAN,
-        "samples=end == request.known_len < request.max_len",
-        "samples=end == request.num_tokens < request.max_len",
-        STEPS,
-    ),
-    Mutation(
         "a token in flight is not counted as drawn",
         SCHEDULER,
         "        task.request.num_drawn += task.samples\n",
@@ -343,21 +313,7 @@ BREAKS_OF_SCHEDULE = (
         "self._manager.take_checkpoint_slots(task.request, task.start)",
         STEPS,
     ),
-    Mutation(
-        "segments do not say whose they are",
-        PLAN,
-        "            namespace=self.request.namespace,\n",
-        "            namespace=None,\n",
-        STEPS,
-    ),
     # -- tokens guessed ahead
-    Mutation(
-        "a wrong guess is taken",
-        PLAN,
-        "            if run[-1].token_id != guess:\n                break\n",
-        "",
-        DRAFTS,
-    ),
     Mutation(
         "a step is made ahead of what becomes of drafts",
         SCHEDULER,
@@ -417,74 +373,4 @@ BREAKS_OF_SCHEDULE = (
         (LEASE_TESTS,),
     ),
     # -- what a step's prefills may take of it
-    Mutation(
-        "no part of a step is for short prompts",
-        BUDGET,
-        "min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0",
-        "0",
-        FAIR,
-    ),
-    Mutation(
-        "short prompts leave less than a tile to the others",
-        BUDGET,
-        "min(tokens // SHORT_SHARE, tokens - TILE)",
-        "tokens // SHORT_SHARE",
-        FAIR,
-    ),
-    Mutation(
-        "short prompts take more than their part",
-        BUDGET,
-        "SHORT_SHARE = 4",
-        "SHORT_SHARE = 2",
-        FAIR,
-    ),
-    Mutation(
-        "a long prompt takes the short ones' part",
-        BUDGET,
-        "tokens = max(0, self.tokens - self.num_for_short)",
-        "tokens = self.tokens",
-        FAIR,
-    ),
-    Mutation(
-        "a long prompt's positions are scored without a limit",
-        BUDGET,
-        "return min(tokens, self.scored) if scores else tokens",
-        "return tokens",
-        FAIR,
-    ),
-    Mutation(
-        "a short prompt's positions are scored without a limit",
-        BUDGET,
-        "(min(short, self.scored) if scores else short)",
-        "short",
-        FAIR,
-    ),
-    Mutation(
-        "a short prompt takes what is taken already",
-        BUDGET,
-        "short = min(self.num_for_short, self.tokens)",
-        "short = self.num_for_short",
-        FAIR,
-    ),
-    Mutation(
-        "a prefill takes more than its rest",
-        BUDGET,
-        "else min(rest, self.room(scores))",
-        "else self.room(scores)",
-        FAIR,
-    ),
-    Mutation(
-        "scored positions are not counted",
-        BUDGET,
-        "        self.scored -= num_tokens * scores\n",
-        "",
-        FAIR,
-    ),
-    Mutation(
-        "every position counts as scored",
-        BUDGET,
-        "self.scored -= num_tokens * scores",
-        "self.scored -= num_tokens",
-        FAIR,
-    ),
 )

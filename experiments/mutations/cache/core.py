@@ -1,22 +1,16 @@
-"""Ways to break the cache."""
+"""Ways to break what is resident: eviction, insertion, room, gathers, locks."""
 
 from __future__ import annotations
 
-from experiments.mutations import Mutation, Mutations
+from experiments.mutations import Mutation
 
-RESIDENCY, HYBRID = "hybridcache/core/residency.py", "hybridcache/hybrid.py"
+GATHERED = "hybridcache/core/gathers.py"
 INSERTION = "hybridcache/core/insertion.py"
-ROOM, GATHERED = "hybridcache/core/make_room.py", "hybridcache/core/gathers.py"
 LOCKED = "hybridcache/core/locks.py"
-LISTENER, STATS = "hybridcache/listener.py", "hybridcache/stats.py"
-TREE, FORKS, GHOSTS = (f"hybridcache/radix/{name}.py" for name in ("tree", "forks", "ghosts"))
-FAMILY = "hybridcache/radix/node.py"
-TOKENS = "hybridcache/tokens.py"
-KEY, COMPACT = "hybridcache/radix/key.py", "hybridcache/radix/compact.py"
-PAGES, SLOTS = "hybridcache/allocators/pages.py", "hybridcache/allocators/slots.py"
-LRU, TIERS = "hybridcache/policies/eviction/lru.py", "hybridcache/policies/eviction/tiers.py"
+ROOM = "hybridcache/core/make_room.py"
+RESIDENCY = "hybridcache/core/residency.py"
 
-BREAKAGES = (
+BREAKS_OF_CORE = (
     Mutation(
         "a lock is not looked at before evicting",
         RESIDENCY,
@@ -30,7 +24,6 @@ BREAKAGES = (
         "                    self.policy.add(item)\n\n    def _withdraw",
         "                    pass\n\n    def _withdraw",
     ),
-    Mutation("a receipt unlocks twice", HYBRID, "            receipt.node = None\n", ""),
     Mutation(
         "the cascade runs over a locked parent",
         RESIDENCY,
@@ -176,12 +169,6 @@ BREAKAGES = (
         "        NO_ROWS",
     ),
     Mutation(
-        "tokens of what was forgotten stay where a queue lists it",
-        GHOSTS,
-        '            ghost.edge = b""',
-        "            ghost.edge",
-    ),
-    Mutation(
         "a gather outlives its rows",
         RESIDENCY,
         "            gathered.discard(kv)\n",
@@ -206,12 +193,6 @@ BREAKAGES = (
         "",
     ),
     Mutation(
-        "a new leaf is not offered to the policy",
-        HYBRID,
-        "            residency.offer_leaf(leaf)\n",
-        "            pass\n",
-    ),
-    Mutation(
         "KV that a checkpoint revived stays in the dead tier",
         RESIDENCY,
         "        if revives is not None:\n            self._withdraw(revives)\n",
@@ -230,46 +211,10 @@ BREAKAGES = (
         "            pass\n",
     ),
     Mutation(
-        "a split leaves the lower half under its old key",
-        TREE,
-        "        lower.key = child_key(lower.edge, self.page_size)\n",
-        "",
-    ),
-    Mutation(
-        "a split does not shorten the lower edge", TREE, "        lower.edge = edge[cut:]\n", ""
-    ),
-    Mutation(
-        "a walk takes a child without comparing its edge",
-        TREE,
-        "if not starts_with(child.edge, at * TOKEN_BYTES):",
-        "if False:",
-    ),
-    Mutation(
-        "a partial edge is not floored to pages",
-        TOKENS,
-        "    return shared - shared % page_size\n",
-        "    return shared\n",
-    ),
-    Mutation(
-        "an emptied namespace keeps its root",
-        GHOSTS,
-        "                self.tree.prune_root(parent.key)\n",
-        "                pass\n",
-    ),
-    Mutation(
-        "the youngest ghost is forgotten first", GHOSTS, "popitem(last=False)", "popitem(last=True)"
-    ),
-    Mutation(
         "a revived ghost stays in the ghost list",
         RESIDENCY,
         "        self.ghosts.discard(ghost)\n",
         "",
-    ),
-    Mutation(
-        "a checkpoint at the prompt's very end is used",
-        HYBRID,
-        "            if node.end < num_tokens:\n                if node",
-        "            if node.end <= num_tokens:\n                if node",
     ),
     Mutation(
         "checkpoints off the grid are taken",
@@ -297,18 +242,6 @@ BREAKAGES = (
         "        if node.checkpoint is not None:\n",
     ),
     Mutation(
-        "duplicates are not handed back",
-        HYBRID,
-        "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
-        "NO_INDICES",
-    ),
-    Mutation(
-        "rows already the tree's are handed back as duplicates",
-        HYBRID,
-        "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
-        "kv_indices[:kv_len]",
-    ),
-    Mutation(
         "the caller's array is kept instead of a copy",
         INSERTION,
         "store_rows(node, rows.copy())",
@@ -320,7 +253,6 @@ BREAKAGES = (
         "return self.rows.get(segment)",
         "return next(reversed(self.rows.values()), None)",
     ),
-    Mutation("a gather is in the wrong order", HYBRID, "        parts.reverse()\n", ""),
     Mutation(
         "a refused allocation evicts all the same",
         ROOM,
@@ -334,148 +266,10 @@ BREAKAGES = (
         "return short_tokens <= residency.cached_tokens",
     ),
     Mutation(
-        "kv losses are counted as never seen",
-        HYBRID,
-        "            num_tokens - branch_len,\n            branch_len - kv_len,\n",
-        "            num_tokens - kv_len,\n            0,\n",
-    ),
-    Mutation(
-        "ghosts are not read",
-        HYBRID,
-        "        if inside is None and node.ghosts:\n            branch_len, missed",
-        "        if False:\n            branch_len, missed",
-    ),
-    Mutation(
-        "LRU forgets live items when it sweeps",
-        LRU,
-        "deque(entry for entry in self.queue if entry[2].memo is entry)",
-        "deque()",
-    ),
-    Mutation(
-        "LRU does not notice later uses in its queue",
-        LRU,
-        "if item.last_used == entry[0]:",
-        "if True:",
-    ),
-    Mutation(
-        "LRU does not notice later uses in its heap",
-        LRU,
-        "            elif item.last_used > entry[0]:",
-        "            elif False:",
-    ),
-    Mutation(
-        "LRU returns items that were discarded",
-        LRU,
-        "            if item.memo is not entry:\n                heappop(late)\n            elif",
-        "            if",
-    ),
-    Mutation(
-        "LRU queues what comes late behind the youngest",
-        LRU,
-        "if queue and entry < queue[-1]:",
-        "if False:",
-    ),
-    Mutation(
-        "LRU prefers checkpoints when both kinds may go",
-        LRU,
-        "return kv if kv_age < checkpoint_age else checkpoint",
-        "return checkpoint",
-    ),
-    Mutation(
-        "LRU does not let dead KV go first",
-        LRU,
-        "self._dead = _Line() if dead_first else self._kv",
-        "self._dead = self._kv",
-    ),
-    Mutation(
-        "LRU does not let superseded checkpoints go first",
-        LRU,
-        "self._superseded = _Line() if demote_superseded else self._checkpoints",
-        "self._superseded = self._checkpoints",
-    ),
-    Mutation(
-        "the last child of two stays in a dict",
-        FAMILY,
-        "    if len(family) > 1:\n        return family\n",
-        "    if family:\n        return family\n",
-    ),
-    Mutation(
-        "an only child is taken for any key",
-        TREE,
-        "if end >= stop or child.key != first_page(tokens, at, page_size):",
-        "if end >= stop:",
-    ),
-    Mutation(
-        "dead KV does not go first",
-        TIERS,
-        '            first = self._dead.victim("kv")\n',
-        "            first = None\n",
-    ),
-    Mutation(
-        "superseded checkpoints do not go first",
-        TIERS,
-        '            first = self._superseded.victim("checkpoint")\n',
-        "            first = None\n",
-    ),
-    Mutation(
-        "one page too many is handed out",
-        PAGES,
-        "        if num_pages > self._height:\n",
-        "        if num_pages > self._height + 1:\n",
-    ),
-    Mutation(
-        "freed pages are written one place too low",
-        PAGES,
-        "        self._height = top = bottom + len(pages)\n",
-        "        top = bottom + len(pages)\n        self._height = max(bottom, top - 1)\n",
-    ),
-    Mutation(
-        "a freed slot's bytes are not given back",
-        SLOTS,
-        "            self.budget.give_back(self.unit_bytes)\n",
-        "            pass\n",
-    ),
-    Mutation(
-        "the shared budget is not asked for slots",
-        SLOTS,
-        "            if self.budget.free_bytes < self.unit_bytes:\n                return None\n",
-        "",
-    ),
-    Mutation(
-        "compaction moves the wrong rows",
-        COMPACT,
-        "above.kv.indices = living[num_living - length : num_living]",
-        "above.kv.indices = living[:length]",
-    ),
-    Mutation(
-        "half-dead buffers are never let go",
-        COMPACT,
-        "    if 2 * num_living >= len(base):\n",
-        "    if True:\n",
-    ),
-    Mutation(
-        "a fork is no end of a demoting path",
-        FORKS,
-        "while above.parent is not None and not isinstance(above.children, dict):",
-        "while above.parent is not None:",
-    ),
-    Mutation(
         "locked checkpoints count in what could be freed",
         ROOM,
         "    num_slots = residency.num_checkpoints - protected.num_checkpoints\n",
         "    num_slots = residency.num_checkpoints\n",
-    ),
-    Mutation(
-        "of two missed checkpoints the shallower one is told",
-        HYBRID,
-        "missed = missed or node.lost_checkpoint",
-        "missed = node.lost_checkpoint",
-    ),
-    Mutation(
-        "a policy is never told what was missed",
-        HYBRID,
-        "            residency.policy.missed(match.missed)\n",
-        "            pass\n",
     ),
     Mutation(
         "a withheld checkpoint is told to the policy when it is superseded",
@@ -502,13 +296,6 @@ BREAKAGES = (
         GATHERED,
         "            self.rows.move_to_end(extends, last=False)\n",
         "            pass\n",
-    ),
-    Mutation(
-        "ids of another type are matched",
-        HYBRID,
-        '            require_int32(tokens, "tokens")\n        num_tokens = len(tokens)\n        '
-        "root",
-        "            pass\n        num_tokens = len(tokens)\n        root",
     ),
     Mutation(
         "rows of another type are taken",
@@ -540,78 +327,4 @@ BREAKAGES = (
         "if after is not None and not after.locks:",
         "if False:",
     ),
-    Mutation(
-        "a node that was evicted can be locked",
-        HYBRID,
-        "            if node.kv is None:\n                raise ValueError(EVICTED)\n",
-        "",
-    ),
-    Mutation(
-        "another cache's receipt is taken",
-        HYBRID,
-        "if node not in self._residency.locked:",
-        "if False:",
-    ),
-    Mutation("a split reads a negative id as unsigned", KEY, "signed=True", "signed=False"),
-    Mutation("a namespace may be NaN", TREE, "if namespace != namespace:", "if False:"),
-    Mutation(
-        "a listener's error stops a change midway",
-        LISTENER,
-        "            except Exception:\n",
-        "            except ZeroDivisionError:\n",
-    ),
-    Mutation(
-        "a listener that raised is told on",
-        LISTENER,
-        "                self.members = tuple(one for one in self.members if one is not member)\n",
-        "",
-    ),
-    Mutation(
-        "a negative number of rows is handed out",
-        PAGES,
-        "        if num_pages < 0:\n",
-        "        if False:\n",
-    ),
-    Mutation(
-        "more pages are taken back than are out",
-        PAGES,
-        "if len(rows) > self.num_taken:",
-        "if False:",
-    ),
-    Mutation(
-        "a slot is taken back when none is out",
-        SLOTS,
-        "if len(self._stack) == self.capacity:",
-        "if False:",
-    ),
-    Mutation(
-        "a namespace in use is folded with the rest",
-        STATS,
-        "if usage.requests > self._known_requests.pop(oldest, 1):",
-        "if False:",
-    ),
-)
-
-TESTS = (
-    "tests/cache/test_eviction.py",
-    "tests/cache/test_operations.py",
-    "tests/cache/test_scenarios.py",
-    "tests/cache/test_refusals.py",
-    "tests/cache/test_check.py",
-    "tests/cache/test_gathers.py",
-    "tests/cache/test_losses.py",
-    "tests/allocators",
-    "tests/radix",
-    "tests/export/test_events.py",
-    "tests/export/test_snapshot.py",
-    "tests/cache/test_churn.py",
-    "tests/cache/test_machine.py",
-)
-MACHINES = ("tests/cache/test_machine.py", "tests/cache/test_radix_machine.py")
-
-CACHE = Mutations(
-    breakages=BREAKAGES,
-    tests=TESTS,
-    machines=MACHINES,
-    copied=("hybridcache", "tests", "pyproject.toml"),
 )
