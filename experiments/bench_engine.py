@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -376,35 +372,6 @@ def commit_cost(turns: Turns, layer_bytes: int) -> Result:
     )
 
 
-def server_start() -> Result:
-    """Seconds from the command to the first healthy answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = Path(sys.executable).with_name("engine")
-    command = [str(script), "serve", "--port", str(port)]
-    start = time.perf_counter()
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        while not is_healthy(port):
-            if server.poll() is not None or time.perf_counter() - start > 120:
-                raise RuntimeError(f"{' '.join(command)} did not come up")
-            time.sleep(0.02)
-        took = time.perf_counter() - start
-    finally:
-        server.terminate()
-        server.wait()
-    return Result("server start", "7m", "float32", took, 6.0, "s", took, "<= 6", took <= 6, 0.0)
-
-
-def is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
 def table(results: list[Result]) -> str:
     lines = [
         f"{'measure':36} {'size':5} {'dtype':9} {'ours':>10} {'beside':>10} {'unit':9} "
@@ -437,7 +404,7 @@ def main() -> None:
     turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
     results: list[Result] = []
     pairs = [(size, dtype) for size in args.sizes.split(",") for dtype in args.dtypes.split(",")]
-    with tqdm(total=len(pairs) + 8, unit="part") as progress, torch.inference_mode():
+    with tqdm(total=len(pairs) + 7, unit="part") as progress, torch.inference_mode():
         for size, dtype in pairs:
             progress.set_description(f"{size} {dtype}")
             results += against_transformers(size, dtype, turns)
@@ -450,9 +417,8 @@ def main() -> None:
         for layer_bytes in STATE_BYTES:
             results.append(commit_cost(turns, layer_bytes))
             progress.update()
-        for once in (step_overhead, server_start):
-            results.append(once())
-            progress.update()
+        results.append(step_overhead())
+        progress.update()
     write_json_lines(
         args.out, ({"threads": args.threads, "clock": args.clock, **asdict(r)} for r in results)
     )

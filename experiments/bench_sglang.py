@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench_tree import Work, Workload
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.sglang.cpu import VERSION, stand_in
+from experiments.tree_work import Work, Workload
 
 stand_in()
 

@@ -1,0 +1,180 @@
+"""The workload that the peers' trees were measured on, and a replay that times each verb."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from time import perf_counter_ns, thread_time_ns
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
+from hybridcache.allocators.moves import Move
+from hybridcache.lab.generators import conversations
+from hybridcache.tokens import Indices
+
+VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
+"""Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it
+back."""
+
+
+ROW_BYTES, SLAB_ROWS = 24_576, 3144
+
+
+class Work(NamedTuple):
+    """One request of a workload."""
+
+    prompt: np.ndarray
+    everything: np.ndarray
+    """Prompt and answer."""
+
+
+class Run(NamedTuple):
+    """One replay."""
+
+    verbs: np.ndarray
+    """Nanoseconds, int64[requests, verbs]."""
+    cache: HybridRadixCache
+    token_hit_rate: float
+    prompt_tokens: int
+    evicted: np.ndarray
+    """Items evicted by each request, int64[requests]."""
+    cpu: np.ndarray
+    """Nanoseconds of processor time, int64[requests]."""
+    gc_ns: int
+    """Processor time of the garbage collector, all requests together."""
+
+
+class CollectorClock:
+    """Processor time that the garbage collector takes while this context is open."""
+
+    def __enter__(self) -> CollectorClock:
+        self.nanoseconds = self._began = 0
+        gc.callbacks.append(self._told)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._told)
+
+    def _told(self, phase: str, _: object) -> None:
+        if phase == "start":
+            self._began = thread_time_ns()
+        else:
+            self.nanoseconds += thread_time_ns() - self._began
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Conversations of a few turns, in turn, made anew for each replay: a long one would fill the
+    memory."""
+
+    live: int
+    num_conversations: int
+    turns: int
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Work]:
+        trace = conversations(self.live, self.num_conversations, self.turns)
+        for request in trace if self.limit is None else trace.head(self.limit):
+            everything = np.concatenate((request.tokens, request.output))
+            yield Work(everything[: len(request.tokens)], everything)
+
+
+def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> HybridRadixCache:
+    """Two pools, or the same bytes in one memory: rows and states of Qwen3-Next's sizes."""
+    shares: dict[str, Any] = {"num_kv_tokens": num_kv_tokens, "num_slots": num_slots}
+    if memory != "pools":
+        slab_bytes = SLAB_ROWS * ROW_BYTES
+        shares = {
+            "memory": memory,
+            "total_bytes": num_kv_tokens * ROW_BYTES + num_slots * slab_bytes,
+            "kv_bytes_per_token": ROW_BYTES,
+            "state_bytes": slab_bytes,
+        }
+    cache = build_prefix_cache(CacheConfig(grid=1, **shares))
+    assert isinstance(cache, HybridRadixCache)
+    return cache
+
+
+class Hand:
+    """The rows of the request that is served: in an arena they may move before they are
+    inserted."""
+
+    rows: Indices | None = None
+
+    def rows_moved(self, move: Move) -> int:
+        assert self.rows is not None
+        return len(move.rename(self.rows))
+
+
+def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
+    """Serve ``work``, timing each verb. The rows' concatenation is the caller's and not counted."""
+    with CollectorClock() as collector:
+        run = _replay(work, cache)
+    return run._replace(gc_ns=collector.nanoseconds)
+
+
+def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
+    verbs: list[tuple[int, ...]] = []
+    evicted: list[int] = []
+    cpu: list[int] = []
+    cached_tokens = prompt_tokens = 0
+    hand, now = Hand(), perf_counter_ns
+    if cache.arena is not None:
+        cache.arena.holders[hand] = None
+    for prompt, everything in work:
+        evictions = cache.stats.evictions
+        end = len(everything)
+        began = thread_time_ns()
+        t0 = now()
+        match = cache.match(prompt)
+        t1 = now()
+        known = cache.gather(match.node)
+        t2 = now()
+        receipt = cache.lock(match.node)
+        t3 = now()
+        hand.rows = new = cache.allocate_kv(end - match.cached_len)
+        slot = cache.allocate_slot()
+        t4 = now()
+        cache.touch(match)
+        t5 = now()
+        assert new is not None and slot is not None, "the pools are too small for this workload"
+        rows = np.concatenate((known, new))
+        t6 = now()
+        result = cache.insert(
+            everything, rows, ((end, slot),), None, match.cached_len, (), match.node
+        )
+        t7 = now()
+        cache.gather(result.node)
+        t8 = now()
+        moved = cache.lock(result.node)
+        cache.unlock(receipt)
+        cache.unlock(moved)
+        t9 = now()
+        cpu.append(thread_time_ns() - began)
+        if len(result.duplicates):
+            cache.free_kv(result.duplicates)
+        for rejected in result.rejected_slots:
+            cache.free_slot(rejected)
+        verbs.append((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8))
+        evicted.append(cache.stats.evictions - evictions)
+        cached_tokens += match.cached_len
+        prompt_tokens += len(prompt)
+    rate = cached_tokens / prompt_tokens
+    return Run(
+        np.array(verbs), cache, rate, prompt_tokens, np.array(evicted), np.array(cpu), gc_ns=0
+    )
+
+
+def fill(cache: HybridRadixCache, num_nodes: int, tokens_each: int) -> None:
+    """Hang ``num_nodes`` leaves with a checkpoint each under one root; longer ones that are there
+    are cut."""
+    for number in range(num_nodes):
+        tokens = np.arange(tokens_each, dtype=np.int32)
+        tokens[0] = 1_000_000 + number
+        rows, slot = cache.allocate_kv(tokens_each), cache.allocate_slot()
+        assert rows is not None and slot is not None
+        result = cache.insert(tokens, rows, ((tokens_each, slot),))
+        cache.free_kv(result.duplicates)
