@@ -24,16 +24,21 @@ from urllib.parse import parse_qsl, urlencode
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
+from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.base import (
     DAMAGED,
     Reader,
+    csv_lines,
     json_lines,
     open_bytes,
 )
+from hybridcache.lab.traces.blis import BlisReader
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.few_shot import FewShotReader
+from hybridcache.lab.traces.http_log import HttpLogReader
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.mooncake import MooncakeReader
+from hybridcache.lab.traces.otel import OtelReader
 from hybridcache.lab.traces.sharegpt import (
     ShareGPTCountsReader,
     ShareGPTReader,
@@ -49,12 +54,16 @@ READERS: dict[str, type[Any]] = {
     for reader in (
         OwnReader,
         CodingAgentReader,
+        BailianReader,
         MooncakeReader,
         ShareGPTCountsReader,
         ShareGPTReader,
         TauBenchReader,
         FewShotReader,
+        OtelReader,
+        HttpLogReader,
         TokenIdsReader,
+        BlisReader,
     )
 }
 
@@ -163,10 +172,14 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
 def recognise(path: Path) -> str:
     """The word of the format of a file, found from its first record. ValueError where it has none,
     or one of no known format."""
-    is_array = False
+    head = b""
     with open_bytes(path) as file, suppress(*DAMAGED):
-        is_array = file.read(4096).lstrip().startswith(b"[")
-    records = json_array if is_array else json_lines
+        head = file.read(4096).lstrip()
+    if b'"resourceSpans"' in head:  # one object, perhaps over many lines
+        return OtelReader.word
+    records = json_array if head.startswith(b"[") else json_lines
+    if b"," in head.partition(b"\n")[0] and head[:1].isalpha():
+        records = csv_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:
         next(records(path, BadRecords(skip=False)), None)  # names the first that can not be read

@@ -3,7 +3,9 @@ reader's own small contract."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import math
 import zlib
@@ -104,6 +106,35 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
                 bad.report(path, number, f"a JSON object was expected, not {type(record).__name__}")
 
 
+def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    """(line number, {column: text}) for every row of comma-separated values under a line of names;
+    rows of another length are reported."""
+    with open_bytes(path) as file:
+        rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
+        names: list[str] = []
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except DAMAGED as error:
+                bad.report(path, line, f"the gzip file is damaged from here on ({error})")
+                return
+            except UnicodeDecodeError:
+                bad.report(path, line, "not UTF-8")
+                return
+            except csv.Error as error:
+                bad.report(path, line, f"not comma-separated values ({error})")
+                continue
+            if row is None:
+                return
+            if not names:
+                names = row
+            elif row and len(row) != len(names):
+                bad.report(path, line, f"{len(row)} fields under {len(names)} names")
+            elif row:
+                yield line, dict(zip(names, row, strict=True))
+
+
 def parsed(
     path: str | Path,
     records: Iterable[tuple[int, _R]],
@@ -150,7 +181,7 @@ def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} is {_shown(value)}, not a whole number in [{least}, {most}]")
+        raise ValueError(f"{name} is {shown(value)}, not a whole number in [{least}, {most}]")
     return value
 
 
@@ -158,17 +189,26 @@ def seconds(record: Record, name: str) -> float:
     """A finite number of at least 0."""
     value = record[name]
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{name} is {_shown(value)}, not a number")
+        raise ValueError(f"{name} is {shown(value)}, not a number")
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {_shown(value)}, not a finite number of at least 0")
+        raise ValueError(f"{name} is {shown(value)}, not a finite number of at least 0")
     return float(value)
+
+
+def number(row: Record, name: str) -> float:
+    """As ``seconds``, of a text that writes one."""
+    try:
+        value = float(row[name])
+    except ValueError:
+        raise ValueError(f"{name} is {shown(row[name])}, not a number") from None
+    return seconds({name: value}, name)
 
 
 def text(record: Record, name: str) -> str:
     """A text, perhaps an empty one."""
     value = record[name]
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {_shown(value)}, not a text")
+        raise ValueError(f"{name} is {shown(value)}, not a text")
     return value
 
 
@@ -178,7 +218,7 @@ def key(record: Record, name: str) -> str | int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise ValueError(f"{name} is {_shown(value)}, not a text or a whole number")
+        raise ValueError(f"{name} is {shown(value)}, not a text or a whole number")
     return value
 
 
@@ -186,7 +226,7 @@ def objects(record: Record, name: str) -> list[Record]:
     """A list of JSON objects."""
     value = record[name]
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ValueError(f"{name} is {_shown(value)}, not a list of objects")
+        raise ValueError(f"{name} is {shown(value)}, not a list of objects")
     return value
 
 
@@ -206,7 +246,7 @@ def read_ids(values: Any) -> Tokens:
     return ids.astype(np.int32)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as an error message quotes it."""
     whole_text = repr(value)
     return whole_text if len(whole_text) <= 40 else whole_text[:37] + "..."

@@ -7,11 +7,10 @@ request; calls of tools are rendered as text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hybridcache.lab.arrivals import (
     Pauses,
@@ -28,6 +27,7 @@ from hybridcache.lab.traces.base import (
     parsed,
     text,
 )
+from hybridcache.lab.traces.messages import message_text
 from hybridcache.lab.traces.sharegpt import json_array
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 
@@ -68,20 +68,9 @@ def _requests(messages: list[Record], name: str, chat: ChatText) -> list[TraceRe
     said: list[dict[str, str]] = []
     requests = []
     for message in messages:
-        role, words = text(message, "role"), _words(message)
+        role, words = text(message, "role"), message_text(message)
         if role == "assistant" and said:
             turn = chat.turn(said, words, tools=True)
             requests.append(turn.request(name))
         said.append({"role": role, "content": words})
     return requests
-
-
-def _words(message: Record) -> str:
-    """What is said, with calls of tools as text."""
-    words = text(message, "content") if message.get("content") is not None else ""
-    calls: list[Any] = objects(message, "tool_calls") if message.get("tool_calls") else []
-    if message.get("function_call"):
-        calls = [{"function": message["function_call"]}]
-    for call in calls:
-        words += f"\n<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
-    return words

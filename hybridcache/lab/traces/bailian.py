@@ -1,0 +1,87 @@
+"""Alibaba's published traces of Qwen on Bailian: hashes of 16-token blocks, and which request
+follows which (alibaba-edu/qwen-bailian-usagetraces-anon; "KVCache Cache in the Wild", ATC'25).
+
+Fields and units are those of the repository's README. Hashes are of each block's own 16 tokens; a
+prompt is the list of them, so prompts agree exactly where their lists do. The data files themselves
+were not at hand: that lines are in order of time is taken for granted, and a prompt's last, partial
+block may have a hash or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, units
+from hybridcache.lab.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    parsed,
+    read_ids,
+    seconds,
+    whole,
+)
+from hybridcache.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BailianReader(Reader):
+    """``chat_id``, ``parent_chat_id`` (-1: none), ``timestamp`` (s), ``input_length``,
+    ``output_length``, ``hash_ids``.
+
+    A request continues the session of its parent; a second child of the same parent (another try at
+    an answer) opens one of its own. Answers are lengths only.
+    """
+
+    word: ClassVar[str] = "bailian"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    unit: int = 16
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """``hash_ids``, and a chat with a parent."""
+        return "hash_ids" in record and "parent_chat_id" in record
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        fresh, clock = FreshIds(), Clock()
+        sessions: dict[str | int, str | int] = {}
+        followed: set[str | int] = set()
+
+        def parse(record: Record) -> Iterable[TraceRequest]:
+            said_s = seconds(record, "timestamp")
+            chat, parent = key(record, "chat_id"), key(record, "parent_chat_id")
+            length = whole(record, "input_length", least=1)
+            answer = whole(record, "output_length")
+            tokens, partial = self._blocks(record, length)
+            if len(tokens) < units(length, self.unit):  # a rest without a hash: nobody shares it
+                tokens = np.concatenate((tokens, fresh.take(1)))
+            output = fresh.take(units(length + answer, self.unit) - len(tokens))
+            now = clock.at(said_s)
+            session = chat
+            if parent in sessions and parent not in followed:
+                session = sessions[parent]
+                followed.add(parent)
+            sessions[chat] = session
+            yield TraceRequest(now, session, None, tokens, output, (), partial)
+
+        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+
+    def _blocks(self, record: Record, length: int) -> tuple[Tokens, int | None]:
+        """(hashes, tokens that the last block of the prompt has, where fewer than the unit)."""
+        tokens = read_ids(record["hash_ids"])
+        if len(tokens) not in (length // self.unit, units(length, self.unit)):
+            raise ValueError(
+                f"{len(tokens)} hash_ids do not cover input_length {length} in blocks of "
+                f"{self.unit} tokens; say their size with ?unit="
+            )
+        if len(tokens) and int(tokens.max()) >= FreshIds.FLOOR:
+            raise ValueError("a hash_id is not below 2**30")
+        return tokens, length % self.unit or None

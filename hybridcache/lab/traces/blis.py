@@ -1,0 +1,146 @@
+"""Workloads of BLIS (inference-sim/inference-sim), as comma-separated values, of two kinds.
+
+The older has ``arrival_time`` (s), ``request_id``, ``model``, and ``prefill_tokens`` and
+``decode_tokens``: ids as a JSON list. Counts in their place (its ``traces.csv``) do not tell which
+prompts agree and are refused.
+
+The newer, "trace v2", tells lengths: of the members of a ``prefix_group`` the first
+``prefix_length`` tokens agree, and ``input_tokens`` more are each request's own (of a request in no
+group ``server_input_tokens``, where the server counted). In a ``session_id`` each round stands
+alone; or, where the header file (YAML, not read) says ``session_context_growth: accumulate``, it
+goes on from the round before and its answer, unless ``input_tokens_reset`` says that the context
+was made anew: say so with ``growth=accumulate``. Times are ``arrival_time_us``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.traces.base import (
+    LONGEST,
+    Clock,
+    Reader,
+    Record,
+    csv_lines,
+    number,
+    parsed,
+    read_ids,
+)
+from hybridcache.tokens import Tokens
+
+GROWTHS = ("none", "accumulate")
+
+
+@dataclass(frozen=True, slots=True)
+class BlisReader(Reader):
+    """A request a row. Models and tenants share nothing, as in BLIS's routing."""
+
+    word: ClassVar[str] = "blis"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    growth: str = "none"
+    """Of sessions' prompts in a trace v2: ``none``, or ``accumulate``."""
+    unit: int = 1
+
+    def __post_init__(self) -> None:
+        if self.growth not in GROWTHS:
+            raise ValueError(f"option 'growth' is one of {', '.join(GROWTHS)}, not {self.growth!r}")
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """The columns that either kind can not do without."""
+        return "prefill_tokens" in record or {"arrival_time_us", "input_tokens"} <= record.keys()
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        rows = _Rows(self.growth == "accumulate")
+        return parsed(self.path, csv_lines(self.path, self.bad), rows.parse, self.bad)
+
+
+class _Rows:
+    """Rows to requests; remembers groups' prefixes and sessions' contexts."""
+
+    def __init__(self, accumulates: bool) -> None:
+        self._accumulates = accumulates
+        self._fresh, self._clock = FreshIds(), Clock()
+        self._number = 0
+        self._next = 0
+        self._groups: dict[str, Tokens] = {}
+        self._contexts: dict[str, Tokens] = {}
+
+    def parse(self, row: Record) -> Iterable[TraceRequest]:
+        """The row's request. ValueError or KeyError: it can not be read, and left no trace."""
+        self._number += 1
+        return [self._by_ids(row) if "prefill_tokens" in row else self._by_lengths(row)]
+
+    def _by_ids(self, row: Record) -> TraceRequest:
+        when = number(row, "arrival_time" if "arrival_time" in row else "arrived_at")
+        prompt, answer = _ids(row, "prefill_tokens"), _ids(row, "decode_tokens")
+        if not len(prompt):
+            raise ValueError("the prompt is empty")
+        now = self._clock.at(when)
+        return TraceRequest(now, self._number, row.get("model") or None, prompt, answer)
+
+    def _by_lengths(self, row: Record) -> TraceRequest:
+        group, session = row.get("prefix_group"), row.get("session_id")
+        own, shared = _length(row, "input_tokens"), _length(row, "prefix_length")
+        own = own if group else _length(row, "server_input_tokens") or own
+        num_answer, reset = _length(row, "output_tokens"), row.get("input_tokens_reset")
+        before = self._contexts.get(session) if session and self._accumulates else None
+        if before is not None and reset:
+            before, own = before[:0], _length(row, "input_tokens_reset")
+        if before is None:
+            before = self._prefix(group, shared) if group else np.zeros(0, np.int32)
+        if not len(before) + own:
+            raise ValueError("the prompt is empty")
+        now = self._clock.at(number(row, "arrival_time_us") / 1e6)
+        prompt = np.concatenate((before, self._take(own)))
+        # Later rounds repeat the answer, so its ids are the trace's own there.
+        answer = self._take(num_answer) if self._accumulates else self._fresh.take(num_answer)
+        if session:
+            self._contexts[session] = np.concatenate((prompt, answer))
+        boundaries = (len(before),) if len(before) else ()
+        namespace = (row.get("model") or "", row.get("tenant_id") or "")
+        return TraceRequest(now, session or self._number, namespace, prompt, answer, boundaries)
+
+    def _prefix(self, group: str, length: int) -> Tokens:
+        """The first ``length`` ids of the group's text."""
+        known = self._groups.get(group, np.zeros(0, np.int32))
+        if len(known) < length:
+            known = np.concatenate((known, self._take(length - len(known))))
+            self._groups[group] = known
+        return known[:length]
+
+    def _take(self, num_ids: int) -> Tokens:
+        first = self._next
+        if first + num_ids > FreshIds.FLOOR:
+            raise OverflowError("more than 2**30 tokens in one trace")
+        self._next += num_ids
+        return np.arange(first, first + num_ids, dtype=np.int32)
+
+
+def _length(row: Record, name: str) -> int:
+    """A length in tokens; 0 where the column is not there or says nothing."""
+    said = row.get(name) or "0"
+    if not said.isdecimal() or int(said) > LONGEST:
+        raise ValueError(f"{name} is {said!r}, not a whole number in [0, {LONGEST}]")
+    return int(said)
+
+
+def _ids(row: Record, name: str) -> Tokens:
+    try:
+        listed = json.loads(row[name])
+    except (ValueError, RecursionError):
+        raise ValueError(f"{name} is {row[name]!r:.40}, not a JSON list of ids") from None
+    if isinstance(listed, int):
+        raise ValueError(
+            f"{name} is a count, {listed}, and counts do not tell which prompts agree: a list of "
+            "ids is needed"
+        )
+    return read_ids(listed)

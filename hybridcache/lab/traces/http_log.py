@@ -1,0 +1,237 @@
+"""Logs of HTTP requests that a proxy wrote: bodies with times, as JSON lines.
+
+What ``engine record`` writes is our own format (``jsonl``) and needs no reader of its own. This one
+takes what other proxies write, under the names that are common:
+
+- a line an exchange, ``{"timestamp", "request": {body}, "response": {body}}``;
+- a line a request, the body itself with a ``timestamp`` in it;
+- a line each for request and response, told apart by ``type`` and joined by ``request_id``, as
+  sammshen/agent-trace's proxy writes them (Hugging Face, ``sammshen/*-traces``).
+
+Bodies are OpenAI's chat and text completions and Anthropic's messages, as objects or as text; a
+response may be a stream of events. Requests that failed (``status_code`` of 400 or more) and those
+of other paths are passed over. Times are seconds, milliseconds since 1970 where they are above
+10**11, or ISO 8601, and count from the first request on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.traces.answers import answer_of
+from hybridcache.lab.traces.base import (
+    Clock,
+    Reader,
+    Record,
+    json_lines,
+    key,
+    objects,
+    parsed,
+    read_ids,
+    seconds,
+)
+from hybridcache.lab.traces.messages import plain_chat
+from hybridcache.lab.traces.text import ChatText, load_chat_text
+from hybridcache.tokens import Tokens
+
+TIMES = ("timestamp", "ts", "time", "timestamp_rel_s", "start_time", "startTime", "timestamp_utc")
+REQUESTS = ("request", "request_body", "body", "req")
+RESPONSES = ("response", "response_body", "answer", "resp")
+SESSIONS = ("session_id", "session", "conversation_id")
+STATUSES = ("status_code", "status")
+PATHS = ("path", "url", "endpoint")
+WAITING = 1024
+"""Requests that are held until their response comes; the first goes without one then."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLogReader(Reader):
+    """What models were asked, in the tokens of ``tokenizer`` and ``template``; a prompt that is ids
+    already stays as it is.
+
+    A session is what the log calls one, else all requests that begin with the same system message
+    and the same first question. Models (and ``cache_salt``) share nothing.
+    """
+
+    word: ClassVar[str] = "http-log"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    tokenizer: str = "bytes"
+    template: str = "chatml"
+    unit: int = 1
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """A body with messages or a prompt in words, beside a time or under a request's name."""
+        try:
+            body = _body(record)
+        except ValueError:
+            return False
+        asks = body is not None and ("messages" in body or isinstance(body.get("prompt"), str))
+        return asks and (body is not record or _first(record, TIMES) is not None)
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        parser = _Parser(load_chat_text(self.tokenizer, self.template))
+        exchanges = _joined(json_lines(self.path, self.bad))
+        return parsed(self.path, exchanges, parser.parse, self.bad)
+
+
+class _Parser:
+    """Exchanges to requests."""
+
+    def __init__(self, chat: ChatText) -> None:
+        self._chat = chat
+        self._fresh, self._clock = FreshIds(), Clock()
+        self._began_s: float | None = None
+
+    def parse(self, record: Record) -> Iterable[TraceRequest]:
+        """The exchange's request; none where it failed or asked for something else."""
+        body = _body(record)
+        if body is None or _failed(record) or not _asks_a_model(record, body):
+            return
+        asked = self._asked(body, _object(_named(record, RESPONSES)))
+        model = json.dumps([body.get("model"), body.get("cache_salt")])
+        session = self._session(record, body)
+        when_s = _time(record)
+        if self._began_s is None:
+            self._began_s = when_s
+        now = self._clock.at(None if when_s is None else when_s - (self._began_s or 0.0))
+        yield asked._replace(timestamp_s=now, session=session, namespace=model)
+
+    def _asked(self, body: Record, response: Any) -> TraceRequest:
+        """Prompt, answer and boundaries; of no session and no time yet."""
+        answer, length = answer_of(response)
+        if "messages" in body:
+            messages = objects(body, "messages")
+            chat = plain_chat(messages, body.get("system"), body.get("tools"))
+            asked = self._chat.turn(chat, answer or "", tools=True).request("")
+        else:
+            prompt = self._prompt(body["prompt"])
+            asked = TraceRequest(0.0, "", None, prompt, self._chat.encode(answer or ""))
+        return asked if answer is not None else asked._replace(output=self._fresh.take(length))
+
+    def _prompt(self, prompt: Any) -> Tokens:
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
+            raise ValueError("several prompts in one request are not read")
+        ids = self._chat.encode(prompt) if isinstance(prompt, str) else read_ids(prompt)
+        if not len(ids):
+            raise ValueError("the prompt is empty")
+        return ids
+
+    @staticmethod
+    def _session(record: Record, body: Record) -> str | int:
+        name = next((name for name in SESSIONS if record.get(name) is not None), None)
+        if name is not None:
+            return key(record, name)
+        messages = body.get("messages")
+        beginning: Any = body.get("prompt")
+        if isinstance(messages, list):
+            roles = [message.get("role") for message in messages]
+            beginning = messages[: roles.index("user") + 1 if "user" in roles else 1]
+        said = json.dumps([body.get("system"), beginning])
+        return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def _joined(records: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
+    """Requests and responses that have a line each, as one record, in order of the requests; other
+    lines as they are."""
+    waiting: OrderedDict[Any, tuple[int, dict[str, Any]]] = OrderedDict()
+    whole: set[Any] = set()
+
+    def ready(limit: int) -> Iterator[tuple[int, Record]]:
+        while waiting and (next(iter(waiting)) in whole or len(waiting) > limit):
+            name, exchange = waiting.popitem(last=False)
+            whole.discard(name)
+            yield exchange
+
+    for line, record in records:
+        name = record.get("request_id")
+        kind = record.get("type") if isinstance(name, str | int) else None
+        if kind == "request":
+            waiting[name] = (line, dict(record))
+        elif kind == "response":
+            if name in waiting:
+                answered = {each: record[each] for each in STATUSES if each in record}
+                waiting[name][1].update(answered, response=record.get("body"))
+                whole.add(name)
+        else:
+            yield line, record
+        yield from ready(WAITING)
+    yield from ready(0)
+
+
+def _body(record: Record) -> Record | None:
+    """What was asked for; None: nothing that has a body. ValueError: it is no object."""
+    found = record
+    if not ("messages" in record or "prompt" in record):
+        inner = _object(_named(record, REQUESTS))
+        while isinstance(inner, dict) and not ("messages" in inner or "prompt" in inner):
+            deeper = _object(_named(inner, REQUESTS))
+            if deeper is None:
+                break
+            inner = deeper
+        if inner is None or inner == "":
+            return None
+        if not isinstance(inner, dict):
+            raise ValueError("the request's body is no JSON object")
+        found = inner
+    return found
+
+
+def _asks_a_model(record: Record, body: Record) -> bool:
+    """Whether a prompt is to be computed. ValueError: one of a kind that is not read."""
+    if "messages" in body or "prompt" in body:
+        return True
+    path = _named(record, PATHS)
+    if isinstance(path, str) and not path.rstrip("/").endswith("/responses"):
+        return False
+    raise ValueError("a body without messages and without prompt (Responses, embeddings?)")
+
+
+def _failed(record: Record) -> bool:
+    status = _named(record, STATUSES)
+    return isinstance(status, int) and status >= 400
+
+
+def _time(record: Record) -> float | None:
+    name = _first(record, TIMES)
+    if name is None:
+        return None
+    if isinstance(record[name], str):
+        try:
+            when = datetime.fromisoformat(record[name])
+            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            raise ValueError(f"{name} is {record[name]!r}, not a time in ISO 8601") from None
+    said = seconds(record, name)
+    return said / 1000 if said > 1e11 else said
+
+
+def _object(value: Any) -> Any:
+    """``value``, or what it says as a text of JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _first(record: Record, names: Sequence[str]) -> str | None:
+    """The first of ``names`` that the record has, with more than null in it."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def _named(record: Record, names: Sequence[str]) -> Any:
+    name = _first(record, names)
+    return None if name is None else record[name]

@@ -1,0 +1,200 @@
+"""Spans of OpenTelemetry's conventions for generative AI: what a model was asked, by its client.
+
+A file is what the collector's file exporter writes, an OTLP JSON object of ``resourceSpans`` a line
+(or one over many lines), or an object of ``spans`` with plain attributes, as Exgentic publishes
+them. Only spans of inference count (``gen_ai.operation.name`` of chat, generate_content or
+text_completion; where there is none, those with input messages), and only with their content:
+``gen_ai.input.messages``, ``gen_ai.system_instructions``, ``gen_ai.tool.definitions`` and
+``gen_ai.output.messages``, on the span or on an event of it, structured or as text. Counts of
+tokens do not tell which prompts agree, so a span that has only them is refused. Conventions before
+1.37, with an event a message, are not read.
+
+Spans are exported as they end: the whole file is read and sorted by their starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.traces.base import (
+    DAMAGED,
+    Reader,
+    Record,
+    json_lines,
+    objects,
+    open_bytes,
+    parsed,
+    shown,
+    text,
+    whole,
+)
+from hybridcache.lab.traces.messages import message_text, plain_chat
+from hybridcache.lab.traces.text import ChatText, load_chat_text
+
+INFERENCE = ("chat", "generate_content", "text_completion")
+"""Operations that compute a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtelReader(Reader):
+    """One request a span, in the tokens of ``tokenizer`` and ``template``. A session is a
+    ``gen_ai.conversation.id``, else a trace; models share nothing. Holds the file."""
+
+    word: ClassVar[str] = "otel"
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    tokenizer: str = "bytes"
+    template: str = "chatml"
+    unit: int = 1
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """Spans, of either form."""
+        spans = record.get("spans")
+        first = spans[0] if isinstance(spans, list) and spans else None
+        flat = isinstance(first, dict) and "attributes" in first
+        return flat or "resourceSpans" in record
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        chat, fresh = load_chat_text(self.tokenizer, self.template), FreshIds()
+        found: list[tuple[int, int, Record]] = []
+        for line, document in _documents(self.path, self.bad):
+            for span in parsed(self.path, [(line, document)], _spans, self.bad):
+                starts = parsed(self.path, [(line, span)], _start_ns, self.bad)
+                found += ((start, line, span) for start in starts)
+        found.sort(key=lambda each: each[:2])
+        began = found[0][0] if found else 0
+
+        def parse(timed: tuple[int, Record]) -> Iterable[TraceRequest]:
+            start, span = timed
+            yield _asked(span, chat, fresh)._replace(timestamp_s=(start - began) / 1e9)
+
+        sorted_spans = ((line, (start, span)) for start, line, span in found)
+        return parsed(self.path, sorted_spans, parse, self.bad)
+
+
+def _documents(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    """(line, object) of JSON lines, or of one object over many lines."""
+    with open_bytes(path) as file, suppress(ValueError, RecursionError, *DAMAGED):
+        first = file.readline()
+        try:
+            json.loads(first)
+        except ValueError:
+            document = json.loads(first + file.read())
+            if isinstance(document, dict):
+                yield 1, document
+                return
+    yield from json_lines(path, bad)
+
+
+def _spans(document: Record) -> Iterator[Record]:
+    """Those in which a model was asked and answered."""
+    spans: list[Record] = []
+    if "spans" in document:
+        spans = objects(document, "spans")
+    for resource in objects(document, "resourceSpans") if "resourceSpans" in document else ():
+        for scope in objects(resource, "scopeSpans"):
+            spans += objects(scope, "spans")
+    for span in spans:
+        facts, status = _facts(span), span.get("status")
+        operation = facts.get("gen_ai.operation.name")
+        asks = operation in INFERENCE if operation else "gen_ai.input.messages" in facts
+        failed = isinstance(status, dict) and status.get("code") in (2, "STATUS_CODE_ERROR")
+        if asks and not failed:
+            yield {**span, "facts": facts}
+
+
+def _start_ns(span: Record) -> Iterator[int]:
+    if "start_time" in span:
+        try:
+            when = datetime.fromisoformat(text(span, "start_time"))
+            yield round((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1e9)
+        except (ValueError, OverflowError):
+            said = shown(span["start_time"])
+            raise ValueError(f"start_time is {said}, not a time in ISO 8601") from None
+    else:
+        said = span["startTimeUnixNano"]
+        if not str(said).isdecimal():
+            raise ValueError(f"startTimeUnixNano is {shown(said)}, not a number of nanoseconds")
+        yield int(said)
+
+
+def _facts(span: Record) -> dict[str, Any]:
+    """Its attributes by name, and those of its events."""
+    facts: dict[str, Any] = {}
+    for owner in (span, *(objects(span, "events") if span.get("events") else ())):
+        listed = owner.get("attributes") or {}
+        if isinstance(listed, dict):
+            facts |= listed
+        else:
+            facts |= _named(objects(owner, "attributes"))
+    return facts
+
+
+def _value(value: Any) -> Any:
+    """What an ``AnyValue`` of OTLP holds."""
+    if not isinstance(value, dict):
+        raise ValueError(f"an attribute's value is {shown(value)}, not an object")
+    if "arrayValue" in value:
+        return [_value(each) for each in _inside(value, "arrayValue")]
+    if "kvlistValue" in value:
+        return _named(_inside(value, "kvlistValue"))
+    if "intValue" in value:
+        return int(str(value["intValue"]))
+    plain = ("stringValue", "boolValue", "doubleValue")
+    return next((value[name] for name in plain if name in value), None)
+
+
+def _named(pairs: list[Record]) -> dict[str, Any]:
+    return {text(pair, "key"): _value(pair["value"]) for pair in pairs}
+
+
+def _inside(value: Record, name: str) -> list[Record]:
+    """What stands in an array or a list of pairs; an empty one may leave its values out."""
+    inner = value[name]
+    if not isinstance(inner, dict):
+        raise ValueError(f"{name} is {shown(inner)}, not an object")
+    return objects(inner, "values") if inner.get("values") else []
+
+
+def _asked(span: Record, chat: ChatText, fresh: FreshIds) -> TraceRequest:
+    """The request, at no time yet."""
+    facts = span["facts"]
+    if "gen_ai.input.messages" not in facts:
+        raise ValueError(
+            f"span {shown(span.get('name'))} has no gen_ai.input.messages, and counts of tokens do "
+            "not tell which prompts agree; let its instrumentation capture the content"
+        )
+    prompt = plain_chat(
+        _messages(facts, "gen_ai.input.messages"),
+        _structured(facts.get("gen_ai.system_instructions")),
+        _structured(facts.get("gen_ai.tool.definitions")),
+    )
+    said = _messages(facts, "gen_ai.output.messages") if "gen_ai.output.messages" in facts else []
+    asked = chat.turn(prompt, message_text(said[0]) if said else "", tools=True).request("")
+    if not said and "gen_ai.usage.output_tokens" in facts:
+        asked = asked._replace(output=fresh.take(whole(facts, "gen_ai.usage.output_tokens")))
+    name = facts.get("gen_ai.conversation.id") or span.get("session_id")
+    session = str(name or span.get("traceId") or span.get("trace_id"))
+    return asked._replace(session=session, namespace=str(facts.get("gen_ai.request.model")))
+
+
+def _messages(facts: Record, name: str) -> list[Record]:
+    return objects({name: _structured(facts[name])}, name)
+
+
+def _structured(value: Any) -> Any:
+    """``value``, or what it says as a text of JSON; other texts as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value

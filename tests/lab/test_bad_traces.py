@@ -1,0 +1,219 @@
+"""Whatever stands in a file: it is read, or named by file and line, or counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridcache.lab.trace import BadRecordError
+from hybridcache.lab.traces import open_trace
+from tests.lab.records import (
+    SEGMENTS,
+    agent_request,
+    agent_session,
+    lines,
+    otel_batch,
+    otel_span,
+    otel_text,
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"tokens": []}, "the prompt is empty"),
+        ({"tokens": [-1]}, "an id is not a whole number in"),
+        ({"tokens": [1.5]}, "an id is not a whole number in"),
+        ({"tokens": [1 << 31]}, "an id is not a whole number in"),
+        ({"tokens": [[1, 2], [3, 4]]}, "an id is not a whole number in"),
+        ({"tokens": "12"}, "a list of ids was expected, not str"),
+        ({"tokens": [1, [2]]}, "an id is not a whole number in"),
+        ({"tokens": [1], "output_length": -5}, "output_length is -5, not a whole number in"),
+        ({"tokens": [1], "output_length": 1 << 40}, "output_length is 1099511627776, not"),
+        ({"tokens": [1], "timestamp": float("nan")}, "timestamp is nan, not a finite number"),
+        ({"tokens": [1], "timestamp": "5"}, "timestamp is '5', not a number"),
+        ({"tokens": [1], "timestamp": -2}, "timestamp is -2, not a finite number of at least 0"),
+        ({"tokens": [1], "partial": 7}, r"partial is 7, not a whole number in \[1, 1\]"),
+        ({"tokens": [1], "partial": "x"}, "partial is 'x'"),
+        ({"tokens": [1], "boundaries": [2]}, "a boundary is outside of the prompt's 1 ids"),
+        ({"tokens": [1], "boundaries": 1}, "a list of ids was expected, not int"),
+        ({"tokens": [1], "namespace": {}}, "namespace is {}, not a text or a whole number"),
+        ({"tokens": [1], "session": [1]}, r"session is \[1\], not a text or a whole number"),
+        ({"tokens": [1], "answer_survives": "no"}, "answer_survives is neither true nor false"),
+        ({"session": "s", "prefix": []}, "prefix does not say how many ids are kept"),
+        ({"session": "new", "prefix": [5, 1]}, "prefix keeps 5 ids of 0"),
+        ({"session": "s"}, "field 'prefix' is missing"),
+        ([1], "a JSON object was expected, not list"),
+    ],
+)
+def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, record: Any, problem: str) -> None:
+    path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, record, {"tokens": [2]})
+    with pytest.raises(BadRecordError, match=rf"t\.jsonl, line 2: {problem}"):
+        list(open_trace(f"jsonl:{path}"))
+    trace = open_trace(f"jsonl:{path}", skip_bad=True)
+    assert len(list(trace)) == 2 and trace.bad.count == 1
+
+
+def test_a_first_line_that_can_not_be_read_is_named_too(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    for content, problem in (
+        (b"hello\n", "t.jsonl, line 1: not JSON"),
+        (b'\n{"tokens": [1]', "t.jsonl, line 2: not JSON .* column 15"),
+        (b"\xff\xfe\x00", "t.jsonl, line 1: not UTF-8"),
+        (b"[\xff", "t.jsonl, line 1: not UTF-8"),
+        (b"", "t.jsonl: there is no record in it"),
+        (b"[]", "t.jsonl: there is no record in it"),
+        (b"[1, 2]", "t.jsonl, line 1: a JSON object was expected, not int"),
+        (b'[\n{"id" 1}]', "t.jsonl, line 2: not JSON"),
+        (gzip.compress(b'{"tokens": [1]}\n')[:15], "t.jsonl, line 1: the gzip file is damaged"),
+        (gzip.compress(b'[{"id": "x"}]')[:18], "t.jsonl, line 1: the gzip file is damaged"),
+        (b'{"what": 1}', "no format recognises its first record"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            open_trace(str(path))
+    with pytest.raises(FileNotFoundError, match=r"no trace 'no\.jsonl': no file, and no generator"):
+        open_trace("no.jsonl")
+
+
+LONG = "".join(f'{{"tokens": [{number}]}}\n' for number in range(40_000))
+
+
+def test_a_gzip_file_that_is_cut_gives_its_whole_lines_and_says_where_it_ends(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "t.jsonl.gz"
+    path.write_bytes(gzip.compress(LONG.encode())[:-40_000])
+    trace = open_trace(str(path), skip_bad=True)
+    found = [int(request.tokens[0]) for request in trace]
+    assert found == list(range(len(found))) and 100 < len(found) < 40_000
+    assert trace.bad.count == 1
+    line = len(found) + 1
+    with pytest.raises(
+        BadRecordError, match=rf"t\.jsonl\.gz, line {line}: the gzip file is damaged"
+    ):
+        list(open_trace(str(path)))
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_byte_order_marks_and_line_endings_do_not_matter(
+    tmp_path: Path, ending: str, mark: str, zipped: bool
+) -> None:
+    path = tmp_path / "t"
+    listed = '{"tokens": [1]}' + ending + '{"tokens": [2]}\n' + ending + '{"tokens": [3]}'
+    array = "[" + ending + json.dumps(SEGMENTS[0]) + "," + ending + json.dumps(SEGMENTS[2]) + "]"
+    for text, spec, count in ((listed, "", 3), (array, "?tokenizer=bytes", 2)):
+        data = (mark + text).encode()
+        path.write_bytes(gzip.compress(data) if zipped else data)
+        assert sum(1 for _ in open_trace(f"{path}{spec}")) == count
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "jsonl": {"session": "s", "timestamp": 1.0, "tokens": [1, 2], "output": [4]},
+    "mooncake": {"timestamp": 9, "input_length": 600, "output_length": 4, "hash_ids": [7, 8]},
+    "bailian": {
+        "chat_id": 3,
+        "parent_chat_id": -1,
+        "timestamp": 9,
+        "input_length": 20,
+        "output_length": 4,
+        "hash_ids": [7, 8],
+    },
+    "http-log": {
+        "timestamp": 9.0,
+        "request": {"model": "m", "messages": [{"role": "user", "content": "hello"}]},
+        "response": {"choices": [{"message": {"role": "assistant", "content": "yes"}}]},
+    },
+    "otel": otel_batch(
+        otel_span(
+            5,
+            {
+                "gen_ai.operation.name": "chat",
+                "gen_ai.input.messages": [otel_text("user", "hello")],
+                "gen_ai.output.messages": json.dumps([otel_text("assistant", "yes")]),
+            },
+        )
+    ),
+    "coding-agent": agent_session("a", 64, 64, [agent_request(0, 640, [1, 10])]),
+    "sharegpt-counts": {"id": "a", "turns": [["u", 3], ["a", 5]], "first_msg_blocks16": [0]},
+    "token-ids": {"input_tokens": [1, 2], "output_len": 3, "ts": 2.0, "session_id": 4},
+    "few-shot-questions": {"question": "q", "answer": "a"},
+    "sharegpt": SEGMENTS[0],
+    "taubench": {
+        "task_id": 1,
+        "trial": 0,
+        "traj": [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        ],
+    },
+}
+"""A good record of each format."""
+WRONG = [None, True, -1, 1.5, float("nan"), 1 << 40, 1 << 70, "x", [1], [[2, 1], [3]], {"a": 1}]
+WRONG.append([[1, 1 << 40]])
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of everything inside a record."""
+    inside: Any = value.items() if isinstance(value, dict) else ()
+    inside = enumerate(value) if isinstance(value, list) else inside
+    return [each for key, part in inside for each in ((*path, key), *places(part, (*path, key)))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], wrong: Any) -> Any:
+    """A copy with ``wrong`` at ``path``."""
+    if not path:
+        return wrong
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(copy[path[0]], path[1:], wrong)
+    return copy
+
+
+@pytest.mark.parametrize("word", list(GOOD))
+def test_whatever_stands_in_a_record_it_is_read_or_named(word: str, tmp_path: Path) -> None:
+    """Every field of every format, with everything wrong in it: never another error, and the
+    neighbours are read."""
+    path, good = tmp_path / "t", GOOD[word]
+    spec = f"{word}:{path}"
+    if word in ("sharegpt", "taubench", "few-shot-questions", "http-log", "otel"):
+        spec += "?tokenizer=bytes" + "&shots=0" * (word == "few-shot-questions")
+    array = word in ("sharegpt", "taubench")
+    changes = {"id": ("b_0", "c_0"), "timestamp": (0, 1 << 71), "ts": (0, 1 << 71)}
+    before, after = good, good
+    for name, (first, last) in changes.items():
+        if name in good:
+            before, after = replaced(before, (name,), first), replaced(after, (name,), last)
+    named = 0
+    for place in places(good):
+        for wrong in WRONG:
+            records = [json.dumps(each) for each in (before, replaced(good, place, wrong), after)]
+            path.write_text("[\n" + ",\n".join(records) + "]" if array else "\n".join(records))
+            trace = open_trace(spec, skip_bad=True)
+            count = sum(1 for _ in trace)
+            assert count >= 2 and trace.bad.count <= 1
+            if trace.bad.count:
+                named += 1
+                line = 3 if array else 2
+                with pytest.raises(BadRecordError, match=rf"/t, line {line}: [^\n]+$"):
+                    list(open_trace(spec))
+    assert named > len(WRONG)
+
+
+def test_a_trace_does_not_run_backwards(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "t.jsonl", *({"tokens": [1], "timestamp": when} for when in (5, 5, 3, 6))
+    )
+    with pytest.raises(BadRecordError, match=r"line 3: its time 3 s is before .* sort the file"):
+        list(open_trace(str(path)))
+
+
+def test_token_ids_are_checked(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": [1, 2]}, {"prompt": [1, -3]})
+    with pytest.raises(BadRecordError, match=r"t\.jsonl, line 2: an id is not a whole number in"):
+        list(open_trace(str(path)))

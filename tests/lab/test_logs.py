@@ -1,0 +1,335 @@
+"""Readers of logs: HTTP requests that a proxy wrote, and spans of OpenTelemetry. Tokens are bytes,
+so every length here was counted by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridcache.lab.trace import BadRecordError, TraceRequest
+from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.traces import http_log, open_trace, recognise
+from tests.lab.records import lines, otel_batch, otel_span, otel_text
+
+HEADER = len("x") + len("user\n")  # <|im_start|> is one token
+END = len("x\n")
+
+
+def user(words: str) -> dict[str, str]:
+    return {"role": "user", "content": words}
+
+
+def assistant(words: str) -> dict[str, str]:
+    return {"role": "assistant", "content": words}
+
+
+def exchange(when: Any, messages: list[Any], answer: str, **more: Any) -> dict[str, Any]:
+    response = {"choices": [{"index": 0, "message": assistant(answer)}]}
+    body = {"model": "m", "messages": messages}
+    return {"timestamp": when, "request": body, "response": response, **more}
+
+
+CHAT = [user("hello"), assistant("yes"), user("more")]
+
+
+def shown(request: TraceRequest) -> str:
+    """A prompt of bytes as text; special tokens as X."""
+    return "".join(chr(one) if one < 256 else "X" for one in request.tokens)
+
+
+def test_an_exchange_a_line(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "log.jsonl",
+        exchange(1_700_000_000.5, CHAT[:1], "yes"),
+        exchange(1_700_000_009.5, CHAT, "no", status_code=200),
+        exchange(1_700_000_010.0, CHAT, "", status=500),
+        {"timestamp": 1_700_000_010.0, "request": None, "path": "/v1/models"},
+        exchange("2023-11-14T22:13:31Z", [user("hello")], "no"),
+        exchange(1_700_000_012_500, [user("help")], "no"),
+    )
+    assert recognise(path) == "http-log"
+    trace = open_trace(str(path))
+    found = list(trace)
+    assert [request.timestamp_s for request in found] == [0, 9, 10.5, 12]
+    assert shown(found[0]) == "Xuser\nhelloX\nXassistant\n"
+    assert shown(found[1]) == "Xuser\nhelloX\nXassistant\nyesX\nXuser\nmoreX\nXassistant\n"
+    assert found[0].output.tolist() == [*b"yes", 258]
+    # A session is what begins with the same question: no more is told.
+    assert len({request.session for request in found[:3]}) == 1
+    assert found[3].session != found[0].session
+    first = HEADER + 5 + END + HEADER + len("stant")
+    stats = trace_stats(trace)
+    assert stats.prompt_tokens == 2 * first + len(shown(found[1])) + first - 1
+    assert stats.ideal_tokens == (first + 4) + (first - 1) + (HEADER + 3)
+
+
+def test_lines_of_request_and_response_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(kind: str, name: str, when: float, body: Any, **more: Any) -> dict[str, Any]:
+        return {"type": kind, "request_id": name, "timestamp_rel_s": when, "body": body, **more}
+
+    post = {"method": "POST", "path": "/v1/chat/completions"}
+    answered = {"choices": [{"message": assistant("yes")}]}
+    asked = {"model": "m", "messages": [user("hello")]}
+    path = lines(
+        tmp_path / "log.jsonl",
+        record("request", "a", 0.0, asked, **post),
+        record("request", "b", 1.0, asked, **post),
+        record("response", "b", 2.0, answered, status_code=200),
+        record("request", "lost", 2.5, asked, **post),
+        record("response", "nobody's", 3.0, answered, status_code=200),
+        record("response", "a", 4.0, {"error": "busy"}, status_code=503),
+        record("request", "c", 5.0, {"input": "hello"}, path="/v1/embeddings"),
+    )
+    assert recognise(path) == "http-log"
+    for waiting in (http_log.WAITING, 1):
+        monkeypatch.setattr(http_log, "WAITING", waiting)
+        found = [(each.timestamp_s, len(each.output)) for each in open_trace(str(path))]
+        # "a" failed and gives nothing, but who waits for only one does not see that.
+        assert found[-2:] == [(1 - (waiting > 1), 4), (2.5 - (waiting > 1), 0)]
+        assert len(found) == 2 + (waiting == 1)
+
+
+STREAM = """data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "ye"}}]}
+
+data: {"choices": [{"index": 0, "delta": {"content": "s"}}]}
+data: oops
+data: [DONE]
+"""
+CALL = {"name": "look", "arguments": '{"at": 1}'}
+CALLED = '\n<tool_call>\n{"arguments": "{\\"at\\": 1}", "name": "look"}\n</tool_call>'
+
+
+def delta(**parts: Any) -> dict[str, Any]:
+    return {"choices": [{"delta": parts}]}
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (json.dumps({"choices": [{"message": assistant("yes")}]}), "yes"),
+        (STREAM, "yes"),
+        ([delta(content="y"), delta(content="es"), "no event", delta(content=5)], "yes"),
+        ({"choices": [{"message": {"content": None, "tool_calls": [{"function": CALL}]}}]}, CALLED),
+        (
+            [
+                delta(tool_calls=[{"index": 0, "function": {"name": "look", "arguments": ""}}]),
+                delta(tool_calls=[{"index": 0, "function": {"arguments": '{"at"'}}]),
+                delta(tool_calls=[{"index": 0, "function": {"arguments": ": 1}"}}]),
+            ],
+            CALLED,
+        ),
+        (
+            {"choices": [{"message": {"reasoning_content": "hm", "content": "yes"}}]},
+            "<think>\nhm\n</think>\n\nyes",
+        ),
+        ({"content": [{"type": "text", "text": "yes"}]}, "yes"),
+    ],
+)
+def test_answers_of_all_kinds(tmp_path: Path, response: Any, answer: str) -> None:
+    path = lines(tmp_path / "log.jsonl", exchange(0, CHAT[:1], "") | {"response": response})
+    (request,) = open_trace(str(path))
+    words = answer.replace("<think>", "X").replace("</think>", "X")
+    assert shown(request._replace(tokens=request.output)) == words + "X"
+
+
+def test_an_answer_that_is_only_counted_has_its_length(tmp_path: Path) -> None:
+    counts = {"usage": {"prompt_tokens": 9, "completion_tokens": 7}}
+    path = lines(
+        tmp_path / "log.jsonl",
+        exchange(0, CHAT[:1], "") | {"response": counts},
+        exchange(1, CHAT[:1], "") | {"response": None},
+    )
+    assert [len(request.output) for request in open_trace(str(path))] == [7, 0]
+
+
+def test_an_anthropic_agent_goes_on_from_what_was_streamed(tmp_path: Path) -> None:
+    """The next prompt begins with the prompt and answer before, calls of tools included."""
+    block = {"type": "tool_use", "id": "1", "name": "look", "input": {}}
+    events = [
+        {"type": "message_start", "message": {"content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "ok"}},
+        {"type": "content_block_start", "index": 1, "content_block": block},
+        {"type": "content_block_delta", "index": 1, "delta": {"partial_json": '{"at"'}},
+        {"type": "content_block_delta", "index": 1, "delta": {"partial_json": ": 1}"}},
+    ]
+    stream = "".join(f"event: {each['type']}\ndata: {json.dumps(each)}\n\n" for each in events)
+    asked = {"system": [{"type": "text", "text": "s"}], "tools": [{"name": "look"}], "model": "m"}
+    said = [{"type": "text", "text": "ok"}, block | {"input": {"at": 1}}]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "f"}]}
+    image = {"type": "image", "source": {"data": "AAAA"}}
+    later = [
+        user("q"),
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": [result]},
+    ]
+    path = lines(
+        tmp_path / "log.jsonl",
+        {"ts": 0, "body": asked | {"messages": [user("q")]}, "response": stream},
+        {"ts": 1, "body": asked | {"messages": later}, "response": {"content": []}},
+        {"ts": 2, "body": asked | {"messages": [{"role": "user", "content": [image]}]}},
+    )
+    first, second, third = open_trace(str(path))
+    whole = [*first.tokens.tolist(), *first.output.tolist()]
+    assert second.tokens.tolist()[: len(whole)] == whole
+    assert shown(first).startswith('Xsystem\n[{"name": "look"}]\n\nsX\nXuser\nqX\n')
+    assert "Xtool\nfX\n" in shown(second) and "<image " in shown(third)
+
+
+def test_completions_and_bodies_with_a_time_in_them(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "log.jsonl",
+        {
+            "timestamp": 3,
+            "model": "m",
+            "prompt": "abcdef",
+            "response": {"choices": [{"text": "gh"}]},
+        },
+        {"timestamp": 4, "model": "m", "prompt": ["abcdefghi"]},
+        {"timestamp": 5, "model": "m", "prompt": [97, 98, 100], "session_id": "mine"},
+        {"timestamp": 5, "model": "other", "prompt": "abcdef"},
+    )
+    assert recognise(path) == "http-log"
+    trace = open_trace(str(path))
+    first, _, third, _ = trace
+    assert first.output.tolist() == [*b"gh"] and first.answer_survives and not first.boundaries
+    assert third.session == "mine"
+    assert trace_stats(trace).ideal_tokens == 8 + 2  # of another model nothing
+
+
+def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
+    thought = "<think>\nlong\n</think>\n\nyes"
+    path = lines(
+        tmp_path / "log.jsonl",
+        exchange(0, CHAT[:1], thought),
+        exchange(1, [CHAT[0], assistant(thought), CHAT[2]], "no"),
+    )
+    first, _ = open_trace(f"{path}?template=thinking")
+    stats = trace_stats(open_trace(f"{path}?template=thinking"))
+    assert stats.ideal_tokens == len(first.tokens) - 2  # "<think>" and the newline behind it
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (exchange(0, CHAT, "") | {"timestamp": "noon"}, "timestamp is 'noon', not a time in ISO"),
+        (exchange(0, [], ""), "there is no message in it"),
+        (exchange(0, [{"role": "user", "content": 5}], ""), "content is 5, not a text or a list"),
+        (exchange(0, [{"content": "q"}], ""), "field 'role' is missing"),
+        ({"timestamp": 9, "request": {"input": "hello"}}, "a body without messages and without"),
+        ({"timestamp": 9, "request": "hello"}, "the request's body is no JSON object"),
+        ({"timestamp": 9, "prompt": ["a", "b"]}, "several prompts in one request are not read"),
+        ({"timestamp": 9, "prompt": ""}, "the prompt is empty"),
+        (exchange(0, CHAT, ""), r"its time -9 s is before .* sort the file"),
+    ],
+)
+def test_exchanges_that_can_not_be_read_are_named(
+    tmp_path: Path, record: Any, problem: str
+) -> None:
+    path = lines(tmp_path / "log.jsonl", exchange(9, CHAT, ""), record, exchange(10, CHAT, ""))
+    with pytest.raises(BadRecordError, match=rf"log\.jsonl, line 2: {problem}"):
+        list(open_trace(str(path)))
+    trace = open_trace(str(path), skip_bad=True)
+    assert len(list(trace)) == 2 and trace.bad.count == 1
+
+
+S = 1_000_000_000
+
+
+def asked_for(words: list[dict[str, Any]], answer: str | None, **more: Any) -> dict[str, Any]:
+    facts = {"gen_ai.operation.name": "chat", "gen_ai.request.model": "m"}
+    facts |= {"gen_ai.input.messages": words}
+    if answer is not None:
+        facts["gen_ai.output.messages"] = [otel_text("assistant", answer)]
+    return facts | {name.replace("_", "."): value for name, value in more.items()}
+
+
+SPOKEN = [otel_text("user", "hello"), otel_text("assistant", "yes"), otel_text("user", "more")]
+
+
+def test_spans_in_order_of_their_starts(tmp_path: Path) -> None:
+    tool = otel_span(2 * S, {"gen_ai.operation.name": "execute_tool"})
+    agent = otel_span(0, {"gen_ai.operation.name": "invoke_agent", "gen_ai.input.messages": "[]"})
+    failed = otel_span(3 * S, asked_for(SPOKEN, None)) | {"status": {"code": 2}}
+    counted = asked_for(SPOKEN, None) | {"gen_ai.usage.output_tokens": 7}
+    path = lines(
+        tmp_path / "spans.jsonl",
+        otel_batch(otel_span(9 * S, asked_for(SPOKEN, "no")), tool, failed),
+        otel_batch(agent, otel_span(1 * S, asked_for(SPOKEN[:1], "yes"))),
+        otel_batch(otel_span(11 * S, counted, trace="u")),
+    )
+    assert recognise(path) == "otel"
+    trace = open_trace(str(path))
+    first, second, third = trace
+    assert [first.timestamp_s, second.timestamp_s, third.timestamp_s] == [0, 8, 10]
+    assert first.session == second.session == "t" and third.session == "u"
+    assert shown(second) == "Xuser\nhelloX\nXassistant\nyesX\nXuser\nmoreX\nXassistant\n"
+    assert len(third.output) == 7
+    stats = trace_stats(trace)
+    whole = len(first.tokens) + 4
+    assert stats.ideal_tokens == whole + len(second.tokens) - 1
+
+
+def test_one_object_over_many_lines_and_messages_as_text_on_an_event(tmp_path: Path) -> None:
+    span = otel_span(5, {"gen_ai.operation.name": "chat"})
+    attributes = otel_span(0, {"gen_ai.input.messages": json.dumps(SPOKEN)})["attributes"]
+    span["events"] = [
+        {"name": "gen_ai.client.inference.operation.details", "attributes": attributes}
+    ]
+    path = tmp_path / "spans.json"
+    path.write_text(json.dumps(otel_batch(span), indent=2))
+    assert recognise(path) == "otel"
+    (request,) = open_trace(str(path))
+    assert shown(request).endswith("Xuser\nmoreX\nXassistant\n")
+
+
+def test_spans_with_plain_attributes(tmp_path: Path) -> None:
+    parts = [
+        {"type": "reasoning", "content": "hm"},
+        {"type": "tool_call", "id": "1", "name": "look", "arguments": {"at": 1}},
+    ]
+    told = [
+        otel_text("user", "q"),
+        {"role": "assistant", "parts": parts},
+        {
+            "role": "tool",
+            "parts": [{"type": "tool_call_response", "id": "1", "response": {"f": 2}}],
+        },
+    ]
+    facts = {
+        "gen_ai.input.messages": json.dumps(told),
+        "gen_ai.system_instructions": json.dumps([{"type": "text", "content": "s"}]),
+        "gen_ai.tool.definitions": json.dumps([{"type": "function", "name": "look"}]),
+    }
+    span = {"start_time": "2026-01-02T03:04:05.5", "session_id": "mine", "attributes": facts}
+    path = lines(tmp_path / "spans.jsonl", {"spans": [span]})
+    assert recognise(path) == "otel"
+    (request,) = open_trace(str(path))
+    assert request.session == "mine"
+    assert shown(request) == (
+        'Xsystem\n[{"name": "look", "type": "function"}]\n\nsX\nXuser\nqX\n'
+        'Xassistant\nX\nhm\nX\n\n\n<tool_call>\n{"arguments": {"at": 1}, "name": "look"}\n</tool_call>X\n'
+        'Xtool\n{"f": 2}X\nXassistant\n'
+    )
+
+
+def test_counts_alone_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    facts = {"gen_ai.operation.name": "chat", "gen_ai.usage.input_tokens": 900}
+    path = lines(
+        tmp_path / "spans.jsonl",
+        otel_batch(otel_span(0, asked_for(SPOKEN, "no"))),
+        otel_batch(otel_span(1, facts)),
+    )
+    sentence = (
+        r"spans\.jsonl, line 2: span 'chat m' has no gen_ai\.input\.messages, and counts of tokens "
+        r"do not tell which prompts agree; let its instrumentation capture the content$"
+    )
+    with pytest.raises(BadRecordError, match=sentence):
+        list(open_trace(str(path)))
+    trace = open_trace(str(path), skip_bad=True)
+    assert len(list(trace)) == 1 and trace.bad.count == 1
