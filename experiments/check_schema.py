@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -99,6 +98,7 @@ def oracle_server() -> Iterator[str]:
     from engine.run.oracle import OracleRunner, OracleSampler
     from engine.server.app import Server
     from engine.server.config import ServerConfig
+    from engine.server.listening import bind
     from engine.text.byte_tokenizer import ByteTokenizer
 
     engine = Engine(
@@ -108,8 +108,7 @@ def oracle_server() -> Iterator[str]:
         tokenizer=ByteTokenizer(),
     )
     server = Server(AsyncEngine(engine), ServerConfig())
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = bind(ServerConfig(port=0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
