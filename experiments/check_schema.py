@@ -4,7 +4,9 @@ wrong ones, against a server on the oracle; every check of its own is on. A righ
 answered 400 as well, which it would not have: a document can not say what the tokens of a text are.
 A check of ours lets that pass only for a reason in ``REASONS``.
 
-    python -m experiments.check_schema --schemathesis PATH/bin/schemathesis
+    python -m experiments.check_schema --schemathesis PATH/bin/schemathesis --seeds 1,2,3
+
+Each seed is a run of its own, which a line of the results counts as soon as it is over.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from experiments.provenance import RESULTS, write_json_lines
 
 REASONS = (
     "do not fit the",
@@ -67,6 +71,7 @@ REASONS = (
     "is the user's",
     "reads text only",
     "is not served",
+    "nothing beside its type",
     "are not served",
     "must follow",
     "grammar",
@@ -99,6 +104,7 @@ def oracle_server() -> Iterator[str]:
     from engine.run.oracle import OracleRunner, OracleSampler
     from engine.server.app import Server
     from engine.server.config import ServerConfig
+    from engine.server.listening import bind
     from engine.text.byte_tokenizer import ByteTokenizer
 
     engine = Engine(
@@ -108,8 +114,7 @@ def oracle_server() -> Iterator[str]:
         tokenizer=ByteTokenizer(),
     )
     server = Server(AsyncEngine(engine), ServerConfig())
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = bind(ServerConfig(port=0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
@@ -127,11 +132,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--schemathesis", default="schemathesis", help="the program")
-    parser.add_argument("--examples", type=int, default=1200, help="of each operation and phase")
+    parser.add_argument("--examples", type=int, default=300, help="of each operation and phase")
     parser.add_argument("--phases", default="examples,coverage,fuzzing")
     parser.add_argument("--only", help="operations whose path matches this expression")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", default="1", help="such as 1,2,3; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS / "check_schema.jsonl")
     options = parser.parse_args()
+    runs = []
+    for seed in map(int, options.seeds.split(",")):
+        runs.append(check(options, seed))
+        num_cases = sum(run["cases"] for run in runs)
+        num_failures = sum(run["exit"] != 0 for run in runs)
+        total = {"runs": len(runs), "cases": num_cases, "runs_with_findings": num_failures}
+        print(json.dumps(total), flush=True)
+        write_json_lines(options.out, [total, *runs])
+    return int(num_failures > 0)
+
+
+def check(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What came of one run of schemathesis."""
     with tempfile.TemporaryDirectory() as folder, oracle_server() as address:
         report, hooks = Path(folder) / "report.json", Path(folder) / "schema_hooks.py"
         (Path(folder) / "schemathesis.toml").write_text(SETTINGS)
@@ -139,7 +158,7 @@ def main() -> int:
         command = [options.schemathesis, "run", f"{address}/openapi.json", "--checks", "all"]
         command += ["--continue-on-failure"]
         command += ["--phases", options.phases, "--max-examples", str(options.examples)]
-        command += ["--seed", str(options.seed), "--report-json-path", str(report), "--no-color"]
+        command += ["--seed", str(seed), "--report-json-path", str(report), "--no-color"]
         command += ["--suppress-health-check", "all", "--max-failures", "60", "--warnings", "off"]
         command += ["--request-timeout", "30", "--exclude-path-regex", "/v1/cache/events"]
         if options.only:
@@ -148,10 +167,18 @@ def main() -> int:
         environment = os.environ | {"PYTHONPATH": places, "SCHEMATHESIS_HOOKS": "schema_hooks"}
         code = subprocess.run(command, env=environment, cwd=folder).returncode
         found = json.loads(report.read_text()) if report.exists() else {}
-    print(
-        json.dumps({"exit": code, **{k: v for k, v in found.items() if k in ("stats", "summary")}})
-    )
-    return code
+    cases = found.get("test_cases", {})
+    return {
+        "seed": seed,
+        "exit": code,
+        "schemathesis": found.get("schemathesis_version"),
+        "operations": found.get("operations", {}).get("tested", 0),
+        "cases": cases.get("generated", 0),
+        "failures": cases.get("unique_failures", 0),
+        "errors": cases.get("errored", 0),
+        "seconds": round(found.get("running_time", 0)),
+        "phases": {name: phase["status"] for name, phase in found.get("phases", {}).items()},
+    }
 
 
 if __name__ == "__main__":

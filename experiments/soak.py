@@ -4,15 +4,17 @@ Starts ``engine serve`` with the built-in model and keeps 16 clients busy with e
 conversations that go on, tools, guided answers, drafts, several answers at once, clients that leave
 in the middle, three dialects, tenants; a page watches all the while. Now and then the memory of
 both processes is read. At the end requests, prompt tokens and memory must add up, and in the second
-half of the run neither process may have grown past ``GROWTH``. Loopback only.
+half of the run neither process may have grown past ``GROWTH``. Loopback only. Words and answers are
+few: what a request costs is mostly the model's, and the model is not what could grow.
 
-    python -m experiments.soak --requests 200000
+    python -m experiments.soak --requests 200000 [--minutes 60]
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import subprocess
 import sys
@@ -38,7 +40,7 @@ FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--max-queue", "64", *MIB
 GROWTH = 1.1
 """Of either process, from the mean of the run's third quarter to that of its last."""
 PAGE_BYTES = 4096
-NUM_SAMPLES = 200
+SAMPLE_S = 10.0
 TOOL = {
     "type": "function",
     "function": {
@@ -83,7 +85,7 @@ class Client:
     ) -> tuple[int, Any]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
         try:
-            data = json.dumps({"max_tokens": self._draw.randrange(4, 40)} | body).encode()
+            data = json.dumps({"max_tokens": self._draw.randrange(4, 16)} | body).encode()
             head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
             writer.write(head.encode() + data)
@@ -99,7 +101,7 @@ class Client:
             writer.close()
 
     def _words(self) -> str:
-        return " ".join(self._draw.choice(("red", "blue", "seven", "to")) for _ in range(30))
+        return " ".join(self._draw.choice(("red", "blue", "seven", "to")) for _ in range(8))
 
     async def _turn(self) -> str:
         """The next turn of a conversation, which now and then begins anew."""
@@ -119,7 +121,7 @@ class Client:
 
     async def _guided(self) -> str:
         form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-        body = {"messages": self._chat(), "response_format": form, "max_tokens": 60}
+        body = {"messages": self._chat(), "response_format": form, "max_tokens": 24}
         return str((await self._post("/v1/chat/completions", body))[0])
 
     async def _tools(self) -> str:
@@ -174,9 +176,10 @@ def engine_of(server: int) -> int:
 
 
 async def soak(
-    port: int, pids: Sequence[int], num_requests: int
+    port: int, pids: Sequence[int], num_requests: int, num_seconds: float
 ) -> tuple[Counter[str], int, list[dict[str, Any]]]:
-    """(how requests ended, choices that were let in, memory as it went)."""
+    """(how requests ended, choices that were let in, memory as it went), of so many requests, or of
+    so many seconds where they are over sooner."""
     clients = [Client(port, seed) for seed in range(NUM_CLIENTS)]
     outcomes: Counter[str] = Counter()
     samples: list[dict[str, Any]] = []
@@ -184,19 +187,29 @@ async def soak(
     started = time.monotonic()
     page = asyncio.create_task(watch(port))
 
+    def sample() -> None:
+        server, engine = map(resident_mib, pids)
+        at = {"requests": outcomes.total(), "seconds": round(time.monotonic() - started, 1)}
+        samples.append(at | {"server_mib": server, "engine_mib": engine})
+
+    async def keep_sampling() -> None:
+        while True:
+            sample()
+            await asyncio.sleep(SAMPLE_S)
+
     with tqdm(total=num_requests, unit=" requests", mininterval=5) as bar:
 
         async def work(client: Client) -> None:
-            for number in numbers:
+            for _ in numbers:
                 outcomes[await client.ask()] += 1
                 bar.update()
-                if number % max(num_requests // NUM_SAMPLES, 1) == 0:
-                    server, engine = map(resident_mib, pids)
-                    seconds = round(time.monotonic() - started, 1)
-                    sample = {"server_mib": server, "engine_mib": engine}
-                    samples.append({"requests": number, "seconds": seconds} | sample)
+                if time.monotonic() - started > num_seconds:
+                    return
 
+        sampling = asyncio.create_task(keep_sampling())
         await asyncio.gather(*map(work, clients))
+        sampling.cancel()
+        sample()
     assert not page.done(), "the page lost its server"
     page.cancel()
     return outcomes, sum(client.num_choices for client in clients), samples
@@ -245,6 +258,9 @@ def verdict(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.soak", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=5_000, help="default: %(default)s")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="at most; default: no limit"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.jsonl")
     options = parser.parse_args(arguments)
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", *FLAGS]
@@ -253,15 +269,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             port = server_port(server)
             pids = server.pid, engine_of(server.pid)
             before = totals(port)
-            outcomes, num_choices, samples = asyncio.run(soak(port, pids, options.requests))
+            outcomes, num_choices, samples = asyncio.run(
+                soak(port, pids, options.requests, 60 * options.minutes)
+            )
             after = totals(port)
         finally:
             server.terminate()
     grown = {name: growth(samples, name) for name in ("server_mib", "engine_mib")}
     spent_s = samples[-1]["seconds"]
     summary = {
-        "requests": options.requests,
-        "a_minute": round(60 * options.requests / spent_s) if spent_s else None,
+        "requests": outcomes.total(),
+        "a_minute": round(60 * outcomes.total() / spent_s),
         "outcomes": dict(sorted(outcomes.items())),
         "growth": {name: round(ratio, 4) for name, ratio in grown.items()},
         "prompt_tokens": after["engine_prompt_tokens_total"],

@@ -108,12 +108,17 @@ class Intake:
         except ValueError:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+            if all(type(token) is int for token in prompt):  # some past 64 bits
+                raise ValueError(self._not_ids())
             raise ValueError("a prompt is a string or a flat list of token ids.")
         if not len(tokens):
             raise ValueError("the prompt is empty: give at least one token.")
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise ValueError(f"token ids must be from 0 to {self._vocab_size - 1}.")
+            raise ValueError(self._not_ids())
         return tokens.astype(np.int32, copy=False)
+
+    def _not_ids(self) -> str:
+        return f"token ids must be from 0 to {self._vocab_size - 1}."
 
     def _max_len(
         self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None

@@ -58,7 +58,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI's that are not served, with the values that ask for nothing."""
 
 
-IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+IDS = {"type": "array", "minItems": 1, "items": TOKEN_ID}
 TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
 MAX_CUTS = 4

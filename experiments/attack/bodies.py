@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import socket
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from engine import AsyncEngine, Engine, EngineConfig
 from engine.run.oracle import OracleRunner, OracleSampler
 from engine.server.app import Server
 from engine.server.config import ServerConfig
+from engine.server.listening import bind
 from engine.text.byte_tokenizer import ByteTokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -116,8 +116,7 @@ def attack(seed: int, seconds: float) -> dict[str, int]:
         tokenizer=ByteTokenizer(),
     )
     server = Server(AsyncEngine(engine), ServerConfig())
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = bind(ServerConfig(port=0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from engine.server.dialects.translated import chat_request, parsed_arguments
 from engine.server.errors import APIError, of_validation, quoted
+from engine.server.guided import NamedSchema
 from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions
 from engine.server.strict import Listed, Strict
 
@@ -159,16 +160,34 @@ class Reasoning(Strict):
     generate_summary: str | None = None
 
 
-FORMAT: dict[str, Any] = {
-    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
-    "required": ["type"],
-}
-"""Of ``text.format``, whose contents are the business of ``response_format``."""
+class TextFormat(NamedSchema):
+    """``response_format`` of a chat, where a schema lies deeper."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> TextFormat:
+        if self.type != "json_schema" and self._rest:
+            raise ValueError(f"A 'text.format' of type {self.type} has nothing beside its type.")
+        return self
+
+    def of_chat(self) -> dict[str, Any]:
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {"type": self.type, "json_schema": self._rest}
+
+    @property
+    def _rest(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
 
 
 class TextConfig(Strict):
-    format: Annotated[dict[str, Any], Field(json_schema_extra=FORMAT)] | None = None
+    format: TextFormat | None = None
     verbosity: str | None = None
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        return None if self.format is None else self.format.of_chat()
 
 
 class ResponsesRequest(Strict):
@@ -243,7 +262,7 @@ class ResponsesRequest(Strict):
                     "temperature": self.temperature,
                     "top_p": self.top_p,
                     "chat_template_kwargs": self._switches() or None,
-                    "response_format": self._format(),
+                    "response_format": None if self.text is None else self.text.form,
                     "cache_salt": self.cache_salt,
                     "prompt_cache_options": options and options.model_dump(),
                 }
@@ -256,17 +275,6 @@ class ResponsesRequest(Strict):
         if effort is None:
             return {}
         return {"enable_thinking": effort != "none", "reasoning_effort": effort}
-
-    def _format(self) -> dict[str, Any] | None:
-        """``text.format`` as chats have it: a schema lies deeper there."""
-        asked = None if self.text is None else self.text.format
-        if asked is not None and "type" not in asked:
-            name = "text.format.type"
-            raise APIError(400, f"'{name}' is missing: add it.", param=name)
-        if asked is None or asked.get("type") != "json_schema":
-            return asked
-        schema = {name: value for name, value in asked.items() if name != "type"}
-        return {"type": "json_schema", "json_schema": schema}
 
 
 def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
+from engine.server.listening import bind
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatTemplate
@@ -106,8 +107,7 @@ class SlowRunner(OracleRunner):
 def serving(engine: Engine, server_config: ServerConfig | None = None) -> Iterator[Live]:
     """``engine`` behind a server of its own, in a thread."""
     server = Server(AsyncEngine(engine), server_config or ServerConfig())
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener = bind(ServerConfig(port=0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

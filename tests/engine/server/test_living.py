@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.server.config import ServerConfig
+from engine.server.listening import bind
 from engine.server.streaming import EventStream
 
 from .conftest import Live
@@ -31,6 +32,30 @@ def _metrics(live: Live) -> dict[str, float]:
             label = ".".join(sample.labels.values())
             samples[f"{sample.name}.{label}" if label else sample.name] = sample.value
     return samples
+
+
+async def _accepted(listener: socket.socket) -> int:
+    """TCP_NODELAY of a connection as a server of asyncio has it."""
+    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async with await asyncio.start_server(accept, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname()[:2])
+        option = await found
+        writer.close()
+        return option
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_no_write_waits_for_the_acknowledgement_of_the_one_before(host: str) -> None:
+    """On connections that are kept that would be 40 ms an answer, and bunches of tokens."""
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    assert asyncio.run(_accepted(bind(ServerConfig(host=host, port=0)))) != 0
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
 from engine.server.feed import Feed
+from engine.server.listening import bind
 from tests.watch.browser import chromium, errors, tab
 
 from .conftest import Live, oracle_engine, serving
@@ -103,9 +103,7 @@ def listening(port: int = 0) -> Iterator[Live]:
     """A server whose port the next one can have."""
     engine = oracle_engine()
     server = Server(AsyncEngine(engine), ServerConfig())
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
+    listener = bind(ServerConfig(port=port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

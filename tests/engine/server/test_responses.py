@@ -162,6 +162,14 @@ def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
         ({"input": []}, "'input' has nothing to answer"),
         ({"input": [{"type": {}, "role": "user", "content": "x"}]}, "items are not read here"),
         ({"text": {"format": {}}}, "'text.format.type' is missing"),
+        (
+            {"text": {"format": {"type": "json_object", "schema": {}}}},
+            "'text.format' of type json_object has nothing beside its type",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {}, "x": 1}}},
+            "'text.format.x' is not a parameter",
+        ),
         ({"input": None}, "'input' is missing"),
         ({"input": [{"type": "web_search_call"}]}, "'web_search_call' items are not read here"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference' items are not"),
