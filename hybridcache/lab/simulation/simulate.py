@@ -20,6 +20,7 @@ from hybridcache.build import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
@@ -226,8 +227,15 @@ class Sweep:
             for placement in _policies(self.checkpoints)
         ]
         peers = (self.baseline,) if isinstance(self.baseline, str) else self.baseline
-        alone = replace(common, host_bytes=0, disk_bytes=0)
-        found += [replace(alone, baseline=word) for word in peers]
+        found += [
+            replace(
+                common,
+                baseline=word,
+                host_bytes=common.host_bytes if word in HOST_TIERS else 0,
+                disk_bytes=0,
+            )
+            for word in peers
+        ]
         if not found:
             raise ValueError("nothing to simulate: no policy, and no baseline")
         labels = [config.label for config in found]

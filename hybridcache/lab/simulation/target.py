@@ -16,10 +16,10 @@ from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.interface import PrefixCache
 from hybridcache.lab.baselines import (
     BASELINES,
+    HOST_TIERS,
     BaselineConfig,
-    Session,
-    build_baseline,
 )
+from hybridcache.lab.simulation.peer import BaselineTarget
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.tiers import in_tiers
@@ -106,15 +106,15 @@ class RunConfig:
     @property
     def label(self) -> str:
         """How tables and figures call it."""
-        if self.baseline is not None:
-            return f"{self.baseline} (rebuilt)"
         name = str(self.policy)
-        if self.checkpoints != DEFAULT_CHECKPOINTS:
+        if self.baseline is not None:
+            name = f"{self.baseline} (rebuilt)"
+        elif self.checkpoints != DEFAULT_CHECKPOINTS:
             name = f"{name} @ {self.checkpoints}"
         for word, size in ((HOST, self.host_bytes), (DISK, self.disk_bytes)):
             if size:
                 name = f"{name} + {size / GIB:.3g} GiB {word}"
-        if self.budget_bytes is None or self.memory == "arena":
+        if self.baseline is not None or self.budget_bytes is None or self.memory == "arena":
             return name
         if self.kv_share is None:
             return f"{name} ({self.memory})"
@@ -188,6 +188,7 @@ class RunConfig:
             num_linear_layers=geometry.num_linear_layers,
             grid=self.grid,
             unit=unit,
+            host_bytes=self.host_bytes,
         )
 
 
@@ -237,6 +238,8 @@ def check_words(config: RunConfig) -> None:
         parse_placement(config.checkpoints)
     elif config.baseline not in BASELINES:
         raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
+    elif config.disk_bytes or (config.host_bytes and config.baseline not in HOST_TIERS):
+        raise ValueError(f"baseline {config.baseline} is not rebuilt with this tier below it")
     elif not config.geometry.num_linear_layers:
         raise ValueError(
             f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers "
@@ -248,12 +251,12 @@ def check_words(config: RunConfig) -> None:
 def build_target(config: RunConfig, unit: int, times: PrefillTimes | None = None) -> Target:
     """A fresh, empty target. ``times``: what a copy from a lower tier is weighed against; None: a
     roofline."""
+    exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
     if config.baseline is not None:
-        return BaselineTarget(config.baseline, config.baseline_config(unit))
+        return BaselineTarget(config.baseline, config.baseline_config(unit), exchange)
     cache = build_prefix_cache(config.cache_config(unit))
     stateful = bool(config.geometry.num_linear_layers)
     own_slot = None if config.geometry.checkpoint_bytes is None else 0
-    exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
     placement = config.placement(unit)
     return LeaseTarget(cache, placement, stateful, unit, config.steps, own_slot, exchange)
 
@@ -402,40 +405,3 @@ class _LeasedRequest:
             self._target.num_exports += len(lease.take_checkpoint_slots(following - 1, following))
             at = following
         return at
-
-
-class BaselineTarget:
-    """A rebuilt peer."""
-
-    tiers: bool | None = None
-
-    def __init__(self, word: str, config: BaselineConfig) -> None:
-        self.baseline = build_baseline(word, config)
-        self.num_chunks = 0
-
-    def begin(self, request: TraceRequest) -> Served | None:
-        session = self.baseline.begin(request.tokens, request.namespace)
-        if session is None:
-            return None
-        self.num_chunks += session.num_chunks
-        return _BaselineRequest(session, request)
-
-    def counters(self) -> dict[str, int]:
-        return {"prefill_chunks": self.num_chunks}
-
-
-class _BaselineRequest:
-    __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses", "missed_len")
-
-    def __init__(self, session: Session, request: TraceRequest) -> None:
-        self._session, self._request = session, request
-        self.cached_len = session.cached_len
-        self.losses: Losses | None = None
-        self.missed_len: int | None = None
-        self.copy_s = 0.0
-
-    def prefilled(self) -> None:
-        """Peers publish when they finish."""
-
-    def finish(self) -> None:
-        self._session.finish(self._request.output)
