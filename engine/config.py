@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeVar
 from hybridcache.geometry.checkpoints import CheckpointFormat
 
 TILE = 64
-"""Tokens per tile of every kernel: prefill chunks and checkpoints lie on absolute multiples of
-it."""
+"""Tokens per tile of every kernel, and the unit in which steps cut prompts."""
+SMALL_TILES = (16, 32)
+"""Smaller ones, which the kernels of recurrent states have too: checkpoints may then lie on absolute
+multiples of these."""
 
 MAX_SCORED = 1024
 """Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
@@ -76,7 +78,7 @@ class EngineConfig:
     state_dtype: Literal["float32", "bfloat16"] = _setting(
         "float32",
         "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens "
-        "of a prompt, every token of an answer; 8 bits are for checkpoints only "
+        "(or --grid, if that is less) of a prompt, every token of an answer; 8 bits are for checkpoints only "
         "(--checkpoint-dtype), since errors of a running state add up",
     )
     checkpoint_dtype: str = _setting(
@@ -123,7 +125,11 @@ class EngineConfig:
         "lru",
         "what leaves the cache first: lru, regret, gdsf, s3-fifo, ...; a wrong word lists all",
     )
-    grid: int = _setting(TILE, "checkpoint positions are multiples of it; a multiple of 64, tokens")
+    grid: int = _setting(
+        TILE,
+        "checkpoint positions are multiples of it, tokens: a multiple of 64, or, for short prompts, "
+        "32 or 16, with smaller tiles in the kernels",
+    )
     page_size: int = _setting(1, "KV allocation unit, tokens")
     exact: bool = _setting(
         False, "reuse only what a prefill computed: a hit then never changes a bit of the logits"
@@ -219,6 +225,12 @@ class EngineConfig:
         return Path(self.model) if self.model else BUILTIN_DIR
 
     @property
+    def tile_size(self) -> int:
+        """Tokens per tile of the kernels of recurrent states: a state that may be a checkpoint is
+        one after whole tiles."""
+        return min(self.grid, TILE)
+
+    @property
     def most_step_tokens(self) -> int:
         """No step computes more tokens. Of a settled config."""
         assert self.token_budget is not None
@@ -284,8 +296,9 @@ class EngineConfig:
             raise ConfigError(
                 f"token_budget must be at least {TILE}, one tile of the kernels, not {budget}."
             )
-        if self.grid % TILE:
-            raise ConfigError(f"grid must be a multiple of {TILE}, not {self.grid}.")
+        if self.grid % TILE and self.grid not in SMALL_TILES:
+            small = " or ".join(map(str, SMALL_TILES))
+            raise ConfigError(f"grid must be {small} or a multiple of {TILE}, not {self.grid}.")
         if self.max_model_len is not None:
             _check_positive_int("max_model_len", self.max_model_len)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

@@ -11,8 +11,9 @@ import torch
 from kernels.upload import upload
 
 TILE = 64
-"""Tokens per tile, counted from each sequence's start: the grid on which work is cut and states may
-be exported."""
+"""Tokens per tile unless said otherwise."""
+TILE_SIZES = (16, 32, 64)
+"""Tokens that a tile may have."""
 
 
 class PackedTables(NamedTuple):
@@ -48,12 +49,18 @@ class Packed:
     no_exports: ExportTables
     """For a kernel that exports nothing: so that it is the same kernel, bit for bit, that exports
     something."""
+    tile_size: int
+    """Tokens per tile, counted from each sequence's start: the grid on which recurrences are cut
+    and states may be exported, one of ``TILE_SIZES``."""
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packed:
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", tile_size: int = TILE
+    ) -> Packed:
         """The layout of sequences of these lengths, with its tables on ``device``. O(B +
         num_tiles)."""
-        tiles = [num_tiles(length) for length in lengths]
+        assert tile_size in TILE_SIZES, f"no tile has {tile_size} tokens"
+        tiles = [num_tiles(length, tile_size) for length in lengths]
         sequences = [b for b, count in enumerate(tiles) for _ in range(count)]
         nothing = _int32([0] * (len(lengths) + 1), device)
         return cls(
@@ -62,6 +69,7 @@ class Packed:
             tile_sequences=_int32(sequences, device),
             cu_tiles=_int32(running_sum(tiles), device),
             no_exports=ExportTables(ends=nothing, slots=nothing, cu_exports=nothing),
+            tile_size=tile_size,
         )
 
     @property
@@ -77,8 +85,8 @@ class Exports:
     sequences: tuple[int, ...]
     """Which sequence of the batch each one belongs to."""
     ends: tuple[int, ...]
-    """How many tokens from that sequence's start it stands for: a multiple of 64, or the whole
-    length; at least 1."""
+    """How many tokens from that sequence's start it stands for: whole tiles, or the whole length;
+    at least 1."""
     slots: tuple[int, ...]
     """The slot it is written to: nobody reads or writes it otherwise in this call."""
     tables: ExportTables
@@ -98,7 +106,7 @@ class Exports:
         counts = [0] * len(packed.lengths)
         for (sequence, end, _), before in zip(ordered, [None, *ordered], strict=False):
             length = packed.lengths[sequence]
-            if not 0 < end <= length or (end % TILE and end != length):
+            if not 0 < end <= length or (end % packed.tile_size and end != length):
                 raise ValueError(f"no state can be exported after {end} of {length} tokens")
             if before is not None and before[:2] == (sequence, end):
                 raise ValueError(f"sequence {sequence} exports position {end} twice")
@@ -115,9 +123,9 @@ class Exports:
         )
 
 
-def num_tiles(length: int) -> int:
+def num_tiles(length: int, tile_size: int = TILE) -> int:
     """Tiles that ``length`` tokens fill or begin."""
-    return -(-length // TILE)
+    return -(-length // tile_size)
 
 
 def running_sum(counts: Sequence[int]) -> list[int]:

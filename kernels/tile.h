@@ -1,4 +1,4 @@
-// What the scans over tiles of 64 tokens share: small float32 products whose every sum is taken in
+// What the scans over tiles of tokens share: small float32 products whose every sum is taken in
 // one register lane, in order, and the walk along a sequence's tiles.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #ifdef __AVX512F__
 
-constexpr int64_t TILE = 64;  // as packed.TILE
+constexpr int64_t TILE = 64;  // most tokens of a tile, and the stride of what is as wide as one
 constexpr int64_t ROWS = 6;   // with 4 registers of columns they and what they read fill the file
 
 struct Matrix {
@@ -77,22 +77,26 @@ static void multiply_lower(
     }
 }
 
+// Columns of as many rows of a tile, in whole registers.
+static int64_t width_of(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
+
 // x [rows, depth] by columns [depth, TILE], of each row as far as the diagonal, at least.
 static void multiply_with_earlier(
     int64_t rows, const float* x, const float* columns, int64_t depth, float* to) {
     for (int64_t r = 0; r < rows; r += ROWS) {
         int64_t count = rows - r < ROWS ? rows - r : ROWS;
-        int64_t width = (r + count + LANES - 1) / LANES * LANES;
         multiply_rows(
-            count, {x + r * depth, depth}, {columns, TILE}, width, depth, to + r * TILE, TILE, 0.0f);
+            count, {x + r * depth, depth}, {columns, TILE}, width_of(r + count), depth,
+            to + r * TILE, TILE, 0.0f);
     }
 }
 
-// x [rows, size] to its transpose [size, TILE]; columns behind the rows are zero.
+// x [rows, size] to its transpose [size, TILE]; what fills the last register up is zero.
 static void transpose(const float* x, int64_t rows, int64_t size, float* to) {
+    int64_t width = width_of(rows);
     for (int64_t k = 0; k < size; k++) {
         for (int64_t r = 0; r < rows; r++) to[k * TILE + r] = x[r * size + k];
-        for (int64_t r = rows; r < TILE; r++) to[k * TILE + r] = 0.0f;
+        for (int64_t r = rows; r < width; r++) to[k * TILE + r] = 0.0f;
     }
 }
 
@@ -103,6 +107,7 @@ struct Walk {
     int64_t slot_stride, head_size;  // of a state; of a head's part of it
     const int32_t *slots, *cu_seqlens, *ends, *export_slots, *cu_exports;
     const bool* resumed;
+    int64_t tile_size;  // tokens
 };
 
 // step(first row, rows, state) for every tile of a sequence, with the float32 state of one head.
@@ -115,8 +120,8 @@ static void walk_tiles(const Walk<S>& walk, int64_t sequence, int64_t head, floa
     for (int64_t i = 0; i < walk.head_size; i += LANES)
         store(state + i, walk.resumed[sequence] ? load(slot + i) : Lanes{});
     int64_t exported = walk.cu_exports[sequence];
-    for (int64_t at = begin; at < end; at += TILE) {
-        int64_t count = end - at < TILE ? end - at : TILE;
+    for (int64_t at = begin; at < end; at += walk.tile_size) {
+        int64_t count = end - at < walk.tile_size ? end - at : walk.tile_size;
         step(at, count, state);
         auto save = [&](S* to) {
             for (int64_t i = 0; i < walk.head_size; i += LANES) store(to + i, load(state + i));

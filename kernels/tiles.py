@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.packed import TILE, Exports, Packed, num_tiles, running_sum
+from kernels.packed import Exports, Packed, num_tiles, running_sum
 
 
 class Layout(NamedTuple):
@@ -21,53 +21,57 @@ class Layout(NamedTuple):
     active: list[int]
     """Per step: how many of them still have a tile to go."""
     sources: torch.Tensor | None
-    """int64[num_tiles * 64]: the token at each place, for padding the sequence's last; None: token
-    by token."""
+    """int64[num_tiles * tile_size]: the token at each place, for padding the sequence's last; None:
+    token by token."""
     padding: torch.Tensor | None
-    """bool[num_tiles * 64]: places that hold no token; None: all do."""
+    """bool[num_tiles * tile_size]: places that hold no token; None: all do."""
     places: torch.Tensor
     """int64[T]: where each token stands."""
+    tile_size: int
+    """As ``Packed.tile_size``."""
 
     @property
     def num_tiles(self) -> int:
         return sum(self.active)
 
     def tile(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """``[T, H, D]`` into out float32 ``[num_tiles, H, 64, D]``."""
+        """``[T, H, D]`` into out float32 ``[num_tiles, H, tile_size, D]``."""
         if self.sources is not None:
             x = x.index_select(0, self.sources)
-        return out.copy_(x.unflatten(0, (-1, TILE)).transpose(1, 2))
+        return out.copy_(x.unflatten(0, (-1, self.tile_size)).transpose(1, 2))
 
     def tile_factor(self, x: torch.Tensor) -> torch.Tensor:
-        """Factors per token, ``[T, H]`` or ``[T, H, K]``, to float32 ``[num_tiles, H, 64, 1 or
-        K]``; zero for padding."""
+        """Factors per token, ``[T, H]`` or ``[T, H, K]``, to float32 ``[num_tiles, H, tile_size, 1
+        or K]``; zero for padding."""
         x = x[..., None] if x.ndim == 2 else x
-        out = x.new_empty(self.num_tiles, x.shape[1], TILE, x.shape[2], dtype=torch.float32)
+        shape = self.num_tiles, x.shape[1], self.tile_size, x.shape[2]
+        out = x.new_empty(shape, dtype=torch.float32)
         self.tile(x, out)
         if self.padding is not None:
-            out.masked_fill_(self.padding.view(-1, 1, TILE, 1), 0.0)
+            out.masked_fill_(self.padding.view(-1, 1, self.tile_size, 1), 0.0)
         return out
 
     def untile(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[num_tiles, H, 64, D]`` back to ``[T, H, D]``."""
+        """``[num_tiles, H, tile_size, D]`` back to ``[T, H, D]``."""
         rows = x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
         return rows if self.sources is None else rows.index_select(0, self.places)
 
 
 @lru_cache(maxsize=8)
-def lay_out(lengths: tuple[int, ...], device: torch.device) -> Layout:
+def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> Layout:
     """Every linear layer of a step asks for the same one. O(T)."""
-    counts = [num_tiles(length) for length in lengths]
+    counts = [num_tiles(length, tile_size) for length in lengths]
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
     active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
     step_starts = np.array(running_sum(active)[:-1], dtype=np.int64)
     token_starts = running_sum(lengths)
-    num_places = sum(active) * TILE
+    num_places = sum(active) * tile_size
     places = np.empty(token_starts[-1], dtype=np.int64)
     sources = np.empty(num_places, dtype=np.int64)
     for rank, sequence in enumerate(order):
         steps = np.arange(counts[sequence])
-        at = ((step_starts[steps] + rank)[:, None] * TILE + np.arange(TILE)).flatten()
+        first_places = (step_starts[steps] + rank)[:, None] * tile_size
+        at = (first_places + np.arange(tile_size)).flatten()
         first, end = token_starts[sequence : sequence + 2]
         places[first:end] = at[: end - first]
         # Padding reads a token of its own sequence, whose numbers no other sequence meets.
@@ -81,19 +85,20 @@ def lay_out(lengths: tuple[int, ...], device: torch.device) -> Layout:
         sources=None if is_plain else torch.from_numpy(sources).to(device),
         padding=torch.from_numpy(padding).to(device) if padding.any() else None,
         places=torch.from_numpy(places).to(device),
+        tile_size=tile_size,
     )
 
 
 class Tiles(NamedTuple):
-    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV,
-    ...]``."""
+    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV, ...]``.
+    R: tokens per tile."""
 
-    new_values: torch.Tensor  # U [.., 64, V]
-    reader: torch.Tensor  # W [.., 64, K]
-    query: torch.Tensor  # scale * exp(G) Q [.., 64, K]
-    attention: torch.Tensor  # scale * (Q K^T * D) [.., 64, 64]
-    writer: torch.Tensor  # exp(G_64 - G) K [.., 64, K]
-    decay: torch.Tensor  # exp(G_64) [.., 1, 1], or [.., K, 1] if channels decay on their own
+    new_values: torch.Tensor  # U [.., R, V]
+    reader: torch.Tensor  # W [.., R, K]
+    query: torch.Tensor  # scale * exp(G) Q [.., R, K]
+    attention: torch.Tensor  # scale * (Q K^T * D) [.., R, R]
+    writer: torch.Tensor  # exp(G_R - G) K [.., R, K]
+    decay: torch.Tensor  # exp(G_R) [.., 1, 1], or [.., K, 1] if channels decay on their own
 
 
 def scan(
@@ -140,5 +145,6 @@ def saves_by_tile(packed: Packed, exports: Exports | None) -> dict[tuple[int, in
     saves: dict[tuple[int, int], list[int]] = {}
     if exports is not None:
         for sequence, end, slot in zip(exports.sequences, exports.ends, exports.slots, strict=True):
-            saves.setdefault((sequence, num_tiles(end) - 1), []).append(slot)
+            tile = num_tiles(end, packed.tile_size) - 1
+            saves.setdefault((sequence, tile), []).append(slot)
     return saves

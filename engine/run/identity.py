@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import TILE, EngineConfig
+from engine.config import EngineConfig
 from engine.run.backends import Kernels
 from engine.run.tensor_files import find_files
 
@@ -46,7 +46,7 @@ def identity_of(
         "checkpoint dtype": config.checkpoint_dtype,
         "quantization": config.quantization or "none",
         "multi-token head": str("mtp" in config.drafters),
-        "tile": str(TILE),
+        "tile": str(config.tile_size),
         "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),
         **machine_words(device),
     }

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.config import TILE, EngineConfig
+from engine.config import EngineConfig
 from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.checkpoints import STAGING_BYTES
@@ -103,7 +103,7 @@ class ModelRunner:
         state_bytes = state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
         self.step_state_bytes = self.num_step_states * state_bytes
         """Of the states after each verified token, beside the cache's memory."""
-        most_staged = self.most_step_tokens // TILE + self.max_running_rows
+        most_staged = self.most_step_tokens // config.tile_size + self.max_running_rows
         self._num_staged = max(1, min(most_staged, STAGING_BYTES // max(state_bytes, 1)))
         num_own = 0 if self.checkpoints is None else self._num_staged + self.max_running_rows
         self.own_state_bytes = num_own * state_bytes
@@ -192,6 +192,7 @@ class ModelRunner:
             self._rotary,
             multiple=self.kernels["linear"].ROWS,
             most_verified=self.num_step_states,
+            tile_size=self._config.tile_size,
         )
         self.unit = Unit(self.tensors, keeps)
         parts = self.model, self.tensors, self.table, self._rotary

@@ -34,9 +34,11 @@ class StepInputs:
         *,
         multiple: int,
         most_verified: int,
+        tile_size: int,
     ) -> None:
         self._tensors, self._table, self._rotary = tensors, table, rotary
         self._multiple, self._most_verified = multiple, most_verified
+        self._tile_size = tile_size
         self._device = table.device.device
         self.on_mixed: Callable[[int], None] | None = None
         """Called in steps with prompts in them: see ``LayerInputs``."""
@@ -92,7 +94,8 @@ class StepInputs:
         )
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
-        packed = Packed.from_lengths([len(segment.token_ids) for segment in segments], self._device)
+        lengths = [len(segment.token_ids) for segment in segments]
+        packed = Packed.from_lengths(lengths, self._device, self._tile_size)
         exports = [
             (rank, position - segment.start, slot)
             for rank, segment in enumerate(segments)

@@ -4,8 +4,9 @@
 
 A sequence's keys are the pool rows that its row of the request table lists, in order. A prefill is
 cut on an absolute grid: queries into blocks of 256 positions, each with the keys up to its block's
-end, whatever part of the block is computed now. A prefill that resumes at a multiple of 64
-therefore runs the very same products as one from zero, and ``torch.equal`` holds between them
+end, whatever part of the block is computed now, in whole tiles of 64 positions: what lies before
+the first query in its tile is zero. A prefill that resumes anywhere therefore runs products of the
+same shapes as one from zero, and ``torch.equal`` holds between them
 (measured: float32 and bfloat16, one and two threads, head sizes 40 to 256).
 """
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention.sequences import Sequences
-from kernels.packed import TILE, Packed
+from kernels.packed import Packed
 
+TILE = 64
+"""Positions per tile of queries."""
 BLOCK = 256
 """Positions per block of queries, and the unit of key ranges."""
 
@@ -37,7 +40,7 @@ def prefill_attention(
     Args:
         query: ``[T, HQ, D]``, the packed new tokens; sequence b's are the last
         ``packed.lengths[b]`` of its
-            ``sequences.kv_lens[b]`` tokens, from a multiple of 64 on.
+            ``sequences.kv_lens[b]`` tokens.
         key_pool, value_pool: ``[N, HKV, D]``; HQ is a multiple of HKV.
         table: int32 ``[R, M]``, the request table: KV indices by row and position.
         scale: factor of the scores.
@@ -134,17 +137,19 @@ def _prefill_one(
         key_end = (start // BLOCK + 1) * BLOCK
         num_queries = min(key_end, end) - start
         block, query = query[:num_queries], query[num_queries:]
-        num_padded = -(-num_queries // TILE) * TILE
-        block = F.pad(block, (0, 0, 0, 0, 0, num_padded - num_queries)).transpose(0, 1)
+        lead = start % TILE
+        num_padded = -(-(lead + num_queries) // TILE) * TILE
+        behind = num_padded - lead - num_queries
+        block = F.pad(block, (0, 0, 0, 0, lead, behind)).transpose(0, 1)
         attended = F.scaled_dot_product_attention(
             block[None],
             keys[None, :, :key_end],
             values[None, :, :key_end],
-            attn_mask=_causal_mask(start, num_padded, key_end, query.dtype),
+            attn_mask=_causal_mask(start - lead, num_padded, key_end, query.dtype),
             scale=scale,
             enable_gqa=True,
         )[0]
-        out[:num_queries] = attended[:, :num_queries].transpose(0, 1)
+        out[:num_queries] = attended[:, lead : lead + num_queries].transpose(0, 1)
         out = out[num_queries:]
         start += num_queries
 

@@ -55,12 +55,12 @@ def chunk_gdn(
     gate, beta = gate.float().contiguous(), beta.float().contiguous()
     ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
     out = torch.empty(value.shape, dtype=value.dtype)
-    function(name, "ppppppipppppppiiiiiift")(
+    function(name, "ppppppipppppppiiiiiiift")(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), gate.data_ptr(), beta.data_ptr(),
         states.data_ptr(), states.stride(0), slots.data_ptr(), resumed.data_ptr(),
         packed.cu_seqlens.data_ptr(), ends.data_ptr(), export_slots.data_ptr(),
-        cu_exports.data_ptr(), out.data_ptr(), value.stride(0), len(slots), key.shape[1],
-        value.shape[1], *states.shape[2:], scale or key.shape[-1] ** -0.5,
+        cu_exports.data_ptr(), out.data_ptr(), value.stride(0), packed.tile_size, len(slots),
+        key.shape[1], value.shape[1], *states.shape[2:], scale or key.shape[-1] ** -0.5,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

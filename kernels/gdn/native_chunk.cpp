@@ -1,7 +1,7 @@
 // The gated delta rule tile by tile: see reference.chunk_gdn. With chunk.py's letters, for a tile of
 // a value head, S the state before it:
 //     N = (I + tril(beta K K^T * D, -1))^-1 beta (V - exp(G) (K S))      row after row
-//     O = exp(G) (Q S) + (Q K^T * D) N        S <- exp(G_64) S + K^T (exp(G_64 - G) N)
+//     O = exp(G) (Q S) + (Q K^T * D) N        S <- exp(G_R) S + K^T (exp(G_R - G) N)
 #include "../tile.h"
 
 #ifdef __AVX512F__
@@ -60,19 +60,19 @@ template <class T>
 static void advance(
     const Room& room, const T* value, const float* gate, const float* beta, int64_t rows, T* out,
     float* state, const Sizes& sizes) {
-    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV;
+    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, width = width_of(rows);
     float total[TILE] = {}, opened[TILE], closing[TILE];
     for (int64_t r = 0; r < rows; r++) total[r] = (r ? total[r - 1] : 0.0f) + gate[r * HV];
     float last = total[rows - 1];
-    for (int64_t r = 0; r < TILE; r++) opened[r] = exponential(total[r]);
-    for (int64_t r = 0; r < TILE; r++) closing[r] = exponential(last - total[r]);
+    for (int64_t r = 0; r < width; r++) opened[r] = exponential(total[r]);
+    for (int64_t r = 0; r < width; r++) closing[r] = exponential(last - total[r]);
     for (int64_t r = 0; r < rows; r++) {
         float decay[TILE], step = beta[r * HV];
         const float *qk = room.query_key + r * TILE, *kk = room.key_key + r * TILE;
         float *weights = room.weights + r * TILE, *system = room.system + r * TILE;
-        for (int64_t j = 0; j < TILE; j++) decay[j] = exponential(total[r] - total[j]);
-        for (int64_t j = 0; j < TILE; j++) weights[j] = j <= r ? qk[j] * decay[j] : 0.0f;
-        for (int64_t j = 0; j < TILE; j++) system[j] = j < r ? -step * decay[j] * kk[j] : 0.0f;
+        for (int64_t j = 0; j < width; j++) decay[j] = exponential(total[r] - total[j]);
+        for (int64_t j = 0; j < width; j++) weights[j] = j <= r ? qk[j] * decay[j] : 0.0f;
+        for (int64_t j = 0; j < width; j++) system[j] = j < r ? -step * decay[j] * kk[j] : 0.0f;
     }
     multiply(rows, {room.key, K}, {state, V}, V, K, room.news, V, 0.0f);
     multiply(rows, {room.query, K}, {state, V}, V, K, room.read, V, 0.0f);
@@ -123,10 +123,11 @@ static void chunk(
         const T* query, const T* key, const T* value, const float* gate, const float* beta,      \
         S* states, int64_t slot_stride, const int32_t* slots, const bool* resumed,               \
         const int32_t* cu_seqlens, const int32_t* ends, const int32_t* export_slots,             \
-        const int32_t* cu_exports, T* out, int64_t stride, int64_t sequences, int64_t H,         \
-        int64_t HV, int64_t K, int64_t V, float scale, int threads) {                            \
+        const int32_t* cu_exports, T* out, int64_t stride, int64_t tile_size,                    \
+        int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V, float scale,             \
+        int threads) {                                                                           \
         Walk<S> walk = {states, slot_stride, K * V, slots, cu_seqlens, ends, export_slots,       \
-                        cu_exports, resumed};                                                    \
+                        cu_exports, resumed, tile_size};                                         \
         chunk(query, key, value, gate, beta, walk, out, sequences, {stride, H, HV, K, V, scale}, \
               threads);                                                                          \
     }

@@ -6,12 +6,12 @@ and step size beta::
     S_t = a_t S_{t-1} + k_t (beta_t (v_t - k_t^T a_t S_{t-1}))^T          o_t = scale * q_t^T S_t
 
 `decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts
-from matrix products over tiles of 64 tokens counted from each sequence's start. With G the running
-sum of the gate inside a tile and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
+from matrix products over tiles of R tokens (``packed.tile_size``) counted from each sequence's
+start. With G the running sum of the gate inside a tile and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
 
     (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]           within each tile: no
     state needed N = U - W S            O = scale ((Q exp(G)) S + (Q K^T * D) N)        with the
-    state S before the tile S <- exp(G_64) S + (K exp(G_64 - G))^T N
+    state S before the tile S <- exp(G_R) S + (K exp(G_R - G))^T N
     and on to the next tile
 
 All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import TILE, Exports, Packed, running_sum
+from kernels.packed import Exports, Packed, running_sum
 from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6
@@ -89,7 +89,7 @@ def chunk_gdn(
 
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    layout = lay_out(packed.lengths, query.device)
+    layout = lay_out(packed.lengths, packed.tile_size, query.device)
     if not layout.active:
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
@@ -109,25 +109,25 @@ def _solve_tiles(
 ) -> Tiles:
     """Padding has beta 0 and gate 0: it changes no state, and its rows are dropped. Its other
     entries are unspecified."""
-    count, heads, key_dim = layout.num_tiles, key.shape[1], key.shape[2]
+    count, size, heads, key_dim = layout.num_tiles, layout.tile_size, *key.shape[1:]
     value_heads, value_dim = value.shape[1], value.shape[2]
     grouped = (count, heads, value_heads // heads)
-    queries_keys = value.new_empty(count, heads, 2 * TILE, key_dim, dtype=torch.float32)
-    query = _normalise(layout.tile(query, queries_keys[:, :, :TILE]), scale)[:, :, None]
-    key = _normalise(layout.tile(key, queries_keys[:, :, TILE:]), 1.0)
-    products = (queries_keys @ key.mT)[:, :, None]  # [N, H, 1, 128, 64]
+    queries_keys = value.new_empty(count, heads, 2 * size, key_dim, dtype=torch.float32)
+    query = _normalise(layout.tile(query, queries_keys[:, :, :size]), scale)[:, :, None]
+    key = _normalise(layout.tile(key, queries_keys[:, :, size:]), 1.0)
+    products = (queries_keys @ key.mT)[:, :, None]  # [N, H, 1, 2 R, R]
     key = key[:, :, None]
-    beta = layout.tile_factor(beta).view(*grouped, TILE, 1)
-    total = layout.tile_factor(gate).cumsum(dim=2).view(*grouped, TILE, 1)  # G
+    beta = layout.tile_factor(beta).view(*grouped, size, 1)
+    total = layout.tile_factor(gate).cumsum(dim=2).view(*grouped, size, 1)  # G
     opened, closing = total.exp(), total[..., -1:, :]
 
-    future = torch.ones(TILE, TILE, dtype=torch.bool, device=key.device).triu(1)
+    future = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
     pairwise = (total - total.mT).masked_fill_(future, -torch.inf).exp_()  # D
-    attention = products[..., :TILE, :] * pairwise
-    system = pairwise.mul_(beta).mul_(products[..., TILE:, :])
-    right = value.new_empty(count, value_heads, TILE, value_dim + key_dim, dtype=torch.float32)
+    attention = products[..., :size, :] * pairwise
+    system = pairwise.mul_(beta).mul_(products[..., size:, :])
+    right = value.new_empty(count, value_heads, size, value_dim + key_dim, dtype=torch.float32)
     layout.tile(value, right[..., :value_dim]).mul_(beta.flatten(1, 2))
-    torch.mul(key, opened * beta, out=right.view(*grouped, TILE, -1)[..., value_dim:])
+    torch.mul(key, opened * beta, out=right.view(*grouped, size, -1)[..., value_dim:])
     solved = torch.linalg.solve_triangular(
         system.flatten(1, 2), right, upper=False, unitriangular=True
     ).flatten(0, 1)

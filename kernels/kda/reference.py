@@ -8,17 +8,17 @@ in ``[0, 1]^K`` and step size beta::
     o_t = scale * q_t^T S_t
 
 `decode_kda` is that recurrence. `chunk_kda` computes the same for whole prompts from matrix
-products over tiles of 64 tokens counted from each sequence's start. With ``F_i`` the product of a
-tile's decays up to token i, ``B_i`` that of the decays behind token i, and ``<x, y>_ij`` the sum
+products over tiles of R tokens (``packed.tile_size``) counted from each sequence's start. With
+``F_i`` the product of a tile's decays up to token i, ``B_i`` that of the decays behind token i, and ``<x, y>_ij`` the sum
 over channels of ``x_i y_j`` times the decays of the tokens behind j up to i, for ``j <= i``::
 
     (I + tril(beta <K, K>, -1)) [U | W] = beta [V | F K]       within each tile: no state needed
     N = U - W S            O = scale ((F Q) S + <Q, K> N)      with the state S before the tile
-    S <- F_64 S + (B K)^T N                                    and on to the next tile
+    S <- F_R S + (B K)^T N                                     and on to the next tile
 
 ``<Q, K>`` is no product of two matrices: written as one of ``exp(G_i) q_i`` and ``exp(-G_j) k_j``
-with the running sum G of the gate, its right factor would overflow. So it is built in six levels:
-of two neighbouring blocks of s tokens, s = 1, 2, ... 32, the later one's rows are multiplied by the
+with the running sum G of the gate, its right factor would overflow. So it is built in log2(R) levels:
+of two neighbouring blocks of s tokens, s = 1, 2, ... R / 2, the later one's rows are multiplied by the
 decays since its start and the earlier one's by those to its end. All factors are products of
 decays, none above 1; F and B double their reach from level to level, so that the only exponentials
 are the decays themselves, and the only error of a product of n decays is that of log2(n) roundings.
@@ -36,12 +36,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6
 GROUP = 2**18
-"""Numbers of a factor ``[.., 64, K]`` that are worked on at a time: they stay in the processor's
+"""Numbers of a factor ``[.., R, K]`` that are worked on at a time: they stay in the processor's
 cache."""
 LARGE_STATE = 2**15
 """Numbers from which a state is decoded where it is, as in `kernels.gdn.reference`."""
@@ -88,7 +88,7 @@ def chunk_kda(
 
     Returns ``[T, H, V]`` in value's dtype.
     """
-    layout = lay_out(packed.lengths, query.device)
+    layout = lay_out(packed.lengths, packed.tile_size, query.device)
     if not layout.active:
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
@@ -109,7 +109,8 @@ def _solve_tiles(
     """Padding has beta 0 and decay 1: it changes no state, and its rows are dropped. Its other
     entries are unspecified."""
     heads, key_dim, value_dim = *key.shape[1:], value.shape[2]
-    shape = (layout.num_tiles, heads, TILE)
+    tile_size = layout.tile_size
+    shape = (layout.num_tiles, heads, tile_size)
     query = _normalise(layout.tile(query, _new(query, *shape, key_dim)), scale).flatten(0, 1)
     key = _normalise(layout.tile(key, _new(key, *shape, key_dim)), 1.0).flatten(0, 1)
     decay = layout.tile_factor(gate).exp_().flatten(0, 1)
@@ -117,10 +118,10 @@ def _solve_tiles(
     right = _new(value, *shape, value_dim + key_dim)
     layout.tile(value, right[..., :value_dim])
     right = right.flatten(0, 1)
-    attention, system = torch.zeros(2, len(key), TILE, TILE, device=key.device)
+    attention, system = torch.zeros(2, len(key), tile_size, tile_size, device=key.device)
     last = _new(key, len(key), key_dim, 1)
 
-    group = max(GROUP // (TILE * key_dim), 1)
+    group = max(GROUP // (tile_size * key_dim), 1)
     for first in range(0, len(key), group):
         part = slice(first, first + group)
         opened, closing = decay[part], torch.ones_like(decay[part])
@@ -151,14 +152,14 @@ def _multiply_pairs(
     system: torch.Tensor,
 ) -> None:
     """``<Q, K>`` into ``attention`` and, below its diagonal, ``<K, K>`` into ``system``, both ``[N,
-    64, 64]`` and zero before. ``opened`` are the decays and becomes F; ``closing`` is one and
-    becomes B: all ``[N, 64, K]``.
+    R, R]`` and zero before. ``opened`` are the decays and becomes F; ``closing`` is one and
+    becomes B: all ``[N, R, K]``.
     """
-    count, _, key_dim = key.shape
+    count, tile_size, key_dim = key.shape
     attention.diagonal(dim1=1, dim2=2).copy_((query * key).sum(dim=-1))
     size = 1
-    while size < TILE:
-        pairs = TILE // (2 * size)
+    while size < tile_size:
+        pairs = tile_size // (2 * size)
         halves = (count, pairs, 2, size, key_dim)
         q, k, f, b = (x.view(halves) for x in (query, key, opened, closing))
         later = _new(key, *halves)
@@ -168,9 +169,9 @@ def _multiply_pairs(
         products = torch.bmm(later.view(-1, 2 * size, key_dim), earlier.flatten(0, 1).mT)
         products = products.view(count, pairs, 2, size, size)
         # Below the diagonal of every block of 2 size rows, its lower left quarter.
-        where = (count, pairs, size, size), (TILE * TILE, 2 * size * (TILE + 1), TILE, 1)
+        where = (count, pairs, size, size), (tile_size**2, 2 * size * (tile_size + 1), tile_size, 1)
         for i, matrix in enumerate((attention, system)):
-            offset = matrix.storage_offset() + size * TILE
+            offset = matrix.storage_offset() + size * tile_size
             matrix.as_strided(*where, offset).copy_(products[:, :, i])
         since, until = f[:, :, 0, -1:].clone(), f[:, :, 1, -1:].clone()
         f[:, :, 1].mul_(since)

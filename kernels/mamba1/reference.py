@@ -8,7 +8,7 @@ inputs x per channel, B and C shared by all channels, A ``[K, V]`` negative::
 Every entry of S has a decay of its own, so there is no form of matrix products. Decays and inputs
 of some rows are computed at once, and the rows then follow each other in two elementwise operations
 each, all sequences abreast: a token has the same bits in a prompt and in decoding, alone and in
-company. The state is rounded to its pool's dtype after every tile of 64 tokens, in decoding after
+company. The state is rounded to its pool's dtype after every tile of tokens, in decoding after
 every token.
 
 Source: Mamba (arXiv 2312.00752), section 3.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.tiles import lay_out, saves_by_tile
 
 BLOCK = 2**19
@@ -58,7 +58,7 @@ def chunk_mamba1(
 
     Returns ``[T, V]`` in x's dtype. O(T K V).
     """
-    layout = lay_out(packed.lengths, x.device)
+    layout = lay_out(packed.lengths, packed.tile_size, x.device)
     if not layout.active:
         return torch.empty_like(x)
     order = [b for b in layout.order if packed.lengths[b]]
@@ -67,7 +67,7 @@ def chunk_mamba1(
     carried[~resumed[order]] = 0.0
     saves = saves_by_tile(packed, exports)
 
-    # [num_tiles, 64, V or K]; padding has step 0: it changes no state
+    # [num_tiles, tile_size, V or K]; padding has step 0: it changes no state
     inputs = [layout.tile_factor(part[:, None])[:, 0] for part in (x, B, C, step)]
     out = torch.empty_like(inputs[0])
     first = 0
@@ -76,7 +76,7 @@ def chunk_mamba1(
         first += num_active
         state = carried[:num_active]
         num_rows = max(BLOCK // state.numel(), 1)
-        for begin in range(0, TILE, num_rows):
+        for begin in range(0, packed.tile_size, num_rows):
             rows = slice(begin, begin + num_rows)
             out[tiles, rows] = _advance(state, *(part[tiles, rows] for part in inputs), A)
         if states.dtype != torch.float32:

@@ -56,12 +56,12 @@ def chunk_mamba2(
     gate, step, D = (part.float().contiguous() for part in (gate, step, D))
     ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
     out = torch.empty(x.shape, dtype=x.dtype)
-    function(name, "pppppppipppppppiiiiiit")(
+    function(name, "pppppppipppppppiiiiiiit")(
         x.data_ptr(), B.data_ptr(), C.data_ptr(), gate.data_ptr(), step.data_ptr(), D.data_ptr(),
         states.data_ptr(), states.stride(0), slots.data_ptr(), resumed.data_ptr(),
         packed.cu_seqlens.data_ptr(), ends.data_ptr(), export_slots.data_ptr(),
-        cu_exports.data_ptr(), out.data_ptr(), x.stride(0), len(slots), B.shape[1],
-        *states.shape[1:], torch.get_num_threads(),
+        cu_exports.data_ptr(), out.data_ptr(), x.stride(0), packed.tile_size, len(slots),
+        B.shape[1], *states.shape[1:], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -1,5 +1,5 @@
 // Mamba-2 tile by tile: see reference.chunk_mamba2. For a tile of a head, S the state before it:
-//     O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)        S <- exp(G_64) S + B^T (dt exp(G_64 - G) X)
+//     O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)        S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 #include "../tile.h"
 
 #ifdef __AVX512F__
@@ -33,20 +33,20 @@ template <class T>
 static void advance(
     const Room& room, const T* x, const float* gate, const float* step, float D, int64_t rows,
     T* out, float* state, const Sizes& sizes) {
-    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV;
+    int64_t K = sizes.K, V = sizes.V, HV = sizes.HV, width = width_of(rows);
     float total[TILE] = {}, steps[TILE] = {}, opened[TILE], closing[TILE];
     for (int64_t r = 0; r < rows; r++) {
         total[r] = (r ? total[r - 1] : 0.0f) + gate[r * HV];
         steps[r] = step[r * HV];
     }
     float last = total[rows - 1];
-    for (int64_t r = 0; r < TILE; r++) opened[r] = exponential(total[r]);
-    for (int64_t r = 0; r < TILE; r++) closing[r] = exponential(last - total[r]) * steps[r];
+    for (int64_t r = 0; r < width; r++) opened[r] = exponential(total[r]);
+    for (int64_t r = 0; r < width; r++) closing[r] = exponential(last - total[r]) * steps[r];
     multiply_with_earlier(rows, room.C, room.B_columns, K, room.products);
     for (int64_t r = 0; r < rows; r++) {
         float decay[TILE], *weights = room.products + r * TILE;
-        for (int64_t j = 0; j < TILE; j++) decay[j] = exponential(total[r] - total[j]) * steps[j];
-        for (int64_t j = 0; j < TILE; j++) weights[j] = j <= r ? weights[j] * decay[j] : 0.0f;
+        for (int64_t j = 0; j < width; j++) decay[j] = exponential(total[r] - total[j]) * steps[j];
+        for (int64_t j = 0; j < width; j++) weights[j] = j <= r ? weights[j] * decay[j] : 0.0f;
         weights[r] += D;
     }
     widen_rows(x, sizes.stride, rows, V, room.x);
@@ -93,10 +93,10 @@ static void chunk(
         const T* x, const T* B, const T* C, const float* gate, const float* step, const float* D, \
         S* states, int64_t slot_stride, const int32_t* slots, const bool* resumed,                \
         const int32_t* cu_seqlens, const int32_t* ends, const int32_t* export_slots,              \
-        const int32_t* cu_exports, T* out, int64_t stride, int64_t sequences, int64_t H,          \
-        int64_t HV, int64_t K, int64_t V, int threads) {                                          \
+        const int32_t* cu_exports, T* out, int64_t stride, int64_t tile_size,                     \
+        int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V, int threads) {            \
         Walk<S> walk = {states, slot_stride, K * V, slots, cu_seqlens, ends, export_slots,        \
-                        cu_exports, resumed};                                                     \
+                        cu_exports, resumed, tile_size};                                          \
         chunk(x, B, C, gate, step, D, walk, out, sequences, {stride, H, HV, K, V}, threads);      \
     }
 

@@ -6,12 +6,13 @@ exp(gate)`` and time step ``dt``, inputs x and D per head, B and C shared by the
     S_t = a_t S_{t-1} + B_t (dt_t x_t)^T                    o_t = S_t^T C_t + D x_t
 
 `decode_mamba2` is that recurrence. `chunk_mamba2` computes the same for whole prompts from matrix
-products over tiles of 64 tokens counted from each sequence's start: the state space dual. With G
+products over tiles of R tokens (``packed.tile_size``) counted from each sequence's start: the state
+space dual. With G
 the running sum of the gate inside a tile, ``L[i, j] = exp(G_i - G_j)`` for ``j <= i`` and S the
 state before the tile::
 
     O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)
-    S <- exp(G_64) S + B^T (dt exp(G_64 - G) X)
+    S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
 All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it
 stays in registers, and every product has a shape of its own tile and head alone: so a resumed run
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.tiles import Layout, lay_out, saves_by_tile
 
 NO_LIMITS = (0.0, float("inf"))
@@ -84,7 +85,7 @@ def chunk_mamba2(
 
     Returns ``[T, HV, V]`` in x's dtype.
     """
-    layout = lay_out(packed.lengths, x.device)
+    layout = lay_out(packed.lengths, packed.tile_size, x.device)
     if not layout.active:
         return torch.empty_like(x)
     order = [b for b in layout.order if packed.lengths[b]]
@@ -119,7 +120,7 @@ def chunk_mamba2(
 
 
 class _Inputs(NamedTuple):
-    """Tokens by tile and head, float32: ``[N, HV or H, 64, ...]``. Padding has gate 0 and step 0:
+    """Tokens by tile and head, float32: ``[N, HV or H, R, ...]``. Padding has gate 0 and step 0:
     it changes no state, and its rows are dropped."""
 
     x: torch.Tensor  # [.., V]
@@ -141,7 +142,7 @@ def _tile(
     layout: Layout,
 ) -> _Inputs:
     def tiled(x: torch.Tensor) -> torch.Tensor:
-        shape = layout.num_tiles, x.shape[1], TILE, x.shape[2]
+        shape = layout.num_tiles, x.shape[1], layout.tile_size, x.shape[2]
         return layout.tile(x, x.new_empty(shape, dtype=torch.float32))
 
     return _Inputs(tiled(x), tiled(B), tiled(C), layout.tile_factor(gate), layout.tile_factor(step))
@@ -149,7 +150,7 @@ def _tile(
 
 def _blocks(layout: Layout, heads: int) -> Iterator[tuple[slice, list[int]]]:
     """Steps of the scan that are worked on together, and their tiles."""
-    room = max(BLOCK // (heads * TILE * TILE), 1)
+    room = max(BLOCK // (heads * layout.tile_size**2), 1)
     steps: list[int] = []
     first = end = 0
     for number, count in enumerate(layout.active):
@@ -164,21 +165,21 @@ def _blocks(layout: Layout, heads: int) -> Iterator[tuple[slice, list[int]]]:
 class _Tiles(NamedTuple):
     """What each of N tiles needs no state for, head by head: ``[N * HV, ...]``."""
 
-    attention: torch.Tensor  # (C B^T * L) diag(dt) + D I [.., 64, 64]
-    reader: torch.Tensor  # C exp(G) [.., 64, K]
-    writer: torch.Tensor  # B dt exp(G_64 - G) [.., 64, K]
-    decay: torch.Tensor  # exp(G_64) [.., 1, 1]
+    attention: torch.Tensor  # (C B^T * L) diag(dt) + D I [.., R, R]
+    reader: torch.Tensor  # C exp(G) [.., R, K]
+    writer: torch.Tensor  # B dt exp(G_R - G) [.., R, K]
+    decay: torch.Tensor  # exp(G_R) [.., 1, 1]
 
 
 def _weigh(inputs: _Inputs, D: torch.Tensor) -> _Tiles:
-    count, heads = inputs.B.shape[:2]
+    count, heads, size = inputs.B.shape[:3]
     group = inputs.x.shape[1] // heads
     B, C = inputs.B[:, :, None], inputs.C[:, :, None]
-    grouped = (count, heads, group, TILE, 1)
+    grouped = (count, heads, group, size, 1)
     step, total = inputs.step.view(grouped), inputs.gate.cumsum(dim=2).view(grouped)  # G
     closing = total[..., -1:, :]
 
-    future = torch.ones(TILE, TILE, dtype=torch.bool, device=total.device).triu(1)
+    future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
     attention = (total - total.mT).masked_fill_(future, -torch.inf).exp_()  # L
     attention.mul_(step.mT).mul_((inputs.C @ inputs.B.mT)[:, :, None])
     attention.diagonal(dim1=-2, dim2=-1).add_(D.float().view(heads, group, 1))

@@ -46,7 +46,7 @@ def prefill_mla(
 
     Args:
         query: ``[T, H, R + P]``, the packed new tokens; sequence b's are the last
-        ``packed.lengths[b]`` of its ``sequences.kv_lens[b]`` tokens, from a multiple of 64 on.
+        ``packed.lengths[b]`` of its ``sequences.kv_lens[b]`` tokens.
         pool: ``[N, R + P]``, of which the first ``rank`` = R are the latent.
         table: int32 ``[S, M]``, the request table: rows of the pool by request and position.
         scale: factor of the scores.
