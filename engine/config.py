@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar
 from hybridcache.geometry.checkpoints import CheckpointFormat
 
 TILE = 64
-"""Tokens per tile of every kernel, and the unit in which steps cut prompts."""
+"""Tokens per tile of every kernel, unless the grid is finer: prefill chunks end on absolute
+multiples of it."""
 SMALL_TILES = (16, 32)
-"""Smaller ones, which the kernels of recurrent states have too: checkpoints may then lie on absolute
-multiples of these."""
+"""Smaller ones that the kernels can be run with, so that checkpoints may lie on multiples of
+them."""
 
 MAX_SCORED = 1024
 """Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
@@ -78,8 +79,8 @@ class EngineConfig:
     state_dtype: Literal["float32", "bfloat16"] = _setting(
         "float32",
         "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens "
-        "(or --grid, if that is less) of a prompt, every token of an answer; 8 bits are for checkpoints only "
-        "(--checkpoint-dtype), since errors of a running state add up",
+        "(or --grid, if that is less) of a prompt, every token of an answer; 8 bits are for "
+        "checkpoints only (--checkpoint-dtype), since errors of a running state add up",
     )
     checkpoint_dtype: str = _setting(
         "auto",
@@ -127,8 +128,8 @@ class EngineConfig:
     )
     grid: int = _setting(
         TILE,
-        "checkpoint positions are multiples of it, tokens: a multiple of 64, or, for short prompts, "
-        "32 or 16, with smaller tiles in the kernels",
+        "checkpoint positions are multiples of it, tokens: a multiple of 64, or, for short "
+        "prompts, 32 or 16, with kernels that compute as few at a time",
     )
     page_size: int = _setting(1, "KV allocation unit, tokens")
     exact: bool = _setting(

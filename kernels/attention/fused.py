@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.sequences import Sequences
-from kernels.packed import TILE, Packed, running_sum
+from kernels.packed import Packed, running_sum
 from kernels.strides import row_stride
 from kernels.target import has_roomy_memory, pipeline_stages
 from kernels.tuning import tuned
@@ -39,7 +39,6 @@ COMBINED = 32
 COMBINE_STAGES = tl.constexpr(2)
 
 LOG2_E = 1.4426950408889634
-PACKED_TILE = tl.constexpr(TILE)
 
 
 @triton.jit
@@ -100,6 +99,7 @@ def prefill_attention_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
+    TILE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -108,13 +108,13 @@ def prefill_attention_kernel(
     BM: tl.constexpr = BT * HEADS
     # The last tiles of a sequence see the most keys: start with them.
     i_part = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts: tl.constexpr = PACKED_TILE // BT
+    parts: tl.constexpr = TILE // BT
     i_tile = i_part // parts
     i_h = tl.program_id(1) * HEADS
     i_b = tl.load(packed.tile_sequences + i_tile)
     bos, eos = tl.load(packed.cu_seqlens + i_b), tl.load(packed.cu_seqlens + i_b + 1)
     kv_len = tl.load(kv_lens + i_b)
-    first = (i_tile - tl.load(packed.cu_tiles + i_b)) * PACKED_TILE + i_part % parts * BT
+    first = (i_tile - tl.load(packed.cu_tiles + i_b)) * TILE + i_part % parts * BT
     o_row = tl.arange(0, BM)
     o_q = first + o_row % BT  # tokens from the sequence's first new one
     o_h = i_h + o_row // BT
@@ -302,7 +302,7 @@ def prefill_attention(
     ``reference.prefill_attention``.
 
     Bit-identical for a token whatever part of its sequence is computed with it, if that part starts
-    at a multiple of 64.
+    at a multiple of ``packed.tile_size``.
     """
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -311,13 +311,13 @@ def prefill_attention(
     exact = query.dtype == torch.float32
     fits = size <= 128 or has_roomy_memory()
     heads = 2 if group % 2 == 0 and not exact and fits else 1
-    tokens = TILE // 2 if exact else TILE
+    tokens = min(32 if exact else 64, packed.tile_size)
     launch = {
         "num_warps": 8 if heads == 2 or (exact and size > 128) else 4,
         "num_stages": pipeline_stages(PREFILL_STAGES),
     }
     launch |= tuned("attention.prefill_attention_kernel", query.dtype, size, group)
-    num_parts = len(packed.tile_sequences) * (TILE // tokens)
+    num_parts = len(packed.tile_sequences) * (packed.tile_size // tokens)
     if num_parts:
         prefill_attention_kernel[(num_parts, num_heads // heads)](
             query,
@@ -335,6 +335,7 @@ def prefill_attention(
             G=group,
             D=size,
             HEADS=heads,
+            TILE=packed.tile_size,
             BT=tokens,
             **tile_config(size, query.dtype),
             **launch,

@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 
 from kernels.conv1d.reference import check_window
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
-
-BT = tl.constexpr(TILE)
 
 
 @triton.jit
@@ -70,6 +68,7 @@ def prefill_kernel(
     C: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
+    BT: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Program (i_c, i_tile): BC channels of one tile, and the windows that end in it."""
@@ -208,6 +207,7 @@ def prefill_conv1d(
         C=num_channels,
         W=width,
         SILU=silu,
+        BT=packed.tile_size,
         **config,
     )
     return out

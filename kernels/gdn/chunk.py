@@ -7,13 +7,13 @@ and step sizes move out of the operands and the scan reads q, k and v as they ca
 
     T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)            P = scale (Q K^T * D)
     `solve_kernel`, no state needed N = T (V - exp(G) (K S))    O = scale exp(G) (Q S) + P N
-    `scan_kernel`, tile after tile S <- exp(G_64) S + K^T (exp(G_64 - G) N)
+    `scan_kernel`, tile after tile S <- exp(G_R) S + K^T (exp(G_R - G) N)
 
-Between the two kernels pass two 64 x 64 matrices and four vectors per tile and head, in place of W,
-U, the new values and the state before every tile: at K = V = 128 in bfloat16, 17 KiB written where
-80 KiB would be, and no state buffer that grows with the prompt. The read-out rides along in the
-scan for the same reason. A state asked for at a tile's end is stored from the registers that hold
-it anyway.
+Between the two kernels pass two R x R matrices and four vectors per tile of R tokens and head, in
+place of W, U, the new values and the state before every tile: at R = 64 and K = V = 128 in
+bfloat16, 17 KiB written where 80 KiB would be, and no state buffer that grows with the prompt. The
+read-out rides along in the scan for the same reason. A state asked for at a tile's end is stored
+from the registers that hold it anyway.
 
 Precision: 16-bit operands multiply in their own type (in the solve, in float16) and accumulate in
 float32; float32 operands multiply in float32, never in tf32. The state and everything elementwise
@@ -28,13 +28,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.strides import row_stride, rows_contiguous
 from kernels.target import has_roomy_memory, max_recurrence_warps
 from kernels.tuning import tuned
-
-BT = tl.constexpr(TILE)
-LOG_BT = tl.constexpr(TILE.bit_length() - 1)
 
 
 @triton.jit
@@ -53,6 +50,7 @@ def solve_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     HEADS: tl.constexpr,
+    LOG_BT: tl.constexpr,
     BK: tl.constexpr,
     SOLVE_TYPE: tl.constexpr,
 ):
@@ -60,6 +58,7 @@ def solve_kernel(
     ``[N, HV, 2, BT, BT]``, and into ``p_vectors`` ``[N, HV, 4, BT]`` what scales the rows of K S,
     of Q S, of N, and the state. Q K^T and K K^T are theirs in common.
     """
+    BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i_key = i_first // (HV // H)
     i_sequence = tl.load(packed.tile_sequences + i_tile)
@@ -105,21 +104,21 @@ def solve_kernel(
         b_gate = tl.load(p_gate + o_token * HV + i_head, mask=m_token, other=0.0).to(tl.float32)
         b_beta = tl.load(p_beta + o_token * HV + i_head, mask=m_token, other=0.0).to(tl.float32)
         b_system = b_kk * pairwise_decay(tl.cumsum(b_gate, axis=0)) * b_k_norm
-        b_inverse = invert_unit_lower(b_system * (b_beta * b_k_norm)[:, None], SOLVE_TYPE)
+        b_inverse = invert_unit_lower(b_system * (b_beta * b_k_norm)[:, None], LOG_BT, SOLVE_TYPE)
         p_matrix = p_matrices + (i_tile * HV + i_head) * 2 * BT * BT + o_t[:, None] * BT + o_t
         tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
 
 
 @triton.jit
 def pairwise_decay(b_gate):
-    """D ``[BT, BT]`` from the running sum of the gate."""
-    o_t = tl.arange(0, BT)
+    """D ``[BT, BT]`` from the running sum ``[BT]`` of the gate."""
+    o_t = tl.arange(0, b_gate.shape[0])
     b_between = b_gate[:, None] - b_gate[None, :]
     return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_between, float("-inf")))
 
 
 @triton.jit
-def invert_unit_lower(b_a, SOLVE_TYPE: tl.constexpr):
+def invert_unit_lower(b_a, LOG_BT: tl.constexpr, SOLVE_TYPE: tl.constexpr):
     """``(I + tril(A, -1))^-1`` of a ``[BT, BT]``: the inverses of blocks of s rows give those of 2
     s rows, up from s = 1.
 
@@ -129,7 +128,7 @@ def invert_unit_lower(b_a, SOLVE_TYPE: tl.constexpr):
     Unit keys and beta <= 1 keep all entries within [-1, 1], where float16 has the 11 significant
     bits of tf32 at half the size.
     """
-    o_t = tl.arange(0, BT)
+    o_t = tl.arange(0, b_a.shape[0])
     o_i, o_j = o_t[:, None], o_t[None, :]
     b_d = tl.where(o_i == o_j, 1.0, 0.0)
     b_d -= tl.where((o_i // 2 == o_j // 2) & (o_i > o_j), b_a, 0.0)
@@ -160,6 +159,7 @@ def scan_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -259,11 +259,12 @@ def chunk_gdn(
     num_heads, key_dim = key.shape[1:]
     num_value_heads, value_dim = value.shape[1:]
     num_tiles, num_sequences = len(packed.tile_sequences), len(packed.lengths)
+    tile_size = packed.tile_size
     out = value.new_empty(value.shape)
     if not num_tiles:
         return out
-    matrices = value.new_empty(num_tiles, num_value_heads, 2, TILE, TILE)
-    vectors = gate.new_empty(num_tiles, num_value_heads, 4, TILE, dtype=torch.float32)
+    matrices = value.new_empty(num_tiles, num_value_heads, 2, tile_size, tile_size)
+    vectors = gate.new_empty(num_tiles, num_value_heads, 4, tile_size, dtype=torch.float32)
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
     # One system after another takes half as many registers again: where there are few, each alone.
@@ -290,6 +291,7 @@ def chunk_gdn(
         H=num_heads,
         HV=num_value_heads,
         K=key_dim,
+        LOG_BT=tile_size.bit_length() - 1,
         BK=min(block_k, 32 if exact else 64),
         SOLVE_TYPE=tl.float32 if exact else tl.float16,
         **solving,
@@ -311,6 +313,7 @@ def chunk_gdn(
         HV=num_value_heads,
         K=key_dim,
         V=value_dim,
+        BT=tile_size,
         BK=block_k,
         **scanning,
     )

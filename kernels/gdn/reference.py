@@ -7,7 +7,8 @@ and step size beta::
 
 `decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts
 from matrix products over tiles of R tokens (``packed.tile_size``) counted from each sequence's
-start. With G the running sum of the gate inside a tile and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
+start. With G the running sum of the gate inside a tile and ``D[i, j] = exp(G_i - G_j)`` for ``j <=
+i``::
 
     (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]           within each tile: no
     state needed N = U - W S            O = scale ((Q exp(G)) S + (Q K^T * D) N)        with the

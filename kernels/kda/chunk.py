@@ -8,13 +8,13 @@ decays up to a token and behind it, and ``<x, y>`` as in `kernels.kda.reference`
     T = (I + tril(beta <K, K>, -1))^-1 diag(beta)       P = <scale Q, K>
     `solve_kernel`, no state needed; F K, F scale Q and B K are written for the scan to read
     N = T (V - (F K) S)         O = (F scale Q) S + P N
-    `scan_kernel`, tile after tile S <- F_64 S + (B K)^T N
+    `scan_kernel`, tile after tile S <- F_R S + (B K)^T N
 
-``<x, y>`` is summed over six levels: level s multiplies, for every two neighbouring blocks of s
-tokens, the later one's rows and the earlier one's, each with the decays between it and the border.
-All factors are products of decays, at most 1; what underflows is nought in truth. A level is one
-product of a whole tile, of which only those blocks are kept: the tensor cores do six times the work
-of one product, and no row is multiplied by hand.
+``<x, y>`` is summed over log2(R) levels, R the tokens of a tile: level s multiplies, for every two
+neighbouring blocks of s tokens, the later one's rows and the earlier one's, each with the decays
+between it and the border. All factors are products of decays, at most 1; what underflows is nought
+in truth. A level is one product of a whole tile, of which only those blocks are kept: the tensor
+cores do so many times the work of one product, and no row is multiplied by hand.
 
 Precision: unit vectors times decays are at most 1, so in 16 bits pairs multiply in float16, with 11
 significant bits; what the scan reads is rounded to the type of the values. float32 operands
@@ -28,12 +28,9 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.chunk import invert_unit_lower
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.strides import row_stride, rows_contiguous
 from kernels.target import has_roomy_memory, max_recurrence_warps
-
-BT = tl.constexpr(TILE)
-LEVELS = tl.constexpr(TILE.bit_length() - 1)
 
 
 @triton.jit
@@ -57,12 +54,14 @@ def solve_kernel(
     scale,
     H: tl.constexpr,
     K: tl.constexpr,
+    LOG_BT: tl.constexpr,
     BK: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):
     """Program (i_tile, i_head): T and P into ``p_matrices`` ``[N, H, 2, BT, BT]``; F K, F scale Q
-    and B K into ``p_factors`` ``[N, H, 3, BT, K]``; F_64 into ``p_decay`` ``[N, H, K]``.
+    and B K into ``p_factors`` ``[N, H, 3, BT, K]``; F_R into ``p_decay`` ``[N, H, K]``.
     """
+    BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_sequence = tl.load(packed.tile_sequences + i_tile)
     first = tl.load(packed.cu_seqlens + i_sequence)
@@ -103,7 +102,7 @@ def solve_kernel(
         b_since = tl.exp(tl.load(p_gate + o_k, mask=mask, other=0.0))
         b_until = tl.full([BT, BK], 1.0, dtype=tl.float32)
         size = 1
-        for _ in range(LEVELS):
+        for _ in range(LOG_BT):
             b_earlier = tl.trans((b_k * b_until).to(DOT_TYPE))
             # Of a pair of blocks the later one's row and the earlier one's column.
             of_pair = (o_i > o_j) & ((o_i ^ o_j) >= size) & ((o_i ^ o_j) < 2 * size)
@@ -126,7 +125,7 @@ def solve_kernel(
     p_matrix = p_matrices + i_out * 2 * BT * BT + o_i * BT + o_j
     tl.store(p_matrix + BT * BT, b_attention.to(p_matrices.dtype.element_ty))
     b_beta = tl.load(p_beta + o_token * H + i_head, mask=m_token, other=0.0).to(tl.float32)
-    b_inverse = invert_unit_lower(b_system * b_beta[:, None], DOT_TYPE)
+    b_inverse = invert_unit_lower(b_system * b_beta[:, None], LOG_BT, DOT_TYPE)
     tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
 
 
@@ -147,6 +146,7 @@ def scan_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -233,9 +233,9 @@ def chunk_kda(
       sequence of no tokens leaves its slot as it is.
     - ``scale``: of the query; ``K ** -0.5`` if None.
 
-    Returns ``[T, H, V]`` in value's dtype. Two launches, and between them two 64 x 64 matrices and
-    three of 64 x K per tile and head. K up to 256 (128 on AMD, by its shared memory), any V.
-    Formula and source: `kernels.kda.reference`.
+    Returns ``[T, H, V]`` in value's dtype. Two launches, and between them two R x R matrices and
+    three of R x K per tile of R tokens and head. K up to 256 (128 on AMD, by its shared memory),
+    any V. Formula and source: `kernels.kda.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     num_heads, key_dim = key.shape[1:]
@@ -244,8 +244,9 @@ def chunk_kda(
     out = value.new_empty(value.shape)
     if not count:
         return out
-    matrices = value.new_empty(count, num_heads, 2, TILE, TILE)
-    factors = value.new_empty(count, num_heads, 3, TILE, key_dim)
+    tile_size = packed.tile_size
+    matrices = value.new_empty(count, num_heads, 2, tile_size, tile_size)
+    factors = value.new_empty(count, num_heads, 3, tile_size, key_dim)
     decay = gate.new_empty(count, num_heads, key_dim, dtype=torch.float32)
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
@@ -263,6 +264,7 @@ def chunk_kda(
         scale or key_dim**-0.5,
         H=num_heads,
         K=key_dim,
+        LOG_BT=tile_size.bit_length() - 1,
         BK=min(block_k, 32),
         DOT_TYPE=tl.float32 if exact else tl.float16,
         num_warps=8,
@@ -285,6 +287,7 @@ def chunk_kda(
         H=num_heads,
         K=key_dim,
         V=value_dim,
+        BT=tile_size,
         BK=block_k,
         BV=block_v,
         num_warps=min(4, max_recurrence_warps()),

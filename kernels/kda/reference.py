@@ -9,19 +9,21 @@ in ``[0, 1]^K`` and step size beta::
 
 `decode_kda` is that recurrence. `chunk_kda` computes the same for whole prompts from matrix
 products over tiles of R tokens (``packed.tile_size``) counted from each sequence's start. With
-``F_i`` the product of a tile's decays up to token i, ``B_i`` that of the decays behind token i, and ``<x, y>_ij`` the sum
-over channels of ``x_i y_j`` times the decays of the tokens behind j up to i, for ``j <= i``::
+``F_i`` the product of a tile's decays up to token i, ``B_i`` that of the decays behind token i, and
+``<x, y>_ij`` the sum over channels of ``x_i y_j`` times the decays of the tokens behind j up to i,
+for ``j <= i``::
 
     (I + tril(beta <K, K>, -1)) [U | W] = beta [V | F K]       within each tile: no state needed
     N = U - W S            O = scale ((F Q) S + <Q, K> N)      with the state S before the tile
     S <- F_R S + (B K)^T N                                     and on to the next tile
 
 ``<Q, K>`` is no product of two matrices: written as one of ``exp(G_i) q_i`` and ``exp(-G_j) k_j``
-with the running sum G of the gate, its right factor would overflow. So it is built in log2(R) levels:
-of two neighbouring blocks of s tokens, s = 1, 2, ... R / 2, the later one's rows are multiplied by the
-decays since its start and the earlier one's by those to its end. All factors are products of
-decays, none above 1; F and B double their reach from level to level, so that the only exponentials
-are the decays themselves, and the only error of a product of n decays is that of log2(n) roundings.
+with the running sum G of the gate, its right factor would overflow. So it is built in log2(R)
+levels: of two neighbouring blocks of s tokens, s = 1, 2, ... R / 2, the later one's rows are
+multiplied by the decays since its start and the earlier one's by those to its end. All factors are
+products of decays, none above 1; F and B double their reach from level to level, so that the only
+exponentials are the decays themselves, and the only error of a product of n decays is that of
+log2(n) roundings.
 
 All arithmetic is float32. What is said of tiles, rounding and batches in `kernels.gdn.reference`
 holds here.

@@ -6,12 +6,12 @@ as they came::
 
     P = (C B^T * L) diag(dt)                                  `weigh_kernel`, no state needed
     O = exp(G) (C S) + P X + D X                              `scan_kernel`, tile after tile
-    S <- exp(G_64) S + B^T (dt exp(G_64 - G) X)
+    S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
-Between the two pass one 64 x 64 matrix and three vectors per tile and head. The usual form of the
-state space dual writes the state of every tile to memory, to read out all tiles at once: at K =
-128, V = 64 in float32 32 KiB per tile and head written and read, where P has 8 in bfloat16. Here a
-state stays in registers, and is stored where somebody asks for it.
+Between the two pass one R x R matrix and three vectors per tile of R tokens and head. The usual
+form of the state space dual writes the state of every tile to memory, to read out all tiles at
+once: at K = 128, V = 64 in float32 32 KiB per tile and head written and read, where P has 8 in
+bfloat16. Here a state stays in registers, and is stored where somebody asks for it.
 
 Precision: 16-bit operands multiply in their own type and accumulate in float32; float32 operands
 multiply in float32, never in tf32. The state, the skip and everything elementwise are float32. Each
@@ -27,12 +27,10 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.chunk import pairwise_decay
-from kernels.packed import TILE, Exports, Packed
+from kernels.packed import Exports, Packed
 from kernels.strides import row_stride, rows_contiguous
 from kernels.target import has_roomy_memory, max_recurrence_warps
 from kernels.tuning import tuned
-
-BT = tl.constexpr(TILE)
 
 
 @triton.jit
@@ -50,6 +48,7 @@ def weigh_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     HEADS: tl.constexpr,
+    BT: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Program (i_tile, i_part): for HEADS heads of one group P into ``p_matrices`` ``[N, HV, BT,
@@ -108,6 +107,7 @@ def scan_kernel(
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -203,8 +203,9 @@ def chunk_mamba2(
     out = x.new_empty(x.shape)
     if not num_tiles:
         return out
-    matrices = x.new_empty(num_tiles, num_heads, TILE, TILE)
-    vectors = gate.new_empty(num_tiles, num_heads, 3, TILE, dtype=torch.float32)
+    size = packed.tile_size
+    matrices = x.new_empty(num_tiles, num_heads, size, size)
+    vectors = gate.new_empty(num_tiles, num_heads, 3, size, dtype=torch.float32)
     exact = x.dtype == torch.float32
     group = num_heads // num_groups
     block_k = max(16, triton.next_power_of_2(key_dim))
@@ -226,6 +227,7 @@ def chunk_mamba2(
         H=num_groups,
         HV=num_heads,
         K=key_dim,
+        BT=size,
         BK=min(block_k, 32 if exact else 64),
         **weighing,
     )
@@ -247,6 +249,7 @@ def chunk_mamba2(
         HV=num_heads,
         K=key_dim,
         V=value_dim,
+        BT=size,
         BK=block_k,
         **scanning,
     )

@@ -21,11 +21,10 @@ from kernels.attention.fused import (
     group_size,
 )
 from kernels.attention.sequences import Sequences
-from kernels.packed import TILE, Packed
+from kernels.packed import Packed
 from kernels.strides import row_stride
 from kernels.target import has_roomy_memory
 
-PACKED_TILE = tl.constexpr(TILE)
 MAX_HEADS = 16
 """Of a token in one program: rows of the smallest product."""
 
@@ -93,6 +92,7 @@ def prefill_mla_kernel(
     BR: tl.constexpr,
     BP: tl.constexpr,
     HEADS: tl.constexpr,
+    TILE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,12 +100,12 @@ def prefill_mla_kernel(
     """Program (i_part, i_group): BT tokens of a tile, HEADS heads; the last tokens first, which see
     the most rows."""
     i_part = tl.num_programs(0) - 1 - tl.program_id(0)
-    parts: tl.constexpr = PACKED_TILE // BT
+    parts: tl.constexpr = TILE // BT
     i_tile = i_part // parts
     i_b = tl.load(packed.tile_sequences + i_tile)
     bos, eos = tl.load(packed.cu_seqlens + i_b), tl.load(packed.cu_seqlens + i_b + 1)
     kv_len = tl.load(kv_lens + i_b)
-    first = (i_tile - tl.load(packed.cu_tiles + i_b)) * PACKED_TILE + i_part % parts * BT
+    first = (i_tile - tl.load(packed.cu_tiles + i_b)) * TILE + i_part % parts * BT
     if first < eos - bos:
         o_row = tl.arange(0, BT * HEADS)
         o_t, o_h = first + o_row // HEADS, tl.program_id(1) * HEADS + o_row % HEADS
@@ -215,15 +215,15 @@ def prefill_mla(
     ``reference.prefill_mla``. One launch.
 
     Bit-identical for a token whatever part of its sequence is computed with it, if that part starts
-    at a multiple of 64.
+    at a multiple of ``packed.tile_size``.
     """
     query = query.contiguous()
     num_heads, size = query.shape[1:]
     out = query.new_empty(*query.shape[:2], rank)
     heads = min(MAX_HEADS, triton.next_power_of_2(num_heads))
     roomy = query.dtype != torch.float32 and has_roomy_memory()
-    tokens = (64 if roomy else 16) // heads
-    num_parts = len(packed.tile_sequences) * (TILE // tokens)
+    tokens = min((64 if roomy else 16) // heads, packed.tile_size)
+    num_parts = len(packed.tile_sequences) * (packed.tile_size // tokens)
     if num_parts:
         prefill_mla_kernel[num_parts, triton.cdiv(num_heads, heads)](
             query,
@@ -238,6 +238,7 @@ def prefill_mla(
             scale * LOG2_E,
             H=num_heads,
             HEADS=heads,
+            TILE=packed.tile_size,
             BT=tokens,
             num_warps=8 if roomy else 4,
             **_tile_config(size, rank, query.dtype),

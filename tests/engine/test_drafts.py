@@ -215,11 +215,12 @@ def test_hits_are_those_without_drafts(make_engine: MakeEngine) -> None:
     assert reports[0][0][0] == 128
 
 
-def test_a_next_turn_resumes_inside_an_accepted_run(make_engine: MakeEngine) -> None:
-    """The answer crosses position 64 in the middle of a run; the next turn finds a state there,
-    with the bits of single steps."""
+@pytest.mark.parametrize("grid", [64, 16])
+def test_a_next_turn_resumes_inside_an_accepted_run(make_engine: MakeEngine, grid: int) -> None:
+    """The answer crosses the grid in the middle of a run; the next turn finds a state there, with
+    the bits of single steps."""
     (prompt,) = [prompts()[5]]
-    settings = {"checkpoints": ("end",)}
+    settings = {"checkpoints": ("end",), "grid": grid}
     guesses = Guesses(lambda done, most: most)
     plain = make_engine(**settings)
     first = plain.generate([prompt], GREEDY)
@@ -230,7 +231,8 @@ def test_a_next_turn_resumes_inside_an_accepted_run(make_engine: MakeEngine) -> 
     further = plain.generate([turn], GREEDY)
     guesses.learn(further)
     outputs = drafted.generate([turn], GREEDY)
-    assert outputs[0].cached_len == 64 > len(prompt)
+    answered = len(prompt) + len(first[0].token_ids) - 1
+    assert outputs[0].cached_len == answered // grid * grid > len(prompt)
     assert_same(outputs, further)
 
 

@@ -185,7 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 5),
         token_budget=st.sampled_from([64, 100, 128, 512]),
         page_size=st.sampled_from([1, 1, 16, 64]),
-        grid=st.sampled_from([64, 128]),
+        grid=st.sampled_from([16, 64, 128]),
         checkpoints=st.sampled_from(PLACEMENTS),
         eviction=st.sampled_from(["lru", "regret", "gdsf", "s3-fifo"]),
         exact=st.booleans(),

@@ -144,9 +144,7 @@ def test_the_size_of_tiles_changes_little(case, dtype, tile_size, device) -> Non
 @DTYPES
 @SIZES
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
-def test_resumed_after_any_tile_no_bit_differs(
-    case, dtype, state_dtype, tile_size, device
-) -> None:
+def test_resumed_after_any_tile_no_bit_differs(case, dtype, state_dtype, tile_size, device) -> None:
     inputs, constants, states = draw(case, dtype, state_dtype, device)
     ends = range(tile_size, LENGTHS[0], tile_size)
     exports = [(0, end, 5 + i) for i, end in enumerate(ends)]

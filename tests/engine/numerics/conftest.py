@@ -160,10 +160,12 @@ def driver_class() -> type[Driver]:
 
 @pytest.fixture(scope="session")
 def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
-    made: dict[tuple[str, str, str], Driver] = {}
+    made: dict[tuple[str, str, str, int], Driver] = {}
 
-    def get(family: str, dtype: str = "float32", state_dtype: str = "float32") -> Driver:
-        key = family, dtype, state_dtype
+    def get(
+        family: str, dtype: str = "float32", state_dtype: str = "float32", grid: int = 64
+    ) -> Driver:
+        key = family, dtype, state_dtype, grid
         if key not in made:
             model = None if family == "builtin" else str(oracles(family).path)
             config = EngineConfig(
@@ -171,6 +173,7 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
                 device="cpu",
                 dtype=dtype,
                 state_dtype=state_dtype,
+                grid=grid,
                 kv_gib=0.05,
                 state_gib=0.05,
                 max_running=40,

@@ -30,12 +30,12 @@ def threads(count):
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def cold_run(driver, tokens):
+def cold_run(driver, tokens, grid=64):
     """Logits of every position, and a slot for every grid position with the state there."""
     sequence, write = driver.begin(tokens)
     slots = {}
     if sequence.slot is not None:
-        slots = {p: driver.slot() for p in range(64, len(tokens) + 1, 64)}
+        slots = {p: driver.slot() for p in range(grid, len(tokens) + 1, grid)}
     segment = driver.prefill_segment(
         sequence, len(tokens), logits="all", exports=tuple(slots.items())
     )
@@ -43,9 +43,9 @@ def cold_run(driver, tokens):
     return logits, slots, write[2]
 
 
-def run_pieces(driver, starts, restores, writes, random):
-    """Prefill all sequences in random pieces, mixed with decodes of the finished ones; logits per
-    sequence."""
+def run_pieces(driver, starts, restores, writes, random, grid=64):
+    """Prefill all sequences in random pieces of a few grid steps, mixed with decodes of the
+    finished ones; logits per sequence."""
     logits = {id(sequence): [] for sequence in starts}
     finished = []
     waiting = list(starts)
@@ -54,7 +54,8 @@ def run_pieces(driver, starts, restores, writes, random):
         active = [s for s in waiting if random.random() < 0.7] or waiting[:1]
         segments = [driver.decode_segment(s, int(random.integers(199))) for s in decoding]
         segments += [
-            driver.prefill_segment(s, 64 * int(random.integers(1, 5)), logits="all") for s in active
+            driver.prefill_segment(s, grid * int(random.integers(1, 5)), logits="all")
+            for s in active
         ]
         rows = driver.runner.forward(Batch(tuple(segments), restores, writes)).split(
             [1] * len(decoding) + [len(segment.token_ids) for segment in segments[len(decoding) :]]
@@ -81,20 +82,36 @@ def test_hits_in_any_mix(
     driver = drivers(model, *formats)
     driver.scatter_seed = seed if scattered else None
     driver.reset()
-    random = np.random.default_rng(seed)
+    prompts = [random_tokens(length, seed + i) for i, length in enumerate(lens)]
     with threads(num_threads):
-        prompts = [random_tokens(length, seed + i) for i, length in enumerate(lens)]
-        colds = [cold_run(driver, prompt) for prompt in prompts]
-        sequences, writes, restores, hits = [], [], [], []
-        for prompt, (_, slots, rows) in zip(prompts, colds, strict=True):
-            at = int(random.integers(0, (len(prompt) - 1) // 64 + 1)) * 64
-            sequence, write = driver.begin(prompt, prefix=rows[:at], room=80)
-            sequences.append(sequence)
-            writes.append(write)
-            hits.append(at)
-            if at and sequence.slot is not None:
-                restores.append((slots[at], sequence.slot))
-        warm = run_pieces(driver, sequences, tuple(restores), tuple(writes), random)
+        assert_hits_are_exact(driver, prompts, np.random.default_rng(seed), 64)
+
+
+@pytest.mark.parametrize("grid", [16, 32])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_hits_on_a_finer_grid(model, grid, state_dtype, drivers, random_tokens):
+    """The kernels' tiles are as short: bfloat16 states are rounded after each."""
+    dtype = "float32" if state_dtype == "float32" and grid == 16 else "bfloat16"
+    driver = drivers(model, dtype, state_dtype, grid)
+    driver.scatter_seed = grid
+    driver.reset()
+    prompts = [random_tokens(length, seed=length) for length in (150, 97, 33)]
+    assert_hits_are_exact(driver, prompts, np.random.default_rng(grid), grid)
+
+
+def assert_hits_are_exact(driver, prompts, random, grid):
+    """Every prompt cold, and again from a random state of it, all together: the same logits."""
+    colds = [cold_run(driver, prompt, grid) for prompt in prompts]
+    sequences, writes, restores, hits = [], [], [], []
+    for prompt, (_, slots, rows) in zip(prompts, colds, strict=True):
+        at = int(random.integers(0, (len(prompt) - 1) // grid + 1)) * grid
+        sequence, write = driver.begin(prompt, prefix=rows[:at], room=80)
+        sequences.append(sequence)
+        writes.append(write)
+        hits.append(at)
+        if at and sequence.slot is not None:
+            restores.append((slots[at], sequence.slot))
+    warm = run_pieces(driver, sequences, tuple(restores), tuple(writes), random, grid)
     for sequence, at, (logits, _, _) in zip(sequences, hits, colds, strict=True):
         assert torch.equal(warm[id(sequence)], logits[at:])
 

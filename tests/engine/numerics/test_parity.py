@@ -24,6 +24,13 @@ def test_prefill_logits(family, length, drivers, oracles, random_tokens):
     assert_close(ours, oracles(family).logits(tokens))
 
 
+@pytest.mark.parametrize("grid", [16, 32])
+def test_prefill_logits_with_shorter_tiles(family, grid, drivers, oracles, random_tokens):
+    tokens = random_tokens(200, seed=grid)
+    ours = drivers(family, grid=grid).cold(tokens, logits="all")
+    assert_close(ours, oracles(family).logits(tokens))
+
+
 def test_batch_of_prompts_then_greedy_decode(family, drivers, oracles, random_tokens):
     driver = drivers(family)
     prompts = [random_tokens(length, seed=100 + length) for length in (*LENGTHS, 128)]

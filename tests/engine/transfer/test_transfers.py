@@ -68,6 +68,7 @@ FORMS = {
     "int8-checkpoints": (HYBRID, {"checkpoint_dtype": "int8", "checkpoints": ("every:128",)}),
     "pools-bfloat16": (SIDE_BY_SIDE, {"dtype": "bfloat16", "kv_gib": 0.01, "state_gib": 0.01}),
     "attention-only": (ATTENTION_ONLY, {"page_size": 16}),
+    "short-tiles": (HYBRID, {"grid": 16}),
 }
 
 
@@ -130,14 +131,17 @@ def test_layers_leave_while_the_step_that_computes_them_goes_on(
     assert events[first : first + len(parts)] == parts, "a layer waited for the step's end"
 
 
+@pytest.mark.parametrize(
+    ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, checkpoint grid")]
+)
 def test_another_model_is_refused_in_one_sentence(
-    far: Engine, plain: Engine, caplog: pytest.LogCaptureFixture
+    far: Engine, caplog: pytest.LogCaptureFixture, grid: int, differs: str
 ) -> None:
-    engine = decode_engine(port_of(far), grid=128)
+    engine = decode_engine(port_of(far), grid=grid)
     with caplog.at_level(logging.WARNING):
-        assert_same(plain, engine, [text(30, 300)])
+        assert_same(plain_engine(grid=grid), engine, [text(30, 300)])
     [said] = caplog.messages
-    assert said.endswith("it differs in checkpoint grid: give both the same.")
+    assert said.endswith(f"it differs in {differs}: give both the same.")
     assert counts_of(engine)["failed"] == 1
 
 
