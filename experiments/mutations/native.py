@@ -9,7 +9,7 @@ ATTENTION, COPY = "kernels/attention/native.cpp", "kernels/state_copy/native.cpp
 LINEAR, TILE = "kernels/linear/native.cpp", "kernels/tile.h"
 EXCHANGE = "kernels/exchange.cpp"
 NOUNS = "gdn", "mamba2", "conv1d", "attention", "state_copy", "linear", "exchange"
-TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in NOUNS)
+TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in (*NOUNS, "tile_sizes"))
 
 BREAKAGES = (
     Mutation(
@@ -76,6 +76,14 @@ BREAKAGES = (
         "walk.ends[exported] != at + count - begin",
         "walk.ends[exported] > at - begin",
         ("tests/kernels/test_gdn.py", "tests/kernels/test_mamba2.py"),
+    ),
+    Mutation(
+        "natively, a tile has 64 tokens whatever the grid",
+        TILE,
+        "at += walk.tile_size) {\n"
+        "        int64_t count = end - at < walk.tile_size ? end - at : walk.tile_size;",
+        "at += TILE) {\n        int64_t count = end - at < TILE ? end - at : TILE;",
+        ("tests/kernels/test_tile_sizes.py",),
     ),
     Mutation(
         "natively, a verified token sees those drafted after it",
