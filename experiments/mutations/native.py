@@ -7,10 +7,48 @@ from experiments.mutations import Mutation, Mutations
 GDN, CONV = "kernels/gdn/native.cpp", "kernels/conv1d/native.cpp"
 ATTENTION, COPY = "kernels/attention/native.cpp", "kernels/state_copy/native.cpp"
 LINEAR, TILE = "kernels/linear/native.cpp", "kernels/tile.h"
-NOUNS = "gdn", "mamba2", "conv1d", "attention", "state_copy", "linear"
+EXCHANGE = "kernels/exchange.cpp"
+NOUNS = "gdn", "mamba2", "conv1d", "attention", "state_copy", "linear", "exchange"
 TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in NOUNS)
 
 BREAKAGES = (
+    Mutation(
+        "natively, an exchange has one buffer",
+        EXCHANGE,
+        "(2 * rank + (round & 1)) * capacity",
+        "2 * rank * capacity",
+        ("tests/kernels/test_exchange.py",),
+    ),
+    Mutation(
+        "natively, an exchange is published before it is written",
+        EXCHANGE,
+        "    give(e.buffer(e.number));\n    Post& own = e.post(e.number);\n"
+        "    own.published.store(uint32_t(e.round));\n",
+        "    Post& own = e.post(e.number);\n    own.published.store(uint32_t(e.round));\n"
+        "    give(e.buffer(e.number));\n",
+        ("tests/kernels/test_exchange.py",),
+    ),
+    Mutation(
+        "natively, an exchange adds whoever adds first",
+        EXCHANGE,
+        "(const T*)e.buffer(rank) + block",
+        "(const T*)e.buffer((rank + e.number) % e.count) + block",
+        ("tests/kernels/test_exchange.py",),
+    ),
+    Mutation(
+        "natively, an exchange waits again after one that failed",
+        EXCHANGE,
+        "    if (e.failure) return false;\n",
+        "",
+        ("tests/kernels/test_exchange.py",),
+    ),
+    Mutation(
+        "natively, an exchange does not look at who has gone",
+        EXCHANGE,
+        "if (e.lines[i].revents && !is_there())",
+        "if (false)",
+        ("tests/kernels/test_exchange.py",),
+    ),
     Mutation(
         "natively, every verified token starts from the sequence's own state",
         GDN,

@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +20,10 @@ from engine.engine_loop import EngineStopped
 from engine.interfaces import RunnerLost
 from engine.run.model_config import ModelError
 from engine.run.ranks import followers
+from engine.run.ranks.group import TorchGroup
 from engine.run.ranks.leader import LeadingRunner
+from engine.run.ranks.shared import SharedGroup
+from kernels import exchange
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0, logprobs=2)
 BEGINNING = "The same beginning, again and again. " * 8
@@ -57,6 +63,57 @@ def test_two_ranks_hold_as_much_as_one(engine: Engine) -> None:
     assert 2 * memory.state_bytes == alone.state_bytes
 
 
+def test_gloo_computes_the_same_bits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves where there is no compiler."""
+    assert isinstance(engine.runner, LeadingRunner)
+    assert isinstance(engine.runner.group, SharedGroup)
+    monkeypatch.setattr(exchange, "is_available", lambda: False)
+    other = make(2, overlap="on")
+    assert isinstance(other.runner, LeadingRunner)
+    assert isinstance(other.runner.group, TorchGroup)
+    prompts = [BEGINNING + word for word in ("one", "two")]
+    engine.reset_prefix_cache()
+    ours, theirs = (each.generate(prompts, PARAMS) for each in (engine, other))
+    assert [output.logprobs for output in ours] == [output.logprobs for output in theirs]
+    other.runner.close()
+
+
+KILLED = """
+import os
+from engine import Engine, EngineConfig, SamplingParams
+engine = Engine(EngineConfig(device="cpu", cache_gib=0.02, tp=2))
+print(engine.runner.processes[0], flush=True)
+while True:
+    engine.generate(["again"], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))
+"""
+
+
+def test_nothing_is_left_of_an_engine_that_is_killed() -> None:
+    """Its ranks end, and the memory they share has no name."""
+    command = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        follower = int(process.stdout.readline())
+        time.sleep(0.5)  # Steps are under way.
+        maps = Path(f"/proc/{follower}/maps")
+        if maps.exists():
+            assert "/memfd:hybridcache-ranks (deleted)" in maps.read_text()
+        process.kill()
+    deadline = time.monotonic() + 60
+    while is_running(follower) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(follower)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
     assert isinstance(engine.runner, LeadingRunner)
     (process,) = engine.runner.processes
@@ -83,7 +140,7 @@ def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
     assert drafted.token_ids == make(1).generate([BEGINNING], params)[0].token_ids
     (process,) = runner.processes
     os.kill(process, signal.SIGSTOP)
-    runner.group.timeout_s = 1.0
+    runner.group.set_timeout(1.0)
     monkeypatch.setattr(followers, "LAST_WORDS_S", 0.5)
     with pytest.raises(RunnerLost, match=r"^rank 1 of 2 did not answer in time .* again\.$"):
         engine.generate([BEGINNING], params)

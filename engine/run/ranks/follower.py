@@ -8,7 +8,6 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
@@ -16,8 +15,9 @@ from engine.interfaces import RunnerLost
 from engine.run.device import Device
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
-from engine.run.ranks.group import TIMEOUT_S, TorchGroup
+from engine.run.ranks.group import TIMEOUT_S
 from engine.run.ranks.line import Line
+from engine.run.ranks.meeting import meet
 from engine.run.ranks.orders import Commit, Failed, Forward, Here, Lost, Ready, Refused, Start
 from engine.run.ranks.rank import Rank
 
@@ -56,12 +56,13 @@ def _run(line: Line) -> None:
     if device.is_cpu:
         torch.set_num_threads(start.num_threads)
     device.make_current()
-    group = TorchGroup(start.number, start.count, Path(start.meeting), device)
+    group = meet(start, device, [line.fileno()])
     runner = ModelRunner(start.config, Rank(start.number, start.count, group))
+    group.check()
     line.send(Ready())
-    group.timeout_s = TIMEOUT_S
+    group.set_timeout(TIMEOUT_S)
     while True:
-        order: Forward | Commit = line.receive()
+        order: Forward | Commit = line.receive(group.spin_s)
         if isinstance(order, Commit):
             runner.commit(order.batch, order.taken)
         elif order.num_drawn is None:
@@ -69,3 +70,4 @@ def _run(line: Line) -> None:
         else:
             place = torch.empty(order.num_drawn, dtype=torch.int64, device=device.torch_device)
             runner.forward(order.batch, group.gather(place)[0])
+        group.check()

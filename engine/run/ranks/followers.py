@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from engine.run.model_config import ModelError
 from engine.run.ranks.group import START_TIMEOUT_S, TIMEOUT_S
 from engine.run.ranks.line import Line
 from engine.run.ranks.orders import Failed, Here, Lost, Ready, Refused, Start
+from engine.run.ranks.shared import make_memory
 
 LAST_WORDS_S = 5.0
 """How long the others are listened to when an exchange broke off: whoever died says nothing, and
@@ -44,17 +45,20 @@ class Follower:
 class Followers:
     """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
 
-    def __init__(self, config: EngineConfig, num_threads: int) -> None:
-        """Starts them, and waits until all of them run. RunnerLost."""
+    def __init__(self, config: EngineConfig, num_threads: int, *, shares_memory: bool) -> None:
+        """Starts them, and waits until all of them run. ``shares_memory``: through which they
+        exchange what they compute. RunnerLost."""
         self._count, self._sentence = config.tp, ""
         self._folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
-        self.meeting = Path(self._folder.name) / "meeting"
-        self._all = [_start(number) for number in range(1, self._count)]
-        self._end = weakref.finalize(self, _end, self._all, self._folder)
+        meeting = str(Path(self._folder.name) / "meeting")
+        memory = make_memory(self._count) if shares_memory else None
+        self.first = Start(0, self._count, config, meeting, memory, num_threads)
+        """What this process, the first rank, is started with."""
+        self._all = [_start(number, memory) for number in range(1, self._count)]
+        self._end = weakref.finalize(self, _end, self._all, self._folder, memory)
         try:
             for one in self._all:
-                order = Start(one.number, self._count, config, str(self.meeting), num_threads)
-                one.line.send(order)
+                one.line.send(replace(self.first, number=one.number))
             self.wait_for(Here)
         except OSError as error:
             raise self.lost(error) from None
@@ -119,6 +123,11 @@ class Followers:
         return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
 
     @property
+    def lines(self) -> list[int]:
+        """Descriptors of sockets that close when one of them ends."""
+        return [one.line.fileno() for one in self._all]
+
+    @property
     def processes(self) -> tuple[int, ...]:
         """Their ids, in the order of ranks."""
         return tuple(one.process.pid for one in self._all)
@@ -142,14 +151,14 @@ class Followers:
         self._end()
 
 
-def _start(number: int) -> Follower:
+def _start(number: int, memory: int | None) -> Follower:
     ours, theirs = socket.socketpair()
     with theirs:
         descriptor = theirs.fileno()
         code = CODE.format(paths=[path or os.getcwd() for path in sys.path], fd=descriptor)
         process = subprocess.Popen(
             [sys.executable, "-c", code],
-            pass_fds=[descriptor],
+            pass_fds=[descriptor] if memory is None else [descriptor, memory],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -174,7 +183,9 @@ def _ending(code: int) -> str:
     return f"was ended by signal {-code}"
 
 
-def _end(followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _end(
+    followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str], memory: int | None
+) -> None:
     """One that waits for an order ends when its line closes; one that computes is killed."""
     for one in followers:
         one.line.close()
@@ -185,3 +196,5 @@ def _end(followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str]
             one.process.kill()
             one.process.wait()
     folder.cleanup()
+    if memory is not None:
+        os.close(memory)

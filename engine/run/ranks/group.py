@@ -1,4 +1,4 @@
-"""Collectives over ``torch.distributed``: gloo on a CPU, nccl elsewhere.
+"""Collectives over ``torch.distributed``: nccl, and gloo on a CPU without a compiler.
 
 The group is no global one: several engines of one process have theirs. Bytes are exchanged and
 added by whoever has them (``Rank.sum``), so the order of a sum is ours on every backend.
@@ -15,6 +15,7 @@ import torch.distributed
 from engine.interfaces import RunnerLost
 from engine.run.device import Device
 from engine.run.model_config import ModelError
+from engine.run.ranks.rank import Group
 
 TIMEOUT_S = 120.0
 """After which a rank that does not answer counts as lost: a step's longest layer is far shorter,
@@ -25,14 +26,14 @@ HERE = "127.0.0.1"
 """All ranks are processes of one machine."""
 
 
-class TorchGroup:
+class TorchGroup(Group):
     """A ``Group`` of ``count`` processes that meet in the file ``meeting``."""
 
     def __init__(self, number: int, count: int, meeting: Path, device: Device) -> None:
         """Waits for all ranks. RunnerLost: one did not come; ModelError: this build of PyTorch
         has no backend for the device."""
-        self.timeout_s, timeout = START_TIMEOUT_S, timedelta(seconds=START_TIMEOUT_S)
-        """Of one exchange."""
+        super().__init__(count)
+        self._timeout = timeout = timedelta(seconds=START_TIMEOUT_S)
         backend = "ProcessGroupGloo" if device.is_cpu else "ProcessGroupNCCL"
         made = getattr(torch.distributed, backend, None)
         if made is None:
@@ -40,7 +41,6 @@ class TorchGroup:
         from torch._C._distributed_c10d import AllgatherOptions, FileStore
 
         self._make_options = AllgatherOptions
-        self._count = count
         try:
             store = FileStore(str(meeting), count)
             store.set_timeout(timeout)
@@ -57,12 +57,15 @@ class TorchGroup:
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """See ``Group``. RunnerLost: a rank has gone, or did not answer in time."""
-        parts = [torch.empty_like(x) for _ in range(self._count)]
+        parts = [torch.empty_like(x) for _ in range(self.count)]
         places = [part.view(-1).view(torch.uint8) for part in parts]
         options = self._make_options()
-        options.timeout = timedelta(seconds=self.timeout_s)
+        options.timeout = self._timeout
         try:
             self._group.allgather([places], [x.view(-1).view(torch.uint8)], options).wait()
         except RuntimeError as error:
             raise RunnerLost(f"an exchange between ranks broke off: {error}") from None
         return parts
+
+    def set_timeout(self, seconds: float) -> None:
+        self._timeout = timedelta(seconds=seconds)

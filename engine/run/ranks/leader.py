@@ -14,10 +14,12 @@ from engine.run.model_config import read_config
 from engine.run.model_runner import ModelRunner, shared_sizes
 from engine.run.models import read_model
 from engine.run.ranks.followers import Followers
-from engine.run.ranks.group import TIMEOUT_S, TorchGroup
+from engine.run.ranks.group import TIMEOUT_S
+from engine.run.ranks.meeting import meet
 from engine.run.ranks.orders import Commit, Forward, Ready
 from engine.run.ranks.rank import Rank
 from engine.schedule.batch import Batch
+from kernels import exchange
 
 
 class LeadingRunner(ModelRunner):
@@ -35,12 +37,14 @@ class LeadingRunner(ModelRunner):
         if device.is_cpu:
             num_threads = max(1, num_threads // config.tp)
             torch.set_num_threads(num_threads)
-        followers = Followers(config, num_threads)
+        shares_memory = device.is_cpu and exchange.is_available()
+        followers = Followers(config, num_threads, shares_memory=shares_memory)
         try:
-            self.group = TorchGroup(0, config.tp, followers.meeting, device)
+            self.group = meet(followers.first, device, followers.lines)
             super().__init__(config, Rank(0, config.tp, self.group))
+            self.group.check()
             followers.wait_for(Ready)
-            self.group.timeout_s = TIMEOUT_S
+            self.group.set_timeout(TIMEOUT_S)
         except RunnerLost as error:
             raise followers.lost(error) from error
         except BaseException:
@@ -72,6 +76,7 @@ class LeadingRunner(ModelRunner):
         self._followers.order(order)
         try:
             yield
+            self.group.check()
         except Exception as error:
             raise self._followers.lost(error) from error
         except BaseException as error:

@@ -18,6 +18,9 @@ class Start:
     config: EngineConfig
     meeting: str
     """Path of the file in which the ranks find each other."""
+    memory: int | None
+    """Descriptor of the memory through which they exchange what they compute; None: they use
+    ``torch.distributed``."""
     num_threads: int
     """On a CPU."""
 

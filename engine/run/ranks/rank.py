@@ -8,9 +8,9 @@ everybody's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,49 @@ Kinds = Sequence[tuple[int, int]]
 """Units of each kind, and numbers in one of them."""
 
 
-class Group(Protocol):
-    """Collectives among all ranks; each is called by all of them, in the same order."""
+class Group(ABC):
+    """Collectives among all ranks; each is called by all of them, in the same order. Sums and
+    wholes are repeated with what is being recorded."""
 
+    def __init__(self, count: int, spin_s: float = 0.0) -> None:
+        """``spin_s``: how long a rank asks again and again for what it waits for."""
+        self.count, self.spin_s = count, spin_s
+
+    @abstractmethod
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's ``x``, all of one shape, in the order of ranks: on every rank."""
-        ...
+
+    def sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """``x`` of all ranks, added in their order in float32 and rounded once, into ``out``."""
+        repeated(self._sum, x, out)
+
+    def join(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Every rank's ``x [T, span(C)]``, side by side, into ``out [T, C]``."""
+        repeated(self._join, x, out)
+
+    def check(self) -> None:
+        """RunnerLost: an exchange since the last call broke off, and what was computed since is
+        worth nothing. Here an exchange says so itself."""
+        return
+
+    @abstractmethod
+    def set_timeout(self, seconds: float) -> None:
+        """Of one exchange, from now on."""
+
+    def _sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        first, *others = self.gather(x.contiguous())
+        total = first.float()
+        for other in others:
+            total = total + other.float()
+        out.copy_(total)
+
+    def _join(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """All parts are exchanged as wide as the widest."""
+        spans = [Rank(number, self.count).span(out.shape[1]) for number in range(self.count)]
+        counts = [len(span) for span in spans]
+        parts = self.gather(F.pad(x, (0, max(counts) - x.shape[1])))
+        columns = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
+        torch.cat(columns, dim=-1, out=out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,32 +145,16 @@ class Rank:
         if self.group is None:
             return x
         out = x.new_empty(x.shape)
-        repeated(_sum, self.group, x, out)
+        self.group.sum(x, out)
         return out
 
     def join(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """``[T, size]`` of every rank's columns ``x [T, span(size)]``."""
         if self.group is None:
             return x
-        counts = [len(Rank(number, self.count).span(size)) for number in range(self.count)]
         out = x.new_empty(len(x), size)
-        repeated(_join, self.group, x, counts, out)
+        self.group.join(x, out)
         return out
-
-
-def _sum(group: Group, x: torch.Tensor, out: torch.Tensor) -> None:
-    first, *others = group.gather(x.contiguous())
-    total = first.float()
-    for other in others:
-        total = total + other.float()
-    out.copy_(total)
-
-
-def _join(group: Group, x: torch.Tensor, counts: Sequence[int], out: torch.Tensor) -> None:
-    """All parts are exchanged as wide as the widest."""
-    parts = group.gather(F.pad(x, (0, max(counts) - x.shape[1])))
-    columns = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
-    torch.cat(columns, dim=-1, out=out)
 
 
 ALONE = Rank()

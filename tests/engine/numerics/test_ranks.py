@@ -20,7 +20,7 @@ from engine.run.layers.parameters import Parameter
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.quantization.scheme import Scheme
-from engine.run.ranks.rank import Cut, Rank
+from engine.run.ranks.rank import Cut, Group, Rank
 from engine.run.tensor_files import WeightsError
 from engine.schedule.batch import Batch
 from tests.engine.numerics import eight_bit
@@ -43,7 +43,7 @@ class Threads:
         self._parts: list[Any] = [None] * count
 
     def of(self, number: int) -> Any:
-        class Mine:
+        class Mine(Group):
             def gather(_, x: torch.Tensor) -> list[torch.Tensor]:
                 self._parts[number] = x.clone()
                 self._barrier.wait()
@@ -51,7 +51,10 @@ class Threads:
                 self._barrier.wait()
                 return found
 
-        return Mine()
+            def set_timeout(_, seconds: float) -> None:
+                raise NotImplementedError
+
+        return Mine(len(self._parts))
 
     def abort(self) -> None:
         self._barrier.abort()

@@ -1,0 +1,146 @@
+"""Exchanges through shared memory, by threads of this process: the library lets go of the
+interpreter, so they run as processes do."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import exchange
+from kernels.exchange import CAPACITY_BYTES, Exchange, shared_bytes
+from kernels.recording import record
+
+pytestmark = pytest.mark.skipif(not exchange.is_available(), reason="no C++ compiler")
+
+MANY = CAPACITY_BYTES // 4
+"""Numbers that fill a buffer."""
+
+
+def together(count: int, work: Callable[[int, Exchange], Any], **options: Any) -> list[Any]:
+    memory = mmap.mmap(-1, shared_bytes(count))
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [
+            pool.submit(work, number, Exchange(memory, number, count, timeout_s=30, **options))
+            for number in range(count)
+        ]
+        return [job.result() for job in jobs]
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_sum_is_added_in_the_order_of_ranks(count, dtype, spin_s) -> None:
+    """In float32, rounded once; also where it takes several rounds."""
+    for size in (1, 1000, 2 * MANY + 3):
+        parts = (torch.randn(count, size) * 10.0 ** torch.randint(-3, 3, (count, 1))).to(dtype)
+        total = parts[0].float()
+        for part in parts[1:]:
+            total = total + part.float()
+
+        def add(number: int, ours: Exchange, parts=parts) -> torch.Tensor:
+            out = torch.full_like(parts[0], torch.nan)
+            ours.sum(parts[number], out)
+            return out
+
+        for out in together(count, add, spin_s=spin_s):
+            assert torch.equal(out, total.to(dtype))
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(1, 40), st.booleans())
+def test_a_whole_is_joined_from_unequal_parts(count, rows, columns, is_wide) -> None:
+    """And a row that is wider than a buffer comes in several rounds."""
+    columns = columns + (CAPACITY_BYTES if is_wide else 0)
+    whole = torch.randint(0, 250, (rows, columns), dtype=torch.uint8)
+    borders = [number * columns // count for number in range(count + 1)]
+
+    def join(number: int, ours: Exchange) -> torch.Tensor:
+        out = torch.full_like(whole, 255)
+        ours.join(whole[:, borders[number] : borders[number + 1]].contiguous(), out)
+        return out
+
+    for out in together(count, join):
+        assert torch.equal(out, whole)
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 1e-3])
+def test_nobody_writes_what_another_still_reads(spin_s) -> None:
+    """Ranks that are slow by turns, over many rounds."""
+
+    def work(number: int, ours: Exchange) -> None:
+        lots = random.Random(number)
+        x, out = torch.empty(MANY // 4), torch.empty(MANY // 4)
+        for turn in range(400):
+            if lots.random() < 0.05:
+                time.sleep(lots.random() * 2e-3)
+            ours.sum(x.fill_(turn + number), out)
+            assert out[[0, -1]].tolist() == [3 * turn + 3] * 2
+            assert torch.equal(out, out[:1].expand_as(out))
+
+    together(3, work, spin_s=spin_s)
+
+
+def test_an_exchange_is_recorded_as_native_calls_are() -> None:
+    def work(number: int, ours: Exchange) -> list[float]:
+        x, total, whole = torch.empty(1, 4), torch.empty(1, 4), torch.empty(1, 8)
+
+        def step() -> None:
+            ours.sum(x, total)
+            ours.join(total, whole)
+
+        seen = []
+        x.fill_(number)
+        replay = record(step)
+        for value in (1.0, 2.0):
+            x.fill_(value + number)
+            replay()
+            seen += [whole.unique().item()]
+        return seen
+
+    assert together(2, work) == [[3.0, 5.0]] * 2
+
+
+def test_one_that_does_not_come_is_named_and_all_after_fail_at_once() -> None:
+    memory = mmap.mmap(-1, shared_bytes(3))
+    ours = Exchange(memory, 1, 3, timeout_s=0.05)
+    Exchange(memory, 0, 3, timeout_s=0.05).sum(torch.ones(4), torch.empty(4))
+    out = torch.full((4,), 7.0)
+    ours.sum(torch.ones(4), out)
+    assert ours.failure == "rank 2 did not answer in time"
+    ours.set_timeout(60)
+    began = time.monotonic()
+    ours.join(torch.ones(1, 1), torch.empty(1, 4))
+    assert time.monotonic() - began < 30
+    assert out.tolist() == [7.0] * 4
+
+
+def test_a_process_that_has_gone_is_noticed_before_the_timeout() -> None:
+    memory = mmap.mmap(-1, shared_bytes(2))
+    here, there = socket.socketpair()
+    ours = Exchange(memory, 0, 2, lines=[here.fileno()], timeout_s=60)
+    there.close()
+    began = time.monotonic()
+    ours.sum(torch.ones(4), torch.empty(4))
+    assert ours.failure == "rank 1 did not answer, and a process has gone"
+    assert time.monotonic() - began < 30
+    here.close()
+
+
+def test_what_is_said_on_a_line_is_no_end_of_it() -> None:
+    memory = mmap.mmap(-1, shared_bytes(2))
+    here, there = socket.socketpair()
+    ours = Exchange(memory, 0, 2, lines=[here.fileno()], timeout_s=0.1)
+    there.send(b"a message")
+    ours.sum(torch.ones(4), torch.empty(4))
+    assert ours.failure == "rank 1 did not answer in time"
+    here.close(), there.close()
