@@ -38,7 +38,7 @@ class StepInputs:
     ) -> None:
         self._tensors, self._table, self._rotary = tensors, table, rotary
         self._multiple, self._most_verified = multiple, most_verified
-        self._tile_size = tile_size
+        self.tile_size = tile_size
         self._device = table.device.device
         self.on_mixed: Callable[[int], None] | None = None
         """Called in steps with prompts in them: see ``LayerInputs``."""
@@ -95,7 +95,7 @@ class StepInputs:
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
         lengths = [len(segment.token_ids) for segment in segments]
-        packed = Packed.from_lengths(lengths, self._device, self._tile_size)
+        packed = Packed.from_lengths(lengths, self._device, self.tile_size)
         exports = [
             (rank, position - segment.start, slot)
             for rank, segment in enumerate(segments)

@@ -78,6 +78,14 @@ BREAKAGES = (
         ("tests/kernels/test_gdn.py", "tests/kernels/test_mamba2.py"),
     ),
     Mutation(
+        "natively, a tile has 64 tokens whatever the grid",
+        TILE,
+        "at < end; at += walk.tile_size) {\n        int64_t count = end - at < walk.tile_size ? end - at : "
+        "walk.tile_size;",
+        "at < end; at += TILE) {\n        int64_t count = end - at < TILE ? end - at : TILE;",
+        ("tests/kernels/test_tile_sizes.py",),
+    ),
+    Mutation(
         "natively, a verified token sees those drafted after it",
         ATTENTION,
         "lengths[b] - tokens + token + 1, weights",

@@ -467,6 +467,7 @@ def test_a_request_that_just_fits_is_served() -> None:
     [
         ({"token_budget": 63}, "token_budget must be at least 64"),
         ({"grid": 100}, "grid must be 16 or 32 or a multiple of 64, not 100"),
+        ({"grid": 48}, "grid must be 16 or 32 or a multiple of 64, not 48"),
         ({"grid": 8}, "grid must be 16 or 32 or a multiple of 64, not 8"),
         ({"max_running": 0}, "max_running must be an integer of 1 or more"),
         ({"page_size": 1.5}, "page_size must be an integer"),

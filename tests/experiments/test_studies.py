@@ -20,6 +20,7 @@ STUDIES = {
     "study_state_bytes": "short",
     "study_ratio": "short",
     "study_page_grid": "short",
+    "study_grid": "short",
     "study_regret": "short",
     "study_advise": "short",
 }

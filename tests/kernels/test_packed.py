@@ -41,6 +41,14 @@ def test_an_end_off_the_grid_is_refused(end: int) -> None:
         Exports.plan(Packed.from_lengths([130]), [(0, end, 1)])
 
 
+@pytest.mark.parametrize(("tile_size", "end"), [(32, 16), (32, 48), (16, 8), (16, 24)])
+def test_an_end_within_a_shorter_tile_is_refused(tile_size: int, end: int) -> None:
+    packed = Packed.from_lengths([130], tile_size=tile_size)
+    assert Exports.plan(packed, [(0, 2 * tile_size, 1)]).ends == (2 * tile_size,)
+    with pytest.raises(ValueError, match="no state can be exported"):
+        Exports.plan(packed, [(0, end, 1)])
+
+
 def test_one_position_is_exported_once() -> None:
     with pytest.raises(ValueError, match="twice"):
         Exports.plan(Packed.from_lengths([130]), [(0, 64, 1), (0, 64, 2)])

@@ -80,6 +80,19 @@ def test_a_generator_repeats_itself_and_travels_between_processes(word: str) -> 
         assert all(0 < position <= len(request.tokens) for position in request.boundaries)
 
 
+def test_thoughts_are_short_prompts_that_branch() -> None:
+    """Of which whole pages of 64 tokens leave a tenth out."""
+    requests = list(GENERATORS["tree-of-thoughts"]())
+    stats = trace_stats(GENERATORS["tree-of-thoughts"]())
+    assert stats.num_requests == 12 * (1 + 5 + 5 + 3 * 8 * (1 + 5 + 5)) == 3300
+    assert 300 < stats.prompt.mean < 360 and stats.prompt.largest < 450
+    assert stats.ideal_hit_rate == pytest.approx(0.965, abs=0.005)
+    assert stats.ideal_by_page[64] / stats.prompt_tokens == pytest.approx(0.87, abs=0.02)
+    judged = [request for request in requests if len(request.output) == 8]
+    for first, *again in (judged[i : i + 3] for i in range(0, len(judged), 3)):
+        assert all(np.array_equal(first.tokens, other.tokens) for other in again)
+
+
 def test_diffuse_and_uniform_cuts_differ_as_their_names_say() -> None:
     def deviation(word: str) -> float:
         return float(np.std([len(request.tokens) for request in GENERATORS[word]()]))

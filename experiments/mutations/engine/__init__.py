@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
+from experiments.mutations.engine.grid import BREAKS_OF_THE_GRID
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
 from experiments.mutations.engine.plan import BREAKS_OF_PLAN
@@ -17,6 +18,7 @@ from experiments.mutations.engine.tests import (
     COUNTS,
     DRAWS,
     FAIRNESS_TESTS,
+    GRID_TESTS,
     HEADS,
     LEASE_TESTS,
     MACHINES,
@@ -37,6 +39,7 @@ ENGINE = Mutations(
         *BREAKS_OF_PLAN,
         *BREAKS_OF_MEMORY,
         *BREAKS_OF_LAYERS,
+        *BREAKS_OF_THE_GRID,
         *BREAKS_OF_PREDICTION,
         *BREAKS_OF_ANSWERS,
         *BREAKS_OF_THREAD,
@@ -59,6 +62,7 @@ ENGINE = Mutations(
         TIERS_TESTS,
         *STORE,
         LEASE_TESTS,
+        GRID_TESTS,
     ),
     machines=MACHINES,
     copied=("hybridcache", "kernels", "engine", "experiments/agents", "tests", "pyproject.toml"),

@@ -22,6 +22,7 @@ PREDICTION_TESTS = "tests/engine/numerics/test_prediction.py"
 TIERS_TESTS = "tests/engine/test_tiers.py"
 STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.py"
 LEASE_TESTS = "tests/cache/test_lease.py"
+GRID_TESTS = "tests/engine/test_grid.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 PAGE_TESTS = "tests/engine/server/test_page.py"

@@ -10,6 +10,7 @@ from hybridcache.lab.generators.overlap import (
     append_only_chat,
     diffuse_cut_points,
     exact_hot_prefix,
+    tree_of_thoughts,
     uniform_adversary,
 )
 from hybridcache.lab.generators.sharegpt_like import sharegpt_like
@@ -37,6 +38,7 @@ GENERATORS: dict[str, Callable[..., Trace]] = {
     "append-only-chat": append_only_chat,
     "diffuse-cut-points": diffuse_cut_points,
     "agent-tree": agent_tree,
+    "tree-of-thoughts": tree_of_thoughts,
     "uniform-adversary": uniform_adversary,
 }
 
@@ -54,5 +56,6 @@ __all__ = [
     "resend",
     "sharegpt_like",
     "short",
+    "tree_of_thoughts",
     "uniform_adversary",
 ]

@@ -123,3 +123,52 @@ def _agent_tree(
             # Go on from every other step: the tree widens, the number of steps a level stays
             # bounded.
             level = following[:: max(1, len(following) // 8)]
+
+
+def tree_of_thoughts(
+    seed: int = 0,
+    problems: int = 12,
+    depth: int = 3,
+    beam: int = 5,
+    proposals: int = 8,
+    samples: int = 3,
+) -> Trace:
+    """Problems solved by a search over thoughts, breadth first: short prompts that branch.
+
+    At each of ``depth`` steps every kept path is asked for ``proposals`` next thoughts in one
+    prompt; each thought is then judged ``samples`` times in a prompt of its own, and ``beam`` paths
+    are kept. Both prompts are instructions (U{200..280} tokens, the same for all problems), a
+    problem of U{30..50} and thoughts of U{20..40}: about 330 on average.
+
+    Source: Tree of Thoughts (arXiv 2305.10601), section 4.1, whose breadth, depth and number of
+    samples the defaults are.
+    """
+    draw = partial(_tree_of_thoughts, seed, problems, depth, beam, proposals, samples)
+    return Trace("tree-of-thoughts", 1, draw)
+
+
+def _tree_of_thoughts(
+    seed: int, problems: int, depth: int, beam: int, proposals: int, samples: int
+) -> Iterator[TraceRequest]:
+    rng = np.random.default_rng(seed)
+    propose, judge = (_text(rng, int(rng.integers(200, 281))) for _ in range(2))
+    number = 0
+    for problem in range(problems):
+        kept = [_text(rng, int(rng.integers(30, 51)))]
+        for _ in range(depth):
+            found = []
+            for path in kept:
+                thoughts = [_text(rng, int(rng.integers(20, 41))) for _ in range(proposals)]
+                prompt, answer = np.concatenate((propose, path)), np.concatenate(thoughts)
+                ends = (len(propose), len(prompt))
+                yield TraceRequest(float(number), problem, None, prompt, answer, ends)
+                number += 1
+                found += [np.concatenate((path, thought)) for thought in thoughts]
+            for path in found:
+                prompt = np.concatenate((judge, path))
+                for _ in range(samples):
+                    ends = (len(judge), len(prompt))
+                    verdict = _text(rng, 8)
+                    yield TraceRequest(float(number), problem, None, prompt, verdict, ends)
+                    number += 1
+            kept = [found[place] for place in rng.choice(len(found), min(beam, len(found)), False)]
