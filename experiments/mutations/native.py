@@ -80,9 +80,9 @@ BREAKAGES = (
     Mutation(
         "natively, a tile has 64 tokens whatever the grid",
         TILE,
-        "at < end; at += walk.tile_size) {\n        int64_t count = end - at < walk.tile_size ? end - at : "
-        "walk.tile_size;",
-        "at < end; at += TILE) {\n        int64_t count = end - at < TILE ? end - at : TILE;",
+        "at += walk.tile_size) {\n"
+        "        int64_t count = end - at < walk.tile_size ? end - at : walk.tile_size;",
+        "at += TILE) {\n        int64_t count = end - at < TILE ? end - at : TILE;",
         ("tests/kernels/test_tile_sizes.py",),
     ),
     Mutation(
