@@ -40,7 +40,16 @@ SHAPE = {
 LAYERS = {"intermediate_size": 2048, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 MODELS: dict[str, dict[str, Any] | None] = {
     "built-in": None,
-    "530M, Gated DeltaNet": GEOMETRY_530M,
+    "530M, Gated DeltaNet": GEOMETRY_530M
+    | {
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
+    },
     "KDA": SHAPE
     | LAYERS
     | {
@@ -144,7 +153,7 @@ def speed(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, An
             runner.step_inputs.tile_size = grid
             prefill(runner, tokens)
 
-        turns = 9 if MODELS[model] is not GEOMETRY_530M else 5
+        turns = 5 if model.startswith("530M") else 9
         yield _speeds(model, "prefill", PREFILL, prefilled, round(turns * options.share))
         decodes = {}
         for grid in GRIDS:
