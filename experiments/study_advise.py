@@ -172,7 +172,12 @@ def _try(
 ) -> Trial:
     geometry = WORKLOADS[word].geometry
     advice = advise(
-        first, gib=gib, model=geometry, state_dtypes=PRECISIONS, processes=options.processes
+        first,
+        gib=gib,
+        model=geometry,
+        state_dtypes=PRECISIONS,
+        grids=(),
+        processes=options.processes,
     )
     serving = Serving(Roofline.fitting(geometry))
     plain = RunConfig(geometry, budget_bytes=budget_bytes(gib))

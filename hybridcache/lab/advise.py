@@ -2,8 +2,8 @@
 with what each should give.
 
 One question after the other, each with the answers so far: eviction policy and placement together;
-a periodic checkpoint beside the placement; the precision of states; the split of the memory into a
-pool for KV and one for states (for engines that need it fixed).
+a periodic checkpoint beside the placement; the precision of states; the grid of checkpoints; the
+split of the memory into a pool for KV and one for states (for engines that need it fixed).
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ PLACEMENTS = (
 )
 INTERVALS = (512, 1024, 2048, 4096, 8192)
 """Tokens between periodic checkpoints, beside none."""
+FINER_GRIDS = (32, 16)
+"""Tokens: what the engine's kernels have beside the default. On a CPU they are as quick; on a GPU
+that was not measured."""
 KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SERVABLE_PRECISIONS = ("float32", "bfloat16")
 """What the engine can keep states in; others are tried only where they are asked for."""
@@ -48,7 +51,8 @@ FORECAST = (
 )
 """What the expected figures stand for."""
 WORTH = 0.005
-"""Token hit rate that a periodic checkpoint or a coarser precision must gain to be advised."""
+"""Token hit rate that a periodic checkpoint, a coarser precision or a finer grid must gain to be
+advised."""
 
 Progress = Callable[[int, int], None]
 
@@ -74,6 +78,7 @@ class Advice:
     policy: str
     checkpoints: str
     state_dtype: str
+    grid: int
     kv_share: float
     """Of the memory, if it has to be split once and for all."""
     result: RunResult
@@ -88,7 +93,7 @@ class Advice:
         lines = [
             f"{self.trace}, {self.model}, {self.gib:g} GiB:",
             f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in "
-            f"{self.state_dtype}",
+            f"{self.state_dtype}, grid {self.grid}",
             f"  expected token hit rate {100 * run.token_hit_rate:.1f} %, "
             f"TTFT P50 {1e3 * run.ttft_s[50]:.1f} ms, P99 {1e3 * run.ttft_s[99]:.1f} ms",
             f"  forecast {FORECAST}",
@@ -119,6 +124,7 @@ class Advice:
             "policy": self.policy,
             "checkpoints": self.checkpoints,
             "state_dtype": self.state_dtype,
+            "grid": self.grid,
             "kv_share": self.kv_share,
             "token_hit_rate": self.result.token_hit_rate,
             "ttft_s": self.result.ttft_s,
@@ -144,6 +150,7 @@ def advise(
     model: str | ModelGeometry = MODEL,
     policies: Sequence[str] = DEFAULT_POLICIES,
     state_dtypes: Sequence[str] = SERVABLE_PRECISIONS,
+    grids: Sequence[int] = FINER_GRIDS,
     servers: int = 1,
     times: str | None = None,
     host_gib: float = 0.0,
@@ -152,9 +159,10 @@ def advise(
     progress: Progress | None = None,
 ) -> Advice:
     """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most
-    tokens is chosen, the first of equals; of intervals none, of precisions the finest, where that
-    is within ``WORTH`` of the best. ``state_dtypes``: those to choose among beside the model's own.
-    ``host_gib``, ``disk_gib``: also what so much memory below the device would be worth.
+    tokens is chosen, the first of equals; of intervals none, of precisions the finest, of grids the
+    coarsest, where that is within ``WORTH`` of the best. ``state_dtypes``, ``grids`` (coarsest
+    first): those to choose among beside the model's own and the default. ``host_gib``,
+    ``disk_gib``: also what so much memory below the device would be worth.
 
     The figures are those of ``trace`` itself, not of later traffic. Raises what ``simulate``
     raises."""
@@ -177,6 +185,9 @@ def advise(
         return adviser.advice(config, size, kv_share=1.0, result=adviser.chosen_run())
     config = adviser.ask("periodic checkpoints", intervals(config, trace.unit), WORTH)
     config = adviser.ask("precision of states", precisions(config, state_dtypes), WORTH)
+    if finer := [word for word in grids if word % trace.unit == 0]:
+        options = {str(word): replace(config, grid=word) for word in (config.grid, *finer)}
+        config = adviser.ask("grid of checkpoints", options, WORTH)
     result = adviser.chosen_run()
     split = adviser.ask("KV share of two pools", splits(config))
     assert split.kv_share is not None
@@ -252,6 +263,7 @@ class _Adviser:
             str(config.policy),
             str(config.checkpoints),
             config.geometry.state_dtype,
+            config.grid,
             kv_share,
             result,
         )

@@ -29,8 +29,8 @@ HOPPERS = {
     "gate_up_kernel",
     "down_kernel",
 }
-"""Kernels whose products are large enough for Hopper's tensor core instructions; decoding attention
-has 16 rows."""
+"""Kernels whose products are large enough for Hopper's tensor core instructions, in tiles of 64;
+decoding attention has 16 rows."""
 
 
 MAY_SPILL = {"large_state": 128}
@@ -53,4 +53,5 @@ def test_compiles_ahead_of_time(launches: Path) -> None:
     assert [r for r in fast if r["spilled_bytes"] > MAY_SPILL.get(r["launch"], 0)] == []
     hopper = [r for r in fast if r["target"] == "sm_90"]
     assert [r for r in hopper if r["serialised"]] == []
-    assert [r for r in hopper if r["kernel"] in HOPPERS and not r["wgmma"]] == []
+    large = [r for r in hopper if not r["launch"].startswith("tiles_of_")]
+    assert [r for r in large if r["kernel"] in HOPPERS and not r["wgmma"]] == []

@@ -24,6 +24,7 @@ from hybridcache.lab.optimum import optimum
 from hybridcache.lab.report import METRICS, optimum_table
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace
 from hybridcache.policies.words import eviction_words, placement_words
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
@@ -264,6 +265,22 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     assert f"states in {advice.state_dtype}" in text
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
+
+
+def test_a_finer_grid_is_advised_where_it_gains() -> None:
+    asked = {"policies": ("lru",), "state_dtypes": ()}
+    advice = advise(open_trace("tree-of-thoughts?head=200"), gib=4, **asked)
+    tried = {a.option: a for a in advice.answers if a.question == "grid of checkpoints"}
+    assert list(tried) == ["64", "32", "16"]
+    rates = {option: answer.run.token_hit_rate for option, answer in tried.items()}
+    assert rates["64"] < rates["16"] - WORTH
+    assert tried[str(advice.grid)].chosen and advice.grid < 64
+    assert advice.result.token_hit_rate == rates[str(advice.grid)]
+    assert f"grid {advice.grid}" in advice.text() and advice.as_record()["grid"] == advice.grid
+    long = advise(resend().head(20), gib=8, **asked)
+    assert long.grid == 64 and len([a for a in long.answers if a.question.startswith("grid")]) == 3
+    blocks = advise(open_trace(f"{SAMPLE}?head=20"), gib=40, **asked)
+    assert blocks.grid == 64 and all(not a.question.startswith("grid") for a in blocks.answers)
 
 
 def test_the_share_of_a_plan_says_how_far_the_optimum_can_be(tmp_path: Path) -> None:

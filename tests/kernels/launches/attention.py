@@ -7,13 +7,14 @@ from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
 
 
-def _attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+def _attend(heads: int, kv_heads: int, size: int, dtype: torch.dtype, tile_size: int = 64) -> None:
     keys, values = torch.empty(512, 12, 2, kv_heads, size, dtype=dtype)[:, 3].unbind(1)
     table = torch.zeros(16, 512, dtype=torch.int32)
     sequences = Sequences.of([0, 1], [300, 512])
     where = {"table": table, "sequences": sequences, "scale": size**-0.5}
     query = torch.empty(128 + 64, heads, size, dtype=dtype)
-    prefill_attention(query, keys, values, packed=Packed.from_lengths([128, 64]), **where)
+    packed = Packed.from_lengths([128, 64], tile_size=tile_size)
+    prefill_attention(query, keys, values, packed=packed, **where)
     decode_attention(query[:2], keys, values, **where)
     verify_attention(query[:6], keys, values, packed=Packed.from_lengths([5, 1]), **where)
 
@@ -22,5 +23,7 @@ LAUNCHES = {
     "qwen3_next": lambda: _attend(16, 2, 256, torch.bfloat16),
     "size_128": lambda: _attend(32, 8, 128, torch.bfloat16),
     "size_64_odd_group": lambda: _attend(9, 3, 64, torch.bfloat16),
+    "tiles_of_16": lambda: _attend(16, 2, 256, torch.bfloat16, 16),
+    "tiles_of_32": lambda: _attend(32, 8, 128, torch.bfloat16, 32),
     "size_256_float32": lambda: _attend(4, 2, 256, torch.float32),
 }

@@ -9,8 +9,8 @@ from tests.kernels.arena import make_arena
 C, W = 8192, 4
 
 
-def _prefill() -> None:
-    packed = Packed.from_lengths([96, 64])
+def _prefill(tile_size: int = 64) -> None:
+    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     prefill_conv1d(
         _inputs(160),
         _weight(),
@@ -52,4 +52,9 @@ def _windows() -> torch.Tensor:
     return make_arena(4, torch.bfloat16, torch.float32, fill=None).conv[5]
 
 
-LAUNCHES = {"prefill": _prefill, "decode": _decode, "verify": _verify}
+LAUNCHES = {
+    "prefill": _prefill,
+    "tiles_of_16": lambda: _prefill(16),
+    "decode": _decode,
+    "verify": _verify,
+}

@@ -9,8 +9,8 @@ from tests.kernels.arena import make_arena
 H, HV, K, V = 16, 32, 128, 128
 
 
-def _chunk(state_dtype: torch.dtype = torch.float32, dtype: torch.dtype = torch.bfloat16) -> None:
-    packed = Packed.from_lengths([96, 64])
+def _chunk(state_dtype: torch.dtype = torch.float32, tile_size: int = 64) -> None:
+    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     gate, beta = gates(*_gate_inputs(160))
     chunk_gdn(
         *_tokens(160),
@@ -62,6 +62,8 @@ def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
 
 LAUNCHES = {
     "chunk": _chunk,
+    "tiles_of_16": lambda: _chunk(tile_size=16),
+    "tiles_of_32": lambda: _chunk(tile_size=32),
     "decode": _decode,
     "verify": _verify,
     "bfloat16_states": _bfloat16_states,

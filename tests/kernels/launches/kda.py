@@ -9,8 +9,8 @@ from tests.kernels.arena import make_arena
 H, K, V = 32, 128, 128
 
 
-def _chunk() -> None:
-    packed = Packed.from_lengths([96, 64])
+def _chunk(tile_size: int = 64) -> None:
+    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     chunk_kda(
         *_tokens(160),
         *gates(*_gate_inputs(160)),
@@ -43,5 +43,7 @@ def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
 
 LAUNCHES = {
     "chunk": _chunk,
+    "tiles_of_16": lambda: _chunk(16),
+    "tiles_of_32": lambda: _chunk(32),
     "decode": _decode,
 }

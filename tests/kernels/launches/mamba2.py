@@ -10,9 +10,12 @@ HV, V = 128, 64
 
 
 def _chunk(
-    state_dtype: torch.dtype = torch.float32, groups: int = 8, state_size: int = 128
+    state_dtype: torch.dtype = torch.float32,
+    groups: int = 8,
+    state_size: int = 128,
+    tile_size: int = 64,
 ) -> None:
-    packed = Packed.from_lengths([96, 64])
+    packed = Packed.from_lengths([96, 64], tile_size=tile_size)
     gate, step = gates(*_gate_inputs(160))
     chunk_mamba2(
         *_tokens(160, groups, state_size),
@@ -62,6 +65,8 @@ def _gate_inputs(count: int) -> tuple[torch.Tensor, ...]:
 
 LAUNCHES = {
     "chunk": _chunk,
+    "tiles_of_16": lambda: _chunk(tile_size=16),
+    "tiles_of_32": lambda: _chunk(tile_size=32),
     "large_state": _large_state,
     "decode": _decode,
     "bfloat16_states": _bfloat16_states,

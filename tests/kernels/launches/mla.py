@@ -10,7 +10,7 @@ from kernels.packed import Packed
 HEADS, RANK, SHARED, HEAD = 32, 512, 64, 128
 
 
-def _attend(dtype: torch.dtype) -> None:
+def _attend(dtype: torch.dtype, tile_size: int = 64) -> None:
     pool = torch.empty(512, 7, RANK + SHARED, dtype=dtype)[:, 3]
     where = {
         "table": torch.zeros(16, 512, dtype=torch.int32),
@@ -19,11 +19,15 @@ def _attend(dtype: torch.dtype) -> None:
         "rank": RANK,
     }
     query = torch.empty(128 + 64, HEADS, RANK + SHARED, dtype=dtype)
-    prefill_mla(query, pool, packed=Packed.from_lengths([128, 64]), **where)
+    packed = Packed.from_lengths([128, 64], tile_size=tile_size)
+    prefill_mla(query, pool, packed=packed, **where)
     decode_mla(query[:2], pool, **where)
     head = torch.empty(192, HEADS, HEAD + SHARED, dtype=dtype)[..., :HEAD]
     multiply_heads(head, torch.empty(HEADS, HEAD, RANK, dtype=dtype))
     multiply_heads(query[..., :RANK], torch.empty(HEADS, RANK, HEAD, dtype=dtype))
 
 
-LAUNCHES = {"kimi_linear": lambda: _attend(torch.bfloat16)}
+LAUNCHES = {
+    "kimi_linear": lambda: _attend(torch.bfloat16),
+    "tiles_of_16": lambda: _attend(torch.bfloat16, 16),
+}
