@@ -29,6 +29,7 @@ from experiments.mutations.engine.tests import (
     STORE,
     THREAD,
     TIERS_TESTS,
+    TILE_TESTS,
     VERIFIED,
 )
 from experiments.mutations.engine.thread import BREAKS_OF_THREAD
@@ -63,6 +64,7 @@ ENGINE = Mutations(
         *STORE,
         LEASE_TESTS,
         GRID_TESTS,
+        TILE_TESTS,
     ),
     machines=MACHINES,
     copied=("hybridcache", "kernels", "engine", "experiments/agents", "tests", "pyproject.toml"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import ENGINE_TESTS, GRID_TESTS
+from experiments.mutations.engine.tests import ENGINE_TESTS, GRID_TESTS, TILE_TESTS
 
 CONFIG, RUNNER = "engine/config.py", "engine/run/model_runner.py"
 INPUTS, PACKED = "engine/run/step_inputs.py", "kernels/packed.py"
@@ -43,7 +43,7 @@ BREAKS_OF_THE_GRID = (
         PACKED,
         "(end % packed.tile_size and end != length)",
         "(end % TILE_SIZES[0] and end != length)",
-        ("tests/kernels/test_packed.py",),
+        (TILE_TESTS,),
     ),
     Mutation(
         "of checkpoints that are narrowed there is one for 64 tokens of a step, on any grid",

@@ -23,6 +23,7 @@ TIERS_TESTS = "tests/engine/test_tiers.py"
 STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.py"
 LEASE_TESTS = "tests/cache/test_lease.py"
 GRID_TESTS = "tests/engine/test_grid.py"
+TILE_TESTS = "tests/kernels/test_packed.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 PAGE_TESTS = "tests/engine/server/test_page.py"
