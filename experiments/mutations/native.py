@@ -8,8 +8,8 @@ GDN, CONV = "kernels/gdn/native.cpp", "kernels/conv1d/native.cpp"
 ATTENTION, COPY = "kernels/attention/native.cpp", "kernels/state_copy/native.cpp"
 LINEAR, TILE = "kernels/linear/native.cpp", "kernels/tile.h"
 EXCHANGE = "kernels/exchange.cpp"
-NOUNS = "gdn", "mamba2", "conv1d", "attention", "state_copy", "linear", "exchange"
-TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in (*NOUNS, "tile_sizes"))
+NOUNS = "gdn", "mamba2", "conv1d", "attention", "state_copy", "linear", "exchange", "tile_sizes"
+TESTS = tuple(f"tests/kernels/test_{noun}.py" for noun in NOUNS)
 
 BREAKAGES = (
     Mutation(

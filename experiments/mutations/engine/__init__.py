@@ -67,5 +67,13 @@ ENGINE = Mutations(
         TILE_TESTS,
     ),
     machines=MACHINES,
-    copied=("hybridcache", "kernels", "engine", "experiments/agents", "tests", "pyproject.toml"),
+    copied=(
+        "hybridcache",
+        "kernels",
+        "engine",
+        "experiments/agents",
+        "experiments/interpreter.py",
+        "tests",
+        "pyproject.toml",
+    ),
 )
