@@ -51,9 +51,14 @@ class Workload:
     data: str = ""
     """File it needs; not part of the repository."""
 
-    def open(self, name: str, full: bool) -> Trace:
-        """The trace, or its beginning, under a short name."""
-        trace = replace(open_trace(self.spec), name=name)
+    has_times: bool = False
+    """The file says when each request came, so that a seed changes nothing."""
+
+    def open(self, name: str, full: bool, seed: int = 0) -> Trace:
+        """The trace, or its beginning, under a short name. ``seed``: of what is drawn in it."""
+        seeded = f"{self.spec}{'&' if '?' in self.spec else '?'}seed={seed}"
+        spec = seeded if seed and not self.has_times else self.spec
+        trace = replace(open_trace(spec), name=name)
         return trace if full or self.quick is None else trace.head(self.quick)
 
     def sizes(self, points: int | None = None) -> tuple[float, ...]:
@@ -90,6 +95,7 @@ WORKLOADS: dict[str, Workload] = {
         "20:2560:15",
         quick=3000,
         data=f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
+        has_times=True,
     ),
     "coding-agent": Workload(
         f"{_TRACES}/weka_claude_code_train.rle.jsonl.gz?starts=fixed:0.002",

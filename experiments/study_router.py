@@ -2,16 +2,19 @@
 that know the KV, and that know what can be resumed, on twelve traces.
 
     python -m experiments.study_router [--traces chat,agent] [--resume FOLDER] [--processes 2]
+        [--seeds 0,1,2]
 
 Eight replicas of one size, so fast that all prompts computed cold would keep them busy all the
 time. Three conditions: little memory a replica (a quarter of what is short for one cache that
-serves all), more (all of it), and little memory with events 5 s late and four replicas that die.
+serves all), more (all of it), and little memory with events 5 s late and four replicas that die. A
+seed is that of the trace, of which replicas die, and of routers that draw lots.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -60,6 +63,7 @@ CONDITIONS = (
     Condition("late and failing", 0.25, 5.0, 4),
 )
 Cells = dict[tuple[str, str], list[FleetResult]]
+"""Runs of each trace and condition: every router with every seed."""
 
 
 def main() -> None:
@@ -67,6 +71,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="words of WORKLOADS")
     parser.add_argument("--routers", default=",".join(ROUTERS))
     parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--ray", help="address of a Ray cluster to spread the runs over")
     parser.add_argument("--resume", type=Path, help="folder that keeps runs until all are done")
@@ -78,17 +83,23 @@ def main() -> None:
         for word in bar:
             for condition in CONDITIONS:
                 bar.set_description(f"{word}, {condition.name}")
-                cells[word, condition.name] = _cell(word, condition, options, bar)
+                cells[word, condition.name] = [
+                    run
+                    for seed in map(int, options.seeds.split(","))
+                    for run in _cell(word, condition, seed, options, bar)
+                ]
     keep("study_router", _records(cells))
     draw(cells)
     _report(cells)
 
 
 def _cell(
-    word: str, condition: Condition, options: argparse.Namespace, bar: tqdm[Any]
+    word: str, condition: Condition, seed: int, options: argparse.Namespace, bar: tqdm[Any]
 ) -> list[FleetResult]:
     workload = WORKLOADS[word]
-    fleet = FleetConfig(REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures)
+    fleet = FleetConfig(
+        REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures, seed=seed
+    )
     jobs = fleet_jobs(
         RunConfig(workload.geometry, grid=workload.grid),
         fleet,
@@ -98,10 +109,10 @@ def _cell(
     )
 
     def show(done: int, total: int) -> None:
-        bar.set_postfix_str(f"{done} of {total}")
+        bar.set_postfix_str(f"seed {seed}: {done} of {total}")
 
     return run_fleets(
-        workload.open(word, options.full),
+        workload.open(word, options.full, seed),
         jobs,
         place=Place(options.processes, options.ray),
         resume_from=options.resume / f"{word}.jsonl" if options.resume else None,
@@ -117,50 +128,81 @@ def _records(cells: Cells) -> list[dict[str, Any]]:
     ]
 
 
+class Figures(NamedTuple):
+    """Of one router in one cell, over all seeds."""
+
+    hits: float
+    """Token hit rate, mean."""
+    ttft_s: float
+    """Mean TTFT, mean."""
+    wait: float
+    """The same as a share of a cold prefill."""
+    spread: tuple[float, float]
+    """The lowest and the highest hit rate."""
+
+
+def _figures(runs: list[FleetResult]) -> dict[str, Figures]:
+    by: dict[str, list[FleetResult]] = {}
+    for run in runs:
+        by.setdefault(run.fleet.router, []).append(run)
+    return {
+        router: Figures(
+            fmean(run.token_hit_rate for run in own),
+            fmean(run.ttft_mean_s for run in own),
+            fmean(run.ttft_mean_s / run.cold_mean_s for run in own),
+            (min(run.token_hit_rate for run in own), max(run.token_hit_rate for run in own)),
+        )
+        for router, own in by.items()
+    }
+
+
 def _report(cells: Cells) -> None:
     """A line a cell: hit rates, and where ours is not the best or tied."""
-    print(f"{'':36}" + "".join(f"{run.fleet.router:>14}" for run in next(iter(cells.values()))))
+    print(f"{'':36}" + "".join(f"{router:>14}" for router in _routers(cells)))
     behind = []
     for (word, condition), runs in cells.items():
-        rates = "".join(f"{100 * run.token_hit_rate:9.1f}{run.ttft_mean_s:5.2g}" for run in runs)
+        figures = _figures(runs)
+        rates = "".join(f"{100 * one.hits:9.1f}{one.ttft_s:5.2g}" for one in figures.values())
         print(f"{word:16}{condition:20}{rates}")
-        behind += [f"{word}, {condition}: {what}" for what in _lost(runs)]
-    print(f"token hit rate in %, mean TTFT in s; {len(cells)} cells")
+        behind += [f"{word}, {condition}: {what}" for what in _lost(figures)]
+    print(f"token hit rate in %, mean TTFT in s, means over seeds; {len(cells)} cells")
     print("\n".join(behind) or "checkpoint is best or tied in every cell")
 
 
-def _lost(runs: list[FleetResult]) -> list[str]:
-    """Where a rival is better than ``checkpoint`` by more than a tie."""
-    by = {run.fleet.router: run for run in runs}
-    ours = by.get("checkpoint")
-    rivals = [run for word, run in by.items() if word not in (*CONTROLS, "checkpoint")]
+def _lost(figures: dict[str, Figures]) -> list[str]:
+    """Where a rival is better than ``checkpoint`` by more than a tie, over all seeds."""
+    ours = figures.get("checkpoint")
+    rivals = {word: one for word, one in figures.items() if word not in (*CONTROLS, "checkpoint")}
     if ours is None or not rivals:
         return []
     found = []
-    most = max(rivals, key=lambda run: run.token_hit_rate)
-    if most.token_hit_rate > ours.token_hit_rate + TIED:
-        gap = 100 * (most.token_hit_rate - ours.token_hit_rate)
-        found.append(f"{most.fleet.router} hits {gap:.1f} points more")
-    soonest = min(rivals, key=lambda run: run.ttft_mean_s)
-    if soonest.ttft_mean_s * (1 + TTFT_TIED) < ours.ttft_mean_s:
-        ratio = ours.ttft_mean_s / soonest.ttft_mean_s
-        found.append(f"mean TTFT of {soonest.fleet.router} is {ratio:.2f}x shorter")
+    word, most = max(rivals.items(), key=lambda item: item[1].hits)
+    if most.hits > ours.hits + TIED:
+        low, high = (f"{100 * rate:.1f}" for rate in ours.spread)
+        gap = f"{100 * (most.hits - ours.hits):.1f}"
+        found.append(f"{word} hits {gap} points more (ours {low} to {high} %)")
+    word, soonest = min(rivals.items(), key=lambda item: item[1].ttft_s)
+    if soonest.ttft_s * (1 + TTFT_TIED) < ours.ttft_s:
+        found.append(f"mean TTFT of {word} is {ours.ttft_s / soonest.ttft_s:.2f}x shorter")
     return found
 
 
 def draw(cells: Cells) -> None:
-    """A panel a condition: the hit rate of each router on each trace, and its mean TTFT as a share
-    of a cold prefill below it."""
+    """A panel a condition: the hit rate of each router on each trace, with its range over seeds,
+    and its mean TTFT as a share of a cold prefill below it."""
     figure, axes = panels(2 * len(CONDITIONS), width=5.2, height=3.6, columns=len(CONDITIONS))
     for place, condition in enumerate(CONDITIONS):
         words = [word for word, name in cells if name == condition.name]
+        figures = [_figures(cells[word, condition.name]) for word in words]
         for number, router in enumerate(_routers(cells)):
-            runs = [_of(cells[word, condition.name], router) for word in words]
+            own = [one[router] for one in figures]
             style = {"color": COLOURS[number % len(COLOURS)], "label": router, "marker": "."}
             style["linestyle"] = "--" if router in CONTROLS else "-"
-            hits = [100 * run.token_hit_rate for run in runs]
-            waits = [run.ttft_mean_s / run.cold_mean_s for run in runs]
+            hits = [100 * one.hits for one in own]
+            ranges = [100 * one.spread[0] for one in own], [100 * one.spread[1] for one in own]
             axes[place].plot(words, hits, **style, linewidth=1.1)
+            axes[place].vlines(words, *ranges, color=style["color"], alpha=0.35, linewidth=2.5)
+            waits = [one.wait for one in own]
             axes[place + len(CONDITIONS)].plot(words, waits, **style, linewidth=1.1)
         axes[place].set_title(condition.name, fontsize=9)
         axes[place].set_ylabel("token hit rate, %")
@@ -168,19 +210,17 @@ def draw(cells: Cells) -> None:
         axes[place + len(CONDITIONS)].set_yscale("log")
     for axis in axes:
         axis.tick_params(axis="x", labelrotation=60, labelsize=7)
+    num_seeds = len({run.fleet.seed for runs in cells.values() for run in runs})
     caption = (
         "Eight replicas at a load of 1 (every prompt computed cold would keep all of them busy), "
-        "LRU, default placement. Dashed: our rule believing in KV, and our rule with perfect news."
+        f"LRU, default placement; means of {num_seeds} seeds, bars: their range. Dashed: our rule "
+        "believing in KV, and our rule with perfect news."
     )
     save(figure, axes, figure_path("study_router"), caption)
 
 
 def _routers(cells: Cells) -> list[str]:
-    return [run.fleet.router for run in next(iter(cells.values()))]
-
-
-def _of(runs: list[FleetResult], router: str) -> FleetResult:
-    return next(run for run in runs if run.fleet.router == router)
+    return list(_figures(next(iter(cells.values()))))
 
 
 if __name__ == "__main__":

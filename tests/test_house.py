@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "engine/requests": "guided text",
     "engine/drafts": "requests text",
     "engine/schedule": "config drafts requests store text",
-    "engine/transfer": "config requests run schedule",
+    "engine/transfer": "config requests run schedule text",
     "engine/interfaces.py": "drafts requests schedule store text",
     "engine/below.py": "config interfaces schedule store text",
     "engine/engine_loop.py": "engine interfaces requests schedule text",

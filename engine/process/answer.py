@@ -52,6 +52,7 @@ class Answer:
             all_logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
             drafts=None if news.drafts is None else _counts(news.drafts),
+            transferred=news.transferred,
         )
 
 

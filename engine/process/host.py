@@ -202,6 +202,7 @@ def news_of(output: RequestOutput) -> News:
         output.num_preemptions,
         output.prompt_logprobs if is_first else None,
         None if output.drafts is None else _draft_news(output.drafts),
+        output.transferred,
     )
 
 

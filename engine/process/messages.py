@@ -11,7 +11,7 @@ import msgspec
 
 from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
-from engine.text.outputs import FinishReason, SampledToken, Timings
+from engine.text.outputs import FinishReason, SampledToken, Timings, Transferred
 from hybridcache.results import Losses
 
 
@@ -109,6 +109,7 @@ class News(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: tuple[SampledToken | None, ...] | None
     """With the first tokens."""
     drafts: DraftNews | None
+    transferred: Transferred | None
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):

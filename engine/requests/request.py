@@ -19,6 +19,7 @@ from engine.text.outputs import (
     SampledToken,
     TextStream,
     Timings,
+    Transferred,
 )
 from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
@@ -78,6 +79,7 @@ class Request:
         "seed",
         "text",
         "text_stream",
+        "transferred",
     )
 
     def __init__(
@@ -136,6 +138,7 @@ class Request:
         self.cached_len = 0
         self.fetched_len: int | None = None
         """Tokens of KV that came for it from outside the cache; None: nobody has looked."""
+        self.transferred: Transferred | None = None
         self.losses: Losses | None = None
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
@@ -311,6 +314,7 @@ class Request:
             all_logprobs=self.logprobs,
             prompt_logprobs=None if self.prompt_logprobs is None else (None, *self.scores),
             drafts=self.drafts,
+            transferred=self.transferred,
         )
 
     def _timings(self) -> Timings:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from engine.requests.request import Request
 from engine.schedule.cache_manager import CacheManager
+from engine.text.outputs import Transferred
 from hybridcache.tokens import common_prefix_len
 
 
@@ -65,6 +66,12 @@ class Fetch(Protocol):
     def num_fetched(self) -> int:
         """Tokens of KV that came into the cache; 0 as long as it has not ended, or where it was
         given up."""
+        ...
+
+    @property
+    def transferred(self) -> Transferred | None:
+        """What went between engines for it, once it has ended; None: another engine has no part in
+        it."""
         ...
 
     def cancel(self) -> None:
@@ -123,7 +130,7 @@ class Fetching:
         if fetch is not None:
             if not fetch.has_ended:
                 return True
-            request.fetched_len = fetch.num_fetched
+            request.fetched_len, request.transferred = fetch.num_fetched, fetch.transferred
             del self._pending[request]
         if request.fetched_len is not None or request.wants_scores:
             return False

@@ -42,6 +42,10 @@ class Read(Fetch):
     def num_fetched(self) -> int:
         return self.num_tokens if self.has_ended else 0
 
+    @property
+    def transferred(self) -> None:
+        return None
+
     def cancel(self) -> None:
         self.is_wanted = False
 

@@ -26,7 +26,7 @@ from engine.server.replays import Replays
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
 from engine.text.answers.reasoning import CLOSE
-from engine.text.outputs import DraftCounts
+from engine.text.outputs import DraftCounts, Transferred
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
 
@@ -215,13 +215,15 @@ def new_id(kind: str, joint: str = "-", name: str | None = None) -> str:
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
     """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt
     counts once, with what its first choice found in the cache. ``lost_tokens`` (ours) says why the
-    others were computed. ``completion_tokens_details`` where tokens are guessed ahead."""
+    others were computed; ``transferred`` (ours), where other engines were asked, what went over the
+    wire. ``completion_tokens_details`` where tokens are guessed ahead."""
     firsts = outputs[::num_choices]
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)
     losses = [output.losses for output in firsts if output.losses is not None]
     lost = {cause: sum(getattr(loss, cause) for loss in losses) for cause in Losses._fields}
     drafts = [output.drafts for output in outputs if output.drafts is not None]
+    transferred = [output.transferred for output in firsts if output.transferred is not None]
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
@@ -229,8 +231,13 @@ def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, objec
         "prompt_tokens_details": {
             "cached_tokens": sum(output.cached_len for output in firsts),
             "lost_tokens": lost,
+            **({"transferred": _sums(transferred)} if transferred else {}),
         },
     } | ({"completion_tokens_details": _drafted(drafts, num_new)} if drafts else {})
+
+
+def _sums(transferred: Sequence[Transferred]) -> dict[str, int]:
+    return {name: sum(getattr(one, name) for one in transferred) for name in Transferred._fields}
 
 
 def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | None]:

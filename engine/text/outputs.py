@@ -72,6 +72,17 @@ class Timings(NamedTuple):
         return (self.e2e_s - self.ttft_s) / (num_output_tokens - 1)
 
 
+class Transferred(NamedTuple):
+    """What went between engines for one request."""
+
+    tokens: int
+    """Whose KV came into the cache; 0: the prefix did not come whole."""
+    needed_bytes: int
+    """Of that KV, and of the state that came with it."""
+    wire_bytes: int
+    """All that was sent and received: these, messages, and what was in vain."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What one step did for one request: the news, and all of it so far."""
@@ -103,6 +114,8 @@ class RequestOutput:
     token."""
     drafts: DraftCounts | None
     """The request's own, which grow with it; None: nothing is drafted."""
+    transferred: Transferred | None
+    """None: nothing was asked of another engine."""
 
     @property
     def token_ids(self) -> list[int]:

@@ -22,6 +22,7 @@ import torch
 from engine.requests.request import Request
 from engine.run.unit import Unit
 from engine.schedule.cache_manager import CacheManager
+from engine.text.outputs import Transferred
 from engine.transfer.counts import TransferCounts
 from engine.transfer.link import Rendezvous, Transfer
 from engine.transfer.wire import TransferError, Wire
@@ -123,7 +124,7 @@ class PeerFetch:
         """How its thread ended: empty, or what went wrong."""
         self.is_cancelled = False
         self.has_ended = False
-        self.num_fetched = 0
+        self.num_fetched = self.wire_bytes = 0
         self._num_bytes = 0
 
     @property
@@ -136,6 +137,12 @@ class PeerFetch:
     def is_whole(self) -> bool:
         """All bytes are copied."""
         return self._num_bytes == self.needed_bytes
+
+    @property
+    def transferred(self) -> Transferred:
+        """See ``Fetch``."""
+        needed_bytes = self.needed_bytes if self.num_fetched else 0
+        return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
     def expect(self, said: object) -> Piece:
         """The piece that is said to come next, still without its bytes. TransferError: it is none
@@ -240,7 +247,8 @@ class PeerFetcher:
             logger.exception("A transfer failed.")
             outcome = repr(error)
         if linked is not None:
-            self.counts.add(wire_bytes=linked.wire.take_num_bytes())
+            fetch.wire_bytes = linked.wire.take_num_bytes()
+            self.counts.add(wire_bytes=fetch.wire_bytes)
             if outcome:
                 linked.wire.close()
                 linked.transfer.close()

@@ -25,7 +25,7 @@ class SlowFetch:
     def __init__(self, fetcher: SlowFetcher, arrival: Arrival, request: Request) -> None:
         self.fetcher, self.arrival, self.request = fetcher, arrival, request
         self.end, self.num_fetched = arrival.end, 0
-        self.has_ended = False
+        self.has_ended, self.transferred = False, None
         self.steps_left = fetcher.delay
 
     def settle(self, is_whole: bool) -> None:

@@ -44,7 +44,7 @@ class FleetConfig:
     tpot_s: float = 0.02
     """Seconds an answer token takes; decoding delays no prefill."""
     seed: int = 0
-    """For routers that draw lots."""
+    """For routers that draw lots, and of which replicas die."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

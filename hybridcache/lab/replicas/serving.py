@@ -146,11 +146,11 @@ class _Fleet:
             self._route(asked, now)
 
     def plan_failures(self, span: Span) -> None:
-        """Evenly over the trace, one place after the other."""
+        """Evenly over the trace, one place after the other, from the seed's on."""
         count = self._config.failures
         for number in range(count):
             when = span.first_s + span.seconds * (number + 1) / (count + 1)
-            place = number % self._config.replicas
+            place = (number + self._config.seed) % self._config.replicas
             self._push(when, lambda now, place=place: self._die(place, now))  # type: ignore[misc]
 
     def _push(self, when: float, change: _Change) -> None:

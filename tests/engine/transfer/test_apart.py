@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from engine import Engine
+from engine.process.answer import Answer
+from engine.process.host import news_of
+from engine.server.front import usage
 from engine.transfer import fetch
 from tests.engine.transfer.pair import (
     GREEDY,
@@ -54,11 +57,35 @@ def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
     assert counts["needed_bytes"] == counts["tokens"] * row + 2 * state
     assert counts["needed_bytes"] < counts["wire_bytes"] <= 1.05 * counts["needed_bytes"]
     assert_same(plain, engine, [first, second, text(0, 290) + text(2, 30)])
-    longer = first + text(3, 400)
+    before, longer = engine.transfers.as_dict(), first + text(3, 400)
     assert_same(plain, engine, [longer])
-    sent = engine.transfers.as_dict()["tokens"] - counts["tokens"]
-    assert sent == (len(longer) - 1) // 64 * 64 - len(first)
+    sent = {name: count - before[name] for name, count in engine.transfers.as_dict().items()}
+    assert sent["tokens"] == (len(longer) - 1) // 64 * 64 - len(first)
     engine.check()
+
+
+def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
+    """Exactly: all requests together are what the engine counts."""
+    engine = decode_engine(far[1])
+    assert engine.transfers is not None
+    row, state = engine.runner.unit.row_bytes, engine.runner.unit.state_bytes
+    outputs = engine.generate([text(20, 300), text(21, 200), text(22, 30)], GREEDY)
+    said = [output.transferred for output in outputs]
+    assert said[2] is None
+    assert [one and one[:2] for one in said[:2]] == [
+        (256, 256 * row + state),
+        (192, 192 * row + state),
+    ]
+    whole = usage(outputs, 1)["prompt_tokens_details"]["transferred"]
+    counts = engine.transfers.as_dict()
+    assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
+    news = [news_of(output) for output in outputs]
+    answers = [
+        Answer(output.prompt_token_ids).add(one) for output, one in zip(outputs, news, strict=True)
+    ]
+    assert [answer.transferred for answer in answers] == said
+    hit = engine.generate([text(20, 300)], GREEDY)[0]
+    assert "transferred" not in usage([hit], 1)["prompt_tokens_details"]
 
 
 def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
