@@ -19,6 +19,10 @@ CONFIG = {name: value for name, value in SMALL.items() if name != "head_dim"} | 
     "num_shared_experts": 2,
     "moe_intermediate_size": 20,
 }
+VARIANTS = {
+    "kimi_linear_with_four_heads": CONFIG
+    | {"linear_attn_config": CONFIG["linear_attn_config"] | {"num_heads": 4}}
+}
 
 
 def official(tensors):
