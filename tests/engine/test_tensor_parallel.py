@@ -180,7 +180,7 @@ async def _submit(engine: AsyncEngine) -> None:
         (
             {"tp": 3},
             ModelError,
-            "^--tp 3 does not suit this model: 3 ranks can not share",
+            r"^--tp 3 does not suit this model: 3 ranks can not share 4 key heads of .* evenly\.$",
         ),
     ],
 )
