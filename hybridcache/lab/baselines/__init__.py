@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from hybridcache.lab.baselines.hicache import HicacheCache
 from hybridcache.lab.baselines.lightllm import LightllmCache
+from hybridcache.lab.baselines.llama_server import LlamaServerCache
 from hybridcache.lab.baselines.marconi import MarconiCache
+from hybridcache.lab.baselines.ollama import OllamaCache
 from hybridcache.lab.baselines.protocol import (
     Baseline,
     BaselineConfig,
@@ -14,21 +17,34 @@ from hybridcache.lab.baselines.protocol import (
     Session,
     replay,
 )
-from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.baselines.sglang import PlacementWord, SglangCache
 from hybridcache.lab.baselines.vllm import VllmCache
+
+
+def sglang(
+    config: BaselineConfig,
+    placement: PlacementWord = "extra_buffer",
+    max_states_per_path: int | None = None,
+) -> Baseline:
+    """SGLang, with its host pool where there is host memory."""
+    make = HicacheCache if config.host_bytes else SglangCache
+    return make(config, placement, max_states_per_path)
+
 
 BASELINES: dict[str, BaselineFactory] = {
     "vllm": VllmCache,
     "vllm-unit32": partial(VllmCache, match_unit=32),
     "vllm-keep-all": partial(VllmCache, retention=None),
-    "sglang": SglangCache,
-    "sglang-end": partial(SglangCache, placement="end"),
-    "sglang-cap": partial(SglangCache, max_states_per_path=2),
+    "sglang": sglang,
+    "sglang-end": partial(sglang, placement="end"),
+    "sglang-cap": partial(sglang, max_states_per_path=2),
     "lightllm": LightllmCache,
     "lightllm-big": partial(LightllmCache, big_page=1024),
     "lightllm-64": partial(LightllmCache, page=64),
     "lightllm-counted": partial(LightllmCache, counted=True),
     "lightllm-big-counted": partial(LightllmCache, big_page=1024, counted=True),
+    "llama-server": LlamaServerCache,
+    "ollama": OllamaCache,
     "marconi": MarconiCache,
     "marconi-static": partial(MarconiCache, alpha=1.0),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
@@ -37,6 +53,14 @@ BASELINES: dict[str, BaselineFactory] = {
 }
 """Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``:
 states are paid for out of the budget, where LightLLM keeps them in host memory beside it."""
+
+
+HOST_TIERS = frozenset(
+    word
+    for word in BASELINES
+    if word.startswith(("vllm", "sglang", "llama-server")) and word != "sglang-plus"
+) | {"lightllm", "lightllm-64"}
+"""Those that keep something in host memory beside their budget, and are rebuilt with it."""
 
 
 def build_baseline(word: str, config: BaselineConfig) -> Baseline:
@@ -48,4 +72,4 @@ def build_baseline(word: str, config: BaselineConfig) -> Baseline:
     return factory(config)
 
 
-__all__ = ["BASELINES", "Baseline", "BaselineConfig", "Session", "build_baseline", "replay"]
+__all__ = ["BASELINES", "HOST_TIERS", "Baseline", "BaselineConfig", "Session", "build_baseline", "replay"]

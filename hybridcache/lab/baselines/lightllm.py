@@ -12,6 +12,7 @@ Published behaviour that decides its hit rates:
   answer's included, is freed when the request ends.
 - KV is evicted leaf by leaf, stateless leaves first, then least recently used; host buffers least
   recently used, the node staying behind without its state.
+- A hit copies its state to the device before anything is computed.
 
 ``counted`` is not LightLLM: its states are paid for out of the device budget, as many as are worth
 their place there, so that it can be compared with caches that have no memory beside it.
@@ -65,7 +66,8 @@ class LightllmCache:
     default).
 
     ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of
-    host buffers.
+    host buffers. Where host memory is given, it holds as many states as fit, whatever
+    ``num_host_states`` says.
     """
 
     def __init__(
@@ -84,6 +86,11 @@ class LightllmCache:
         self.num_tokens = config.budget_bytes // row_bytes
         self.state_rows = -(-config.state_bytes // row_bytes) if counted else 0
         """Rows of the budget that a state takes."""
+        self.copied_bytes = 0 if counted else config.state_bytes
+        """Of a state, from host memory or to it."""
+        if config.host_bytes:
+            num_host_states = config.host_bytes // config.state_bytes
+        self.spilled_bytes = 0
         self.num_states = self.num_tokens // self.state_rows if counted else num_host_states
         self.free_states = self.num_states
         self.free_tokens = self.num_tokens
@@ -207,6 +214,9 @@ class LightllmCache:
         return child, True
 
     def _save_state(self, node: _Page) -> None:
+        if not self.num_states:
+            return
+        self.spilled_bytes += self.copied_bytes
         if not self.free_states:
             _, oldest = self.small_states.popitem(0)
             self.leaves.pop(self._leaf_key(oldest), None)
@@ -262,6 +272,7 @@ class LightllmSession:
         self.tokens = tokens
         self.path = found.path
         self.cached_len = found.length
+        self.fetched_bytes = cache.copied_bytes if found.length else 0
         self.held = len(tokens) - found.length
         state_at = (len(tokens) - 1) // cache.page * cache.page
         stops = {len(tokens), state_at}

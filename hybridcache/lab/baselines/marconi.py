@@ -107,6 +107,8 @@ class MarconiCache:
     admission, leaves only, least recently used, the whole path refreshed by a hit.
     """
 
+    spilled_bytes = 0
+
     def __init__(
         self,
         config: BaselineConfig,
@@ -310,6 +312,7 @@ class MarconiSession:
     """One request; the artifact knows no running memory, so there is nothing to hold."""
 
     num_chunks = 1
+    fetched_bytes = 0
 
     def __init__(
         self,

@@ -11,11 +11,15 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 
 class PrefixNode:
-    """One edge and its end. ``time`` and ``state_time`` are the owner's recency marks."""
+    """One edge and its end. ``time`` and ``state_time`` are the owner's recency marks; where the
+    KV and the state are is said by those that have host memory."""
 
     __slots__ = (
         "children",
         "depth",
+        "has_host_kv",
+        "has_host_state",
+        "has_kv",
         "has_state",
         "locks",
         "parent",
@@ -29,7 +33,9 @@ class PrefixNode:
         self.parent = parent
         self.depth: int = len(tokens) + (parent.depth if parent else 0)
         self.children: dict[int, PrefixNode] = {}
+        self.has_kv = True
         self.has_state = False
+        self.has_host_kv = self.has_host_state = False
         self.time = 0
         self.locks = 0
         self.state_locks = 0
@@ -71,6 +77,7 @@ def split(node: PrefixNode, depth: int) -> PrefixNode:
     at = depth - parent.depth
     upper = PrefixNode(node.tokens[:at], parent)
     upper.time, upper.locks = node.time, node.locks
+    upper.has_kv, upper.has_host_kv = node.has_kv, node.has_host_kv
     parent.children[int(upper.tokens[0])] = upper
     node.tokens, node.parent = node.tokens[at:], upper
     upper.children[int(node.tokens[0])] = node

@@ -34,6 +34,8 @@ class BaselineConfig:
     """Tokens that one id of the trace stands for (1; 64 or 512 for traces of block hashes)."""
     prefill_chunk: int = 8192
     """Most prompt tokens computed in one forward pass."""
+    host_bytes: int = 0
+    """Of host memory beside the budget, for all that a peer keeps there; 0: none."""
 
 
 class Session(Protocol):
@@ -43,6 +45,8 @@ class Session(Protocol):
     """Prompt ids reused (in trace units)."""
     num_chunks: int
     """Forward passes its prefill took."""
+    fetched_bytes: int
+    """From host memory to the device, before the prompt could be computed."""
 
     def finish(self, output: Tokens) -> None:
         """Decode ``output``, then release the request. Call once."""
@@ -51,6 +55,9 @@ class Session(Protocol):
 
 class Baseline(Protocol):
     """A peer's prefix cache."""
+
+    spilled_bytes: int
+    """From the device to host memory so far."""
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> Session | None:
         """Match ``tokens``, take what the prefill needs (evicting), compute the prompt. None: too

@@ -17,7 +17,7 @@ decides its hit rates:
   or a fork.
 - Memory is split between states and KV in the ratio 0.9, once.
 
-Left out: pages of more than one token, the host and storage tiers, speculative decoding,
+Left out: pages of more than one token, the host tier (``hicache``), speculative decoding,
 retraction, the slots that a strategy reserves but does not use, that the server dies where no slot
 is available (here the request waits), and the sweep of leaves that are left without a state (here
 they are the next to go).
@@ -76,7 +76,7 @@ class SglangCache:
         self.num_tokens = self.free_tokens = num_kv_tokens
         self.num_slots = self.free_slots = num_slots
         self.held_tokens = self.held_slots = 0
-        self.clock = 0
+        self.clock = self.spilled_bytes = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.states: OrderedDict[PrefixNode, None] = OrderedDict()
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
@@ -133,7 +133,7 @@ class SglangCache:
         for step in reversed(path):
             self.clock += 1
             step.time = self.clock
-        for step in path[:1]:
+        for step in path:
             self.list_leaf(step)
 
     def list_leaf(self, node: PrefixNode) -> None:
@@ -172,11 +172,11 @@ class SglangCache:
             victim = next((node for node in self.states if not node.state_locks), None)
             if victim is None:
                 return False
-            if victim.children or victim.locks:
-                self.drop_state(victim)
-            else:
+            if self.leaves.get(victim.time) is victim:
                 self.unlist_leaf(victim)
                 self.drop_leaf(victim)
+            else:
+                self.drop_state(victim)
         self.free_slots -= 1
         self.held_slots += 1
         return True
@@ -240,12 +240,15 @@ class SglangSession:
         self.held = 0
         self.num_slots = 0
         self.num_chunks = 0
+        self.fetched_bytes = 0
         cache.lock(node, 1)
 
     def prefill(self, kv_len: int) -> bool:
         """Take memory and compute the prompt, publishing after each extend; False: no memory."""
         cache, length = self.cache, len(self.tokens)
-        if not self._take_slot() or not self._take_tokens(length - self.cached_len):
+        if not self.num_slots and not self.take_slot():
+            return False
+        if not self._take_tokens(length - self.cached_len):
             return False
         branch = kv_len // cache.grid * cache.grid
         chunk = max(1, cache.config.prefill_chunk // cache.config.unit)
@@ -259,7 +262,7 @@ class SglangSession:
                 and not (branch - start) % cache.grid
             ):
                 position = branch
-            if cache.placement == "extra_buffer" and position > start and self._take_slot():
+            if cache.placement == "extra_buffer" and position > start and self.take_slot():
                 self._publish(self.tokens[:position])
         return True
 
@@ -287,7 +290,8 @@ class SglangSession:
         cache.held_slots -= self.num_slots
         self.held = self.num_slots = 0
 
-    def _take_slot(self) -> bool:
+    def take_slot(self) -> bool:
+        """One slot more; False: there is none."""
         taken = self.cache.allocate_slot()
         self.num_slots += taken
         return taken

@@ -26,8 +26,10 @@ Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block poo
   The last token decoded is never computed.
 - Blocks are never de-duplicated: what is computed again is stored again.
 
-Left out: preemption, the wait of a request for a state that another produces in the same step,
-offload tiers, and states exported from within a chunk (an option of one backend).
+- *Host memory*, where there is any: see ``offload``.
+
+Left out: preemption, the wait of a request for a state that another produces in the same step, and
+states exported from within a chunk (an option of one backend).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridcache.lab.baselines.blocks import BlockPool
+from hybridcache.lab.baselines.offload import ChunkStore
 from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.tokens import Tokens
 
@@ -110,8 +113,15 @@ class VllmCache:
             )
         self.retention = None if retention is None else retention // config.unit
         self.num_state_groups = -(-config.num_linear_layers // config.num_full_layers)
-        num_blocks = config.budget_bytes // (self.block_tokens * config.kv_bytes_per_token)
+        self.block_bytes = self.block_tokens * config.kv_bytes_per_token
+        num_blocks = config.budget_bytes // self.block_bytes
         self.pool = BlockPool(max(0, num_blocks - 1))
+        self.store = ChunkStore(config.host_bytes // self.block_bytes)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """See ``Baseline``."""
+        return self.store.num_stored * self.block_bytes
 
     @property
     def partial(self) -> bool:
@@ -132,8 +142,23 @@ class VllmCache:
         return VllmSession(self, tokens, hashes, hit)
 
     def check(self) -> None:
-        """AssertionError if the pool's books do not balance. O(blocks)."""
+        """AssertionError if the pool's or the store's books do not balance. O(blocks)."""
         self.pool.check()
+        self.store.check()
+
+    def num_stored(self, digests: list[bytes], hit: _Hit, limit: int) -> int:
+        """Blocks past ``hit`` that the store brings: attention in a row, states at its end."""
+        first, per_block = hit.length // self.block_size, self.block_size // self.unit
+        if hit.length % self.block_size:
+            return 0
+        depth = first
+        ends = [digests[end * per_block - 1] for end in range(1, limit // self.block_size + 1)]
+        while depth < len(ends) and (_ATTENTION, ends[depth]) in self.store:
+            depth += 1
+        groups = range(self.num_state_groups)
+        while depth > first and not all((group, ends[depth - 1]) in self.store for group in groups):
+            depth -= 1
+        return depth - first
 
     def _match(self, digests: list[bytes], limit: int) -> _Hit:
         """Attention left to right, then the deepest state at or before its end. At most ``limit``
@@ -204,7 +229,15 @@ class VllmSession:
         self._save_tail = False
         for block in (*hit.attention, *hit.states):
             self.pool.take(block)
-        start = hit.length
+        self._recency = cache.store.tick()
+        self._accessed: dict[Hashable, int] = {}
+        """What of the store this request came by: key, and where it ends in the text."""
+        self._num_offered = 0
+        num_fetched = cache.num_stored(hashes.digests, hit, self._length - 1)
+        self.fetched_bytes = 0
+        if num_fetched:
+            self._fetch(num_fetched)
+        start = self.cached_len
         while start < self._length:
             end = self._chunk_end(start)
             self._step(start, end)
@@ -220,6 +253,7 @@ class VllmSession:
             if len(self.pool.free) <= self.cache.num_state_groups:
                 break
             self._step(end - 1, end)
+        self.cache.store.finish(sorted(self._accessed, key=self._accessed.__getitem__))
         self.pool.release(reversed(self._attention))
         for table in self._states:
             self.pool.release(table[depth] for depth in sorted(table, reverse=True))
@@ -256,8 +290,46 @@ class VllmSession:
         self._retire(computed)
         copied = self._allocate(end)
         self._register_attention(end)
-        self._register_states(end)
+        saved = self._register_states(end)
         self.pool.release(copied)
+        if self.cache.store.num_chunks and end <= self._length:
+            self._offer(end, saved)
+
+    def _fetch(self, num_blocks: int) -> None:
+        """Blocks from the store follow those of the hit, with the states at their end."""
+        cache, size = self.cache, self.cache.block_size
+        first = len(self._attention)
+        length = (first + num_blocks) * size
+        for depth in range(first, first + num_blocks):
+            self._attention.append(self.pool.allocate())
+            self._access(_ATTENTION, (depth + 1) * size)
+        for group, table in enumerate(self._states):
+            table[first + num_blocks - 1] = self.pool.allocate()
+            self._access(group, length)
+        cache.store.use(self._accessed, self._recency)
+        self._num_columns = self._num_offered = first + num_blocks
+        self._num_registered = first
+        self._register_attention(length)
+        self._register_states(length)
+        self.fetched_bytes = (num_blocks + cache.num_state_groups) * cache.block_bytes
+        self.cached_len = length
+
+    def _access(self, group: int, length: int) -> dict[Hashable, int]:
+        key = group, self._hashes.digests[length // self.cache.unit - 1]
+        self._accessed[key] = length
+        return {key: length}
+
+    def _offer(self, end: int, saved: list[tuple[int, int]]) -> None:
+        """Give the store what a pass of the prompt left: states, each (group, where it ends), then
+        attention that was not yet stored."""
+        store, size = self.cache.store, self.cache.block_size
+        for group, length in saved:
+            store.offer(self._access(group, length), self._recency)
+        offered: dict[Hashable, int] = {}
+        for depth in range(self._num_offered, end // size):
+            offered |= self._access(_ATTENTION, (depth + 1) * size)
+        if store.offer(offered, self._recency):
+            self._num_offered = max(self._num_offered, end // size)
 
     def _retire(self, computed: int) -> None:
         """Let go of states that lie a block or more behind."""
@@ -299,17 +371,21 @@ class VllmSession:
         if boundary % size and boundary <= end:
             self._register(self._attention[boundary // size], _ATTENTION, boundary)
 
-    def _register_states(self, end: int) -> None:
+    def _register_states(self, end: int) -> list[tuple[int, int]]:
+        """Say which states stand; returns those at block boundaries: (group, where it ends)."""
+        saved = []
         size, unit = self.cache.block_size, self.cache.unit
         at_tail = end % size != 0 and end == (self._length - 1) // unit * unit
         for group, table in enumerate(self._states):
             for depth in range(self._num_registered, end // size):
                 if depth in table and self._keeps(depth + 1):
                     self._register(table[depth], group, (depth + 1) * size)
+                    saved.append((group, (depth + 1) * size))
             if at_tail:
                 self._register(table[end // size], group, end)
         self._save_tail = at_tail
         self._num_registered = max(self._num_registered, end // size)
+        return saved
 
     def _keeps(self, num_blocks: int) -> bool:
         """Whether the state after so many blocks is worth a key."""

@@ -25,6 +25,7 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
@@ -226,8 +227,15 @@ class Sweep:
             for placement in _policies(self.checkpoints)
         ]
         peers = (self.baseline,) if isinstance(self.baseline, str) else self.baseline
-        alone = replace(common, host_bytes=0, disk_bytes=0)
-        found += [replace(alone, baseline=word) for word in peers]
+        found += [
+            replace(
+                common,
+                baseline=word,
+                host_bytes=common.host_bytes if word in HOST_TIERS else 0,
+                disk_bytes=0,
+            )
+            for word in peers
+        ]
         if not found:
             raise ValueError("nothing to simulate: no policy, and no baseline")
         labels = [config.label for config in found]

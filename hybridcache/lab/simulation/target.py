@@ -16,6 +16,7 @@ from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.interface import PrefixCache
 from hybridcache.lab.baselines import (
     BASELINES,
+    HOST_TIERS,
     BaselineConfig,
     Session,
     build_baseline,
@@ -106,15 +107,15 @@ class RunConfig:
     @property
     def label(self) -> str:
         """How tables and figures call it."""
-        if self.baseline is not None:
-            return f"{self.baseline} (rebuilt)"
         name = str(self.policy)
-        if self.checkpoints != DEFAULT_CHECKPOINTS:
+        if self.baseline is not None:
+            name = f"{self.baseline} (rebuilt)"
+        elif self.checkpoints != DEFAULT_CHECKPOINTS:
             name = f"{name} @ {self.checkpoints}"
         for word, size in ((HOST, self.host_bytes), (DISK, self.disk_bytes)):
             if size:
                 name = f"{name} + {size / GIB:.3g} GiB {word}"
-        if self.budget_bytes is None or self.memory == "arena":
+        if self.baseline is not None or self.budget_bytes is None or self.memory == "arena":
             return name
         if self.kv_share is None:
             return f"{name} ({self.memory})"
@@ -188,6 +189,7 @@ class RunConfig:
             num_linear_layers=geometry.num_linear_layers,
             grid=self.grid,
             unit=unit,
+            host_bytes=self.host_bytes,
         )
 
 
@@ -237,6 +239,8 @@ def check_words(config: RunConfig) -> None:
         parse_placement(config.checkpoints)
     elif config.baseline not in BASELINES:
         raise ValueError(f"no baseline {config.baseline!r}; known: {', '.join(BASELINES)}")
+    elif config.disk_bytes or (config.host_bytes and config.baseline not in HOST_TIERS):
+        raise ValueError(f"baseline {config.baseline} is not rebuilt with this tier below it")
     elif not config.geometry.num_linear_layers:
         raise ValueError(
             f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers "
@@ -248,12 +252,12 @@ def check_words(config: RunConfig) -> None:
 def build_target(config: RunConfig, unit: int, times: PrefillTimes | None = None) -> Target:
     """A fresh, empty target. ``times``: what a copy from a lower tier is weighed against; None: a
     roofline."""
+    exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
     if config.baseline is not None:
-        return BaselineTarget(config.baseline, config.baseline_config(unit))
+        return BaselineTarget(config.baseline, config.baseline_config(unit), exchange)
     cache = build_prefix_cache(config.cache_config(unit))
     stateful = bool(config.geometry.num_linear_layers)
     own_slot = None if config.geometry.checkpoint_bytes is None else 0
-    exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
     placement = config.placement(unit)
     return LeaseTarget(cache, placement, stateful, unit, config.steps, own_slot, exchange)
 
@@ -405,23 +409,32 @@ class _LeasedRequest:
 
 
 class BaselineTarget:
-    """A rebuilt peer."""
+    """A rebuilt peer. ``exchange``: what its copies from host memory take; None: it has none."""
 
     tiers: bool | None = None
 
-    def __init__(self, word: str, config: BaselineConfig) -> None:
+    def __init__(self, word: str, config: BaselineConfig, exchange: Exchange | None = None) -> None:
         self.baseline = build_baseline(word, config)
-        self.num_chunks = 0
+        self.exchange = exchange
+        self.num_chunks = self.fetched_bytes = 0
 
     def begin(self, request: TraceRequest) -> Served | None:
         session = self.baseline.begin(request.tokens, request.namespace)
         if session is None:
             return None
         self.num_chunks += session.num_chunks
-        return _BaselineRequest(session, request)
+        served = _BaselineRequest(session, request)
+        if self.exchange is not None:
+            self.fetched_bytes += session.fetched_bytes
+            served.copy_s = self.exchange.copy_seconds({HOST: session.fetched_bytes})
+        return served
 
     def counters(self) -> dict[str, int]:
-        return {"prefill_chunks": self.num_chunks}
+        found = {"prefill_chunks": self.num_chunks}
+        if self.exchange is not None:
+            found[f"{DEVICE}_to_{HOST}_bytes"] = self.baseline.spilled_bytes
+            found[f"{HOST}_to_{DEVICE}_bytes"] = self.fetched_bytes
+        return found
 
 
 class _BaselineRequest:
