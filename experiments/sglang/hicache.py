@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from experiments.sglang.pools import CHUNK, new_pools
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache import l2_transfer
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -23,8 +25,6 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-
-from experiments.sglang.pools import CHUNK, new_pools
 
 DECODE_INTERVAL = 256
 _EVENT = SimpleNamespace(
@@ -70,7 +70,10 @@ class HostPools:
         params.tree_core_backend = "python"
         self.cache = UnifiedRadixCache(params)
         self.cache.init_hicache(arguments, params)
-        self.host_sizes = self.host_free()
+
+    def free(self) -> tuple[int, int, int, int]:
+        """KV rows and states free on the device, and in host memory."""
+        return self.rows.available_size(), self.slots.available_size(), *self.host_free()
 
     def host_free(self) -> tuple[int, int]:
         """KV rows and states that its host pools have free."""

@@ -52,8 +52,8 @@ def test_disk_takes_what_host_memory_has_no_room_for():
     assert both.tier_bytes is not None and both.tier_bytes["host_to_disk_bytes"] > 0
 
 
-def test_a_record_says_which_tiers_there_were_and_peers_have_none():
-    result = simulate(TRACE, gib=2, host_gib=8, baseline="vllm", bound=False)
+def test_a_record_says_which_tiers_there_were_and_who_had_none():
+    result = simulate(TRACE, gib=2, host_gib=8, baseline="marconi", bound=False)
     ours, peer = result.runs
     assert (ours.config.host_gib, peer.config.host_gib) == (8, 0)
     assert ours.label == "lru + 8 GiB host" and peer.tier_bytes is None

@@ -72,4 +72,12 @@ def build_baseline(word: str, config: BaselineConfig) -> Baseline:
     return factory(config)
 
 
-__all__ = ["BASELINES", "HOST_TIERS", "Baseline", "BaselineConfig", "Session", "build_baseline", "replay"]
+__all__ = [
+    "BASELINES",
+    "HOST_TIERS",
+    "Baseline",
+    "BaselineConfig",
+    "Session",
+    "build_baseline",
+    "replay",
+]

@@ -5,8 +5,8 @@ over one KV buffer), ``--slot-prompt-similarity 0.1``, ``--cache-ram``, ``--cach
 ``--ctx-checkpoints 32``, ``--checkpoint-min-step 8192``, batches of 2,048 tokens, 512 a pass.
 
 - *A slot* holds one text, its KV and the state at its very end; nothing is shared between slots. A
-  request takes the free slot whose text shares most of the prompt, above a tenth of it, else the one
-  least recently used.
+  request takes the free slot whose text shares most of the prompt, above a tenth of it, else the
+  one least recently used.
 - *The prompt cache* holds whole texts, KV and end state, with the checkpoints of their slot, oldest
   out first. A slot's text is saved when it is about to be lost: less than half of it would stay, or
   it was taken as the oldest. What a saved text contains is not saved; what it is a beginning of

@@ -19,26 +19,27 @@ are still under way, ARC, and the tiers below.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Generic, TypeVar
 
 from sortedcontainers import SortedDict
 
-Rank = tuple[int, int, Hashable]
+_Key = TypeVar("_Key", bound=Hashable)
 
 
-class ChunkStore:
-    """``num_chunks`` chunks by key, the one to go first in O(log n)."""
+class ChunkStore(Generic[_Key]):
+    """``num_chunks`` chunks by key, the one to go first in O(log n). Keys can be ordered."""
 
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks = num_chunks
         self.num_stored = 0
         """Chunks written so far."""
-        self._rank_of: dict[Hashable, Rank] = {}
-        self._by_rank: SortedDict[Rank, Hashable] = SortedDict()
+        self._rank_of: dict[_Key, tuple[int, int, _Key]] = {}
+        self._by_rank: SortedDict[tuple[int, int, _Key], _Key] = SortedDict()
         self._clock = 0
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: _Key) -> bool:
         return key in self._rank_of
 
     def __len__(self) -> int:
@@ -49,7 +50,7 @@ class ChunkStore:
         self._clock += 1
         return self._clock
 
-    def offer(self, keys: dict[Hashable, int], recency: int) -> bool:
+    def offer(self, keys: Mapping[_Key, int], recency: int) -> bool:
         """Store what of ``keys`` (key: where it ends) is missing; False: there is no room for all
         of it beside the rest of the offer, and nothing was stored or let go. O(keys log n) and
         the keys that stay."""
@@ -67,25 +68,28 @@ class ChunkStore:
         self.num_stored += len(missing)
         return True
 
-    def use(self, keys: dict[Hashable, int], recency: int) -> None:
+    def use(self, keys: Mapping[_Key, int], recency: int) -> None:
         """A request of ``recency`` came by ``keys``: those that are here are as recent as it."""
         for key, end in keys.items():
             rank = self._rank_of.get(key)
             if rank is not None and rank[:2] < (recency, -end):
                 self._set(key, (recency, -end, key))
 
-    def finish(self, keys: Iterable[Hashable]) -> None:
+    def finish(self, keys: Iterable[_Key]) -> None:
         """A request ended that came by ``keys``, from the head to the tail: the tail is older."""
         for key in reversed(list(keys)):
             if key in self._rank_of:
                 self._set(key, (self.tick(), 0, key))
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._rank_of)
 
     def check(self) -> None:
         """AssertionError unless no more is held than fits, and both indices agree. O(n)."""
         assert len(self._rank_of) <= self.num_chunks, "more chunks than there is room for"
         assert {key: rank for rank, key in self._by_rank.items()} == self._rank_of, "two orders"
 
-    def _set(self, key: Hashable, rank: Rank) -> None:
+    def _set(self, key: _Key, rank: tuple[int, int, _Key]) -> None:
         old = self._rank_of.get(key)
         if old is not None:
             del self._by_rank[old]

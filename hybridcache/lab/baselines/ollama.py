@@ -8,8 +8,8 @@ Source: the published rules and defaults of its runner's input cache and recurre
 - *Checkpoints*: a ring of 32 a slot, reserved on the device. A forward pass (512 tokens of a
   prompt, one of decode) leaves one at its end if that is 16 tokens or more into the text and 1,280
   or more past the last one.
-- *Resuming* is always from a checkpoint, also where the slot's text goes on: the deepest within what
-  is shared; those past it are lost. Without one, all is computed anew.
+- *Resuming* is always from a checkpoint, also where the slot's text goes on: the deepest within
+  what is shared; those past it are lost. Without one, all is computed anew.
 
 Nothing lies in host memory. Left out: context shift, forks between slots, the MLX runner.
 """

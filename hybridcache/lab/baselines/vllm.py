@@ -116,7 +116,9 @@ class VllmCache:
         self.block_bytes = self.block_tokens * config.kv_bytes_per_token
         num_blocks = config.budget_bytes // self.block_bytes
         self.pool = BlockPool(max(0, num_blocks - 1))
-        self.store = ChunkStore(config.host_bytes // self.block_bytes)
+        self.store: ChunkStore[tuple[int, bytes]] = ChunkStore(
+            config.host_bytes // self.block_bytes
+        )
 
     @property
     def spilled_bytes(self) -> int:
@@ -230,7 +232,7 @@ class VllmSession:
         for block in (*hit.attention, *hit.states):
             self.pool.take(block)
         self._recency = cache.store.tick()
-        self._accessed: dict[Hashable, int] = {}
+        self._accessed: dict[tuple[int, bytes], int] = {}
         """What of the store this request came by: key, and where it ends in the text."""
         self._num_offered = 0
         num_fetched = cache.num_stored(hashes.digests, hit, self._length - 1)
@@ -253,7 +255,8 @@ class VllmSession:
             if len(self.pool.free) <= self.cache.num_state_groups:
                 break
             self._step(end - 1, end)
-        self.cache.store.finish(sorted(self._accessed, key=self._accessed.__getitem__))
+        ends = sorted((end, group, digest) for (group, digest), end in self._accessed.items())
+        self.cache.store.finish((group, digest) for _, group, digest in ends)
         self.pool.release(reversed(self._attention))
         for table in self._states:
             self.pool.release(table[depth] for depth in sorted(table, reverse=True))
@@ -314,7 +317,7 @@ class VllmSession:
         self.fetched_bytes = (num_blocks + cache.num_state_groups) * cache.block_bytes
         self.cached_len = length
 
-    def _access(self, group: int, length: int) -> dict[Hashable, int]:
+    def _access(self, group: int, length: int) -> dict[tuple[int, bytes], int]:
         key = group, self._hashes.digests[length // self.cache.unit - 1]
         self._accessed[key] = length
         return {key: length}
@@ -325,7 +328,7 @@ class VllmSession:
         store, size = self.cache.store, self.cache.block_size
         for group, length in saved:
             store.offer(self._access(group, length), self._recency)
-        offered: dict[Hashable, int] = {}
+        offered: dict[tuple[int, bytes], int] = {}
         for depth in range(self._num_offered, end // size):
             offered |= self._access(_ATTENTION, (depth + 1) * size)
         if store.offer(offered, self._recency):

@@ -20,12 +20,12 @@ from hybridcache.build import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
-from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
