@@ -56,8 +56,10 @@ class Session(Protocol):
 class Baseline(Protocol):
     """A peer's prefix cache."""
 
-    spilled_bytes: int
-    """From the device to host memory so far."""
+    @property
+    def spilled_bytes(self) -> int:
+        """From the device to host memory so far."""
+        ...
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> Session | None:
         """Match ``tokens``, take what the prefill needs (evicting), compute the prompt. None: too
