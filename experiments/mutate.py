@@ -1,7 +1,7 @@
 """Would the tests notice? Breaks cache, arena, engine or native kernels in small ways, and runs
 their tests.
 
-python -m experiments.mutate [cache] [arena] [engine] [native] [tiers] [--only WORD]
+python -m experiments.mutate [cache] [arena] [engine] [native] [tiers] [peers] [--only WORD]
     [--timeout 240] [--machines]
 
 Each mutation is one edit of one file in a copy of the packages; a mutation that no test catches
@@ -29,10 +29,18 @@ from experiments.mutations.arena import ARENA
 from experiments.mutations.cache import CACHE
 from experiments.mutations.engine import ENGINE
 from experiments.mutations.native import NATIVE
+from experiments.mutations.peers import PEER_TIERS
 from experiments.mutations.tiers import TIERS
 from experiments.provenance import RESULTS, ROOT, write_json_lines
 
-LISTS = {"cache": CACHE, "arena": ARENA, "engine": ENGINE, "native": NATIVE, "tiers": TIERS}
+LISTS = {
+    "cache": CACHE,
+    "arena": ARENA,
+    "engine": ENGINE,
+    "native": NATIVE,
+    "tiers": TIERS,
+    "peers": PEER_TIERS,
+}
 
 
 class Outcome(NamedTuple):
