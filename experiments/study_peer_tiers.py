@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.lab import WORKLOADS, figure_path, keep, rounded
 from experiments.provenance import read_json_lines, write_json_lines
-from experiments.study_tiers import DEVICE_GIB, GOAL, Table, by_cell, fetch_whatever, run
+from experiments.study_tiers import DEVICE_GIB, GOAL, Table, by_cell, fetch_whatever, run, servable
 from hybridcache.geometry.exchange import tokens_per_byte
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
@@ -44,8 +44,8 @@ ALONE, WHOLE = f"device {DEVICE_GIB}", f"device {GOAL[1]}"
 def measure(word: str, bar: tqdm[Any]) -> list[dict[str, Any]]:
     """A record a cell."""
     workload = WORKLOADS[word]
-    trace = workload.open(word, False).kept()
     geometry = workload.geometry
+    trace = servable(workload.open(word, False), geometry)
     times = replace(Roofline.fitting(geometry), bytes_per_s=1e30, overhead_s=0.0)
     common = RunConfig(
         geometry,

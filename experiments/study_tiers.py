@@ -4,7 +4,8 @@ Twelve traces, the device with 4 GiB for KV and states, host memory and disk bel
 are those of prefill that a cache without any memory would have computed, less the copies that
 requests waited for: over PCIe 5.0 (50 GB/s a device) and from one drive (6 GB/s). That counts a
 copy as if the device stood still for it. While one request's prefix is fetched the engine computes
-others: *beside others*, copies cost the device nothing and only the request its time. Two clocks:
+others: *beside others*, copies cost the device nothing and only the request its time. Requests that
+4 GiB can not hold at all are left out: no device of that size runs them. Two clocks:
 
 - *shared*: prefills share their steps, as in a busy engine, so a token costs its arithmetic and
   nothing else. All comparisons but one use it.
@@ -39,6 +40,7 @@ from experiments.lab import WORKLOADS, figure_path, keep, rounded
 from experiments.provenance import read_json_lines, write_json_lines
 from hybridcache.core.lower import LowerTiers
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
@@ -105,6 +107,17 @@ def fetch_whatever(target: LeaseTarget) -> None:
     target.exchange = Whatever(target)  # type: ignore[assignment]
 
 
+def servable(trace: Trace, geometry: ModelGeometry) -> Trace:
+    """In memory, without the requests that no device of ``DEVICE_GIB`` can run, whatever lies below
+    it: their KV and two states are larger."""
+    room = (DEVICE_GIB * GIB - 2 * geometry.state_bytes) // geometry.kv_bytes_per_token
+    sizes = (
+        (request, request.num_tokens(trace.unit) + len(request.output) * trace.unit)
+        for request in trace
+    )
+    return replace(trace, source=[one for one, size in sizes if size <= room].__iter__)
+
+
 def run(
     trace: Trace, config: RunConfig, times: PrefillTimes, change: Change | None = None
 ) -> RunResult:
@@ -163,7 +176,7 @@ def measure(word: str, policy: str, few: bool, bar: tqdm[Any]) -> list[dict[str,
     trace = workload.open(word, False)
     if few and word in SHORT:
         trace = trace.head(SHORT[word])
-    trace = trace.kept()
+    trace = servable(trace, workload.geometry)
     alone = Roofline.fitting(workload.geometry)
     clocks = {"alone": alone, "shared": replace(alone, bytes_per_s=1e30, overhead_s=0.0)}
     config = RunConfig(workload.geometry, policy=policy, grid=max(workload.grid, trace.unit))
