@@ -171,8 +171,8 @@ def draw(table: Table) -> None:
     axes[1].set_ylabel("measured")
     caption = (
         "Left: 4 GiB on the device alone (grey) and with 16 GiB of host memory (blue); points are "
-        "traces, diamonds means; peers rebuilt (LightLLM's 512 states in host memory are in grey, too, "
-        "uncounted). Right: the bandwidth from host memory to a device "
+        "traces, diamonds means; peers rebuilt (LightLLM's 512 states in host memory are in grey, "
+        "too, uncounted). Right: the bandwidth from host memory to a device "
         "below which fetching whatever there is loses to computing, `lru`: by the exchange rate "
         "and in the sweep. Prefills share their steps; copies are waited for."
     )
