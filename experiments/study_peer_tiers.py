@@ -10,7 +10,8 @@ those that `regret` saves with 20 GiB on the device.
   there and no KV; llama-server whole texts with their checkpoints. Ollama has none of it.
 - *Break-even*: `lru` with 16 GiB at other bandwidths, fetching whatever there is and fetching where
   it is sooner. Whatever there is loses below some bandwidth; the exchange rate predicts it: bytes
-  fetched for a token saved, times tokens computed a second.
+  fetched for a token saved, times tokens computed a second, attention left out: where prompts are
+  long a token costs more, and fetching loses later than predicted.
 
     python -m experiments.study_peer_tiers [--traces chat,agent] [--resume FOLDER]
 """
@@ -154,11 +155,14 @@ def draw(table: Table) -> None:
     axes[0].set_xticks(range(len(names)), names, fontsize=6, rotation=20)
     axes[0].set_ylabel("prefill seconds saved, % of what\n`regret` saves with 20 GiB")
     points = {word: break_even(known) for (word, _), known in table.items()}
-    for word, found in points.items():
-        if found is not None:
-            axes[1].plot([found[0] / 1e9], [found[1] / 1e9], "o", color=COLOURS[0], markersize=4)
-            axes[1].annotate(word, (found[0] / 1e9, found[1] / 1e9), fontsize=6, xytext=(4, -6),
-                             textcoords="offset points")  # fmt: skip
+    known_points = sorted((ends, word) for word, ends in points.items() if ends is not None)
+    for number, ((predicted, measured), word) in enumerate(known_points):
+        place = predicted / 1e9, measured / 1e9
+        axes[1].plot(*[[one] for one in place], "o", color=COLOURS[0], markersize=4)
+        side: dict[str, Any] = {"xytext": (5, -7), "ha": "left"}
+        if number % 2:
+            side = {"xytext": (-5, 5), "ha": "right"}
+        axes[1].annotate(word, place, fontsize=6, textcoords="offset points", **side)
     ends = [RATES[0] / 1e9, 16]
     axes[1].plot(ends, ends, color="#555555", linewidth=0.8, linestyle="--")
     axes[1].set_xscale("log")
@@ -167,7 +171,8 @@ def draw(table: Table) -> None:
     axes[1].set_ylabel("measured")
     caption = (
         "Left: 4 GiB on the device alone (grey) and with 16 GiB of host memory (blue); points are "
-        "traces, diamonds means; peers rebuilt. Right: the bandwidth from host memory to a device "
+        "traces, diamonds means; peers rebuilt (LightLLM's 512 states in host memory are in grey, "
+        "too, uncounted). Right: the bandwidth from host memory to a device "
         "below which fetching whatever there is loses to computing, `lru`: by the exchange rate "
         "and in the sweep. Prefills share their steps; copies are waited for."
     )

@@ -39,12 +39,13 @@ class _Slot:
 
 
 class OllamaCache:
-    """Ollama's runner. The budget holds, for each slot, a state and its ring, and KV for the
-    rest."""
+    """Ollama's runner. The budget holds, for each slot, a state and its ring, and KV for the rest.
+    A ring that would take more than three quarters of it is shorter; the real one is not."""
 
     def __init__(self, config: BaselineConfig, num_slots: int = 1, ring: int = 32) -> None:
         self.config = config
-        self.ring = ring
+        room = 3 * config.budget_bytes // (4 * num_slots * config.state_bytes)
+        self.ring = ring = max(1, min(ring, room - 1))
         reserved = num_slots * (1 + ring) * config.state_bytes
         row_bytes = config.kv_bytes_per_token * config.unit
         self.num_rows = max(0, config.budget_bytes - reserved) // row_bytes // num_slots

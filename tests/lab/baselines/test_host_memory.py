@@ -118,6 +118,10 @@ def test_vllm_stores_the_prompts_whole_blocks_and_their_states() -> None:
         serve(peer, text(seed, 9000), text(9, 2))
     assert serve(peer, prompt, text(9, 2)) == (4224, (4 + 3) * block)
     assert serve(peer, prompt, text(9, 2)) == (4224, 0), "it is on the device now"
+    for seed in range(12, 16):
+        serve(peer, text(seed, 9000), text(9, 2))
+    parting = np.concatenate((prompt[:3400], text(7, 300)))
+    assert serve(peer, parting, text(9, 2)) == (0, 0), "attention to 3,168, and no state there"
 
 
 def test_a_store_lets_go_of_the_oldest_request_s_tail_first() -> None:
@@ -132,6 +136,14 @@ def test_a_store_lets_go_of_the_oldest_request_s_tail_first() -> None:
     assert not store.offer({f"d{n}": n for n in range(7)}, store.tick()), "more than it can hold"
     assert len(store) == 6
     store.check()
+
+
+def test_an_offer_does_not_push_out_what_it_names() -> None:
+    store: ChunkStore[str] = ChunkStore(2)
+    first, second = store.tick(), store.tick()
+    assert store.offer({"a1": 1}, first) and store.offer({"b1": 1}, second)
+    assert store.offer({"a1": 1, "a2": 2}, first)
+    assert set(store) == {"a1", "a2"}
 
 
 @pytest.mark.parametrize("size", record_vllm_store.SIZES)
