@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl, urlencode
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
+from hybridcache.lab.traces.aiperf import AIPerfReader
 from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.base import (
     DAMAGED,
@@ -55,6 +56,7 @@ READERS: dict[str, type[Any]] = {
         OwnReader,
         CodingAgentReader,
         BailianReader,
+        AIPerfReader,
         MooncakeReader,
         ShareGPTCountsReader,
         ShareGPTReader,

@@ -7,14 +7,19 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TextIO
+
+import numpy as np
 
 from hybridcache.lab.trace import (
     BadRecords,
     FreshIds,
+    Trace,
     TraceRequest,
     units,
 )
@@ -28,6 +33,7 @@ from hybridcache.lab.traces.base import (
     seconds,
     whole,
 )
+from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +75,52 @@ class MooncakeReader(Reader):
             yield TraceRequest(when, number, None, tokens, output, (), partial)
 
         return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+
+
+class BlockIds:
+    """Numbers of blocks, from 0: two are equal where the blocks and all before them are, as in
+    Mooncake's own traces."""
+
+    def __init__(self, unit: int, block_tokens: int) -> None:
+        """ValueError where blocks of ``block_tokens`` are not made of whole ids of ``unit``."""
+        if block_tokens < 1 or block_tokens % unit:
+            raise ValueError(
+                f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
+            )
+        self._unit, self._block_tokens = unit, block_tokens
+        self._numbers: dict[tuple[Hashable, int, bytes], int] = {}
+
+    def of(self, owner: Hashable, tokens: Tokens, num_tokens: int) -> list[int]:
+        """One for each block of a text of ``num_tokens``, the last, partial one included (its
+        length is part of it). Texts of different owners share none. O(len(tokens))."""
+        ids_a_block = self._block_tokens // self._unit
+        before: Hashable = (owner,)
+        found = []
+        for start in range(0, len(tokens), ids_a_block):
+            size = min(self._block_tokens, num_tokens - start * self._unit)
+            raw = np.ascontiguousarray(tokens[start : start + ids_a_block])
+            digest = hashlib.blake2b(raw.tobytes(), digest_size=16).digest()
+            before = self._numbers.setdefault((before, size, digest), len(self._numbers))
+            found.append(before)
+        return found
+
+
+def write(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
+    """Write ``trace`` as Mooncake's JSON lines; returns its requests.
+
+    The format has no place for sessions, boundaries, or what an answer says: a prompt that repeats
+    one is new there, as it is for a server that answers by itself. Namespaces share no block.
+    """
+    blocks = BlockIds(trace.unit, block_tokens)
+    num_requests = 0
+    for request in trace:
+        num_requests += 1
+        length = request.num_tokens(trace.unit)
+        record = {
+            "timestamp": round(request.timestamp_s * 1000),
+            "input_length": length,
+            "output_length": max(1, len(request.output) * trace.unit),
+            "hash_ids": blocks.of(request.namespace, request.tokens, length),
+        }
+        file.write(json.dumps(record) + "\n")
+    return num_requests

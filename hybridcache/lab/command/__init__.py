@@ -1,0 +1,1 @@
+"""The command line, a noun a file: what each command takes, and what it does."""

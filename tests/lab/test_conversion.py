@@ -1,0 +1,197 @@
+"""Traces in other tools' forms: what is written is read back with the same ideal hits, up to the
+size of a block."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache.lab.cli import main
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.trace import BadRecordError, FreshIds, Trace, TraceRequest
+from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.traces import aiperf, mooncake, open_trace, recognise
+from tests.lab.records import lines
+
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def written(write: Callable[..., int], trace: Trace, block: int) -> list[dict[str, Any]]:
+    file = io.StringIO()
+    num_requests = write(trace, file, block)
+    rows = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert num_requests == len(rows)
+    return rows
+
+
+def trace_of(requests: Iterable[TraceRequest], unit: int = 1) -> Trace:
+    return Trace("made", unit, tuple(requests).__iter__).kept()
+
+
+def shared_blocks(requests: Iterable[TraceRequest], block: int) -> int:
+    """Prompt tokens in leading blocks that an earlier prompt has too, its last one a block of its
+    own length; of each prompt all but the last token at most."""
+    seen: set[tuple[Any, ...]] = set()
+    total = 0
+    for request in requests:
+        prompt = request.tokens.tolist()
+        ends = [*range(block, len(prompt), block), len(prompt)]
+        begun = [(request.namespace, *prompt[:end]) for end in ends]
+        known = [end for end, one in zip(ends, begun, strict=True) if one in seen]
+        total += min(max(known, default=0), len(prompt) - 1)
+        seen.update(begun)
+    return total
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.sampled_from("ab")),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 4),
+)
+def test_prompts_as_hashes_against_a_set_of_prefixes(
+    prompts: list[tuple[list[int], str]], block: int
+) -> None:
+    nothing = np.zeros(0, np.int32)
+    requests = [
+        TraceRequest(float(number), number, space, np.asarray(ids, np.int32), nothing)
+        for number, (ids, space) in enumerate(prompts)
+    ]
+    rows = written(mooncake.write, trace_of(requests), block)
+    again = []
+    for row, request in zip(rows, requests, strict=True):
+        length, hashes = row["input_length"], np.asarray(row["hash_ids"], np.int32)
+        assert length == len(request.tokens) and len(hashes) == -(-length // block)
+        again.append(TraceRequest(0.0, 0, None, hashes, nothing, (), length % block or None))
+    ideal = trace_stats(trace_of(again, block)).ideal_tokens
+    assert ideal == shared_blocks(requests, block)
+
+
+@pytest.mark.parametrize("word", ["agent", "few-shot", "resend", "short"])
+@pytest.mark.parametrize("block", [1, 16])
+def test_a_synthetic_trace_keeps_its_ideal_hits_as_mooncakes(
+    word: str, block: int, tmp_path: Path
+) -> None:
+    trace = open_trace(f"{word}?head=30")
+    path = lines(tmp_path / "m.jsonl", *written(mooncake.write, trace, block))
+    assert recognise(path) == "mooncake"
+    stats = trace_stats(open_trace(f"mooncake:{path}?unit={block}"))
+    # Answers are not told, so what is counted is what prompts share with prompts.
+    mute = trace_stats(trace_of(request._replace(output=request.output[:0]) for request in trace))
+    assert stats.prompt_tokens == mute.prompt_tokens
+    whole_pages = mute.ideal_tokens if block == 1 else mute.ideal_by_page[block]
+    assert whole_pages <= stats.ideal_tokens <= mute.ideal_tokens
+
+
+@pytest.mark.parametrize("word", ["chat", "agent", "branch", "few-shot"])
+def test_conversations_keep_every_ideal_hit_as_aiperfs_turns(word: str, tmp_path: Path) -> None:
+    trace = open_trace(f"{word}?head=40")
+    path = lines(tmp_path / "a.jsonl", *written(aiperf.write, trace, 1))
+    assert recognise(path) == "aiperf"
+    before, after = trace_stats(trace), trace_stats(open_trace(f"{path}?block=1"))
+    assert after.prompt_tokens == before.prompt_tokens
+    assert after.ideal_tokens == before.ideal_tokens and after.duration_s == before.duration_s
+    coarse = lines(tmp_path / "b.jsonl", *written(aiperf.write, trace, 64))
+    found = trace_stats(open_trace(f"{coarse}?block=64"))
+    assert found.prompt_tokens == before.prompt_tokens
+    # First turns share whole blocks only; what a session says later, it says again token by token.
+    assert before.ideal_by_page[64] <= found.ideal_tokens <= before.ideal_tokens
+
+
+def test_a_hash_stands_for_one_text_of_one_length() -> None:
+    """AIPerf refuses a trace in which it does not."""
+    for write in (mooncake.write, aiperf.write):
+        lengths: dict[int, int] = {}
+        for row in written(write, GENERATORS["short"](), 64):
+            for number, one in enumerate(row["hash_ids"]):
+                length = min(64, row["input_length"] - 64 * number)
+                assert lengths.setdefault(one, length) == length
+        assert len(lengths) > 100
+
+
+def said(session: str, when: float, prompt: list[int], answer: list[int]) -> TraceRequest:
+    as_ids = (np.asarray(ids, np.int32) for ids in (prompt, answer))
+    return TraceRequest(when, session, None, *as_ids)
+
+
+def test_what_goes_on_is_a_turn_and_what_does_not_begins_anew() -> None:
+    unknown = FreshIds().take(2).tolist()
+    rows = written(
+        aiperf.write,
+        trace_of(
+            [
+                said("s", 1.0, [1, 2, 3], [4, 5]),
+                said("s", 3.5, [1, 2, 3, 4, 5, 6], [7]),  # goes on
+                said("s", 4.0, [1, 2, 3, 4, 5, 6, 9, 8], unknown),  # another answer stands there
+                said("s", 5.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # two of it are the answer
+                said("s", 6.0, [1, 2, 3, 4, 5, 6, 9, 8, 0, 0, 0], []),  # nothing new
+            ]
+        ),
+        2,
+    )
+    places = ("session_id", "timestamp", "delay", "input_length", "output_length")
+    assert [tuple(row.get(name) for name in places) for row in rows] == [
+        ("s/1", 1000, None, 3, 2),
+        ("s/1", None, 2500, 1, 1),
+        ("s/3", 4000, None, 8, 2),
+        ("s/3", None, 1000, 1, 1),
+        ("s/5", 6000, None, 11, 1),
+    ]
+    assert rows[0]["hash_ids"][0] == rows[2]["hash_ids"][0]  # both begin with 1, 2
+    assert rows[1]["hash_ids"] != rows[0]["hash_ids"][:1]
+
+
+def test_sessions_may_stand_one_after_the_other(tmp_path: Path) -> None:
+    def row(session: str, length: int, hashes: list[int], **when: int) -> dict[str, Any]:
+        facts = {"session_id": session, "input_length": length, "output_length": 3}
+        return facts | {"type": "mooncake_trace", "hash_ids": hashes} | when
+
+    path = lines(
+        tmp_path / "a.jsonl",
+        row("a", 6, [1, 2], timestamp=0),
+        row("a", 4, [3], delay=2000),
+        row("b", 8, [1, 4], timestamp=1000),
+    )
+    trace = open_trace(f"{path}?block=4")
+    assert [(each.timestamp_s, each.session) for each in trace] == [(0, "a"), (1, "b"), (2, "a")]
+    assert trace_stats(trace).ideal_tokens == 4 + (6 + 3)
+    with pytest.raises(BadRecordError, match="line 1: 2 hash_ids do not cover input_length 6"):
+        list(open_trace(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["coding_agent.jsonl.gz", "--to", "aiperf"], "an id of coding_agent stands for 64 tokens"),
+        (["mooncake.jsonl.gz", "--to", "mooncake", "--block", "16"], "are not made of ids of 512"),
+        (["mooncake.jsonl.gz", "--to", "mooncake", "--block", "0"], "blocks of 0 tokens are not"),
+    ],
+)
+def test_what_can_not_be_written_is_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *flags = arguments
+    code = main(["trace", "convert", str(SAMPLES / name), str(tmp_path / "out"), *flags])
+    out, error = capsys.readouterr()
+    assert code == 2 and sentence in error and error.count("\n") == 1 and not out
+
+
+def test_hashes_of_hashes_are_the_same_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "m.jsonl"
+    source = f"{SAMPLES / 'mooncake.jsonl.gz'}?head=80"
+    assert main(["trace", "convert", source, str(target), "--to", "mooncake"]) == 0
+    assert capsys.readouterr().out.startswith("80 requests to ")
+    before, after = trace_stats(open_trace(source)), trace_stats(open_trace(str(target)))
+    assert (after.prompt_tokens, after.ideal_tokens) == (before.prompt_tokens, before.ideal_tokens)
