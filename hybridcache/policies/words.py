@@ -31,6 +31,7 @@ from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.random_choice import Random
 from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
+from hybridcache.policies.eviction.seglen import SegLen
 from hybridcache.policies.eviction.sieve import Sieve
 from hybridcache.policies.eviction.slru import SLRU
 from hybridcache.policies.eviction.tail_lru import TailLRU
@@ -94,6 +95,7 @@ EVICTION_WORDS: dict[str, Word] = {
     "tail-lru": Word(TailLRU, "tokens"),
     "ttl": Word(TTL, "requests"),
     "marconi": Word(Marconi, "alpha"),
+    "seglen": Word(SegLen),
     "coverage": Word(Coverage),
     "class-age": Word(ClassAge),
     "regret": Word(Regret),

@@ -18,6 +18,7 @@ from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.random_choice import Random
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
+from hybridcache.policies.eviction.seglen import SegLen
 from hybridcache.policies.eviction.sieve import Sieve
 from hybridcache.policies.eviction.slru import SLRU
 from hybridcache.policies.eviction.tail_lru import TailLRU
@@ -296,8 +297,34 @@ def test_marconi_sees_what_an_eviction_made_worth_more() -> None:
     assert policy.victim(None) is items[1]
 
 
+def test_seglen_keeps_what_is_long_to_replay() -> None:
+    def items() -> list[FakeItem]:
+        return [
+            FakeItem("old_long", last_used=1, span=1000),
+            FakeItem("middle", last_used=5, span=500),
+            FakeItem("new_short", last_used=9, span=100),
+        ]
+
+    assert offer(SegLen(0.0), *items()) == ["old_long", "middle", "new_short"]
+    # 0.85 * (1, 4/9, 0) + 0.15 * (0, 1/2, 1) = 0.85, 0.45, 0.15; of two, 0.85 against 0.15
+    assert offer(SegLen(), *items()) == ["new_short", "middle", "old_long"]
+    # as little as this beside 0.9 of recency: 0.1, 0.49, 0.9
+    assert offer(SegLen(0.1), *items())[0] == "old_long"
+    with pytest.raises(ValueError, match=r"the weight of the replay length is 1, not in \[0, 1\)"):
+        SegLen(1)
+
+
+def test_seglen_sees_what_an_eviction_made_longer() -> None:
+    policy = SegLen()
+    items = [FakeItem(name, span=span) for name, span in (("a", 10), ("b", 20), ("c", 500))]
+    for item in items:
+        policy.add(item)
+    items[0].span = 400  # the checkpoint above it went
+    assert policy.victim(None) is items[1]
+
+
 def test_dead_kv_goes_before_all_that_is_alive() -> None:
-    for make in (EVICTION["marconi"], EVICTION["regret"]):
+    for make in (EVICTION["marconi"], EVICTION["seglen"], EVICTION["regret"]):
         dead = FakeItem("dead", kind="kv", dead=True, last_used=100)
         alive = FakeItem("alive", last_used=1)
         assert offer(make(), alive, dead) == ["dead", "alive"]

@@ -29,12 +29,16 @@ class Marconi(EvictionPolicy):
         self._dead: dict[Item, None] = {}
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
+    def worth(self, item: Item) -> float:
+        """What keeping ``item`` saves, beside recency; it must not fall while nobody uses it."""
+        return efficiency(item)
+
     def add(self, item: Item) -> None:
         """O(1); dead KV waits in a queue of its own."""
         if item.dead:
             self._dead[item] = None
         else:
-            self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
+            self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
 
     def discard(self, item: Item, evicted: bool) -> None:
         """O(1)."""
@@ -46,7 +50,7 @@ class Marconi(EvictionPolicy):
     def touch(self, item: Item) -> None:
         """Its recency and its FLOPs per byte are new. O(1)."""
         if item not in self._dead:
-            self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
+            self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
 
     def missed(self, item: Item) -> None:
         """Marconi does not listen to ghosts."""
@@ -70,7 +74,7 @@ class Marconi(EvictionPolicy):
             score = recency + self.alpha * _normalised(columns.worths[:count])
             place = int(np.argmin(score))
             item = columns.items[place]
-            worth = efficiency(item)
+            worth = self.worth(item)
             if worth <= columns.worths[place]:
                 return item
             columns.worths[place] = worth
