@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Below, Runner
+from engine.remembering import Remembering
 from engine.schedule.batch import KEPT
 from engine.schedule.cache_manager import CacheManager
 from engine.schedule.exchange import MeasuredExchange
@@ -26,6 +27,7 @@ from engine.store.whose import claim
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy
 from hybridcache.allocators.pages import MAX_ROWS
+from hybridcache.policies.placement.rules import Placement
 from hybridcache.tiered import TieredRadixCache
 from hybridcache.units import GIB, format_bytes
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 USUAL_DISK = 2.5
 """Bytes of a folder for one of device and host memory: all that these hold is kept there too, and
 as much again has room below them."""
+REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
+"""One part in so many of a folder, and at most so much, is for a file of what is remembered."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ class LowerSizes(NamedTuple):
     host: int = 0
     disk: int = 0
     folder: int = 0
+    memory: int = 0
+    """Of the folder's, twice: for what cache and policies remember."""
 
     @classmethod
     def of(cls, config: EngineConfig, memory: MemorySizes) -> LowerSizes:
@@ -64,10 +70,11 @@ class LowerSizes(NamedTuple):
             return cls(host)
         above = memory.total_bytes + host
         folder = int(above * USUAL_DISK if config.disk_gib is None else config.disk_gib * GIB)
-        usable = SegmentStore.usable_bytes_of(folder)
+        remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
+        usable = SegmentStore.usable_bytes_of(folder - 2 * remembered)
         disk = max(usable // 2, usable - above)
         _check_tier("disk_gib", config.disk_gib, disk, least, memory.row_bytes)
-        return cls(host, disk, folder)
+        return cls(host, disk, folder, remembered)
 
 
 class LowerMemory:
@@ -86,15 +93,18 @@ class LowerMemory:
         self.folder = None if config.state_dir is None else Path(config.state_dir)
         rows = {tier.word: tier.pages.capacity for tier in cache.lower.tiers}
         self.disk: Disk | None = None
+        self.remembering: Remembering | None = None
         if self.folder is not None:
             memory = runner.memory
             digest = claim(self.folder, words_of(config, runner, tokenizer))
             self.disk = Disk(
-                SegmentStore.open(self.folder, digest, sizes.folder),
+                SegmentStore.open(self.folder, digest, sizes.folder - 2 * sizes.memory),
                 row_bytes=memory.row_bytes,
                 state_rows=slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size),
                 num_rows=rows[DISK],
             )
+            self.remembering = Remembering(cache, self.disk, self.folder, sizes.memory)
+            self.remembering.recall_tree()
             self.adopt()
             if self.disk.is_broken:
                 cache.lower.close(DISK)
@@ -109,6 +119,16 @@ class LowerMemory:
         if self.disk is not None:
             self.keeping = Keeping(cache.lower.orders)
             cache.subscribe(self.keeping)
+
+    def recall(self, placement: Placement) -> None:
+        """Let the policies know what they knew when the folder was written last."""
+        if self.remembering is not None:
+            self.remembering.recall_policies(placement.rules)
+
+    def rest(self) -> float | None:
+        """There is nothing to compute: seconds until this is to be called again, if nothing comes;
+        None: not before."""
+        return None if self.remembering is None else self.remembering.rest(is_idle=True)
 
     def fetcher(self, manager: CacheManager) -> Fetcher | None:
         """Reads from disk for requests that wait."""
@@ -128,6 +148,9 @@ class LowerMemory:
             self.disk.settle()
             if self.disk.is_broken:
                 self._cache.lower.close(DISK)
+        if self.remembering is not None and plan.tasks:
+            self.remembering.has_news = True
+            self.remembering.rest(is_idle=False)
 
     def report(self) -> LowerReport:
         """What lies where, in bytes. O(tiers)."""
@@ -179,6 +202,8 @@ class LowerMemory:
                 if not (isinstance(order, Copy) and order.dst_tier == KEPT):
                     orders.add(order)
             self.disk.clear()
+        if self.remembering is not None:
+            self.remembering.forget()
 
     def start_over(self) -> None:
         """The cache was emptied because nobody knows what its rows hold: what is whole on disk is
@@ -190,6 +215,8 @@ class LowerMemory:
 
     def close(self) -> None:
         """Write what is left."""
+        if self.remembering is not None:
+            self.remembering.save()
         if self.disk is not None:
             self.disk.close()
 

@@ -102,6 +102,8 @@ class Engine:
         self._cache = build_prefix_cache(built)
         self._lower = make_lower(config, self._cache, runner, tokenizer)
         self._manager = make_manager(config, self._cache, runner.memory, log, self._lower)
+        if self._lower is not None:
+            self._lower.recall(self._manager.placement)
         self.transfers = TransferCounts() if config.role is not None else None
         """What went to or came from other engines; None: nothing does."""
         if config.role == "decode":
@@ -234,6 +236,13 @@ class Engine:
             or (self._lower is not None and self._manager.has_moves)
             or any(part.has_work for part in self._outside)
         )
+
+    def rest(self) -> float | None:
+        """There is nothing to compute: what can wait is done. Seconds until more of it can be;
+        None: there is no more."""
+        if self.config.check:
+            self.check()
+        return None if self._lower is None else self._lower.rest()
 
     def disconnect(self) -> None:
         """End what is done for and by other processes."""

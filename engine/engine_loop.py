@@ -194,9 +194,10 @@ class EngineLoop(Generic[Reader]):
         ends."""
         engine = self._engine
         while True:
+            rest_s = None if engine.has_work() else engine.rest()
             with self._wake:
                 if not self._orders and not engine.has_work() and self._is_open:
-                    self._wake.wait()
+                    self._wake.wait(rest_s)
                 num_orders = len(self._orders)
                 is_open, must_stop = self._is_open, self._must_stop
             for _ in range(num_orders):
@@ -205,8 +206,6 @@ class EngineLoop(Generic[Reader]):
                 return False
             if engine.has_work():
                 return True
-            if engine.config.check:
-                engine.check()
             if not is_open and not self._orders:
                 return False
 

@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "tokens",
     "hybridcache/kv_only.py": "hybrid radix results tokens",
     "hybridcache/tiered.py": "core hybrid radix results tokens",
+    "hybridcache/remembered.py": "allocators namespaces policies radix tiered tokens",
     "hybridcache/fetching.py": "interface policies results tokens",
     "hybridcache/null.py": "allocators interface listener results stats tokens",
     "hybridcache/plain.py": "allocators policies radix results tokens",
@@ -102,7 +103,8 @@ MAY_IMPORT = {
     "engine/schedule": "config drafts requests store text",
     "engine/transfer": "config requests run schedule",
     "engine/interfaces.py": "drafts requests schedule store text",
-    "engine/below.py": "config interfaces schedule store text",
+    "engine/remembering.py": "store",
+    "engine/below.py": "config interfaces remembering schedule store text",
     "engine/engine_loop.py": "engine interfaces requests schedule text",
     "engine/process": "async_engine build config engine engine_loop guided requests schedule text "
     "watch",

@@ -23,7 +23,8 @@ from hybridcache.arrival import Arrival
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.protocol import FetchRule, Prefill
 from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Indices, Tokens
 
@@ -51,7 +52,7 @@ class CacheManager:
     def __init__(
         self,
         cache: PrefixCache,
-        make_placement: Callable[[], PlacementPolicy],
+        make_placement: Callable[[], Placement],
         *,
         num_rows: int,
         stateful: bool,
@@ -66,7 +67,7 @@ class CacheManager:
         kept."""
         self.cache = cache
         self._make_placement = make_placement
-        self._placement = make_placement()
+        self.placement = make_placement()
         self._stateful = stateful
         self._exact = exact
         self._owns_states = owns_states
@@ -107,7 +108,7 @@ class CacheManager:
         exchange: FetchRule | None = self._exchange
         if self._exchange is not None and request.fetched_len:
             exchange = self._exchange.after_reading
-        lease = Lease.begin(self.cache, self._placement, asked, exchange)
+        lease = Lease.begin(self.cache, self.placement, asked, exchange)
         if self._log is not None:
             self._log.begin(lease, asked)
         if lease is None:

@@ -209,6 +209,10 @@ class Disk:
             if number in self.prefixes:
                 self._lose(number)
 
+    def aside(self, work: Callable[[], None]) -> None:
+        """Have the disk thread do ``work`` when it comes to it."""
+        self._thread.do(work)
+
     def flush(self) -> None:
         """Wait until all is written and the disk has it."""
         self._thread.do(self._store.sync).result()

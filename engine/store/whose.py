@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from engine.store.segment import SUFFIX
 from engine.store.store import StoreError
+from engine.store.whole_file import write_whole
 
 NAME = "whose.json"
 FORM = "engine state 1"
@@ -40,7 +40,7 @@ def claim(folder: Path, words: Mapping[str, str]) -> bytes:
         elif any(folder.glob(f"*{SUFFIX}")):
             raise StoreError(f"{folder} has segments, but no {NAME}: give another folder.")
         else:
-            _write(path, ours)
+            write_whole(path, json.dumps(ours, indent=1, sort_keys=True).encode())
     except OSError as error:
         raise StoreError(f"{folder} can not be used: {error.strerror}.") from error
     return hashlib.blake2b(json.dumps(ours, sort_keys=True).encode(), digest_size=32).digest()
@@ -54,13 +54,3 @@ def _read(path: Path) -> dict[str, str]:
     if not isinstance(found, dict):
         raise StoreError(f"{path} is damaged: give another folder, or delete this one.")
     return found
-
-
-def _write(path: Path, words: Mapping[str, str]) -> None:
-    """All of it, or nothing, whenever the process ends."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(words, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

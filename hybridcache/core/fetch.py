@@ -117,12 +117,19 @@ def adopt(
         residency.ghosts.discard(node)
         lower.hold_kv(node, number, kv_rows[node.parent.end - start : node.end - start].copy())
         node = node.parent
+    lower.hold_state(_known(residency, target, number, state_rows))
+    return start, kv_rows, state_rows
+
+
+def _known(residency: Residency, target: RadixNode, number: int, rows: Indices) -> StoredState:
+    """A state at ``target`` that an earlier process made: as old and as used as is remembered."""
+    was = target.lost_checkpoint
+    if was is not None:
+        was.stored = StoredState.offered(was, number, rows)
+        return was.stored
     serial = residency.num_items
     residency.num_items = serial + 1
-    lower.hold_state(
-        StoredState(target, number, state_rows, residency.now, serial, residency.item_bytes)
-    )
-    return start, kv_rows, state_rows
+    return StoredState(target, number, rows, residency.now, serial, residency.item_bytes)
 
 
 def _has_state(node: RadixNode) -> bool:

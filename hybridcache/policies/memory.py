@@ -1,0 +1,222 @@
+"""What policies have learnt, as plain data, and back: for a restart.
+
+A policy of ``REMEMBERING`` is written attribute by attribute, whatever they are, so that what it
+gains is kept too; an item stands there by its serial. Nothing but this package's own classes is
+made when it is read, none of their code runs, and a memory takes the place of a policy's own only
+if it has the same attributes, of the same types and table widths. All is JSON:
+
+    None, bool, int, float, str                     itself
+    list                                            [...]
+    {"tuple": [...]}, {"set": [...]}                of values
+    {"dict": [[key, value], ...]}                   in its order
+    {"array": dtype, "shape": [...], "data": text}  little-endian, base64; shape null: array.array
+    {"random": [...]}                               the state of a random.Random
+    {"item": serial}
+    {"columns": [[item, cell, time, worth], ...]}
+    {"object": number, "class": "module:Name", "fields": {...}}, and {"same": number} from then on
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from hybridcache.policies.eviction.columns import Columns
+from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.placement.learned import Learned
+
+REMEMBERING: tuple[type, ...] = (Regret, Learned)
+"""Policies that learn more than what an item's uses and age say."""
+PACKAGE = "hybridcache.policies."
+PLAIN = (bool, int, float, str)
+_GONE = object()
+"""In place of an item that is no more."""
+
+ItemOf = Callable[[int], Any]
+"""By serial; None: there is none."""
+
+
+class Unfit(ValueError):
+    """A memory that is not of the present policy."""
+
+
+class Writer:
+    """One policy and its items' memos as plain data."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._kept: list[object] = []
+        """Keeps what was numbered alive, so that no id comes twice."""
+
+    def write(self, value: Any) -> Any:
+        """``value`` as JSON has it. O(all that it holds). Unfit: it is not made of plain data and
+        this package's classes."""
+        if value is None or type(value) in PLAIN:
+            return value
+        kind = type(value)
+        if kind is list:
+            return [self.write(one) for one in value]
+        if kind is tuple:
+            return {"tuple": [self.write(one) for one in value]}
+        if kind in (set, frozenset):
+            return {"set": [self.write(one) for one in value]}
+        if isinstance(value, dict):
+            return {"dict": [[self.write(key), self.write(one)] for key, one in value.items()]}
+        if isinstance(value, np.generic):
+            return self.write(value.item())
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+            return _table(little.dtype.str, list(value.shape), little.tobytes())
+        if kind is array and value.typecode != "u":
+            return _table(value.typecode, None, value.tobytes())
+        if kind is random.Random:
+            return {"random": self.write(value.getstate())}
+        if kind is Columns:
+            rows = zip(value.items, value.cells, value.times, value.worths, strict=False)
+            return {"columns": [[self.write(one) for one in row] for row in rows]}
+        if hasattr(value, "serial") and hasattr(value, "kind"):
+            return {"item": value.serial}
+        return self._write_object(value)
+
+    def _write_object(self, value: Any) -> Any:
+        number = self._numbers.get(id(value))
+        if number is not None:
+            return {"same": number}
+        kind = type(value)
+        if not kind.__module__.startswith(PACKAGE):
+            raise Unfit(f"{kind.__module__}.{kind.__qualname__} is no plain data")
+        if isinstance(value, tuple):
+            fields = {"": self.write(tuple(value))}
+            return {"object": -1, "class": _name(kind), "fields": fields}
+        number = self._numbers[id(value)] = len(self._numbers)
+        self._kept.append(value)
+        fields = {name: self.write(one) for name, one in _fields(value).items()}
+        return {"object": number, "class": _name(kind), "fields": fields}
+
+
+class Reader:
+    """What a ``Writer`` wrote, made anew."""
+
+    def __init__(self, item_of: ItemOf) -> None:
+        self._item_of = item_of
+        self._objects: dict[int, object] = {}
+
+    def read(self, plain: Any) -> Any:
+        """The value. Items that are no more are left out of lists, sets, dicts and columns, and
+        None elsewhere. Unfit, or any error of a value that no ``Writer`` wrote."""
+        value = self._read(plain)
+        return None if value is _GONE else value
+
+    def _read(self, plain: Any) -> Any:
+        if plain is None or type(plain) in PLAIN:
+            return plain
+        if isinstance(plain, list):
+            return [one for one in map(self._read, plain) if one is not _GONE]
+        if "item" in plain:
+            item = self._item_of(plain["item"])
+            return _GONE if item is None else item
+        if "tuple" in plain:
+            return tuple(map(self.read, plain["tuple"]))
+        if "set" in plain:
+            return {one for one in map(self._read, plain["set"]) if one is not _GONE}
+        if "dict" in plain:
+            pairs = ((self._read(key), self.read(one)) for key, one in plain["dict"])
+            return {key: one for key, one in pairs if key is not _GONE}
+        if "array" in plain:
+            return _read_table(plain)
+        if "random" in plain:
+            generator = random.Random()
+            generator.setstate(self.read(plain["random"]))
+            return generator
+        if "columns" in plain:
+            columns = Columns()
+            for item, *numbers in plain["columns"]:
+                found = self._read(item)
+                if found is not _GONE:
+                    columns.put(found, *numbers)
+            return columns
+        return self._read_object(plain)
+
+    def _read_object(self, plain: Mapping[str, Any]) -> Any:
+        if "same" in plain:
+            return self._objects[plain["same"]]
+        kind = _class(plain["class"])
+        if issubclass(kind, tuple):
+            return tuple.__new__(kind, self.read(plain["fields"][""]))
+        value = self._objects[plain["object"]] = object.__new__(kind)
+        for name, one in plain["fields"].items():
+            object.__setattr__(value, name, self.read(one))
+        return value
+
+
+def remembers(policy: object) -> bool:
+    """Whether ``policy`` learns something that is worth keeping."""
+    return isinstance(policy, REMEMBERING)
+
+
+def take_over(policy: Any, remembered: Any) -> None:
+    """Let ``policy`` be what ``remembered``, of a ``Reader``, is. Unfit, and ``policy`` as it was:
+    it is of another class, or has other attributes."""
+    _check_fits(type(policy).__name__, policy, remembered)
+    for name, value in _fields(remembered).items():
+        setattr(policy, name, value)
+
+
+def _check_fits(where: str, own: Any, other: Any) -> None:
+    """Unfit unless ``other`` is made as ``own`` is."""
+    if own is None or other is None:
+        return
+    if {type(own), type(other)} == {int, float}:
+        return
+    if type(own) is not type(other):
+        raise Unfit(f"{where} is no {type(own).__name__}")
+    if isinstance(own, np.ndarray):
+        if own.dtype != other.dtype or own.shape[1:] != other.shape[1:]:
+            raise Unfit(f"{where} is another table")
+    elif type(own).__module__.startswith(PACKAGE) and not isinstance(own, tuple):
+        fields, others = _fields(own), _fields(other)
+        if fields.keys() != others.keys():
+            raise Unfit(f"{where} has other attributes")
+        for name, value in fields.items():
+            _check_fits(f"{where}.{name}", value, others[name])
+
+
+def _fields(value: object) -> dict[str, Any]:
+    """Its attributes, those in slots too, that are set."""
+    names: list[str] = []
+    for kind in type(value).__mro__:
+        slots: str | Iterable[str] = kind.__dict__.get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    found = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return found | getattr(value, "__dict__", {})
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _class(name: str) -> type:
+    """The class of this package that is called so. Unfit: there is none."""
+    module, _, qualified = name.partition(":")
+    found = getattr(sys.modules.get(module), qualified, None)
+    if not isinstance(found, type) or _name(found) != name or not module.startswith(PACKAGE):
+        raise Unfit(f"there is no {name}")
+    return found
+
+
+def _table(word: str, shape: list[int] | None, data: bytes) -> dict[str, Any]:
+    return {"array": word, "shape": shape, "data": base64.b64encode(data).decode()}
+
+
+def _read_table(plain: Mapping[str, Any]) -> Any:
+    data = base64.b64decode(plain["data"], validate=True)
+    if plain["shape"] is None:
+        return array(plain["array"], data)
+    little = np.frombuffer(data, np.dtype(plain["array"])).reshape(plain["shape"])
+    return little.astype(little.dtype.newbyteorder("="))

@@ -1,0 +1,305 @@
+"""What a cache remembers beyond what it holds, for its next start: the tokens it has seen, what
+stood there, its clock, and what its policies have learnt.
+
+The file, little-endian:
+
+    8s "HCMEMRY1"  u64 bytes of the body  u32 crc of the body  u32 crc of these 20 bytes
+    the body: JSON, compressed by zlib
+
+The body is an object of ``policies.memory``'s values: ``form``, ``page_size``, ``grid``, ``now``,
+``num_items``; ``namespaces``; ``nodes``, a row for each node of the tree with its parent's number
+(parents first; -1 - n: the root of namespace n), its end, and of the checkpoint there, also one
+that was evicted, serial (-1: there is none), time of creation and of the last use, uses,
+superseded, and the place among ``tiers`` where it lies or was last (-1: on the device); their
+``labels``; ``tokens``, of all nodes in turn; ``policies`` and ``memos`` of items by the tier's
+word; ``placement``, the rules that learn. CRCs are CRC-32 (zlib's).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from hybridcache.allocators.orders import DEVICE
+from hybridcache.namespaces import read_namespace, write_namespace
+from hybridcache.policies.memory import Reader, Writer, remembers, take_over
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.radix.node import Checkpoint, RadixNode
+from hybridcache.radix.stored import StoredState
+from hybridcache.radix.tree import RadixTree
+from hybridcache.tiered import TieredRadixCache
+from hybridcache.tokens import Indices
+
+FORM = "hybridcache memory 1"
+HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
+MAGIC = b"HCMEMRY1"
+MAX_BYTES = 1 << 28
+"""Of a body that is unpacked."""
+UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+"""What comes of plain data that this version did not write."""
+NO_ROWS: Indices = np.empty(0, np.int32)
+NOTHING = (-1, 0, 0, 0, 0, -1)
+
+
+def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
+    """All that ``cache`` and ``placement``'s rules remember, as far as it takes no more than the
+    cache's ghosts may, the latest first. O(tree)."""
+    residency = cache._residency
+    nodes = _latest(cache)
+    numbers = {node: number for number, node in enumerate(nodes)}
+    namespaces: dict[str, int] = {}
+    rows, labels, tokens = [], [], [np.empty(0, np.int32)]
+    for node in nodes:
+        parent = node.parent
+        assert parent is not None
+        above = numbers.get(parent)
+        if above is None:
+            assert parent.parent is None, "a child is written without its parent"
+            text = write_namespace(parent.key)
+            above = -1 - namespaces.setdefault(text, len(namespaces))
+        item = _item_at(node)
+        rows.append((above, node.end, *_numbers(item)))
+        labels.append("" if item is None else item.label)
+        tokens.append(node.tokens)
+    policies, memos = {}, {}
+    for word, policy in _policies(cache):
+        if remembers(policy):
+            writer = Writer()
+            policies[word] = writer.write(policy)
+            memos[word] = [
+                [item.serial, writer.write(item.memo)]
+                for item in _items_of(cache, word, nodes)
+                if item.memo is not None
+            ]
+    body = {
+        "form": FORM,
+        "page_size": cache.page_size,
+        "grid": cache.grid,
+        "now": residency.now,
+        "num_items": residency.num_items,
+        "tiers": list(cache.lower.words),
+        "namespaces": list(namespaces),
+        "nodes": np.array(rows, np.int64).reshape(-1, 8),
+        "labels": labels,
+        "tokens": np.concatenate(tokens),
+    }
+    plain = {name: Writer().write(value) for name, value in body.items()}
+    rules = [Writer().write(rule) for rule in placement if remembers(rule)]
+    plain |= {"policies": policies, "memos": memos, "placement": rules}
+    return json.dumps(plain, separators=(",", ":")).encode()
+
+
+def pack(body: bytes) -> bytes:
+    """The file of what ``write_memory`` wrote. O(bytes)."""
+    packed = zlib.compress(body, 1)
+    head = HEAD.pack(MAGIC, len(packed), zlib.crc32(packed))
+    return head + CRC.pack(zlib.crc32(head)) + packed
+
+
+def unpack(data: bytes) -> Memory:
+    """What ``pack`` made a file of. ValueError: it is damaged, or of another version."""
+    head, first = data[: HEAD.size], HEAD.size + CRC.size
+    if len(data) < first or data[HEAD.size : first] != CRC.pack(zlib.crc32(head)):
+        raise ValueError("its head is damaged")
+    magic, size, crc = HEAD.unpack(head)
+    packed = data[first : first + size]
+    if magic != MAGIC:
+        raise ValueError("it is of another version")
+    if len(packed) != size or zlib.crc32(packed) != crc:
+        raise ValueError("it is damaged")
+    inflated = zlib.decompressobj()
+    plain = json.loads(inflated.decompress(packed, MAX_BYTES))
+    if not isinstance(plain, dict) or plain.get("form") != FORM:
+        raise ValueError("it is of another version")
+    return Memory(plain)
+
+
+class Memory:
+    """What one file holds, for an empty cache: ``recall_tree``, then whatever is still below is
+    adopted, then ``recall_policies``."""
+
+    def __init__(self, plain: dict[str, Any]) -> None:
+        self._plain = plain
+        self._items: list[tuple[Checkpoint, bool]] = []
+        """With whether it was superseded."""
+
+    def recall_tree(self, cache: TieredRadixCache) -> None:
+        """Let ``cache`` remember the tokens, as ghosts, and the time. No ghost is forgotten before
+        ``recall_policies``. ValueError, and the cache as it was: another page size or grid, or
+        something that is no memory. O(nodes)."""
+        plain, residency = self._plain, cache._residency
+        assert not cache.num_nodes, "the cache is empty"
+        if (plain.get("page_size"), plain.get("grid")) != (cache.page_size, cache.grid):
+            raise ValueError("it is of another page size or grid")
+        try:
+            tree, nodes = self._build(cache)
+            now, num_items = int(plain["now"]), int(plain["num_items"])
+        except UNREADABLE as error:
+            raise ValueError("it is damaged") from error
+        residency.tree.roots.update(tree.roots)
+        residency.tree.num_nodes = tree.num_nodes
+        residency.now += now
+        residency.num_items += num_items
+        for node in reversed(nodes):
+            residency.ghosts.add(node)
+
+    def _build(self, cache: TieredRadixCache) -> tuple[RadixTree, list[RadixNode]]:
+        plain, reader = self._plain, Reader(lambda _: None)
+        tree, nodes = RadixTree(cache.page_size), list[RadixNode]()
+        roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
+        rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
+        item_bytes, at, words = cache._residency.item_bytes, 0, cache.lower.words
+        tiers = [words.index(word) if word in words else None for word in plain["tiers"]]
+        for row, label in zip(rows, plain["labels"], strict=True):
+            above, end, serial, created, last_used, uses, superseded, tier = row
+            parent = nodes[above] if above >= 0 else roots[-1 - above]
+            length = end - parent.end
+            edge = tokens[at : at + length]
+            assert len(edge) == length > 0 and not length % cache.page_size, "another length"
+            node = tree.grow(parent, edge)
+            tree.fade(node)
+            nodes.append(node)
+            at += length
+            if serial >= 0:
+                item = Checkpoint(node, -1, created, serial, item_bytes, label)
+                item.last_used, item.uses = last_used, uses
+                number = tiers[tier] if tier >= 0 else None
+                if number is not None:
+                    item.stored = StoredState.offered(item, number, NO_ROWS)
+                node.lost_checkpoint = item
+                self._items.append((item, bool(superseded)))
+        return tree, nodes
+
+    def recall_policies(
+        self, cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()
+    ) -> list[str]:
+        """Let the policies of ``cache`` and the rules of ``placement`` know what they knew; whose
+        memory does not fit, by the tier's word, or ``placement``. O(memory)."""
+        unfit = []
+        for word, policy in _policies(cache):
+            if word in self._plain["policies"]:
+                try:
+                    self._recall_policy(cache, word, policy)
+                except UNREADABLE:
+                    unfit.append(word)
+        rules = [rule for rule in placement if remembers(rule)]
+        written = self._plain["placement"]
+        try:
+            read = [Reader(lambda _: None).read(plain) for plain in written]
+            for rule, remembered in zip(rules, read, strict=True):
+                take_over(rule, remembered)
+        except UNREADABLE:
+            unfit.append("placement")
+        cache._residency.ghosts.trim()
+        return unfit
+
+    def _recall_policy(self, cache: TieredRadixCache, word: str, policy: EvictionPolicy) -> None:
+        states = {} if word == DEVICE else _states(cache, word)
+        reader = Reader(states.get)
+        remembered = reader.read(self._plain["policies"][word])
+        memos = {serial: reader.read(memo) for serial, memo in self._plain["memos"][word]}
+        take_over(policy, remembered)
+        if word == DEVICE:
+            for item, _ in self._items:
+                item.memo = memos.get(item.serial)
+            return
+        number = cache.lower.words.index(word)
+        for item, _ in self._items:
+            if item.stored is not None and item.stored.tier == number:
+                item.stored.memo = memos.get(item.serial)
+        was_superseded = {item.serial: superseded for item, superseded in self._items}
+        for serial, state in states.items():
+            state.memo = memos.get(serial)
+            if serial in memos:
+                state.superseded = was_superseded.get(serial, state.superseded)
+            else:
+                policy.add(state)
+
+
+def _policies(cache: TieredRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
+    yield DEVICE, cache.policy
+    for tier in cache.lower.tiers:
+        yield tier.word, tier.policy
+
+
+def _states(cache: TieredRadixCache, word: str) -> dict[int, StoredState]:
+    """What lies in tier ``word``, by serial. O(tree)."""
+    number = cache.lower.words.index(word)
+    states = (node.below.state for node in cache._tree.nodes() if node.below is not None)
+    return {state.serial: state for state in states if state is not None and state.tier == number}
+
+
+def _latest(cache: TieredRadixCache) -> list[RadixNode]:
+    """The nodes of ``cache`` that were used last, parents before children, as many as its ghosts
+    may take. O(n log n)."""
+    residency = cache._residency
+    used: dict[RadixNode, int] = {}
+    for node in reversed(list(residency.tree.nodes())):
+        item = _item_at(node)
+        own = max(item.last_used if item else 0, node.kv.last_used if node.kv else 0)
+        used[node] = max(own, used.get(node, 0))
+        if node.parent is not None:
+            used[node.parent] = max(used.get(node.parent, 0), used[node])
+    forgotten = list(residency.ghosts.oldest_first())
+    listed = set(forgotten)
+    held = [node for node in used if node.parent is not None and node not in listed]
+    held.sort(key=lambda node: (used[node], -node.end))
+    room, found = residency.ghosts.limit_bytes, []
+    left_out: set[RadixNode] = set()
+    for node in reversed(forgotten + held):
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        room -= len(node.edge) + residency.ghosts.node_bytes
+        if room < 0:
+            break
+        if root in left_out or not _is_writable(root):
+            left_out.add(root)
+            continue
+        found.append(node)
+    return found
+
+
+def _is_writable(root: RadixNode) -> bool:
+    try:
+        write_namespace(root.key)
+    except ValueError:
+        return False
+    return True
+
+
+def _item_at(node: RadixNode) -> Checkpoint | StoredState | None:
+    """The checkpoint at the end of ``node``, wherever it lies, or the one that was evicted."""
+    if node.below is not None and node.below.state is not None:
+        return node.below.state
+    return node.checkpoint or node.lost_checkpoint
+
+
+def _numbers(item: Checkpoint | StoredState | None) -> tuple[int, int, int, int, int, int]:
+    if item is None:
+        return NOTHING
+    stored = item if isinstance(item, StoredState) else item.stored
+    tier = -1 if stored is None else stored.tier
+    return item.serial, item.created, item.last_used, item.uses, int(item.superseded), tier
+
+
+def _items_of(
+    cache: TieredRadixCache, word: str, nodes: list[RadixNode]
+) -> Iterator[Checkpoint | StoredState]:
+    """The items at ``nodes`` that the policy of ``word`` knows, or knew until they were evicted."""
+    for node in nodes:
+        checkpoint = node.checkpoint or node.lost_checkpoint
+        if word == DEVICE:
+            if checkpoint is not None:
+                yield checkpoint
+            continue
+        state = None if node.below is None else node.below.state
+        if state is None and checkpoint is not None:
+            state = checkpoint.stored
+        if state is not None and cache.lower.words[state.tier] == word:
+            yield state

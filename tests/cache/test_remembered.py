@@ -1,0 +1,276 @@
+"""What a cache remembers over a restart: it decides as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections import OrderedDict, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache import ModelGeometry
+from hybridcache.core.lower import path_of
+from hybridcache.lab.generators import agent, chat
+from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
+from hybridcache.listener import Listener
+from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.memory import Reader, Unfit, Writer, take_over
+from hybridcache.policies.placement.learned import Learned
+from hybridcache.remembered import CRC, HEAD, pack, unpack, write_memory
+from hybridcache.tiered import TieredRadixCache
+from hybridcache.units import GIB
+
+GEOMETRY = ModelGeometry.preset("qwen3-next")
+TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
+REQUESTS = {name: list(trace) for name, trace in TRACES.items()}
+
+
+class Chosen(Listener):
+    """What went, in order."""
+
+    def __init__(self):
+        self.items = []
+
+    def chosen(self, item):
+        namespace, tokens = path_of(item.node)
+        self.items.append((item.kind, namespace, zlib.crc32(tokens.tobytes()), item.position))
+
+    def kv_stored(self, node):
+        pass
+
+    kv_removed = checkpoint_stored = checkpoint_removed = kv_stored
+
+    def kv_split(self, upper, lower):
+        pass
+
+
+def make(trace, gib=1.0, disk_gib=8.0, **options):
+    """Everything in one budget, where the order of what is free decides nothing."""
+    settings = {"policy": "regret", "checkpoints": "regret", "memory": "budget"} | options
+    config = RunConfig(
+        GEOMETRY, int(gib * GIB), disk_bytes=int(disk_gib * GIB), disk_bytes_per_s=1e12, **settings
+    )
+    target = build_target(config, trace.unit)
+    assert isinstance(target, LeaseTarget) and isinstance(target.cache, TieredRadixCache)
+    return target
+
+
+def serve(target, requests):
+    """What each request resumed at, and what was evicted meanwhile."""
+    chosen, hits = Chosen(), []
+    target.cache.subscribe(chosen)
+    for request in requests:
+        served = target.begin(request)
+        assert served is not None
+        hits.append((served.cached_len, served.losses))
+        served.prefilled()
+        served.finish()
+    target.cache.unsubscribe(chosen)
+    return hits, chosen.items, dict(target.cache.lower.copied_rows)
+
+
+def restarted(target, fresh, has_room=False):
+    """``fresh`` with what ``target`` remembers and has on disk."""
+    rules = target.placement.rules
+    memory = unpack(pack(write_memory(target.cache, rules)))
+    memory.recall_tree(fresh.cache)
+    stored = [node for node in target.cache._tree.nodes() if node.below and node.below.state]
+    for node in stored:
+        namespace, tokens = path_of(node)
+        assert fresh.cache.adopt(tokens, namespace) is not None or not has_room
+    unfit = memory.recall_policies(fresh.cache, fresh.placement.rules)
+    fresh.cache.check(0, 0)
+    return unfit
+
+
+def empty_the_device(target):
+    """All that a restart takes away: what was there goes a tier down, as it does whenever there is
+    no room."""
+    target.cache.evict(1 << 40, 1 << 40)
+    target.cache.lower.copied_rows.clear()
+
+
+@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("gib", [0.6, 2.0])
+def test_a_run_that_is_cut_in_two_decides_as_one_that_never_stopped(name, gib):
+    trace = TRACES[name]
+    requests = REQUESTS[name]
+    half = len(requests) // 2
+    whole, forgetful = make(trace, gib, 4 * gib), make(trace, gib, 4 * gib)
+    serve(whole, requests[:half])
+    empty_the_device(whole)
+    cut = make(trace, gib, 4 * gib)
+    assert restarted(whole, cut, has_room=True) == []
+    expected = serve(whole, requests[half:])
+    assert expected[1], "something was evicted"
+    assert serve(cut, requests[half:]) == expected
+    assert serve(forgetful, requests[half:]) != expected, "the past decides something"
+    cut.cache.check(0, 0)
+
+
+def test_what_was_on_the_device_is_remembered_as_evicted():
+    trace = TRACES["agent"]
+    target, fresh = make(trace), make(trace)
+    serve(target, list(trace))
+    assert restarted(target, fresh) == []
+    fresh.cache.check(0, 0)
+    known = {path_of(node)[1].tobytes() for node in target.cache._tree.nodes()}
+    assert {path_of(node)[1].tobytes() for node in fresh.cache._tree.nodes()} == known
+    prompt = next(r for r in list(trace) if target.cache.match(r.tokens, r.namespace).cached_len)
+    match = fresh.cache.match(prompt.tokens, prompt.namespace)
+    assert match.losses.never_seen == 0 and match.missed is not None
+    assert fresh.cache._residency.now == target.cache._residency.now
+
+
+def test_what_is_remembered_is_bounded_and_the_latest():
+    trace = TRACES["chat"]
+    target, fresh = make(trace), make(trace)
+    serve(target, list(trace))
+    residency = target.cache._residency
+    residency.ghosts.limit_bytes = 40_000
+    memory = unpack(pack(write_memory(target.cache)))
+    memory.recall_tree(fresh.cache)
+    ghosts = fresh.cache._residency.ghosts
+    assert 20_000 < ghosts.num_bytes <= 40_000
+    last = list(trace)[-1]
+    assert fresh.cache.match(last.tokens, last.namespace).branch_len > 0
+
+
+@pytest.mark.parametrize("eviction", ["lru", "w-tinylfu", "arc", "class-age", "lhd"])
+def test_a_policy_without_a_memory_costs_nothing(eviction):
+    trace = TRACES["agent"]
+    target = make(trace, policy=eviction, checkpoints="branch,end")
+    serve(target, list(trace)[:60])
+    body = json.loads(write_memory(target.cache, target.placement.rules))
+    assert body["policies"] == body["memos"] == {} and body["placement"] == []
+    fresh = make(trace, policy=eviction, checkpoints="branch,end")
+    assert restarted(target, fresh) == []
+
+
+def test_a_memory_of_other_words_is_left_and_named():
+    trace = TRACES["agent"]
+    target = make(trace)
+    serve(target, list(trace))
+    fresh = make(trace, policy="lru", checkpoints="branch,end")
+    assert restarted(target, fresh) == ["device", "disk", "placement"]
+    serve(fresh, list(trace)[:20])
+    fresh.cache.check(0, 0)
+
+
+def test_a_file_is_whole_or_refused_whatever_byte_it_ends_at_and_whatever_is_flipped():
+    trace = TRACES["agent"]
+    target = make(trace)
+    serve(target, list(trace)[:20])
+    data = pack(write_memory(target.cache, target.placement.rules))
+    ends = {*range(64), *range(0, len(data), 997), len(data) - 1}
+    for end in ends:
+        with pytest.raises(ValueError, match="damaged"):
+            unpack(data[:end])
+        flipped = bytearray(data)
+        flipped[end] ^= 1 << end % 8
+        with pytest.raises(ValueError, match=r"damaged|version"):
+            unpack(bytes(flipped))
+    assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"page_size": 7},
+        {"nodes": {"array": "<i8", "shape": [1, 7], "data": "AA=="}},
+        {"labels": []},
+        {"tokens": {"array": "<i4", "shape": [0], "data": ""}},
+        {"now": "soon"},
+        {"form": "hybridcache memory 2"},
+    ],
+)
+def test_what_no_cache_has_written_changes_none(change):
+    trace = TRACES["agent"]
+    target, fresh = make(trace), make(trace)
+    serve(target, list(trace)[:20])
+    body = json.dumps(json.loads(write_memory(target.cache)) | change).encode()
+    with pytest.raises(ValueError, match=r"damaged|version|page size"):
+        unpack(pack(body)).recall_tree(fresh.cache)
+    assert fresh.cache.num_nodes == 0 and fresh.cache._residency.now == 0
+    fresh.cache.check(0, 0)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text() | st.integers() | st.tuples(st.text(), st.booleans()), inner)
+        | st.frozensets(st.integers() | st.text()).map(set)
+    ),
+)
+
+
+@given(VALUES)
+def test_plain_values_come_back(value):
+    plain = json.loads(json.dumps(Writer().write(value)))
+    again = Reader(lambda _: None).read(plain)
+    assert again == value
+    assert isinstance(value, set) or "{" in repr(value) or repr(again) == repr(value)
+
+
+def test_tables_generators_and_shared_objects_come_back():
+    regret = Regret(seed=5)
+    for turn in range(9):
+        row = regret.survival.row((("a", True), turn % 3))
+        regret.survival.close(regret.survival.open(row, turn), turn + 2, used=turn % 2 == 0)
+    regret.survival.refresh(20)
+    again = Reader(lambda _: None).read(json.loads(json.dumps(Writer().write(regret))))
+    fresh = Regret()
+    take_over(fresh, again)
+    fresh.survival.check()
+    assert np.array_equal(fresh.survival.index, regret.survival.index)
+    assert fresh.survival._open == regret.survival._open
+    assert fresh._random.random() == regret._random.random()
+    learned = Learned()
+    twice = Reader(lambda _: None).read(Writer().write([learned, learned]))
+    assert twice[0] is twice[1] and isinstance(twice[0], Learned)
+
+
+@pytest.mark.parametrize(
+    "value", [object(), OrderedDict.fromkeys, random.random, [defaultdict(int), memoryview(b"")]]
+)
+def test_what_is_no_plain_data_is_not_written(value):
+    with pytest.raises(Unfit):
+        Writer().write(value)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"object": 0, "class": "os:system", "fields": {}},
+        {"object": 0, "class": "hybridcache.policies.memory:json", "fields": {}},
+        {"object": 0, "class": "hybridcache.build:CacheConfig", "fields": {}},
+    ],
+)
+def test_no_class_but_the_policies_own_is_made(plain):
+    with pytest.raises(Unfit):
+        Reader(lambda _: None).read(plain)
+
+
+def test_a_policy_with_other_attributes_takes_nothing_over():
+    other = Learned()
+    other.another = 3
+    own = Learned()
+    with pytest.raises(Unfit, match="Learned has other attributes"):
+        take_over(own, other)
+    with pytest.raises(Unfit, match=r"Regret\.survival\._events is another table"):
+        wide = Regret()
+        wide.survival._events = np.zeros((64, 3))
+        take_over(Regret(), wide)
+
+
+def test_the_head_is_what_the_page_says():
+    data = pack(b"{}")
+    magic, size, crc = HEAD.unpack_from(data)
+    assert (magic, size, crc) == (b"HCMEMRY1", len(data) - 24, zlib.crc32(data[24:]))
+    assert data[20:24] == CRC.pack(zlib.crc32(data[:20]))
