@@ -20,7 +20,7 @@ from engine.schedule.memory import MemorySizes
 from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.schedule.staging import Staging
-from engine.store.disk import Disk
+from engine.store.disk import Disk, largest_record
 from engine.store.prefixes import Piece, covering
 from engine.store.store import SegmentStore
 from engine.store.whose import claim
@@ -44,13 +44,14 @@ logger = logging.getLogger(__name__)
 
 
 class LowerSizes(NamedTuple):
-    """Bytes of the tiers below the device, and of the folder that has the last of them."""
+    """Bytes of the tiers below the device, and of what the folder has of the last of them."""
 
     host: int = 0
     disk: int = 0
-    folder: int = 0
+    store: int = 0
+    """Of all segments."""
     memory: int = 0
-    """Of the folder's, twice: for what cache and policies remember."""
+    """Of the file of what cache and policies remember, of which there may be two for a moment."""
 
     @classmethod
     def of(cls, config: EngineConfig, memory: MemorySizes) -> LowerSizes:
@@ -63,7 +64,7 @@ class LowerSizes(NamedTuple):
                 "arena: leave host_gib and state_dir out."
             )
         host = int((config.host_gib or 0) * GIB)
-        state_rows = slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
+        state_rows = slab_rows_of(memory)
         least = (state_rows + memory.page_size) * memory.row_bytes
         _check_tier("host_gib", config.host_gib, host, least, memory.row_bytes)
         if config.state_dir is None:
@@ -71,10 +72,11 @@ class LowerSizes(NamedTuple):
         above = memory.total_bytes + host
         folder = int(above * USUAL_DISK if config.disk_gib is None else config.disk_gib * GIB)
         remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
-        usable = SegmentStore.usable_bytes_of(folder - 2 * remembered)
-        disk = max(usable // 2, usable - above)
+        store = folder - 2 * remembered
+        usable = SegmentStore.usable_bytes_of(store, largest_record(memory.row_bytes, state_rows))
+        disk = max(0, usable // 2, usable - above)
         _check_tier("disk_gib", config.disk_gib, disk, least, memory.row_bytes)
-        return cls(host, disk, folder, remembered)
+        return cls(host, disk, store, remembered)
 
 
 class LowerMemory:
@@ -96,11 +98,12 @@ class LowerMemory:
         self.remembering: Remembering | None = None
         if self.folder is not None:
             memory = runner.memory
+            state = memory.row_bytes, slab_rows_of(memory)
             digest = claim(self.folder, words_of(config, runner, tokenizer))
             self.disk = Disk(
-                SegmentStore.open(self.folder, digest, sizes.folder - 2 * sizes.memory),
-                row_bytes=memory.row_bytes,
-                state_rows=slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size),
+                SegmentStore.open(self.folder, digest, sizes.store, largest_record(*state)),
+                row_bytes=state[0],
+                state_rows=state[1],
                 num_rows=rows[DISK],
             )
             self.remembering = Remembering(cache, self.disk, self.folder, sizes.memory)
@@ -219,6 +222,11 @@ class LowerMemory:
             self.remembering.save()
         if self.disk is not None:
             self.disk.close()
+
+
+def slab_rows_of(memory: MemorySizes) -> int:
+    """Rows of the arena that hold a state."""
+    return slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
 
 
 def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,7 +160,10 @@ def prefill_server(
             abort=engine.abort,
         )
     except OSError as error:
-        raise ConfigError(f"--transfer-at {config.transfer_at}: {error}.") from error
+        why = str(error.strerror or error)
+        if error.errno == errno.EADDRNOTAVAIL:
+            why = "this machine has no such address; give one of its own, or 0.0.0.0 for all"
+        raise ConfigError(f"--transfer-at {config.transfer_at}: {why}.") from error
     runner.watch_layers(server.send_layer)
     return server
 

@@ -57,7 +57,8 @@ def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str,
 
 
 def cache_details(body: TokenOptions, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """SGLang's ``sglext``: where the cached tokens of the first answer's prompt were."""
+    """SGLang's ``sglext``: where the cached tokens of the first answer's prompt were read; what lay
+    below the device was copied there before."""
     if not body.return_cached_tokens_details:
         return {}
-    return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len, "host": 0}}}
+    return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len}}}

@@ -45,6 +45,8 @@ KV, STATE = 1, 2
 KV_HEAD, STATE_HEAD = struct.Struct("<QQI"), struct.Struct("<QQ")
 MAX_RECORD_BYTES = 1 << 22
 """Of KV: a hit reads no more than one record that it needs a part of."""
+MAX_META_BYTES, TOKEN_BYTES = 1 << 10, 4
+"""Of a record of KV beside its tokens, but for namespaces that are longer; of a token's id."""
 MAX_PENDING_BYTES = 1 << 28
 """What waits to be written; beyond it nothing is kept that need not be."""
 
@@ -52,6 +54,11 @@ FADING = 0.95
 """What one read says of the disk's speed counts for so much less after the next."""
 
 logger = logging.getLogger(__name__)
+
+
+def largest_record(row_bytes: int, state_rows: int) -> int:
+    """``record_bytes`` of a state; KV is cut into what fits."""
+    return record_bytes(STATE_HEAD.size, state_rows * row_bytes)
 
 
 class Disk:
@@ -84,12 +91,17 @@ class Disk:
         self.num_skipped = 0
         """What was not kept for want of room or time."""
         self._next_id = store.next_id
+        run_bytes = min(MAX_RECORD_BYTES, store.segment_bytes - MAX_META_BYTES)
+        self._run_tokens = max(1, run_bytes // (row_bytes + TOKEN_BYTES))
         for record in tuple(store.records()):
             what = self._parse(record.kind, record.meta, record.payload_bytes)
             if what is None or not self.prefixes.add(record.id, what):
                 store.drop(record.id)
                 continue
             self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
+        if not self.is_broken and store.num_bytes + store.segment_bytes > store.max_bytes:
+            self._make_room(0, 0)  # it had more before
+            self._thread.do(self._shrink)
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -273,9 +285,8 @@ class Disk:
             return
         first, read = source
         parent = self._owner(pieces, start) if start else 0
-        most = max(1, MAX_RECORD_BYTES // self.row_bytes)
         while start < len(tokens):
-            end = min(start + most, len(tokens))
+            end = min(start + self._run_tokens, len(tokens))
             run = Run(parent, start, tokens[start:end].copy(), namespace)
             name = b"" if parent else text
             meta = KV_HEAD.pack(parent, start, len(name)) + name
@@ -351,6 +362,11 @@ class Disk:
         self._live_bytes -= self._bytes.pop(number)
         self._staged.pop(number, None)
         self._thread.do(lambda: self._drop_record(number))
+
+    def _shrink(self) -> None:
+        """On the disk thread."""
+        with suppress(StoreFull):
+            self._store.shrink()
 
     def _drop_record(self, number: int) -> None:
         """On the disk thread; what could not be written, or was damaged, is not there."""

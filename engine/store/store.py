@@ -48,12 +48,15 @@ class StoreFull(StoreError):
 class SegmentStore:
     """The records of one folder; made by ``open``."""
 
-    def __init__(self, folder: Path, digest: bytes, max_bytes: int, lock: int | None) -> None:
+    def __init__(
+        self, folder: Path, digest: bytes, max_bytes: int, lock: int | None, max_record: int = 0
+    ) -> None:
         self._folder = folder
         self._digest = digest
         self.max_bytes = max_bytes
         self._lock = lock
-        self._segment_bytes = _segment_bytes(max_bytes)
+        self._max_record = max_record
+        self._segment_bytes = _segment_bytes(max_bytes, max_record)
         self._segments: dict[int, Segment] = {}
         self._current: Segment | None = None
         self._places: dict[int, tuple[Segment, Place]] = {}
@@ -61,18 +64,19 @@ class SegmentStore:
         self._next_id = self._next_number = 1
 
     @classmethod
-    def open(cls, folder: Path, digest: bytes, max_bytes: int) -> SegmentStore:
+    def open(cls, folder: Path, digest: bytes, max_bytes: int, max_record: int = 0) -> SegmentStore:
         """The store in ``folder``, which is made if there is none, with what was whole in it.
         Where another process writes to it, it is read only. O(records).
 
-        ``digest``, 32 bytes: whose it is. StoreError: it is somebody else's, or not to be opened;
+        ``digest``, 32 bytes: whose it is. ``max_record``: ``record_bytes`` of the largest record to
+        come; a segment is never smaller. StoreError: it is somebody else's, or not to be opened;
         nothing in it was changed.
         """
         assert len(digest) == DIGEST_BYTES
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
-            store = cls(folder, digest, max_bytes, lock)
+            store = cls(folder, digest, max_bytes, lock, max_record)
             try:
                 store._find()
             except BaseException:
@@ -101,12 +105,12 @@ class SegmentStore:
     def usable_bytes(self) -> int:
         """Living bytes, ``record_bytes`` each, up to which no ``append`` of a record below a
         segment's size is refused but by the disk itself."""
-        return self.usable_bytes_of(self.max_bytes)
+        return self.usable_bytes_of(self.max_bytes, self._max_record)
 
     @classmethod
-    def usable_bytes_of(cls, max_bytes: int) -> int:
-        """Of a store of ``max_bytes``."""
-        return int((max_bytes - 2 * _segment_bytes(max_bytes)) * USABLE)
+    def usable_bytes_of(cls, max_bytes: int, max_record: int = 0) -> int:
+        """Of a store of ``max_bytes`` with records up to ``max_record``."""
+        return int((max_bytes - 2 * _segment_bytes(max_bytes, max_record)) * USABLE)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -237,13 +241,29 @@ class SegmentStore:
         self._next_number += 1
         return self._current
 
+    @property
+    def segment_bytes(self) -> int:
+        """Of a whole one."""
+        return self._segment_bytes
+
+    def shrink(self) -> None:
+        """Take no more than ``max_bytes``, where it was opened with more before and what is too
+        much was dropped since. O(bytes copied)."""
+        if not self.is_read_only:
+            self._make_room(0)
+
     def _make_room(self, size: int) -> None:
-        """Clean segments until ``size`` bytes, and a segment in reserve to copy to, are free."""
+        """Clean segments until ``size`` bytes, and a segment in reserve to copy to, are free: first
+        the one with the fewest living bytes of those that have dead ones."""
         need = size + 2 * ALIGNMENT + self._segment_bytes
         while self.num_bytes + need > self.max_bytes:
-            victims = [one for one in self._segments.values() if one is not self._current]
+            victims = [
+                one
+                for one in self._segments.values()
+                if one is not self._current and one.live_bytes + ALIGNMENT < one.end
+            ]
             victim = min(victims, key=lambda one: one.live_bytes, default=None)
-            if victim is None or victim.live_bytes + ALIGNMENT >= victim.end:
+            if victim is None:
                 raise StoreFull(
                     f"{self._folder} has {self.max_bytes:,} bytes and no room for {size:,} more."
                 )
@@ -268,8 +288,9 @@ class SegmentStore:
         del self._segments[segment.number]
 
 
-def _segment_bytes(max_bytes: int) -> int:
-    return min(max(max_bytes // SEGMENTS, MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
+def _segment_bytes(max_bytes: int, max_record: int) -> int:
+    usual = min(max(max_bytes // SEGMENTS, MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
+    return max(usual, max_record + ALIGNMENT if max_record else 0)
 
 
 def _lock(folder: Path) -> int | None:

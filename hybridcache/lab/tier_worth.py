@@ -41,7 +41,8 @@ class TierWorth:
             f"{given} are worth {self.device_gib:.3g} GiB on the device here: "
             f"token hit rate {100 * before.token_hit_rate:.1f} -> "
             f"{100 * after.token_hit_rate:.1f} %, "
-            f"prefill seconds saved {shares[0]:.1f} -> {shares[1]:.1f} %"
+            f"prefill seconds saved {shares[0]:.1f} -> {shares[1]:.1f} % (tokens far into a prompt "
+            "cost more of these, and copies some)"
         )
 
     def as_record(self) -> dict[str, float]:

@@ -27,7 +27,7 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.policies.words import in_units, make_eviction, parse_placement
 from hybridcache.results import Losses
-from hybridcache.units import GIB
+from hybridcache.units import GIB, format_bytes
 
 DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
 
@@ -141,6 +141,7 @@ class RunConfig:
                     f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part "
                     "of it"
                 )
+        _check_tiers(self, unit)
         in_pools = self.budget_bytes is None or self.memory == "pools"
         num_kv_tokens, num_slots = self.pools if in_pools else (0, 0)
         return CacheConfig(
@@ -243,6 +244,18 @@ def check_words(config: RunConfig) -> None:
             "are rebuilt for what they do "
             "with states; compare policies for this model"
         )
+
+
+def _check_tiers(config: RunConfig, unit: int) -> None:
+    """ValueError for a tier below the device that can hold nothing."""
+    geometry = config.geometry
+    least = geometry.state_bytes + max(config.page_size, unit) * geometry.kv_bytes_per_token
+    for word, num_bytes in ((HOST, config.host_bytes), (DISK, config.disk_bytes)):
+        if 0 < num_bytes < least:
+            raise ValueError(
+                f"{word}_gib {num_bytes / GIB:.3g} is too little for a single state with a page of "
+                f"KV, which take {format_bytes(least)}: give more, or 0"
+            )
 
 
 def build_target(config: RunConfig, unit: int, times: PrefillTimes | None = None) -> Target:

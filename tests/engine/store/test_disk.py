@@ -153,3 +153,20 @@ def test_a_run_hangs_where_its_parent_leaves_it():
     assert covering(pieces, 1, 3) == [(1, 1, 1), (2, 0, 1)]
     assert prefixes.path(3)[1].tolist() == [1, 2, 9, 8] and prefixes.below(1) == [1, 2, 3]
     assert list(prefixes.used) == [3, 2, 1] and prefixes.is_leaf(3) and not prefixes.is_leaf(2)
+
+
+def test_a_folder_that_may_take_less_than_before_is_cut_down_at_the_start(tmp_path):
+    disk = open_disk(tmp_path, max_bytes=1 << 18)
+    for number in range(40):
+        path = (None, np.full(200, number, np.int32))
+        disk.keep("kv", path, 200, reader(path, 200))
+    disk.close()
+    disk = open_disk(tmp_path, max_bytes=1 << 16)
+    disk.flush()
+    assert sum(file.stat().st_size for file in tmp_path.glob(f"*{SUFFIX}")) <= 1 << 16
+    newest = (None, np.full(200, 39, np.int32))
+    assert disk.prefixes.find(*newest) and not disk.prefixes.find(None, np.zeros(200, np.int32))
+    rows = np.arange(200, dtype=np.int32)
+    disk.put("kv", newest, rows, lambda *_: pytest.fail("it was kept"))
+    assert np.array_equal(disk.take(rows), rows_of(newest))
+    disk.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.store import segment
 from engine.store.segment import SUFFIX, record_bytes
 from engine.store.store import LOCK_NAME, SegmentStore, StoreError, StoreFull
 from tests.engine.store.reference import ReferenceStore
@@ -264,3 +266,27 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path, monkeypatch):
     assert store.live_bytes == 6 * record_bytes(4, 1000)
     assert append(store, 1, b"", [b"y"]) == numbers[-1] + 1
     assert read(store, numbers[-1], 1000) == payload_of(5, 1000)
+
+
+@pytest.mark.parametrize("max_record", [700, 3000, 20_000])
+def test_never_more_bytes_than_given_and_never_full_whatever_the_records_are(
+    tmp_path, monkeypatch, max_record
+):
+    """Also while a segment is copied, and with segments of one small record, all of it alive."""
+    largest, choose, write = record_bytes(4, max_record), random.Random(max_record), segment._write
+    store = SegmentStore.open(tmp_path, OURS, MAX_BYTES * 4, largest)
+    living, most = [], 0
+
+    def counted(file: int, parts: object, first: int) -> None:
+        nonlocal most
+        write(file, parts, first)
+        most = max(most, sum(os.fstat(one.file).st_size for one in store._segments.values()))
+
+    monkeypatch.setattr(segment, "_write", counted)
+    for _ in range(600):
+        size = choose.randrange(1, max_record + 1)
+        while store.live_bytes + record_bytes(4, size) > store.usable_bytes:
+            store.drop(living.pop(choose.randrange(len(living)) if choose.random() < 0.5 else 0))
+        living.append(append(store, 1, b"meta", [bytes(size)]))
+    assert MAX_BYTES * 2 < most <= MAX_BYTES * 4
+    store.close()

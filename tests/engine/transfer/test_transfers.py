@@ -257,3 +257,8 @@ def test_an_address_in_use_is_one_sentence(far: Engine) -> None:
     )
     with pytest.raises(ConfigError, match="--transfer-at"):
         Engine(config, runner=ModelRunner(config), sampler=far._sampler)
+
+
+def test_an_address_of_another_machine_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.7:0: this machine has no such address"):
+        Engine(EngineConfig(role="prefill", transfer_at="203.0.113.7:0", cache_gib=0.01))
