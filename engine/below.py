@@ -21,6 +21,7 @@ from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.schedule.staging import Staging
 from engine.store.disk import Disk, largest_record
+from engine.store.known_files import remember
 from engine.store.prefixes import Piece, covering
 from engine.store.store import SegmentStore
 from engine.store.whose import claim
@@ -99,7 +100,10 @@ class LowerMemory:
         if self.folder is not None:
             memory = runner.memory
             state = memory.row_bytes, slab_rows_of(memory)
-            digest = claim(self.folder, words_of(config, runner, tokenizer))
+            words = words_of(config, runner, tokenizer)
+            digest = claim(self.folder, words)
+            if config.load_format != "dummy":
+                remember(self.folder, config.model_dir, words["weights"])
             self.disk = Disk(
                 SegmentStore.open(self.folder, digest, sizes.store, largest_record(*state)),
                 row_bytes=state[0],

@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.run.backends import Kernels
 from engine.run.tensor_files import find_files
+from engine.store.known_files import recall
 
 CHUNK_BYTES = 1 << 24
 
@@ -35,11 +36,9 @@ def identity_of(
     config: EngineConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
 ) -> dict[str, str]:
     """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of
-    the weights)."""
-    dummy = f"dummy, seed {config.seed}"
-    is_dummy, workers = config.load_format == "dummy", config.load_workers or 1
+    the weights), or of their names where the folder of ``config.state_dir`` knows their digest."""
     return {
-        "weights": dummy if is_dummy else weights_digest(config.model_dir, workers),
+        "weights": _weights(config),
         "config": digest_of((config.model_dir / "config.json").read_bytes()),
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,
@@ -50,6 +49,15 @@ def identity_of(
         "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),
         **machine_words(device),
     }
+
+
+def _weights(config: EngineConfig) -> str:
+    if config.load_format == "dummy":
+        return f"dummy, seed {config.seed}"
+    known = None
+    if config.state_dir is not None:
+        known = recall(Path(config.state_dir), config.model_dir)
+    return known or weights_digest(config.model_dir, config.load_workers or 1)
 
 
 def machine_words(device: torch.device) -> dict[str, str]:

@@ -1,0 +1,56 @@
+"""A digest is computed once, and anew where a file may be another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.store import known_files
+from engine.store.known_files import NAME, recall, remember
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors").write_bytes(name.encode() * 100)
+    monkeypatch.setattr(known_files, "STARTED_NS", known_files.STARTED_NS + 10**15)
+    return folder
+
+
+def test_it_is_known_until_something_is_touched(tmp_path: Path, weights: Path) -> None:
+    assert recall(tmp_path, weights) is None
+    remember(tmp_path, weights, "digest")
+    assert recall(tmp_path, weights) == "digest"
+    assert recall(tmp_path, tmp_path) is None, "other files"
+    first = weights / "a.safetensors"
+    stat = first.stat()
+    first.write_bytes(b"c" * 100)
+    os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if it were the same
+    assert recall(tmp_path, weights) is None
+    remember(tmp_path, weights, "another")
+    assert recall(tmp_path, weights) == "another"
+    (weights / "c.safetensors").write_bytes(b"")
+    assert recall(tmp_path, weights) is None
+
+
+def test_what_changed_while_this_process_ran_is_not_believed(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_files, "STARTED_NS", (weights / "a.safetensors").stat().st_mtime_ns)
+    remember(tmp_path, weights, "digest")
+    assert not (tmp_path / NAME).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"digest": 3}', '{"files": [], "digest": 3}'])
+def test_a_damaged_file_knows_nothing(tmp_path: Path, weights: Path, text: str) -> None:
+    (tmp_path / NAME).write_text(text)
+    assert recall(tmp_path, weights) is None and recall(tmp_path, tmp_path) is None
+
+
+def test_a_folder_that_takes_nothing_is_left(tmp_path: Path, weights: Path) -> None:
+    remember(tmp_path / "none", weights, "digest")
+    assert recall(tmp_path / "none", weights) is None
