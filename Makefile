@@ -6,7 +6,7 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench stress attack clients faults soak hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test lint bench tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ bench: install  ## the timed figures, one after another, on a machine that does 
 	$(BIN)/python -m experiments.bench_overhead
 	$(BIN)/python -m experiments.bench_optimum
 	$(BIN)/python -m experiments.bench_engine
+
+tiers: install  ## memory below the device: a store whose writer is killed 200 times; restarts, spilling, memory used
+	$(BIN)/python -m experiments.kill_store
+	$(BIN)/python -m experiments.bench_tiers
 
 stress: install  ## ten million random operations on the cache, its invariants checked as they go
 	$(BIN)/python -m experiments.stress_tree

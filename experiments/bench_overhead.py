@@ -230,12 +230,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--starts", type=int, default=0, help="only time so many starts")
     parser.add_argument("--steps", type=int, default=1000, help="steps measured for each row")
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.jsonl")
+    parser.add_argument("--out", type=Path, help="none: overhead.jsonl or starts.jsonl, in results")
     arguments = parser.parse_args()
     if arguments.starts:
         times = [start_s() for _ in range(arguments.starts)]
         print(f"engine serve answers after {statistics.median(times):.2f} s: median of", end=" ")
         print(*(f"{seconds:.2f}" for seconds in times))
+        median = {"median_s": statistics.median(times), "times_s": times}
+        write_json_lines(arguments.out or RESULTS / "starts.jsonl", [median])
         return
     torch.set_num_threads(1)
     records = [
@@ -262,7 +264,7 @@ def main() -> None:
             f"{record['running']:7}  {record['sampling']:16}"
             + "".join(f"{n:9.0f}" for n in numbers)
         )
-    write_json_lines(arguments.out, records)
+    write_json_lines(arguments.out or RESULTS / "overhead.jsonl", records)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
+from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.units import GIB
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--host-gib", type=float, default=0.1)
     parser.add_argument("--parts", default="restart,spilling,memory")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_tiers.jsonl")
     arguments = parser.parse_args()
     found: dict[str, float] = {}
     parts = arguments.parts.split(",")
@@ -148,7 +150,10 @@ def main() -> None:
         found |= spilling(arguments.rounds, arguments.tokens)
     if "memory" in parts:
         found |= memory(arguments.host_gib, arguments.tokens)
-    print(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}))
+    rounded = {name: float(f"{value:.4g}") for name, value in found.items()}
+    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+    write_json_lines(arguments.out, [rounded], settings)
+    print(json.dumps(rounded))
 
 
 if __name__ == "__main__":

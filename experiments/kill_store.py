@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.store.store import SegmentStore, StoreError
+from experiments.provenance import RESULTS, write_json_lines
 
 DIGEST = b"k" * 32
 MAX_BYTES = 1 << 24
@@ -111,11 +112,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-s", type=float, default=0.2, help="longest life of a writer")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kill_store.jsonl")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         write_until_killed(arguments.child, arguments.seed)
     totals = measure(arguments.kills, arguments.seed, arguments.most_s)
+    settings = {name: getattr(arguments, name) for name in ("kills", "seed", "most_s")}
+    write_json_lines(arguments.out, [totals], settings)
     print(json.dumps(totals))
 
 

@@ -3,11 +3,11 @@
 python -m experiments.stress_tree [--operations 10000000] [--seed 0] [--check-every 20000]
 
 Caches of all page sizes, grids, budgets, tiers and policies, one after another; requests begin,
-publish in parts with checkpoints, finish, abort and starve in any order over prompts that share
-beginnings, while rows and slots are held and freed, items evicted, and caches reset. An operation
-is one call of a cache's verb. ``check()`` with full conservation runs every ``--check-every``
-operations and at each cache's end; a smaller run checks after every single operation. The last line
-is for the CHANGELOG.
+fetch from host memory and disk, publish in parts with checkpoints, finish, abort and starve in any
+order over prompts that share beginnings, while rows and slots are held and freed, items evicted,
+and caches reset. An operation is one call of a cache's verb. ``check()`` with full conservation
+runs every ``--check-every`` operations and at each cache's end; a smaller run checks after every
+single operation. The last line is for the CHANGELOG.
 """
 
 from __future__ import annotations
@@ -53,8 +53,15 @@ def configs(rng: random.Random) -> Iterator[CacheConfig]:
                 "state_bytes": state_bytes,
                 "memory": rng.choice(MEMORIES),
             }
+        is_hybrid = number % 8 != 7
+        least = pools["state_bytes"] + page_size * pools.get("kv_bytes_per_token", 1)
+        lower = {
+            word: least + rng.randint(0, 80) * unit
+            for word in ("host_bytes", "disk_bytes")
+            if is_hybrid and rng.random() < 0.4
+        }
         yield CacheConfig(
-            prefix_cache="radix" if number % 8 == 7 else "hybrid",
+            prefix_cache="hybrid" if is_hybrid else "radix",
             page_size=page_size,
             grid=grid,
             eviction="lru" if number % 2 else rng.choice(sorted(EVICTION)),
@@ -62,6 +69,7 @@ def configs(rng: random.Random) -> Iterator[CacheConfig]:
             demote_superseded=rng.random() < 0.8,
             ghost_bytes=rng.choice((0, 5_000, 1 << 20)),
             **pools,
+            **lower,
         )
 
 
@@ -92,6 +100,7 @@ class Stress:
         self.seen: list[Tokens] = [np.empty(0, np.int32)]
         self.operations = 0
         self.hits = 0
+        self.fetches = 0
         self.refusals = 0
 
     def rows_moved(self, move: Move) -> int:
@@ -118,6 +127,8 @@ class Stress:
 
     def step(self) -> None:
         """One thing that can happen."""
+        if self.cache.lower is not None:
+            self.cache.lower.orders.take()
         dice = self.rng.random()
         if dice < 0.30 and len(self.running) < MAX_RUNNING:
             self.begin()
@@ -141,6 +152,8 @@ class Stress:
         namespace = self.rng.choice(NAMESPACES)
         match = cache.match(tokens, namespace)
         assert match.cached_len + sum(match.losses) == len(tokens), "losses do not sum up"
+        if match.lower and self.rng.random() < 0.7:
+            match = self.fetch(tokens, match)
         receipt = cache.lock(match.node)
         cache.touch(match)
         new = cache.allocate_kv(len(tokens) - match.cached_len)
@@ -156,6 +169,17 @@ class Stress:
         rows = np.concatenate((known, new))
         self.operations += 1
         self.running.append(Running(tokens, namespace, match, receipt, rows))
+
+    def fetch(self, tokens: Tokens, match: Any) -> Any:
+        """Bring up something that lies below; the match then."""
+        cache, wanted = self.cache, self.rng.choice(match.lower)
+        is_there = cache.fetch(wanted)
+        found = cache.match(tokens, match.namespace)
+        assert not is_there or found.cached_len >= wanted.position, "what was fetched is not there"
+        self.fetches += is_there
+        self.refusals += not is_there
+        self.operations += 2
+        return found
 
     def publish(self, request: Running) -> None:
         cache, rng = self.cache, self.rng
@@ -224,7 +248,7 @@ class Stress:
 def stress(seed: int, num_operations: int, check_every: int) -> dict[str, int]:
     """Run that many operations; counts of what happened. AssertionError if anything is wrong."""
     rng = random.Random(seed)
-    words = ("operations", "checks", "caches", "hits", "refusals", "evictions", "moves")
+    words = ("operations", "checks", "caches", "hits", "fetches", "refusals", "evictions", "moves")
     counts = dict.fromkeys(words, 0)
     with tqdm(total=num_operations, unit="op", unit_scale=True) as bar:
         for config in configs(rng):
@@ -244,6 +268,7 @@ def stress(seed: int, num_operations: int, check_every: int) -> dict[str, int]:
             counts["checks"] += 2
             counts["caches"] += 1
             counts["hits"] += run.hits
+            counts["fetches"] += run.fetches
             counts["refusals"] += run.refusals
             counts["evictions"] += run.cache.stats.evictions
             if run.cache.arena is not None:
@@ -274,7 +299,8 @@ def main() -> None:
         f"stress: seed {options.seed}: {large['operations']:,} operations on {large['caches']} "
         "caches in "
         f"{large['seconds']} s, {large['checks']:,} full checks, {large['evictions']:,} evictions, "
-        f"{large['refusals']:,} refusals, {large['moves']:,} slabs moved; {small['operations']:,} "
+        f"{large['fetches']:,} fetches from lower tiers, {large['refusals']:,} refusals, "
+        f"{large['moves']:,} slabs moved; {small['operations']:,} "
         "more with a check after every step: all held"
     )
 

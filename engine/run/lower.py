@@ -29,6 +29,8 @@ from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.tokens import Indices
 from kernels.upload import upload
 
+MIN_RUN = 4
+"""Rows that follow each other, on average, from which copying run by run is worth its calls."""
 PROBE_BYTES = 1 << 26
 """Copied to find out how fast host memory reaches the device."""
 
@@ -71,14 +73,18 @@ class LowerRows:
         dst = self._rows_of(order, order.dst_tier, order.dst)
         if order.src_tier == DISK:
             assert self.disk is not None
-            taken = self.disk.take(src)
-            if taken is None:
+            pieces = self.disk.take(src)
+            if pieces is None:
                 raise BytesLost("what was to be fetched is damaged on disk, and is computed again")
-            self._write(order.dst_tier, dst, torch.from_numpy(taken))
+            for first, piece in pieces:
+                data = torch.from_numpy(piece)
+                self._write(order.dst_tier, dst[first : first + len(piece)], data)
+        elif order.dst_tier == DEVICE and self._device.is_cpu:
+            _copy(self._rows, dst, self.host, src)
         elif order.dst_tier == DEVICE:
             self._write(DEVICE, dst, self._bring(src))
         elif self._device.is_cpu:
-            self.host[_long(dst)] = self._rows[_long(src)]
+            _copy(self.host, dst, self._rows, src)
         else:
             self._spill(src, dst)
 
@@ -104,12 +110,12 @@ class LowerRows:
         """The bytes of ``src`` as they are now, in memory of their own once they have come."""
         if tier == HOST:
             self._wait()
-            found = self.host[_long(src)].numpy()
+            found = _gathered(self.host, src).numpy()
             return lambda: found
-        taken = self._rows[self._index(src)]
         if self._device.is_cpu:
-            kept = taken.numpy()
+            kept = _gathered(self._rows, src).numpy()
             return lambda: kept
+        taken = self._rows[self._index(src)]
         out = torch.empty(taken.shape, dtype=torch.uint8, pin_memory=True)
         with self._aside():
             out.copy_(taken, non_blocking=True)
@@ -133,7 +139,7 @@ class LowerRows:
     def _bring(self, src: Indices) -> torch.Tensor:
         """Rows of the host, near the device."""
         if self._device.is_cpu:
-            return self.host[_long(src)]
+            return _gathered(self.host, src)
         taken = torch.empty(
             (len(src), self.host.shape[1]), dtype=torch.uint8, device=self._rows.device
         )
@@ -146,9 +152,14 @@ class LowerRows:
         return taken
 
     def _write(self, tier: str, dst: Indices, data: torch.Tensor) -> None:
-        if tier == HOST:
+        if tier == HOST or self._device.is_cpu:
             self._wait()
-            self.host[_long(dst)] = data
+            _copy(
+                self.host if tier == HOST else self._rows,
+                dst,
+                data,
+                np.arange(len(dst), dtype=np.int32),
+            )
         else:
             self._rows[self._index(dst)] = data.to(self._rows.device)
 
@@ -179,6 +190,27 @@ class LowerRows:
         work()
         self._device.synchronize()
         return time.perf_counter() - start
+
+
+def _gathered(rows: torch.Tensor, src: Indices) -> torch.Tensor:
+    """``rows[src]``, in memory of its own."""
+    out = torch.empty((len(src), rows.shape[1]), dtype=torch.uint8)
+    _copy(out, np.arange(len(src), dtype=np.int32), rows, src)
+    return out
+
+
+def _copy(to: torch.Tensor, dst: Indices, rows: torch.Tensor, src: Indices) -> None:
+    """``to[dst] = rows[src]``, both in host memory: run by run, which reads and writes once, unless
+    runs are short."""
+    ends = [*(np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1).tolist(), len(src)]
+    if len(ends) * MIN_RUN > len(src):
+        to[_long(dst)] = rows[_long(src)]
+        return
+    first = 0
+    for end in ends:
+        place, origin, count = int(dst[first]), int(src[first]), end - first
+        to[place : place + count].copy_(rows[origin : origin + count])
+        first = end
 
 
 def _long(rows: Indices) -> torch.Tensor:

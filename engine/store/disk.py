@@ -154,22 +154,23 @@ class Disk:
             if number not in self._pins and self.prefixes.is_leaf(number):
                 self.prefixes.used.move_to_end(number, last=False)
 
-    def take(self, rows: Indices) -> Rows | None:
-        """The bytes of ``rows``, which point nowhere after. Waits for the disk where they were not
-        staged. None: something was damaged, or could not be written."""
+    def take(self, rows: Indices) -> list[tuple[int, Rows]] | None:
+        """The bytes of ``rows``, which point nowhere after, in views of what was read: (place of
+        the first in ``rows``, bytes from there on). Waits for the disk where they were not staged.
+        None: something was damaged, or could not be written."""
         numbers = self._records[rows]
         offsets = self._offsets[rows]
         self._unbind(rows)
-        out = np.empty((len(rows), self.row_bytes), np.uint8)
-        is_whole = True
-        for number in np.unique(numbers).tolist():
-            payload = self._payload(number)
+        payloads = {number: self._payload(number) for number in np.unique(numbers).tolist()}
+        breaks = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(offsets) != 1)) + 1
+        pieces, first = [], 0
+        for end in (*breaks.tolist(), len(rows)):
+            payload, offset = payloads.get(int(numbers[first])), int(offsets[first])
             if payload is None:
-                is_whole = False
-                continue
-            some = numbers == number
-            out[some] = payload[offsets[some]]
-        return out if is_whole else None
+                return None
+            pieces.append((first, payload[offset : offset + end - first]))
+            first = end
+        return pieces
 
     def stage(self, rows: Indices) -> tuple[int, ...]:
         """Begin to read the records of ``rows``; ``is_staged`` tells when ``take`` need not

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import ARENA, BITS, MEMORY, MOVES, STEPS, STORE, TIERS
+from experiments.mutations.engine.tests import (
+    ARENA,
+    BITS,
+    MEMORY,
+    MOVES,
+    REMEMBERED,
+    STEPS,
+    STORE,
+    TIERS,
+)
 
 MANAGER = "engine/schedule/cache_manager.py"
 SHARING = "engine/schedule/sharing.py"
@@ -12,6 +21,8 @@ RUNNER = "engine/run/model_runner.py"
 DISK = "engine/store/disk.py"
 SEGMENT = "engine/store/segment.py"
 LOWER = "engine/run/lower.py"
+STORED_IN, BELOW = "engine/store/store.py", "engine/below.py"
+FETCH = "hybridcache/core/fetch.py"
 
 BREAKS_OF_MEMORY = (
     Mutation(
@@ -224,7 +235,7 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "what is fetched from host memory is not copied",
         LOWER,
-        "            self._write(DEVICE, dst, self._bring(src))\n",
+        "            _copy(self._rows, dst, self.host, src)\n",
         "            pass\n",
         TIERS,
     ),
@@ -248,6 +259,41 @@ BREAKS_OF_MEMORY = (
         "np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)",
         "np.arange(len(some), dtype=np.int32)",
         STORE,
+    ),
+    Mutation(
+        "rows are copied in runs of their place alone",
+        LOWER,
+        "(np.diff(src) != 1) | (np.diff(dst) != 1)",
+        "np.diff(dst) != 1",
+        TIERS,
+    ),
+    Mutation(
+        "rows of a record are taken from its beginning",
+        DISK,
+        "payload[offset : offset + end - first]",
+        "payload[: end - first]",
+        STORE,
+    ),
+    Mutation(
+        "a segment of which all lives keeps the others from being cleaned",
+        STORED_IN,
+        "if one is not self._current and one.live_bytes + ALIGNMENT < one.end",
+        "if one is not self._current",
+        STORE,
+    ),
+    Mutation(
+        "what was learnt is not recalled",
+        BELOW,
+        "            self.remembering.recall_policies(placement.rules)\n",
+        "            pass\n",
+        REMEMBERED,
+    ),
+    Mutation(
+        "an adopted state is a new one",
+        FETCH,
+        "    if was is not None:\n        was.stored",
+        "    if was is None:\n        was.stored",
+        REMEMBERED,
     ),
     # -- sharing
     Mutation(

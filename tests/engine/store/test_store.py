@@ -290,3 +290,17 @@ def test_never_more_bytes_than_given_and_never_full_whatever_the_records_are(
         living.append(append(store, 1, b"meta", [bytes(size)]))
     assert MAX_BYTES * 2 < most <= MAX_BYTES * 4
     store.close()
+
+
+def test_a_record_whose_end_was_never_written_is_none(tmp_path):
+    """A machine that lost its power may leave the length of a file and not what it held."""
+    store, numbers = filled(tmp_path)
+    last, place = store._places[numbers[-1]]
+    store.close()
+    with open(last.path, "r+b") as file:
+        file.seek(place.tail_first)
+        file.write(bytes(64))
+    again = SegmentStore.open(tmp_path, OURS, MAX_BYTES)
+    assert [record.id for record in again.records()] == numbers[:-1]
+    assert again.next_id == numbers[-1], "its place is written again"
+    again.close()
