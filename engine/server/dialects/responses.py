@@ -13,7 +13,7 @@ from engine.server.body import to_json
 from engine.server.dialects.exchange import Exchange, Finish, ask, settle_system
 from engine.server.dialects.response_items import ResponseItems
 from engine.server.dialects.response_store import ResponseStore, StoredResponse
-from engine.server.dialects.responses_body import ResponsesRequest
+from engine.server.dialects.responses_body import ResponsesRequest, TextConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.front import ServingContext, new_id
 from engine.server.streaming import EventStream, named_event, unless_gone
@@ -129,7 +129,7 @@ class _Writer:
             },
             "store": body.store,
             "temperature": body.temperature,
-            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
+            "text": {"format": (body.text or TextConfig()).as_asked()},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": [_tool(tool.model_dump()) for tool in body.tools or ()],
             "top_p": body.top_p,

@@ -185,6 +185,11 @@ class TextConfig(Strict):
     format: TextFormat | None = None
     verbosity: str | None = None
 
+    def as_asked(self) -> dict[str, Any]:
+        """The format as an answer gives it back."""
+        asked = self.format or TextFormat(type="text")
+        return asked.model_dump(exclude_none=True, by_alias=True)
+
     @property
     def form(self) -> dict[str, Any] | None:
         return None if self.format is None else self.format.of_chat()

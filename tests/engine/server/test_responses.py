@@ -206,6 +206,16 @@ def test_what_changes_nothing_is_accepted(say: Say) -> None:
     assert [item.type for item in answer.output] == ["reasoning", "message"]
 
 
+def test_the_form_that_was_asked_for_is_given_back(say: Say) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "a", "schema": schema}
+    answer = say('{"a": 1}').post("/v1/responses", ASK | {"text": {"format": form}})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["text"]["format"] == form
+    assert say("x").post("/v1/responses", ASK).json()["text"]["format"] == {"type": "text"}
+
+
 def stored(num_bytes: int) -> StoredResponse:
     return StoredResponse([], {}, num_bytes)
 
