@@ -57,11 +57,14 @@ stress: install  ## ten million random operations on the cache, its invariants c
 attack: install  ## cache, engine, server and files against models and clients of their own, nine minutes
 	$(BIN)/python -m experiments.attack
 
-# Beside .venv and not in it: what they bring along is theirs.
-CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents litellm mcp instructor
+# Beside .venv and not in it: what they bring along is theirs. litellm and instructor ask for versions (of certifi, jiter, rich)
+# that openai's newest client, or an index, has not, and pip would go back a hundred releases: they come without what they ask for.
+CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents mcp \
+	aiohttp docstring-parser fastuuid h2 'importlib-metadata<9' pydantic-settings python-dotenv requests tenacity tokenizers typer
 
 out/clients/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients -c constraints.txt $(CLIENTS)
+	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients --no-deps litellm instructor
 	if command -v npm; then npm install --no-save --prefix out/clients openai@6; fi
 	@touch $@
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder
@@ -38,14 +38,15 @@ class ByteTokenizer:
             BUILTIN_TEMPLATE.read_text(encoding="utf-8"), {"eos_token": "<|im_end|>"}
         )
         self._ids = {text: 256 + rank for rank, text in enumerate(self.special_tokens)}
-        self._split = re.compile("(" + "|".join(map(re.escape, self.special_tokens)) + ")")
+        self._special = re.compile("|".join(map(re.escape, self.special_tokens)))
+        self._longest = max(map(len, self.special_tokens))
         # As in Qwen's vocabulary, the thinking marks are tokens of their own but part of the text.
         self._hidden = frozenset({256, 257, 258})
         self.control_tokens = self.special_tokens[:3]
 
     def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
         token_ids: list[int] = []
-        for piece in self._split.split(text):
+        for piece in self._pieces(text):
             special = self._ids.get(piece)
             if special is None:
                 if how.mark is not None:
@@ -58,6 +59,18 @@ class ByteTokenizer:
             else:
                 token_ids.append(special)
         return token_ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """``text`` cut around its special tokens; searched a slice at a time."""
+        done = 0
+        for start in range(0, len(text), SLICE):
+            end = start + SLICE
+            for found in self._special.finditer(text, max(start, done), end + self._longest - 1):
+                if found.start() < end:
+                    yield text[done : found.start()]
+                    yield found.group()
+                    done = found.end()
+        yield text[done:]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         hidden = self._hidden if skip_special_tokens else frozenset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from engine.text import byte_tokenizer
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.hugging_face import HFTokenizer, load_tokenizer
 from engine.text.piece_memory import PieceMemory
@@ -104,6 +106,16 @@ def test_a_character_waits_for_its_last_byte() -> None:
     assert [decoder.push([byte]) for byte in smile] == ["", "", "", "😀"]
     assert decoder.push(smile[:2]) == ""
     assert decoder.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize("size", [3, 7, 16])
+def test_specials_are_found_wherever_slices_end(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ByteTokenizer()
+    parts = ("<", "<|im_", "start|>", *tokenizer.special_tokens, "think>", "é")
+    texts = ["".join(pair) for pair in itertools.product(parts, repeat=3)]
+    whole = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(byte_tokenizer, "SLICE", size)
+    assert [tokenizer.encode(text) for text in texts] == whole
 
 
 def test_specials_are_single_tokens_and_hidden() -> None:

@@ -124,6 +124,9 @@ async def ask(
         limit = limit if has_room else None
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
+    samplings = body.samplings(limit, num_top, front.engine.sampling_defaults)
+    if isinstance(token_ids, list):  # too long: nobody reads four million ids to say why it missed
+        await front.submit([RequestSpec(token_ids, samplings[0])])
     grammar = await front.grammar_of(body, body.demanded_calls, is_thinking=prompt.is_thinking)
     answer_id = answer_id or new_id("chatcmpl", name=body.request_id)
     inquiry = await _inquire(front, body, np.asarray(token_ids), namespace, size, answer_id)
@@ -138,9 +141,7 @@ async def ask(
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,
         )
-        for choice, sampling in enumerate(
-            body.samplings(limit, num_top, front.engine.sampling_defaults)
-        )
+        for choice, sampling in enumerate(samplings)
     )
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single = not body.parallel_tool_calls
