@@ -76,6 +76,7 @@ BODIES: tuple[Hostile, ...] = (
     Hostile("100k empty messages", "/tokenize", _raw('{"messages":[', EMPTY, 100_000, "]}")),
     Hostile("32k nested lists for tools", CHAT, lambda: _tools("[[]]", 32_000)),
     Hostile("65k names in a tool", CHAT, lambda: _names(65_000)),
+    Hostile("250k names in a call's arguments", CHAT, lambda: _arguments(250_000)),
     Hostile("65k numbers in a tool", CHAT, lambda: _tools("1e5", 65_000)),
     Hostile("300k numbers in a tool", CHAT, lambda: _tools("1e5", 299_000)),
     Hostile("a text that never ends", COMPLETIONS, lambda: b'{"prompt":"' + rb"\"," * 1_300_000),
@@ -123,6 +124,13 @@ def _names(number: int) -> bytes:
     names = {f"{index:x}": 1 for index in range(number)}
     tool = {"type": "function", "function": {"name": "f", "parameters": names}}
     return json.dumps({"max_tokens": 1, "messages": [USER], "tools": [tool]}).encode()
+
+
+def _arguments(number: int) -> bytes:
+    names = json.dumps({f"{index:x}": 1 for index in range(number)})
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": names}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}, USER]
+    return json.dumps({"max_tokens": 1, "messages": messages}).encode()
 
 
 def _prompts(number: int, length: int, **fields: Any) -> bytes:

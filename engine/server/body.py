@@ -113,12 +113,26 @@ class BodyReader:
                 contents = (entry.get("content") for entry in entries if isinstance(entry, dict))
                 num_parts = sum(len(content) for content in contents if isinstance(content, list))
                 self._check("max_parts", num_parts, "text parts", name)
+                self._check_arguments(entries, name)
         for name in ("stop", "stop_sequences", "stop_token_ids"):
             if isinstance(stops := body.get(name), list):
                 self._check("max_stops", len(stops), "of them", name)
             for text in stops if isinstance(stops, list) else (stops,):
                 if isinstance(text, str):
                     self._check("max_stop_chars", len(text), "characters in a string", name)
+
+    def _check_arguments(self, entries: list[Any], name: str) -> None:
+        """The same for what calls were made with, which is JSON inside of strings. O(its bytes)."""
+        limit, num = self._config.max_names, 0
+        for text in _arguments(entries):
+            num += _num_marks(text.encode("utf-8", "replace"), NAMES + COMMAS, limit, limit + 2)
+            if num > limit:
+                raise APIError(
+                    400,
+                    f"The calls in '{name}' have more than {limit} commas, colons and opening "
+                    f"brackets in their arguments: send fewer, or raise {flag('max_names')}.",
+                    param=name,
+                )
 
     def _check(self, setting: str, number: int, of_what: str, param: str) -> None:
         limit = getattr(self._config, setting)
@@ -129,6 +143,21 @@ class BodyReader:
                 f"send fewer, or raise {flag(setting)}.",
                 param=param,
             )
+
+
+def _arguments(entries: list[Any]) -> Iterator[str]:
+    """The arguments of calls among messages (OpenAI's chats) or items (its responses)."""
+    for entry in entries:
+        calls = entry.get("tool_calls") if isinstance(entry, dict) else None
+        made = [call.get("function") for call in _objects(calls)]
+        for holder in _objects([entry, *made]):
+            if isinstance(text := holder.get("arguments"), str):
+                yield text
+
+
+def _objects(entries: Any) -> list[dict[str, Any]]:
+    found = entries if isinstance(entries, list) else []
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:

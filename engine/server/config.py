@@ -78,7 +78,7 @@ class ServerConfig:
         default=65_536,
         metadata={
             "help": "names, lists and objects of one body, by its colons and brackets; of a chat "
-            "also values, by its commas"
+            "also values, by its commas, and what its calls were made with"
         },
     )
     max_prompt_ids: int = field(

@@ -45,6 +45,13 @@ SMALL = ServerConfig(
     max_stop_chars=16,
 )
 PART = {"type": "text", "text": "x"}
+CALL = {
+    "call_id": "1",
+    "name": "f",
+    "arguments": json.dumps(dict.fromkeys(map(str, range(600)), 1)),
+}
+"""1,200 commas and colons."""
+MANY_NAMES = {"id": "1", "type": "function", "function": CALL}
 TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": [1] * 3000}, "more than 2000 commas .* raise --max-values"),
     ("/v1/completions", {"prompt": [[]] * 2000}, "more than 2000 colons .* raise --max-names"),
@@ -69,6 +76,16 @@ TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
         "'messages' has 12 text parts, more than 10: send fewer, or raise --max-parts",
     ),
     ("/detokenize", {"tokens": [1] * 101}, "'tokens' has 101 .* raise --max-detokenize-ids"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "assistant", "tool_calls": [MANY_NAMES, MANY_NAMES]}]},
+        "calls in 'messages' have more than 2000 commas, .* raise --max-names",
+    ),
+    (
+        "/v1/responses",
+        {"input": [{"type": "function_call", **CALL}, {"type": "function_call", **CALL}]},
+        "calls in 'input' have more than 2000 commas, .* raise --max-names",
+    ),
 ]
 
 
