@@ -27,7 +27,7 @@ from engine.guided.grammar import grammar_of_calls
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
-from engine.server.strict import Listed, Strict, whole_numbers, with_defaults
+from engine.server.strict import Listed, Name, Strict, whole_numbers, with_defaults
 from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
 from engine.text.templates import Cut
 
@@ -302,7 +302,8 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     if (kind := tool.get("type", "function")) != "function":
         raise ValueError(f"Tools of the type {quoted(str(kind))} are not served: offer functions.")
     function = tool.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
         raise ValueError("A tool must have a 'function' with a 'name'.")
     if not isinstance(function.get("parameters") or {}, dict):
         raise ValueError("The 'parameters' of a tool must be a JSON schema.")
@@ -314,7 +315,7 @@ Tools = Listed[Annotated[dict[str, Any], AfterValidator(_is_tool)]]
 
 
 class FunctionName(Strict):
-    name: str
+    name: Name
 
 
 class NamedTool(Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
+from experiments.mutations.engine.guided import BREAKS_OF_GUIDED
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
 from experiments.mutations.engine.plan import BREAKS_OF_PLAN
@@ -17,8 +18,10 @@ from experiments.mutations.engine.tests import (
     COUNTS,
     DRAWS,
     FAIRNESS_TESTS,
+    GUIDED,
     HEADS,
     LEASE_TESTS,
+    LIVING,
     MACHINES,
     MEMORY,
     PAGE,
@@ -41,6 +44,7 @@ ENGINE = Mutations(
         *BREAKS_OF_ANSWERS,
         *BREAKS_OF_THREAD,
         *BREAKS_OF_SERVED,
+        *BREAKS_OF_GUIDED,
     ),
     tests=(
         *MEMORY,
@@ -55,6 +59,8 @@ ENGINE = Mutations(
         *VERIFIED,
         *HEADS,
         *PAGE,
+        *GUIDED,
+        *LIVING,
         *SEEN,
         TIERS_TESTS,
         *STORE,

@@ -24,6 +24,8 @@ STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.
 LEASE_TESTS = "tests/cache/test_lease.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
+GUIDED_TESTS = "tests/engine/test_guided.py"
+LIVING_TESTS = "tests/engine/server/test_living.py"
 PAGE_TESTS = "tests/engine/server/test_page.py"
 LABELLED_TESTS = "tests/engine/history/test_labelled.py"
 EXPLAINED_TESTS = "tests/engine/server/test_explanations.py"
@@ -41,6 +43,8 @@ LAYERS = (LAYER_TESTS,)
 POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)
+GUIDED = (GUIDED_TESTS,)
+LIVING = (LIVING_TESTS,)
 PAGE = (PAGE_TESTS,)
 SEEN = (LABELLED_TESTS, EXPLAINED_TESTS)
 HEADS = (HEAD_TESTS, PREDICTION_TESTS)
