@@ -62,6 +62,8 @@ TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 IDS = {"type": "array", "minItems": 1, "items": TOKEN_ID}
 TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
+BROKEN = "INVALID_JSON"
+"""Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
@@ -284,18 +286,18 @@ def cuts_of(
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
-        return call | {"function": function | {"arguments": _arguments(text)}}
+        return call | {"function": function | {"arguments": parsed_arguments(text)}}
     return call
 
 
-def _arguments(text: str) -> dict[str, Any]:
+def parsed_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call that a model wrote, whether or not they are JSON: an answer may have
+    been cut in them, and the conversation goes on."""
     try:
-        arguments = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError("The arguments of a tool call must be a JSON object.") from error
-    if not isinstance(arguments, dict):
-        raise ValueError("The arguments of a tool call must be a JSON object.")
-    return arguments
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {BROKEN: text}
 
 
 def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:

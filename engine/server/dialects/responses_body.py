@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from engine.server.dialects.translated import chat_request, parsed_arguments
+from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, of_validation, quoted
 from engine.server.guided import NamedSchema
-from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions
+from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions, parsed_arguments
 from engine.server.strict import Listed, Name, Strict
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
