@@ -59,7 +59,6 @@ REASONS = (
     "There is no tool",
     "schema can not be",
     "A tool must have",
-    "arguments of a tool call",
     "parameters",
     "Send either",
     "goes on in the last message",

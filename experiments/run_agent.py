@@ -132,7 +132,6 @@ def table(records: list[dict[str, Any]]) -> str:
         "requests",
         "new",
         "computed",
-        "beyond: worst",
     ]
     rows = []
     for one in records:

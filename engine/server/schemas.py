@@ -27,7 +27,7 @@ from engine.guided.grammar import grammar_of_calls
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
-from engine.server.strict import Listed, Strict, whole_numbers, with_defaults
+from engine.server.strict import Listed, Name, Strict, whole_numbers, with_defaults
 from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
 from engine.text.templates import Cut
 
@@ -62,6 +62,8 @@ TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 IDS = {"type": "array", "minItems": 1, "items": TOKEN_ID}
 TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
+BROKEN = "INVALID_JSON"
+"""Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
@@ -284,25 +286,26 @@ def cuts_of(
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
-        return call | {"function": function | {"arguments": _arguments(text)}}
+        return call | {"function": function | {"arguments": parsed_arguments(text)}}
     return call
 
 
-def _arguments(text: str) -> dict[str, Any]:
+def parsed_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call that a model wrote, whether or not they are JSON: an answer may have
+    been cut in them, and the conversation goes on."""
     try:
-        arguments = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError("The arguments of a tool call must be a JSON object.") from error
-    if not isinstance(arguments, dict):
-        raise ValueError("The arguments of a tool call must be a JSON object.")
-    return arguments
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {BROKEN: text}
 
 
 def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     if (kind := tool.get("type", "function")) != "function":
         raise ValueError(f"Tools of the type {quoted(str(kind))} are not served: offer functions.")
     function = tool.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
         raise ValueError("A tool must have a 'function' with a 'name'.")
     if not isinstance(function.get("parameters") or {}, dict):
         raise ValueError("The 'parameters' of a tool must be a JSON schema.")
@@ -314,7 +317,7 @@ Tools = Listed[Annotated[dict[str, Any], AfterValidator(_is_tool)]]
 
 
 class FunctionName(Strict):
-    name: str
+    name: Name
 
 
 class NamedTool(Strict):

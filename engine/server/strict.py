@@ -12,6 +12,8 @@ own."""
 Entry = TypeVar("Entry")
 Listed = Annotated[list[Entry], Field(fail_fast=True)]
 """A list of which the first wrong entry is the only error."""
+Name = Annotated[str, Field(min_length=1)]
+"""Of a tool."""
 
 
 class Strict(BaseModel):

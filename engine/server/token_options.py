@@ -35,7 +35,7 @@ class TokenOptions(Guided):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias],
-            Field(max_length=MAX_BIASES),
+            Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
             AfterValidator(_by_id),
         ]
         | None

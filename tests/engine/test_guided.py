@@ -267,6 +267,8 @@ def test_a_mask_is_what_the_tokens_one_by_one_say(guides: Guides) -> None:
     answer, drafts = np.array([97, 98], np.int32), np.array([99, 98, 100, 99], np.int32)
     kept = guide.cut(answer, drafts)
     assert kept.tolist() == [99, 98, 100]
+    ending = np.array([99, 258, 258], np.int32)
+    assert guide.cut(answer, ending).tolist() == [99], "what ends an answer is sampled, not guessed"
     masks = guide.masks(answer, kept)
     for length, mask in enumerate(masks):
         text = bytes([*answer.tolist(), *kept.tolist()[:length]]).decode()

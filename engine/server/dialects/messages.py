@@ -12,9 +12,9 @@ from engine import RequestOutput
 from engine.server.body import to_json
 from engine.server.dialects.exchange import Answer, Exchange, Finish, ask, render, settle_system
 from engine.server.dialects.messages_body import CountRequest, MessagesRequest
-from engine.server.dialects.translated import parsed_arguments
 from engine.server.errors import ANTHROPIC, of_failure, request_name
 from engine.server.front import ServingContext, new_id
+from engine.server.schemas import parsed_arguments
 from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
 from engine.text.answers.events import (
     CallArguments,

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import CacheControl, ChatRequest, Diagnostics
-from engine.server.strict import Listed, Strict
+from engine.server.strict import Listed, Name, Strict
 from engine.server.token_options import Texts
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
@@ -156,7 +156,7 @@ class Tool(Strict):
     it."""
 
     type: Literal["custom"] | None = None
-    name: str
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any]
     cache_control: CacheControl | None = None

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from engine.server.dialects.translated import chat_request, parsed_arguments
+from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, of_validation, quoted
 from engine.server.guided import NamedSchema
-from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions
-from engine.server.strict import Listed, Strict
+from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions, parsed_arguments
+from engine.server.strict import Listed, Name, Strict
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")
@@ -136,7 +136,7 @@ class FunctionTool(Strict):
     """``strict`` changes nothing: arguments come as the model writes them."""
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -148,7 +148,7 @@ class FunctionTool(Strict):
 
 class NamedFunction(Strict):
     type: Literal["function"]
-    name: str
+    name: Name
 
 
 class Reasoning(Strict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,16 +18,3 @@ def chat_request(fields: dict[str, Any]) -> ChatRequest:
         return ChatRequest.model_validate(given)
     except ValidationError as error:
         raise of_validation(error) from None
-
-
-BROKEN = "INVALID_JSON"
-"""Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
-
-
-def parsed_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call that a model wrote, whether or not they are JSON."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {BROKEN: text}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
 from experiments.mutations.engine.grid import BREAKS_OF_THE_GRID
+from experiments.mutations.engine.guided import BREAKS_OF_GUIDED
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
 from experiments.mutations.engine.plan import BREAKS_OF_PLAN
@@ -19,8 +20,10 @@ from experiments.mutations.engine.tests import (
     DRAWS,
     FAIRNESS_TESTS,
     GRID_TESTS,
+    GUIDED,
     HEADS,
     LEASE_TESTS,
+    LIVING,
     MACHINES,
     MEMORY,
     PAGE,
@@ -46,6 +49,7 @@ ENGINE = Mutations(
         *BREAKS_OF_ANSWERS,
         *BREAKS_OF_THREAD,
         *BREAKS_OF_SERVED,
+        *BREAKS_OF_GUIDED,
     ),
     tests=(
         *MEMORY,
@@ -60,6 +64,8 @@ ENGINE = Mutations(
         *VERIFIED,
         *HEADS,
         *PAGE,
+        *GUIDED,
+        *LIVING,
         *SEEN,
         TIERS_TESTS,
         *STORE,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import PAGE, SEEN
+from experiments.mutations.engine.tests import LIVING, PAGE, SEEN
 
 FEED = "engine/server/feed.py"
 MEMORY_OF_REQUESTS = "engine/history/memory.py"
 
 BREAKS_OF_SERVED = (
+    Mutation(
+        "an answer waits for the acknowledgement of the one before",
+        "engine/server/listening.py",
+        "socket.SOCK_STREAM, socket.IPPROTO_TCP)",
+        "socket.SOCK_STREAM)",
+        LIVING,
+    ),
     Mutation(
         "numbers of another watch are believed",
         FEED,

@@ -27,6 +27,8 @@ GRID_TESTS = "tests/engine/test_grid.py"
 TILE_TESTS = "tests/kernels/test_packed.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
+GUIDED_TESTS = "tests/engine/test_guided.py"
+LIVING_TESTS = "tests/engine/server/test_living.py"
 PAGE_TESTS = "tests/engine/server/test_page.py"
 LABELLED_TESTS = "tests/engine/history/test_labelled.py"
 EXPLAINED_TESTS = "tests/engine/server/test_explanations.py"
@@ -44,6 +46,8 @@ LAYERS = (LAYER_TESTS,)
 POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)
+GUIDED = (GUIDED_TESTS,)
+LIVING = (LIVING_TESTS,)
 PAGE = (PAGE_TESTS,)
 SEEN = (LABELLED_TESTS, EXPLAINED_TESTS)
 HEADS = (HEAD_TESTS, PREDICTION_TESTS)

@@ -85,18 +85,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "reads text only: drop the 'image_url' part",
     ),
-    (
-        {
-            "messages": [
-                *CHAT,
-                {
-                    "role": "assistant",
-                    "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
-                },
-            ]
-        },
-        "arguments of a tool call must be a JSON object",
-    ),
     ({"messages": CHAT, "top_logprobs": 3}, "'top_logprobs' needs 'logprobs'"),
     ({"messages": CHAT, "max_tokens": 0}, "'max_tokens' can not be 0"),
     ({"messages": CHAT, "max_completion_tokens": 10**7}, "lower max_tokens"),

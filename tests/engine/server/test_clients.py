@@ -301,6 +301,19 @@ def test_tool_turns_reach_the_template(live: Live) -> None:
     assert answer.usage.completion_tokens in (1, 2)
 
 
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "[]", ""])
+def test_a_call_that_was_cut_does_not_end_a_conversation(live: Live, arguments: str) -> None:
+    """Agents send back what they got, though ``max_tokens`` cut it in the middle."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    chat = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "what?"},
+    ]
+    answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+
+
 def test_tokens_both_ways(live: Live) -> None:
     answer = live.post("/tokenize", {"prompt": "hé<|im_end|>"}).json()
     assert answer == {"count": 4, "max_model_len": 4096, "tokens": [104, 195, 169, 258]}

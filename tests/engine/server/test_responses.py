@@ -178,6 +178,7 @@ def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
             "drop the 'input_image' part",
         ),
         ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "encrypted can not be"),
+        ({"tools": [{"type": "function", "name": ""}]}, "'tools.0.name' can not be"),
         ({"tools": [{"type": "web_search"}]}, "'web_search' tools do not run here"),
         ({"background": True}, "'background' is not served here"),
         ({"truncation": "auto"}, "'truncation' is not served here"),
