@@ -77,13 +77,16 @@ class Outcome:
 
 
 def settings(quick: bool) -> list[Setting]:
-    """No cache first in every format; ``quick``: of the first format alone."""
-    drafts = ["none", *DRAFT_LENS]
-    found = [Setting(cache="none"), *(Setting(draft=draft) for draft in drafts)]
+    """No cache first in every format that has hits of the same bits; ``quick``: of the first format
+    alone."""
+    drafts = ["none", *DRAFT_LENS, ",".join(DRAFT_LENS)]
+    found = []
+    for states in STATES[: 1 if quick else None]:
+        found.append(Setting(states=states, cache="none"))
+        found += [Setting(states=states, draft=draft) for draft in drafts]
     if not quick:
-        for states in STATES[1:]:
-            found += [Setting(states=states, cache=cache) for cache in ("none", "hybrid")]
-        found += [Setting(checkpoints=word) for word in CHECKPOINTS[1:]]
+        for word in CHECKPOINTS[1:]:
+            found += [Setting(checkpoints=word, draft=draft) for draft in drafts]
         for weights in WEIGHTS:
             if weights != Setting.weights:
                 found += [Setting(weights, cache=cache) for cache in ("none", "hybrid")]
@@ -168,6 +171,17 @@ def differences(
     return found
 
 
+def num_moved(outcomes: Mapping[Setting, Outcome], setting: Setting) -> int:
+    """Answers that differ from those of the first setting of the same weights: what the formats of
+    states and checkpoints change."""
+    first = next(outcome for one, outcome in outcomes.items() if one.weights == setting.weights)
+    return sum(
+        expected != answer
+        for task, answers in outcomes[setting].answers.items()
+        for expected, answer in zip(first.answers[task], answers, strict=True)
+    )
+
+
 def bits_per_byte(weights: str, num_rows: int, length: int) -> float:
     """Of held-out modules, as the built-in model is served with these weights."""
     flags = dict(zip(WEIGHTS[weights][::2], WEIGHTS[weights][1::2], strict=True))
@@ -208,7 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formats = dict.fromkeys(setting.weights for setting in outcomes)
         bits = {weights: bits_per_byte(weights, options.rows, 1024) for weights in formats}
     wrong = differences(outcomes)
-    records = [asdict(s) | {"scores": dict(o.scores)} for s, o in outcomes.items()]
+    records: list[dict[str, Any]] = [
+        asdict(setting)
+        | {"scores": dict(outcome.scores), "other_than_first": num_moved(outcomes, setting)}
+        for setting, outcome in outcomes.items()
+    ]
     records += [{"weights": w, "bits_per_byte": round(b, 4)} for w, b in bits.items()]
     write_json_lines(
         options.out,

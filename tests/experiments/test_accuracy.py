@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import accuracy
-from experiments.accuracy import Outcome, Setting, differences
+from experiments.accuracy import Outcome, Setting, differences, num_moved
 from experiments.training.evaluation import KINDS, TEMPLATE, called, questions
 from experiments.training.harness import PROBLEMS, write_problems
 from experiments.training.tasks import TOOLS, tool_chat
@@ -26,6 +26,7 @@ def test_only_answers_of_one_format_are_held_against_each_other() -> None:
     same = {plain: outcome("a", "b"), cached: outcome("a", "b"), small: outcome("x", "b")}
     assert differences(same) == []
     assert differences(same | {small_cached: outcome("x", "y")}) == [(small_cached, "t", 1)]
+    assert [num_moved(same, setting) for setting in same] == [0, 0, 1]
 
 
 def test_every_format_is_asked_without_a_cache_first() -> None:
