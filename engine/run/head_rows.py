@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from engine.run.graphs import Record, Replay, bucket_for, decode_buckets
-from engine.run.layers.inputs import LayerInputs, pad_rows
+from engine.run.layers.inputs import DecodePart, LayerInputs, pad_rows
 from engine.run.layers.prediction import PredictionHead
 from engine.run.layers.rotary import RotaryTable
 from engine.run.memory import Memory, RequestTable
@@ -25,10 +26,13 @@ SIZES = (1, 4, 8, 16, 32)
 class PendingRows:
     """The rows of tokens that were decoded one a step.
 
-    They wait while step after step decodes the same sequences and no row or slot changes hands:
-    until then nobody but these sequences knows their rows. Before any other step (`admit`), and
-    before a guess (`settle`), they are computed, from the tokens and the hidden vectors kept here:
+    They wait while step after step decodes the same sequences and nothing that they have moves or
+    changes hands: until then nobody but these sequences knows their rows. Before any other step
+    (`admit`), and before a guess (`settle`), they are computed, from the hidden vectors kept here:
     the same bits as one by one, because a product gives a row the same bits in any company.
+
+    A step costs one copy for that: what it leaves is written where the next one's tokens wait, in
+    the order of the sequences.
     """
 
     def __init__(
@@ -42,18 +46,25 @@ class PendingRows:
         self._head, self._model, self._rotary = head, model, rotary
         self._pools, self._table = memory.pools[-1], table
         self._row_multiple: int = model.build.kernels["linear"].ROWS
+        self._write_rows = model.build.kernels["cache_write"].write_rows
         self._padding_row = memory.padding_row
-        carried = self._pools[-1]
-        most = max(CAPACITY, decode_buckets(table.padding_row)[-1])
-        self._befores = carried.new_zeros(most, carried.shape[1])
-        self._columns = torch.zeros(3, most, dtype=torch.int64)
-        """Token, position and KV index of each, on the host."""
+        carried, widest = self._pools[-1], decode_buckets(table.padding_row)[-1]
+        self._most = max(CAPACITY, widest)
+        self._befores = carried.new_zeros(self._most + widest + 1, carried.shape[1])
+        """Of each token that waits, of those that the next step computes; and a row of padding."""
+        host = np.full(widest, len(self._befores) - 1)
+        self._places = torch.from_numpy(host).to(carried.device)
+        """int64: where a step leaves the hidden vector of each sequence. On a CPU the same memory
+        as the host's."""
+        self._host_places = memoryview(host)
+        self._columns = torch.zeros(3, self._most, dtype=torch.int64)
+        """Token, position and KV index of each that waits, on the host."""
         self._late: list[tuple[int, torch.Tensor]] = []
         """Tokens that only the device knows, and where they belong."""
         self._rows: tuple[int, ...] = ()
         """Of the request table: those that decode in the step admitted last."""
-        self._slots = torch.zeros(0, dtype=torch.int64, device=carried.device)
-        self._count = 0
+        self._held: list[Sequence[Segment]] = []
+        """Steps whose rows wait."""
         self._record: Record | None = None
         self._replays: dict[int, Replay] = {}
 
@@ -65,35 +76,51 @@ class PendingRows:
     def admit(self, batch: Batch) -> None:
         """Before anything of ``batch`` is done: compute what may not wait beyond it."""
         rows = _decoding(batch.segments)
-        changes = batch.moves or batch.row_writes or batch.restores
-        if changes or rows != self._rows or self._count + len(rows) > len(self._befores):
+        is_full = (len(self._held) + 1) * len(rows) > self._most
+        if is_full or rows != self._rows or _changes(batch):
             self.settle()
             self._rows = rows
 
     def hold(self, batch: Batch, drawn: torch.Tensor | None) -> None:
         """Of the admitted ``batch``, if it does nothing but decode: keep what its tokens' rows are
         made of, before it is computed. ``drawn``: as for ``Runner.forward``."""
-        if not self._rows:
+        width = len(self._rows)
+        if not width:
             return
-        if not self._count:
-            slots = [segment.slot or 0 for segment in batch.segments]
-            self._slots = upload(slots, torch.int64, self._slots.device)
-        columns, table = self._columns.numpy(), self._table.host
-        for place, segment in enumerate(batch.segments, self._count):
-            start = segment.start
-            columns[:, place] = segment.token_ids[0], start, table[segment.row, start]
-        new = slice(self._count, self._count + len(self._rows))
-        torch.index_select(self._pools[-1], 0, self._slots, out=self._befores[new])
+        if not self._held:
+            self._begin(batch.segments)
+        for rank in range(width):
+            self._host_places[rank] += width
+        if not self._places.is_cpu:
+            self._places.copy_(upload(np.asarray(self._host_places), torch.int64, self._places.device))
         if drawn is not None:
-            self._late += [(self._count + place, drawn[row]) for place, row in batch.late_tokens]
-        self._count = new.stop
+            first = len(self._held) * width
+            self._late += [(first + place, drawn[row]) for place, row in batch.late_tokens]
+        self._held.append(batch.segments)
+
+    @torch.inference_mode()
+    def _begin(self, segments: Sequence[Segment]) -> None:
+        """Nothing waits: the first vectors are what the sequences carry."""
+        width = len(segments)
+        slots = upload([s.slot or 0 for s in segments], torch.int64, self._places.device)
+        self._befores[:width] = self._pools[-1][slots]
+        places = np.asarray(self._host_places)
+        places[:width], places[width:] = np.arange(width), len(self._befores) - 1
+
+    def carry(self, hidden: torch.Tensor, part: DecodePart) -> None:
+        """Take in what a step that decodes and does nothing else left; reads no number of the
+        device on the host."""
+        self._head.carry(hidden, part, self._pools)
+        count = len(part.slots)
+        self._write_rows(hidden[:count], self._befores, self._places[:count])
 
     @torch.inference_mode()
     def settle(self) -> None:
         """Compute what waits."""
-        count, self._count = self._count, 0
-        if not count:
+        held, self._held = self._held, []
+        if not held:
             return
+        count = self._fill(held)
         columns = self._columns[:, :count].to(self._befores.device)
         for place, token in self._late:
             columns[0, place] = token
@@ -101,13 +128,24 @@ class PendingRows:
         if self._record is None:
             self._compute(columns, -(-count // self._row_multiple) * self._row_multiple)
             return
-        size = bucket_for(count, SIZES) or len(self._befores)
+        size = bucket_for(count, SIZES) or self._most
         self._columns[:, count:size] = 0
         self._columns[2, count:size] = self._padding_row
         if size in self._replays:
             self._replays[size]()
         else:
             self._replays[size] = self._record(self._work(size))
+
+    def _fill(self, held: Sequence[Sequence[Segment]]) -> int:
+        """Write the columns of all that wait; their number."""
+        columns, width, length = self._columns.numpy(), len(self._rows), len(held)
+        count = width * length
+        for rank, row in enumerate(self._rows):
+            start, own = held[0][rank].start, columns[:, rank:count:width]
+            own[0] = np.concatenate([segments[rank].token_ids for segments in held])
+            own[1] = np.arange(start, start + length)
+            own[2] = self._table.host[row, start : start + length]
+        return count
 
     def _work(self, size: int) -> Callable[[], None]:
         return lambda: self._compute(self._columns[:, :size], size)
@@ -134,6 +172,18 @@ class PendingRows:
 
 def _decoding(segments: Sequence[Segment]) -> tuple[int, ...]:
     """Of the request table, each; none where anything but decodes without drafts is among them."""
-    if any(segment.num_drafts or not segment.is_decode for segment in segments):
-        return ()
-    return tuple([segment.row for segment in segments])
+    rows = []
+    for segment in segments:
+        if segment.num_drafts or not segment.is_decode:
+            return ()
+        rows.append(segment.row)
+    return tuple(rows)
+
+
+def _changes(batch: Batch) -> bool:
+    """Whether ``batch`` moves anything, or gives a sequence other rows than the next ones."""
+    if not batch.row_writes:
+        return bool(batch.moves or batch.restores)
+    starts = {segment.row: segment.start for segment in batch.segments}
+    grows = all(start >= starts.get(row, start + 1) for row, start, _ in batch.row_writes)
+    return bool(batch.moves or batch.restores) or not grows

@@ -41,7 +41,7 @@ class Predictor:
         self._first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
         self.pending = PendingRows(head, model, memory, table, rotary)
-        """Rows of steps that were followed by `carry` alone."""
+        """Rows of steps that were followed by `PendingRows.carry` alone."""
         self._passes: Passes | None = None
 
     def record(self, record: Record) -> None:
@@ -59,7 +59,7 @@ class Predictor:
         """Take in a step that the model has computed; ``hidden`` is what it left. The rows of one
         that only decodes are ``pending``."""
         if step.decode is not None and step.num_decode == step.num_tokens:
-            self._head.carry(hidden, step.decode, self._pools)
+            self.pending.carry(hidden, step.decode)
             return
         hidden = hidden[: len(token_ids)]
         self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.cache_write import reference
-from kernels.cache_write.reference import move_rows, write_rows
+from kernels.cache_write.reference import move_rows
 from kernels.native import function, has_whole_rows, whole_rows
 
 __all__ = ["move_rows", "write_kv", "write_rows"]
@@ -32,4 +32,16 @@ def write_kv(
         key.data_ptr(), key.stride(0) * size, value.data_ptr(), value.stride(0) * size,
         key_pool.data_ptr(), value_pool.data_ptr(), key_pool.stride(0) * size,
         indices.data_ptr(), len(key), key_pool[0].numel() * size,
+    )  # fmt: skip
+
+
+def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> None:
+    """As ``reference.write_rows``."""
+    is_plain = pool.stride(1) == 1 and indices.dtype in (torch.int32, torch.int64)
+    if rows.dtype is not pool.dtype or not is_plain or not indices.is_contiguous():
+        return reference.write_rows(rows, pool, indices)
+    rows, size = whole_rows(rows), rows.element_size()
+    function("write_rows", "pipipiii")(
+        rows.data_ptr(), rows.stride(0) * size, pool.data_ptr(), pool.stride(0) * size,
+        indices.data_ptr(), indices.element_size(), len(rows), pool.shape[1] * size,
     )  # fmt: skip

@@ -302,7 +302,7 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
             counts: Any = counts,
         ) -> None:
             runner.forward(Batch(segments, (), writes))
-            counts.append(pending._count)
+            counts.append(len(pending._held) * len(pending._rows))
 
         ids = (np.arange(128, dtype=np.int32).reshape(2, 64) * 7) % 320
         rows = np.arange(200, dtype=np.int32).reshape(2, 100) + 100
@@ -321,7 +321,7 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
         # Row 1 is another's from here on: what waited goes where it belonged.
         forward(decodes[6][0], writes=[(1, 0, rows[1] + 100)])
         runner.guess([Newest(0, 20, 5, 71)], [1])
-        assert not pending._count
+        assert not pending._held
         for step in decodes[7:9]:
             forward(step[0])
         forward(
@@ -349,7 +349,7 @@ def test_no_more_rows_wait_than_there_is_room_for(
         monkeypatch.setattr("engine.run.head_rows.CAPACITY", capacity)
         engine = make_engine("mtp:2", model={"num_experts": 0})
         engine.generate(prompts()[:3], params)
-    assert len(engine.runner._predictor.pending._befores) == 64
+    assert engine.runner._predictor.pending._most == 64
     assert len(guesses) > 10
 
 

@@ -58,6 +58,7 @@ class PredictionHead:
         self._attention, self._mlp = attention, mlp
         self._embedding_norm, self._hidden_norm, self._norm = norms
         self._row_multiple: int = build.kernels["linear"].ROWS
+        self._write_rows = build.kernels["cache_write"].write_rows
         self._fc = Linear(2 * hidden_size, [Part(f"{name}.fc", hidden_size)], build)
         self.keeps: tuple[Spec, ...] = (
             *attention.block.keeps,
@@ -110,7 +111,7 @@ class PredictionHead:
 
     def carry(self, hidden: torch.Tensor, part: DecodePart, pools: Pools) -> None:
         """Keep h of a step that decodes and does nothing else; its rows are left for `write`."""
-        pools[-1][part.slots] = hidden[: len(part.slots)]
+        self._write_rows(hidden[: len(part.slots)], pools[-1], part.slots)
 
     def draft(
         self,

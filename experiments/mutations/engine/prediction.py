@@ -63,8 +63,8 @@ BREAKS_OF_PREDICTION = (
     Mutation(
         "rows wait whatever comes",
         WAITING,
-        "        if changes or rows != self._rows or",
-        "        if not rows or",
+        "        if is_full or rows != self._rows or _changes(batch):",
+        "        if is_full or not rows:",
         HEADS,
     ),
     Mutation(
@@ -77,8 +77,22 @@ BREAKS_OF_PREDICTION = (
     Mutation(
         "a row that waits takes in its neighbour's vector",
         WAITING,
-        "        torch.index_select(self._pools[-1], 0, self._slots, out=self._befores[new])\n",
-        "        self._befores[new] = self._pools[-1][self._slots].roll(1, 0)\n",
+        "        self._write_rows(hidden[:count], self._befores",
+        "        self._write_rows(hidden[:count].roll(1, 0), self._befores",
+        HEADS,
+    ),
+    Mutation(
+        "the first row that waits takes in what another left",
+        WAITING,
+        "        self._befores[:width] = self._pools[-1][slots]\n",
+        "",
+        HEADS,
+    ),
+    Mutation(
+        "rows that wait are written where a changed table says",
+        WAITING,
+        " or not grows\n",
+        "\n",
         HEADS,
     ),
 )
