@@ -91,8 +91,9 @@ class PendingRows:
             self._begin(batch.segments)
         for rank in range(width):
             self._host_places[rank] += width
-        if not self._places.is_cpu:
-            self._places.copy_(upload(np.asarray(self._host_places), torch.int64, self._places.device))
+        places = self._places
+        if not places.is_cpu:
+            places.copy_(upload(np.asarray(self._host_places), torch.int64, places.device))
         if drawn is not None:
             first = len(self._held) * width
             self._late += [(first + place, drawn[row]) for place, row in batch.late_tokens]
