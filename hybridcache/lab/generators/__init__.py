@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hybridcache.lab.generators.documents import shared_documents
 from hybridcache.lab.generators.overlap import (
     agent_tree,
     append_only_chat,
@@ -13,6 +14,7 @@ from hybridcache.lab.generators.overlap import (
     uniform_adversary,
 )
 from hybridcache.lab.generators.sharegpt_like import sharegpt_like
+from hybridcache.lab.generators.tree_search import tree_search
 from hybridcache.lab.generators.workloads import (
     agent,
     branch,
@@ -38,6 +40,8 @@ GENERATORS: dict[str, Callable[..., Trace]] = {
     "diffuse-cut-points": diffuse_cut_points,
     "agent-tree": agent_tree,
     "uniform-adversary": uniform_adversary,
+    "shared-documents": shared_documents,
+    "tree-search": tree_search,
 }
 
 __all__ = [
@@ -52,7 +56,9 @@ __all__ = [
     "exact_hot_prefix",
     "few_shot",
     "resend",
+    "shared_documents",
     "sharegpt_like",
     "short",
+    "tree_search",
     "uniform_adversary",
 ]
