@@ -37,8 +37,8 @@ the artifact
 replayed over 0, 0.1 … 2, and what is best is kept for good.
 
 Left out in all: a running request's own memory (so nothing ever waits), unless it is ``counted``;
-and that the artifact can skip a whole prompt (here the last token is always computed) and goes on matching below an edge that
-it left.
+and that the artifact can skip a whole prompt (here the last token is always computed) and goes on
+matching below an edge that it left.
 """
 
 from __future__ import annotations

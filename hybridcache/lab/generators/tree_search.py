@@ -53,9 +53,7 @@ def tree_search(
     repeat. A task ends after ``steps`` requests or when all is searched; ``parallel`` tasks take
     turns. With ``boundaries`` a prompt says where the tools end.
     """
-    shape = _Shape(
-        tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries
-    )
+    shape = _Shape(tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries)
     return Trace("tree-search", 1, partial(_source, seed, shape))
 
 
