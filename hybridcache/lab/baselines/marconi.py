@@ -58,7 +58,7 @@ from hybridcache.lab.baselines.prefix_tree import (
     remove_leaf,
     walk,
 )
-from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.tokens import Tokens
 
 Reading = Literal["paper", "artifact", "repaired"]
@@ -140,7 +140,7 @@ class MarconiCache:
         wait = window + 1 if reading == "paper" else window
         self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
 
-    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession | None:
         """Match ``tokens``; None only where running requests are counted and leave too little. Else
         no memory is held before the request is over. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
@@ -399,7 +399,7 @@ class _Tuner:
         for alpha in ALPHAS:
             twin = cache.twin(alpha)
             for tokens, output, namespace in self._requests:
-                twin.begin(tokens, namespace).finish(output)
+                replay(twin, tokens, output, namespace)
             saved[alpha] = twin.hit_tokens if cache.reading == "paper" else twin.flops_saved
         return max(ALPHAS, key=lambda alpha: (saved[alpha], -alpha))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,7 @@ def _source(
 ) -> Iterator[TraceRequest]:
     rng = np.random.default_rng(seed)
     library = [_text(rng, _length(rng, shape.length)) for _ in range(shape.documents)]
-    chances = np.arange(1, shape.documents + 1) ** -_SKEW
+    chances = np.arange(1, shape.documents + 1, dtype=np.float64) ** -_SKEW
     chances /= chances.sum()
     drawn = (_session(seed, number, shape, library, chances) for number in range(shape.sessions))
     pauses = Pauses(pause_s, 1.2)
@@ -76,7 +77,7 @@ def _session(
     number: int,
     shape: _Shape,
     library: list[Tokens],
-    chances: npt.NDArray[np.float64],
+    chances: npt.NDArray[np.floating[Any]],
 ) -> list[TraceRequest]:
     rng = np.random.default_rng((seed, number))
 
