@@ -113,8 +113,9 @@ class HybridRadixCache:
         node, inside, kv_len = self._tree.walk(root, tokens)
         branch_len = kv_len
         missed: Checkpoint | None = None
+        forks = inside is not None or bool(node.children)
         if inside is None and node.ghosts:
-            branch_len, missed = self._read_ghosts(node, tokens)
+            branch_len, missed, forks = self._read_ghosts(node, tokens)
         lost_len = 0
         while node is not root:
             assert node is not None
@@ -139,7 +140,16 @@ class HybridRadixCache:
         checkpoint = node.checkpoint
         if checkpoint is None:
             return PrefixMatch(
-                num_tokens, 0, kv_len, branch_len, None, losses, None, namespace, missed
+                num_tokens,
+                0,
+                kv_len,
+                branch_len,
+                None,
+                losses,
+                None,
+                namespace,
+                missed,
+                forks=forks,
             )
         return PrefixMatch(
             num_tokens,
@@ -152,18 +162,20 @@ class HybridRadixCache:
             namespace,
             missed,
             checkpoint,
+            forks=forks,
         )
 
-    def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None]:
+    def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None, bool]:
         """(how deep the tokens were ever seen, the deepest evicted checkpoint down there that could
-        be resumed from)."""
-        ghost, _, length = self._tree.walk(node, tokens[node.end :], ghosts=True)
+        be resumed from, whether other tokens were seen to follow)."""
+        ghost, inside, length = self._tree.walk(node, tokens[node.end :], ghosts=True)
+        forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)
         while ghost is not node:
             if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
-                return length, ghost.lost_checkpoint
+                return length, ghost.lost_checkpoint, forks
             assert ghost.parent is not None
             ghost = ghost.parent
-        return length, None
+        return length, None, forks
 
     def continuation(
         self,

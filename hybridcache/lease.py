@@ -207,6 +207,7 @@ class Lease:
                 self._step,
                 match.resumed,
                 match.missed,
+                match.forks,
             )
             decodes = request.answer_survives and not request.exact
             self._saving.ask(self._placement, prefill, decodes)

@@ -78,6 +78,9 @@ class PrefixMatch(NamedTuple):
     caches."""
     lower: tuple[Resumable, ...] = ()
     """Past ``cached_len``, ascending: what ``fetch`` could bring."""
+    forks: bool = True
+    """Whether other tokens were seen to follow at ``branch_len``; False: all that was seen ends
+    there. True where it is not known."""
 
 
 class InsertResult(NamedTuple):

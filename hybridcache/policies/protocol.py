@@ -177,6 +177,9 @@ class Prefill(NamedTuple):
     """The checkpoint it resumes from; its ``label`` and ``span`` say which word earned what."""
     missed: Item | None = None
     """The evicted checkpoint it would have resumed from."""
+    forks: bool = True
+    """Whether other tokens were seen to follow at ``branch_len``. False: the prompt goes on where
+    an earlier request ended."""
 
     def floor(self, position: int) -> int | None:
         """The deepest grid position at or before ``position``; None: nothing can be saved there."""

@@ -230,11 +230,30 @@ def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> 
     placed = dict(placement.positions(prefill(0, branch_len=300, boundaries=(200, 950))))
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)
-    placed = dict(placement.positions(prefill(1, branch_len=300, missed=tip)))
+    placed = dict(placement.positions(prefill(1, branch_len=300, missed=tip, forks=False)))
     assert 300 not in placed
-    fork = FakeItem("fork", label="branch", position=300)
-    placed = dict(placement.positions(prefill(2, branch_len=300, missed=fork)))
-    assert placed[300] == "branch"
+    placed = dict(placement.positions(prefill(2, branch_len=300, missed=tip)))
+    assert placed[300] == "branch", "others went elsewhere from where the evicted tip stood"
+
+
+def test_a_match_says_whether_others_went_on_elsewhere() -> None:
+    settings = CacheConfig(num_kv_tokens=64, num_slots=4, grid=1, ghost_bytes=1 << 20)
+    cache = build_prefix_cache(settings)
+
+    def forks(length: int, new: int) -> bool:
+        prompt = np.r_[np.arange(length), np.full(new, 99)].astype(np.int32)
+        return cache.match(prompt).forks
+
+    slot = cache.allocate_slot()
+    assert slot is not None
+    rows = cache.allocate_kv(20)
+    assert rows is not None
+    cache.insert(np.arange(20, dtype=np.int32), rows, [(10, slot)])
+    assert forks(5, 3) and forks(10, 3), "inside an edge; where a checkpoint split it"
+    assert not forks(20, 3), "all that was seen ends there"
+    cache.evict(num_tokens=64)
+    assert cache.match(np.arange(20, dtype=np.int32)).kv_len == 0
+    assert forks(5, 3) and forks(10, 3) and not forks(20, 3), "ghosts say so too"
 
 
 def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:

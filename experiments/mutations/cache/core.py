@@ -25,6 +25,20 @@ BREAKS_OF_CORE = (
         "                    pass\n\n    def _withdraw",
     ),
     Mutation(
+        "ghosts do not tell a fork from an end",
+        "hybridcache/hybrid.py",
+        "forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)",
+        "forks = True",
+        ("tests/policies/test_regret.py",),
+    ),
+    Mutation(
+        "a node with children is no fork",
+        "hybridcache/hybrid.py",
+        "forks = inside is not None or bool(node.children)",
+        "forks = inside is not None",
+        ("tests/policies/test_regret.py",),
+    ),
+    Mutation(
         "the cascade runs over a locked parent",
         RESIDENCY,
         "parent.checkpoint is not None or parent.locks or not stateful",

@@ -49,10 +49,13 @@ BASELINES: dict[str, BaselineFactory] = {
     "marconi-static": partial(MarconiCache, alpha=1.0),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
     "marconi-repaired": partial(MarconiCache, reading="repaired"),
+    "marconi-counted": partial(MarconiCache, alpha=1.0, counted=True),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
+    "sglang-plus-counted": partial(MarconiCache, leaf_lru=True, counted=True),
 }
 """Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``:
-states are paid for out of the budget, where LightLLM keeps them in host memory beside it."""
+what the peer as published has beside the budget is paid for out of it: LightLLM's states, which are
+in host memory, and what a running request needs, which Marconi's artifact does not know."""
 
 
 HOST_TIERS = frozenset(

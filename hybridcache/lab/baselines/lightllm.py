@@ -14,8 +14,9 @@ Published behaviour that decides its hit rates:
   recently used, the node staying behind without its state.
 - A hit copies its state to the device before anything is computed.
 
-``counted`` is not LightLLM: its states are paid for out of the device budget, as many as are worth
-their place there, so that it can be compared with caches that have no memory beside it.
+``counted`` is not LightLLM: its states, those of running requests too, are paid for out of the
+device budget, as many as are worth their place there, so that it can be compared with caches that
+have no memory beside it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class LightllmCache:
         found = self._match(root, tokens)
         for node in found.path:
             self._refer(node, 1)
-        if not self.allocate(len(tokens) - found.length):
+        if not self.allocate(len(tokens) - found.length + self.state_rows):
             for node in found.path:
                 self._refer(node, -1)
             return None
@@ -286,7 +287,7 @@ class LightllmSession:
             self.cache.free(len(output))
         taken = self.cache.publish(self.root, self.tokens, self.cached_len)
         self.cache.held_tokens -= taken
-        self.cache.free(self.held - taken)
+        self.cache.free(self.held + self.cache.state_rows - taken)
         for node in self.path:
             self.cache._refer(node, -1)
 

@@ -36,9 +36,9 @@ the artifact
 ``alpha=None`` tunes it: 0 until the first eviction, in request ``n``; all requests up to then are
 replayed over 0, 0.1 … 2, and what is best is kept for good.
 
-Left out in all: a running request's own memory (so nothing ever waits), and that the artifact can
-skip a whole prompt (here the last token is always computed) and goes on matching below an edge that
-it left.
+Left out in all: a running request's own memory (so nothing ever waits), unless it is ``counted``;
+and that the artifact can skip a whole prompt (here the last token is always computed) and goes on
+matching below an edge that it left.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from hybridcache.lab.baselines.prefix_tree import (
     remove_leaf,
     walk,
 )
-from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.tokens import Tokens
 
 Reading = Literal["paper", "artifact", "repaired"]
@@ -100,7 +100,8 @@ class LayerFlops:
 
 class MarconiCache:
     """Marconi in one of its readings. One byte budget; a running request's own memory is not
-    counted (as in the artifact).
+    counted (as in the artifact) unless ``counted`` says so: then its state and the KV that its
+    prompt adds are taken from the budget while it runs, as in every cache that serves.
 
     ``window``: how many times the requests before the first eviction the tuning of alpha waits for,
     5 to 15 as published. ``leaf_lru`` turns it into the paper's SGLang+ baseline: the same
@@ -117,6 +118,7 @@ class MarconiCache:
         window: int = 5,
         flops: LayerFlops | None = None,
         leaf_lru: bool = False,
+        counted: bool = False,
     ) -> None:
         self.config = config
         self.reading: Reading = reading
@@ -125,6 +127,12 @@ class MarconiCache:
         self.leaf_lru = leaf_lru
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
+        """Of the tree."""
+        self.counted = counted
+        self.held_bytes = 0
+        """Of requests that run, where they are counted."""
+        self.running: dict[MarconiSession, PrefixNode] = {}
+        """What each resumed from, where they are counted: it stays."""
         self.clock = 0
         self.flops_saved = 0.0
         self.hit_tokens = 0
@@ -134,14 +142,40 @@ class MarconiCache:
         wait = window + 1 if reading == "paper" else window
         self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
 
-    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
-        """Match ``tokens``; never None, as no memory is held before the request is over.
-        O(prompt)."""
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession | None:
+        """Match ``tokens``; None only where running requests are counted and leave too little. Else
+        no memory is held before the request is over. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node = self._match(root, tokens[:-1])
+        session = MarconiSession(self, root, tokens, node.depth, namespace)
+        if self.counted and not self._hold(session, node):
+            return None
         self.hit_tokens += node.depth
         self.flops_saved += self.flops.total(node.depth * self.config.unit)
-        return MarconiSession(self, root, tokens, node.depth, namespace)
+        return session
+
+    def _hold(self, session: MarconiSession, node: PrefixNode) -> bool:
+        """Take a running request's state and the KV that it computes, evicting all but what is
+        resumed from; False: too little is left."""
+        self.running[session] = node
+        needed = self.config.state_bytes
+        needed += (len(session.tokens) - node.depth) * self.kv_bytes
+        self._evict(self._excess() + needed, set())
+        if self._excess() + needed > 0:
+            del self.running[session]
+            return False
+        session.held_bytes = needed
+        self.held_bytes += needed
+        return True
+
+    def release(self, session: MarconiSession) -> None:
+        """A request is over: its memory is free, or the tree's."""
+        self.held_bytes -= session.held_bytes
+        self.running.pop(session, None)
+
+    def _excess(self) -> int:
+        """Bytes above the budget; negative: free."""
+        return self.used_bytes + self.held_bytes - self.config.budget_bytes
 
     def finished(
         self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
@@ -157,7 +191,9 @@ class MarconiCache:
 
     def twin(self, alpha: float) -> MarconiCache:
         """An empty cache of the same make with a fixed alpha."""
-        return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
+        return MarconiCache(
+            self.config, self.reading, alpha, flops=self.flops, counted=self.counted
+        )
 
     def check(self) -> None:
         """AssertionError if the bytes counted are not the tree's, or the candidates not its nodes
@@ -196,7 +232,7 @@ class MarconiCache:
             self._save(node)
         for node in tail.path():
             self._list(node)
-        self._evict(self.used_bytes - self.config.budget_bytes, fresh)
+        self._evict(self._excess(), fresh)
 
     def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
         """Room for the whole text and at most two states; then the end of the text and the split
@@ -206,7 +242,7 @@ class MarconiCache:
         _, matched = walk(root, whole)
         num_states = 1 + (matched > reusable.depth)
         needed = num_states * self.config.state_bytes + (len(whole) - matched) * self.kv_bytes
-        self._evict(self.used_bytes + needed - self.config.budget_bytes, set())
+        self._evict(self._excess() + needed, set())
         tail, new, fork = grow(root, whole)
         self.used_bytes += new * self.kv_bytes
         for node in (tail, fork):
@@ -233,6 +269,8 @@ class MarconiCache:
             self._tuner.first_eviction()
         if self.reading != "paper":
             self.clock += 1
+        if self.running:
+            spared = spared.union(*(node.path() for node in self.running.values()))
         while missing > 0:
             pool = [node for node in self._pool() if node not in spared]
             if not pool:
@@ -309,7 +347,7 @@ class MarconiCache:
 
 
 class MarconiSession:
-    """One request; the artifact knows no running memory, so there is nothing to hold."""
+    """One request; it holds memory only where running requests are counted."""
 
     num_chunks = 1
     fetched_bytes = 0
@@ -327,9 +365,11 @@ class MarconiSession:
         self.tokens = tokens
         self.cached_len = cached_len
         self.namespace = namespace
+        self.held_bytes = 0
 
     def finish(self, output: Tokens) -> None:
         """Admit the prompt and its answer. Call once."""
+        self.cache.release(self)
         self.cache.finished(self.root, self.tokens, output, self.namespace)
 
 
@@ -362,7 +402,7 @@ class _Tuner:
         for alpha in ALPHAS:
             twin = cache.twin(alpha)
             for tokens, output, namespace in self._requests:
-                twin.begin(tokens, namespace).finish(output)
+                replay(twin, tokens, output, namespace)
             saved[alpha] = twin.hit_tokens if cache.reading == "paper" else twin.flops_saved
         return max(ALPHAS, key=lambda alpha: (saved[alpha], -alpha))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hybridcache.lab.generators.documents import shared_documents
 from hybridcache.lab.generators.overlap import (
     agent_tree,
     append_only_chat,
@@ -14,6 +15,7 @@ from hybridcache.lab.generators.overlap import (
     uniform_adversary,
 )
 from hybridcache.lab.generators.sharegpt_like import sharegpt_like
+from hybridcache.lab.generators.tree_search import tree_search
 from hybridcache.lab.generators.workloads import (
     agent,
     branch,
@@ -40,6 +42,8 @@ GENERATORS: dict[str, Callable[..., Trace]] = {
     "agent-tree": agent_tree,
     "tree-of-thoughts": tree_of_thoughts,
     "uniform-adversary": uniform_adversary,
+    "shared-documents": shared_documents,
+    "tree-search": tree_search,
 }
 
 __all__ = [
@@ -54,8 +58,10 @@ __all__ = [
     "exact_hot_prefix",
     "few_shot",
     "resend",
+    "shared_documents",
     "sharegpt_like",
     "short",
     "tree_of_thoughts",
+    "tree_search",
     "uniform_adversary",
 ]

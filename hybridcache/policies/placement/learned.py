@@ -75,8 +75,11 @@ class _Account:
 
 
 class Learned(PlacementPolicy):
-    """Branch points and boundaries always; the end of the answer, and back-offs from the prompt's
-    end, one token and 4, 16, 64 … grid steps, while they earn more than they displace.
+    """Forks and boundaries always; the end of the answer, and back-offs from the prompt's end, one
+    token and 4, 16, 64 … grid steps, while they earn more than they displace.
+
+    A prompt *forks* where other tokens were seen to follow. Where all that was seen ends it goes
+    on, and a checkpoint there would serve nobody else, whatever was evicted above.
 
     A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from
     it, or would have, had it not been evicted; one at an end earns down to the nearest that is no
@@ -103,7 +106,7 @@ class Learned(PlacementPolicy):
 
     def positions(self, prefill: Prefill) -> Iterator[Placed]:
         self._settle(prefill)
-        if prefill.branch_len > prefill.cached_len and not _continues(prefill):
+        if prefill.branch_len > prefill.cached_len and prefill.forks:
             yield self._place(prefill.branch_len, "branch")
         for boundary in reversed(prefill.boundaries):
             if boundary > prefill.cached_len:
@@ -165,12 +168,3 @@ def _covers(item: Item) -> int:
         ):
             above = above.above
     return item.position - (0 if above is None else above.position)
-
-
-def _continues(prefill: Prefill) -> bool:
-    """Whether the prompt leaves what was seen just where an earlier one ended: it goes on from
-    there, nothing forks."""
-    missed = prefill.missed
-    if missed is None or missed.label == "branch":
-        return False
-    return missed.position + prefill.grid > prefill.branch_len

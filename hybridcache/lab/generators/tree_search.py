@@ -1,0 +1,108 @@
+"""Agents that search a tree of actions depth first: each prompt is one path of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.tokens import Tokens
+
+_VOCAB = 150_000
+_QUERY, _NOTE = 60, 80
+"""Tokens of a task's own words, and of the note that asks for another action than those tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    tasks: int
+    toolsets: int
+    root: int
+    depth: int
+    width: int
+    steps: int
+    dead_end: float
+    step: int
+    parallel: int
+    boundaries: bool
+
+
+def tree_search(
+    seed: int = 0,
+    tasks: int = 40,
+    toolsets: int = 12,
+    root: int = 2500,
+    depth: int = 8,
+    width: int = 2,
+    steps: int = 24,
+    dead_end: float = 0.3,
+    step: int = 350,
+    parallel: int = 1,
+    boundaries: bool = True,
+) -> Trace:
+    """ToolBench-like: a task's prompt begins with one of ``toolsets`` system prompts with tools,
+    around ``root`` tokens, shared by tasks; actions and what they return, around ``step`` tokens
+    together, follow along one path.
+
+    Depth first: an action is tried, and others below it down to ``depth``; it is a dead end with
+    chance ``dead_end``. Then the search returns to the nearest ancestor with fewer than ``width``
+    actions and asks for another one, with a note at the prompt's end that later prompts do not
+    repeat. A task ends after ``steps`` requests or when all is searched; ``parallel`` tasks take
+    turns. With ``boundaries`` a prompt says where the tools end.
+    """
+    shape = _Shape(tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries)
+    return Trace("tree-search", 1, partial(_source, seed, shape))
+
+
+def _source(seed: int, shape: _Shape) -> Iterator[TraceRequest]:
+    rng = np.random.default_rng(seed)
+    systems = [_text(rng, _around(rng, shape.root)) for _ in range(shape.toolsets)]
+    waiting = iter(range(shape.tasks))
+    running: list[Iterator[TraceRequest]] = []
+    second = 0.0
+    while True:
+        while len(running) < shape.parallel and (task := next(waiting, None)) is not None:
+            system = systems[int(rng.integers(shape.toolsets))]
+            running.append(_task(seed, task, shape, system))
+        if not running:
+            return
+        for search in list(running):
+            request = next(search, None)
+            if request is None:
+                running.remove(search)
+            else:
+                yield request._replace(timestamp_s=second)
+                second += 1.0
+
+
+def _task(seed: int, task: int, shape: _Shape, system: Tokens) -> Iterator[TraceRequest]:
+    rng = np.random.default_rng((seed, task))
+    known = (len(system),) if shape.boundaries else ()
+    path = [np.concatenate((system, _text(rng, _QUERY)))]
+    tried = [0]
+    for _ in range(shape.steps):
+        while tried and tried[-1] == shape.width:
+            path.pop()
+            tried.pop()
+        if not tried:
+            return
+        note = _text(rng, _NOTE if tried[-1] else 0)
+        action = _text(rng, _around(rng, shape.step // 4))
+        yield TraceRequest(0.0, task, None, np.concatenate((path[-1], note)), action, known)
+        tried[-1] += 1
+        if len(path) < shape.depth and rng.random() >= shape.dead_end:
+            returned = _text(rng, _around(rng, shape.step - shape.step // 4))
+            path.append(np.concatenate((path[-1], action, returned)))
+            tried.append(0)
+
+
+def _text(rng: np.random.Generator, num_tokens: int) -> Tokens:
+    return rng.integers(0, _VOCAB, num_tokens, dtype=np.int32)
+
+
+def _around(rng: np.random.Generator, mean: int) -> int:
+    """Uniform in .4 to 1.6 of the mean."""
+    return max(1, int(mean * rng.uniform(0.4, 1.6)))
