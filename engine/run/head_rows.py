@@ -56,7 +56,7 @@ class PendingRows:
         self._places = torch.from_numpy(host).to(carried.device)
         """int64: where a step leaves the hidden vector of each sequence. On a CPU the same memory
         as the host's."""
-        self._host_places = memoryview(host)
+        self._host_places = host.data
         self._columns = torch.zeros(3, self._most, dtype=torch.int64)
         """Token, position and KV index of each that waits, on the host."""
         self._late: list[tuple[int, torch.Tensor]] = []
