@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from engine.text.growing import GrowingTokens
 from engine.text.outputs import RequestOutput, SampledToken
 from hybridcache.units import counted
 
@@ -17,9 +18,12 @@ class Answer:
 
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self._prompt = prompt
-        self._tokens = np.empty(64, np.int32)
+        self._tokens = GrowingTokens()
         self._logprobs: list[SampledToken] = []
-        self.num_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
 
     @property
     def broken_off(self) -> str:
@@ -31,15 +35,10 @@ class Answer:
 
     def whole(self, output: RequestOutput) -> RequestOutput:
         """``output`` with the prompt and all tokens so far. O(new tokens), amortised."""
-        end = self.num_tokens + len(output.new_token_ids)
-        if end > len(self._tokens):
-            self._tokens = np.concatenate((self._tokens, np.empty(end, np.int32)))
-        self._tokens[self.num_tokens : end] = output.new_token_ids
-        self.num_tokens = end
         self._logprobs.extend(output.new_logprobs)
         return replace(
             output,
             prompt_token_ids=self._prompt,
-            output=self._tokens[:end],
+            output=self._tokens.extended(output.new_token_ids),
             all_logprobs=self._logprobs,
         )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.process.messages import DraftNews, News
+from engine.text.growing import GrowingTokens
 from engine.text.outputs import DraftCounts, RequestOutput, SampledToken
 
 
@@ -17,8 +18,7 @@ class Answer:
 
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self._prompt = prompt
-        self._tokens = np.empty(64, np.int32)
-        self._num_tokens = 0
+        self._tokens = GrowingTokens()
         self._text = ""
         self._logprobs: list[SampledToken] = []
         self._prompt_logprobs: tuple[SampledToken | None, ...] | None = None
@@ -26,11 +26,6 @@ class Answer:
     def add(self, news: News) -> RequestOutput:
         """``news`` with all that came before. O(new tokens), amortised."""
         new = news.new_token_ids
-        end = self._num_tokens + len(new)
-        if end > len(self._tokens):
-            self._tokens = np.concatenate((self._tokens, np.empty(end, np.int32)))
-        self._tokens[self._num_tokens : end] = new
-        self._num_tokens = end
         self._text += news.new_text
         self._logprobs.extend(news.new_logprobs)
         if news.prompt_logprobs is not None:
@@ -41,7 +36,7 @@ class Answer:
             new_token_ids=new,
             new_text=news.new_text,
             new_logprobs=news.new_logprobs,
-            output=self._tokens[:end],
+            output=self._tokens.extended(new),
             text=self._text,
             cached_len=news.cached_len,
             losses=news.losses,

@@ -8,7 +8,7 @@ A parameter that would change the answer and is not served is refused by name; o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -68,6 +68,23 @@ MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
 
+def without_what_asks_for_nothing(
+    body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
+) -> Any:
+    """``body`` without what is ``ignored``, null ("your default", everywhere in this API) or
+    ``neutral``. ValueError: a name of ``neutral`` with another value."""
+    if not isinstance(body, dict):
+        return body
+    for name, values in neutral.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise ValueError(f"'{name}' is not served here: leave it out.")
+    return {
+        name: value
+        for name, value in body.items()
+        if value is not None and name not in ignored and name not in neutral
+    }
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -108,17 +125,7 @@ class Sampling(TokenOptions):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in NEUTRAL.items():
-            if body.get(name) is not None and body[name] not in neutral:
-                raise ValueError(f"'{name}' is not served here: leave it out.")
-        # null means "your default" everywhere in this API.
-        return {
-            name: value
-            for name, value in body.items()
-            if value is not None and name not in IGNORED and name not in NEUTRAL
-        }
+        return without_what_asks_for_nothing(body, IGNORED, NEUTRAL)
 
     def samplings(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]

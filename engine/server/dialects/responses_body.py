@@ -15,7 +15,13 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, of_validation, quoted
 from engine.server.guided import NamedSchema
-from engine.server.schemas import CacheOptions, ChatRequest, StreamOptions, parsed_arguments
+from engine.server.schemas import (
+    CacheOptions,
+    ChatRequest,
+    StreamOptions,
+    parsed_arguments,
+    without_what_asks_for_nothing,
+)
 from engine.server.strict import Listed, Name, Strict
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
@@ -221,16 +227,7 @@ class ResponsesRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in NEUTRAL.items():
-            if body.get(name) is not None and body[name] not in neutral:
-                raise ValueError(f"'{name}' is not served here: leave it out.")
-        return {
-            name: value
-            for name, value in body.items()
-            if value is not None and name not in IGNORED and name not in NEUTRAL
-        }
+        return without_what_asks_for_nothing(body, IGNORED, NEUTRAL)
 
     @property
     def items(self) -> list[dict[str, Any]]:
