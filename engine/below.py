@@ -102,7 +102,7 @@ class LowerMemory:
             state = memory.row_bytes, slab_rows_of(memory)
             words = words_of(config, runner, tokenizer)
             digest = claim(self.folder, words)
-            if config.load_format != "dummy":
+            if config.load_format != "dummy" and "weights" in words:
                 remember(self.folder, config.model_dir, words["weights"])
             self.disk = Disk(
                 SegmentStore.open(self.folder, digest, sizes.store, largest_record(*state)),

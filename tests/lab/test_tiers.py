@@ -83,7 +83,7 @@ def test_the_command_line_takes_tiers_and_refuses_what_is_none(capsys: pytest.Ca
     assert main([*command, "-1"]) == 2
     assert "--host-gib -1.0: GiB of 0" in capsys.readouterr().err
     assert main([*command, "0.001"]) == 2
-    assert "host_bytes" in capsys.readouterr().err
+    assert "host_gib 0.001 is too little" in capsys.readouterr().err
 
 
 def test_too_little_is_refused_by_the_name_that_the_user_gave():

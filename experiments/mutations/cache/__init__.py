@@ -20,6 +20,7 @@ TESTS = (
     "tests/export/test_events.py",
     "tests/export/test_snapshot.py",
     "tests/cache/test_churn.py",
+    "tests/policies/test_regret.py",
     "tests/cache/test_machine.py",
 )
 MACHINES = ("tests/cache/test_machine.py", "tests/cache/test_radix_machine.py")

@@ -49,9 +49,9 @@ def test_lightllm_never_reuses_an_answer() -> None:
 
 
 def test_lightllm_pays_for_its_states_where_they_are_counted() -> None:
-    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state takes
-    1,000 rows of it."""
-    config = BaselineConfig(budget_bytes=16_500, kv_bytes_per_token=10, state_bytes=10_000)
+    """Room for two prompts of 512 tokens with 512 host states beside; for one where its state, and
+    that of the request that runs, take 1,000 rows each."""
+    config = BaselineConfig(budget_bytes=26_500, kv_bytes_per_token=10, state_bytes=10_000)
     first, second = (text(seed, 600) for seed in (0, 1))
     hits = {}
     for counted in (False, True):
