@@ -17,7 +17,7 @@ from hybridcache.kv_only import RadixCache
 from hybridcache.null import NullCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
-from hybridcache.policies.protocol import EvictionPolicy
+from hybridcache.policies.protocol import EvictionPolicy, policy_below
 from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
 from hybridcache.tiered import TieredRadixCache
@@ -198,11 +198,13 @@ def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocato
 
 def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
-    tiers = []
+    tiers, policy = [], cache.policy
     for word, num_bytes in config.lower_bytes.items():
         num_rows = num_bytes // row_bytes
         pages = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
-        tiers.append(Tier(word, pages, build_policy(config)))
+        shared = policy_below(policy)
+        policy = build_policy(config) if shared is None else shared
+        tiers.append(Tier(word, pages, policy, shared is not None))
     cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
 
 

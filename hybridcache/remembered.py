@@ -28,7 +28,7 @@ import numpy as np
 from hybridcache.allocators.orders import DEVICE
 from hybridcache.namespaces import read_namespace, write_namespace
 from hybridcache.policies.memory import Reader, Writer, remembers, take_over
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, policy_below
 from hybridcache.radix.node import Checkpoint, RadixNode
 from hybridcache.radix.stored import StoredState
 from hybridcache.radix.tree import RadixTree
@@ -66,10 +66,9 @@ def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] =
         rows.append((above, node.end, *_numbers(item)))
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
-    policies, memos = {}, {}
+    policies, memos, writer = {}, {}, Writer()
     for word, policy in _policies(cache):
         if remembers(policy):
-            writer = Writer()
             policies[word] = writer.write(policy)
             memos[word] = [
                 [item.serial, writer.write(item.memo)]
@@ -180,13 +179,18 @@ class Memory:
     ) -> list[str]:
         """Let the policies of ``cache`` and the rules of ``placement`` know what they knew; whose
         memory does not fit, by the tier's word, or ``placement``. O(memory)."""
-        unfit = []
+        unfit, recalled = list[str](), set[str]()
+        reader = Reader(lambda _: None)
         for word, policy in _policies(cache):
-            if word in self._plain["policies"]:
+            is_shared = _is_shared(cache, word)
+            if word in self._plain["policies"] and (not is_shared or DEVICE in recalled):
                 try:
-                    self._recall_policy(cache, word, policy)
+                    self._recall_policy(cache, word, policy, reader)
+                    recalled.add(word)
                 except UNREADABLE:
                     unfit.append(word)
+            if is_shared and DEVICE in recalled and word not in recalled:
+                _share_anew(cache, word)
         rules = [rule for rule in placement if remembers(rule)]
         written = self._plain["placement"]
         try:
@@ -198,9 +202,11 @@ class Memory:
         cache._residency.ghosts.trim()
         return unfit
 
-    def _recall_policy(self, cache: TieredRadixCache, word: str, policy: EvictionPolicy) -> None:
+    def _recall_policy(
+        self, cache: TieredRadixCache, word: str, policy: EvictionPolicy, before: Reader
+    ) -> None:
         states = {} if word == DEVICE else _states(cache, word)
-        reader = Reader(states.get)
+        reader = Reader(states.get, before)
         remembered = reader.read(self._plain["policies"][word])
         memos = {serial: reader.read(memo) for serial, memo in self._plain["memos"][word]}
         take_over(policy, remembered)
@@ -225,6 +231,21 @@ def _policies(cache: TieredRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
     yield DEVICE, cache.policy
     for tier in cache.lower.tiers:
         yield tier.word, tier.policy
+
+
+def _is_shared(cache: TieredRadixCache, word: str) -> bool:
+    return any(tier.word == word and tier.is_shared for tier in cache.lower.tiers)
+
+
+def _share_anew(cache: TieredRadixCache, word: str) -> None:
+    """The policy of ``word``, of which nothing is remembered, learns what the device's does from
+    now on. O(tree)."""
+    policies, number = dict(_policies(cache)), cache.lower.words.index(word)
+    above = policies[cache.lower.words[number - 1] if number else DEVICE]
+    take_over(policies[word], policy_below(above))
+    for state in _states(cache, word).values():
+        state.memo = None
+        policies[word].add(state)
 
 
 def _states(cache: TieredRadixCache, word: str) -> dict[int, StoredState]:

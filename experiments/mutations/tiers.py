@@ -11,6 +11,13 @@ RESULTS, EXCHANGE = "hybridcache/results.py", "hybridcache/geometry/exchange.py"
 
 BREAKAGES = (
     Mutation(
+        "what is kept below is mourned as if it were gone",
+        "hybridcache/policies/eviction/regret.py",
+        "is_gone = evicted and self._is_last and",
+        "is_gone = evicted and",
+        ("tests/policies/test_regret.py",),
+    ),
+    Mutation(
         "no state is spilled",
         RESIDENCY,
         "            self.lower.spill_state(node, checkpoint)\n",

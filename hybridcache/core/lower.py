@@ -40,6 +40,9 @@ class Tier(NamedTuple):
     """Its rows."""
     policy: EvictionPolicy
     """Orders the states that it holds, and them alone."""
+    is_shared: bool = False
+    """The policy learns what the device's does (``policy_below``), which alone is told of
+    uses and misses; memos go down with their items."""
 
 
 class Taken(NamedTuple):
@@ -95,6 +98,8 @@ class LowerTiers:
                 continue
             node, tier = was.node, self.tiers[number]
             state = StoredState.offered(was, number, NO_ROWS)
+            if tier.is_shared:
+                state.memo = was.memo
             below = self._below(node)
             below.state = state
             tier.policy.add(state)
@@ -302,13 +307,15 @@ class LowerTiers:
         """A request resumes from ``state``, which is about to be fetched."""
         state.last_used = now
         state.uses += 1
-        self.tiers[state.tier].policy.touch(state)
+        tier = self.tiers[state.tier]
+        if not tier.is_shared:
+            tier.policy.touch(state)
 
     def missed(self, checkpoint: Checkpoint) -> None:
         """A request would have resumed from ``checkpoint``: if a tier had it, and let it go, its
-        policy is told."""
+        policy is told, unless the device's has learnt it for both."""
         state = checkpoint.stored
-        if state is None:
+        if state is None or self.tiers[state.tier].is_shared:
             return
         below = state.node.below
         if below is None or below.state is not state:

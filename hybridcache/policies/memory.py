@@ -103,9 +103,10 @@ class Writer:
 class Reader:
     """What a ``Writer`` wrote, made anew."""
 
-    def __init__(self, item_of: ItemOf) -> None:
+    def __init__(self, item_of: ItemOf, before: Reader | None = None) -> None:
+        """``before``: read what the same writer wrote before, and is shared."""
         self._item_of = item_of
-        self._objects: dict[int, object] = {}
+        self._objects: dict[int, object] = {} if before is None else before._objects
 
     def read(self, plain: Any) -> Any:
         """The value. Items that are no more are left out of lists, sets, dicts and columns, and

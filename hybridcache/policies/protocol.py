@@ -146,6 +146,15 @@ def candidates_of(policy: EvictionPolicy) -> Iterable[Item] | None:
     return None if tell is None else tell()
 
 
+def policy_below(policy: EvictionPolicy) -> EvictionPolicy | None:
+    """What ``policy``'s method ``below``, if it has one, gives: a policy that orders the states of
+    the next lower memory by what this one learns. What goes down keeps its ``memo``, and the
+    device's policy alone is told what was used there (``missed``). None: another instance is made,
+    which learns by itself from what it is offered."""
+    make: Callable[[], EvictionPolicy | None] | None = getattr(policy, "below", None)
+    return None if make is None else make()
+
+
 class FetchRule(Protocol):
     """Whether what lies in a lower tier is worth its copy: one exchange rate, seconds against
     seconds."""

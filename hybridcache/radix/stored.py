@@ -107,7 +107,7 @@ class StoredState:
 
     @classmethod
     def offered(cls, was: Checkpoint | StoredState, tier: int, rows: Indices) -> StoredState:
-        """What ``was`` one tier nearer. Use and age carry over; the memo does not, for another
+        """What ``was`` one tier nearer. Use and age carry over; the memo does not, where another
         policy made it."""
         state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
         state.last_used, state.uses = was.last_used, was.uses

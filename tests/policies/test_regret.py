@@ -22,6 +22,7 @@ from hybridcache.policies.eviction.survival import (
 from hybridcache.policies.placement.learned import Learned
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.words import parse_placement
+from hybridcache.tiered import TieredRadixCache
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944
@@ -258,3 +259,32 @@ def test_a_match_says_whether_others_went_on_elsewhere() -> None:
 
 def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
     assert hit_rate(chat().head(120), "regret", "regret", total_bytes=40 << 30) > 0.8
+
+
+def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
+    gib = 1 << 30
+    config = CacheConfig(
+        total_bytes=gib, host_bytes=gib, disk_bytes=gib, eviction="regret", state_bytes=STATE_BYTES
+    )
+    cache = build_prefix_cache(config)
+    assert isinstance(cache, TieredRadixCache)
+    policies = [cache.policy, *(tier.policy for tier in cache.lower.tiers)]
+    assert all(tier.is_shared for tier in cache.lower.tiers)
+    assert all(isinstance(policy, Regret) for policy in policies)
+    assert len({id(policy.survival) for policy in policies}) == 1
+
+
+def test_the_predecessor_takes_over_only_where_the_tip_leaves_the_last_tier() -> None:
+    for lies_below in (False, True):
+        device = Regret()
+        below = device.below() if lies_below else None
+        first = FakeItem("first", created=1, last_used=1, superseded=True)
+        tip = FakeItem("tip", created=2, last_used=2, above=first)
+        for item in (first, tip):
+            device.add(item)
+        device.discard(tip, evicted=True)
+        assert (first.memo.demand is None) == lies_below
+        if below is not None:
+            below.add(tip)
+            below.discard(tip, evicted=True)
+            assert first.memo.demand == tip.memo.key

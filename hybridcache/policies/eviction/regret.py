@@ -71,8 +71,8 @@ class Regret(EvictionPolicy):
     ``Survival``'s. *Tokens lost*: back to the nearest checkpoint above, so what a neighbour covers
     is not paid twice. *Bytes freed*: the state, and at a leaf the KV tail that dies with it, so
     tails and states trade at what they save per byte. *Lineage*: a checkpoint takes over its
-    predecessor's generation + 1; when a tip is evicted, the predecessor takes over the tip's
-    demand. *Regret*: the use a ghost reports counts as a use of its class.
+    predecessor's generation + 1; when a tip leaves the last tier, the predecessor takes over the
+    tip's demand. *Regret*: the use a ghost reports counts as a use of its class.
 
     Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal
     coverage as in k-median on a tree. Candidates: leaf KV without a checkpoint at once; else
@@ -81,8 +81,9 @@ class Regret(EvictionPolicy):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.now = 0
         self.survival = Survival()
+        self._is_last = True
+        """Nothing lies below: what it lets go is gone."""
         self._random = random.Random(seed)
         self._checkpoints = Columns()
         self._kv = Columns()
@@ -97,9 +98,17 @@ class Regret(EvictionPolicy):
         self._just_used = False
         """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
+    def below(self) -> Regret:
+        """Hazards and clock are one for all tiers: a stage goes on wherever its item lies."""
+        lower = Regret()
+        lower.survival = self.survival
+        self._is_last = False
+        return lower
+
     def add(self, item: Item) -> None:
-        if item.last_used > self.now:
-            self.now = item.last_used
+        survival = self.survival
+        if item.last_used > survival.now:
+            survival.now = item.last_used
         self._just_used = False
         columns = self._checkpoints
         if item.kind == "kv":
@@ -121,13 +130,14 @@ class Regret(EvictionPolicy):
         if item.uses > memo.uses:
             self._used(item, memo)
         elif item.superseded != memo.superseded:
-            self.survival.close(memo.stage, self.now, used=False)
+            survival.close(memo.stage, survival.now, used=False)
             self._enter(item, memo)
         columns.put(item, memo.cell, memo.entered, _worth(item))
 
     def touch(self, item: Item) -> None:
-        if item.last_used > self.now:
-            self.now = item.last_used
+        survival = self.survival
+        if item.last_used > survival.now:
+            survival.now = item.last_used
         self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
@@ -151,7 +161,8 @@ class Regret(EvictionPolicy):
             self._kv.remove(item)
         else:
             self._checkpoints.remove(item)
-        if evicted and item.kind == "checkpoint" and above is not None and above.superseded:
+        is_gone = evicted and self._is_last and item.kind == "checkpoint"
+        if is_gone and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
@@ -161,15 +172,16 @@ class Regret(EvictionPolicy):
     def missed(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            now = self.now if self._just_used else self.now + 1
-            self.survival.retract(now)
-            self.survival.close(memo.stage, now, used=True)
+            survival = self.survival
+            now = survival.now + (not self._just_used)
+            survival.retract(now)
+            survival.close(memo.stage, now, used=True)
             self._ghost_turn = (now, memo.turn)
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
-        self.survival.refresh(self.now)
+        self.survival.refresh(self.survival.now)
         self._revalue()
         chosen = None if kind == "kv" else self._least(self._checkpoints)
         if chosen is None and kind != "checkpoint":
@@ -232,13 +244,13 @@ class Regret(EvictionPolicy):
         count = len(columns.items)
         if not count:
             return None
-        first, last, rates = 0, count, None
+        first, last, rates, now = 0, count, None, self.survival.now
         for _ in range(8):
             if count > SAMPLE:
                 first = self._random.randrange(count - SAMPLE)
                 last, rates = first + SAMPLE, None
             if rates is None:
-                bins = age_bins(self.now - columns.times[first:last], self.now)
+                bins = age_bins(now - columns.times[first:last], now)
                 bins += columns.cells[first:last]
                 rates = self.survival.index.take(bins)
                 worths = columns.worths[first:last]

@@ -83,6 +83,8 @@ class Survival:
     """
 
     def __init__(self, max_open: int = 8192) -> None:
+        self.now = 0
+        """Logical time of the newest use seen, for those that share this: kept by them."""
         self._max_open = max_open
         self._rows: dict[tuple[Hashable, ...], int] = {}
         self._parents: list[int | None] = []
