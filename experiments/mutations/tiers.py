@@ -112,10 +112,14 @@ BREAKAGES = (
     ),
 )
 
-TESTS = ("tests/cache/test_tiers.py", "tests/cache/test_tiers_machine.py")
+TESTS = (
+    "tests/cache/test_tiers.py",
+    "tests/cache/test_tiers_machine.py",
+    "tests/policies/test_regret.py",
+)
 TIERS = Mutations(
     BREAKAGES,
     TESTS,
-    TESTS[1:],
+    TESTS[1:2],
     ("hybridcache", "experiments", "tests", "pyproject.toml"),
 )
