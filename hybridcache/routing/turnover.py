@@ -1,4 +1,4 @@
-"""How fast what one replica stores takes the place of what was there, and how busy that keeps it."""
+"""How fast one replica's memory is written over, and how busy that keeps it."""
 
 from __future__ import annotations
 
