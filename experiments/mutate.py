@@ -1,7 +1,8 @@
 """Would the tests notice? Breaks cache, arena, engine or native kernels in small ways, and runs
 their tests.
 
-python -m experiments.mutate [cache] [arena] [engine] [native] [tiers] [peers] [--only WORD]
+python -m experiments.mutate [cache] [arena] [engine] [native] [tiers] [routing] [peers]
+    [--only WORD]
     [--timeout 240] [--machines]
 
 Each mutation is one edit of one file in a copy of the packages; a mutation that no test catches
@@ -30,6 +31,7 @@ from experiments.mutations.cache import CACHE
 from experiments.mutations.engine import ENGINE
 from experiments.mutations.native import NATIVE
 from experiments.mutations.peers import PEER_TIERS
+from experiments.mutations.routing import ROUTING
 from experiments.mutations.tiers import TIERS
 from experiments.provenance import RESULTS, ROOT, write_json_lines
 
@@ -39,6 +41,7 @@ LISTS = {
     "engine": ENGINE,
     "native": NATIVE,
     "tiers": TIERS,
+    "routing": ROUTING,
     "peers": PEER_TIERS,
 }
 

@@ -3,9 +3,9 @@ resumed."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Hashable, Iterable
-from math import lcm
 from typing import ClassVar
 
 from hybridcache.export.events import Event
@@ -14,6 +14,10 @@ from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
 from hybridcache.routing.on_the_way import OnTheWay
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
+from hybridcache.routing.turnover import Turnover
+
+MOST_BUSY = 0.95
+"""Estimates of work are no better than that: past it every queue grows."""
 
 
 class MirrorRouter(Router):
@@ -106,13 +110,17 @@ class KVScores(MirrorRouter):
 
 
 class CheckpointSeconds(MirrorRouter):
-    """The replica that a request costs least, in seconds; there is nothing to set. What counts:
+    """The replica where a request costs all of them least, in seconds; there is nothing to set:
 
-    - until the replica has done what it has, as it was estimated when it was sent there;
-    - the prefill from the deepest checkpoint that will be there by then: one that events told of,
+    - it waits until the replica has done what it has, as that was estimated when it was sent there;
+    - its prefill, from the deepest checkpoint that will be there by then: one that events told of,
       or that a prompt on its way there will leave, by the replicas' own placement;
-    - what others lose: each token that is stored past what fits in free memory takes the place of
-      one, and that takes as long to compute again.
+    - what is stored takes the place of what others stored, which takes as long to compute again if
+      it is asked for again: the likelier, the faster the replica's memory is written over
+      (``pressures``).
+
+    Who waits costs nobody anything; who computes makes others wait. So the last two count
+    1 / (1 - utilisation) times, the growth of a queue with what is put into it.
 
     Where several cost the same, as when nobody has seen the prompt, consistent hashing of the
     branch (the tokens that follow what the fleet can resume) chooses: prompts that will share it
@@ -122,14 +130,17 @@ class CheckpointSeconds(MirrorRouter):
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
         self.on_the_way: dict[ReplicaId, OnTheWay] = {}
+        self.turnovers: dict[ReplicaId, Turnover] = {}
         self._without_first_token: set[Hashable] = set()
 
     def joined(self, replica: ReplicaId, now: float) -> None:
         super().joined(replica, now)
         self.on_the_way[replica] = OnTheWay()
+        self.turnovers[replica] = Turnover(self.spec.capacity_bytes, now)
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
         self.on_the_way.pop(replica, None)
+        self.turnovers.pop(replica, None)
         lost = super().left(replica, now)
         self._without_first_token.difference_update(lost)
         return lost
@@ -147,23 +158,45 @@ class CheckpointSeconds(MirrorRouter):
         depths: dict[ReplicaId, int] = {}
         cost: dict[ReplicaId, float] = {}
         per_id = self.seconds(0, num_ids) / max(num_ids, 1)
+        pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
         for replica in self.loads:
             found = self.find(replica, request)
             depth = max(found.cached_len, self.on_the_way[replica].depth(request))
             depths[replica] = depth
-            cost[replica] = self.wait_s(replica, now) + self.seconds(depth, num_ids)
-            new_bytes = (num_ids - max(found.kv_len, depth)) * self.spec.kv_bytes
-            new_bytes += len(self.forecast(request, depth, found.kv_len)) * self.spec.state_bytes
-            cost[replica] += per_id * self.displaced(replica, new_bytes)
+            new_bytes = self.new_bytes(request, depth, found.kv_len)
+            lost = pressures[replica] * self.displaced(replica, new_bytes)
+            work = self.seconds(depth, num_ids) + per_id * lost
+            cost[replica] = self.wait_s(replica, now) + delays * work
         least = min(cost.values())
         equal = [replica for replica, seconds in cost.items() if seconds <= least]
         chosen = rendezvous(self._branch(request, max(depths.values())), equal)
         return Choice(chosen, depths[chosen])
 
+    def new_bytes(self, request: RouteRequest, depth: int, kv_len: int) -> int:
+        """That are stored where a prompt is computed from ``depth``, with ``kv_len`` ids there."""
+        num_states = len(self.forecast(request, depth, kv_len))
+        num_ids = len(request.tokens) - max(kv_len, depth)
+        return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
+
     def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
         """Ids that others lose there when so many bytes are stored. O(1)."""
         capacity = self.spec.capacity_bytes
         return new_bytes * self.num_held(replica) / capacity if capacity else 0.0
+
+    def pressures(self, now: float) -> dict[ReplicaId, float]:
+        """How dear a place is in each one's memory, 1 where that is written over at the mean rate:
+        the square root of the rate, as misses of caches go (Hartstein et al., "Cache miss
+        behavior: is it sqrt(2)?", 2006). O(replicas)."""
+        rates = {replica: own.rate(now) for replica, own in self.turnovers.items()}
+        mean = sum(rates.values()) / max(len(rates), 1)
+        return {replica: math.sqrt(rate / mean) if mean else 1.0 for replica, rate in rates.items()}
+
+    def utilisation(self, now: float) -> float:
+        """Share of their time that the replicas prefill, by what was sent to them; at most
+        ``MOST_BUSY``. O(replicas)."""
+        work_s = sum(own.work_s for own in self.turnovers.values())
+        seconds = sum(now - own.since_s for own in self.turnovers.values())
+        return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
 
     def _branch(self, request: RouteRequest, depth: int) -> bytes:
         """What names the branch that leaves the known at ``depth``: the tokens that follow, one
@@ -176,11 +209,14 @@ class CheckpointSeconds(MirrorRouter):
         num_new = len(request.tokens) - max(found.kv_len, choice.expected_len)
         positions = self.forecast(request, choice.expected_len, found.kv_len)
         self.on_the_way[choice.replica].sent(request, positions, num_new)
+        new_bytes = self.new_bytes(request, choice.expected_len, found.kv_len)
+        work_s = self.seconds(choice.expected_len, len(request.tokens))
+        self.turnovers[choice.replica].sent(new_bytes, work_s, now)
         self._without_first_token.add(request.id)
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
         """Where computing a prompt from ``cached_len`` leaves checkpoints."""
-        placement, step = self.spec.placement, lcm(self.spec.grid, self.spec.page_size)
+        placement, step = self.spec.placement, math.lcm(self.spec.grid, self.spec.page_size)
         if placement is None or not self.spec.stateful:
             return [len(request.tokens)]
         known = max(cached_len, kv_len)
@@ -212,7 +248,9 @@ class CheckpointSeconds(MirrorRouter):
 
     def check(self) -> None:
         super().check()
-        assert self.on_the_way.keys() == self.loads.keys()
+        assert self.on_the_way.keys() == self.turnovers.keys() == self.loads.keys()
+        for turnover in self.turnovers.values():
+            turnover.check()
         assert self._without_first_token <= self._where.keys()
         for way in self.on_the_way.values():
             way.check()

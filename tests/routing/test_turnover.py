@@ -1,0 +1,32 @@
+"""Turnovers against the list of all that was sent."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache.routing.turnover import Turnover
+
+SENT = st.tuples(st.integers(0, 60), st.integers(0, 8), st.integers(0, 5))
+
+
+@given(st.lists(SENT, max_size=40), st.one_of(st.none(), st.integers(1, 150)))
+def test_it_reaches_back_one_memory_full(
+    sent: list[tuple[int, int, int]], capacity: int | None
+) -> None:
+    turnover, now = Turnover(capacity, 0.0), 0.0
+    num_bytes = seconds = 0
+    points = [(0.0, 0, 0)]
+    for more_bytes, more_seconds, pause in sent:
+        now += pause
+        turnover.sent(more_bytes, more_seconds, now)
+        turnover.check()
+        num_bytes, seconds = num_bytes + more_bytes, seconds + more_seconds
+        if more_bytes:
+            points.append((now, num_bytes, seconds))
+        full = num_bytes - capacity if capacity is not None else -1
+        since, bytes_before, before = [points[0], *(p for p in points[:-1] if p[1] <= full)][-1]
+        assert (turnover.since_s, turnover.work_s) == (since, seconds - before)
+        later = now + 2.0
+        assert turnover.rate(later) == (num_bytes - bytes_before) / (later - since)
+        assert turnover.rate(since) == 0.0
