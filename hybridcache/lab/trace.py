@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,20 @@ class Trace:
     def full_name(self) -> str:
         """Its recipe, or the name where it has none."""
         return self.recipe or self.name
+
+    @property
+    def path(self) -> Path | None:
+        """The file it is read from; None where it is generated or held."""
+        source = self.source
+        while isinstance(source, _Head):
+            source = source.source
+        return getattr(source, "path", None)
+
+    @property
+    def is_empty_because(self) -> str:
+        """Why its latest iteration gave nothing, where it did."""
+        because = f": all {self.bad.count} records are bad" if self.bad.count else ""
+        return f"there is no request in it{because}"
 
     def __iter__(self) -> Iterator[TraceRequest]:
         self.bad.count = 0

@@ -195,3 +195,41 @@ def test_hashes_of_hashes_are_the_same_trace(
     assert capsys.readouterr().out.startswith("80 requests to ")
     before, after = trace_stats(open_trace(source)), trace_stats(open_trace(str(target)))
     assert (after.prompt_tokens, after.ideal_tokens) == (before.prompt_tokens, before.ideal_tokens)
+
+
+def test_a_trace_is_never_converted_onto_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = lines(tmp_path / "t.jsonl", {"tokens": [1, 2]}, {"tokens": [1, 3]})
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for name in (str(source), f"jsonl:{source}", f"{source}?head=1"):
+        for target in ("t.jsonl", "link.jsonl"):
+            assert main(["trace", "convert", name, str(tmp_path / target)]) == 2
+            shown = capsys.readouterr().err
+            assert "is the trace itself" in shown and shown.count("\n") == 1
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("to", ["jsonl", "mooncake", "aiperf"])
+def test_what_can_not_be_converted_whole_leaves_the_target_as_it_was(
+    to: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = lines(tmp_path / "t.jsonl", {"tokens": [1, 2]}, {"tokens": []})
+    empty = lines(tmp_path / "e.jsonl", {"tokens": []}, {"tokens": []})
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("kept")
+    for target in (old, new):
+        assert main(["trace", "convert", f"jsonl:{source}", str(target), "--to", to]) == 2
+        assert "t.jsonl, line 2: the prompt is empty" in capsys.readouterr().err
+        command = ["trace", "convert", f"jsonl:{empty}", str(target), "--to", to]
+        assert main([*command, "--skip-bad"]) == 2
+        shown = capsys.readouterr().err
+        assert "no request in it: all 2 records are bad" in shown
+    assert old.read_text() == "kept" and not new.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.jsonl", "old", "t.jsonl"]
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    command = ["trace", "convert", f"jsonl:{source}", str(link), "--to", to, "--skip-bad"]
+    assert main(command) == 0 and link.is_symlink()
+    assert old.read_text() != "kept" and "1 bad records left out" in capsys.readouterr().out

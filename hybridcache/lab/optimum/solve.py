@@ -146,7 +146,7 @@ def optimum(
     began = time.perf_counter()
     requests = list(trace)
     if not requests:
-        raise ValueError(f"{trace.name}: there is no request in it")
+        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
     in_units = tuple(
         LowerBudget(tier.capacity_bytes, tier.tokens_per_byte / trace.unit) for tier in lower
