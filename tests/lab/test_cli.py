@@ -118,6 +118,12 @@ def test_simulate_prints_a_table_and_draws(
             ["optimum", "--trace", "chat?head=5", "--host-gib", "1", "--method", "milp"],
             "method milp knows no tiers below the device: take greedy",
         ),
+        (["simulate", "--trace", "chat", "--host-gb-s", "50"], "say its size with --host-gib"),
+        (["optimum", "--trace", "chat", "--disk-gb-s", "6"], "say its size with --disk-gib"),
+        *(
+            ([*command, "--host-gib", "1", "--host-gb-s", "-5"], "--host-gb-s -5: GB/s above 0")
+            for command in (["simulate", "--trace", "chat"], ["optimum", "--trace", "chat"])
+        ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
     ],
 )
@@ -136,6 +142,10 @@ def test_bad_records_are_counted_wherever_they_are_skipped(
     for command in (["simulate"], ["optimum", "--method", "greedy"]):
         code, _, error = run(capsys, *command, "--trace", str(trace), "--gib", "1", "--skip-bad")
         assert code == 0 and "2 requests, 1 bad records left out" in error
+    trace.write_text('{"tokens": []}\n{"tokens": []}\n')
+    for first in (["trace", "stats"], ["simulate", "--trace"], ["optimum", "--trace"]):
+        code, _, error = run(capsys, *first, f"jsonl:{trace}", "--skip-bad")
+        assert code == 2 and "no request in it: all 2 records are bad" in error
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
