@@ -39,11 +39,18 @@ class TraceRequest(NamedTuple):
     """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
     answer_survives: bool = True
     """False: later prompts are known to leave this one before its end."""
+    answer_tokens: int | None = None
+    """Tokens of the answer, where its ids do not tell: its first may fill the prompt's last id, its
+    last may not fill its own."""
 
     def num_tokens(self, unit: int) -> int:
         """Length of the prompt in tokens."""
         whole = len(self.tokens) * unit
         return whole if self.partial_tokens is None else whole - unit + self.partial_tokens
+
+    def num_answer_tokens(self, unit: int) -> int:
+        """Length of the answer in tokens."""
+        return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
 @dataclass(frozen=True, slots=True)
