@@ -96,6 +96,22 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--gib", "1:2:0"], "sizes '1:2:0'"),
         (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
+        *(
+            ([*command, "--trace", "chat", flag, "1e300"], "1e+300")
+            for command in (["simulate"], ["optimum"], ["advise", "--gib", "1"])
+            for flag in ("--host-gib", "--disk-gib")
+        ),
+        (["simulate", "--trace", "chat", "--gib", "1e300"], "sizes '1e300': GiB above 0, below"),
+        (["advise", "--trace", "chat", "--gib", "1e300"], "sizes 1e+300: GiB above 0, below"),
+        (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
+        (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
+        (["simulate", "--trace", "chat", "--memory", "pools"], "give --kv-share between 0 and 1"),
+        (["simulate", "--trace", "chat", "--grid", "99999999999"], "no prompt is longer than"),
+        (["advise", "--trace", "chat", "--gib", "0.001"], "nothing fits in"),
+        (["optimum", "--trace", "chat?head=5", "--gap", "nan"], "no negative gap"),
+        (["optimum", "--trace", "chat?head=5", "--limit", "nan"], "positive time limit"),
+        (["trace", "stats", str(Path(SAMPLE).parent)], "is a folder: name a file in it"),
+        (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is no reader (jsonl, "),
         (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--grid", "-64"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--servers", "0"], "servers must be at least 1"),
