@@ -23,6 +23,7 @@ from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
 from hybridcache.lab.tier_worth import TierWorth, tier_worth
 from hybridcache.lab.trace import Trace
+from hybridcache.units import format_bytes
 
 DEFAULT_POLICIES = ("regret", "lru")
 PLACEMENTS = (
@@ -172,6 +173,7 @@ def advise(
     precisions(
         RunConfig(geometry), state_dtypes
     )  # an unknown word is reported before anything runs
+    _check_room(RunConfig(geometry, budget_bytes=budget_bytes(size)), state_dtypes, trace.unit)
     timing = MeasuredTimes.load(times) if times else Roofline.fitting(geometry)
     adviser = _Adviser(trace, Serving(timing, servers), processes, progress)
     config = RunConfig(geometry, budget_bytes=budget_bytes(size))
@@ -197,6 +199,18 @@ def advise(
     tiered = replace(config, host_bytes=host_bytes, disk_bytes=disk_bytes)
     worth = tier_worth(trace, tiered, adviser.serving, processes=processes, progress=progress)
     return replace(advice, tiers=worth)
+
+
+def _check_room(config: RunConfig, words: Sequence[str], unit: int) -> None:
+    """ValueError for memory in which no checkpoint fits beside an id's KV, whatever is chosen."""
+    tried = precisions(config, words) if config.geometry.num_linear_layers else {"": config}
+    states = min(one.geometry.state_bytes for one in tried.values())
+    least = states + unit * config.geometry.kv_bytes_per_token
+    if (config.budget_bytes or 0) < least:
+        raise ValueError(
+            f"nothing fits in {format_bytes(config.budget_bytes or 0)}: the smallest checkpoint of "
+            f"{config.geometry.name} and its KV take {format_bytes(least)}"
+        )
 
 
 def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:

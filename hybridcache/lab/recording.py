@@ -121,7 +121,7 @@ class _RecordedTarget:
             state="stop",
             prompt=length,
             computed=length,
-            answer=len(request.output) * unit,
+            answer=request.num_answer_tokens(unit),
             cached=0 if served is None else served.cached_len * unit,
             losses=losses,
             node=node_id(node),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,11 +39,18 @@ class TraceRequest(NamedTuple):
     """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
     answer_survives: bool = True
     """False: later prompts are known to leave this one before its end."""
+    answer_tokens: int | None = None
+    """Tokens of the answer, where its ids do not tell: its first may fill the prompt's last id, its
+    last may not fill its own."""
 
     def num_tokens(self, unit: int) -> int:
         """Length of the prompt in tokens."""
         whole = len(self.tokens) * unit
         return whole if self.partial_tokens is None else whole - unit + self.partial_tokens
+
+    def num_answer_tokens(self, unit: int) -> int:
+        """Length of the answer in tokens."""
+        return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,20 @@ class Trace:
     def full_name(self) -> str:
         """Its recipe, or the name where it has none."""
         return self.recipe or self.name
+
+    @property
+    def path(self) -> Path | None:
+        """The file it is read from; None where it is generated or held."""
+        source = self.source
+        while isinstance(source, _Head):
+            source = source.source
+        return getattr(source, "path", None)
+
+    @property
+    def is_empty_because(self) -> str:
+        """Why its latest iteration gave nothing, where it did."""
+        because = f": all {self.bad.count} records are bad" if self.bad.count else ""
+        return f"there is no request in it{because}"
 
     def __iter__(self) -> Iterator[TraceRequest]:
         self.bad.count = 0

@@ -126,7 +126,7 @@ class _Gathered:
         self.times.append(request.timestamp_s)
         num_tokens = request.num_tokens(unit)
         self.prompts.append(num_tokens)
-        self.outputs.append(len(request.output) * unit)
+        self.outputs.append(request.num_answer_tokens(unit))
         self.ideal.append(min(seen.length * unit, num_tokens - 1))
         if seen.length and seen.last_visit is not None:
             visit = seen.last_visit - 1

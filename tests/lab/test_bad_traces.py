@@ -217,3 +217,20 @@ def test_token_ids_are_checked(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"prompt": [1, 2]}, {"prompt": [1, -3]})
     with pytest.raises(BadRecordError, match=r"t\.jsonl, line 2: an id is not a whole number in"):
         list(open_trace(str(path)))
+
+
+def test_half_a_character_and_a_time_of_too_many_digits_are_named(tmp_path: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "\ud800"}]}
+    late = otel_span(1, {"gen_ai.input.messages": "[]"}) | {"startTimeUnixNano": "9" * 400}
+    count = otel_span(1, {"gen_ai.input.messages": "[]"})
+    count["attributes"].append({"key": "n", "value": {"intValue": "many"}})
+    for record, problem in (
+        ({"timestamp": 0, "request": said}, "a text holds U\\+D800, half of a character"),
+        (otel_batch(late), "startTimeUnixNano is '9+\\.\\.\\., not a number of nanoseconds"),
+        (otel_batch(count), "intValue is 'many', not a whole number"),
+    ):
+        path = lines(tmp_path / "t.jsonl", record)
+        with pytest.raises(BadRecordError, match=rf"t\.jsonl, line 1: {problem}"):
+            list(open_trace(str(path)))
+        trace = open_trace(str(path), skip_bad=True)
+        assert list(trace) == [] and trace.bad.count == 1

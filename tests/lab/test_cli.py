@@ -96,6 +96,22 @@ def test_simulate_prints_a_table_and_draws(
         (["simulate", "--trace", "chat", "--gib", "1:2:0"], "sizes '1:2:0'"),
         (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
+        *(
+            ([*command, "--trace", "chat", flag, "1e300"], "1e+300")
+            for command in (["simulate"], ["optimum"], ["advise", "--gib", "1"])
+            for flag in ("--host-gib", "--disk-gib")
+        ),
+        (["simulate", "--trace", "chat", "--gib", "1e300"], "sizes '1e300': GiB above 0, below"),
+        (["advise", "--trace", "chat", "--gib", "1e300"], "sizes 1e+300: GiB above 0, below"),
+        (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
+        (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
+        (["simulate", "--trace", "chat", "--memory", "pools"], "give --kv-share between 0 and 1"),
+        (["simulate", "--trace", "chat", "--grid", "99999999999"], "no prompt is longer than"),
+        (["advise", "--trace", "chat", "--gib", "0.001"], "nothing fits in"),
+        (["optimum", "--trace", "chat?head=5", "--gap", "nan"], "no negative gap"),
+        (["optimum", "--trace", "chat?head=5", "--limit", "nan"], "positive time limit"),
+        (["trace", "stats", str(Path(SAMPLE).parent)], "is a folder: name a file in it"),
+        (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is no reader (jsonl, "),
         (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--grid", "-64"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--servers", "0"], "servers must be at least 1"),
@@ -118,6 +134,12 @@ def test_simulate_prints_a_table_and_draws(
             ["optimum", "--trace", "chat?head=5", "--host-gib", "1", "--method", "milp"],
             "method milp knows no tiers below the device: take greedy",
         ),
+        (["simulate", "--trace", "chat", "--host-gb-s", "50"], "say its size with --host-gib"),
+        (["optimum", "--trace", "chat", "--disk-gb-s", "6"], "say its size with --disk-gib"),
+        *(
+            ([*command, "--host-gib", "1", "--host-gb-s", "-5"], "--host-gb-s -5: GB/s above 0")
+            for command in (["simulate", "--trace", "chat"], ["optimum", "--trace", "chat"])
+        ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
     ],
 )
@@ -136,6 +158,10 @@ def test_bad_records_are_counted_wherever_they_are_skipped(
     for command in (["simulate"], ["optimum", "--method", "greedy"]):
         code, _, error = run(capsys, *command, "--trace", str(trace), "--gib", "1", "--skip-bad")
         assert code == 0 and "2 requests, 1 bad records left out" in error
+    trace.write_text('{"tokens": []}\n{"tokens": []}\n')
+    for first in (["trace", "stats"], ["simulate", "--trace"], ["optimum", "--trace"]):
+        code, _, error = run(capsys, *first, f"jsonl:{trace}", "--skip-bad")
+        assert code == 2 and "no request in it: all 2 records are bad" in error
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

@@ -195,3 +195,89 @@ def test_hashes_of_hashes_are_the_same_trace(
     assert capsys.readouterr().out.startswith("80 requests to ")
     before, after = trace_stats(open_trace(source)), trace_stats(open_trace(str(target)))
     assert (after.prompt_tokens, after.ideal_tokens) == (before.prompt_tokens, before.ideal_tokens)
+
+
+def test_a_trace_is_never_converted_onto_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = lines(tmp_path / "t.jsonl", {"tokens": [1, 2]}, {"tokens": [1, 3]})
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for name in (str(source), f"jsonl:{source}", f"{source}?head=1"):
+        for target in ("t.jsonl", "link.jsonl"):
+            assert main(["trace", "convert", name, str(tmp_path / target)]) == 2
+            shown = capsys.readouterr().err
+            assert "is the trace itself" in shown and shown.count("\n") == 1
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("to", ["jsonl", "mooncake", "aiperf"])
+def test_what_can_not_be_converted_whole_leaves_the_target_as_it_was(
+    to: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = lines(tmp_path / "t.jsonl", {"tokens": [1, 2]}, {"tokens": []})
+    empty = lines(tmp_path / "e.jsonl", {"tokens": []}, {"tokens": []})
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("kept")
+    for target in (old, new):
+        assert main(["trace", "convert", f"jsonl:{source}", str(target), "--to", to]) == 2
+        assert "t.jsonl, line 2: the prompt is empty" in capsys.readouterr().err
+        command = ["trace", "convert", f"jsonl:{empty}", str(target), "--to", to]
+        assert main([*command, "--skip-bad"]) == 2
+        shown = capsys.readouterr().err
+        assert "no request in it: all 2 records are bad" in shown
+    assert old.read_text() == "kept" and not new.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.jsonl", "old", "t.jsonl"]
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    command = ["trace", "convert", f"jsonl:{source}", str(link), "--to", to, "--skip-bad"]
+    assert main(command) == 0 and link.is_symlink()
+    assert old.read_text() != "kept" and "1 bad records left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_the_length_of_an_answer_outlives_every_form(
+    unit: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of traces of blocks too, whose answers fill the prompt's last block first."""
+    asked = [(20, 10), (20, 12), (20, 13), (16, 16), (5, 40), (7, 1)]
+    rows = [
+        {
+            "chat_id": number,
+            "parent_chat_id": -1,
+            "timestamp": number,
+            "input_length": length,
+            "output_length": answer,
+            "hash_ids": list(range(100 * number, 100 * number - (-length // unit))),
+        }
+        for number, (length, answer) in enumerate(asked)
+    ]
+    first = lines(tmp_path / "b.jsonl", *rows)
+    own, other, again = (str(tmp_path / name) for name in ("own", "other", "again"))
+    steps = [
+        (f"bailian:{first}?unit={unit}", own, ["jsonl"]),
+        (own, other, ["mooncake", "--block", "16"]),
+        (f"mooncake:{other}?unit=16", again, ["mooncake", "--block", "16"]),
+    ]
+    for source, target, form in steps:
+        assert main(["trace", "convert", source, target, "--to", *form]) == 0
+        assert trace_stats(open_trace(source)).output.mean == pytest.approx(92 / 6)
+    capsys.readouterr()
+    for path in (other, again):
+        told = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        assert [(row["input_length"], row["output_length"]) for row in told] == asked
+    before, after = (list(open_trace(spec)) for spec in (steps[0][0], own))
+    for one, two in zip(before, after, strict=True):
+        assert np.array_equal(one.output, two.output), "what a cache holds is what it was"
+
+
+def test_an_answers_length_that_its_ids_can_not_have_is_named(tmp_path: Path) -> None:
+    head = {"format": "hybridcache", "version": 1, "unit": 4}
+    for length, fits in ((0, False), (4, False), (5, True), (8, True), (12, True), (13, False)):
+        row = {"tokens": [1], "output": [2, 3], "output_length": length}
+        trace = open_trace(str(lines(tmp_path / "t.jsonl", head, row)))
+        if fits:
+            assert [each.num_answer_tokens(4) for each in trace] == [length]
+        else:
+            with pytest.raises(BadRecordError, match=f"line 2: output_length {length} is not"):
+                list(trace)

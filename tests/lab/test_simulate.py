@@ -326,7 +326,9 @@ def test_every_result_says_how_memory_is_shared() -> None:
     assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
     assert peer.config.memory is None
-    for words in ({"memory": "pools"}, {"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
+    with pytest.raises(ValueError, match="give --kv-share between 0 and 1"):
+        simulate("short?head=60", gib=2, memory="pools")
+    for words in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
         with pytest.raises(ValueError, match="a share is of pools"):
             simulate("short?head=60", gib=2, **words)
     with pytest.raises(ValueError, match="none of arena, budget, pools"):

@@ -326,6 +326,16 @@ def test_token_ids_in_the_spellings_of_benchmark_tools(
     assert (request.timestamp_s, request.session) == (2.0, 4)
 
 
+def _with_possible_answer(request: TraceRequest) -> TraceRequest:
+    """``answer_tokens`` drawn as what the answer's ids of 8 tokens do not fill, counted from one
+    that the prompt's last id holds."""
+    if request.answer_tokens is None:
+        return request
+    return request._replace(
+        answer_tokens=max(0, len(request.output) * 8 + 8 - request.answer_tokens)
+    )
+
+
 ids = st.lists(st.integers(0, 9), max_size=12).map(lambda values: np.asarray(values, np.int32))
 requests = st.lists(
     st.builds(
@@ -338,7 +348,8 @@ requests = st.lists(
         st.just(()) | st.just((1,)),
         st.none() | st.integers(1, 7),
         st.booleans(),
-    ),
+        st.none() | st.integers(0, 15),
+    ).map(_with_possible_answer),
     max_size=8,
 ).map(lambda found: sorted(found, key=lambda request: request.timestamp_s))
 

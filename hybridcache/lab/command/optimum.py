@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridcache.lab.command.shared import add_tiers, check_figure, opened, share
+from hybridcache.lab.command.shared import add_tiers, check_figure, opened, share, tiers_asked
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 
 if TYPE_CHECKING:
@@ -52,12 +52,13 @@ def _optimum(options: argparse.Namespace) -> int:
     geometry = ModelGeometry.load(options.model)
     if options.state_dtype:
         geometry = geometry.with_state_dtype(options.state_dtype)
-    trace = opened(options.trace, options).kept()
+    tiers = tiers_asked(options)
     lower = lower_budgets(
         geometry,
-        (tier_bytes("host", options.host_gib), options.host_gb_s * 1e9),
-        (tier_bytes("disk", options.disk_gib), options.disk_gb_s * 1e9),
+        (tier_bytes("host", tiers["host_gib"]), tiers["host_gb_s"] * 1e9),
+        (tier_bytes("disk", tiers["disk_gib"]), tiers["disk_gb_s"] * 1e9),
     )
+    trace = opened(options.trace, options).kept()
     found = []
     with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:
         for size in bar:

@@ -61,9 +61,30 @@ def add_tiers(parser: argparse.ArgumentParser) -> None:
 
     for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
         size = f"GiB of {word} memory for what leaves the device; 0: none"
-        speed = f"GB/s from {word} to a device, which decide what is fetched (default: %(default)g)"
+        speed = (
+            f"GB/s from {word} to a device, which decide what is fetched (default {rate / 1e9:g})"
+        )
         parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
-        parser.add_argument(f"--{word}-gb-s", type=float, default=rate / 1e9, help=speed)
+        parser.add_argument(f"--{word}-gb-s", type=float, help=speed)
+
+
+def tiers_asked(options: argparse.Namespace) -> dict[str, float]:
+    """``host_gib``, ``host_gb_s``, ``disk_gib`` and ``disk_gb_s``. ValueError for a speed that none
+    can be, or of a tier that is not there."""
+    from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
+
+    found: dict[str, float] = {}
+    for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
+        gib, gb_s = getattr(options, f"{word}_gib"), getattr(options, f"{word}_gb_s")
+        if gb_s is not None and not gb_s > 0:
+            raise ValueError(f"--{word}-gb-s {gb_s:g}: GB/s above 0 are needed")
+        if gb_s is not None and not gib:
+            raise ValueError(
+                f"--{word}-gb-s is the speed of a tier: say its size with --{word}-gib"
+            )
+        found[f"{word}_gib"] = gib
+        found[f"{word}_gb_s"] = rate / 1e9 if gb_s is None else gb_s
+    return found
 
 
 def opened(spec: str, options: argparse.Namespace) -> Trace:
@@ -73,6 +94,8 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
     trace = open_trace(spec, skip_bad=options.skip_bad)
     if options.skip_bad:
         num_requests = sum(1 for _ in trace)
+        if not num_requests:
+            raise ValueError(f"{spec}: {trace.is_empty_because}")
         left_out = f"{trace.bad.count} bad records left out"
         print(f"{spec}: {num_requests} requests, {left_out}", file=sys.stderr)
     return trace

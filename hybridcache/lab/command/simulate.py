@@ -15,6 +15,7 @@ from hybridcache.lab.command.shared import (
     opened,
     share,
     split,
+    tiers_asked,
 )
 
 if TYPE_CHECKING:
@@ -147,10 +148,6 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "tiers",
         "memory",
         "kv_share",
-        "host_gib",
-        "disk_gib",
-        "host_gb_s",
-        "disk_gb_s",
         "state_dtype",
         "checkpoint_dtype",
         "page_size",
@@ -160,6 +157,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "times",
     ]
     return {name: getattr(options, name) for name in as_they_are} | {
+        **tiers_asked(options),
         "policy": split(options.policy),
         "checkpoints": options.checkpoints or DEFAULT_CHECKPOINTS,
         "baseline": split(options.baseline),

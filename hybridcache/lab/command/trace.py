@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from hybridcache.lab.command.shared import TRACE_HELP, share
 
@@ -34,7 +37,7 @@ def add_trace(commands: Commands) -> None:
     stats.set_defaults(run=_trace_stats)
     convert = verbs.add_parser("convert", help="write any trace in another form")
     convert.add_argument("trace", help=TRACE_HELP)
-    convert.add_argument("output", type=Path, help="file to write")
+    convert.add_argument("target", type=Path, metavar="output", help="file to write")
     add = convert.add_argument
     add(
         "--to",
@@ -58,7 +61,7 @@ def _trace_stats(options: argparse.Namespace) -> int:
     with tqdm(unit=" requests", disable=None, file=sys.stderr) as bar:
         stats = trace_stats(trace, progress=lambda _: bar.update() and None)
     if not stats.num_requests:
-        raise ValueError(f"{options.trace}: there is no request in it")
+        raise ValueError(f"{options.trace}: {trace.is_empty_because}")
     print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
     return 0
 
@@ -67,11 +70,34 @@ def _trace_convert(options: argparse.Namespace) -> int:
     from hybridcache.lab.traces import aiperf, jsonl, mooncake, open_trace
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
-    with options.output.open("w", encoding="utf-8") as file:
+    target = options.target
+    if trace.path is not None and target.exists() and target.samefile(trace.path):
+        raise ValueError(f"{target} is the trace itself: name another file to write")
+    with _written_whole(target) as file:
         if options.to == "jsonl":
             num_requests = jsonl.write(trace, file)
         else:
             write = mooncake.write if options.to == "mooncake" else aiperf.write
             num_requests = write(trace, file, options.block)
-    print(f"{num_requests} requests to {options.output}, {trace.bad.count} bad records left out")
+        if not num_requests:
+            raise ValueError(f"{options.trace}: {trace.is_empty_because}")
+    print(f"{num_requests} requests to {target}, {trace.bad.count} bad records left out")
     return 0
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file that stands at ``path`` once all is written, and not at all after an error. What
+    is no plain file (a pipe) is written as it comes."""
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    place = path.resolve()  # behind a link: the link stays
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            yield file
+        beside.replace(place)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -112,7 +112,10 @@ def _in_blocks(requests: Iterator[TraceRequest], unit: int) -> Iterator[TraceReq
         answer = fresh.take(units(length + len(request.output), unit) - len(ids))
         partial_tokens = length - (len(ids) - 1) * unit
         yield request._replace(
-            tokens=np.array(ids, np.int32), output=answer, partial_tokens=partial_tokens
+            tokens=np.array(ids, np.int32),
+            output=answer,
+            partial_tokens=partial_tokens,
+            answer_tokens=len(request.output),
         )
 
 

@@ -129,7 +129,7 @@ def optimum(
     """
     if capacity_bytes <= 0 or kv_bytes_per_token <= 0:
         raise ValueError("the optimum needs a positive capacity and positive bytes per token")
-    if grid < 1 or limit_s <= 0 or relative_gap < 0:
+    if grid < 1 or not limit_s > 0 or not relative_gap >= 0:
         raise ValueError(
             "the optimum needs a positive grid, a positive time limit and no negative gap"
         )
@@ -146,7 +146,7 @@ def optimum(
     began = time.perf_counter()
     requests = list(trace)
     if not requests:
-        raise ValueError(f"{trace.name}: there is no request in it")
+        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
     in_units = tuple(
         LowerBudget(tier.capacity_bytes, tier.tokens_per_byte / trace.unit) for tier in lower

@@ -35,8 +35,15 @@ ALONE = {
     "--max-running": None,
     "--figure": None,
     "--servers": 1,
+    "--bound": True,
     "--tiers": True,
     "--kv-share": None,
+    "--checkpoint-dtype": "auto",
+    "--host-gib": 0.0,
+    "--disk-gib": 0.0,
+    "--host-gb-s": None,
+    "--disk-gb-s": None,
+    "--page": None,
 }
 """Without ``--replicas`` only, and their defaults."""
 
@@ -84,7 +91,8 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
 
     for flag, default in ALONE.items():
         if _value(options, flag) != default:
-            raise ValueError(f"{flag} has no meaning with --replicas: leave it out")
+            said = flag.replace("--", "--no-") if default is True else flag
+            raise ValueError(f"{said} has no meaning with --replicas: leave it out")
     sweep = Sweep(
         options.model,
         policy=options.policy.split(","),

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hybridcache.lab.traces.base import shown
 from hybridcache.units import GIB
+
+TOO_LARGE_GIB = 2.0**50
+"""So many GiB no sum of bytes is meant for."""
+MOST_POINTS = 1000
 
 
 def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or
     numbers.
 
-    ValueError unless there is one at least and all are positive and finite.
+    ValueError unless there are 1 to ``MOST_POINTS`` and all lie above 0, below ``TOO_LARGE_GIB``.
 
     >>> sizes("2:200:3")
     (2.0, 20.0, 200.0)
@@ -22,10 +27,12 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
         found = _points(spec)
     except ValueError:
         found = ()
-    if not found or not all(0 < gib < float("inf") for gib in found):
+    if len(found) > MOST_POINTS:
+        raise ValueError(f"sizes {shown(spec)}: they are more than {MOST_POINTS}")
+    if not found or not all(0 < gib < TOO_LARGE_GIB for gib in found):
         raise ValueError(
-            f"sizes {spec!r}: GiB above 0 are needed, as low:high:points (low first), as a,b,c or "
-            "as numbers"
+            f"sizes {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed, as "
+            "low:high:points (low first), as a,b,c or as numbers"
         )
     return found
 
@@ -33,9 +40,9 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
         low, high, count = spec.split(":")
-        if float(low) > float(high):
+        if not 0 < float(low) <= float(high) < TOO_LARGE_GIB:
             raise ValueError("the sizes go up")
-        points = np.geomspace(float(low), float(high), int(count))
+        points = np.geomspace(float(low), float(high), min(int(count), MOST_POINTS + 1))
         return tuple(float(f"{point:.6g}") for point in points)
     if isinstance(spec, str):
         return tuple(float(part) for part in spec.split(","))
@@ -47,7 +54,10 @@ def budget_bytes(gib: float) -> int:
 
 
 def tier_bytes(word: str, gib: float) -> int:
-    """Of a tier below the device, which may be left out. ValueError unless 0 or more."""
-    if not 0 <= gib < float("inf"):
-        raise ValueError(f"--{word}-gib {gib}: GiB of 0 (none) or more are needed")
+    """Of a tier below the device, which may be left out. ValueError unless in [0,
+    ``TOO_LARGE_GIB``)."""
+    if not 0 <= gib < TOO_LARGE_GIB:
+        raise ValueError(
+            f"--{word}-gib {gib}: GiB of 0 (none) or more, below {TOO_LARGE_GIB:.2g} are needed"
+        )
     return budget_bytes(gib)

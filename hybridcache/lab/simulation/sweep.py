@@ -95,5 +95,5 @@ def _run(trace: Trace, job: Job) -> RunResult:
     log = serve(target, trace, trace.unit, job.serving)
     result = summarise(job.config, job.serving, log, target, trace.full_name)
     if not result.requests:
-        raise ValueError(f"{trace.name}: there is no request in it")
+        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     return result

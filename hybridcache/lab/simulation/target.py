@@ -21,6 +21,7 @@ from hybridcache.lab.baselines import (
 )
 from hybridcache.lab.simulation.peer import BaselineTarget
 from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.base import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.tiers import in_tiers
 from hybridcache.policies.protocol import PlacementPolicy
@@ -94,9 +95,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.grid < 1:
             raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+        if self.grid > LONGEST:
+            raise ValueError(
+                f"grid {self.grid}: no prompt is longer than {LONGEST} tokens, so none would have "
+                "a checkpoint"
+            )
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
-        if (self.kv_share is not None) != (self.memory == "pools"):
+        if self.kv_share is None and self.memory == "pools":
+            raise ValueError("memory 'pools' has no share for KV: give --kv-share between 0 and 1")
+        if self.kv_share is not None and self.memory != "pools":
             raise ValueError(
                 f"memory {self.memory!r} with kv_share {self.kv_share}: a share is of pools"
             )

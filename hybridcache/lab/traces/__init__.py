@@ -146,6 +146,12 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
             raise ValueError(f"{rest!r} says no file; write {word}:FILE")
     else:
         path = Path(rest)
+        if path.is_dir():
+            raise IsADirectoryError(f"trace {rest!r} is a folder: name a file in it")
+        if not path.exists() and colon:
+            raise FileNotFoundError(
+                f"no trace {rest!r}: no file, and {word!r} is no reader ({', '.join(READERS)})"
+            )
         if not path.is_file():
             raise FileNotFoundError(
                 f"no trace {rest!r}: no file, and no generator ({', '.join(GENERATORS)})"

@@ -70,7 +70,9 @@ class BailianReader(Reader):
                 session = sessions[parent]
                 followed.add(parent)
             sessions[chat] = session
-            yield TraceRequest(now, session, None, tokens, output, (), partial)
+            yield TraceRequest(
+                now, session, None, tokens, output, (), partial, answer_tokens=answer
+            )
 
         return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
 

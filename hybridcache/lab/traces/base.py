@@ -149,6 +149,10 @@ def parsed(
         except KeyError as error:
             bad.report(path, number, f"field {error} is missing")
             continue
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            bad.report(path, number, f"a text holds {half}, half of a character")
+            continue
         except (ValueError, OverflowError) as error:
             bad.report(path, number, str(error))
             continue

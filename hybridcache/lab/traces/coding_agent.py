@@ -148,10 +148,20 @@ class _Session:
         partial = length - blocks * self._unit
         if partial:  # the rest that has no hash: nobody shares it
             tokens = np.concatenate((tokens, self._ids.fresh.take(1)))
-        total = units(length + whole(request, "out"), self._unit)
+        answer = whole(request, "out")
+        total = units(length + answer, self._unit)
         output = self._ids.fresh.take(total - len(tokens))
         boundaries = (shared,) if shared else ()
-        return TraceRequest(when, name, None, tokens, output, boundaries, partial or None)
+        return TraceRequest(
+            when,
+            name,
+            None,
+            tokens,
+            output,
+            boundaries,
+            partial or None,
+            answer_tokens=answer,
+        )
 
 
 def _runs(record: Record) -> Iterator[tuple[int, int]]:

@@ -3,13 +3,16 @@
 A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many
 tokens an id stands for. Then one object a line, in order of time:
 
-``timestamp``   seconds; default: one second after the line before ``session``     string or number;
-default: the line's own ``namespace``   string, number or null ``tokens``      the prompt's ids, or
-``prefix``      [k, ids...]: the first k ids of the same session's last prompt and answer, then
-these ``output``      the answer's ids, or ``output_length``  how many tokens the answer has, where
-its ids are not known ``boundaries``  ascending positions in ids ``partial``     tokens that the
-prompt's last id stands for, where fewer than the unit ``answer_survives``  false: later prompts are
-known to leave this one before its end
+- ``timestamp``: seconds; default: one second after the line before
+- ``session``: string or number; default: the line's own
+- ``namespace``: string, number or null
+- ``tokens``: the prompt's ids, or ``prefix``, [k, ids...]: the first k ids of the session's last
+  prompt and answer, then these
+- ``output``: the answer's ids; or ``output_length``: how many tokens the answer has, where its ids
+  are not known; both where an id stands for several tokens
+- ``boundaries``: ascending positions in ids
+- ``partial``: tokens that the prompt's last id stands for, where fewer than the unit
+- ``answer_survives``: false: later prompts are known to leave this one before its end
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ class _Parser:
         if partial is not None:
             partial = whole(record, "partial", 1, self._unit)
         said_s = seconds(record, "timestamp") if "timestamp" in record else None
-        output = self._output(record)
+        output, answer = self._output(record)
         boundaries = tuple(read_ids(record.get("boundaries", [])).tolist())
         if any(position > len(tokens) for position in boundaries):
             raise ValueError(f"a boundary is outside of the prompt's {len(tokens)} ids")
@@ -119,6 +122,7 @@ class _Parser:
             tuple(sorted(boundaries)),
             partial,
             survives,
+            answer,
         )
 
     def _tokens(self, record: Record, session: Hashable) -> Tokens:
@@ -137,11 +141,21 @@ class _Parser:
             raise ValueError("the prompt is empty")
         return tokens
 
-    def _output(self, record: Record) -> Tokens:
+    def _output(self, record: Record) -> tuple[Tokens, int | None]:
+        """(ids, tokens of the answer where the ids do not tell)."""
+        several = self._unit > 1 and "output_length" in record
         if "output" in record:
-            return read_ids(record["output"])
+            output = read_ids(record["output"])
+            length = whole(record, "output_length") if several else None
+            # An answer's first tokens may stand in the prompt's last id.
+            if length is not None and units(length, self._unit) - len(output) not in (0, 1):
+                raise ValueError(
+                    f"output_length {length} is not that of {len(output)} ids of {self._unit} "
+                    "tokens"
+                )
+            return output, length
         length = whole(record, "output_length") if "output_length" in record else 0
-        return self._fresh.take(units(length, self._unit))
+        return self._fresh.take(units(length, self._unit)), length if several else None
 
 
 def write(trace: Trace, file: TextIO) -> int:
@@ -163,6 +177,8 @@ def write(trace: Trace, file: TextIO) -> int:
         else:
             record["tokens"] = request.tokens.tolist()
         record["output"] = request.output.tolist()
+        if trace.unit > 1 and request.answer_tokens is not None:
+            record["output_length"] = request.answer_tokens
         if request.boundaries:
             record["boundaries"] = list(request.boundaries)
         if request.partial_tokens is not None:

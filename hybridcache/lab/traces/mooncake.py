@@ -67,12 +67,15 @@ class MooncakeReader(Reader):
                     "say their size with ?unit="
                 )
             # The answer fills the prompt's partial block first.
-            total = units(length + whole(record, "output_length"), self.unit)
+            answer = whole(record, "output_length")
+            total = units(length + answer, self.unit)
             output = fresh.take(total - len(tokens))
             partial = length - (len(tokens) - 1) * self.unit
             number += 1
             when = clock.at(said_s)
-            yield TraceRequest(when, number, None, tokens, output, (), partial)
+            yield TraceRequest(
+                when, number, None, tokens, output, (), partial, answer_tokens=answer
+            )
 
         return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
@@ -119,7 +122,7 @@ def write(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
         record = {
             "timestamp": round(request.timestamp_s * 1000),
             "input_length": length,
-            "output_length": max(1, len(request.output) * trace.unit),
+            "output_length": max(1, request.num_answer_tokens(trace.unit)),
             "hash_ids": blocks.of(request.namespace, request.tokens, length),
         }
         file.write(json.dumps(record) + "\n")

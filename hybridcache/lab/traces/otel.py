@@ -121,7 +121,7 @@ def _start_ns(span: Record) -> Iterator[int]:
             raise ValueError(f"start_time is {said}, not a time in ISO 8601") from None
     else:
         said = span["startTimeUnixNano"]
-        if not str(said).isdecimal():
+        if not str(said).isdecimal() or len(str(said)) > 20:  # of 64 bits
             raise ValueError(f"startTimeUnixNano is {shown(said)}, not a number of nanoseconds")
         yield int(said)
 
@@ -147,7 +147,11 @@ def _value(value: Any) -> Any:
     if "kvlistValue" in value:
         return _named(_inside(value, "kvlistValue"))
     if "intValue" in value:
-        return int(str(value["intValue"]))
+        try:
+            return int(str(value["intValue"]))
+        except ValueError:
+            said = shown(value["intValue"])
+            raise ValueError(f"intValue is {said}, not a whole number") from None
     plain = ("stringValue", "boolValue", "doubleValue")
     return next((value[name] for name in plain if name in value), None)
 

@@ -3,6 +3,7 @@ events and deaths do, and the command line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,7 +13,9 @@ import pytest
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.cli import main
+from hybridcache.lab.cli import _parser, main
+from hybridcache.lab.command.shared import opened
+from hybridcache.lab.replicas.command import simulate_fleets
 from hybridcache.lab.replicas.fleet import FleetConfig, Span, times_of
 from hybridcache.lab.replicas.report import fleet_table
 from hybridcache.lab.replicas.result import FleetResult
@@ -189,6 +192,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
         (["--replicas", "0"], "--replicas must be at least 1"),
         (["--replicas", "2", "--router", "best"], "no router 'best'; known: round_robin"),
         (["--replicas", "2", "--baseline", "vllm"], "--baseline has no meaning with --replicas"),
+        *(
+            (["--replicas", "2", flag, *value], f"{flag} has no meaning with --replicas")
+            for flag, *value in (
+                ("--no-bound",),
+                ("--no-tiers",),
+                ("--kv-share", "0.5"),
+                ("--checkpoint-dtype", "int8"),
+                ("--host-gib", "1"),
+                ("--disk-gib", "1"),
+                ("--host-gb-s", "50"),
+                ("--disk-gb-s", "6"),
+                ("--page", "p.html"),
+            )
+        ),
         (["--replicas", "2", "--load", "0"], "--load must be above 0"),
         (["--replicas", "2", "--ray", "x", "--processes", "2"], "name one"),
     ],
@@ -197,6 +214,22 @@ def test_bad_input(more: Iterable[str], sentence: str, capsys: pytest.CaptureFix
     assert main(["simulate", "--trace", "short?head=5", "--gib", "1", *more]) == 2
     shown = capsys.readouterr().err
     assert sentence in shown and shown.count("\n") == 1
+
+
+def test_every_flag_is_passed_on_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            argparse.Namespace,
+            "__getattribute__",
+            lambda self, name: read.add(name) or object.__getattribute__(self, name),
+        )
+        asked = ["simulate", "--trace", "short?head=5", "--gib", "1", "--replicas", "2"]
+        options = _parser().parse_args(asked)
+        read.clear()
+        assert simulate_fleets(options, lambda spec: opened(spec, options)) == 0
+    flags = set(vars(options)) - {"run", "goes_on"}
+    assert len(flags) > 30 and flags <= read
 
 
 def test_a_trace_without_time_has_no_load() -> None:
