@@ -133,7 +133,24 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "guided_choice": []}, "among 1 to 4096 texts"),
     ({"messages": CHAT, "guided_json": {"type": "foo"}}, "can not be served: Invalid type: foo"),
     ({"messages": CHAT, "guided_json": "{"}, "must be an object, or the text of one"),
-    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "can not be served"),
+    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "'guided_regex': this grammar can not be"),
+    ({"messages": CHAT, "guided_regex": "a{1000000000}"}, "'guided_regex': this grammar is too"),
+    (
+        {"messages": CHAT, "guided_grammar": 'root ::= "a"{1000000}'},
+        "is too complex to be followed",
+    ),
+    (
+        {"messages": CHAT, "structured_outputs": {"json": {"type": "foo"}}},
+        "'structured_outputs.json'",
+    ),
+    (
+        {
+            "messages": CHAT,
+            "max_tokens": 9,
+            "guided_grammar": 'root ::= [b-d] [b-d] [b-d] "a"{1000000}',
+        },
+        "is too complex to be",
+    ),
     ({"messages": CHAT, "structured_outputs": {"structural_tag": "{}"}}, "structural_tag"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "shorten the prompt"),
 ]
