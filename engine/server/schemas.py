@@ -415,6 +415,11 @@ class ChatRequest(Sampling, Rendering):
                 "'continue_final_message' goes on in the last message: leave out "
                 "'add_generation_prompt', which begins another."
             )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError(
+                "'continue_final_message' goes on in an answer: the last message must be the "
+                "assistant's."
+            )
         return self
 
 
