@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.config import EngineConfig
-from engine.engine_loop import Ending, EngineLoop, EngineStopped, StepFailed
+from engine.engine_loop import Ending, EngineLoop, EngineStopped, RequestRefused, StepFailed, failed
 from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
@@ -33,10 +33,12 @@ __all__ = [
     "EngineStopped",
     "NoSingleEngine",
     "QueueFull",
+    "RequestRefused",
     "RequestStream",
     "ServedEngine",
     "StepFailed",
     "Watching",
+    "failed",
 ]
 
 Result = TypeVar("Result")

@@ -46,7 +46,17 @@ class StepFailed(RuntimeError):
     """What computed this request broke off; others may go on."""
 
 
+class RequestRefused(StepFailed):
+    """What this request asked for could not be followed to its end: another try fails as well."""
+
+
 Ending = EngineStopped | StepFailed
+
+
+def failed(output: RequestOutput) -> StepFailed:
+    """Why ``output``, which has an ``error``, is the last of its request."""
+    assert output.error is not None
+    return (RequestRefused if output.is_refused else StepFailed)(output.error)
 
 
 class EngineLoop(Generic[Reader]):
@@ -214,7 +224,7 @@ class EngineLoop(Generic[Reader]):
         for output in outputs:
             reader = self._streams.get(output.request_id)
             if reader is not None:
-                mail.append((reader, output if output.error is None else StepFailed(output.error)))
+                mail.append((reader, output if output.error is None else failed(output)))
             if output.is_finished:
                 self._streams.pop(output.request_id, None)
         self._deliver(mail)

@@ -20,6 +20,7 @@ from engine.async_engine import (
     RequestStream,
     StepFailed,
     Watching,
+    failed,
 )
 from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
@@ -184,9 +185,7 @@ class FleetEngine:
                         if not answer.num_tokens and output.new_token_ids:
                             self._waiting.discard(request_id)
                             self._fleet.prefilled(request_id)
-                        stream.put(
-                            StepFailed(output.error) if output.error else answer.whole(output)
-                        )
+                        stream.put(failed(output) if output.error else answer.whole(output))
                     return
                 except asyncio.CancelledError:
                     outputs.cancel()

@@ -23,15 +23,28 @@ MAX_DEPTH = 60
 MAX_MULTIPLE = 10_000
 """The product of the ``multipleOf`` in a schema, without their tens: the states of what checks
 them are as many, and the time to find them grows as the square."""
-WHITESPACE = r"[ \t\r\n]{0,64}"
-"""Between the parts of a JSON answer: bounded, for a model may go on with it for ever."""
+WHITESPACE = r" |\n {0,8}"
+"""Between the parts of a JSON answer, at most once: a blank, or a new line and its indent. More
+would be spent of ``max_tokens`` by a model that goes on with it."""
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As ``json.dumps`` writes, and chat templates: so a call that comes back has the same tokens."""
 NESTED = ("%json", "%regex")
+CALL = "call_"
+"""Begins the names of the rules that are calls."""
 
 
 class GrammarError(ValueError):
     """A grammar that can not be served, in one sentence."""
+
+
+class TooComplex(GrammarError):
+    """A grammar that took too much to follow, at its beginning or far in an answer."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            "this grammar is too complex to be followed: ask for fewer repetitions or choices "
+            f"({why})."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +128,22 @@ def grammar_of_calls(
         raise GrammarError(f"tool_choice must be one of {', '.join(names) or 'no tools'}.")
     assert form == "hermes"
     more = '("\\n" call)*' if in_parallel and choice == "required" else ""
-    bodies = [f"call_{number}: {_json(_call(f), AS_DUMPED)}" for number, f in enumerate(wanted)]
-    kinds = " | ".join(f"call_{number}" for number in range(len(wanted)))
+    bodies = [f"{CALL}{number}: {_body(function)}" for number, function in enumerate(wanted)]
+    kinds = " | ".join(f"{CALL}{number}" for number in range(len(wanted)))
     lines = [
         f"start: call {more}",
         f'call: "<tool_call>\\n" ({kinds}) "\\n</tool_call>"',
         *bodies,
     ]
     return Grammar("lark", _bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
+
+
+def _body(function: Mapping[str, Any]) -> str:
+    """A call as part of a Lark grammar. GrammarError: it names the tool."""
+    try:
+        return _json(_call(function), AS_DUMPED)
+    except GrammarError as error:
+        raise GrammarError(f"tool {function['name']!r}: {error}") from None
 
 
 def _call(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.guided.grammar import Grammar, GrammarError
+from engine.guided.grammar import CALL, Grammar, GrammarError, TooComplex
 from hybridcache.extras import how_to_install
 from hybridcache.tokens import Tokens
 
@@ -38,6 +38,16 @@ NUM_REMEMBERED = 64
 MARK = b"\xff"
 """Begins the bytes of a token that no text has, in the library's own form."""
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+QUOTED_REGEX = re.compile(r'invalid regex ".*" \(in regex\): regex parse error:$')
+REGEX = "regex parse error:"
+"""Ends a first line that says less than the line behind it that begins with ``ERROR``."""
+ERROR = "error: "
+ENDLESS = "NoExtensionBias"
+"""The library's whole message for a grammar with a beginning but no end."""
+TOOL = re.compile(
+    rf'^ *\d+ \| {CALL}\d+: .*?"name": {{"const": ("(?:[^"\\]|\\.)*").*\n *\^', re.MULTILINE
+)
+"""Of a message, the line of our making that it means, and in it the tool's name."""
 
 Mask = npt.NDArray[np.uint8]
 """Bit ``i % 8`` of byte ``i // 8``: whether token i is allowed."""
@@ -62,7 +72,7 @@ class Guides:
     def compile(self, grammar: Grammar) -> Any:
         """The library's matcher of ``grammar`` at its beginning, remembered: it is copied, never
         moved on. GrammarError: there is no library, or the grammar is wrong, too large, or one that
-        only the empty answer fits."""
+        only the empty answer fits; TooComplex: its first two tokens already take too much."""
         with self._lock:
             if grammar in self._compiled:
                 self._compiled.move_to_end(grammar)
@@ -140,12 +150,11 @@ class Guide:
         return drafts[: int(ends.argmax())] if ends.any() else drafts
 
     def is_done(self, answer: Tokens) -> bool:
-        """Whether nothing can follow ``answer``. RuntimeError: it is not what the grammar
-        allows, or the grammar became too complex to tell."""
+        """Whether nothing can follow ``answer``, which the grammar allows. TooComplex: following
+        it took too much."""
         self._go_to(answer)
         if self._matcher.is_error():
-            why = _first_line(self._matcher.get_error())
-            raise RuntimeError(f"the answer's grammar could not be followed further ({why})")
+            raise TooComplex(_reason(self._matcher.get_error()))
         return bool(self._matcher.is_stopped())
 
     def _go_to(self, answer: Tokens) -> None:
@@ -210,20 +219,43 @@ def _matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
 
 
 def _check_beginning(matcher: Any, ends: Tokens) -> None:
-    """GrammarError: no token can begin an answer, or what can took too long to find."""
+    """GrammarError: no token can begin an answer; TooComplex: what can, or what can follow one
+    that can, took too long to find."""
     tried = matcher.deep_copy()
-    allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
-    if tried.is_error():
-        raise _wrong(tried.get_error())
+    allowed = _allowed(tried)
     allowed[ends] = 0
     if not allowed.any():
         raise GrammarError("no answer fits this grammar, or only the empty one.")
+    tried.consume_token(int(allowed.argmax()))
+    # Limits of repetitions are reached behind the first token only.
+    _allowed(tried)
+
+
+def _allowed(tried: Any) -> Mask:
+    """Which token may come next, one of these bits each. GrammarError: the grammar has no end;
+    TooComplex: it took too long to find."""
+    allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
+    if tried.is_error():
+        reason = _reason(tried.get_error())
+        if reason == ENDLESS:
+            raise GrammarError(
+                "no answer fits this grammar: one of its rules never comes to an end."
+            )
+        raise TooComplex(reason)
+    return allowed
 
 
 def _wrong(message: str) -> GrammarError:
-    return GrammarError(f"this grammar can not be served: {_first_line(message)}.")
+    tool = TOOL.search(message)
+    where = "" if tool is None else f"tool {json.loads(tool[1])!r}: "
+    return GrammarError(f"{where}this grammar can not be served: {_reason(message)}.")
 
 
-def _first_line(message: str) -> str:
+def _reason(message: str) -> str:
+    """Of the library's message what says what is wrong, on one line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return (lines[0] if lines else "no reason given").rstrip(".")
+    first = QUOTED_REGEX.sub(REGEX, lines[0]) if lines else "no reason given"
+    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    if first.endswith(REGEX) and errors:
+        first = f"{first.removesuffix(REGEX)}a regular expression in it is wrong, {errors[-1]}"
+    return first.rstrip(".")

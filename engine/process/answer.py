@@ -42,6 +42,7 @@ class Answer:
             losses=news.losses,
             finish_reason=news.finish_reason,
             error=None,
+            is_refused=False,
             timings=news.timings,
             num_preemptions=news.num_preemptions,
             all_logprobs=self._logprobs,

@@ -17,7 +17,15 @@ import numpy as np
 from engine.async_engine import RequestStream
 from engine.build import sampling_defaults
 from engine.config import EngineConfig
-from engine.engine_loop import FAILED, STOPPED, STOPPING, EngineStopped, StepFailed, taken
+from engine.engine_loop import (
+    FAILED,
+    STOPPED,
+    STOPPING,
+    EngineStopped,
+    RequestRefused,
+    StepFailed,
+    taken,
+)
 from engine.guided.grammar import Grammar
 from engine.process.answer import Answer
 from engine.process.channel import Channel
@@ -257,7 +265,8 @@ class ProcessEngine:
         for ended in outputs.ended:
             followed = self._streams.pop(ended.request_id, None)
             if followed is not None:
-                followed[0].put((EngineStopped if ended.is_stop else StepFailed)(ended.why))
+                kind = RequestRefused if ended.is_refused else StepFailed
+                followed[0].put((EngineStopped if ended.is_stop else kind)(ended.why))
 
     def _answered(self, said: Reply) -> None:
         reply = self._replies.get(said.number)

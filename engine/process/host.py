@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.engine import Engine
-from engine.engine_loop import EngineLoop, EngineStopped
+from engine.engine_loop import EngineLoop, EngineStopped, RequestRefused
 from engine.process.channel import Channel, ChannelClosed
 from engine.process.messages import (
     Abort,
@@ -175,7 +175,9 @@ class Host:
             if isinstance(letter, RequestOutput):
                 news.append(news_of(letter))
             else:
-                ended.append(Ended(request_id, str(letter), isinstance(letter, EngineStopped)))
+                is_stop = isinstance(letter, EngineStopped)
+                is_refused = isinstance(letter, RequestRefused)
+                ended.append(Ended(request_id, str(letter), is_stop, is_refused))
         self._send_outputs(tuple(news), tuple(ended))
 
     def _send_outputs(self, news: tuple[News, ...], ended: tuple[Ended, ...]) -> None:

@@ -119,6 +119,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     why: str
     is_stop: bool
     """Of the whole engine; else of the step that computed it."""
+    is_refused: bool = False
+    """Of what was asked for."""
 
 
 class Outputs(Message, frozen=True):

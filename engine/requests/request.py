@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from engine.guided.grammar import GrammarError
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
@@ -58,6 +59,7 @@ class Request:
         "finished_s",
         "first_token_s",
         "guide",
+        "is_refused",
         "lease",
         "logprobs",
         "losses",
@@ -142,6 +144,8 @@ class Request:
         self.losses: Losses | None = None
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
+        self.is_refused = False
+        """The error is of what was asked for."""
         self.num_preemptions = 0
         self.arrival_s = arrival_s
         self.scheduled_s: float | None = None
@@ -278,8 +282,9 @@ class Request:
         return stopped
 
     def fail(self, error: Exception, now_s: float) -> None:
-        """End, for a fault that is this request's alone."""
-        self.error = f"{type(error).__name__}: {error}"
+        """End, for a fault that is this request's alone, or of what it asked for."""
+        self.is_refused = isinstance(error, GrammarError)
+        self.error = str(error) if self.is_refused else f"{type(error).__name__}: {error}"
         self.finish("error", now_s, flush=False)
 
     def finish(self, reason: FinishReason, now_s: float, flush: bool = True) -> None:
@@ -309,6 +314,7 @@ class Request:
             losses=self.losses,
             finish_reason=self.finish_reason,
             error=self.error,
+            is_refused=self.is_refused,
             timings=self._timings(),
             num_preemptions=self.num_preemptions,
             all_logprobs=self.logprobs,

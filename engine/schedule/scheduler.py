@@ -421,8 +421,11 @@ class Scheduler:
         try:
             yield
         except Exception as error:
-            logger.exception("Request %s failed; the others go on.", request.request_id)
             request.fail(error, self._clock())
+            if request.is_refused:
+                logger.warning("Request %s ends: %s", request.request_id, error)
+            else:
+                logger.exception("Request %s failed; the others go on.", request.request_id)
 
     def check(self) -> None:
         """AssertionError unless those who run, and they alone, have a lease, and both lists are in

@@ -37,7 +37,8 @@ _NOT_JSON = (
     "The body is not valid UTF-8 JSON, or nested too deep, or has too long a number: "
     "send one JSON object."
 )
-_NO_OBJECT = "The body must be one JSON object, with the header Content-Type: application/json."
+_NO_OBJECT = "The body must be one JSON object, with names and values between { and }."
+_NO_HEADER = "The body came without the header Content-Type: application/json: send it along."
 
 
 class BodyReader:
@@ -66,7 +67,7 @@ class BodyReader:
         if not is_json:
             # Foreign web pages can not set the header without asking: they do not post to a server
             # on localhost.
-            raise APIError(400, _NO_OBJECT)
+            raise APIError(400, _NO_HEADER)
         self._check_marks(raw, kind)
         try:
             body = json.loads(raw.decode())

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.async_engine import EngineStopped, StepFailed
+from engine.async_engine import EngineStopped, RequestRefused, StepFailed
 
 MAX_QUOTED, MAX_MESSAGE = 60, 280
 """Characters of what a client sent that an answer quotes, and of the whole message."""
@@ -165,6 +165,8 @@ def of_failure(error: Exception) -> APIError:
         return error
     if isinstance(error, EngineStopped):
         return APIError(503, str(error), code="stopped", headers={"Retry-After": "10"})
+    if isinstance(error, RequestRefused):
+        return APIError(400, str(error))
     return APIError(500, f"The engine failed on this request: {error}.")
 
 

@@ -99,6 +99,7 @@ class ServingContext:
         """What the answer must be, ready to be used: by the ``body``, or the ``calls`` that are
         demanded, and behind its reasoning where it begins inside of it; None: anything. APIError
         400: it can not be served."""
+        param = body.form_name
 
         def work() -> Grammar | None:
             grammar = calls() or body.grammar()
@@ -106,7 +107,10 @@ class ServingContext:
                 return None
             if is_thinking:
                 grammar = grammar.behind(CLOSE)
-            self.engine.compile(grammar)
+            try:
+                self.engine.compile(grammar)
+            except ValueError as error:
+                raise ValueError(str(error) if param is None else f"'{param}': {error}") from error
             return grammar
 
         if not body.is_guided:
@@ -114,7 +118,7 @@ class ServingContext:
         try:
             return await self.workers.compile(work)
         except ValueError as error:
-            raise APIError(400, str(error)) from error
+            raise APIError(400, str(error), param=param) from error
 
     def namespace_of(self, salt: str | None) -> str | None:
         """The namespace of requests with one ``cache_salt``: a hash of it, since namespaces are

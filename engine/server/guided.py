@@ -11,6 +11,7 @@ from engine.guided.grammar import Grammar, GrammarError
 from engine.server.strict import Listed, Strict
 
 Schema = dict[str, Any] | bool
+NAMES = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class NamedSchema(Strict):
@@ -51,6 +52,15 @@ class Guided(Strict):
         """Whether ``grammar`` has any work."""
         asked = (self.response_format, self.structured_outputs, self.guided_json, self.guided_regex)
         return any(a is not None for a in (*asked, self.guided_choice, self.guided_grammar))
+
+    @property
+    def form_name(self) -> str | None:
+        """The parameter that asks for the form; None: there is none, or more than one."""
+        newer = self.structured_outputs or StructuredOutputs()
+        asked = {name: getattr(self, name) for name in NAMES}
+        asked |= {f"structured_outputs.{n.rstrip('_')}": v for n, v in newer if v is not None}
+        names = [name for name, value in asked.items() if value is not None]
+        return names[0] if len(names) == 1 else None
 
     def grammar(self) -> Grammar | None:
         """None: anything may be answered. GrammarError: more is asked for than one form, or one

@@ -391,6 +391,10 @@ class ChatRequest(Sampling, Rendering):
     def is_guided(self) -> bool:
         return self.demands_call or super().is_guided
 
+    @property
+    def form_name(self) -> str | None:
+        return "tools" if self.demands_call else super().form_name
+
     def demanded_calls(self) -> Grammar | None:
         """The calls that the answer must be, in Hermes' form; None: it need not be any. ValueError:
         a tool's schema can not be served, or a form is asked for beside it."""
@@ -410,6 +414,11 @@ class ChatRequest(Sampling, Rendering):
             raise ValueError(
                 "'continue_final_message' goes on in the last message: leave out "
                 "'add_generation_prompt', which begins another."
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError(
+                "'continue_final_message' goes on in an answer: the last message must be the "
+                "assistant's."
             )
         return self
 

@@ -28,6 +28,13 @@ def _by_id(biases: dict[str, float]) -> dict[int, float]:
     return {int(name): value for name, value in biases.items()}
 
 
+def _printable(request_id: str) -> str:
+    """It comes back in answers and stands in logs, which are lines."""
+    if not request_id.isprintable():
+        raise ValueError("'request_id' may have no control characters: send one line of text.")
+    return request_id
+
+
 class TokenOptions(Guided):
     """The part of a request that says which tokens may come, and what is reported of them."""
 
@@ -51,7 +58,10 @@ class TokenOptions(Guided):
     return_token_ids: bool = False
     return_cached_tokens_details: bool = False
     """SGLang's: also as its ``sglext``."""
-    request_id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_CHARS)
+    request_id: (
+        Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_printable)]
+        | None
+    ) = None
     """What the answer's id ends with."""
     priority: Annotated[int, Field(ge=0, le=0)] = 0
     """Who came first goes first."""

@@ -17,6 +17,10 @@ from engine.store.whole_file import write_whole
 
 NAME = "whose.json"
 FORM = "engine state 1"
+MAX_SHOWN = 20
+"""Characters of a value that a refusal repeats; digests have more."""
+FLAGS = {"checkpoint grid": "--grid", "page size": "--page-size", "dtype": "--dtype"}
+"""What sets a word where somebody may have set it otherwise."""
 
 
 def claim(folder: Path, words: Mapping[str, str]) -> bytes:
@@ -32,10 +36,10 @@ def claim(folder: Path, words: Mapping[str, str]) -> bytes:
             theirs = _read(path)
             differing = [name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)]
             if differing:
-                named = dict.fromkeys(differing)
+                named = ", ".join(_difference(n, theirs, ours) for n in dict.fromkeys(differing))
                 raise StoreError(
-                    f"{folder} holds the state of an engine with another {', '.join(named)}: start "
-                    "with the same, or give another folder."
+                    f"{folder} holds the state of an engine with another {named}: start with the "
+                    "same, or give another folder."
                 )
         elif any(folder.glob(f"*{SUFFIX}")):
             raise StoreError(f"{folder} has segments, but no {NAME}: give another folder.")
@@ -46,11 +50,23 @@ def claim(folder: Path, words: Mapping[str, str]) -> bytes:
     return hashlib.blake2b(json.dumps(ours, sort_keys=True).encode(), digest_size=32).digest()
 
 
+def _difference(name: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """``name``, and its values where both are short: a digest says nothing to anybody."""
+    values = [theirs.get(name), ours.get(name)]
+    if any(not isinstance(value, str) or len(value) > MAX_SHOWN for value in values):
+        return name
+    flag = f": {FLAGS[name]}" if name in FLAGS else ""
+    return f"{name} ({values[0]} there, {values[1]} here{flag})"
+
+
 def _read(path: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise StoreError(f"{path} is damaged: give another folder, or delete this one.")
+        raise StoreError(
+            f"{path} is damaged: give another folder, or delete {path.parent} with all that is in "
+            "it."
+        )
     return found

@@ -105,6 +105,8 @@ class RequestOutput:
     finish_reason: FinishReason | None
     error: str | None
     """Why it ended with ``finish_reason`` "error", in a few words; else None."""
+    is_refused: bool
+    """The ``error`` is of what was asked for, not of the engine."""
     timings: Timings
     num_preemptions: int
     all_logprobs: Sequence[SampledToken]

@@ -40,6 +40,8 @@ GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
             "cache_salt": "a",
         },
     ),
+    ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4, "guided_regex": "a{2}b"}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 6, "guided_grammar": 'root ::= "a"{2}'}),
     ("/tokenize", {"messages": CHAT}),
     ("/tokenize", {"prompt": "hello"}),
     ("/detokenize", {"tokens": [65, 66]}),
@@ -49,7 +51,7 @@ NAMES = ("top_k", "min_p", "seed", "stop_token_ids", "logit_bias", "best_of", "m
 
 def _odd(draw: random.Random) -> Any:
     deep: Any = 1
-    for _ in range(draw.choice((3, 200, 900))):
+    for _ in range(draw.choice((3, 200, 450))):
         deep = [deep] if draw.random() < 0.5 else {"a": deep}
     return draw.choice(
         (
@@ -74,6 +76,8 @@ def _odd(draw: random.Random) -> Any:
             [[] for _ in range(draw.choice((3, 5000)))],
             [{"role": "user"} for _ in range(draw.choice((3, 5000)))],
             "[" * 2000,
+            "a{1000000000}",
+            'root ::= [b-d] [b-d] [b-d] "a"{1000000}',
             deep,
         )
     )

@@ -89,12 +89,13 @@ def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> Non
             assert engine.cache.lower is not None
             assert engine.cache.lower.copied_rows["disk", "device"] > 0
         engine.close()
-    for grid, differs in ((32, "tile, checkpoint grid"), (128, "tile, checkpoint grid")):
-        with pytest.raises(StoreError, match=f"another {differs}: start"):
+    for grid in (32, 128):
+        differs = rf"another tile.*, checkpoint grid \(16 there, {grid} here: --grid\): start"
+        with pytest.raises(StoreError, match=differs):
             make_engine(state_dir=str(folder), exact=True, grid=grid)
     shutil.rmtree(folder)
     make_engine(exact=True, state_dir=str(folder)).close()
-    with pytest.raises(StoreError, match="another checkpoint grid: start"):
+    with pytest.raises(StoreError, match=r"another checkpoint grid \(64 there, 128 here"):
         make_engine(state_dir=str(folder), exact=True, grid=128)
 
 

@@ -130,10 +130,29 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         {"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True},
         "goes on in the last message",
     ),
+    ({"messages": CHAT, "continue_final_message": True}, "must be the assistant's"),
+    ({"messages": CHAT, "request_id": "a b\r\nX-Evil: 1"}, "may have no control characters"),
     ({"messages": CHAT, "guided_choice": []}, "among 1 to 4096 texts"),
     ({"messages": CHAT, "guided_json": {"type": "foo"}}, "can not be served: Invalid type: foo"),
     ({"messages": CHAT, "guided_json": "{"}, "must be an object, or the text of one"),
-    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "can not be served"),
+    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "'guided_regex': this grammar can not be"),
+    ({"messages": CHAT, "guided_regex": "a{1000000000}"}, "'guided_regex': this grammar is too"),
+    (
+        {"messages": CHAT, "guided_grammar": 'root ::= "a"{1000000}'},
+        "is too complex to be followed",
+    ),
+    (
+        {"messages": CHAT, "structured_outputs": {"json": {"type": "foo"}}},
+        "'structured_outputs.json'",
+    ),
+    (
+        {
+            "messages": CHAT,
+            "max_tokens": 9,
+            "guided_grammar": 'root ::= [b-d] [b-d] [b-d] "a"{1000000}',
+        },
+        "is too complex to be",
+    ),
     ({"messages": CHAT, "structured_outputs": {"structural_tag": "{}"}}, "structural_tag"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "shorten the prompt"),
 ]
@@ -166,7 +185,7 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
         (b"", "The body is empty: send one JSON object."),
         (b"{", "The body is not valid JSON"),
         (b'{"prompt": "x"', "The body is not valid JSON"),
-        (b"[1, 2]", "The body must be one JSON object"),
+        (b"[1, 2]", "The body must be one JSON object, with names"),
         (b'"text"', "The body must be one JSON object"),
         (b"null", "The body"),
         (b'{"prompt": "\xff\xfe"}', "not valid UTF-8 JSON"),
@@ -195,7 +214,7 @@ def test_half_a_character_is_quoted_as_a_question_mark(live: Live) -> None:
 def test_json_must_be_called_json(live: Live, content_type: str) -> None:
     """As ``curl -d`` forgets, and as a foreign web page can not without asking."""
     answer = _send(live, b'{"prompt": "x"}', content_type)
-    check_error(answer, 400, "with the header Content-Type: application/json")
+    check_error(answer, 400, "without the header Content-Type: application/json")
 
 
 def _send(live: Live, payload: bytes, content_type: str) -> httpx.Response:
