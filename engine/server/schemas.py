@@ -8,7 +8,7 @@ A parameter that would change the answer and is not served is refused by name; o
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -27,7 +27,14 @@ from engine.guided.grammar import grammar_of_calls
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
-from engine.server.strict import Listed, Name, Strict, whole_numbers, with_defaults
+from engine.server.strict import (
+    Listed,
+    Name,
+    Strict,
+    whole_numbers,
+    with_defaults,
+    without_what_asks_for_nothing,
+)
 from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
 from engine.text.templates import Cut
 
@@ -66,23 +73,6 @@ BROKEN = "INVALID_JSON"
 """Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
-
-
-def without_what_asks_for_nothing(
-    body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
-) -> Any:
-    """``body`` without what is ``ignored``, null ("your default", everywhere in this API) or
-    ``neutral``. ValueError: a name of ``neutral`` with another value."""
-    if not isinstance(body, dict):
-        return body
-    for name, values in neutral.items():
-        if body.get(name) is not None and body[name] not in values:
-            raise ValueError(f"'{name}' is not served here: leave it out.")
-    return {
-        name: value
-        for name, value in body.items()
-        if value is not None and name not in ignored and name not in neutral
-    }
 
 
 class StreamOptions(Strict):

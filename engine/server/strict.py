@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -53,3 +54,20 @@ def _has_floats(body: Any) -> bool:
 def _whole(value: Any) -> Any:
     is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
     return int(value) if is_whole else value
+
+
+def without_what_asks_for_nothing(
+    body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
+) -> Any:
+    """``body`` without what is ``ignored``, null ("your default", everywhere in this API) or
+    ``neutral``. ValueError: a name of ``neutral`` with another value."""
+    if not isinstance(body, dict):
+        return body
+    for name, values in neutral.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise ValueError(f"'{name}' is not served here: leave it out.")
+    return {
+        name: value
+        for name, value in body.items()
+        if value is not None and name not in ignored and name not in neutral
+    }

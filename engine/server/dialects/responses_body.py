@@ -20,9 +20,8 @@ from engine.server.schemas import (
     ChatRequest,
     StreamOptions,
     parsed_arguments,
-    without_what_asks_for_nothing,
 )
-from engine.server.strict import Listed, Name, Strict
+from engine.server.strict import Listed, Name, Strict, without_what_asks_for_nothing
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")
