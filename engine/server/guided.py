@@ -3,9 +3,9 @@ vLLM has for the rest."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from engine.guided.grammar import Grammar, GrammarError
 from engine.server.strict import Listed, Strict
@@ -46,6 +46,13 @@ class Guided(Strict):
     guided_regex: str | None = None
     guided_choice: Listed[str] | None = None
     guided_grammar: str | None = None
+    _format_name: str = PrivateAttr("response_format")
+    """What the client calls ``response_format``."""
+
+    def with_format_name(self, name: str) -> Self:
+        """Itself: another dialect's ``name`` for ``response_format`` stands in its errors."""
+        self._format_name = name
+        return self
 
     @property
     def is_guided(self) -> bool:
@@ -60,7 +67,9 @@ class Guided(Strict):
         asked = {name: getattr(self, name) for name in NAMES}
         asked |= {f"structured_outputs.{n.rstrip('_')}": v for n, v in newer if v is not None}
         names = [name for name, value in asked.items() if value is not None]
-        return names[0] if len(names) == 1 else None
+        if len(names) != 1:
+            return None
+        return self._format_name if names[0] == "response_format" else names[0]
 
     def grammar(self) -> Grammar | None:
         """None: anything may be answered. GrammarError: more is asked for than one form, or one

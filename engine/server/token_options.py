@@ -3,6 +3,7 @@ what is told of them."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -14,6 +15,8 @@ from engine.server.strict import Listed, whole_numbers
 
 MAX_ID_CHARS = 128
 """Of a request's name."""
+LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+"""No control characters, and nothing that breaks lines."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[Listed[TokenId], BeforeValidator(whole_numbers)]
 Text = Annotated[str, Field(min_length=1)]
@@ -28,9 +31,9 @@ def _by_id(biases: dict[str, float]) -> dict[int, float]:
     return {int(name): value for name, value in biases.items()}
 
 
-def _printable(request_id: str) -> str:
+def _one_line(request_id: str) -> str:
     """It comes back in answers and stands in logs, which are lines."""
-    if not request_id.isprintable():
+    if not re.match(LINE, request_id):
         raise ValueError("'request_id' may have no control characters: send one line of text.")
     return request_id
 
@@ -59,7 +62,11 @@ class TokenOptions(Guided):
     return_cached_tokens_details: bool = False
     """SGLang's: also as its ``sglext``."""
     request_id: (
-        Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_printable)]
+        Annotated[
+            str,
+            Field(min_length=1, max_length=MAX_ID_CHARS, json_schema_extra={"pattern": LINE}),
+            AfterValidator(_one_line),
+        ]
         | None
     ) = None
     """What the answer's id ends with."""

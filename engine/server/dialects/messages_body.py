@@ -281,7 +281,7 @@ class CountRequest(Strict):
     def as_chat(self) -> ChatRequest:
         """The chat that it is. APIError 400: it asks for what is not served."""
         try:
-            return chat_request(self.fields())
+            return chat_request(self.fields(), "output_config.format")
         except ValueError as error:
             raise APIError(400, str(error), param="messages") from error
 

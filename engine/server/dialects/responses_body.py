@@ -174,6 +174,8 @@ class TextFormat(NamedSchema):
     def _says_one_thing(self) -> TextFormat:
         if self.type != "json_schema" and self._rest:
             raise ValueError(f"A 'text.format' of type {self.type} has nothing beside its type.")
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("A 'text.format' of type json_schema needs a 'schema'.")
         return self
 
     def of_chat(self) -> dict[str, Any]:
@@ -266,7 +268,8 @@ class ResponsesRequest(Strict):
                     "response_format": None if self.text is None else self.text.form,
                     "cache_salt": self.cache_salt,
                     "prompt_cache_options": options and options.model_dump(),
-                }
+                },
+                "text.format",
             )
         except ValueError as error:
             raise APIError(400, str(error), param="input") from error

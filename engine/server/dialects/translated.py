@@ -10,11 +10,11 @@ from engine.server.errors import of_validation
 from engine.server.schemas import ChatRequest
 
 
-def chat_request(fields: dict[str, Any]) -> ChatRequest:
-    """``fields`` as a chat request, without those that say nothing. APIError 400: what they ask for
-    is not served."""
+def chat_request(fields: dict[str, Any], format_name: str) -> ChatRequest:
+    """``fields`` as a chat request, without those that say nothing; its form's errors name the
+    dialect's ``format_name``. APIError 400: what they ask for is not served."""
     given = {name: value for name, value in fields.items() if value is not None}
     try:
-        return ChatRequest.model_validate(given)
+        return ChatRequest.model_validate(given).with_format_name(format_name)
     except ValidationError as error:
         raise of_validation(error) from None

@@ -132,6 +132,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": CHAT, "continue_final_message": True}, "must be the assistant's"),
     ({"messages": CHAT, "request_id": "a b\r\nX-Evil: 1"}, "may have no control characters"),
+    ({"messages": CHAT, "request_id": "a\u0087b"}, "may have no control characters"),
+    ({"messages": CHAT, "request_id": "a\u2028b"}, "may have no control characters"),
     ({"messages": CHAT, "guided_choice": []}, "among 1 to 4096 texts"),
     ({"messages": CHAT, "guided_json": {"type": "foo"}}, "can not be served: Invalid type: foo"),
     ({"messages": CHAT, "guided_json": "{"}, "must be an object, or the text of one"),

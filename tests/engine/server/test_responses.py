@@ -163,6 +163,14 @@ def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
         ({"input": [{"type": {}, "role": "user", "content": "x"}]}, "items are not read here"),
         ({"text": {"format": {}}}, "'text.format.type' is missing"),
         (
+            {"text": {"format": {"type": "json_schema", "name": "a"}}},
+            "'text.format' of type json_schema needs a 'schema'",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "b"}}}},
+            "'text.format': this grammar can not be served",
+        ),
+        (
             {"text": {"format": {"type": "json_object", "schema": {}}}},
             "'text.format' of type json_object has nothing beside its type",
         ),
