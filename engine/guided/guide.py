@@ -11,6 +11,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +68,18 @@ class Guides:
     def guide(self, grammar: Grammar) -> Guide:
         """The state of a new answer. GrammarError: see ``compile``, which takes its time where
         the grammar is not one of the last that were compiled."""
-        return Guide(self.compile(grammar), self._ends(), self._num_bytes)
+        beginning = self.compile(grammar)
+        return Guide(
+            beginning, self._ends(), self._num_bytes, lambda: self._anew(grammar, beginning)
+        )
+
+    def _anew(self, grammar: Grammar, spent: Any) -> Any:
+        """The matcher in place of one whose copies, which share what they find out, have ``spent``
+        its limits together."""
+        with self._lock:
+            if self._compiled.get(grammar) is spent:
+                del self._compiled[grammar]
+        return self.compile(grammar)
 
     def compile(self, grammar: Grammar) -> Any:
         """The library's matcher of ``grammar`` at its beginning, remembered: it is copied, never
@@ -120,11 +132,16 @@ class Guides:
 class Guide:
     """Where one answer stands in its grammar. Of the engine's thread."""
 
-    __slots__ = ("_beginning", "_ends", "_matcher", "_num_bytes", "_num_taken")
+    __slots__ = ("_anew", "_beginning", "_ends", "_matcher", "_num_bytes", "_num_taken")
 
-    def __init__(self, beginning: Any, ends: Tokens, num_bytes: int) -> None:
-        """``beginning`` is copied at the first token: who waits needs no matcher of its own."""
+    def __init__(
+        self, beginning: Any, ends: Tokens, num_bytes: int, anew: Callable[[], Any]
+    ) -> None:
+        """``beginning`` is copied at the first token: who waits needs no matcher of its own. Where
+        a limit is reached, the answer is followed once more with the beginning that ``anew`` makes:
+        others may have reached it."""
         self._beginning = beginning
+        self._anew: Callable[[], Any] | None = anew
         self._ends = ends
         self._matcher: Any = None
         self._num_bytes = num_bytes
@@ -133,6 +150,10 @@ class Guide:
     def masks(self, answer: Tokens, drafts: Tokens) -> list[Mask]:
         """What may follow ``answer``, and it with each beginning of ``drafts``, which ``cut`` has
         left: 1 + d masks. O(new tokens) and the library's time for each."""
+        masks = self._masks(answer, drafts)
+        return self._masks(answer, drafts) if self._begins_anew() else masks
+
+    def _masks(self, answer: Tokens, drafts: Tokens) -> list[Mask]:
         self._go_to(answer)
         masks = [self._mask()]
         for token in drafts.tolist():
@@ -153,9 +174,19 @@ class Guide:
         """Whether nothing can follow ``answer``, which the grammar allows. TooComplex: following
         it took too much."""
         self._go_to(answer)
+        if self._begins_anew():
+            self._go_to(answer)
         if self._matcher.is_error():
             raise TooComplex(_reason(self._matcher.get_error()))
         return bool(self._matcher.is_stopped())
+
+    def _begins_anew(self) -> bool:
+        """Whether a limit was reached for the first time: nothing is taken then."""
+        if self._anew is None or not self._matcher.is_error():
+            return False
+        self._beginning, self._anew = self._anew(), None
+        self._matcher, self._num_taken = None, 0
+        return True
 
     def _go_to(self, answer: Tokens) -> None:
         """Have taken just ``answer``, which begins or goes on as what was taken. O(difference)."""

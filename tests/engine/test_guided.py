@@ -4,6 +4,7 @@ does meanwhile, and no token of anybody else's changes."""
 from __future__ import annotations
 
 import json
+import random
 import re
 import sys
 import time
@@ -300,6 +301,18 @@ def test_what_becomes_too_complex_in_an_answer_ends_it_alone(
     assert kept.finish_reason == "length" and kept.error is None and not kept.is_refused
     [record] = [record for record in caplog.records if record.levelname != "INFO"]
     assert record.exc_info is None and "\n" not in record.getMessage()
+
+
+def test_many_answers_together_reach_no_limit_that_one_does_not() -> None:
+    """Copies of a matcher share the states that they find: 2^18 of this grammar."""
+    guides = Guides(ByteTokenizer(), ByteTokenizer().vocab_size)
+    grammar, draw = Grammar.of_regex("(a|b)*a(a|b){18}"), random.Random(1)
+    for _ in range(120):
+        guide = guides.guide(grammar)
+        answer = np.frombuffer(bytes(draw.choices(b"ab", k=200)), np.uint8).astype(np.int32)
+        for length in range(0, 200, 10):
+            guide.masks(answer[:length], answer[length : length + 8])
+            assert not guide.is_done(answer[:length])
 
 
 def test_between_the_parts_of_json_there_is_little_room(guides: Guides) -> None:

@@ -37,6 +37,13 @@ BREAKS_OF_GUIDED = (
         GUIDED,
     ),
     Mutation(
+        "answers that share a grammar share its limits",
+        GUIDE,
+        "if self._anew is None or not self._matcher.is_error():",
+        "if True:",
+        GUIDED,
+    ),
+    Mutation(
         "a grammar that only the empty answer fits is served",
         GUIDE,
         "    allowed[ends] = 0\n",
