@@ -14,6 +14,12 @@ BREAKAGES = (
         "1.0",
     ),
     Mutation(
+        "states take no place",
+        PRECISE,
+        "num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes",
+        "num_ids * self.spec.kv_bytes",
+    ),
+    Mutation(
         "work costs alike however busy the fleet is",
         PRECISE,
         "1.0 / (1.0 - self.utilisation(now))",

@@ -264,6 +264,17 @@ def test_where_memory_is_written_over_faster_a_place_is_dearer() -> None:
         assert router.choose(request, 2.0).replica == 1
 
 
+def test_what_is_sent_takes_the_place_of_its_ids_and_its_states() -> None:
+    router = fleet("checkpoint", 1)
+    assert isinstance(router, CheckpointSeconds)
+    request = RouteRequest(1, tuple(range(50)))
+    positions, spec = router.forecast(request, 0, 0), router.spec
+    router.route(request, 0.0)
+    assert positions and spec.state_bytes and spec.kv_bytes
+    sent = 50 * spec.kv_bytes + len(positions) * spec.state_bytes
+    assert router.turnovers[0].rate(1.0) == sent
+
+
 def test_the_busier_the_fleet_the_more_a_hit_is_worth() -> None:
     """A prefix of 16 saves four seconds: behind a queue of five it is worth it when that work would
     keep others waiting."""
