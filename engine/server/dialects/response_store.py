@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 MAX_RESPONSES = 4096
+ENTRY_BYTES = 512
+"""Of one entry, beside what it holds."""
+
+
+def held_bytes(value: Any) -> int:
+    """Memory that holds ``value``, which JSON can say, as if it shared nothing. O(values in it).
+
+    >>> held_bytes([{"text": "a" * 1000}]) > 1000
+    True
+    """
+    num_bytes, left = 0, [value]
+    while left:
+        one = left.pop()
+        num_bytes += sys.getsizeof(one)
+        if isinstance(one, dict):
+            left.extend(one)
+            left.extend(one.values())
+        elif isinstance(one, list | tuple):
+            left.extend(one)
+    return num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +38,18 @@ class StoredResponse:
     items: list[dict[str, Any]]
     """All items from the beginning; entries may be those of the response before."""
     response: dict[str, Any]
+    items_bytes: int
+    """Memory of the ``items``, as if they shared nothing with others."""
+
     num_bytes: int
-    """About what it takes, as if it shared nothing with others."""
+    """Memory of all of it, likewise."""
+
+    @classmethod
+    def of(
+        cls, items: list[dict[str, Any]], response: dict[str, Any], items_bytes: int
+    ) -> StoredResponse:
+        """With all of its memory counted. O(values in the response)."""
+        return cls(items, response, items_bytes, ENTRY_BYTES + items_bytes + held_bytes(response))
 
 
 class ResponseStore:

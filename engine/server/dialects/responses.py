@@ -12,16 +12,15 @@ from engine import RequestOutput
 from engine.server.body import to_json
 from engine.server.dialects.exchange import Exchange, Finish, ask, settle_system
 from engine.server.dialects.response_items import ResponseItems
-from engine.server.dialects.response_store import ResponseStore, StoredResponse
+from engine.server.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 from engine.server.dialects.responses_body import ResponsesRequest, TextConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.front import ServingContext, new_id
+from engine.server.schemas import ChatRequest
 from engine.server.streaming import EventStream, named_event, unless_gone
 
 SALT = "x-cache-salt"
 """The header that names a tenant where there is no body to do so."""
-TOKEN_BYTES = 8
-"""About what a token of an answer takes in a stored response."""
 
 
 class Responses:
@@ -46,18 +45,25 @@ class Responses:
                     param="previous_response_id",
                     code="previous_response_not_found",
                 )
-            size += before.num_bytes
+            size += before.items_bytes
         earlier = [] if before is None else before.items
-        chat, new = await front.workers.run(size, lambda: (body.as_chat(earlier), body.items))
+        earlier_bytes = 0 if before is None else before.items_bytes
+
+        def read() -> tuple[ChatRequest, list[dict[str, Any]], int]:
+            new = body.items
+            return body.as_chat(earlier), new, earlier_bytes + held_bytes(new)
+
+        chat, new, items_bytes = await front.workers.run(size, read)
         chat = settle_system(front, chat)
         exchange = await ask(front, chat, size, answer_id=new_id("resp", "_"))
         writer = _Writer(front, body, exchange)
 
-        def keep(response: dict[str, Any], num_tokens: int) -> None:
+        def keep(response: dict[str, Any]) -> None:
             if body.store:
-                items = [*earlier, *new, *response["output"]]
-                num_bytes = size + num_tokens * TOKEN_BYTES
-                stored = StoredResponse(items, response, num_bytes)
+                output = response["output"]
+                stored = StoredResponse.of(
+                    [*earlier, *new, *output], response, items_bytes + held_bytes(output)
+                )
                 self._store.put(namespace, response["id"], stored)
 
         if body.stream:
@@ -71,7 +77,7 @@ class Responses:
             return writer.ended(answer.finish, answer.output)
 
         response = await front.workers.run(num_tokens, work)
-        keep(response, num_tokens)
+        keep(response)
         content = await front.workers.run(num_tokens, lambda: to_json(response))
         headers = exchange.inquiry.headers()
         return Response(content, media_type="application/json", headers=headers)
@@ -136,7 +142,7 @@ class _Writer:
             "truncation": "disabled",
         }
 
-    async def events(self, keep: Callable[[dict[str, Any], int], None]) -> AsyncIterator[bytes]:
+    async def events(self, keep: Callable[[dict[str, Any]], None]) -> AsyncIterator[bytes]:
         """``response.created`` with the first output, whose headers say what the cache had, the
         items as they come, and the whole response at the end."""
         has_begun = False
@@ -151,7 +157,7 @@ class _Writer:
                 if news.finish is not None:
                     closing = self._close(news.finish)
                     response = self.ended(news.finish, news.output)
-                    keep(response, len(news.output.output))
+                    keep(response)
                     last = {"type": f"response.{response['status']}", "response": response}
                     yield b"".join(map(self._event, [*closing, last]))
         except Exception as error:

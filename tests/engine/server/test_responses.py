@@ -4,13 +4,14 @@ through its own client."""
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
-from engine.server.dialects.response_store import ResponseStore, StoredResponse
+from engine.server.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 
 from .conftest import Live
 from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
@@ -226,7 +227,7 @@ def test_the_form_that_was_asked_for_is_given_back(say: Say) -> None:
 
 
 def stored(num_bytes: int) -> StoredResponse:
-    return StoredResponse([], {}, num_bytes)
+    return StoredResponse([], {}, 0, num_bytes)
 
 
 def test_the_store_keeps_what_was_used_last() -> None:
@@ -242,3 +243,21 @@ def test_the_store_keeps_what_was_used_last() -> None:
     store.put(None, "b", stored(10))
     assert store.num_bytes == 50 and store.delete(None, "b") and not store.delete("x", "d")
     assert store.num_bytes == 40
+
+
+def test_what_is_kept_is_counted_as_the_memory_it_takes(say: Callable[[str], Live]) -> None:
+    body = ASK | {"input": [{"role": "user", "content": "word " * 20} for _ in range(20)]}
+    response = json.dumps(say("x").post("/v1/responses", body).json())
+    items = json.dumps(body["input"])
+    store = ResponseStore(1 << 19)
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            new = json.loads(items)
+            kept = StoredResponse.of(new, json.loads(response), held_bytes(new))
+            store.put(None, str(number), kept)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(store) < 100
+    assert 0.8 * store.num_bytes < taken < 1.1 * store.num_bytes < 1.1 * (1 << 19)
