@@ -340,7 +340,7 @@ class Engine:
         """What is committed and was not returned by a step, because it broke off."""
         outputs = [request.report() for request in self._scheduler.take_progressed()]
         for output in outputs:
-            if output.is_finished:
+            if output.finish_reason is not None:
                 request = self._requests.pop(output.request_id, None)
                 if request is not None:
                     self.recent.add(request, self.clock())
@@ -351,6 +351,7 @@ class Engine:
         if self._observer is None:
             return
         started, scheduled, computed, launched, waited = self._laps
+        num_decode_tokens = plan.num_decode_tokens
         self._observer(
             StepReport(
                 schedule_s=scheduled - started,
@@ -358,8 +359,8 @@ class Engine:
                 sample_s=launched - computed,
                 wait_s=waited - launched,
                 commit_s=self.clock() - waited,
-                num_prefill_tokens=plan.num_prefill_tokens,
-                num_decode_tokens=plan.num_decode_tokens,
+                num_prefill_tokens=plan.batch.num_tokens - num_decode_tokens,
+                num_decode_tokens=num_decode_tokens,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
             )

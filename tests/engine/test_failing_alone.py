@@ -4,7 +4,6 @@ for ever."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
 import pytest
 
@@ -24,7 +23,7 @@ class BrokenDecoder:
     def __init__(self, fails_on: str) -> None:
         self._fails_on = fails_on
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_id: int) -> str:
         if self._fails_on == "push":
             raise KeyError("Ā")
         return "x"

@@ -22,8 +22,8 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a draw's number forgets tokens in flight",
         REQUEST,
-        "draw, counts = self.known_len - 1 - self.prompt_len, ",
-        "draw, counts = self.num_tokens - self.prompt_len, ",
+        "draw = self.known_len - 1 - self.prompt_len\n",
+        "draw = self.num_tokens - self.prompt_len\n",
         STEPS,
     ),
     Mutation(
@@ -36,8 +36,8 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a scored prompt's token is drawn from its first row",
         SAMPLE_STEP,
-        "            rows += range(num_rows - 1 - len(task.drafts), num_rows)\n",
-        "            rows += range(first, first + 1 + len(task.drafts))\n",
+        "            rows += range(num_rows - len(drawn_for), num_rows)\n",
+        "            rows += range(first, first + len(drawn_for))\n",
         STEPS,
     ),
     Mutation(
