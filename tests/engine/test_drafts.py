@@ -46,7 +46,8 @@ from engine.drafts.pace import Pace
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingInput
 from engine.run.model_runner import ModelRunner
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.run.sampler import Sampler
 from engine.schedule.plan import Task
 from engine.text.byte_tokenizer import ByteTokenizer

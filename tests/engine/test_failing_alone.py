@@ -10,7 +10,8 @@ import pytest
 from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.requests.request import Request
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.stream_decoders import StreamDecoder
 
