@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import COUNTS, DRAWS, STEPS
+from experiments.mutations.engine.tests import COUNTS, DRAWS, GUIDED, OPTIONS, STEPS
 
 REQUEST = "engine/requests/request.py"
 SAMPLER = "engine/run/sampler.py"
@@ -25,6 +25,27 @@ BREAKS_OF_ANSWERS = (
         "draw = self.known_len - 1 - self.prompt_len\n",
         "draw = self.num_tokens - self.prompt_len\n",
         STEPS,
+    ),
+    Mutation(
+        "a request with penalties passes for a plain one",
+        REQUEST,
+        "rules is NO_RULES and not self.params.has_penalties\n",
+        "rules is NO_RULES\n",
+        COUNTS,
+    ),
+    Mutation(
+        "a request with a grammar passes for a plain one",
+        REQUEST,
+        "self._is_plain = guide is None and rules is NO_RULES",
+        "self._is_plain = rules is NO_RULES",
+        GUIDED,
+    ),
+    Mutation(
+        "a request with rules for tokens passes for a plain one",
+        REQUEST,
+        "self._is_plain = guide is None and rules is NO_RULES",
+        "self._is_plain = guide is None",
+        OPTIONS,
     ),
     Mutation(
         "a report repeats what was reported",
