@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.below import LowerMemory, LowerSizes
 from engine.config import ConfigError, EngineConfig
+from engine.drafts.drafting import Drafting
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
 from engine.schedule.cache_manager import CacheManager
+from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.memory import MemorySizes
-from hybridcache.build import CacheConfig
+from engine.schedule.scheduler import Scheduler
+from engine.transfer.counts import TransferCounts
+from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.words import parse_placement
@@ -21,10 +26,59 @@ from hybridcache.tiered import TieredRadixCache
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.run.model_runner import ModelRunner
-    from engine.schedule.fetching import Fetcher
     from engine.text.tokenizer import Tokenizer
-    from engine.transfer.counts import TransferCounts
     from engine.transfer.serve import PrefillServer
+
+
+class Parts(NamedTuple):
+    """What an engine has beside its runner, its sampler and its tokenizer."""
+
+    cache_kind: str
+    cache: PrefixCache
+    lower: LowerMemory | None
+    manager: CacheManager
+    transfers: TransferCounts | None
+    """None: the engine has no role."""
+    fetching: Fetching | None
+    scheduler: Scheduler
+
+
+def make_parts(
+    config: EngineConfig,
+    runner: Runner,
+    tokenizer: Tokenizer | None,
+    *,
+    log: LeaseLog | None,
+    drafting: Drafting | None,
+    fetcher: Fetcher | None,
+    clock: Callable[[], float],
+) -> Parts:
+    """What ``config``, which is settled, names; see ``Engine.__init__``."""
+    assert config.token_budget is not None
+    built = cache_config(config, runner)
+    cache = build_prefix_cache(built)
+    lower = make_lower(config, cache, runner, tokenizer)
+    manager = make_manager(config, cache, runner.memory, log, lower)
+    if lower is not None:
+        lower.recall(manager.placement)
+    transfers = TransferCounts() if config.role is not None else None
+    if config.role == "decode":
+        fetcher = peer_fetcher(config, runner, manager, transfers)
+    elif fetcher is None and lower is not None:
+        fetcher = lower.fetcher(manager)
+    fetching = None if fetcher is None else Fetching(manager, fetcher)
+    if drafting is None and config.drafters:
+        drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
+    scheduler = Scheduler(
+        manager,
+        max_running=config.max_running,
+        token_budget=config.token_budget,
+        shares=config.prefix_cache != "none",
+        drafting=drafting,
+        fetching=fetching,
+        clock=clock,
+    )
+    return Parts(built.prefix_cache, cache, lower, manager, transfers, fetching, scheduler)
 
 
 def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:

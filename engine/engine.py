@@ -4,26 +4,16 @@ own."""
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from engine.build import (
-    cache_config,
-    load,
-    make_lower,
-    make_manager,
-    peer_fetcher,
-    prefill_server,
-    sampling_defaults,
-)
+from engine.build import load, make_parts, prefill_server, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
 from engine.engine_loop import taken
+from engine.generate import follow, generate
 from engine.guided.grammar import Grammar
 from engine.interfaces import Runner, TokenSampler
 from engine.mailboxes import Mailboxes
@@ -34,14 +24,12 @@ from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.run.sample_step import NO_STEP, InFlight, sample_step
 from engine.schedule.batch import BytesLost
-from engine.schedule.fetching import Fetcher, Fetching, Outside
+from engine.schedule.fetching import Fetcher, Outside
 from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import QueueFull, Scheduler
+from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
-from engine.transfer.counts import TransferCounts
-from hybridcache.build import build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.words import parse_placement
@@ -77,8 +65,8 @@ class Engine:
 
         ``observer`` is notified of every step, ``log`` records every lease, ``drafting`` stands in
         place of what ``config.draft`` names, ``fetcher`` has prefixes that the cache has not.
-        ConfigError: settings
-        that can not work together; what loading refuses is a ValueError of one sentence too.
+        ConfigError: settings that can not work together; what loading refuses is a ValueError of
+        one sentence too.
         """
         config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
@@ -87,7 +75,6 @@ class Engine:
         if sampler is None:
             raise TypeError("a runner of one's own needs a sampler of one's own.")
         self.config = config = config.settled(on_cpu=not runner.is_asynchronous)
-        assert config.token_budget is not None
         self.runner = runner
         self.tokenizer = tokenizer
         self.sampling_defaults = sampling_defaults(config)
@@ -97,31 +84,14 @@ class Engine:
         self._log = log
         self.clock = clock
         self.recent = RecentRequests()
-        built = cache_config(config, runner)
-        self._cache_kind = built.prefix_cache
-        self._cache = build_prefix_cache(built)
-        self._lower = make_lower(config, self._cache, runner, tokenizer)
-        self._manager = make_manager(config, self._cache, runner.memory, log, self._lower)
-        if self._lower is not None:
-            self._lower.recall(self._manager.placement)
-        self.transfers = TransferCounts() if config.role is not None else None
-        """What went to or came from other engines; None: nothing does."""
-        if config.role == "decode":
-            fetcher = peer_fetcher(config, runner, self._manager, self.transfers)
-        elif fetcher is None and self._lower is not None:
-            fetcher = self._lower.fetcher(self._manager)
-        self._fetching = None if fetcher is None else Fetching(self._manager, fetcher)
-        if drafting is None and config.drafters:
-            drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
-        self._scheduler = Scheduler(
-            self._manager,
-            max_running=config.max_running,
-            token_budget=config.token_budget,
-            shares=config.prefix_cache != "none",
-            drafting=drafting,
-            fetching=self._fetching,
-            clock=clock,
+        parts = make_parts(
+            config, runner, tokenizer, log=log, drafting=drafting, fetcher=fetcher, clock=clock
         )
+        self._cache_kind, self._cache = parts.cache_kind, parts.cache
+        self._lower, self._manager = parts.lower, parts.manager
+        self._fetching, self._scheduler = parts.fetching, parts.scheduler
+        self.transfers = parts.transfers
+        """What went to or came from other engines; None: nothing does."""
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
@@ -140,8 +110,8 @@ class Engine:
         )
         self.prefill_server = prefill_server(self, self._manager, self.transfers)
         """What computes prefixes for other engines; None: it is none of its roles."""
-        parts: tuple[Outside | None, ...] = self._fetching, self.prefill_server
-        self._outside = tuple(part for part in parts if part is not None)
+        outside: tuple[Outside | None, ...] = self._fetching, self.prefill_server
+        self._outside = tuple(part for part in outside if part is not None)
 
     @property
     def model_name(self) -> str:
@@ -340,7 +310,7 @@ class Engine:
         """What is committed and was not returned by a step, because it broke off."""
         outputs = [request.report() for request in self._scheduler.take_progressed()]
         for output in outputs:
-            if output.is_finished:
+            if output.finish_reason is not None:
                 request = self._requests.pop(output.request_id, None)
                 if request is not None:
                     self.recent.add(request, self.clock())
@@ -351,6 +321,7 @@ class Engine:
         if self._observer is None:
             return
         started, scheduled, computed, launched, waited = self._laps
+        num_decode_tokens = plan.num_decode_tokens
         self._observer(
             StepReport(
                 schedule_s=scheduled - started,
@@ -358,8 +329,8 @@ class Engine:
                 sample_s=launched - computed,
                 wait_s=waited - launched,
                 commit_s=self.clock() - waited,
-                num_prefill_tokens=plan.num_prefill_tokens,
-                num_decode_tokens=plan.num_decode_tokens,
+                num_prefill_tokens=plan.batch.num_tokens - num_decode_tokens,
+                num_decode_tokens=num_decode_tokens,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
             )
@@ -376,32 +347,9 @@ class Engine:
         """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one
         each, ``options`` are for all (see ``submit``). ValueError as there, before anything is
         computed of the prompt it names."""
-        if isinstance(prompts, str):
-            raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
-        each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
-        finals: dict[str, RequestOutput] = {}
-        unfinished: set[str] = set()
-        order: list[str] = []
-        queue = deque(zip(prompts, each, strict=True))
-        with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
-            try:
-                while queue or unfinished:
-                    while queue and self.has_room:
-                        prompt, params = queue.popleft()
-                        order.append(self.submit(prompt, params, **options))
-                        self._mailboxes.open(order[-1])
-                        unfinished.add(order[-1])
-                    self.step()
-                    for output in self._mailboxes.take_finals(unfinished):
-                        finals[output.request_id] = output
-                        bar.update()
-            finally:
-                for request_id in unfinished:
-                    self.abort(request_id)
-                    self._mailboxes.close(request_id)
-        return [finals[request_id] for request_id in order]
+        return generate(
+            self, self._mailboxes, prompts, sampling, options, show_progress=show_progress
+        )
 
     def stream(
         self,
@@ -412,24 +360,7 @@ class Engine:
         """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the
         request."""
         request_id = self.submit(prompt, sampling, **options)
-        outputs = self._follow(request_id, self._mailboxes.open(request_id))
-        next(outputs)  # A generator that never began would not clean up.
-        return outputs
-
-    def _follow(self, request_id: str, mailbox: deque[RequestOutput]) -> Iterator[Any]:
-        """Nothing, to begin with; then the request's outputs."""
-        try:
-            yield None
-            while True:
-                while not mailbox:
-                    self.step()
-                output = mailbox.popleft()
-                yield output
-                if output.is_finished:
-                    return
-        finally:
-            self._mailboxes.close(request_id)
-            self.abort(request_id)
+        return follow(self, self._mailboxes, request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request stands on, wherever it is kept."""

@@ -25,7 +25,8 @@ import httpx
 import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.server.feed import EVERY_S
 from engine.watch import Watch
 from experiments.provenance import RESULTS, write_json_lines

@@ -102,7 +102,8 @@ def a_right_request_is_refused_for_what_it_says(ctx, response, case):
 def oracle_server() -> Iterator[str]:
     """A server on a runner that computes nothing; its address."""
     from engine import AsyncEngine, Engine, EngineConfig
-    from engine.run.oracle import OracleRunner, OracleSampler
+    from engine.run.oracle import OracleRunner
+    from engine.run.oracle_sampler import OracleSampler
     from engine.server.app import Server
     from engine.server.config import ServerConfig
     from engine.server.listening import bind

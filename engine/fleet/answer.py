@@ -3,10 +3,9 @@ side has."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from engine.text.growing import GrowingTokens
 from engine.text.outputs import RequestOutput, SampledToken
@@ -36,7 +35,7 @@ class Answer:
     def whole(self, output: RequestOutput) -> RequestOutput:
         """``output`` with the prompt and all tokens so far. O(new tokens), amortised."""
         self._logprobs.extend(output.new_logprobs)
-        return replace(
+        return structs.replace(
             output,
             prompt_token_ids=self._prompt,
             output=self._tokens.extended(output.new_token_ids),

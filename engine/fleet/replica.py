@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -103,7 +103,9 @@ class EngineReplica:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     await self._cover(order.request_id)
-                yield replace(output, prompt_token_ids=NO_TOKENS, output=NO_TOKENS, all_logprobs=())
+                yield structs.replace(
+                    output, prompt_token_ids=NO_TOKENS, output=NO_TOKENS, all_logprobs=()
+                )
         finally:
             stream.abort()
 

@@ -41,6 +41,7 @@ class Request:
     __slots__ = (
         "_buffer",
         "_counts",
+        "_is_plain",
         "_new_text",
         "_reported",
         "_rules",
@@ -126,6 +127,7 @@ class Request:
         self._rules = rules
         self.guide = guide
         """Where the answer stands in its grammar; None: it has none."""
+        self._is_plain = guide is None and rules is NO_RULES and not self.params.has_penalties
         self.lease: Lease | None = None
         """Its claims on the cache: while it runs, not while it waits."""
         self.row: int | None = None
@@ -205,8 +207,11 @@ class Request:
         """What the sampler must know to draw the token that was scheduled last, and one after each
         of ``drafts``, as if these were the answer's. ``drawn`` waits for the token drawn before it,
         where the host does not know that yet; it is asked where a grammar depends on it."""
-        draw, counts = self.known_len - 1 - self.prompt_len, self._count()
-        rules = self._rules_after(draw, drafts, drawn)
+        draw = self.known_len - 1 - self.prompt_len
+        if self._is_plain:
+            places = range(1 + len(drafts))
+            return [SamplingInput(self.params, self.seed, None, draw + place) for place in places]
+        counts, rules = self._count(), self._rules_after(draw, drafts, drawn)
         return [
             SamplingInput(
                 self.params,
@@ -276,7 +281,7 @@ class Request:
     def _read_on(self, token_id: int) -> bool:
         if self.text_stream is None:
             return False
-        may_stop = len(self.output) >= self.params.min_tokens
+        may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
         text, stopped = self.text_stream.push(token_id, may_stop)
         self._new_text += text
         return stopped
@@ -307,7 +312,7 @@ class Request:
             prompt_token_ids=self._buffer[: self.prompt_len],
             new_token_ids=tuple(new.tolist()),
             new_text=new_text,
-            new_logprobs=tuple(self.logprobs[first:]),
+            new_logprobs=tuple(self.logprobs[first:]) if self.logprobs else (),
             output=self.output,
             text=self.text,
             cached_len=self.cached_len,
@@ -315,7 +320,11 @@ class Request:
             finish_reason=self.finish_reason,
             error=self.error,
             is_refused=self.is_refused,
-            timings=self._timings(),
+            timings=Timings(
+                _seconds(self.arrival_s, self.scheduled_s),
+                _seconds(self.arrival_s, self.first_token_s),
+                _seconds(self.arrival_s, self.finished_s),
+            ),
             num_preemptions=self.num_preemptions,
             all_logprobs=self.logprobs,
             prompt_logprobs=None if self.prompt_logprobs is None else (None, *self.scores),
@@ -323,9 +332,6 @@ class Request:
             transferred=self.transferred,
         )
 
-    def _timings(self) -> Timings:
-        queue_s, ttft_s, e2e_s = (
-            None if moment is None else moment - self.arrival_s
-            for moment in (self.scheduled_s, self.first_token_s, self.finished_s)
-        )
-        return Timings(queue_s, ttft_s, e2e_s)
+
+def _seconds(start_s: float, end_s: float | None) -> float | None:
+    return None if end_s is None else end_s - start_s

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from msgspec import Struct
+
 from engine.guided.guide import Mask
 from engine.requests.token_counts import TokenCounts
 from engine.requests.token_rules import Additions
@@ -130,8 +132,7 @@ class SamplingParams:
         _check_int("logprobs", self.logprobs, 0, 50)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingInput:
+class SamplingInput(Struct, frozen=True):
     """What the sampler must know of the request behind one row of logits."""
 
     params: SamplingParams

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.drafts.drafter import Newest
 from engine.run.backends import Kernels
 from engine.run.checkpoints import STAGING_BYTES
+from engine.run.copies import Copies
 from engine.run.device import Device
 from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
 from engine.run.identity import identity_of
@@ -34,8 +35,6 @@ from engine.run.unit import Unit
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, logit_rows, pieces
 from engine.store.disk import Disk
-from hybridcache.allocators.moves import Move
-from hybridcache.allocators.orders import Order
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.shares import share_of
@@ -51,19 +50,15 @@ class ModelRunner:
     """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no
     request."""
 
-    _lower: LowerRows | None
-
     def __init__(self, config: EngineConfig, rank: Rank = ALONE) -> None:
         self.rank, self.device = rank, Device.resolve(config.device)
         if rank.count > 1:
             self.device = self.device.of_rank(rank.number)
             config = config if self.device.is_cpu else replace(config, graphs="off")
-        self._config, self._lower = config, None
+        self._config = config
         self.device.make_current()
         config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
-        self._cache_write = self.kernels["cache_write"]
-        self._state_copy = self.kernels["state_copy"]
         if not self.device.supports(config.quantization):
             raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
         raw = read_config(config.model_dir)
@@ -160,7 +155,7 @@ class ModelRunner:
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
         del self.tensors, self.table, self._rotary, self.step_inputs, self.unit
-        del self._predictor, self.graphs
+        del self._predictor, self.graphs, self._copies
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
@@ -181,6 +176,7 @@ class ModelRunner:
             num_own_states=self.max_running_rows,
             num_staged=self._num_staged,
         )
+        self._copies = Copies(self.tensors, self.kernels, self.device)
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
         )
@@ -306,15 +302,15 @@ class ModelRunner:
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if self._predictor is not None:
             self._predictor.pending.admit(batch)
-        self._move_rows(batch.moves)
+        self._copies.move(batch.moves)
         self.table.write(batch.row_writes)
-        self._restore(batch.restores)
+        self._copies.restore(batch.restores)
         logits = self._logits(batch, drawn)
         saved = batch.saved_by_decodes
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
             saved += zip(self.tensors.checkpoints.staging, exports, strict=False)
-        self._save(saved)
+        self._copies.save(saved)
         return logits
 
     @torch.inference_mode()
@@ -334,10 +330,7 @@ class ModelRunner:
                     if slot is not None and segment.start < position <= segment.start + count
                 ]
             first += len(segment.token_ids)
-        if self.tensors.checkpoints is None:
-            copies, saved = copies + saved, []
-        self._copy_states(copies)
-        self._save(saved)
+        self._copies.save(saved, beside=copies)
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
@@ -391,46 +384,13 @@ class ModelRunner:
 
     def attach(self, num_host_rows: int, disk: Disk | None) -> LowerRows:
         """Give the arena memory below it; see ``LowerRows``. ModelError."""
-        self._lower = LowerRows(self.tensors.rows, self.memory, self.device, num_host_rows, disk)
-        return self._lower
+        lower = LowerRows(self.tensors.rows, self.memory, self.device, num_host_rows, disk)
+        self._copies.lower = lower
+        return lower
 
     def identity(self) -> Mapping[str, str]:
         """See ``Runner.identity``. O(bytes of the weights)."""
         return identity_of(self._config, self.kernels, self.dtype, self.device.torch_device)
-
-    def _move_rows(self, orders: Sequence[Order]) -> None:
-        """One after the other, since one may read what another wrote."""
-        for order in orders:
-            if not isinstance(order, Move):
-                assert self._lower is not None, "there is no memory below the device's"
-                self._lower.make(order)
-                continue
-            rows = self.tensors.rows
-            assert rows is not None, "rows of a pool do not move"
-            pairs = np.stack([order.src, order.dst])
-            sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-            self._cache_write.move_rows(rows, sources, targets)
-
-    def _restore(self, copies: Sequence[tuple[int, int]]) -> None:
-        """(checkpoint slot, own slot)."""
-        if self.tensors.checkpoints is None:
-            self._copy_states(copies)
-        else:
-            self.tensors.checkpoints.restore(copies)
-
-    def _save(self, copies: Sequence[tuple[int, int]]) -> None:
-        """(slot of a state, checkpoint slot)."""
-        if self.tensors.checkpoints is None:
-            self._copy_states(copies)
-        else:
-            self.tensors.checkpoints.save(copies)
-
-    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
-        if not copies or not self.tensors.states:
-            return
-        pairs = np.array(copies, dtype=np.int32).T.copy()
-        sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-        self._state_copy.copy_states(self.tensors.states, sources, targets)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)

@@ -25,11 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.drafts.drafter import Newest
-from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import KEPT, Batch, Segment
 from engine.schedule.memory import MemorySizes
 from engine.store.disk import Disk
-from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.orders import DEVICE, Copy, Drop, Order
@@ -422,51 +420,3 @@ def _prove_path(order: Copy, stored: list[Stored]) -> None:
     assert [mark.token for mark in found if isinstance(mark, RowMark)] == tokens[first:].tolist(), (
         "KV of other tokens"
     )
-
-
-class OracleDrawn:
-    """Tokens that a runner may read at once, and the host later."""
-
-    def __init__(self, sampled: list[SampledToken]) -> None:
-        self.tokens = [one.token_id for one in sampled]
-        self._sampled = sampled
-
-    def wait(self) -> list[SampledToken]:
-        return self._sampled
-
-
-class OracleSampler:
-    """Chooses tokens as a function of the fingerprint."""
-
-    def __init__(self, vocab_size: int = 320) -> None:
-        self._vocab_size = vocab_size
-
-    def launch(
-        self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
-    ) -> OracleDrawn:
-        assert len(rows) == len(requests)
-        for request in requests:
-            num_seen = request.draw if request.counts is None else request.counts.num_counted
-            assert num_seen == request.draw, "a sampling rule that did not see every token"
-        pairs = zip(rows, requests, strict=True)
-        return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
-
-    def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
-        """The one token that follows a prefix, among those that ``request`` may have."""
-        possible = np.arange(self._vocab_size)
-        if request is not None and request.mask is not None:
-            possible = possible[np.unpackbits(request.mask, bitorder="little")[possible] == 1]
-        if request is not None and request.added is not None:
-            ids, values = request.added
-            possible = np.setdiff1d(possible, ids[np.isneginf(values)])
-        token = int(possible[logits % len(possible)])
-        return SampledToken(token, -(logits % 9973) / 1000)
-
-    def score(self, logits: Fingerprints, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
-        """A log-probability that depends on the prefix and on the token."""
-        return OracleDrawn(
-            [
-                SampledToken(int(token), -((int(one) + int(token)) % 9973) / 1000)
-                for one, token in zip(logits, token_ids, strict=True)
-            ]
-        )

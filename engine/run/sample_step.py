@@ -43,8 +43,9 @@ def sample_step(
             scores.append(_score(task, logits[first:num_rows], sampler))
         if task.samples:
             drawn = partial(_token, before, late[index]) if index in late else None
-            inputs += task.request.sampling_inputs(task.drafts, drawn)
-            rows += range(num_rows - 1 - len(task.drafts), num_rows)
+            drawn_for = task.request.sampling_inputs(task.drafts, drawn)
+            inputs += drawn_for
+            rows += range(num_rows - len(drawn_for), num_rows)
     if not inputs:
         return InFlight(plan, None, scores)
     return InFlight(plan, sampler.launch(logits, inputs, rows), scores)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, structs
 
 from hybridcache.allocators.orders import Order
 
@@ -21,8 +22,7 @@ class BytesLost(RuntimeError):
     """What a batch had to bring is not there: nobody may read what it names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """One request's tokens in one step."""
 
     row: int
@@ -57,7 +57,7 @@ class Segment:
     @property
     def num_logits(self) -> int:
         """Rows of logits that it asks for."""
-        return {"last": 1, "all": len(self.token_ids), "none": 0}[self.logits]
+        return len(self.token_ids) if self.logits == "all" else int(self.logits == "last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def pieces(batch: Batch, max_exports: int) -> list[Batch]:
     parts: list[list[Segment]] = [[]]
     room = max_exports
     for segment in batch.segments:
-        rest = replace(segment, exports=tuple(sorted(segment.exports)))
+        rest = structs.replace(segment, exports=tuple(sorted(segment.exports)))
         while not rest.is_decode and len(rest.exports) > room:
             if room:
                 position, _ = rest.exports[room - 1]
@@ -125,13 +125,13 @@ def pieces(batch: Batch, max_exports: int) -> list[Batch]:
 def _cut(segment: Segment, position: int) -> tuple[Segment, Segment]:
     """A prefill up to ``position``, and from there on."""
     tokens, exports = segment.token_ids, segment.exports
-    first = replace(
+    first = structs.replace(
         segment,
         token_ids=tokens[: position - segment.start],
         exports=tuple(export for export in exports if export[0] <= position),
         logits="all" if segment.logits == "all" else "none",
     )
-    rest = replace(
+    rest = structs.replace(
         segment,
         token_ids=tokens[position - segment.start :],
         start=position,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from engine.drafts.drafter import Draft
 from engine.requests.request import Request
@@ -19,8 +20,7 @@ UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Stands for a token that is drawn but not known to the host."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(Struct, frozen=True):
     """One request's part of a step."""
 
     request: Request
@@ -37,6 +37,8 @@ class Task:
     """All its positions' logits are wanted, for the prompt's log-probabilities."""
     draft: Draft | None
     """What is guessed to follow; its tokens are computed too, and are the last below ``end``."""
+    is_late: bool = False
+    """Its token is drawn, but not known to the host."""
 
     @classmethod
     def of(cls, request: Request, end: int, draft: Draft | None = None) -> Task:
@@ -51,6 +53,7 @@ class Task:
             samples=end == request.known_len < request.max_len,
             scores=not is_decode and request.wants_scores,
             draft=draft,
+            is_late=end > request.num_tokens,
         )
 
     @property
@@ -58,22 +61,14 @@ class Task:
         return NO_TOKENS if self.draft is None else self.draft.tokens
 
     @property
-    def sure_end(self) -> int:
-        """``end`` without the draft."""
-        return self.end - len(self.drafts)
-
-    @property
-    def is_late(self) -> bool:
-        """Its token is drawn, but not known to the host."""
-        return self.sure_end > self.request.num_tokens
-
-    @property
     def token_ids(self) -> Tokens:
         """Those it computes; a late one is not among them, something stands in its place."""
         if self.is_late:
             return UNKNOWN
-        tokens = self.request.tokens[self.start : self.sure_end]
-        return tokens if self.draft is None else np.concatenate([tokens, self.draft.tokens])
+        if self.draft is None:
+            return self.request.tokens[self.start : self.end]
+        sure = self.request.tokens[self.start : self.end - len(self.draft.tokens)]
+        return np.concatenate([sure, self.draft.tokens])
 
     def segment(self, exports: tuple[tuple[int, int], ...]) -> Segment:
         """What a runner must know of it; ``exports`` as there."""
@@ -87,7 +82,7 @@ class Task:
             exports=exports,
             logits="all" if self.scores or self.draft else "last" if self.samples else "none",
             namespace=self.request.namespace,
-            num_drafts=len(self.drafts),
+            num_drafts=0 if self.draft is None else len(self.draft.tokens),
         )
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
@@ -96,6 +91,8 @@ class Task:
         if not self.samples:
             return []
         run = [next(sampled)]
+        if self.draft is None:
+            return run
         drawn = [next(sampled) for _ in self.drafts]
         for guess, token in zip(self.drafts.tolist(), drawn, strict=True):
             if run[-1].token_id != guess:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 from engine.config import TILE
 from engine.drafts.drafter import Draft
@@ -116,8 +115,10 @@ class Scheduler:
             if self._fetching is not None:
                 self._fetching.forget(request)
         self._forget_drafts(request)
-        with self._failing_alone(request):
+        try:
             request.finish("abort", self._clock())
+        except Exception as error:
+            self._fail(request, error)
 
     def recover(self) -> tuple[Request, ...]:
         """A step broke off: nobody knows what the running requests' states hold. All begin again
@@ -148,8 +149,9 @@ class Scheduler:
         from ``scheduled_len``, with tokens that the host does not know; but nobody is preempted,
         and where memory is short the step is empty: commit first. A request whose sampling rule
         must see every token sits the step out. Empty too: where the step before has drafts, since
-        what is taken of them decides where their requests stand; and where somebody is to be
-        drafted for, since a guess follows the newest token.
+        a runner commits those of its newest batch alone (their requests may have left, and nobody
+        else may want a guess); and where somebody is to be drafted for, since a guess follows the
+        newest token.
         """
         if self._num_in_flight and (self._must_wait or self._verifies or self._may_guess()):
             return EMPTY
@@ -184,14 +186,21 @@ class Scheduler:
 
     def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
         """What the runner must do for the tasks, with every copy that is due before it."""
-        late_tokens = tuple(
-            (index, task.request.drawn_row) for index, (task, _) in enumerate(ready) if task.is_late
-        )
-        segments = tuple(self._segment(task, exports) for task, exports in ready)
-        for row, request in enumerate(task.request for task, _ in ready if task.samples):
-            request.drawn_row = row
+        segments: list[Segment] = []
+        late_tokens: list[tuple[int, int]] = []
+        num_drawn = 0
+        for task, exports in ready:
+            request = task.request
+            if task.is_late:
+                late_tokens.append((len(segments), request.drawn_row))
+            segments.append(task.segment(exports))
+            request.scheduled_len = task.end
+            if task.samples:
+                request.num_drawn += 1
+                request.drawn_row = num_drawn
+                num_drawn += 1
         moves, row_writes, restores = self._manager.take_copies()
-        return Batch(segments, restores, row_writes, late_tokens, moves)
+        return Batch(tuple(segments), restores, row_writes, tuple(late_tokens), moves)
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """What is guessed to follow for those that compute their newest token, where there is
@@ -351,12 +360,6 @@ class Scheduler:
             request.cached_len, request.losses = lease.cached_len, lease.losses
         return True
 
-    def _segment(self, task: Task, exports: Exports) -> Segment:
-        """What the runner must know of ``task``; from here on it counts as scheduled."""
-        task.request.scheduled_len = task.end
-        task.request.num_drawn += task.samples
-        return task.segment(exports)
-
     def commit(
         self,
         plan: Plan,
@@ -389,11 +392,13 @@ class Scheduler:
             if not run and not is_scored_through:
                 continue
             self._progressed.append(request)
-            with self._failing_alone(request):
+            try:
                 if run:
                     request.accept_run(run, now_s)
                 else:
                     request.finish("length", now_s)
+            except Exception as error:
+                self._fail(request, error)
             if task.draft is not None:
                 taken.append(self._settle(task, task.draft, len(run) - 1))
             if request.finish_reason is not None:
@@ -414,18 +419,14 @@ class Scheduler:
         self._drafting.learn(request, draft, num_accepted)
         return request.computed_len - task.start
 
-    @contextmanager
-    def _failing_alone(self, request: Request) -> Iterator[None]:
-        """What is raised in here (by the decoder of its text, say) ends ``request`` and nobody
+    def _fail(self, request: Request, error: Exception) -> None:
+        """What was raised for ``request`` (by the decoder of its text, say) ends it and nobody
         else."""
-        try:
-            yield
-        except Exception as error:
-            request.fail(error, self._clock())
-            if request.is_refused:
-                logger.warning("Request %s ends: %s", request.request_id, error)
-            else:
-                logger.exception("Request %s failed; the others go on.", request.request_id)
+        request.fail(error, self._clock())
+        if request.is_refused:
+            logger.warning("Request %s ends: %s", request.request_id, error)
+        else:
+            logger.exception("Request %s failed; the others go on.", request.request_id)
 
     def check(self) -> None:
         """AssertionError unless those who run, and they alone, have a lease, and both lists are in

@@ -49,7 +49,7 @@ class CompletionScores:
             written["token_logprobs"].append(None if score is None else score.logprob)
             written["top_logprobs"].append(None if score is None else self._top(score))
             written["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.push((token_id,)))
+            self._offset += len(self._decoder.push(token_id))
         return written
 
     def _top(self, score: SampledToken) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from hybridcache.results import Losses
 
@@ -83,8 +84,7 @@ class Transferred(NamedTuple):
     """All that was sent and received: these, messages, and what was in vain."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(Struct, frozen=True):
     """What one step did for one request: the news, and all of it so far."""
 
     request_id: str
@@ -154,8 +154,8 @@ class TextStream:
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """(the text that became certain, whether a stop string was met, which one that begins
         before it ``may_stop`` is not). O(new text) per stop string, over an answer."""
-        new = self._decoder.push((token_id,))
-        return self._read(new) if may_stop else (new, False)
+        new = self._decoder.push(token_id)
+        return self._read(new) if self._stops and may_stop else (new, False)
 
     def flush(self) -> tuple[str, bool]:
         """(all that was held, whether it met a stop string): there are no more tokens."""
@@ -165,8 +165,6 @@ class TextStream:
         return text, stopped
 
     def _read(self, new: str) -> tuple[str, bool]:
-        if not self._stops:
-            return new, False
         found = [
             (start, len(stop.text)) for stop in self._stops if (start := stop.read(new)) is not None
         ]
@@ -176,7 +174,7 @@ class TextStream:
             self._held = ""
             start, length = min(found)
             return text[: num_before + start + length * self._keeps_stop], True
-        cut = len(text) - max(stop.matched for stop in self._stops)
+        cut = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[cut:]
         return text[:cut], False
 

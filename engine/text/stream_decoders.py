@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -12,8 +12,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class StreamDecoder(Protocol):
     """Turns tokens into text as they come. One per request."""
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """The text that became certain with these tokens; bytes of an unfinished character wait for
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; bytes of an unfinished character wait for
         the next."""
         ...
 
@@ -31,10 +31,8 @@ class ByteStreamDecoder:
         self._hidden = hidden
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        return self._utf8.decode(
-            b"".join(self._token_bytes(i) for i in token_ids if i not in self._hidden)
-        )
+    def push(self, token_id: int) -> str:
+        return "" if token_id in self._hidden else self._utf8.decode(self._token_bytes(token_id))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -55,10 +53,7 @@ class WindowStreamDecoder:
         self._num_emitted = 0
         self._emitted_text = ""
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        return "".join(map(self._push_one, token_ids))
-
-    def _push_one(self, token_id: int) -> str:
+    def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
         waits = text.endswith(REPLACEMENT) and len(self._window) - self._num_emitted < 4

@@ -12,7 +12,8 @@ from typing import Any
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.requests.sampling_params import SamplingInput
-from engine.run.oracle import Fingerprints, OracleDrawn, OracleRunner
+from engine.run.oracle import Fingerprints, OracleRunner
+from engine.run.oracle_sampler import OracleDrawn
 from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.text.byte_tokenizer import ByteTokenizer

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 
 from engine import AsyncEngine, Engine, EngineConfig
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.server.listening import bind

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler
+from engine.run.oracle import Fingerprints, OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch, Segment
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry

@@ -46,7 +46,8 @@ from engine.drafts.pace import Pace
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingInput
 from engine.run.model_runner import ModelRunner
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.run.sampler import Sampler
 from engine.schedule.plan import Task
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -419,6 +420,37 @@ def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: Make
     assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line
     assert line.endswith("those that verify overlap with no other, and are no decode graphs")
     assert "drafts" not in start_screen(make_engine(), "")
+
+
+def test_a_step_waits_for_drafts_whose_request_has_left() -> None:
+    """A runner commits the drafts of its newest batch alone. So nobody is computed between a step
+    and its drafts' commit, though nobody who runs wants a guess any more."""
+    guesses = Guesses(lambda done, most: most)
+    prompts = [list(range(100)), list(range(100, 200))]
+    engine = Engine(
+        EngineConfig(check=True, overlap="on"),
+        runner=OracleRunner(1024, 8),
+        sampler=OracleSampler(),
+        drafting=Drafting([Source(guesses, partial(Pace, 4))], max_verified=20),
+    )
+    told: list[int] = []
+    forward = engine.runner.forward
+
+    def spy(batch: Any, *drawn: Any) -> Any:
+        told.append(sum(segment.num_drafts for segment in batch.segments))
+        return forward(batch, *drawn)
+
+    engine.runner.forward = spy  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=40)
+    plain = Engine(EngineConfig(), runner=OracleRunner(1024, 8), sampler=OracleSampler())
+    expected = plain.generate(prompts, params)
+    guesses.learn(expected)
+    leaving = engine.submit(prompts[0], params)
+    while not (told and told[-1]):
+        engine.step()
+    engine.abort(leaving)
+    (output,) = engine.generate(prompts[1:], params)
+    assert output.token_ids == expected[1].token_ids
 
 
 def test_a_guess_takes_no_memory_from_others() -> None:

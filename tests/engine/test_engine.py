@@ -20,7 +20,8 @@ from engine import (
     RequestOutput,
     SamplingParams,
 )
-from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.batch import Batch
 from engine.schedule.observed import StepReport
 from engine.text.byte_tokenizer import ByteTokenizer

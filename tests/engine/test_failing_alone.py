@@ -4,14 +4,14 @@ for ever."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.requests.request import Request
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.stream_decoders import StreamDecoder
 
@@ -24,7 +24,7 @@ class BrokenDecoder:
     def __init__(self, fails_on: str) -> None:
         self._fails_on = fails_on
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_id: int) -> str:
         if self._fails_on == "push":
             raise KeyError("Ā")
         return "x"

@@ -11,7 +11,8 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.requests.request import Request
-from engine.run.oracle import OracleRunner, OracleSampler, State, fingerprint
+from engine.run.oracle import OracleRunner, State, fingerprint
+from engine.run.oracle_sampler import OracleSampler
 from hybridcache.arrival import Arrival
 from hybridcache.geometry.model import ModelGeometry
 from tests.engine.test_scheduler_machine import answer, pattern

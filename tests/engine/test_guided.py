@@ -17,7 +17,8 @@ import pytest
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
 from engine.guided.grammar import GrammarError, grammar_of_calls
 from engine.guided.guide import Guides
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 pytest.importorskip("llguidance")

@@ -10,7 +10,8 @@ import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.sampling_params import SamplingInput
-from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.observed import StepReport
 
 

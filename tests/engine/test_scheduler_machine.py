@@ -21,7 +21,8 @@ from engine.drafts.drafter import Newest
 from engine.drafts.drafting import Drafting, Source
 from engine.drafts.pace import Pace
 from engine.requests.request import Request
-from engine.run.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
+from engine.run.oracle import Fingerprints, OracleRunner, fingerprint
+from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry

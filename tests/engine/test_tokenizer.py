@@ -80,7 +80,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def _pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     decoder = tokenizer.stream_decoder()
-    return [*(decoder.push([token_id]) for token_id in token_ids), decoder.flush()]
+    return [*(decoder.push(token_id) for token_id in token_ids), decoder.flush()]
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
@@ -103,8 +103,8 @@ def test_any_ids_decode_alike_whole_and_in_pieces(token_ids: list[int]) -> None:
 def test_a_character_waits_for_its_last_byte() -> None:
     decoder = ByteTokenizer().stream_decoder()
     smile = "😀".encode()
-    assert [decoder.push([byte]) for byte in smile] == ["", "", "", "😀"]
-    assert decoder.push(smile[:2]) == ""
+    assert [decoder.push(byte) for byte in smile] == ["", "", "", "😀"]
+    assert [decoder.push(byte) for byte in smile[:2]] == ["", ""]
     assert decoder.flush() == "\ufffd"
 
 
@@ -241,7 +241,7 @@ def test_token_bytes_spell_the_text(model_dir: Path) -> None:
 
 def test_the_window_gives_up_on_bytes_that_never_become_a_character() -> None:
     decoder = WindowStreamDecoder(lambda ids: bytes(ids).decode("utf-8", "replace"))
-    pieces = [decoder.push([0xFF]) for _ in range(6)]
+    pieces = [decoder.push(0xFF) for _ in range(6)]
     assert "".join(pieces) + decoder.flush() == "\ufffd" * 6
     assert any(pieces)
 

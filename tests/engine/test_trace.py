@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.trace import Trace, start_trace
 

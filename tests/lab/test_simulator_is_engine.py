@@ -13,7 +13,8 @@ from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
 from engine.run.model_config import read_config
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from hybridcache.build import build_prefix_cache
 from hybridcache.core.residency import Residency
 from hybridcache.geometry.model import ModelGeometry

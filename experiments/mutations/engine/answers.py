@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import COUNTS, DRAWS, STEPS
+from experiments.mutations.engine.tests import COUNTS, DRAWS, GUIDED, OPTIONS, STEPS
 
 REQUEST = "engine/requests/request.py"
 SAMPLER = "engine/run/sampler.py"
@@ -22,9 +22,30 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a draw's number forgets tokens in flight",
         REQUEST,
-        "draw, counts = self.known_len - 1 - self.prompt_len, ",
-        "draw, counts = self.num_tokens - self.prompt_len, ",
+        "draw = self.known_len - 1 - self.prompt_len\n",
+        "draw = self.num_tokens - self.prompt_len\n",
         STEPS,
+    ),
+    Mutation(
+        "a request with penalties passes for a plain one",
+        REQUEST,
+        "rules is NO_RULES and not self.params.has_penalties\n",
+        "rules is NO_RULES\n",
+        COUNTS,
+    ),
+    Mutation(
+        "a request with a grammar passes for a plain one",
+        REQUEST,
+        "self._is_plain = guide is None and rules is NO_RULES",
+        "self._is_plain = rules is NO_RULES",
+        GUIDED,
+    ),
+    Mutation(
+        "a request with rules for tokens passes for a plain one",
+        REQUEST,
+        "self._is_plain = guide is None and rules is NO_RULES",
+        "self._is_plain = guide is None",
+        OPTIONS,
     ),
     Mutation(
         "a report repeats what was reported",
@@ -36,8 +57,8 @@ BREAKS_OF_ANSWERS = (
     Mutation(
         "a scored prompt's token is drawn from its first row",
         SAMPLE_STEP,
-        "            rows += range(num_rows - 1 - len(task.drafts), num_rows)\n",
-        "            rows += range(first, first + 1 + len(task.drafts))\n",
+        "            rows += range(num_rows - len(drawn_for), num_rows)\n",
+        "            rows += range(first, first + len(drawn_for))\n",
         STEPS,
     ),
     Mutation(

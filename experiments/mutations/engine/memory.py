@@ -17,7 +17,7 @@ from experiments.mutations.engine.tests import (
 MANAGER = "engine/schedule/cache_manager.py"
 SHARING = "engine/schedule/sharing.py"
 ENGINE_LOOP = "engine/engine.py"
-RUNNER = "engine/run/model_runner.py"
+RUNNER, COPIES = "engine/run/model_runner.py", "engine/run/copies.py"
 DISK = "engine/store/disk.py"
 SEGMENT = "engine/store/segment.py"
 LOWER = "engine/run/lower.py"
@@ -197,29 +197,29 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "the memory's rows do not move",
         RUNNER,
-        "        self._move_rows(batch.moves)\n",
+        "        self._copies.move(batch.moves)\n",
         "",
         BITS,
     ),
     Mutation(
         "rows move after the state copies",
         RUNNER,
-        "        self._move_rows(batch.moves)\n        self.table.write(batch.row_writes)\n"
-        "        self._restore(batch.restores)\n",
-        "        self.table.write(batch.row_writes)\n        self._restore(batch.restores)\n"
-        "        self._move_rows(batch.moves)\n",
+        "        self._copies.move(batch.moves)\n        self.table.write(batch.row_writes)\n"
+        "        self._copies.restore(batch.restores)\n",
+        "        self.table.write(batch.row_writes)\n        self._copies.restore(batch.restores)\n"
+        "        self._copies.move(batch.moves)\n",
         BITS,
     ),
     Mutation(
         "rows move again after the step",
         RUNNER,
         "        logits = self._logits(batch, drawn)\n",
-        "        logits = self._logits(batch, drawn)\n        self._move_rows(batch.moves)\n",
+        "        logits = self._logits(batch, drawn)\n        self._copies.move(batch.moves)\n",
         BITS,
     ),
     Mutation(
         "rows move the wrong way round",
-        RUNNER,
+        COPIES,
         "pairs = np.stack([order.src, order.dst])",
         "pairs = np.stack([order.dst, order.src])",
         BITS,

@@ -16,8 +16,8 @@ BREAKS_OF_PLAN = (
     Mutation(
         "a token that the host knows is taken for a late one",
         PLAN,
-        "return self.sure_end > self.request.num_tokens",
-        "return self.sure_end >= self.request.num_tokens",
+        "is_late=end > request.num_tokens",
+        "is_late=end >= request.num_tokens",
         STEPS,
     ),
     Mutation(

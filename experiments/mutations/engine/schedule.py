@@ -42,8 +42,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a drawn token's row counts those who draw none",
         SCHEDULER,
-        "for row, request in enumerate(task.request for task, _ in ready if task.samples):",
-        "for row, request in enumerate(task.request for task, _ in ready):",
+        "                num_drawn += 1\n",
+        "            num_drawn += 1\n",
         STEPS,
     ),
     Mutation(
@@ -302,7 +302,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a token in flight is not counted as drawn",
         SCHEDULER,
-        "        task.request.num_drawn += task.samples\n",
+        "                request.num_drawn += 1\n",
         "",
         STEPS,
     ),

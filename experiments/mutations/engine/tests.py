@@ -28,6 +28,7 @@ TILE_TESTS = "tests/kernels/test_packed.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 GUIDED_TESTS = "tests/engine/test_guided.py"
+OPTIONS_TESTS = "tests/engine/server/test_options.py"
 LIVING_TESTS = "tests/engine/server/test_living.py"
 PAGE_TESTS = "tests/engine/server/test_page.py"
 LABELLED_TESTS = "tests/engine/history/test_labelled.py"
@@ -47,6 +48,7 @@ POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (VERIFY_TESTS, DRAFT_TESTS)
 GUIDED = (GUIDED_TESTS,)
+OPTIONS = (OPTIONS_TESTS,)
 LIVING = (LIVING_TESTS,)
 PAGE = (PAGE_TESTS,)
 SEEN = (LABELLED_TESTS, EXPLAINED_TESTS)

@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.command.engine_process import start_engine
 from engine.process import front
 from engine.process.front import ProcessEngine
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 BOOT = """
@@ -27,7 +27,8 @@ import json, sys, time
 sys.path[:] = json.loads(sys.argv[1])
 import engine.command.screen, engine.engine
 from engine.command.engine_process import main
-from engine.run.oracle import OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 class Runner(OracleRunner):
@@ -118,11 +119,11 @@ def test_a_process_answers_as_a_thread_does() -> None:
         for spec in (*SPECS, SPECS[0]):
             expected = [*alone.stream(spec)]
             for ours, theirs in zip(await read(engine.submit(spec)), expected, strict=True):
-                for field in fields(RequestOutput):
-                    if field.name not in OTHERWISE:
-                        pair = getattr(ours, field.name), getattr(theirs, field.name)
+                for name in RequestOutput.__struct_fields__:
+                    if name not in OTHERWISE:
+                        pair = getattr(ours, name), getattr(theirs, name)
                         is_array = isinstance(pair[1], np.ndarray)
-                        assert np.array_equal(*pair) if is_array else pair[0] == pair[1], field.name
+                        assert np.array_equal(*pair) if is_array else pair[0] == pair[1], name
                 assert ours.logprobs == theirs.logprobs
             assert ours.drafts == theirs.drafts
             assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 60

@@ -18,7 +18,8 @@ import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig
 from engine.requests.sampling_params import SamplingInput
-from engine.run.oracle import OracleDrawn, OracleRunner, OracleSampler
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig

@@ -1,0 +1,64 @@
+"""What is moved and copied in a runner's memory, before a step computes and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.run.backends import Kernels
+from engine.run.device import Device
+from engine.run.lower import LowerRows
+from engine.run.memory import Memory
+from hybridcache.allocators.moves import Move
+from hybridcache.allocators.orders import Order
+from kernels.upload import upload
+
+
+class Copies:
+    """Of rows and of states, in the order of the device's work."""
+
+    def __init__(self, tensors: Memory, kernels: Kernels, device: Device) -> None:
+        self.lower: LowerRows | None = None
+        """Memory below the device's."""
+        self._tensors, self._device = tensors, device.torch_device
+        self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
+
+    def move(self, orders: Sequence[Order]) -> None:
+        """One after the other, since one may read what another wrote."""
+        for order in orders:
+            if not isinstance(order, Move):
+                assert self.lower is not None, "there is no memory below the device's"
+                self.lower.make(order)
+                continue
+            rows = self._tensors.rows
+            assert rows is not None, "rows of a pool do not move"
+            pairs = np.stack([order.src, order.dst])
+            sources, targets = upload(pairs, torch.int32, self._device)
+            self._cache_write.move_rows(rows, sources, targets)
+
+    def restore(self, copies: Sequence[tuple[int, int]]) -> None:
+        """(checkpoint slot, own slot)."""
+        if self._tensors.checkpoints is None:
+            self._copy_states(copies)
+        else:
+            self._tensors.checkpoints.restore(copies)
+
+    def save(
+        self, copies: Sequence[tuple[int, int]], beside: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """(slot of a state, checkpoint slot); ``beside``: (slot of a state, another of these), made
+        first, and in the same launch where checkpoints are states as they are."""
+        if self._tensors.checkpoints is None:
+            self._copy_states([*beside, *copies])
+        else:
+            self._copy_states(beside)
+            self._tensors.checkpoints.save(copies)
+
+    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies or not self._tensors.states:
+            return
+        pairs = np.array(copies, dtype=np.int32).T.copy()
+        sources, targets = upload(pairs, torch.int32, self._device)
+        self._state_copy.copy_states(self._tensors.states, sources, targets)
