@@ -271,7 +271,8 @@ ARENA = Mutations(
         "tests/export/test_snapshot.py",
         "tests/allocators/test_arena.py",
         "tests/cache/test_arena.py",
+        "tests/cache/test_arena_machine.py",
     ),
-    machines=("tests/allocators/test_arena.py", "tests/cache/test_arena.py"),
+    machines=("tests/allocators/test_arena.py", "tests/cache/test_arena_machine.py"),
     copied=("hybridcache", "tests", "pyproject.toml"),
 )
