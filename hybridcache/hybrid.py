@@ -138,28 +138,15 @@ class HybridRadixCache:
             grid_len - saved_len,
             kv_len - grid_len,
         )
-        checkpoint = node.checkpoint
-        if checkpoint is None:
-            return PrefixMatch(
-                num_tokens,
-                0,
-                kv_len,
-                branch_len,
-                None,
-                losses,
-                None,
-                namespace,
-                missed,
-                forks=forks,
-            )
+        checkpoint = node.checkpoint  # none: the node is the root
         return PrefixMatch(
             num_tokens,
             cached_len,
             kv_len,
             branch_len,
-            checkpoint.slot,
+            None if checkpoint is None else checkpoint.slot,
             losses,
-            node,
+            None if checkpoint is None else node,
             namespace,
             missed,
             checkpoint,
