@@ -236,7 +236,7 @@ class HybridRadixCache:
 
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is
         ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
-        the nearest checkpoint above.
+        the nearest checkpoint above. ValueError: as there; nothing is changed.
         """
         refuse_bad_insert(
             tokens,

@@ -91,7 +91,7 @@ class RadixCache(HybridRadixCache):
 
     def lock(self, node: PathPart | RadixNode | None) -> Receipt:
         """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
-        O(page)."""
+        O(page). ValueError: it was evicted."""
         if isinstance(node, PathPart):
             last = node.last()
             if last.kv is None:

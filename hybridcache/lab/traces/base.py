@@ -189,7 +189,8 @@ class Clock:
 
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:
-    """A whole number in [least, most]; 3.0 is one too."""
+    """A whole number in [least, most]; 3.0 is one too. ValueError: it is none, as in the next
+    five."""
     value = record[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
