@@ -18,8 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,13 +99,11 @@ def a_right_request_is_refused_for_what_it_says(ctx, response, case):
 @contextlib.contextmanager
 def oracle_server() -> Iterator[str]:
     """A server on a runner that computes nothing; its address."""
-    from engine import AsyncEngine, Engine, EngineConfig
+    from engine import Engine, EngineConfig
     from engine.run.oracle import OracleRunner
     from engine.run.oracle_sampler import OracleSampler
-    from engine.server.app import Server
-    from engine.server.config import ServerConfig
-    from engine.server.listening import bind
     from engine.text.byte_tokenizer import ByteTokenizer
+    from experiments.served import serving
 
     engine = Engine(
         EngineConfig(max_queue=256),
@@ -115,18 +111,8 @@ def oracle_server() -> Iterator[str]:
         sampler=OracleSampler(),
         tokenizer=ByteTokenizer(),
     )
-    server = Server(AsyncEngine(engine), ServerConfig())
-    listener = bind(ServerConfig(port=0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
+    with serving(engine) as (_, port):
+        yield f"http://127.0.0.1:{port}"
 
 
 def main() -> int:

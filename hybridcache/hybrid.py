@@ -17,7 +17,8 @@ from hybridcache.interface import LowerMemory
 from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
+from hybridcache.radix.ghosts import read_ghosts
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode
 from hybridcache.results import (
     Eviction,
     InsertResult,
@@ -115,7 +116,7 @@ class HybridRadixCache:
         missed: Checkpoint | None = None
         forks = inside is not None or bool(node.children)
         if inside is None and node.ghosts:
-            branch_len, missed, forks = self._read_ghosts(node, tokens)
+            branch_len, missed, forks = read_ghosts(self._tree, node, tokens)
         lost_len = 0
         while node is not root:
             assert node is not None
@@ -137,45 +138,20 @@ class HybridRadixCache:
             grid_len - saved_len,
             kv_len - grid_len,
         )
-        checkpoint = node.checkpoint
-        if checkpoint is None:
-            return PrefixMatch(
-                num_tokens,
-                0,
-                kv_len,
-                branch_len,
-                None,
-                losses,
-                None,
-                namespace,
-                missed,
-                forks=forks,
-            )
+        checkpoint = node.checkpoint  # none: the node is the root
         return PrefixMatch(
             num_tokens,
             cached_len,
             kv_len,
             branch_len,
-            checkpoint.slot,
+            None if checkpoint is None else checkpoint.slot,
             losses,
-            node,
+            None if checkpoint is None else node,
             namespace,
             missed,
             checkpoint,
             forks=forks,
         )
-
-    def _read_ghosts(self, node: RadixNode, tokens: Tokens) -> tuple[int, Checkpoint | None, bool]:
-        """(how deep the tokens were ever seen, the deepest evicted checkpoint down there that could
-        be resumed from, whether other tokens were seen to follow)."""
-        ghost, inside, length = self._tree.walk(node, tokens[node.end :], ghosts=True)
-        forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)
-        while ghost is not node:
-            if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
-                return length, ghost.lost_checkpoint, forks
-            assert ghost.parent is not None
-            ghost = ghost.parent
-        return length, None, forks
 
     def continuation(
         self,
@@ -209,26 +185,9 @@ class HybridRadixCache:
         if node is None or node.kv is None:
             return NO_INDICES
         known = self._gathered.get(node.kv)
-        return self._join(node, node.kv) if known is None else known
-
-    def _join(self, node: RadixNode, kv: Segment) -> Indices:
-        """As ``gather``, from the pieces on the path of ``node``, whose segment is ``kv``."""
-        parts = [kv.indices]
-        extends = None
-        above = node.parent
-        while above is not None and above.kv is not None:
-            known = self._gathered.get(above.kv)
-            if known is not None:
-                parts.append(known)
-                extends = above.kv
-                break
-            parts.append(above.kv.indices)
-            above = above.parent
-        parts.reverse()
-        rows = np.concatenate(parts)
-        rows.setflags(write=False)
-        self._gathered.keep(kv, rows, extends, self._residency.cached_tokens)
-        return rows
+        if known is not None:
+            return known
+        return self._gathered.join(node.kv, self._residency.cached_tokens)
 
     def fetch(self, resumable: Resumable) -> bool:
         """False: nothing lies below the device."""
@@ -277,7 +236,7 @@ class HybridRadixCache:
 
         O(n), or O(n - owned_from) with ``after``, a locked node whose path is
         ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
-        the nearest checkpoint above.
+        the nearest checkpoint above. ValueError: as there; nothing is changed.
         """
         refuse_bad_insert(
             tokens,

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
+from hybridcache.radix.ghosts import read_ghosts
 from hybridcache.radix.node import RadixNode
 from hybridcache.results import InsertResult, Losses, PrefixMatch
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
@@ -53,7 +54,7 @@ class RadixCache(HybridRadixCache):
         node, inside, kv_len = self._tree.walk(root, tokens)
         branch_len = kv_len
         if inside is None and node.ghosts:
-            branch_len, _, _ = self._read_ghosts(node, tokens)
+            branch_len, _, _ = read_ghosts(self._tree, node, tokens)
         reachable = min(kv_len, num_tokens - 1)
         cached_len = max(reachable - reachable % self._step, 0)
         losses = Losses(num_tokens - branch_len, branch_len - kv_len, 0, 0, kv_len - cached_len)
@@ -90,7 +91,7 @@ class RadixCache(HybridRadixCache):
 
     def lock(self, node: PathPart | RadixNode | None) -> Receipt:
         """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
-        O(page)."""
+        O(page). ValueError: it was evicted."""
         if isinstance(node, PathPart):
             last = node.last()
             if last.kv is None:

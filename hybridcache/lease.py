@@ -16,11 +16,9 @@ from collections.abc import Hashable
 from math import lcm
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from hybridcache.allocators.moves import Move
 from hybridcache.fetching import bring_up
 from hybridcache.interface import PrefixCache
+from hybridcache.lease_rows import LeaseRows
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.results import Losses, PrefixMatch
 from hybridcache.saving import Saved, Saving
@@ -58,10 +56,6 @@ from hybridcache.tokens import Indices, Tokens
 # (`take_moved`).
 
 
-SPARE_ROWS = 512
-"""Room for the rows of a short answer, so that they need no second array."""
-
-
 class LeaseRequest(NamedTuple):
     """What a lease is asked for."""
 
@@ -94,20 +88,15 @@ class Lease:
     __slots__ = (
         "_cache",
         "_is_counted",
-        "_moved",
         "_node",
-        "_num_rows",
         "_placement",
         "_receipt",
         "_request",
         "_rows",
         "_saving",
         "_step",
-        "_unread_end",
-        "_unread_start",
         "match",
         "prompt_len",
-        "published_len",
         "state_slot",
     )
 
@@ -132,19 +121,12 @@ class Lease:
         """Tokens that are prefilled: those of the request."""
         self.state_slot = state_slot
         """The request's own slot; None for attention-only models."""
-        # Rows in [_unread_start, _unread_end) are the tree's and stand in it alone: a caller that
-        # moves no tensors never asks for them. All others are here, up to date.
-        self._unread_start = 0
-        self._unread_end = self._num_rows = match.cached_len
-        self.published_len = match.cached_len
-        """Tokens whose rows are the tree's, under this lease's lock."""
-        self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
+        self._rows = LeaseRows(match.cached_len, self.prompt_len + cache.page_size)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
         self._saving = Saving(cache, self._step, self.prompt_len)
-        self._moved: tuple[int, int] | None = None
         if cache.arena is not None:
-            cache.arena.holders[self] = None
+            cache.arena.holders[self._rows] = None
 
     @classmethod
     def begin(
@@ -240,16 +222,19 @@ class Lease:
         """KV row of every position so far, the tree's and those held: int32[``extended_len``], a
         view. O(``published_len``) when the tree's have not been read since they became so, else
         O(1)."""
-        start, end = self._unread_start, self._unread_end
-        if start < end:
-            self._rows[start:end] = self._cache.gather(self._node)[start:end]
-            self._unread_start = end
-        return self._rows[: self._num_rows]
+        if self._rows.unread_len:
+            self._rows.read(self._cache.gather(self._node))
+        return self._rows.view(0, self._rows.num_rows)
 
     @property
     def extended_len(self) -> int:
         """Positions that have a row: at least what the last ``extend`` was asked for."""
-        return self._num_rows
+        return self._rows.num_rows
+
+    @property
+    def published_len(self) -> int:
+        """Tokens whose rows are the tree's, under this lease's lock."""
+        return self._rows.published_len
 
     @property
     def planned(self) -> tuple[int, ...]:
@@ -259,7 +244,7 @@ class Lease:
     @property
     def held_tokens(self) -> int:
         """KV rows held: neither free nor the tree's."""
-        return self._num_rows - self.published_len
+        return self._rows.num_rows - self._rows.published_len
 
     @property
     def held_slots(self) -> int:
@@ -296,25 +281,14 @@ class Lease:
         placement where to save: a caller that begins, is refused, aborts and tries again later is
         counted once.
         """
-        missing = to_len - self._num_rows
+        missing = to_len - self._rows.num_rows
         if missing <= 0:
             return True
         page = self._cache.page_size
-        num_tokens = -(-missing // page) * page
-        new = self._cache.allocate_kv(num_tokens)
+        new = self._cache.allocate_kv(-(-missing // page) * page)
         if new is None:
             return False
-        end = self._num_rows + num_tokens
-        if end > len(self._rows):
-            rows = np.empty(max(end, 2 * len(self._rows)), np.int32)
-            for known in (
-                slice(0, self._unread_start),
-                slice(self._unread_end, self._num_rows),
-            ):
-                rows[known] = self._rows[known]
-            self._rows = rows
-        self._rows[self._num_rows : end] = new
-        self._num_rows = end
+        self._rows.append(new)
         if not self._is_counted:
             self._count()
         return True
@@ -358,35 +332,14 @@ class Lease:
         receipt = cache.lock(node)
         cache.unlock(self._receipt)
         self._node, self._receipt = node, receipt
-        if not num_duplicates:
-            return None
-        if self._unread_start == self._unread_end:
-            self._unread_start = first
-        self._unread_end = first + num_duplicates
-        return first, first + num_duplicates
-
-    def rows_moved(self, move: Move) -> int:
-        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how
-        many are held. O(``extended_len``), a nanosecond each."""
-        first_known = self._unread_end
-        moved = move.rename(self._rows[first_known : self._num_rows]) + first_known
-        num_held = len(moved) - int(np.searchsorted(moved, self.published_len))
-        if self._unread_start:
-            moved = np.concatenate((move.rename(self._rows[: self._unread_start]), moved))
-        if len(moved):
-            start, end = int(moved[0]), int(moved[-1]) + 1
-            if self._moved is not None:
-                start, end = min(start, self._moved[0]), max(end, self._moved[1])
-            self._moved = start, end
-        return num_held
+        return (first, first + num_duplicates) if num_duplicates else None
 
     def take_moved(self) -> tuple[int, int] | None:
         """(start, end) of the positions whose row in ``kv_indices`` changed since the last time
         because slabs were emptied; None: no row changed. Given out once. What the caller copied
         from ``kv_indices`` before is out of date there: it reads these positions again, and writes
         them after all that it copied."""
-        moved, self._moved = self._moved, None
-        return moved
+        return self._rows.take_moved()
 
     def _publishable(self, computed_len: int) -> int:
         return min(computed_len, self.prompt_len) if self._request.exact else computed_len
@@ -399,17 +352,17 @@ class Lease:
         cache = self._cache
         inserted_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
-            self._rows[:computed_len],
+            self._rows.view(0, computed_len),
             tuple(saved),
             self._request.namespace,
-            self.published_len,
+            self._rows.published_len,
             tuple(saved.values()),
             self._node,
         )
         for slot in rejected_slots:
             cache.free_slot(slot)
-        self.published_len = inserted_len
         num_duplicates = len(duplicates)
+        self._rows.publish(inserted_len, num_duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
         return node, num_duplicates
@@ -449,11 +402,10 @@ class Lease:
         self._close(self.published_len)
 
     def _close(self, first_held: int) -> None:
-        if first_held < self._num_rows:
-            self._cache.free_kv(self._rows[first_held : self._num_rows])
+        if first_held < self._rows.num_rows:
+            self._cache.free_kv(self._rows.view(first_held, self._rows.num_rows))
         if self._cache.arena is not None:
-            del self._cache.arena.holders[self]
+            del self._cache.arena.holders[self._rows]
         self._cache.unlock(self._receipt)
-        self._node = self._receipt = self._moved = None
-        self.state_slot = None
-        self._num_rows = self._unread_start = self._unread_end = self.published_len = 0
+        self._node = self._receipt = self.state_slot = None
+        self._rows.clear()

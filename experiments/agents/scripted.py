@@ -4,21 +4,18 @@ read; and a server in front of it."""
 from __future__ import annotations
 
 import contextlib
-import socket
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
+from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.requests.sampling_params import SamplingInput
 from engine.run.oracle import Fingerprints, OracleRunner
 from engine.run.oracle_sampler import OracleDrawn
-from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import Tokenizer
+from experiments.served import serving
 
 
 class ScriptedSampler:
@@ -69,17 +66,5 @@ class ScriptedEngine:
     @contextlib.contextmanager
     def serving(self, config: ServerConfig | None = None) -> Iterator[str]:
         """The address of a server of its own, in a thread."""
-        server = Server(AsyncEngine(self.engine), config or ServerConfig())
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            thread = threading.Thread(
-                target=server.run, kwargs={"sockets": [listener]}, daemon=True
-            )
-            thread.start()
-            while not server.started:
-                time.sleep(0.005)
-            try:
-                yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-            finally:
-                server.should_exit = True
-                thread.join(30)
+        with serving(self.engine, config) as (_, port):
+            yield f"http://127.0.0.1:{port}"

@@ -10,20 +10,17 @@ from __future__ import annotations
 import copy
 import json
 import random
-import threading
 import time
 from collections import Counter
 from typing import Any
 
 import httpx
 
-from engine import AsyncEngine, Engine, EngineConfig
+from engine import Engine, EngineConfig
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleSampler
-from engine.server.app import Server
-from engine.server.config import ServerConfig
-from engine.server.listening import bind
 from engine.text.byte_tokenizer import ByteTokenizer
+from experiments.served import serving
 
 CHAT = [{"role": "user", "content": "hi"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -120,19 +117,8 @@ def attack(seed: int, seconds: float) -> dict[str, int]:
         sampler=OracleSampler(),
         tokenizer=ByteTokenizer(),
     )
-    server = Server(AsyncEngine(engine), ServerConfig())
-    listener = bind(ServerConfig(port=0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        counts = _send_all(url, seed, seconds)
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    with serving(engine) as (_, port):
+        counts = _send_all(f"http://127.0.0.1:{port}", seed, seconds)
     engine.check()
     return counts
 

@@ -8,6 +8,7 @@ from experiments.mutations.cache.parts import COMPACT
 
 ALLOCATOR, MOVES = "hybridcache/allocators/arena.py", "hybridcache/allocators/moves.py"
 OWNERS, LEASE = "hybridcache/core/owners.py", "hybridcache/lease.py"
+LEASE_ROWS = "hybridcache/lease_rows.py"
 SAVING = "hybridcache/saving.py"
 SNAPSHOT, BUILD = "hybridcache/export/snapshot.py", "hybridcache/build.py"
 
@@ -204,36 +205,36 @@ BREAKAGES = (
     Mutation(
         "a lease is not notified of moves",
         LEASE,
-        "            cache.arena.holders[self] = None\n",
+        "            cache.arena.holders[self._rows] = None\n",
         "            pass\n",
     ),
     Mutation(
         "a lease that ended is still notified",
         LEASE,
-        "            del self._cache.arena.holders[self]\n",
+        "            del self._cache.arena.holders[self._rows]\n",
         "            pass\n",
     ),
     Mutation(
         "rows that a lease read are not renamed",
-        LEASE,
+        LEASE_ROWS,
         "        if self._unread_start:\n            moved = np",
         "        if False:\n            moved = np",
     ),
     Mutation(
         "a lease claims what it has published",
-        LEASE,
+        LEASE_ROWS,
         "num_held = len(moved) - int(np.searchsorted(moved, self.published_len))",
         "num_held = len(moved)",
     ),
     Mutation(
         "a second move hides the first from a lease's caller",
-        LEASE,
+        LEASE_ROWS,
         "start, end = min(start, self._moved[0]), max(end, self._moved[1])",
         "start, end = start, end",
     ),
     Mutation(
         "a lease's positions that moved end one early",
-        LEASE,
+        LEASE_ROWS,
         "start, end = int(moved[0]), int(moved[-1]) + 1",
         "start, end = int(moved[0]), int(moved[-1])",
     ),
@@ -245,15 +246,15 @@ BREAKAGES = (
     ),
     Mutation(
         "what a lease has read is lost when it grows",
-        LEASE,
+        LEASE_ROWS,
         "                slice(0, self._unread_start),\n",
         "",
     ),
     Mutation(
         "duplicates are read from the wrong place on",
-        LEASE,
-        "            self._unread_start = first\n        self._unread_end",
-        "            self._unread_start = first + num_duplicates\n        self._unread_end",
+        LEASE_ROWS,
+        "                self._unread_start = first\n",
+        "                self._unread_start = first + num_duplicates\n",
     ),
     Mutation(
         "an attention-only arena keeps slabs",
@@ -270,7 +271,8 @@ ARENA = Mutations(
         "tests/export/test_snapshot.py",
         "tests/allocators/test_arena.py",
         "tests/cache/test_arena.py",
+        "tests/cache/test_arena_machine.py",
     ),
-    machines=("tests/allocators/test_arena.py", "tests/cache/test_arena.py"),
+    machines=("tests/allocators/test_arena.py", "tests/cache/test_arena_machine.py"),
     copied=("hybridcache", "tests", "pyproject.toml"),
 )

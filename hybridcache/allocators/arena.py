@@ -66,6 +66,7 @@ class ArenaAllocator(BaseAllocator):
     def __init__(
         self, total_bytes: int, row_bytes: int, state_bytes: int, page_size: int = 1
     ) -> None:
+        """ValueError: a row without bytes, a page without rows, not a page in all."""
         if row_bytes < 1 or state_bytes < 0 or page_size < 1:
             raise ValueError(
                 f"row_bytes {row_bytes}, state_bytes {state_bytes}, page_size {page_size}: "

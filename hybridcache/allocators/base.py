@@ -16,6 +16,7 @@ class BaseAllocator(ABC):
     """
 
     def __init__(self, capacity: int, unit_bytes: int = 0, budget: ByteBudget | None = None):
+        """ValueError: a negative ``capacity``, a ``budget`` without the bytes of a unit."""
         if capacity < 0:
             raise ValueError(f"capacity must not be negative, got {capacity}")
         if budget is not None and unit_bytes < 1:

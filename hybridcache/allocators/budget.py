@@ -18,6 +18,7 @@ class ByteBudget:
     __slots__ = ("free_bytes", "total_bytes")
 
     def __init__(self, total_bytes: int) -> None:
+        """ValueError: no bytes."""
         if total_bytes <= 0:
             raise ValueError(f"total_bytes must be positive, got {total_bytes}")
         self.total_bytes = total_bytes

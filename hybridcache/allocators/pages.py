@@ -43,6 +43,7 @@ class PageAllocator(BaseAllocator):
         token_bytes: int = 0,
         budget: ByteBudget | None = None,
     ) -> None:
+        """ValueError: no whole pages, or more rows than int32 can number."""
         super().__init__(num_tokens, token_bytes, budget)
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import numpy as np
+
 from hybridcache.radix.node import Segment
 from hybridcache.tokens import Indices
 
@@ -35,6 +37,26 @@ class GatherCache:
     def get(self, segment: Segment) -> Indices | None:
         """The rows from the root to the end of ``segment``, if they are known. O(1)."""
         return self.rows.get(segment)
+
+    def join(self, segment: Segment, limit_rows: int) -> Indices:
+        """The rows from the root to the end of ``segment``, from the pieces on its path, and
+        ``keep`` them: read-only. O(rows)."""
+        parts = [segment.indices]
+        extends = None
+        above = segment.node.parent
+        while above is not None and above.kv is not None:
+            known = self.rows.get(above.kv)
+            if known is not None:
+                parts.append(known)
+                extends = above.kv
+                break
+            parts.append(above.kv.indices)
+            above = above.parent
+        parts.reverse()
+        rows = np.concatenate(parts)
+        rows.setflags(write=False)
+        self.keep(segment, rows, extends, limit_rows)
+        return rows
 
     def keep(
         self, segment: Segment, rows: Indices, extends: Segment | None, limit_rows: int

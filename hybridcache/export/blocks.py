@@ -54,6 +54,7 @@ class BlockEvents:
     """
 
     def __init__(self, block_size: int, sink: Callable[[dict[str, Any]], None]) -> None:
+        """``block_size`` in tokens. ValueError: it is not positive."""
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {block_size}")
         self.block_size = block_size

@@ -210,6 +210,7 @@ class Batches:
     """
 
     def __init__(self, form: str = "json") -> None:
+        """ValueError: a ``form`` that is neither json nor msgpack."""
         if form not in FORMS:
             raise ValueError(f"events are written as json or msgpack, not {form!r}")
         self._form = form

@@ -137,7 +137,7 @@ def losses_figure(
     results: Sequence[SimulationResult], path: Path | None, caption: str = ""
 ) -> Figure:
     """A panel a trace and competitor that knows: the causes stacked over the size; what is white
-    was reused."""
+    was reused. ValueError: none knows."""
     shown = [
         (result, label, runs)
         for result in results

@@ -12,11 +12,28 @@ from collections.abc import Iterator
 
 from hybridcache.radix.compact import compact_edges
 from hybridcache.radix.key import TOKEN_BYTES
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.node import Checkpoint, RadixNode
 from hybridcache.radix.tree import RadixTree
+from hybridcache.tokens import Tokens
 
 GHOST_NODE_BYTES = 640
 """Host bytes a ghost node takes beside its tokens (measured: node, two views, dict entries)."""
+
+
+def read_ghosts(
+    tree: RadixTree, node: RadixNode, tokens: Tokens
+) -> tuple[int, Checkpoint | None, bool]:
+    """(how deep ``tokens``, whose resident part ends with ``node``, were ever seen, the deepest
+    evicted checkpoint down there that could be resumed from, whether other tokens were seen to
+    follow). O(len(tokens))."""
+    ghost, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
+    forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)
+    while ghost is not node:
+        if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
+            return length, ghost.lost_checkpoint, forks
+        assert ghost.parent is not None
+        ghost = ghost.parent
+    return length, None, forks
 
 
 class GhostList:

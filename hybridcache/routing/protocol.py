@@ -93,7 +93,7 @@ class Router:
 
     def route(self, request: RouteRequest, now: float) -> Choice:
         """Choose, and count the request there. ``now``: seconds, never fewer than before.
-        NoReplica: none is up."""
+        NoReplica: none is up; ValueError: ``choose`` named one that is not."""
         if not self.loads:
             raise NoReplica("no replica is up: try again when one has joined")
         choice = self.choose(request, now)

@@ -29,7 +29,8 @@ class TextTree:
     """Prompts by replica, at most ``max_tokens`` for each: what was longest unused goes, leaves
     first.
 
-    ``insert`` O(len(tokens)), amortised with what it evicts; ``match`` O(len(tokens)).
+    ``insert`` O(len(tokens)), amortised with what it evicts; ``match`` O(len(tokens)). ValueError:
+    a ``max_tokens`` that is not positive.
     """
 
     def __init__(self, max_tokens: int) -> None:

@@ -1,5 +1,5 @@
 """Multi-head latent attention over a pool of latents in Triton: the online softmax of
-`kernels.attention.fused`, with a row loaded once and used twice, as key and as value.
+`kernels.attention.tile`, with a row loaded once and used twice, as key and as value.
 
 All heads of a token attend to the same rows. So a program's rows are queries of HEADS heads and BT
 tokens, BM in all, each with an output of R numbers in registers: at R = 512 half of what a
@@ -13,14 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.fused import (
-    COMBINED,
-    LOG2_E,
-    SPLIT,
-    combine_splits_kernel,
-    group_size,
-)
 from kernels.attention.sequences import Sequences
+from kernels.attention.splits import COMBINED, SPLIT, combine_splits_kernel, group_size
+from kernels.attention.tile import LOG2_E
 from kernels.packed import Packed
 from kernels.strides import row_stride
 from kernels.target import has_roomy_memory

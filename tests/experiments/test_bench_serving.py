@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -22,6 +20,7 @@ from engine.run.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments import bench_serving
 from experiments.bench_serving import random_jobs, sweep, table
+from experiments.served import serving
 from experiments.serving_load import (
     Answer,
     Ask,
@@ -38,34 +37,23 @@ from experiments.serving_load import (
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
 
 
-def oracle_engine(cache: str) -> AsyncEngine:
+def oracle_engine(cache: str) -> Engine:
     config = EngineConfig(prefix_cache=cache)
     runner = OracleRunner(8192, 16, max_model_len=4096)
-    engine = Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
-    return AsyncEngine(engine)
+    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
 
 
 @contextlib.asynccontextmanager
 async def in_process(cache: str) -> AsyncIterator[EngineClient]:
-    client = EngineClient(oracle_engine(cache))
+    client = EngineClient(AsyncEngine(oracle_engine(cache)))
     yield client
     await client.close()
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    uvicorn = pytest.importorskip("uvicorn")
-    from engine.server.app import create_app
-    from engine.server.config import ServerConfig
-
-    app = create_app(oracle_engine("hybrid"), ServerConfig())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
+    with serving(oracle_engine("hybrid")) as (_, port):
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_times_are_those_of_the_definitions() -> None:

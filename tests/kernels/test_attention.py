@@ -17,6 +17,8 @@ from kernels.packed import Packed
 from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.attention.fused")
+decode = pytest.importorskip("kernels.attention.decode")
+splits = pytest.importorskip("kernels.attention.splits")
 BACKENDS = pytest.mark.parametrize(
     "backend",
     [pytest.param(reference, id="reference"), pytest.param(fused, id="fused"), native("attention")],
@@ -202,7 +204,7 @@ def test_verification_equals_decoding(backend, heads, kv_heads, dtype, device, m
     out = cache.verify(backend, spans)
     ends = [(b, end + 1) for b, start, last in spans for end in range(start, last)]
     assert torch.equal(out, cache.decode(backend, ends))
-    monkeypatch.setattr(fused, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 1)
     spans *= 2
     assert torch.equal(cache.verify(backend, spans), torch.cat([out, out]))
     assert not len(cache.verify(backend, [(0, 5, 5)]))
@@ -238,8 +240,8 @@ def test_host_lengths_only_bound_a_decode(device) -> None:
 
 def test_many_splits_are_joined_in_one_order(device, monkeypatch, assert_close) -> None:
     """Whatever the longest sequence of a step may be, and whoever is in it."""
-    monkeypatch.setattr(fused, "SPLIT", 32)
-    monkeypatch.setattr(fused, "COMBINED", 4)
+    monkeypatch.setattr(decode, "SPLIT", 32)
+    monkeypatch.setattr(decode, "COMBINED", 4)
     cache = Cache.filled([500, 20, 128, 129], 4, 2, 32, torch.float32, device)
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
     together = cache.decode(fused, ends)
@@ -271,17 +273,17 @@ def test_many_long_sequences_share_one_workspace(device, monkeypatch) -> None:
     cache = Cache.filled([300, 20, 290, 270, 64, 5], 2, 1, 32, torch.float32, device)
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
     whole = cache.decode(fused, ends)
-    assert fused.group_size(2, 2, 32) > 6
-    monkeypatch.setattr(fused, "WORKSPACE_BYTES", 1)
-    assert fused.group_size(2, 2, 32) == 4
+    assert splits.group_size(2, 2, 32) > 6
+    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 1)
+    assert splits.group_size(2, 2, 32) == 4
     assert torch.equal(cache.decode(fused, ends), whole)
 
 
 def test_a_workspace_of_64_long_sequences_is_bounded() -> None:
     for kv_len in (2048, 131_072, 262_144):
-        num_splits = kv_len // fused.SPLIT
-        num_bytes = 4 * 16 * num_splits * 256 * fused.group_size(16, num_splits, 256)
-        assert num_bytes <= fused.WORKSPACE_BYTES + 2**22
+        num_splits = kv_len // splits.SPLIT
+        num_bytes = 4 * 16 * num_splits * 256 * splits.group_size(16, num_splits, 256)
+        assert num_bytes <= splits.WORKSPACE_BYTES + 2**22
 
 
 @pytest.mark.gpu
@@ -299,5 +301,5 @@ def test_every_number_of_sequences_gives_the_same_bits(size, device, monkeypatch
     for i, end in enumerate(ends):
         assert torch.equal(cache.decode(fused, [end])[0], together[i]), end
     for group in (4, 8):
-        monkeypatch.setattr(fused, "group_size", lambda *sizes, group=group: group)
+        monkeypatch.setattr(decode, "group_size", lambda *sizes, group=group: group)
         assert torch.equal(cache.decode(fused, ends), together), group

@@ -9,8 +9,11 @@ from experiments.mutations.cache.parts import BREAKS_OF_PARTS
 
 TESTS = (
     "tests/cache/test_eviction.py",
+    "tests/cache/test_room.py",
+    "tests/cache/test_ghosts.py",
     "tests/cache/test_operations.py",
     "tests/cache/test_scenarios.py",
+    "tests/cache/test_controls.py",
     "tests/cache/test_refusals.py",
     "tests/cache/test_check.py",
     "tests/cache/test_gathers.py",

@@ -26,7 +26,7 @@ BREAKS_OF_CORE = (
     ),
     Mutation(
         "ghosts do not tell a fork from an end",
-        "hybridcache/hybrid.py",
+        "hybridcache/radix/ghosts.py",
         "forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)",
         "forks = True",
         ("tests/policies/test_regret.py",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from experiments.mutations import Mutation
 
+GATHERS = "hybridcache/core/gathers.py"
 HYBRID = "hybridcache/hybrid.py"
 LISTENER = "hybridcache/listener.py"
 STATS = "hybridcache/stats.py"
@@ -34,7 +35,7 @@ BREAKS_OF_FRONT = (
         "kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES",
         "kv_indices[:kv_len]",
     ),
-    Mutation("a gather is in the wrong order", HYBRID, "        parts.reverse()\n", ""),
+    Mutation("a gather is in the wrong order", GATHERS, "        parts.reverse()\n", ""),
     Mutation(
         "kv losses are counted as never seen",
         HYBRID,

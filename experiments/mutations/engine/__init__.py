@@ -83,6 +83,7 @@ ENGINE = Mutations(
         "engine",
         "experiments/agents",
         "experiments/interpreter.py",
+        "experiments/served.py",
         "tests",
         "pyproject.toml",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import ENGINE_TESTS, GRID_TESTS, TILE_TESTS
+from experiments.mutations.engine.tests import GRID_TESTS, REFUSAL_TESTS, TILE_TESTS
 
 CONFIG, RUNNER = "engine/config.py", "engine/run/model_runner.py"
 INPUTS, PACKED = "engine/run/step_inputs.py", "kernels/packed.py"
@@ -15,7 +15,7 @@ BREAKS_OF_THE_GRID = (
         CONFIG,
         "if self.grid % TILE and self.grid not in SMALL_TILES:",
         "if self.grid % SMALL_TILES[0]:",
-        (ENGINE_TESTS,),
+        (REFUSAL_TESTS,),
     ),
     Mutation(
         "a finer grid leaves the tiles as long as they were",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 ENGINE_TESTS = "tests/engine/test_engine.py"
+REFUSAL_TESTS = "tests/engine/test_refusals.py"
 SCHEDULE_TESTS = "tests/engine/test_schedule.py"
 SHORT_MEMORY = "tests/engine/test_short_memory.py"
 MANAGER_TESTS = "tests/engine/test_cache_manager.py"
@@ -34,7 +35,7 @@ PAGE_TESTS = "tests/engine/server/test_page.py"
 LABELLED_TESTS = "tests/engine/history/test_labelled.py"
 EXPLAINED_TESTS = "tests/engine/server/test_explanations.py"
 
-STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, SHORT_MEMORY, *MACHINES)
+STEPS = (SCHEDULE_TESTS, ENGINE_TESTS, REFUSAL_TESTS, SHORT_MEMORY, *MACHINES)
 MEMORY = (MANAGER_TESTS, *STEPS)
 FAIR = (BUDGET_TESTS, SCHEDULE_TESTS, FAIRNESS_TESTS)
 ARENA = (ARENA_TESTS, *MACHINES)

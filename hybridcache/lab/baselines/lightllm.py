@@ -68,7 +68,7 @@ class LightllmCache:
 
     ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of
     host buffers. Where host memory is given, it holds as many states as fit, whatever
-    ``num_host_states`` says.
+    ``num_host_states`` says. ValueError: ``big_page`` is no multiple of ``page``.
     """
 
     def __init__(

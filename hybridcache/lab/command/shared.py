@@ -88,7 +88,8 @@ def tiers_asked(options: argparse.Namespace) -> dict[str, float]:
 
 
 def opened(spec: str, options: argparse.Namespace) -> Trace:
-    """The trace; with ``--skip-bad`` it is read once more, to say what is left out of it."""
+    """The trace; with ``--skip-bad`` it is read once more, to say what is left out of it.
+    ValueError: all of it is."""
     from hybridcache.lab.traces import open_trace
 
     trace = open_trace(spec, skip_bad=options.skip_bad)

@@ -117,9 +117,9 @@ def optimum(
     prices; ``milp`` improves the plan window by window, then as a whole, until the gap is
     ``relative_gap`` or ``limit_s`` is over. ``lower``: tiers below the device, for ``greedy`` and
     ``lp``; what is reached and bounded is then less what the copies cost, in tokens. ``grid`` in
-    tokens. ValueError for a budget, a grid or
-    a time that is not positive and for a trace without a request; TimeoutError where ``limit_s``
-    was too short for any bound; ImportError without the extra ``lab`` (not needed by ``greedy``).
+    tokens. ValueError for a budget, a grid or a time that is not positive and for a trace without a
+    request; TimeoutError where ``limit_s`` was too short for any bound; ImportError without the
+    extra ``lab`` (not needed by ``greedy``).
 
     >>> from hybridcache.lab.generators import resend
     >>> best = optimum(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
@@ -129,14 +129,7 @@ def optimum(
     """
     if capacity_bytes <= 0 or kv_bytes_per_token <= 0:
         raise ValueError("the optimum needs a positive capacity and positive bytes per token")
-    if grid < 1 or not limit_s > 0 or not relative_gap >= 0:
-        raise ValueError(
-            "the optimum needs a positive grid, a positive time limit and no negative gap"
-        )
-    if grid % trace.unit and trace.unit % grid:
-        raise ValueError(
-            f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
-        )
+    _refuse_bad_limits(grid, trace.unit, relative_gap, limit_s)
     if lower and method == "milp":
         raise ValueError(
             "method milp knows no tiers below the device: take greedy, which makes a plan, or lp, "
@@ -148,10 +141,12 @@ def optimum(
     if not requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
-    in_units = tuple(
-        LowerBudget(tier.capacity_bytes, tier.tokens_per_byte / trace.unit) for tier in lower
+    budget = Budget(
+        capacity_bytes,
+        kv_bytes_per_token * trace.unit,
+        state_bytes,
+        tuple(LowerBudget(at.capacity_bytes, at.tokens_per_byte / trace.unit) for at in lower),
     )
-    budget = Budget(capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes, in_units)
     prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)
     say(f"{len(requests)} requests, {len(trie.positions)} shared positions; greedy")
     plan = greedy = clairvoyant_greedy(trie, budget)
@@ -187,6 +182,17 @@ def optimum(
         wall_s=time.perf_counter() - began,
         lower=lower,
     )
+
+
+def _refuse_bad_limits(grid: int, unit: int, relative_gap: float, limit_s: float) -> None:
+    if grid < 1 or not limit_s > 0 or not relative_gap >= 0:
+        raise ValueError(
+            "the optimum needs a positive grid, a positive time limit and no negative gap"
+        )
+    if grid % unit and unit % grid:
+        raise ValueError(
+            f"the grid ({grid}) must divide or be divided by the trace's unit ({unit})"
+        )
 
 
 def _improve(

@@ -158,7 +158,7 @@ def build_trie(
     ``placement`` says where a checkpoint may be put: ``"shared"``, at the deepest position a set of
     requests shares (branch points, ends, prompt ends, floored to ``grid``), which loses nothing but
     the option to keep part of a segment; ``"every"``, at every multiple of ``grid`` (exact, for
-    small traces).
+    small traces). ValueError: a ``grid`` that is not positive.
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1, not {grid}")

@@ -78,7 +78,8 @@ def _value(options: argparse.Namespace, flag: str) -> Any:
 
 
 def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Trace]) -> int:
-    """Run every router at every size, and print their tables."""
+    """Run every router at every size, and print their tables. ValueError: a flag that has no
+    meaning here."""
     from tqdm import tqdm
 
     from hybridcache.lab.replicas.fleet import FleetConfig

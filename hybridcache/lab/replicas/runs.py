@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,14 +121,3 @@ def fleet_jobs(
         for router in routers
         for size in gib
     ]
-
-
-def read_results(path: Path) -> list[FleetResult]:
-    """What a results file has; a half line at its end is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(FleetResult.from_record(json.loads(line)))
-        except json.JSONDecodeError:
-            continue
-    return found

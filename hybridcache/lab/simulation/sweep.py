@@ -30,7 +30,8 @@ class Job:
     def key(self, trace_identity: bytes) -> str:
         """What tells whether a results file has this run already: all that its figures depend on
         but this project's own code. A policy of the user's own that was edited makes another run,
-        and so does a trace file (see ``identity_of``)."""
+        and so does a trace file (see ``identity_of``). ValueError: a policy or a placement that is
+        an object, which no file can name."""
         policy, checkpoints = self.config.policy, self.config.checkpoints
         if not isinstance(policy, str) or not isinstance(checkpoints, str):
             raise ValueError(

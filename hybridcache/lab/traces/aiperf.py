@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TextIO
 
 import numpy as np
 
-from hybridcache.lab.trace import BadRecords, FreshIds, Trace, TraceRequest, units
+from hybridcache.lab.trace import FreshIds, Trace, TraceRequest, units
 from hybridcache.lab.traces.base import (
-    Reader,
+    FileReader,
     Record,
     json_lines,
     key,
@@ -35,14 +34,12 @@ TYPE = "mooncake_trace"
 
 
 @dataclass(frozen=True, slots=True)
-class AIPerfReader(Reader):
+class AIPerfReader(FileReader):
     """Turns as whole prompts, in tokens: every hash is a text of ``block`` tokens, every answer one
     of its own. Answers take no time. Holds the file, whose sessions may stand one after the
     other."""
 
     word: ClassVar[str] = "aiperf"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     block: int = 512
     unit: int = 1
 

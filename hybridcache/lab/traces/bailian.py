@@ -10,16 +10,15 @@ block may have a hash or none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, units
+from hybridcache.lab.trace import FreshIds, TraceRequest, units
 from hybridcache.lab.traces.base import (
     Clock,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     key,
@@ -32,7 +31,7 @@ from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
-class BailianReader(Reader):
+class BailianReader(FileReader):
     """``chat_id``, ``parent_chat_id`` (-1: none), ``timestamp`` (s), ``input_length``,
     ``output_length``, ``hash_ids``.
 
@@ -41,8 +40,6 @@ class BailianReader(Reader):
     """
 
     word: ClassVar[str] = "bailian"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     unit: int = 16
 
     @staticmethod

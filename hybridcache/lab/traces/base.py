@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -52,6 +53,14 @@ class Reader(Protocol):
         """The requests from the first on, in order of time. BadRecordError names what can not be
         read."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileReader(Reader):
+    """A reader of the one file at ``path``; what is bad in it is reported to ``bad``."""
+
+    path: Path
+    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
 
 
 @contextmanager
@@ -180,7 +189,8 @@ class Clock:
 
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:
-    """A whole number in [least, most]; 3.0 is one too."""
+    """A whole number in [least, most]; 3.0 is one too. ValueError: it is none, as in the next
+    five."""
     value = record[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)

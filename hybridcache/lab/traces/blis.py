@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.base import (
     LONGEST,
     Clock,
-    Reader,
+    FileReader,
     Record,
     csv_lines,
     number,
@@ -39,12 +38,10 @@ GROWTHS = ("none", "accumulate")
 
 
 @dataclass(frozen=True, slots=True)
-class BlisReader(Reader):
+class BlisReader(FileReader):
     """A request a row. Models and tenants share nothing, as in BLIS's routing."""
 
     word: ClassVar[str] = "blis"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     growth: str = "none"
     """Of sessions' prompts in a trace v2: ``none``, or ``accumulate``."""
     unit: int = 1

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from hybridcache.lab.arrivals import Fixed, Starts, interleave
 from hybridcache.lab.trace import (
-    BadRecords,
     FreshIds,
     TraceRequest,
     units,
 )
 from hybridcache.lab.traces.base import (
     LONGEST,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     key,
@@ -39,13 +37,11 @@ from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
-class CodingAgentReader(Reader):
+class CodingAgentReader(FileReader):
     """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when
     they did."""
 
     word: ClassVar[str] = "coding-agent"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     starts: Starts = field(default_factory=lambda: Fixed(1 / 300))
     seed: int = 0
     duplicates: bool = False

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from hybridcache.lab.arrivals import Poisson, Starts
-from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import (
-    Reader,
+    FileReader,
     Record,
     json_lines,
     parsed,
@@ -27,12 +26,10 @@ from hybridcache.lab.traces.text import load_chat_text
 
 
 @dataclass(frozen=True, slots=True)
-class FewShotReader(Reader):
+class FewShotReader(FileReader):
     """Each question its own session, arriving by ``starts``."""
 
     word: ClassVar[str] = "few-shot-questions"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     shots: int = 8
     tokenizer: str = "bytes"
     starts: Starts = field(default_factory=lambda: Poisson(4.0))

@@ -20,16 +20,15 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.answers import answer_of
 from hybridcache.lab.traces.base import (
     Clock,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     key,
@@ -53,7 +52,7 @@ WAITING = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class HttpLogReader(Reader):
+class HttpLogReader(FileReader):
     """What models were asked, in the tokens of ``tokenizer`` and ``template``; a prompt that is ids
     already stays as it is.
 
@@ -62,8 +61,6 @@ class HttpLogReader(Reader):
     """
 
     word: ClassVar[str] = "http-log"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     tokenizer: str = "bytes"
     template: str = "chatml"
     unit: int = 1

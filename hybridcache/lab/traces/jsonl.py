@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, TextIO
 
 import numpy as np
@@ -35,7 +34,7 @@ from hybridcache.lab.trace import (
 )
 from hybridcache.lab.traces.base import (
     Clock,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     key,
@@ -48,12 +47,10 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 
 @dataclass(frozen=True, slots=True)
-class OwnReader(Reader):
+class OwnReader(FileReader):
     """Reads what ``write`` wrote, or what a program of the user's did."""
 
     word: ClassVar[str] = "jsonl"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
 
     @staticmethod
     def recognises(record: Record) -> bool:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar, TextIO
 
 import numpy as np
 
 from hybridcache.lab.trace import (
-    BadRecords,
     FreshIds,
     Trace,
     TraceRequest,
@@ -25,7 +23,7 @@ from hybridcache.lab.trace import (
 )
 from hybridcache.lab.traces.base import (
     Clock,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     parsed,
@@ -37,13 +35,11 @@ from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
-class MooncakeReader(Reader):
+class MooncakeReader(FileReader):
     """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``. Every request is its
     own session."""
 
     word: ClassVar[str] = "mooncake"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     unit: int = 512
 
     @staticmethod

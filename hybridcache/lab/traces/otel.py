@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.base import (
     DAMAGED,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     objects,
@@ -43,13 +43,11 @@ INFERENCE = ("chat", "generate_content", "text_completion")
 
 
 @dataclass(frozen=True, slots=True)
-class OtelReader(Reader):
+class OtelReader(FileReader):
     """One request a span, in the tokens of ``tokenizer`` and ``template``. A session is a
     ``gen_ai.conversation.id``, else a trace; models share nothing. Holds the file."""
 
     word: ClassVar[str] = "otel"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     tokenizer: str = "bytes"
     template: str = "chatml"
     unit: int = 1

@@ -32,6 +32,7 @@ from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.base import (
     DAMAGED,
     LONGEST,
+    FileReader,
     Reader,
     Record,
     json_lines,
@@ -252,7 +253,7 @@ class ShareGPTReader(Reader):
 
 
 @dataclass(frozen=True, slots=True)
-class ShareGPTCountsReader(Reader):
+class ShareGPTCountsReader(FileReader):
     """Conversations without text: ``{"id", "turns": [["u", tokens], ["a", tokens], ...],
     "first_msg_blocks16": [block ids]}``.
 
@@ -262,8 +263,6 @@ class ShareGPTCountsReader(Reader):
     """
 
     word: ClassVar[str] = "sharegpt-counts"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     cap: int = 8192
     thinking: bool = True
     """Prompts end in an open thought, two tokens that the next prompt does not keep."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from hybridcache.lab.arrivals import (
@@ -18,9 +17,9 @@ from hybridcache.lab.arrivals import (
     Starts,
     interleave,
 )
-from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import (
-    Reader,
+    FileReader,
     Record,
     key,
     objects,
@@ -33,12 +32,10 @@ from hybridcache.lab.traces.text import ChatText, load_chat_text
 
 
 @dataclass(frozen=True, slots=True)
-class TauBenchReader(Reader):
+class TauBenchReader(FileReader):
     """Trajectories as sessions; a customer and a tool answer in a few seconds."""
 
     word: ClassVar[str] = "taubench"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     tokenizer: str = "bytes"
     template: str = "chatml"
     starts: Starts = field(default_factory=lambda: Poisson(0.2))

@@ -16,14 +16,13 @@ default: the line's own ========
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.base import (
     Clock,
-    Reader,
+    FileReader,
     Record,
     json_lines,
     key,
@@ -41,12 +40,10 @@ _SESSION = ("session_id", "session", "conversation_id")
 
 
 @dataclass(frozen=True, slots=True)
-class TokenIdsReader(Reader):
+class TokenIdsReader(FileReader):
     """One request a line, in order."""
 
     word: ClassVar[str] = "token-ids"
-    path: Path
-    bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     unit: int = 1
 
     @staticmethod

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ import httpx
 import openai
 import pytest
 
-from engine import AsyncEngine, Engine, EngineConfig
+from engine import Engine, EngineConfig
 from engine.requests.sampling_params import SamplingInput
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
-from engine.server.listening import bind
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatTemplate
+from experiments import served
 
 
 @dataclass
@@ -105,21 +104,12 @@ class SlowRunner(OracleRunner):
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, server_config: ServerConfig | None = None) -> Iterator[Live]:
+def serving(
+    engine: Engine, server_config: ServerConfig | None = None, port: int = 0
+) -> Iterator[Live]:
     """``engine`` behind a server of its own, in a thread."""
-    server = Server(AsyncEngine(engine), server_config or ServerConfig())
-    listener = bind(ServerConfig(port=0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield Live(listener.getsockname()[1], engine, server)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-        assert not thread.is_alive(), "the server did not stop"
+    with served.serving(engine, server_config, port) as (server, port):
+        yield Live(port, engine, server)
 
 
 def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any) -> Engine:

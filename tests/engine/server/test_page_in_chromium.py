@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import AsyncEngine
-from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
 from engine.server.feed import Feed
-from engine.server.listening import bind
 from tests.watch.browser import chromium, errors, tab
 
 from .conftest import Live, oracle_engine, serving
@@ -98,26 +94,8 @@ def test_the_chat_box_streams_and_says_what_it_reused(tab: Any, live: Live) -> N
     assert tab.locator(".said").count() == 0
 
 
-@contextlib.contextmanager
-def listening(port: int = 0) -> Iterator[Live]:
-    """A server whose port the next one can have."""
-    engine = oracle_engine()
-    server = Server(AsyncEngine(engine), ServerConfig())
-    listener = bind(ServerConfig(port=port))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield Live(listener.getsockname()[1], engine, server)
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-
-
 def test_it_says_when_the_server_is_gone_and_goes_on_when_it_is_back(tab: Any) -> None:
-    with listening() as live:
+    with serving(oracle_engine()) as live:
         ask(live, PROMPT)
         tab.goto(live.url)
         is_live(tab)
@@ -125,7 +103,7 @@ def test_it_says_when_the_server_is_gone_and_goes_on_when_it_is_back(tab: Any) -
     tab.wait_for_selector("#link[data-state=broken]")
     assert "trying again" in tab.locator("#link").inner_text()
     assert tab.evaluate("hybridcache.views[0].model.nodes.size") > 0, "what is known stays"
-    with listening(live.port):
+    with serving(oracle_engine(), port=live.port):
         is_live(tab)
         assert tab.evaluate("hybridcache.views[0].model.nodes.size") == 0, "another server's cache"
 

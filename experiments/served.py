@@ -1,0 +1,35 @@
+"""A server in a thread of this process, for what asks over HTTP and looks at the engine behind."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from engine import AsyncEngine, Engine
+from engine.server.app import Server
+from engine.server.config import ServerConfig
+from engine.server.listening import bind
+
+
+@contextlib.contextmanager
+def serving(
+    engine: Engine, config: ServerConfig | None = None, port: int = 0
+) -> Iterator[tuple[Server, int]]:
+    """``engine`` behind a server of its own on 127.0.0.1, and its port (0: any that is free).
+    RuntimeError: it does not stop."""
+    server = Server(AsyncEngine(engine), config or ServerConfig())
+    listener = bind(ServerConfig(port=port))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield server, listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        if thread.is_alive():
+            raise RuntimeError("the server did not stop")

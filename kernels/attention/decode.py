@@ -1,0 +1,270 @@
+"""Attention of one token per sequence, or of a few drafted ones, over a KV pool in Triton.
+
+A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins the splits. A
+verify program is a decode program whose rows are several tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.sequences import Sequences
+from kernels.attention.splits import COMBINED, SPLIT, combine_splits_kernel, group_size
+from kernels.attention.tile import LOG2_E, attend_tile, tile_config
+from kernels.packed import Packed, running_sum
+from kernels.strides import row_stride
+from kernels.target import pipeline_stages
+from kernels.tuning import tuned
+
+# A pipeline over loads whose addresses are loaded too spends two stages on the first of them.
+DECODE_STAGES = 5
+
+
+@triton.jit
+def decode_attention_kernel(
+    q,
+    k,
+    v,
+    partial_out,
+    partial_lse,
+    table,
+    rows,
+    kv_lens,
+    table_stride,
+    pool_stride,
+    scale,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    BG: tl.constexpr = max(16, triton.next_power_of_2(G))
+    i_b, i_kv, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_len = tl.load(kv_lens + i_b)
+    if i_s * BS < kv_len:
+        o_g, o_d = tl.arange(0, BG), tl.arange(0, BD)
+        o_h = i_b.to(tl.int64) * HQ + i_kv * G + o_g
+        m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
+        b_m = tl.full([BG], float("-inf"), tl.float32)
+        b_l = tl.zeros([BG], tl.float32)
+        b_o = tl.zeros([BG, BD], tl.float32)
+        b_limit = tl.zeros([BG], tl.int32) + kv_len - 1
+        p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
+        kv_end = tl.minimum(i_s * BS + BS, kv_len)
+        for i_n in range(i_s * BS, kv_end, BN):
+            b_m, b_l, b_o = attend_tile(
+                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
+                i_n + tl.arange(0, BN), b_limit,
+                kv_end, pool_stride, scale, D, BD, PRECISION,
+            )  # fmt: skip
+        p_part = o_h * tl.num_programs(2) + i_s
+        tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
+        tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_g < G)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def verify_attention_kernel(
+    q,
+    k,
+    v,
+    partial_out,
+    partial_lse,
+    token_kv_lens,
+    table,
+    rows,
+    kv_lens,
+    cu_seqlens,
+    num_groups,
+    table_stride,
+    pool_stride,
+    scale,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (i_sequence * num_groups + i_group, i_kv, i_s): as many of a sequence's tokens as fit
+    into the rows that one takes in `decode_attention_kernel`, so that the bits are those, and BS
+    keys. Writes also how many keys each token sees, for `combine_splits_kernel`."""
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    BG: tl.constexpr = max(16, triton.next_power_of_2(G))
+    TOKENS: tl.constexpr = BG // G
+    i_b, i_group = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
+    i_kv, i_s = tl.program_id(1), tl.program_id(2)
+    bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
+    first = bos + i_group * TOKENS
+    start = tl.load(kv_lens + i_b) - (eos - bos)  # position of the sequence's first token here
+    last = start + tl.minimum(first + TOKENS, eos) - bos  # keys that the last of this block sees
+    if first < eos and i_s * BS < last:
+        o_row, o_d = tl.arange(0, BG), tl.arange(0, BD)
+        o_t = first + o_row // G
+        o_h = (o_t.to(tl.int64) - tl.load(cu_seqlens)) * HQ + i_kv * G + o_row % G
+        m_row = (o_row < TOKENS * G) & (o_t < eos)
+        m_q = m_row[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
+        b_m = tl.full([BG], float("-inf"), tl.float32)
+        b_l = tl.zeros([BG], tl.float32)
+        b_o = tl.zeros([BG, BD], tl.float32)
+        b_limit = start + o_t - bos
+        p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
+        kv_end = tl.minimum(i_s * BS + BS, last)
+        for i_n in range(i_s * BS, kv_end, BN):
+            b_m, b_l, b_o = attend_tile(
+                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
+                i_n + tl.arange(0, BN), b_limit,
+                kv_end, pool_stride, scale, D, BD, PRECISION,
+            )  # fmt: skip
+        # A token that sees no key of this split leaves NaN here, which nobody reads.
+        p_part = o_h * tl.num_programs(2) + i_s
+        tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
+        tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=m_row)
+        if i_s == 0 and i_kv == 0:
+            tl.store(token_kv_lens + o_h // HQ, b_limit + 1, mask=m_row & (o_row % G == 0))
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token per sequence; see ``reference.decode_attention``.
+
+    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in
+    ``sequences.kv_len_table``.
+    """
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    batch, num_heads, size = query.shape
+    if batch == 0:
+        return out
+    num_kv_heads = key_pool.shape[1]
+    num_splits = triton.cdiv(max(sequences.kv_lens), SPLIT)
+    launch = {"num_warps": 4, "num_stages": pipeline_stages(DECODE_STAGES)}
+    launch |= tuned(
+        "attention.decode_attention_kernel", query.dtype, size, num_heads // num_kv_heads
+    )
+    group = group_size(num_heads, num_splits, size)
+    partial_shape = (min(batch, group), num_heads, num_splits)
+    partial_out = query.new_empty(*partial_shape, size, dtype=torch.float32)
+    partial_lse = query.new_empty(partial_shape, dtype=torch.float32)
+    for first in range(0, batch, group):
+        part = slice(first, first + group)
+        kv_lens = sequences.kv_len_table[part]
+        decode_attention_kernel[(len(kv_lens), num_kv_heads, num_splits)](
+            query[part],
+            key_pool,
+            value_pool,
+            partial_out,
+            partial_lse,
+            table,
+            sequences.row_table[part],
+            kv_lens,
+            table.stride(0),
+            row_stride("a KV row", key_pool, value_pool),
+            scale * LOG2_E,
+            HQ=num_heads,
+            G=num_heads // num_kv_heads,
+            D=size,
+            BS=SPLIT,
+            **tile_config(size, query.dtype),
+            **launch,
+        )
+        combine_splits_kernel[(len(kv_lens), num_heads)](
+            partial_out,
+            partial_lse,
+            kv_lens,
+            out[part],
+            num_splits,
+            HQ=num_heads,
+            D=size,
+            BS=SPLIT,
+            SPLITS=COMBINED,
+            num_warps=4,
+        )
+    return out
+
+
+def verify_attention(
+    query: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    *,
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a few tokens per sequence, each of which sees those before it, with the bits of
+    `decode_attention`; see ``reference.verify_attention``.
+
+    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in
+    ``sequences.kv_len_table``.
+    """
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    if not len(query):
+        return out
+    num_heads, size = query.shape[1:]
+    num_kv_heads = key_pool.shape[1]
+    group = num_heads // num_kv_heads
+    num_splits, most = triton.cdiv(max(sequences.kv_lens), SPLIT), max(packed.lengths)
+    launch = {"num_warps": 4, "num_stages": pipeline_stages(DECODE_STAGES)}
+    launch |= tuned("attention.decode_attention_kernel", query.dtype, size, group)
+    tokens_a_program = max(16, triton.next_power_of_2(group)) // group
+    num_groups = triton.cdiv(most, tokens_a_program)
+    starts = running_sum(packed.lengths)
+    count = max(4, group_size(num_heads, num_splits, size) // most // 4 * 4)
+    for begin in range(0, len(packed.lengths), count):
+        part = slice(begin, min(begin + count, len(packed.lengths)))
+        tokens = slice(starts[part.start], starts[part.stop])
+        num_tokens = tokens.stop - tokens.start
+        partial_out = query.new_empty(num_tokens, num_heads, num_splits, size, dtype=torch.float32)
+        partial_lse = partial_out.new_empty(num_tokens, num_heads, num_splits)
+        token_kv_lens = packed.cu_seqlens.new_empty(num_tokens)
+        verify_attention_kernel[(part.stop - begin) * num_groups, num_kv_heads, num_splits](
+            query[tokens],
+            key_pool,
+            value_pool,
+            partial_out,
+            partial_lse,
+            token_kv_lens,
+            table,
+            sequences.row_table[part],
+            sequences.kv_len_table[part],
+            packed.cu_seqlens[part.start :],
+            num_groups,
+            table.stride(0),
+            row_stride("a KV row", key_pool, value_pool),
+            scale * LOG2_E,
+            HQ=num_heads,
+            G=group,
+            D=size,
+            BS=SPLIT,
+            **tile_config(size, query.dtype),
+            **launch,
+        )
+        combine_splits_kernel[(num_tokens, num_heads)](
+            partial_out,
+            partial_lse,
+            token_kv_lens,
+            out[tokens],
+            num_splits,
+            HQ=num_heads,
+            D=size,
+            BS=SPLIT,
+            SPLITS=COMBINED,
+            num_warps=4,
+        )
+    return out

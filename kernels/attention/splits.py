@@ -1,0 +1,65 @@
+"""Partial outputs of attention, a split of the keys each, and how they are joined: 32 side by side,
+then the next 32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SPLIT = 256
+"""Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query
+head of a KV head."""
+
+WORKSPACE_BYTES = 2**26
+"""Most of what the partial outputs take: more sequences than fit are decoded one group after the
+other. 64 sequences of 128k tokens and 16 heads of 256 would want half a GiB."""
+
+COMBINED = 32
+"""Splits that are joined at once: 128k tokens are 16 turns of a loop, not 512."""
+COMBINE_STAGES = tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def combine_splits_kernel(
+    partial_out,
+    partial_lse,
+    kv_lens,
+    out,
+    num_splits,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``: SPLITS of them side by side, then the next.
+
+    Where a sequence ends decides how many are added, never in which order: those past it weigh 0.
+    """
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    i_b, i_h = tl.program_id(0), tl.program_id(1)
+    i_bh = i_b.to(tl.int64) * HQ + i_h
+    o_d = tl.arange(0, BD)
+    b_m = float("-inf")
+    b_l = 0.0
+    b_o = tl.zeros([BD], tl.float32)
+    used = tl.cdiv(tl.load(kv_lens + i_b), BS)
+    for first in tl.range(0, used, SPLITS, num_stages=COMBINE_STAGES):
+        o_s = first + tl.arange(0, SPLITS)
+        m_s = o_s < used
+        p_part = i_bh * num_splits + o_s
+        b_lse = tl.load(partial_lse + p_part, mask=m_s, other=float("-inf"))  # [SPLITS]
+        p_out = p_part[:, None] * D + o_d[None, :]
+        mask = m_s[:, None] & (o_d < D)[None, :]
+        b_part = tl.load(partial_out + p_out, mask=mask, other=0.0)  # [SPLITS, BD]
+        b_m_new = tl.maximum(b_m, tl.max(b_lse, axis=0))
+        b_decay, b_weight = tl.exp2(b_m - b_m_new), tl.exp2(b_lse - b_m_new)
+        b_l = b_l * b_decay + tl.sum(b_weight, axis=0)
+        b_o = b_o * b_decay + tl.sum(b_part * b_weight[:, None], axis=0)
+        b_m = b_m_new
+    tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
+
+
+def group_size(num_heads: int, num_splits: int, size: int) -> int:
+    """Sequences whose partial outputs fit into the workspace: a multiple of 4, so that their tables
+    stay aligned."""
+    return max(4, WORKSPACE_BYTES // (4 * num_heads * num_splits * size) // 4 * 4)

@@ -1,0 +1,318 @@
+"""Leases on an arena: what a request reads is what was written for its tokens, whatever moved in
+between; and every decision is that of a budget of bytes in which a state weighs its slab."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hybridcache.allocators.moves import PendingMoves
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.words import EVICTION, parse_placement
+from hybridcache.tokens import Tokens
+from tests.cache.test_machine import at_least
+from tests.cache.twins import Twins
+
+GRID = 4
+ROW_BYTES = 2
+PLACEMENT = "every:8,backoff,end"
+ENDS = ("finish", "finish", "preempt", "abort")
+
+
+def content(tokens: Tokens, length: int) -> int:
+    """What a KV row at ``length - 1``, or a state at ``length``, holds: a number for the prefix."""
+    return hash(tokens[:length].tobytes()) & (2**62 - 1)
+
+
+@dataclass(eq=False)
+class Running:
+    """A request with its lease on the arena, its twin's on the budget, and its row of a request
+    table."""
+
+    tokens: Tokens
+    prompt_len: int
+    lease: Lease
+    twin: Lease
+    table: np.ndarray
+    restore: tuple[int, int] | None
+    computed_len: int
+    """Published, or about to be once its step is committed."""
+    launched_len: int
+    extended_len: int
+    exports: tuple[tuple[int, int], ...] = ()
+    launched: list[int] = field(default_factory=list)
+    """Ends of steps that are in flight."""
+
+
+class ArenaLeaseMachine(RuleBasedStateMachine):
+    """Schedule, launch and commit in any order that an engine with overlap could have, over a
+    memory of one number a row."""
+
+    eviction = "lru"
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]),
+        state_rows=st.integers(3, 12),
+        num_rows=st.integers(40, 110),
+        seed=st.integers(0, 9),
+    )
+    def make(self, page_size, state_rows, num_rows, seed):
+        shape = {"page_size": page_size, "grid": GRID, "eviction": self.eviction}
+        self.cache = build_prefix_cache(
+            CacheConfig(
+                total_bytes=num_rows * ROW_BYTES,
+                kv_bytes_per_token=ROW_BYTES,
+                state_bytes=state_rows * ROW_BYTES - 1,
+                memory="arena",
+                **shape,
+            )
+        )
+        self.arena = arena = self.cache.arena
+        self.twin = build_prefix_cache(
+            CacheConfig(
+                total_bytes=arena.capacity * ROW_BYTES,
+                kv_bytes_per_token=ROW_BYTES,
+                state_bytes=arena.slab_rows * ROW_BYTES,
+                **shape,
+            )
+        )
+        # A policy weighs items by what the config says of a state: make that the same for both.
+        residency = self.cache._residency
+        residency.item_bytes = self.twin._residency.item_bytes
+        self.moves = PendingMoves()
+        arena.holders[self.moves] = None
+        self.memory = np.full(arena.capacity, -1, np.int64)
+        self.running: list[Running] = []
+        rng = np.random.default_rng(seed)
+        self.systems = [rng.integers(0, 50, 12, dtype=np.int32) for _ in range(2)]
+        self.placements = parse_placement(PLACEMENT), parse_placement(PLACEMENT)
+
+    @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 60))
+    def much(self, seed, num_operations):
+        """What a short list of drawn operations seldom does: fill the memory, and go on."""
+        rng = random.Random(seed)
+        for _ in range(num_operations):
+            dice, which = rng.random(), rng.randrange(3)
+            if dice < 0.15:
+                self.begin(which, rng.randrange(3), rng.randint(1, 24))
+            elif dice < 0.45:
+                self.schedule(which, rng.randint(1, 20))
+            elif dice < 0.7:
+                self.launch()
+            elif dice < 0.9:
+                self.commit(which)
+            elif dice < 0.98:
+                self.end(which, rng.choice(ENDS))
+            else:
+                self.evict(rng.randint(0, 30), rng.randrange(2))
+            self.holds()
+
+    @rule(which=st.integers(0, 1), said=st.integers(0, 2), length=st.integers(1, 24))
+    def begin(self, which, said, length):
+        if len(self.running) >= 3:
+            return
+        rng = np.random.default_rng(said)
+        system = self.systems[which % 2]
+        tokens = np.concatenate((system, rng.integers(0, 50, 40, dtype=np.int32)))
+        prompt_len = min(len(system) + length, len(tokens) - 8)
+        request = LeaseRequest(tokens[:prompt_len])
+        lease = Lease.begin(self.cache, self.placements[0], request)
+        twin = Lease.begin(self.twin, self.placements[1], request)
+        assert (lease is None) == (twin is None)
+        if lease is None:
+            return
+        assert lease.cached_len == twin.cached_len and lease.losses == twin.losses
+        assert (lease.restore is None) == (twin.restore is None)
+        table = np.full(len(tokens) + self.cache.page_size, -1, np.int32)
+        start = lease.cached_len
+        table[:start] = lease.kv_indices[:start]
+        self.running.append(
+            Running(tokens, prompt_len, lease, twin, table, lease.restore, start, start, start)
+        )
+
+    def one(self, which):
+        return self.running[which % len(self.running)] if self.running else None
+
+    @rule(which=st.integers(0, 2), size=st.integers(1, 20))
+    def schedule(self, which, size):
+        """Rows and checkpoint slots for the next piece of one request."""
+        one = self.one(which)
+        if one is None or one.extended_len > one.launched_len:
+            return
+        start = one.launched_len
+        limit = one.prompt_len if start < one.prompt_len else min(start + 1, len(one.tokens))
+        end = min(start + size, limit)
+        if end < one.prompt_len:
+            end = max(start + 1, end // GRID * GRID) if end // GRID * GRID > start else end
+        if end <= start:
+            return
+        before = one.lease.extended_len
+        extended = one.lease.extend(end)
+        assert extended == one.twin.extend(end)
+        if not extended:
+            return
+        new = one.lease.kv_indices[before : len(one.table)]
+        one.table[before : before + len(new)] = new
+        one.exports = one.lease.take_checkpoint_slots(start, end)
+        positions = [position for position, _ in one.exports]
+        assert positions == [position for position, _ in one.twin.take_checkpoint_slots(start, end)]
+        one.extended_len = end
+
+    @rule()
+    def launch(self):
+        """The device's part of a step: moves, state copies, reads and writes, in that order."""
+        memory, size = self.memory, self.arena.slab_rows
+        for one in self.running:
+            moved = one.lease.take_moved()
+            if moved is not None:
+                start, end = moved[0], min(moved[1], len(one.table))
+                one.table[start:end] = one.lease.kv_indices[start:end]
+        for move in self.moves.take():
+            memory[move.dst] = memory[move.src]
+        for one in self.running:
+            if one.restore is not None:
+                checkpoint, own = one.restore
+                memory[own * size : (own + 1) * size] = memory[
+                    checkpoint * size : (checkpoint + 1) * size
+                ]
+                one.restore = None
+        for one in self.running:
+            start, end = one.launched_len, one.extended_len
+            if start == end:
+                continue
+            tokens, rows, own = one.tokens, one.table, one.lease.state_slot
+            expected = [content(tokens, position + 1) for position in range(start)]
+            assert memory[rows[:start]].tolist() == expected, "a request reads what is not its own"
+            if start:
+                assert set(memory[own * size : (own + 1) * size]) == {content(tokens, start)}
+            for position in range(start, end):
+                memory[rows[position]] = content(tokens, position + 1)
+            memory[own * size : (own + 1) * size] = content(tokens, end)
+            for position, slot in one.exports:
+                memory[slot * size : (slot + 1) * size] = content(tokens, position)
+            one.exports = ()
+            one.launched_len = end
+            one.launched.append(end)
+
+    @rule(which=st.integers(0, 2))
+    def commit(self, which):
+        """The oldest step of one request is known to be done: publish it."""
+        one = self.one(which)
+        if one is None or not one.launched:
+            return
+        one.computed_len = one.launched.pop(0)
+        changed = one.lease.publish(one.tokens, one.computed_len)
+        assert changed == one.twin.publish(one.tokens, one.computed_len)
+        if changed is not None:
+            start, end = changed
+            one.table[start:end] = one.lease.kv_indices[start:end]
+
+    @rule(which=st.integers(0, 2), how=st.sampled_from(ENDS))
+    def end(self, which, how):
+        one = self.one(which)
+        if one is None:
+            return
+        self.running.remove(one)
+        is_still = one.computed_len == one.extended_len
+        for lease in (one.lease, one.twin):
+            if how == "abort" or not is_still:
+                lease.abort()
+            elif how == "finish":
+                lease.finish(one.tokens, one.computed_len)
+            else:
+                lease.preempt(one.tokens, one.computed_len)
+
+    @rule(num_tokens=st.integers(0, 30), num_slots=st.integers(0, 2))
+    def evict(self, num_tokens, num_slots):
+        assert self.cache.evict(num_tokens, num_slots) == self.twin.evict(num_tokens, num_slots)
+
+    @invariant()
+    def holds(self):
+        if not hasattr(self, "cache"):
+            return
+        leases = [one.lease for one in self.running]
+        held = sum(lease.held_tokens for lease in leases), sum(le.held_slots for le in leases)
+        self.cache.check(*held)
+        self.twin.check(*held)
+        assert self.cache.cached_tokens == self.twin.cached_tokens
+        assert self.cache.num_checkpoints == self.twin.num_checkpoints
+        assert len(self.arena.holders) == 2 + len(self.running)
+
+
+class EveryPolicyArenaMachine(ArenaLeaseMachine):
+    eviction = "regret"
+
+
+@pytest.mark.parametrize("machine", [ArenaLeaseMachine, EveryPolicyArenaMachine])
+def test_what_is_read_is_what_was_written(machine):
+    run_state_machine_as_test(machine, settings=at_least(60))
+
+
+def arena_twins(rng: random.Random) -> Twins:
+    """A small arena under any shape of cache."""
+    page_size, grid = rng.choice((1, 2, 4)), rng.choice((1, 4))
+    unit = max(page_size, grid)
+    return Twins(
+        CacheConfig(
+            page_size=page_size,
+            grid=grid,
+            total_bytes=ROW_BYTES * unit * rng.randint(20, 50),
+            kv_bytes_per_token=ROW_BYTES,
+            state_bytes=ROW_BYTES * unit * rng.randint(2, 8) - 1,
+            memory="arena",
+            eviction=rng.choice(("lru", "lru", *EVICTION)),
+            dead_first=rng.random() < 0.7,
+            demote_superseded=rng.random() < 0.7,
+            ghost_bytes=rng.choice((0, 2000, 1 << 20)),
+        )
+    )
+
+
+def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
+    """Requests that begin, publish in parts, end; rows and slots that are held; evictions."""
+    unit, step = max(twins.config.page_size, twins.config.grid), twins.cache._step
+    for _ in range(num_operations):
+        dice = rng.random()
+        one = rng.choice(twins.requests) if twins.requests else None
+        if dice < 0.3 and len(twins.requests) < 3:
+            blocks = [rng.randrange(3) for _ in range(rng.randint(1, 5))]
+            twins.begin(np.repeat(np.array(blocks, np.int32), unit), rng.choice((None, "tenant")))
+        elif dice < 0.65 and one is not None:
+            length = rng.randint(one.published_len, len(one.tokens))
+            positions = {rng.randint(0, length // step) * step for _ in range(rng.randint(0, 2))}
+            twins.publish(one, length, sorted(positions), rng.random() < 0.5)
+        elif dice < 0.85 and one is not None:
+            twins.end(one)
+        elif dice < 0.89:
+            rows = twins.allocate_kv(rng.randint(1, 3) * twins.config.page_size)
+            if rows is not None:
+                twins.held_rows.append(rows)
+        elif dice < 0.93 and twins.held_rows:
+            twins.free_kv(twins.held_rows.pop(0))
+        elif dice < 0.96:
+            twins.allocate_slot()
+        elif twins.held_slots:
+            twins.free_slot(twins.held_slots[0])
+        twins.check()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_full_arena_does_what_its_plain_twin_does(seed):
+    rng, num_moves = random.Random(seed), 0
+    for _ in range(3):
+        twins = arena_twins(rng)
+        serve_twins(twins, rng, num_operations=120)
+        num_moves += twins.arena(twins.cache).num_moves
+    assert num_moves > 0, "nothing moved: this test shows nothing"

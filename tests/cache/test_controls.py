@@ -1,0 +1,93 @@
+"""The controls of the hybrid cache, an attention-only tree and no cache; and configs that make no
+sense."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from tests.cache.serving import (
+    ids,
+    publish,
+)
+
+
+def test_an_attention_only_cache_resumes_anywhere_on_grid_and_page():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
+    result = publish(cache, ids("abcdefghij"))
+    for prompt, cached in (("abcdefghijk", 8), ("abcdefgh", 4), ("abcdefX", 4), ("abX", 0)):
+        match = cache.match(ids(prompt))
+        assert match.cached_len == cached
+        expected = cache.gather(result.node)[:cached].tolist()
+        assert cache.gather(match.node).tolist() == expected
+        assert sum(match.losses) + cached == len(prompt)
+
+
+def test_an_attention_only_cache_takes_no_states():
+    cache = build_prefix_cache(
+        CacheConfig(prefix_cache="radix", num_kv_tokens=100, num_slots=1, grid=1)
+    )
+    assert len(publish(cache, ids("abc"), [3]).rejected_slots) == 1
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_an_attention_only_lock_holds_what_is_used_inside_an_edge_and_no_more():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=1))
+    publish(cache, ids("abcdef"))
+    match = cache.match(ids("abcX"))
+    receipt = cache.lock(match.node)
+    rows = cache.gather(match.node)
+    assert cache.evict(num_tokens=6).num_tokens == 3
+    new = cache.allocate_kv(1)
+    result = cache.insert(ids("abcX"), np.concatenate([rows, new]), owned_from=3, after=match.node)
+    assert cache.gather(result.node).tolist() == [*rows.tolist(), *new.tolist()]
+    cache.unlock(receipt)
+    cache.check(held_tokens=0)
+
+
+def test_no_cache_keeps_nothing():
+    cache = build_prefix_cache(
+        CacheConfig(prefix_cache="none", num_kv_tokens=100, num_slots=2, grid=1)
+    )
+    result = publish(cache, ids("hello"), [5])
+    assert result.inserted_len == 0 and len(result.rejected_slots) == 1
+    assert cache.match(ids("hello!")).losses.never_seen == 6
+    cache.check(held_tokens=0, held_slots=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"prefix_cache": "magic", "num_kv_tokens": 8}, "known: hybrid, radix, none"),
+        ({"eviction": "magic", "num_kv_tokens": 8, "num_slots": 1}, "unknown eviction"),
+        (
+            {"eviction": "json:JSONDecoder", "num_kv_tokens": 8, "num_slots": 1},
+            "it is no EvictionPolicy, .* no add,",
+        ),
+        ({"num_kv_tokens": 0}, "less than one page"),
+        ({"num_kv_tokens": 8}, "a hybrid cache keeps states: give num_slots"),
+        ({"total_bytes": 8}, "give kv_bytes_per_token and state_bytes"),
+        (
+            {"num_kv_tokens": 8, "num_slots": 1, "eviction": "gdsf"},
+            "give kv_bytes_per_token and state_bytes",
+        ),
+        ({"num_kv_tokens": 8, "total_bytes": 8}, "not both"),
+        ({"num_kv_tokens": 8, "grid": 0}, "at least 1"),
+        ({"num_kv_tokens": 8, "ghost_bytes": -1}, "ghost_bytes"),
+        ({"total_bytes": 8, "state_bytes": 0}, "at least 1"),
+    ],
+)
+def test_a_config_that_makes_no_sense_says_why(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CacheConfig(**options)
+
+
+def test_a_budget_for_more_rows_than_can_be_numbered_is_refused():
+    with pytest.raises(ValueError, match="int32"):
+        build_prefix_cache(CacheConfig(total_bytes=1 << 60, state_bytes=2))
+
+
+def test_a_cache_without_states_makes_no_slots():
+    cache = build_prefix_cache(CacheConfig(prefix_cache="radix", total_bytes=4096))
+    assert cache.allocate_slot() is None and len(cache.allocate_kv(4096)) == 4096

@@ -1,0 +1,91 @@
+"""What is remembered of prefixes whose KV is gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cache.serving import (
+    hybrid,
+    ids,
+    serve,
+)
+
+
+def test_a_ghost_is_no_hit_but_remembers_how_deep_the_tokens_were_seen():
+    cache = hybrid()
+    serve(cache, ids("hello world"), [5, 11])
+    cache.evict(num_tokens=100)
+    match = cache.match(ids("hello wonder"))
+    assert (match.cached_len, match.kv_len, match.branch_len) == (0, 0, 8)
+    assert match.losses.kv_evicted == 8 and match.losses.never_seen == 4
+    assert cache.ghost_tokens == 11
+
+
+def test_a_ghost_tells_which_checkpoint_would_have_been_used():
+    cache = hybrid()
+    serve(cache, ids("hello world"), [5, 11])
+    cache.evict(num_tokens=100)
+    assert cache.match(ids("hello wonder")).missed.position == 5
+    assert cache.match(ids("hello world!")).missed.position == 11
+    assert cache.match(ids("hell")).missed is None
+    cache.touch(cache.match(ids("hello world!")))
+    usage = cache.stats.by_namespace[None]
+    assert (usage.missed, usage.missed_tokens) == (1, 11)
+
+
+def test_of_two_evicted_checkpoints_the_deeper_one_was_missed():
+    cache = hybrid()
+    serve(cache, ids("abcdefgh"), [2, 4, 8])
+    serve(cache, ids("abcdX"), [5])
+    cache.touch(cache.match(ids("abcdX!")))
+    cache.touch(cache.match(ids("abZ")))
+    locks = [cache.lock(cache.match(ids(prompt)).node) for prompt in ("abcdX!", "abZ")]
+    cache.evict(num_slots=10)
+    match = cache.match(ids("abcdefgh!"))
+    assert (match.cached_len, match.kv_len, match.branch_len) == (2, 4, 8)
+    assert match.losses.checkpoint_evicted == 2, "a tombstone stands at 4"
+    assert match.missed.position == 8
+    assert len(locks) == 2
+
+
+def test_the_policy_hears_of_what_was_missed_once_a_request():
+    cache, told = hybrid(), []
+    cache._residency.policy.missed = told.append
+    serve(cache, ids("hello"), [4])
+    cache.touch(cache.match(ids("hello")))
+    assert told == []
+    cache.evict(num_tokens=10)
+    match = cache.match(ids("hello"))
+    assert told == []
+    cache.touch(match)
+    assert told == [match.missed] and match.missed.position == 4
+
+
+def test_a_ghost_that_comes_again_is_resident_again():
+    cache = hybrid()
+    serve(cache, ids("hello world"), [11])
+    cache.evict(num_tokens=100)
+    serve(cache, ids("hello wonder"), [12])
+    assert cache.ghost_tokens == 3
+    assert cache.match(ids("hello wonder!")).cached_len == 12
+    assert cache.match(ids("hello world")).branch_len == 11
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_ghosts_are_bounded_and_the_oldest_are_forgotten_first():
+    cache = hybrid(ghost_bytes=2 * (640 + 4 * 5))
+    for prompt in ("first", "other", "third"):
+        serve(cache, ids(prompt), [5])
+        cache.evict(num_tokens=5)
+    assert cache.match(ids("first")).branch_len == 0
+    assert cache.match(ids("other")).branch_len == 5
+    assert cache.match(ids("third")).branch_len == 5
+    cache.check(held_tokens=0, held_slots=0)
+
+
+@pytest.mark.parametrize("ghost_bytes", [0, 1000])
+def test_ghosts_never_exceed_their_bytes(ghost_bytes):
+    cache = hybrid(ghost_bytes=ghost_bytes)
+    for number in range(100):
+        serve(cache, ids([number], "x" * number), [number + 1])
+        assert cache._residency.ghosts.num_bytes <= ghost_bytes

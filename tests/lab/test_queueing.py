@@ -1,0 +1,93 @@
+"""Simulated time: who waits for what, in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hybridcache.lab.generators import short
+from hybridcache.lab.simulation.serving import Serving, serve
+from hybridcache.lab.simulation.target import (
+    RunConfig,
+    build_target,
+)
+from hybridcache.lab.trace import TraceRequest
+from tests.lab.test_simulate import GEOMETRY, SERVING, SMALL
+
+
+def test_one_at_a_time_is_in_turn() -> None:
+    """With requests far apart the concurrent mode serves them in turn."""
+    trace = short()
+    config = RunConfig(GEOMETRY, budget_bytes=60 << 20)
+    apart = [request._replace(timestamp_s=1e4 * n) for n, request in enumerate(trace)]
+    logs = [
+        serve(build_target(config, 1), apart, 1, replace(SERVING, max_running=limit))
+        for limit in (None, 4)
+    ]
+    assert list(logs[0].cached_tokens) == list(logs[1].cached_tokens)
+    assert list(logs[0].ttft_s) == pytest.approx(list(logs[1].ttft_s), abs=1e-6)
+
+
+def test_what_is_not_published_yet_can_not_be_hit() -> None:
+    prompt = np.arange(1000, dtype=np.int32)
+    twice = [TraceRequest(0.0, n, None, prompt, prompt[:4]) for n in range(2)]
+    config = RunConfig(GEOMETRY, budget_bytes=1 << 30)
+    together = serve(build_target(config, 1), twice, 1, replace(SERVING, servers=2, max_running=2))
+    after = serve(build_target(config, 1), twice, 1, replace(SERVING, servers=1, max_running=2))
+    assert list(together.cached_tokens) == [0, 0]
+    assert list(after.cached_tokens) == [0, 960]
+
+
+def test_requests_wait_for_memory_and_for_their_session() -> None:
+    prompts = [np.full(100, n, np.int32) for n in range(3)]
+    sessions = ["a", "b", "a"]
+    requests = [
+        TraceRequest(0.0, session, None, prompt, prompt)
+        for session, prompt in zip(sessions, prompts, strict=True)
+    ]
+    config = RunConfig(SMALL, num_kv_tokens=250, num_slots=8)
+    log = serve(build_target(config, 1), requests, 1, replace(SERVING, servers=3, max_running=3))
+    decode_s = 100 * SERVING.tpot_s
+    assert log.num_bypassed == 0
+    assert log.ttft_s[0] < decode_s and log.ttft_s[1] >= 0
+    assert log.ttft_s[2] < decode_s, "the third could not be asked before the first was answered"
+
+
+def test_nobody_asks_on_before_the_answer_is_read() -> None:
+    class Seconds:
+        def seconds(self, start: int, end: int) -> float:
+            return 10.0
+
+    tokens = np.arange(70, dtype=np.int32)
+    answer = tokens[:50]
+    requests = [
+        TraceRequest(when, session, None, tokens, answer)
+        for when, session in ((0.0, "a"), (1.0, "a"), (2.0, "b"), (100.0, "a"))
+    ]
+    target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
+    serving = Serving(Seconds(), servers=1, max_running=3, tpot_s=0.5)
+    log = serve(target, requests, 1, serving)
+    # Begun in the order 0, b at 10, the second of a once its first is answered at 35, the last when
+    # it comes.
+    assert list(log.arrival_s) == [0.0, 2.0, 1.0, 100.0]
+    assert list(log.ttft_s) == [10.0, 18.0, 10.0, 10.0]
+
+
+def test_queueing_by_hand() -> None:
+    class Seconds:
+        def seconds(self, start: int, end: int) -> float:
+            return 10.0
+
+    tokens = np.arange(5, dtype=np.int32)
+    requests = [
+        TraceRequest(when, when, None, tokens + 9 * int(when), tokens) for when in (0.0, 1.0, 2.0)
+    ]
+
+    def ttft(servers: int) -> list[float]:
+        target = build_target(RunConfig(GEOMETRY, budget_bytes=1 << 30), 1)
+        return list(serve(target, requests, 1, Serving(Seconds(), servers)).ttft_s)
+
+    assert ttft(1) == [10.0, 19.0, 28.0]
+    assert ttft(2) == [10.0, 10.0, 18.0]
