@@ -132,6 +132,7 @@ def draw(found: list[dict[str, list[RunResult]]]) -> None:
             )
         axis.set_xscale("log")
         axis.set_xticks(cell.gib, [f"{gib:g}" for gib in cell.gib])
+        axis.minorticks_off()
         axis.set_xlabel("GiB")
         axis.set_ylabel("token hit rate, %")
         word, _, options = cell.spec.partition("?")

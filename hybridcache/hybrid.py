@@ -18,7 +18,7 @@ from hybridcache.listener import Listener, introduce, joined, members_of
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
 from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode
+from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, ghosts_above
 from hybridcache.results import (
     Eviction,
     InsertResult,
@@ -194,7 +194,8 @@ class HybridRadixCache:
         return False
 
     def touch(self, match: PrefixMatch) -> None:
-        """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
+        """Count one request: refresh what it resumes from, record hits and losses. O(1),
+        and a step for each node between what it resumes from and the ghost it missed."""
         residency = self._residency
         residency.now += 1
         self.stats.record(match)
@@ -202,6 +203,9 @@ class HybridRadixCache:
             residency.use(match.node)
         if match.missed is not None:
             residency.policy.missed(match.missed)
+            if residency.missed_above is not None:
+                for ghost in ghosts_above(match.missed.node):
+                    residency.missed_above(ghost)
 
     def lock(self, node: RadixNode | None) -> Receipt:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).

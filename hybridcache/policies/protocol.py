@@ -155,6 +155,14 @@ def policy_below(policy: EvictionPolicy) -> EvictionPolicy | None:
     return None if make is None else make()
 
 
+def misses_above(policy: EvictionPolicy) -> Callable[[Item], None] | None:
+    """``policy``'s method ``missed_above``, if it has one: called after ``missed`` with each
+    evicted checkpoint between that ghost and where the request resumed, the deepest first. The
+    request would have resumed from any of them, had that one alone been kept."""
+    tell: Callable[[Item], None] | None = getattr(policy, "missed_above", None)
+    return tell
+
+
 class FetchRule(Protocol):
     """Whether what lies in a lower tier is worth its copy: one exchange rate, seconds against
     seconds."""

@@ -7,7 +7,7 @@ node without a segment is a *ghost*: its tokens are remembered, nothing can be r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from hybridcache.radix.key import Edge, edge_tokens
@@ -229,6 +229,16 @@ def checkpoint_above(node: RadixNode) -> Checkpoint | None:
     while above is not None and above.checkpoint is None:
         above = above.parent
     return None if above is None else above.checkpoint
+
+
+def ghosts_above(node: RadixNode) -> Iterator[Checkpoint]:
+    """Evicted checkpoints strictly above ``node``'s end, up to the nearest one that is there, the
+    deepest first. O(nodes between)."""
+    above = node.parent
+    while above is not None and above.checkpoint is None:
+        if above.lost_checkpoint is not None:
+            yield above.lost_checkpoint
+        above = above.parent
 
 
 def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:

@@ -103,17 +103,6 @@ def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:
     assert little > 0.5 * much, "two stages without a use prove nothing"
 
 
-def test_a_borrowed_use_is_taken_back() -> None:
-    survival = Survival()
-    row = survival.row(("class",))
-    survival.close(survival.open(row, 0), 4, used=True)
-    survival.retract(5)
-    assert survival.num_uses(row) == 1
-    survival.close(survival.open(row, 4), 9, used=True)
-    survival.retract(9)
-    assert survival.num_uses(row) == 1
-
-
 def test_superseded_and_speculative_checkpoints_go_before_tips() -> None:
     tip = FakeItem("tip", label="decode")
     superseded = FakeItem("superseded", label="decode", superseded=True)
@@ -149,6 +138,47 @@ def test_lineage_passes_to_the_successor_and_back() -> None:
     first.superseded = False
     policy.add(first)
     assert first.memo.key == heir_class, "the tip's demand falls back on what is left of its line"
+
+
+def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
+    """A system prompt with one conversation left below it: the conversation goes, and the prompt is
+    still asked for as often as before."""
+    policy = Regret()
+    shared = FakeItem("shared", label="boundary", position=100)
+    policy.add(shared)
+    for now in range(1, 80):
+        shared.uses, shared.last_used = now, now
+        policy.touch(shared)
+        policy.survival.refresh(now)
+    tip = FakeItem("tip", label="decode", created=79, last_used=79, above=shared, position=200)
+    policy.add(tip)
+    policy.discard(shared, evicted=False)
+    shared.superseded = True
+    policy.add(shared)
+    policy.discard(tip, evicted=True)
+    policy.discard(shared, evicted=False)
+    shared.superseded = False
+    policy.add(shared)
+    assert shared.memo.demand == tip.memo.key
+    assert shared.memo.key[1] == "boundary", "what is used every time waits for no conversation"
+
+
+def test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one() -> None:
+    policy = Regret()
+    shared, behind, tip = (FakeItem(name, label=name) for name in ("boundary", "back:4", "decode"))
+    behind.superseded = True
+    for item in (shared, behind, tip):
+        policy.add(item)
+        policy.discard(item, evicted=True)
+    policy.missed(tip)
+    for item in (behind, shared):
+        policy.missed_above(item)
+    survival = policy.survival
+    uses = [survival.num_uses(item.memo.cell // NUM_BINS) for item in (shared, behind, tip)]
+    assert uses == [1, 0, 1]
+    policy.missed_above(FakeItem("of a snapshot"))
+    open_stages = len(survival._places)
+    assert open_stages == 0, "nothing stays at risk of a use that came"
 
 
 def test_kv_with_a_pool_of_its_own_is_ranked_when_first_asked_for() -> None:

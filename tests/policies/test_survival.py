@@ -47,23 +47,14 @@ class PlainSurvival:
         self.open: dict[int, tuple[tuple[object, ...], int]] = {}
         self.ended: list[tuple[tuple[object, ...], int]] = []
         self.used: list[tuple[tuple[object, ...], int]] = []
-        self.latest: int | None = None
-        """When the latest stage ended, if that was in a use."""
 
     def close(self, stage: int, now: int, used: bool) -> None:
         if stage not in self.open:
             return
         key, entered = self.open.pop(stage)
         self.ended.append((key, now - entered))
-        self.latest = None
         if used:
             self.used.append(self.ended[-1])
-            self.latest = now
-
-    def retract(self, now: int) -> None:
-        if self.latest == now:
-            self.used.pop()
-            self.latest = None
 
     def hazard(self, key: tuple[object, ...], now: int) -> list[float]:
         """Of the class ``key``, what lies below it included."""
@@ -108,7 +99,7 @@ def plain_index(hazard: list[float], start: int) -> float:
 
 
 class SurvivalMachine(RuleBasedStateMachine):
-    """Stages of a few classes that open, end, are taken back and overflow."""
+    """Stages of a few classes that open, end and overflow."""
 
     @initialize()
     def make(self) -> None:
@@ -135,11 +126,6 @@ class SurvivalMachine(RuleBasedStateMachine):
             self.survival.close(stage, self.now, used)
             self.plain.close(stage, self.now, used)
 
-    @rule()
-    def retract(self) -> None:
-        self.survival.retract(self.now)
-        self.plain.retract(self.now)
-
     @precondition(lambda self: self.rows)
     @rule()
     def compare(self) -> None:
@@ -150,6 +136,7 @@ class SurvivalMachine(RuleBasedStateMachine):
             hazard = self.plain.hazard(key, self.now)
             wanted = [plain_index(hazard, start) for start in range(near)]
             assert self.survival.index[row, :near] == pytest.approx(wanted, rel=1e-6), key
+            assert self.survival.index_at(row, self.now) == self.survival.index[row, near - 1]
 
     @invariant()
     def sound(self) -> None:
@@ -160,15 +147,6 @@ def test_all_classes_at_once_are_each_class_by_itself() -> None:
     run_state_machine_as_test(
         SurvivalMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
     )
-
-
-def test_a_borrowed_use_is_taken_back_after_it_was_counted() -> None:
-    survival = Survival()
-    row = survival.row(("class",))
-    survival.close(survival.open(row, 50), 100, used=True)
-    assert survival.refresh(100)
-    survival.retract(100)
-    assert survival.num_uses(row) == 0
 
 
 def test_the_first_bins_alone_are_what_they_are_among_all() -> None:

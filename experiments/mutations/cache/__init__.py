@@ -23,6 +23,7 @@ TESTS = (
     "tests/export/test_events.py",
     "tests/export/test_snapshot.py",
     "tests/cache/test_churn.py",
+    "tests/policies/test_ghosts_above.py",
     "tests/policies/test_regret.py",
     "tests/cache/test_machine.py",
 )

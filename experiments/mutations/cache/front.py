@@ -61,6 +61,34 @@ BREAKS_OF_FRONT = (
         "            pass\n",
     ),
     Mutation(
+        "a shared prefix's ghost is silent while a deeper one speaks",
+        "hybridcache/radix/node.py",
+        "        if above.lost_checkpoint is not None:\n            yield",
+        "        if False:\n            yield",
+        ("tests/policies/test_ghosts_above.py",),
+    ),
+    Mutation(
+        "ghosts above a checkpoint that is there speak too",
+        "hybridcache/radix/node.py",
+        "    while above is not None and above.checkpoint is None:\n        if above.lost",
+        "    while above is not None:\n        if above.lost",
+        ("tests/policies/test_ghosts_above.py",),
+    ),
+    Mutation(
+        "a superseded ghost is used while what stood below it is missed",
+        "hybridcache/policies/eviction/regret.py",
+        "used=not memo.superseded",
+        "used=True",
+        ("tests/policies/test_regret.py",),
+    ),
+    Mutation(
+        "an evicted tip's demand stands in place of a greater one",
+        "hybridcache/policies/eviction/regret.py",
+        "if survival.index_at(tip_row, age) >= survival.index_at(row, age):",
+        "if True:",
+        ("tests/policies/test_regret.py",),
+    ),
+    Mutation(
         "ids of another type are matched",
         HYBRID,
         '            require_int32(tokens, "tokens")\n        num_tokens = len(tokens)\n        '

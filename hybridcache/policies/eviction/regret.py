@@ -61,7 +61,8 @@ class _Memo:
         self.key: Class
         """Its class."""
         self.demand: Class | None = None
-        """The class of the evicted tip it stands in for, while it is the tip itself."""
+        """The class of the evicted tip it stands in for, while it is the tip itself: its own, where
+        less is expected of that than of what it was before."""
 
 
 class Regret(EvictionPolicy):
@@ -72,7 +73,9 @@ class Regret(EvictionPolicy):
     is not paid twice. *Bytes freed*: the state, and at a leaf the KV tail that dies with it, so
     tails and states trade at what they save per byte. *Lineage*: a checkpoint takes over its
     predecessor's generation + 1; when a tip leaves the last tier, the predecessor takes over the
-    tip's demand. *Regret*: the use a ghost reports counts as a use of its class.
+    tip's demand, where that is more than its own. *Regret*: the use a ghost reports counts as a use
+    of its class, for every ghost that the request would have resumed from had it alone been kept:
+    what is judged is the eviction of one item, the rest being as it is.
 
     Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal
     coverage as in k-median on a tree. Candidates: leaf KV without a checkpoint at once; else
@@ -174,9 +177,16 @@ class Regret(EvictionPolicy):
         if isinstance(memo, _Memo):
             survival = self.survival
             now = survival.now + (not self._just_used)
-            survival.retract(now)
             survival.close(memo.stage, now, used=True)
             self._ghost_turn = (now, memo.turn)
+
+    def missed_above(self, item: Item) -> None:
+        """``item`` would have been resumed from, had it alone been kept: a use, unless it went
+        while superseded. What it is worth beside a deeper one ended when that went too."""
+        memo = item.memo
+        if isinstance(memo, _Memo):
+            now = self.survival.now + (not self._just_used)
+            self.survival.close(memo.stage, now, used=not memo.superseded)
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
@@ -229,14 +239,17 @@ class Regret(EvictionPolicy):
 
     def _enter(self, item: Item, memo: _Memo) -> None:
         """Begin a stage in the class that ``item`` has now."""
+        survival = self.survival
         memo.superseded = item.superseded
-        if item.superseded or memo.demand is None:
-            memo.key = _class_of(item, memo.turn)
-        else:
-            memo.key = memo.demand
-        row = self.survival.row(memo.key, PRIORS[memo.key[0]])
+        memo.key = _class_of(item, memo.turn)
+        row = survival.row(memo.key, PRIORS[memo.key[0]])
+        if memo.demand is not None and not item.superseded:
+            tip_row = survival.row(memo.demand, PRIORS[memo.demand[0]])
+            age = survival.now - memo.active
+            if survival.index_at(tip_row, age) >= survival.index_at(row, age):
+                memo.key, row = memo.demand, tip_row
         memo.cell, memo.entered = row * NUM_BINS, memo.active
-        memo.stage = self.survival.open(row, memo.active)
+        memo.stage = survival.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:
         """The candidate worth least per byte. Worths that neighbours changed are put right as they

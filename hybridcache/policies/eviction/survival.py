@@ -113,8 +113,6 @@ class Survival:
         """Stages that ended since they were last counted: ages and rows, as those that are open."""
         self._used: list[int] = []
         """Those of them that ended in a use."""
-        self._latest: tuple[int, int] | None = None
-        """When the latest of all ended, and its age and row, if that was in a use."""
 
     def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
         """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed
@@ -157,24 +155,13 @@ class Survival:
         self._unused.append(place)
         ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
-        self._latest = None
         if used:
-            self._latest = now, ended
             self._used.append(ended)
             self._changes += 1
 
-    def retract(self, now: int) -> None:
-        """The use that was closed latest, at ``now``, was none of its own: it stood in for another
-        item."""
-        if self._latest is None or self._latest[0] != now:
-            return
-        if self._used:
-            self._used.pop()
-        else:
-            _, ended = self._latest
-            place = ended & _ROW_MASK, bisect_right(_EDGE_LIST, ended >> _ROW_BITS) - 1
-            self._events[place] -= 1.0
-        self._latest = None
+    def index_at(self, row: int, age: int) -> float:
+        """The index of the class of ``row`` at ``age``, as of the latest ``refresh``. O(1)."""
+        return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
 
     def num_uses(self, row: int) -> float:
         """Uses counted in the class of ``row`` itself; those long past count for less."""

@@ -1,0 +1,59 @@
+"""Which ghosts a request tells of, against a dictionary of all prefixes that were ever saved."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcache.hybrid import HybridRadixCache
+from tests.cache.serving import hybrid, ids, serve
+
+PROMPTS = st.lists(
+    st.tuples(st.text("ab", min_size=1, max_size=8), st.sets(st.integers(1, 8), max_size=3)),
+    min_size=1,
+    max_size=25,
+)
+
+
+def listen(cache: HybridRadixCache) -> list[int]:
+    """Positions of what ``cache`` tells its policy of, from now on."""
+    told: list[int] = []
+    residency = cache._residency
+    residency.missed_above = lambda item: told.append(item.position)
+    known = residency.policy.missed
+
+    def missed(item):
+        told.append(item.position)
+        known(item)
+
+    residency.policy.missed = missed  # type: ignore[method-assign]
+    return told
+
+
+@settings(max_examples=150, deadline=None)
+@given(PROMPTS, st.integers(4, 7))
+def test_all_evicted_prefixes_past_where_it_resumes_speak_the_deepest_first(
+    asked: list[tuple[str, set[int]]], num_slots: int
+) -> None:
+    cache = hybrid(num_slots=num_slots, ghost_bytes=1 << 20)
+    told = listen(cache)
+    saved: set[str] = set()
+    for words, where in asked:
+        told.clear()
+        match = serve(cache, ids(words), sorted(p for p in where if p <= len(words)))
+        past = range(len(words) - 1, match.cached_len, -1)
+        assert told == [length for length in past if words[:length] in saved]
+        saved |= {words[:p] for p in where if p <= len(words)}
+
+
+def test_one_that_is_there_ends_the_line() -> None:
+    cache = hybrid(ghost_bytes=1 << 20, demote_superseded=False)
+    told = listen(cache)
+    serve(cache, ids("abcdefgh"), [2, 4, 6])
+    serve(cache, ids("abcdx"))
+    cache.evict(num_slots=2)
+    assert serve(cache, ids("abcdefgh")).cached_len == 4
+    assert told == [6], "2 is gone too, and 4 would have served"
+    cache.evict(num_slots=1)
+    serve(cache, ids("abcdefgh"))
+    assert told == [6, 6, 4, 2]
