@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from engine.drafts.drafter import Draft, Drafter
 from engine.drafts.mtp import Guess, HeadDrafter
-from engine.drafts.odds import Odds
+from engine.drafts.odds import Luck, Odds
 from engine.drafts.pace import Pace
 from engine.drafts.tree import SuffixDrafter, TreeDrafter
-from engine.drafts.tries import MAX_REST, Luck, Tries, Turns
+from engine.drafts.tries import MAX_REST, Tries, Turns
 from engine.requests.request import Request
 from engine.text.outputs import DraftCounts
 
@@ -25,7 +25,7 @@ class Source(NamedTuple):
 
 def _tree(max_tokens: int, guess: Guess) -> list[Source]:
     drafters: tuple[Drafter, ...] = TreeDrafter(), SuffixDrafter()
-    return [Source(drafter, partial(Pace, max_tokens, Luck())) for drafter in drafters]
+    return [Source(drafter, partial(Pace, max_tokens)) for drafter in drafters]
 
 
 def _mtp(max_tokens: int, guess: Guess) -> list[Source]:

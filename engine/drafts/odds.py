@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-from engine.drafts.tries import FIRST_ODDS, MIN_ODDS, WEIGHT, Luck, Turns
+from engine.drafts.tries import Turns
+
+FIRST_ODDS = 0.7
+"""Before anything is known."""
+MIN_ODDS = 0.4
+"""A token that is right less often costs more than it gives."""
+WEIGHT = 1 / 8
+"""Of the newest draft of a request; half as much among those of all."""
+
+
+class Luck:
+    """How often the first token of a draft was right lately, whoever's."""
+
+    __slots__ = ("right",)
+
+    def __init__(self) -> None:
+        self.right = FIRST_ODDS
+
+    def learn(self, is_right: bool) -> None:
+        self.right += (is_right - self.right) * WEIGHT / 2
 
 
 class Odds(Turns):
@@ -11,7 +30,8 @@ class Odds(Turns):
     A draft is as long as the chance that all of it is right stays above ``MIN_ODDS``. Where not
     even the first token's does, the head rests (`Turns`). A place that is not drafted is forgiven a
     little with every draft that is right as far as it goes. A new request begins with the ``luck``
-    of those before it.
+    of those before it, where that is bad with a try: so a head that is never right here costs short
+    requests no more than a long one.
 
     >>> odds = Odds(3)
     >>> odds.length
@@ -21,10 +41,12 @@ class Odds(Turns):
     3
     """
 
-    __slots__ = ("_right",)
+    __slots__ = ("_luck", "_right")
 
     def __init__(self, max_tokens: int, luck: Luck | None = None) -> None:
-        super().__init__(luck)
+        super().__init__()
+        self._luck = luck or Luck()
+        self.is_trying = self._luck.right < MIN_ODDS
         self._right = [self._luck.right] + [FIRST_ODDS] * (max_tokens - 1)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.drafts.tries import Luck, Turns
+from engine.drafts.tries import Turns
 
 FIRST_LEN = 4
 MAX_MISSES = 2
@@ -30,12 +30,11 @@ class Pace(Turns):
 
     __slots__ = ("_idle", "_length", "_max_tokens", "_misses")
 
-    def __init__(self, max_tokens: int, luck: Luck | None = None) -> None:
-        super().__init__(luck)
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__()
         self._max_tokens = max_tokens
-        self._length = 1 if self.is_trying else min(FIRST_LEN, max_tokens)
-        self._misses = MAX_MISSES if self.is_trying else 0
-        self._idle = 1
+        self._length = min(FIRST_LEN, max_tokens)
+        self._misses, self._idle = 0, 1
 
     @property
     def length(self) -> int:
@@ -46,7 +45,6 @@ class Pace(Turns):
             self.wakes, self._idle = step + self._idle, min(2 * self._idle, MAX_IDLE)
             return
         self._idle = 1
-        self._luck.learn(num_accepted > 0)
         if num_accepted:
             self._go_on()
             self._misses = 0

@@ -7,28 +7,6 @@ MIN_REST, MAX_REST = 16, 512
 MAX_GAP = 64
 """Steps between two with tries in them, whoever's. A try costs one to two steps: of these, some
 2 %."""
-FIRST_ODDS = 0.7
-"""Before anything is known."""
-MIN_ODDS = 0.4
-"""A token that is right less often costs more than it gives."""
-WEIGHT = 1 / 8
-"""Of the newest draft of a request; half as much among those of all."""
-
-
-class Luck:
-    """How often the first token of a drafter's drafts was right lately, whoever's."""
-
-    __slots__ = ("right",)
-
-    def __init__(self) -> None:
-        self.right = FIRST_ODDS
-
-    @property
-    def is_bad(self) -> bool:
-        return self.right < MIN_ODDS
-
-    def learn(self, is_right: bool) -> None:
-        self.right += (is_right - self.right) * WEIGHT / 2
 
 
 class Tries:
@@ -68,16 +46,14 @@ class Tries:
 class Turns:
     """When one drafter is asked for one request. Where its drafts did not pay, not for 16 steps;
     then it may try one token, and where that is wrong, twice as many steps later again, up to 512.
-    A try that is right ends that. Where it had no luck with other requests, it begins with a
-    try."""
+    A try that is right ends that."""
 
-    __slots__ = ("_luck", "_rest", "is_trying", "wakes")
+    __slots__ = ("_rest", "is_trying", "wakes")
 
-    def __init__(self, luck: Luck | None = None) -> None:
-        self._luck = luck or Luck()
+    def __init__(self) -> None:
         self.wakes = 0
         """The first step in which to ask."""
-        self.is_trying = self._luck.is_bad
+        self.is_trying = False
         self._rest = MIN_REST
 
     @property

@@ -416,14 +416,14 @@ class ModelRunner:
         if self.tensors.checkpoints is None:
             self._copy_states(copies)
         else:
-            self.tensors.checkpoints.restore(copies)
+            self.tensors.checkpoints.restore(copies, self._state_copy)
 
     def _save(self, copies: Sequence[tuple[int, int]]) -> None:
         """(slot of a state, checkpoint slot)."""
         if self.tensors.checkpoints is None:
             self._copy_states(copies)
         else:
-            self.tensors.checkpoints.save(copies)
+            self.tensors.checkpoints.save(copies, self._state_copy)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or not self.tensors.states:

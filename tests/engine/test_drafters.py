@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import RequestSpec
 from engine.drafts.drafting import Drafting, Source
-from engine.drafts.odds import Odds
+from engine.drafts.odds import Luck, Odds
 from engine.drafts.pace import MAX_IDLE, MAX_MISSES, Pace
 from engine.drafts.suffix import SIZES, SuffixIndex
-from engine.drafts.tries import MAX_GAP, MAX_REST, MIN_REST, Luck, Turns
+from engine.drafts.tries import MAX_GAP, MAX_REST, MIN_REST, Turns
 from engine.requests.request import Request
 
 
@@ -90,22 +88,21 @@ def test_a_drafter_that_has_nothing_is_asked_less() -> None:
     assert pace.wakes == 25 and pace.length == 3
 
 
-@pytest.mark.parametrize("make", [partial(Odds, 3), partial(Pace, 4)])
-def test_a_new_request_begins_with_the_luck_of_others(make: Callable[[Luck], Turns]) -> None:
+def test_a_new_request_begins_with_the_luck_of_others() -> None:
     luck = Luck()
-    tries = [asked(make(luck), range(200)) for _ in range(9)]
+    tries = [asked(Odds(3, luck), range(200)) for _ in range(9)]
     assert tries[0][0][1] > 1 and tries[-1] == [(0, 1), (17, 1), (50, 1), (115, 1)]
     # One that is always right is found out at its first try, and mends the luck of the next.
-    found = asked(make(luck), range(60), 9)
+    found = asked(Odds(3, luck), range(60), 9)
     assert found[0] == (0, 1) and len(found) == 60 and found[-1][1] >= 3
-    assert make(luck).length > 1
+    assert Odds(3, luck).length > 1
 
 
 def test_tries_share_their_steps() -> None:
     """Whoever's and whichever drafter's: with more steps between, until one is right."""
     ones, others = Ones(), Ones("others")
-    pace = partial(Pace, 4, Luck())
-    drafting = Drafting([Source(ones, pace), Source(others, pace)], max_verified=50)
+    sources = [Source(drafter, partial(Odds, 4, Luck())) for drafter in (ones, others)]
+    drafting = Drafting(sources, max_verified=50)
     running, tried = requests(3), []
     for step in range(1, 1000):
         if step % 40 == 0:
