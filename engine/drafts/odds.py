@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.drafts.pace import MAX_REST, MIN_REST
+from engine.drafts.tries import Turns
 
 FIRST_ODDS = 0.7
 """Before anything is known."""
@@ -24,40 +24,34 @@ class Luck:
         self.right += (is_right - self.right) * WEIGHT / 2
 
 
-class Odds:
+class Odds(Turns):
     """Follows how often each place of a draft was right lately, where those before it were.
 
     A draft is as long as the chance that all of it is right stays above ``MIN_ODDS``. Where not
-    even the first token's does, there are no drafts for 16 steps, then one try of one token, and
-    where that is wrong too, twice as many steps without, up to 512. A try that is right ends that.
-    A place that is not drafted is forgiven a little with every draft that is right as far as it
-    goes. A new request begins with the ``luck`` of those before it: so a head that is never right
-    here is tried a few times a request, not anew.
+    even the first token's does, the head rests (`Turns`). A place that is not drafted is forgiven a
+    little with every draft that is right as far as it goes. A new request begins with the ``luck``
+    of those before it, where that is bad with a try: so a head that is never right here costs short
+    requests no more than a long one.
 
     >>> odds = Odds(3)
-    >>> odds.next()
+    >>> odds.length
     2
-    >>> for _ in range(9): odds.learn(odds.next(), odds.next())
-    >>> odds.next()
+    >>> for step in range(9): odds.learn(step, odds.length, odds.length)
+    >>> odds.length
     3
     """
 
-    __slots__ = ("_is_trying", "_luck", "_rest", "_resting", "_right")
+    __slots__ = ("_luck", "_right")
 
     def __init__(self, max_tokens: int, luck: Luck | None = None) -> None:
+        super().__init__()
         self._luck = luck or Luck()
+        self.is_trying = self._luck.right < MIN_ODDS
         self._right = [self._luck.right] + [FIRST_ODDS] * (max_tokens - 1)
-        self._resting = MIN_REST if self._luck.right < MIN_ODDS else 0
-        self._rest = 2 * MIN_REST if self._resting else MIN_REST
-        self._is_trying = False
 
-    def next(self) -> int:
-        """Most tokens to draft for the next step."""
-        if self._resting:
-            self._resting -= 1
-            self._is_trying = not self._resting
-            return 0
-        if self._is_trying:
+    @property
+    def length(self) -> int:
+        if self.is_trying:
             return 1
         length, odds = 0, 1.0
         for right in self._right:
@@ -67,13 +61,7 @@ class Odds:
             length += 1
         return length
 
-    @property
-    def is_resting(self) -> bool:
-        """Whether ``next`` is going to be 0, for a rest."""
-        return self._resting > 0
-
-    def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """What became of a draft; of none: nothing."""
+    def learn(self, step: int, num_drafted: int, num_accepted: int) -> None:
         if not num_drafted:
             return
         self._luck.learn(num_accepted > 0)
@@ -82,10 +70,10 @@ class Odds:
         if num_accepted == num_drafted < len(self._right):
             self._move(num_drafted, max(self._right[num_drafted], FIRST_ODDS))
         if num_accepted:
-            self._rest, self._is_trying = MIN_REST, False
+            self._go_on()
             self._right[0] = max(self._right[0], MIN_ODDS)
         elif self._right[0] < MIN_ODDS:
-            self._resting, self._rest = self._rest, min(2 * self._rest, MAX_REST)
+            self._lie_down(step)
 
     def _move(self, place: int, to: float) -> None:
         self._right[place] += (to - self._right[place]) * WEIGHT

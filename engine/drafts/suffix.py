@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from hybridcache.tokens import Tokens
@@ -14,6 +12,7 @@ FEW = 16
 """Tokens; fewer are hashed one by one, for numpy would take longer."""
 FACTOR = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
+POWERS = {size: pow(FACTOR, size, MASK + 1) for size in SIZES}
 
 
 class SuffixIndex:
@@ -26,10 +25,12 @@ class SuffixIndex:
     [8, 9, 1, 2]
     """
 
-    __slots__ = ("_ends", "_num_indexed")
+    __slots__ = ("_ends", "_hashes", "_num_indexed")
 
     def __init__(self) -> None:
-        self._ends: tuple[dict[int, int], ...] = tuple({} for _ in SIZES)
+        self._ends: dict[int, dict[int, int]] = {size: {} for size in SIZES}
+        self._hashes = dict.fromkeys(SIZES, 0)
+        """Of the runs that end with the last token indexed; what is missing to a run counts 0."""
         self._num_indexed = 0
 
     def continuation(self, tokens: Tokens, max_tokens: int) -> Tokens:
@@ -38,46 +39,50 @@ class SuffixIndex:
 
         ``tokens`` begins with all that was given before. O(new tokens).
         """
-        self._index(tokens)
-        for size, ends in zip(SIZES, self._ends, strict=True):
-            if len(tokens) < size:
-                continue
-            last = tokens[-size:]
-            end = ends.get(_hash(last.tolist()))
-            if end is not None and np.array_equal(tokens[end - size : end], last):
+        for (size, ends), key in zip(self._ends.items(), self._index(tokens), strict=True):
+            end = ends.get(key)
+            if end is not None and np.array_equal(tokens[end - size : end], tokens[-size:]):
                 return np.resize(tokens[end : end + max_tokens], max_tokens)
         return tokens[:0]
 
-    def _index(self, tokens: Tokens) -> None:
-        """Every run that ends before the last token."""
+    def _index(self, tokens: Tokens) -> list[int]:
+        """Every run that ends before the last token; the hashes of those that end with it."""
         until = len(tokens) - 1
-        for size, ends in zip(SIZES, self._ends, strict=True):
+        if until - self._num_indexed >= FEW:
+            self._index_many(tokens[:until])
+        start = self._num_indexed
+        first = max(start - SIZES[0], 0)
+        told = tokens[first:].tolist()
+        found = []
+        for size, ends in self._ends.items():
+            mixed = self._hashes[size]
+            for place in range(start, until + 1):
+                gone = told[place - size - first] if place >= size else 0
+                mixed = (mixed * FACTOR + told[place - first] - gone * POWERS[size]) & MASK
+                if place < until:
+                    self._hashes[size] = mixed
+                    if place + 1 >= size:
+                        ends[mixed] = place + 1
+            found.append(mixed)
+        self._num_indexed = until
+        return found
+
+    def _index_many(self, tokens: Tokens) -> None:
+        """Every run."""
+        for size, ends in self._ends.items():
             first = max(self._num_indexed - size + 1, 0)
-            new = tokens[first:until]
-            if len(new) < FEW:
-                told = new.tolist()
-                hashes = [_hash(told[at : at + size]) for at in range(len(told) - size + 1)]
-            else:
-                hashes = _hashes(new, size).tolist()
-            ends.update(zip(hashes, range(first + size, until + 1), strict=True))
-        self._num_indexed = max(self._num_indexed, until)
-
-
-def _hash(run: Sequence[int]) -> int:
-    """Of one run, as ``_hashes``."""
-    mixed = 0
-    for token in run:
-        mixed = ((mixed ^ token) * FACTOR) & MASK
-        mixed ^= mixed >> 29
-    return mixed
+            hashes = _hashes(tokens[first:], size).tolist()
+            ends.update(zip(hashes, range(first + size, len(tokens) + 1), strict=True))
+            self._hashes[size] = hashes[-1]
+        self._num_indexed = len(tokens)
 
 
 def _hashes(tokens: Tokens, size: int) -> np.ndarray:
-    """Of every run of ``size`` neighbours: uint64[n - size + 1]."""
-    count = max(len(tokens) - size + 1, 0)
+    """Of every run of ``size`` neighbours: uint64[n - size + 1]. A polynomial, so that one token
+    more needs no other."""
+    count = len(tokens) - size + 1
     wide = tokens.astype(np.uint64)
     hashes = np.zeros(count, np.uint64)
     for at in range(size):
-        hashes = (hashes ^ wide[at : at + count]) * np.uint64(FACTOR)
-        hashes ^= hashes >> np.uint64(29)
+        hashes = hashes * np.uint64(FACTOR) + wide[at : at + count]
     return hashes

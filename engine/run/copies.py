@@ -43,7 +43,7 @@ class Copies:
         if self._tensors.checkpoints is None:
             self._copy_states(copies)
         else:
-            self._tensors.checkpoints.restore(copies)
+            self._tensors.checkpoints.restore(copies, self._state_copy)
 
     def save(
         self, copies: Sequence[tuple[int, int]], beside: Sequence[tuple[int, int]] = ()
@@ -54,7 +54,7 @@ class Copies:
             self._copy_states([*beside, *copies])
         else:
             self._copy_states(beside)
-            self._tensors.checkpoints.save(copies)
+            self._tensors.checkpoints.save(copies, self._state_copy)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies or not self._tensors.states:

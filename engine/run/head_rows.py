@@ -19,7 +19,7 @@ from kernels.upload import upload
 
 CAPACITY = 64
 """Tokens that may wait; more where more decode in a step."""
-SIZES = (1, 4, 8, 16, 32)
+SIZES = (1, 4, 8, *range(12, CAPACITY, 4))
 """Tokens that are computed together where that is recorded; and as many as may wait."""
 
 
@@ -56,9 +56,14 @@ class PendingRows:
         self._places = torch.from_numpy(host).to(carried.device)
         """int64: where a step leaves the hidden vector of each sequence. On a CPU the same memory
         as the host's."""
-        self._host_places = host.data
+        self._host_places = host
         self._columns = torch.zeros(3, self._most, dtype=torch.int64)
         """Token, position and KV index of each that waits, on the host."""
+        self._host_columns = self._columns.numpy()
+        self._host_bytes = None
+        if carried.is_cpu:
+            befores, own = (x.view(torch.uint8).numpy() for x in (self._befores, carried))
+            self._host_bytes = befores, own
         self._late: list[tuple[int, torch.Tensor]] = []
         """Tokens that only the device knows, and where they belong."""
         self._rows: tuple[int, ...] = ()
@@ -89,11 +94,10 @@ class PendingRows:
             return
         if not self._held:
             self._begin(batch.segments)
-        for rank in range(width):
-            self._host_places[rank] += width
+        self._host_places[:width] += width
         places = self._places
         if not places.is_cpu:
-            places.copy_(upload(np.asarray(self._host_places), torch.int64, places.device))
+            places.copy_(upload(self._host_places, torch.int64, places.device))
         if drawn is not None:
             first = len(self._held) * width
             self._late += [(first + place, drawn[row]) for place, row in batch.late_tokens]
@@ -102,11 +106,15 @@ class PendingRows:
     @torch.inference_mode()
     def _begin(self, segments: Sequence[Segment]) -> None:
         """Nothing waits: the first vectors are what the sequences carry."""
-        width = len(segments)
-        slots = upload([s.slot or 0 for s in segments], torch.int64, self._places.device)
-        self._befores[:width] = self._pools[-1][slots]
-        places = np.asarray(self._host_places)
-        places[:width], places[width:] = np.arange(width), len(self._befores) - 1
+        width, slots = len(segments), [segment.slot or 0 for segment in segments]
+        if self._host_bytes is not None:
+            befores, carried = self._host_bytes
+            befores[:width] = carried[slots]
+        else:
+            indices = upload(slots, torch.int64, self._places.device)
+            self._befores[:width] = self._pools[-1][indices]
+        self._host_places[width:] = len(self._befores) - 1
+        self._host_places[:width] = range(width)
 
     def carry(self, hidden: torch.Tensor, part: DecodePart) -> None:
         """Take in what a step that decodes and does nothing else left; reads no number of the
@@ -122,16 +130,18 @@ class PendingRows:
         if not held:
             return
         count = self._fill(held)
-        columns = self._columns[:, :count].to(self._befores.device)
-        for place, token in self._late:
-            columns[0, place] = token
-        self._late = []
         if self._record is None:
+            columns = self._columns[:, :count].to(self._befores.device)
+            for place, token in self._late:
+                columns[0, place] = token
+            self._late = []
             self._compute(columns, -(-count // self._row_multiple) * self._row_multiple)
             return
+        for place, token in self._late:
+            self._host_columns[0, place] = int(token)
+        self._late = []
         size = bucket_for(count, SIZES) or self._most
-        self._columns[:, count:size] = 0
-        self._columns[2, count:size] = self._padding_row
+        self._host_columns[:, count:size] = [[0], [0], [self._padding_row]]
         if size in self._replays:
             self._replays[size]()
         else:
@@ -139,13 +149,14 @@ class PendingRows:
 
     def _fill(self, held: Sequence[Sequence[Segment]]) -> int:
         """Write the columns of all that wait; their number."""
-        columns, width, length = self._columns.numpy(), len(self._rows), len(held)
-        count = width * length
-        for rank, row in enumerate(self._rows):
-            start, own = held[0][rank].start, columns[:, rank:count:width]
-            own[0] = np.concatenate([segments[rank].token_ids for segments in held])
-            own[1] = np.arange(start, start + length)
-            own[2] = self._table.host[row, start : start + length]
+        columns, length = self._host_columns, len(held)
+        count = len(self._rows) * length
+        steps = np.arange(length)[:, None]
+        positions = steps + [segment.start for segment in held[0]]
+        tokens = [segment.token_ids for segments in held for segment in segments]
+        columns[0, :count] = np.concatenate(tokens)
+        columns[1, :count] = positions.ravel()
+        columns[2, :count] = self._table.host[self._rows, positions].ravel()
         return count
 
     def _work(self, size: int) -> Callable[[], None]:

@@ -208,7 +208,7 @@ class Scheduler:
         if self._drafting is None:
             return {}
         if self._num_in_flight:
-            self._drafting.pass_over(self._decoding())
+            self._drafting.pass_over()
             return {}
         decoding = [
             (request, request.max_len - 1 - end)

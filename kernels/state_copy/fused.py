@@ -1,5 +1,7 @@
-"""The Triton twins of `kernels.state_copy.reference`."""
+"""The Triton twins of `kernels.state_copy.reference`; what makes checkpoints of fewer bits is plain
+PyTorch on every device."""
 
 from kernels.state_copy.copy import copy_states
+from kernels.state_copy.reference import narrow_states, widen_states
 
-__all__ = ["copy_states"]
+__all__ = ["copy_states", "narrow_states", "widen_states"]

@@ -1,15 +1,22 @@
-"""Copying states between slots by ``native.cpp``; see ``reference``."""
+"""Copying states between slots, and into checkpoints and back, by ``native.cpp``; see
+``reference``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from kernels.native import function, has_whole_rows
+from kernels.native import DTYPES, function, has_whole_rows
 from kernels.state_copy import reference
+from kernels.state_copy.reference import Form
 
-__all__ = ["copy_states"]
+__all__ = ["copy_states", "narrow_states", "widen_states"]
+
+CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+PLACES = "piiipippiii"
+"""Kinds of what `_places` gives."""
 
 
 def copy_states(
@@ -25,3 +32,62 @@ def copy_states(
             pool[0, 0].numel() * size, sources.data_ptr(), targets.data_ptr(), len(sources),
             torch.get_num_threads(),
         )  # fmt: skip
+
+
+def narrow_states(
+    pool: torch.Tensor,
+    sources: torch.Tensor,
+    slots: torch.Tensor,
+    targets: torch.Tensor,
+    form: Form,
+) -> None:
+    """As ``reference.narrow_states``, with the same bits where states are finite. Scales of columns
+    and unscaled numbers of another dtype are the reference's."""
+    if not _move("pack", "narrow", pool, sources, slots, targets, form):
+        reference.narrow_states(pool, sources, slots, targets, form)
+
+
+def widen_states(
+    slots: torch.Tensor,
+    sources: torch.Tensor,
+    pool: torch.Tensor,
+    targets: torch.Tensor,
+    form: Form,
+) -> None:
+    """As ``reference.widen_states``, where `narrow_states` is native too."""
+    if not _move("unpack", "widen", pool, targets, slots, sources, form):
+        reference.widen_states(slots, sources, pool, targets, form)
+
+
+def _move(
+    plain: str,
+    coded: str,
+    pool: torch.Tensor,
+    own: torch.Tensor,
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    form: Form,
+) -> bool:
+    """Between a pool's slots ``own`` and the checkpoints ``kept``. False: not here."""
+    shape, size = pool.shape[2:], pool.element_size()
+    places = own.dtype is kept.dtype is torch.int64 and own.is_contiguous() and kept.is_contiguous()
+    if not places or not has_whole_rows(pool[0]) or slots.stride(1) != 1:
+        return False
+    given = (
+        pool.data_ptr(), len(pool), pool.stride(0) * size, pool.stride(1) * size,
+        slots.data_ptr(), slots.stride(0), own.data_ptr(), kept.data_ptr(), len(own),
+        form.first, form.first_scale,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    if form.dims is None:
+        if form.dtype is not pool.dtype:
+            return False
+        function(f"{plain}_states", f"{PLACES}it")(*given, math.prod(shape) * size, threads)
+        return True
+    are_runs = form.dims == tuple(range(len(form.dims)))
+    if not are_runs or pool.dtype not in DTYPES or form.dtype not in CODES:
+        return False
+    num_runs = math.prod(shape[: len(form.dims) - 2])
+    name = f"{coded}_states_{DTYPES[pool.dtype]}_{CODES[form.dtype]}"
+    function(name, f"{PLACES}iit")(*given, num_runs, math.prod(shape) // num_runs, threads)
+    return True

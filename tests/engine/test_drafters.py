@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from engine import RequestSpec
 from engine.drafts.drafting import Drafting, Source
 from engine.drafts.odds import Luck, Odds
-from engine.drafts.pace import MAX_IDLE, MAX_MISSES, MAX_REST, MIN_REST, Pace
+from engine.drafts.pace import MAX_IDLE, MAX_MISSES, Pace
 from engine.drafts.suffix import SIZES, SuffixIndex
+from engine.drafts.tries import MAX_GAP, MAX_REST, MIN_REST, Turns
 from engine.requests.request import Request
 
 
@@ -44,13 +47,20 @@ def test_a_suffix_is_looked_up_as_by_reading(
     assert index.continuation(ids, max_tokens).tolist() == expected
 
 
+def asked(turns: Turns, steps: range, right: int | None = 0) -> list[tuple[int, int]]:
+    """(step, most tokens) of those of ``steps`` in which it is asked; ``right`` of them are then
+    accepted, at most; None: there is no draft."""
+    found = []
+    for step in steps:
+        if turns.wakes <= step and turns.length:
+            found.append((step, turns.length))
+            drafted = 0 if right is None else turns.length
+            turns.learn(step, drafted, min(drafted, right or 0))
+    return found
+
+
 def test_a_pace_that_is_never_right_hardly_tries() -> None:
-    pace, tried = Pace(8), []
-    for step in range(20_000):
-        length = pace.next()
-        if length:
-            tried.append((step, length))
-            pace.learn(length, 0)
+    tried = asked(Pace(8), range(20_000))
     assert tried[0] == (0, 4) and all(length == 1 for _, length in tried[1:])
     assert tried[MAX_MISSES][0] - tried[MAX_MISSES - 1][0] == MIN_REST + 1
     assert tried[-1][0] - tried[-2][0] == MAX_REST + 1
@@ -59,58 +69,68 @@ def test_a_pace_that_is_never_right_hardly_tries() -> None:
 
 def test_a_pace_recovers_with_the_first_that_is_right() -> None:
     pace = Pace(8)
-    for _ in range(MAX_MISSES):
-        pace.learn(pace.next(), 0)
-    assert [pace.next() for _ in range(MIN_REST)] == [0] * MIN_REST
-    lengths = []
-    for _ in range(5):
-        lengths.append(pace.next())
-        pace.learn(lengths[-1], lengths[-1])
-    assert lengths == [1, 2, 4, 8, 8]
-    pace.learn(8, 3)
-    assert pace.next() == 4
+    assert len(asked(pace, range(MAX_MISSES))) == MAX_MISSES
+    first = MAX_MISSES + MIN_REST
+    lengths = [1, 2, 4, 8, 8]
+    assert asked(pace, range(MAX_MISSES, first + 5), 8) == [
+        (first + rank, length) for rank, length in enumerate(lengths)
+    ]
+    pace.learn(99, 8, 3)
+    assert pace.length == 4
 
 
 def test_a_drafter_that_has_nothing_is_asked_less() -> None:
-    pace, asked = Pace(8), []
-    for step in range(20):
-        if pace.next():
-            asked.append(step)
-            pace.learn(0, 0)
-    assert asked == [0, 1, 3, 7, 11, 15, 19]
-    assert [pace.next() for _ in range(MAX_IDLE)] == [0] * (MAX_IDLE - 1) + [4]
-    pace.learn(4, 2)
-    assert pace.next() == 3
-    pace.learn(0, 0)
-    assert pace.next() == 3
+    pace = Pace(8)
+    steps = [step for step, _ in asked(pace, range(20), None)]
+    assert steps == [0, 1, 3, 7, 11, 15, 19]
+    assert asked(pace, range(20, 20 + MAX_IDLE), 2) == [(23, 4)]
+    assert pace.length == 3
+    pace.learn(24, 0, 0)
+    assert pace.wakes == 25 and pace.length == 3
 
 
 def test_a_new_request_begins_with_the_luck_of_others() -> None:
     luck = Luck()
-    tries = []
-    for _ in range(8):
-        odds, num_tries = Odds(3, luck), 0
-        for _ in range(200):
-            length = odds.next()
-            num_tries += length > 0
-            odds.learn(length, 0)
-        tries.append(num_tries)
-    assert tries[0] == 8 and tries[-1] == 3
+    tries = [asked(Odds(3, luck), range(200)) for _ in range(9)]
+    assert tries[0][0][1] > 1 and tries[-1] == [(0, 1), (17, 1), (50, 1), (115, 1)]
     # One that is always right is found out at its first try, and mends the luck of the next.
-    odds, lengths = Odds(3, luck), []
-    for _ in range(60):
-        lengths.append(odds.next())
-        odds.learn(lengths[-1], lengths[-1])
-    assert lengths[: MIN_REST + 1] == [0] * MIN_REST + [1] and lengths[-1] == 3
-    assert Odds(3, luck).next() > 0
+    found = asked(Odds(3, luck), range(60), 9)
+    assert found[0] == (0, 1) and len(found) == 60 and found[-1][1] >= 3
+    assert Odds(3, luck).length > 1
+
+
+def test_tries_share_their_steps() -> None:
+    """Whoever's and whichever drafter's: with more steps between, until one is right."""
+    ones, others = Ones(), Ones("others")
+    sources = [Source(drafter, partial(Odds, 4, Luck())) for drafter in (ones, others)]
+    drafting = Drafting(sources, max_verified=50)
+    running, tried, sources_tried = requests(3), [], Counter[str]()
+    for step in range(1, 1000):
+        if step % 40 == 0:
+            drafting.forget(running.pop(0))
+            running += requests(1)
+        expected, before = drafting.may_guess(running), ones.num_asked + others.num_asked
+        drafts = drafting.propose([(request, 9) for request in running])
+        assert expected == (ones.num_asked + others.num_asked > before)
+        for request, draft in drafts.items():
+            drafting.learn(request, draft, int(step > 900))
+            sources_tried[draft.source] += 300 < step < 900
+        tried += [step] * bool(drafts)
+    wrong = [step for step in tried if 300 < step < 900]
+    assert {b - a for a, b in pairwise(wrong)} == {MAX_GAP}
+    assert min(sources_tried.values()) > sources_tried.total() / 3
+    right = [step for step in tried if step > 900]
+    assert 1000 - right[0] == len(right), "one that is right ends the tries"
 
 
 class Ones:
     """As many ones as are asked for."""
 
-    name = "ones"
+    def __init__(self, name: str = "ones") -> None:
+        self.name, self.num_asked = name, 0
 
     def propose(self, wanted: Any) -> list[np.ndarray]:
+        self.num_asked += len(wanted)
         return [np.ones(most, np.int32) for _, most in wanted]
 
     def forget(self, request: Request) -> None:
@@ -118,8 +138,6 @@ class Ones:
 
 
 class Nothing(Ones):
-    name = "nothing"
-
     def propose(self, wanted: Any) -> list[np.ndarray]:
         return [np.ones(0, np.int32) for _ in wanted]
 
@@ -133,7 +151,7 @@ def requests(count: int) -> list[Request]:
 
 def test_a_full_step_gives_each_fewer() -> None:
     for count, lengths in [(1, [4]), (4, [4] * 4), (6, [2] * 6), (10, [1] * 10), (20, [1] * 10)]:
-        sources = [Source(drafter, partial(Pace, 4)) for drafter in (Nothing(), Ones())]
+        sources = [Source(drafter, partial(Pace, 4)) for drafter in (Nothing("nothing"), Ones())]
         drafting = Drafting(sources, max_verified=20)
         drafts = drafting.propose([(request, 50) for request in requests(count)])
         assert [len(draft.tokens) for draft in drafts.values()] == lengths

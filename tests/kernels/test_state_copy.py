@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.state_copy import reference
+from kernels.state_copy.reference import Form
 from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.state_copy.fused")
+native_only = pytest.mark.parametrize("kernel", [native("state_copy")])
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "kernel",
     [
@@ -56,6 +58,62 @@ def test_layers_and_slots_may_be_strided(kernel, device) -> None:
     before[:, [1, 2]] = before[:, [4, 0]]
     assert torch.equal(pool, before)
     assert torch.equal(storage[1::2], untouched)
+
+
+CODES = torch.int8, torch.float8_e4m3fn
+
+
+@native_only
+@settings(max_examples=20, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    codes=st.sampled_from([*CODES, torch.float32, torch.bfloat16]),
+    dims=st.sampled_from([(0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 4)]),
+    order=st.permutations(range(5)),
+    width=st.sampled_from([1, 16, 33]),
+    seed=st.integers(0, 9),
+)
+def test_native_checkpoints_are_the_references(
+    kernel, dtype, codes, dims, order, width, seed
+) -> None:
+    """Bit for bit, there and back, in slots that lie apart; and no other byte is written."""
+    torch.manual_seed(seed)
+    shape = (3, 5, 2, 17, width)
+    pool = (torch.randn(shape) * torch.logspace(-3, 3, width)).to(dtype)
+    pool[1, 2, 1] = 0
+    form = Form(codes, dims if codes in CODES else None, 16, 32 + pool[:, 0].numel() * 4)
+    own, kept, back = torch.tensor(order[:3]), torch.tensor(order[1:4]), torch.tensor(order[2:])
+    found = []
+    for twin in (kernel, reference):
+        slots = torch.full((6, 30_000), 7, dtype=torch.uint8)[:, :25_000]
+        restored = torch.full_like(pool, 7)
+        twin.narrow_states(pool, own, slots, kept, form)
+        twin.widen_states(slots, kept, restored, back, form)
+        found.append((slots, restored))
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours.view(torch.uint8), plain.view(torch.uint8))
+
+
+@native_only
+@pytest.mark.parametrize("codes", CODES)
+def test_every_code_and_what_lies_between_two(kernel, codes) -> None:
+    """The scale is 1: ties go to the even one, below the least normal number too."""
+    all_codes = torch.arange(256, dtype=torch.uint8).view(codes).float()
+    known = all_codes[all_codes.isfinite() & (all_codes > -128 if codes is torch.int8 else True)]
+    known = known.sort().values
+    ties = (known[1:] + known[:-1]) / 2
+    near = [torch.nextafter(ties, torch.tensor(end)) for end in (-1e9, 1e9)]
+    pool = torch.cat([known, ties, *near])[None, None, None, None]
+    found = []
+    for twin in (kernel, reference):
+        slots, restored = torch.zeros(1, 2048, dtype=torch.uint8), torch.zeros_like(pool)
+        first, form = torch.tensor([0]), Form(codes, (0, 1, 2), 0, 2000)
+        twin.narrow_states(pool, first, slots, first, form)
+        twin.widen_states(slots, first, restored, first, form)
+        assert slots[0, 2000:2004].view(torch.float32) == 1
+        assert torch.equal(restored.flatten()[: len(known)], known)
+        found.append(slots)
+    assert torch.equal(*found)
 
 
 def test_a_state_scattered_in_its_slot_is_refused(device) -> None:

@@ -7,6 +7,8 @@ from experiments.mutations.engine.tests import HEADS
 
 HEAD, PREDICT = "engine/run/layers/prediction.py", "engine/run/predict.py"
 WAITING = "engine/run/head_rows.py"
+TRIES, DRAFTING = "engine/drafts/tries.py", "engine/drafts/drafting.py"
+DRAFTERS = ("tests/engine/test_drafters.py",)
 RUNNER, INPUTS = "engine/run/model_runner.py", "engine/run/layers/inputs.py"
 
 BREAKS_OF_PREDICTION = (
@@ -84,9 +86,30 @@ BREAKS_OF_PREDICTION = (
     Mutation(
         "the first row that waits takes in what another left",
         WAITING,
-        "        self._befores[:width] = self._pools[-1][slots]\n",
-        "",
+        "            befores[:width] = carried[slots]\n",
+        "            pass\n",
         HEADS,
+    ),
+    Mutation(
+        "tries that stay wrong come as often as ever",
+        TRIES,
+        "self._gap = min(2 * self._gap, MAX_GAP)",
+        "self._gap = MIN_REST",
+        DRAFTERS,
+    ),
+    Mutation(
+        "every request tries when it likes",
+        DRAFTING,
+        "if turns.is_trying and due < self._tries.opens:",
+        "if False:",
+        DRAFTERS,
+    ),
+    Mutation(
+        "one drafter takes every try",
+        DRAFTING,
+        "sorted(trying, key=self._tried.__getitem__)[1:]",
+        "trying[1:]",
+        DRAFTERS,
     ),
     Mutation(
         "rows that wait are written where a changed table says",
