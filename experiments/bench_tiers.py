@@ -1,7 +1,7 @@
 """What memory below the device's costs and gives on the built-in model.
 
 - ``restart``: the next turn of conversations on an engine that never stopped, on one that was
-  started anew on the first one's ``state_dir``, and on one without a cache; time to first token,
+  started anew on its ``state_dir``, and on one without a cache, in turns; time to first token,
   medians, the first touch of the new engine apart. The fetch rule decides as it does when serving.
 - ``spilling``: tokens a second of prompts that are all new, so that every eviction spills, with a
   host tier and without, in turns; the ratio.
@@ -44,33 +44,35 @@ def first_token_s(engine: Engine, prompt: list[int]) -> tuple[float, int]:
 def restart(count: int, num_tokens: int) -> dict[str, float]:
     prompts = conversations(count, num_tokens)
     turns = [prompt + [40 + place % 50] * 40 for place, prompt in enumerate(prompts)]
-    with tempfile.TemporaryDirectory() as name:
-        settings = {"cache_gib": 0.25, "state_dir": name}
-        kept = Engine(EngineConfig(**settings))
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        kept, stopped = (Engine(EngineConfig(cache_gib=0.25, state_dir=x)) for x in (one, other))
         for prompt in prompts:
             first_token_s(kept, prompt)
-        warm = [first_token_s(kept, turn) for turn in turns[: count // 2]]
-        kept.close()
+            first_token_s(stopped, prompt)
+        stopped.close()
         start = time.perf_counter()
-        again = Engine(EngineConfig(**settings))
+        again = Engine(EngineConfig(cache_gib=0.25, state_dir=other))
         start_s = time.perf_counter() - start
-        restored = [first_token_s(again, turn) for turn in turns]
+        cold_engine = Engine(EngineConfig(cache_gib=0.25, prefix_cache="none"))
+        engines = {"warm": kept, "restored": again, "cold": cold_engine}
+        found: dict[str, list[tuple[float, int]]] = {word: [] for word in engines}
+        for turn in turns:
+            for word, engine in engines.items():
+                found[word].append(first_token_s(engine, turn))
         lower = again.cache.lower
         fetched = 0 if lower is None else lower.copied_rows.get(("disk", "device"), 0)
-        again.close()
-    cold_engine = Engine(EngineConfig(cache_gib=0.25, prefix_cache="none"))
-    cold = [first_token_s(cold_engine, turn) for turn in turns[: count // 2]]
-    median = {
-        name: statistics.median(seconds for seconds, _ in found)
-        for name, found in (("warm", warm), ("restored", restored[1:]), ("cold", cold))
-    }
+        for engine in engines.values():
+            engine.close()
+    median = {word: statistics.median(s for s, _ in pairs[1:]) for word, pairs in found.items()}
     return {
-        **{f"{name}_ttft_s": seconds for name, seconds in median.items()},
-        "first_touch_s": restored[0][0],
+        **{f"{word}_ttft_s": seconds for word, seconds in median.items()},
+        "first_touch_s": found["restored"][0][0],
         "restored_over_warm": median["restored"] / median["warm"],
         "cold_over_warm": median["cold"] / median["warm"],
-        "reused_warm": sum(hit for _, hit in warm) / (count // 2),
-        "reused_restored": sum(hit for _, hit in restored) / count,
+        **{
+            f"reused_{word}": statistics.mean(hit for _, hit in found[word])
+            for word in ("warm", "restored")
+        },
         "fetched_rows": fetched,
         "start_s": start_s,
     }

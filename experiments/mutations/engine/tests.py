@@ -21,7 +21,12 @@ HEAD_TESTS = "tests/engine/test_head_drafts.py"
 PREDICTION_TESTS = "tests/engine/numerics/test_prediction.py"
 TIERS_TESTS = "tests/engine/test_tiers.py"
 REMEMBERING_TESTS = "tests/engine/test_remembering.py"
-STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.py"
+STORE_TESTS = (
+    "tests/engine/store/test_store.py",
+    "tests/engine/store/test_disk.py",
+    "tests/engine/store/test_pointers.py",
+)
+LOWER_ROWS_TESTS = "tests/engine/test_lower_rows.py"
 LEASE_TESTS = "tests/cache/test_lease.py"
 GRID_TESTS = "tests/engine/test_grid.py"
 TILE_TESTS = "tests/kernels/test_packed.py"
@@ -52,5 +57,6 @@ PAGE = (PAGE_TESTS,)
 SEEN = (LABELLED_TESTS, EXPLAINED_TESTS)
 HEADS = (HEAD_TESTS, PREDICTION_TESTS)
 TIERS = (TIERS_TESTS, *MACHINES)
+LOWER_ROWS = (LOWER_ROWS_TESTS,)
 STORE = STORE_TESTS
 REMEMBERED = (REMEMBERING_TESTS,)
