@@ -269,6 +269,13 @@ BREAKS_OF_MEMORY = (
         LOWER_ROWS,
     ),
     Mutation(
+        "a record counts as free of rows with the first that leaves it",
+        POINTERS,
+        "                if not self._counts[part.record]:\n",
+        "                if self._counts[part.record] >= 0:\n",
+        STORE,
+    ),
+    Mutation(
         "single rows are copied as far as one block",
         LOWER,
         "range(0, len(src), step)",
@@ -285,8 +292,8 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "rows of a record are taken from its beginning",
         DISK,
-        "payload[offset : offset + end - first]",
-        "payload[: end - first]",
+        "payload[part.offset : part.offset + part.num_rows]",
+        "payload[: part.num_rows]",
         STORE,
     ),
     Mutation(
