@@ -5,8 +5,8 @@
   medians, the first touch of the new engine apart. The fetch rule decides as it does when serving.
 - ``spilling``: tokens a second of prompts that are all new, so that every eviction spills, with a
   host tier and without, in turns; the ratio.
-- ``memory``: what the process's resident memory grew by while a host tier of a given size was
-  filled, over that size.
+- ``memory``: what the process's resident memory grew by while host tiers of two sizes were
+  filled, over those sizes; the part that grows with the tier, and the part that does not.
 
     python -m experiments.bench_tiers
 """
@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -111,21 +112,34 @@ def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
     }
 
 
-def memory(host_gib: float, num_tokens: int) -> dict[str, float]:
+def memory(sizes: list[float], num_tokens: int) -> dict[str, float]:
+    grown = {host_gib: grown_bytes(host_gib, num_tokens) for host_gib in sizes}
+    found = {f"grown_over_asked_{gib:g}_gib": size / (gib * GIB) for gib, size in grown.items()}
+    if len(sizes) > 1:
+        least, most = min(sizes), max(sizes)
+        found["grown_per_byte"] = (grown[most] - grown[least]) / ((most - least) * GIB)
+        found["grown_constant_bytes"] = grown[least] - found["grown_per_byte"] * least * GIB
+    return found
+
+
+def grown_bytes(host_gib: float, num_tokens: int) -> float:
+    """Of the process, from the first spill to 1.2 times what the tier holds. What computing takes,
+    the device's own memory among it, is there before."""
+    gc.collect()  # an engine of before frees nothing meanwhile
     engine = Engine(EngineConfig(cache_gib=0.01, host_gib=host_gib))
-    for prompt in conversations(8, num_tokens, seed=7):
-        first_token_s(engine, prompt)  # what computing itself takes is there before
-    before, lower = resident_bytes(), engine.cache.lower
+    lower, seed = engine.cache.lower, 1000
     assert lower is not None
-    already = lower.copied_rows.get(("device", "host"), 0)
-    asked, seed = host_gib * GIB, 1000
-    while lower.copied_rows.get(("device", "host"), 0) * lower.row_bytes < 1.2 * asked:
-        for prompt in conversations(8, num_tokens, seed=seed):
+    before = already = 0
+    capacity = lower.tiers[0].pages.capacity
+    while (spilled := lower.copied_rows.get(("device", "host"), 0)) < 1.2 * capacity:
+        if not already:
+            before, already = resident_bytes(), spilled
+        for prompt in conversations(4, num_tokens, seed=seed):
             first_token_s(engine, prompt)
         seed += 1
     grown = resident_bytes() - before + already * lower.row_bytes
     engine.close()
-    return {"asked_bytes": asked, "grown_bytes": grown, "grown_over_asked": grown / asked}
+    return float(grown)
 
 
 def resident_bytes() -> int:
@@ -140,7 +154,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="conversations")
     parser.add_argument("--tokens", type=int, default=1000, help="of a conversation")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--host-gib", type=float, default=0.1)
+    parser.add_argument("--host-gib", default="0.1,1", help="sizes of the tier whose use is told")
     parser.add_argument("--parts", default="restart,spilling,memory")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_tiers.jsonl")
     arguments = parser.parse_args()
@@ -151,7 +165,8 @@ def main() -> None:
     if "spilling" in parts:
         found |= spilling(arguments.rounds, arguments.tokens)
     if "memory" in parts:
-        found |= memory(arguments.host_gib, arguments.tokens)
+        sizes = [float(size) for size in arguments.host_gib.split(",")]
+        found |= memory(sizes, arguments.tokens)
     rounded = {name: float(f"{value:.4g}") for name, value in found.items()}
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     write_json_lines(arguments.out, [rounded], settings)
