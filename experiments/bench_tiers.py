@@ -1,12 +1,13 @@
 """What memory below the device's costs and gives on the built-in model.
 
 - ``restart``: the next turn of conversations on an engine that never stopped, on one that was
-  started anew on the first one's ``state_dir``, and on one without a cache; time to first token,
+  started anew on its ``state_dir``, and on one without a cache, in turns; time to first token,
   medians, the first touch of the new engine apart. The fetch rule decides as it does when serving.
 - ``spilling``: tokens a second of prompts that are all new, so that every eviction spills, with a
-  host tier and without, in turns; the ratio.
-- ``memory``: what the process's resident memory grew by while a host tier of a given size was
-  filled, over that size.
+  host tier and without, in turns: the median ratio of a turn, by the clock and by CPU time (of all
+  threads of the process).
+- ``memory``: what the process's resident memory grew by while host tiers of two sizes were
+  filled, over those sizes; the part that grows with the tier, and the part that does not.
 
     python -m experiments.bench_tiers
 """
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -44,33 +46,35 @@ def first_token_s(engine: Engine, prompt: list[int]) -> tuple[float, int]:
 def restart(count: int, num_tokens: int) -> dict[str, float]:
     prompts = conversations(count, num_tokens)
     turns = [prompt + [40 + place % 50] * 40 for place, prompt in enumerate(prompts)]
-    with tempfile.TemporaryDirectory() as name:
-        settings = {"cache_gib": 0.25, "state_dir": name}
-        kept = Engine(EngineConfig(**settings))
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        kept, stopped = (Engine(EngineConfig(cache_gib=0.25, state_dir=x)) for x in (one, other))
         for prompt in prompts:
             first_token_s(kept, prompt)
-        warm = [first_token_s(kept, turn) for turn in turns[: count // 2]]
-        kept.close()
+            first_token_s(stopped, prompt)
+        stopped.close()
         start = time.perf_counter()
-        again = Engine(EngineConfig(**settings))
+        again = Engine(EngineConfig(cache_gib=0.25, state_dir=other))
         start_s = time.perf_counter() - start
-        restored = [first_token_s(again, turn) for turn in turns]
+        cold_engine = Engine(EngineConfig(cache_gib=0.25, prefix_cache="none"))
+        engines = {"warm": kept, "restored": again, "cold": cold_engine}
+        found: dict[str, list[tuple[float, int]]] = {word: [] for word in engines}
+        for turn in turns:
+            for word, engine in engines.items():
+                found[word].append(first_token_s(engine, turn))
         lower = again.cache.lower
         fetched = 0 if lower is None else lower.copied_rows.get(("disk", "device"), 0)
-        again.close()
-    cold_engine = Engine(EngineConfig(cache_gib=0.25, prefix_cache="none"))
-    cold = [first_token_s(cold_engine, turn) for turn in turns[: count // 2]]
-    median = {
-        name: statistics.median(seconds for seconds, _ in found)
-        for name, found in (("warm", warm), ("restored", restored[1:]), ("cold", cold))
-    }
+        for engine in engines.values():
+            engine.close()
+    median = {word: statistics.median(s for s, _ in pairs[1:]) for word, pairs in found.items()}
     return {
-        **{f"{name}_ttft_s": seconds for name, seconds in median.items()},
-        "first_touch_s": restored[0][0],
+        **{f"{word}_ttft_s": seconds for word, seconds in median.items()},
+        "first_touch_s": found["restored"][0][0],
         "restored_over_warm": median["restored"] / median["warm"],
         "cold_over_warm": median["cold"] / median["warm"],
-        "reused_warm": sum(hit for _, hit in warm) / (count // 2),
-        "reused_restored": sum(hit for _, hit in restored) / count,
+        **{
+            f"reused_{word}": statistics.mean(hit for _, hit in found[word])
+            for word in ("warm", "restored")
+        },
         "fetched_rows": fetched,
         "start_s": start_s,
     }
@@ -84,13 +88,15 @@ def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
             "disk": Engine(EngineConfig(cache_gib=0.01, host_gib=0.03, state_dir=name)),
         }
         seconds: dict[str, list[float]] = {word: [] for word in engines}
+        cpu_s: dict[str, list[float]] = {word: [] for word in engines}
         for turn in range(-2, rounds):
             for place, (word, engine) in enumerate(engines.items()):
                 prompts = conversations(4, num_tokens, seed=100 + 10 * turn + place + 1000)
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 engine.generate(prompts, ONE)
                 if turn >= 0:
                     seconds[word].append(time.perf_counter() - start)
+                    cpu_s[word].append(time.process_time() - start_cpu)
         moved = {
             word: sum(engine.cache.lower.copied_rows.values())
             for word, engine in engines.items()
@@ -98,32 +104,47 @@ def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
         }
         for engine in engines.values():
             engine.close()
-    without = statistics.median(seconds["without"])
     return {
-        "tokens_per_s_without": 4 * num_tokens / without,
+        "tokens_per_s_without": 4 * num_tokens / statistics.median(seconds["without"]),
         **{
-            f"{word}_over_without": without / statistics.median(seconds[word])
+            f"{word}_{name}": statistics.median(
+                without / with_it for without, with_it in zip(of["without"], of[word], strict=True)
+            )
             for word in ("host", "disk")
+            for name, of in (("over_without", seconds), ("cpu_over_without", cpu_s))
         },
         **{f"{word}_rows": float(count) for word, count in moved.items()},
     }
 
 
-def memory(host_gib: float, num_tokens: int) -> dict[str, float]:
+def memory(sizes: list[float], num_tokens: int) -> dict[str, float]:
+    grown = {host_gib: grown_bytes(host_gib, num_tokens) for host_gib in sizes}
+    found = {f"grown_over_asked_{gib:g}_gib": size / (gib * GIB) for gib, size in grown.items()}
+    if len(sizes) > 1:
+        least, most = min(sizes), max(sizes)
+        found["grown_per_byte"] = (grown[most] - grown[least]) / ((most - least) * GIB)
+        found["grown_constant_bytes"] = grown[least] - found["grown_per_byte"] * least * GIB
+    return found
+
+
+def grown_bytes(host_gib: float, num_tokens: int) -> float:
+    """Of the process, from the first spill to 1.2 times what the tier holds. What computing takes,
+    the device's own memory among it, is there before."""
+    gc.collect()  # an engine of before frees nothing meanwhile
     engine = Engine(EngineConfig(cache_gib=0.01, host_gib=host_gib))
-    for prompt in conversations(8, num_tokens, seed=7):
-        first_token_s(engine, prompt)  # what computing itself takes is there before
-    before, lower = resident_bytes(), engine.cache.lower
+    lower, seed = engine.cache.lower, 1000
     assert lower is not None
-    already = lower.copied_rows.get(("device", "host"), 0)
-    asked, seed = host_gib * GIB, 1000
-    while lower.copied_rows.get(("device", "host"), 0) * lower.row_bytes < 1.2 * asked:
-        for prompt in conversations(8, num_tokens, seed=seed):
+    before = already = 0
+    capacity = lower.tiers[0].pages.capacity
+    while (spilled := lower.copied_rows.get(("device", "host"), 0)) < 1.2 * capacity:
+        if not already:
+            before, already = resident_bytes(), spilled
+        for prompt in conversations(4, num_tokens, seed=seed):
             first_token_s(engine, prompt)
         seed += 1
     grown = resident_bytes() - before + already * lower.row_bytes
     engine.close()
-    return {"asked_bytes": asked, "grown_bytes": grown, "grown_over_asked": grown / asked}
+    return float(grown)
 
 
 def resident_bytes() -> int:
@@ -137,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100, help="conversations")
     parser.add_argument("--tokens", type=int, default=1000, help="of a conversation")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--host-gib", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--host-gib", default="0.1,1", help="sizes of the tier whose use is told")
     parser.add_argument("--parts", default="restart,spilling,memory")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_tiers.jsonl")
     arguments = parser.parse_args()
@@ -149,7 +170,8 @@ def main() -> None:
     if "spilling" in parts:
         found |= spilling(arguments.rounds, arguments.tokens)
     if "memory" in parts:
-        found |= memory(arguments.host_gib, arguments.tokens)
+        sizes = [float(size) for size in arguments.host_gib.split(",")]
+        found |= memory(sizes, arguments.tokens)
     rounded = {name: float(f"{value:.4g}") for name, value in found.items()}
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     write_json_lines(arguments.out, [rounded], settings)

@@ -4,14 +4,18 @@ thread)."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 from contextlib import suppress
 
 import torch
 
 PAGE = 1 << 21
 """Bytes."""
+MADV_POPULATE_WRITE = 23
+"""Linux 5.14 and newer; ``mmap`` has no name for it."""
 
 
 def empty(
@@ -35,3 +39,17 @@ def empty(
     with suppress(OSError):  # A system that has none: the memory is as good as any.
         memory.madvise(mmap.MADV_HUGEPAGE, first, pages * PAGE)
     return whole[first : first + num_bytes].view(dtype).view(shape)
+
+
+def populate(memory: torch.Tensor) -> bool:
+    """Have the system give all pages of ``memory``, on a CPU, that it has only promised so far, as
+    a first write would; what is written there stays. Other threads go on. False: this system can
+    not."""
+    if not sys.platform.startswith("linux"):
+        return False
+    size = mmap.PAGESIZE
+    first = memory.data_ptr() // size * size
+    end = memory.data_ptr() + memory.nbytes
+    libc = ctypes.CDLL(None, use_errno=True)
+    pointer, length = ctypes.c_void_p(first), ctypes.c_size_t(end - first)
+    return int(libc.madvise(pointer, length, MADV_POPULATE_WRITE)) == 0

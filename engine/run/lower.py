@@ -13,10 +13,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine.run.device import Device
@@ -24,13 +24,18 @@ from engine.run.memory import allocate
 from engine.run.model_config import ModelError
 from engine.schedule.batch import KEPT, BytesLost
 from engine.schedule.memory import MemorySizes
-from engine.store.disk import Coming, Disk
+from engine.store.disk import Coming, Disk, Rows
 from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.tokens import Indices
+from kernels import huge_pages
 from kernels.upload import upload
 
-MIN_RUN = 4
-"""Rows that follow each other, on average, from which copying run by run is worth its calls."""
+MIN_RUN_BYTES = 1 << 14
+"""Of rows that follow each other, on average, from which copying run by run is worth its calls."""
+BLOCK_BYTES = 1 << 18
+"""Of single rows that are gathered before they are scattered: while in cache."""
+POPULATED_BYTES = 1 << 22
+"""At a time: who waits for the disk waits for one of those at most."""
 PROBE_BYTES = 1 << 26
 """Copied to find out how fast host memory reaches the device."""
 
@@ -59,6 +64,8 @@ class LowerRows:
         self._stream: Any = None if device.is_cpu else device.module.Stream()
         self.host_bytes_per_s = self._measure() if num_host_rows else None
         """To the device, measured; None: there is no host tier."""
+        if disk is not None and device.is_cpu:
+            self._have_pages_for(disk)
 
     def make(self, order: Copy | Drop) -> None:
         """Make one order. BytesLost: what was to be fetched is not whole on disk."""
@@ -77,16 +84,24 @@ class LowerRows:
             if pieces is None:
                 raise BytesLost("what was to be fetched is damaged on disk, and is computed again")
             for first, piece in pieces:
-                data = torch.from_numpy(piece)
-                self._write(order.dst_tier, dst[first : first + len(piece)], data)
-        elif order.dst_tier == DEVICE and self._device.is_cpu:
-            _copy(self._rows, dst, self.host, src)
-        elif order.dst_tier == DEVICE:
-            self._write(DEVICE, dst, self._bring(src))
+                self._write(order.dst_tier, dst[first : first + len(piece)], piece)
         elif self._device.is_cpu:
-            _copy(self.host, dst, self._rows, src)
+            copy_rows(self._near(order.dst_tier), dst, self._near(order.src_tier), src)
+        elif order.dst_tier == DEVICE:
+            self._rows[self._index(dst)] = self._bring(src)
         else:
             self._spill(src, dst)
+
+    def _have_pages_for(self, disk: Disk) -> None:
+        """Have the system give the device's memory for what may come from ``disk`` before it
+        comes, beside the first steps: the first writes to a page wait for it to be cleared."""
+        num_rows, step = disk.num_bytes // disk.row_bytes, POPULATED_BYTES // disk.row_bytes + 1
+        for first in range(0, min(num_rows, len(self._rows)), step):
+            disk.when_idle(partial(huge_pages.populate, self._rows[first : first + step]))
+
+    def _near(self, tier: str) -> Rows:
+        """The rows of ``tier``, which are in this process's memory."""
+        return (self.host if tier == HOST else self._rows).numpy()
 
     def _rows_of(self, order: Copy, tier: str, what: Indices) -> Indices:
         """``what``, or the rows of the slab that a slot of the device is."""
@@ -108,12 +123,9 @@ class LowerRows:
 
     def _coming(self, tier: str, src: Indices) -> Coming:
         """The bytes of ``src`` as they are now, in memory of their own once they have come."""
-        if tier == HOST:
+        if tier == HOST or self._device.is_cpu:
             self._wait()
-            found = _gathered(self.host, src).numpy()
-            return lambda: found
-        if self._device.is_cpu:
-            kept = _gathered(self._rows, src).numpy()
+            kept = _gathered(self._near(tier), src)
             return lambda: kept
         taken = self._rows[self._index(src)]
         out = torch.empty(taken.shape, dtype=torch.uint8, pin_memory=True)
@@ -122,7 +134,7 @@ class LowerRows:
             taken.record_stream(self._stream)
             event = self._stream.record_event()
 
-        def come() -> npt.NDArray[np.uint8]:
+        def come() -> Rows:
             event.synchronize()
             return out.numpy()
 
@@ -139,7 +151,7 @@ class LowerRows:
     def _bring(self, src: Indices) -> torch.Tensor:
         """Rows of the host, near the device."""
         if self._device.is_cpu:
-            return _gathered(self.host, src)
+            return torch.from_numpy(_gathered(self.host.numpy(), src))
         taken = torch.empty(
             (len(src), self.host.shape[1]), dtype=torch.uint8, device=self._rows.device
         )
@@ -151,17 +163,12 @@ class LowerRows:
         self._device.module.current_stream().wait_stream(self._stream)
         return taken
 
-    def _write(self, tier: str, dst: Indices, data: torch.Tensor) -> None:
+    def _write(self, tier: str, dst: Indices, data: Rows) -> None:
         if tier == HOST or self._device.is_cpu:
             self._wait()
-            _copy(
-                self.host if tier == HOST else self._rows,
-                dst,
-                data,
-                np.arange(len(dst), dtype=np.int32),
-            )
+            copy_rows(self._near(tier), dst, data, np.arange(len(dst), dtype=np.int32))
         else:
-            self._rows[self._index(dst)] = data.to(self._rows.device)
+            self._rows[self._index(dst)] = torch.from_numpy(data).to(self._rows.device)
 
     def _aside(self) -> Any:
         """Work in the other stream, behind all that this one was told so far."""
@@ -192,29 +199,30 @@ class LowerRows:
         return time.perf_counter() - start
 
 
-def _gathered(rows: torch.Tensor, src: Indices) -> torch.Tensor:
+def _gathered(rows: Rows, src: Indices) -> Rows:
     """``rows[src]``, in memory of its own."""
-    out = torch.empty((len(src), rows.shape[1]), dtype=torch.uint8)
-    _copy(out, np.arange(len(src), dtype=np.int32), rows, src)
+    out = np.empty((len(src), rows.shape[1]), np.uint8)
+    copy_rows(out, np.arange(len(src), dtype=np.int32), rows, src)
     return out
 
 
-def _copy(to: torch.Tensor, dst: Indices, rows: torch.Tensor, src: Indices) -> None:
-    """``to[dst] = rows[src]``, both in host memory: run by run, which reads and writes once, unless
-    runs are short."""
-    ends = [*(np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1).tolist(), len(src)]
-    if len(ends) * MIN_RUN > len(src):
-        to[_long(dst)] = rows[_long(src)]
+def copy_rows(to: Rows, dst: Indices, rows: Rows, src: Indices) -> None:
+    """``to[dst] = rows[src]``: run by run, which reads and writes once, unless runs are short.
+    Single rows are copied whole, as items of one type: by its bytes an index costs ten times as
+    much, in torch and here."""
+    whole = np.dtype((np.void, rows.shape[1]))
+    target, source = to.view(whole)[:, 0], rows.view(whole)[:, 0]
+    breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
+    if (len(breaks) + 1) * MIN_RUN_BYTES > len(src) * rows.shape[1]:
+        step = max(1, BLOCK_BYTES // rows.shape[1])
+        for first in range(0, len(src), step):
+            target[dst[first : first + step]] = source[src[first : first + step]]
         return
     first = 0
-    for end in ends:
+    for end in (*breaks.tolist(), len(src)):
         place, origin, count = int(dst[first]), int(src[first]), end - first
-        to[place : place + count].copy_(rows[origin : origin + count])
+        target[place : place + count] = source[origin : origin + count]
         first = end
-
-
-def _long(rows: Indices) -> torch.Tensor:
-    return torch.from_numpy(rows.astype(np.int64))
 
 
 def _runs(rows: Indices) -> Iterator[tuple[int, int]]:

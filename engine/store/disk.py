@@ -17,7 +17,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from threading import Condition
@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.store.disk_thread import DiskThread
+from engine.store.pointers import Pointers
 from engine.store.prefixes import Piece, Prefixes, Run, State, covering
 from engine.store.segment import record_bytes
 from engine.store.store import SegmentStore, StoreFull
@@ -75,11 +76,7 @@ class Disk:
         self.prefixes = Prefixes()
         self._bytes: dict[int, int] = {}
         self._live_bytes = 0
-        self._records = np.zeros(num_rows, np.int64)
-        """By row the record that it points into; 0: none."""
-        self._offsets = np.zeros(num_rows, np.int32)
-        self._pins: dict[int, int] = {}
-        """Rows that point into a record."""
+        self._pointers = Pointers(num_rows)
         self._pending: dict[int, Coming] = {}
         self._pending_bytes = 0
         self._written = Condition()
@@ -139,60 +136,45 @@ class Disk:
 
     def bind(self, rows: Indices, pieces: list[Piece]) -> None:
         """Let ``rows`` point into ``pieces``; those past their end, nowhere."""
-        self._unbind(rows)
-        first = 0
-        for piece in pieces:
-            some = rows[first : first + piece.num_tokens]
-            self._records[some] = piece.id
-            self._offsets[some] = np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)
-            self._pins[piece.id] = self._pins.get(piece.id, 0) + len(some)
-            first += piece.num_tokens
+        self._pointers.bind(rows, pieces)
 
     def forget(self, rows: Indices) -> None:
         """``rows`` point nowhere any more: what they pointed into goes first."""
-        for number in self._unbind(rows):
-            if number not in self._pins and self.prefixes.is_leaf(number):
+        for number in self._pointers.unbind(rows):
+            if number not in self._pointers and self.prefixes.is_leaf(number):
                 self.prefixes.used.move_to_end(number, last=False)
 
     def take(self, rows: Indices) -> list[tuple[int, Rows]] | None:
         """The bytes of ``rows``, which point nowhere after, in views of what was read: (place of
         the first in ``rows``, bytes from there on). Waits for the disk where they were not staged.
         None: something was damaged, or could not be written."""
-        numbers = self._records[rows]
-        offsets = self._offsets[rows]
-        self._unbind(rows)
-        payloads = {number: self._payload(number) for number in np.unique(numbers).tolist()}
-        breaks = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(offsets) != 1)) + 1
-        pieces, first = [], 0
-        for end in (*breaks.tolist(), len(rows)):
-            payload, offset = payloads.get(int(numbers[first])), int(offsets[first])
+        parts = self._pointers.parts(rows)
+        self._pointers.unbind(rows)
+        payloads = {number: self._payload(number) for number in {part.record for part in parts}}
+        pieces = []
+        for part in parts:
+            payload = payloads[part.record]
             if payload is None:
                 return None
-            pieces.append((first, payload[offset : offset + end - first]))
-            first = end
+            pieces.append((part.first, payload[part.offset : part.offset + part.num_rows]))
         return pieces
 
     def stage(self, rows: Indices) -> tuple[int, ...]:
         """Begin to read the records of ``rows``; ``is_staged`` tells when ``take`` need not
         wait."""
-        numbers = tuple(n for n in np.unique(self._records[rows]).tolist() if n)
-        for number in numbers:
+        found = {part.record: None for part in self._pointers.parts(rows) if part.record}
+        for number in found:
             if number not in self._staged and number not in self._pending:
                 self._staged[number] = self._thread.do(self._reader(number), urgent=True)
-        return numbers
+        return tuple(found)
 
     def is_staged(self, numbers: Iterable[int]) -> bool:
         """Whether all of those have been read."""
         return all(n not in self._staged or self._staged[n].done() for n in numbers)
 
     def wait(self, numbers: Iterable[int], timeout_s: float) -> None:
-        """Sleep until one more of those has been read."""
-        for number in numbers:
-            done = self._staged.get(number)
-            if done is not None and not done.done():
-                with suppress(TimeoutError):
-                    done.exception(timeout_s)
-                return
+        """Sleep until all of those have been read, or time is up."""
+        wait([done for n in numbers if (done := self._staged.get(n)) is not None], timeout_s)
 
     def unstage(self, numbers: Iterable[int]) -> None:
         """Nobody waits for those any more."""
@@ -205,15 +187,13 @@ class Disk:
 
     def clear(self) -> None:
         """Forget everything: no row points anywhere, and nothing is kept."""
-        self._records[:] = 0
-        self._pins.clear()
+        self._pointers.clear()
         for number in sorted(self.prefixes.used, reverse=True):
             self._drop(number)
 
     def unbind_all(self) -> None:
         """No row points anywhere; what is kept stays."""
-        self._records[:] = 0
-        self._pins.clear()
+        self._pointers.clear()
 
     def settle(self) -> None:
         """Take in what the disk thread could not write. O(what failed)."""
@@ -225,6 +205,10 @@ class Disk:
     def aside(self, work: Callable[[], None]) -> None:
         """Have the disk thread do ``work`` when it comes to it."""
         self._thread.do(work)
+
+    def when_idle(self, work: Callable[[], object]) -> None:
+        """Have the disk thread do ``work`` if it has nothing else to do before the end."""
+        self._thread.when_idle(work)
 
     def flush(self) -> None:
         """Wait until all is written and the disk has it."""
@@ -352,7 +336,7 @@ class Disk:
             if self._live_bytes + size <= self._store.usable_bytes:
                 return True
             oldest = next(iter(self.prefixes.used))
-            if oldest in self._pins or oldest == new or not self.prefixes.is_leaf(oldest):
+            if oldest in self._pointers or oldest == new or not self.prefixes.is_leaf(oldest):
                 self.prefixes.refresh(oldest)
             else:
                 self._drop(oldest)
@@ -377,22 +361,8 @@ class Disk:
     def _lose(self, number: int) -> None:
         """Record ``number`` is not what it should be: it goes, with all that hangs on it."""
         for one in reversed(self.prefixes.below(number)):
-            self._records[self._records == one] = 0
-            self._pins.pop(one, None)
+            self._pointers.lose(one)
             self._drop(one)
-
-    def _unbind(self, rows: Indices) -> list[int]:
-        """The records into which ``rows`` pointed."""
-        numbers, counts = np.unique(self._records[rows], return_counts=True)
-        self._records[rows] = 0
-        found = []
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            if number:
-                found.append(number)
-                self._pins[number] -= count
-                if not self._pins[number]:
-                    del self._pins[number]
-        return found
 
     def _payload(self, number: int) -> Rows | None:
         """The rows of record ``number``; None: there is none, or it is damaged, and goes."""

@@ -1,4 +1,5 @@
-"""One thread for a disk: what somebody waits for goes before what nobody does."""
+"""One thread for a disk: what somebody waits for goes before what nobody does, and that before
+what may be left out."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from queue import PriorityQueue
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-URGENT, PATIENT, LAST = 0, 1, 2
+URGENT, PATIENT, LAST, IDLE = range(4)
 
 Work = tuple[int, int, Callable[[], Any] | None, "Future[Any]"]
 
@@ -30,8 +31,12 @@ class DiskThread:
         self._queue.put((URGENT if urgent else PATIENT, next(self._numbers), work, done))
         return done
 
+    def when_idle(self, work: Callable[[], object]) -> None:
+        """Have ``work`` done if there is nothing else to do before ``close``."""
+        self._queue.put((IDLE, next(self._numbers), work, Future()))
+
     def close(self) -> None:
-        """Do what is left, and end."""
+        """Do what is left but for idle work, and end."""
         self._queue.put((LAST, next(self._numbers), None, Future()))
         self._thread.join()
 

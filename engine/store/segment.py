@@ -149,16 +149,16 @@ class Segment:
             RECORD_MAGIC, kind, number, len(meta), payload_bytes, zlib.crc32(meta)
         )
         tail = RECORD_TAIL.pack(TAIL_MAGIC, crc, number)
-        body: list[Bytes] = [
+        whole: list[Bytes] = [
             _sealed(head),
             meta,
             _filling(len(meta)),
             *parts,
             _filling(payload_bytes),
+            _sealed(tail),
         ]
         try:
-            _write(self.file, body, place.first)
-            _write(self.file, [_sealed(tail)], place.tail_first)
+            _write(self.file, whole, place.first)
         except OSError:
             os.ftruncate(self.file, place.first)
             raise
@@ -217,9 +217,13 @@ def _is_sealed(head: bytes, form: struct.Struct) -> bool:
 
 
 def _write(file: int, parts: Sequence[Bytes], first: int) -> None:
-    for part in parts:
-        view = memoryview(part)
-        while len(view):
-            count = os.pwrite(file, view, first)
-            first += count
-            view = view[count:]
+    """``parts`` one after the other, in one call where the system takes all of them: between two, a
+    thread that holds the interpreter's lock may keep this one waiting. OSError."""
+    left = [view for part in parts if len(view := memoryview(part))]
+    while left:
+        count = os.pwritev(file, left, first)
+        first += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]

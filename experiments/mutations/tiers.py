@@ -63,6 +63,12 @@ BREAKAGES = (
         "        lower.give(taken, rows, slot)\n",
     ),
     Mutation(
+        "a use through a tier is counted on both sides",
+        LOWER,
+        "        state.uses -= 1\n",
+        "        pass\n",
+    ),
+    Mutation(
         "the path of a fetch is not locked",
         FETCH,
         "    is_locked = base.parent is not None",

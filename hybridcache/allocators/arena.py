@@ -96,9 +96,9 @@ class ArenaAllocator(BaseAllocator):
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
-        self._offsets = np.arange(self._slab_pages - 1, -1, -1, dtype=np.int32)
+        self._offsets = np.arange(self._slab_pages, dtype=np.int32)
         first = self.num_slabs * self._slab_pages
-        self.pages.restack(np.arange(capacity // page_size - 1, first - 1, -1, dtype=np.int32))
+        self.pages.restack(np.arange(first, capacity // page_size, dtype=np.int32))
 
     @property
     def num_unused(self) -> int:

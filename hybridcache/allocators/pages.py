@@ -55,7 +55,7 @@ class PageAllocator(BaseAllocator):
                 f"{num_tokens} KV rows are more than the {MAX_ROWS} that int32 can number"
             )
         num_pages = num_tokens // page_size
-        self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._stack = np.arange(num_pages, dtype=np.int32)
         self._height = num_pages
         self._offsets = np.arange(page_size, dtype=np.int32)
 

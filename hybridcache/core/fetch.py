@@ -36,11 +36,13 @@ def fetch(residency: Residency, lower: LowerTiers, target: RadixNode) -> bool:
     if slot is None or rows is None:
         if slot is not None:
             residency.slots.free(slot)
+        lower.unused(taken.state)
         lower.put_back(taken)
     else:
         _revive(residency, taken.nodes, rows)
         lower.give(taken, rows, slot)
         state = taken.state
+        lower.unused(state)  # Who resumes from it touches it there, and that is the use.
         residency.store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
         if taken.nodes:
             residency.offer_leaf(target)

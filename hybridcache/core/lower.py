@@ -304,12 +304,17 @@ class LowerTiers:
         self._tidy(state.node)
 
     def used(self, state: StoredState, now: int) -> None:
-        """A request resumes from ``state``, which is about to be fetched."""
+        """A request resumes from ``state``, which is about to be fetched: its tier's policy learns
+        of the use. ``unused`` is owed."""
         state.last_used = now
         state.uses += 1
         tier = self.tiers[state.tier]
         if not tier.is_shared:
             tier.policy.touch(state)
+
+    def unused(self, state: StoredState) -> None:
+        """``state``, which belongs to no tier for the moment, is counted as before ``used``."""
+        state.uses -= 1
 
     def missed(self, checkpoint: Checkpoint) -> None:
         """A request would have resumed from ``checkpoint``: if a tier had it, and let it go, its

@@ -121,6 +121,29 @@ def test_a_fetch_that_finds_no_room_changes_nothing():
     cache.check(held_tokens=0, held_slots=1)
 
 
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "regret"])
+def test_a_use_through_a_tier_is_one_use_as_on_the_device(eviction: str):
+    cache = tiered(eviction=eviction)
+    serve(cache, ids("abcd"), [4])
+    for uses in range(1, 5):
+        if uses % 2:
+            cache.evict(num_tokens=4)
+            cache.fetch(cache.match(ids("abcdX")).lower[0])
+        match = cache.match(ids("abcdX"))
+        cache.touch(match)
+        assert match.node.checkpoint.uses == uses
+
+
+def test_a_state_that_finds_no_room_was_not_used():
+    cache = tiered(num_slots=1)
+    serve(cache, ids("abcd"), [4])
+    cache.evict(num_tokens=4)
+    cache.allocate_slot()
+    match = cache.match(ids("abcdX"))
+    assert not cache.fetch(match.lower[0])
+    assert match.lower[0].node.below.state.uses == 0
+
+
 def test_making_room_for_a_fetch_spares_the_path_that_it_hangs_on():
     cache = tiered(num_kv_tokens=6, num_slots=2)
     serve(cache, ids("abcd"), [2, 4])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,3 +31,19 @@ def test_a_tensor_that_is_no_cpu_s_is_made_where_it_should_be():
 def test_what_does_not_fit_is_an_error_of_the_allocator():
     with pytest.raises(RuntimeError):
         huge_pages.empty(1 << 40, 1 << 10, dtype=torch.float32)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_promised_pages_are_given_and_hold_what_they_held():
+    memory = torch.from_numpy(np.zeros(1 << 27, np.uint8))
+    memory[5], memory[-1] = 7, 9
+    part = memory[100:-100]  # which begins and ends within a page
+    before = resident_bytes() if sys.platform.startswith("linux") else 0
+    if not huge_pages.populate(part):
+        pytest.skip("this system only gives pages that are written")
+    assert resident_bytes() - before > part.nbytes * 0.9
+    assert int(memory.sum()) == 7 + 9

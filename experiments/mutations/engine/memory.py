@@ -6,6 +6,7 @@ from experiments.mutations import Mutation
 from experiments.mutations.engine.tests import (
     ARENA,
     BITS,
+    LOWER_ROWS,
     MEMORY,
     MOVES,
     REMEMBERED,
@@ -18,7 +19,7 @@ MANAGER = "engine/schedule/cache_manager.py"
 SHARING = "engine/schedule/sharing.py"
 ENGINE_LOOP = "engine/engine.py"
 RUNNER, COPIES = "engine/run/model_runner.py", "engine/run/copies.py"
-DISK = "engine/store/disk.py"
+DISK, POINTERS = "engine/store/disk.py", "engine/store/pointers.py"
 SEGMENT = "engine/store/segment.py"
 LOWER = "engine/run/lower.py"
 STORED_IN, BELOW = "engine/store/store.py", "engine/below.py"
@@ -235,7 +236,7 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "what is fetched from host memory is not copied",
         LOWER,
-        "            _copy(self._rows, dst, self.host, src)\n",
+        "            copy_rows(self._near(order.dst_tier), dst, self._near(order.src_tier), src)\n",
         "            pass\n",
         TIERS,
     ),
@@ -255,7 +256,7 @@ BREAKS_OF_MEMORY = (
     ),
     Mutation(
         "rows point at the beginning of their record",
-        DISK,
+        POINTERS,
         "np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)",
         "np.arange(len(some), dtype=np.int32)",
         STORE,
@@ -265,13 +266,34 @@ BREAKS_OF_MEMORY = (
         LOWER,
         "(np.diff(src) != 1) | (np.diff(dst) != 1)",
         "np.diff(dst) != 1",
-        TIERS,
+        LOWER_ROWS,
+    ),
+    Mutation(
+        "a record counts as free of rows with the first that leaves it",
+        POINTERS,
+        "                if not self._counts[part.record]:\n",
+        "                if self._counts[part.record] >= 0:\n",
+        STORE,
+    ),
+    Mutation(
+        "single rows are copied as far as one block",
+        LOWER,
+        "range(0, len(src), step)",
+        "range(0, min(step, len(src)), step)",
+        LOWER_ROWS,
+    ),
+    Mutation(
+        "what the system left of a record is not written",
+        SEGMENT,
+        "            left[0] = left[0][count:]\n",
+        "            left.pop(0)\n",
+        STORE,
     ),
     Mutation(
         "rows of a record are taken from its beginning",
         DISK,
-        "payload[offset : offset + end - first]",
-        "payload[: end - first]",
+        "payload[part.offset : part.offset + part.num_rows]",
+        "payload[: part.num_rows]",
         STORE,
     ),
     Mutation(

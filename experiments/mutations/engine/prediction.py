@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import HEADS
+from experiments.mutations.engine.tests import DRAFTERS, HEADS
 
 HEAD, PREDICT = "engine/run/layers/prediction.py", "engine/run/predict.py"
 WAITING = "engine/run/head_rows.py"
 TRIES, DRAFTING = "engine/drafts/tries.py", "engine/drafts/drafting.py"
-DRAFTERS = ("tests/engine/test_drafters.py",)
 RUNNER, INPUTS = "engine/run/model_runner.py", "engine/run/layers/inputs.py"
 
 BREAKS_OF_PREDICTION = (

@@ -18,11 +18,17 @@ LAYER_TESTS = "tests/engine/numerics/test_layers.py"
 POOLS_TESTS = "tests/engine/numerics/test_memory.py"
 DRAFT_TESTS = "tests/engine/test_drafts.py"
 VERIFY_TESTS = "tests/engine/numerics/test_verify.py"
+DRAFTER_TESTS = "tests/engine/test_drafters.py"
 HEAD_TESTS = "tests/engine/test_head_drafts.py"
 PREDICTION_TESTS = "tests/engine/numerics/test_prediction.py"
 TIERS_TESTS = "tests/engine/test_tiers.py"
 REMEMBERING_TESTS = "tests/engine/test_remembering.py"
-STORE_TESTS = "tests/engine/store/test_store.py", "tests/engine/store/test_disk.py"
+STORE_TESTS = (
+    "tests/engine/store/test_store.py",
+    "tests/engine/store/test_disk.py",
+    "tests/engine/store/test_pointers.py",
+)
+LOWER_ROWS_TESTS = "tests/engine/test_lower_rows.py"
 LEASE_TESTS = "tests/cache/test_lease.py"
 GRID_TESTS = "tests/engine/test_grid.py"
 TILE_TESTS = "tests/kernels/test_packed.py"
@@ -53,7 +59,9 @@ OPTIONS = (OPTIONS_TESTS,)
 LIVING = (LIVING_TESTS,)
 PAGE = (PAGE_TESTS,)
 SEEN = (LABELLED_TESTS, EXPLAINED_TESTS)
+DRAFTERS = (DRAFTER_TESTS,)
 HEADS = (HEAD_TESTS, PREDICTION_TESTS)
 TIERS = (TIERS_TESTS, *MACHINES)
+LOWER_ROWS = (LOWER_ROWS_TESTS,)
 STORE = STORE_TESTS
 REMEMBERED = (REMEMBERING_TESTS,)

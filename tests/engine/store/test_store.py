@@ -260,12 +260,28 @@ def test_a_disk_that_takes_no_more_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine.store.segment.os.pwrite", full)
+        patch.setattr("engine.store.segment.os.pwritev", full)
         with pytest.raises(StoreFull, match="takes no more: No space left"):
             append(store, 1, b"", [bytes(10)])
     assert store.live_bytes == 6 * record_bytes(4, 1000)
     assert append(store, 1, b"", [b"y"]) == numbers[-1] + 1
     assert read(store, numbers[-1], 1000) == payload_of(5, 1000)
+
+
+@pytest.mark.parametrize("most", [1, 63, 64, 1000])
+def test_a_system_that_takes_a_part_of_a_record_at_a_time_is_asked_again(
+    tmp_path, monkeypatch, most
+):
+    real = os.pwritev
+
+    def short(file: int, parts: list[memoryview], first: int) -> int:
+        return real(file, [b"".join(parts)[:most]], first)
+
+    monkeypatch.setattr("engine.store.segment.os.pwritev", short)
+    store, numbers = filled(tmp_path)
+    assert [read(store, n, 1000) for n in numbers] == [payload_of(i, 1000) for i in range(6)]
+    with_nothing = append(store, 1, b"", [b"", b""])
+    assert read(store, with_nothing, 0) == b""
 
 
 @pytest.mark.parametrize("max_record", [700, 3000, 20_000])
