@@ -37,6 +37,8 @@ NUM_CLIENTS = 16
 MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")
 """Small, so that every memory is full, and forgets, before the run is half over."""
 FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--max-queue", "64", *MIB)
+FORGOTTEN = "forgotten"
+"""How a request ends that goes on from a response which had to make room."""
 GROWTH = 1.1
 """Of either process, from the mean of the run's third quarter to that of its last."""
 PAGE_BYTES = 4096
@@ -146,6 +148,8 @@ class Client:
         limit = {"max_output_tokens": 8, "max_tokens": None}
         status, answer = await self._post("/v1/responses", body | limit)
         self._response = answer["id"] if status == 200 and self._draw.random() < 0.7 else None
+        if status == 400 and answer["error"]["code"] == "previous_response_not_found":
+            return FORGOTTEN
         return str(status)
 
     async def _tenant(self) -> str:
@@ -244,7 +248,9 @@ def verdict(
 ) -> None:
     """AssertionError: something does not add up."""
     wrong = {
-        end: number for end, number in outcomes.items() if end.split()[1] not in ("200", "429")
+        end: number
+        for end, number in outcomes.items()
+        if end.split()[1] not in ("200", "429", FORGOTTEN)
     }
     assert not wrong, f"answers that should not be: {wrong}"
     assert after["engine_requests_total"] == num_choices, (after, num_choices)
