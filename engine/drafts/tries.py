@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 MIN_REST, MAX_REST = 16, 512
 """Steps, of one drafter and one request."""
 MAX_GAP = 64
@@ -43,7 +45,7 @@ class Tries:
         self.opens = step + self._gap
 
 
-class Turns:
+class Turns(ABC):
     """When one drafter is asked for one request. Where its drafts did not pay, not for 16 steps;
     then it may try one token, and where that is wrong, twice as many steps later again, up to 512.
     A try that is right ends that."""
@@ -57,13 +59,13 @@ class Turns:
         self._rest = MIN_REST
 
     @property
+    @abstractmethod
     def length(self) -> int:
         """Most tokens to draft."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learn(self, step: int, num_drafted: int, num_accepted: int) -> None:
         """What became of the draft of ``step``; of none: nothing was found to guess."""
-        raise NotImplementedError
 
     def _lie_down(self, step: int) -> None:
         """Drafts do not pay."""
