@@ -14,14 +14,18 @@ ENTRY_BYTES = 512
 
 
 def held_bytes(value: Any) -> int:
-    """Memory that holds ``value``, which JSON can say, as if it shared nothing. O(values in it).
+    """Memory that holds ``value``, which JSON can say, as if it shared nothing with others: what
+    stands in it more than once, as keys of a parsed text do, counts once. O(values in it).
 
     >>> held_bytes([{"text": "a" * 1000}]) > 1000
     True
     """
-    num_bytes, left = 0, [value]
+    num_bytes, left, seen = 0, [value], set[int]()
     while left:
         one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         num_bytes += sys.getsizeof(one)
         if isinstance(one, dict):
             left.extend(one)
