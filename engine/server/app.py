@@ -28,6 +28,7 @@ from engine.server.dialects.routes import add_messages, add_responses
 from engine.server.errors import APIError
 from engine.server.feed import Feed
 from engine.server.front import ServingContext
+from engine.server.heap import TRIM_S, trim
 from engine.server.listening import BACKLOG
 from engine.server.operator import Operator
 from engine.server.page import add_page
@@ -214,6 +215,8 @@ class Server(uvicorn.Server):
                 log_level=logging.WARNING,
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
+                callback_notify=trim,
+                timeout_notify=TRIM_S,
             )
         )
         self._engine = engine
