@@ -45,8 +45,19 @@ REPEATED = {
     aten.to.dtype,
     aten._to_copy.default,
 }
-"""Repeated as they are. None of them reads a number on the host."""
+"""Repeated as they are. None of them reads a number on the host; what indexes counts from the
+front."""
 
+
+INTO: dict[Any, Callable[..., object]] = {
+    aten.add.Tensor: aten.add.out,
+    aten.argmax.default: aten.argmax.out,
+    aten.cat.default: aten.cat.out,
+    aten.div.Tensor: aten.div.out,
+    aten.mul.Tensor: aten.mul.out,
+    aten.neg.default: aten.neg.out,
+}
+"""What computes the same into memory that is there, in one operation."""
 
 CALL = np.dtype([("function", "i8"), ("words", "i8", 24), ("floats", "f4", 4)])
 """As ``recording.cpp`` has it."""
@@ -147,14 +158,27 @@ class _Watch(TorchDispatchMode):
         elif func._schema.is_mutable:
             self._steps.append(partial(func, *args, **kwargs))
         else:
-            self._steps.append(partial(_compute_into, result, func, args, kwargs))
+            self._steps.append(_into(result, func, args, kwargs))
         return result
 
 
-def _compute_into(
+def _into(
     out: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    out.copy_(func(*args, **kwargs))
+) -> Callable[[], object]:
+    """What computes ``func`` into ``out``."""
+    if func in (aten.to.dtype, aten._to_copy.default):
+        return partial(out.copy_, args[0])
+    if func in INTO:
+        return partial(INTO[func], *args, **kwargs, out=out)
+    if func is aten.embedding.default and args[1].dim() == 1:
+        return partial(torch.index_select, args[0], 0, args[1], out=out)
+    if func is aten.index.Tensor and len(args[1]) == 1 and _are_rows(args[1][0]):
+        return partial(torch.index_select, args[0], 0, args[1][0], out=out)
+    return lambda: out.copy_(func(*args, **kwargs))
+
+
+def _are_rows(indices: torch.Tensor | None) -> bool:
+    return indices is not None and indices.dim() == 1 and indices.dtype is not torch.bool
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
