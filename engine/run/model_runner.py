@@ -342,7 +342,7 @@ class ModelRunner:
                 token_ids[places] = drawn[rows]
 
         if self._predictor is not None:
-            self._predictor.pending.hold(batch, drawn)
+            self._predictor.pending.hold(batch)
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
         if all(segment.is_decode for segment in batch.segments):

@@ -59,7 +59,7 @@ class Predictor:
         """Take in a step that the model has computed; ``hidden`` is what it left. The rows of one
         that only decodes are ``pending``."""
         if step.decode is not None and step.num_decode == step.num_tokens:
-            self.pending.carry(hidden, step.decode)
+            self.pending.carry(token_ids, hidden, step)
             return
         hidden = hidden[: len(token_ids)]
         self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)

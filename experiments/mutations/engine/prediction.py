@@ -111,7 +111,7 @@ BREAKS_OF_PREDICTION = (
         DRAFTERS,
     ),
     Mutation(
-        "rows that wait are written where a changed table says",
+        "rows wait beyond a step that gives some of theirs away",
         WAITING,
         " or not grows\n",
         "\n",
