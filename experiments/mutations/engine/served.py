@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import LIVING, PAGE, SEEN
+from experiments.mutations.engine.tests import HEAP, LIVING, PAGE, SEEN
 
 FEED = "engine/server/feed.py"
 MEMORY_OF_REQUESTS = "engine/history/memory.py"
@@ -15,6 +15,13 @@ BREAKS_OF_SERVED = (
         "socket.SOCK_STREAM, socket.IPPROTO_TCP)",
         "socket.SOCK_STREAM)",
         LIVING,
+    ),
+    Mutation(
+        "a server keeps what is free",
+        "engine/server/app.py",
+        "                callback_notify=trim,\n",
+        "",
+        HEAP,
     ),
     Mutation(
         "numbers of another watch are believed",
