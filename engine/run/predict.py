@@ -75,14 +75,13 @@ class Predictor:
             guessed = self._passes.run(requests, wanted, self._table.host)
         else:
             guessed = self._run(requests, wanted)
-        columns = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
-        found: list[Tokens] = [columns[0]] * len(newest)
+        found: list[Tokens] = [guessed[0]] * len(newest)
         for place, rank in enumerate(order):
-            found[rank] = columns[place, : most[rank]]
+            found[rank] = guessed[place, : most[rank]]
         return found
 
-    def _run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> list[torch.Tensor]:
-        """Tokens of each pass."""
+    def _run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> npt.NDArray[np.int32]:
+        """int32[B, D]: tokens of each pass; those behind what a request wants mean nothing."""
         device = self._table.device.device
         tokens = upload([request.token_id for request in requests], torch.int64, device)
         slots = upload([request.slot for request in requests], torch.int64, device)
@@ -101,7 +100,7 @@ class Predictor:
             padded = -(-count // self._row_multiple) * self._row_multiple
             tokens = self._model.head(pad_rows(before, padded))[:count].argmax(-1)
             guessed.append(tokens)
-        return guessed
+        return torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
         """int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest token, then
@@ -137,6 +136,7 @@ class Passes:
         self._model, self._head, self._pools = model, head, pools
         self._rotary, self._record, self._first_row = rotary, record, first_row
         self._replays: dict[int, Replay] = {}
+        self._depths = np.arange(max_len)[:, None, None]
         self._columns = torch.zeros(3, num_requests, dtype=torch.int64)
         """Newest token, its position and its row, of each request."""
         self._lengths = torch.ones(num_requests, dtype=torch.int32)
@@ -144,6 +144,7 @@ class Passes:
         self._rows = torch.zeros(num_requests, max_len, dtype=torch.int32)
         """Those of positions 1, 2, ... of each request."""
         self._before = pools[-1].new_zeros(num_requests, pools[-1].shape[1])
+        self._host_before = [x.view(torch.uint8).numpy() for x in (self._before, pools[-1])]
 
     def capture(self) -> None:
         """Make the graph of one request. Computes on what is nobody's."""
@@ -153,28 +154,32 @@ class Passes:
 
     def run(
         self, requests: Sequence[Newest], wanted: Sequence[int], table: npt.NDArray[np.int32]
-    ) -> list[torch.Tensor]:
-        """Tokens of each pass over the ``requests`` that still want one; ``wanted`` descends."""
-        columns, rows, depth = self._columns.numpy(), self._rows.numpy(), wanted[0]
+    ) -> npt.NDArray[np.int32]:
+        """int32[B, D]: tokens of each pass over the ``requests`` that still want one; ``wanted``
+        descends, and what lies behind it means nothing."""
+        columns, rows, lengths = self._columns.numpy(), self._rows.numpy(), self._lengths.numpy()
+        count, depth = len(requests), wanted[0]
         for b, request in enumerate(requests):
             end, own = request.position - 1, self._first_row + b * depth
             rows[b, :end] = table[request.row, 1 : 1 + end]
-            rows[b, end : end + wanted[b]] = np.arange(own, own + wanted[b])
             columns[:, b] = request.token_id, request.position, own
-        count = len(requests)
-        slots = torch.tensor([request.slot for request in requests])
-        self._before[:count] = self._pools[-1][slots]
-        self._lengths[:count] = self._columns[1, :count]
-        guessed = []
+        # Between two replays the processor's caches are cold: an assignment is cheap, a sum is not.
+        ahead = columns[1:, :count] + self._depths[:depth]
+        for b, (request, length) in enumerate(zip(requests, wanted, strict=True)):
+            rows[b, request.position - 1 :][:length] = ahead[:length, 1, b]
+        before, carried = self._host_before
+        before[:count] = carried[[request.slot for request in requests]]
+        guessed = np.zeros((count, depth), np.int32)
         for step in range(depth):
-            count = sum(length > step for length in wanted)
+            while wanted[count - 1] <= step:
+                count -= 1
+            columns[1:, :count] = ahead[step, :, :count]
+            lengths[:count] = ahead[step, 0, :count]
             if count in self._replays:
                 self._replays[count]()
             else:
                 self._replays[count] = self._record(self._work(count))
-            guessed.append(self._columns[0, :count].clone())
-            columns[1:] += 1
-            self._lengths += 1
+            guessed[:count, step] = columns[0, :count]
         return guessed
 
     def _work(self, count: int) -> Callable[[], None]:

@@ -57,8 +57,8 @@ BREAKS_OF_PREDICTION = (
     Mutation(
         "a guess is written over the row before it",
         PREDICT,
-        "            columns[1:] += 1\n",
-        "            columns[1] += 1\n",
+        "            columns[1:, :count] = ahead[step, :, :count]\n",
+        "            columns[1, :count] = ahead[step, 0, :count]\n",
         HEADS,
     ),
     Mutation(
