@@ -75,11 +75,16 @@ def _simulate(
     )
 
 
+def _ranked(result: SimulationResult) -> list[tuple[str, float]]:
+    """Placements with their hit rates at the middle size, the best first."""
+    middle = {
+        word: runs[len(runs) // 2].token_hit_rate for word, runs in _by_placement(result).items()
+    }
+    return sorted(middle.items(), key=lambda item: -item[1])
+
+
 def _best(result: SimulationResult) -> str:
-    """Placements by hit rate at the middle size, the best first."""
-    middle = {word: runs[len(runs) // 2] for word, runs in _by_placement(result).items()}
-    ranked = sorted(middle.items(), key=lambda item: -item[1].token_hit_rate)
-    return "   ".join(f"{word} {100 * run.token_hit_rate:.1f}" for word, run in ranked)
+    return "   ".join(f"{word} {100 * rate:.1f}" for word, rate in _ranked(result))
 
 
 def _by_placement(result: SimulationResult) -> dict[str, Any]:
@@ -108,9 +113,15 @@ def draw(results: list[list[SimulationResult]]) -> None:
         "Six models in memory for the same number of tokens, from LFM2's windows of short "
         "convolutions to Nemotron's Mamba-2 states; grid and eviction (LRU) are the same. Where "
         "memory is ample (branch) the order of placements hardly changes. Where it is short, all "
-        "fall as states grow, and dense ones first: on agent, saving every 512 tokens leads at 7 "
-        "tokens a state, every 2,048 at 446, and four balanced states a prompt from 1,572 on."
+        "fall as states grow, and dense ones first."
     )
+    for found in results:
+        if found[0].trace == "agent":
+            leaders = [
+                f"{_ranked(result)[0][0]} at {result.geometry.state_tokens:,.0f}"
+                for result in found
+            ]
+            caption += f" The best on agent, by tokens a state: {', '.join(leaders)}."
     save(figure, axes, figure_path("study_ratio"), caption)
 
 
