@@ -19,14 +19,15 @@ class Answer:
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self._prompt = prompt
         self._tokens = GrowingTokens()
-        self._text = ""
+        self._text: list[str] = []
         self._logprobs: list[SampledToken] = []
         self._prompt_logprobs: tuple[SampledToken | None, ...] | None = None
 
     def add(self, news: News) -> RequestOutput:
         """``news`` with all that came before. O(new tokens), amortised."""
         new = news.new_token_ids
-        self._text += news.new_text
+        if news.new_text:
+            self._text.append(news.new_text)
         self._logprobs.extend(news.new_logprobs)
         if news.prompt_logprobs is not None:
             self._prompt_logprobs = news.prompt_logprobs
@@ -37,7 +38,8 @@ class Answer:
             new_text=news.new_text,
             new_logprobs=news.new_logprobs,
             output=self._tokens.extended(new),
-            text=self._text,
+            all_text=self._text,
+            num_pieces=len(self._text),
             cached_len=news.cached_len,
             losses=news.losses,
             finish_reason=news.finish_reason,

@@ -43,8 +43,10 @@ class Request:
         "_counts",
         "_is_plain",
         "_new_text",
+        "_prompt_scores",
         "_reported",
         "_rules",
+        "_text",
         "answer_survives",
         "arrival",
         "arrival_s",
@@ -80,7 +82,6 @@ class Request:
         "scheduled_s",
         "scores",
         "seed",
-        "text",
         "text_stream",
         "transferred",
     )
@@ -133,11 +134,11 @@ class Request:
         self.row: int | None = None
         """Its row of the request table, as long as its lease."""
         self.text_stream = text_stream
-        self.text = ""
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs = spec.prompt_logprobs
         """Report the prompt's log-probabilities with this many alternatives; None: do not."""
         self.scores: list[SampledToken] = []
+        self._prompt_scores: tuple[SampledToken | None, ...] = ()
         """Those reported: of prompt tokens 1, 2, ..."""
         self.cached_len = 0
         self.fetched_len: int | None = None
@@ -155,6 +156,7 @@ class Request:
         self.finished_s: float | None = None
         self._reported = self.prompt_len
         self._new_text = ""
+        self._text: list[str] = []
         self._counts: TokenCounts | None = None
 
     @property
@@ -301,12 +303,13 @@ class Request:
         self.finished_s = now_s
 
     def report(self) -> RequestOutput:
-        """What is new since the last report, and all so far."""
+        """What is new since the last report, and all so far. O(new tokens), amortised."""
         new = self._buffer[self._reported : self.num_tokens]
         first = self._reported - self.prompt_len
         self._reported = self.num_tokens
         new_text, self._new_text = self._new_text, ""
-        self.text += new_text
+        if new_text:
+            self._text.append(new_text)
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=self._buffer[: self.prompt_len],
@@ -314,7 +317,8 @@ class Request:
             new_text=new_text,
             new_logprobs=tuple(self.logprobs[first:]) if self.logprobs else (),
             output=self.output,
-            text=self.text,
+            all_text=self._text,
+            num_pieces=len(self._text),
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
@@ -327,10 +331,16 @@ class Request:
             ),
             num_preemptions=self.num_preemptions,
             all_logprobs=self.logprobs,
-            prompt_logprobs=None if self.prompt_logprobs is None else (None, *self.scores),
+            prompt_logprobs=self._reported_scores(),
             drafts=self.drafts,
             transferred=self.transferred,
         )
+
+    def _reported_scores(self) -> tuple[SampledToken | None, ...] | None:
+        """One tuple for all steps, made anew where there are more."""
+        if self.prompt_logprobs is not None and len(self._prompt_scores) <= len(self.scores):
+            self._prompt_scores = (None, *self.scores)
+        return None if self.prompt_logprobs is None else self._prompt_scores
 
 
 def _seconds(start_s: float, end_s: float | None) -> float | None:

@@ -96,7 +96,10 @@ class RequestOutput(Struct, frozen=True):
     """One per new token where the request asked for log-probabilities."""
     output: npt.NDArray[np.int32]
     """All generated tokens, int32[m]: a view, never written again."""
-    text: str
+    all_text: Sequence[str]
+    """Pieces of its text, shared with the request, which appends to them: read ``text``."""
+    num_pieces: int
+    """So many of them are of this step and of those before it."""
     cached_len: int
     """Prompt tokens that were not computed."""
     losses: Losses | None
@@ -118,6 +121,11 @@ class RequestOutput(Struct, frozen=True):
     """The request's own, which grow with it; None: nothing is drafted."""
     transferred: Transferred | None
     """None: nothing was asked of another engine."""
+
+    @property
+    def text(self) -> str:
+        """All text that is certain. O(its length)."""
+        return "".join(self.all_text[: self.num_pieces])
 
     @property
     def token_ids(self) -> list[int]:

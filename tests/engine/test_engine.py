@@ -16,6 +16,7 @@ from engine import (
     Engine,
     EngineConfig,
     RequestOutput,
+    RequestSpec,
     SamplingParams,
 )
 from engine.run.oracle import OracleRunner
@@ -382,6 +383,22 @@ def test_stop_tokens_and_stop_strings_end_an_answer() -> None:
     assert cut.finish_reason == "stop"
     assert cut.text == free.text[: free.text.index(stop)]
     assert len(cut.token_ids) < 60
+
+
+def test_what_an_output_has_of_all_steps_is_shared_and_stays_as_it_was() -> None:
+    """A step costs its own tokens, however long prompt and answer are."""
+    engine = make_engine(tokenizer=ByteTokenizer())
+    sampling = SamplingParams(max_tokens=50, ignore_eos=True)
+    spec = RequestSpec(ids(100), sampling, prompt_logprobs=0)
+    outputs = [*engine.stream(spec)]
+    assert len(outputs) == 50 and len(outputs[-1].text) > 9
+    text = ""
+    for output in outputs:
+        text += output.new_text
+        assert output.text == text
+        assert output.all_text is outputs[0].all_text
+        assert output.prompt_logprobs is outputs[0].prompt_logprobs
+    assert len(outputs[-1].prompt_logprobs) == 100
 
 
 def test_prompt_logprobs_read_no_cache_but_publish() -> None:

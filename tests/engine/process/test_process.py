@@ -103,7 +103,7 @@ SPECS = (
 )
 
 
-OTHERWISE = ("request_id", "timings", "all_logprobs", "drafts")
+OTHERWISE = ("request_id", "timings", "all_logprobs", "all_text", "drafts")
 """Fields that differ, or that change while a request goes on."""
 
 
@@ -124,7 +124,7 @@ def test_a_process_answers_as_a_thread_does() -> None:
                         pair = getattr(ours, name), getattr(theirs, name)
                         is_array = isinstance(pair[1], np.ndarray)
                         assert np.array_equal(*pair) if is_array else pair[0] == pair[1], name
-                assert ours.logprobs == theirs.logprobs
+                assert (ours.text, ours.logprobs) == (theirs.text, theirs.logprobs)
             assert ours.drafts == theirs.drafts
             assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 60
         assert ours.drafts is not None and ours.drafts.accepted.total() > 100
