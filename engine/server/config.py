@@ -167,7 +167,7 @@ class ServerConfig:
         default=None,
         metadata={
             "help": "file with the key that clients then need (Authorization: Bearer KEY, or "
-            f"x-api-key), but for /health and /metrics; also by {API_KEY_VARIABLE}"
+            f"x-api-key), but for /, /health and /metrics; also by {API_KEY_VARIABLE}"
         },
     )
     cors_origin: tuple[str, ...] = field(

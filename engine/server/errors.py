@@ -30,7 +30,7 @@ ANTHROPIC_KINDS = {
     500: "api_error",
     503: "overloaded_error",
 }
-FORMS = ("str", "constrained-str")
+FORMS = ("str", "constrained-str", "NamedTool", "NamedFunction")
 """What pydantic calls forms of a value, in between the names of a body."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 

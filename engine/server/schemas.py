@@ -391,7 +391,10 @@ class ChatRequest(Sampling, Rendering):
         if not self.demands_call:
             return None
         if super().is_guided:
-            raise ValueError("an answer that must be a call has its form: ask for no other.")
+            raise ValueError(
+                "'tool_choice' demands a call, which has its form: leave out 'response_format' and "
+                "all other forms."
+            )
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
         return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)

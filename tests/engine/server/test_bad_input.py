@@ -100,9 +100,14 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
             "tools": TOOLS,
             "response_format": {"type": "json_object"},
         },
-        "has its form: ask for no other",
+        "'tool_choice' demands a call, which has its form",
     ),
     ({"messages": CHAT, "tool_choice": "maybe", "tools": TOOLS}, "'none', 'auto', 'required'"),
+    ({"messages": CHAT, "tool_choice": {"type": "function"}}, "'tool_choice.function' is missing"),
+    (
+        {"messages": CHAT, "tool_choice": {"type": "allowed_tools"}},
+        "'tool_choice.type' can not be \"allowed_tools\"",
+    ),
     (
         {
             "messages": CHAT,
