@@ -29,5 +29,7 @@ def record(
         app = create_proxy(upstream.rstrip("/").removesuffix("/v1"), writer)
         print(f"http://{host}:{port}/v1 passes on to {upstream} and writes {out}", flush=True)
         uvicorn.run(app, host=host, port=port, log_level="warning")
+    for why, number in writer.skipped.items():
+        print(f"not in the trace: {number:,}, since {why}")
     print(f"{writer.num_requests} requests; hybridcache simulate --trace {out}")
     return 0

@@ -20,6 +20,8 @@ from engine.record.trace import Recorded, TraceWriter
 
 RECORDED = ("/chat/completions", "/completions")
 """How the paths end whose requests are written."""
+NOT_RECORDED = ("/messages", "/responses")
+"""Those whose requests are prompts too, and can not be written."""
 HOP_BY_HOP = frozenset(
     {
         "accept-encoding",
@@ -75,6 +77,9 @@ def create_proxy(upstream: str, writer: TraceWriter) -> Starlette:
 
         async def end() -> None:
             await answer.aclose()
+            is_answered = request.method == "POST" and answer.status_code == 200
+            if is_answered and request.url.path.endswith(NOT_RECORDED):
+                writer.skip(f"requests to {request.url.path} are not written")
             if body is not None and answer.status_code == 200:
                 _write(writer, Recorded(arrived_s, body, read_answer(b"".join(pieces))))
 

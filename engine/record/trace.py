@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -17,6 +19,7 @@ from typing import Any, TextIO
 from engine.text.templates import TemplateError, render_chat
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 
+logger = logging.getLogger(__name__)
 PIECE = 4
 """Characters for one id."""
 HEADER, END = "<|im_start|>", "<|im_end|>\n"
@@ -42,6 +45,8 @@ class TraceWriter:
         self._tokenizer = tokenizer
         self._key = secrets.token_bytes(32)
         self.num_requests = 0
+        self.skipped: Counter[str] = Counter()
+        """What was answered but is not in the trace: how many, by why."""
         self._write({"format": "hybridcache", "version": 1, "unit": 1})
 
     def write(self, recorded: Recorded) -> None:
@@ -63,9 +68,17 @@ class TraceWriter:
             line["boundaries"] = boundaries
         if self._keeps_text:
             line |= {"request": body, "answer": answer}
-        if ids:
-            self._write(line)
-            self.num_requests += 1
+        if not ids:
+            self.skip("bodies with several prompts, or none, are not written")
+            return
+        self._write(line)
+        self.num_requests += 1
+
+    def skip(self, why: str) -> None:
+        """One request that is not written: the log says so of the first."""
+        self.skipped[why] += 1
+        if self.skipped[why] == 1:
+            logger.warning("Passed on, but %s.", why)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -107,6 +109,37 @@ def test_a_conversation_becomes_a_trace_that_the_laboratory_reads(
         assert said == "It is alpha.\n"
     result = simulate(str(path), gib=[1.0], processes=1)
     assert result.runs[0].requests == 2
+
+
+def test_what_is_passed_on_but_not_written_is_counted_by_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starlette.testclient import TestClient
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(400 if b"bad" in request.content else 200, json={})
+
+    upstream = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr("engine.record.proxy.httpx.AsyncClient", upstream)
+    with (tmp_path / "log").open("w") as file:
+        writer = TraceWriter(file, keeps_text=False, tokenizer=None)
+        with TestClient(create_proxy("http://upstream", writer)) as client:
+            for path, body in (
+                ("responses", {"input": "hello"}),
+                ("responses", {"input": "hello"}),
+                ("responses", {"input": "bad"}),
+                ("messages", {"messages": []}),
+                ("completions", {"prompt": ["a", "b"]}),
+                ("completions", {"prompt": [[1], [2]]}),
+                ("completions", {"prompt": "a"}),
+                ("completions", {"prompt": [1, 2]}),
+            ):
+                client.post(f"/v1/{path}", json=body)
+            client.get("/v1/responses/resp_1")
+    assert writer.num_requests == 2
+    assert list(writer.skipped.values()) == [2, 1, 2]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 3 and "/v1/responses" in said[0] and "/v1/messages" in said[1]
 
 
 def test_what_can_not_be_recorded_to_is_told_before_anything_is_passed_on(tmp_path: Path) -> None:
