@@ -251,12 +251,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         if server_config.has_replicas:
             from engine.command.replicas import start_replicas
 
+            _server().check(server_config)
             served, screen = start_replicas(engine_config, server_config, address)
             print(screen, flush=True)
             _server().serve(served, server_config, listener)
             return 0
         engine, screen = start_engine(
-            engine_config, address, server_config.trace, meanwhile=_server
+            engine_config,
+            address,
+            server_config.trace,
+            meanwhile=lambda: _server().check(server_config),
         )
         try:
             print(screen, flush=True)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ from engine.server.listening import BACKLOG
 from engine.server.operator import Operator
 from engine.server.page import add_page
 from engine.server.peers_paths import add_peers_paths
+from engine.server.replays import compiled
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -236,6 +238,14 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         await asyncio.sleep(self._drain_s)
         await asyncio.to_thread(self._engine.stop)
+
+
+def check(config: ServerConfig) -> None:
+    """ValueError: a file or a pattern that it names can not be used. For before a model is loaded:
+    ``serve`` refuses the same."""
+    access.api_keys(config, os.environ)
+    Operator.of(config)
+    compiled(config.volatile_line)
 
 
 def serve(

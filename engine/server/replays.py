@@ -116,16 +116,21 @@ def as_message(events: Sequence[Event]) -> Message:
     }
 
 
+def compiled(pattern: str | None) -> re.Pattern[str] | None:
+    """Of ``--volatile-line``. ValueError: it is no regular expression."""
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--volatile-line {pattern!r} can not be read ({error}).") from error
+
+
 class VolatileLines:
     """Lines of the system message that change with every request, so that nothing below hits."""
 
     def __init__(self, pattern: str | None, what: Literal["move", "drop"]) -> None:
         """ValueError: ``pattern`` is no regular expression."""
         self._drops = what == "drop"
-        try:
-            self._pattern = None if pattern is None else re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"--volatile-line {pattern!r} can not be read ({error}).") from error
+        self._pattern = compiled(pattern)
         if pattern is not None:
             done = "dropped from" if self._drops else "moved to the end of"
             logger.warning("Lines that match %r are %s the system message.", pattern, done)

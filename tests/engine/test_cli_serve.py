@@ -46,6 +46,22 @@ def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
     raise AssertionError(server.stderr.read() if server.stderr else "")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--api-key-file", "/nowhere/key"), ("--volatile-line", "(")]
+)
+def test_what_the_server_refuses_is_said_before_a_model_is_shown(flag: str, value: str) -> None:
+    done = subprocess.run(
+        [*ENGINE, "serve", "--port", "0", *SMALL, flag, value],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{flag} " in done.stderr and "can not be read" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
     for word in (

@@ -32,10 +32,18 @@ IGNORED = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "include",
     }
 )
-"""``include`` too: reasoning is given as text, there is nothing encrypted."""
+Included = Literal[
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+"""What ``include`` may ask for: parts of items that no answer has here. Reasoning is given as text,
+there is nothing encrypted."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
@@ -220,6 +228,7 @@ class ResponsesRequest(Strict):
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
+    include: Listed[Included] | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_options: CacheOptions | None = None
     cache_salt: str | None = None

@@ -192,6 +192,7 @@ def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
         ({"background": True}, "'background' is not served here"),
         ({"truncation": "auto"}, "'truncation' is not served here"),
         ({"conversation": "c"}, "'conversation' is not served here"),
+        ({"include": ["message.output_text.logprobs"]}, "'include.0' can not be \"message.output"),
         ({"max_output_tokens": 0}, "'max_output_tokens' can not be 0"),
         ({"nonsense": 1}, "'nonsense' is not a parameter of this endpoint"),
     ],
