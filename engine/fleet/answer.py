@@ -7,9 +7,22 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
+from engine.fleet.order import NO_TOKENS
 from engine.text.growing import GrowingTokens
 from engine.text.outputs import RequestOutput, SampledToken
 from hybridcache.units import counted
+
+
+def news_of(output: RequestOutput) -> RequestOutput:
+    """``output`` without the prompt and what earlier steps gave: what is sent."""
+    return structs.replace(
+        output,
+        prompt_token_ids=NO_TOKENS,
+        output=NO_TOKENS,
+        all_text=(),
+        num_pieces=0,
+        all_logprobs=(),
+    )
 
 
 class Answer:
@@ -18,6 +31,7 @@ class Answer:
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self._prompt = prompt
         self._tokens = GrowingTokens()
+        self._text: list[str] = []
         self._logprobs: list[SampledToken] = []
 
     @property
@@ -33,11 +47,15 @@ class Answer:
         )
 
     def whole(self, output: RequestOutput) -> RequestOutput:
-        """``output`` with the prompt and all tokens so far. O(new tokens), amortised."""
+        """The output that ``news_of`` made ``output`` of. O(new tokens), amortised."""
+        if output.new_text:
+            self._text.append(output.new_text)
         self._logprobs.extend(output.new_logprobs)
         return structs.replace(
             output,
             prompt_token_ids=self._prompt,
             output=self._tokens.extended(output.new_token_ids),
+            all_text=self._text,
+            num_pieces=len(self._text),
             all_logprobs=self._logprobs,
         )

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
-from msgspec import structs
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.fleet.order import NO_TOKENS, Order, ReplicaFacts
+from engine.fleet.answer import news_of
+from engine.fleet.order import Order, ReplicaFacts
 from engine.requests.sampling_params import SamplingParams
 from engine.schedule.observed import StepReport
 from engine.schedule.report import CacheReport
@@ -103,9 +103,7 @@ class EngineReplica:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     await self._cover(order.request_id)
-                yield structs.replace(
-                    output, prompt_token_ids=NO_TOKENS, output=NO_TOKENS, all_logprobs=()
-                )
+                yield news_of(output)
         finally:
             stream.abort()
 

@@ -1,0 +1,35 @@
+"""What a replica sends of each step, and the answer it makes on the other side."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+
+from engine import Engine, EngineConfig, RequestSpec, SamplingParams
+from engine.fleet.answer import Answer, news_of
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
+from engine.text.byte_tokenizer import ByteTokenizer
+
+
+def test_an_answer_is_whole_on_the_other_side_and_a_step_sends_its_news() -> None:
+    engine = Engine(
+        EngineConfig(check=True),
+        runner=OracleRunner(4096, 16),
+        sampler=OracleSampler(),
+        tokenizer=ByteTokenizer(),
+    )
+    sampling = SamplingParams(max_tokens=400, ignore_eos=True, logprobs=0)
+    sent, outputs = [], []
+    for output in engine.stream(RequestSpec([*range(300)], sampling)):
+        sent.append(pickle.dumps(news_of(output)))
+        outputs.append(output)
+    answer = Answer(outputs[0].prompt_token_ids)
+    arrived = [answer.whole(pickle.loads(one)) for one in sent]
+    for ours, theirs in zip(arrived, outputs, strict=True):
+        assert (ours.text, ours.logprobs) == (theirs.text, theirs.logprobs)
+        assert ours.token_ids == theirs.token_ids
+        assert np.array_equal(ours.prompt_token_ids, theirs.prompt_token_ids)
+    assert len(arrived[-1].text) > 100
+    assert max(map(len, sent[1:])) < len(sent[0]) + 64
