@@ -163,9 +163,9 @@ def _the_header(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> 
 
 
 def _both_kinds(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
-    if "checkpoint" in arrays and "lost" in arrays and len(arrays["lost"]):
+    if all(name in arrays and len(arrays[name]) for name in ("checkpoint", "lost")):
         at = draw.randrange(len(arrays["lost"]))
-        arrays["lost"][at] = arrays["checkpoint"][at - 1]
+        arrays["lost"][at] = arrays["checkpoint"][(at - 1) % len(arrays["checkpoint"])]
 
 
 CHANGES: tuple[Change, ...] = (
