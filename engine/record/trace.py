@@ -162,7 +162,8 @@ def _parsed(text: str) -> Any:
 def _texts(message: Mapping[str, Any]) -> list[str]:
     """A message in the plain form: its header, what it says, its end."""
     functions = [call.get("function") for call in message.get("tool_calls") or ()]
-    said = str(message["content"]) + (json.dumps(functions) if functions else "")
+    said = str(message.get("reasoning_content") or "") + str(message["content"])
+    said += json.dumps(functions) if functions else ""
     return [f"{HEADER}{message.get('role')}\n", said, END]
 
 

@@ -1,0 +1,192 @@
+"""What clients of three dialects send and get, as chats. It stands before any server: what it does
+not know it leaves out, and it refuses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+Fields = Mapping[str, Any]
+MAX_RESPONSES = 4096
+"""Conversations that a later response may go on from."""
+
+
+class Chats:
+    """Reads bodies and answers, by the end of their path."""
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[str, list[Fields]] = OrderedDict()
+        """Of the responses used last: all items up to its end."""
+
+    def read(self, path: str, body: Fields, raw: bytes) -> tuple[Fields, Fields] | None:
+        """(body, answer) of a request that was answered with ``raw``, whole or in events, as a body
+        of /chat/completions or /completions and a message of the assistant. None: it asks for no
+        answer. O(their sizes), and that of the conversation that it goes on from."""
+        answers = list(_answers(raw))
+        if path.endswith("/completions"):
+            return body, _choice(answers)
+        if path.endswith("/messages"):
+            return _of_messages(body), _said(_blocks(answers))
+        if path.endswith("/responses"):
+            return self._of_responses(body, answers)
+        return None
+
+    def _of_responses(self, body: Fields, answers: Sequence[Fields]) -> tuple[Fields, Fields]:
+        last = answers[-1] if answers else {}
+        response = last.get("response") or last
+        asked = body.get("input") or []
+        items = [{"role": "user", "content": asked}] if isinstance(asked, str) else [*asked]
+        items = [*self._items.get(body.get("previous_response_id") or "", ()), *items]
+        output = response.get("output") or []
+        self._items[str(response.get("id"))] = [*items, *output]
+        if len(self._items) > MAX_RESPONSES:
+            self._items.popitem(last=False)
+        messages = list(_messages(items))
+        if body.get("instructions"):
+            messages.insert(0, {"role": "system", "content": body["instructions"]})
+        tools = [{"type": "function", "function": tool} for tool in body.get("tools") or ()]
+        found = [*_messages(output), {"role": "assistant", "content": ""}]
+        return {**body, "messages": messages, "tools": tools}, found[0]
+
+
+def _answers(raw: bytes) -> Iterator[dict[str, Any]]:
+    """The objects of an answer: one, or one an event."""
+    text = raw.decode("utf-8", "replace")
+    is_whole = text.lstrip().startswith("{")
+    lines = text.splitlines()
+    events = [line[5:].strip() for line in lines if line.startswith("data:")]
+    for found in [text] if is_whole else events:
+        if found != "[DONE]" and isinstance(parsed := json.loads(found), dict):
+            yield parsed
+
+
+def _assistant(text: str, reasoning: str, calls: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """``calls``: (name, arguments)."""
+    made = [
+        {"type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in calls
+    ]
+    message = {"role": "assistant", "content": text}
+    return (
+        message
+        | ({"reasoning_content": reasoning} if reasoning else {})
+        | ({"tool_calls": made} if made else {})
+    )
+
+
+def _choice(answers: Iterable[Fields]) -> dict[str, Any]:
+    """The first choice."""
+    text, reasoning = "", ""
+    calls: dict[int, list[str]] = {}
+    for answer in answers:
+        for choice in answer.get("choices") or ():
+            if choice.get("index", 0):
+                continue
+            said = choice.get("delta") or choice.get("message") or {}
+            text += said.get("content") or choice.get("text") or ""
+            reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
+            for place, call in enumerate(said.get("tool_calls") or ()):
+                known = calls.setdefault(call.get("index", place), ["", ""])
+                function = call.get("function") or {}
+                known[0] += function.get("name") or ""
+                known[1] += function.get("arguments") or ""
+    return _assistant(text, reasoning, [(calls[at][0], calls[at][1]) for at in sorted(calls)])
+
+
+def _text(content: Any) -> str:
+    """Of a content, or the parts of one that are text."""
+    if not isinstance(content, list):
+        return str(content or "")
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "\n".join(str(part) for part in parts if part)
+
+
+def _of_messages(body: Fields) -> Fields:
+    messages: list[dict[str, Any]] = []
+    if system := _text(body.get("system")):
+        messages.append({"role": "system", "content": system})
+    for message in body.get("messages") or ():
+        content = message.get("content")
+        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if message.get("role") == "assistant":
+            messages.append(_said(blocks))
+            continue
+        messages += [
+            {"role": "tool", "content": _text(block.get("content"))}
+            for block in blocks
+            if block.get("type") == "tool_result"
+        ]
+        if text := _text([block for block in blocks if block.get("type") == "text"]):
+            messages.append({"role": message.get("role"), "content": text})
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.get("name"),
+                "description": tool.get("description"),
+                "parameters": tool.get("input_schema"),
+            },
+        }
+        for tool in body.get("tools") or ()
+    ]
+    return {**body, "messages": messages, "tools": tools}
+
+
+def _said(blocks: Iterable[Fields]) -> dict[str, Any]:
+    """Blocks of /messages as one message of the assistant."""
+    by_kind: dict[str, list[Fields]] = {}
+    for block in blocks:
+        by_kind.setdefault(block.get("type") or "", []).append(block)
+    thoughts = [block.get("thinking") or "" for block in by_kind.get("thinking", ())]
+    calls = [
+        (block.get("name") or "", json.dumps(block.get("input") or {}))
+        for block in by_kind.get("tool_use", ())
+    ]
+    return _assistant(_text(by_kind.get("text", [])), "\n".join(thoughts), calls)
+
+
+def _blocks(answers: Sequence[Fields]) -> list[Fields]:
+    """Of an answer of /messages, whole or in events."""
+    if len(answers) == 1 and "content" in answers[0]:
+        return list(answers[0]["content"])
+    blocks: dict[int, dict[str, Any]] = {}
+    arguments: dict[int, str] = {}
+    for event in answers:
+        at = event.get("index", 0)
+        if event.get("type") == "content_block_start":
+            blocks[at] = dict(event.get("content_block") or {})
+        elif event.get("type") == "content_block_delta" and at in blocks:
+            delta = event.get("delta") or {}
+            for name in ("text", "thinking"):
+                if name in delta:
+                    blocks[at][name] = (blocks[at].get(name) or "") + delta[name]
+            arguments[at] = arguments.get(at, "") + (delta.get("partial_json") or "")
+    for at, text in arguments.items():
+        if blocks[at].get("type") == "tool_use":
+            blocks[at]["input"] = json.loads(text or "{}")
+    return [blocks[at] for at in sorted(blocks)]
+
+
+def _messages(items: Iterable[Fields]) -> Iterator[dict[str, Any]]:
+    """Items of /responses as messages: what the assistant thought, said and called in one go is one
+    of them."""
+    text, reasoning = "", ""
+    calls: list[tuple[str, str]] = []
+    for item in items:
+        kind, role = item.get("type") or "message", item.get("role")
+        if kind == "reasoning":
+            reasoning += _text(item.get("content")) or _text(item.get("summary"))
+        elif kind == "function_call":
+            calls.append((item.get("name") or "", item.get("arguments") or ""))
+        elif kind == "message" and role == "assistant":
+            text += _text(item.get("content"))
+        elif kind in ("message", "function_call_output"):
+            if text or reasoning or calls:
+                yield _assistant(text, reasoning, calls)
+            text, reasoning, calls = "", "", []
+            said = _text(item.get("content" if kind == "message" else "output"))
+            yield {"role": role or "tool", "content": said}
+    if text or reasoning or calls:
+        yield _assistant(text, reasoning, calls)
