@@ -65,13 +65,28 @@ static inline void store(BFloat16* to, Lanes x) {
     *(Halves*)to = __builtin_convertvector(rounded, Halves);
 }
 
-// The first count of 16 numbers, and zeros.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+static inline Lanes load_first(const float* from, int64_t count) {
+    return (Lanes)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+}
+
+static inline Lanes load_first(const BFloat16* from, int64_t count) {
+    __m256i halves = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+#else
 template <class T>
-static inline Lanes load_part(const T* from, int64_t count) {
-    if (count >= LANES) return load(from);
+static inline Lanes load_first(const T* from, int64_t count) {
     Lanes x = {};
     for (int64_t i = 0; i < count; i++) x[i] = widen(from[i]);
     return x;
+}
+#endif
+
+// The first count of 16 numbers, and zeros.
+template <class T>
+static inline Lanes load_part(const T* from, int64_t count) {
+    return count >= LANES ? load(from) : load_first(from, count);
 }
 
 template <class T>
