@@ -14,7 +14,8 @@ Memory. A request that finds none preempts the youngest running request that is 
 one with nobody younger sits the step out. The oldest can always go on, because no request is let in
 that would not fit alone, so every request finishes. After a refusal nobody is admitted until a
 request has left: what preemption freed is for those who run. Of an arena one slab is emptied a
-step: a request whose states need another sits the step out, and the others go on.
+step, and one more where a request begins with a fetch from below: whose states need another sits
+the step out, and the others go on.
 """
 
 from __future__ import annotations

@@ -44,11 +44,12 @@ class MachineRunner(OracleRunner):
     moves."""
 
     num_moves = 0
+    most_slabs = 1
     breaks_off: str | None = None
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         slabs = [order for order in batch.moves if isinstance(order, Move)]
-        assert len(slabs) <= 1, "a step that waits for two slabs"
+        assert len(slabs) <= self.most_slabs, "a step that waits for more slabs than it may"
         assert batch.segments or batch.moves, "a step without task"
         self.num_moves += len(batch.moves)
         word, self.breaks_off = self.breaks_off, None
@@ -102,6 +103,8 @@ def make_engine(
         page_size=config.page_size,
         owns_states=owns_states,
     )
+    # A request that begins with a fetch takes two slots: its own, and one for what it fetches.
+    runner.most_slabs += host_rows is not None or disk_rows is not None
     return Engine(config, runner=runner, sampler=SAMPLER, drafting=drafting)
 
 
