@@ -20,18 +20,16 @@ class Chats:
         self._items: OrderedDict[str, list[Fields]] = OrderedDict()
         """Of the responses used last: all items up to its end."""
 
-    def read(self, path: str, body: Fields, raw: bytes) -> tuple[Fields, Fields] | None:
-        """(body, answer) of a request that was answered with ``raw``, whole or in events, as a body
-        of /chat/completions or /completions and a message of the assistant. None: it asks for no
-        answer. O(their sizes), and that of the conversation that it goes on from."""
+    def read(self, path: str, body: Fields, raw: bytes) -> tuple[Fields, Fields]:
+        """(body, answer) of a request to /chat/completions, /completions, /messages or /responses
+        that was answered with ``raw``, whole or in events: as a body of one of the first two and a
+        message of the assistant. O(their sizes), and that of what it goes on from."""
         answers = list(_answers(raw))
         if path.endswith("/completions"):
             return body, _choice(answers)
         if path.endswith("/messages"):
             return _of_messages(body), _said(_blocks(answers))
-        if path.endswith("/responses"):
-            return self._of_responses(body, answers)
-        return None
+        return self._of_responses(body, answers)
 
     def _of_responses(self, body: Fields, answers: Sequence[Fields]) -> tuple[Fields, Fields]:
         last = answers[-1] if answers else {}

@@ -80,8 +80,7 @@ def create_proxy(upstream: str, writer: TraceWriter) -> Starlette:
             if body is not None and answer.status_code == 200:
                 with _whatever_comes():
                     read = chats.read(request.url.path, body, b"".join(pieces))
-                    if read is not None:
-                        writer.write(Recorded(arrived_s, *read))
+                    writer.write(Recorded(arrived_s, *read))
 
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in HOP_BY_HOP}
         return StreamingResponse(stream(), answer.status_code, kept, background=BackgroundTask(end))

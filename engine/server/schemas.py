@@ -391,10 +391,7 @@ class ChatRequest(Sampling, Rendering):
         if not self.demands_call:
             return None
         if super().is_guided:
-            raise ValueError(
-                "'tool_choice' demands a call, which has its form: leave out 'response_format' and "
-                "all other forms."
-            )
+            raise ValueError("'tool_choice' demands a call, which has its form: ask for no other.")
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
         return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)

@@ -266,4 +266,4 @@ def test_what_an_answer_is_made_of_is_the_same_whole_and_in_events() -> None:
         lines = [f"event: x\ndata: {json.dumps(event)}\n\n" for event in events]
         for raw in (json.dumps(whole), "".join(lines) + "data: [DONE]\n\n"):
             read = Chats().read(path, {"input": "hello"}, raw.encode())
-            assert read is not None and read[1] == said, path
+            assert read[1] == said, path
