@@ -52,7 +52,12 @@ inline BFloat16 narrow<BFloat16>(float x) {
 static inline Lanes load(const float* from) { return *(const Lanes*)from; }
 
 static inline Lanes load(const BFloat16* from) {
+#ifdef __AVX512F__
+    __m256i halves = _mm256_loadu_si256((const __m256i*)from);
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
     return (Lanes)(__builtin_convertvector(*(const Halves*)from, Words) << 16);
+#endif
 }
 
 static inline void store(float* to, Lanes x) { *(Lanes*)to = x; }
@@ -95,7 +100,13 @@ static inline void store_part(T* to, Lanes x, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(x[i]);
 }
 
-static inline Lanes all(float x) { return Lanes{} + x; }
+static inline Lanes all(float x) {
+#ifdef __AVX512F__
+    return (Lanes)_mm512_set1_ps(x);
+#else
+    return Lanes{} + x;
+#endif
+}
 
 static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #ifdef __AVX512F__
@@ -124,6 +135,48 @@ static inline float sum(Lanes x) {
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
 #endif
+}
+
+// In each quarter of the result what `sum` makes of one of four registers before its last two steps.
+static inline Lanes fold(const Lanes* x) {
+    Lanes found;
+#ifdef __AVX512F__
+    auto halves = [](Lanes a, Lanes b) {
+        return _mm512_add_ps(
+            _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
+            _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee));
+    };
+    __m512 first = halves(x[0], x[1]), second = halves(x[2], x[3]);
+    found = (Lanes)_mm512_add_ps(
+        _mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+#else
+    for (int q = 0; q < 4; q++)
+        for (int i = 0; i < 4; i++)
+            found[4 * q + i] = (x[q][i] + x[q][i + 8]) + (x[q][i + 4] + x[q][i + 12]);
+#endif
+    return found;
+}
+
+// The sums of 16 registers, with the bits of `sum`: x[i] is `fold` of registers i, i+4, i+8, i+12.
+static inline Lanes sums(const Lanes* x) {
+    Lanes found;
+#ifdef __AVX512F__
+    auto halves = [](Lanes a, Lanes b) {
+        return _mm512_add_ps(
+            _mm512_shuffle_ps((__m512)a, (__m512)b, 0x44),
+            _mm512_shuffle_ps((__m512)a, (__m512)b, 0xee));
+    };
+    __m512 first = halves(x[0], x[1]), second = halves(x[2], x[3]);
+    found = (Lanes)_mm512_add_ps(
+        _mm512_shuffle_ps(first, second, 0x88), _mm512_shuffle_ps(first, second, 0xdd));
+#else
+    for (int i = 0; i < 4; i++)
+        for (int q = 0; q < 4; q++) {
+            const float* part = (const float*)&x[i] + 4 * q;
+            found[4 * q + i] = (part[0] + part[2]) + (part[1] + part[3]);
+        }
+#endif
+    return found;
 }
 
 // e^x to two units in the last place; past float's range the largest or smallest normal number.

@@ -13,6 +13,8 @@ struct Cached {
     const int32_t* rows;  // of the positions
     int64_t D;
     float scale;
+
+    int64_t padded() const { return (D + LANES - 1) / LANES * LANES; }
 };
 
 // A query, how many positions it sees, and where its weights and its result go.
@@ -37,55 +39,91 @@ static void soften(float* weights, int64_t length, float* factor) {
     *factor = 1.0f / sum(totals);
 }
 
-// BLOCKS * 16 numbers of a value, from the one at d on; fewer than 16 where IS_PART.
-template <class T, int G, int BLOCKS, bool IS_PART = false>
+// BLOCKS * 16 numbers of a value, from the one at d on, of which the last 16 may be fewer.
+template <class T, int G, int BLOCKS>
 static void blend(
     const Query<T>* queries, const T* values, const Cached& cached, const float* factors,
     int64_t d) {
-    int64_t count = IS_PART ? cached.D - d : LANES;
+    int64_t last = std::min(cached.D - d - (BLOCKS - 1) * LANES, LANES);
     Lanes sums[G][BLOCKS] = {};
     int64_t shared = queries[0].length;
     for (int64_t j = 0; j < shared; j++) {
         const T* value = values + cached.rows[j] * cached.stride + d;
+#pragma GCC unroll 4
         for (int i = 0; i < BLOCKS; i++) {
-            Lanes part = load_part(value + i * LANES, count);
+            Lanes part = load_part(value + i * LANES, i < BLOCKS - 1 ? LANES : last);
+#pragma GCC unroll 4
             for (int g = 0; g < G; g++)
                 sums[g][i] = multiply_add(all(queries[g].weights[j]), part, sums[g][i]);
         }
     }
+#pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
         for (int64_t j = shared; j < queries[g].length; j++) {
             const T* value = values + cached.rows[j] * cached.stride + d;
-            for (int i = 0; i < BLOCKS; i++)
-                sums[g][i] = multiply_add(
-                    all(queries[g].weights[j]), load_part(value + i * LANES, count), sums[g][i]);
+#pragma GCC unroll 4
+            for (int i = 0; i < BLOCKS; i++) {
+                Lanes part = load_part(value + i * LANES, i < BLOCKS - 1 ? LANES : last);
+                sums[g][i] = multiply_add(all(queries[g].weights[j]), part, sums[g][i]);
+            }
         }
+#pragma GCC unroll 4
         for (int i = 0; i < BLOCKS; i++)
-            store_part(queries[g].to + d + i * LANES, sums[g][i] * factors[g], count);
+            store_part(
+                queries[g].to + d + i * LANES, sums[g][i] * factors[g],
+                i < BLOCKS - 1 ? LANES : last);
     }
+}
+
+// The products of G queries with the keys of positions j, j+4, j+8 and j+12, folded: those of the
+// next query four further.
+template <class T, int G>
+static inline void multiply_four(
+    const float* wide, const T* keys, int64_t j, const Cached& cached, Lanes* folded) {
+    const T* key[4];
+    for (int i = 0; i < 4; i++) key[i] = keys + cached.rows[j + 4 * i] * cached.stride;
+    Lanes totals[G][4] = {};
+    for (int64_t d = 0; d < cached.D; d += LANES) {
+        Lanes parts[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) parts[i] = load_part(key[i] + d, cached.D - d);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+            Lanes own = load(wide + g * cached.padded() + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) totals[g][i] = multiply_add(own, parts[i], totals[g][i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) folded[4 * g] = fold(totals[g]);
 }
 
 // G queries of one KV head, none of which sees less than the first.
 template <class T, int G>
 static void attend(
     const Query<T>* queries, const T* keys, const T* values, const Cached& cached) {
-    int64_t D = cached.D, shared = queries[0].length;
-    int64_t whole = D / LANES * LANES, padded = (D + LANES - 1) / LANES * LANES;
+    int64_t D = cached.D, shared = queries[0].length, padded = cached.padded();
     float wide[G * MAX_HEAD], factors[G];
     for (int g = 0; g < G; g++) {
         float* to = wide + g * padded;
         for (int64_t d = 0; d < D; d++) to[d] = widen(queries[g].from[d]) * cached.scale;
         for (int64_t d = D; d < padded; d++) to[d] = 0.0f;
     }
-    for (int64_t j = 0; j < shared; j++) {
+    int64_t j = 0;
+    for (; j + LANES <= shared; j += LANES) {
+        Lanes folded[G][4];
+        for (int k = 0; k < 4; k++) multiply_four<T, G>(wide, keys, j + k, cached, &folded[0][k]);
+        for (int g = 0; g < G; g++) store(queries[g].weights + j, sums(folded[g]));
+    }
+    for (; j < shared; j++) {
         const T* key = keys + cached.rows[j] * cached.stride;
         Lanes products[G] = {};
-        auto take = [&](Lanes part, int64_t d) {
+        for (int64_t d = 0; d < D; d += LANES) {
+            Lanes part = load_part(key + d, D - d);
+#pragma GCC unroll 4
             for (int g = 0; g < G; g++)
                 products[g] = multiply_add(load(wide + g * padded + d), part, products[g]);
-        };
-        for (int64_t d = 0; d < whole; d += LANES) take(load(key + d), d);
-        if (whole < D) take(load_part(key + whole, D - whole), whole);
+        }
         for (int g = 0; g < G; g++) queries[g].weights[j] = sum(products[g]);
     }
     for (int g = 0; g < G; g++) {
@@ -101,8 +139,11 @@ static void attend(
     }
     int64_t d = 0;
     for (; d + 4 * LANES <= D; d += 4 * LANES) blend<T, G, 4>(queries, values, cached, factors, d);
-    for (; d < whole; d += LANES) blend<T, G, 1>(queries, values, cached, factors, d);
-    if (d < D) blend<T, G, 1, true>(queries, values, cached, factors, d);
+    int64_t left = (D - d + LANES - 1) / LANES;
+    if (left == 4) blend<T, G, 4>(queries, values, cached, factors, d);
+    if (left == 3) blend<T, G, 3>(queries, values, cached, factors, d);
+    if (left == 2) blend<T, G, 2>(queries, values, cached, factors, d);
+    if (left == 1) blend<T, G, 1>(queries, values, cached, factors, d);
 }
 
 // lengths: of the sequences with this step's tokens; cu_seqlens: null where that is one of each.
