@@ -41,22 +41,19 @@ class Copies:
     def restore(self, copies: Sequence[tuple[int, int]]) -> None:
         """(checkpoint slot, own slot)."""
         if self._tensors.checkpoints is None:
-            self._copy_states(copies)
+            self.copy_states(copies)
         else:
             self._tensors.checkpoints.restore(copies, self._state_copy)
 
-    def save(
-        self, copies: Sequence[tuple[int, int]], beside: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        """(slot of a state, checkpoint slot); ``beside``: (slot of a state, another of these), made
-        first, and in the same launch where checkpoints are states as they are."""
+    def save(self, copies: Sequence[tuple[int, int]]) -> None:
+        """(slot of a state, checkpoint slot)."""
         if self._tensors.checkpoints is None:
-            self._copy_states([*beside, *copies])
+            self.copy_states(copies)
         else:
-            self._copy_states(beside)
             self._tensors.checkpoints.save(copies, self._state_copy)
 
-    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+    def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        """(slot of a state, another of these)."""
         if not copies or not self._tensors.states:
             return
         pairs = np.array(copies, dtype=np.int32).T.copy()

@@ -31,6 +31,7 @@ from engine.run.layers.rotary import RotaryTable
 from engine.run.layers.stepwise import mix
 from engine.run.memory import Memory, RequestTable
 from engine.run.models.decoder import Decoder
+from engine.run.running_states import RunningStates
 from engine.schedule.batch import Segment
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed, running_sum
@@ -193,9 +194,11 @@ class VerifyGraphs:
         memory: Memory,
         table: RequestTable,
         rotary: RotaryTable,
+        running: RunningStates,
         record: Record,
     ) -> None:
         self._forward, self._head, self._memory = forward, model.head, memory
+        self._running = running
         self._table, self._rotary, self._record = table, rotary, record
         self._replays: dict[int, Replay] = {}
         most = VERIFY_BUCKETS[-1]
@@ -228,7 +231,8 @@ class VerifyGraphs:
     def _fill(self, segments: Sequence[Segment], size: int) -> None:
         """What is missing to ``size`` tokens is one sequence of padding."""
         tokens, tables = self._tokens.numpy(), self._tables.numpy()
-        memory, host, first_step = self._memory, self._table.host, 0
+        memory, host = self._memory, self._table.host
+        step_slots = iter(self._running.step_slots)
         firsts = running_sum([len(segment.token_ids) for segment in segments])
         for b, segment in enumerate(segments):
             own = slice(firsts[b], firsts[b + 1])
@@ -238,9 +242,8 @@ class VerifyGraphs:
             slot = segment.slot or 0
             tables[0, own] = slot
             if segment.num_drafts and memory.states:
-                tables[0, own] = memory.step_slots[first_step:][: len(segment.token_ids)]
-                first_step += len(segment.token_ids)
-            tables[1:4, b] = segment.row, segment.end, slot
+                tables[0, own] = next(step_slots)
+            tables[1:4, b] = segment.row, segment.end, self._running.at(slot)
         count, slot = firsts[-1], memory.padding_slot or 0
         tokens[3, :count] = tokens_before([len(segment.token_ids) for segment in segments], size)
         for part, padding in zip(tokens, (0, 0, memory.padding_row, 0), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from engine.run.models import read_model
 from engine.run.predict import Predictor
 from engine.run.quantization.formats import read_quantization
 from engine.run.ranks.rank import ALONE, Rank
+from engine.run.running_states import RunningStates
 from engine.run.step_inputs import StepInputs
 from engine.run.unit import Unit
 from engine.run.warm_up import WarmUp, measure, warm_up
@@ -155,7 +156,7 @@ class ModelRunner:
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
         del self.tensors, self.table, self._rotary, self.step_inputs, self.unit
-        del self._predictor, self.graphs, self._copies
+        del self._predictor, self.graphs, self._copies, self.running
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
@@ -176,6 +177,7 @@ class ModelRunner:
             num_own_states=self.max_running_rows,
             num_staged=self._num_staged,
         )
+        self.running = RunningStates(self.tensors.step_slots)
         self._copies = Copies(self.tensors, self.kernels, self.device)
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
@@ -186,11 +188,11 @@ class ModelRunner:
             self.tensors,
             self.table,
             self._rotary,
+            self.running,
             multiple=self.kernels["linear"].ROWS,
-            most_verified=self.num_step_states,
             tile_size=self._config.tile_size,
         )
-        self.unit = Unit(self.tensors, keeps)
+        self.unit = Unit(self.tensors, keeps, self.bring_home)
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor = None if self._head is None else Predictor(self._head, *parts)
         self.use_graphs(graphs)
@@ -263,7 +265,7 @@ class ModelRunner:
             return False
         decodes = self._decode_graphs(record_native)
         parts = self.model, self._forward, self.tensors, self.table, self._rotary
-        verify_graphs = VerifyGraphs(*parts, record_native)
+        verify_graphs = VerifyGraphs(*parts, self.running, record_native)
         try:
             decodes.capture(decodes.buckets[-1])
             if self.num_step_states and all(verifies(step.block) for step in self.model.mixers):
@@ -294,6 +296,7 @@ class ModelRunner:
         ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's
         ``late_tokens``."""
         self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        self._place(batch)
         if self.checkpoints is None:
             return self._forward_piece(batch, drawn)
         parts = [self._forward_piece(one, drawn) for one in pieces(batch, self._num_staged)]
@@ -313,24 +316,39 @@ class ModelRunner:
         self._copies.save(saved)
         return logits
 
+    def _place(self, batch: Batch) -> None:
+        """Say where the states of a verification go. What ``batch`` has moved or copied, or does
+        not verify, is at home after."""
+        moves = batch.moves or batch.restores
+        verified = [
+            (segment.slot, len(segment.token_ids))
+            for segment in batch.segments
+            if segment.num_drafts and segment.slot is not None
+        ]
+        self.bring_home(() if moves else dict(verified))
+        self.running.verify(verified)
+
+    def bring_home(self, but: Collection[int] = ()) -> None:
+        """See ``RunningStates``: whoever reads or writes slots or rows by their numbers, calls this
+        first."""
+        self._copies.copy_states(self.running.bring_home(but))
+
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Move the states of the segments with drafts on by the tokens ``taken`` of each, and save
-        those they export up to there: one copy for all layers."""
-        copies: list[tuple[int, int]] = []
+        """Keep the states of the segments with drafts after the tokens ``taken`` of each, where
+        they lie, and save those they export up to there."""
+        if not self.tensors.states:
+            return
         saved: list[tuple[int, int]] = []
-        first = self.tensors.step_slots.start
         verified = [segment for segment in batch.segments if segment.num_drafts]
-        for segment, count in zip(verified, taken, strict=True):
-            own = ((segment.start + count, segment.slot),)
-            for ends, found in ((own, copies), (segment.exports, saved)):
-                found += [
-                    (first + position - segment.start - 1, slot)
-                    for position, slot in ends
-                    if slot is not None and segment.start < position <= segment.start + count
-                ]
-            first += len(segment.token_ids)
-        self._copies.save(saved, beside=copies)
+        for segment, count, slots in zip(verified, taken, self.running.step_slots, strict=True):
+            saved += [
+                (slots[position - segment.start - 1], slot)
+                for position, slot in segment.exports
+                if segment.start < position <= segment.start + count
+            ]
+        self.running.take(taken)
+        self._copies.save(saved)
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
@@ -380,7 +398,8 @@ class ModelRunner:
         forward."""
         assert self._predictor is not None, "no head was asked for"
         self.device.make_current()
-        return self._predictor.guess(newest, most)
+        at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
+        return self._predictor.guess(at, most)
 
     def attach(self, num_host_rows: int, disk: Disk | None) -> LowerRows:
         """Give the arena memory below it; see ``LowerRows``. ModelError."""

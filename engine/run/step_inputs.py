@@ -17,6 +17,7 @@ from engine.run.layers.inputs import (
 )
 from engine.run.layers.rotary import RotaryTable
 from engine.run.memory import Memory, RequestTable
+from engine.run.running_states import RunningStates
 from engine.schedule.batch import Batch, Segment
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
@@ -31,13 +32,13 @@ class StepInputs:
         tensors: Memory,
         table: RequestTable,
         rotary: RotaryTable,
+        running: RunningStates,
         *,
         multiple: int,
-        most_verified: int,
         tile_size: int,
     ) -> None:
         self._tensors, self._table, self._rotary = tensors, table, rotary
-        self._multiple, self._most_verified = multiple, most_verified
+        self._running, self._multiple = running, multiple
         self.tile_size = tile_size
         self._device = table.device.device
         self.on_mixed: Callable[[int], None] | None = None
@@ -83,13 +84,12 @@ class StepInputs:
 
     def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
         lengths = [len(segment.token_ids) for segment in segments]
-        assert sum(lengths) <= self._most_verified, "more tokens to verify than were planned"
-        steps = self._tensors.step_slots[: sum(lengths)]
+        steps = [slot for slots in self._running.step_slots for slot in slots]
         return VerifyPart(
             packed=Packed.from_lengths(lengths, self._device),
             sequences=self._sequences(segments),
             slots=self._slots(segments),
-            step_slots=upload(list(steps), torch.int32, self._device),
+            step_slots=upload(steps, torch.int32, self._device),
             before=self._int64(tokens_before(lengths, sum(lengths))),
         )
 
@@ -120,7 +120,7 @@ class StepInputs:
         )
 
     def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
-        slots = [segment.slot for segment in segments if segment.slot is not None]
+        slots = [self._running.at(s.slot) for s in segments if s.slot is not None]
         return upload(slots, torch.int32, self._device)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -6,7 +6,7 @@ drafts keeps (its rows, its hidden vector) is in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,9 +36,15 @@ class Copied:
 class Unit:
     """Reads and writes one memory. For the thread that computes, between two steps."""
 
-    def __init__(self, tensors: Memory, keeps: Sequence[tuple[Spec, ...]]) -> None:
-        """``keeps``: of each entry of ``tensors.pools``."""
-        self._tensors = tensors
+    def __init__(
+        self,
+        tensors: Memory,
+        keeps: Sequence[tuple[Spec, ...]],
+        bring_home: Callable[[], None],
+    ) -> None:
+        """``keeps``: of each entry of ``tensors.pools``; ``bring_home``: every state is in the slot
+        that its owner knows after."""
+        self._tensors, self._bring_home = tensors, bring_home
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self.part_of: dict[int, int] = {}
         """Mixer to its part, of those that keep KV."""
@@ -81,6 +87,7 @@ class Unit:
     @torch.inference_mode()
     def write_rows(self, part: int, rows: Indices, data: torch.Tensor) -> None:
         """Write what ``read_rows`` gave into other rows."""
+        self._bring_home()
         pools = self._parts[part]
         index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
         columns = data.split([_unit_bytes(pool) for pool in pools], 1)
@@ -91,12 +98,14 @@ class Unit:
     @torch.inference_mode()
     def read_state(self, slot: int) -> Copied:
         """uint8 ``[state_bytes]``: the checkpoint in ``slot``."""
+        self._bring_home()
         views = [view.contiguous().view(-1).view(torch.uint8) for view in self._state(slot)]
         return _to_host(views, 0)
 
     @torch.inference_mode()
     def write_state(self, slot: int, data: torch.Tensor) -> None:
         """Write what ``read_state`` gave into another slot."""
+        self._bring_home()
         first = 0
         for view in self._state(slot):
             num_bytes = view.numel() * view.itemsize

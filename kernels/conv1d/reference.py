@@ -109,8 +109,7 @@ def verify_conv1d(
 
     As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
     int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
-    ``states``, int32[T], which nobody reads or writes otherwise. `kernels.state_copy` takes the
-    accepted ones over.
+    ``states``, int32[T], which nobody reads or writes otherwise.
     """
     check_window(x, weight, states)
     reach = weight.shape[1] - 1

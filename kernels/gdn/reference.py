@@ -201,7 +201,6 @@ def verify_gdn(
     As `decode_gdn`, called once per step and with the same bits, but tokens are packed, ``[T,
     ...]``, the states in ``slots`` int32[B] are only read, and the state after token t goes to slot
     ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise.
-    `kernels.state_copy` takes the accepted ones over.
     """
     gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
     token = _prepare(query, key, value, gate, beta, scale)

@@ -7,6 +7,7 @@ from experiments.mutations.engine.tests import (
     ARENA,
     DRAFTS,
     FAIR,
+    HEADS,
     LEASE_TESTS,
     SHORT_MEMORY,
     STEPS,
@@ -15,6 +16,7 @@ from experiments.mutations.engine.tests import (
 
 SCHEDULER = "engine/schedule/scheduler.py"
 REQUEST = "engine/requests/request.py"
+PLACES = "engine/run/running_states.py"
 
 BREAKS_OF_SCHEDULE = (
     Mutation(
@@ -352,18 +354,59 @@ BREAKS_OF_SCHEDULE = (
     ),
     Mutation(
         "a state moves on by all that was guessed",
-        "engine/run/model_runner.py",
-        "            for ends, found in ((own, copies), (segment.exports, saved)):\n",
-        "            count = len(segment.token_ids)\n"
-        "            for ends, found in ((own, copies), (segment.exports, saved)):\n",
+        PLACES,
+        "slots.pop(count - 1)",
+        "slots.pop()",
         VERIFIED,
     ),
     Mutation(
         "the state after the token that was rejected is taken",
-        "engine/run/model_runner.py",
-        "(first + position - segment.start - 1, slot)",
-        "(first + position - segment.start, slot)",
+        PLACES,
+        "slots.pop(count - 1)",
+        "slots.pop(min(count, len(slots) - 1))",
         VERIFIED,
+    ),
+    Mutation(
+        "a checkpoint in a run is that of the next token",
+        "engine/run/model_runner.py",
+        "(slots[position - segment.start - 1], slot)",
+        "(slots[position - segment.start], slot)",
+        VERIFIED,
+    ),
+    Mutation(
+        "a verification writes over the state that it reads",
+        PLACES,
+        "last = [own] if own in self._away else []",
+        "last = [self.at(own)] if own in self._away else []",
+        VERIFIED,
+    ),
+    Mutation(
+        "step slots of a step that broke off are lost",
+        PLACES,
+        "        self._give_back()\n        if not self._away:",
+        "        self._verified = []\n        if not self._away:",
+        VERIFIED,
+    ),
+    Mutation(
+        "a state that is copied elsewhere is not brought home before",
+        "engine/run/model_runner.py",
+        "moves = batch.moves or batch.restores",
+        "moves = batch.moves",
+        VERIFIED,
+    ),
+    Mutation(
+        "a state is exported from where it is no more",
+        "engine/run/unit.py",
+        "        self._bring_home()\n        views",
+        "        views",
+        VERIFIED,
+    ),
+    Mutation(
+        "a head guesses from the vector of an earlier step",
+        "engine/run/model_runner.py",
+        "one._replace(slot=self.running.at(one.slot))",
+        "one",
+        HEADS,
     ),
     Mutation(
         "a rejected checkpoint counts",

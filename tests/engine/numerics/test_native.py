@@ -131,7 +131,8 @@ def prefilled(driver_class, runner, prompts):
 
 
 def states_of(runner, sequence) -> list[torch.Tensor]:
-    return [pool[:, sequence.slot].clone() for pool in runner.tensors.states]
+    slot = runner.running.at(sequence.slot)
+    return [pool[:, slot].clone() for pool in runner.tensors.states]
 
 
 @COMPILED

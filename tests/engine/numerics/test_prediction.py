@@ -199,7 +199,6 @@ def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> N
     (single, _), (verified, _) = pair
     for token in answer:
         runner.forward(Batch((driver.decode_segment(single, token),)))
-    steps = runner.tensors.step_slots
     for start, tokens, taken in ((30, [*answer[:3], 7, 8], 3), (33, [*answer[3:], 9], 2)):
         segment = Segment(
             verified.row,
@@ -213,7 +212,8 @@ def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> N
         batch = Batch((segment,))
         runner.forward(batch)
         runner.commit(batch, (taken,))
-        head.pools[2][verified.slot] = head.pools[2][steps[taken - 1]]
+        head.pools[2][verified.slot] = head.pools[2][runner.running.at(verified.slot)]
+        runner.bring_home()
     verified.computed_len = 35
     assert torch.equal(head.rows_of(verified, 35), head.rows_of(single, 35))
     assert torch.equal(head.guess([verified], [1], 3), head.guess([single], [1], 3))

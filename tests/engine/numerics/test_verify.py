@@ -42,7 +42,7 @@ def make_driver(oracles, driver_class):
 
 def states_of(runner, slot):
     """Every byte of a state."""
-    return [pool[:, slot].clone() for pool in runner.tensors.states]
+    return [pool[:, runner.running.at(slot)].clone() for pool in runner.tensors.states]
 
 
 def prefilled(driver, prompts):
@@ -142,14 +142,58 @@ def test_a_state_past_what_was_taken_is_not_saved(make_driver, random_tokens) ->
         )
     )
     runner.forward(batch)
-    steps = [states_of(runner, slot) for slot in runner.tensors.step_slots[:5]]
+    steps = [states_of(runner, slot) for slot in runner.running.step_slots[0]]
     runner.commit(batch, (1, 0))
     after = [states_of(runner, slot) for slot in (saved, sequences[1].slot)]
     for old, new in zip(before, after, strict=True):
         assert all(map(torch.equal, old, new))
     assert all(map(torch.equal, states_of(runner, sequences[0].slot), steps[0]))
-    runner.commit(batch, (2, 0))
+    again = verified(sequences[0], answers[0], 1, 3, 0, ((64, saved),))
+    runner.forward(Batch((again,)))
+    runner.commit(Batch((again,)), (1,))
     assert all(map(torch.equal, states_of(runner, saved), steps[1]))
+
+
+def test_who_asks_for_a_state_by_its_slot_gets_the_newest(make_driver, random_tokens) -> None:
+    """After a commit it lies elsewhere: until somebody reads it who is not verified next, or what
+    is read or written goes by slots and rows."""
+    driver = make_driver("qwen3_next", memory="arena")
+    runner = driver.runner
+    prompts, answer = [random_tokens(62, 0)], random_tokens(ANSWER, 3)
+    _, (states,) = one_by_one(driver, prompts, [answer])
+    sequence, other = prefilled(driver, prompts * 2)
+    done = 0
+
+    def verify(restores=()):
+        nonlocal done
+        batch = Batch((verified(sequence, answer, done, 1, 2),), restores)
+        runner.forward(batch)
+        runner.commit(batch, (2,))
+        done += 2
+        return runner.running.at(sequence.slot) != sequence.slot
+
+    def is_newest(slot):
+        return all(map(torch.equal, states_of(runner, slot), states[done - 1]))
+
+    def is_home():
+        return runner.running.at(sequence.slot) == sequence.slot and is_newest(sequence.slot)
+
+    assert verify() and is_newest(sequence.slot)
+    assert verify() and is_newest(sequence.slot), "from where the one before it left the state"
+    runner.forward(Batch((driver.decode_segment(other, 7),)))
+    assert is_home(), "another step"
+    assert verify()
+    runner.unit.write_state(other.slot, runner.unit.read_state(sequence.slot).wait())
+    assert is_home() and is_newest(other.slot)
+    assert verify()
+    done -= 2
+    assert verify(((other.slot, sequence.slot),)), "from a checkpoint, not from where it was"
+    assert is_newest(sequence.slot)
+    assert verify()
+    runner.forward(Batch((verified(sequence, answer, done, 1, 2),)))
+    runner.bring_home()
+    assert is_home(), "a step that broke off"
+    runner.running.check()
 
 
 def test_step_states_lie_beside_the_plan(make_driver) -> None:

@@ -1,0 +1,81 @@
+"""Where running states lie: against every state in its own slot, with one copy a commit."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from engine.run.running_states import RunningStates
+
+OWN, STEPS = range(4), range(10, 20)
+
+
+class RunningStatesMachine(RuleBasedStateMachine):
+    """Slots hold the position that their state stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = RunningStates(STEPS)
+        self.slots = dict.fromkeys((*OWN, *STEPS), 0)
+        self.positions = dict.fromkeys(OWN, 0)
+
+    def bring_home(self, but: set[int]) -> None:
+        for step, own in self.running.bring_home(but):
+            self.slots[own] = self.slots[step]
+
+    @rule(
+        lengths=st.dictionaries(st.sampled_from(OWN), st.integers(2, 9), max_size=4),
+        data=st.data(),
+    )
+    def verify(self, lengths: dict[int, int], data: st.DataObject) -> None:
+        while sum(lengths.values()) > len(STEPS):
+            lengths.popitem()
+        self.bring_home(set(lengths))
+        self.running.verify(list(lengths.items()))
+        written = [slot for slots in self.running.step_slots for slot in slots]
+        assert len(set(written)) == len(written) == sum(lengths.values())
+        for (own, length), slots in zip(lengths.items(), self.running.step_slots, strict=True):
+            assert len(slots) == length
+            before = self.running.at(own)
+            assert self.slots[before] == self.positions[own] and before not in written
+            for step, slot in enumerate(slots):
+                self.slots[slot] = self.positions[own] + step + 1
+        self.running.check()
+        if data.draw(st.booleans(), label="broke off"):
+            return
+        taken = [data.draw(st.integers(0, length)) for length in lengths.values()]
+        self.running.take(taken)
+        for own, count in zip(lengths, taken, strict=True):
+            self.positions[own] += count
+
+    @rule(own=st.sampled_from(OWN))
+    def decode(self, own: int) -> None:
+        self.bring_home(set())
+        assert self.slots[own] == self.positions[own]
+        self.slots[own] = self.positions[own] = self.positions[own] + 1
+
+    @invariant()
+    def states_are_the_newest(self) -> None:
+        self.running.check()
+        for own, position in self.positions.items():
+            assert self.slots[self.running.at(own)] == position
+
+
+TestRunningStates = RunningStatesMachine.TestCase
+TestRunningStates.settings = settings(max_examples=100, stateful_step_count=20)
+
+
+def test_a_commit_copies_nothing_and_a_way_home_once() -> None:
+    running = RunningStates(STEPS)
+    running.verify([(0, 5), (1, 5)])
+    running.take([3, 5])
+    away = running.at(0), running.at(1)
+    assert set(away) <= set(STEPS) and running.bring_home({0, 1}) == []
+    running.verify([(0, 4), (1, 6)])
+    running.take([4, 0])
+    assert running.at(0) == 0, "all drafts are right: the last state is in its own slot"
+    assert running.bring_home() == [(away[1], 1)] and running.bring_home() == []
+    with pytest.raises(AssertionError, match="more tokens"):
+        running.verify([(0, 5), (2, 6)])
