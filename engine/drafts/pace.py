@@ -7,7 +7,7 @@ from engine.drafts.tries import Turns
 FIRST_LEN = 4
 MAX_MISSES = 2
 """Verifications in a row that accept nothing, after which no more drafts are made for a while."""
-MAX_IDLE = 4
+MAX_IDLE = 8
 """Steps between two questions to a drafter that had nothing lately."""
 
 
@@ -17,7 +17,7 @@ class Pace(Turns):
     The length doubles where all drafts were accepted, else it is one more than what was. After
     ``MAX_MISSES`` verifications in a row that accepted nothing the drafter rests (`Turns`): drafts
     that are never right cost about one verification of two tokens in 500 steps. A drafter that has
-    nothing is asked again 1, 2 and then every 4 steps later.
+    nothing is asked again 1, 2, 4 and then every 8 steps later.
 
     >>> pace = Pace(8)
     >>> pace.length

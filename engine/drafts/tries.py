@@ -6,16 +6,16 @@ from abc import ABC, abstractmethod
 
 MIN_REST, MAX_REST = 16, 512
 """Steps, of one drafter and one request."""
-MAX_GAP = 64
+MAX_GAP = 128
 """Steps between two with tries in them, whoever's. A try costs one to two steps: of these, some
-2 %."""
+1 %."""
 
 
 class Tries:
     """Steps in which drafters that were wrong lately may try one token: all that are due in the
     same one, whoever's and whichever, so that two drafters, or many short requests, cost no more
     than one. Between two such steps lie 16, twice as many with each in which nothing was right, up
-    to 64; 16 again after one in which something was.
+    to 128; 16 again after one in which something was.
 
     >>> tries = Tries()
     >>> tries.take(3); tries.learn(3, False); tries.opens

@@ -36,7 +36,8 @@ class RunningStates:
     def bring_home(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
         """All but the sequences with these own slots come home: (step slot, own slot) of each, to
         be copied at once."""
-        self._give_back()
+        if self._verified:  # A step broke off before its commit.
+            self.take([0] * len(self._verified))
         if not self._away:
             return []
         copies = [(step, own) for own, step in self._away.items() if own not in but]
@@ -66,10 +67,6 @@ class RunningStates:
                     self._free.append(before)
             self._free += [slot for slot in slots if slot != own]
         self._verified = []
-
-    def _give_back(self) -> None:
-        """What a step was given that broke off before its commit."""
-        self.take([0] * len(self._verified))
 
     def check(self) -> None:
         """AssertionError unless every step slot is free, holds the state of one sequence, or is

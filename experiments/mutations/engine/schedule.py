@@ -383,8 +383,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "step slots of a step that broke off are lost",
         PLACES,
-        "        self._give_back()\n        if not self._away:",
-        "        self._verified = []\n        if not self._away:",
+        "            self.take([0] * len(self._verified))\n",
+        "            self._verified = []\n",
         VERIFIED,
     ),
     Mutation(
