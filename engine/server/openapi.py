@@ -81,8 +81,10 @@ def _described(document: dict[str, Any]) -> dict[str, Any]:
                 schema = body["content"]["application/json"]["schema"]
                 kind = schema["title"]
                 for name, shape in schema.pop("$defs", {}).items():
+                    _say_what_null_means(shape)
                     shapes[f"{kind}.{name}"] = shape
                 _say_what_null_means(schema)
+                _say_what_is_ignored(schema["properties"])
             operation["responses"] = _responses(path, operation["responses"], body is not None)
     document["components"] = {"schemas": shapes}
     return document
@@ -109,13 +111,19 @@ def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, An
 
 
 def _say_what_null_means(schema: dict[str, Any]) -> None:
-    """Null is the default of every name that may be left out; names of OpenAI's that ask for
-    nothing are there too."""
+    """Null is the default of every name that may be left out, and of names that are not known."""
+    if schema.get("additionalProperties") is not False:
+        return
+    schema["additionalProperties"] = {"type": "null"}
     required = schema.get("required", [])
     properties = schema["properties"]
     for name, shape in properties.items():
         if name not in required:
             properties[name] = {"anyOf": [shape, {"type": "null"}]}
+
+
+def _say_what_is_ignored(properties: dict[str, Any]) -> None:
+    """Names of OpenAI's that ask for nothing."""
     if "temperature" in properties and "n" in properties:
         properties |= {name: {} for name in sorted(IGNORED - properties.keys())}
         properties |= {name: {"enum": [*neutral, None]} for name, neutral in NEUTRAL.items()}

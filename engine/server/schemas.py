@@ -32,7 +32,7 @@ from engine.server.strict import (
     Name,
     Strict,
     whole_numbers,
-    with_defaults,
+    without_nulls,
     without_what_asks_for_nothing,
 )
 from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
@@ -233,7 +233,7 @@ class ChatMessage(BaseModel):
         """As chat templates expect it: content as one string, tool arguments as an object."""
         extra = self.model_extra or {}
         message: dict[str, Any] = {"role": self.role}
-        message |= {name: value for name, value in extra.items() if value is not None}
+        message |= without_nulls(extra)
         if "reasoning" in message:
             message.setdefault("reasoning_content", message["reasoning"])
         content = self.content
@@ -281,10 +281,19 @@ def cuts_of(
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
+    call = _with_plain_function(call)
     function = call.get("function")
     if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
         return call | {"function": function | {"arguments": parsed_arguments(text)}}
     return call
+
+
+def _with_plain_function(entry: dict[str, Any]) -> dict[str, Any]:
+    """A call or a tool, and its function, without nulls; not what lies deeper, where a null may be
+    an argument, or a schema's."""
+    entry = without_nulls(entry)
+    function = entry.get("function")
+    return entry | {"function": without_nulls(function)} if isinstance(function, dict) else entry
 
 
 def parsed_arguments(text: str) -> dict[str, Any]:
@@ -298,6 +307,7 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 
 
 def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    tool = _with_plain_function(tool)
     if (kind := tool.get("type", "function")) != "function":
         raise ValueError(f"Tools of the type {quoted(str(kind))} are not served: offer functions.")
     function = tool.get("function")
@@ -421,11 +431,6 @@ class TokenizeRequest(Rendering):
     messages: Listed[ChatMessage] | None = None
     tools: Tools | None = None
     add_special_tokens: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_defaults(cls, body: Any) -> Any:
-        return with_defaults(body)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:

@@ -18,7 +18,8 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """No unknown names, no guessed types, no infinities."""
+    """No unknown names, no guessed types, no infinities. A null asks for nothing, also under a name
+    that is unknown: clients send answers back with all the fields that their own classes know."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -27,16 +28,17 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_few_names(cls, body: Any) -> Any:
-        if isinstance(body, dict) and len(body) > MAX_NAMES:
+    def _is_read(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        if len(body) > MAX_NAMES:
             raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
-        return {name: _whole(value) for name, value in body.items()} if _has_floats(body) else body
+        return {name: _whole(value) for name, value in without_nulls(body).items()}
 
 
-def with_defaults(body: Any) -> Any:
-    """``body`` without its nulls: null means "your default" everywhere in this API."""
-    if not isinstance(body, dict):
-        return body
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """``body`` without its nulls, but for those further down: null means "your default" everywhere
+    in this API."""
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -47,10 +49,6 @@ def whole_numbers(values: Any) -> Any:
     return values
 
 
-def _has_floats(body: Any) -> bool:
-    return isinstance(body, dict) and any(type(value) is float for value in body.values())
-
-
 def _whole(value: Any) -> Any:
     is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
     return int(value) if is_whole else value
@@ -59,15 +57,13 @@ def _whole(value: Any) -> Any:
 def without_what_asks_for_nothing(
     body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
 ) -> Any:
-    """``body`` without what is ``ignored``, null ("your default", everywhere in this API) or
-    ``neutral``. ValueError: a name of ``neutral`` with another value."""
+    """``body`` without what is ``ignored`` or ``neutral``. ValueError: a name of ``neutral`` with
+    another value."""
     if not isinstance(body, dict):
         return body
     for name, values in neutral.items():
         if body.get(name) is not None and body[name] not in values:
             raise ValueError(f"'{name}' is not served here: leave it out.")
     return {
-        name: value
-        for name, value in body.items()
-        if value is not None and name not in ignored and name not in neutral
+        name: value for name, value in body.items() if name not in ignored and name not in neutral
     }

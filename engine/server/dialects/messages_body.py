@@ -38,6 +38,8 @@ class Text(Strict):
     text: str
     cache_control: CacheControl | None = None
     citations: list[Any] | None = Field(default=None, max_length=0)
+    parsed_output: Any = Field(default=None, exclude=True)
+    """Anthropic's client puts it there, by what an answer was to be."""
 
 
 class Thinking(Strict):
@@ -229,7 +231,7 @@ class CountRequest(Strict):
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        return {k: value for k, value in body.items() if value is not None and k not in IGNORED}
+        return {name: value for name, value in body.items() if name not in IGNORED}
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> CountRequest:

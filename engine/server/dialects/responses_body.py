@@ -56,27 +56,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI's that are not served, with the values that ask for nothing."""
 
 
-def _without_nulls(item: Any) -> Any:
-    """``null`` says nothing, and clients send their answers back with all their fields."""
-    if not isinstance(item, dict):
-        return item
-    return {name: value for name, value in item.items() if value is not None}
-
-
 def _known_part(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind not in TEXTS:
         raise ValueError(f"This model reads text only: drop the {quoted(kind)} part.")
-    return _without_nulls(part)
+    return part
 
 
 def _known_item(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
-    kind = item.get("type", "message")
+    kind = "message" if item.get("type") is None else item["type"]
     if kind not in ITEMS:
         raise ValueError(f"{quoted(str(kind))} items are not read here: leave them out.")
-    return _without_nulls(item | {"type": kind})
+    return item | {"type": kind}
 
 
 class Part(Strict):
@@ -84,6 +77,8 @@ class Part(Strict):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = Field(default=None, exclude=True)
+    """OpenAI's client puts it there, by what an answer was to be."""
 
 
 class ReasoningPart(Strict):
@@ -125,6 +120,8 @@ class CallItem(Item):
     name: str
     arguments: str
     caller: dict[str, Any] | None = None
+    parsed_arguments: Any = Field(default=None, exclude=True)
+    """OpenAI's client puts them there."""
 
 
 class ResultItem(Item):
@@ -142,7 +139,7 @@ def _is_function(tool: Any) -> Any:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind is not None and kind != "function":
         raise ValueError(f"{quoted(str(kind))} tools do not run here: offer functions of your own.")
-    return _without_nulls(tool)
+    return tool
 
 
 class FunctionTool(Strict):

@@ -1,0 +1,143 @@
+"""What clients send back as their own classes write it out: with every field that those know, null
+where they have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import test_messages, test_responses
+from .conftest import Live
+from .test_tools import CHAT, HERMES_CALL, OPTIONS, TOOLS
+
+Say = Callable[..., Live]
+
+SAID = f"<think>Hm.</think>Look.\n{HERMES_CALL}"
+NULLS = {"toolset_name": None, "x": None}
+
+
+def prompt_of(live: Live, **body: Any) -> str:
+    tokens = live.post("/tokenize", body).json()["tokens"]
+    return str(live.post("/detokenize", {"tokens": tokens}).json()["prompt"])
+
+
+def test_anthropics_blocks(say: Say) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    live = say(SAID, then="Dry.")
+    client = anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0)
+    asked = test_messages.ASK | {"tools": test_messages.TOOLS}
+    said = client.messages.create(**asked)
+    blocks = [block.model_dump() for block in said.content]
+    assert any(value is None for value in blocks[-1].values())
+    result = {"type": "tool_result", "tool_use_id": blocks[-1]["id"], "content": "dry"}
+    chat = [
+        *asked["messages"],
+        {"role": "assistant", "content": blocks},
+        {"role": "user", "content": [result]},
+    ]
+    assert client.messages.create(**asked | {"messages": chat}).content[0].text == "Dry."
+
+
+def test_openais_messages(say: Say) -> None:
+    """Nothing of the nulls reaches the template."""
+    live = say(SAID)
+    echoed = live.client.chat.completions.create(**OPTIONS).choices[0].message.model_dump()
+    assert echoed["audio"] is None
+    [call] = echoed["tool_calls"]
+    nulls = call | NULLS | {"function": call["function"] | NULLS}
+    [tool] = TOOLS
+    silent = tool | NULLS | {"function": tool["function"] | {"description": None}}
+    for said in (echoed, echoed | {"tool_calls": [nulls]}):
+        prompt = prompt_of(live, messages=[*CHAT, said], tools=[silent])
+        plain = {k: v for k, v in echoed.items() if v is not None}
+        assert prompt == prompt_of(live, messages=[*CHAT, plain], tools=TOOLS)
+        assert "null" not in prompt and HERMES_CALL in prompt
+
+
+def test_nulls_of_arguments_and_schemas_stay(say: Say) -> None:
+    live = say("x")
+    function = {"name": "f", "arguments": {"city": None}}
+    call = {"id": "1", "type": "function", "function": function}
+    parameters = {"type": "object", "properties": {"a": {"default": None}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    chat = [*CHAT, {"role": "assistant", "tool_calls": [call]}]
+    prompt = prompt_of(live, messages=chat, tools=[tool])
+    assert '{"city": null}' in prompt and '"default": null' in prompt
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_openais_items(say: Say, stream: bool) -> None:
+    client = say(SAID, then="Dry.").client
+    asked = test_responses.ASK | {"tools": test_responses.TOOLS}
+    if stream:
+        with client.responses.stream(**asked) as events:
+            said = events.get_final_response()
+    else:
+        said = client.responses.create(**asked)
+    items = [item.model_dump() for item in said.output]
+    assert any(value is None for value in items[-1].values())
+    result = {
+        "type": "function_call_output",
+        "call_id": said.output[-1].call_id,
+        "output": "dry",
+    }
+    question = {"role": "user", "content": "Rain in Bonn?"}
+    whole: Any = [question, *items, result]
+    assert client.responses.create(**asked | {"input": whole}).output_text == "Dry."
+
+
+BLOCK = {"type": "text", "text": "x"}
+CHATS = ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 2})
+MESSAGES = ("/v1/messages", test_messages.ASK | {"max_tokens": 2})
+RESPONSES = ("/v1/responses", test_responses.ASK)
+NESTED: list[tuple[tuple[str, dict[str, Any]], str, Any]] = [
+    (CHATS, "messages.0.content.0", lambda more: [{"role": "user", "content": [BLOCK | more]}]),
+    (CHATS, "stream_options", lambda more: {"include_usage": True} | more),
+    (CHATS, "response_format", lambda more: {"type": "text"} | more),
+    (
+        MESSAGES,
+        "messages.0.content.0.text",
+        lambda more: [{"role": "user", "content": [BLOCK | more]}],
+    ),
+    (MESSAGES, "messages.0", lambda more: [{"role": "user", "content": "x"} | more]),
+    (
+        MESSAGES,
+        "system.0.cache_control",
+        lambda more: [BLOCK | {"cache_control": {"type": "ephemeral"} | more}],
+    ),
+    (MESSAGES, "thinking", lambda more: {"type": "disabled"} | more),
+    (RESPONSES, "input.0.message", lambda more: [{"role": "user", "content": "x"} | more]),
+    (RESPONSES, "text.format", lambda more: {"format": {"type": "text"} | more}),
+]
+
+
+@pytest.mark.parametrize(("ask", "place", "made"), NESTED, ids=[place for _, place, _ in NESTED])
+def test_a_null_asks_for_nothing_at_every_depth(say: Say, ask: Any, place: str, made: Any) -> None:
+    """And what it does not know stays refused by its name."""
+    path, body = ask
+    live, name = say("x"), place.split(".")[0]
+    stream = {"stream": True} if name == "stream_options" else {}
+    accepted = live.post(path, body | {name: made(NULLS)} | stream)
+    assert accepted.status_code == 200, accepted.text
+    refused = live.post(path, body | {name: made({"toolset_name": "x"})} | stream)
+    assert refused.status_code == 400
+    said = refused.json()["error"]["message"]
+    assert "toolset_name' is not a parameter of this endpoint" in said and place in said
+
+
+def test_a_null_is_the_default_of_every_name(say: Say) -> None:
+    live = say("x")
+    thinking = {"type": "thinking", "thinking": "a", "signature": None}
+    chat = [
+        CHAT[0],
+        {"role": "assistant", "content": [thinking]},
+        {"role": "user", "content": [BLOCK | {"type": None}]},
+    ]
+    refused = live.post("/v1/messages", test_messages.ASK | {"messages": chat})
+    assert "messages.2.content" in refused.json()["error"]["message"]
+    chat[2]["content"] = "x"
+    assert live.post("/v1/messages", test_messages.ASK | {"messages": chat}).status_code == 200
+    item = {"type": None, "role": "user", "content": "x"}
+    assert live.post("/v1/responses", {"input": [item]}).status_code == 200
