@@ -3,7 +3,7 @@ what comes back is events."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,8 +144,8 @@ async def ask(
         for choice, sampling in enumerate(samplings)
     )
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
-    is_single = not body.parallel_tool_calls
-    readings = [_Reading(each, is_single) for each in readers]
+    is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
+    readings = [_Reading(each, is_single, ends) for each in readers]
     place = len(body.messages), namespace
     return Exchange(front, prompt, streams, readings, inquiry, place)
 
@@ -238,10 +238,14 @@ class Exchange:
 class _Reading:
     """Reads one answer, no further than its first call where there shall be no more."""
 
-    def __init__(self, reader: AnswerReader, is_single: bool) -> None:
+    def __init__(self, reader: AnswerReader, is_single: bool, ends: Container[int]) -> None:
+        """``ends``: tokens by which a model ends its answer."""
         self._reader = reader
         self._is_single = is_single
+        self._ends = ends
         self._has_calls = False
+        self._is_broken_off = False
+        """In its last call, by what is not the model's own end: a limit or a stop string."""
         self.events: list[Event] = []
         """All so far."""
         self.is_over = False
@@ -257,10 +261,13 @@ class _Reading:
         if was_thinking or self._reader.is_thinking:
             self.num_reasoning_tokens += len(output.new_token_ids)
         if output.is_finished:
-            events = joined([*events, *self._reader.flush(output.finish_reason != "stop")])
+            is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
+            rest = self._reader.flush(is_cut)
+            self._is_broken_off = is_cut and any(_is_end(one, is_whole=False) for one in rest)
+            events = joined([*events, *rest])
         self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
         if self._is_single:
-            end = next((at for at, one in enumerate(events, 1) if isinstance(one, CallEnd)), None)
+            end = next((at for at, one in enumerate(events, 1) if _is_end(one)), None)
             self.is_over = end is not None
             events = events[:end]
         self.events += events
@@ -270,6 +277,12 @@ class _Reading:
         """Why the answer ended, if it did."""
         if output.finish_reason is None:
             return None
-        if self.is_over or (self._has_calls and output.finish_reason == "stop"):
+        has_stopped = output.finish_reason == "stop" and not self._is_broken_off
+        if self.is_over or (self._has_calls and has_stopped):
             return "tool_calls"
         return output.finish_reason
+
+
+def _is_end(event: Event, is_whole: bool = True) -> bool:
+    """Of a call."""
+    return isinstance(event, CallEnd) and event.is_whole == is_whole

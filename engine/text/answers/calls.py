@@ -85,9 +85,9 @@ class CallReader:
         if arguments:
             self._events.append(CallArguments(arguments))
 
-    def _finish(self) -> None:
-        """The call is whole; its closing mark may follow."""
-        self._events.append(CallEnd())
+    def _finish(self, is_whole: bool = True) -> None:
+        """The call is done; its closing mark may follow."""
+        self._events.append(CallEnd(is_whole))
         self._held = ""
         self._state = self._closing
 

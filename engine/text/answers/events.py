@@ -37,7 +37,10 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """The arguments are done. Those of an answer that broke off may be no whole JSON."""
+    """The arguments are done."""
+
+    is_whole: bool = True
+    """Otherwise the answer broke off in them: they are no whole JSON."""
 
 
 Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd

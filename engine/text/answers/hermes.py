@@ -90,7 +90,7 @@ class HermesReader(CallReader):
         elif self._state == self._whole:
             self._read("".join((*self._pieces, self._close.flush())), "")
         elif self._state in (self._arguments, self._behind):
-            self._finish()
+            self._finish(is_whole=self._state == self._behind)
         elif self._state == self._closing and not is_cut:
             self._give_back(self._held)
 

@@ -146,16 +146,16 @@ class QwenXMLReader(CallReader):
             if not is_cut:
                 self._add("}" if self._num_given else "{}")
             held, self._held = self._held, ""
-            self._finish()
+            self._finish(is_whole=not is_cut)
             self._give_back(held)
         elif self._state == self._parameter:
             held, self._held = self._held, ""
-            self._finish()
+            self._finish(is_whole=False)
             self._give_back(PARAMETER + held)
         elif self._state == self._value:
             self._add_value(self._ends.flush())
             self._add("".join(self._pieces))
-            self._finish()
+            self._finish(is_whole=False)
         elif self._state == self._closing and not is_cut:
             self._give_back(self._held)
 

@@ -189,6 +189,31 @@ def test_a_call_that_was_cut_is_left_open() -> None:
     assert read(XML, text[:-3], is_cut=True)[1] == "", "the closing mark was cut, not written"
 
 
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, hermes("f", '{"a": {"b": ["}"]}}') + "\n" + hermes("g", "{}")),
+        (XML, xml("weather", city="Bonn", deep='{"a": 1}') + "\n" + xml("g") + xml("h", a="}")),
+    ],
+)
+def test_wherever_an_answer_breaks_off_whole_calls_are_those_whose_arguments_are_json(
+    form: AnswerForm, text: str
+) -> None:
+    found = set()
+    for cut in range(len(text) + 1):
+        reader = AnswerReader(form, tools=TOOLS)
+        events = [*reader.push(text[:cut]), *reader.flush(is_cut=True)]
+        ends = [event.is_whole for event in events if isinstance(event, CallEnd)]
+        calls = summed(events)[2]
+        for (_, arguments), is_whole in zip(calls, ends, strict=True):
+            try:
+                assert isinstance(json.loads(arguments), dict) and is_whole
+            except ValueError:
+                assert not is_whole
+            found.add(is_whole)
+    assert found == {True, False}
+
+
 def test_a_closing_mark_that_was_cut_is_no_text() -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": true}}\n</tool_call>'
     assert read(HERMES, text[:-3], is_cut=True) == ("", "", [("f", '{"a": true}')])

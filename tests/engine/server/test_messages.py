@@ -160,6 +160,12 @@ def test_why_an_answer_stopped(say: Say, tools: Any) -> None:
     assert cut["stop_reason"] == "max_tokens"
     [use] = cut["content"]
     assert json.dumps(BONN).startswith(use["input"]["INVALID_JSON"])
+    broken = {"tools": TOOLS, "stop_sequences": ["Bonn"]}
+    stopped = message(live, **broken)
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "Bonn")
+    [use] = stopped["content"]
+    assert use["input"] == {"INVALID_JSON": '{"city": "'}
+    assert events(live, **broken)[-2]["delta"]["stop_reason"] == "stop_sequence"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
 
 from .conftest import Live
@@ -134,6 +135,66 @@ def test_a_call_that_the_limit_cuts_says_so(say: Say) -> None:
     assert choice.finish_reason == "length"
     assert choice.message.tool_calls is not None
     assert json.dumps(BONN).startswith(choice.message.tool_calls[0].function.arguments)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"stop": "Bonn"}, "stop"),
+        ({"extra_body": {"stop_token_ids": [ord("B")]}}, "stop"),
+        ({"max_tokens": 60}, "length"),
+    ],
+    ids=["string", "token", "limit"],
+)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"parallel_tool_calls": False},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "weather"}}},
+    ],
+    ids=["auto", "single", "required", "named"],
+)
+def test_a_call_that_breaks_off_is_no_call_made(
+    say: Say, asked: dict[str, Any], limits: dict[str, Any], reason: str, stream: bool
+) -> None:
+    """Whatever cut it: what came of it is there, and the answer does not end as one that calls."""
+    if "tool_choice" in asked:
+        pytest.importorskip("llguidance")
+    client = say(HERMES_CALL).client
+    if stream:
+        with client.chat.completions.stream(**OPTIONS, **asked, **limits) as events:
+            try:
+                [choice] = events.get_final_completion().choices
+            except openai.LengthFinishReasonError as error:
+                [choice] = error.completion.choices
+    else:
+        [choice] = client.chat.completions.create(**OPTIONS, **asked, **limits).choices
+    assert choice.finish_reason == reason
+    assert choice.message.tool_calls is not None
+    [call] = choice.message.tool_calls
+    given = call.function.arguments
+    assert json.dumps(BONN).startswith(given) and given != json.dumps(BONN)
+
+
+def test_calls_before_one_that_breaks_off(say: Say) -> None:
+    """And a stop behind whole calls, or where one may end, ends an answer that calls."""
+    other = HERMES_CALL.replace("Bonn", "Köln")
+    live = say(f"{HERMES_CALL}\n{other}\nDone and over.")
+
+    def ask(**more: Any) -> tuple[str, list[str]]:
+        [choice] = live.client.chat.completions.create(**OPTIONS, **more).choices
+        calls = choice.message.tool_calls or []
+        return choice.finish_reason, [call.function.arguments for call in calls]
+
+    bonn, cologne = json.dumps(BONN), json.dumps(BONN).replace("Bonn", "Köln")
+    assert ask(stop="öln") == ("stop", [bonn, cologne[: cologne.index("öln")]])
+    assert ask(stop="öln", parallel_tool_calls=False) == ("tool_calls", [bonn])
+    assert ask(stop="and") == ("tool_calls", [bonn, cologne])
+    assert ask(stop="</tool_call>") == ("tool_calls", [bonn])
+    assert ask(stop="eather") == ("stop", [])
 
 
 @pytest.mark.parametrize(
