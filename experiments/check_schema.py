@@ -51,6 +51,7 @@ REASONS = (
     "can not go together",
     "must not be above max_tokens",
     "'top_logprobs' needs",
+    "'stream_options' is for streamed answers",
     "needs a 'schema'",
     "'json_schema.schema'",
     "'tool_choice'",

@@ -27,6 +27,7 @@ from engine.guided.grammar import grammar_of_calls
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
+from engine.server.stream_options import Streamed
 from engine.server.strict import (
     Listed,
     Name,
@@ -75,20 +76,11 @@ MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
 
-class StreamOptions(Strict):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    """Usage so far with every event."""
-    include_obfuscation: bool = False
-
-
-class Sampling(TokenOptions):
+class Sampling(TokenOptions, Streamed):
     """The part of a request that says how tokens are chosen; None: the engine's default."""
 
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -140,15 +132,6 @@ class Sampling(TokenOptions):
             ]
         except ValueError as error:
             raise APIError(400, str(error)) from error
-
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def repeats_usage(self) -> bool:
-        """Every event has the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class CompletionRequest(Sampling):

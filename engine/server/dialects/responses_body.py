@@ -18,9 +18,9 @@ from engine.server.guided import NamedSchema
 from engine.server.schemas import (
     CacheOptions,
     ChatRequest,
-    StreamOptions,
     parsed_arguments,
 )
+from engine.server.stream_options import Streamed
 from engine.server.strict import Listed, Name, Strict, without_what_asks_for_nothing
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
@@ -207,7 +207,7 @@ class TextConfig(Strict):
         return None if self.format is None else self.format.of_chat()
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(Streamed):
     """POST /v1/responses."""
 
     model: str | None = None
@@ -215,8 +215,6 @@ class ResponsesRequest(Strict):
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)

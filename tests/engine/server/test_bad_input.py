@@ -181,6 +181,26 @@ def test_bad_completions(live: Live, body: dict[str, Any], message: str) -> None
     check_error(live.post("/v1/completions", body | {"stream": True}), 400, message)
 
 
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_obfuscation": False}, {}])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x", "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
+    ],
+)
+def test_stream_options_are_for_streams(
+    live: Live, path: str, body: dict[str, Any], options: dict[str, bool]
+) -> None:
+    said = "'stream_options' is for streamed answers: set 'stream' to true, or leave it out."
+    asked = body | {"stream_options": options}
+    check_error(live.post(path, asked), 400, said)
+    check_error(live.post(path, asked | {"stream": False}), 400, said)
+    assert live.post(path, asked | {"stream": True}).status_code == 200
+    assert live.post(path, body | {"stream_options": None}).status_code == 200
+
+
 @pytest.mark.parametrize(("body", "message"), BAD_CHATS, ids=[m for _, m in BAD_CHATS])
 def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
     check_error(live.post("/v1/chat/completions", body), 400, message)
