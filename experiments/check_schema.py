@@ -51,6 +51,7 @@ REASONS = (
     "can not go together",
     "must not be above max_tokens",
     "'top_logprobs' needs",
+    "are two limits of one answer",
     "'stream_options' is for streamed answers",
     "needs a 'schema'",
     "'json_schema.schema'",

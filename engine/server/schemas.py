@@ -358,6 +358,11 @@ class ChatRequest(Sampling, Rendering):
     diagnostics: Diagnostics | None = None
 
     @property
+    def limit(self) -> int | None:
+        """Of an answer's tokens, by either of its two names; None: what the context holds."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
     def compared_with(self) -> str | None:
         """The earlier answer that this one is to be compared with."""
         options, asked = self.prompt_cache_options, self.diagnostics
@@ -390,7 +395,12 @@ class ChatRequest(Sampling, Rendering):
         return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatRequest:
+    def _says_one_thing(self) -> ChatRequest:
+        if self.max_tokens not in (None, self.limit):
+            raise ValueError(
+                f"'max_tokens' {self.max_tokens} and 'max_completion_tokens' {self.limit} are two "
+                "limits of one answer: send one of them."
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': set it to true.")
         if self.continue_final_message and self.add_generation_prompt:

@@ -118,7 +118,7 @@ async def ask(
     tools = None if template is None else callable_tools(body, form)
     namespace = front.namespace_of(body.cache_salt)
     prompt = await render(front, body, size, namespace)
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    limit = body.limit
     if fits_context and limit is not None:
         has_room = len(prompt.token_ids) + limit <= front.engine.max_model_len
         limit = limit if has_room else None

@@ -89,6 +89,10 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "max_tokens": 0}, "'max_tokens' can not be 0"),
     ({"messages": CHAT, "max_completion_tokens": 10**7}, "lower max_tokens"),
     (
+        {"messages": CHAT, "max_tokens": 5, "max_completion_tokens": 6},
+        "'max_tokens' 5 and 'max_completion_tokens' 6 are two limits of one answer: send one",
+    ),
+    (
         {"messages": CHAT, "response_format": {"type": "structural_tag"}},
         "'response_format.type' can not be",
     ),

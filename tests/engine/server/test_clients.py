@@ -132,6 +132,20 @@ def test_the_next_turn_of_a_chat_resumes_at_the_stable_boundary(live: Live) -> N
     assert second.usage.prompt_tokens_details.cached_tokens == stable // 64 * 64 > 0
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("max_tokens",), ("max_completion_tokens",), ("max_tokens", "max_completion_tokens")],
+    ids=len,
+)
+def test_a_limit_has_two_names(live: Live, names: tuple[str, ...]) -> None:
+    """Both may be sent where they say the same."""
+    asked: dict[str, Any] = {"extra_body": {"ignore_eos": True}, **GREEDY}
+    asked |= dict.fromkeys(names, 3)
+    answer = live.client.chat.completions.create(messages=CHAT, **asked)
+    assert answer.usage is not None and answer.usage.completion_tokens == 3
+    assert answer.choices[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_decode_saves_no_state_that_the_template_will_drop(
     serve_oracle: Callable[..., Live], thinking: bool
