@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,11 @@ COUNTS = (
     "max_stop_chars",
 )
 """The settings that are a number of things."""
+
+
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
+"""As browsers send it, and compare it: in lower case, with nothing behind the port; ``null`` is a
+file's."""
 
 
 def flag(name: str) -> str:
@@ -172,7 +178,10 @@ class ServerConfig:
     )
     cors_origin: tuple[str, ...] = field(
         default=(),
-        metadata={"help": "origins whose pages may ask this server, or *; none: no other's"},
+        metadata={
+            "help": "origins whose pages may ask this server, as https://host or http://host:port, "
+            "or *; none: no other's"
+        },
     )
     drain_s: float = field(
         default=30.0,
@@ -207,6 +216,12 @@ class ServerConfig:
                 raise ValueError(f"{flag(name)} {size:g} must be finite and not negative.")
         if self.volatile not in ("move", "drop"):
             raise ValueError(f"--volatile must be move or drop, not {self.volatile!r}.")
+        for origin in self.cors_origin:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--cors-origin {origin!r} is no origin: give it as https://host or "
+                    "https://host:port, in lower case, without a path, or * for all."
+                )
         for name in COUNTS:
             if (count := getattr(self, name)) < 1:
                 raise ValueError(f"{flag(name)} {count} must be 1 or more.")

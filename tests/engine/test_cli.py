@@ -57,6 +57,7 @@ def run(*arguments: str) -> int:
         ),
         ("serve --port 99999", "--port 99999 is no port: choose one from 0 to 65535."),
         ("serve --port eighty", "argument --port: invalid int value: 'eighty'"),
+        ("serve --port 0 --cors-origin foo", "--cors-origin 'foo' is no origin"),
         ("serve --host no.such.host.invalid", "choose another --port or --host"),
         ("serve --port 0 --max-running 0", "max_running must be an integer of 1 or more"),
         ("serve --port 0 --cache-gib -1", "cache_gib must be a positive number of GiB"),

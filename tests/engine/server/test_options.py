@@ -155,6 +155,29 @@ def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
         serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
 
 
+@pytest.mark.parametrize(
+    "origin",
+    ["foo", "app.example:3000", "//a.example", "https://", "https://a.example/", "https://A.example",
+     "https://a.example/app", "https://me@a.example", "https://a.example https://b.example",
+     "*.a", ""],
+)  # fmt: skip
+def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
+    with pytest.raises(ValueError, match="is no origin: give it as https://host or"):
+        ServerConfig(cors_origin=("https://a.example", origin))
+
+
+def test_origins() -> None:
+    origins = (
+        "*",
+        "null",
+        "https://a.example",
+        "http://localhost:3000",
+        "http://[::1]:80",
+        "app://x",
+    )
+    assert ServerConfig(cors_origin=origins).cors_origin == origins
+
+
 def test_a_trace_is_of_one_engine() -> None:
     with pytest.raises(ValueError, match="--trace writes the steps of one engine: leave --repl"):
         ServerConfig(trace="trace.json", replicas=2)
