@@ -161,7 +161,7 @@ class EngineConfig:
         "after a stop or a kill; also the tier below the others; none: nothing is written",
     )
     disk_gib: float | None = _setting(
-        None, "most that state_dir may take, GiB; none: 2.5 times device and host memory"
+        None, "most that --state-dir may take, GiB; none: 2.5 times device and host memory"
     )
     max_model_len: int | None = _setting(
         None, "most tokens of prompt and answer; none: the model's own"

@@ -139,8 +139,19 @@ def _add_record(record: Parser) -> None:
         help="directory of the served model's tokenizer and chat template; without it four "
         "characters count as a token",
     )
-    record.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    record.add_argument("--port", type=int, default=8001, help="port to listen on (default: 8001)")
+    record.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="TEXT",
+        help="address to listen on (default: %(default)s)",
+    )
+    record.add_argument(
+        "--port",
+        type=int,
+        default=8001,
+        metavar="N",
+        help="port to listen on (default: %(default)s)",
+    )
 
 
 def _add_generate(generate: Parser) -> None:
@@ -151,8 +162,7 @@ def _add_generate(generate: Parser) -> None:
         "--chat", action="store_true", help="take each prompt for a user's message"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    add_flags(generate, SamplingParams, "sampling", skip=SKIPPED, only_given=True)
-    sampling = generate.add_argument_group("sampling")
+    sampling = add_flags(generate, SamplingParams, "sampling", skip=SKIPPED, only_given=True)
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
     )
@@ -182,7 +192,7 @@ def _add_inspect(inspect: Parser) -> None:
         help="budgets to fill (default: 4 40)",
     )
     inspect.add_argument(
-        "--kv-dtype", choices=("float32", "bfloat16", "float8"), help="number format of KV"
+        "--kv-dtype", choices=("float32", "bfloat16", "fp8"), help="number format of KV"
     )
     inspect.add_argument(
         "--state-dtype",

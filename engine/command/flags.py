@@ -10,12 +10,15 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
+FIELD = re.compile(r"``(\w+)``")
+"""In a docstring, another field."""
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -40,9 +43,10 @@ def add_flags(
     skip: Iterable[str] = (),
     *,
     only_given: bool = False,
-) -> None:
+) -> argparse._ArgumentGroup:
     """One flag for each field of the dataclass ``config`` that ``skip`` does not name, in a group
-    of their own. ``only_given``: one that is not given leaves nothing in what is parsed."""
+    of their own, which is returned. ``only_given``: one that is not given leaves nothing in what is
+    parsed."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config)
     skipped = frozenset(skip)
@@ -56,6 +60,7 @@ def add_flags(
                 help=_help(field, documented),
                 **_kind(hints[field.name], field.default),
             )
+    return group
 
 
 def read_config(
@@ -93,7 +98,8 @@ def _field_docstrings(config: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr):
             assert isinstance(field.target, ast.Name) and isinstance(note.value, ast.Constant)
             text = " ".join(str(note.value.value).split()).rstrip(".")
-            found[field.target.id] = text[0].lower() + text[1:]
+            text = FIELD.sub(lambda name: "--" + name[1].replace("_", "-"), text)
+            found[field.target.id] = (text[0].lower() + text[1:]).replace("None:", "none:")
     return found
 
 

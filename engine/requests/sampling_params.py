@@ -29,12 +29,12 @@ class SamplingParams:
     temperature: float = 1.0
     """0, or next to it: always the most likely token."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities sum to this, of what top_k keeps."""
+    """Keep the most likely tokens whose probabilities sum to this, of what ``top_k`` keeps."""
     top_k: int | None = None
     """Keep this many of the most likely tokens; None: all."""
     min_p: float = 0.0
     """Keep tokens at least this likely, relative to the most likely one. Like transformers, and
-    unlike vLLM, after top_p: what it drops counts towards top_p's sum."""
+    unlike vLLM, after ``top_p``: what it drops counts towards the sum."""
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as the context holds; 0: only with prompt logprobs."""
     stop: tuple[str, ...] = ()

@@ -54,7 +54,7 @@ class ServerConfig:
         default=None,
         metadata={
             "help": "with replicas: address of the Ray cluster they run on (auto: the one that "
-            "`ray start` made here); default: one of its own on this machine"
+            "ray start made here); default: one of its own on this machine"
         },
     )
     router: str = field(

@@ -25,7 +25,7 @@ from hybridcache.geometry.sizes import KVSpec, ModelSizes, SizesError, StateSpec
 
 Lengths = npt.NDArray[np.int64]
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,18 @@ def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[
     assert max(map(len, text.splitlines())) <= 110
 
 
+@pytest.mark.parametrize("verb", ["serve", "generate", "inspect", "top", "convert", "record"])
+def test_help_speaks_of_flags_not_of_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    text = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", text, re.M)
+    assert len(titles) == len(set(titles))
+    assert "`" not in text and "None" not in text
+    fields = {*EngineConfig.__dataclass_fields__, *SamplingParams.__dataclass_fields__}
+    named = {name for name in fields | {*ServerConfig.__dataclass_fields__} if "_" in name}
+    assert not named & set(re.findall(r"\w+", text))
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """For the tests of flags."""
@@ -190,7 +202,7 @@ class Settings:
     tidy: bool = True
     """Leave nothing behind."""
     limit: int | None = None
-    """At most so many; none: all."""
+    """At most so many, unless ``kind``; None: all."""
 
 
 def test_flags_come_from_dataclasses() -> None:
@@ -208,7 +220,7 @@ def test_flags_come_from_dataclasses() -> None:
     for help in (
         "some 100% words (default: a,b)",
         "which one (default: x)",
-        "at most so many; none: all",
+        "at most so many, unless --kind; none: all",
     ):
         assert help in re.sub(r"\s+", " ", text)
 
@@ -231,6 +243,12 @@ def test_inspect_says_what_a_checkpoint_weighs(capsys: pytest.CaptureFixture[str
         "1,747,626",
     ):
         assert fact in text
+
+
+def test_fp8_is_one_word_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", "qwen3-next", "--kv-dtype", "fp8", "--checkpoint-dtype", "fp8") == 0
+    assert "12.0 KiB a token" in capsys.readouterr().out
+    assert run("inspect", "qwen3-next", "--kv-dtype", "float8") == 2
 
 
 def test_inspect_reads_directories_files_and_attention_only_models(

@@ -328,5 +328,5 @@ def test_a_table_of_times_that_is_none_is_named(tmp_path, text: str, problem: st
 
 def test_a_precision_that_is_none_is_one_sentence() -> None:
     for name in ("kv_dtype", "state_dtype", "conv_dtype"):
-        with pytest.raises(ValueError, match=f"{name} 'fp8' is none of float32"):
-            ModelGeometry.preset("qwen3-next", **{name: "fp8"})
+        with pytest.raises(ValueError, match=f"{name} 'float8' is none of float32"):
+            ModelGeometry.preset("qwen3-next", **{name: "float8"})
