@@ -11,7 +11,7 @@ from engine.schedule.memory import MemorySizes
 from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
 from hybridcache.allocators.orders import HOST
-from hybridcache.units import counted, format_bytes, format_count
+from hybridcache.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner
@@ -26,8 +26,7 @@ def start_screen(engine: Engine, address: str) -> str:
         (
             "model",
             f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
-            f"{geometry.num_linear_layers} linear layers, {format_count(geometry.total_params)} "
-            "weights",
+            f"{geometry.num_linear_layers} linear layers",
         ),
         ("weights", runner.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),

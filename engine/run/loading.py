@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.run.layers.prediction import PredictionHead
 from engine.run.model_config import ModelConfig, ModelError
 from engine.run.models.decoder import Decoder, Fill
 from engine.run.weights import Dummy, WeightFiles
+from hybridcache.units import format_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,7 +28,7 @@ class Loaded(NamedTuple):
     head: PredictionHead | None
     """Its multi-token head; None: not asked for."""
     note: str
-    """Where the weights came from."""
+    """How many weights there are, and where they came from."""
 
 
 def load_model(
@@ -45,14 +47,15 @@ def load_model(
     Raises WeightsError before any tensor is read if the weight files do not fit the config or have
     no head, ModelError where the family's is not served.
     """
+    outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
     if load_format == "dummy":
+        counted = _counted(family(config, outline), with_head)
         dummy = Dummy(seed)
         model = family(config, build, dummy.fill)
         head = _head(model, dummy.fill) if with_head else None
-        return Loaded(model, head, f"seeded weights (seed {seed}), untrained")
+        return Loaded(model, head, f"{counted}; seeded (seed {seed}), untrained")
     files = WeightFiles(model_dir, num_workers, build.weights.files, with_head=with_head)
     is_stacked = files.has_stacked_experts
-    outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
     plan = family(config, outline, stacked_experts=is_stacked)
     parameters = plan.parameters()
     if with_head:
@@ -60,7 +63,20 @@ def load_model(
     files.check(parameters, tied=config.tie_embeddings)
     model = family(config, build, files.fill, stacked_experts=is_stacked)
     head = _head(model, files.fill) if with_head else None
-    return Loaded(model, head, files.close() + build.weights.note())
+    note = files.close() + build.weights.note()
+    return Loaded(model, head, f"{_counted(plan, with_head)}; {note}")
+
+
+def _counted(plan: Decoder, with_head: bool) -> str:
+    """The numbers in all tensors of a model, embeddings and what all ranks have included."""
+    said = f"{format_count(_num_weights(plan))} parameters"
+    if not with_head:
+        return said
+    return f"{said} and {format_count(_num_weights(_head(plan)))} of its multi-token head"
+
+
+def _num_weights(plan: Decoder | PredictionHead) -> int:
+    return sum(math.prod(parameter.shape) for _, parameter in plan.parameters())
 
 
 def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig
+from engine.config import BUILTIN_DIR, EngineConfig
 from engine.run import tensor_files, weights
 from engine.run.backends import Kernels
 from engine.run.device import Device
@@ -23,6 +23,7 @@ from engine.run.model_runner import ModelRunner
 from engine.run.models import decoder, read_model
 from engine.run.weights import Dummy, WeightsError
 from experiments.gpu_models import TINY
+from hybridcache.units import format_count
 
 
 @pytest.fixture
@@ -127,6 +128,22 @@ def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
     (path / "config.json").write_text(json.dumps(nested))
     same_as_whole(path, "qwen3_5", drivers, random_tokens)
     assert "2 tensors left alone" in load(path).weights_note
+
+
+def test_the_start_counts_the_numbers_in_all_tensors(checkpoint, model):
+    path, tensors = checkpoint(model)
+    number = sum(tensor.numel() for tensor in tensors.values())
+    for load_format in ("auto", "dummy"):
+        assert load(path, load_format=load_format).weights_note.startswith(f"{number:,} parameters")
+
+
+def test_the_builtin_model_and_its_head_are_counted_apart():
+    tensors = load_file(BUILTIN_DIR / "model.safetensors")
+    heads = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("mtp."))
+    number = sum(tensor.numel() for tensor in tensors.values()) - heads
+    said = f"{format_count(number)} parameters and {format_count(heads)} of its multi-token head; "
+    assert load(BUILTIN_DIR, draft="mtp").weights_note.startswith(said)
+    assert load(BUILTIN_DIR).weights_note.startswith(f"{format_count(number)} parameters; ")
 
 
 def test_all_that_does_not_fit_is_named_at_once(checkpoint):
