@@ -13,8 +13,10 @@ from engine.guided.guide import Guides
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
+from engine.requests.thoughts import ThoughtLimit
 from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
+from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
@@ -64,7 +66,7 @@ class Intake:
             seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
             end_token_ids=end_token_ids,
             text_stream=self._text_stream(sampling),
-            rules=self._rules(sampling, end_token_ids),
+            rules=self._rules(sampling, end_token_ids, np.asarray(spec.prompt)),
             guide=None if spec.grammar is None else self.guides.guide(spec.grammar),
         )
 
@@ -74,7 +76,7 @@ class Intake:
         spec, _ = self._checked(spec)
         sampling = spec.sampling or self._default_sampling
         self._text_stream(sampling)
-        self._rules(sampling, self._end_token_ids(sampling))
+        self._rules(sampling, self._end_token_ids(sampling), np.asarray(spec.prompt))
         return spec
 
     def _checked(self, spec: RequestSpec) -> tuple[RequestSpec, int]:
@@ -148,7 +150,9 @@ class Intake:
             return own
         return own | self._tokenizer.eos_token_ids
 
-    def _rules(self, sampling: SamplingParams, end_token_ids: frozenset[int]) -> TokenRules:
+    def _rules(
+        self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
+    ) -> TokenRules:
         """ValueError: a token that there is not."""
         allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
         for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
@@ -160,9 +164,18 @@ class Intake:
             min_tokens=sampling.min_tokens,
             bad_words=self._bad_words(sampling.bad_words),
             allowed=None if allowed is None else packed(allowed, self._vocab_size),
+            thoughts=self._thoughts(sampling.thinking_token_budget, prompt),
         )
-        is_used = rules.bias or rules.min_tokens or rules.bad_words or allowed is not None
-        return rules if is_used else NO_RULES
+        is_used = rules.bias or rules.min_tokens or rules.bad_words
+        has_masks = rules.allowed is not None or rules.thoughts is not None
+        return rules if is_used or has_masks else NO_RULES
+
+    def _thoughts(self, budget: int | None, prompt: Tokens) -> ThoughtLimit | None:
+        if budget is None:
+            return None
+        if self._tokenizer is None or isinstance(self._tokenizer, IdTokenizer):
+            raise ValueError("there is no tokenizer here: thinking_token_budget can not be kept.")
+        return ThoughtLimit(self._tokenizer, self._vocab_size, prompt, budget)
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word as it begins an answer, and behind a space where these are as

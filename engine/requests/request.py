@@ -195,7 +195,10 @@ class Request:
     def must_see_its_token(self) -> bool:
         """A sampling rule looks at every token, and one is drawn that the host does not know
         yet."""
-        return self.num_drawn > 0 and self.params.needs_history
+        looks_back = self.params.needs_history or self._rules.must_see(
+            self.known_len - self.prompt_len
+        )
+        return self.num_drawn > 0 and looks_back
 
     def possible(self, drafts: Tokens) -> Tokens:
         """As many of ``drafts`` as may follow what it has."""

@@ -20,6 +20,8 @@ MAX_STOPS = 64
 MAX_BIASES = 1024
 """Tokens whose logits one request may change."""
 MAX_BIAS = 100.0
+MAX_BUDGET = 2**31 - 1
+"""Of reasoning, tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,9 @@ class SamplingParams:
     """The only tokens that an answer may have; None: all."""
     bad_words: tuple[str, ...] = ()
     """Texts whose tokens never stand in the answer in this order."""
+    thinking_token_budget: int | None = None
+    """Reasoning between <think> and </think> is ended after so many tokens; None: the model ends
+    it."""
     skip_special_tokens: bool = True
     """Leave tokens such as the one that ends a turn out of the text."""
     include_stop_str_in_output: bool = False
@@ -128,6 +133,7 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 1)
         _check_int("max_tokens", self.max_tokens, 0)
         _check_int("min_tokens", self.min_tokens, 0)
+        _check_int("thinking_token_budget", self.thinking_token_budget, 0, MAX_BUDGET)
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_int("logprobs", self.logprobs, 0, 50)
 

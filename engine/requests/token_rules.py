@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.guided.guide import Mask
 from hybridcache.tokens import Tokens
+
+if TYPE_CHECKING:
+    from engine.requests.thoughts import ThoughtLimit
 
 Additions = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """Token ids, and what is added to the logit of each."""
@@ -28,6 +32,12 @@ class TokenRules:
     """Runs of tokens that are never completed."""
     allowed: Mask | None = None
     """The tokens that there are for this request; None: all."""
+    thoughts: ThoughtLimit | None = None
+    """What ends its reasoning; None: the model does."""
+
+    def must_see(self, draw: int) -> bool:
+        """The rules for the token with this number look at the one before it."""
+        return self.thoughts is not None and draw == self.thoughts.first
 
     def at(
         self, draw: int, answer: Tokens, mask: Mask | None
@@ -37,6 +47,9 @@ class TokenRules:
         tokens that are allowed are not forbidden. O(rules + mask)."""
         banned = self._banned(draw, answer)
         mask = self.allowed if mask is None else mask
+        end = None if self.thoughts is None else self.thoughts.mask(draw, answer)
+        if end is not None and (mask is None or (mask & end).any()):
+            return end, None
         if mask is not None and banned:
             mask, banned = _without(mask, banned), []
         ids = [token for token, _ in self.bias] + banned

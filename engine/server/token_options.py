@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from engine.requests.sampling_params import MAX_BIAS, MAX_BIASES
+from engine.requests.sampling_params import MAX_BIAS, MAX_BIASES, MAX_BUDGET
 from engine.server.config import MAX_STOPS
 from engine.server.guided import Guided
 from engine.server.strict import Listed, whole_numbers
@@ -51,6 +51,7 @@ class TokenOptions(Guided):
         | None
     ) = None
     min_tokens: int | None = Field(default=None, ge=0)
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_BUDGET)
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Texts | None = None
     skip_special_tokens: bool | None = None
@@ -77,6 +78,7 @@ class TokenOptions(Guided):
         "top_k",
         "logit_bias",
         "min_tokens",
+        "thinking_token_budget",
         "allowed_token_ids",
         "bad_words",
         "skip_special_tokens",

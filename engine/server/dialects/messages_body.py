@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from engine.requests.sampling_params import MAX_BUDGET
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import CacheControl, ChatRequest, Diagnostics
@@ -192,10 +193,10 @@ class ToolChoice(Strict):
 
 
 class ThinkingConfig(Strict):
-    """``budget_tokens`` is a target: what bounds an answer is ``max_tokens``."""
+    """Thinking is ended behind ``budget_tokens``, if the model does not before."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(default=None, ge=1)
+    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_BUDGET)
     display: Literal["summarized"] | None = None
 
 
@@ -309,4 +310,5 @@ class MessagesRequest(CountRequest):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stop": self.stop_sequences,
+            "thinking_token_budget": self.thinking and self.thinking.budget_tokens,
         }

@@ -35,11 +35,13 @@ from experiments.mutations.engine.tests import (
     REMEMBERED,
     SEEN,
     STORE,
+    THOUGHTS,
     THREAD,
     TIERS_TESTS,
     TILE_TESTS,
     VERIFIED,
 )
+from experiments.mutations.engine.thoughts import BREAKS_OF_THOUGHTS
 from experiments.mutations.engine.thread import BREAKS_OF_THREAD
 
 ENGINE = Mutations(
@@ -54,6 +56,7 @@ ENGINE = Mutations(
         *BREAKS_OF_THREAD,
         *BREAKS_OF_SERVED,
         *BREAKS_OF_GUIDED,
+        *BREAKS_OF_THOUGHTS,
     ),
     tests=(
         *MEMORY,
@@ -71,6 +74,7 @@ ENGINE = Mutations(
         *HEAP,
         *PAGE,
         *GUIDED,
+        *THOUGHTS,
         *OPTIONS,
         *LIVING,
         *SEEN,

@@ -194,7 +194,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "rules that look back are drawn without the newest token",
         REQUEST,
-        "return self.num_drawn > 0 and self.params.needs_history",
+        "return self.num_drawn > 0 and looks_back",
         "return False",
         STEPS,
     ),

@@ -36,6 +36,7 @@ TILE_TESTS = "tests/kernels/test_packed.py"
 MACHINES = ("tests/engine/test_scheduler_machine.py",)
 
 GUIDED_TESTS = "tests/engine/test_guided.py"
+THOUGHT_TESTS = "tests/engine/test_thoughts.py"
 OPTIONS_TESTS = "tests/engine/server/test_options.py"
 LIVING_TESTS = "tests/engine/server/test_living.py"
 HEAP_TESTS = "tests/engine/server/test_heap.py"
@@ -57,6 +58,7 @@ POOL = (POOLS_TESTS, LAYER_TESTS)
 DRAFTS = (DRAFT_TESTS, *MACHINES)
 VERIFIED = (PLACES_TESTS, VERIFY_TESTS, DRAFT_TESTS)
 GUIDED = (GUIDED_TESTS,)
+THOUGHTS = (THOUGHT_TESTS,)
 OPTIONS = (OPTIONS_TESTS,)
 LIVING = (LIVING_TESTS,)
 HEAP = (HEAP_TESTS,)

@@ -62,6 +62,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "min_tokens": 17}, "min_tokens must not be above max_tokens"),
     ({"prompt": "x", "priority": 1}, "'priority' can not be 1"),
     ({"prompt": "x", "chat_template": "{{ x }}"}, "'chat_template' is not served here"),
+    ({"prompt": "x", "thinking_token_budget": 2**31}, "'thinking_token_budget' can not be 2147"),
     ({"prompt": "x", "prompt_logprobs": 99}, "'prompt_logprobs' can not be 99"),
     ({"prompt": "x", "best_of": 4}, "'best_of' is not served here"),
     (

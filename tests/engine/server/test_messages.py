@@ -193,6 +193,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "'web_search_20250305' tools do"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no tool 'g'"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "has a 'name'"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2**31}}, "'thinking.budget_tokens' can not"),
     ({"thinking": {"type": "enabled", "display": "omitted"}}, "'thinking.display' can not be"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": EPHEMERAL}] * 6}]},
@@ -232,6 +233,29 @@ def test_thinking_is_switched(say: Say) -> None:
     assert [block["type"] for block in on["content"]] == ["thinking", "text"]
     off = message(live, thinking={"type": "disabled"}, metadata={"user_id": "me"})
     assert off["content"] == [{"type": "text", "text": "a</think>b"}]
+
+
+@pytest.mark.parametrize("budget", [5, 40])
+def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
+    """As that of a chat does, whose tokens are told."""
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "How so?"}]}
+    chat = asked | {"max_tokens": 90, "chat_template_kwargs": {"enable_thinking": True}}
+    chat |= {"thinking_token_budget": budget, "return_token_ids": True}
+    [choice] = live.post("/v1/chat/completions", chat).json()["choices"]
+    assert choice["token_ids"][budget : budget + 4] == [10, 260, 10, 10]
+    assert 260 not in choice["token_ids"][:budget]
+    thinking = {"type": "enabled", "budget_tokens": budget}
+    [thoughts, text] = message(live, **asked, thinking=thinking, max_tokens=90)["content"]
+    assert thoughts["thinking"] == choice["message"]["reasoning_content"]
+    assert text["text"] == choice["message"]["content"]
+
+
+def test_a_form_that_is_asked_for_follows_thinking_that_is_ended(live: Live) -> None:
+    pytest.importorskip("llguidance")
+    body = {"messages": ASK["messages"], "chat_template_kwargs": {"enable_thinking": True}}
+    body |= {"max_tokens": 90, "thinking_token_budget": 9, "guided_choice": ["yes", "no"]}
+    [choice] = live.post("/v1/chat/completions", body).json()["choices"]
+    assert choice["message"]["content"].strip() in ("yes", "no")
 
 
 FIRST_ONLY = """\
