@@ -28,8 +28,6 @@ come with the head.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,122 +35,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.command.screen import start_screen
+from engine import EngineConfig, SamplingParams
 from engine.config import ConfigError
 from engine.drafts.drafter import Draft
-from engine.drafts.drafting import Drafting, Source
-from engine.drafts.pace import Pace
-from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingInput
-from engine.run.model_runner import ModelRunner
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
 from engine.run.sampler import Sampler
 from engine.schedule.plan import Task
-from engine.text.byte_tokenizer import ByteTokenizer
-
-MODEL = {
-    "model_type": "qwen3_next",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "max_position_embeddings": 2048,
-}
-MakeEngine = Callable[..., Engine]
-
-
-class Guesses:
-    """Right as far as ``how`` says of each step, then wrong."""
-
-    name = "guesses"
-
-    def __init__(
-        self,
-        how: Callable[[int, int], int] = lambda done, most: (most, most, 0, 1)[done * 5 // 3 % 4],
-    ):
-        self.how = how
-        self.futures: dict[bytes, list[int]] = {}
-
-    def learn(self, outputs: Sequence[RequestOutput]) -> None:
-        for output in outputs:
-            self.futures[output.prompt_token_ids.tobytes()] = [*output.token_ids, *range(40)]
-
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[np.ndarray]:
-        return [self.guess(request, most) for request, most in wanted]
-
-    def guess(self, request: Request, most: int) -> np.ndarray:
-        done = len(request.output)
-        future = self.futures[request.tokens[: request.prompt_len].tobytes()]
-        guesses = np.array(future[done : done + most], np.int32)
-        guesses[self.how(done, most) :] ^= 1
-        return guesses
-
-    def forget(self, request: Request) -> None:
-        pass
+from tests.engine.drafted import Guesses, MakeEngine, assert_same, guessing_engine, prompts
 
 
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
-    """An engine on seeded weights; with ``guesses`` these in place of what ``draft`` names. Memory
-    begins as NaN."""
-
-    def make(guesses: Guesses | None = None, **settings: Any) -> Engine:
-        (tmp_path / "config.json").write_text(json.dumps(MODEL))
-        settings = {
-            "model": str(tmp_path),
-            "load_format": "dummy",
-            "device": "cpu",
-            "cache_gib": 0.01,
-            "draft": "none" if guesses is None else "tree:5",
-            "check": True,
-            **settings,
-        }
-        config = EngineConfig(**settings)
-        runner = ModelRunner(config)
-        if runner.tensors.rows is not None:
-            runner.tensors.rows.fill_(255)
-        drafting = None
-        if guesses is not None:
-            source = Source(guesses, partial(Pace, 5))
-            drafting = Drafting([source], max_verified=config.num_step_states)
-        return Engine(
-            config,
-            runner=runner,
-            sampler=Sampler(runner.vocab_size),
-            tokenizer=ByteTokenizer(),
-            drafting=drafting,
-        )
-
-    return make
-
-
-def prompts() -> list[list[int]]:
-    rng = np.random.default_rng(5)
-    stem = rng.integers(0, 256, 130).tolist()
-    return [stem, stem[:64], stem[:65], [1], [*stem[:100], 7], rng.integers(0, 256, 50).tolist()]
-
-
-def assert_same(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
-    for one, other in zip(some, others, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.logprobs == other.logprobs
-        assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
-        assert one.cached_len == other.cached_len
+    return partial(guessing_engine, tmp_path)
 
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0, logprobs=3)
@@ -374,104 +268,3 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
 def test_a_wrong_word_says_what_would_work(word: str) -> None:
     with pytest.raises(ConfigError, match=r"tree .1 to 32 .*mtp .1 to 4 tokens, as in mtp:3.; not"):
         EngineConfig(draft=word)
-
-
-def test_states_are_planned_for_what_a_step_verifies() -> None:
-    assert EngineConfig(overlap="on").num_step_states == 0
-    assert EngineConfig(draft="tree").num_step_states == 4 * 9
-    assert EngineConfig(draft="tree:3", max_running=2).num_step_states == 8
-    assert EngineConfig(draft="tree,mtp:4").drafters == {"tree": 8, "mtp": 4}
-
-
-def test_only_steps_without_drafts_overlap(make_engine: MakeEngine) -> None:
-    """Where drafts do not pay the device is given the next step before this one is committed;
-    a step with drafts, and the one before it, are committed first. The answers are the same."""
-    params = SamplingParams(max_tokens=60, temperature=0, logprobs=2)
-    guesses = Guesses(lambda done, most: 0)
-    plain = make_engine().generate(prompts(), params)
-    guesses.learn(plain)
-    engine = make_engine(guesses, overlap="on")
-    told: list[tuple[bool, bool]] = []
-    forward = engine.runner.forward
-
-    def spy(batch: Any, *drawn: Any) -> Any:
-        drafts = any(segment.num_drafts for segment in batch.segments)
-        told.append((bool(batch.late_tokens), drafts))
-        return forward(batch, *drawn)
-
-    engine.runner.forward = spy  # type: ignore[method-assign]
-    (output,) = engine.generate(prompts()[:1], params)
-    assert (output.token_ids, output.logprobs) == (plain[0].token_ids, plain[0].logprobs)
-    assert output.drafts.drafted.total() >= 4
-    assert not any(is_late and drafts for is_late, drafts in told)
-    assert sum(is_late for is_late, _ in told) > 40
-    for (is_late, _), (_, drafts_before) in zip(told[1:], told, strict=False):
-        assert not (is_late and drafts_before)
-    outputs = engine.generate(prompts(), params)
-    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
-    assert [o.logprobs for o in outputs] == [o.logprobs for o in plain]
-
-
-def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: MakeEngine) -> None:
-    engine = make_engine(draft="tree:3")
-    engine.runner.weights_note = "seeded"
-    screen = start_screen(engine, "")
-    (line,) = [line for line in screen.splitlines() if line.startswith("  drafts")]
-    assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line
-    assert line.endswith("those that verify overlap with no other, and are no decode graphs")
-    assert "drafts" not in start_screen(make_engine(), "")
-
-
-def test_a_step_waits_for_drafts_whose_request_has_left() -> None:
-    """A runner commits the drafts of its newest batch alone. So nobody is computed between a step
-    and its drafts' commit, though nobody who runs wants a guess any more."""
-    guesses = Guesses(lambda done, most: most)
-    prompts = [list(range(100)), list(range(100, 200))]
-    engine = Engine(
-        EngineConfig(check=True, overlap="on"),
-        runner=OracleRunner(1024, 8),
-        sampler=OracleSampler(),
-        drafting=Drafting([Source(guesses, partial(Pace, 4))], max_verified=20),
-    )
-    told: list[int] = []
-    forward = engine.runner.forward
-
-    def spy(batch: Any, *drawn: Any) -> Any:
-        told.append(sum(segment.num_drafts for segment in batch.segments))
-        return forward(batch, *drawn)
-
-    engine.runner.forward = spy  # type: ignore[method-assign]
-    params = SamplingParams(max_tokens=40)
-    plain = Engine(EngineConfig(), runner=OracleRunner(1024, 8), sampler=OracleSampler())
-    expected = plain.generate(prompts, params)
-    guesses.learn(expected)
-    leaving = engine.submit(prompts[0], params)
-    while not (told and told[-1]):
-        engine.step()
-    engine.abort(leaving)
-    (output,) = engine.generate(prompts[1:], params)
-    assert output.token_ids == expected[1].token_ids
-
-
-def test_a_guess_takes_no_memory_from_others() -> None:
-    """There are rows for the next tokens of both, not for four guesses of the older: it goes on
-    without, and the younger is not preempted."""
-    guesses = Guesses(lambda done, most: most)
-    prompts = [list(range(100)), list(range(100, 200))]
-    params = [SamplingParams(max_tokens=60), SamplingParams(max_tokens=2)]
-
-    def serve(drafting: Drafting | None) -> list[RequestOutput]:
-        engine = Engine(
-            EngineConfig(check=True),
-            runner=OracleRunner(204, 8),
-            sampler=OracleSampler(),
-            drafting=drafting,
-        )
-        return engine.generate(prompts, params)
-
-    plain = serve(None)
-    guesses.learn(plain)
-    outputs = serve(Drafting([Source(guesses, partial(Pace, 4))], max_verified=20))
-    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
-    assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
-    assert outputs[0].drafts.accepted.total() > 40

@@ -4,7 +4,8 @@ were computed in one piece or resumed, alone or in company, verified or one by o
 
 Faults that other engines had or have where such a head meets a prefix cache of states, and what
 would notice each here (g: a_guess_depends_on_the_tokens_alone, p: numerics/test_prediction.py, m:
-test_scheduler_machine.py; those that have nothing to do with a head are in test_drafts.py):
+test_scheduler_machine.py, f: test_head_loading.py; those that have nothing to do with a head are in
+test_drafts.py):
 
 | fault | test |
 |---|---|
@@ -20,15 +21,15 @@ test_scheduler_machine.py; those that have nothing to do with a head are in test
 | an abort in the middle leaves rows or slots behind | what_happens_to_a_request, m |
 | decode graphs leave the head without its rows | recorded_steps_are_followed_too |
 | rows that wait to be computed go where another's are by then | rows_that_waited_are_those |
-| the head's pools are not counted: out of memory later | the_plan_counts_the_head |
-| the wrong weights, or none, and drafts that are never right | p, what_can_not_work_says_so |
+| the head's pools are not counted: out of memory later | the_plan_counts_the_head (f) |
+| the wrong weights, or none, and drafts that are never right | p, what_can_not_work_says_so (f) |
 | a drafter that is never right makes serving slow | test_drafters.py |
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -36,26 +37,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from engine import Engine, EngineConfig, Grammar, RequestOutput, RequestSpec, SamplingParams
+from engine import Grammar, RequestOutput, RequestSpec, SamplingParams
 from engine.drafts.drafter import Newest
 from engine.drafts.mtp import HeadDrafter
 from engine.requests.request import Request
 from engine.run.layers.parameters import Parameter
-from engine.run.loading import load_model
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
 from engine.run.predict import Predictor
-from engine.run.sampler import Sampler
-from engine.run.tensor_files import WeightsError
-from engine.run.warm_up import guesses as guesses_of
 from engine.run.weights import Dummy
 from engine.schedule.batch import Batch, Segment
-from engine.text.byte_tokenizer import ByteTokenizer
-from tests.engine.test_drafts import MODEL, assert_same, prompts
+from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
-Make = Callable[..., Engine]
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
 ASKED = {
     "greedy": GREEDY,
@@ -87,20 +79,8 @@ def guesses(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, list[int]]:
 
 
 @pytest.fixture
-def make_engine(tmp_path: Path) -> Make:
-    """An engine on seeded weights. Memory begins as NaN."""
-
-    def make(draft: str = "mtp", model: dict[str, Any] | None = None, **settings: Any) -> Engine:
-        (tmp_path / "config.json").write_text(json.dumps(MODEL | (model or {})))
-        settings = {"cache_gib": 0.01, "check": True, "load_format": "dummy", **settings}
-        config = EngineConfig(model=str(tmp_path), device="cpu", draft=draft, **settings)
-        runner = ModelRunner(config)
-        if runner.tensors.rows is not None:
-            runner.tensors.rows.fill_(255)
-        sampler = Sampler(runner.vocab_size)
-        return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
-
-    return make
+def make_engine(tmp_path: Path) -> MakeEngine:
+    return partial(engine_with_head, tmp_path)
 
 
 @pytest.fixture
@@ -140,7 +120,7 @@ def accepted(outputs: Sequence[RequestOutput]) -> int:
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("draft", ["mtp:4", "tree,mtp:2"])
 def test_drafts_of_a_head_change_nothing(
-    asked: str, draft: str, make_engine: Make, guesses: Any, eager: None
+    asked: str, draft: str, make_engine: MakeEngine, guesses: Any, eager: None
 ) -> None:
     params, plain, drafted = ASKED[asked], make_engine("none"), make_engine(draft)
     for _ in range(2):
@@ -164,7 +144,7 @@ def test_drafts_of_a_head_change_nothing(
     ids=["bfloat16", "pools", "reference"],
 )
 def test_a_guess_depends_on_the_tokens_alone(
-    numbers: dict[str, Any], make_engine: Make, guesses: dict[bytes, list[int]], eager: None
+    numbers: dict[str, Any], make_engine: MakeEngine, guesses: dict[bytes, list[int]], eager: None
 ) -> None:
     """Cold and after hits, in company of many and of few, one token ahead and four, after
     verifications of few and of many tokens: what is seen again is compared by ``guesses``."""
@@ -183,7 +163,7 @@ def test_a_guess_depends_on_the_tokens_alone(
 @pytest.mark.parametrize("head", ["random", "right"])
 @pytest.mark.parametrize("draft", ["mtp:3", "tree,mtp"])
 def test_grammars_and_a_head(
-    head: str, draft: str, make_engine: Make, eager: None, request: pytest.FixtureRequest
+    head: str, draft: str, make_engine: MakeEngine, eager: None, request: pytest.FixtureRequest
 ) -> None:
     """Guesses that a grammar forbids are cut, and what is left changes no answer, guided or not:
     the second time, with the tree full of the first answers, too."""
@@ -217,7 +197,7 @@ def assert_same_answers(some: Sequence[RequestOutput], others: Sequence[RequestO
         assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
 
 
-def test_hits_are_those_without_drafts(make_engine: Make) -> None:
+def test_hits_are_those_without_drafts(make_engine: MakeEngine) -> None:
     reports = []
     for draft in ("none", "mtp", "tree,mtp"):
         engine = make_engine(draft)
@@ -228,7 +208,7 @@ def test_hits_are_those_without_drafts(make_engine: Make) -> None:
     assert reports[0][0][0] == 128
 
 
-def test_a_right_head_is_right_after_a_hit(make_engine: Make, right_head: None) -> None:
+def test_a_right_head_is_right_after_a_hit(make_engine: MakeEngine, right_head: None) -> None:
     """Three of three guesses from the first step on, cold and resumed; what was resumed from is not
     computed again."""
     engine = make_engine("mtp:3")
@@ -256,7 +236,7 @@ def test_a_right_head_is_right_after_a_hit(make_engine: Make, right_head: None) 
 
 
 def test_recorded_steps_are_followed_too(
-    make_engine: Make, guesses: dict[bytes, list[int]]
+    make_engine: MakeEngine, guesses: dict[bytes, list[int]]
 ) -> None:
     """A drafter that is never right rests: the steps in between are single ones, recorded where
     kernels are native, and made ahead where steps overlap. Then it tries again, and guesses as
@@ -276,7 +256,7 @@ def test_recorded_steps_are_followed_too(
 
 
 @pytest.mark.parametrize("graphs", ["off", "auto"])
-def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Make) -> None:
+def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: MakeEngine) -> None:
     """Bit for bit, whatever made an end of the waiting: a guess, a step that does something else,
     a row that goes to another request, or that no more may wait."""
     pools: list[list[torch.Tensor]] = []
@@ -345,7 +325,7 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
 
 
 def test_no_more_rows_wait_than_there_is_room_for(
-    make_engine: Make, guesses: Any, monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, guesses: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for one step of all, and with room for many: the guesses after a rest are those of
     the same tokens."""
@@ -373,7 +353,7 @@ def count_moves(runner: Any) -> list[Any]:
 
 @pytest.mark.parametrize("head", ["random", "right"])
 def test_what_happens_to_a_request(
-    head: str, make_engine: Make, guesses: Any, request: pytest.FixtureRequest
+    head: str, make_engine: MakeEngine, guesses: Any, request: pytest.FixtureRequest
 ) -> None:
     """Preemptions, rows that move, stops inside an accepted run, aborts, and a next turn."""
     if head == "right":
@@ -404,81 +384,9 @@ def test_what_happens_to_a_request(
         assert engine.report().kv.held == engine.report().slots.held == 0
 
 
-def test_the_plan_counts_the_head(make_engine: Make) -> None:
-    plain, drafted = (make_engine(draft).runner for draft in ("none", "mtp:3"))
-    head, hidden = 2 * MODEL["head_dim"], MODEL["hidden_size"]
-    before, after = plain.geometry, drafted.geometry
-    assert after.kv_bytes_per_token - before.kv_bytes_per_token == 4 * head
-    assert after.state_bytes - before.state_bytes == 4 * hidden
-    assert after.num_full_layers == before.num_full_layers == 2
-    assert after.num_linear_layers == before.num_linear_layers == 2
-    assert drafted.memory.row_bytes == after.kv_bytes_per_token
-    assert drafted.memory.state_bytes == after.state_bytes
-    rows = drafted.tensors.rows
-    assert rows is not None
-    assert len(rows) == drafted.tensors.padding_row + 1 + 3 * drafted.max_running_rows
-
-
-def test_a_warm_up_rehearses_guesses(make_engine: Make) -> None:
-    """On padding: nobody's row or state is touched."""
-    runner = make_engine("mtp:3").runner
-    before = runner.tensors.rows[: runner.memory.num_kv_tokens].clone()
-    rehearsed = guesses_of(runner)
-    assert [len(newest) for newest in rehearsed] == [4, 3, 2, 1]
-    for newest in rehearsed:
-        assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
-    assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
-    assert guesses_of(make_engine("tree").runner) == []
-
-
-def test_what_can_not_work_says_so(tmp_path: Path, make_engine: Make) -> None:
-    config = {**MODEL, "model_type": "qwen3", "num_experts": 0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
-    with pytest.raises(ModelError, match="Qwen3 is served without: use draft tree, or none"):
-        ModelRunner(EngineConfig(draft="mtp", load_format="dummy", **settings))
-    (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use draft tree, or none"):
-        ModelRunner(EngineConfig(draft="mtp", **settings))
-    assert make_engine("none").runner.geometry.num_full_layers == 2
-
-
-def test_files_give_the_head_its_weights(tmp_path: Path, make_engine: Make) -> None:
-    """Every ``mtp.*`` tensor is read, and one too many or too few is named."""
-    runner = make_engine("mtp").runner
-    family, build = type(runner.model), runner.model.build
-    options = {"load_format": "dummy", "num_workers": 1, "seed": 5}
-    tensors: dict[str, torch.Tensor] = {}
-
-    def keep(self: Dummy, layer: Any) -> None:
-        for name, parameter in layer.parameters():
-            self.draw(name, parameter)
-            tensors[name] = parameter.target.clone()
-            if parameter.rows is not None:
-                tensors[name][parameter.rows] = parameter.target
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dummy, "fill", keep)
-        seeded = load_model(None, family, runner.config, build, with_head=True, **options)
-    save_file(tensors, tmp_path / "model.safetensors")
-    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
-    loaded = ModelRunner(EngineConfig(**settings))
-    embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
-    ours, theirs = (head._enter(embedded, before) for head in (loaded._head, seeded.head))
-    assert torch.equal(ours, theirs)
-    save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):
-        ModelRunner(EngineConfig(**settings))
-    del tensors["mtp.layers.0.self_attn.k_norm.weight"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"1 missing: mtp\.layers\.0\.self_attn\.k_norm\.weight"):
-        ModelRunner(EngineConfig(**settings))
-    plain = ModelRunner(EngineConfig(**(settings | {"draft": "none"})))
-    assert "tensors left alone (mtp.fc.weight" in plain.weights_note
-
-
-def test_sampled_answers_are_those_of_their_seeds(make_engine: Make, right_head: None) -> None:
+def test_sampled_answers_are_those_of_their_seeds(
+    make_engine: MakeEngine, right_head: None
+) -> None:
     """A guess is taken where the draw falls on it, and draws are by seed and place: so with a head
     that is often right the tokens are those without drafts, in company too."""
     params = [SamplingParams(max_tokens=25, temperature=1.5, seed=seed) for seed in range(6)]

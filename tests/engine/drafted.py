@@ -1,0 +1,130 @@
+"""Engines that guess, on a small real model with seeded weights whose memory begins as NaN, and
+what they are asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import Engine, EngineConfig, RequestOutput
+from engine.drafts.drafting import Drafting, Source
+from engine.drafts.pace import Pace
+from engine.requests.request import Request
+from engine.run.model_runner import ModelRunner
+from engine.run.sampler import Sampler
+from engine.text.byte_tokenizer import ByteTokenizer
+
+MODEL = {
+    "model_type": "qwen3_next",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "max_position_embeddings": 2048,
+}
+MakeEngine = Callable[..., Engine]
+
+
+class Guesses:
+    """Right as far as ``how`` says of each step, then wrong."""
+
+    name = "guesses"
+
+    def __init__(
+        self,
+        how: Callable[[int, int], int] = lambda done, most: (most, most, 0, 1)[done * 5 // 3 % 4],
+    ):
+        self.how = how
+        self.futures: dict[bytes, list[int]] = {}
+
+    def learn(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            self.futures[output.prompt_token_ids.tobytes()] = [*output.token_ids, *range(40)]
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[np.ndarray]:
+        return [self.guess(request, most) for request, most in wanted]
+
+    def guess(self, request: Request, most: int) -> np.ndarray:
+        done = len(request.output)
+        future = self.futures[request.tokens[: request.prompt_len].tobytes()]
+        guesses = np.array(future[done : done + most], np.int32)
+        guesses[self.how(done, most) :] ^= 1
+        return guesses
+
+    def forget(self, request: Request) -> None:
+        pass
+
+
+def guessing_engine(directory: Path, guesses: Guesses | None = None, **settings: Any) -> Engine:
+    """With ``guesses`` these in place of what ``draft`` names."""
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    settings = {
+        "model": str(directory),
+        "load_format": "dummy",
+        "device": "cpu",
+        "cache_gib": 0.01,
+        "draft": "none" if guesses is None else "tree:5",
+        "check": True,
+        **settings,
+    }
+    config = EngineConfig(**settings)
+    runner = ModelRunner(config)
+    if runner.tensors.rows is not None:
+        runner.tensors.rows.fill_(255)
+    drafting = None
+    if guesses is not None:
+        source = Source(guesses, partial(Pace, 5))
+        drafting = Drafting([source], max_verified=config.num_step_states)
+    return Engine(
+        config,
+        runner=runner,
+        sampler=Sampler(runner.vocab_size),
+        tokenizer=ByteTokenizer(),
+        drafting=drafting,
+    )
+
+
+def engine_with_head(
+    directory: Path, draft: str = "mtp", model: dict[str, Any] | None = None, **settings: Any
+) -> Engine:
+    """Of a model that has a multi-token head of its own."""
+    (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
+    settings = {"cache_gib": 0.01, "check": True, "load_format": "dummy", **settings}
+    config = EngineConfig(model=str(directory), device="cpu", draft=draft, **settings)
+    runner = ModelRunner(config)
+    if runner.tensors.rows is not None:
+        runner.tensors.rows.fill_(255)
+    sampler = Sampler(runner.vocab_size)
+    return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    stem = rng.integers(0, 256, 130).tolist()
+    return [stem, stem[:64], stem[:65], [1], [*stem[:100], 7], rng.integers(0, 256, 50).tolist()]
+
+
+def assert_same(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+        assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+        assert one.cached_len == other.cached_len

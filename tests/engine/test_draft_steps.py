@@ -1,0 +1,124 @@
+"""What drafts do to the steps around them: which overlap, whose memory they may have, and what the
+start says of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.command.screen import start_screen
+from engine.drafts.drafting import Drafting, Source
+from engine.drafts.pace import Pace
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
+from tests.engine.drafted import Guesses, MakeEngine, guessing_engine, prompts
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> MakeEngine:
+    return partial(guessing_engine, tmp_path)
+
+
+def test_states_are_planned_for_what_a_step_verifies() -> None:
+    assert EngineConfig(overlap="on").num_step_states == 0
+    assert EngineConfig(draft="tree").num_step_states == 4 * 9
+    assert EngineConfig(draft="tree:3", max_running=2).num_step_states == 8
+    assert EngineConfig(draft="tree,mtp:4").drafters == {"tree": 8, "mtp": 4}
+
+
+def test_only_steps_without_drafts_overlap(make_engine: MakeEngine) -> None:
+    """Where drafts do not pay the device is given the next step before this one is committed;
+    a step with drafts, and the one before it, are committed first. The answers are the same."""
+    params = SamplingParams(max_tokens=60, temperature=0, logprobs=2)
+    guesses = Guesses(lambda done, most: 0)
+    plain = make_engine().generate(prompts(), params)
+    guesses.learn(plain)
+    engine = make_engine(guesses, overlap="on")
+    told: list[tuple[bool, bool]] = []
+    forward = engine.runner.forward
+
+    def spy(batch: Any, *drawn: Any) -> Any:
+        drafts = any(segment.num_drafts for segment in batch.segments)
+        told.append((bool(batch.late_tokens), drafts))
+        return forward(batch, *drawn)
+
+    engine.runner.forward = spy  # type: ignore[method-assign]
+    (output,) = engine.generate(prompts()[:1], params)
+    assert (output.token_ids, output.logprobs) == (plain[0].token_ids, plain[0].logprobs)
+    assert output.drafts.drafted.total() >= 4
+    assert not any(is_late and drafts for is_late, drafts in told)
+    assert sum(is_late for is_late, _ in told) > 40
+    for (is_late, _), (_, drafts_before) in zip(told[1:], told, strict=False):
+        assert not (is_late and drafts_before)
+    outputs = engine.generate(prompts(), params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert [o.logprobs for o in outputs] == [o.logprobs for o in plain]
+
+
+def test_the_start_says_what_drafts_take_and_what_they_exclude(make_engine: MakeEngine) -> None:
+    engine = make_engine(draft="tree:3")
+    engine.runner.weights_note = "seeded"
+    screen = start_screen(engine, "")
+    (line,) = [line for line in screen.splitlines() if line.startswith("  drafts")]
+    assert "tree:3: up to 3 tokens a request; up to 16 verified a step, whose states take" in line
+    assert line.endswith("those that verify overlap with no other, and are no decode graphs")
+    assert "drafts" not in start_screen(make_engine(), "")
+
+
+def test_a_step_waits_for_drafts_whose_request_has_left() -> None:
+    """A runner commits the drafts of its newest batch alone. So nobody is computed between a step
+    and its drafts' commit, though nobody who runs wants a guess any more."""
+    guesses = Guesses(lambda done, most: most)
+    prompts = [list(range(100)), list(range(100, 200))]
+    engine = Engine(
+        EngineConfig(check=True, overlap="on"),
+        runner=OracleRunner(1024, 8),
+        sampler=OracleSampler(),
+        drafting=Drafting([Source(guesses, partial(Pace, 4))], max_verified=20),
+    )
+    told: list[int] = []
+    forward = engine.runner.forward
+
+    def spy(batch: Any, *drawn: Any) -> Any:
+        told.append(sum(segment.num_drafts for segment in batch.segments))
+        return forward(batch, *drawn)
+
+    engine.runner.forward = spy  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=40)
+    plain = Engine(EngineConfig(), runner=OracleRunner(1024, 8), sampler=OracleSampler())
+    expected = plain.generate(prompts, params)
+    guesses.learn(expected)
+    leaving = engine.submit(prompts[0], params)
+    while not (told and told[-1]):
+        engine.step()
+    engine.abort(leaving)
+    (output,) = engine.generate(prompts[1:], params)
+    assert output.token_ids == expected[1].token_ids
+
+
+def test_a_guess_takes_no_memory_from_others() -> None:
+    """There are rows for the next tokens of both, not for four guesses of the older: it goes on
+    without, and the younger is not preempted."""
+    guesses = Guesses(lambda done, most: most)
+    prompts = [list(range(100)), list(range(100, 200))]
+    params = [SamplingParams(max_tokens=60), SamplingParams(max_tokens=2)]
+
+    def serve(drafting: Drafting | None) -> list[RequestOutput]:
+        engine = Engine(
+            EngineConfig(check=True),
+            runner=OracleRunner(204, 8),
+            sampler=OracleSampler(),
+            drafting=drafting,
+        )
+        return engine.generate(prompts, params)
+
+    plain = serve(None)
+    guesses.learn(plain)
+    outputs = serve(Drafting([Source(guesses, partial(Pace, 4))], max_verified=20))
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+    assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
+    assert outputs[0].drafts.accepted.total() > 40

@@ -1,0 +1,101 @@
+"""A model's own multi-token head as it is loaded: its weights, its part of memory and of the
+warm-up, and what is said where it can not work."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine import EngineConfig
+from engine.run.loading import load_model
+from engine.run.model_config import ModelError
+from engine.run.model_runner import ModelRunner
+from engine.run.tensor_files import WeightsError
+from engine.run.warm_up import guesses as guesses_of
+from engine.run.weights import Dummy
+from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> MakeEngine:
+    return partial(engine_with_head, tmp_path)
+
+
+def test_the_plan_counts_the_head(make_engine: MakeEngine) -> None:
+    plain, drafted = (make_engine(draft).runner for draft in ("none", "mtp:3"))
+    head, hidden = 2 * MODEL["head_dim"], MODEL["hidden_size"]
+    before, after = plain.geometry, drafted.geometry
+    assert after.kv_bytes_per_token - before.kv_bytes_per_token == 4 * head
+    assert after.state_bytes - before.state_bytes == 4 * hidden
+    assert after.num_full_layers == before.num_full_layers == 2
+    assert after.num_linear_layers == before.num_linear_layers == 2
+    assert drafted.memory.row_bytes == after.kv_bytes_per_token
+    assert drafted.memory.state_bytes == after.state_bytes
+    rows = drafted.tensors.rows
+    assert rows is not None
+    assert len(rows) == drafted.tensors.padding_row + 1 + 3 * drafted.max_running_rows
+
+
+def test_a_warm_up_rehearses_guesses(make_engine: MakeEngine) -> None:
+    """On padding: nobody's row or state is touched."""
+    runner = make_engine("mtp:3").runner
+    before = runner.tensors.rows[: runner.memory.num_kv_tokens].clone()
+    rehearsed = guesses_of(runner)
+    assert [len(newest) for newest in rehearsed] == [4, 3, 2, 1]
+    for newest in rehearsed:
+        assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
+    assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
+    assert guesses_of(make_engine("tree").runner) == []
+
+
+def test_what_can_not_work_says_so(tmp_path: Path, make_engine: MakeEngine) -> None:
+    config = {**MODEL, "model_type": "qwen3", "num_experts": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
+    with pytest.raises(ModelError, match="Qwen3 is served without: use draft tree, or none"):
+        ModelRunner(EngineConfig(draft="mtp", load_format="dummy", **settings))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use draft tree, or none"):
+        ModelRunner(EngineConfig(draft="mtp", **settings))
+    assert make_engine("none").runner.geometry.num_full_layers == 2
+
+
+def test_files_give_the_head_its_weights(tmp_path: Path, make_engine: MakeEngine) -> None:
+    """Every ``mtp.*`` tensor is read, and one too many or too few is named."""
+    runner = make_engine("mtp").runner
+    family, build = type(runner.model), runner.model.build
+    options = {"load_format": "dummy", "num_workers": 1, "seed": 5}
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(self: Dummy, layer: Any) -> None:
+        for name, parameter in layer.parameters():
+            self.draw(name, parameter)
+            tensors[name] = parameter.target.clone()
+            if parameter.rows is not None:
+                tensors[name][parameter.rows] = parameter.target
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dummy, "fill", keep)
+        seeded = load_model(None, family, runner.config, build, with_head=True, **options)
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
+    loaded = ModelRunner(EngineConfig(**settings))
+    embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
+    ours, theirs = (head._enter(embedded, before) for head in (loaded._head, seeded.head))
+    assert torch.equal(ours, theirs)
+    save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):
+        ModelRunner(EngineConfig(**settings))
+    del tensors["mtp.layers.0.self_attn.k_norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"1 missing: mtp\.layers\.0\.self_attn\.k_norm\.weight"):
+        ModelRunner(EngineConfig(**settings))
+    plain = ModelRunner(EngineConfig(**(settings | {"draft": "none"})))
+    assert "tensors left alone (mtp.fc.weight" in plain.weights_note
