@@ -41,6 +41,7 @@ import torch
 from engine import Grammar, RequestOutput, RequestSpec, SamplingParams
 from engine.drafts.drafter import Newest
 from engine.drafts.mtp import HeadDrafter
+from engine.drafts.tries import MIN_REST
 from engine.requests.request import Request
 from engine.run.layers.parameters import Parameter
 from engine.run.predict import Predictor
@@ -353,11 +354,16 @@ def count_moves(runner: Any) -> list[Any]:
 
 @pytest.mark.parametrize("head", ["random", "right"])
 def test_what_happens_to_a_request(
-    head: str, make_engine: MakeEngine, guesses: Any, request: pytest.FixtureRequest
+    head: str,
+    make_engine: MakeEngine,
+    guesses: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Preemptions, rows that move, stops inside an accepted run, aborts, and a next turn."""
     if head == "right":
         request.getfixturevalue("right_head")
+    monkeypatch.setattr("engine.drafts.tries.MAX_GAP", MIN_REST)  # Short requests are tried too.
     params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
     model = {"num_experts": 0}
     plain = make_engine("none", model=model, prefix_cache="none").generate(prompts(), params)
