@@ -163,9 +163,11 @@ def _the_header(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> 
 
 
 def _both_kinds(draw: random.Random, header: dict[str, Any], arrays: Arrays) -> None:
-    if all(name in arrays and len(arrays[name]) for name in ("checkpoint", "lost")):
-        at = draw.randrange(len(arrays["lost"]))
-        arrays["lost"][at] = arrays["checkpoint"][(at - 1) % len(arrays["checkpoint"])]
+    lost, checkpoint = arrays.get("lost"), arrays.get("checkpoint")
+    if lost is None or checkpoint is None or lost.shape != checkpoint.shape or not len(lost):
+        return  # Another change came before.
+    at = draw.randrange(len(lost))
+    lost[at] = checkpoint[at - 1]
 
 
 CHANGES: tuple[Change, ...] = (
