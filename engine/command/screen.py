@@ -136,7 +136,7 @@ def _draft_words(config: EngineConfig, step_state_bytes: int) -> str:
     return (
         f"{config.draft}: up to {counted(config.draft_len, 'token')} a request; up to "
         f"{config.num_step_states} verified a step{states}; those that verify overlap with no "
-        "other, and are no decode graphs"
+        "other"
     )
 
 

@@ -6,7 +6,7 @@ where they are, and sizes are rounded up to buckets; what is too much is padding
 writes the padding rows and slots of the pools.
 
 - `DecodeGraphs`: a step in which everybody decodes is one graph.
-- `VerifyGraphs`: so is, on a CPU, one in which some have drafts.
+- `verify_graphs.VerifyGraphs`: so is one in which some have drafts.
 - `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers
   between them, whose launches depend on the sequences' lengths, are launched one by one.
 
@@ -25,16 +25,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.run.layers.inputs import DecodePart, LayerInputs, VerifyPart, tokens_before
+from engine.run.layers.inputs import DecodePart, LayerInputs
 from engine.run.layers.residual import Mixer
 from engine.run.layers.rotary import RotaryTable
 from engine.run.layers.stepwise import mix
 from engine.run.memory import Memory, RequestTable
 from engine.run.models.decoder import Decoder
-from engine.run.running_states import RunningStates
 from engine.schedule.batch import Segment
 from kernels.attention.sequences import Sequences
-from kernels.packed import Packed, running_sum
 from kernels.upload import upload
 
 Replay = Callable[[], None]
@@ -50,9 +48,6 @@ PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens. In a step of more than the last the device has more to do than the host, and needs no
 graph."""
 
-VERIFY_BUCKETS = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64)
-"""Tokens: every length of one sequence with its drafts, where that is the default's."""
-
 
 def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
     """Those below ``most_tokens``, and it: no step is larger."""
@@ -65,6 +60,11 @@ def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
     ascend."""
     rank = bisect_left(buckets, size)
     return buckets[rank] if rank < len(buckets) else None
+
+
+def kv_bounds(max_model_len: int) -> tuple[int, ...]:
+    """Those of ``KV_BOUNDS`` below ``max_model_len``, and it."""
+    return (*(bound for bound in KV_BOUNDS if bound < max_model_len), max_model_len)
 
 
 def decode_buckets(max_running: int) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ class DecodeGraphs:
         self._forward, self._head = forward, model.head
         self._table, self._rotary, self._record = table, rotary, record
         self._sizes = decode_buckets(max_running)
-        self._bounds = (*(b for b in KV_BOUNDS if b < max_model_len), max_model_len)
+        self._bounds = kv_bounds(max_model_len)
         self._replays: dict[tuple[int, int], Replay] = {}
         slot = memory.padding_slot or 0
         column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot])
@@ -176,111 +176,6 @@ class DecodeGraphs:
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 
         self._replays[bucket] = self._record(work)
-
-
-class VerifyGraphs:
-    """Steps of decoding sequences of which some have drafts, recorded on a CPU: the native kernels
-    read all lengths where they lie, so a graph is one for a number of tokens, however many
-    sequences share them. A sequence without drafts is one of one token, whose state moves on in its
-    own slot.
-
-    ``record`` does what it records, so the first step of a size costs no second one.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        forward: Forward,
-        memory: Memory,
-        table: RequestTable,
-        rotary: RotaryTable,
-        running: RunningStates,
-        record: Record,
-    ) -> None:
-        self._forward, self._head, self._memory = forward, model.head, memory
-        self._running = running
-        self._table, self._rotary, self._record = table, rotary, record
-        self._replays: dict[int, Replay] = {}
-        most = VERIFY_BUCKETS[-1]
-        self._tokens = torch.zeros(4, most, dtype=torch.int64)
-        """Id, position and KV index of each token, and which one comes before it."""
-        self._tables = torch.zeros(5, most + 1, dtype=torch.int32)
-        """The slot of the state after each token; row, KV length and slot of each sequence; and
-        where the sequences begin."""
-        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
-
-    def run(self, segments: Sequence[Segment]) -> torch.Tensor | None:
-        """Logits of every token, ``[num_tokens, vocab]``, or None for more than any bucket
-        holds."""
-        count = sum(len(segment.token_ids) for segment in segments)
-        size = bucket_for(count, VERIFY_BUCKETS)
-        if size is None:
-            return None
-        self._fill(segments, size)
-        if size in self._replays:
-            self._replays[size]()
-        else:
-            self._replays[size] = self._recorded(size)
-        return self._logits[:count].clone()
-
-    def capture(self) -> None:
-        """Make the smallest graph. Computes on padding."""
-        self._fill((), VERIFY_BUCKETS[0])
-        self._replays[VERIFY_BUCKETS[0]] = self._recorded(VERIFY_BUCKETS[0])
-
-    def _fill(self, segments: Sequence[Segment], size: int) -> None:
-        """What is missing to ``size`` tokens is one sequence of padding."""
-        tokens, tables = self._tokens.numpy(), self._tables.numpy()
-        memory, host = self._memory, self._table.host
-        step_slots = iter(self._running.step_slots)
-        firsts = running_sum([len(segment.token_ids) for segment in segments])
-        for b, segment in enumerate(segments):
-            own = slice(firsts[b], firsts[b + 1])
-            tokens[0, own] = segment.token_ids
-            tokens[1, own] = np.arange(segment.start, segment.end)
-            tokens[2, own] = host[segment.row, segment.start : segment.end]
-            slot = segment.slot or 0
-            tables[0, own] = slot
-            if segment.num_drafts and memory.states:
-                tables[0, own] = next(step_slots)
-            tables[1:4, b] = segment.row, segment.end, self._running.at(slot)
-        count, slot = firsts[-1], memory.padding_slot or 0
-        tokens[3, :count] = tokens_before([len(segment.token_ids) for segment in segments], size)
-        for part, padding in zip(tokens, (0, 0, memory.padding_row, 0), strict=True):
-            part[count:size] = padding
-        tables[0, count:size] = slot
-        columns = (self._table.padding_row, size - count, slot)
-        for part, padding in zip(tables[1:4], columns, strict=True):
-            part[len(segments) : size] = padding
-        tables[4, : len(firsts)] = firsts
-        tables[4, len(firsts) : size + 1] = size
-
-    def _recorded(self, size: int) -> Replay:
-        """Compute the step that is filled in; what computes another one."""
-        token_ids, positions, kv_indices, before = self._tokens[:, :size].unbind()
-        step_slots, rows, kv_lens, slots = self._tables[:4, :size].unbind()
-        ones = (1,) * size
-        packed = replace(Packed.from_lengths(ones), cu_seqlens=self._tables[4, : size + 1])
-        sequences = Sequences(rows=ones, kv_lens=ones, row_table=rows, kv_len_table=kv_lens)
-
-        def work() -> None:
-            cos, sin = self._rotary(positions)
-            step = LayerInputs(
-                num_tokens=size,
-                num_decode=0,
-                num_rows=size,
-                cos=cos,
-                sin=sin,
-                kv_indices=kv_indices,
-                table=self._table.device,
-                decode=None,
-                prefill=None,
-                num_verify=size,
-                verify=VerifyPart(packed, sequences, slots, step_slots, before),
-            )
-            self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
-
-        return self._record(work)
 
 
 class PrefillGraphs:

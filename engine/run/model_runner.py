@@ -16,11 +16,10 @@ from engine.run.backends import Kernels
 from engine.run.checkpoints import STAGING_BYTES
 from engine.run.copies import Copies
 from engine.run.device import Device
-from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs
+from engine.run.graphs import DecodeGraphs, PrefillGraphs, Record
 from engine.run.identity import identity_of
 from engine.run.layers.inputs import LayerInputs
 from engine.run.layers.parameters import Build, WeightSpec
-from engine.run.layers.residual import verifies
 from engine.run.layers.rotary import RotaryTable
 from engine.run.loading import DTYPES, load_model, resolve_dtype
 from engine.run.lower import LowerRows
@@ -33,6 +32,7 @@ from engine.run.ranks.rank import ALONE, Rank
 from engine.run.running_states import RunningStates
 from engine.run.step_inputs import StepInputs
 from engine.run.unit import Unit
+from engine.run.verify_graphs import VerifyGraphs
 from engine.run.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, logit_rows, pieces
 from engine.store.disk import Disk
@@ -156,7 +156,7 @@ class ModelRunner:
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
         del self.tensors, self.table, self._rotary, self.step_inputs, self.unit
-        del self._predictor, self.graphs, self._copies, self.running
+        del self._predictor, self.graphs, self.verify_graphs, self._copies, self.running
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
@@ -215,9 +215,9 @@ class ModelRunner:
         return self.table.host[row, :end]
 
     def use_graphs(self, word: str, record: Record | None = None) -> None:
-        """Capture decode steps (``decode``), prefills too (``all``), what the device can
-        (``auto``), or nothing (``off``). On a CPU a decode step is recorded where all its kernels
-        are native.
+        """Capture decode steps, with drafts or without (``decode``), prefills too (``all``), what
+        the device can (``auto``), or nothing (``off``). On a CPU decode steps are recorded where
+        all their kernels are native.
 
         ``record`` in place of the device's own. Raises ModelError for a device without graphs, and
         where a kernel is the reference, which reads lengths on the host: a graph would repeat those
@@ -236,7 +236,7 @@ class ModelRunner:
                     return
                 raise ModelError(f"{obstacle}; use --graphs off.")
             record = self.device.recorder()
-        decodes = self._decode_graphs(record)
+        decodes, self.verify_graphs = self._decode_graphs(record)
         prefills = None
         if word != "decode":
             prefills = PrefillGraphs(
@@ -244,32 +244,36 @@ class ModelRunner:
             )
         self.graphs = decodes, prefills
 
-    def _decode_graphs(self, record: Record) -> DecodeGraphs:
-        return DecodeGraphs(
-            self.model,
-            self._forward,
-            self.tensors,
-            self.table,
-            self._rotary,
-            record,
-            max_running=self.max_running_rows,
-            max_model_len=self.max_model_len,
+    def _decode_graphs(
+        self, record: Record, *, is_native: bool = False
+    ) -> tuple[DecodeGraphs, VerifyGraphs | None]:
+        """Of steps without drafts, and with."""
+        parts = self.model, self._forward, self.tensors, self.table, self._rotary
+        decodes = DecodeGraphs(
+            *parts, record, max_running=self.max_running_rows, max_model_len=self.max_model_len
         )
+        verifies = VerifyGraphs.of(
+            *parts,
+            self.running,
+            record,
+            sizes=self.sizes,
+            draft_len=self._config.draft_len,
+            max_verified=self.num_step_states,
+            is_native=is_native,
+        )
+        return decodes, verifies
 
     @torch.inference_mode()
     def _record_decode(self) -> bool:
         """Have decode steps recorded, where all they compute are native kernels; whether they
-        are. Of those that verify, too, where all mixers can: ``stepwise`` reads lengths on the
-        host."""
+        are."""
         if self.kernels.words().get("linear") != "native":
             return False
-        decodes = self._decode_graphs(record_native)
-        parts = self.model, self._forward, self.tensors, self.table, self._rotary
-        verify_graphs = VerifyGraphs(*parts, self.running, record_native)
+        decodes, verify_graphs = self._decode_graphs(record_native, is_native=True)
         try:
             decodes.capture(decodes.buckets[-1])
-            if self.num_step_states and all(verifies(step.block) for step in self.model.mixers):
-                verify_graphs.capture()
+            if verify_graphs is not None:
+                verify_graphs.capture(verify_graphs.buckets[-1])
                 self.verify_graphs = verify_graphs
             if self._predictor is not None:
                 self._predictor.record(record_native)

@@ -33,6 +33,8 @@ class WarmUp:
 
     num_steps: int
     num_decode_graphs: int
+    num_verify_graphs: int
+    """Of steps in which some have drafts."""
     num_prefill_graphs: int
     """A bucket of prefills counts once; it has a graph per layer and one more."""
     num_bytes: int
@@ -41,13 +43,15 @@ class WarmUp:
 
     def describe(self) -> str:
         """
-        >>> WarmUp(31, 25, 8, 2**29, 41.5).describe()
+        >>> WarmUp(31, 25, 0, 8, 2**29, 41.5).describe()
         '25 decode graphs, 8 prefill graphs and 31 steps in 41.50 s, 512.0 MiB'
         """
         parts = [
             counted(self.num_decode_graphs, "decode graph"),
             counted(self.num_prefill_graphs, "prefill graph"),
         ]
+        if self.num_verify_graphs:
+            parts.insert(1, counted(self.num_verify_graphs, "verify graph"))
         steps = counted(self.num_steps, "step")
         taken = f"{format_seconds(self.seconds)}, {format_bytes(self.num_bytes)}"
         return f"{', '.join(parts)} and {steps} in {taken}"
@@ -58,17 +62,19 @@ def warm_up(runner: ModelRunner) -> WarmUp:
     """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs
     beside them."""
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
-    decodes, prefills = captures(runner)
+    decodes, verifies, prefills = captures(runner)
     steps: list[Callable[[], object]] = [
         partial(runner.forward, batch) for batch in rehearsals(runner)
     ]
     steps += [partial(runner.guess, newest, [1] * len(newest)) for newest in guesses(runner)]
-    for work in tqdm([*decodes, *prefills, *steps], desc="warm-up", leave=False, disable=None):
+    works = [*decodes, *verifies, *prefills, *steps]
+    for work in tqdm(works, desc="warm-up", leave=False, disable=None):
         work()
     runner.device.synchronize()
     return WarmUp(
         num_steps=len(steps),
         num_decode_graphs=len(decodes),
+        num_verify_graphs=len(verifies),
         num_prefill_graphs=len(prefills),
         num_bytes=max(0, free_bytes - runner.device.free_bytes()),
         seconds=time.perf_counter() - began,
@@ -99,11 +105,13 @@ def measure(runner: ModelRunner) -> int:
     return num_bytes + max(0, before - device.free_bytes())
 
 
-def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
-    """What captures each decode graph, and each bucket of prefill graphs, the largest first."""
-    decodes, prefills = runner.graphs
+def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], ...]:
+    """What captures each decode graph, each verify graph, and each bucket of prefill graphs, the
+    largest of each kind first."""
+    (decodes, prefills), verifies = runner.graphs, runner.verify_graphs
     return (
         [partial(decodes.capture, bucket) for bucket in decodes.buckets] if decodes else [],
+        [partial(verifies.capture, bucket) for bucket in verifies.buckets] if verifies else [],
         [partial(prefills.capture, size) for size in prefills.buckets] if prefills else [],
     )
 
@@ -154,4 +162,5 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
             yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
             yield Batch((decode(),) * count)
             if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
+                yield Batch((*[verified(1)] * count, prefill(1, "all")))
                 yield Batch((verified(1),) * count)

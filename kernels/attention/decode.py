@@ -6,6 +6,8 @@ verify program is a decode program whose rows are several tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -209,8 +211,9 @@ def verify_attention(
     """Attention of a few tokens per sequence, each of which sees those before it, with the bits of
     `decode_attention`; see ``reference.verify_attention``.
 
-    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in
-    ``sequences.kv_len_table``.
+    ``max(sequences.kv_lens)`` and ``max(packed.lengths)`` bound the launch; the lengths that count
+    are those in ``sequences.kv_len_table`` and ``packed.cu_seqlens``. The latter only where all
+    tokens are one chunk (`is_one_chunk`): chunks are cut by ``packed.lengths``.
     """
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -225,15 +228,13 @@ def verify_attention(
     tokens_a_program = max(16, triton.next_power_of_2(group)) // group
     num_groups = triton.cdiv(most, tokens_a_program)
     starts = running_sum(packed.lengths)
-    count = max(4, group_size(num_heads, num_splits, size) // most // 4 * 4)
-    for begin in range(0, len(packed.lengths), count):
-        part = slice(begin, min(begin + count, len(packed.lengths)))
+    for part in _chunks(starts, group_size(num_heads, num_splits, size)):
         tokens = slice(starts[part.start], starts[part.stop])
         num_tokens = tokens.stop - tokens.start
         partial_out = query.new_empty(num_tokens, num_heads, num_splits, size, dtype=torch.float32)
         partial_lse = partial_out.new_empty(num_tokens, num_heads, num_splits)
         token_kv_lens = packed.cu_seqlens.new_empty(num_tokens)
-        verify_attention_kernel[(part.stop - begin) * num_groups, num_kv_heads, num_splits](
+        verify_attention_kernel[(part.stop - part.start) * num_groups, num_kv_heads, num_splits](
             query[tokens],
             key_pool,
             value_pool,
@@ -268,3 +269,16 @@ def verify_attention(
             num_warps=4,
         )
     return out
+
+
+def _chunks(starts: Sequence[int], max_tokens: int) -> Iterator[slice]:
+    """Of the sequences that begin at ``starts``, whose last is where the last one ends: four, and
+    as many more as have at most ``max_tokens`` together; in fours, so that their tables stay
+    aligned."""
+    begin, last = 0, len(starts) - 1
+    while begin < last:
+        end = min(begin + 4, last)
+        while end < last and starts[min(end + 4, last)] - starts[begin] <= max_tokens:
+            end = min(end + 4, last)
+        yield slice(begin, end)
+        begin = end

@@ -60,6 +60,12 @@ def combine_splits_kernel(
 
 
 def group_size(num_heads: int, num_splits: int, size: int) -> int:
-    """Sequences whose partial outputs fit into the workspace: a multiple of 4, so that their tables
+    """Tokens whose partial outputs fit into the workspace: a multiple of 4, so that their tables
     stay aligned."""
     return max(4, WORKSPACE_BYTES // (4 * num_heads * num_splits * size) // 4 * 4)
+
+
+def is_one_chunk(num_tokens: int, kv_len: int, num_heads: int, size: int) -> bool:
+    """Whether `verify_attention` launches so many tokens of any sequences at once, each of which
+    sees at most ``kv_len`` keys: then the host's lengths of the sequences are only bounds."""
+    return num_tokens <= group_size(num_heads, triton.cdiv(kv_len, SPLIT), size)

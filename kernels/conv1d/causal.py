@@ -153,8 +153,8 @@ def decode_kernel(
         p_target = p_window
         if p_step_slots is not None:
             p_target = p_states + tl.load(p_step_slots + i_token).to(tl.int64) * stride_slot
-        else:
-            tl.debug_barrier()  # all threads have read the old window
+        # All threads have read the old window: it may be the target, of a step slot too.
+        tl.debug_barrier()
         save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
 
 
@@ -247,7 +247,8 @@ def verify_conv1d(
 
     As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
     int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
-    ``states``, int32[T], which nobody reads or writes otherwise.
+    ``states``, int32[T], which nobody reads or writes otherwise; a
+    sequence of one token may have its own slot there.
     """
     return _decode(x, weight, bias, states, slots, silu, step_slots, packed.cu_seqlens)
 

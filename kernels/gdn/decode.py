@@ -207,7 +207,8 @@ def verify_gdn(
 
     As `decode_gdn`, called once per step and with the same bits, but tokens are packed, ``[T,
     ...]``, the states in ``slots`` int32[B] are only read, and the state after token t goes to slot
-    ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise.
+    ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise; a
+    sequence of one token may have its own slot there.
     """
     out = value.new_empty(value.shape)
     tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
