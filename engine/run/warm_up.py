@@ -162,5 +162,4 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
             yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
             yield Batch((decode(),) * count)
             if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
-                yield Batch((*[verified(1)] * count, prefill(1, "all")))
                 yield Batch((verified(1),) * count)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
-from kernels.packed import Packed
+from kernels.packed import Packed, running_sum
 from tests.kernels.compiled import native
 
 fused = pytest.importorskip("kernels.attention.fused")
@@ -208,6 +208,56 @@ def test_verification_equals_decoding(backend, heads, kv_heads, dtype, device, m
     spans *= 2
     assert torch.equal(cache.verify(backend, spans), torch.cat([out, out]))
     assert not len(cache.verify(backend, [(0, 5, 5)]))
+
+
+SPANS = [(b % 3, 5 * b, 5 * b + 1 + b * 7 % 5) for b in range(11)]
+"""Of 11 sequences, 1 to 5 tokens each and 31 together."""
+
+
+@pytest.mark.parametrize("most", [1, 8, 20, 30, 31])
+def test_chunks_are_cut_by_tokens(most, device, monkeypatch) -> None:
+    """In fours, as many as fit; whatever the cut, the bits are those of one chunk."""
+    cache = Cache.filled([80, 70, 60], 4, 2, 16, torch.float32, device)
+    out = cache.verify(fused, SPANS)
+    starts = running_sum([end - start for _, start, end in SPANS])
+    chunks = list(decode._chunks(starts, most))
+    assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+    assert chunks[-1].stop == 11 and (len(chunks) == 1) == (most >= 31)
+    for chunk in chunks:
+        assert chunk.start % 4 == 0
+        assert chunk.stop - chunk.start <= 4 or starts[chunk.stop] - starts[chunk.start] <= most
+        more = starts[min(chunk.stop + 4, 11)] - starts[chunk.start]
+        assert chunk.stop == 11 or more > most
+    monkeypatch.setattr(decode, "group_size", lambda *sizes: most)
+    assert torch.equal(cache.verify(fused, SPANS), out)
+
+
+def test_host_lengths_only_bound_a_verification(device, monkeypatch) -> None:
+    """In one chunk: the lengths that count are the device's, of fewer sequences or more, as long as
+    none is longer."""
+    cache = Cache.filled([80, 70, 60], 4, 2, 16, torch.float32, device)
+    exact = cache.verify(fused, SPANS)
+    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 36 * 4 * 4 * 16)
+    assert splits.is_one_chunk(36, 256, 4, 16) and not splits.is_one_chunk(37, 256, 4, 16)
+    assert not splits.is_one_chunk(36, 257, 4, 16)
+    lengths = [end - start for _, start, end in SPANS]
+    bounds = Packed.from_lengths([5] * 6 + [1] + [0] * 24, device)
+    cu_seqlens = bounds.cu_seqlens.fill_(31)
+    cu_seqlens[:12] = torch.tensor(running_sum(lengths))
+    rows = [cache.rows[b] for b, _, _ in SPANS] + [0] * 20
+    sequences = Sequences.of(rows, [80] * 31, device)
+    sequences.kv_len_table.fill_(1)
+    sequences.kv_len_table[:11] = torch.tensor([end for _, _, end in SPANS])
+    bounded = fused.verify_attention(
+        torch.cat([cache.queries[b][start:end] for b, start, end in SPANS]),
+        cache.keys,
+        cache.values,
+        table=cache.table,
+        sequences=sequences,
+        packed=bounds,
+        scale=cache.scale,
+    )
+    assert torch.equal(bounded, exact)
 
 
 def test_decoding_ignores_where_the_rows_lie() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
 from experiments.mutations.engine.grid import BREAKS_OF_THE_GRID
+from experiments.mutations.engine.graphs import BREAKS_OF_GRAPHS
 from experiments.mutations.engine.guided import BREAKS_OF_GUIDED
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY
@@ -21,6 +22,7 @@ from experiments.mutations.engine.tests import (
     DRAFTERS,
     DRAWS,
     FAIRNESS_TESTS,
+    GRAPHS,
     GRID_TESTS,
     GUIDED,
     HEADS,
@@ -51,6 +53,7 @@ ENGINE = Mutations(
         *BREAKS_OF_PLAN,
         *BREAKS_OF_MEMORY,
         *BREAKS_OF_LAYERS,
+        *BREAKS_OF_GRAPHS,
         *BREAKS_OF_THE_GRID,
         *BREAKS_OF_PREDICTION,
         *BREAKS_OF_ANSWERS,
@@ -71,6 +74,7 @@ ENGINE = Mutations(
         *POOL,
         *VERIFIED,
         DRAFT_STEP_TESTS,
+        *GRAPHS,
         *DRAFTERS,
         *HEADS,
         *HEAP,
@@ -94,6 +98,7 @@ ENGINE = Mutations(
         "kernels",
         "engine",
         "experiments/agents",
+        "experiments/gpu_models.py",
         "experiments/interpreter.py",
         "experiments/served.py",
         "tests",

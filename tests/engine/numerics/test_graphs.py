@@ -8,6 +8,7 @@ import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,11 @@ from engine.run.device import TRAITS, Device
 from engine.run.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
-from engine.schedule.batch import Batch
+from engine.schedule.batch import Batch, Segment
+from experiments.gpu_models import write_geometry
+from kernels.attention import fused, splits
+
+WORDS = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
 
 
 class Recorder:
@@ -71,12 +76,11 @@ def test_prefill_pieces(model, drivers, random_tokens):
 )
 def test_decode_graphs(oracles, drivers, random_tokens, memory):
     path = str(oracles("qwen3_5").path)
-    words = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
     config = EngineConfig(
         model=path,
         device="cpu",
         dtype="float32",
-        kernels=words,
+        kernels=WORDS,
         max_model_len=96,
         **memory,
     )
@@ -90,6 +94,183 @@ def test_decode_graphs(oracles, drivers, random_tokens, memory):
     assert recorder.num_recorded == 2  # of 4 sequences (3 and one of padding), and of 2
     for expected, found in zip(plain, graphed, strict=True):
         assert torch.equal(expected, found)
+
+
+STEPS = (
+    ((1, 1), (1, 1), (3, 2)),
+    ((5, 3), (1, 1), (2, 1)),
+    ((5, 5), (4, 1), (5, 2), (2, 2), (1, 1)),
+    ((0, 0), (1, 1)),
+    ((2, 1),),
+    ((1, 1), (5, 4), (2, 2)),
+)
+"""Of each sequence: (tokens, how many of them are taken). The first two are steps of 8 tokens at
+most, but of other lengths; the third leaves 15 to padding."""
+
+
+def verify(driver, prompts, steps):
+    """Of each step: logits of every token, and the states of all sequences, when what is taken is
+    committed. At the end, the last keys and values: a multi-token head's, where there is one."""
+    runner = driver.runner
+    begun = [driver.begin(prompt) for prompt in prompts]
+    sequences = [sequence for sequence, _ in begun]
+    segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s in sequences)
+    runner.forward(Batch(segments, (), tuple(write for _, write in begun)))
+    ends, found = [len(prompt) for prompt in prompts], []
+    for rank, step in enumerate(steps):
+        order = sorted(range(len(step)), key=lambda b: step[b][0] > 1)
+        verified = [b for b in order if step[b][0]]
+        segments = []
+        for b in verified:
+            tokens = (np.arange(step[b][0], dtype=np.int32) * 7 + 31 * b + rank) % 199
+            row, slot, drafts = sequences[b].row, sequences[b].slot, len(tokens) - 1
+            logits = "all" if drafts else "last"
+            segments.append(
+                Segment(row, slot, tokens, ends[b], True, (), logits, num_drafts=drafts)
+            )
+        batch = Batch(tuple(segments))
+        logits = runner.forward(batch)
+        runner.commit(batch, [step[b][1] for b in verified if step[b][0] > 1])
+        for b in verified:
+            ends[b] += step[b][1]
+        slots = [runner.running.at(s.slot) for s in sequences]
+        found.append((logits, [pool[:, slots].clone() for pool in runner.tensors.states]))
+    spans = zip(sequences, ends, strict=True)
+    rows = np.concatenate([runner.table.host[s.row, 1:end] for s, end in spans])
+    keys, values = (pool[rows] for pool in runner.tensors.pools[-1][:2])
+    return [*found, (keys, [values])]
+
+
+def assert_equal(expected, found):
+    for (logits, states), (own_logits, own_states) in zip(expected, found, strict=True):
+        assert torch.equal(logits, own_logits)
+        assert all(map(torch.equal, states, own_states))
+
+
+@pytest.fixture
+def within_bounds(monkeypatch):
+    """Attention meets no more tokens of a sequence, and no more keys, than it is launched for; and
+    where it is launched for other lengths than it meets, all is one chunk."""
+    launch = fused.verify_attention
+
+    def checked(query, *pools, sequences, packed, **options):
+        lengths, kv_lens = packed.cu_seqlens.diff(), sequences.kv_len_table
+        num_tokens, num_heads, size = query.shape
+        assert num_tokens == packed.cu_seqlens[-1] == sum(packed.lengths)
+        assert lengths.max() <= max(packed.lengths) and kv_lens.max() <= max(sequences.kv_lens)
+        if tuple(lengths.tolist()) != packed.lengths:
+            assert fused.is_one_chunk(num_tokens, max(sequences.kv_lens), num_heads, size)
+        return launch(query, *pools, sequences=sequences, packed=packed, **options)
+
+    monkeypatch.setattr(fused, "verify_attention", checked)
+
+
+SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+MODELS = {
+    "attention": SIZES | {"model_type": "qwen3", "num_hidden_layers": 1},
+    "states": SIZES
+    | {
+        "model_type": "qwen3_next",
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+@pytest.fixture
+def verifying(tmp_path, driver_class):
+    """Makes a driver whose model has drafts, without graphs."""
+
+    def make(model="states", draft="tree:4", **memory):
+        config = EngineConfig(
+            model=write_geometry(tmp_path, MODELS[model]),
+            device="cpu",
+            dtype="float32",
+            load_format="dummy",
+            kernels=WORDS,
+            max_model_len=96,
+            max_running=6,
+            draft=draft,
+            graphs="off",
+            **memory or {"kv_gib": 0.001, "state_gib": 0.001},
+        )
+        return driver_class(ModelRunner(config))
+
+    return make
+
+
+PROMPTS = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"draft": "mtp:4", "cache_gib": 0.002},
+        {"model": "attention", "kv_gib": 0.001},
+    ],
+    ids=["pools", "mtp-arena", "attention"],
+)
+def test_verify_graphs(options, verifying, within_bounds, monkeypatch):
+    """Sequences with drafts and without, as many tokens as a graph has and fewer; a graph is
+    replayed for other lengths than it was captured with, and a longer sequence takes another."""
+    driver = verifying(**options)
+    expected = verify(driver, PROMPTS, STEPS)
+    driver.reset()
+    monkeypatch.setattr("engine.run.graphs.KV_BOUNDS", (10, 40))
+    recorder = Recorder()
+    driver.runner.use_graphs("decode", recorder)
+    graphs = driver.runner.verify_graphs
+    assert graphs.buckets == [(size, kv) for size in (32, 16, 8, 4) for kv in (96, 40, 10)]
+    assert_equal(expected, verify(driver, PROMPTS, STEPS))
+    used = [(8, 10), (32, 40), (4, 40), (8, 40)]
+    assert recorder.num_recorded == len(used) + 1  # and of a step without drafts
+    driver.runner.use_graphs("decode", recorder)
+    for bucket in used:
+        driver.runner.verify_graphs.capture(bucket)
+    driver.reset()
+    assert_equal(expected, verify(driver, PROMPTS, STEPS))
+    assert recorder.num_recorded == 2 * (len(used) + 1)
+
+
+def test_what_is_more_than_one_chunk_is_no_graph(verifying, within_bounds, monkeypatch):
+    driver = verifying()
+    expected = verify(driver, PROMPTS, STEPS)
+    driver.reset()
+    token = 4 * 2 * 16  # of a float32 for each of 2 heads of 16
+    monkeypatch.setattr(splits, "WORKSPACE_BYTES", 8 * token)
+    recorder = Recorder()
+    driver.runner.use_graphs("decode", recorder)
+    assert driver.runner.verify_graphs.buckets == [(8, 96), (4, 96)]
+    assert_equal(expected, verify(driver, PROMPTS, STEPS))
+    assert recorder.num_recorded == 3  # (8, 96), a step without drafts, (4, 96)
+    monkeypatch.setattr(fused, "is_one_chunk", lambda *sizes: False)
+    driver.runner.use_graphs("decode", recorder)
+    assert driver.runner.verify_graphs is None
+
+
+def test_a_mixer_that_only_decodes_has_no_verify_graphs(verifying, monkeypatch):
+    monkeypatch.setattr("engine.run.layers.attention.Attention.verifies", False)
+    driver = verifying("attention")
+    driver.runner.use_graphs("decode", Recorder())
+    assert driver.runner.graphs[0] is not None and driver.runner.verify_graphs is None
 
 
 def test_buckets():

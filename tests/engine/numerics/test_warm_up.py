@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine.config import MAX_SCORED, EngineConfig
+from engine.drafts.drafting import Drafting
+from engine.drafts.tree import TreeDrafter
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
 from engine.run.graphs import DecodeGraphs
@@ -63,17 +65,40 @@ def serve(engine: Engine, seed: int, num_requests: int = 40) -> None:
         engine.step()
 
 
+@pytest.fixture
+def guesses(monkeypatch) -> None:
+    """Of a drafter that always has some; nothing is learnt of what becomes of them."""
+    random = np.random.default_rng(0)
+
+    def propose(self, wanted):
+        return [np.zeros(random.integers(1, most + 1), np.int32) for _, most in wanted]
+
+    monkeypatch.setattr(TreeDrafter, "propose", propose)
+    monkeypatch.setattr(Drafting, "learn", lambda *draft: None)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("graphs", ["all", "decode", "off"])
-def test_no_request_waits_for_a_capture_or_a_compiler(monkeypatch, tmp_path, shape, graphs) -> None:
+@pytest.mark.parametrize("draft", ["none", "tree:4"])
+def test_no_request_waits_for_a_capture_or_a_compiler(
+    monkeypatch, tmp_path, guesses, shape, graphs, draft
+) -> None:
     with stubbed(monkeypatch) as (device, launches):
         memory = {"kv_gib": 0.02, "state_gib": 0.2}
-        engine = make_engine(tmp_path, shape, graphs=graphs, **memory)
+        engine = make_engine(tmp_path, shape, graphs=graphs, draft=draft, **memory)
         num_graphs, compiled = device.counts["graphs"], set(launches.seen)
         assert compiled and (num_graphs > 0) == (graphs != "off")
+        steps = []
+        commit = engine.runner.commit
+        monkeypatch.setattr(
+            engine.runner, "commit", lambda b, taken: (steps.append(b), commit(b, taken))[1]
+        )
         for seed in range(3):
             serve(engine, seed)
             engine.reset_prefix_cache()
+        drafted = [b for b in steps if any(s.num_drafts for s in b.segments)]
+        kinds = {all(s.is_decode for s in b.segments) for b in drafted}
+        assert kinds == (set() if draft == "none" else {True, False})
         assert device.counts["graphs"] == num_graphs
         assert launches.seen == compiled
 
@@ -100,16 +125,20 @@ def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch
         assert few.runner.graphs[1].buckets == [164, 128, 64]
 
 
-@pytest.mark.parametrize("cached_mib", [0, 100])
+@pytest.mark.parametrize("cached_mib, draft", [(0, "none"), (100, "none"), (0, "tree:4")])
 def test_what_graphs_take_is_kept_free_before_pools_are_sized(
-    monkeypatch, tmp_path, cached_mib
+    monkeypatch, tmp_path, cached_mib, draft
 ) -> None:
     """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take
     the same, and what loading left to torch is nobody's."""
     with stubbed(monkeypatch) as (device, _):
         device.counts["cached MiB"] = cached_mib
-        runner = make_engine(tmp_path).runner
-        num_graphs = 4 + 3 * 4  # three pieces for two layers
+        runner = make_engine(tmp_path, draft=draft).runner
+        num_graphs = 4 + 3 * len(runner.graphs[1].buckets)  # three pieces for two layers
+        if runner.verify_graphs is not None:
+            assert runner.verify_graphs.buckets == [(size, 600) for size in (32, 16, 8, 4)]
+            num_graphs += runner.warmed.num_verify_graphs
+        assert runner.warmed.num_verify_graphs == (0 if draft == "none" else 4)
         needed = 2**20 * (64 + num_graphs)
         assert runner.warmed.num_bytes == needed
         budget = int((FREE_BYTES - needed) * ACCELERATOR_SHARE)
@@ -252,10 +281,12 @@ class HiddenWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("graphs", ["all", "off"])
-def test_a_step_waits_for_nothing_but_the_tokens(monkeypatch, tmp_path, graphs) -> None:
+@pytest.mark.parametrize("graphs, draft", [("all", "none"), ("off", "none"), ("all", "tree:4")])
+def test_a_step_waits_for_nothing_but_the_tokens(
+    monkeypatch, tmp_path, guesses, graphs, draft
+) -> None:
     with stubbed(monkeypatch) as (device, _):
-        engine = make_engine(tmp_path, graphs=graphs, kv_gib=0.02, state_gib=0.02)
+        engine = make_engine(tmp_path, graphs=graphs, draft=draft, kv_gib=0.02, state_gib=0.02)
         wait, num_waits = Drawn.wait, device.counts["waits"]
         watch, hidden = Waits(), HiddenWaits()
 
