@@ -1,5 +1,6 @@
-"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, what a
-prefix hit spares, what `--exact` costs, and a sweep of loads on a server.
+"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, steps that
+verify drafts with a graph of their own and without, what a prefix hit spares, what `--exact` costs,
+and a sweep of loads on a server.
 
     python -m experiments.gpu_serving --part serve|http|big --out DIR [--dry]
 
@@ -45,6 +46,8 @@ from experiments.serving_load import Client, EngineClient, Load, Targets
 from hybridcache.units import GIB
 
 MAX_RUNNING = 64
+MAX_DRAFTED = 4
+"""Streams that are drafted for: as many as get full drafts."""
 SERVED_RUNNING = 256
 """Requests at the same time on a server under load: its most clients."""
 SERVED_SHARE = 0.5
@@ -162,7 +165,7 @@ class Bench:
         full = [
             s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens == streams
         ]
-        times = [s.schedule_s + s.forward_s + s.sample_s + s.wait_s + s.commit_s for s in full]
+        times = [seconds(step) for step in full]
         hosts = [(s.schedule_s + s.commit_s) / t for s, t in zip(full, times, strict=True)]
         tpot = [output.timings.tpot_s(len(output.output)) or 0.0 for output in done]
         return {
@@ -175,6 +178,32 @@ class Bench:
             "decode_steps": len(full),
             "tpot_with_others_prefills_ms_median": 1e3 * statistics.median(tpot),
             "host_share_median": statistics.median(hosts) if hosts else None,
+        }
+
+    def verifying(self, streams: int, scale: Scale) -> dict[str, Any]:
+        """Answers given once more, so that the tree guesses what follows: steps that verify drafts
+        and do nothing else."""
+        prompts = [self.tokens(scale.num_input) for _ in range(streams)]
+        self.engine.reset_prefix_cache()
+        self.answer(prompts, scale.num_output)
+        done = self.answer(prompts, scale.num_output)
+        full = [
+            s
+            for s in self.steps
+            if not s.num_prefill_tokens and s.num_decode_tokens > s.num_running
+        ]
+        lengths = [output.drafts.acceptance_len for output in done]
+        return {
+            "measure": "verifying",
+            "streams": streams,
+            "input": scale.num_input,
+            "output": scale.num_output,
+            "verify_step_ms_median": 1e3 * statistics.median(map(seconds, full)) if full else None,
+            "verify_steps": len(full),
+            "tokens_verified_median": (
+                statistics.median(s.num_decode_tokens for s in full) if full else None
+            ),
+            "acceptance_len": lengths,
         }
 
     def hit(self, scale: Scale, share: float = 0.9) -> dict[str, Any]:
@@ -197,6 +226,11 @@ class Bench:
             "hit_ttft_ms": [1e3 * t for t in warm],
             "ratio_median": statistics.median(b / a for a, b in zip(cold, warm, strict=True)),
         }
+
+
+def seconds(step: StepReport) -> float:
+    """From its scheduling to its commit."""
+    return step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
 
 
 Records = Sequence[dict[str, Any]]
@@ -252,6 +286,26 @@ def measure(
         for record in exact_price.price(runner, bench.config, scale.talk):
             yield record | options
     bench.close()
+
+
+def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator[dict[str, Any]]:
+    """Steps with drafts on a load of its own: each one graph, a graph per dense piece, or launched
+    kernel by kernel."""
+    before = [record for record in known if record["measure"] == "verifying"]
+    if before:
+        yield from before
+        return
+    bench = Bench(path, dry, scale, draft="tree:4", max_running=MAX_DRAFTED)
+    runner = bench.runner
+    graphs, verifies = runner.graphs, runner.verify_graphs
+    uses: dict[str, Any] = {"all": (graphs, verifies), "pieces": (graphs, None)}
+    uses = (uses if verifies is not None else {}) | {"off": ((None, None), None)}
+    streams = sorted({min(count, MAX_DRAFTED) for count in scale.streams})
+    records = []
+    for word, (runner.graphs, runner.verify_graphs) in uses.items():
+        records += [bench.verifying(count, scale) | {"graphs": word} for count in streams]
+    bench.close()
+    yield from records
 
 
 def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
@@ -314,6 +368,7 @@ def records_of(
         yield from measure(path, dry, scale, known, quantization=quantization)
     else:
         yield from measure(path, dry, scale, known)
+        yield from drafted(path, dry, scale, known)
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,20 @@ def test_speeds_are_taken_with_graphs_and_without(
     assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
     fast, exact, ratio = (record for record in measured if record["measure"] == "exact")
     assert fast["token_hit_rate"] > exact["token_hit_rate"] and "ttft_ratio_median" in ratio
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
+def test_steps_with_drafts_are_taken_with_a_graph_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    path, scale = write_geometry(tmp_path, TINY), replace(gpu_serving.DRY, streams=(1, 2, 8))
+    with stubbed(monkeypatch):
+        records = list(gpu_serving.drafted(path, False, scale))
+    assert [(r["graphs"], r["streams"]) for r in records] == [
+        (graphs, streams) for graphs in ("all", "pieces", "off") for streams in (1, 2, 4)
+    ]
+    assert list(gpu_serving.drafted(path, False, scale, records)) == records
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")

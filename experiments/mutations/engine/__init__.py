@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from experiments.mutations import Mutations
 from experiments.mutations.engine.answers import BREAKS_OF_ANSWERS
-from experiments.mutations.engine.grid import BREAKS_OF_THE_GRID
 from experiments.mutations.engine.graphs import BREAKS_OF_GRAPHS
+from experiments.mutations.engine.grid import BREAKS_OF_THE_GRID
 from experiments.mutations.engine.guided import BREAKS_OF_GUIDED
 from experiments.mutations.engine.layers import BREAKS_OF_LAYERS
 from experiments.mutations.engine.memory import BREAKS_OF_MEMORY

@@ -6,7 +6,6 @@ from experiments.mutations import Mutation
 from experiments.mutations.engine.tests import GRAPHS
 
 VERIFY = "engine/run/verify_graphs.py"
-ATTENTION = "kernels/attention/decode.py"
 
 BREAKS_OF_GRAPHS = (
     Mutation(
@@ -57,13 +56,6 @@ BREAKS_OF_GRAPHS = (
         VERIFY,
         "if not max_verified or not all(verifies(step.block) for step in model.mixers):",
         "if not max_verified:",
-        GRAPHS,
-    ),
-    Mutation(
-        "attention of few tokens is cut by sequences",
-        ATTENTION,
-        "        while end < last and starts[min(end + 4, last)] - starts[begin] <= max_tokens:\n",
-        "        while False:\n",
         GRAPHS,
     ),
 )

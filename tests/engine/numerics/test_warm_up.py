@@ -22,7 +22,7 @@ from engine.run.memory import ACCELERATOR_SHARE
 from engine.run.model_config import ModelError
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Drawn, Sampler
-from engine.run.warm_up import lengths, rehearsals
+from engine.run.warm_up import captures, lengths, rehearsals
 from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
 
@@ -235,11 +235,12 @@ READERS = """
 
 class Waits(TorchFunctionMode):
     """Notes every call for which a host must wait until the device has computed, or has taken a
-    copy from ordinary memory."""
+    copy from ordinary memory. ``uploads``: and those that it need not wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, uploads: bool = False) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self._uploads = uploads
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -256,7 +257,7 @@ class Waits(TorchFunctionMode):
             frame = next(
                 f for f in reversed(traceback.extract_stack()[:-1]) if "torch/" not in f.filename
             )
-            if not frame.filename.endswith("kernels/upload.py"):
+            if self._uploads or not frame.filename.endswith("kernels/upload.py"):
                 self.found.add(f"{name} in {frame.filename}:{frame.lineno}")
         return func(*args, **(kwargs or {}))
 
@@ -299,6 +300,27 @@ def test_a_step_waits_for_nothing_but_the_tokens(
             serve(engine, 3)
         assert not watch.found and not hidden.found
         assert device.counts["waits"] == num_waits
+
+
+@pytest.mark.parametrize("draft", ["none", "tree:4", "mtp:2"])
+def test_what_is_captured_takes_nothing_from_the_host(monkeypatch, tmp_path, draft) -> None:
+    """Or a replay would repeat it."""
+    with stubbed(monkeypatch):
+        memory = {"kv_gib": 0.02, "state_gib": 0.02}
+        runner = make_engine(tmp_path, "large", draft=draft, warm_up=False, **memory).runner
+        watch, hidden = Waits(uploads=True), HiddenWaits()
+
+        def record(work):
+            with watch, hidden:
+                work()
+            return work
+
+        runner.use_graphs("all", record)
+        for kind in captures(runner):
+            for capture in kind:
+                capture()
+        assert (runner.verify_graphs is not None) == (draft != "none")
+        assert not watch.found and not hidden.found
 
 
 @pytest.mark.parametrize(
