@@ -42,7 +42,7 @@ Forward = Callable[[torch.Tensor, LayerInputs], torch.Tensor]
 """Hidden states ``[num_rows, H]`` of token ids ``[num_rows]``; moves the pools on."""
 
 KV_BOUNDS = (2048, 8192, 32768, 131072)
-"""A decode graph attends to at most this many tokens; more bounds than one, or every step would
+"""A graph of decodes attends to at most this many tokens; more bounds than one, or every step would
 walk the longest."""
 PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens. In a step of more than the last the device has more to do than the host, and needs no

@@ -247,8 +247,8 @@ def verify_conv1d(
 
     As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
     int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
-    ``states``, int32[T], which nobody reads or writes otherwise; a
-    sequence of one token may have its own slot there.
+    ``states``, int32[T], which nobody reads or writes otherwise; a sequence of one token may have
+    its own slot there.
     """
     return _decode(x, weight, bias, states, slots, silu, step_slots, packed.cu_seqlens)
 
