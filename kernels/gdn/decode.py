@@ -129,11 +129,14 @@ def verify_kernel(
     mask = (o_k < K)[:, None] & (o_v < V)
     o_state = i_head * K * V + o_k[:, None] * V + o_v
     i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
-    b_state = tl.load(p_states + i_slot * stride_slot + o_state, mask=mask, other=0.0).to(
+    first = tl.load(p_cu_seqlens + i_sequence).to(tl.int64)
+    end = tl.load(p_cu_seqlens + i_sequence + 1).to(tl.int64)
+    # Of the sequences that a graph is captured for, most may be empty.
+    m_state = mask & (first < end)
+    b_state = tl.load(p_states + i_slot * stride_slot + o_state, mask=m_state, other=0.0).to(
         tl.float32
     )
-    first = tl.load(p_cu_seqlens + i_sequence).to(tl.int64)
-    for i_token in range(first, tl.load(p_cu_seqlens + i_sequence + 1).to(tl.int64)):
+    for i_token in range(first, end):
         b_state = step(
             b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
             H, HV, K, V,
