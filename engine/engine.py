@@ -99,6 +99,8 @@ class Engine:
         self.interrupted: tuple[str, ...] = ()
         """Requests that ran when a step last broke off."""
         self._requests: dict[str, Request] = {}
+        self._committing = EMPTY
+        """The step that is being published."""
         self._mailboxes = Mailboxes()
         self._intake = Intake(
             tokenizer,
@@ -228,8 +230,9 @@ class Engine:
         call, or from ``take_outputs``.
         """
         with self._recovering():
-            for part in self._outside:
-                part.advance()
+            if not self._scheduler.must_commit:
+                for part in self._outside:
+                    part.advance()
             plan = self._schedule()
             logits = self._forward(plan)
             in_flight = self._sample(plan, logits)
@@ -246,7 +249,9 @@ class Engine:
             interrupted = tuple(r.request_id for r in self._scheduler.recover())
             if self.prefill_server is not None:
                 self.prefill_server.give_up()
-            if self._manager.lost_moves():
+            half_done, self._committing = self._committing, EMPTY
+            # What a step with drafts published has its states where the runner's commit puts them.
+            if self._manager.lost_moves() or half_done.has_drafts:
                 if self._fetching is not None:
                     self._fetching.give_up()
                 self._forget()
@@ -295,9 +300,11 @@ class Engine:
         self._laps.append(self.clock())
         if self._lower is not None:
             self._lower.step_done(plan, self._laps[-1] - self._laps[1])
+        self._committing = plan
         taken = self._scheduler.commit(plan, tokens, scored)
         if taken:
             self.runner.commit(plan.batch, taken)
+        self._committing = EMPTY
         outputs = self.take_outputs()
         if self.config.check:
             self._manager.check_rows(self.runner.table_row)

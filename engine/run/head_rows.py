@@ -102,7 +102,10 @@ class PendingRows:
         if self._host_bytes is None:
             places = self._places
             places.copy_(upload(self._host_places, torch.int64, places.device))
-        self._num_held += 1
+
+    def count(self) -> None:
+        """The admitted batch is computed: what it left waits."""
+        self._num_held += bool(self._rows)
 
     @torch.inference_mode()
     def _begin(self, segments: Sequence[Segment]) -> None:

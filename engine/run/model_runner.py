@@ -192,7 +192,7 @@ class ModelRunner:
             multiple=self.kernels["linear"].ROWS,
             tile_size=self._config.tile_size,
         )
-        self.unit = Unit(self.tensors, keeps, self.bring_home)
+        self.unit = Unit(self.tensors, keeps, self._settle)
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor = None if self._head is None else Predictor(self._head, *parts)
         self.use_graphs(graphs)
@@ -313,6 +313,8 @@ class ModelRunner:
         self.table.write(batch.row_writes)
         self._copies.restore(batch.restores)
         logits = self._logits(batch, drawn)
+        if self._predictor is not None:
+            self._predictor.pending.count()
         saved = batch.saved_by_decodes
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
@@ -323,19 +325,27 @@ class ModelRunner:
     def _place(self, batch: Batch) -> None:
         """Say where the states of a verification go. What ``batch`` has moved or copied, or does
         not verify, is at home after."""
+        self.running.give_up()
         moves = batch.moves or batch.restores
         verified = [
             (segment.slot, len(segment.token_ids))
             for segment in batch.segments
             if segment.num_drafts and segment.slot is not None
         ]
-        self.bring_home(() if moves else dict(verified))
+        self._bring_home(() if moves else dict(verified))
         self.running.verify(verified)
 
-    def bring_home(self, but: Collection[int] = ()) -> None:
-        """See ``RunningStates``: whoever reads or writes slots or rows by their numbers, calls this
-        first."""
-        self._copies.copy_states(self.running.bring_home(but))
+    def _bring_home(self, but: Collection[int] = ()) -> None:
+        copies = self.running.astray(but)
+        self._copies.copy_states(copies)
+        self.running.come_home(copies)
+
+    def _settle(self) -> None:
+        """Have every row and every state where its owner knows it, but those of a step that is to
+        be committed: before slots and rows are read or written by their numbers."""
+        if self._predictor is not None:
+            self._predictor.pending.settle()
+        self._bring_home()
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:

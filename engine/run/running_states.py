@@ -33,18 +33,28 @@ class RunningStates:
         """Of each sequence that the last step verified: the slot of the state after each token."""
         return [slots for _, slots in self._verified]
 
-    def bring_home(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
-        """All but the sequences with these own slots come home: (step slot, own slot) of each, to
-        be copied at once."""
-        if self._verified:  # A step broke off before its commit.
-            self.take([0] * len(self._verified))
+    def astray(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
+        """(step slot, own slot) of who is away, but for the sequences with these own slots and
+        those that are verified: to be copied, and then to ``come_home``."""
         if not self._away:
             return []
-        copies = [(step, own) for own, step in self._away.items() if own not in but]
-        for step, own in copies:
+        stay = {*but, *(own for own, _ in self._verified)}
+        return [(step, own) for own, step in self._away.items() if own not in stay]
+
+    def come_home(self, copied: Sequence[tuple[int, int]]) -> None:
+        """What was ``astray`` is in its own slot now."""
+        for step, own in copied:
             del self._away[own]
             self._free.append(step)
-        return copies
+
+    def give_up(self) -> None:
+        """The last step broke off before its commit, if it verified any: nobody wants the states of
+        these sequences."""
+        for own, slots in self._verified:
+            self._free += [slot for slot in slots if slot != own]
+            if own in self._away:
+                self._free.append(self._away.pop(own))
+        self._verified = []
 
     def verify(self, sequences: Sequence[tuple[int, int]]) -> None:
         """Give each of these (own slot, number of tokens) its ``step_slots``; everybody else is at

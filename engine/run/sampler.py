@@ -271,8 +271,8 @@ def _score(
     and the latter's ids."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
-    top, ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
-    return own, top, ids
+    ids = _most_likely(logprobs, min(num_top, logits.shape[-1]))
+    return own, logprobs.gather(1, ids), ids
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

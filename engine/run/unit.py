@@ -40,11 +40,11 @@ class Unit:
         self,
         tensors: Memory,
         keeps: Sequence[tuple[Spec, ...]],
-        bring_home: Callable[[], None],
+        settle: Callable[[], None],
     ) -> None:
-        """``keeps``: of each entry of ``tensors.pools``; ``bring_home``: every state is in the slot
-        that its owner knows after."""
-        self._tensors, self._bring_home = tensors, bring_home
+        """``keeps``: of each entry of ``tensors.pools``. Rows and states are where their owners
+        know them after ``settle``."""
+        self._tensors, self._settle = tensors, settle
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self.part_of: dict[int, int] = {}
         """Mixer to its part, of those that keep KV."""
@@ -80,6 +80,7 @@ class Unit:
     @torch.inference_mode()
     def read_rows(self, part: int, rows: Indices) -> Copied:
         """uint8 ``[n, part_bytes]``: what the KV rows ``rows``, int32[n], have of a part."""
+        self._settle()
         pools = self._parts[part]
         index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
         return _to_host([pool[index].reshape(len(rows), -1).view(torch.uint8) for pool in pools], 1)
@@ -87,7 +88,7 @@ class Unit:
     @torch.inference_mode()
     def write_rows(self, part: int, rows: Indices, data: torch.Tensor) -> None:
         """Write what ``read_rows`` gave into other rows."""
-        self._bring_home()
+        self._settle()
         pools = self._parts[part]
         index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
         columns = data.split([_unit_bytes(pool) for pool in pools], 1)
@@ -98,14 +99,14 @@ class Unit:
     @torch.inference_mode()
     def read_state(self, slot: int) -> Copied:
         """uint8 ``[state_bytes]``: the checkpoint in ``slot``."""
-        self._bring_home()
+        self._settle()
         views = [view.contiguous().view(-1).view(torch.uint8) for view in self._state(slot)]
         return _to_host(views, 0)
 
     @torch.inference_mode()
     def write_state(self, slot: int, data: torch.Tensor) -> None:
         """Write what ``read_state`` gave into another slot."""
-        self._bring_home()
+        self._settle()
         first = 0
         for view in self._state(slot):
             num_bytes = view.numel() * view.itemsize

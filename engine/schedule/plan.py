@@ -116,6 +116,10 @@ class Plan:
     def num_prefill_tokens(self) -> int:
         return self.batch.num_tokens - self.num_decode_tokens
 
+    @property
+    def has_drafts(self) -> bool:
+        return any(task.draft is not None for task in self.tasks)
+
 
 EMPTY = Plan(Batch(()), ())
 """Nothing to compute now: the runner is not asked."""

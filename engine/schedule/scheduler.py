@@ -90,6 +90,11 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     @property
+    def must_commit(self) -> bool:
+        """The step in flight has drafts: until it is committed nobody else may touch memory."""
+        return self._verifies and self._num_in_flight > 0
+
+    @property
     def has_progressed(self) -> bool:
         """Whether ``take_progressed`` has any."""
         return bool(self._progressed)
@@ -154,7 +159,7 @@ class Scheduler:
         else may want a guess); and where somebody is to be drafted for, since a guess follows the
         newest token.
         """
-        if self._num_in_flight and (self._must_wait or self._verifies or self._may_guess()):
+        if self.must_commit or (self._num_in_flight and (self._must_wait or self._may_guess())):
             return EMPTY
         self._must_wait = False
         budget = self._budget()

@@ -122,3 +122,55 @@ def test_a_guess_takes_no_memory_from_others() -> None:
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
     assert outputs[0].drafts.accepted.total() > 40
+
+
+def test_memory_is_nobody_elses_while_a_verification_is_in_flight(make_engine: MakeEngine) -> None:
+    params = SamplingParams(max_tokens=30, temperature=0)
+    guesses = Guesses(lambda done, most: done % (most + 1))
+    plain = make_engine().generate(prompts(), params)
+    guesses.learn(plain)
+    engine = make_engine(guesses, overlap="on")
+    told: list[bool] = []
+
+    class Other:
+        has_work = False
+
+        def advance(self) -> None:
+            told.append(engine._scheduler.must_commit)
+
+        def wait(self) -> None:
+            pass
+
+    engine._outside = (Other(),)  # type: ignore[assignment]
+    outputs = engine.generate(prompts(), params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert told and not any(told)
+
+
+def test_what_a_commit_published_that_broke_off_is_forgotten(make_engine: MakeEngine) -> None:
+    """The states of a verification are where the runner's commit puts them: a hit on what was
+    published before it would resume from what nobody wrote."""
+    params = SamplingParams(max_tokens=12, temperature=0)
+    plain = make_engine().generate(prompts(), params)
+    guesses = Guesses(lambda done, most: most)
+    guesses.learn(plain)
+    engine = make_engine(guesses)
+    commit, broken = engine.runner.commit, []
+
+    def breaks(batch: Any, taken: Any) -> None:
+        if not broken:
+            broken.append(engine.report().kv.cached)
+            raise MemoryError
+        commit(batch, taken)
+
+    engine.runner.commit = breaks  # type: ignore[method-assign]
+    for prompt in prompts():
+        engine.submit(prompt, params)
+    with pytest.raises(MemoryError):
+        while engine.has_work():
+            engine.step()
+    assert broken[0] > 0 == engine.report().kv.cached
+    engine.check()
+    outputs = engine.generate(prompts(), params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert engine.report().kv.held == 0

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -256,6 +257,29 @@ def test_recorded_steps_are_followed_too(
     assert (engine.runner.verify_graphs is not None) == native
 
 
+def test_rows_that_wait_are_there_for_who_asks_for_them(make_engine: MakeEngine) -> None:
+    """What is sent elsewhere is computed first; a step that breaks off leaves none."""
+    runner = make_engine("mtp:1", model={"num_experts": 0}).runner
+    pending = runner._predictor.pending
+    ids, rows = np.arange(64, dtype=np.int32), np.arange(80, dtype=np.int32)
+    runner.forward(Batch((Segment(0, 3, ids, 0, False),), (), ((0, 0, rows),)))
+    decodes = [Segment(0, 3, ids[at : at + 1], 64 + at, True) for at in range(8)]
+    for segment in decodes[:6]:
+        runner.forward(Batch((segment,)))
+    assert pending._num_held == 6
+    part = len(runner.unit.part_bytes) - 1
+    sent = runner.unit.read_rows(part, rows[60:71]).wait()
+    assert not pending._num_held
+    assert torch.equal(sent, runner.unit.read_rows(part, rows[60:71]).wait())
+    computed, runner._logits = runner._logits, Mock(side_effect=MemoryError)
+    with pytest.raises(MemoryError):
+        runner.forward(Batch((decodes[6],)))
+    assert not pending._num_held
+    runner._logits = computed
+    runner.forward(Batch((decodes[6],)))
+    assert pending._num_held == 1
+
+
 @pytest.mark.parametrize("graphs", ["off", "auto"])
 def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: MakeEngine) -> None:
     """Bit for bit, whatever made an end of the waiting: a guess, a step that does something else,
@@ -272,7 +296,7 @@ def test_rows_that_waited_are_those_of_single_steps(graphs: str, make_engine: Ma
         pending = runner._predictor.pending
         if not waits:
             runner._predictor.follow = MethodType(follow, runner._predictor)
-            pending.hold = lambda *_: None
+            pending.hold, pending.count = lambda *_: None, lambda: None
         counts: list[int] = []
 
         def forward(

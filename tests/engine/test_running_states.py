@@ -22,8 +22,10 @@ class RunningStatesMachine(RuleBasedStateMachine):
         self.positions = dict.fromkeys(OWN, 0)
 
     def bring_home(self, but: set[int]) -> None:
-        for step, own in self.running.bring_home(but):
+        copies = self.running.astray(but)
+        for step, own in copies:
             self.slots[own] = self.slots[step]
+        self.running.come_home(copies)
 
     @rule(
         lengths=st.dictionaries(st.sampled_from(OWN), st.integers(2, 9), max_size=4),
@@ -43,7 +45,11 @@ class RunningStatesMachine(RuleBasedStateMachine):
             for step, slot in enumerate(slots):
                 self.slots[slot] = self.positions[own] + step + 1
         self.running.check()
+        self.bring_home(set())  # Who is verified stays where it is.
         if data.draw(st.booleans(), label="broke off"):
+            self.running.give_up()
+            for own in lengths:
+                self.slots[own] = self.positions[own] = 0  # Another's from here on.
             return
         taken = [data.draw(st.integers(0, length)) for length in lengths.values()]
         self.running.take(taken)
@@ -72,10 +78,13 @@ def test_a_commit_copies_nothing_and_a_way_home_once() -> None:
     running.verify([(0, 5), (1, 5)])
     running.take([3, 5])
     away = running.at(0), running.at(1)
-    assert set(away) <= set(STEPS) and running.bring_home({0, 1}) == []
+    assert set(away) <= set(STEPS) and running.astray({0, 1}) == []
     running.verify([(0, 4), (1, 6)])
+    assert running.astray() == [], "nothing of a verification moves before its commit"
     running.take([4, 0])
     assert running.at(0) == 0, "all drafts are right: the last state is in its own slot"
-    assert running.bring_home() == [(away[1], 1)] and running.bring_home() == []
+    assert running.astray() == [(away[1], 1)] == running.astray(), "until it is copied"
+    running.come_home([(away[1], 1)])
+    assert running.astray() == [] and running.at(1) == 1
     with pytest.raises(AssertionError, match="more tokens"):
         running.verify([(0, 5), (2, 6)])

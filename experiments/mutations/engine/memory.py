@@ -191,8 +191,8 @@ BREAKS_OF_MEMORY = (
     Mutation(
         "rows that nobody knows to have moved are read",
         ENGINE_LOOP,
-        "            if self._manager.lost_moves():\n",
-        "            if False:\n",
+        "            if self._manager.lost_moves() or",
+        "            if (self._manager.lost_moves() and False) or",
         MOVES,
     ),
     Mutation(

@@ -319,8 +319,8 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a step is made ahead of what becomes of drafts",
         SCHEDULER,
-        "(self._must_wait or self._verifies or self._may_guess())",
-        "(self._must_wait or self._may_guess())",
+        "self.must_commit or (",
+        "(",
         DRAFTS,
     ),
     Mutation(
@@ -383,9 +383,43 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "step slots of a step that broke off are lost",
         PLACES,
-        "            self.take([0] * len(self._verified))\n",
-        "            self._verified = []\n",
+        "            self._free += [slot for slot in slots if slot != own]\n            if own",
+        "            if own",
         VERIFIED,
+    ),
+    Mutation(
+        "what a broken commit published is believed",
+        "engine/engine.py",
+        "self._manager.lost_moves() or half_done.has_drafts",
+        "self._manager.lost_moves()",
+        DRAFTS,
+    ),
+    Mutation(
+        "others touch memory while a verification is in flight",
+        "engine/engine.py",
+        "if not self._scheduler.must_commit:",
+        "if True:",
+        DRAFTS,
+    ),
+    Mutation(
+        "rows of a head are sent before they are computed",
+        "engine/run/unit.py",
+        "        self._settle()\n        pools = self._parts[part]\n"
+        "        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)\n"
+        "        return",
+        "        pools = self._parts[part]\n"
+        "        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)\n"
+        "        return",
+        HEADS,
+    ),
+    Mutation(
+        "what a broken step left of a head waits",
+        "engine/run/model_runner.py",
+        "        logits = self._logits(batch, drawn)\n        if self._predictor is not None:\n"
+        "            self._predictor.pending.count()\n",
+        "        if self._predictor is not None:\n            self._predictor.pending.count()\n"
+        "        logits = self._logits(batch, drawn)\n",
+        HEADS,
     ),
     Mutation(
         "a state that is copied elsewhere is not brought home before",
@@ -397,7 +431,7 @@ BREAKS_OF_SCHEDULE = (
     Mutation(
         "a state is exported from where it is no more",
         "engine/run/unit.py",
-        "        self._bring_home()\n        views",
+        "        self._settle()\n        views",
         "        views",
         VERIFIED,
     ),
