@@ -2,6 +2,7 @@
 
     python -m experiments.bench_speculation                  # about 15 minutes on two quiet cores
     python -m experiments.bench_speculation --model DIR --repeats 1 --threads 2
+    python -m experiments.bench_speculation --draw           # the figure, of recorded results
 
 Every workload is a fixed list of prompts, the same for every drafter; each drafter's engine serves
 it from an empty cache, in turns with the others, greedily (``noise``: sampled so hot that nothing
@@ -17,11 +18,13 @@ that were held out), ``noise``.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,8 +33,11 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from engine.text.byte_tokenizer import ByteTokenizer
+from experiments.lab import figure_path
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.training import corpus, tasks
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.units import counted
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
 Thread = list[str]
@@ -173,6 +179,38 @@ def make_engine(model: str | None, draft: str) -> Engine:
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
 
 
+def draw(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
+    """A panel each for one stream and more: tokens a second beside none, and in each bar the
+    tokens that a verification gave."""
+    streams = sorted({result["streams"] for result in results})
+    workloads = list(dict.fromkeys(result["workload"] for result in results))
+    figure, axes = panels(len(streams), width=5.6, columns=2)
+    width = 0.8 / len(words)
+    for axis, count in zip(axes, streams, strict=True):
+        for rank, (word, colour) in enumerate(zip(words, COLOURS, strict=False)):
+            own = {
+                result["workload"]: result
+                for result in results
+                if (result["draft"], result["streams"]) == (word, count)
+            }
+            places = [at + (rank - (len(words) - 1) / 2) * width for at in range(len(workloads))]
+            ratios = [own[workload]["ratio"] for workload in workloads]
+            axis.bar(places, ratios, width * 0.9, color=colour, label=f"--draft {word}")
+            for at, workload in zip(places, workloads, strict=True):
+                length = own[workload]["acceptance_len"]
+                text = "" if length is None else f"{length:.1f}"
+                axis.text(at, 0.03, text, color="white", ha="center", fontsize=7)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(workloads)), workloads)
+        axis.set_ylabel("tokens a second beside none")
+        axis.set_title(counted(count, "stream"), fontsize=9)
+    caption = (
+        "The built-in model on one core. In a bar: tokens that a verification gave, the one that "
+        "is never a guess among them (acceptance length)."
+    )
+    save(figure, axes, figure_path("speculation"), caption)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="model directory; none: the built-in model")
@@ -186,7 +224,13 @@ def main() -> None:
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--draw", action="store_true", help="nothing but what --out has")
     args = parser.parse_args()
+    if args.draw:
+        with open(args.out, encoding="utf-8") as lines:
+            recorded = [json.loads(line) for line in lines][1:]
+        words = dict.fromkeys(result["draft"] for result in recorded)
+        return draw(recorded, [word for word in words if word != "none"])
     torch.set_num_threads(args.threads)
     engines = {draft: make_engine(args.model, draft) for draft in args.drafts}
     results: list[Result] = []

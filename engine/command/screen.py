@@ -135,8 +135,7 @@ def _draft_words(config: EngineConfig, step_state_bytes: int) -> str:
     states = f", whose states take {format_bytes(step_state_bytes)}" if step_state_bytes else ""
     return (
         f"{config.draft}: up to {counted(config.draft_len, 'token')} a request; up to "
-        f"{config.num_step_states} verified a step{states}; those that verify overlap with no "
-        "other"
+        f"{config.num_step_states} verified a step{states}"
     )
 
 
