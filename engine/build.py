@@ -41,6 +41,7 @@ class Parts(NamedTuple):
     """None: the engine has no role."""
     fetching: Fetching | None
     scheduler: Scheduler
+    drafting: Drafting | None
 
 
 def make_parts(
@@ -67,18 +68,20 @@ def make_parts(
     elif fetcher is None and lower is not None:
         fetcher = lower.fetcher(manager)
     fetching = None if fetcher is None else Fetching(manager, fetcher)
+    shares = config.prefix_cache != "none"
     if drafting is None and config.drafters:
-        drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess)
+        drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess, shares=shares)
     scheduler = Scheduler(
         manager,
         max_running=config.max_running,
         token_budget=config.token_budget,
-        shares=config.prefix_cache != "none",
+        shares=shares,
         drafting=drafting,
         fetching=fetching,
         clock=clock,
     )
-    return Parts(built.prefix_cache, cache, lower, manager, transfers, fetching, scheduler)
+    parts = cache, lower, manager, transfers, fetching, scheduler, drafting
+    return Parts(built.prefix_cache, *parts)
 
 
 def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:

@@ -90,6 +90,7 @@ class Engine:
         self._cache_kind, self._cache = parts.cache_kind, parts.cache
         self._lower, self._manager = parts.lower, parts.manager
         self._fetching, self._scheduler = parts.fetching, parts.scheduler
+        self._drafting = parts.drafting
         self.transfers = parts.transfers
         """What went to or came from other engines; None: nothing does."""
         self._overlaps = config.overlap == "on" or (
@@ -377,6 +378,8 @@ class Engine:
 
     def _forget(self) -> None:
         self._cache.reset()
+        if self._drafting is not None:
+            self._drafting.reset()
         if self._log is not None:
             self._log.reset()
 

@@ -99,6 +99,9 @@ class Guesser:
     def forget(self, request: Request) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
 
 GUESSES: dict[str, int | None] = {"always right": CHOSEN, "never right": OTHER, "nothing": None}
 

@@ -55,3 +55,7 @@ class Drafter(Protocol):
     def forget(self, request: Request) -> None:
         """``request`` has ended."""
         ...
+
+    def reset(self) -> None:
+        """The cache was emptied: nothing is known of requests that ended."""
+        ...

@@ -23,16 +23,16 @@ class Source(NamedTuple):
     make_turns: Callable[[], Turns]
 
 
-def _tree(max_tokens: int, guess: Guess) -> list[Source]:
-    drafters: tuple[Drafter, ...] = TreeDrafter(), SuffixDrafter()
+def _tree(max_tokens: int, guess: Guess, shares: bool) -> list[Source]:
+    drafters: tuple[Drafter, ...] = TreeDrafter(), SuffixDrafter(shares=shares)
     return [Source(drafter, partial(Pace, max_tokens)) for drafter in drafters]
 
 
-def _mtp(max_tokens: int, guess: Guess) -> list[Source]:
+def _mtp(max_tokens: int, guess: Guess, shares: bool) -> list[Source]:
     return [Source(HeadDrafter(guess), partial(Odds, max_tokens, Luck()))]
 
 
-WORDS: dict[str, Callable[[int, Guess], list[Source]]] = {"tree": _tree, "mtp": _mtp}
+WORDS: dict[str, Callable[[int, Guess, bool], list[Source]]] = {"tree": _tree, "mtp": _mtp}
 """What each word of ``EngineConfig.draft`` asks, in order."""
 
 
@@ -64,10 +64,14 @@ class Drafting:
         self._step = 0
 
     @classmethod
-    def of(cls, words: Mapping[str, int], max_verified: int, guess: Guess) -> Drafting:
+    def of(
+        cls, words: Mapping[str, int], max_verified: int, guess: Guess, *, shares: bool
+    ) -> Drafting:
         """With the drafters that ``words`` name, and the most tokens of each; ``guess`` is what
-        ``Runner.guess`` does."""
-        sources = [source for word, most in words.items() for source in WORDS[word](most, guess)]
+        ``Runner.guess`` does. ``shares``: one request may be guessed for from another's text."""
+        sources = [
+            source for word, most in words.items() for source in WORDS[word](most, guess, shares)
+        ]
         return cls(sources, max_verified=max_verified)
 
     @property
@@ -172,6 +176,11 @@ class Drafting:
         self._known.pop(request, None)
         for drafter, _ in self._sources:
             drafter.forget(request)
+
+    def reset(self) -> None:
+        """The cache was emptied."""
+        for drafter, _ in self._sources:
+            drafter.reset()
 
     def _meet(self, request: Request) -> _Known:
         known = self._known[request] = _Known([make() for _, make in self._sources])

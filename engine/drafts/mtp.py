@@ -30,6 +30,9 @@ class HeadDrafter:
     def forget(self, request: Request) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
 
 def _newest(request: Request) -> Newest:
     lease, row = request.claims

@@ -1,6 +1,8 @@
-"""Where the last tokens of a text stood in it before, kept as the text grows."""
+"""Where the last tokens of a text stood before, in it or in others: kept as the text grows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,25 +27,42 @@ class SuffixIndex:
     [8, 9, 1, 2]
     """
 
-    __slots__ = ("_ends", "_hashes", "_num_indexed")
+    __slots__ = ("_ends", "_hashes", "_num_indexed", "text")
 
     def __init__(self) -> None:
         self._ends: dict[int, dict[int, int]] = {size: {} for size in SIZES}
         self._hashes = dict.fromkeys(SIZES, 0)
         """Of the runs that end with the last token indexed; what is missing to a run counts 0."""
         self._num_indexed = 0
+        self.text: Tokens | None = None
+        """All of it, once it grows no more."""
 
-    def continuation(self, tokens: Tokens, max_tokens: int) -> Tokens:
+    def continuation(
+        self, tokens: Tokens, max_tokens: int, others: Sequence[SuffixIndex] = ()
+    ) -> Tokens:
         """Up to ``max_tokens`` ids that followed the longest of the runs that ends ``tokens``;
-        empty where none stood there before. What reaches the end of ``tokens`` goes round.
+        empty where none stood before. Those of the most tokens are looked for in ``others`` too,
+        the first that has it. What reaches the end of ``tokens`` goes round.
 
-        ``tokens`` begins with all that was given before. O(new tokens).
+        ``tokens`` begins with all that was given before. O(new tokens + others).
         """
-        for (size, ends), key in zip(self._ends.items(), self._index(tokens), strict=True):
-            end = ends.get(key)
-            if end is not None and np.array_equal(tokens[end - size : end], tokens[-size:]):
-                return np.resize(tokens[end : end + max_tokens], max_tokens)
+        for size, key in zip(SIZES, self._index(tokens), strict=True):
+            found = self._behind(size, key, tokens, tokens)
+            if found is not None:
+                return np.resize(found[:max_tokens], max_tokens)
+            for other in others if size == SIZES[0] else ():
+                assert other.text is not None, "a text that still grows"
+                found = other._behind(size, key, other.text, tokens)
+                if found is not None:
+                    return found[:max_tokens]
         return tokens[:0]
+
+    def _behind(self, size: int, key: int, text: Tokens, tokens: Tokens) -> Tokens | None:
+        """What followed in ``text`` the run of ``size`` that ends ``tokens``, of this ``key``."""
+        end = self._ends[size].get(key)
+        if end is None or not np.array_equal(text[end - size : end], tokens[-size:]):
+            return None
+        return text[end:]
 
     def _index(self, tokens: Tokens) -> list[int]:
         """Every run that ends before the last token; the hashes of those that end with it."""

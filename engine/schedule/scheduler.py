@@ -91,7 +91,7 @@ class Scheduler:
 
     @property
     def must_commit(self) -> bool:
-        """The step in flight has drafts: until it is committed nobody else may touch memory."""
+        """The step in flight has drafts: nobody else may touch memory before its commit."""
         return self._verifies and self._num_in_flight > 0
 
     @property
@@ -154,10 +154,9 @@ class Scheduler:
         Steps may be made before the one before them is committed (one at most). Then requests go on
         from ``scheduled_len``, with tokens that the host does not know; but nobody is preempted,
         and where memory is short the step is empty: commit first. A request whose sampling rule
-        must see every token sits the step out. Empty too: where the step before has drafts, since
-        a runner commits those of its newest batch alone (their requests may have left, and nobody
-        else may want a guess); and where somebody is to be drafted for, since a guess follows the
-        newest token.
+        must see every token sits the step out. Empty too: where the step before has drafts, since a
+        runner commits those of its newest batch alone; and where somebody is to be drafted for,
+        since a guess follows the newest token.
         """
         if self.must_commit or (self._num_in_flight and (self._must_wait or self._may_guess())):
             return EMPTY
@@ -415,9 +414,8 @@ class Scheduler:
         return tuple(taken)
 
     def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
-        """What a request with a draft took of the step decides where it stands: its newest token is
-        never computed, and the tokens of a run behind a stop are none. Returns how many of the
-        task's tokens count."""
+        """What a request took of its draft decides where it stands: its newest token is never
+        computed, tokens behind a stop are none. Returns how many of the task's tokens count."""
         assert self._drafting is not None
         request = task.request
         request.computed_len = request.scheduled_len = request.num_tokens - 1

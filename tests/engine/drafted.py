@@ -72,6 +72,9 @@ class Guesses:
     def forget(self, request: Request) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
 
 def guessing_engine(directory: Path, guesses: Guesses | None = None, **settings: Any) -> Engine:
     """With ``guesses`` these in place of what ``draft`` names."""

@@ -173,3 +173,22 @@ def test_what_a_commit_published_that_broke_off_is_forgotten(make_engine: MakeEn
     outputs = engine.generate(prompts(), params)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
     assert engine.report().kv.held == 0
+
+
+def test_answers_to_others_are_guessed_from_until_the_cache_is_emptied(
+    make_engine: MakeEngine,
+) -> None:
+    """Another prompt, which the tree does not know, that comes to where an earlier text was."""
+    engine = make_engine(draft="tree")
+    params = SamplingParams(max_tokens=20, temperature=0)
+    (first,) = engine.generate(prompts()[:1], params)
+    text = [*prompts()[0], *first.token_ids]
+
+    def guessed() -> int:
+        (output,) = engine.generate([[250, 251, *text[5:-12]]], params)
+        return output.drafts.drafted.total()
+
+    engine.generate([[249, *text]], SamplingParams(max_tokens=2, temperature=0))
+    assert guessed() > 0
+    engine.reset_prefix_cache()
+    assert guessed() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.drafts.drafting import Drafting, Source
 from engine.drafts.odds import Luck, Odds
 from engine.drafts.pace import MAX_IDLE, MAX_MISSES, Pace
 from engine.drafts.suffix import SIZES, SuffixIndex
+from engine.drafts.tree import MAX_KEPT, MAX_TEXTS, SuffixDrafter
 from engine.drafts.tries import MAX_GAP, MAX_REST, MIN_REST, Turns
 from engine.requests.request import Request
 
@@ -45,6 +47,67 @@ def test_a_suffix_is_looked_up_as_by_reading(
             expected = [period[i % len(period)] for i in range(max_tokens)]
             break
     assert index.continuation(ids, max_tokens).tolist() == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=2, max_size=5))
+def test_other_texts_are_looked_up_where_this_one_has_no_six(texts: list[list[int]]) -> None:
+    """The first that has them; three that agree are not enough there."""
+    others = []
+    for text in texts[1:]:
+        other = SuffixIndex()
+        other.text = np.array(text, np.int32)
+        other.continuation(other.text, 1)
+        others.append(other)
+    own, most = np.array(texts[0], np.int32), 4
+    alone = SuffixIndex().continuation(own, most).tolist()
+    size = SIZES[0]
+
+    def behind(text: list[int]) -> list[int]:
+        ends = [
+            end
+            for end in range(size, len(text))
+            if len(own) >= size and text[end - size : end] == texts[0][-size:]
+        ]
+        return text[ends[-1] :][:most] if ends else []
+
+    expected = alone
+    if not behind(texts[0]):
+        expected = next(filter(None, map(behind, texts[1:])), alone)
+    assert SuffixIndex().continuation(own, most, others).tolist() == expected
+
+
+class Asking(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def test_texts_that_ended_are_kept_for_their_namespace() -> None:
+    """As many and as long as fit, until the cache is emptied; none where nothing is shared."""
+
+    def request(tokens: list[int], namespace: str | None) -> Any:
+        return Asking(tokens=np.array(tokens, np.int32), namespace=namespace)
+
+    def propose(drafter: SuffixDrafter, asking: Any) -> list[int]:
+        (found,) = drafter.propose([(asking, 3)])
+        drafter.forget(asking)
+        return found.tolist()
+
+    text = [*range(10), *range(50, 60)]
+    for shares in (True, False):
+        drafter = SuffixDrafter(shares=shares)
+        assert propose(drafter, request(text, "a")) == []
+        assert propose(drafter, request(text[:10], "b")) == []
+        assert propose(drafter, request(text[:10], "a")) == [50, 51, 52] * shares
+    drafter = SuffixDrafter(shares=True)
+    propose(drafter, request(text, "a"))
+    drafter.reset()
+    assert propose(drafter, request(text[:10], "a")) == []
+    propose(drafter, request(text, "a"))
+    propose(drafter, request([7] * (MAX_KEPT - 1), "a"))
+    assert propose(drafter, request(text[:10], "a")) == [], "long texts leave no room"
+    propose(drafter, request(text, "a"))
+    for number in range(100, 100 + MAX_TEXTS):
+        propose(drafter, request([number] * 5, "b"))
+    assert propose(drafter, request(text[:10], "a")) == [], "others ended since"
 
 
 def asked(turns: Turns, steps: range, right: int | None = 0) -> list[tuple[int, int]]:
@@ -134,6 +197,9 @@ class Ones:
         return [np.ones(most, np.int32) for _, most in wanted]
 
     def forget(self, request: Request) -> None:
+        pass
+
+    def reset(self) -> None:
         pass
 
 

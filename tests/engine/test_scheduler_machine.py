@@ -178,6 +178,9 @@ class Guesses:
     def forget(self, request: Request) -> None:
         assert request.request_id in self.futures
 
+    def reset(self) -> None:
+        pass
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Arrivals, equal prompts, next turns, aborts, resets, and steps between them."""
@@ -209,9 +212,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         drafting = {
             "none": None,
             "guesses": Drafting([Source(self.guesses, pace)], max_verified=room),
-            "tree": Drafting.of({"tree": draft_len}, room, self.guess),
-            "mtp": Drafting.of({"mtp": draft_len}, room, self.guess),
-            "tree,mtp": Drafting.of({"tree": 3, "mtp": draft_len}, room, self.guess),
+            "tree": Drafting.of({"tree": draft_len}, room, self.guess, shares=True),
+            "mtp": Drafting.of({"mtp": draft_len}, room, self.guess, shares=True),
+            "tree,mtp": Drafting.of({"tree": 3, "mtp": draft_len}, room, self.guess, shares=True),
         }[drafts]
         self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
 

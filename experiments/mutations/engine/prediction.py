@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.mutations import Mutation
-from experiments.mutations.engine.tests import DRAFTERS, HEADS
+from experiments.mutations.engine.tests import DRAFTERS, DRAFTS, HEADS
 
 HEAD, PREDICT = "engine/run/layers/prediction.py", "engine/run/predict.py"
 WAITING = "engine/run/head_rows.py"
@@ -88,6 +88,27 @@ BREAKS_OF_PREDICTION = (
         "            befores[:width] = carried[slots]\n",
         "            pass\n",
         HEADS,
+    ),
+    Mutation(
+        "texts of one namespace are guessed from in another",
+        "engine/drafts/tree.py",
+        "if namespace == request.namespace]",
+        "]",
+        DRAFTERS,
+    ),
+    Mutation(
+        "texts outlive the cache",
+        "engine/drafts/tree.py",
+        "        self._ended.clear()\n",
+        "",
+        DRAFTERS,
+    ),
+    Mutation(
+        "an emptied cache is not told to drafters",
+        "engine/engine.py",
+        "            self._drafting.reset()\n",
+        "            pass\n",
+        DRAFTS,
     ),
     Mutation(
         "tries that stay wrong come as often as ever",
