@@ -52,7 +52,6 @@ class Commits:
             _copies=Copies(memory, kernels, device),
         )
         self.copy_states = runner._copies.copy_states
-        runner._bring_home = lambda but=(): ModelRunner._bring_home(cast(Any, runner), but)
         self.runner = cast(Any, runner)
 
     def batch(self, num_saved: int) -> Batch:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 
 from engine.run.backends import Kernels
 from engine.run.device import Device
+from engine.run.head_rows import PendingRows
 from engine.run.lower import LowerRows
 from engine.run.memory import Memory
+from engine.run.running_states import RunningStates
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.orders import Order
 from kernels.upload import upload
@@ -22,6 +24,8 @@ class Copies:
     def __init__(self, tensors: Memory, kernels: Kernels, device: Device) -> None:
         self.lower: LowerRows | None = None
         """Memory below the device's."""
+        self.pending: PendingRows | None = None
+        """Rows of a head that are not computed yet; None: there is no head."""
         self._tensors, self._device = tensors, device.torch_device
         self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
 
@@ -51,6 +55,19 @@ class Copies:
             self.copy_states(copies)
         else:
             self._tensors.checkpoints.save(copies, self._state_copy)
+
+    def settle(self, running: RunningStates) -> None:
+        """Rows and states are where their owners know them after, but those of a step that is to be
+        committed: for who reads or writes them by their numbers."""
+        if self.pending is not None:
+            self.pending.settle()
+        self.bring_home(running)
+
+    def bring_home(self, running: RunningStates, but: Collection[int] = ()) -> None:
+        """Whoever is away comes home, but for the sequences with these own slots."""
+        astray = running.astray(but)
+        self.copy_states(astray)
+        running.come_home(astray)
 
     def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         """(slot of a state, another of these)."""

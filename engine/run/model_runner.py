@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,9 +193,10 @@ class ModelRunner:
             multiple=self.kernels["linear"].ROWS,
             tile_size=self._config.tile_size,
         )
-        self.unit = Unit(self.tensors, keeps, self._settle)
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor = None if self._head is None else Predictor(self._head, *parts)
+        self._copies.pending = None if self._predictor is None else self._predictor.pending
+        self.unit = Unit(self.tensors, keeps, partial(self._copies.settle, self.running))
         self.use_graphs(graphs)
 
     def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
@@ -332,20 +334,8 @@ class ModelRunner:
             for segment in batch.segments
             if segment.num_drafts and segment.slot is not None
         ]
-        self._bring_home(() if moves else dict(verified))
+        self._copies.bring_home(self.running, () if moves else dict(verified))
         self.running.verify(verified)
-
-    def _bring_home(self, but: Collection[int] = ()) -> None:
-        copies = self.running.astray(but)
-        self._copies.copy_states(copies)
-        self.running.come_home(copies)
-
-    def _settle(self) -> None:
-        """Have every row and every state where its owner knows it, but those of a step that is to
-        be committed: before slots and rows are read or written by their numbers."""
-        if self._predictor is not None:
-            self._predictor.pending.settle()
-        self._bring_home()
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
