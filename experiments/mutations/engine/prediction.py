@@ -90,6 +90,33 @@ BREAKS_OF_PREDICTION = (
         HEADS,
     ),
     Mutation(
+        "rows of a head are sent before they are computed",
+        "engine/run/unit.py",
+        "        self._settle()\n        pools = self._parts[part]\n"
+        "        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)\n"
+        "        return",
+        "        pools = self._parts[part]\n"
+        "        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)\n"
+        "        return",
+        HEADS,
+    ),
+    Mutation(
+        "what a broken step left of a head waits",
+        "engine/run/model_runner.py",
+        "        logits = self._logits(batch, drawn)\n        if self._predictor is not None:\n"
+        "            self._predictor.pending.count()\n",
+        "        if self._predictor is not None:\n            self._predictor.pending.count()\n"
+        "        logits = self._logits(batch, drawn)\n",
+        HEADS,
+    ),
+    Mutation(
+        "a head guesses from the vector of an earlier step",
+        "engine/run/model_runner.py",
+        "one._replace(slot=self.running.at(one.slot))",
+        "one",
+        HEADS,
+    ),
+    Mutation(
         "texts of one namespace are guessed from in another",
         "engine/drafts/tree.py",
         "if namespace == request.namespace]",

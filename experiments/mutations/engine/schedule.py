@@ -7,7 +7,6 @@ from experiments.mutations.engine.tests import (
     ARENA,
     DRAFTS,
     FAIR,
-    HEADS,
     LEASE_TESTS,
     SHORT_MEMORY,
     STEPS,
@@ -402,26 +401,6 @@ BREAKS_OF_SCHEDULE = (
         DRAFTS,
     ),
     Mutation(
-        "rows of a head are sent before they are computed",
-        "engine/run/unit.py",
-        "        self._settle()\n        pools = self._parts[part]\n"
-        "        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)\n"
-        "        return",
-        "        pools = self._parts[part]\n"
-        "        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)\n"
-        "        return",
-        HEADS,
-    ),
-    Mutation(
-        "what a broken step left of a head waits",
-        "engine/run/model_runner.py",
-        "        logits = self._logits(batch, drawn)\n        if self._predictor is not None:\n"
-        "            self._predictor.pending.count()\n",
-        "        if self._predictor is not None:\n            self._predictor.pending.count()\n"
-        "        logits = self._logits(batch, drawn)\n",
-        HEADS,
-    ),
-    Mutation(
         "a state that is copied elsewhere is not brought home before",
         "engine/run/model_runner.py",
         "moves = batch.moves or batch.restores",
@@ -434,13 +413,6 @@ BREAKS_OF_SCHEDULE = (
         "        self._settle()\n        views",
         "        views",
         VERIFIED,
-    ),
-    Mutation(
-        "a head guesses from the vector of an earlier step",
-        "engine/run/model_runner.py",
-        "one._replace(slot=self.running.at(one.slot))",
-        "one",
-        HEADS,
     ),
     Mutation(
         "a rejected checkpoint counts",
