@@ -174,6 +174,11 @@ class EngineConfig:
         "(the model's own multi-token head), tree,mtp (the head where the tree has nothing), or "
         "none",
     )
+    draft_index_mib: float = _setting(
+        64.0,
+        "with draft tree: host memory for the index of running and ended texts, MiB, of 24 to 48 "
+        "bytes a token; what does not fit is drafted for from the cache alone",
+    )
 
     role: Literal["prefill", "decode"] | None = _setting(
         None,
@@ -301,6 +306,10 @@ class EngineConfig:
         if budget is not None and (not isinstance(budget, int) or budget < TILE):
             raise ConfigError(
                 f"token_budget must be at least {TILE}, one tile of the kernels, not {budget}."
+            )
+        if not 0 <= self.draft_index_mib < 2**30:
+            raise ConfigError(
+                f"draft_index_mib must be a number of MiB of 0 or more, not {self.draft_index_mib}."
             )
         if not 0 < self.grammar_budget_s < 1e6:
             raise ConfigError(

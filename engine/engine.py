@@ -90,7 +90,7 @@ class Engine:
         self._cache_kind, self._cache = parts.cache_kind, parts.cache
         self._lower, self._manager = parts.lower, parts.manager
         self._fetching, self._scheduler = parts.fetching, parts.scheduler
-        self._drafting = parts.drafting
+        self._drafting, self._draft_memory = parts.drafting, parts.draft_memory
         self.transfers = parts.transfers
         """What went to or came from other engines; None: nothing does."""
         self._overlaps = config.overlap == "on" or (
@@ -114,7 +114,7 @@ class Engine:
         )
         self.prefill_server = prefill_server(self, self._manager, self.transfers)
         """What computes prefixes for other engines; None: it is none of its roles."""
-        late_draws = LateDraws(self._scheduler, sampler, self._intake.guides)
+        late_draws = LateDraws(self._scheduler, sampler, self._intake.guides.news)
         outside: tuple[Outside | None, ...] = late_draws, self._fetching, self.prefill_server
         self._outside = tuple(part for part in outside if part is not None)
 
@@ -401,6 +401,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             transfers=None if self.transfers is None else self.transfers.as_dict(),
             lower=None if self._lower is None else self._lower.report(),
+            draft_index_bytes=self._draft_memory.used_bytes,
         )
 
     def outline(self, max_nodes: int = 40) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from threading import Event
 from typing import Any, NamedTuple
 
-from engine.guided.guide import Guides
 from engine.interfaces import PendingTokens, TokenSampler
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.fetching import IDLE_S
@@ -84,10 +84,11 @@ class LateDraws:
     steps until its mask is found.
     """
 
-    def __init__(self, scheduler: Scheduler, sampler: TokenSampler, guides: Guides) -> None:
+    def __init__(self, scheduler: Scheduler, sampler: TokenSampler, news: Event) -> None:
+        """``news`` is set whenever a mask was found in the background."""
         self._scheduler = scheduler
         self._sampler = sampler
-        self._guides = guides
+        self._news = news
 
     @property
     def has_work(self) -> bool:
@@ -96,7 +97,7 @@ class LateDraws:
 
     def advance(self) -> None:
         """Draw every token whose mask was found."""
-        self._guides.news.clear()
+        self._news.clear()
         for request in self._scheduler.awaiting_draw:
             found = request.late_input()
             if found is None:
@@ -108,7 +109,7 @@ class LateDraws:
     def wait(self) -> None:
         """Nothing can be computed: sleep a little, or until a mask is found."""
         if self._scheduler.awaiting_draw:
-            self._guides.news.wait(IDLE_S)
+            self._news.wait(IDLE_S)
 
     def give_up(self) -> None:
         """A step broke off: the scheduler has let go of all leases, and of the logits."""
