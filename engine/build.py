@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.below import LowerMemory, LowerSizes
 from engine.config import ConfigError, EngineConfig
-from engine.drafts.drafting import Drafting, Means
+from engine.drafts.drafting import Drafting
 from engine.drafts.suffix import IndexMemory
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
@@ -74,8 +74,8 @@ def make_parts(
     shares = config.prefix_cache != "none"
     draft_memory = IndexMemory(int(config.draft_index_mib * 2**20))
     if drafting is None and config.drafters:
-        means = Means(runner.guess, shares, draft_memory)
-        drafting = Drafting.of(config.drafters, config.num_step_states, means)
+        room, guess = config.num_step_states, runner.guess
+        drafting = Drafting.of(config.drafters, room, guess, shares=shares, memory=draft_memory)
     scheduler = Scheduler(
         manager,
         max_running=config.max_running,

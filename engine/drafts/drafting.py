@@ -77,8 +77,21 @@ class Drafting:
         self._step = 0
 
     @classmethod
-    def of(cls, words: Mapping[str, int], max_verified: int, means: Means) -> Drafting:
-        """With the drafters that ``words`` name, and the most tokens of each."""
+    def of(
+        cls,
+        words: Mapping[str, int],
+        max_verified: int,
+        guess: Guess,
+        *,
+        shares: bool,
+        memory: IndexMemory | None = None,
+    ) -> Drafting:
+        """Ask the drafters that ``words`` name, for at most so many tokens of each.
+
+        ``guess`` is what ``Runner.guess`` does. ``shares``: one request may be guessed for from
+        another's text. ``memory`` is for the indices of all texts.
+        """
+        means = Means(guess, shares, memory or IndexMemory(64 << 20))
         sources = [source for word, most in words.items() for source in WORDS[word](most, means)]
         return cls(sources, max_verified=max_verified)
 

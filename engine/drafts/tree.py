@@ -81,6 +81,7 @@ class SuffixDrafter:
         index = self._indices.pop(request, None)
         if index is None:
             return
+        self._read(index, request.tokens, MAX_READ)
         is_whole = index.has_read(request.tokens) and not index.is_full
         if not self._shares or not is_whole or len(request.tokens) > MAX_KEPT:
             index.free()
