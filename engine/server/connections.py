@@ -16,7 +16,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from engine.server.errors import APIError
 
-RESERVED = 48
+RESERVED = 64
 """Descriptors that connections leave to the rest of the process."""
 FEWEST = 8
 """Connections that are allowed at least."""
