@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from engine import Grammar, SamplingParams
-from engine.guided.grammar import grammar_of_calls
+from engine.guided.call_grammars import Form, grammar_of_calls, grammar_of_strict_calls
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
@@ -376,23 +376,34 @@ class ChatRequest(Sampling, Rendering):
         return self.tool_choice not in (None, "none", "auto")
 
     @property
+    def has_strict_calls(self) -> bool:
+        """The answer may be a call of a tool whose schema it must follow."""
+        if self.demands_call or self.tool_choice == "none" or super().is_guided:
+            return False
+        return any(tool["function"].get("strict") is True for tool in self.tools or ())
+
+    @property
     def is_guided(self) -> bool:
-        return self.demands_call or super().is_guided
+        return self.demands_call or self.has_strict_calls or super().is_guided
 
     @property
     def form_name(self) -> str | None:
-        return "tools" if self.demands_call else super().form_name
+        return "tools" if self.demands_call or self.has_strict_calls else super().form_name
 
-    def demanded_calls(self) -> Grammar | None:
-        """The calls that the answer must be, in Hermes' form; None: it need not be any. ValueError:
-        a tool's schema can not be served, or a form is asked for beside it."""
+    def call_grammar(self, form: Form, may_think: bool) -> Grammar | None:
+        """Return the grammar of the calls that the answer must have, or may have if some are
+        strict; None if it is neither. ``form`` is the model's, and ``may_think`` says whether it
+        may begin with reasoning. ValueError: a tool's schema cannot be served, or another form is
+        asked for, too."""
+        if self.has_strict_calls:
+            return grammar_of_strict_calls(self.tools or (), form, may_think=may_think)
         if not self.demands_call:
             return None
         if super().is_guided:
             raise ValueError("'tool_choice' demands a call, which has its form: ask for no other.")
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)
+        return grammar_of_calls(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ChatRequest:

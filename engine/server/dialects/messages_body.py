@@ -155,8 +155,7 @@ def _is_custom(tool: Any) -> Any:
 
 
 class Tool(Strict):
-    """``strict`` and ``eager_input_streaming`` change nothing: input comes as the model writes
-    it."""
+    """``eager_input_streaming`` changes nothing: input comes when it is whole."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -170,6 +169,8 @@ class Tool(Strict):
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
         tool = {"type": "function", "function": function | {"parameters": self.input_schema}}
         mark = self.cache_control
         return tool if mark is None else tool | {"cache_control": mark.model_dump()}

@@ -152,7 +152,8 @@ class FunctionTool(Strict):
     strict: bool | None = None
 
     def as_tool(self) -> dict[str, Any]:
-        function = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        fields = {"name", "description", "parameters", "strict"}
+        function = self.model_dump(include=fields, exclude_none=True)
         return {"type": "function", "function": function}
 
 
