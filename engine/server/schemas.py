@@ -1,5 +1,5 @@
-"""What clients may send. Types are checked here, ranges where the values are used (SamplingParams,
-the engine).
+"""What clients may send. Types and the widest ranges are checked here, what the engine can do where
+the values are used (SamplingParams, the engine).
 
 A parameter that would change the answer and is not served is refused by name; one that would not
 (``user``, ``store``) is accepted and ignored.
@@ -24,6 +24,7 @@ from pydantic import (
 
 from engine import Grammar, SamplingParams
 from engine.guided.call_grammars import Form, grammar_of_calls, grammar_of_strict_calls
+from engine.requests.sampling_params import MAX_COUNT
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
@@ -84,7 +85,7 @@ class Sampling(TokenOptions, Streamed):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Text | Texts | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -141,7 +142,7 @@ class CompletionRequest(Sampling):
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT)]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
-    max_tokens: int = Field(default=16, ge=0)
+    max_tokens: int = Field(default=16, ge=0, le=MAX_COUNT)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     add_special_tokens: bool = True
@@ -346,8 +347,8 @@ class ChatRequest(Sampling, Rendering):
     """POST /v1/chat/completions."""
 
     messages: Listed[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Tools | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.requests.sampling_params import MAX_BUDGET
+from engine.requests.sampling_params import MAX_COUNT
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import CacheControl, ChatRequest, Diagnostics
@@ -197,7 +197,7 @@ class ThinkingConfig(Strict):
     """Thinking is ended behind ``budget_tokens``, if the model does not before."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_BUDGET)
+    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     display: Literal["summarized"] | None = None
 
 
@@ -297,11 +297,11 @@ def _format(asked: JSONFormat) -> dict[str, Any]:
 class MessagesRequest(CountRequest):
     """POST /v1/messages."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=1, le=MAX_COUNT)
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     stop_sequences: Texts | None = None
 
     def fields(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
+from engine.requests.sampling_params import MAX_COUNT
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, of_validation, quoted
 from engine.server.guided import NamedSchema
@@ -216,7 +217,7 @@ class ResponsesRequest(Streamed):
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
-    max_output_tokens: int | None = Field(default=None, ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
     tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None
