@@ -390,6 +390,7 @@ def test_connections_without_a_request_make_room(
 ) -> None:
     """At the limit: the one that has waited longest first, then one whose body does not arrive;
     never one that is being answered."""
+    monkeypatch.setattr(connections, "STALLED_S", 1000.0)
     live = serve_oracle(ServerConfig(max_connections=8), step_s=0.02)
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(
