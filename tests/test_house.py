@@ -182,7 +182,7 @@ def test_hybridcache_never_imports_torch() -> None:
 
 
 def test_the_cache_and_the_core_of_the_laboratory_need_three_packages() -> None:
-    """``pip install hybridcache`` without extras: a simulation and its table run on these alone."""
+    """Without extras of the distribution, a simulation and its table run."""
     code = """
 import importlib.abc, sys
 allowed = {"numpy", "sortedcontainers", "tqdm", "hybridcache"}

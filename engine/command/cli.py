@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"engine {parsed.verb}: {how_to_install(error)}", file=sys.stderr)
+        print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)
         return 2
     except RunnerLost as error:
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)

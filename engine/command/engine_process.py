@@ -104,7 +104,7 @@ def main(folder: str, config: str, address: str, trace: str) -> int:
         written = start_trace(engine, trace) if trace else None
         screen = start_screen(engine, address)
     except ModuleNotFoundError as error:
-        host.refuse(how_to_install(error))
+        host.refuse(how_to_install(error, "engine"))
         return 2
     except (ValueError, FileNotFoundError, RunnerLost) as error:
         host.refuse(str(error))
