@@ -20,7 +20,7 @@ from hybridcache.fetching import bring_up
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_rows import LeaseRows
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
-from hybridcache.results import Losses, PrefixMatch
+from hybridcache.results import Losses, PrefixMatch, losses_of
 from hybridcache.saving import Saved, Saving
 from hybridcache.tokens import Indices, Tokens
 
@@ -136,13 +136,13 @@ class Lease:
         request: LeaseRequest,
         exchange: FetchRule | None = None,
     ) -> Lease | None:
-        """Match, lock, take a state slot; bring up what is worth it. None: no slot is available;
-        nothing is held.
+        """Match, lock, take a state slot, and load from lower tiers what saves time. None if no
+        slot is available; nothing is held then.
 
-        Where the only available slot is the checkpoint the request would resume from, the request
-        starts further up without it, and ``losses.refused`` counts the tokens; with ``reuse=False``
-        it counts all that was not read. What is fetched is the cache's from then on, and resumed
-        from like all else; without an ``exchange`` nothing is. O(len(tokens)).
+        If the only available slot is that of the checkpoint found, the request resumes from the
+        next shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it
+        counts everything that was found. A loaded checkpoint belongs to the cache like any other.
+        Without an ``exchange`` nothing is loaded. O(len(tokens)).
         """
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
@@ -160,16 +160,19 @@ class Lease:
                 cache.unlock(receipt)
                 return None
         if match is not found:
-            refused = found.cached_len - match.cached_len
+            # The rest of ``found`` says what the request met before it took memory itself.
             match = found._replace(
                 cached_len=match.cached_len,
                 checkpoint=match.checkpoint,
-                losses=found.losses._replace(refused=refused),
                 node=match.node,
                 resumed=match.resumed,
+                lower=match.lower if request.reuse else (),
             )
         if match.lower and request.reuse:
             match, receipt = bring_up(cache, match, receipt, readable, exchange)
+        if match is not found or match.lower:
+            loadable_len = match.lower[-1].position if match.lower else 0
+            match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
         return cls(cache, placement, request, match, receipt, slot)
 
     def _count(self) -> None:
@@ -201,7 +204,7 @@ class Lease:
 
     @property
     def losses(self) -> Losses:
-        """Why the tokens that are not reused are not; sums with ``cached_len`` to the prompt."""
+        """Prompt tokens to compute, by cause; sums with ``cached_len`` to the prompt's length."""
         return self.match.losses
 
     @property

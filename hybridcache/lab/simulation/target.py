@@ -371,8 +371,7 @@ class _LeasedRequest:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = self._end = lease.cached_len
         self.losses: Losses | None = lease.losses
-        missed = lease.match.missed
-        self.missed_len: int | None = missed.position if missed is not None else 0
+        self.missed_len: int | None = lease.cached_len + lease.match.missed_tokens
         self.copy_s = 0.0
 
     def claim(self, start: int) -> bool:
