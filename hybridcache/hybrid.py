@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -215,6 +216,19 @@ class HybridRadixCache:
                 raise ValueError(EVICTED)
             self._residency.lock(node)
         return Receipt(node)
+
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Receipt]:
+        """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
+        An edge that ``tokens`` leave is split. O(n)."""
+        root = self._tree.roots.get(namespace)
+        if root is None:
+            return None, Receipt(None)
+        node, inside, kv_len = self._tree.walk(root, tokens)
+        if inside is not None and kv_len > node.end:
+            node = self._residency.split(inside, kv_len)
+        if node is root:
+            return None, Receipt(None)
+        return node, self.lock(node)
 
     def unlock(self, receipt: Receipt) -> None:
         """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache

@@ -117,6 +117,14 @@ class PrefixCache(Protocol):
         ``unlock`` takes. ValueError: ``node`` was evicted."""
         ...
 
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Any]:
+        """Protect the cached KV of ``tokens``, whether or not a checkpoint stands at its end.
+
+        Returns (the node that ends where the cached KV does, a receipt for ``unlock``); the node is
+        None if nothing is cached. Not a use: no recency changes. O(n).
+        """
+        ...
+
     def unlock(self, receipt: Any) -> None:
         """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1). ValueError:
         another cache gave it."""
