@@ -203,10 +203,12 @@ class HybridRadixCache:
         if match.node is not None:
             residency.use(match.node)
         if match.missed is not None:
-            residency.policy.missed(match.missed)
-            if residency.missed_above is not None:
+            policy = residency.policy
+            policy.missed(match.missed)
+            # Most policies ignore further ghost hits: then the path is not searched for them.
+            if type(policy).missed_above is not EvictionPolicy.missed_above:
                 for ghost in ghosts_above(match.missed.node):
-                    residency.missed_above(ghost)
+                    policy.missed_above(ghost)
 
     def lock(self, node: RadixNode | None) -> Receipt:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).

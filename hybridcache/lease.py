@@ -124,7 +124,7 @@ class Lease:
         self._rows = LeaseRows(match.cached_len, self.prompt_len + cache.page_size)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
-        self._saving = Saving(cache, self._step, self.prompt_len)
+        self._saving = Saving(cache, placement, self._step, self.prompt_len)
         if cache.arena is not None:
             cache.arena.holders[self._rows] = None
 
@@ -176,26 +176,33 @@ class Lease:
         return cls(cache, placement, request, match, receipt, slot)
 
     def _count(self) -> None:
-        """The lease has its first memory: it is going to compute, so it counts as a use, and the
-        placement is asked."""
+        """Count the lease as a use and plan its checkpoints: it has its first memory, so it is
+        going to compute."""
         self._is_counted = True
-        if self._request.reuse:
-            self._cache.touch(self.match)
-        if self._request.stateful:
-            request, match = self._request, self.match
-            prefill = Prefill(
-                self.prompt_len,
-                match.cached_len,
-                match.kv_len,
-                match.branch_len,
-                request.boundaries,
-                self._step,
-                match.resumed,
-                match.missed,
-                match.forks,
-            )
-            decodes = request.answer_survives and not request.exact
-            self._saving.ask(self._placement, prefill, decodes)
+        request, match, placement = self._request, self.match, self._placement
+        if request.reuse:
+            self._cache.touch(match)
+        if not request.stateful:
+            return
+        if request.reuse:
+            if match.resumed is not None:
+                placement.on_hit(match.resumed)
+            if match.missed is not None:
+                placement.on_ghost_hit(match.missed, match.missed_tokens)
+        prefill = Prefill(
+            self.prompt_len,
+            match.cached_len,
+            match.kv_len,
+            match.branch_len,
+            request.boundaries,
+            self._step,
+            match.resumed,
+            match.missed,
+            match.forks,
+            request.answer_survives and not request.exact,
+        )
+        placement.on_prefill(prefill)
+        self._saving.ask(prefill)
 
     @property
     def cached_len(self) -> int:
@@ -362,12 +369,12 @@ class Lease:
             tuple(saved.values()),
             self._node,
         )
-        for slot in rejected_slots:
-            cache.free_slot(slot)
         num_duplicates = len(duplicates)
         self._rows.publish(inserted_len, num_duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
+        if saved:
+            self._saving.settle(saved, rejected_slots)
         return node, num_duplicates
 
     def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
@@ -383,14 +390,16 @@ class Lease:
     def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
         cache = self._cache
         published_len = self._publishable(computed_len)
-        own_slot, label = self._cached_slot, self._saving.label(computed_len)
+        own_slot = self._cached_slot
         donate &= computed_len == published_len and computed_len % self._step == 0
         donate &= computed_len > self.match.cached_len
-        if own_slot is not None and not donate:
-            cache.free_slot(own_slot)
-        saved = self._saving.end(published_len)
-        if own_slot is not None and donate:
-            saved[computed_len, own_slot] = label
+        donated = None
+        if own_slot is not None:
+            if donate:
+                donated = computed_len, own_slot
+            else:
+                cache.free_slot(own_slot)
+        saved = self._saving.end(published_len, donated)
         first_held = self.published_len
         if saved or published_len > first_held:
             self._insert(tokens, published_len, saved)

@@ -28,7 +28,7 @@ import numpy as np
 from hybridcache.allocators.orders import DEVICE
 from hybridcache.namespaces import read_namespace, write_namespace
 from hybridcache.policies.memory import Reader, Writer, remembers, take_over
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, policy_below
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.node import Checkpoint, RadixNode
 from hybridcache.radix.stored import StoredState
 from hybridcache.radix.tree import RadixTree
@@ -242,7 +242,7 @@ def _share_anew(cache: TieredRadixCache, word: str) -> None:
     now on. O(tree)."""
     policies, number = dict(_policies(cache)), cache.lower.words.index(word)
     above = policies[cache.lower.words[number - 1] if number else DEVICE]
-    take_over(policies[word], policy_below(above))
+    take_over(policies[word], above.below())
     for state in _states(cache, word).values():
         state.memo = None
         policies[word].add(state)

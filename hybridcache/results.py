@@ -106,7 +106,7 @@ def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Los
         taken = min(explained, counts[cause])
         counts[cause] -= taken
         explained -= taken
-    return Losses(*counts[:5], refused, not_fetched)
+    return Losses._make((*counts[:5], refused, not_fetched))
 
 
 class InsertResult(NamedTuple):

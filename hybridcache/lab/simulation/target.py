@@ -24,6 +24,7 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.tiers import in_tiers
+from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.policies.words import in_units, make_eviction, parse_placement
@@ -178,8 +179,8 @@ class RunConfig:
         rates = {HOST: num_links * self.host_bytes_per_s, DISK: self.disk_bytes_per_s}
         return Exchange(times, rates, unit=unit)
 
-    def placement(self, unit: int) -> PlacementPolicy:
-        """The placement rules, their numbers in units."""
+    def placement(self, unit: int) -> Placement:
+        """Return the placement rules, their numbers in units."""
         words = self.checkpoints
         return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
 
