@@ -300,6 +300,22 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
         memory.cache.adopt(ids("abc"), None, "disk")
 
 
+def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
+    """The node's KV was on disk before; a part of it below is there still."""
+    cache = tiered(host_bytes=2 * 9, disk_bytes=400)
+    serve(cache, ids("abcd"), [2, 4])
+    cache.evict(num_tokens=4)
+    for other in ("efgh", "ijkl"):
+        serve(cache, ids(other), [4])
+    cache.evict(num_tokens=8)
+    near, _ = cache.match(ids("abcdX")).lower
+    assert near.rows[0] == 0 < near.rows[1], "on disk"
+    assert cache.fetch(near) and cache.match(ids("abcdX")).cached_len == 2
+    assert cache.fetch(cache.match(ids("ijklX")).lower[0]), "the host is empty now"
+    taken = cache.adopt(ids("abxy"), None, "host")
+    assert taken is not None and taken[0] == 2
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
