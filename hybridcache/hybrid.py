@@ -107,7 +107,7 @@ class HybridRadixCache:
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         num_tokens = len(tokens)
-        root = self._tree.roots.get(namespace)
+        root = self._tree.find_root(namespace)
         if root is None:
             losses = Losses(num_tokens, 0, 0, 0, 0)
             return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
@@ -170,7 +170,7 @@ class HybridRadixCache:
         >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
         [4, 5, 6]
         """
-        node = after if after is not None else self._tree.roots.get(namespace)
+        node = after if after is not None else self._tree.find_root(namespace)
         while node is not None and node.end > len(tokens):
             node = node.parent
         if node is None:
@@ -222,7 +222,7 @@ class HybridRadixCache:
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Receipt]:
         """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
         An edge that ``tokens`` leave is split. O(n)."""
-        root = self._tree.roots.get(namespace)
+        root = self._tree.find_root(namespace)
         if root is None:
             return None, Receipt(None)
         node, inside, kv_len = self._tree.walk(root, tokens)

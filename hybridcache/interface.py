@@ -48,7 +48,8 @@ class LowerMemory(Protocol):
 class PrefixCache(Protocol):
     """A prefix cache as HybridRadixCache, RadixCache, NullCache and PlainCache implement it.
 
-    ``tokens`` is int32[n]. ``namespace`` is any hashable: requests in different namespaces never
+    ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
+    (``hybridcache.namespaces``; ValueError for others): requests in different namespaces never
     share.
     """
 
