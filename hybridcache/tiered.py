@@ -60,7 +60,7 @@ class TieredRadixCache(HybridRadixCache):
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """As ``HybridRadixCache.match``, with what lower tiers could bring. O(n)."""
         found = super().match(tokens, namespace)
-        root = self._tree.roots.get(namespace)
+        root = self._tree.find_root(namespace)
         if root is None:
             return found
         node, inside, _ = self._tree.walk(root, tokens)

@@ -18,6 +18,7 @@ from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
 from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions
+from hybridcache.namespaces import require_namespace
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
 
@@ -87,6 +88,7 @@ class Intake:
             raise ValueError(
                 f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
             )
+        require_namespace(spec.namespace)
         max_len = self._max_len(len(tokens), sampling, num_scores)
         if spec.grammar is not None and sampling.allowed_token_ids is not None:
             raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")

@@ -41,7 +41,7 @@ class Tier(NamedTuple):
     policy: EvictionPolicy
     """Orders the states that it holds, and them alone."""
     is_shared: bool = False
-    """The policy learns what the device's does (``policy_below``), which alone is told of
+    """The policy learns what the device's does (``EvictionPolicy.below``), which alone is told of
     uses and misses; memos go down with their items."""
 
 

@@ -63,10 +63,10 @@ def test_negative_ids_are_ids_like_others():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_a_namespace_that_does_not_equal_itself_is_refused():
+def test_a_namespace_that_is_no_plain_value_is_refused():
     cache = hybrid()
     rows = cache.allocate_kv(2)
-    with pytest.raises(ValueError, match="does not equal itself"):
+    with pytest.raises(ValueError, match="namespace nan is a float; use None"):
         cache.insert(ids("ab"), rows, namespace=float("nan"))
     assert not cache._tree.roots
     cache.check(held_tokens=2, held_slots=0)
