@@ -12,11 +12,11 @@ from fastapi import Request, Response
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server import logprobs, reported
-from engine.server.errors import of_failure
 from engine.server.explanations import cache_headers
-from engine.server.front import ServingContext, new_id, usage
+from engine.server.front import ServingContext, usage
 from engine.server.schemas import CompletionRequest
-from engine.server.streaming import DONE, EventStream, event, unless_gone
+from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
+from engine.server.tenants import AnswerId, Tenant
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import EncodeOptions
 
@@ -26,33 +26,57 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     front.check_model(body.model)
     prompts = body.prompts
     front.check_number(len(prompts) * body.n)
-    namespace = front.namespace_of(body.cache_salt)
-    how = EncodeOptions(body.add_special_tokens, namespace=namespace)
-    token_ids = await front.encode(prompts, how)
+    tenant = front.tenant_of(request, body.cache_salt)
+    answer_id = front.ids.claim("cmpl", tenant, body.request_id)
+    try:
+        return await _complete(front, request, body, tenant, answer_id)
+    except BaseException:
+        answer_id.release()
+        raise
+
+
+async def _complete(
+    front: ServingContext,
+    request: Request,
+    body: CompletionRequest,
+    tenant: Tenant,
+    answer_id: AnswerId,
+) -> Response:
+    how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
+    token_ids = await front.encode(body.prompts, how)
+    for prompt in token_ids:
+        front.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     num_scores = (body.logprobs or 0) if scores_prompt else body.prompt_logprobs
     if scores_prompt and body.prompt_logprobs is not None:
         num_scores = max(body.logprobs or 0, body.prompt_logprobs)
-    samplings = body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults)
+    limits = [front.answer_limit(len(prompt), body.max_tokens) for prompt in token_ids]
+    samplings = {
+        limit: body.samplings(limit, body.logprobs, front.engine.sampling_defaults)
+        for limit in set(limits)
+    }
     grammar = await front.grammar_of(body)
-    answer = _Answer(front, body)
+    answer = _Answer(front, body, answer_id)
     choices = (
-        (prompt, sampling) for prompt in await front.as_arrays(token_ids) for sampling in samplings
+        (prompt, sampling)
+        for prompt, limit in zip(await front.as_arrays(token_ids), limits, strict=True)
+        for sampling in samplings[limit]
     )
     streams = await front.submit(
         RequestSpec(
             prompt,
             sampling,
-            namespace=namespace,
+            namespace=tenant.namespace,
             prompt_logprobs=num_scores,
-            request_id=answer.id_of(number),
+            request_id=answer_id.request_id(number),
             grammar=grammar,
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
+    answer_id.submitted()
     if body.stream:
-        return EventStream(answer.events(streams), answer.headers)
-    outputs = await unless_gone(request, front.finals(streams))
+        return EventStream(answer.events(streams), answer.headers, as_event)
+    outputs = await unless_gone(request, front.finals(streams, answer_id))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await front.answer(
         outputs,
@@ -65,20 +89,17 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
 class _Answer:
     """One completion's answer, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: CompletionRequest) -> None:
+    def __init__(self, front: ServingContext, body: CompletionRequest, answer_id: AnswerId) -> None:
         self._front = front
         self._body = body
+        self._answer_id = answer_id
         self._first: RequestOutput | None = None
         self._head = {
-            "id": new_id("cmpl", name=body.request_id),
+            "id": answer_id.public,
             "object": "text_completion",
             "created": int(time.time()),
             "model": front.model_name,
         }
-
-    def id_of(self, number: int) -> str:
-        """Of the request for the choice of this ``number``."""
-        return f"{self._head['id']}-{number}" if number else str(self._head["id"])
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [
@@ -102,16 +123,12 @@ class _Answer:
         """One event an output. Text that was sent is never taken back."""
         choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
         last: dict[int, RequestOutput] = {}
-        try:
-            async for index, output in self._front.outputs(streams):
-                is_first = index not in last
-                self._first = self._first or output
-                last[index] = output
-                so_far = list(last.values()) if self._body.repeats_usage else []
-                yield await self._event(choices[index], output, is_first, so_far)
-        except Exception as error:
-            yield event(of_failure(error).body())
-            return
+        async for index, output in self._front.outputs(streams, self._answer_id):
+            is_first = index not in last
+            self._first = self._first or output
+            last[index] = output
+            so_far = list(last.values()) if self._body.repeats_usage else []
+            yield await self._event(choices[index], output, is_first, so_far)
         outputs = [last[index] for index in range(len(streams))]
         if details := reported.cache_details(self._body, outputs):
             yield event({**self._head, "choices": [], **details})

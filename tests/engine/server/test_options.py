@@ -191,10 +191,18 @@ def test_two_at_once_can_not_have_one_id(serve_oracle: Callable[..., Live], path
     body |= {"max_tokens": 3000, "ignore_eos": True, "stream": True, "request_id": "mine"}
     first = live.send(path, body)
     live.wait_for(lambda report: report["num_running"] == 1)
-    second = live.post(path, body)
-    assert second.status_code == 400
-    assert "mine' already; give each its own id." in second.json()["error"]["message"]
+    for stream in (True, False):
+        second = live.post(path, body | {"stream": stream})
+        assert second.status_code == 409
+        error = second.json()["error"]
+        assert "the id 'mine' is being answered already" in error["message"]
+        assert (error["param"], error["code"]) == ("request_id", "duplicate_request_id")
     assert live.report()["num_running"] == 1
+    short = body | {"max_tokens": 2, "stream": False}
+    other = live.post(path, short | {"cache_salt": "another tenant"})
+    assert other.json()["id"].endswith("-mine"), "what others do with the id is not known to it"
+    assert live.report()["num_running"] == 1, "nor does its end end the first"
     first.close()
     live.check_conserved()
-    assert live.post(path, {**body, "max_tokens": 2}).status_code == 200
+    again = live.post(path, short)
+    assert again.status_code == 200 and "-mine-" in again.json()["id"]

@@ -194,7 +194,7 @@ def test_what_breaks_on_the_other_side_is_said_and_computed_here(
     monkeypatch.setattr(far._intake, "_max_model_len", 200)
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(51, 300)])
-    assert "do not fit the 200 tokens" in caplog.text
+    assert "maximum context length is 200 tokens" in caplog.text
     settled(far)
 
 
