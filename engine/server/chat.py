@@ -29,8 +29,8 @@ from engine.text.outputs import SampledToken
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
     tenant = front.tenant_of(request, body.cache_salt)
-    answer_id = front.ids.claim("chatcmpl", tenant, body.request_id)
-    exchange = await ask(front, body, len(await request.body()), tenant, answer_id)
+    with front.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
+        exchange = await ask(front, body, len(await request.body()), tenant, answer_id)
     inquiry = exchange.inquiry
     writer = _Writer(front, body, inquiry)
     if body.stream:

@@ -27,21 +27,25 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     prompts = body.prompts
     front.check_number(len(prompts) * body.n)
     tenant = front.tenant_of(request, body.cache_salt)
-    answer_id = front.ids.claim("cmpl", tenant, body.request_id)
-    try:
-        return await _complete(front, request, body, tenant, answer_id)
-    except BaseException:
-        answer_id.release()
-        raise
+    with front.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
+        streams = await _submit(front, body, tenant, answer_id)
+    answer = _Answer(front, body, answer_id)
+    if body.stream:
+        return EventStream(answer.events(streams), answer.headers, as_event)
+    outputs = await unless_gone(request, front.finals(streams))
+    shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
+    return await front.answer(
+        outputs,
+        lambda: answer.whole(outputs),
+        echoes=shows_prompt,
+        headers=cache_headers(outputs[0]),
+    )
 
 
-async def _complete(
-    front: ServingContext,
-    request: Request,
-    body: CompletionRequest,
-    tenant: Tenant,
-    answer_id: AnswerId,
-) -> Response:
+async def _submit(
+    front: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
+) -> list[RequestStream]:
+    """Submit all prompts and choices of ``body``. APIError, RequestError: one is refused."""
     how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
     token_ids = await front.encode(body.prompts, how)
     for prompt in token_ids:
@@ -56,13 +60,12 @@ async def _complete(
         for limit in set(limits)
     }
     grammar = await front.grammar_of(body)
-    answer = _Answer(front, body, answer_id)
     choices = (
         (prompt, sampling)
         for prompt, limit in zip(await front.as_arrays(token_ids), limits, strict=True)
         for sampling in samplings[limit]
     )
-    streams = await front.submit(
+    return await front.submit(
         RequestSpec(
             prompt,
             sampling,
@@ -73,17 +76,6 @@ async def _complete(
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
-    answer_id.submitted()
-    if body.stream:
-        return EventStream(answer.events(streams), answer.headers, as_event)
-    outputs = await unless_gone(request, front.finals(streams, answer_id))
-    shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
-    return await front.answer(
-        outputs,
-        lambda: answer.whole(outputs),
-        echoes=shows_prompt,
-        headers=cache_headers(outputs[0]),
-    )
 
 
 class _Answer:
@@ -92,7 +84,6 @@ class _Answer:
     def __init__(self, front: ServingContext, body: CompletionRequest, answer_id: AnswerId) -> None:
         self._front = front
         self._body = body
-        self._answer_id = answer_id
         self._first: RequestOutput | None = None
         self._head = {
             "id": answer_id.public,
@@ -123,7 +114,7 @@ class _Answer:
         """One event an output. Text that was sent is never taken back."""
         choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
         last: dict[int, RequestOutput] = {}
-        async for index, output in self._front.outputs(streams, self._answer_id):
+        async for index, output in self._front.outputs(streams):
             is_first = index not in last
             self._first = self._first or output
             last[index] = output

@@ -22,7 +22,7 @@ from engine.server.guided import Guided
 from engine.server.metrics import Metrics
 from engine.server.replays import Replays
 from engine.server.streaming import interleave
-from engine.server.tenants import AnswerId, AnswerIds, Tenant, Tenants
+from engine.server.tenants import AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
 from engine.text.answers.reasoning import CLOSE
 from engine.text.outputs import DraftCounts, Transferred
@@ -173,11 +173,11 @@ class ServingContext:
         return is_full or isinstance(error, ValueError)
 
     async def outputs(
-        self, streams: Sequence[RequestStream], answer_id: AnswerId
+        self, streams: Sequence[RequestStream]
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
         """The streams' outputs as they come, each counted when it is the last. Left early, the rest
-        counts as aborted. ``answer_id`` is released after the last. RequestError: one ended without
-        an answer; an engine in another process refuses requests here."""
+        counts as aborted. RequestError: one ended without an answer; an engine in another process
+        refuses requests here."""
         num_left = len(streams)
         merged = interleave(streams)
         try:
@@ -190,16 +190,13 @@ class ServingContext:
             num_left -= self._count_refusal(error)
             raise
         finally:
-            answer_id.release()
             self.metrics.count_aborted(num_left)
             await merged.aclose()
 
-    async def finals(
-        self, streams: Sequence[RequestStream], answer_id: AnswerId
-    ) -> list[RequestOutput]:
+    async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
         """The last output of each stream, in order."""
         finals: dict[int, RequestOutput] = {}
-        async for index, output in self.outputs(streams, answer_id):
+        async for index, output in self.outputs(streams):
             finals[index] = output
         return [finals[index] for index in range(len(streams))]
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import secrets
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
 
 from starlette.types import Scope
 
-from engine.errors import DuplicateId
-from engine.server.errors import APIError, of_failure
+from engine.server.errors import APIError
 from engine.text.json_text import REPLACEMENT
 
 SALT_HEADER = "x-cache-salt"
 """Names the salt of a request in place of ``cache_salt`` in its body, on every method."""
 MAX_USED = 16_384
-"""Ids chosen by clients that are remembered, of all tenants together."""
+"""Ids chosen by clients that are remembered, the latest of all tenants together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,73 +81,59 @@ def _header_salt(value: bytes) -> str:
         ) from None
 
 
+@dataclass(frozen=True, slots=True)
 class AnswerId:
-    """Id of one answer, taken until it is released."""
+    """Id of one answer."""
 
-    def __init__(
-        self,
-        public: str,
-        request_id: str | None = None,
-        on_submit: Callable[[], None] = lambda: None,
-    ) -> None:
-        """``request_id``: the engine's id, if ``public`` alone is not unique."""
-        self.public = public
-        """Stands in the answer."""
-        self._request_id = request_id or public
-        self._on_submit = on_submit
-        self.is_taken = True
+    public: str
+    """Stands in the answer. No other answer of its tenant has it."""
+    unique: str
+    """The engine's id of the request: nothing else has it, of whatever tenant."""
 
     def request_id(self, choice: int) -> str:
-        """Return the engine's id for one of the answer's choices, which nothing else has."""
-        return f"{self._request_id}-{choice}" if choice else self._request_id
+        """Return the engine's id for one of the answer's choices."""
+        return f"{self.unique}-{choice}" if choice else self.unique
 
-    def submitted(self) -> None:
-        """The engine has taken the request: a later one of its tenant gets another id."""
-        self._on_submit()
-
-    def release(self) -> None:
-        """The answer has ended, or never began."""
-        self.is_taken = False
+    @classmethod
+    def random(cls, kind: str, joint: str = "-") -> AnswerId:
+        """Return an id that nobody can guess."""
+        name = new_id(kind, joint)
+        return cls(name, name)
 
 
 class AnswerIds:
-    """Ids of the answers of one server. Only an event loop calls it.
+    """Ids of the answers of one server, of which clients choose a part by ``request_id``. Only an
+    event loop calls it.
 
-    Clients choose a part of an id by ``request_id``. The same id may belong to several tenants:
-    none learns which ids another has.
+    The same id may belong to several tenants: none learns which ids another has.
     """
 
     def __init__(self) -> None:
-        self._taken: WeakValueDictionary[tuple[Tenant, str], AnswerId] = WeakValueDictionary()
         self._used: OrderedDict[tuple[Tenant, str], None] = OrderedDict()
-        self._num_claimed = 0
+        self._numbers = itertools.count(1)
 
-    def claim(self, kind: str, tenant: Tenant, name: str | None = None) -> AnswerId:
-        """Take an id that begins with ``kind``, by the ``name`` that a client chose; one that the
-        tenant has used before gets an end of its own. APIError 409: an answer with this id is
-        under way."""
-        public = new_id(kind, name=name)
+    @contextmanager
+    def claimed(self, kind: str, tenant: Tenant, name: str | None) -> Iterator[AnswerId]:
+        """Yield an id that begins with ``kind`` and goes on with the ``name`` that a client chose;
+        if the tenant has used it before, it gets a random end. It is used unless the block raises.
+        O(1)."""
         if name is None:
-            return AnswerId(public)
-        place = tenant, public
-        other = self._taken.get(place)
-        if other is not None and other.is_taken:
-            raise of_failure(DuplicateId(name), param="request_id")
-        if place in self._used:
-            place = tenant, new_id(public)
-        self._num_claimed += 1
-        # Another tenant may have the same id at the same time, and choices end in numbers too.
-        request_id = f"{place[1]}#{self._num_claimed}"
-        claimed = AnswerId(place[1], request_id, lambda: self._remember(place))
-        self._taken[place] = claimed
-        return claimed
-
-    def _remember(self, place: tuple[Tenant, str]) -> None:
-        self._used[place] = None
+            yield AnswerId.random(kind)
+            return
+        public = f"{kind}-{name}"
+        if (tenant, public) in self._used:
+            public = new_id(public)
+        self._used[tenant, public] = None
         if len(self._used) > MAX_USED:
             self._used.popitem(last=False)
+        try:
+            # Another tenant may have this id at the same time, and choices end in numbers too.
+            yield AnswerId(public, f"{public}#{next(self._numbers)}")
+        except BaseException:
+            self._used.pop((tenant, public), None)
+            raise
 
 
-def new_id(kind: str, joint: str = "-", name: str | None = None) -> str:
-    """Return an id for an answer or a part of one, random unless it has a ``name``."""
-    return f"{kind}{joint}{name or uuid.uuid4().hex}"
+def new_id(kind: str, joint: str = "-") -> str:
+    """Return a random id for an answer or a part of one."""
+    return f"{kind}{joint}{uuid.uuid4().hex}"

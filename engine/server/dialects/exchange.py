@@ -110,23 +110,7 @@ async def ask(
     prompt_name: str = "messages",
 ) -> Exchange:
     """Submit a chat of ``size`` bytes. An answer ends where the context does, whatever its limit.
-    ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused, and
-    ``answer_id`` is free again."""
-    try:
-        return await _ask(front, body, size, tenant, answer_id, prompt_name)
-    except BaseException:
-        answer_id.release()
-        raise
-
-
-async def _ask(
-    front: ServingContext,
-    body: ChatRequest,
-    size: int,
-    tenant: Tenant,
-    answer_id: AnswerId,
-    prompt_name: str,
-) -> Exchange:
+    ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused."""
     front.check_model(body.model)
     front.check_number(body.n)
     template = front.tokenizer.chat_template
@@ -153,11 +137,10 @@ async def _ask(
         )
         for choice, sampling in enumerate(samplings)
     )
-    answer_id.submitted()
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
     readings = [_Reading(each, is_single, ends) for each in readers]
-    return Exchange(front, prompt, streams, readings, inquiry, place, answer_id)
+    return Exchange(front, prompt, streams, readings, inquiry, place)
 
 
 async def _inquire(
@@ -197,10 +180,9 @@ class Exchange:
         readings: Sequence[_Reading],
         inquiry: Inquiry,
         place: Place,
-        answer_id: AnswerId,
     ) -> None:
         self._front = front
-        self._place, self._answer_id = place, answer_id
+        self._place = place
         self.inquiry = inquiry
         self.prompt = prompt
         self._streams = streams
@@ -216,7 +198,7 @@ class Exchange:
 
     async def news(self) -> AsyncIterator[News]:
         """What comes, of all answers, until all have ended."""
-        async for index, output in self._front.outputs(self._streams, self._answer_id):
+        async for index, output in self._front.outputs(self._streams):
             if index == 0:
                 await self.inquiry.see(output, self._front.workers)
             reading = self._readings[index]

@@ -37,7 +37,7 @@ async def messages(front: ServingContext, request: Request, body: MessagesReques
     chat = await front.workers.run(size, body.as_chat)
     chat = settle_system(front, chat)
     tenant = front.tenant_of(request, body.cache_salt)
-    exchange = await ask(front, chat, size, tenant, AnswerId(new_id("msg", "_")))
+    exchange = await ask(front, chat, size, tenant, AnswerId.random("msg", "_"))
     writer = _Writer(front, body, exchange)
     if body.stream:
         name = request_name(request.scope)

@@ -18,7 +18,7 @@ from engine.server.errors import APIError, quoted
 from engine.server.front import ServingContext
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import EventStream, named_event, unless_gone
-from engine.server.tenants import AnswerId, new_id
+from engine.server.tenants import AnswerId
 
 
 class Responses:
@@ -53,7 +53,7 @@ class Responses:
 
         chat, new, items_bytes = await front.workers.run(size, read)
         chat = settle_system(front, chat)
-        answer_id = AnswerId(new_id("resp", "_"))
+        answer_id = AnswerId.random("resp", "_")
         exchange = await ask(front, chat, size, tenant, answer_id, prompt_name="input")
         writer = _Writer(front, body, exchange)
 
