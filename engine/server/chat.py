@@ -28,6 +28,8 @@ from engine.text.outputs import SampledToken
 
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
+    front.check_limit(body.max_tokens, "max_tokens")
+    front.check_limit(body.max_completion_tokens, "max_completion_tokens")
     tenant = front.tenant_of(request, body.cache_salt)
     with front.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
         exchange = await ask(front, body, len(await request.body()), tenant, answer_id)

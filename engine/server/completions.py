@@ -26,6 +26,7 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     front.check_model(body.model)
     prompts = body.prompts
     front.check_number(len(prompts) * body.n)
+    front.check_limit(body.max_tokens, "max_tokens")
     tenant = front.tenant_of(request, body.cache_salt)
     with front.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
         streams = await _submit(front, body, tenant, answer_id)

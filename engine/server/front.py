@@ -134,6 +134,21 @@ class ServingContext:
         if num_tokens + min_answer > limit:
             raise of_failure(ContextOverflow(num_tokens, min_answer, limit), param=param)
 
+    def check_limit(self, limit: int | None, param: str) -> None:
+        """Raise APIError 400 if no context holds an answer of ``limit`` tokens, which ``param`` of
+        the body asks for. It is no fault of the prompt, so it has no code that asks for a shorter
+        one."""
+        most = self.engine.max_model_len
+        if limit is not None and limit > most:
+            raise APIError(
+                400,
+                f"'{param}' must be at most {most}, this model's context length (got {limit}): "
+                f"lower {param}.",
+                param=param,
+                for_anthropic=f"{param}: {limit} > {most}, which is the maximum allowed number of "
+                f"output tokens for {self.model_name}",
+            )
+
     def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:
         """Return how long an answer to a prompt of ``num_tokens`` may be where ``limit`` is asked
         for; None: as long as the context allows."""

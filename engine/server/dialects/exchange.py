@@ -109,7 +109,7 @@ async def ask(
     answer_id: AnswerId,
     prompt_name: str = "messages",
 ) -> Exchange:
-    """Submit a chat of ``size`` bytes. An answer ends where the context does, whatever its limit.
+    """Submit a chat of ``size`` bytes. An answer ends where the context does, if not before.
     ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused."""
     front.check_model(body.model)
     front.check_number(body.n)

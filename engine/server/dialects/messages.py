@@ -33,6 +33,7 @@ REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_
 
 async def messages(front: ServingContext, request: Request, body: MessagesRequest) -> Response:
     """Answer one request."""
+    front.check_limit(body.max_tokens, "max_tokens")
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
     chat = settle_system(front, chat)

@@ -31,6 +31,7 @@ class Responses:
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer one request. APIError 400: the response that it goes on from is not held."""
         front, size = self._front, len(await request.body())
+        front.check_limit(body.max_output_tokens, "max_output_tokens")
         tenant = front.tenant_of(request, body.cache_salt)
         before = None
         if body.previous_response_id is not None:

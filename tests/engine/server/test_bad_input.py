@@ -333,24 +333,47 @@ def test_a_prompt_beyond_the_context_is_refused_as_its_clients_know_it(
     assert live.report()["usage"]["requests"] == before
 
 
+LIMITS = [
+    ("/v1/completions", "max_tokens", '"finish_reason":"length"'),
+    ("/v1/chat/completions", "max_tokens", '"finish_reason":"length"'),
+    ("/v1/chat/completions", "max_completion_tokens", '"finish_reason":"length"'),
+    ("/v1/messages", "max_tokens", '"model_context_window_exceeded"'),
+    ("/v1/responses", "max_output_tokens", '"status":"incomplete"'),
+]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_limit_beyond_the_context_is_the_context(say: Callable[..., Live], stream: bool) -> None:
-    """In every dialect alike; the answer says that it was cut."""
+@pytest.mark.parametrize(("path", "name", "cut"), LIMITS)
+def test_limits_and_the_context_are_the_same_in_every_dialect(
+    say: Callable[..., Live], path: str, name: str, cut: str, stream: bool
+) -> None:
+    """What no context holds is refused; an answer whose prompt leaves it less room is cut there,
+    and says so."""
     live = say("<think>Hm.</think>" + "x" * 5000)
-    chat = {"model": "builtin", "messages": CHAT, "stream": stream}
-    for path, body, cut in (
-        ("/v1/completions", {"prompt": "x", "max_tokens": 10**9}, '"finish_reason":"length"'),
-        ("/v1/chat/completions", chat | {"max_tokens": 10**9}, '"finish_reason":"length"'),
-        ("/v1/chat/completions", chat | {"max_completion_tokens": 10**9}, '"length"'),
-        ("/v1/messages", chat | {"max_tokens": 10**9}, '"model_context_window_exceeded"'),
-        ("/v1/responses", {"input": "x", "max_output_tokens": 10**9}, '"status":"incomplete"'),
-    ):
-        answer = live.post(path, body | {"stream": stream})
-        assert answer.status_code == 200
-        assert cut in answer.text.replace(": ", ":") and answer.text.count("x") > 3900
+    body: dict[str, Any] = {"model": "builtin", "messages": CHAT, "stream": stream}
+    if path == "/v1/completions":
+        body = {"prompt": "x", "stream": stream}
+    elif path == "/v1/responses":
+        body = {"input": "x", "stream": stream}
+    answer = live.post(path, body | {name: 4096})
+    assert answer.status_code == 200
+    assert cut in answer.text.replace(": ", ":") and answer.text.count("x") > 3900
+    for limit in (4097, 10**6, 2**63, 10**40):
+        answer = live.post(path, body | {name: limit})
+        error = answer.json()["error"]
+        assert answer.status_code == 400
+        if path == "/v1/messages":
+            assert error["message"].startswith(f"max_tokens: {limit} > 4096, which is the maximum")
+        else:
+            assert error["message"].startswith(f"'{name}' must be at most 4096")
+            assert (error["param"], error["code"]) == (name, None)
+
+
+def test_each_prompt_of_a_batch_has_room_of_its_own(say: Callable[..., Live]) -> None:
+    live = say("x" * 5000)
     two = {"prompt": ["x" * 4000, "x"], "max_tokens": 100}
     lengths = live.post("/v1/completions", two).json()["usage"]["completion_tokens"]
-    assert lengths == 96 + 100, "each prompt has room of its own"
+    assert lengths == 96 + 100
 
 
 def test_a_bad_prompt_in_a_batch_stops_all_of_it(live: Live) -> None:
