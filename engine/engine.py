@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.build import load, make_parts, prefill_server, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
-from engine.engine_loop import taken
+from engine.errors import DuplicateId, QueueFull
 from engine.generate import follow, generate
 from engine.guided.grammar import Grammar
 from engine.interfaces import Runner, TokenSampler
@@ -28,7 +28,6 @@ from engine.schedule.fetching import Fetcher, Outside
 from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
@@ -147,8 +146,8 @@ class Engine:
         spec = RequestSpec.of(prompt, sampling, options)
         if not self.has_room:
             raise QueueFull(self.config.max_queue)
-        if spec.request_id in self._requests:
-            raise ValueError(taken(spec.request_id))
+        if spec.request_id is not None and spec.request_id in self._requests:
+            raise DuplicateId(spec.request_id)
         request = self.prepare(spec)
         self.enqueue(request)
         return request.request_id

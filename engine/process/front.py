@@ -17,15 +17,8 @@ import numpy as np
 from engine.async_engine import RequestStream
 from engine.build import sampling_defaults
 from engine.config import EngineConfig
-from engine.engine_loop import (
-    FAILED,
-    STOPPED,
-    STOPPING,
-    EngineStopped,
-    RequestRefused,
-    StepFailed,
-    taken,
-)
+from engine.engine_loop import FAILED, STOPPED, STOPPING
+from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError
 from engine.guided.grammar import Grammar
 from engine.process.answer import Answer
 from engine.process.channel import Channel
@@ -43,7 +36,6 @@ from engine.process.messages import (
 from engine.requests.intake import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
-from engine.schedule.scheduler import QueueFull
 
 if TYPE_CHECKING:
     from engine.async_engine import Watching
@@ -117,7 +109,7 @@ class ProcessEngine:
             raise EngineStopped(STOPPING)
         request_id = spec.request_id or f"request-{self._num_sent}"
         if request_id in self._streams:
-            raise ValueError(taken(request_id))
+            raise DuplicateId(request_id)
         if self._num_waiting + self._num_sent - self._num_received >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
@@ -147,8 +139,7 @@ class ProcessEngine:
         asyncio.run_coroutine_threadsafe(compiled, self._loop).result()
 
     async def _question(self, message: Ask | Compile) -> Any:
-        """The value of its reply. ValueError: it is refused; EngineStopped: the engine has
-        ended."""
+        """Return the value of the reply, or raise the RequestError that it holds."""
         if self._ended.is_set():
             raise EngineStopped(self.failure or "The engine has stopped.")
         assert self._loop is not None
@@ -265,18 +256,14 @@ class ProcessEngine:
         for ended in outputs.ended:
             followed = self._streams.pop(ended.request_id, None)
             if followed is not None:
-                kind = RequestRefused if ended.is_refused else StepFailed
-                followed[0].put((EngineStopped if ended.is_stop else kind)(ended.why))
+                followed[0].put(RequestError.from_wire(ended.error))
 
     def _answered(self, said: Reply) -> None:
         reply = self._replies.get(said.number)
         if reply is None or reply.done():
             return
-        if said.refusal is not None:
-            reply.set_exception(ValueError(said.refusal))
-        elif said.failure is not None:
-            kind = EngineStopped if said.is_stop else RuntimeError
-            reply.set_exception(kind(said.failure))
+        if said.error is not None:
+            reply.set_exception(RequestError.from_wire(said.error))
         else:
             reply.set_result(said.value)
 

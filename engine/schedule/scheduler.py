@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from engine.config import TILE
 from engine.drafts.drafter import Draft
 from engine.drafts.drafting import Drafting
+from engine.errors import QueueFull as QueueFull  # its name before it moved
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.budget import Budget
@@ -38,13 +39,6 @@ from engine.text.outputs import SampledToken
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
-
-
-class QueueFull(RuntimeError):
-    """As many requests wait as may wait."""
-
-    def __init__(self, max_queue: int) -> None:
-        super().__init__(f"{max_queue} requests are waiting already; try again later.")
 
 
 class Scheduler:

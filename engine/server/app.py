@@ -26,7 +26,7 @@ from engine.server.config import ServerConfig
 from engine.server.dialects.exchange import render
 from engine.server.dialects.response_store import ResponseStore
 from engine.server.dialects.routes import add_messages, add_responses
-from engine.server.errors import APIError
+from engine.server.errors import APIError, PlainJSON
 from engine.server.feed import Feed
 from engine.server.front import ServingContext
 from engine.server.heap import TRIM_S, trim
@@ -63,7 +63,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         await engine.drain()
         workers.close()
 
-    app = FastAPI(title="hybridcache engine", lifespan=lifespan)
+    app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
     app.state.feed = feed = Feed(engine, workers)
     app.state.metrics = front.metrics
     errors.install(app)
@@ -124,12 +124,16 @@ def _add_tokens(
         front.check_model(body.model)
         answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
         if body.messages:
-            prompt = await render(front, body, len(await request.body()))
+            size = len(await request.body())
+            prompt, _ = await render(front, body, size, front.tenant_of(request))
             token_ids = prompt.token_ids
             answer["boundaries"] = list(prompt.boundaries)
         else:
             [token_ids] = await front.encode(
-                [body.prompt or ""], EncodeOptions(body.add_special_tokens)
+                [body.prompt or ""],
+                EncodeOptions(
+                    body.add_special_tokens, namespace=front.tenant_of(request).namespace
+                ),
             )
         if len(token_ids) > config.max_prompt_ids:
             raise APIError(

@@ -7,7 +7,6 @@ A parameter that would change the answer and is not served is refused by name; o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +36,7 @@ from engine.server.strict import (
     without_what_asks_for_nothing,
 )
 from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
+from engine.text.json_text import read_json
 from engine.text.templates import Cut
 
 IGNORED = frozenset(
@@ -72,6 +72,8 @@ TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
 BROKEN = "INVALID_JSON"
 """Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
+MAX_TEMPERATURE = 2
+"""As of OpenAI's."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
@@ -81,7 +83,7 @@ class Sampling(TokenOptions, Streamed):
 
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = None
@@ -283,8 +285,8 @@ def parsed_arguments(text: str) -> dict[str, Any]:
     """The arguments of a call that a model wrote, whether or not they are JSON: an answer may have
     been cut in them, and the conversation goes on."""
     try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        value = read_json(text or "{}")
+    except ValueError:
         value = None
     return value if isinstance(value, dict) else {BROKEN: text}
 

@@ -17,8 +17,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
 import torch
 
+from engine.errors import InvalidRequest, RequestError, WireError
 from engine.requests.request import Request
 from engine.run.unit import Unit
 from engine.schedule.cache_manager import CacheManager
@@ -237,25 +239,29 @@ class PeerFetcher:
 
     def _follow(self, fetch: PeerFetch) -> None:
         """What the thread of one prefix does."""
-        linked, outcome = None, ""
+        linked, outcome, is_refused = None, "", False
         try:
             linked = fetch.peer.take()
             _receive(fetch, linked, self._news)
         except TransferError as error:
             outcome = str(error)
+        except RequestError as error:
+            # A prompt that the other engine cannot serve says nothing of those to come.
+            outcome, is_refused = str(error).rstrip("."), isinstance(error, InvalidRequest)
         except Exception as error:
             logger.exception("A transfer failed.")
             outcome = repr(error)
         if linked is not None:
             fetch.wire_bytes = linked.wire.take_num_bytes()
             self.counts.add(wire_bytes=fetch.wire_bytes)
-            if outcome:
+            if outcome and not is_refused:
                 linked.wire.close()
                 linked.transfer.close()
             else:
                 fetch.peer.give_back(linked)
         if outcome and not fetch.is_cancelled:
-            fetch.peer.rests_until = time.monotonic() + REST_S
+            if not is_refused:
+                fetch.peer.rests_until = time.monotonic() + REST_S
             logger.warning(
                 "A prefix of %s did not come from %s:%d, and is computed here: %s.",
                 counted(fetch.end, "token"),
@@ -306,8 +312,17 @@ class PeerFetcher:
             peer.close()
 
 
+def _failure(said: object) -> RequestError:
+    """Return the error that the prefill engine sent. TransferError: it is not one."""
+    try:
+        return RequestError.from_wire(msgspec.convert(said, WireError))
+    except msgspec.ValidationError as error:
+        raise TransferError(f"it failed without a readable reason ({error})") from None
+
+
 def _receive(fetch: PeerFetch, linked: Linked, news: threading.Event) -> None:
-    """Ask for the prefix and take its pieces, up to the last. TransferError: it does not come."""
+    """Ask for the prefix and take its pieces, up to the last. TransferError: it does not come;
+    RequestError: the prefill engine says why."""
     wire, transfer = linked
     ask = {
         "start": fetch.start,
@@ -320,7 +335,7 @@ def _receive(fetch: PeerFetch, linked: Linked, news: threading.Event) -> None:
         if fetch.is_cancelled:
             raise TransferError("the request has gone")
         if "failed" in message:
-            raise TransferError(str(message["failed"]))
+            raise _failure(message["failed"])
         if "done" in message:
             return
         if "piece" in message:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import RequestError
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Unit
@@ -175,7 +176,7 @@ class PrefillServer:
                 request_id = f"transfer-{next(self._numbers)}"
                 outgoing.request = self._prepare(outgoing.spec(request_id))
             except ValueError as error:
-                outgoing.say({"failed": str(error).rstrip(".")})
+                outgoing.fail(RequestError.of(error))
                 return
             self._enqueue(outgoing.request)
         self._active.append(outgoing)

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.text.answers.calls import CLOSE, MAX_NAME, OPEN, CallReader, State
 from engine.text.answers.marks import MarkSearch
+from engine.text.json_text import read_json
 
 MAX_HEADER = 2 * MAX_NAME
 """Characters before the arguments of a call that are tried again with every piece."""
@@ -140,8 +141,8 @@ class Nesting:
 def _parsed(text: str) -> Any:
     """JSON, or None."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return read_json(text)
+    except ValueError:
         return None
 
 

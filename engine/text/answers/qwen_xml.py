@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.text.answers.calls import CLOSE, MAX_NAME, OPEN, CallReader, State
 from engine.text.answers.marks import MarkSearch
+from engine.text.json_text import read_json
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
@@ -201,16 +202,12 @@ def _as_json(text: str, types: frozenset[str]) -> str:
     ):
         return "null" if lowered in ("null", "none") else lowered
     try:
-        value = json.loads(plain, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        value = read_json(plain)
+    except ValueError:
         return json.dumps(text, ensure_ascii=False)
     if "string" in types and not _kinds(value) & types:
         return json.dumps(text, ensure_ascii=False)
     return plain
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _kinds(value: Any) -> frozenset[str]:

@@ -13,8 +13,8 @@ import pytest
 from engine import RequestSpec
 from engine.history.dialects import for_anthropic, for_openai
 from engine.history.explain import CAUSES, Change, Explanation, Found, How
-from engine.history.memory import Remembered
 from engine.server.explanations import Explanations
+from engine.server.tenants import Tenant
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat
 from experiments.agents.scripted import ScriptedEngine
@@ -304,7 +304,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation | None, E
             name,
             output.prompt_token_ids,
             model=model,
-            namespace=namespace,
+            tenant=Tenant(key=0, namespace=namespace),
             messages=body["messages"],
             size=100,
             **parts,
@@ -358,16 +358,13 @@ def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair
         getattr(open_one.parting, name) for name in ("at", "change", "how")
     )
     assert found.before is found.was is found.now is None
-    kept = explanations.memory.find("first")
+    kept = explanations.memory.get(Tenant(0, "tenant"), "first")
     assert kept is not None and kept.chat is None
     ids = set(ByteTokenizer().encode(ANSWER))
     assert not ids & set(kept.outline.tokens.tolist())
-    assert explanations.memory.get("first", "tenant") is kept
-    assert (
-        explanations.memory.get("first", "another")
-        is explanations.memory.get("first", None)
-        is None
-    )
+    assert explanations.memory.find("first") == ("first", kept)
+    others = Tenant(0, "another"), Tenant(1, "tenant"), Tenant(None, "tenant"), Tenant(0), Tenant()
+    assert all(explanations.memory.get(other, "first") is None for other in others)
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
@@ -376,15 +373,21 @@ def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
     none = {"messages": (), "tools": None, "variables": None}
     for number in range(10):
         asked = explanations.begin(
-            str(number), tokens[number:], model="m", namespace=None, size=100, **none
+            str(number), tokens[number:], model="m", tenant=Tenant(), size=100, **none
         )
         asked.found = Found(0, Losses(1000, 0, 0, 0, 0))
-        explanations.memory.put(asked.answer_id, Remembered(asked.outline, asked.found, asked.chat))
+        assert asked.remembered is not None
+        explanations.memory.put(asked.tenant, asked.answer_id, asked.remembered)
         explanations.memory.check()
     memory = explanations.memory
-    assert memory.find("9") is not None and memory.find("0") is None
+    last = memory.get(Tenant(), "9")
+    assert last is not None and memory.find("0") is None
     assert memory.num_bytes > 15_000
-    assert memory.nearest("9") is None, "no two of them begin the same"
+    assert memory.nearest(last) is None, "no two of them begin the same"
+    num_bytes = memory.num_bytes
+    memory.put(Tenant(), "9", last)
+    memory.check()
+    assert memory.num_bytes == num_bytes, "an id that is used again is one request"
 
 
 def test_an_answer_that_is_not_known_is_said_to_be_none() -> None:

@@ -157,7 +157,7 @@ def test_what_is_refused_is_refused_at_once() -> None:
         with pytest.raises(ValueError, match="half surrogates"):
             engine.submit(RequestSpec([1], SamplingParams(stop=("\ud800",))))
         streams = [engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))]
-        with pytest.raises(ValueError, match="there is a request 'mine' already"):
+        with pytest.raises(ValueError, match="the id 'mine' is being answered already"):
             engine.submit(RequestSpec([2], ENDLESS, request_id="mine"))
         await anext(streams[0])
         streams += [engine.submit(RequestSpec([i], ENDLESS)) for i in range(3)]
