@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from engine.below import LowerMemory, LowerSizes
 from engine.config import ConfigError, EngineConfig
 from engine.drafts.drafting import Drafting
+from engine.drafts.suffix import IndexMemory
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
 from engine.schedule.cache_manager import CacheManager
@@ -42,6 +43,8 @@ class Parts(NamedTuple):
     fetching: Fetching | None
     scheduler: Scheduler
     drafting: Drafting | None
+    draft_memory: IndexMemory
+    """Of the indices that drafters keep of texts."""
 
 
 def make_parts(
@@ -69,8 +72,10 @@ def make_parts(
         fetcher = lower.fetcher(manager)
     fetching = None if fetcher is None else Fetching(manager, fetcher)
     shares = config.prefix_cache != "none"
+    draft_memory = IndexMemory(int(config.draft_index_mib * 2**20))
     if drafting is None and config.drafters:
-        drafting = Drafting.of(config.drafters, config.num_step_states, runner.guess, shares=shares)
+        room, guess = config.num_step_states, runner.guess
+        drafting = Drafting.of(config.drafters, room, guess, shares=shares, memory=draft_memory)
     scheduler = Scheduler(
         manager,
         max_running=config.max_running,
@@ -80,7 +85,7 @@ def make_parts(
         fetching=fetching,
         clock=clock,
     )
-    parts = cache, lower, manager, transfers, fetching, scheduler, drafting
+    parts = cache, lower, manager, transfers, fetching, scheduler, drafting, draft_memory
     return Parts(built.prefix_cache, *parts)
 
 

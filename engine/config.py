@@ -174,6 +174,11 @@ class EngineConfig:
         "(the model's own multi-token head), tree,mtp (the head where the tree has nothing), or "
         "none",
     )
+    draft_index_mib: float = _setting(
+        64.0,
+        "with draft tree: host memory for the index of running and ended texts, MiB, of 24 to 48 "
+        "bytes a token; what does not fit is drafted for from the cache alone",
+    )
 
     role: Literal["prefill", "decode"] | None = _setting(
         None,
@@ -200,6 +205,11 @@ class EngineConfig:
         "a CPU, 8192 elsewhere",
     )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
+    grammar_budget_s: float = _setting(
+        10.0,
+        "seconds that the grammar of one request may take in the background, 5 ms for each token "
+        "of the answer not counted; then the request fails, with an error that says so",
+    )
     overlap: Literal["auto", "on", "off"] = _setting(
         "auto",
         "make the next step while the device computes this one, but for steps with drafts; auto: "
@@ -296,6 +306,14 @@ class EngineConfig:
         if budget is not None and (not isinstance(budget, int) or budget < TILE):
             raise ConfigError(
                 f"token_budget must be at least {TILE}, one tile of the kernels, not {budget}."
+            )
+        if not 0 <= self.draft_index_mib < 2**30:
+            raise ConfigError(
+                f"draft_index_mib must be a number of MiB of 0 or more, not {self.draft_index_mib}."
+            )
+        if not 0 < self.grammar_budget_s < 1e6:
+            raise ConfigError(
+                f"grammar_budget_s must be above 0 and below 1e6, not {self.grammar_budget_s}."
             )
         if self.grid % TILE and self.grid not in SMALL_TILES:
             small = " or ".join(map(str, SMALL_TILES))

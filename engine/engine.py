@@ -22,7 +22,7 @@ from engine.requests.recent import RecentRequests
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
-from engine.run.sample_step import NO_STEP, InFlight, sample_step
+from engine.run.sample_step import NO_STEP, InFlight, LateDraws, sample_step
 from engine.schedule.batch import BytesLost
 from engine.schedule.fetching import Fetcher, Outside
 from engine.schedule.observed import Observer, StepReport
@@ -89,7 +89,7 @@ class Engine:
         self._cache_kind, self._cache = parts.cache_kind, parts.cache
         self._lower, self._manager = parts.lower, parts.manager
         self._fetching, self._scheduler = parts.fetching, parts.scheduler
-        self._drafting = parts.drafting
+        self._drafting, self._draft_memory = parts.drafting, parts.draft_memory
         self.transfers = parts.transfers
         """What went to or came from other engines; None: nothing does."""
         self._overlaps = config.overlap == "on" or (
@@ -109,10 +109,12 @@ class Engine:
             sampling_defaults=self.sampling_defaults,
             seed=config.seed,
             clock=clock,
+            grammar_budget_s=config.grammar_budget_s,
         )
         self.prefill_server = prefill_server(self, self._manager, self.transfers)
         """What computes prefixes for other engines; None: it is none of its roles."""
-        outside: tuple[Outside | None, ...] = self._fetching, self.prefill_server
+        late_draws = LateDraws(self._scheduler, sampler, self._intake.guides.news)
+        outside: tuple[Outside | None, ...] = late_draws, self._fetching, self.prefill_server
         self._outside = tuple(part for part in outside if part is not None)
 
     @property
@@ -159,9 +161,14 @@ class Engine:
 
     def compile(self, grammar: Grammar) -> None:
         """Make ``grammar`` ready, so that ``prepare`` need not. Safe to call from any thread; up to
-        a second for the first one of all, then milliseconds, a tenth of a second for the worst.
-        ValueError as there."""
+        a second for the first one of all (see ``prepare_grammars``), then milliseconds, a tenth of
+        a second for the worst. ValueError as there."""
         self._intake.guides.compile(grammar)
+
+    def prepare_grammars(self) -> None:
+        """Build what the first grammar needs. It takes a second for a large vocabulary, in which
+        no other thread of the process runs. Does nothing if answers cannot be guided here."""
+        self._intake.guides.prepare()
 
     def enqueue(self, request: Request) -> None:
         """The second half of ``submit``."""
@@ -294,14 +301,14 @@ class Engine:
         return due or NO_STEP
 
     def _commit(self, in_flight: InFlight) -> list[RequestOutput]:
-        plan, drawn, scores = in_flight
+        plan, drawn, scores, late = in_flight
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
         self._laps.append(self.clock())
         if self._lower is not None:
             self._lower.step_done(plan, self._laps[-1] - self._laps[1])
         self._committing = plan
-        taken = self._scheduler.commit(plan, tokens, scored)
+        taken = self._scheduler.commit(plan, tokens, scored, late)
         if taken:
             self.runner.commit(plan.batch, taken)
         self._committing = EMPTY
@@ -393,6 +400,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             transfers=None if self.transfers is None else self.transfers.as_dict(),
             lower=None if self._lower is None else self._lower.report(),
+            draft_index_bytes=self._draft_memory.used_bytes,
         )
 
     def outline(self, max_nodes: int = 40) -> str:

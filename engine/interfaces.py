@@ -111,6 +111,10 @@ class TokenSampler(Protocol):
         has to do may go on."""
         ...
 
+    def keep(self, logits: Any, row: int) -> Any:
+        """Copy one row of ``logits``, as logits of one row that outlive the next ``forward``."""
+        ...
+
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
         """Begin to find the log-probabilities of given tokens, one per row."""
         ...

@@ -101,6 +101,7 @@ def main(folder: str, config: str, address: str, trace: str) -> int:
     host = Host(folder, sys.stdin.fileno())
     try:
         engine = Engine(msgspec.json.decode(config, type=EngineConfig))
+        engine.prepare_grammars()
         written = start_trace(engine, trace) if trace else None
         screen = start_screen(engine, address)
     except ModuleNotFoundError as error:

@@ -47,9 +47,10 @@ class Drafter(Protocol):
     @property
     def name(self) -> str: ...
 
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
-        """For each (request, most tokens) what it guesses, in order: int32[d], d from 0 to so
-        many."""
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
+        """Return a guess for each (request, most tokens), in order: int32[d], d from 0 to that
+        number. None if the drafter needs more steps before it can say: it is asked again in the
+        next one. A bounded time: all requests wait for it."""
         ...
 
     def forget(self, request: Request) -> None:

@@ -10,6 +10,7 @@ from engine.drafts.drafter import Draft, Drafter
 from engine.drafts.mtp import Guess, HeadDrafter
 from engine.drafts.odds import Luck, Odds
 from engine.drafts.pace import Pace
+from engine.drafts.suffix import IndexMemory
 from engine.drafts.tree import SuffixDrafter, TreeDrafter
 from engine.drafts.tries import MAX_REST, Tries, Turns
 from engine.requests.request import Request
@@ -23,17 +24,29 @@ class Source(NamedTuple):
     make_turns: Callable[[], Turns]
 
 
-def _tree(max_tokens: int, guess: Guess, shares: bool) -> list[Source]:
-    drafters: tuple[Drafter, ...] = TreeDrafter(), SuffixDrafter(shares=shares)
+class Means(NamedTuple):
+    """What drafters may use beside the requests themselves."""
+
+    guess: Guess
+    """As ``Runner.guess``."""
+    shares: bool
+    """One request may be guessed for from another's text."""
+    memory: IndexMemory
+    """For the indices of all texts."""
+
+
+def _tree(max_tokens: int, means: Means) -> list[Source]:
+    suffixes = SuffixDrafter(shares=means.shares, memory=means.memory)
+    drafters: tuple[Drafter, ...] = TreeDrafter(), suffixes
     return [Source(drafter, partial(Pace, max_tokens)) for drafter in drafters]
 
 
-def _mtp(max_tokens: int, guess: Guess, shares: bool) -> list[Source]:
-    return [Source(HeadDrafter(guess), partial(Odds, max_tokens, Luck()))]
+def _mtp(max_tokens: int, means: Means) -> list[Source]:
+    return [Source(HeadDrafter(means.guess), partial(Odds, max_tokens, Luck()))]
 
 
-WORDS: dict[str, Callable[[int, Guess, bool], list[Source]]] = {"tree": _tree, "mtp": _mtp}
-"""What each word of ``EngineConfig.draft`` asks, in order."""
+WORDS: dict[str, Callable[[int, Means], list[Source]]] = {"tree": _tree, "mtp": _mtp}
+"""Drafters for each word of ``EngineConfig.draft``, in the order in which they are asked."""
 
 
 class _Known:
@@ -65,13 +78,21 @@ class Drafting:
 
     @classmethod
     def of(
-        cls, words: Mapping[str, int], max_verified: int, guess: Guess, *, shares: bool
+        cls,
+        words: Mapping[str, int],
+        max_verified: int,
+        guess: Guess,
+        *,
+        shares: bool,
+        memory: IndexMemory | None = None,
     ) -> Drafting:
-        """With the drafters that ``words`` name, and the most tokens of each; ``guess`` is what
-        ``Runner.guess`` does. ``shares``: one request may be guessed for from another's text."""
-        sources = [
-            source for word, most in words.items() for source in WORDS[word](most, guess, shares)
-        ]
+        """Ask the drafters that ``words`` name, for at most so many tokens of each.
+
+        ``guess`` is what ``Runner.guess`` does. ``shares``: one request may be guessed for from
+        another's text. ``memory`` is for the indices of all texts.
+        """
+        means = Means(guess, shares, memory or IndexMemory(64 << 20))
+        sources = [source for word, most in words.items() for source in WORDS[word](most, means)]
         return cls(sources, max_verified=max_verified)
 
     @property
@@ -105,6 +126,8 @@ class Drafting:
             if not missing:
                 continue
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
+                if tokens is None:
+                    continue
                 if not len(tokens):
                     self._known[request].turns[rank].learn(self._step, 0, 0)
                     continue

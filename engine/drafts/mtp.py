@@ -22,7 +22,7 @@ class HeadDrafter:
     def __init__(self, guess: Guess) -> None:
         self._guess = guess
 
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
         if not wanted:
             return []
         return self._guess([_newest(request) for request, _ in wanted], [n for _, n in wanted])

@@ -1,104 +1,230 @@
-"""Where the last tokens of a text stood before, in it or in others: kept as the text grows."""
+"""Index of short token runs in texts, for prompt lookup: what followed the last tokens before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridcache.tokens import Tokens
 
 SIZES = (6, 3)
-"""Tokens that must agree, the most first. Fewer than three agree by chance too often."""
+"""Lengths of the runs that must agree, longest first. Shorter runs agree by chance too often."""
 FEW = 16
-"""Tokens; fewer are hashed one by one, for numpy would take longer."""
+"""Tokens; fewer are indexed one by one, because numpy would take longer."""
 FACTOR = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
-POWERS = {size: pow(FACTOR, size, MASK + 1) for size in SIZES}
+FIRST_TOKENS, MAX_TOKENS = 256, 1 << 15
+"""Tokens of the first segment of an index at least, and of any at most."""
+BYTES_PER_TOKEN = 12 * len(SIZES)
+"""Of a segment."""
+MAX_TRIES = 32
+"""Runs of one bucket that are compared: most buckets have one."""
+
+
+class IndexMemory:
+    """Memory for all indices together.
+
+    >>> memory = IndexMemory(100)
+    >>> memory.take(80), memory.take(80), memory.used_bytes
+    (True, False, 80)
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Reserve memory. False if there is not as much left."""
+        if self.used_bytes + num_bytes > self.max_bytes:
+            return False
+        self.used_bytes += num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
 
 
 class SuffixIndex:
     """For every run of ``SIZES`` tokens that something followed, where it ended last.
 
-    Runs are told apart by a hash; what is found is compared. 100 bytes or so a token and size.
+    The text is divided into segments, each a hash table whose buckets are chained from the latest
+    run to earlier ones. What is found is compared with the text. A segment is allocated whole and
+    never grows, so that indexing n tokens takes O(n) at any time.
 
     >>> index = SuffixIndex()
-    >>> index.continuation(np.array([7, 1, 2, 3, 8, 9, 1, 2, 3], np.int32), 4).tolist()
+    >>> text = np.array([7, 1, 2, 3, 8, 9, 1, 2, 3], np.int32)
+    >>> index.read(text)
+    8
+    >>> index.continuation(text, 4).tolist()
     [8, 9, 1, 2]
     """
 
-    __slots__ = ("_ends", "_hashes", "_num_indexed", "text")
+    __slots__ = ("_memory", "_num_read", "_segments", "is_full", "text")
 
-    def __init__(self) -> None:
-        self._ends: dict[int, dict[int, int]] = {size: {} for size in SIZES}
-        self._hashes = dict.fromkeys(SIZES, 0)
-        """Of the runs that end with the last token indexed; what is missing to a run counts 0."""
-        self._num_indexed = 0
+    def __init__(self, memory: IndexMemory | None = None) -> None:
+        """``memory`` is what all indices share; None if this one is not bounded."""
+        self._memory = memory
+        self._segments: list[_Segment] = []
+        self._num_read = 0
+        self.is_full = False
+        """There was no memory for the rest of the text when it was last read."""
         self.text: Tokens | None = None
-        """All of it, once it grows no more."""
+        """The whole text, once it does not grow any more."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken."""
+        return sum(segment.num_bytes for segment in self._segments)
+
+    def has_read(self, tokens: Tokens) -> bool:
+        """Whether all runs of ``tokens`` are indexed that can be."""
+        return self.is_full or self._num_read >= len(tokens) - 1
+
+    def read(self, tokens: Tokens, most: int | None = None) -> int:
+        """Index up to ``most`` more tokens of ``tokens``, which begins with all that was given
+        before; the last one is not followed by anything yet. Returns their number. O(that)."""
+        until = len(tokens) - 1
+        if most is not None:
+            until = min(until, self._num_read + most)
+        start = self._num_read
+        self.is_full = False
+        while self._num_read < until and not self.is_full:
+            segment = self._segment(len(tokens))
+            if segment is None:
+                self.is_full = True
+                break
+            end = min(until, segment.end)
+            segment.add(tokens, self._num_read, end)
+            self._num_read = end
+        return self._num_read - start
 
     def continuation(
         self, tokens: Tokens, max_tokens: int, others: Sequence[SuffixIndex] = ()
     ) -> Tokens:
-        """Up to ``max_tokens`` ids that followed the longest of the runs that ends ``tokens``;
-        empty where none stood before. Those of the most tokens are looked for in ``others`` too,
-        the first that has it. What reaches the end of ``tokens`` goes round.
+        """Return up to ``max_tokens`` ids that followed the longest of the runs that ends
+        ``tokens``; empty if none stood before in what was read.
 
-        ``tokens`` begins with all that was given before. O(new tokens + others).
+        The longest runs are also looked up in ``others``, whose texts are whole; the first that has
+        it counts. What reaches the end of ``tokens`` goes round. O(segments).
         """
-        for size, key in zip(SIZES, self._index(tokens), strict=True):
-            found = self._behind(size, key, tokens, tokens)
-            if found is not None:
-                return np.resize(found[:max_tokens], max_tokens)
+        for size in SIZES:
+            run = tokens[-size:].tolist()
+            if len(run) < size:
+                continue
+            end = self._find(size, run, tokens)
+            if end is not None:
+                return np.resize(tokens[end:][:max_tokens], max_tokens)
             for other in others if size == SIZES[0] else ():
                 assert other.text is not None, "a text that still grows"
-                found = other._behind(size, key, other.text, tokens)
-                if found is not None:
-                    return found[:max_tokens]
+                end = other._find(size, run, other.text)
+                if end is not None:
+                    return other.text[end:][:max_tokens]
         return tokens[:0]
 
-    def _behind(self, size: int, key: int, text: Tokens, tokens: Tokens) -> Tokens | None:
-        """What followed in ``text`` the run of ``size`` that ends ``tokens``, of this ``key``."""
-        end = self._ends[size].get(key)
-        if end is None or not np.array_equal(text[end - size : end], tokens[-size:]):
+    def free(self) -> None:
+        """Give all memory back."""
+        if self._memory is not None:
+            self._memory.give_back(self.num_bytes)
+        self._segments.clear()
+
+    def _find(self, size: int, run: list[int], text: Tokens) -> int | None:
+        key = _key(run)
+        for segment in reversed(self._segments):
+            end = segment.find(size, key, run, text)
+            if end is not None:
+                return end
+        return None
+
+    def _segment(self, num_tokens: int) -> _Segment | None:
+        """Return the segment of the next token; None if there is no memory for another."""
+        if self._segments and self._num_read < self._segments[-1].end:
+            return self._segments[-1]
+        wanted = max(num_tokens - self._num_read, self._num_read, FIRST_TOKENS)
+        capacity = min(1 << (wanted - 1).bit_length(), MAX_TOKENS)
+        if self._memory is not None and not self._memory.take(capacity * BYTES_PER_TOKEN):
             return None
-        return text[end:]
-
-    def _index(self, tokens: Tokens) -> list[int]:
-        """Every run that ends before the last token; the hashes of those that end with it."""
-        until = len(tokens) - 1
-        if until - self._num_indexed >= FEW:
-            self._index_many(tokens[:until])
-        start = self._num_indexed
-        first = max(start - SIZES[0], 0)
-        told = tokens[first:].tolist()
-        found = []
-        for size, ends in self._ends.items():
-            mixed = self._hashes[size]
-            for place in range(start, until + 1):
-                gone = told[place - size - first] if place >= size else 0
-                mixed = (mixed * FACTOR + told[place - first] - gone * POWERS[size]) & MASK
-                if place < until:
-                    self._hashes[size] = mixed
-                    if place + 1 >= size:
-                        ends[mixed] = place + 1
-            found.append(mixed)
-        self._num_indexed = until
-        return found
-
-    def _index_many(self, tokens: Tokens) -> None:
-        """Every run."""
-        for size, ends in self._ends.items():
-            first = max(self._num_indexed - size + 1, 0)
-            hashes = _hashes(tokens[first:], size).tolist()
-            ends.update(zip(hashes, range(first + size, len(tokens) + 1), strict=True))
-            self._hashes[size] = hashes[-1]
-        self._num_indexed = len(tokens)
+        self._segments.append(_Segment(self._num_read, capacity))
+        return self._segments[-1]
 
 
-def _hashes(tokens: Tokens, size: int) -> np.ndarray:
-    """Of every run of ``size`` neighbours: uint64[n - size + 1]. A polynomial, so that one token
-    more needs no other."""
+class _Segment:
+    """Runs that end in one stretch of a text: behind ``capacity`` tokens from ``start`` on."""
+
+    __slots__ = ("_before", "_latest", "_shift", "_start", "end")
+
+    def __init__(self, start: int, capacity: int) -> None:
+        """``capacity`` is a power of two."""
+        self._start = start
+        self.end = start + capacity
+        self._shift = 64 - capacity.bit_length()
+        # Ends count from 1, so that 0 can stand for none.
+        self._latest = {size: np.zeros(2 * capacity, np.int32) for size in SIZES}
+        self._before = {size: np.zeros(capacity, np.int32) for size in SIZES}
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.end - self._start) * BYTES_PER_TOKEN
+
+    def add(self, tokens: Tokens, start: int, end: int) -> None:
+        """Add the runs that end behind tokens ``start`` to ``end`` - 1."""
+        for size in SIZES:
+            first = max(start, size - 1)
+            if first >= end:
+                continue
+            read = tokens[first - size + 1 : end]
+            if end - first < FEW:
+                told = read.tolist()
+                for place in range(end - first):
+                    self._add_one(size, _key(told[place : place + size]), first + place + 1)
+            else:
+                self._add_many(size, _hashes(read, size), first + 1)
+
+    def _add_one(self, size: int, key: int, run_end: int) -> None:
+        bucket = ((key * FACTOR) & MASK) >> self._shift
+        latest = self._latest[size]
+        self._before[size][run_end - 1 - self._start] = latest[bucket]
+        latest[bucket] = run_end
+
+    def _add_many(self, size: int, hashes: npt.NDArray[np.uint64], first_end: int) -> None:
+        buckets = ((hashes * np.uint64(FACTOR)) >> np.uint64(self._shift)).astype(np.int64)
+        ends = np.arange(first_end, first_end + len(buckets), dtype=np.int32)
+        order = np.argsort(buckets, kind="stable")
+        ordered = buckets[order]
+        is_first = np.empty(len(order), np.bool_)
+        is_first[0] = True
+        np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+        latest, before = self._latest[size], self._before[size]
+        earlier = np.empty(len(order), np.int32)
+        earlier[1:] = ends[order[:-1]]
+        earlier[is_first] = latest[ordered[is_first]]
+        before[ends[order] - 1 - self._start] = earlier
+        latest[buckets] = ends  # of equal buckets the last one stays
+
+    def find(self, size: int, key: int, run: list[int], text: Tokens) -> int | None:
+        """Return where ``run`` ended last in this stretch of ``text``, None if nowhere."""
+        before = self._before[size]
+        end = int(self._latest[size][((key * FACTOR) & MASK) >> self._shift])
+        for _ in range(MAX_TRIES):
+            if not end:
+                return None
+            if text[end - size : end].tolist() == run:
+                return end
+            end = int(before[end - 1 - self._start])
+        return None
+
+
+def _key(run: list[int]) -> int:
+    """Hash one run, as ``_hashes`` does."""
+    mixed = 0
+    for token in run:
+        mixed = (mixed * FACTOR + token) & MASK
+    return mixed
+
+
+def _hashes(tokens: Tokens, size: int) -> npt.NDArray[np.uint64]:
+    """Hash every run of ``size`` neighbours: uint64[n - size + 1]."""
     count = len(tokens) - size + 1
     wide = tokens.astype(np.uint64)
     hashes = np.zeros(count, np.uint64)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ContextOverflow
-from engine.guided.guide import Guides
+from engine.guided.guide import BUDGET_S, Guides
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
@@ -41,6 +41,7 @@ class Intake:
         sampling_defaults: Mapping[str, Any],
         seed: int,
         clock: Callable[[], float],
+        grammar_budget_s: float = BUDGET_S,
     ) -> None:
         """Without a ``tokenizer`` prompts are token ids and answers have no text."""
         self._tokenizer = tokenizer
@@ -50,7 +51,7 @@ class Intake:
         self._seed = seed
         self._clock = clock
         self._arrivals = itertools.count()
-        self.guides = Guides(tokenizer, vocab_size)
+        self.guides = Guides(tokenizer, vocab_size, grammar_budget_s)
 
     def prepare(self, spec: RequestSpec) -> Request:
         """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.guided.guide import Guide, Mask
+    from engine.guided.guide import Guide
+    from engine.guided.library import Mask
     from engine.requests.token_rules import Additions
     from hybridcache.lease import Lease
 
@@ -62,6 +63,7 @@ class Request:
         "finished_s",
         "first_token_s",
         "guide",
+        "held_logits",
         "is_refused",
         "lease",
         "logprobs",
@@ -127,7 +129,9 @@ class Request:
         self.end_token_ids = end_token_ids
         self._rules = rules
         self.guide = guide
-        """Where the answer stands in its grammar; None: it has none."""
+        """Follows the answer in its grammar; None if it has none."""
+        self.held_logits: Any = None
+        """Logits of the newest token, whose draw waits for the grammar; None if none does."""
         self._is_plain = guide is None and rules is NO_RULES and not self.params.has_penalties
         self.lease: Lease | None = None
         """Its claims on the cache: while it runs, not while it waits."""
@@ -206,17 +210,44 @@ class Request:
             return drafts
         return self.guide.cut(self.output, drafts)
 
+    @property
+    def awaits_draw(self) -> bool:
+        """Whether its newest token is computed, or about to be, and its next one is not drawn."""
+        return self.held_logits is not None
+
     def sampling_inputs(
         self, drafts: Tokens, drawn: Callable[[], int] | None = None
-    ) -> list[SamplingInput]:
-        """What the sampler must know to draw the token that was scheduled last, and one after each
-        of ``drafts``, as if these were the answer's. ``drawn`` waits for the token drawn before it,
-        where the host does not know that yet; it is asked where a grammar depends on it."""
-        draw = self.known_len - 1 - self.prompt_len
+    ) -> list[SamplingInput] | None:
+        """Return what the sampler must know to draw the token that was scheduled last, and one
+        after each of ``drafts``, as if these were the answer's.
+
+        ``drawn`` waits for the token drawn before it, if the host does not know that yet; it is
+        called if a grammar depends on it. None if the grammar does not say yet what may come, or
+        found in the meantime that nothing can.
+        """
+        return self._inputs(self.known_len - 1 - self.prompt_len, drafts, drawn)
+
+    def late_input(self) -> SamplingInput | None:
+        """Return what the sampler must know for a draw that waits for the grammar; None while it
+        does, or if the answer is over."""
+        inputs = self._inputs(self.num_tokens - self.prompt_len, self.output[:0], None)
+        return None if inputs is None else inputs[0]
+
+    def unguided_input(self) -> SamplingInput:
+        """Return what keeps the place of the token that was scheduled last among those drawn, if
+        that token cannot be drawn yet."""
+        return SamplingInput(self.params, self.seed, None, self.known_len - 1 - self.prompt_len)
+
+    def _inputs(
+        self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
+    ) -> list[SamplingInput] | None:
         if self._is_plain:
             places = range(1 + len(drafts))
             return [SamplingInput(self.params, self.seed, None, draw + place) for place in places]
-        counts, rules = self._count(), self._rules_after(draw, drafts, drawn)
+        rules = self._rules_after(draw, drafts, drawn)
+        if rules is None:
+            return None
+        counts = self._count()
         return [
             SamplingInput(
                 self.params,
@@ -230,8 +261,9 @@ class Request:
 
     def _rules_after(
         self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
-    ) -> list[tuple[Mask | None, Additions | None]]:
-        """For the token with number ``draw``, and one after each of ``drafts``."""
+    ) -> list[tuple[Mask | None, Additions | None]] | None:
+        """Return the rules for the token with number ``draw``, and one after each of ``drafts``;
+        None as ``sampling_inputs``."""
         num_rows = 1 + len(drafts)
         if self.guide is None and self._rules is NO_RULES:
             return [(None, None)] * num_rows
@@ -240,7 +272,10 @@ class Request:
         if self.guide is not None:
             if drawn is not None:
                 answer = np.append(answer, np.int32(drawn()))
-            masks = [*self.guide.masks(answer, drafts)]
+            allowed = self.guide.masks(answer, drafts, may_be_over=drawn is not None)
+            if allowed is None:
+                return None
+            masks = [*allowed]
         known = np.concatenate([answer, drafts])
         return [
             self._rules.at(draw + place, known[: len(answer) + place], masks[place])
@@ -291,6 +326,12 @@ class Request:
         self._new_text += text
         return stopped
 
+    def finish_if_over(self, now_s: float) -> None:
+        """End if the grammar says that nothing can follow. Raises GrammarError if it cannot be
+        followed."""
+        if self.guide is not None and self.guide.is_done(self.output):
+            self.finish("stop", now_s)
+
     def fail(self, error: Exception, now_s: float) -> None:
         """End, for a fault that is this request's alone, or of what it asked for."""
         self.is_refused = isinstance(error, GrammarError)
@@ -304,6 +345,9 @@ class Request:
             reason = "stop" if stopped else reason
         self.finish_reason = reason
         self.finished_s = now_s
+        self.held_logits = None
+        if self.guide is not None:
+            self.guide.close()
 
     def report(self) -> RequestOutput:
         """What is new since the last report, and all so far. O(new tokens), amortised."""

@@ -38,6 +38,10 @@ class OracleSampler:
         pairs = zip(rows, requests, strict=True)
         return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
 
+    def keep(self, logits: Fingerprints, row: int) -> Fingerprints:
+        """See ``TokenSampler.keep``."""
+        return logits[row : row + 1].copy()
+
     def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
         """The one token that follows a prefix, among those that ``request`` may have."""
         possible = np.arange(self._vocab_size)

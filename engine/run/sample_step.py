@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from threading import Event
 from typing import Any, NamedTuple
 
 from engine.interfaces import PendingTokens, TokenSampler
 from engine.requests.sampling_params import SamplingInput
+from engine.schedule.fetching import IDLE_S
 from engine.schedule.plan import EMPTY, Plan, Task
+from engine.schedule.scheduler import Scheduler
 
 
 class InFlight(NamedTuple):
@@ -21,6 +24,9 @@ class InFlight(NamedTuple):
     does."""
     scores: Sequence[PendingTokens]
     """The prompt's tokens with their log-probabilities, for each task that scores."""
+    late: frozenset[int] = frozenset()
+    """Tasks whose tokens among those drawn only keep their place: their requests hold the logits
+    until their grammars say what may come."""
 
 
 NO_STEP = InFlight(EMPTY, None, ())
@@ -32,7 +38,8 @@ def sample_step(
     """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for
     nothing; but where a grammar depends on a token that the step ``before`` draws, for that,
     while the device computes this step."""
-    late = dict(plan.batch.late_tokens)
+    late_tokens = dict(plan.batch.late_tokens)
+    late: list[int] = []
     inputs: list[SamplingInput] = []
     rows: list[int] = []
     scores: list[PendingTokens] = []
@@ -42,13 +49,19 @@ def sample_step(
         if task.scores:
             scores.append(_score(task, logits[first:num_rows], sampler))
         if task.samples:
-            drawn = partial(_token, before, late[index]) if index in late else None
-            drawn_for = task.request.sampling_inputs(task.drafts, drawn)
+            request = task.request
+            drawn = partial(_token, before, late_tokens[index]) if index in late_tokens else None
+            drawn_for = request.sampling_inputs(task.drafts, drawn)
+            first = num_rows - 1 - len(task.drafts)
+            if drawn_for is None:
+                request.held_logits = sampler.keep(logits, first)
+                late.append(index)
+                drawn_for = [request.unguided_input()] * (num_rows - first)
             inputs += drawn_for
-            rows += range(num_rows - len(drawn_for), num_rows)
+            rows += range(first, num_rows)
     if not inputs:
         return InFlight(plan, None, scores)
-    return InFlight(plan, sampler.launch(logits, inputs, rows), scores)
+    return InFlight(plan, sampler.launch(logits, inputs, rows), scores, frozenset(late))
 
 
 def _token(before: InFlight | None, row: int) -> int:
@@ -62,3 +75,44 @@ def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:
     request = task.request
     following = request.tokens[task.start + 1 : min(task.end + 1, request.prompt_len)]
     return sampler.score(logits[: len(following)], following.tolist(), request.prompt_logprobs or 0)
+
+
+class LateDraws:
+    """Draws the tokens of requests whose grammars were late, between two steps.
+
+    Such a request keeps its lease, its row and the logits of its newest token, and sits out the
+    steps until its mask is found.
+    """
+
+    def __init__(self, scheduler: Scheduler, sampler: TokenSampler, news: Event) -> None:
+        """``news`` is set whenever a mask was found in the background."""
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._news = news
+
+    @property
+    def has_work(self) -> bool:
+        """False: its requests run."""
+        return False
+
+    def advance(self) -> None:
+        """Draw every token whose mask was found."""
+        self._news.clear()
+        for request in self._scheduler.awaiting_draw:
+            found = request.late_input()
+            if found is None:
+                self._scheduler.take_late(request)
+            else:
+                [sampled] = self._sampler.launch(request.held_logits, [found], [0]).wait()
+                self._scheduler.take_late(request, sampled)
+
+    def wait(self) -> None:
+        """Nothing can be computed: sleep a little, or until a mask is found."""
+        if self._scheduler.awaiting_draw:
+            self._news.wait(IDLE_S)
+
+    def give_up(self) -> None:
+        """A step broke off: the scheduler has let go of all leases, and of the logits."""
+
+    def close(self) -> None:
+        """The engine ends."""

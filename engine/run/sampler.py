@@ -89,6 +89,11 @@ class Sampler:
         return Drawn(tokens, wanted, scores)
 
     @torch.inference_mode()
+    def keep(self, logits: torch.Tensor, row: int) -> torch.Tensor:
+        """See ``TokenSampler.keep``."""
+        return logits[row : row + 1].clone()
+
+    @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
         """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones
         beside each."""

@@ -276,7 +276,7 @@ class CacheManager:
         self._restores.pop(row, None)
         del self._requests[row]
         self._free_rows.append(row)
-        request.lease = request.row = None
+        request.lease = request.row = request.held_logits = None
 
     @property
     def has_moves(self) -> bool:

@@ -92,6 +92,8 @@ class CacheReport:
 
     lower: LowerReport | None = None
     """None: there is nothing below the device's memory."""
+    draft_index_bytes: int = 0
+    """Host memory that drafters take for their indices of texts."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -107,6 +109,7 @@ def cache_report(
     num_waiting: int,
     transfers: dict[str, int] | None,
     lower: LowerReport | None,
+    draft_index_bytes: int,
 ) -> CacheReport:
     """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running
     requests + namespaces)."""
@@ -132,6 +135,7 @@ def cache_report(
         usage=cache.stats.as_dict(),
         transfers=transfers,
         lower=lower,
+        draft_index_bytes=draft_index_bytes,
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from engine.config import TILE
 from engine.drafts.drafter import Draft
@@ -158,7 +158,7 @@ class Scheduler:
         budget = self._budget()
         ends: dict[Request, int] = {}
         for request in tuple(self._running):
-            if request.lease is None or request.must_see_its_token:
+            if request.lease is None or request.must_see_its_token or request.awaits_draw:
                 continue
             end = self._end(request, request.scheduled_len, budget)
             if end > request.scheduled_len and self._claim(request, end):
@@ -222,7 +222,7 @@ class Scheduler:
         }
 
     def _decoding(self) -> list[Request]:
-        return [r for r in self._running if r.scheduled_len >= r.prefill_len]
+        return [r for r in self._running if r.scheduled_len >= r.prefill_len and not r.awaits_draw]
 
     def _may_guess(self) -> bool:
         return self._drafting is not None and self._drafting.may_guess(self._decoding())
@@ -364,19 +364,23 @@ class Scheduler:
         plan: Plan,
         sampled: Sequence[SampledToken],
         scored: Sequence[Sequence[SampledToken]] = (),
+        late: Container[int] = (),
     ) -> tuple[int, ...]:
         """Take a computed step in: publish, append tokens, end what is finished. Returns how many
         computed tokens of each task with a draft count, in the step's order.
 
         ``sampled`` has one token for each task that samples and each token of its draft, ``scored``
-        the log-probabilities for each that scores, both in the step's order. A request whose token
+        the log-probabilities for each that scores, both in the step's order. The tokens of the
+        tasks whose places are ``late`` are not drawn yet: see ``take_late``. A request whose token
         can not be taken ends alone, with its ``error``.
         """
         self._num_in_flight -= bool(plan.tasks)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
-        for task in plan.tasks:
+        for place, task in enumerate(plan.tasks):
             run = task.run_of(tokens)
+            if place in late:
+                run = []
             request = task.request
             if task.scores:
                 request.scores.extend(next(scores))
@@ -388,33 +392,63 @@ class Scheduler:
             if not task.is_decode:
                 self._manager.publish(request)
             is_scored_through = request.computed_len >= request.max_len
-            if not run and not is_scored_through:
-                continue
-            self._progressed.append(request)
-            try:
-                if run:
-                    request.accept_run(run, now_s)
-                else:
-                    request.finish("length", now_s)
-            except Exception as error:
-                self._fail(request, error)
+            if run or is_scored_through:
+                self._accept(request, run, now_s)
             if task.draft is not None:
                 taken.append(self._settle(task, task.draft, len(run) - 1))
-            if request.finish_reason is not None:
-                self._manager.finish(request)
-                self._forget_drafts(request)
-                self._running.remove(request)
-                self._is_full = False
+            self._end_if_finished(request)
         return tuple(taken)
 
+    @property
+    def awaiting_draw(self) -> list[Request]:
+        """Running requests whose newest token is computed and whose next one waits for its
+        grammar."""
+        return [r for r in self._running if r.awaits_draw and not r.num_drawn]
+
+    def take_late(self, request: Request, sampled: SampledToken | None = None) -> None:
+        """Take the token that ``request`` awaited, drawn from its ``held_logits``. Without one, end
+        it if its grammar has: because the answer is over, or with an error."""
+        if sampled is not None:
+            request.held_logits = None
+            self._accept(request, [sampled], self._clock())
+        else:
+            try:
+                request.finish_if_over(self._clock())
+            except Exception as error:
+                self._fail(request, error)
+            if request.finish_reason is not None:
+                self._progressed.append(request)
+        self._end_if_finished(request)
+
+    def _accept(self, request: Request, run: Sequence[SampledToken], now_s: float) -> None:
+        """Append tokens; without any, the prompt was to be scored only."""
+        self._progressed.append(request)
+        try:
+            if run:
+                request.accept_run(run, now_s)
+            else:
+                request.finish("length", now_s)
+        except Exception as error:
+            self._fail(request, error)
+
+    def _end_if_finished(self, request: Request) -> None:
+        """Take back what a request held that is done."""
+        if request.finish_reason is not None:
+            self._manager.finish(request)
+            self._forget_drafts(request)
+            self._running.remove(request)
+            self._is_full = False
+
     def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
-        """What a request took of its draft decides where it stands: its newest token is never
-        computed, tokens behind a stop are none. Returns how many of the task's tokens count."""
+        """Decide by what a request took of its draft where it stands: its newest token is not
+        computed, unless the next one is late (``num_accepted`` -1), and tokens behind a stop do not
+        count. Returns how many of the task's tokens do."""
         assert self._drafting is not None
         request = task.request
-        request.computed_len = request.scheduled_len = request.num_tokens - 1
+        request.computed_len = request.scheduled_len = request.num_tokens - (num_accepted >= 0)
         self._manager.roll_back(request)
-        self._drafting.learn(request, draft, num_accepted)
+        if num_accepted >= 0:
+            self._drafting.learn(request, draft, num_accepted)
         return request.computed_len - task.start
 
     def _fail(self, request: Request, error: Exception) -> None:

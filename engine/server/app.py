@@ -23,6 +23,12 @@ from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
+from engine.server.connections import (
+    MOST_DESCRIPTORS,
+    Connections,
+    most_connections,
+    raise_descriptor_limit,
+)
 from engine.server.dialects.exchange import render
 from engine.server.dialects.response_store import ResponseStore
 from engine.server.dialects.routes import add_messages, add_responses
@@ -30,7 +36,7 @@ from engine.server.errors import APIError, PlainJSON
 from engine.server.feed import Feed
 from engine.server.front import ServingContext
 from engine.server.heap import TRIM_S, trim
-from engine.server.listening import BACKLOG
+from engine.server.listening import ACCEPTED_AT_ONCE, BACKLOG
 from engine.server.operator import Operator
 from engine.server.page import add_page
 from engine.server.peers_paths import add_peers_paths
@@ -215,11 +221,15 @@ class Server(uvicorn.Server):
     ) -> None:
         """``must_end`` is asked ten times a second whether there is nothing left to serve."""
         app = create_app(engine, config)
+        limit = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
+        self._connections = Connections(limit, config.header_timeout_s)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=self._connections.protocol,  # type: ignore[arg-type]
+                ws="none",
                 log_level=logging.WARNING,
-                backlog=BACKLOG,
+                backlog=ACCEPTED_AT_ONCE,
                 timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
                 callback_notify=trim,
                 timeout_notify=TRIM_S,
@@ -230,7 +240,13 @@ class Server(uvicorn.Server):
         self._drain_s = config.drain_s
         self._must_end = must_end
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
     async def on_tick(self, counter: int) -> bool:
+        self._connections.sweep()
         return await super().on_tick(counter) or self._must_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -264,6 +280,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     sys.setswitchinterval(SWITCH_S)
+    raise_descriptor_limit()
     # What was made at the start stays: collecting garbage need not look at it again, which takes a
     # quarter of a second.
     gc.collect()

@@ -73,6 +73,20 @@ class ServerConfig:
     body_timeout_s: float = field(
         default=60.0, metadata={"help": "seconds that a request body may take to arrive"}
     )
+    header_timeout_s: float = field(
+        default=10.0,
+        metadata={
+            "help": "seconds that the headers of a request may take to arrive, from the beginning "
+            "of the connection or the answer before"
+        },
+    )
+    max_connections: int | None = field(
+        default=None,
+        metadata={
+            "help": "connections that may be open at once; at the limit idle ones make room; "
+            "default: as many as the system's limit of open files allows (ulimit -n)"
+        },
+    )
     max_values: int = field(
         default=300_000,
         metadata={
@@ -208,10 +222,11 @@ class ServerConfig:
             )
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
-        if not 0 < self.body_timeout_s < math.inf:
-            raise ValueError(
-                f"--body-timeout-s {self.body_timeout_s:g} must be finite and above 0."
-            )
+        for name in ("body_timeout_s", "header_timeout_s"):
+            if not 0 < (seconds := getattr(self, name)) < math.inf:
+                raise ValueError(f"{flag(name)} {seconds:g} must be finite and above 0.")
+        if self.max_connections is not None and self.max_connections < 1:
+            raise ValueError(f"--max-connections {self.max_connections} must be 1 or more.")
         for name in ("responses_mib", "replay_mib", "explain_mib"):
             if not 0 <= (size := getattr(self, name)) < math.inf:
                 raise ValueError(f"{flag(name)} {size:g} must be finite and not negative.")

@@ -8,6 +8,9 @@ from engine.server.config import ServerConfig
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
+ACCEPTED_AT_ONCE = 8
+"""Connections that are accepted before the first of them is looked at; asyncio takes this number,
+too, for the backlog."""
 
 
 def bind(config: ServerConfig) -> socket.socket:

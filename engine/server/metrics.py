@@ -128,6 +128,11 @@ class _ReportCollector(Collector):
         yield GaugeMetricFamily(
             "engine_waiting_requests", "Requests in the queue.", report.num_waiting
         )
+        yield GaugeMetricFamily(
+            "engine_draft_index_bytes",
+            "Host memory of the drafters' indices of texts.",
+            report.draft_index_bytes,
+        )
         for name, help, key in (
             ("evicted_tokens", "KV rows evicted from the cache.", "evicted_tokens"),
             ("evicted_checkpoints", "Checkpoints evicted from the cache.", "evicted_slots"),

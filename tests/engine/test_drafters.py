@@ -9,15 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import RequestSpec
+from engine.drafts import suffix
 from engine.drafts.drafting import Drafting, Source
 from engine.drafts.odds import Luck, Odds
 from engine.drafts.pace import MAX_IDLE, MAX_MISSES, Pace
-from engine.drafts.suffix import SIZES, SuffixIndex
-from engine.drafts.tree import MAX_KEPT, MAX_TEXTS, SuffixDrafter
+from engine.drafts.suffix import BYTES_PER_TOKEN, SIZES, IndexMemory, SuffixIndex
+from engine.drafts.tree import MAX_KEPT, MAX_READ, MAX_TEXTS, SuffixDrafter
 from engine.drafts.tries import MAX_GAP, MAX_REST, MIN_REST, Turns
 from engine.requests.request import Request
 
@@ -25,16 +27,22 @@ from engine.requests.request import Request
 @given(
     tokens=st.lists(st.integers(0, 2), min_size=1, max_size=60),
     cuts=st.lists(st.integers(1, 60), max_size=4),
+    piece=st.integers(1, 40),
     max_tokens=st.integers(1, 9),
+    first_tokens=st.sampled_from([2, 8, 256]),
 )
 def test_a_suffix_is_looked_up_as_by_reading(
-    tokens: list[int], cuts: list[int], max_tokens: int
+    tokens: list[int], cuts: list[int], piece: int, max_tokens: int, first_tokens: int
 ) -> None:
-    """However the text grew: the latest run of six equal tokens, else of three, that something
-    followed."""
+    """However the text grew, in whatever pieces and segments it was read: the latest run of six
+    equal tokens, else of three, that something followed."""
     index, ids = SuffixIndex(), np.array(tokens, np.int32)
-    for cut in sorted(cuts):
-        index.continuation(ids[: min(cut, len(ids))], 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suffix, "FIRST_TOKENS", first_tokens)
+        patch.setattr(suffix, "MAX_TOKENS", 16)
+        for cut in [*sorted(cuts), len(ids)]:
+            while not index.has_read(ids[: min(cut, len(ids))]):
+                assert 0 < index.read(ids[: min(cut, len(ids))], piece) <= piece
     expected: list[int] = []
     for size in SIZES:
         ends = [
@@ -56,10 +64,12 @@ def test_other_texts_are_looked_up_where_this_one_has_no_six(texts: list[list[in
     for text in texts[1:]:
         other = SuffixIndex()
         other.text = np.array(text, np.int32)
-        other.continuation(other.text, 1)
+        other.read(other.text)
         others.append(other)
     own, most = np.array(texts[0], np.int32), 4
-    alone = SuffixIndex().continuation(own, most).tolist()
+    index = SuffixIndex()
+    index.read(own)
+    alone = index.continuation(own, most).tolist()
     size = SIZES[0]
 
     def behind(text: list[int]) -> list[int]:
@@ -73,7 +83,7 @@ def test_other_texts_are_looked_up_where_this_one_has_no_six(texts: list[list[in
     expected = alone
     if not behind(texts[0]):
         expected = next(filter(None, map(behind, texts[1:])), alone)
-    assert SuffixIndex().continuation(own, most, others).tolist() == expected
+    assert index.continuation(own, most, others).tolist() == expected
 
 
 class Asking(SimpleNamespace):
@@ -87,17 +97,19 @@ def test_texts_that_ended_are_kept_for_their_namespace() -> None:
         return Asking(tokens=np.array(tokens, np.int32), namespace=namespace)
 
     def propose(drafter: SuffixDrafter, asking: Any) -> list[int]:
-        (found,) = drafter.propose([(asking, 3)])
+        while (found := drafter.propose([(asking, 3)])[0]) is None:
+            pass
         drafter.forget(asking)
         return found.tolist()
 
     text = [*range(10), *range(50, 60)]
     for shares in (True, False):
-        drafter = SuffixDrafter(shares=shares)
+        drafter = SuffixDrafter(shares=shares, memory=IndexMemory(1 << 22))
         assert propose(drafter, request(text, "a")) == []
         assert propose(drafter, request(text[:10], "b")) == []
         assert propose(drafter, request(text[:10], "a")) == [50, 51, 52] * shares
-    drafter = SuffixDrafter(shares=True)
+    memory = IndexMemory(1 << 22)
+    drafter = SuffixDrafter(shares=True, memory=memory)
     propose(drafter, request(text, "a"))
     drafter.reset()
     assert propose(drafter, request(text[:10], "a")) == []
@@ -108,6 +120,61 @@ def test_texts_that_ended_are_kept_for_their_namespace() -> None:
     for number in range(100, 100 + MAX_TEXTS):
         propose(drafter, request([number] * 5, "b"))
     assert propose(drafter, request(text[:10], "a")) == [], "others ended since"
+    drafter.reset()
+    assert memory.used_bytes == 0
+
+
+def test_no_step_reads_more_than_a_piece_of_a_long_text() -> None:
+    """Of all requests together; until it is read, a drafter says that it needs more steps."""
+    drafter = SuffixDrafter(shares=True, memory=IndexMemory(1 << 22))
+    ids = np.random.default_rng(0).integers(0, 1000, 20_000).astype(np.int32)
+    texts = [np.concatenate([ids, ids[:number]]) for number in (10, 20)]
+    asking: list[Any] = [Asking(tokens=text, namespace=None) for text in texts]
+    read: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        inner = SuffixIndex.read
+
+        def noted(index: SuffixIndex, tokens: Any, most: int | None = None) -> int:
+            assert most is not None
+            read.append(inner(index, tokens, most))
+            return read[-1]
+
+        patch.setattr(SuffixIndex, "read", noted)
+        for step in range(100):
+            read.clear()
+            found = drafter.propose([(one, 3) for one in asking])
+            assert sum(read) <= MAX_READ
+            if step == 0:
+                assert list(found) == [None, None]
+            if all(one is not None for one in found):
+                break
+    assert step == sum(map(len, texts)) // MAX_READ
+    assert [one.tolist() for one in found if one is not None] == [
+        ids[number:][:3].tolist() for number in (10, 20)
+    ]
+
+
+def test_the_memory_of_indices_is_bounded() -> None:
+    """What does not fit is not looked up; texts that ended make room for those that run."""
+    memory = IndexMemory(BYTES_PER_TOKEN * 1024)
+    drafter = SuffixDrafter(shares=True, memory=memory)
+    ids = np.arange(3000, dtype=np.int32) % 1000
+    ended, running, long = (Asking(tokens=ids[:size], namespace="a") for size in (500, 700, 3000))
+    drafter.propose([(ended, 3)])
+    drafter.forget(ended)
+    assert memory.used_bytes == BYTES_PER_TOKEN * 512
+    drafter.propose([(running, 3)])
+    assert memory.used_bytes == BYTES_PER_TOKEN * 1024, "the text that ended had to go"
+    for _ in range(5):
+        (found,) = drafter.propose([(long, 3)])
+        assert found is not None and not len(found)
+    drafter.forget(running)
+    for _ in range(5):
+        drafter.propose([(long, 3)])
+        assert memory.used_bytes <= memory.max_bytes
+    drafter.forget(long)
+    drafter.reset()
+    assert memory.used_bytes == 0
 
 
 def asked(turns: Turns, steps: range, right: int | None = 0) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
-from engine.guided.grammar import GrammarError, grammar_of_calls
+from engine.guided import background, guide
+from engine.guided.grammar import GrammarError, TooComplex, grammar_of_calls
 from engine.guided.guide import Guides
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleSampler
@@ -136,6 +138,227 @@ def test_whatever_else_happens_the_answers_are_the_same(
         assert [output.token_ids for output in other.generate(specs)] == expected
     if "num_kv_tokens" in how:
         assert sum(output.num_preemptions for output in other.generate(specs)) > 0
+
+
+AMBIGUOUS = Grammar.of_text('start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | ')
+"""Its masks take longer with every token: 0.1 s after 150, in the background."""
+
+
+@pytest.fixture
+def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No grammar may be followed on the engine's thread."""
+    compile_ = Guides.compile
+
+    def compile_costly(guides: Guides, grammar: Grammar) -> guide.Compiled:
+        compiled = compile_(guides, grammar)
+        compiled.is_costly = True
+        return compiled
+
+    monkeypatch.setattr(Guides, "compile", compile_costly)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"draft": "tree:4"},
+        {"asynchronous": True, "overlap": "on"},
+        {"num_kv_tokens": 256, "prefix_cache": "none"},
+        {"exact": True, "token_budget": 64},
+    ],
+    ids=str,
+)
+def test_an_answer_followed_in_the_background_is_the_same(
+    engine: Engine, in_background: None, how: dict[str, Any]
+) -> None:
+    specs = [
+        spec(grammar, f"{name} " + "x" * 90, max_tokens=60, **more)
+        for name, (grammar, _) in [*GRAMMARS.items(), ("none", (None, ""))]
+        for more in ({}, {"presence_penalty": 1.0})
+    ]
+    expected = engine.generate(specs)
+    outputs = oracle(**how).generate(specs)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert [o.finish_reason for o in outputs] == [o.finish_reason for o in expected]
+
+
+def test_the_model_draws_the_same_for_an_answer_in_the_background() -> None:
+    """From logits that were kept beyond their step, with a neighbour that goes on."""
+    config = EngineConfig(cache_gib=0.05, max_model_len=512, max_running=4, check=True)
+    sampling = {"max_tokens": 20, "temperature": 1.0, "logprobs": 2, "seed": 3}
+    specs = [spec(grammar, "abc", **sampling) for grammar in (Grammar.of_object(), None)]
+    engine = Engine(config)
+    expected = engine.generate(specs)
+    engine._intake.guides.compile(Grammar.of_object()).is_costly = True
+    engine.reset_prefix_cache()
+    outputs = engine.generate(specs)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert [o.logprobs for o in outputs] == [o.logprobs for o in expected]
+
+
+class RecordingLibrary:
+    """llguidance, with a note of each call of a matcher: (thread, limits of the matcher, name,
+    tokens)."""
+
+    def __init__(self, calls: list[tuple[int, int, str, int]]) -> None:
+        library = pytest.importorskip("llguidance")
+
+        class Matcher:
+            def __init__(self, *arguments: Any, limits: Any = None, inner: Any = None, **how: Any):
+                self.limits = limits
+                self.note("compile", 0)
+                self.inner = inner or library.LLMatcher(*arguments, limits=limits, **how)
+
+            def note(self, name: str, number: int) -> None:
+                most = 0 if self.limits is None else self.limits.step_max_items
+                calls.append((threading.get_ident(), most, name, number))
+
+            def deep_copy(self) -> Matcher:
+                return Matcher(limits=self.limits, inner=self.inner.deep_copy())
+
+            def __getattr__(self, name: str) -> Any:
+                def call(*arguments: Any) -> Any:
+                    tokens = arguments[0] if name in ("consume_tokens", "validate_tokens") else ()
+                    self.note(name, len(tokens))
+                    return getattr(self.inner, name)(*arguments)
+
+                return call
+
+        class Executor:
+            def __init__(self, number: int) -> None:
+                self.inner = library.LLExecutor(number)
+
+            def consume_token_par(self, pairs: list[tuple[Matcher, int]]) -> Any:
+                for matcher, _ in pairs:
+                    matcher.note("consume_token_par", 1)
+                return self.inner.consume_token_par([(m.inner, token) for m, token in pairs])
+
+        Matcher.grammar_from_regex = staticmethod(library.LLMatcher.grammar_from_regex)  # type: ignore[attr-defined]
+        self.LLMatcher, self.LLExecutor = Matcher, Executor
+        for name in ("LLParserLimits", "LLTokenizer", "TokenizerWrapper", "grammar_from"):
+            setattr(self, name, getattr(library, name))
+
+
+@pytest.mark.parametrize("how", [{}, {"draft": "tree:4"}, {"asynchronous": True, "overlap": "on"}])
+def test_the_engines_thread_makes_only_calls_that_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """It compiles nothing, replays no answer, and uses only matchers with the limits of a step,
+    whatever the grammar; and nobody else sits out a step."""
+    calls: list[tuple[int, int, str, int]] = []
+    monkeypatch.setitem(sys.modules, "llguidance", RecordingLibrary(calls))  # type: ignore[arg-type]
+    engine = oracle(**how)
+    engine.compile(AMBIGUOUS)
+    other = engine.submit(spec(None, "other", max_tokens=400, ignore_eos=True))
+    slow = {"max_tokens": 48, "min_tokens": 48}
+    names = [engine.submit(spec(AMBIGUOUS, "Say: ", **slow)) for _ in range(2)]
+    engine.step()
+    calls.clear()
+    left = set(names)
+    boxes = {name: engine._mailboxes.open(name) for name in names}
+    while left:
+        outputs = {output.request_id: output for output in engine.step()}
+        left -= {name for name, output in outputs.items() if output.is_finished}
+        if other in outputs and outputs[other].is_finished:
+            other = engine.submit(spec(None, "other", max_tokens=400, ignore_eos=True))
+        elif not how:
+            assert other in outputs, "a stream without a grammar sat out a step"
+    assert [boxes[name][-1].finish_reason for name in names] == ["length", "length"]
+    here = [call for call in calls if call[0] == threading.get_ident()]
+    apart = [call for call in calls if call[0] != threading.get_ident()]
+    for _, most_items, name, number in here:
+        assert name != "compile" or number == 0
+        assert most_items <= guide.STEP_LIMITS["step_max_items"]
+        assert number <= 5, "an answer was replayed"
+    assert {most for _, most, name, _ in apart if name == "compute_bitmask"} == {
+        guide.LIMITS["step_max_items"]
+    }
+
+
+def test_a_budget_of_grammar_time_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, in_background: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(background, "SECONDS_PER_TOKEN", 0.0)
+    engine = oracle(grammar_budget_s=1e-9)
+    plain = spec(None, max_tokens=9, ignore_eos=True)
+    refused, kept = engine.generate([spec(GRAMMARS["regex"][0]), plain])
+    assert refused.finish_reason == "error" and refused.is_refused
+    assert refused.error is not None and "budget of 1e-09 s" in refused.error
+    assert kept.finish_reason == "length" and kept.error is None
+    # A budget is a request's own, and a sane one is enough for all of them.
+    again = oracle().generate([spec(GRAMMARS["regex"][0])] * 4)
+    assert {output.finish_reason for output in again} == {"stop"}
+
+
+def test_the_budget_grows_with_the_answer() -> None:
+    budget = background.Budget(1.0)
+    budget.check(1.4, 100)
+    with pytest.raises(
+        TooComplex, match=r"it took 1\.6 s for 100 tokens; a request has a budget of"
+    ):
+        budget.check(1.6, 100)
+
+
+def test_a_grammar_that_took_its_share_of_the_engines_time_leaves_its_thread() -> None:
+    guides = Guides(ByteTokenizer(), 320)
+    grammar, answer = Grammar.of_regex("[a-c]{30}"), np.full(30, 97, np.int32)
+    reference, other = guides.guide(grammar), guides.guide(grammar)
+    expected = [reference.masks(answer[:end]) for end in range(20)]
+    assert np.array_equal(other.masks(answer[:1]), expected[1])
+    guides.step_time.spend(60.0)
+    assert other.masks(answer[:2]) is None, "the engine's thread waits for no mask"
+    for end in range(2, 20):
+        while (masks := other.masks(answer[:end])) is None:
+            guides.news.wait(1.0)
+        assert np.array_equal(masks, expected[end]) and not other.is_done(answer[:end])
+    while not other.is_done(answer):
+        guides.news.wait(1.0)
+    assert other.masks(answer, may_be_over=False) is None
+
+
+@pytest.mark.parametrize("what", ["abort", "break", "preempt"])
+@pytest.mark.parametrize("how", [{}, {"asynchronous": True, "overlap": "on"}], ids=str)
+def test_a_request_that_waits_for_its_grammar_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, in_background: None, what: str, how: dict[str, Any]
+) -> None:
+    """It can be aborted, broken off and preempted while it does, and answers the same."""
+    grammar, _ = GRAMMARS["regex"]
+    [whole] = oracle().generate([spec(grammar)])
+    held: list[Any] = []
+    monkeypatch.setattr(background.BackgroundGrammar, "submit", lambda _, work: held.append(work))
+    engine = oracle(**how)
+    plain = engine.submit(spec(None, "other", max_tokens=200, ignore_eos=True))
+    waiting = engine.submit(spec(grammar))
+    box = engine._mailboxes.open(waiting)
+    outputs = [output.request_id for _ in range(40) for output in engine.step()]
+    assert outputs.count(plain) > 30 and waiting not in outputs and len(held) == 1
+    if what == "abort":
+        engine.abort(waiting)
+    elif what == "break":
+        forward, engine.runner.forward = engine.runner.forward, None  # type: ignore[method-assign]
+        with pytest.raises(TypeError):
+            engine.step()
+        engine.runner.forward = forward  # type: ignore[method-assign]
+    elif not how:
+        [request] = engine._scheduler.awaiting_draw
+        engine._scheduler._preempt(request)
+    while engine.has_work():
+        engine.step()
+        while held:
+            held.pop()()
+    engine.check()
+    if what != "abort":
+        assert box[-1].token_ids == whole.token_ids and box[-1].finish_reason == "stop"
+
+
+def test_the_vocabulary_is_built_once_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stop every thread of the process for a second."""
+    engine = oracle()
+    engine.prepare_grammars()
+    monkeypatch.setattr(guide, "make_vocabulary", None)
+    engine.compile(GRAMMARS["regex"][0])
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    oracle().prepare_grammars()
 
 
 def test_drafts_that_the_grammar_forbids_are_cut(engine: Engine) -> None:

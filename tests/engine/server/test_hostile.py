@@ -8,9 +8,12 @@ work. Times are in ``python -m experiments.hostile``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import socket
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,9 +25,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from engine.server import connections
 from engine.server.body import BodyReader, _num_marks, to_json
 from engine.server.config import ServerConfig
+from engine.server.connections import (
+    FEWEST,
+    MOST_DESCRIPTORS,
+    RESERVED,
+    most_connections,
+    raise_descriptor_limit,
+)
 from engine.server.errors import APIError
+from engine.server.listening import ACCEPTED_AT_ONCE
 from engine.server.logprobs import CompletionScores, for_chat
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.workers import LONG, Workers, give_way
@@ -34,6 +46,7 @@ from engine.text.outputs import SampledToken
 
 from .conftest import Live
 from .test_bad_input import check_error
+from .test_living import http_answer
 
 CHAT = [{"role": "user", "content": "hi"}]
 SMALL = ServerConfig(
@@ -569,6 +582,114 @@ def test_a_body_that_never_ends_is_given_up(serve_oracle: Callable[..., Live]) -
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
 
 
+HALF = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Until the server closes."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            found += piece
+    return found
+
+
+def test_headers_that_never_end_are_given_up(serve_oracle: Callable[..., Live]) -> None:
+    """At the beginning of a connection, behind an answer, and if nothing comes at all; however they
+    trickle in. A request that has arrived may take longer."""
+    live = serve_oracle(ServerConfig(header_timeout_s=0.4), step_s=0.05)
+    slow = live.send("/v1/completions", {"prompt": "x", "max_tokens": 25, "ignore_eos": True})
+    with live.connect() as first, live.connect() as later, live.connect() as silent:
+        later.sendall(HEALTH)
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += later.recv(65536)
+        later.sendall(HALF)
+        first.sendall(HALF)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(40):
+                first.sendall(b"a")
+                time.sleep(0.05)
+        for connection in (first, later):
+            answer = read_all(connection)
+            assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in time" in answer
+        assert read_all(silent) == b""
+    assert http_answer(slow).startswith("HTTP/1.1 200")
+    slow.close()
+
+
+def test_connections_without_a_request_make_room(
+    monkeypatch: pytest.MonkeyPatch, serve_oracle: Callable[..., Live]
+) -> None:
+    """At the limit: the one that has waited longest first, then one whose body does not arrive;
+    never one that is being answered."""
+    live = serve_oracle(ServerConfig(max_connections=8), step_s=0.02)
+    with contextlib.ExitStack() as stack:
+        running = stack.enter_context(
+            live.send("/v1/completions", {"prompt": "x", "max_tokens": 150, "ignore_eos": True})
+        )
+        live.wait_for(lambda report: report["num_running"] == 1)
+        upload = stack.enter_context(live.connect())
+        upload.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        idle = [stack.enter_context(live.connect()) for _ in range(30)]
+        for connection in idle:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(HALF)
+        for _ in range(3):
+            assert live.get("/health").status_code == 200
+        held = [connection for connection in idle if not has_ended(connection)]
+        assert 0 < len(held) <= 6 and held == idle[-len(held) :]
+        assert not has_ended(upload)
+        time.sleep(1.1 * connections.NEW_S)
+        monkeypatch.setattr(connections, "STALLED_S", 0.0)
+        for _ in range(7):
+            stack.enter_context(live.send("/v1/completions", SLOW))
+        assert read_all(upload).startswith(b"HTTP/1.1 503")
+        refused = stack.enter_context(live.connect())
+        refused.sendall(HEALTH)
+        answer = read_all(refused)
+        assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in answer
+        assert not has_ended(running)
+    live.wait_until_idle()
+
+
+SLOW = {"prompt": "y", "max_tokens": 150, "ignore_eos": True}
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the server has closed it, or has answered."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) is not None
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+    finally:
+        connection.settimeout(30)
+
+
+@pytest.mark.parametrize("soft", [20, 256, 1 << 20])
+def test_descriptors_are_left_to_the_rest_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, soft: int
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    monkeypatch.setattr("os.listdir", lambda _: ["0"] * 40)
+    left = soft - most_connections()
+    assert left == 40 + RESERVED or most_connections() == FEWEST
+    assert most_connections() >= FEWEST and RESERVED >= 8 * ACCEPTED_AT_ONCE
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (min(soft, 100), soft))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    raise_descriptor_limit()
+    assert raised == ([(min(soft, MOST_DESCRIPTORS), soft)] if soft > 100 else [])
+
+
 def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
     description = httpx.get(live.url + "/openapi.json", timeout=60).json()
     body = description["paths"]["/v1/completions"]["post"]["requestBody"]
@@ -581,6 +702,8 @@ def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
         ({"max_messages": 0}, "--max-messages 0 must be 1 or more"),
         ({"max_stops": 65}, "--max-stops 65 is more than the 64"),
         ({"body_timeout_s": 0}, "--body-timeout-s 0 must be finite and above 0"),
+        ({"header_timeout_s": -1}, "--header-timeout-s -1 must be finite and above 0"),
+        ({"max_connections": 0}, "--max-connections 0 must be 1 or more"),
     ],
 )
 def test_limits_that_can_not_be_set(settings: dict[str, Any], message: str) -> None:

@@ -1,0 +1,194 @@
+"""Connections of clients: how many there may be, and how long a request may take to begin.
+
+At the limit a connection without a request makes room for a new one, the one that has waited
+longest first, or one whose request body stalls. So whoever holds connections without using them
+keeps nobody else out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from engine.server.errors import APIError
+
+RESERVED = 64
+"""Descriptors that connections leave to the rest of the process."""
+FEWEST = 8
+"""Connections that are allowed at least."""
+NEW_S, STALLED_S = 0.5, 5.0
+"""Seconds that a connection may be without a request, and a request without its whole body, before
+it makes room for others first."""
+MOST_DESCRIPTORS = 1 << 16
+"""The limit of descriptors is raised up to here, if the system allows it."""
+
+
+def raise_descriptor_limit() -> None:
+    """Have the system allow this process as many descriptors as its hard limit says, up to
+    ``MOST_DESCRIPTORS``."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_connections() -> int:
+    """Return how many connections the descriptors that are free now allow."""
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        num_used = len(os.listdir("/proc/self/fd"))
+    except (ImportError, OSError):
+        return MOST_DESCRIPTORS
+    limit = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    return max(limit - num_used - RESERVED, FEWEST)
+
+
+class Connections:
+    """All connections of one server. Belongs to its event loop."""
+
+    def __init__(self, limit: int, header_timeout_s: float) -> None:
+        """``limit`` connections may be open. The headers of a request must be complete
+        ``header_timeout_s`` after the connection was made, or after the last answer."""
+        self._limit = limit
+        self._header_timeout_s = header_timeout_s
+        self._busy: dict[Connection, float] = {}
+        """Those with a request, and since when; the oldest first."""
+        self._waiting: dict[Connection, float] = {}
+        """Those without a request, and since when; the oldest first."""
+
+    def protocol(self, **how: Any) -> Connection:
+        """Make the protocol of a new connection, as uvicorn asks for it."""
+        return Connection(self, **how)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._busy) + len(self._waiting) < self._limit
+
+    def wait(self, connection: Connection) -> None:
+        """Take note that ``connection`` has no request, or has one no more."""
+        self._busy.pop(connection, None)
+        self._waiting[connection] = asyncio.get_running_loop().time()
+
+    def begin(self, connection: Connection) -> None:
+        """Take note that a request came."""
+        if self._waiting.pop(connection, None) is not None:
+            self._busy[connection] = asyncio.get_running_loop().time()
+
+    def remove(self, connection: Connection) -> None:
+        self._waiting.pop(connection, None)
+        self._busy.pop(connection, None)
+
+    def make_room(self) -> bool:
+        """Close a connection whose request has not arrived. False if there is none.
+        O(connections)."""
+        now_s = asyncio.get_running_loop().time()
+        receiving = {one: since_s for one, since_s in self._busy.items() if one.is_receiving}
+        for candidates, least_s in (
+            (self._waiting, NEW_S),
+            (receiving, STALLED_S),
+            (self._waiting, 0.0),
+            (receiving, 0.0),
+        ):
+            oldest, since_s = next(iter(candidates.items()), (None, now_s))
+            if oldest is not None and now_s - since_s >= least_s:
+                oldest.turn_away(_too_many())
+                return True
+        return False
+
+    def sweep(self) -> None:
+        """Close the connections whose headers took too long."""
+        latest_s = asyncio.get_running_loop().time() - self._header_timeout_s
+        late = []
+        for connection, since_s in self._waiting.items():
+            if since_s > latest_s:
+                break
+            late.append(connection)
+        for connection in late:
+            connection.turn_away(
+                APIError(408, "The headers of the request did not arrive in time: send it again.")
+            )
+
+
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """One connection, which says when it begins and ends to have a request."""
+
+    def __init__(self, connections: Connections, **how: Any) -> None:
+        super().__init__(**how)
+        self._all = connections
+        self._has_begun = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        has_room = self._all.has_room or self._all.make_room()
+        self._all.wait(self)
+        if not has_room:
+            self._has_begun = True
+            self.turn_away(_too_many())
+
+    def data_received(self, data: bytes) -> None:
+        self._has_begun = True
+        super().data_received(data)
+        if self._has_request:
+            self._all.begin(self)
+
+    def on_response_complete(self) -> None:
+        self._has_begun = False
+        self._all.wait(self)
+        super().on_response_complete()
+        if self._has_request:  # one that was sent ahead
+            self._all.begin(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.remove(self)
+        super().connection_lost(exc)
+
+    @property
+    def _has_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether the body of its request has not arrived."""
+        return self._has_request and self.cycle.more_body and not self.cycle.response_started
+
+    def turn_away(self, error: APIError) -> None:
+        """Close the connection; say why if a request had begun."""
+        self._all.remove(self)
+        if self.transport.is_closing():
+            return
+        if self._has_begun:
+            self.transport.write(_response(error))
+        self.transport.close()
+
+
+def _too_many() -> APIError:
+    return APIError(
+        503,
+        "There are as many connections as this server may have: try again later.",
+        code="too_many_connections",
+        headers={"Retry-After": "1"},
+    )
+
+
+def _response(error: APIError) -> bytes:
+    """Write ``error`` as a response that ends its connection."""
+    body = json.dumps(error.body()).encode()
+    phrase = {408: "Request Timeout", 503: "Service Unavailable"}[error.status]
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **(error.headers or {}),
+    }
+    lines = [f"HTTP/1.1 {error.status} {phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
