@@ -27,6 +27,7 @@ from engine.transfer.counts import TransferCounts
 from engine.transfer.link import Rendezvous, Transfer
 from engine.transfer.wire import TransferError, Wire
 from hybridcache.arrival import Arrival
+from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
 
@@ -208,15 +209,19 @@ class PeerFetcher:
     def has_room(self) -> bool:
         return len(self._active) < MAX_FETCHES
 
-    def begin(self, request: Request, cached_len: int) -> PeerFetch | None:
-        """See ``Fetcher``. Nothing of a namespace that is no text: it could not be said."""
-        grid = self._manager.checkpoint_grid
-        end = (request.num_tokens - 1) // grid * grid
+    def wants(self, request: Request, match: PrefixMatch) -> bool:
+        """See ``Fetcher``. Namespaces that are not text are never asked for: they have no wire
+        form."""
+        is_worth_it = self._end(request) - match.cached_len >= self._fetch_above
+        is_sayable = isinstance(request.namespace, str | None)
+        return is_worth_it and is_sayable and self._choose() is not None
+
+    def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
+        """See ``Fetcher``."""
         peer = self._choose()
-        if end - cached_len < self._fetch_above or peer is None:
+        if peer is None:
             return None
-        if not isinstance(request.namespace, str | None):
-            return None
+        end = self._end(request)
         tokens = request.tokens[: end + 1].copy()
         arrival = self._manager.begin_arrival(tokens[:end], request.namespace)
         if arrival is None:
@@ -227,6 +232,11 @@ class PeerFetcher:
         self._threads = {one for one in self._threads if one.is_alive()} | {thread}
         thread.start()
         return fetch
+
+    def _end(self, request: Request) -> int:
+        """Return the last grid position below the end of ``request``."""
+        grid = self._manager.checkpoint_grid
+        return (request.num_tokens - 1) // grid * grid
 
     def _choose(self) -> Peer | None:
         """The one with least to do, of those that do not rest."""
