@@ -52,7 +52,9 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 5.0
 """How long a process may take to end after it was told to stop; then it is killed."""
-Question = Literal["report", "view", "reset", "watch", "take", "whole", "node", "unwatch"]
+Question = Literal[
+    "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+]
 
 
 class ProcessEngine:
@@ -173,6 +175,10 @@ class ProcessEngine:
 
     async def reset_prefix_cache(self) -> None:
         await self._ask("reset")
+
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self._ask("stop accepting")
 
     async def watch(self) -> Watching:
         """See ``AsyncEngine.watch``."""

@@ -38,11 +38,17 @@ class Outside(Protocol):
         ...
 
     def give_up(self) -> None:
-        """A step broke off, and what it computed is not known."""
+        """End the work in progress: a step broke off, and what it computed is not known."""
+        ...
+
+    def stop_accepting(self) -> None:
+        """Take no more work from other processes, and finish what is in progress: the engine
+        drains. May be called again."""
         ...
 
     def close(self) -> None:
-        """The engine ends."""
+        """End the work in progress and let go of everything: the engine ends. May be called
+        again."""
         ...
 
 
@@ -209,6 +215,9 @@ class Fetching:
         if self._pending:
             self._fetcher.wait(IDLE_S)
 
+    def stop_accepting(self) -> None:
+        """See ``Outside``: nothing is done for other processes."""
+
     def close(self) -> None:
-        """The engine ends."""
+        """See ``Outside``."""
         self._fetcher.close()

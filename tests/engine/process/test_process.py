@@ -235,6 +235,7 @@ def test_a_step_that_never_ends_does_not_hold_the_server_up(
 
 def test_signals_to_both_are_left_to_the_server_and_a_drain_finishes() -> None:
     async def scenario(engine: ProcessEngine) -> None:
+        await engine.stop_accepting()  # Of other engines: requests of its own still come.
         stream = engine.submit(RequestSpec([1], LONG))
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(engine.pid, number)
