@@ -122,6 +122,7 @@ class ServedEngine(Protocol):
     async def report(self) -> CacheReport: ...
     async def cache_view(self) -> dict[str, Any]: ...
     async def reset_prefix_cache(self) -> None: ...
+    async def stop_accepting(self) -> None: ...
     async def watch(self) -> Watching: ...
     async def drain(self) -> None: ...
     def stop(self) -> None: ...
@@ -229,6 +230,10 @@ class AsyncEngine(EngineLoop[RequestStream]):
     async def reset_prefix_cache(self) -> None:
         await self.call(lambda engine: engine.reset_prefix_cache())
 
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self.call(lambda engine: engine.stop_accepting())
+
     async def watch(self) -> Watching:
         """Follow the cache and its requests. ValueError: the tree is too large to show."""
         return _ThreadWatch(self, await self.call(Watch))
@@ -248,6 +253,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
         if self._thread.ident is not None:
             self._thread.join()
         else:  # It never started, so nobody else tells those who wait.
+            self._engine.disconnect()
             self._close()
 
 

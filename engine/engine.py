@@ -223,8 +223,14 @@ class Engine:
             self.check()
         return None if self._lower is None else self._lower.rest()
 
+    def stop_accepting(self) -> None:
+        """Take no more work from other engines, and finish what is in progress for them: for an
+        engine that is to end. Requests of one's own can still be submitted."""
+        for part in self._outside:
+            part.stop_accepting()
+
     def disconnect(self) -> None:
-        """End what is done for and by other processes."""
+        """End at once what is done for and by other engines."""
         for part in self._outside:
             part.close()
 
@@ -417,10 +423,11 @@ class Engine:
         return self.cache_report() | {"tree": self.outline().splitlines()}
 
     def close(self) -> None:
-        """End all requests and write what is still to be kept. Without lower tiers nothing needs
-        it."""
+        """End all requests, those of other engines too, and write what is still to be kept. Only
+        engines with a role or with lower tiers need it."""
         for request_id in tuple(self._requests):
             self.abort(request_id)
+        self.disconnect()
         while self.has_work():
             self.step()
         if self._lower is not None:

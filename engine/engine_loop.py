@@ -156,8 +156,10 @@ class EngineLoop(Generic[Reader]):
             self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
-            self._engine.disconnect()
-            self._close()
+            try:
+                self._engine.disconnect()
+            finally:
+                self._close()
 
     def _step(self) -> None:
         """One step, or what one that failed leaves to do. Raises where the one before it failed
@@ -197,6 +199,8 @@ class EngineLoop(Generic[Reader]):
                     self._wake.wait(rest_s)
                 num_orders = len(self._orders)
                 is_open, must_stop = self._is_open, self._must_stop
+            if not is_open:
+                engine.stop_accepting()
             for _ in range(num_orders):
                 self._orders.popleft()()  # If it raises, those after it are left to _close.
             if must_stop:

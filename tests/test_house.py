@@ -108,9 +108,10 @@ MAY_IMPORT = {
     "engine/remembering.py": "store",
     "engine/below.py": "config interfaces remembering schedule store text",
     "engine/engine_loop.py": "engine errors interfaces requests text",
-    "engine/process": "async_engine build config engine engine_loop errors guided requests "
-    "schedule text watch",
-    "engine/run": "config drafts environment interfaces requests schedule store text",
+    "engine/exit_codes.py": "",
+    "engine/process": "async_engine build config engine engine_loop errors exit_codes guided "
+    "requests schedule text watch",
+    "engine/run": "config drafts environment exit_codes interfaces requests schedule store text",
     "engine/server": "async_engine engine errors guided history requests schedule text watch",
     "engine/watch.py": "engine requests",
     "engine/fleet": "async_engine build config engine errors guided requests schedule text",

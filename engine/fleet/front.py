@@ -280,6 +280,9 @@ class FleetEngine:
         """On every replica."""
         await self._each("reset")
 
+    async def stop_accepting(self) -> None:
+        """Do nothing: replicas have no role, and serve no other engines."""
+
     async def drain(self) -> None:
         """Take no more requests, finish those there are, and end the replicas."""
         self._is_open = False

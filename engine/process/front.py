@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import signal
+import logging
 import subprocess
 import threading
 import time
@@ -19,6 +19,7 @@ from engine.build import sampling_defaults
 from engine.config import EngineConfig
 from engine.engine_loop import FAILED, STOPPED, STOPPING
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError
+from engine.exit_codes import describe_exit
 from engine.guided.grammar import Grammar
 from engine.process.answer import Answer
 from engine.process.channel import Channel
@@ -42,9 +43,12 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
     from hybridcache.watch.recorder import Record
 
+logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """How long a process may take to end after it was told to stop; then it is killed."""
-Question = Literal["report", "view", "reset", "watch", "take", "whole", "node", "unwatch"]
+Question = Literal[
+    "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+]
 
 
 class ProcessEngine:
@@ -165,6 +169,10 @@ class ProcessEngine:
     async def reset_prefix_cache(self) -> None:
         await self._ask("reset")
 
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self._ask("stop accepting")
+
     async def watch(self) -> Watching:
         """See ``AsyncEngine.watch``."""
         return _ProcessWatch(self, await self._ask("watch"))
@@ -222,7 +230,10 @@ class ProcessEngine:
 
     def _close(self, code: int) -> None:
         """The process has ended: whoever still waits is told."""
-        self._read()
+        try:
+            self._read()
+        except Exception:
+            logger.exception("The last messages of the engine's process can not be read.")
         if code and not self._was_killed:
             self.failure = _death(code)
         self._is_open = False
@@ -307,9 +318,7 @@ def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submi
 
 
 def _death(code: int) -> str:
-    """What is said of a process that ended by itself with ``code``."""
-    if code >= 0:
-        return FAILED
-    name = signal.Signals(-code).name
-    why = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
-    return f"The engine's process was ended by {name}{why}: restart the server."
+    """Return why an engine whose process ended with exit code ``code``, not 0, serves nobody."""
+    if code > 0:
+        return FAILED  # The process has logged why.
+    return f"The engine's process {describe_exit(code)}: restart the server."

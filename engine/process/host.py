@@ -139,6 +139,8 @@ class Host:
                 return engine.cache_view()
             case "reset":
                 return engine.reset_prefix_cache()
+            case "stop accepting":
+                return engine.stop_accepting()
             case "watch":
                 self._watches[asked.number] = Watch(engine)
                 return asked.number

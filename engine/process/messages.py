@@ -47,7 +47,9 @@ class Ask(Message, frozen=True):
 
     number: int
     """Of its reply."""
-    what: Literal["report", "view", "reset", "watch", "take", "whole", "node", "unwatch"]
+    what: Literal[
+        "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+    ]
     argument: int = 0
     """Which watch is asked; of ``node``: see ``node``."""
     node: int = 0

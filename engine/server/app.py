@@ -10,14 +10,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from engine.async_engine import ServedEngine
+from engine.async_engine import EngineStopped, ServedEngine
 from engine.server import access, errors, openapi
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
@@ -256,7 +257,11 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end(self) -> None:
-        await asyncio.sleep(self._drain_s)
+        """Stop serving other engines at once, and everybody after ``drain_s``."""
+        deadline_s = time.monotonic() + self._drain_s
+        with suppress(EngineStopped, TimeoutError):
+            await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
+        await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
         await asyncio.to_thread(self._engine.stop)
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from engine import exit_codes
 from engine.command import flags, inspect
 from engine.drafts import pace, suffix
 from engine.requests import conversations
@@ -16,6 +17,7 @@ from hybridcache import units
 
 MODULES = [
     conversations,
+    exit_codes,
     flags,
     inspect,
     json_text,

@@ -17,6 +17,7 @@ from engine.fleet.reports import summed
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.plan import Plan, Task
+from engine.schedule.staging import MAX_READS
 from engine.server.metrics import Metrics
 from engine.store.segment import SUFFIX
 from engine.store.store import SegmentStore, StoreError
@@ -165,15 +166,17 @@ def test_damaged_records_are_computed_again(
     again.close()
 
 
-def test_a_slow_disk_holds_up_nobody_who_runs(
+@pytest.mark.parametrize("num_kept", [1, MAX_READS + 2], ids=["one read", "more than may read"])
+def test_a_slow_disk_holds_up_nobody_who_reads_nothing(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    num_kept: int,
 ) -> None:
-    kept, other = prompts(2)[0] + [1] * 100, [5] * 70
+    kept, other = [[100 + number] * 170 for number in range(num_kept)], [5] * 70
     folder = str(tmp_path / "state")
     first = make_engine(state_dir=folder)
-    [before] = first.generate([kept], ONE)
+    before = first.generate(kept, ONE)
     first.close()
     engine = make_engine(state_dir=folder)
     may_read, read = threading.Event(), SegmentStore.read
@@ -183,7 +186,7 @@ def test_a_slow_disk_holds_up_nobody_who_runs(
         return read(store, number, out)
 
     monkeypatch.setattr(SegmentStore, "read", slow)
-    waits = engine.submit(kept, ONE)
+    waiting = [engine.submit(prompt, ONE) for prompt in kept]
     runs = engine.submit(other, SamplingParams(max_tokens=9, temperature=0))
     finished = {}
     while engine.has_work():
@@ -191,10 +194,11 @@ def test_a_slow_disk_holds_up_nobody_who_runs(
             if output.is_finished:
                 finished[output.request_id] = output
         if runs in finished and not may_read.is_set():
-            assert waits not in finished, "it did not wait for the disk"
+            assert list(finished) == [runs], "one did not wait for the disk"
             may_read.set()
-    assert list(finished) == [runs, waits] and finished[waits].cached_len > 0
-    assert finished[waits].logprobs == before.logprobs
+    assert finished.keys() == {runs, *waiting}
+    for name, cold in zip(waiting, before, strict=True):
+        assert finished[name].cached_len > 0 and finished[name].logprobs == cold.logprobs
     engine.close()
 
 
