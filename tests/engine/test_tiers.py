@@ -11,10 +11,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
-from engine import Engine, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from engine.command.screen import start_screen
 from engine.config import ConfigError
 from engine.fleet.reports import summed
@@ -25,6 +26,7 @@ from engine.server.metrics import Metrics
 from engine.store.disk import RETRY_S
 from engine.store.fingerprint import StoreError
 from engine.store.records import SUFFIX, RecordStore
+from experiments.served import serving
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
 from tests.engine.test_hits_change_nothing import (
@@ -320,6 +322,39 @@ def test_whatever_the_file_system_refuses_the_engine_serves_on(
     last = make_engine(**settings)
     ask(last, 0)
     last.close()
+
+
+@pytest.mark.usefixtures("always_fetches")
+def test_health_tells_of_a_disk_that_does_not_respond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(monkeypatch)
+    engine = Engine(EngineConfig(cache_gib=0.02, state_dir=str(tmp_path / "state")))
+    with serving(engine) as (_, port):
+
+        def health() -> dict[str, str]:
+            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+            assert answer.status_code == 200
+            return answer.json()
+
+        def ask() -> None:
+            body = {"model": engine.model_name, "prompt": [7] * 70, "max_tokens": 2}
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200
+
+        ask()
+        assert health() == {"status": "ok"}
+        monkeypatch.setattr("engine.store.disk.DEADLINE_S", 0.05)
+        faults.responds.clear()
+        while (found := health())["status"] == "ok":
+            engine._lower.disk.remove_file("nothing")
+        assert found["status"] == "degraded" and "has not responded" in found["state_dir"]
+        ask()
+        monkeypatch.setattr("engine.store.disk.DEADLINE_S", 60)
+        faults.heal()
+        while health()["status"] != "ok":
+            pass
+        ask()
 
 
 def test_a_slow_disk_holds_up_nobody_who_runs(
