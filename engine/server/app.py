@@ -53,6 +53,8 @@ from engine.server.streaming import ClientGone
 from engine.server.workers import SWITCH_S, Workers
 from engine.text.tokenizer import EncodeOptions
 
+HEALTH_WAIT_S = 0.2
+"""Most time that ``/health`` waits for the engine to finish a step."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
@@ -168,12 +170,43 @@ def _add_tokens(
         return {"prompt": await front.workers.run(len(body.tokens), work)}
 
 
+class Health:
+    """The answer of ``/health`` for an engine that runs."""
+
+    def __init__(self, engine: ServedEngine) -> None:
+        self._engine = engine
+        self._asking: asyncio.Task[None] | None = None
+        self._problem: str | None = None
+
+    async def check(self) -> dict[str, str]:
+        """``ok``, or ``degraded`` with the problem of the state directory.
+
+        Reports are made between two steps. During a long one the answer is that of the last report,
+        so that a probe need not wait for it.
+        """
+        if self._engine.config.state_dir is not None:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
+        if self._problem is None:
+            return {"status": "ok"}
+        return {"status": "degraded", "state_dir": self._problem}
+
+    async def _ask(self) -> None:
+        with suppress(EngineStopped, ValueError):  # ended, or no replica is up
+            lower = (await self._engine.report()).lower
+            folder = None if lower is None else lower.folder
+            self._problem = None if folder is None else folder.problem
+
+
 def _add_watching(app: FastAPI, front: ServingContext) -> None:
+    state = Health(front.engine)
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not front.engine.is_alive:
             raise APIError(503, "The engine has stopped; the server's log says why.")
-        return {"status": "ok"}
+        return await state.check()
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -316,6 +316,28 @@ def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
     assert taken is not None and taken[0] == 2
 
 
+def test_a_state_is_adopted_on_kv_that_was_on_disk_before_it_was_fetched():
+    """KV on the device refuses nothing in the host tier, wherever it was before."""
+    memory = TieredMemory(
+        CacheConfig(
+            num_kv_tokens=20,
+            num_slots=2,
+            grid=2,
+            kv_bytes_per_token=2,
+            state_bytes=10,
+            host_bytes=100,
+            disk_bytes=100,
+        )
+    )
+    memory.adopt(ids("ab"), None, "disk")
+    memory.adopt(ids("abcd"), None, "disk")
+    memory.serve(ids("abX"), None, [], 0)
+    assert memory.cache.match(ids("abX")).cached_len == 2, "and 'abcd' is on disk still"
+    memory.adopt(ids("abxy"), None, "host")
+    memory.check()
+    assert lower(memory.cache, ids("abxyX")) == [(4, (7, 0))]
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
