@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "hybridcache/units.py": "",
     "hybridcache/namespaces.py": "",
     "hybridcache/results.py": "tokens",
-    "hybridcache/radix": "tokens",
+    "hybridcache/radix": "namespaces tokens",
     "hybridcache/allocators": "tokens",
     "hybridcache/policies": "tokens",
     "hybridcache/listener.py": "policies radix",
