@@ -18,7 +18,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PIECE = 1024
 """Lists and objects that are looked through between two pauses."""
 _HALVES = re.compile("[\ud800-\udfff]")
-_HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_ESCAPES = (r"\ud", r"\uD")
 _OPENING = ("[", "{")
 
 
@@ -39,8 +39,8 @@ def read_json(text: str, pause: Callable[[], None] = lambda: None) -> Any:
         value = json.loads(text, parse_float=_read_float, parse_constant=_refuse)
     except RecursionError:
         raise _too_deep() from None
-    has_halves = _HALF_ESCAPE.search(text) is not None or _HALVES.search(text) is not None
-    if has_halves or sum(map(text.count, _OPENING)) > MAX_DEPTH:
+    may_have_halves = any(escape in text for escape in _HALF_ESCAPES) or has_half_characters(text)
+    if may_have_halves or sum(map(text.count, _OPENING)) > MAX_DEPTH:
         value = _settled(value, pause)
     return value
 
@@ -68,7 +68,7 @@ def whole_text(text: str) -> str:
 
 def has_half_characters(text: str) -> bool:
     """Return whether ``text`` has no UTF-8 form. O(len(text))."""
-    return _HALVES.search(text) is not None
+    return not text.isascii() and _HALVES.search(text) is not None
 
 
 def _read_float(text: str) -> float:

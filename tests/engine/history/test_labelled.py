@@ -277,7 +277,9 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation | None, Explanations]:
+def run(
+    pair: Pair, namespace: str | None = None, key: int | None = 0
+) -> tuple[Explanation | None, Explanations]:
     """The second request of a pair beside the first."""
     tokenizer = ByteTokenizer()
     if pair.template is not None:
@@ -304,7 +306,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation | None, E
             name,
             output.prompt_token_ids,
             model=model,
-            tenant=Tenant(key=0, namespace=namespace),
+            tenant=Tenant(key, namespace),
             messages=body["messages"],
             size=100,
             **parts,
@@ -365,6 +367,37 @@ def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair
     assert explanations.memory.find("first") == ("first", kept)
     others = Tenant(0, "another"), Tenant(1, "tenant"), Tenant(None, "tenant"), Tenant(0), Tenant()
     assert all(explanations.memory.get(other, "first") is None for other in others)
+
+
+def field_left_out(chat: Chat) -> None:
+    del chat["messages"][1]["private_field"]
+
+
+PRIVATE: Chat = {
+    **BASE,
+    "messages": [BASE["messages"][0], {**BASE["messages"][1], "private_field": "x"}],
+    "variables": {"shout": True},
+}
+NAMED = [
+    messages("private field", "changed", "messages[1].private_field", field_left_out),
+    variables("left out", "removed", "shout", {"shout": True}, {}, "unavailable"),
+]
+NAMED[0].base, NAMED[0].template = PRIVATE, "{{ messages }}"
+
+
+@pytest.mark.parametrize("pair", [*PAIRS[::7], *NAMED], ids=lambda pair: pair.name)
+def test_without_a_key_nothing_is_told_that_the_later_request_does_not_say(pair: Pair) -> None:
+    """Neither text nor names; the rest is as it is with one."""
+    mine, _ = run(pair)
+    told, _ = run(pair, key=None)
+    assert mine is not None and told is not None
+    assert (told.cause, told.lost, told.shared_len) == (mine.cause, mine.lost, mine.shared_len)
+    if mine.parting is not None:
+        assert told.parting is not None and told.parting.was is None
+        assert (told.parting.at, told.parting.now) == (mine.parting.at, mine.parting.now)
+    assert not any(name in told.text for name in ("private_field", "shout"))
+    if pair in NAMED:
+        assert any(name in mine.text for name in ("private_field", "shout"))
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:

@@ -204,7 +204,8 @@ def test_a_prompt_that_is_refused_there_says_nothing_of_the_next(
     """An engine that fails is left alone for a while; one that refuses a prompt is not."""
     engine = decode_engine(port_of(far))
     monkeypatch.setattr(far._intake, "_max_model_len", 200)
-    assert_same(plain, engine, [text(52, 300), text(53, 150)])
+    for number, length in ((52, 300), (53, 150)):
+        assert_same(plain, engine, [text(number, length)])
     assert (counts_of(engine)["failed"], counts_of(engine)["prefixes"]) == (1, 1)
     settled(far)
 
