@@ -239,7 +239,8 @@ def test_what_is_no_message_ends_the_connection_and_nothing_else(far: Engine) ->
         wire.receive()
 
 
-def test_bytes_are_reported(far: Engine) -> None:
+def test_bytes_are_reported(far: Engine, plain: Engine) -> None:
+    assert_same(plain, decode_engine(port_of(far)), [text(70, 300)])
     shown = Metrics().render(far.report()).decode()
     assert f"engine_transferred_prefixes_total {far.report().transfers['prefixes']}.0" in shown
     assert far.cache_report()["transfers"]["needed_bytes"] > 0
