@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -448,6 +449,9 @@ def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
     assert f"engine_state_dir_bytes {float(report.lower.folder.kept)}" in metrics
     assert 'engine_tier_bytes{owner="cached",tier="host"}' in metrics
     assert summed([report, report], {}).lower.tiers[0].total == 2 * report.lower.tiers[0].total
+    broken = replace(folder, problem="No space left on device")
+    other = replace(report, lower=replace(report.lower, folder=broken))
+    assert summed([report, other], {}).lower.folder == broken, "one replica's problem is told"
     second = make_engine(**settings)
     assert not second.report().lower.folder.is_written
     screen = start_screen(second, "http://here/v1")
