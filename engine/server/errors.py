@@ -154,7 +154,7 @@ def _shown(value: Any) -> str:
 
 def _short(text: str, most: int) -> str:
     """``text`` on one line, cut at ``most`` characters, without the lone surrogates (JSON's
-    "\ud800") that have no UTF-8."""
+    "\\ud800") that have no UTF-8."""
     cut = text if len(text) <= most else text[: most - 3] + "..."
     return " ".join(cut.splitlines()).encode("utf-8", "replace").decode()
 
