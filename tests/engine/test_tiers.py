@@ -66,6 +66,7 @@ def host_gib(engine: Engine, tokens: int) -> float:
     return tokens * engine.runner.memory.row_bytes / GIB
 
 
+@pytest.mark.full("host and disk-bfloat16")
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize(
     ("tiers", "dtype"),
@@ -94,6 +95,7 @@ def test_a_hit_through_any_tier_is_a_cold_run_bit_for_bit(
     warm.close()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_the_next_start_has_it_wherever_the_folder_is(
     make_engine: MakeEngine,  # noqa: F811
@@ -132,6 +134,7 @@ def test_another_engine_is_refused_in_a_sentence_and_nothing_is_touched(
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_a_second_engine_reads_what_the_first_has_kept(
     make_engine: MakeEngine,  # noqa: F811
@@ -150,6 +153,7 @@ def test_a_second_engine_reads_what_the_first_has_kept(
     first.close()
 
 
+@pytest.mark.full("0.3")
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_damaged_records_are_computed_again(
